@@ -1,0 +1,30 @@
+# make install | demo | test | lint | gpu
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+DALI ?= dali
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: install demo test lint clean
+
+install: $(VENV)/.installed
+
+# torch first, then ours without build isolation: a build must see the torch that will run.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q "setuptools>=77" wheel
+	$(PY) -m pip install -q -c constraints.txt torch torchvision
+	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[$(DALI),demo,dev]"
+	touch $@
+
+test: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest
+
+lint: install
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

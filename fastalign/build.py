@@ -1,0 +1,150 @@
+"""From a configuration to the objects of a run."""
+
+from pathlib import Path
+
+import torch
+
+from fastalign.config import Config
+from fastalign.data.loader import Loader
+from fastalign.data.sources import open_source
+from fastalign.data.transforms import Transform
+from fastalign.engine.distributed import World
+from fastalign.errors import UserError
+from fastalign.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
+from fastalign.models.student import MaskEmbedStudent, MIMStudent
+from fastalign.models.teacher import MaskedTeacher
+from fastalign.models.vit import ViT
+from fastalign.models.zoo import create_backbone, load_backbone
+from fastalign.objectives import MaskedImageModeling, MaskEmbed
+
+SCALE_BATCHES = 50
+"""Batches a rank that the target scale is measured on where there is no validation set."""
+
+
+def build_masks(config: Config):
+    """The mask distribution."""
+    options = {"complement": config.masks.complement, "full": config.masks.full, "seed": config.seed}
+    if config.masks.ratio is not None:
+        options["ratio"] = config.masks.ratio
+    kinds = {"uniform": UniformMasks, "bernoulli": BernoulliMasks, "blockwise": BlockwiseMasks}
+    try:
+        return kinds[config.masks.distribution](**options)
+    except ValueError as error:
+        raise UserError(f"masks.ratio: {error}") from None
+
+
+def build_backbones(config: Config) -> tuple[ViT, ViT]:
+    """The student's backbone and the teacher's, one and the same object where they do not differ."""
+    student, teacher = config.student, config.teacher
+    backbone = _backbone(student.name, student.pretrained, student.checkpoint, student.kwargs)
+    if teacher.name is None and teacher.checkpoint is None and not teacher.kwargs:
+        return backbone, backbone
+    kwargs = {**student.kwargs, **teacher.kwargs} if teacher.name is None else teacher.kwargs
+    name = teacher.name or student.name
+    return backbone, _backbone(name, teacher.pretrained, teacher.checkpoint, kwargs)
+
+
+def _backbone(name: str, pretrained: bool, checkpoint: str | None, kwargs: dict) -> ViT:
+    if checkpoint and (Path(checkpoint).is_dir() or checkpoint.endswith(".json")):
+        return load_backbone(checkpoint)
+    return create_backbone(name, pretrained=pretrained, checkpoint=checkpoint, **kwargs)
+
+
+def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, ViT]:
+    """The objective, freshly initialised, and the backbone that its student started from."""
+    backbone, taught = build_backbones(config)
+    torch.manual_seed(config.seed)  # the decoder starts the same on every rank
+    try:
+        teacher = MaskedTeacher(
+            taught, skip_blocks=config.teacher.skip_blocks, prefix_only=config.teacher.prefix_only
+        )
+        common = {
+            "softcap": config.student.softcap,
+            "target_dim": taught.embed_dim,
+            "head": config.student.head,
+        }
+        if config.objective == "mim":
+            student = MIMStudent.from_backbone(backbone, **common)
+            objective = MaskedImageModeling(teacher, student, build_masks(config), config.loss.name)
+        else:
+            student = MaskEmbedStudent.from_backbone(
+                backbone,
+                **common,
+                freeze_encoder=config.student.freeze,
+                prefix_only=config.teacher.prefix_only,
+                **{f"decoder_{key}": value for key, value in config.decoder.model_dump().items()},
+            )
+            objective = MaskEmbed(teacher, student, build_masks(config), config.loss.name)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    student.encoder.grad_checkpointing = config.efficiency.grad_checkpointing
+    return objective, backbone
+
+
+def precision(config: Config, device: torch.device) -> torch.dtype:
+    """The dtype of autocast and of the images."""
+    if config.efficiency.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if config.efficiency.precision == "bf16" else torch.float32
+
+
+def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, Loader | None]:
+    """The training and the validation loader."""
+    data, optim = config.data, config.optim
+    if data.train is None:
+        raise UserError("data.train is not set: give it an image folder or tar shards, data.train=PATH")
+    parts = optim.accumulate * world.size
+    if optim.batch_size % parts:
+        raise UserError(
+            f"optim.batch_size {optim.batch_size} must be a multiple of optim.accumulate x ranks = {parts}"
+        )
+    batch_size = optim.batch_size // parts
+    constants = {"size": backbone.spec.image_size, **backbone.data}
+    augmented = {
+        key: getattr(data, key) for key in ("scale", "ratio", "hflip", "color_jitter", "randaugment")
+    }
+    common = {
+        "batch_size": batch_size,
+        "device": world.device,
+        "dtype": precision(config, world.device),
+        "seed": config.seed,
+        "rank": world.rank,
+        "world_size": world.size,
+        "threads": data.threads,
+        "hw_decoder_load": data.hw_decoder_load,
+    }
+    train = Loader(
+        open_source(data.train),
+        Transform(crop=data.crop, **augmented, **constants),
+        accumulate=optim.accumulate,
+        mixup=data.mixup,
+        cutmix=data.cutmix,
+        **common,
+    )
+    val = None
+    if data.val is not None:
+        val = Loader(open_source(data.val), Transform(crop="eval", **constants), train=False, **common)
+    return train, val
+
+
+def scale_batches(config: Config, world: World, backbone: ViT, val: Loader | None):
+    """The batches that the target scale is measured on: validation, else training images without augmentation."""
+    limit = config.loss.scale_batches
+    if val is None:
+        val = Loader(
+            open_source(config.data.train),
+            Transform(crop="eval", size=backbone.spec.image_size, **backbone.data),
+            batch_size=config.optim.batch_size // (config.optim.accumulate * world.size),
+            device=world.device,
+            dtype=precision(config, world.device),
+            seed=config.seed,
+            rank=world.rank,
+            world_size=world.size,
+            train=False,
+            threads=config.data.threads,
+        )
+        limit = limit or SCALE_BATCHES
+    for index, batch in enumerate(val.batches()):
+        if limit is not None and index >= limit:
+            break
+        yield batch

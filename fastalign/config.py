@@ -1,0 +1,308 @@
+"""The configuration of a run: one typed tree, read from YAML and `key=value` overrides.
+
+A recipe may name another file as its `base`, relative to itself; its own keys win. Every key is listed here
+and nowhere else; a misspelt key or a value of the wrong type is an error that names the nearest right key.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastalign.errors import UserError
+
+
+class Section(BaseModel):
+    """A group of keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Student(Section):
+    name: str = "vit_base_patch16_224.augreg_in21k_ft_in1k"
+    """timm's name of the backbone to align"""
+    pretrained: bool = True
+    """start from the published weights"""
+    checkpoint: str | None = None
+    """start from this local weights file instead (.safetensors, .pth)"""
+    kwargs: dict[str, Any] = {}
+    """timm's arguments: img_size, depth, drop_path_rate..."""
+    softcap: float | None = Field(30.0, gt=0)
+    """cap of the attention logits; null = plain attention"""
+    head: Literal["linear", "mlp"] = "linear"
+    """from the backbone's width to the decoder's"""
+    freeze: bool = False
+    """train the decoder only"""
+
+
+class Teacher(Section):
+    name: str | None = None
+    """timm's name; null = the student's backbone, weights and kwargs"""
+    pretrained: bool = True
+    """with the published weights"""
+    checkpoint: str | None = None
+    """a local weights file instead"""
+    kwargs: dict[str, Any] = {}
+    """timm's arguments"""
+    skip_blocks: int = Field(1, ge=0)
+    """last blocks removed before the final norm is read"""
+    prefix_only: bool = False
+    """the target is the pooled output, one vector; needs skip_blocks: 0"""
+
+
+class Decoder(Section):
+    layers: int = Field(2, ge=0)
+    """transformer blocks"""
+    width: int | None = Field(None, gt=0)
+    """null = the teacher's"""
+    heads: int | None = Field(None, gt=0)
+    """null = the student's"""
+    qk_norm: bool | None = None
+    """null = as the student"""
+    qkv_bias: bool | None = None
+    """null = as the student"""
+    init_values: float | None = 1e-6
+    """LayerScale at the start; null = no LayerScale"""
+
+
+class Masks(Section):
+    distribution: Literal["uniform", "bernoulli", "blockwise"] = "uniform"
+    """how the visible patches are drawn"""
+    ratio: float | None = Field(None, ge=0, le=1)
+    """visible share; null = 0.5 for bernoulli, 0.4 for blockwise; uniform has none"""
+    complement: bool = True
+    """add each mask's complement"""
+    full: bool = True
+    """add the mask that hides nothing"""
+
+
+class Loss(Section):
+    name: Literal["mse", "cosine", "l1", "masked_mse", "unmasked_mse"] = "mse"
+    """the reconstruction loss"""
+    target_scale: float | Literal["auto"] = "auto"
+    """targets are multiplied by it; auto = unit variance for mse, 1 otherwise"""
+    scale_batches: int | None = Field(None, gt=0)
+    """batches a rank that the variance is measured on; null = the whole validation set"""
+
+
+class Data(Section):
+    train: str | None = None
+    """image folder, tar shards (folder, file or pattern), or synthetic[:COUNT]"""
+    val: str | None = None
+    """the same for validation; null = none"""
+    crop: Literal["rkrc", "rrc"] = "rkrc"
+    """resize-keep-ratio with centre crop, or random resized crop"""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """area of the zoom"""
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    """aspect change"""
+    hflip: float = Field(0.5, ge=0, le=1)
+    """probability of a horizontal flip"""
+    color_jitter: float = Field(0.0, ge=0)
+    """strength of brightness, contrast and saturation jitter"""
+    randaugment: str = ""
+    """timm's spelling: rand-m9-mstd0.5-inc1; empty = none"""
+    mixup: float = Field(0.0, ge=0)
+    """alpha; 0 = off"""
+    cutmix: float = Field(0.0, ge=0)
+    """alpha; 0 = off"""
+    threads: int = Field(4, gt=0)
+    """reading and decoding threads a rank"""
+    hw_decoder_load: float = Field(0.9, ge=0, le=1)
+    """share of JPEGs for the GPU's decoding engine, where it has one"""
+
+
+class Optim(Section):
+    batch_size: int = Field(1024, gt=0)
+    """images an update, over all ranks and accumulation steps"""
+    accumulate: int = Field(1, gt=0)
+    """forward and backward passes an update"""
+    epochs: int = Field(5, gt=0)
+    """passes over the data; the schedule's length"""
+    lr: float = Field(3e-4, gt=0)
+    """peak learning rate"""
+    min_lr: float | None = Field(None, ge=0)
+    """at the end, and where the warm-up starts; null = lr / 10"""
+    warmup_epochs: float = Field(0.0, ge=0)
+    """linear warm-up"""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's, on all parameters"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's"""
+    clip: float | None = Field(1.0, gt=0)
+    """largest norm of the gradient; null = no clipping"""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """decay of the moving average of the weights; null = none"""
+
+
+class Checkpoint(Section):
+    every_steps: int | None = Field(None, gt=0)
+    """null = each epoch"""
+    keep: int = Field(2, gt=0)
+    """newest ones kept, beside the best"""
+
+
+class Log(Section):
+    every_steps: int = Field(20, gt=0)
+    """metrics are fetched from the device, written and shown"""
+    tensorboard: bool = False
+    """also write TensorBoard events into the run folder"""
+    wandb: str | None = None
+    """also log to this Weights & Biases project"""
+
+
+class Efficiency(Section):
+    """Nothing here changes the loss beyond rounding."""
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 autocast with fp32 weights; auto = bf16 on a GPU, fp32 on a CPU"""
+    compile: bool = False
+    """torch.compile the student and the teacher"""
+    grad_checkpointing: bool = False
+    """recompute the student's blocks in the backward pass"""
+
+
+class Config(Section):
+    output: str = "runs/default"
+    """the run folder; running again on it resumes"""
+    seed: int = Field(0, ge=0)
+    """of weights, data order, augmentation and masks"""
+    max_steps: int | None = Field(None, gt=0)
+    """stop after this many updates; the schedule stays that of optim.epochs"""
+    objective: Literal["maskembed", "mim"] = "maskembed"
+    """MaskEmbed, or masked image modeling"""
+    student: Student = Student()
+    teacher: Teacher = Teacher()
+    decoder: Decoder = Decoder()
+    masks: Masks = Masks()
+    loss: Loss = Loss()
+    data: Data = Data()
+    optim: Optim = Optim()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    efficiency: Efficiency = Efficiency()
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Config":
+        if self.optim.batch_size % self.optim.accumulate:
+            raise ValueError(
+                f"optim.batch_size {self.optim.batch_size} must be a multiple of optim.accumulate"
+            )
+        if self.optim.warmup_epochs > self.optim.epochs:
+            raise ValueError("optim.warmup_epochs must not exceed optim.epochs")
+        if self.teacher.prefix_only and self.teacher.skip_blocks:
+            raise ValueError("teacher.prefix_only reads the whole model: set teacher.skip_blocks=0")
+        if self.masks.distribution == "uniform" and self.masks.ratio is not None:
+            raise ValueError(
+                "masks.ratio means nothing for uniform masks: remove it or choose another distribution"
+            )
+        if self.objective == "mim" and (self.teacher.prefix_only or self.student.freeze):
+            raise ValueError("objective mim goes with neither teacher.prefix_only nor student.freeze")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a recipe and apply overrides.
+
+    Args:
+        path: a YAML file.
+        overrides: "section.key=value" each, the value in YAML's spelling.
+
+    Raises:
+        UserError: no such file, broken YAML, unknown key, wrong type, impossible combination.
+    """
+    tree = _read(Path(path), seen=())
+    for override in overrides or []:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"override {override!r} is not of the form section.key=value")
+        _set(tree, key.split("."), _parse(value, f"override {override!r}"), override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, path)) from None
+
+
+def keys(section: type[Section] = Config, prefix: str = "") -> dict[str, str]:
+    """Every key, dotted, with its documentation."""
+    found = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            found |= keys(field.annotation, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field.description or ""
+    return found
+
+
+def to_yaml(config: Config, *, comments: bool = False) -> str:
+    """The resolved configuration as YAML, with each key's documentation behind it where asked for."""
+    text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    if not comments:
+        return text
+    documentation, lines, section = keys(), [], ""
+    for line in text.splitlines():
+        name = line.strip().split(":")[0]
+        section = section if line.startswith(" ") else f"{name}."
+        key = section + name if line.startswith(" ") else name
+        lines.append(f"{line}  # {documentation[key]}" if key in documentation else line)
+    return "\n".join(lines) + "\n"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists on one line, sections in blocks, so that each key has a line for its comment."""
+
+    def represent_list(self, data: list) -> yaml.Node:
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+
+
+_Dumper.add_representer(list, _Dumper.represent_list)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict:
+    if not path.is_file():
+        raise UserError(f"no configuration file at {path}")
+    if path.resolve() in seen:
+        raise UserError(f"{path}: its bases form a circle")
+    tree = _parse(path.read_text(), str(path)) or {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
+    base = tree.pop("base", None)
+    return _merge(_read(path.parent / str(base), (*seen, path.resolve())), tree) if base else tree
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+
+
+def _merge(base: dict, top: dict) -> dict:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _set(tree: dict, path: list[str], value: Any, override: str) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"override {override!r}: {name} is not a section")
+    tree[path[-1]] = value
+
+
+def _explain(error: ValidationError, path: str | Path) -> str:
+    first = error.errors()[0]
+    where = [
+        part for part in first["loc"] if isinstance(part, str) and not part.startswith(("float", "literal"))
+    ]
+    key = ".".join(where)
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, [*keys(), *Config.model_fields], n=1, cutoff=0.0)
+        return f"{path}: unknown key {key}; the nearest is {near[0]}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{path}: {key}: {message}, got {first['input']!r}" if key else f"{path}: {message}"

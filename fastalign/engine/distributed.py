@@ -1,0 +1,64 @@
+"""Ranks: who am I, which device is mine, and sums over everybody."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+
+from fastalign.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this is rank 0, which writes files and talks."""
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over ranks, on each rank, in place."""
+        if self.size > 1:
+            distributed.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            distributed.barrier()
+
+
+def start() -> World:
+    """Join the ranks that torchrun started, or be alone. NCCL with GPUs, gloo without.
+
+    Raises:
+        UserError: more processes on this machine than it has GPUs.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if processes > gpus:
+            raise UserError(
+                f"--nproc-per-node={processes}, but this machine has {gpus} GPUs: ask for at most {gpus}"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if size > 1:
+        options = {"device_id": device} if device.type == "cuda" else {}
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+    return World(rank, size, device)
+
+
+def stop() -> None:
+    """Leave the group of ranks."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

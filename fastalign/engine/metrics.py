@@ -1,0 +1,228 @@
+"""Metrics: a line of JSON a step, TensorBoard and Weights & Biases where asked for, and progress on the terminal.
+
+Values stay on the device until they are flushed, so that the host never waits for a step.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fastalign.engine.flops import peak_flops
+from fastalign.errors import UserError
+
+
+class MetricLog:
+    """Writes the metrics of a run on the main rank; on the others it does nothing.
+
+    Args:
+        folder: the run folder; lines go to its `metrics.jsonl`.
+        step: the step to continue from: lines of later steps, from before an interruption, are dropped.
+        main: whether this rank writes.
+        tensorboard: also write events to `folder`.
+        wandb: also log to this project.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        step: int = 0,
+        main: bool = True,
+        tensorboard: bool = False,
+        wandb: str | None = None,
+    ):
+        self._pending: list[dict] = []
+        self._file, self._sinks = None, []
+        if not main:
+            return
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            _drop_later_lines(path, step)
+        self._file = path.open("a")
+        if tensorboard:
+            self._sinks.append(_tensorboard(folder, step))
+        if wandb:
+            self._sinks.append(_wandb(folder, wandb))
+
+    def add(self, **values) -> None:
+        """Keep a line until the next flush; values may be tensors on the device."""
+        if self._file:
+            self._pending.append(values)
+
+    def flush(self, speed: "Speed | None" = None) -> list[dict]:
+        """Fetch what is pending from the device and write it, training lines with the interval's speed.
+
+        Returns:
+            The lines.
+        """
+        lines = [{key: _plain(value) for key, value in line.items()} for line in self._pending]
+        self._pending.clear()
+        common = speed.measure() if speed else {}  # after the fetch, so that the device has done the work
+        for line in lines:
+            if "loss" in line:
+                line |= common
+            self._file.write(json.dumps(line) + "\n")
+            for sink in self._sinks:
+                sink({key: value for key, value in line.items() if key != "step"}, line["step"])
+        if lines:
+            self._file.flush()
+        return lines
+
+    def close(self) -> None:
+        """Write what is pending."""
+        if self._file:
+            self.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+class Speed:
+    """Images a second, the share of time spent waiting for data, and model FLOPs utilisation, by interval.
+
+    Args:
+        images: an update, over all ranks.
+        ranks: number of ranks.
+        flops: of one image, forward and backward.
+        device: this rank's; its peak is looked up by name.
+    """
+
+    def __init__(self, *, images: int, ranks: int, flops: float, device: torch.device):
+        self.images, self.device = images, device
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self.utilisation = flops / (peak * ranks) if peak else None
+        self.start()
+
+    def start(self) -> None:
+        """Begin an interval."""
+        self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
+
+    def tick(self, waited: float) -> None:
+        """An update was made, `waited` seconds of which went into waiting for data."""
+        self._steps += 1
+        self._waited += waited
+
+    def measure(self) -> dict[str, float]:
+        """The interval's figures; a new one begins."""
+        seconds = time.perf_counter() - self._since
+        rate = self._steps * self.images / seconds
+        figures = {
+            "images_per_second": rate,
+            "data_wait": self._waited / seconds,
+            "memory": peak_memory(self.device),
+        }
+        if self.utilisation:
+            figures["mfu"] = rate * self.utilisation
+        self.start()
+        return figures
+
+
+class Terminal:
+    """Progress on the terminal: a bar where there is one, plain lines where there is none."""
+
+    def __init__(self, *, total: int, step: int, main: bool):
+        self.main, self.total, self.started, self.first = main, total, time.monotonic(), step
+        self._bar = None
+        if main and sys.stderr.isatty():
+            columns = [
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+            ]
+            self._bar = Progress(
+                *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+            )
+            self._task = self._bar.add_task("training", total=total, completed=step, text="")
+            self._bar.start()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._bar:
+            self._bar.console.print(text, highlight=False)
+        elif self.main:
+            print(text, flush=True)
+
+    def show(self, line: dict) -> None:
+        """The newest training metrics."""
+        if not self.main:
+            return
+        text = (
+            f"loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s  "
+            f"waiting for data {100 * line['data_wait']:.1f}%"
+        )
+        if self._bar:
+            self._bar.update(self._task, completed=line["step"], text=text)
+            return
+        done = line["step"] - self.first
+        left = (time.monotonic() - self.started) / max(done, 1) * (self.total - line["step"])
+        print(
+            f"step {line['step']}/{self.total}  epoch {line['epoch']}  {text}  {left / 60:.1f} min left",
+            flush=True,
+        )
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar:
+            self._bar.stop()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the GPU memory taken at most, or the resident memory of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _plain(value):
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
+def _drop_later_lines(path: Path, step: int) -> None:
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue  # the line that an interruption tore
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+def _tensorboard(folder: Path, step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError('log.tensorboard needs a package: pip install "fastalign[tensorboard]"') from None
+    writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(values: dict, step: int) -> None:
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()
+
+    return write
+
+
+def _wandb(folder: Path, project: str):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError('log.wandb needs a package: pip install "fastalign[wandb]"') from None
+    run = wandb.init(project=project, name=folder.name, id=folder.name, dir=str(folder), resume="allow")
+    return lambda values, step: run.log(values, step=step)

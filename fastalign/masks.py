@@ -1,0 +1,146 @@
+"""Mask distributions. A mask is True where the patch is visible: said once, here.
+
+Every distribution is called as ``masks(sample_ids, num_patches, epoch=0)`` and returns ``[B, M, N]`` bool
+on the device of ``sample_ids``, with M = 1 sample, plus its complement and the full mask where asked for,
+in that order. A mask is a pure function of (seed, epoch, sample id): the same on every device, for every
+number of ranks and after every resume. Source: method.md's step 1; Covert et al., ICLR 2025.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastalign.random import Stream, random_uniform, random_words
+
+MIN_BLOCK_PATCHES = 16
+MAX_BLOCKS = 64
+
+
+@dataclass(frozen=True)
+class _Masks:
+    complement: bool = True
+    """Add the complement of each sample (antithetical sampling)."""
+    full: bool = True
+    """Add the mask that hides nothing."""
+    seed: int = 0
+
+    @property
+    def copies(self) -> int:
+        """M, the masks an image."""
+        return 1 + self.complement + self.full
+
+    def __call__(self, sample_ids: Tensor, num_patches: int | tuple[int, int], epoch: int = 0) -> Tensor:
+        """Masks of the given samples.
+
+        Args:
+            sample_ids: [B] int64.
+            num_patches: N, or the grid (rows, columns).
+            epoch: 0..2^32-1; `fastalign.random.EVAL_EPOCH` for evaluation.
+
+        Returns:
+            [B, M, N] bool, True = visible.
+        """
+        grid = _as_grid(num_patches)
+        sample = self.sample(sample_ids, grid, epoch)
+        stack = [sample]
+        if self.complement:
+            stack.append(~sample)
+        if self.full:
+            stack.append(torch.ones_like(sample))
+        return torch.stack(stack, dim=1)
+
+    def sample(self, sample_ids: Tensor, grid: tuple[int, int], epoch: int) -> Tensor:
+        """[B, N] bool: one draw an image."""
+        raise NotImplementedError
+
+
+def _as_grid(num_patches: int | tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(num_patches, int):
+        return tuple(num_patches)
+    side = math.isqrt(num_patches)
+    return (side, side) if side * side == num_patches else (1, num_patches)
+
+
+class UniformMasks(_Masks):
+    """Per image u ~ U(0, 1), then each patch visible iff its own U(0, 1) exceeds u.
+
+    The number of visible patches is therefore uniform on 0..N, both ends included.
+    """
+
+    def sample(self, sample_ids: Tensor, grid: tuple[int, int], epoch: int) -> Tensor:
+        count = grid[0] * grid[1]
+        words = random_words(sample_ids, count + 1, seed=self.seed, stream=Stream.MASKS, epoch=epoch)
+        return words[:, 1:] > words[:, :1]
+
+
+@dataclass(frozen=True)
+class BernoulliMasks(_Masks):
+    """Each patch visible with probability `ratio`, independently."""
+
+    ratio: float = 0.5
+
+    def __post_init__(self):
+        if not 0.0 <= self.ratio <= 1.0:
+            raise ValueError(f"BernoulliMasks: ratio must lie in 0..1, got {self.ratio}")
+
+    def sample(self, sample_ids: Tensor, grid: tuple[int, int], epoch: int) -> Tensor:
+        words = random_words(sample_ids, grid[0] * grid[1], seed=self.seed, stream=Stream.MASKS, epoch=epoch)
+        return words < round(self.ratio * 2**32)
+
+
+@dataclass(frozen=True)
+class BlockwiseMasks(_Masks):
+    """Visible rectangles are added until the visible share reaches `ratio`.
+
+    A rectangle has U{16, ..., ratio * N - 1} patches, aspect U(0.3, 1 / 0.3) and a uniform position, clipped
+    to the grid. The last one overshoots: for the default ratio 0.4 the mean visible share is about 0.49.
+    At most 64 rectangles are drawn, all at once, so that nothing waits for the device.
+    """
+
+    ratio: float = 0.4
+
+    def __post_init__(self):
+        if not 0.0 < self.ratio < 1.0:
+            raise ValueError(f"BlockwiseMasks: ratio must lie strictly between 0 and 1, got {self.ratio}")
+
+    def __call__(self, sample_ids: Tensor, num_patches: int | tuple[int, int], epoch: int = 0) -> Tensor:
+        if isinstance(num_patches, int) and math.isqrt(num_patches) ** 2 != num_patches:
+            raise ValueError(
+                f"BlockwiseMasks: {num_patches} patches do not form a square; pass the grid (rows, columns)"
+            )
+        return super().__call__(sample_ids, num_patches, epoch)
+
+    def sample(self, sample_ids: Tensor, grid: tuple[int, int], epoch: int) -> Tensor:
+        rows, columns = grid
+        target = math.ceil(self.ratio * rows * columns - 1e-9)
+        first = self._first_cover(sample_ids, grid, epoch)
+        # The number of patches covered after each rectangle decides how many rectangles count.
+        counts = torch.zeros(first.shape[0], MAX_BLOCKS + 1, dtype=torch.int64, device=first.device)
+        counts.scatter_add_(1, first, torch.ones_like(first))
+        covered = counts[:, :MAX_BLOCKS].cumsum(1)
+        used = (covered < target).sum(1, keepdim=True)
+        return first <= used.clamp(max=MAX_BLOCKS - 1)
+
+    def _first_cover(self, sample_ids: Tensor, grid: tuple[int, int], epoch: int) -> Tensor:
+        """[B, N] int64: the first rectangle that covers each patch, MAX_BLOCKS where none does."""
+        rows, columns = grid
+        largest = int(self.ratio * rows * columns)
+        smallest = max(1, min(MIN_BLOCK_PATCHES, largest - 1))
+        draws = random_uniform(sample_ids, 4 * MAX_BLOCKS, seed=self.seed, stream=Stream.MASKS, epoch=epoch)
+        size, aspect, top, left = draws.reshape(-1, 4, MAX_BLOCKS).unbind(1)
+        # float64 products, quotients and roots are correctly rounded everywhere: CPU and GPU agree to the bit.
+        size = smallest + torch.floor(size * max(1, largest - smallest))
+        aspect = 0.3 + aspect * (1 / 0.3 - 0.3)
+        height = torch.floor(torch.sqrt(size / aspect)).clamp(1, rows)
+        width = torch.floor(size / height).clamp(1, columns)
+        top = torch.floor(top * (rows - height + 1))
+        left = torch.floor(left * (columns - width + 1))
+        row = torch.arange(rows, device=draws.device).view(1, 1, rows)
+        column = torch.arange(columns, device=draws.device).view(1, 1, columns)
+        in_rows = (row >= top[..., None]) & (row < (top + height)[..., None])
+        in_columns = (column >= left[..., None]) & (column < (left + width)[..., None])
+        inside = (in_rows[..., :, None] & in_columns[..., None, :]).flatten(2)
+        index = torch.arange(MAX_BLOCKS, device=draws.device).view(1, MAX_BLOCKS, 1)
+        return torch.where(inside, index, MAX_BLOCKS).amin(1)

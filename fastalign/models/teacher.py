@@ -1,0 +1,68 @@
+"""The frozen teacher: what a pre-trained backbone sees in a masked image."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from fastalign.models.vit import ViT
+from fastalign.reference import mask_tokens
+
+
+class MaskedTeacher(nn.Module):
+    """A frozen copy of a backbone that reads masked images.
+
+    Its output is the backbone's own final norm of the output of block L - `skip_blocks`, every token; with
+    `prefix_only` the pooled output, one vector.
+
+    Args:
+        vit: the backbone; it is copied.
+        skip_blocks: how many of the last blocks are removed.
+        masking: "zero": a hidden patch is blank pixels (the mean colour), and stays in the sequence.
+        prefix_only: the pooled output instead of the tokens; needs ``skip_blocks=0``.
+    """
+
+    def __init__(self, vit: ViT, skip_blocks: int = 1, masking: str = "zero", prefix_only: bool = False):
+        super().__init__()
+        if masking != "zero":
+            raise ValueError(f"MaskedTeacher: masking must be 'zero', got {masking!r}")
+        if prefix_only and skip_blocks:
+            raise ValueError("MaskedTeacher: prefix_only reads the whole model; set skip_blocks=0")
+        if not 0 <= skip_blocks < vit.spec.depth:
+            raise ValueError(
+                f"MaskedTeacher: skip_blocks must lie in 0..{vit.spec.depth - 1}, got {skip_blocks}"
+            )
+        self.vit = copy.deepcopy(vit).requires_grad_(False)
+        self.vit.head = nn.Identity()
+        self.vit.grad_checkpointing = False
+        self.vit.blocks = self.vit.blocks[: vit.spec.depth - skip_blocks]
+        if not prefix_only:
+            self.vit.attn_pool, self.vit.fc_norm = None, nn.Identity()
+        self.skip_blocks, self.prefix_only = skip_blocks, prefix_only
+        self.spec, self.embed_dim = vit.spec, vit.embed_dim
+        self.eval()
+
+    def train(self, mode: bool = True) -> "MaskedTeacher":
+        """A teacher is never trained: it stays in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Targets, unscaled.
+
+        Args:
+            images: [B, C, height, width], normalised.
+            visible: [B, M, N] bool; None = the whole image, M = 1.
+
+        Returns:
+            [B, M, T, D]; [B, M, 1, D] with prefix_only.
+        """
+        patches = self.vit.patch_embed(images)
+        if visible is None:
+            patches = patches.unsqueeze(1)
+        else:
+            patches = mask_tokens(patches, self.vit.patch_embed.blank(), visible)
+        tokens = self.vit.encode(self.vit.add_position(patches.flatten(0, 1)))
+        if self.prefix_only:
+            tokens = self.vit.pooled(tokens).unsqueeze(1)
+        return tokens.unflatten(0, patches.shape[:2])

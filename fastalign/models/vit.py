@@ -1,0 +1,117 @@
+"""The vision transformer backbone. `fastalign.models.zoo` builds it from a timm name.
+
+Shapes: B images, N patches, P prefix tokens (class, registers), T = P + N tokens, D width.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastalign.models.blocks import Block, PatchEmbed, make_norm
+from fastalign.models.spec import ViTSpec
+
+
+class ViT(nn.Module):
+    """A vision transformer backbone. Build one with `fastalign.create_backbone`."""
+
+    def __init__(self, spec: ViTSpec, *, drop_path: float = 0.0):
+        super().__init__()
+        self.spec = spec
+        width = spec.block.width
+        self.patch_embed = PatchEmbed(spec)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if spec.class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, spec.registers, width)) if spec.registers else None
+        entries = spec.patches + (spec.prefix if spec.position_prefix else 0)
+        self.pos_embed = (
+            nn.Parameter(torch.zeros(1, entries, width), not spec.position_fixed) if spec.position else None
+        )
+        self.norm_pre = make_norm(spec.block, present=spec.pre_norm)
+        window = spec.grid if spec.relative_position else None
+        rates = torch.linspace(0, drop_path, spec.depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(
+            Block(spec.block, drop_path=rate, prefix=spec.prefix, window=window) for rate in rates
+        )
+        self.norm = make_norm(spec.block, present=spec.final_norm)
+        self.attn_pool = None
+        self.fc_norm = make_norm(spec.block, present=spec.pooled_norm)
+        self.head = nn.Identity()
+        self.pool = spec.pool
+        self.grad_checkpointing = False
+        # The rotary table or the relative position index: not a parameter, not stored.
+        self.register_buffer("position", None, persistent=False)
+
+    @property
+    def embed_dim(self) -> int:
+        """D"""
+        return self.spec.block.width
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """P"""
+        return self.spec.prefix
+
+    @property
+    def softcap(self) -> float | None:
+        """The cap of every block's attention logits; None = plain attention."""
+        return self.blocks[0].attn.softcap
+
+    @softcap.setter
+    def softcap(self, value: float | None) -> None:
+        if value is not None and not value > 0:
+            raise ValueError(f"softcap must be a positive number or None, got {value}")
+        for block in self.blocks:
+            block.attn.softcap = value
+
+    def add_position(self, patches: Tensor) -> Tensor:
+        """Patch embeddings [B, N, D] -> the first block's input [B, T, D]: prefix, position, norm."""
+        prefix = [
+            token.expand(len(patches), -1, -1)
+            for token in (self.cls_token, self.reg_token)
+            if token is not None
+        ]
+        if self.pos_embed is not None and not self.spec.position_prefix:
+            patches = patches + self.pos_embed
+        tokens = torch.cat([*prefix, patches], dim=1)
+        if self.pos_embed is not None and self.spec.position_prefix:
+            tokens = tokens + self.pos_embed
+        return self.norm_pre(tokens)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """The blocks and the final norm: [B, T, D] -> [B, T, D]."""
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training:
+                tokens = checkpoint(block, tokens, self.position, use_reentrant=False)
+            else:
+                tokens = block(tokens, self.position)
+        return self.norm(tokens)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Normalised images [B, C, height, width] -> tokens [B, T, D]."""
+        return self.encode(self.add_position(self.patch_embed(images)))
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """[B, T, D] -> [B, D], pooled and normed; with pool "none" every token, [B, T, D]."""
+        if self.pool != "none":
+            suffix = tokens if self.spec.pool_prefix else tokens[:, self.num_prefix_tokens :]
+            if self.pool == "map":
+                tokens = self.attn_pool(suffix)
+            elif self.pool == "token":
+                tokens = tokens[:, 0]
+            elif self.pool == "avg":
+                tokens = suffix.mean(1)
+            elif self.pool == "max":
+                tokens = suffix.amax(1)
+            else:
+                tokens = 0.5 * (suffix.mean(1) + suffix.amax(1))
+        return self.fc_norm(tokens)
+
+    def forward_head(self, tokens: Tensor) -> Tensor:
+        """Pooling, norm and the output layer."""
+        return self.head(self.pooled(tokens))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, height, width] -> the head's output: [B, classes], or [B, T, out] with pool "none"."""
+        height, width = images.shape[-2:]
+        if (height, width) != tuple(self.spec.image_size):
+            raise ValueError(f"images are {height}x{width}, the model wants {self.spec.image_size}")
+        return self.forward_head(self.forward_features(images))

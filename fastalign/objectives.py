@@ -1,0 +1,134 @@
+"""Everything between a batch of images and a loss: MaskEmbed, and masked image modeling."""
+
+import torch
+from torch import Tensor, nn
+
+from fastalign.errors import UserError
+from fastalign.models.spec import ViTSpec
+from fastalign.models.student import MaskEmbedStudent, MIMStudent
+from fastalign.models.teacher import MaskedTeacher
+from fastalign.reference import LOSSES, reconstruction_loss
+
+
+class _Objective(nn.Module):
+    """A frozen teacher, a student, a mask distribution and a loss."""
+
+    def __init__(self, teacher: MaskedTeacher, student: nn.Module, masks, loss: str = "mse"):
+        super().__init__()
+        if loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+        check_same_tokens(teacher.spec, student.encoder.spec)
+        self.teacher, self.student, self.masks, self.loss = teacher, student, masks, loss
+        self.register_buffer("target_scale", torch.ones(()))
+
+    @property
+    def num_patches(self) -> tuple[int, int]:
+        """The grid of patches, rows and columns."""
+        return self.teacher.spec.grid
+
+    def targets(self, images: Tensor, visible: Tensor) -> Tensor:
+        """[B, M or 1, T, D], unscaled."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, sample_ids: Tensor, epoch: int = 0) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            images: [B, C, height, width], normalised.
+            sample_ids: [B] int64; with `epoch` and the masks' seed they decide the masks.
+            epoch: the training epoch, or `fastalign.random.EVAL_EPOCH`.
+
+        Returns:
+            Scalar, fp32.
+        """
+        visible = self.masks(sample_ids, self.num_patches, epoch)
+        return reconstruction_loss(
+            self.student(images, visible),
+            self.targets(images, visible),
+            visible,
+            loss=self.loss,
+            scale=self.target_scale,
+            prefix_visible=isinstance(self.student, MIMStudent),
+        )
+
+    @torch.no_grad()
+    def target_moments(self, images: Tensor, sample_ids: Tensor, epoch: int) -> Tensor:
+        """[3] float64: number, sum and sum of squares of the unscaled targets of a batch."""
+        targets = self.targets(images, self.masks(sample_ids, self.num_patches, epoch)).double()
+        return torch.stack(
+            [targets.new_tensor(float(targets.numel())), targets.sum(), targets.square().sum()]
+        )
+
+    def set_target_scale(self, moments: Tensor) -> float:
+        """Scale targets to unit variance, given the sum of `target_moments` over the data. Returns the scale."""
+        count, total, squares = moments.double().tolist()
+        variance = squares / count - (total / count) ** 2
+        if not variance > 0:
+            raise UserError(
+                f"the teacher's targets have variance {variance:g}: nothing to predict; check its weights"
+            )
+        self.target_scale.fill_(variance**-0.5)
+        return self.target_scale.item()
+
+    def compile(self, **options) -> None:
+        """torch.compile the student and the teacher, each as one graph without a break."""
+        self.teacher.compile(fullgraph=True, **options)
+        self.student.compile(fullgraph=True, **options)
+
+
+class MaskEmbed(_Objective):
+    """Locality alignment: predict the teacher's view of the masked image from the student's masked output.
+
+    Args:
+        teacher: `MaskedTeacher`.
+        student: `MaskEmbedStudent`.
+        masks: a distribution of `fastalign.masks`.
+        loss: mse | cosine | l1 | masked_mse | unmasked_mse.
+    """
+
+    def __init__(self, teacher: MaskedTeacher, student: MaskEmbedStudent, masks, loss: str = "mse"):
+        super().__init__(teacher, student, masks, loss)
+        if teacher.prefix_only != student.decoder.prefix_only:
+            raise ValueError("prefix_only must be the same for the teacher and the student")
+        if student.decoder.head.out_features != teacher.embed_dim:
+            raise ValueError(
+                f"the student predicts {student.decoder.head.out_features} channels, the teacher has "
+                f"{teacher.embed_dim}: give MaskEmbedStudent.from_backbone target_dim={teacher.embed_dim}"
+            )
+
+    def targets(self, images: Tensor, visible: Tensor) -> Tensor:
+        return self.teacher(images, visible)
+
+
+class MaskedImageModeling(_Objective):
+    """The student sees the masked image and predicts the teacher's tokens of the unmasked image. No decoder.
+
+    Args:
+        teacher: `MaskedTeacher`, usually with ``skip_blocks=0``.
+        student: `MIMStudent`.
+        masks, loss: as for `MaskEmbed`.
+    """
+
+    def __init__(self, teacher: MaskedTeacher, student: MIMStudent, masks, loss: str = "mse"):
+        super().__init__(teacher, student, masks, loss)
+        if teacher.prefix_only:
+            raise ValueError(
+                "masked image modeling predicts every token: the teacher must not be prefix_only"
+            )
+
+    def targets(self, images: Tensor, visible: Tensor) -> Tensor:
+        return self.teacher(images)
+
+
+def check_same_tokens(teacher: ViTSpec, student: ViTSpec) -> None:
+    """Refuse a teacher and a student whose tokens do not correspond."""
+    if teacher.grid != student.grid:
+        raise UserError(
+            f"teacher and student have different patch grids, {teacher.grid} and {student.grid}: "
+            "choose backbones or img_size values with the same grid"
+        )
+    if teacher.prefix != student.prefix:
+        raise UserError(
+            f"teacher and student have {teacher.prefix} and {student.prefix} prefix tokens: "
+            "choose backbones with the same number"
+        )

@@ -1,0 +1,101 @@
+"""Counter-based random numbers (Philox4x32-10): a draw is a pure function of (seed, stream, epoch, id, index).
+
+Masks, crops, flips and augmentations all draw from here, so that a run sees the same numbers on every
+device, for every number of ranks, in every batch composition and after every resume.
+
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Words are 32-bit unsigned
+integers held in int64 tensors, because torch has no unsigned 32-bit arithmetic on every device.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ROUNDS = 10
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_WORD = 0xFFFFFFFF
+EVAL_EPOCH = _WORD
+"""The epoch whose draws evaluation uses: validation masks never change and never meet a training epoch's."""
+
+
+class Stream(IntEnum):
+    """Who draws. Different streams of one seed are independent."""
+
+    MASKS = 1
+    GEOMETRY = 2
+    AUGMENT = 3
+    MIX = 4
+    ORDER = 5
+    SYNTHETIC = 6
+
+
+def _multiply_high_low(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The high and low words of the 64-bit product of two 32-bit words, without leaving int64."""
+    a_high, a_low = a >> 16, a & 0xFFFF
+    b_high, b_low = b >> 16, b & 0xFFFF
+    low_low, cross = a_low * b_low, a_high * b_low
+    middle = a_low * b_high + (low_low >> 16) + (cross & 0xFFFF)
+    high = a_high * b_high + (cross >> 16) + (middle >> 16)
+    low = ((middle & 0xFFFF) << 16) | (low_low & 0xFFFF)
+    return high, low
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10.
+
+    Args:
+        counter: four int64 tensors of one shape (or broadcastable), words in 0..2^32-1.
+        key: two words.
+
+    Returns:
+        Four int64 tensors of words.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        high0, low0 = _multiply_high_low(_MULTIPLIER_0, c0)
+        high1, low1 = _multiply_high_low(_MULTIPLIER_1, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL_0) & _WORD, (k1 + _WEYL_1) & _WORD
+    return c0, c1, c2, c3
+
+
+def _key(seed: int, stream: Stream) -> tuple[int, int]:
+    # The stream goes into the upper key word, times the golden ratio, so that seeds stay apart from streams.
+    return seed & _WORD, ((seed >> 32) ^ (int(stream) * 0x9E3779B1)) & _WORD
+
+
+def random_words(ids: Tensor, count: int, *, seed: int, stream: Stream, epoch: int = 0) -> Tensor:
+    """Random 32-bit words, one row an id.
+
+    Args:
+        ids: [B] int64, sample ids (>= 0), on the device that the words are wanted on.
+        count: words a row.
+        seed: 64-bit seed of the run.
+        stream: which consumer draws.
+        epoch: 0..2^32-1.
+
+    Returns:
+        [B, count] int64, each uniform on 0..2^32-1.
+    """
+    blocks = (count + 3) // 4
+    ids = ids.to(torch.int64).unsqueeze(1)
+    index = torch.arange(blocks, device=ids.device, dtype=torch.int64).unsqueeze(0)
+    zero = torch.zeros_like(index)
+    words = philox((index, zero + (epoch & _WORD), ids & _WORD, (ids >> 32) & _WORD), _key(seed, stream))
+    shape = (ids.shape[0], blocks)
+    return torch.stack([word.expand(shape) for word in words], dim=-1).reshape(ids.shape[0], -1)[:, :count]
+
+
+def random_uniform(ids: Tensor, count: int, *, seed: int, stream: Stream, epoch: int = 0) -> Tensor:
+    """[B, count] float64, each a multiple of 2^-32, uniform on [0, 1). Arguments as in `random_words`."""
+    return random_words(ids, count, seed=seed, stream=stream, epoch=epoch).double() * 2.0**-32
+
+
+def permutation(length: int, *, seed: int, epoch: int = 0) -> np.ndarray:
+    """A global permutation of 0..length-1 (int64), a pure function of (seed, epoch)."""
+    key = np.array([seed & 0xFFFFFFFFFFFFFFFF, (int(Stream.ORDER) << 32) | (epoch & _WORD)], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).permutation(length)

@@ -1,0 +1,122 @@
+"""A run: what it consists of, how it is saved and how it continues."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastalign import __version__, build
+from fastalign.config import Config
+from fastalign.engine.checkpoint import Checkpoints, write_atomically
+from fastalign.engine.distributed import World
+from fastalign.engine.optim import MovingAverage, adamw
+from fastalign.errors import UserError
+
+
+class Run:
+    """Everything that a run consists of, between its configuration and its folder."""
+
+    def __init__(self, config: Config, world: World):
+        self.config, self.world, self.folder = config, world, Path(config.output)
+        objective, self.backbone = build.build_objective(config)
+        self.objective = objective.to(world.device)
+        self.train, self.val = build.build_loaders(config, world, self.backbone)
+        self.trained = [p for p in objective.parameters() if p.requires_grad]
+        optim = config.optim
+        self.optimizer = adamw(self.trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+        self.average = MovingAverage(objective.student, optim.ema) if optim.ema else None
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
+        self.step, self.best, self.val_loss = 0, None, None
+        self.epoch_steps = len(self.train) // optim.accumulate
+        self.total_steps = optim.epochs * self.epoch_steps
+        self.last_step = min(config.max_steps or self.total_steps, self.total_steps)
+        self.resume()
+        if config.efficiency.compile:
+            objective.compile()
+        self.model: nn.Module = objective
+        if world.size > 1:
+            self.model = DistributedDataParallel(
+                objective, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def autocast(self):
+        """bf16 autocast, or nothing in fp32."""
+        dtype = build.precision(self.config, self.world.device)
+        return torch.autocast(self.world.device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
+
+    def state(self) -> dict:
+        """What a checkpoint holds: tensors and plain values only."""
+        return {
+            "student": self.objective.student.state_dict(),
+            "target_scale": self.objective.target_scale.item(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state if self.average else None,
+            "step": self.step,
+            "best": self.best,
+            "val_loss": self.val_loss,
+            "config": self.config.model_dump(mode="json"),
+        }
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint of the folder, if there is one."""
+        state = self.checkpoints.newest()
+        if state is None:
+            return
+        try:
+            self.objective.student.load_state_dict(state["student"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.average:
+                self.average.load(state["average"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.checkpoints.path(state['step'])} is a checkpoint of another model: "
+                f"choose another output than {self.folder} ({str(error).splitlines()[-1].strip()})"
+            ) from error
+        self.objective.target_scale.fill_(state["target_scale"])
+        self.step, self.best, self.val_loss = state["step"], state["best"], state["val_loss"]
+
+
+def save(run: Run, *, evaluated: bool = False) -> None:
+    """Write a checkpoint, and the backbone where it is the best so far (the newest, without validation)."""
+    best = evaluated and (run.best is None or run.val_loss < run.best)
+    if best:
+        run.best = run.val_loss
+    if run.world.main:
+        run.checkpoints.save(run.state(), run.step, best=best)
+        if (best or run.val is None) and not run.config.student.freeze:
+            save_backbone(run)
+    run.world.barrier()
+
+
+def save_backbone(run: Run) -> None:
+    """The aligned backbone with timm's keys, without the student's head, and what one must know to use it."""
+    weights = run.average.state if run.average else run.objective.student.state_dict()
+    weights = {
+        name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")
+    }
+    weights = {
+        name: value.contiguous().float() for name, value in weights.items() if not name.startswith("head.")
+    }
+    kwargs = {**run.backbone.recipe["kwargs"], "num_classes": 0}
+    if run.backbone.spec.pool == "map":
+        kwargs["global_pool"] = ""  # the student has no pooling to save
+    facts = {
+        "name": run.backbone.recipe["name"],
+        "kwargs": kwargs,
+        "softcap": run.config.student.softcap,
+        **run.backbone.data,
+        "features": "the tokens after the final norm; prefix tokens first",
+        "objective": run.config.objective,
+        "step": run.step,
+        "val_loss": run.val_loss,
+        "fastalign": __version__,
+    }
+    metadata = {"format": "pt", "softcap": str(run.config.student.softcap)}
+    content = safetensors.torch.save({name: value.cpu() for name, value in weights.items()}, metadata)
+    write_atomically(run.folder / "backbone.safetensors", lambda file: file.write(content))
+    text = json.dumps(facts, indent=2) + "\n"
+    write_atomically(run.folder / "backbone.json", lambda file: file.write(text.encode()))

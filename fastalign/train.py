@@ -1,0 +1,202 @@
+"""Training: ``python -m fastalign.train CONFIG.yaml key.sub=value ...``, alone or under torchrun."""
+
+import argparse
+import math
+import os
+import sys
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from fastalign import build
+from fastalign.config import Config, load_config, to_yaml
+from fastalign.engine import distributed
+from fastalign.engine.metrics import MetricLog, Speed, Terminal
+from fastalign.engine.optim import learning_rate
+from fastalign.errors import UserError
+from fastalign.flops import flops_per_image
+from fastalign.random import EVAL_EPOCH
+from fastalign.run import Run, save
+
+
+def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
+    """One update of the weights. Returns measurements that are still on the device."""
+    config, accumulate = run.config, run.config.optim.accumulate
+    optim = config.optim
+    min_lr = optim.lr / 10 if optim.min_lr is None else optim.min_lr
+    warmup = round(optim.warmup_epochs * run.epoch_steps)
+    lr = learning_rate(run.step, total=run.total_steps, warmup=warmup, lr=optim.lr, min_lr=min_lr)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    # Stochastic depth draws from torch's generator: seeded by the step, a resumed run draws the same.
+    torch.manual_seed((config.seed * 1_000_003 + run.step) * 65_536 + run.world.rank)
+    total, waited = torch.zeros((), device=run.world.device), 0.0
+    for part in range(accumulate):
+        batch = next(batches)
+        waited += batch.wait
+        last = part == accumulate - 1
+        with nullcontext() if last or run.world.size == 1 else run.model.no_sync():
+            with run.autocast():
+                loss = run.model(batch.images, batch.ids, epoch) / accumulate
+            loss.backward()
+        total += loss.detach()
+    norm = nn.utils.clip_grad_norm_(run.trained, optim.clip or float("inf"))
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    if run.average:
+        run.average.update()
+    run.step += 1
+    return {"loss": total, "grad_norm": norm, "lr": lr, "waited": waited}
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> float:
+    """The loss over the validation set with its fixed masks; of the averaged weights where there are some."""
+    student = run.objective.student
+    live = {name: value.clone() for name, value in student.state_dict().items()} if run.average else None
+    if run.average:
+        student.load_state_dict(run.average.state)
+    student.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
+    for batch in run.val.batches():
+        with run.autocast():
+            loss = run.objective(batch.images, batch.ids, EVAL_EPOCH)
+        sums += torch.stack([loss.double() * len(batch.ids), loss.new_tensor(len(batch.ids)).double()])
+    student.train()
+    if live:
+        student.load_state_dict(live)
+    total, count = run.world.sum(sums).tolist()
+    return total / count
+
+
+def measure_target_scale(run: Run) -> None:
+    """Set the objective's target scale: measured, given, or none, by the configuration."""
+    scale = run.config.loss.target_scale
+    if scale != "auto":
+        run.objective.target_scale.fill_(scale)
+    elif run.config.loss.name == "mse":
+        moments = torch.zeros(3, dtype=torch.float64, device=run.world.device)
+        for batch in build.scale_batches(run.config, run.world, run.backbone, run.val):
+            with run.autocast():
+                moments += run.objective.target_moments(batch.images, batch.ids, EVAL_EPOCH)
+        run.objective.set_target_scale(run.world.sum(moments))
+
+
+def train(config: Config, world: distributed.World) -> None:
+    """Run a configuration to its end, from wherever its folder stands."""
+    run = Run(config, world)
+    if world.main:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "config.yaml").write_text(to_yaml(config))
+    sinks = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb}
+    log = MetricLog(run.folder, step=run.step or -1, main=world.main, **sinks)
+    terminal = Terminal(total=run.last_step, step=run.step, main=world.main)
+    try:
+        if run.step == 0:
+            begin(run, log, terminal)
+        else:
+            terminal.say(f"resuming {run.folder} at step {run.step} of {run.last_step}")
+        loop(run, log, terminal)
+        if (run.folder / "backbone.json").exists():
+            terminal.say(f"aligned backbone: {run.folder / 'backbone.safetensors'}")
+    except UserError as error:
+        if not world.main:  # what goes wrong from here on may go wrong on one rank only
+            print(f"fastalign: rank {world.rank}: {error}", file=sys.stderr)
+        raise
+    finally:
+        terminal.close()
+        log.close()
+        for loader in filter(None, (run.train, run.val)):
+            loader.close()
+
+
+def begin(run: Run, log: MetricLog, terminal: Terminal) -> None:
+    """Before the first step: the target scale, and the loss of the untrained student."""
+    measure_target_scale(run)
+    terminal.say(f"target scale {run.objective.target_scale.item():.4g}")
+    if run.val:
+        validate(run, log, terminal, epoch=0)
+
+
+def validate(run: Run, log: MetricLog, terminal: Terminal, epoch: int) -> None:
+    """Evaluate and tell."""
+    run.val_loss = evaluate(run)
+    log.add(step=run.step, epoch=epoch, val_loss=run.val_loss)
+    log.flush()
+    terminal.say(f"step {run.step}: validation loss {run.val_loss:.4f}")
+
+
+def loop(run: Run, log: MetricLog, terminal: Terminal) -> None:
+    """Update, report, save, evaluate."""
+    config, world = run.config, run.world
+    speed = Speed(
+        images=config.optim.batch_size,
+        ranks=world.size,
+        flops=flops_per_image(run.objective),
+        device=world.device,
+    )
+    run.model.train()
+    while run.step < run.last_step:
+        epoch, position = divmod(run.step, run.epoch_steps)
+        end = min(run.last_step, (epoch + 1) * run.epoch_steps)
+        batches = run.train.batches(epoch, start=position * config.optim.accumulate)
+        speed.start()
+        while run.step < end:
+            metrics = update(run, batches, epoch)
+            speed.tick(metrics.pop("waited"))
+            log.add(step=run.step, epoch=epoch, **metrics)
+            if run.step % config.log.every_steps == 0 or run.step == end:
+                report(log.flush(speed), terminal)
+            if (
+                config.checkpoint.every_steps
+                and run.step % config.checkpoint.every_steps == 0
+                and run.step != end
+            ):
+                save(run)
+        batches.close()
+        if run.val:
+            validate(run, log, terminal, epoch)
+        save(run, evaluated=run.val is not None)
+
+
+def report(lines: list[dict], terminal: Terminal) -> None:
+    """Show the newest line; stop where the loss is no longer a number."""
+    for line in lines:
+        if not math.isfinite(line["loss"]):
+            raise UserError(
+                f"the loss is {line['loss']} at step {line['step']}: lower optim.lr, or set optim.clip; "
+                "the last checkpoint is from before"
+            )
+    if lines:
+        terminal.show(lines[-1])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns the exit code: 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastalign.train", description="Align a backbone with MaskEmbed."
+    )
+    parser.add_argument("config", help="a recipe, such as configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change keys of the recipe")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and stop"
+    )
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        if options.print_config:
+            print(to_yaml(config, comments=True), end="")
+            return 0
+        train(config, distributed.start())
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"fastalign: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""Build script. All metadata is in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
