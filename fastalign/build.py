@@ -52,8 +52,9 @@ def _backbone(name: str, pretrained: bool, checkpoint: str | None, kwargs: dict)
 
 def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, ViT]:
     """The objective, freshly initialised, and the backbone that its student started from."""
+    torch.manual_seed(config.seed)  # weights that are not loaded are the same on every rank and after a resume
     backbone, taught = build_backbones(config)
-    torch.manual_seed(config.seed)  # the decoder starts the same on every rank
+    torch.manual_seed(config.seed)  # and the decoder's, whether or not the backbone's were drawn
     try:
         teacher = MaskedTeacher(
             taught, skip_blocks=config.teacher.skip_blocks, prefix_only=config.teacher.prefix_only

@@ -54,6 +54,7 @@ def create_backbone(
     _check_name(timm_name, kwargs)
     source = _create_timm(timm_name, pretrained and not moco and checkpoint is None, kwargs)
     vit = from_timm(source)
+    _check_size(name, source)
     if moco:
         _make_moco(vit)
         if pretrained and checkpoint is None:
@@ -97,9 +98,18 @@ def _check_name(name: str, kwargs: dict) -> None:
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, [*timm.list_models(), MOCO], n=4, cutoff=0.5)
         raise UserError(f"unknown backbone {name!r}: the nearest names are {', '.join(near) or 'none'}")
-    size, patch = kwargs.get("img_size"), kwargs.get("patch_size")
-    if size is not None and patch is not None and _pair(size)[0] < _pair(patch)[0]:
-        raise UserError(f"img_size {size} is smaller than the patch size {patch}")
+
+
+def _check_size(name: str, source: nn.Module) -> None:
+    """A remainder of the image is ignored where the backbone was made so (384 / 14); asked for, it is a slip."""
+    native = source.pretrained_cfg.get("input_size", (3, 0, 0))[-2:]
+    size, patch = _pair(source.patch_embed.img_size), _pair(source.patch_embed.patch_size)
+    if size != tuple(native) and (size[0] % patch[0] or size[1] % patch[1]):
+        below = max(size[0] // patch[0], 1) * patch[0]
+        raise UserError(
+            f"{name}: img_size {size[0]} is not a multiple of the patch size {patch[0]}: "
+            f"use {below} or {below + patch[0]}"
+        )
 
 
 def _create_timm(name: str, pretrained: bool, kwargs: dict) -> nn.Module:
@@ -214,6 +224,8 @@ def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
 def _refuse_unknown_parts(source: nn.Module) -> None:
     """Parts without parameters, which the comparison of state dicts would not see."""
     block = source.blocks[0]
+    if type(block).__name__ not in ("Block", "EvaBlock"):
+        raise UserError(f"blocks of type {type(block).__name__}: an architecture that fastalign has not got")
     rope = getattr(source, "rope", None)
     problems = {
         "dropout": any(
@@ -224,7 +236,6 @@ def _refuse_unknown_parts(source: nn.Module) -> None:
         "a shared relative position bias": getattr(source, "rel_pos_bias", None) is not None,
         f"attention of type {type(block.attn).__name__}": type(block.attn).__name__
         not in ("Attention", "EvaAttention"),
-        f"blocks of type {type(block).__name__}": type(block).__name__ not in ("Block", "EvaBlock"),
         f"norms of type {type(block.norm1).__name__}": not isinstance(block.norm1, nn.LayerNorm),
         f"an MLP of type {type(block.mlp).__name__}": type(block.mlp).__name__ not in ("Mlp", "SwiGLU"),
         "rotary embeddings of another type": rope is not None and type(rope).__name__ != "RotaryEmbeddingCat",

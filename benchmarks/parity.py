@@ -1,0 +1,113 @@
+"""How far our backbones are from timm's on random weights: ``python -m benchmarks.parity [NAME ...]``.
+
+fp32, each backbone of the method at its native size and full depth, forward pass and every gradient with a
+random cotangent. Writes `benchmarks/results/parity.json` and the table of `docs/backbones.md`.
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from benchmarks import record
+from fastalign.models.zoo import MOCO, create_backbone, from_timm
+
+BACKBONES = [
+    "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+    "vit_small_patch16_224.augreg_in21k_ft_in1k",
+    "vit_base_patch16_224.augreg_in21k_ft_in1k",
+    "vit_large_patch16_224.augreg_in21k_ft_in1k",
+    "vit_base_patch16_224.mae",
+    "vit_base_patch16_224.dino",
+    "vit_base_patch14_reg4_dinov2.lvd142m",
+    "vit_base_patch16_clip_quickgelu_224.openai",
+    "vit_large_patch14_clip_quickgelu_224.openai",
+    "vit_large_patch14_clip_quickgelu_336.openai",
+    "vit_base_patch16_clip_224.laion2b",
+    "vit_base_patch16_clip_224.dfn2b",
+    "vit_base_patch16_siglip_224.webli",
+    "vit_so400m_patch14_siglip_224",
+    "vit_so400m_patch14_siglip_384",
+    "beit_base_patch16_224.in22k_ft_in22k_in1k",
+    "beitv2_base_patch16_224.in1k_ft_in22k_in1k",
+    "eva02_base_patch16_clip_224.merged2b",
+    MOCO,
+]
+TABLE = Path(__file__).parent.parent / "docs" / "backbones.md"
+
+
+def measure(name: str, images: int = 1, **kwargs) -> dict[str, float]:
+    """Relative errors, in the Euclidean norm, of the tokens, the pooled output and the gradient against timm's.
+
+    Args:
+        name: a backbone's name.
+        images: the batch.
+        **kwargs: timm's arguments.
+    """
+    torch.manual_seed(0)
+    theirs = timm.create_model("vit_base_patch16_224" if name == MOCO else name, num_classes=0, **kwargs)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    if name == MOCO:
+        theirs.pos_embed = nn.Parameter(
+            create_backbone(name, **kwargs).pos_embed.detach().clone(), requires_grad=False
+        )
+    ours = from_timm(copy.deepcopy(theirs))
+    if name == MOCO:
+        ours.pos_embed.requires_grad_(False)
+    theirs.eval(), ours.eval()
+    pixels = torch.randn(images, ours.spec.channels, *ours.spec.image_size)
+    cotangent = torch.randn(images, ours.spec.prefix + ours.spec.patches, ours.embed_dim)
+    results = [_run(model, pixels, cotangent) for model in (theirs, ours)]
+    (tokens, pooled, gradient), (our_tokens, our_pooled, our_gradient) = results
+    assert gradient.keys() == our_gradient.keys(), "the trained parameters differ"
+    whole = torch.cat([value.flatten() for value in gradient.values()])
+    our_whole = torch.cat([our_gradient[name].flatten() for name in gradient])
+    return {
+        "tokens": _error(our_tokens, tokens),
+        "pooled": _error(our_pooled, pooled),
+        "gradient": _error(our_whole, whole),
+    }
+
+
+def _run(model: nn.Module, pixels: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    tokens = model.forward_features(pixels)
+    pooled = model.forward_head(tokens)
+    ((tokens * cotangent).sum() + pooled.square().sum()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return tokens.detach(), pooled.detach(), gradients
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    return ((found - wanted).double().norm() / wanted.double().norm()).item()
+
+
+def main(names: list[str]) -> None:
+    """Measure, print, write."""
+    rows = []
+    for name in names or BACKBONES:
+        rows.append({"backbone": name, **measure(name)})
+        print(
+            "{backbone:48} tokens {tokens:.1e}  pooled {pooled:.1e}  gradient {gradient:.1e}".format(
+                **rows[-1]
+            )
+        )
+    if not names:
+        record.write("parity", rows)
+        lines = [
+            "| {backbone} | {tokens:.1e} | {pooled:.1e} | {gradient:.1e} |".format(**row) for row in rows
+        ]
+        head, _, _ = TABLE.read_text().partition("| backbone |")
+        TABLE.write_text(
+            head
+            + "\n".join(["| backbone | tokens | pooled | gradient |", "|---|---|---|---|", *lines])
+            + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,283 @@
+"""Lists of millions of images: packed names, folder and tar scans, and their cache on disk.
+
+Names live in one blob of bytes with int64 offsets, memory-mapped from the cache, because 13 million Python
+strings would cost every process more than a gigabyte.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from fastalign.errors import UserError
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+MAX_IMAGE_BYTES = 256 * 1024 * 1024
+_SUFFIXES = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
+_FORMAT = "fastalign-index-1"
+_ALIGN = 64
+# A directory that changes twice within one tick of its file system's clock keeps its mtime: a listing taken
+# this soon after the last change proves nothing, so it is not cached.
+_SETTLE_NS = 2_000_000_000
+_TAR_BLOCK = 512
+
+
+class Names:
+    """A packed, read-only list of file names.
+
+    Args:
+        blob: [total] uint8, the names one after the other, as the file system spells them.
+        offsets: [n + 1] int64, where each name starts.
+    """
+
+    def __init__(self, blob: np.ndarray, offsets: np.ndarray):
+        self.blob, self.offsets = blob, offsets
+
+    @classmethod
+    def pack(cls, names: list[bytes]) -> "Names":
+        """Packs a list of byte strings."""
+        lengths = np.fromiter((len(name) for name in names), dtype=np.int64, count=len(names))
+        return cls._from_parts(b"".join(names), lengths)
+
+    @classmethod
+    def _from_parts(cls, blob: bytes | bytearray, lengths: np.ndarray) -> "Names":
+        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        return cls(np.frombuffer(blob, dtype=np.uint8), offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return os.fsdecode(self.blob[self.offsets[index] : self.offsets[index + 1]].tobytes())
+
+
+def cache_folder() -> Path:
+    """Where indices are kept: $XDG_CACHE_HOME/fastalign, else ~/.cache/fastalign."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
+    return Path(base) / "fastalign"
+
+
+def _cache_file(kind: str, key: str) -> Path:
+    return cache_folder() / f"{kind}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.idx"
+
+
+def save_index(kind: str, key: str, arrays: dict[str, np.ndarray]) -> bool:
+    """Writes one-dimensional arrays to the cache, atomically.
+
+    Returns:
+        False when the cache cannot be written (read-only home, full disk): the caller goes on without it.
+    """
+    layout, position = {}, 0
+    for name, array in arrays.items():
+        position = -(-position // _ALIGN) * _ALIGN
+        layout[name] = [array.dtype.str, len(array), position]
+        position += array.nbytes
+    header = json.dumps({"format": _FORMAT, "key": key, "arrays": layout, "bytes": position}).encode() + b"\n"
+    body = -(-len(header) // _ALIGN) * _ALIGN
+    target, temporary = _cache_file(kind, key), None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".writing-")
+        with os.fdopen(handle, "wb") as file:
+            file.write(header)
+            for name, array in arrays.items():
+                file.seek(body + layout[name][2])
+                file.write(memoryview(np.ascontiguousarray(array)))
+            file.truncate(body + position)
+        Path(temporary).replace(target)
+    except (OSError, UnicodeEncodeError):
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        return False
+    return True
+
+
+def load_index(kind: str, key: str) -> dict[str, np.ndarray] | None:
+    """The arrays that `save_index` wrote, memory-mapped; None when there are none, or they are damaged."""
+    path = _cache_file(kind, key)
+    try:
+        with path.open("rb") as file:
+            line = file.readline(1 << 20)
+            header = json.loads(line)
+            body = -(-len(line) // _ALIGN) * _ALIGN
+            size = os.fstat(file.fileno()).st_size
+            if (header["format"], header["key"], body + header["bytes"]) != (_FORMAT, key, size):
+                return None
+            arrays = {}
+            for name, (dtype, length, offset) in header["arrays"].items():
+                if length == 0:
+                    arrays[name] = np.empty(0, dtype=dtype)
+                else:
+                    arrays[name] = np.memmap(file, dtype, mode="r", offset=body + offset, shape=(length,))
+            return arrays
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_image(name: bytes) -> bool:
+    """Whether a file name ends in one of IMAGE_EXTENSIONS (any case) and is not hidden."""
+    base = name.rsplit(b"/", 1)[-1]
+    return base.lower().endswith(_SUFFIXES) and not base.startswith(b".")
+
+
+def _list_directory(path: bytes) -> tuple[list[bytes], list[bytes], int]:
+    """Sorted image names, sorted sub-directory names, number of other files. Links are followed."""
+    images, folders, others = [], [], 0
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.name.startswith(b"."):
+                continue
+            if entry.is_dir():
+                folders.append(entry.name)
+            elif is_image(entry.name) and entry.is_file():
+                images.append(entry.name)
+            else:
+                others += 1
+    return sorted(images), sorted(folders), others
+
+
+def _scan_folder(root: str) -> tuple[dict[str, np.ndarray], int, bool]:
+    """Walks a folder depth first. Returns the index arrays, the number of other files, and whether it is settled."""
+    blob, lengths, directories, mtimes = bytearray(), [], [], []
+    others, settled = 0, True
+    base = os.fsencode(root)
+    stack: list[tuple[bytes, tuple]] = [(b"", ())]
+    while stack:
+        relative, ancestors = stack.pop()
+        path = os.path.join(base, relative)  # noqa: PTH118, names are bytes
+        status = os.stat(path)  # noqa: PTH116
+        identity = (status.st_dev, status.st_ino)
+        if identity in ancestors:
+            continue
+        settled &= time.time_ns() - status.st_mtime_ns > _SETTLE_NS
+        directories.append(relative)
+        mtimes.append(status.st_mtime_ns)
+        images, folders, other = _list_directory(path)
+        others += other
+        prefix = relative + b"/" if relative else b""
+        for name in images:
+            blob += prefix + name
+        lengths.append(np.array([len(prefix) + len(name) for name in images], dtype=np.int64))
+        stack += [(prefix + name, (*ancestors, identity)) for name in reversed(folders)]
+    names = Names._from_parts(blob, np.concatenate(lengths))
+    tree = Names.pack(directories)
+    arrays = {"names": names.blob, "offsets": names.offsets, "tree": tree.blob, "tree_offsets": tree.offsets}
+    return arrays | {"mtimes": np.array(mtimes, dtype=np.int64)}, others, settled
+
+
+def _unchanged(root: str, arrays: dict[str, np.ndarray]) -> bool:
+    """Whether every directory of a cached index still has the mtime it was listed at."""
+    tree = Names(arrays["tree"], arrays["tree_offsets"])
+    try:
+        return all(
+            (Path(root) / tree[i]).stat().st_mtime_ns == mtime
+            for i, mtime in enumerate(arrays["mtimes"].tolist())
+        )
+    except OSError:
+        return False
+
+
+def index_folder(root: str) -> tuple[Names, Names, int]:
+    """The images below a folder, from the cache where no directory changed since.
+
+    Order: depth first, the files of a directory before its sub-directories, each sorted by bytes; hidden
+    entries are left out. Adding, removing or renaming a file changes its directory's mtime, and so the index.
+
+    Args:
+        root: resolved path of the folder.
+
+    Returns:
+        Image names relative to `root`; directory names relative to `root` ("" is the root); how many other
+        files were seen (0 when read from the cache).
+
+    Raises:
+        UserError: a folder that cannot be read.
+    """
+    arrays, others = load_index("folder", root), 0
+    if arrays is None or not _unchanged(root, arrays):
+        try:
+            arrays, others, settled = _scan_folder(root)
+        except OSError as error:
+            raise UserError(
+                f"cannot read {error.filename!r}: {error.strerror}; check its permissions"
+            ) from error
+        if settled and save_index("folder", root, arrays):
+            # Mapped pages are shared by all processes of a machine, this process's copy is not.
+            arrays = load_index("folder", root) or arrays
+    return Names(arrays["names"], arrays["offsets"]), Names(arrays["tree"], arrays["tree_offsets"]), others
+
+
+def _scan_shard(path: str) -> tuple[list[bytes], list[tuple[int, int]]]:
+    """Names and (offset, size) of the images in one tar, which is read to its end mark."""
+    names, places, total = [], [], Path(path).stat().st_size
+    with tarfile.open(path, "r:") as tar:
+        while (member := tar.next()) is not None:
+            # A crafted header can send the reader backwards, for ever.
+            if member.size < 0 or tar.offset <= member.offset or member.offset_data + member.size > total:
+                raise tarfile.ReadError(f"member {member.name!r} runs past the end of the file")
+            tar.members.clear()
+            name = os.fsencode(member.name)
+            if not member.isreg() or member.issparse() or not is_image(name):
+                continue
+            if member.size > MAX_IMAGE_BYTES:
+                raise tarfile.ReadError(f"member {member.name!r} has {member.size} bytes")
+            names.append(name)
+            places.append((member.offset_data, member.size))
+        with Path(path).open("rb") as file:
+            file.seek(tar.offset)
+            # tarfile stops without a word at a broken header; only a zero block is a proper end.
+            if file.read(_TAR_BLOCK) != bytes(_TAR_BLOCK):
+                raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
+    return names, places
+
+
+def index_tars(key: str, shards: list[str]) -> dict[str, np.ndarray]:
+    """The images in a list of tar files, from the cache where no shard's size or mtime changed since.
+
+    Args:
+        key: what the cache entry is filed under.
+        shards: paths, in the order that samples shall have.
+
+    Returns:
+        `names`, `offsets`: packed member names; `shard` [n] int64; `start` [n] int64, byte offset in the
+        shard; `size` [n] int64, bytes.
+
+    Raises:
+        UserError: a shard that is missing, damaged, truncated or compressed, naming it.
+    """
+    try:
+        status = [Path(shard).stat() for shard in shards]
+    except OSError as error:
+        raise UserError(f"no such shard: {error.filename}; check the pattern or fetch the file") from error
+    listed = Names.pack([os.fsencode(shard) for shard in shards])
+    check = {"shards": listed.blob, "shard_sizes": np.array([s.st_size for s in status], dtype=np.int64)}
+    check["shard_mtimes"] = np.array([s.st_mtime_ns for s in status], dtype=np.int64)
+    cached = load_index("tar", key)
+    if cached is not None and all(np.array_equal(cached[name], check[name]) for name in check):
+        return cached
+    names, starts, owners = [], [], []
+    for number, shard in enumerate(shards):
+        try:
+            found, places = _scan_shard(shard)
+        except (tarfile.TarError, OSError, ValueError) as error:
+            raise UserError(
+                f"broken tar shard {shard}: {error}; fetch it again (plain .tar only, not compressed)"
+            ) from error
+        names += found
+        starts += places
+        owners += [number] * len(found)
+    packed = Names.pack(names)
+    place = np.array(starts, dtype=np.int64).reshape(-1, 2)
+    arrays = {"names": packed.blob, "offsets": packed.offsets, "shard": np.array(owners, dtype=np.int64)}
+    arrays |= {"start": place[:, 0].copy(), "size": place[:, 1].copy()} | check
+    if all(time.time_ns() - mtime > _SETTLE_NS for mtime in check["shard_mtimes"].tolist()):
+        save_index("tar", key, arrays)
+    return arrays

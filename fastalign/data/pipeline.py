@@ -1,0 +1,218 @@
+"""Encoded bytes to equally sized uint8 batches: one DALI decode and one DALI resize that also crops and flips.
+
+Cropping is folded into the resize as a region of interest in source pixels. DALI samples beyond the region's
+edge, so this equals resizing the whole image and cropping afterwards, for a fraction of the work. The region
+may reach outside the image; those pixels are replaced by reflection later, on the device.
+
+The geometry needs the image's shape before the decode. It is computed in numpy between two pipelines (peek,
+decode) rather than in DALI arithmetic, which works in float32, has no round-half-even and would need some
+hundred operators for the ten tries of a random resized crop; peeking costs 15 us an image, in C++.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastalign.data.transforms import BICUBIC, BILINEAR, Geometry
+from fastalign.errors import UserError
+
+MAX_PIXELS = 1 << 28
+
+
+class DecodeError(Exception):
+    """DALI could not decode some sample of a batch; `find_undecodable` says which."""
+
+
+def load_dali() -> SimpleNamespace:
+    """NVIDIA DALI's parts: `fn`, `types`, `Pipeline`.
+
+    Raises:
+        UserError: it is missing, or another project's package of that name is installed.
+    """
+    remedy = 'pip install "fastalign[dali]" (CUDA 12: "fastalign[dali-cuda12]"), or train on `synthetic` data'
+    try:
+        import nvidia.dali
+    except ImportError as error:
+        raise UserError(f"NVIDIA DALI is not installed: {remedy} ({error})") from error
+    try:
+        import nvidia.dali.fn as fn
+        from nvidia.dali import Pipeline, types
+
+        fn.decoders.image  # noqa: B018
+    except (ImportError, AttributeError) as error:
+        place = getattr(nvidia.dali, "__file__", None)
+        raise UserError(
+            f"NVIDIA DALI is not installed: {place} is another package; remove it, {remedy}"
+        ) from error
+    return SimpleNamespace(fn=fn, types=types, Pipeline=Pipeline)
+
+
+class Decoder:
+    """Two DALI pipelines: image shapes, and decode + resize.
+
+    At most one batch is in flight: `submit`, then `collect`. Use from one thread.
+
+    Args:
+        size: output (height, width).
+        batch_size: largest batch.
+        device: where the images come out; on CUDA, JPEG is decoded by the GPU too.
+        threads: DALI's worker threads.
+        hw_decoder_load: share of a batch's JPEGs for the GPU's hardware decoder. Between 0 and 1 the two GPU
+            decoders share a batch, and their pixels may differ by a level; 0 or 1 rules that out.
+
+    Raises:
+        UserError: DALI is not installed.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        *,
+        batch_size: int,
+        device: torch.device,
+        threads: int = 4,
+        hw_decoder_load: float = 0.9,
+    ):
+        dali = load_dali()
+        self._device = device
+        self._interpolations = np.zeros(2, dtype=np.int32)
+        self._interpolations[BILINEAR] = int(dali.types.INTERP_LINEAR)
+        self._interpolations[BICUBIC] = int(dali.types.INTERP_CUBIC)
+        index = None
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+        # Depth 1: the caller schedules the next batch while it finishes this one, and the host's buffers, which
+        # are fed without a copy, need not outlive more than one batch.
+        options = {"batch_size": batch_size, "num_threads": threads, "prefetch_queue_depth": 1}
+        options |= {"exec_dynamic": True}
+        self._peek = dali.Pipeline(device_id=None, **options)
+        with self._peek:
+            encoded = dali.fn.external_source(name="encoded", ndim=1, dtype=dali.types.UINT8, no_copy=True)
+            self._peek.set_outputs(dali.fn.peek_image_shape(encoded, adjust_orientation=False))
+        self._decode = dali.Pipeline(device_id=index, **options)
+        with self._decode:
+            self._decode.set_outputs(self._graph(dali, size, device.type == "cuda", hw_decoder_load))
+        self._peek.build()
+        self._decode.build()
+        self._in_flight: tuple | None = None
+
+    @staticmethod
+    def _graph(dali: SimpleNamespace, size: tuple[int, int], gpu: bool, hw_decoder_load: float):
+        fn, types = dali.fn, dali.types
+        encoded = fn.external_source(name="encoded", ndim=1, dtype=types.UINT8, no_copy=True)
+        start = fn.external_source(name="roi_start", ndim=1, dtype=types.FLOAT)
+        end = fn.external_source(name="roi_end", ndim=1, dtype=types.FLOAT)
+        kind = fn.external_source(name="interpolation", ndim=0, dtype=types.INT32)
+        images = fn.decoders.image(
+            encoded,
+            device="mixed" if gpu else "cpu",
+            output_type=types.RGB,
+            # libjpeg's (and so PIL's) chroma upsampling; the GPU decoders' own differs by tens of levels.
+            jpeg_fancy_upsampling=True,
+            # timm does not apply the EXIF orientation, so the backbones have not seen it applied.
+            adjust_orientation=False,
+            **({"hw_decoder_load": hw_decoder_load} if gpu else {}),
+        )
+        return fn.resize(
+            images,
+            roi_start=start,
+            roi_end=end,
+            size=list(size),
+            interp_type=fn.cast(kind, dtype=types.INTERP_TYPE),
+            antialias=True,
+        )
+
+    def shapes(self, encoded: list[np.ndarray]) -> np.ndarray:
+        """Heights and widths, read from the headers.
+
+        Args:
+            encoded: B arrays of [bytes] uint8.
+
+        Returns:
+            [B, 2] int64.
+
+        Raises:
+            DecodeError: some header is broken or claims more than 2^28 pixels; this decoder is then unusable.
+        """
+        try:
+            self._peek.feed_input("encoded", encoded)
+            shapes = np.array(self._peek.run()[0].as_array())[:, :2]
+        except RuntimeError as error:
+            raise DecodeError(str(error)) from error
+        if (shapes.prod(axis=1) > MAX_PIXELS).any():
+            raise DecodeError(f"an image has more than {MAX_PIXELS} pixels")
+        return shapes
+
+    def submit(self, encoded: list[np.ndarray], sampling: Geometry) -> None:
+        """Starts decoding a batch.
+
+        Args:
+            encoded: B arrays of [bytes] uint8; kept alive until `collect`.
+            sampling: the batch's geometry.
+        """
+        self._decode.feed_input("encoded", encoded)
+        self._decode.feed_input("roi_start", sampling.roi_start)
+        self._decode.feed_input("roi_end", sampling.roi_end)
+        self._decode.feed_input("interpolation", self._interpolations[sampling.interpolation])
+        self._decode.schedule_run()
+        self._in_flight = (encoded, sampling)
+
+    def collect(self) -> Tensor:
+        """The submitted batch: [B, h, w, 3] uint8 on the device.
+
+        On CUDA the memory is DALI's and the current stream waits for it; synchronise that stream before letting
+        the tensor go, because DALI reuses it at once.
+
+        Raises:
+            DecodeError: some sample cannot be decoded; this decoder is then unusable.
+        """
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        try:
+            (images,) = self._decode.share_outputs(cuda_stream=stream)
+        except RuntimeError as error:
+            raise DecodeError(str(error)) from error
+        finally:
+            self._in_flight = None
+        tensor = torch.from_dlpack(images.as_tensor())
+        self._decode.release_outputs()
+        return tensor
+
+    def drain(self) -> None:
+        """Waits for a submitted batch, if there is one, and drops it; until then DALI reads its bytes.
+
+        Raises:
+            DecodeError: as for `collect`.
+        """
+        if self._in_flight is not None:
+            self.collect()
+
+
+def find_undecodable(encoded: list[np.ndarray], device: torch.device) -> list[int]:
+    """Which of some files DALI cannot decode, found by decoding them one by one.
+
+    Args:
+        encoded: arrays of [bytes] uint8.
+        device: as for `Decoder`.
+
+    Returns:
+        Their indices.
+    """
+    bad: list[int] = []
+    decoder = None
+    for index, data in enumerate(encoded):
+        decoder = decoder or Decoder((1, 1), batch_size=1, device=device, threads=1)
+        try:
+            shape = decoder.shapes([data]).astype(np.float32)
+            none = np.zeros((0, 1), dtype=np.int64)
+            whole = Geometry(
+                np.zeros((1, 2), np.float32), shape, np.zeros(1, np.int64), none[:, 0], none, none
+            )
+            decoder.submit([data], whole)
+            decoder.collect()
+        except DecodeError:
+            bad.append(index)
+            # A failed pipeline cannot be used again.
+            decoder = None
+    return bad

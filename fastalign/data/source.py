@@ -1,0 +1,82 @@
+"""What a source is, and the one that needs no disk.
+
+A source is a list: a sample's id is its index in the source's stable order, the same in every process.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastalign.errors import UserError
+from fastalign.random import Stream, random_uniform
+
+SYNTHETIC_LENGTH = 50_000
+
+
+class Source:
+    """A list of encoded images. `kind` is "folder", "tar" or "synthetic"."""
+
+    kind: str
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """The sample's name, for messages and label files."""
+        raise NotImplementedError
+
+    def read(self, index: int) -> np.ndarray:
+        """The encoded image: [bytes] uint8. Safe to call from several threads.
+
+        Raises:
+            UserError: the file is gone, empty or larger than 256 MiB.
+        """
+        raise NotImplementedError
+
+    def label(self, index: int) -> int | None:
+        """The class of a sample, None where the source has no labels."""
+        return None
+
+    def close(self) -> None:
+        """Releases open files."""
+
+
+class SyntheticSource(Source):
+    """Random images made on the device, no disk and no decoder: for benchmarks and tests.
+
+    Args:
+        length: samples.
+    """
+
+    kind = "synthetic"
+
+    def __init__(self, length: int = SYNTHETIC_LENGTH):
+        if length < 1:
+            raise UserError(f"synthetic:{length}: the number of samples must be at least 1")
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def name(self, index: int) -> str:
+        return f"synthetic:{index}"
+
+    def images(self, ids: Tensor, size: tuple[int, int], *, seed: int, dtype: torch.dtype) -> Tensor:
+        """Normalised images, a pure function of (seed, id): mean 0, variance 1, values in -3..3.
+
+        Every channel is the outer product of a random column and a random row, so that an image costs h + w
+        draws a channel and one multiplication a pixel.
+
+        Args:
+            ids: [B] int64, on the device that the images are wanted on.
+            size: (h, w) pixels.
+            seed: of the run.
+            dtype: of the result.
+
+        Returns:
+            [B, 3, h, w] in `dtype`.
+        """
+        height, width = size
+        draws = random_uniform(ids, 3 * (height + width), seed=seed, stream=Stream.SYNTHETIC).float()
+        waves = ((2 * draws - 1) * 3**0.5).view(len(ids), 3, height + width)
+        return (waves[..., :height, None] * waves[..., None, height:]).to(dtype)

@@ -1,0 +1,240 @@
+"""Where samples come from: `open_source` tells folders, tar shards and `synthetic` apart."""
+
+import csv
+import itertools
+import os
+import re
+import threading
+from functools import cached_property
+from glob import glob
+from pathlib import Path
+
+import numpy as np
+
+from fastalign.data.index import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Names, index_folder, index_tars
+from fastalign.data.source import SYNTHETIC_LENGTH, Source, SyntheticSource
+from fastalign.errors import UserError
+
+_OPEN_SHARDS = 256
+_LOOKED_FOR = " ".join(IMAGE_EXTENSIONS)
+
+
+def _read_all(descriptor: int, size: int, offset: int, name: str) -> np.ndarray:
+    if not 0 < size <= MAX_IMAGE_BYTES:
+        raise UserError(f"{name} has {size} bytes, an image has 1 to {MAX_IMAGE_BYTES}; remove or replace it")
+    data = os.pread(descriptor, size, offset)
+    if len(data) != size:
+        raise UserError(
+            f"{name} got shorter while in use ({len(data)} of {size} bytes); leave data sets unchanged"
+        )
+    return np.frombuffer(data, dtype=np.uint8)
+
+
+class FolderSource(Source):
+    """Every image below a folder, however deep.
+
+    Labels: a file `labels.csv` at the root with the header `name,label` (name relative to the root, label an
+    integer), else the first-level sub-folders in sorted order, else none.
+
+    Args:
+        root: the folder.
+
+    Raises:
+        UserError: no such folder, or no image in it.
+    """
+
+    kind = "folder"
+
+    def __init__(self, root: str):
+        path = Path(root).expanduser()
+        if not path.is_dir():
+            raise UserError(f"no such folder: {root}; check the path of the data set")
+        self.root = str(path.resolve())
+        self._names, self._folders, others = index_folder(self.root)
+        if len(self._names) == 0:
+            found = f"none of the {others} files is one" if others else "it is empty"
+            raise UserError(f"no images in {root}: {found}; looked for {_LOOKED_FOR} in all sub-folders")
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        return self._names[index]
+
+    def read(self, index: int) -> np.ndarray:
+        name = self._names[index]
+        path = os.path.join(self.root, name)  # noqa: PTH118, the hot path
+        try:
+            with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+                return _read_all(file.fileno(), os.fstat(file.fileno()).st_size, 0, path)
+        except OSError as error:
+            raise UserError(
+                f"cannot read {path}: {error.strerror}; the data set changed since the start"
+            ) from error
+
+    @cached_property
+    def _labels(self) -> dict[str, int] | None:
+        path = Path(self.root) / "labels.csv"
+        if not path.is_file():
+            return None
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != ["name", "label"]:
+                raise UserError(f"{path} has no header `name,label`; its first line must be that")
+            try:
+                return {row["name"]: int(row["label"]) for row in reader}
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{path} line {reader.line_num}: {error}; a label is an integer") from error
+
+    @cached_property
+    def _classes(self) -> dict[str, int]:
+        tree = (self._folders[i] for i in range(len(self._folders)))
+        return {name: i for i, name in enumerate(sorted({d.split("/", 1)[0] for d in tree if d}))}
+
+    def label(self, index: int) -> int | None:
+        name = self._names[index]
+        if self._labels is None:
+            return self._classes.get(name.split("/", 1)[0]) if "/" in name else None
+        if name not in self._labels:
+            raise UserError(f"{self.root}/labels.csv has no line for {name}; add it or remove the image")
+        return self._labels[name]
+
+
+class TarSource(Source):
+    """The image members of plain tar files (WebDataset layout), read in place and never extracted.
+
+    Args:
+        spec: one .tar, a folder of .tar files, or a pattern (`shards/{000..009}.tar`, `shards/*.tar`).
+
+    Raises:
+        UserError: no such shard, a broken one, or no image in any.
+    """
+
+    kind = "tar"
+
+    def __init__(self, spec: str):
+        self.shards = _expand_shards(spec)
+        arrays = index_tars("\n".join(self.shards), self.shards)
+        self._names = Names(arrays["names"], arrays["offsets"])
+        self._shard, self._start, self._size = arrays["shard"], arrays["start"], arrays["size"]
+        if len(self._names) == 0:
+            raise UserError(f"no images in the {len(self.shards)} shards of {spec}; looked for {_LOOKED_FOR}")
+        self._keep_open = len(self.shards) <= _OPEN_SHARDS
+        self._descriptors: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        return f"{self.shards[self._shard[index]]}:{self._names[index]}"
+
+    def read(self, index: int) -> np.ndarray:
+        shard = int(self._shard[index])
+        try:
+            descriptor = self._open(shard)
+            try:
+                return _read_all(
+                    descriptor, int(self._size[index]), int(self._start[index]), self.name(index)
+                )
+            finally:
+                if not self._keep_open:
+                    os.close(descriptor)
+        except OSError as error:
+            raise UserError(
+                f"cannot read {self.shards[shard]}: {error.strerror}; is the disk there?"
+            ) from error
+
+    def _open(self, shard: int) -> int:
+        if not self._keep_open:
+            return os.open(self.shards[shard], os.O_RDONLY)
+        with self._lock:
+            if shard not in self._descriptors:
+                self._descriptors[shard] = os.open(self.shards[shard], os.O_RDONLY)
+            return self._descriptors[shard]
+
+    def close(self) -> None:
+        with self._lock:
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
+
+    def __del__(self):
+        if hasattr(self, "_lock"):
+            self.close()
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    """`{000..009}` and `{a,b}`, as the shell does it, zero padding kept."""
+    parts = re.split(r"\{([^{}]*)\}", pattern)
+    choices: list[list[str]] = []
+    for position, part in enumerate(parts):
+        span = re.fullmatch(r"(\d+)\.\.(\d+)", part)
+        if position % 2 == 0:
+            choices.append([part])
+        elif span:
+            first, last = span.groups()
+            choices.append([f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)])
+        else:
+            choices.append(part.split(","))
+    return ["".join(choice) for choice in itertools.product(*choices)]
+
+
+def _expand_shards(spec: str) -> list[str]:
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        found = [str(p) for p in path.iterdir() if p.suffix.lower() == ".tar"]
+    elif path.is_file():
+        found = [str(path)]
+    else:
+        found = []
+        for pattern in _expand_braces(str(path)):
+            found += glob(pattern) if any(c in pattern for c in "*?[") else [pattern]  # noqa: PTH207
+    missing = next((name for name in found if not Path(name).is_file()), None)
+    if not found or missing is not None:
+        what = (
+            f"no tar file matches {spec}" if missing is None else f"no such tar file: {missing} (of {spec})"
+        )
+        raise UserError(f"{what}; check the pattern, a range is written {{000..009}}")
+    return sorted({str(Path(name).resolve()) for name in found})
+
+
+def _holds_tars(path: Path, spec: str) -> bool:
+    try:
+        with os.scandir(path) as entries:
+            listed = [(e.is_dir(), e.name) for e in entries if e.is_dir() or e.name.lower().endswith(".tar")]
+    except OSError as error:
+        raise UserError(f"cannot read {spec}: {error.strerror}; check its permissions") from error
+    folders, tars = [n for d, n in listed if d], [n for d, n in listed if not d]
+    if folders and tars:
+        raise UserError(
+            f"{spec} holds both tar files ({tars[0]}) and folders ({folders[0]}); "
+            f"write {spec}/*.tar for the tar files, or move them elsewhere"
+        )
+    return bool(tars)
+
+
+def open_source(spec: str) -> Source:
+    """Opens a data set.
+
+    Args:
+        spec: `synthetic` or `synthetic:N`; a .tar file, a folder of .tar files or a pattern of them; else a
+            folder of images.
+
+    Returns:
+        The source.
+
+    Raises:
+        UserError: nothing usable there; the message names the path and the remedy.
+    """
+    if spec == "synthetic" or re.fullmatch(r"synthetic:\d+", spec):
+        return SyntheticSource(int(spec.partition(":")[2] or SYNTHETIC_LENGTH))
+    if not spec:
+        raise UserError("no data set given; name a folder of images, a .tar pattern or `synthetic`")
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return TarSource(spec) if _holds_tars(path, spec) else FolderSource(spec)
+    if path.is_file() and path.suffix.lower() != ".tar":
+        raise UserError(f"{spec} is a file; name a folder of images, a .tar file or `synthetic`")
+    if path.suffix.lower() == ".tar" or any(c in spec for c in "*?[{"):
+        return TarSource(spec)
+    return FolderSource(spec)

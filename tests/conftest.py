@@ -1,0 +1,10 @@
+"""Shared by all tests: two threads, so that a figure of one machine holds on another."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.set_num_threads(2)
+    torch.manual_seed(0)

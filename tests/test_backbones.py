@@ -1,0 +1,170 @@
+"""Backbones against timm's on random weights, weights in and out, and bad input."""
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+import fastalign as fa
+from benchmarks.parity import BACKBONES, measure
+from fastalign.models.zoo import MOCO
+from tests.numerics import randomise, relative_error
+
+BOUND = 1e-5
+SHALLOW = {"depth": 3}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_forward_and_gradient_equal_timm(name):
+    errors = measure(name, **SHALLOW)
+    assert max(errors.values()) < BOUND, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in BACKBONES if "base" in name])
+def test_full_depth_equals_timm(name):
+    errors = measure(name)
+    assert max(errors.values()) < BOUND, errors
+
+
+VARIANTS = {
+    "smaller image": ("vit_base_patch16_clip_quickgelu_224.openai", {"img_size": 96}),
+    "oblong image": ("vit_tiny_patch16_224", {"img_size": (64, 96)}),
+    "registers": ("vit_tiny_patch16_224", {"img_size": 64, "reg_tokens": 3}),
+    "registers without position": (
+        "vit_tiny_patch16_224",
+        {"img_size": 64, "reg_tokens": 3, "no_embed_class": True},
+    ),
+    "qk norm": ("vit_tiny_patch16_224", {"img_size": 64, "qk_norm": True}),
+    "layer scale": ("vit_tiny_patch16_224", {"img_size": 64, "init_values": 0.1}),
+    "no qkv bias": ("vit_tiny_patch16_224", {"img_size": 64, "qkv_bias": False}),
+    "average pooling": ("vit_tiny_patch16_224", {"img_size": 64, "global_pool": "avg"}),
+    "maximum pooling": ("vit_tiny_patch16_224", {"img_size": 64, "global_pool": "max"}),
+    "no class token": ("vit_tiny_patch16_224", {"img_size": 64, "class_token": False, "global_pool": "avg"}),
+    "beit, smaller": ("beit_base_patch16_224", {"img_size": 64}),
+    "eva, smaller": ("eva02_base_patch16_clip_224", {"img_size": 64}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_equal_timm(variant):
+    name, kwargs = VARIANTS[variant]
+    errors = measure(name, images=2, **SHALLOW, **kwargs)
+    assert max(errors.values()) < BOUND, errors
+
+
+def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
+    vit = fa.create_backbone("vit_tiny_patch16_224", img_size=32, depth=2, drop_path_rate=0.5)
+    assert [getattr(block.drop_path, "drop_prob", 0.0) for block in vit.blocks] == pytest.approx([0.0, 0.5])
+    block, x = vit.blocks[1].train(), torch.randn(1, 5, 192).expand(4000, -1, -1)
+    kept = (block(x) - x).flatten(1).abs().sum(1) > 0
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.04)  # either branch kept: 1 - 0.5^2
+    assert not any(getattr(m, "training", False) for m in vit.eval().modules())
+
+
+def test_softcap_changes_logits_as_defined():
+    vit = fa.create_backbone("vit_tiny_patch16_224", img_size=32, depth=1).double().eval()
+    randomise(vit, 0.3)
+    vit.softcap = 2.0
+    x = torch.randn(2, 5, 192, dtype=torch.float64)
+    attention = vit.blocks[0].attn
+    q, k, v = (part.unflatten(-1, (3, 64)).transpose(1, 2) for part in attention.qkv(x).chunk(3, -1))
+    logits = torch.einsum("bhqd,bhkd->bhqk", q, k) / 8
+    wanted = torch.einsum("bhqk,bhkd->bqhd", (2 * torch.tanh(logits / 2)).softmax(-1), v).flatten(2)
+    assert relative_error(attention(x), attention.proj(wanted)) < 1e-12
+    vit.softcap = None
+    assert relative_error(attention(x), attention.proj(wanted)) > 1e-3
+
+
+def test_moco_position_table_is_the_published_formula():
+    vit = fa.create_backbone(MOCO, depth=1)
+    assert not vit.pos_embed.requires_grad
+    table = np.zeros((197, 768))
+    for patch in range(196):
+        first, second = divmod(patch, 14)
+        omega = 1 / 10000 ** (np.arange(192) / 192)
+        angles = np.concatenate([first * omega, first * omega, second * omega, second * omega])
+        table[1 + patch] = np.where(np.arange(768) // 192 % 2 == 0, np.sin(angles), np.cos(angles))
+    assert relative_error(vit.pos_embed[0], torch.from_numpy(table)) < 1e-6
+
+
+def test_state_dict_goes_to_timm_and_back(tmp_path):
+    name, kwargs = "vit_base_patch14_reg4_dinov2.lvd142m", {"img_size": 56, "depth": 2}
+    vit = fa.create_backbone(name, **kwargs)
+    randomise(vit)
+    theirs = timm.create_model(name, num_classes=0, **kwargs)
+    theirs.load_state_dict(vit.state_dict())
+    images = torch.randn(1, 3, 56, 56)
+    assert torch.equal(theirs.eval()(images), vit.eval()(images))
+
+
+@pytest.mark.parametrize("wrap", ["safetensors", "pth", "module prefix", "encoder of a student"])
+def test_local_weights_files(tmp_path, wrap):
+    kwargs = {"img_size": 32, "depth": 2}
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, **kwargs).eval()
+    state = theirs.state_dict()
+    path = tmp_path / ("w.safetensors" if wrap == "safetensors" else "w.pth.tar")
+    if wrap == "safetensors":
+        safetensors.torch.save_file(state, path)
+    elif wrap == "pth":
+        torch.save(state, path)
+    elif wrap == "module prefix":
+        torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
+    else:
+        extra = {"encoder.head.weight": torch.zeros(3, 192), "decoder.norm.weight": torch.ones(3)}
+        torch.save({"state_dict": {f"encoder.{k}": v for k, v in state.items()} | extra}, path)
+    vit = fa.create_backbone("vit_tiny_patch16_224", checkpoint=path, **kwargs).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(vit(images), theirs(images))
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "beit_base_patch16_224", "eva02_base_patch16_clip_224"]
+)
+def test_weights_are_resampled_to_another_image_size_as_timm_does(tmp_path, name):
+    small = timm.create_model(name, num_classes=0, img_size=64, depth=1)
+    randomise(small)
+    path = tmp_path / "w.safetensors"
+    safetensors.torch.save_file(small.state_dict(), path)
+    small.set_input_size(img_size=(96, 96))
+    vit = fa.create_backbone(name, checkpoint=path, img_size=96, depth=1).eval()
+    images = torch.randn(1, 3, 96, 96)
+    assert relative_error(vit.forward_features(images), small.eval().forward_features(images)) < BOUND
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: fa.create_backbone("vit_base_patch61_224"), ["unknown backbone", "vit_base_patch16_224"]),
+        (lambda p: fa.create_backbone("resnet50"), ["ResNet", "VisionTransformer"]),
+        (lambda p: fa.create_backbone("vit_tiny_patch16_224", depht=3), ["depht"]),
+        (lambda p: fa.create_backbone("vit_tiny_patch16_224", checkpoint=p / "none.pth"), ["none.pth"]),
+        (lambda p: fa.create_backbone("vit_tiny_patch16_224", checkpoint=p / "other.pth"), ["another model"]),
+        (
+            lambda p: fa.create_backbone("vit_tiny_patch16_224", checkpoint=p / "text.pth"),
+            ["text.pth", "safely"],
+        ),
+        (
+            lambda p: fa.create_backbone("vit_tiny_patch16_224", checkpoint=p / "code.pth"),
+            ["code.pth", "safely"],
+        ),
+        (lambda p: fa.create_backbone("vit_base_patch16_18x2_224"), ["fastalign has not got"]),
+        (lambda p: fa.load_backbone(p), ["backbone.json"]),
+        (lambda p: fa.create_backbone("vit_tiny_patch16_224", img_size=50), ["img_size 50", "48 or 64"]),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path, make, words):
+    torch.save({"blocks.0.norm1.weight": torch.ones(3)}, tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("not weights")
+    torch.save({"state_dict": {}, "args": _Arguments()}, tmp_path / "code.pth")
+    with pytest.raises(fa.UserError) as caught:
+        make(tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+class _Arguments:
+    """A pickled object that is not a tensor: it must not be unpickled."""

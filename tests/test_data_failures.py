@@ -1,0 +1,136 @@
+"""What goes wrong while a loader runs reaches the consumer, and every thread ends."""
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from fastalign.data.loader import Loader
+from fastalign.data.sources import open_source
+from fastalign.errors import UserError
+from tests.data_helpers import EVAL, TRAIN, has_dali, needs_dali, small_photos, write_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(
+        tmp_path_factory.mktemp("images"), {f"{i}.jpg": p for i, p in enumerate(small_photos(50))}
+    )
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def loader_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("fastalign")]
+
+
+@needs_dali
+@pytest.mark.parametrize("damage", [b"no image", None])
+def test_undecodable_files_are_named(folder, tmp_path, damage):
+    photos = small_photos(20)
+    files = {f"{i:02d}.jpg": p for i, p in enumerate(photos)}
+    for bad in ("05.jpg", "07.jpg"):
+        files[bad] = files[bad][: len(files[bad]) // 2] if damage is None else np.frombuffer(damage, np.uint8)
+    loader = Loader(
+        open_source(str(write_folder(tmp_path / "bad", files))), EVAL, device="cpu", batch_size=5, train=False
+    )
+    batches = loader.batches()
+    assert next(batches).ids_host.tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(
+        UserError, match=r"cannot decode 05\.jpg, 07\.jpg \(2 of a batch of 5\); remove"
+    ) as caught:
+        list(batches)
+    assert "\n" not in str(caught.value)
+    assert [b.ids_host[0] for b in loader.batches(start=2)] == [10, 15]
+    loader.close()
+
+
+@needs_dali
+def test_a_vanished_file_reaches_the_consumer(folder, tmp_path):
+    root = write_folder(tmp_path / "few", {f"{i}.jpg": p for i, p in enumerate(small_photos(4))})
+    source = open_source(str(root))
+    (root / "2.jpg").unlink()
+    loader = Loader(source, EVAL, device="cpu", batch_size=2, train=False)
+    with pytest.raises(UserError, match=r"cannot read .*2\.jpg"):
+        list(loader.batches())
+    loader.close()
+    assert not loader_threads()
+
+
+def test_a_missing_dali_is_explained(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    loader = Loader(open_source(str(folder)), EVAL, device="cpu", batch_size=2)
+    with pytest.raises(UserError, match=r'is not installed: pip install "fastalign\[dali\]"'):
+        next(loader.batches())
+    loader.close()
+
+
+def test_another_project_named_dali_is_refused(tmp_path):
+    (tmp_path / "nvidia/dali").mkdir(parents=True)
+    for package in ("nvidia", "nvidia/dali"):
+        (tmp_path / package / "__init__.py").touch()
+    code = "import sys; sys.path.insert(0, sys.argv[1])\nfrom fastalign.data.pipeline import load_dali\nload_dali()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert "is another package; remove it" in done.stderr
+
+
+def test_modules_import_without_dali():
+    code = "import sys; import fastalign.data.loader; assert not any('dali' in m for m in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def settled() -> bool:
+    deadline = time.monotonic() + 5
+    while loader_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not loader_threads()
+
+
+def test_leaving_early_leaves_no_thread(folder):
+    assert settled()
+    source = open_source(str(folder) if has_dali() else "synthetic:50")
+    loader = Loader(source, TRAIN, device="cpu", batch_size=4, prefetch=1)
+    for _ in loader.batches():
+        break
+    assert [t.name for t in loader_threads() if t.name == "fastalign-loader"] == []
+    old = loader.batches()
+    new = loader.batches(1)
+    assert list(old) == []
+    assert next(new).wait >= 0
+    new.close()
+    loader.close()
+    assert settled()
+    with pytest.raises(RuntimeError, match="closed"):
+        loader.batches()
+    forgotten = Loader(source, TRAIN, device="cpu", batch_size=4)
+    iterator = forgotten.batches()
+    next(iterator)
+    del forgotten, iterator
+    gc.collect()
+    assert settled()
+
+
+def test_interpreter_exits_while_a_loader_runs(folder):
+    spec = str(folder) if has_dali() else "synthetic:50"
+    code = f"""
+from fastalign.data.loader import Loader
+from fastalign.data.sources import open_source
+from fastalign.data.transforms import Transform
+loader = Loader(open_source({spec!r}), Transform((16, 16), (0.5,) * 3, (0.5,) * 3), batch_size=4, device="cpu")
+batches = loader.batches()
+next(batches)
+print("left")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "left\n", "")

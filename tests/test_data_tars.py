@@ -1,0 +1,112 @@
+"""Tar shards: every way to name them, their index, and hostile or broken files."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastalign.data import index, sources
+from fastalign.data.sources import open_source
+from fastalign.errors import UserError
+from tests.data_helpers import shards, small_photos, write_tar
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def scans(monkeypatch):
+    """Counts the scans of shards."""
+    counted = []
+    scan = index._scan_shard
+    monkeypatch.setattr(index, "_scan_shard", lambda path: counted.append(path) or scan(path))
+    return counted
+
+
+def message(spec):
+    with pytest.raises(UserError) as caught:
+        open_source(str(spec))
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_tar_forms_agree(tmp_path, scans):
+    photos = shards(tmp_path / "t")
+    forms = ["t", "t/*.tar", "t/{000..002}.tar", "t/{000,001,002}.tar"]
+    for form in forms:
+        source = open_source(str(tmp_path / form))
+        assert source.kind == "tar"
+        assert len(source) == 12
+        for i in range(12):
+            np.testing.assert_array_equal(source.read(i), photos[i])
+        assert source.name(5).endswith("001.tar:1001.jpg")
+        source.close()
+    assert len(scans) == 3
+    assert len(open_source(str(tmp_path / "t/001.tar"))) == 4
+
+
+def test_tar_index_notices_a_changed_shard(tmp_path, scans):
+    shards(tmp_path / "t")
+    open_source(str(tmp_path / "t"))
+    write_tar(tmp_path / "t/001.tar", [("new.jpg", small_photos(1)[0])])
+    assert len(open_source(str(tmp_path / "t"))) == 9
+    assert len(scans) == 6
+
+
+def test_tar_without_open_descriptors(tmp_path, monkeypatch):
+    photos = shards(tmp_path / "t")
+    monkeypatch.setattr(sources, "_OPEN_SHARDS", 2)
+    source = open_source(str(tmp_path / "t"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    np.testing.assert_array_equal(source.read(7), photos[7])
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_tar_takes_regular_files_only(tmp_path):
+    path = tmp_path / "t.tar"
+    photo = small_photos(1)[0]
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, kind in (
+            ("a.jpg", tarfile.SYMTYPE),
+            ("b.jpg", tarfile.LNKTYPE),
+            ("c.jpg", tarfile.CHRTYPE),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        folder = tarfile.TarInfo("d.jpg")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        info = tarfile.TarInfo("../" * 40 + "long/" * 40 + "e.jpg")
+        info.size = len(photo)
+        tar.addfile(info, io.BytesIO(bytes(photo)))
+    source = open_source(str(path))
+    assert len(source) == 1
+    np.testing.assert_array_equal(source.read(0), photo)
+
+
+def test_broken_tars_are_named(tmp_path):
+    photos = small_photos(3)
+    whole = write_tar(tmp_path / "t/whole.tar", [(f"{i}.jpg", p) for i, p in enumerate(photos)]).read_bytes()
+    second = 512 + -(-len(photos[0]) // 512) * 512
+    path = tmp_path / "cut.tar"
+    flipped = bytearray(whole)
+    flipped[second + 20] ^= 255
+    cuts = {"data": whole[: second + 600], "header": whole[: second + 100], "boundary": whole[:second]}
+    cuts |= {"checksum": bytes(flipped), "empty": b"", "text": b"x" * 2000, "gzip": b"\x1f\x8b" + b"\0" * 600}
+    for content in cuts.values():
+        path.write_bytes(content)
+        assert "broken tar shard" in (text := message(path))
+        assert str(path) in text
+        assert "fetch it again" in text
+
+
+def test_tar_member_of_monstrous_size(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "t.tar", [("a.jpg", small_photos(1)[0])])
+    monkeypatch.setattr(index, "MAX_IMAGE_BYTES", 100)
+    assert "t.tar" in message(path)
