@@ -26,5 +26,15 @@ lint: install
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+# With a GPU, one process for each; without, two that share the CPU.
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
+RANKS := $(if $(filter 0,$(GPUS)),2,$(GPUS))
+
+demo: install
+	$(PY) -m demo.mosaics --out demo/data
+	OMP_NUM_THREADS=$(if $(filter 0,$(GPUS)),1,4) $(VENV)/bin/torchrun --standalone --nproc-per-node=$(RANKS) \
+		-m fastalign.train configs/demo.yaml
+	$(PY) -m demo.summary runs/demo
+
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

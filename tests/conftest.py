@@ -1,4 +1,8 @@
-"""Shared by all tests: two threads, so that a figure of one machine holds on another."""
+"""Shared by all tests: two threads, so that a figure of one machine holds on another; nothing from the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch

@@ -72,11 +72,7 @@ def build(case: str, loss: str = "mse", scale: float = 1.0):
         "decoder_width": "width",
         "decoder_layers": "layers",
     }
-    renamed |= {
-        "decoder_init_values": "init_values",
-        "decoder_qk_norm": "qk_norm",
-        "decoder_qkv_bias": "qkv_bias",
-    }
+    renamed["decoder_init_values"] = "init_values"
     options = {renamed.get(key, key): value for key, value in {"softcap": 30.0, **options}.items()}
     truth = StudentTruth(name, target_dim=vit.embed_dim, **options, **kwargs).double()
     truth.load_state_dict(student.state_dict())

@@ -193,6 +193,12 @@ def set_keys(keys: dict) -> Config:
 STEPS = distinct()
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_fixed_seed):
+    """Images of four patches: two threads would spend their time waiting for one another."""
+    torch.set_num_threads(1)
+
+
 def test_the_table_has_every_recipe():
     assert len(AUTHORS) == 52
     assert set(TABLE) == set(RECIPES)
@@ -305,6 +311,7 @@ def test_starts_from_the_run_before(stem, tmp_path, monkeypatch):
     config = load_config(RECIPES[stem], reduced(stem, full_depth=False))
     folder = tmp_path / (config.teacher.checkpoint or config.student.checkpoint)
     folder.mkdir(parents=True)
+    torch.manual_seed(1)  # other weights than a fresh backbone of this run's seed
     earlier = create_backbone(CLIP_B, **config.student.kwargs)
     save_file(earlier.state_dict(), folder / "backbone.safetensors")
     facts = {"name": CLIP_B, "kwargs": config.student.kwargs, "softcap": 30.0}

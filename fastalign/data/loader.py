@@ -263,8 +263,9 @@ class Loader:
             return RuntimeError(f"DALI failed on a batch of which it decodes every image alone: {error}")
         more = f" and {len(bad) - _NAMED_AT_MOST} more" if len(bad) > _NAMED_AT_MOST else ""
         names = ", ".join(bad[:_NAMED_AT_MOST]) + more
+        place = f" in {self.source.root}" if self.source.root else ""
         return UserError(
-            f"cannot decode {names} ({len(bad)} of a batch of {len(ids)}); remove or replace them"
+            f"cannot decode {names}{place} ({len(bad)} of a batch of {len(ids)}); remove or replace them"
         )
 
     def _finish(self, work: _Work, pixels: Tensor, epoch: int) -> Batch:

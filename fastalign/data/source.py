@@ -17,6 +17,8 @@ class Source:
     """A list of encoded images. `kind` is "folder", "tar" or "synthetic"."""
 
     kind: str
+    root: str | None = None
+    """the folder that names are relative to, where there is one"""
 
     def __len__(self) -> int:
         raise NotImplementedError

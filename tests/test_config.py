@@ -1,0 +1,113 @@
+"""The configuration: types, nearest keys, bases, the frozen list of keys."""
+
+import pytest
+import yaml
+
+from fastalign.config import Config, keys, load_config, to_yaml
+from fastalign.errors import UserError
+
+KEYS = """
+output seed max_steps objective
+student.name student.pretrained student.checkpoint student.kwargs student.softcap student.head student.freeze
+teacher.name teacher.pretrained teacher.checkpoint teacher.kwargs teacher.skip_blocks teacher.prefix_only
+decoder.layers decoder.width decoder.heads decoder.qk_norm decoder.qkv_bias decoder.init_values
+masks.distribution masks.ratio masks.complement masks.full
+loss.name loss.target_scale loss.scale_batches
+data.train data.val data.crop data.scale data.ratio data.hflip data.color_jitter data.randaugment data.mixup
+data.cutmix data.threads data.hw_decoder_load
+optim.batch_size optim.accumulate optim.epochs optim.lr optim.min_lr optim.warmup_epochs optim.weight_decay
+optim.betas optim.clip optim.ema
+checkpoint.every_steps checkpoint.keep
+log.every_steps log.tensorboard log.wandb
+efficiency.precision efficiency.compile efficiency.grad_checkpointing
+"""
+
+
+def write(tmp_path, text, name="c.yaml"):
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def test_the_list_of_keys_is_frozen_and_each_is_documented():
+    assert sorted(keys()) == sorted(KEYS.split()), "a key came or went: say so in the CHANGELOG"
+    assert len(keys()) <= 60
+    assert all(keys().values())
+
+
+def test_defaults_are_the_published_recipe():
+    config = Config()
+    optim = config.optim
+    assert (optim.batch_size, optim.epochs, optim.lr, optim.betas) == (1024, 5, 3e-4, (0.9, 0.95))
+    assert (optim.weight_decay, optim.clip, optim.warmup_epochs, optim.ema) == (0.01, 1.0, 0, None)
+    assert (config.student.softcap, config.teacher.skip_blocks, config.decoder.layers) == (30.0, 1, 2)
+    assert (config.masks.distribution, config.masks.complement, config.masks.full) == ("uniform", True, True)
+    assert (config.data.crop, config.data.scale, config.data.hflip) == ("rkrc", (0.08, 1.0), 0.5)
+
+
+def test_overrides_are_parsed_by_the_type_of_their_key(tmp_path):
+    path = write(tmp_path, "optim: {lr: 1e-4}\nstudent: {kwargs: {img_size: 64}}\n")
+    overrides = [
+        "optim.betas=[0.8, 0.9]",
+        "student.kwargs.depth=3",
+        "student.softcap=null",
+        "efficiency.compile=true",
+    ]
+    config = load_config(path, [*overrides, "optim.clip=2e0", "data.train=a=b"])
+    assert config.optim.lr == 1e-4
+    assert config.optim.betas == (0.8, 0.9)
+    assert config.student.kwargs == {"img_size": 64, "depth": 3}
+    assert config.student.softcap is None
+    assert config.efficiency.compile is True
+    assert config.optim.clip == 2.0
+    assert config.data.train == "a=b"
+
+
+def test_a_base_is_merged_and_its_own_keys_win(tmp_path):
+    write(tmp_path, "seed: 1\noptim: {lr: 1e-3, epochs: 7}\n", "base.yaml")
+    config = load_config(write(tmp_path, "base: base.yaml\noptim: {lr: 2e-3}\n"))
+    assert (config.seed, config.optim.lr, config.optim.epochs) == (1, 2e-3, 7)
+
+
+def test_yaml_out_is_yaml_in(tmp_path):
+    config = load_config(write(tmp_path, "optim: {lr: 1e-4, ema: 0.99}\nteacher: {kwargs: {a: [1, 2]}}\n"))
+    for comments in (False, True):
+        assert load_config(write(tmp_path, to_yaml(config, comments=comments), "o.yaml")) == config
+    assert "# peak learning rate" in to_yaml(config, comments=True)
+    assert yaml.safe_load(to_yaml(config))["optim"]["lr"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "words"),
+    [
+        ("", "optim.lrr=3", ["optim.lrr", "nearest is optim.lr"]),
+        ("", "mask.full=false", ["mask", "nearest is masks"]),
+        ("trainer: {}", None, ["unknown key trainer"]),
+        ("", "optim.lr=fast", ["optim.lr", "number", "fast"]),
+        ("", "optim.lr=-1", ["optim.lr", "greater than 0"]),
+        ("", "masks.distribution=unifrm", ["masks.distribution", "uniform"]),
+        ("", "efficiency.compile=maybe", ["efficiency.compile", "maybe"]),
+        ("", "optim.epochs", ["optim.epochs", "section.key=value"]),
+        ("", "optim.accumulate=7", ["optim.batch_size", "optim.accumulate"]),
+        ("", "optim.warmup_epochs=9", ["optim.warmup_epochs"]),
+        ("", "teacher.prefix_only=true", ["teacher.skip_blocks=0"]),
+        ("", "masks.ratio=0.3", ["masks.ratio"]),
+        ("optim: 3", None, ["optim", "3"]),
+        ("- a", None, ["mapping"]),
+        ("a: [", None, ["not YAML"]),
+        ("base: none.yaml", None, ["none.yaml"]),
+        ("base: c.yaml", None, ["circle"]),
+    ],
+)
+def test_bad_configuration_is_one_line_that_names_the_key(tmp_path, text, override, words):
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, text), [override] if override else [])
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(UserError, match=r"none\.yaml"):
+        load_config(tmp_path / "none.yaml")

@@ -1,0 +1,110 @@
+"""The parts of the engine, each against an independent truth."""
+
+import json
+
+import pytest
+import torch
+from timm.scheduler import CosineLRScheduler
+
+from fastalign.engine.checkpoint import Checkpoints, write_atomically
+from fastalign.engine.metrics import MetricLog
+from fastalign.engine.optim import MovingAverage, learning_rate
+from fastalign.errors import UserError
+
+
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_learning_rate_is_timms_cosine_per_update(warmup):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-4)
+    truth = CosineLRScheduler(
+        optimizer, t_initial=50, lr_min=3e-5, warmup_t=warmup, warmup_lr_init=3e-5, t_in_epochs=False
+    )
+    for step in range(50):
+        truth.step_update(step)
+        rate = learning_rate(step, total=50, warmup=warmup, lr=3e-4, min_lr=3e-5)
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+    assert learning_rate(50, total=50, warmup=warmup, lr=3e-4, min_lr=3e-5) == pytest.approx(3e-5)
+
+
+def test_moving_average_by_hand():
+    module = torch.nn.Linear(1, 1, bias=False)
+    module.weight.data.fill_(1.0)
+    average = MovingAverage(module, decay=0.9)
+    for value in (2.0, 3.0):
+        module.weight.data.fill_(value)
+        average.update()
+    assert average.state["weight"].item() == pytest.approx(0.9 * (0.9 * 1 + 0.1 * 2) + 0.1 * 3)
+
+
+def test_checkpoints_keep_the_newest_and_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    assert checkpoints.newest() is None
+    for step in (1, 2, 3, 4):
+        checkpoints.save({"step": step, "x": torch.tensor([step])}, step, best=step == 2)
+    assert checkpoints.steps() == [3, 4]
+    assert checkpoints.newest()["x"].item() == 4
+    assert torch.load(tmp_path / "c" / "best.pt", weights_only=True)["step"] == 2
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
+        "best.pt",
+        "step-00000003.pt",
+        "step-00000004.pt",
+    ]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a" / "file"
+    write_atomically(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half of the ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_a_torn_checkpoint_is_named(tmp_path):
+    (tmp_path / "step-00000007.pt").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"step-00000007\.pt"):
+        Checkpoints(tmp_path, keep=1).newest()
+
+
+def test_metrics_continue_after_an_interruption(tmp_path):
+    log = MetricLog(tmp_path)
+    for step in (1, 2, 3):
+        log.add(step=step, loss=torch.tensor(0.5 * step))
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    log = MetricLog(tmp_path, step=2)
+    log.add(step=3, loss=9.0)
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, 1.0), (3, 9.0)]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    log = MetricLog(tmp_path, main=False)
+    log.add(step=1, loss=1.0)
+    assert log.flush() == []
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_events_are_written(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricLog(tmp_path, tensorboard=True)
+    log.add(step=5, loss=1.25)
+    log.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    (event,) = events.Scalars("loss")
+    assert (event.step, event.value) == (5, 1.25)
+
+
+def test_missing_wandb_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(UserError, match=r"fastalign\[wandb\]"):
+        MetricLog(tmp_path, wandb="project")

@@ -1,0 +1,294 @@
+"""The command, as a user runs it: files, resume, ranks, accumulation, settings, bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import fastalign as fa
+from fastalign import train
+
+ROOT = Path(__file__).parent.parent
+MODEL = {"name": "vit_tiny_patch16_224", "pretrained": False, "kwargs": {"img_size": 32, "depth": 2}}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of 40 real JPEGs for training and 10 for validation."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 40), ("val", 10)):
+        for index in range(count):
+            path = root / split / f"class{index % 2}" / f"{index}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise = rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize((64, 48), Image.Resampling.BICUBIC).save(path)
+    return root
+
+
+@pytest.fixture
+def recipe(tmp_path, images):
+    """Runs the command in this process; returns the run folder."""
+
+    def run(*overrides, name="run", expect=0) -> Path:
+        tree = {
+            "output": str(tmp_path / name),
+            "student": MODEL,
+            "data": {"train": str(images / "train"), "val": str(images / "val"), "threads": 1},
+            "optim": {"batch_size": 8, "epochs": 2, "lr": 1e-3},
+            "log": {"every_steps": 2},
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        assert train.main([str(path), *overrides]) == expect
+        return tmp_path / name
+
+    return run
+
+
+def metrics(folder: Path) -> tuple[list[dict], list[dict]]:
+    """The training lines and the validation lines of a run."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line], [line for line in lines if "val_loss" in line]
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in metrics(folder)[0]]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    newest = max((folder / "checkpoints").glob("step-*.pt"))
+    return torch.load(newest, weights_only=True)["student"]
+
+
+def test_a_run_leaves_what_is_promised(recipe):
+    folder = recipe()
+    lines, validation = metrics(folder)
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "data_wait", "memory"} <= lines[
+        0
+    ].keys()
+    assert [line["step"] for line in validation] == [0, 5, 10]
+    assert validation[-1]["val_loss"] < validation[0]["val_loss"]
+    assert validation[0]["val_loss"] == pytest.approx(4 / 3, abs=0.15)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["optim"]["betas"] == [0.9, 0.95]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "best.pt",
+        "step-00000005.pt",
+        "step-00000010.pt",
+    ]
+    facts = json.loads((folder / "backbone.json").read_text())
+    assert facts["softcap"] == 30.0
+    vit = fa.load_backbone(folder)
+    assert vit.softcap == 30.0
+    best = torch.load(folder / "checkpoints" / "best.pt", weights_only=True)["student"]
+    for name, value in vit.state_dict().items():
+        assert torch.equal(value, best[f"encoder.{name}"])
+    assert load_file(folder / "backbone.safetensors").keys() == vit.state_dict().keys()
+
+
+def test_resuming_gives_the_same_bits(recipe):
+    """Stopped inside an epoch and started again, with stochastic depth, EMA and accumulation."""
+    options = [
+        "student.kwargs.drop_path_rate=0.3",
+        "optim.ema=0.9",
+        "optim.accumulate=2",
+        "data.color_jitter=0.4",
+    ]
+    whole = recipe(*options, name="whole")
+    recipe(*options, "max_steps=3", name="parts")
+    assert len(losses(whole.parent / "parts")) == 3
+    parts = recipe(*options, name="parts")
+    assert losses(parts) == losses(whole)
+    ours, theirs = weights(parts), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_running_a_finished_run_again_does_nothing(recipe, capsys):
+    folder = recipe("max_steps=2")
+    before = (folder / "metrics.jsonl").read_text()
+    capsys.readouterr()
+    recipe("max_steps=2")
+    assert "step 2 of 2" in capsys.readouterr().out
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_accumulation_gives_the_same_losses(recipe):
+    once = losses(recipe(name="once"))
+    assert losses(recipe("optim.accumulate=4", name="accumulated")) == pytest.approx(once, rel=1e-4)
+
+
+def test_accumulation_with_an_epoch_that_does_not_divide(recipe):
+    """40 images in updates of 12: 3 updates an epoch, each over exactly 12 images."""
+    folder = recipe("optim.batch_size=12", "optim.accumulate=3")
+    assert [line["step"] for line in metrics(folder)[0]] == list(range(1, 7))
+    plain = recipe("optim.batch_size=12", name="plain")
+    assert losses(folder) == pytest.approx(losses(plain), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "setting", ["efficiency.grad_checkpointing=true", "data.threads=2", "log.every_steps=5"]
+)
+def test_efficiency_settings_do_not_change_the_loss(recipe, setting):
+    assert losses(recipe(setting, name="changed")) == pytest.approx(losses(recipe(name="plain")), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_run_has_the_same_loss(recipe):
+    torch._dynamo.reset()
+    plain = losses(recipe("max_steps=3", name="plain"))
+    assert losses(recipe("efficiency.compile=true", "max_steps=3", name="compiled")) == pytest.approx(
+        plain, rel=1e-4
+    )
+
+
+def test_bf16_stays_close(recipe):
+    plain = losses(recipe("max_steps=4", name="plain"))
+    assert losses(recipe("efficiency.precision=bf16", "max_steps=4", name="bf16")) == pytest.approx(
+        plain, rel=0.02
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["objective=mim", "teacher.skip_blocks=0"],
+        ["loss.name=cosine"],
+        ["teacher.skip_blocks=0", "teacher.prefix_only=true"],
+        ["student.freeze=true"],
+        ["masks.distribution=bernoulli", "masks.ratio=0.25", "masks.complement=false", "masks.full=false"],
+        ["data.randaugment=rand-m9-mstd0.5-inc1", "data.mixup=0.5", "data.cutmix=1.0", "data.crop=rrc"],
+        ["loss.scale_batches=1", "data.val=null"],
+        ["data.train=synthetic:40", "data.val=synthetic:10"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_variants_train(recipe, options):
+    folder = recipe(*options, "max_steps=2")
+    assert np.isfinite(losses(folder)).all()
+    assert (folder / "backbone.json").exists() != ("student.freeze=true" in options)
+
+
+def test_target_scale_is_stored_and_not_measured_again(recipe):
+    folder = recipe("max_steps=1", "loss.scale_batches=1")
+    state = torch.load(folder / "checkpoints" / "step-00000001.pt", weights_only=True)
+    assert state["target_scale"] != 1.0
+    recipe("max_steps=2", "loss.scale_batches=null")
+    again = torch.load(folder / "checkpoints" / "step-00000002.pt", weights_only=True)
+    assert again["target_scale"] == state["target_scale"]
+
+
+def test_a_student_may_start_from_an_earlier_run(recipe):
+    first = recipe("max_steps=1", name="first")
+    second = recipe(
+        "max_steps=1", f"student.checkpoint={first}", f"teacher.checkpoint={first}", name="second"
+    )
+    assert fa.load_backbone(second).softcap == 30.0
+
+
+BAD = {
+    "no such folder": (["data.train=/no/such/folder"], ["/no/such/folder"]),
+    "no data": (["data.train=null"], ["data.train"]),
+    "empty folder": (["data.train=EMPTY"], ["EMPTY"]),
+    "no images": (["data.train=TEXT"], ["TEXT"]),
+    "damaged image": (["data.train=BROKEN", "optim.batch_size=2"], ["BROKEN"]),
+    "unknown backbone": (["student.name=vit_tinny_patch16_224"], ["vit_tinny", "vit_tiny_patch16_224"]),
+    "image size": (["student.kwargs.img_size=50"], ["50", "48 or 64"]),
+    "grids": (["teacher.pretrained=false", "teacher.name=vit_tiny_patch16_224", "teacher.kwargs.img_size=64"], ["different patch grids"]),
+    "batch larger than the data": (["optim.batch_size=64"], ["40", "64"]),
+    "weights of another model": (["student.checkpoint=OTHER"], ["OTHER", "another model"]),
+    "unreachable weights": (["student.pretrained=true"], ["vit_tiny_patch16_224"]),
+    "misspelt key": (["optim.learning_rate=1"], ["optim.learning_rate", "nearest"]),
+    "ranks": (["optim.batch_size=9", "optim.accumulate=2"], ["optim.batch_size"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(recipe, tmp_path, capsys, case):
+    overrides, words = BAD[case]
+    (tmp_path / "EMPTY").mkdir()
+    for name, content in (("TEXT", b"words"), ("BROKEN", b"\xff\xd8\xff\xe0 not a picture")):
+        (tmp_path / name).mkdir()
+        for index in range(4):
+            (tmp_path / name / f"{index}.{'txt' if name == 'TEXT' else 'jpg'}").write_bytes(content)
+    torch.save({"patch_embed.proj.weight": torch.zeros(2)}, tmp_path / "OTHER.pth")
+    places = {"EMPTY": "EMPTY", "TEXT": "TEXT", "BROKEN": "BROKEN", "OTHER": "OTHER.pth"}
+    for word, place in places.items():
+        overrides = [override.replace(word, str(tmp_path / place)) for override in overrides]
+    recipe(*overrides, expect=2)
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastalign:")]
+    assert len(error) == 1
+    for word in words:
+        assert word in error[0]
+
+
+def test_checkpoint_of_another_model(recipe, capsys):
+    recipe("max_steps=1")
+    capsys.readouterr()
+    recipe("max_steps=2", "student.kwargs.depth=3", expect=2)
+    assert "checkpoint of another model" in capsys.readouterr().err
+
+
+def test_more_processes_than_gpus(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    recipe(expect=2)
+    assert "--nproc-per-node=4" in capsys.readouterr().err
+
+
+def test_missing_dali_is_one_line(recipe, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("nvidia.dali")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    recipe(expect=2)
+    assert "fastalign[dali]" in capsys.readouterr().err
+
+
+def test_print_config(recipe, tmp_path, capsys):
+    recipe("--print-config", "optim.lr=0.5")
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["optim"]["lr"] == 0.5
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_under_torchrun_have_the_losses_of_one(recipe, tmp_path):
+    alone = recipe(name="alone")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "fastalign.train",
+    ]
+    folder = tmp_path / "two"
+    for options in (["max_steps=4"], []):  # in two parts, the second a resume
+        result = subprocess.run(
+            [*command, str(tmp_path / "recipe.yaml"), f"output={folder}", *options],
+            cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+    assert losses(folder) == pytest.approx(losses(alone), rel=1e-4)
+    ours, theirs = metrics(folder)[1], metrics(alone)[1]
+    assert ours[-1]["val_loss"] == pytest.approx(theirs[-1]["val_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_command_exits_with_2(tmp_path, recipe):
+    recipe("max_steps=1")
+    command = [sys.executable, "-m", "fastalign.train", str(tmp_path / "recipe.yaml"), "data.train=/no/such"]
+    result = subprocess.run(
+        [*command, f"output={tmp_path / 'x'}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
