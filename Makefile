@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 DALI ?= dali
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint gpu gpu-tests gpu-step clean
 
 install: $(VENV)/.installed
 
@@ -35,6 +35,20 @@ demo: install
 	OMP_NUM_THREADS=$(if $(filter 0,$(GPUS)),1,4) $(VENV)/bin/torchrun --standalone --nproc-per-node=$(RANKS) \
 		-m fastalign.train configs/demo.yaml
 	$(PY) -m demo.summary runs/demo
+
+# Everything that needs a GPU: the tests, then the measurements. Works offline where torch, timm and pydantic are
+# installed already; each part is a target of its own. Results go to benchmarks/results and, where it is set, to $$OUT.
+GPU_PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
+
+gpu: gpu-tests gpu-step
+
+gpu-tests:
+	$(GPU_PY) -m pip install -q --no-build-isolation --no-deps -e .
+	$(GPU_PY) -m pytest -q -m gpu tests
+
+gpu-step:
+	$(GPU_PY) -m benchmarks.step
+	@if [ -n "$$OUT" ]; then cp benchmarks/results/step.json "$$OUT"/; fi
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

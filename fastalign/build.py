@@ -17,6 +17,8 @@ from fastalign.models.vit import ViT
 from fastalign.models.zoo import create_backbone, load_backbone
 from fastalign.objectives import MaskedImageModeling, MaskEmbed
 
+WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".npz")
+"""How a weights file's name ends; any other checkpoint is the folder of a run."""
 SCALE_BATCHES = 50
 """Batches a rank that the target scale is measured on where there is no validation set."""
 
@@ -45,14 +47,25 @@ def build_backbones(config: Config) -> tuple[ViT, ViT]:
 
 
 def _backbone(name: str, pretrained: bool, checkpoint: str | None, kwargs: dict) -> ViT:
-    if checkpoint and (Path(checkpoint).is_dir() or checkpoint.endswith(".json")):
-        return load_backbone(checkpoint)
+    if checkpoint and Path(checkpoint).suffix not in WEIGHTS:
+        vit = load_backbone(checkpoint)
+        if vit.recipe["name"].split(".")[0] != name.split(".")[0]:
+            raise UserError(
+                f"the run at {checkpoint} aligned {vit.recipe['name']}, not {name}: set the same name"
+            )
+        if (size := kwargs.get("img_size")) and tuple(vit.spec.image_size) != (size, size):
+            raise UserError(
+                f"the run at {checkpoint} has images of {vit.spec.image_size}, not img_size {size}"
+            )
+        return vit
     return create_backbone(name, pretrained=pretrained, checkpoint=checkpoint, **kwargs)
 
 
 def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, ViT]:
     """The objective, freshly initialised, and the backbone that its student started from."""
-    torch.manual_seed(config.seed)  # weights that are not loaded are the same on every rank and after a resume
+    torch.manual_seed(
+        config.seed
+    )  # weights that are not loaded are the same on every rank and after a resume
     backbone, taught = build_backbones(config)
     torch.manual_seed(config.seed)  # and the decoder's, whether or not the backbone's were drawn
     try:

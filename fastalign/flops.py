@@ -3,8 +3,11 @@
 A multiply-add counts as two; training as three forward passes; the frozen teacher as one.
 """
 
+from torch import nn
+
 from fastalign.models.spec import BlockSpec
-from fastalign.objectives import MaskEmbed
+from fastalign.models.vit import ViT
+from fastalign.objectives import MaskedImageModeling, MaskEmbed
 
 
 def block_flops(block: BlockSpec, tokens: float, squares: float) -> float:
@@ -13,21 +16,35 @@ def block_flops(block: BlockSpec, tokens: float, squares: float) -> float:
     return 2 * (4 * block.width**2 + mlp) * tokens + 4 * block.width * squares
 
 
-def flops_per_image(objective: MaskEmbed) -> float:
+def flops_per_image(objective: MaskEmbed | MaskedImageModeling) -> float:
     """A training step's operations for one image, forward and backward, teacher included (mode `zero`)."""
-    teacher, encoder = objective.teacher, objective.student.encoder
-    spec, copies = encoder.spec, objective.masks.copies
-    tokens = spec.prefix + spec.patches
-    all_tokens, all_squares = copies * tokens, copies * tokens**2
-    patch = 2 * spec.patches * spec.channels * spec.patch_size[0] * spec.patch_size[1]
-    decoder = getattr(objective.student, "decoder", None)
-    seen = (tokens, tokens**2) if decoder else (all_tokens, all_squares)
-    taught = (all_tokens, all_squares) if decoder else (tokens, tokens**2)
-    head = decoder.pos_embed.shape[-1] if decoder else teacher.embed_dim
-    student = spec.depth * block_flops(spec.block, *seen) + 2 * seen[0] * spec.block.width * head
-    total = 3 * student + 2 * patch * spec.block.width
-    total += len(teacher.vit.blocks) * block_flops(teacher.spec.block, *taught) + patch * teacher.embed_dim
+    teacher, student = objective.teacher, objective.student
+    copies, tokens = objective.masks.copies, student.encoder.spec.prefix + student.encoder.spec.patches
+    once, masked = (tokens, tokens**2), (copies * tokens, copies * tokens**2)
+    decoder = getattr(student, "decoder", None)
+    total = encoder_flops(teacher.vit, *(masked if decoder else once))
+    trained = 3 if any(parameter.requires_grad for parameter in student.encoder.parameters()) else 1
+    total += trained * encoder_flops(student.encoder, *(once if decoder else masked))
+    # The patch embedding is the first layer: its backward pass has no gradient of the input to make.
+    total -= patch_flops(student.encoder) if trained == 3 else 0
     if decoder:
-        total += 3 * sum(block_flops(block.attn.spec, all_tokens, all_squares) for block in decoder.blocks)
-        total += 3 * 2 * all_tokens * head * teacher.embed_dim
+        blocks = sum(block_flops(block.attn.spec, *masked) for block in decoder.blocks)
+        predicted = copies if decoder.prefix_only and decoder.prefix else masked[0]
+        total += 3 * (blocks + head_flops(decoder.head) * predicted)
     return total
+
+
+def encoder_flops(vit: ViT, tokens: float, squares: float) -> float:
+    """A backbone's forward pass: patch embedding once an image, blocks and head over all tokens."""
+    blocks = len(vit.blocks) * block_flops(vit.spec.block, tokens, squares)
+    return blocks + head_flops(vit.head) * tokens + patch_flops(vit)
+
+
+def patch_flops(vit: ViT) -> float:
+    """The patch embedding of one image."""
+    return 2 * vit.spec.patches * vit.patch_embed.proj.weight.numel()
+
+
+def head_flops(head: nn.Module) -> float:
+    """A head's forward pass for one token."""
+    return 2 * sum(module.weight.numel() for module in head.modules() if isinstance(module, nn.Linear))

@@ -136,6 +136,7 @@ def loop(run: Run, log: MetricLog, terminal: Terminal) -> None:
         flops=flops_per_image(run.objective),
         device=world.device,
     )
+    terminal.begin()
     run.model.train()
     while run.step < run.last_step:
         epoch, position = divmod(run.step, run.epoch_steps)

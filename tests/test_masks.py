@@ -123,10 +123,3 @@ def test_masks_of_ids_are_independent():
 def test_bad_arguments_are_named(make, words):
     with pytest.raises(ValueError, match=words):
         make()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("kind", DISTRIBUTIONS)
-def test_gpu_draws_the_same_bits(kind):
-    masks = kind(seed=1)
-    assert torch.equal(masks(IDS[:4096].cuda(), 196, 2).cpu(), masks(IDS[:4096], 196, 2))

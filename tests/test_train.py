@@ -201,7 +201,10 @@ BAD = {
     "damaged image": (["data.train=BROKEN", "optim.batch_size=2"], ["BROKEN"]),
     "unknown backbone": (["student.name=vit_tinny_patch16_224"], ["vit_tinny", "vit_tiny_patch16_224"]),
     "image size": (["student.kwargs.img_size=50"], ["50", "48 or 64"]),
-    "grids": (["teacher.pretrained=false", "teacher.name=vit_tiny_patch16_224", "teacher.kwargs.img_size=64"], ["different patch grids"]),
+    "grids": (
+        ["teacher.pretrained=false", "teacher.name=vit_tiny_patch16_224", "teacher.kwargs.img_size=64"],
+        ["different patch grids"],
+    ),
     "batch larger than the data": (["optim.batch_size=64"], ["40", "64"]),
     "weights of another model": (["student.checkpoint=OTHER"], ["OTHER", "another model"]),
     "unreachable weights": (["student.pretrained=true"], ["vit_tiny_patch16_224"]),

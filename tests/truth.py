@@ -103,10 +103,9 @@ class StudentTruth(nn.Module):
         tokens = encoder.patch_embed.num_patches + encoder.num_prefix_tokens
         self.decoder = nn.Module()
         self.decoder.pos_embed = nn.Parameter(torch.zeros(1, tokens, width))
-        self.decoder.blocks = nn.ModuleList(
-            Block(width, heads, qkv_bias=decoder_qkv_bias, qk_norm=norm_on, init_values=init_values, norm_layer=norm_class,
-                  act_layer=type(block.mlp.act), mlp_layer=type(block.mlp)) for _ in range(layers)
-        )  # fmt: skip
+        options = {"qkv_bias": decoder_qkv_bias, "qk_norm": norm_on, "init_values": init_values}
+        classes = {"norm_layer": norm_class, "act_layer": type(block.mlp.act), "mlp_layer": type(block.mlp)}
+        self.decoder.blocks = nn.ModuleList(Block(width, heads, **options, **classes) for _ in range(layers))
         self.decoder.norm = nn.LayerNorm(width)
         self.decoder.head = nn.Linear(width, target_dim)
         self.prefix, self.prefix_only = encoder.num_prefix_tokens, prefix_only

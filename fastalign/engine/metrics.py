@@ -134,8 +134,8 @@ class Terminal:
     """Progress on the terminal: a bar where there is one, plain lines where there is none."""
 
     def __init__(self, *, total: int, step: int, main: bool):
-        self.main, self.total, self.started, self.first = main, total, time.monotonic(), step
-        self._bar = None
+        self.main, self.total, self.first, self._bar = main, total, step, None
+        self.begin()
         if main and sys.stderr.isatty():
             columns = [
                 TextColumn("{task.description}"),
@@ -148,6 +148,10 @@ class Terminal:
             )
             self._task = self._bar.add_task("training", total=total, completed=step, text="")
             self._bar.start()
+
+    def begin(self) -> None:
+        """Training begins: the time left is reckoned from here."""
+        self.started = time.monotonic()
 
     def say(self, text: str) -> None:
         """A line that stays."""

@@ -1,0 +1,90 @@
+"""What only a GPU can show: the same bits of masks, the same loss, bf16, compiled, no wait for the device."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastalign as fa
+from tests.numerics import gradient_error, randomise, relative_error
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+ROOT = Path(__file__).parent.parent
+
+
+def objective():
+    """A small MaskEmbed with moved weights."""
+    vit = fa.create_backbone("vit_tiny_patch16_224", img_size=64, depth=3)
+    step = fa.MaskEmbed(fa.MaskedTeacher(vit), fa.MaskEmbedStudent.from_backbone(vit), fa.UniformMasks())
+    randomise(step)
+    return step
+
+
+def loss_and_gradient(step, images, ids):
+    """The loss and the gradient by name."""
+    step.zero_grad()
+    loss = step(images, ids)
+    loss.backward()
+    return loss.detach().cpu(), {n: p.grad.cpu().clone() for n, p in step.student.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", [fa.UniformMasks, fa.BernoulliMasks, fa.BlockwiseMasks])
+def test_masks_are_the_same_bits(kind):
+    masks, ids = kind(seed=1), torch.arange(4096)
+    assert torch.equal(masks(ids.cuda(), 196, 2).cpu(), masks(ids, 196, 2))
+
+
+def test_loss_and_gradient_equal_float64_on_the_cpu():
+    step, images, ids = objective(), torch.randn(4, 3, 64, 64), torch.arange(4)
+    loss, gradient = loss_and_gradient(step.double(), images.double(), ids)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    found, found_gradient = loss_and_gradient(step.float().cuda(), images.cuda(), ids.cuda())
+    assert relative_error(found, loss) < 1e-5
+    assert gradient_error(found_gradient, gradient) < 1e-3
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bf16_stays_close(compiled):
+    torch._dynamo.reset()
+    step, images, ids = objective().cuda(), torch.randn(4, 3, 64, 64).cuda(), torch.arange(4).cuda()
+    loss, _ = loss_and_gradient(step, images, ids)
+    if compiled:
+        step.compile()
+    with torch.autocast("cuda", torch.bfloat16):
+        found, _ = loss_and_gradient(step, images.bfloat16(), ids)
+    assert relative_error(found, loss) < 0.02
+
+
+def test_a_step_never_waits_for_the_device():
+    step, images, ids = objective().cuda(), torch.randn(4, 3, 64, 64).cuda(), torch.arange(4).cuda()
+    loss_and_gradient(step, images, ids)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for masks in (fa.UniformMasks(), fa.BernoulliMasks(), fa.BlockwiseMasks()):
+            step.masks = masks
+            step(images, ids).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_command_trains_on_the_gpu(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"output: {tmp_path / 'run'}\n"
+        "student: {name: vit_tiny_patch16_224, pretrained: false, kwargs: {img_size: 64, depth: 3}}\n"
+        "data: {train: 'synthetic:256', val: 'synthetic:64'}\n"
+        "optim: {batch_size: 32, epochs: 2, lr: 1.0e-3}\n"
+    )
+    command = [sys.executable, "-m", "fastalign.train", str(recipe)]
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ), check=False
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    validation = [line["val_loss"] for line in lines if "val_loss" in line]
+    assert validation[-1] < validation[0]

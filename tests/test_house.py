@@ -1,0 +1,121 @@
+"""The structure: imports go downwards, the table in CONTRIBUTING is true, files and functions stay short."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fastalign"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Each room may import from the rooms after it, and from itself.
+FLOORS = [
+    {"train"},
+    {"run"},
+    {"build"},
+    {"flops", "config"},
+    {"objectives", "engine", "data"},
+    {"models"},
+    {"attention", "masks"},
+    {"reference", "random"},
+    {"errors"},
+]
+LONG_FILES = {
+    "config.py": "every key of a run stands in one place",
+    "zoo.py": "one backbone family after another",
+}
+MAX_LINES, MAX_LINES_EXCEPTION, MAX_FUNCTION = 300, 340, 60
+LONG_FUNCTIONS: set[str] = set()
+
+
+def room(module: str) -> str:
+    """fastalign.data.loader -> data"""
+    return module.split(".")[1]
+
+
+def floor(name: str) -> int:
+    return next(index for index, rooms in enumerate(FLOORS) if name in rooms)
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of fastalign that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "fastalign":
+            found |= {f"fastalign.{alias.name}" for alias in node.names if not alias.name.startswith("__")}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastalign."):
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("fastalign.")}
+    return found
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p != PACKAGE / "__init__.py"], ids=module_of)
+def test_imports_go_downwards(path):
+    if path.name == "__init__.py" and not path.read_text().strip():
+        return
+    here = room(module_of(path))
+    for module in imported(path):
+        there = room(module)
+        assert there == here or floor(there) > floor(here), f"{module_of(path)} must not import {module}"
+
+
+def test_the_table_of_rooms_is_true():
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## The house")[2].partition("## Rules")[0]
+    named = set(re.findall(r"^\| `([^`]+)`", table, re.M))
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    rooms = set()
+    for path in map(Path, tracked):
+        if path.parts[0] == "fastalign" and path.suffix == ".py" and path.name != "__init__.py":
+            rooms.add("/".join(path.parts[:2]) + ("/" if len(path.parts) > 2 else ""))
+        elif len(path.parts) > 1 and path.parts[0] != "fastalign" and not path.parts[0].startswith("."):
+            rooms.add(path.parts[0] + "/")
+    assert named == rooms
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_files_and_functions_are_short(path):
+    source = path.read_text()
+    limit = MAX_LINES_EXCEPTION if path.name in LONG_FILES else MAX_LINES
+    assert len(source.splitlines()) <= limit
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and node.name not in LONG_FUNCTIONS:
+            assert node.end_lineno - node.lineno < MAX_FUNCTION, f"{path.name}: {node.name} is long"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_public_functions_and_classes_have_docstrings(path):
+    tree = ast.parse(path.read_text())
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node) or isinstance(node, ast.ClassDef), f"{path.name}: {node.name}"
+
+
+def test_importing_fastalign_does_not_import_dali():
+    code = "import sys, fastalign.train; print([m for m in sys.modules if m.startswith('nvidia.dali')])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_no_package_hides_another_projects_kernels():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_readme_names_only_what_exists():
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target
+    for name in re.findall(r"configs/[\w/-]+\.yaml", text):
+        assert (ROOT / name).exists(), name
