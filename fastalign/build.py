@@ -1,5 +1,6 @@
 """From a configuration to the objects of a run."""
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -107,58 +108,59 @@ def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, 
     data, optim = config.data, config.optim
     if data.train is None:
         raise UserError("data.train is not set: give it an image folder or tar shards, data.train=PATH")
-    parts = optim.accumulate * world.size
-    if optim.batch_size % parts:
+    train = Loader(
+        open_source(data.train),
+        Transform(
+            crop=data.crop,
+            scale=data.scale,
+            ratio=data.ratio,
+            hflip=data.hflip,
+            color_jitter=data.color_jitter,
+            randaugment=data.randaugment,
+            **_constants(backbone),
+        ),
+        accumulate=optim.accumulate,
+        mixup=data.mixup,
+        cutmix=data.cutmix,
+        **_common(config, world),
+    )
+    return train, evaluation_loader(config, world, backbone, data.val) if data.val is not None else None
+
+
+def evaluation_loader(config: Config, world: World, backbone: ViT, path: str) -> Loader:
+    """Every image once, in order, without augmentation."""
+    transform = Transform(crop="eval", **_constants(backbone))
+    return Loader(open_source(path), transform, train=False, **_common(config, world))
+
+
+def _constants(backbone: ViT) -> dict:
+    return {"size": backbone.spec.image_size, **backbone.data}
+
+
+def _common(config: Config, world: World) -> dict:
+    parts = config.optim.accumulate * world.size
+    if config.optim.batch_size % parts:
         raise UserError(
-            f"optim.batch_size {optim.batch_size} must be a multiple of optim.accumulate x ranks = {parts}"
+            f"optim.batch_size {config.optim.batch_size} must be a multiple of optim.accumulate x ranks = {parts}"
         )
-    batch_size = optim.batch_size // parts
-    constants = {"size": backbone.spec.image_size, **backbone.data}
-    augmented = {
-        key: getattr(data, key) for key in ("scale", "ratio", "hflip", "color_jitter", "randaugment")
-    }
-    common = {
-        "batch_size": batch_size,
+    return {
+        "batch_size": config.optim.batch_size // parts,
         "device": world.device,
         "dtype": precision(config, world.device),
         "seed": config.seed,
         "rank": world.rank,
         "world_size": world.size,
-        "threads": data.threads,
-        "hw_decoder_load": data.hw_decoder_load,
+        "threads": config.data.threads,
+        "hw_decoder_load": config.data.hw_decoder_load,
     }
-    train = Loader(
-        open_source(data.train),
-        Transform(crop=data.crop, **augmented, **constants),
-        accumulate=optim.accumulate,
-        mixup=data.mixup,
-        cutmix=data.cutmix,
-        **common,
-    )
-    val = None
-    if data.val is not None:
-        val = Loader(open_source(data.val), Transform(crop="eval", **constants), train=False, **common)
-    return train, val
 
 
 def scale_batches(config: Config, world: World, backbone: ViT, val: Loader | None):
     """The batches that the target scale is measured on: validation, else training images without augmentation."""
-    limit = config.loss.scale_batches
-    if val is None:
-        val = Loader(
-            open_source(config.data.train),
-            Transform(crop="eval", size=backbone.spec.image_size, **backbone.data),
-            batch_size=config.optim.batch_size // (config.optim.accumulate * world.size),
-            device=world.device,
-            dtype=precision(config, world.device),
-            seed=config.seed,
-            rank=world.rank,
-            world_size=world.size,
-            train=False,
-            threads=config.data.threads,
-        )
-        limit = limit or SCALE_BATCHES
-    for index, batch in enumerate(val.batches()):
-        if limit is not None and index >= limit:
-            break
-        yield batch
+    limit = config.loss.scale_batches or (SCALE_BATCHES if val is None else None)
+    loader = val or evaluation_loader(config, world, backbone, config.data.train)
+    try:
+        yield from itertools.islice(loader.batches(), limit)
+    finally:
+        if val is None:
+            loader.close()

@@ -47,7 +47,7 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
     if run.average:
         run.average.update()
     run.step += 1
-    return {"loss": total, "grad_norm": norm, "lr": lr, "waited": waited}
+    return {"loss": run.world.sum(total) / run.world.size, "grad_norm": norm, "lr": lr, "waited": waited}
 
 
 @torch.no_grad()
