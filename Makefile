@@ -11,8 +11,8 @@ install: $(VENV)/.installed
 
 # torch first, then ours without build isolation: a build must see the torch that will run.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q "setuptools>=77" wheel
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PY) -m pip install -q -c constraints.txt setuptools wheel
 	$(PY) -m pip install -q -c constraints.txt torch torchvision
 	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[$(DALI),demo,dev]"
 	touch $@
@@ -26,9 +26,9 @@ lint: install
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-# With a GPU, one process for each; without, two that share the CPU.
+# With a GPU, one process (the model is tiny); without, two that share the CPU.
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
-RANKS := $(if $(filter 0,$(GPUS)),2,$(GPUS))
+RANKS := $(if $(filter 0,$(GPUS)),2,1)
 
 demo: install
 	$(PY) -m demo.mosaics --out demo/data

@@ -49,15 +49,17 @@ def build_backbones(config: Config) -> tuple[ViT, ViT]:
 
 def _backbone(name: str, pretrained: bool, checkpoint: str | None, kwargs: dict) -> ViT:
     if checkpoint and Path(checkpoint).suffix not in WEIGHTS:
-        vit = load_backbone(checkpoint)
+        drop_path = {key: value for key, value in kwargs.items() if key == "drop_path_rate"}
+        vit = load_backbone(checkpoint, **drop_path)
         if vit.recipe["name"].split(".")[0] != name.split(".")[0]:
             raise UserError(
                 f"the run at {checkpoint} aligned {vit.recipe['name']}, not {name}: set the same name"
             )
-        if (size := kwargs.get("img_size")) and tuple(vit.spec.image_size) != (size, size):
-            raise UserError(
-                f"the run at {checkpoint} has images of {vit.spec.image_size}, not img_size {size}"
-            )
+        for key, value in kwargs.items():
+            if vit.recipe["kwargs"].get(key, value) != value or key not in vit.recipe["kwargs"]:
+                raise UserError(
+                    f"the run at {checkpoint} was made with {vit.recipe['kwargs']}: kwargs.{key}={value} does not fit"
+                )
         return vit
     return create_backbone(name, pretrained=pretrained, checkpoint=checkpoint, **kwargs)
 
@@ -106,6 +108,8 @@ def precision(config: Config, device: torch.device) -> torch.dtype:
 def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, Loader | None]:
     """The training and the validation loader."""
     data, optim = config.data, config.optim
+    if backbone.spec.channels != 3:
+        raise UserError(f"kwargs.in_chans={backbone.spec.channels}: images come with 3 channels; remove it")
     if data.train is None:
         raise UserError("data.train is not set: give it an image folder or tar shards, data.train=PATH")
     train = Loader(
@@ -124,7 +128,11 @@ def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, 
         cutmix=data.cutmix,
         **_common(config, world),
     )
-    return train, evaluation_loader(config, world, backbone, data.val) if data.val is not None else None
+    val = evaluation_loader(config, world, backbone, data.val) if data.val is not None else None
+    for key, loader in (("data.train", train), ("data.val", val)):
+        if loader is not None and not world.agree(loader.source.fingerprint()):
+            raise UserError(f"{key}: the ranks see different files; give every machine the same data set")
+    return train, val
 
 
 def evaluation_loader(config: Config, world: World, backbone: ViT, path: str) -> Loader:
@@ -158,7 +166,7 @@ def _common(config: Config, world: World) -> dict:
 def scale_batches(config: Config, world: World, backbone: ViT, val: Loader | None):
     """The batches that the target scale is measured on: validation, else training images without augmentation."""
     limit = config.loss.scale_batches or (SCALE_BATCHES if val is None else None)
-    loader = val or evaluation_loader(config, world, backbone, config.data.train)
+    loader = evaluation_loader(config, world, backbone, config.data.train) if val is None else val
     try:
         yield from itertools.islice(loader.batches(), limit)
     finally:

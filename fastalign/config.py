@@ -17,7 +17,7 @@ from fastalign.errors import UserError
 class Section(BaseModel):
     """A group of keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Student(Section):
@@ -167,7 +167,7 @@ class Efficiency(Section):
 class Config(Section):
     output: str = "runs/default"
     """the run folder; running again on it resumes"""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """of weights, data order, augmentation and masks"""
     max_steps: int | None = Field(None, gt=0)
     """stop after this many updates; the schedule stays that of optim.epochs"""
@@ -190,6 +190,11 @@ class Config(Section):
             raise ValueError(
                 f"optim.batch_size {self.optim.batch_size} must be a multiple of optim.accumulate"
             )
+        if not all(0 <= beta < 1 for beta in self.optim.betas):
+            raise ValueError(f"optim.betas must lie in 0..1, 1 excluded, got {list(self.optim.betas)}")
+        for name, kwargs in (("student", self.student.kwargs), ("teacher", self.teacher.kwargs)):
+            if own := {"name", "pretrained", "checkpoint"} & kwargs.keys():
+                raise ValueError(f"{name}.kwargs.{min(own)}: write {name}.{min(own)} instead")
         if self.optim.warmup_epochs > self.optim.epochs:
             raise ValueError("optim.warmup_epochs must not exceed optim.epochs")
         if self.teacher.prefix_only and self.teacher.skip_blocks:
@@ -265,7 +270,10 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict:
         raise UserError(f"no configuration file at {path}")
     if path.resolve() in seen:
         raise UserError(f"{path}: its bases form a circle")
-    tree = _parse(path.read_text(), str(path)) or {}
+    try:
+        tree = _parse(path.read_text(encoding="utf-8"), str(path)) or {}
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text file in UTF-8") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
     base = tree.pop("base", None)

@@ -41,7 +41,7 @@ class _Objective(nn.Module):
         Returns:
             Scalar, fp32.
         """
-        visible = self.masks(sample_ids, self.num_patches, epoch)
+        visible = self.masks(sample_ids.to(images.device), self.num_patches, epoch)
         return reconstruction_loss(
             self.student(images, visible),
             self.targets(images, visible),
@@ -54,7 +54,9 @@ class _Objective(nn.Module):
     @torch.no_grad()
     def target_moments(self, images: Tensor, sample_ids: Tensor, epoch: int) -> Tensor:
         """[3] float64: number, sum and sum of squares of the unscaled targets of a batch."""
-        targets = self.targets(images, self.masks(sample_ids, self.num_patches, epoch)).double()
+        targets = self.targets(
+            images, self.masks(sample_ids.to(images.device), self.num_patches, epoch)
+        ).double()
         return torch.stack(
             [targets.new_tensor(float(targets.numel())), targets.sum(), targets.square().sum()]
         )

@@ -16,6 +16,10 @@ from fastalign.engine.distributed import World
 from fastalign.engine.optim import MovingAverage, adamw
 from fastalign.errors import UserError
 
+DECISIVE = ("objective", "seed", "student", "teacher", "decoder", "masks", "loss.name", "data.train")
+DECISIVE += ("optim.batch_size", "optim.epochs")
+"""What may not change between a checkpoint and its continuation."""
+
 
 class Run:
     """Everything that a run consists of, between its configuration and its folder."""
@@ -31,6 +35,8 @@ class Run:
         self.average = MovingAverage(objective.student, optim.ema) if optim.ema else None
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
         self.step, self.best, self.val_loss = 0, None, None
+        if world.main:
+            self.checkpoints.clean()
         self.epoch_steps = len(self.train) // optim.accumulate
         self.total_steps = optim.epochs * self.epoch_steps
         self.last_step = min(config.max_steps or self.total_steps, self.total_steps)
@@ -66,6 +72,8 @@ class Run:
         state = self.checkpoints.newest()
         if state is None:
             return
+        path = self.checkpoints.path(self.checkpoints.steps()[-1])
+        self._same_run(state, path)
         try:
             self.objective.student.load_state_dict(state["student"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -73,11 +81,25 @@ class Run:
                 self.average.load(state["average"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{self.checkpoints.path(state['step'])} is a checkpoint of another model: "
-                f"choose another output than {self.folder} ({str(error).splitlines()[-1].strip()})"
+                f"{path} is a checkpoint of another model: choose another output than {self.folder} "
+                f"({str(error).splitlines()[-1].strip()})"
             ) from error
         self.objective.target_scale.fill_(state["target_scale"])
         self.step, self.best, self.val_loss = state["step"], state["best"], state["val_loss"]
+
+    def _same_run(self, state: dict, path: Path) -> None:
+        """Refuse a checkpoint of another run: what decides the losses must be as it was."""
+        if not isinstance(state, dict) or not {"student", "optimizer", "step", "config"} <= state.keys():
+            raise UserError(f"{path} is not a checkpoint of a run: remove it, or choose another output")
+        before, now = state["config"], self.config.model_dump(mode="json")
+        for key in DECISIVE:
+            section, _, name = key.partition(".")
+            old, new = ((tree[section][name] if name else tree[section]) for tree in (before, now))
+            if old != new:
+                raise UserError(
+                    f"{path} is a checkpoint of another model or run: {key} was {old}, is {new}; "
+                    "set it back, or choose another output"
+                )
 
 
 def save(run: Run, *, evaluated: bool = False) -> None:

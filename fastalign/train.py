@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import sys
+import time
 from contextlib import nullcontext
 
 import torch
@@ -30,7 +31,7 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     # Stochastic depth draws from torch's generator: seeded by the step, a resumed run draws the same.
-    torch.manual_seed((config.seed * 1_000_003 + run.step) * 65_536 + run.world.rank)
+    torch.manual_seed(((config.seed * 1_000_003 + run.step) * 65_536 + run.world.rank) % 2**63)
     total, waited = torch.zeros((), device=run.world.device), 0.0
     for part in range(accumulate):
         batch = next(batches)
@@ -101,21 +102,22 @@ def train(config: Config, world: distributed.World) -> None:
         if (run.folder / "backbone.json").exists():
             terminal.say(f"aligned backbone: {run.folder / 'backbone.safetensors'}")
     except UserError as error:
-        if not world.main:  # what goes wrong from here on may go wrong on one rank only
+        if int(os.environ.get("LOCAL_RANK", 0)):  # from here on it may go wrong on one rank only
             print(f"fastalign: rank {world.rank}: {error}", file=sys.stderr)
         raise
     finally:
         terminal.close()
         log.close()
-        for loader in filter(None, (run.train, run.val)):
-            loader.close()
+        for loader in (run.train, run.val):
+            if loader is not None:
+                loader.close()
 
 
 def begin(run: Run, log: MetricLog, terminal: Terminal) -> None:
     """Before the first step: the target scale, and the loss of the untrained student."""
     measure_target_scale(run)
     terminal.say(f"target scale {run.objective.target_scale.item():.4g}")
-    if run.val:
+    if run.val is not None:
         validate(run, log, terminal, epoch=0)
 
 
@@ -147,16 +149,13 @@ def loop(run: Run, log: MetricLog, terminal: Terminal) -> None:
             metrics = update(run, batches, epoch)
             speed.tick(metrics.pop("waited"))
             log.add(step=run.step, epoch=epoch, **metrics)
-            if run.step % config.log.every_steps == 0 or run.step == end:
-                report(log.flush(speed), terminal)
-            if (
-                config.checkpoint.every_steps
-                and run.step % config.checkpoint.every_steps == 0
-                and run.step != end
-            ):
+            saving = run.step != end and run.step % (config.checkpoint.every_steps or run.last_step + 1) == 0
+            if saving or run.step == end or run.step % config.log.every_steps == 0:
+                report(log.flush(speed), terminal)  # before saving: no checkpoint is ahead of the log
+            if saving:
                 save(run)
         batches.close()
-        if run.val:
+        if run.val is not None:
             validate(run, log, terminal, epoch)
         save(run, evaluated=run.val is not None)
 
@@ -171,6 +170,15 @@ def report(lines: list[dict], terminal: Terminal) -> None:
             )
     if lines:
         terminal.show(lines[-1])
+
+
+def _refuse(message: str) -> int:
+    """One line for the user; of several ranks, each machine's first says it. Returns the exit code."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"fastalign: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)  # torchrun ends every rank when the first one ends: let the line be printed
+    return 2
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -191,9 +199,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         train(config, distributed.start())
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"fastalign: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
+    except OSError as error:
+        return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     finally:
         distributed.stop()
     return 0

@@ -1,7 +1,17 @@
 """The one tolerance rule: relative error in the Euclidean norm."""
 
+import shutil
+import sysconfig
+from pathlib import Path
+
+import pytest
 import torch
 from torch import Tensor
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None or not (Path(sysconfig.get_path("include")) / "Python.h").exists(),
+    reason="torch.compile on a CPU needs g++ and Python.h (apt install g++ python3-dev)",
+)
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

@@ -14,9 +14,7 @@ from fastalign.data.augment import (
     blend_pairs,
     color_jitter,
     cut_box,
-    cutmix,
     mix,
-    mixup,
     paste_pairs,
 )
 from fastalign.data.randaugment import OPS, RandAugment, apply_op, parse_randaugment, rand_augment
@@ -94,6 +92,8 @@ def test_policy_spelling():
     for wrong in ("augmix-m5", "rand-m", "rand-x3", "rand-tweights", "rand-n2.5", "m9"):
         with pytest.raises(UserError, match="rand-m9"):
             parse_randaugment(wrong)
+    with pytest.raises(UserError, match=r"p is a probability, in 0\.\.1"):
+        parse_randaugment("rand-m5-p2")
     with pytest.raises(UserError):
         Transform((8, 8), CLIP_MEAN, CLIP_STD, crop="rkrc", randaugment="rand-q1")
 
@@ -170,12 +170,12 @@ def test_cut_box_matches_timm(monkeypatch):
 
 def test_mix_is_a_function_of_the_first_id():
     images, ids = torch.randn(4, 3, 16, 16), np.array([8, 3, 5, 1])
-    for call in (mixup, cutmix):
-        made, weight = call(images, ids, 1.0, seed=0, epoch=1)
-        again, _ = call(images, np.array([8, 0, 0, 0]), 1.0, seed=0, epoch=1)
+    for alphas in ({"mixup": 1.0, "cutmix": 0.0}, {"mixup": 0.0, "cutmix": 1.0}):
+        made, weight = mix(images, ids, **alphas, seed=0, epoch=1)
+        again, _ = mix(images, np.array([8, 0, 0, 0]), **alphas, seed=0, epoch=1)
         assert torch.equal(made, again)
         assert 0 <= weight <= 1
-        others = [call(images, np.array([i]), 1.0, seed=0, epoch=1)[1] for i in range(50)]
+        others = [mix(images, np.array([i]), **alphas, seed=0, epoch=1)[1] for i in range(50)]
         assert len(set(others)) > 30
     both = [mix(images, np.array([i]), mixup=0.5, cutmix=1.0, seed=0, epoch=0) for i in range(400)]
     # A cut leaves most pixels exactly as some image has them, a blend none.
@@ -188,7 +188,8 @@ def test_mix_is_a_function_of_the_first_id():
 
 def test_mixup_weight_has_the_beta_distribution():
     images = torch.zeros(1, 3, 2, 2)
-    weights = np.array([mixup(images, np.array([i]), 0.5, seed=0, epoch=0)[1] for i in range(2000)])
+    options = {"mixup": 0.5, "cutmix": 0.0, "seed": 0, "epoch": 0}
+    weights = np.array([mix(images, np.array([i]), **options)[1] for i in range(2000)])
     # Beta(a, a): mean 1/2, variance 1 / (4 (2a + 1)).
     assert abs(weights.mean() - 0.5) < 0.03
     assert abs(weights.var() - 0.125) < 0.01
@@ -197,5 +198,5 @@ def test_mixup_weight_has_the_beta_distribution():
 def test_cutmix_weight_is_the_area_kept():
     images = torch.stack([torch.zeros(3, 20, 20), torch.ones(3, 20, 20)])
     for i in range(30):
-        made, weight = cutmix(images, np.array([i]), 1.0, seed=0, epoch=0)
+        made, weight = mix(images, np.array([i]), mixup=0.0, cutmix=1.0, seed=0, epoch=0)
         assert made[0].mean().item() == pytest.approx(1 - weight, abs=1e-6)

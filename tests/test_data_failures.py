@@ -8,8 +8,11 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
+from fastalign.data import loader as loader_module
 from fastalign.data.loader import Loader
+from fastalign.data.prefetch import Prefetcher
 from fastalign.data.sources import open_source
 from fastalign.errors import UserError
 from tests.data_helpers import EVAL, TRAIN, has_dali, needs_dali, small_photos, write_folder
@@ -134,3 +137,53 @@ print("left")
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "left\n", "")
+
+
+@needs_dali
+def test_batches_before_any_failure_are_delivered(folder, monkeypatch):
+    geometry, calls = loader_module.geometry, []
+
+    def fails_at_the_third(*arguments, **options):
+        calls.append(0)
+        if len(calls) == 3:
+            raise ValueError("third")
+        return geometry(*arguments, **options)
+
+    monkeypatch.setattr(loader_module, "geometry", fails_at_the_third)
+    loader = Loader(open_source(str(folder)), EVAL, device="cpu", batch_size=5, train=False)
+    batches = loader.batches()
+    assert [next(batches).ids_host[0] for _ in range(2)] == [0, 5]
+    with pytest.raises(ValueError, match="third"):
+        next(batches)
+    loader.close()
+
+
+def test_a_loader_may_die_in_its_own_thread(monkeypatch):
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    loader = Loader(open_source("synthetic:8"), EVAL, device="cpu", batch_size=4)
+    pool, held = loader._pool, [loader]
+    del loader
+    pool.submit(held.clear).result()
+    assert settled()
+    assert unraisable == []
+
+
+def test_an_iterator_outlives_its_loader():
+    iterator = Loader(open_source("synthetic:40"), EVAL, device="cpu", batch_size=4, prefetch=3).batches()
+    time.sleep(0.3)
+    made = []
+    for batch in iterator:
+        made.append(batch)
+        time.sleep(0.02)
+    assert len(made) == 10
+    assert settled()
+
+
+def test_a_gpu_that_fails_in_the_thread_is_reported(monkeypatch):
+    def no_gpu(device):
+        raise RuntimeError(f"no such GPU: {device}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", no_gpu)
+    with pytest.raises(RuntimeError, match="no such GPU: cuda:7"):
+        next(Prefetcher((batch for batch in ()), torch.device("cuda:7"), 1))

@@ -200,6 +200,8 @@ def test_arguments_are_checked():
         {"interpolation": "nearest"},
         {"hflip": 2.0},
         {"std": (1, 0, 1)},
+        {"size": (32.5, 32)},
+        {"size": (0, 32)},
     ):
         with pytest.raises(UserError, match=next(iter(wrong))):
             Transform(**{"size": (8, 8), "mean": CLIP_MEAN, "std": CLIP_STD} | wrong)
@@ -212,3 +214,10 @@ def test_synthetic_batches_need_no_decoder():
     ]
     assert torch.equal(torch.cat([two[0][0][1], two[1][0][1]]), one[0][1])
     assert one[0][1].shape == (16, 3, 32, 32)
+
+
+def test_a_gpu_without_index_is_the_callers(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    loader = Loader(open_source("synthetic:8"), EVAL, device="cuda", batch_size=4)
+    assert loader.device == torch.device("cuda:3")
+    loader.close()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastalign.data import index
+from fastalign.data import index, sources
 from fastalign.data.index import Names
 from fastalign.data.sources import open_source
 from fastalign.errors import UserError
@@ -145,6 +145,12 @@ def test_labels(tmp_path):
     (root / "labels.csv").write_text("name,label\ntop.webp,1")
     with pytest.raises(UserError, match=r"labels.csv has no line for a/"):
         open_source(str(root)).label(1)
+    (root / "labels.csv").write_text("name,label\ntop.webp,7", encoding="utf-8-sig")
+    assert open_source(str(root)).label(0) == 7
+    for wrong in ("name,label\na/ä.jpg,1", "nämé,label\n"):
+        (root / "labels.csv").write_text(wrong, encoding="latin-1")
+        with pytest.raises(UserError, match=r"labels.csv is not UTF-8"):
+            open_source(str(root)).label(0)
 
 
 def message(spec):
@@ -163,8 +169,9 @@ def test_messages_name_the_path_and_the_remedy(tmp_path):
     assert "it is empty" in (text := message(tmp_path / "empty"))
     assert str(tmp_path / "empty") in text
     write_folder(tmp_path / "text", {"sub/a.txt": photo, "b.pdf": photo})
-    assert "none of the 2 files" in (text := message(tmp_path / "text"))
-    assert ".jpg .jpeg .png .webp .bmp" in text
+    for _ in range(2):
+        assert "none of the 2 files" in (text := message(tmp_path / "text"))
+        assert ".jpg .jpeg .png .webp .bmp" in text
     assert "no tar file matches" in (text := message(tmp_path / "x-*.tar"))
     assert "x-*.tar" in text
     write_tar(tmp_path / "t/000.tar", [("a.jpg", photo)])
@@ -178,6 +185,32 @@ def test_messages_name_the_path_and_the_remedy(tmp_path):
     assert "is a file" in message(tmp_path / "f/a.jpg")
     assert "at least 1" in message("synthetic:0")
     assert "no data set given" in message("")
+
+
+def test_paths_that_cannot_be_looked_at(tmp_path, monkeypatch):
+    assert "File name too long; check the path" in message(tmp_path / ("x" * 300))
+    assert "cannot open ~nobody-at-all/x: " in message("~nobody-at-all/x")
+
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(sources.Path, "is_dir", denied)
+    assert "cannot open /locked/data: Permission denied; check" in message("/locked/data")
+
+
+def test_fingerprint_tells_data_sets_apart(tmp_path):
+    root, files = nested(tmp_path / "data")
+    twin = write_folder(tmp_path / "elsewhere", files)
+    mark = open_source(str(root)).fingerprint()
+    assert mark == open_source(str(twin)).fingerprint()
+    assert 0 <= mark < 2**32
+    (twin / "b/z.jpg").rename(twin / "b/zz.jpg")
+    marks = [open_source(s).fingerprint() for s in (str(twin), "synthetic:6", "synthetic:7")]
+    for place in ("t", "u"):
+        shards(tmp_path / place)
+        marks.append(open_source(str(tmp_path / place)).fingerprint())
+    assert marks[-1] == marks[-2]
+    assert len({mark, *marks}) == 5
 
 
 def test_files_that_change_while_in_use(tmp_path):

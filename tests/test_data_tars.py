@@ -1,6 +1,7 @@
 """Tar shards: every way to name them, their index, and hostile or broken files."""
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -110,3 +111,35 @@ def test_tar_member_of_monstrous_size(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "t.tar", [("a.jpg", small_photos(1)[0])])
     monkeypatch.setattr(index, "MAX_IMAGE_BYTES", 100)
     assert "t.tar" in message(path)
+
+
+def test_images_beside_tars_are_not_left_out(tmp_path):
+    photos = shards(tmp_path / "t", count=1)
+    (tmp_path / "t/stray.png").write_bytes(photos[0])
+    text = message(tmp_path / "t")
+    assert "holds both tar files (000.tar) and images (stray.png)" in text
+
+
+def test_hidden_entries_beside_tars_are_passed_over(tmp_path):
+    shards(tmp_path / "t", count=2)
+    (tmp_path / "t/.cache").mkdir()
+    for name in ("._000.tar", "._a.jpg"):
+        (tmp_path / "t" / name).write_bytes(b"resource fork")
+    source = open_source(str(tmp_path / "t"))
+    assert [Path(shard).name for shard in source.shards] == ["000.tar", "001.tar"]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.jpg").write_bytes(source.read(0))
+    (tmp_path / "images/._0.tar").write_bytes(b"resource fork")
+    assert open_source(str(tmp_path / "images")).kind == "folder"
+
+
+def test_a_long_list_of_shards_is_cached(tmp_path, scans):
+    shards(tmp_path / "t", count=1, each=1)
+    for i in range(50):
+        os.link(tmp_path / "t/000.tar", tmp_path / "t" / f"{'x' * 200}{i}.tar")
+    for _ in range(2):
+        assert len(open_source(str(tmp_path / "t"))) == 51
+    assert len(scans) == 51
+    (file,) = index.cache_folder().iterdir()
+    # `load_index` reads a header of at most 1 MiB: it must not grow with the list.
+    assert len(file.read_bytes().split(b"\n", 1)[0]) < 2000

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import fastalign as fa
 from fastalign import train
+from tests.numerics import needs_compiler
 
 ROOT = Path(__file__).parent.parent
 MODEL = {"name": "vit_tiny_patch16_224", "pretrained": False, "kwargs": {"img_size": 32, "depth": 2}}
@@ -111,6 +112,37 @@ def test_resuming_gives_the_same_bits(recipe):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_killed_run_goes_on_with_the_same_bits(recipe, tmp_path):
+    """Killed between two checkpoints: weights, average, optimiser state and metrics are as if it had not been."""
+    options = ["optim.ema=0.9", "checkpoint.every_steps=2", "log.every_steps=20"]
+    whole = recipe(*options, name="whole")
+    code = (
+        "import os, sys\nfrom fastalign import train\nkeep = train.update\n"
+        "def update(run, *rest):\n    os._exit(9) if run.step == 7 else None\n    return keep(run, *rest)\n"
+        "train.update = update\nsys.exit(train.main(sys.argv[1:]))"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        str(tmp_path / "recipe.yaml"),
+        *options,
+        f"output={tmp_path / 'killed'}",
+    ]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 9
+    killed = recipe(*options, f"output={tmp_path / 'killed'}", name="killed")
+    assert [line["step"] for line in metrics(killed)[0]] == list(range(1, 11))
+    assert losses(killed) == losses(whole)
+    assert metrics(killed)[1] == metrics(whole)[1]
+    states = [torch.load(f / "checkpoints" / "step-00000010.pt", weights_only=True) for f in (killed, whole)]
+    for part in ("student", "average"):
+        assert all(torch.equal(states[0][part][name], value) for name, value in states[1][part].items())
+    for index, values in states[1]["optimizer"]["state"].items():
+        assert all(
+            torch.equal(states[0]["optimizer"]["state"][index][name], value) for name, value in values.items()
+        )
+
+
 def test_running_a_finished_run_again_does_nothing(recipe, capsys):
     folder = recipe("max_steps=2")
     before = (folder / "metrics.jsonl").read_text()
@@ -141,6 +173,7 @@ def test_efficiency_settings_do_not_change_the_loss(recipe, setting):
 
 
 @pytest.mark.slow
+@needs_compiler
 def test_compiled_run_has_the_same_loss(recipe):
     torch._dynamo.reset()
     plain = losses(recipe("max_steps=3", name="plain"))
@@ -210,6 +243,19 @@ BAD = {
     "unreachable weights": (["student.pretrained=true"], ["vit_tiny_patch16_224"]),
     "misspelt key": (["optim.learning_rate=1"], ["optim.learning_rate", "nearest"]),
     "ranks": (["optim.batch_size=9", "optim.accumulate=2"], ["optim.batch_size"]),
+    "a file for a folder": (["data.train=OTHER"], ["OTHER"]),
+    "no such validation folder": (["data.val=/no/such/val"], ["/no/such/val"]),
+    "output is no folder": (["output=/dev/null/x"], ["/dev/null"]),
+    "depth": (["student.kwargs.depth=0"], ["depth"]),
+    "stochastic depth": (["student.kwargs.drop_path_rate=1.5"], ["drop_path_rate"]),
+    "channels": (["student.kwargs.in_chans=1"], ["in_chans"]),
+    "a key of its own": (["student.kwargs.pretrained=true"], ["student.pretrained"]),
+    "betas": (["optim.betas=[1.5, 2]"], ["optim.betas"]),
+    "infinite": (["optim.lr=.inf"], ["optim.lr"]),
+    "unknown argument": (["student.kwargs.dept=3"], ["dept"]),
+    "too many blocks skipped": (["teacher.skip_blocks=2"], ["skip_blocks"]),
+    "no such run": (["student.checkpoint=/no/such/run"], ["/no/such/run"]),
+    "randaugment": (["data.randaugment=rand-q9"], ["rand-q9"]),
 }
 
 
@@ -232,11 +278,38 @@ def test_bad_input_is_one_line_and_exit_code_2(recipe, tmp_path, capsys, case):
         assert word in error[0]
 
 
-def test_checkpoint_of_another_model(recipe, capsys):
+@pytest.mark.parametrize(
+    "change", ["student.kwargs.depth=3", "student.softcap=null", "seed=5", "optim.epochs=3"]
+)
+def test_checkpoint_of_another_model_or_run(recipe, capsys, change):
     recipe("max_steps=1")
     capsys.readouterr()
-    recipe("max_steps=2", "student.kwargs.depth=3", expect=2)
-    assert "checkpoint of another model" in capsys.readouterr().err
+    recipe("max_steps=2", change, expect=2)
+    error = capsys.readouterr().err
+    assert "checkpoint of another model or run" in error
+    assert change.split("=")[0].removesuffix(".kwargs.depth").removesuffix(".softcap") in error
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"step": 3}, {"weights": torch.zeros(1)}])
+def test_a_checkpoint_of_something_else(recipe, capsys, tmp_path, content):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    torch.save(content, tmp_path / "run" / "checkpoints" / "step-00000003.pt")
+    recipe(expect=2)
+    assert "step-00000003.pt is not a checkpoint" in capsys.readouterr().err
+
+
+def test_large_seeds(recipe):
+    recipe("max_steps=1", f"seed={2**62 + 5}")
+
+
+def test_arguments_that_do_not_fit_an_earlier_run(recipe, capsys):
+    first = recipe("max_steps=1", name="first")
+    capsys.readouterr()
+    recipe(f"student.checkpoint={first}", "student.kwargs.depth=3", name="second", expect=2)
+    assert "depth" in capsys.readouterr().err
+    (first / "backbone.json").write_text("{")
+    recipe(f"student.checkpoint={first}", name="second", expect=2)
+    assert "backbone.json is damaged" in capsys.readouterr().err
 
 
 def test_more_processes_than_gpus(recipe, monkeypatch, capsys):
@@ -262,28 +335,38 @@ def test_print_config(recipe, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def torchrun(tmp_path, *overrides):
+    """The recipe on two ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "fastalign.train", str(tmp_path / "recipe.yaml"), *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+
+
 @pytest.mark.slow
 def test_two_ranks_under_torchrun_have_the_losses_of_one(recipe, tmp_path):
     alone = recipe(name="alone")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "fastalign.train",
-    ]
     folder = tmp_path / "two"
     for options in (["max_steps=4"], []):  # in two parts, the second a resume
-        result = subprocess.run(
-            [*command, str(tmp_path / "recipe.yaml"), f"output={folder}", *options],
-            cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-        )  # fmt: skip
+        result = torchrun(tmp_path, f"output={folder}", *options)
         assert result.returncode == 0, result.stderr
     assert losses(folder) == pytest.approx(losses(alone), rel=1e-4)
     ours, theirs = metrics(folder)[1], metrics(alone)[1]
     assert ours[-1]["val_loss"] == pytest.approx(theirs[-1]["val_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_ranks_and_a_validation_set_for_one(recipe, tmp_path):
+    """The second rank has nothing to validate, and must not be left behind; nor may a bad data set be told twice."""
+    recipe("max_steps=1")
+    folder = tmp_path / "two"
+    result = torchrun(tmp_path, f"output={folder}", "data.val=synthetic:3", "max_steps=1")
+    assert result.returncode == 0, result.stderr
+    assert len(metrics(folder)[1]) == 2
+    result = torchrun(tmp_path, f"output={tmp_path / 'bad'}", "data.train=/no/such/folder")
+    assert result.returncode != 0
+    assert result.stderr.count("fastalign:") == 1
+    assert "no such folder: /no/such/folder" in result.stderr
 
 
 @pytest.mark.slow

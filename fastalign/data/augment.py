@@ -148,13 +148,3 @@ def mix(
     center = (int(draw.integers(height)), int(draw.integers(width)))
     top, bottom, left, right = box = cut_box(height, width, weight, center)
     return paste_pairs(images, box), 1 - (bottom - top) * (right - left) / (height * width)
-
-
-def mixup(images: Tensor, ids: np.ndarray, alpha: float, *, seed: int, epoch: int) -> tuple[Tensor, float]:
-    """`mix` with mixup alone."""
-    return mix(images, ids, mixup=alpha, cutmix=0.0, seed=seed, epoch=epoch)
-
-
-def cutmix(images: Tensor, ids: np.ndarray, alpha: float, *, seed: int, epoch: int) -> tuple[Tensor, float]:
-    """`mix` with cutmix alone."""
-    return mix(images, ids, mixup=0.0, cutmix=alpha, seed=seed, epoch=epoch)

@@ -209,7 +209,8 @@ def index_folder(root: str) -> tuple[Names, Names, int]:
             raise UserError(
                 f"cannot read {error.filename!r}: {error.strerror}; check its permissions"
             ) from error
-        if settled and save_index("folder", root, arrays):
+        # An empty list is quick to make again, and only a scan can say which other files are there.
+        if settled and len(arrays["offsets"]) > 1 and save_index("folder", root, arrays):
             # Mapped pages are shared by all processes of a machine, this process's copy is not.
             arrays = load_index("folder", root) or arrays
     return Names(arrays["names"], arrays["offsets"]), Names(arrays["tree"], arrays["tree_offsets"]), others

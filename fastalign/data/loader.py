@@ -55,7 +55,8 @@ class Loader:
         threads: reading threads, and as many for decoding.
         prefetch: finished batches kept ready.
         hw_decoder_load: see `Decoder`.
-        mixup: alpha, 0 is off. Training only, as is cutmix.
+        mixup: alpha, 0 is off. Training only, as is cutmix. Both pair the samples of this rank's batch, so, unlike
+            the rest, their pixels depend on batch_size and world_size.
         cutmix: alpha, 0 is off.
 
     Raises:
@@ -104,6 +105,9 @@ class Loader:
             )
         self.source, self.transform, self.train = source, transform, train
         self.device, self.dtype, self.seed = torch.device(device), dtype, seed
+        if self.device.type == "cuda" and self.device.index is None:
+            # The current device is a thread's own: in the background thread it is GPU 0.
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self._batch, self._rank, self._world, self._accumulate = batch_size, rank, world_size, accumulate
         self._threads, self._prefetch, self._hw_decoder_load = threads, prefetch, hw_decoder_load
         self._mixup, self._cutmix = mixup, cutmix
@@ -158,8 +162,10 @@ class Loader:
         self._active = None
 
     def __del__(self):
+        # No work runs any more, it would hold this object. Joining is not possible where the last reference goes
+        # away in a thread of the pool, and an iterator that outlives its loader still has batches to hand over.
         if getattr(self, "_pool", None) is not None:
-            self.close()
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _ids(self, epoch: int, start: int) -> Iterator[np.ndarray]:
         total, stride = len(self.source), self._world * self._batch
@@ -194,7 +200,7 @@ class Loader:
         while True:
             try:
                 work = self._prepare(decoder, next(reads, None), epoch)
-            except (UserError, RuntimeError) as error:
+            except Exception as error:
                 # The batches before the bad one are good: the consumer gets them first.
                 work, failure = None, error
             pixels = self._collect(decoder, running) if running else None

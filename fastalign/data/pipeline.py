@@ -57,7 +57,7 @@ class Decoder:
     Args:
         size: output (height, width).
         batch_size: largest batch.
-        device: where the images come out; on CUDA, JPEG is decoded by the GPU too.
+        device: where the images come out, with its index; on CUDA, JPEG is decoded by the GPU too.
         threads: DALI's worker threads.
         hw_decoder_load: share of a batch's JPEGs for the GPU's hardware decoder. Between 0 and 1 the two GPU
             decoders share a batch, and their pixels may differ by a level; 0 or 1 rules that out.
@@ -80,18 +80,15 @@ class Decoder:
         self._interpolations = np.zeros(2, dtype=np.int32)
         self._interpolations[BILINEAR] = int(dali.types.INTERP_LINEAR)
         self._interpolations[BICUBIC] = int(dali.types.INTERP_CUBIC)
-        index = None
-        if device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index
+        index = device.index if device.type == "cuda" else None
         # Depth 1: the caller schedules the next batch while it finishes this one, and the host's buffers, which
         # are fed without a copy, need not outlive more than one batch.
-        options = {"batch_size": batch_size, "num_threads": threads, "prefetch_queue_depth": 1}
-        options |= {"exec_dynamic": True}
-        self._peek = dali.Pipeline(device_id=None, **options)
+        options = {"batch_size": batch_size, "prefetch_queue_depth": 1, "exec_dynamic": True}
+        self._peek = dali.Pipeline(device_id=None, num_threads=1, **options)
         with self._peek:
             encoded = dali.fn.external_source(name="encoded", ndim=1, dtype=dali.types.UINT8, no_copy=True)
             self._peek.set_outputs(dali.fn.peek_image_shape(encoded, adjust_orientation=False))
-        self._decode = dali.Pipeline(device_id=index, **options)
+        self._decode = dali.Pipeline(device_id=index, num_threads=threads, **options)
         with self._decode:
             self._decode.set_outputs(self._graph(dali, size, device.type == "cuda", hw_decoder_load))
         self._peek.build()
@@ -185,8 +182,16 @@ class Decoder:
         Raises:
             DecodeError: as for `collect`.
         """
-        if self._in_flight is not None:
-            self.collect()
+        if self._in_flight is None:
+            return
+        try:
+            # Without a stream the host itself waits, and only then are the bytes let go.
+            self._decode.share_outputs()
+            self._decode.release_outputs()
+        except RuntimeError as error:
+            raise DecodeError(str(error)) from error
+        finally:
+            self._in_flight = None
 
 
 def find_undecodable(encoded: list[np.ndarray], device: torch.device) -> list[int]:

@@ -41,8 +41,9 @@ def _produce(
                 return True
         return False
 
-    side = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
     try:
+        on_gpu = device.type == "cuda"
+        side = torch.cuda.stream(torch.cuda.Stream(device)) if on_gpu else contextlib.nullcontext()
         with side, contextlib.closing(batches):
             for batch in batches:
                 if not put(batch):

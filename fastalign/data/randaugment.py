@@ -61,6 +61,8 @@ def parse_randaugment(text: str) -> RandAugment:
         )
     fields["layers"] = int(fields.get("layers", 2))
     fields["increasing"] = bool(fields.get("increasing", 0))
+    if fields.get("probability", 0) > 1:
+        raise UserError(f"randaugment {text!r}: p is a probability, in 0..1; write for example rand-m9-p0.5")
     if fields.get("magnitude_std", 0) > 100:
         fields["magnitude_std"] = math.inf
     return RandAugment(**fields)

@@ -1,6 +1,7 @@
 """Where samples come from: `open_source` tells folders, tar shards and `synthetic` apart."""
 
 import csv
+import hashlib
 import itertools
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastalign.data.index import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Names, index_folder, index_tars
+from fastalign.data.index import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Names, index_folder, index_tars, is_image
 from fastalign.data.source import SYNTHETIC_LENGTH, Source, SyntheticSource
 from fastalign.errors import UserError
 
@@ -77,13 +78,16 @@ class FolderSource(Source):
         path = Path(self.root) / "labels.csv"
         if not path.is_file():
             return None
-        with path.open(newline="", encoding="utf-8") as file:
+        # Spreadsheets begin a UTF-8 file with a byte order mark.
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            if reader.fieldnames != ["name", "label"]:
-                raise UserError(f"{path} has no header `name,label`; its first line must be that")
             try:
+                if reader.fieldnames != ["name", "label"]:
+                    raise UserError(f"{path} has no header `name,label`; its first line must be that")
                 return {row["name"]: int(row["label"]) for row in reader}
-            except (TypeError, ValueError) as error:
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} is not UTF-8 ({error.reason}); save it in that encoding") from error
+            except (TypeError, ValueError, csv.Error) as error:
                 raise UserError(f"{path} line {reader.line_num}: {error}; a label is an integer") from error
 
     @cached_property
@@ -114,7 +118,9 @@ class TarSource(Source):
 
     def __init__(self, spec: str):
         self.shards = _expand_shards(spec)
-        arrays = index_tars("\n".join(self.shards), self.shards)
+        # The key goes into the cache file's header, which a list of thousands of paths would make too long.
+        key = hashlib.sha256(os.fsencode("\n".join(self.shards))).hexdigest()
+        arrays = index_tars(key, self.shards)
         self._names = Names(arrays["names"], arrays["offsets"])
         self._shard, self._start, self._size = arrays["shard"], arrays["start"], arrays["size"]
         if len(self._names) == 0:
@@ -128,6 +134,9 @@ class TarSource(Source):
 
     def name(self, index: int) -> str:
         return f"{self.shards[self._shard[index]]}:{self._names[index]}"
+
+    def _portable_name(self, index: int) -> str:
+        return f"{Path(self.shards[self._shard[index]]).name}:{self._names[index]}"
 
     def read(self, index: int) -> np.ndarray:
         shard = int(self._shard[index])
@@ -179,10 +188,14 @@ def _expand_braces(pattern: str) -> list[str]:
     return ["".join(choice) for choice in itertools.product(*choices)]
 
 
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith(".tar") and not name.startswith(".")
+
+
 def _expand_shards(spec: str) -> list[str]:
     path = Path(spec).expanduser()
     if path.is_dir():
-        found = [str(p) for p in path.iterdir() if p.suffix.lower() == ".tar"]
+        found = [str(p) for p in path.iterdir() if _is_tar(p.name)]
     elif path.is_file():
         found = [str(path)]
     else:
@@ -199,18 +212,29 @@ def _expand_shards(spec: str) -> list[str]:
 
 
 def _holds_tars(path: Path, spec: str) -> bool:
-    try:
-        with os.scandir(path) as entries:
-            listed = [(e.is_dir(), e.name) for e in entries if e.is_dir() or e.name.lower().endswith(".tar")]
-    except OSError as error:
-        raise UserError(f"cannot read {spec}: {error.strerror}; check its permissions") from error
-    folders, tars = [n for d, n in listed if d], [n for d, n in listed if not d]
-    if folders and tars:
+    first: dict[str, str] = {}
+    with os.scandir(path) as entries:
+        for entry in entries:
+            name = entry.name
+            if name.startswith("."):
+                continue
+            if entry.is_dir():
+                kind = "folders"
+            elif _is_tar(name):
+                kind = "tar files"
+            elif is_image(os.fsencode(name)):
+                kind = "images"
+            else:
+                continue
+            first[kind] = min(first.get(kind, name), name)
+    tar = first.pop("tar files", None)
+    if tar is not None and first:
+        others = " and ".join(f"{kind} ({name})" for kind, name in sorted(first.items()))
         raise UserError(
-            f"{spec} holds both tar files ({tars[0]}) and folders ({folders[0]}); "
+            f"{spec} holds both tar files ({tar}) and {others}; "
             f"write {spec}/*.tar for the tar files, or move them elsewhere"
         )
-    return bool(tars)
+    return tar is not None
 
 
 def open_source(spec: str) -> Source:
@@ -230,6 +254,14 @@ def open_source(spec: str) -> Source:
         return SyntheticSource(int(spec.partition(":")[2] or SYNTHETIC_LENGTH))
     if not spec:
         raise UserError("no data set given; name a folder of images, a .tar pattern or `synthetic`")
+    try:
+        return _open_path(spec)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot open {spec}: {reason}; check the path and its permissions") from error
+
+
+def _open_path(spec: str) -> Source:
     path = Path(spec).expanduser()
     if path.is_dir():
         return TarSource(spec) if _holds_tars(path, spec) else FolderSource(spec)

@@ -22,6 +22,10 @@ _RRC_TRIES = 10
 _PROBABILITY = 0.5
 
 
+def _is_size(size: tuple) -> bool:
+    return len(size) == 2 and all(isinstance(n, int) and n >= 1 for n in size)
+
+
 @dataclass(frozen=True)
 class Transform:
     """How an image becomes an input. `crop="eval"` is deterministic: every random field is left aside."""
@@ -53,7 +57,7 @@ class Transform:
 
     def __post_init__(self):
         checks = (
-            ("size", len(self.size) == 2 and min(self.size) >= 1, "two positive numbers, height and width"),
+            ("size", _is_size(self.size), "two positive integers, height and width"),
             ("mean", len(self.mean) == 3, "three numbers"),
             ("std", len(self.std) == 3 and min(self.std) > 0, "three positive numbers"),
             ("interpolation", self.interpolation in _INTERPOLATIONS, "bilinear or bicubic"),

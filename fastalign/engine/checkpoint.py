@@ -39,6 +39,11 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
 
+    def clean(self) -> None:
+        """Remove what a killed writer left behind."""
+        for leftover in self.folder.glob(".*.pt.*"):
+            leftover.unlink(missing_ok=True)
+
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
         names = (_NAME.search(path.name) for path in self.folder.glob("step-*.pt"))

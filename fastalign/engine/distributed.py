@@ -28,6 +28,13 @@ class World:
             distributed.all_reduce(value)
         return value
 
+    def agree(self, value: int) -> bool:
+        """Whether every rank has the same number."""
+        bounds = torch.tensor([value, -value], dtype=torch.int64, device=self.device)
+        if self.size > 1:
+            distributed.all_reduce(bounds, distributed.ReduceOp.MAX)
+        return bool(bounds[0] == -bounds[1])
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:

@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -228,5 +229,7 @@ def _wandb(folder: Path, project: str):
         import wandb
     except ImportError:
         raise UserError('log.wandb needs a package: pip install "fastalign[wandb]"') from None
-    run = wandb.init(project=project, name=folder.name, id=folder.name, dir=str(folder), resume="allow")
+    # The same folder continues the same run; two folders of one name are two runs.
+    identity = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"
+    run = wandb.init(project=project, name=folder.name, id=identity, dir=str(folder), resume="allow")
     return lambda values, step: run.log(values, step=step)

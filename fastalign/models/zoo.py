@@ -58,12 +58,7 @@ def create_backbone(
     if moco:
         _make_moco(vit)
         if pretrained and checkpoint is None:
-            load_weights(
-                vit,
-                source,
-                torch.hub.load_state_dict_from_url(MOCO_URL, map_location="cpu", weights_only=True),
-                MOCO_URL,
-            )
+            load_weights(vit, source, _download(MOCO_URL), MOCO_URL)
     if checkpoint is not None:
         load_weights(vit, source, read_checkpoint(checkpoint), str(checkpoint))
     data = timm.data.resolve_model_data_config(source)
@@ -77,20 +72,32 @@ def create_backbone(
     return vit
 
 
-def load_backbone(path: str | Path) -> ViT:
+def load_backbone(path: str | Path, **kwargs) -> ViT:
     """The backbone that a run saved: `backbone.json` and `backbone.safetensors`, soft-cap included.
 
     Args:
         path: the run's folder, or the `.json` file.
+        **kwargs: timm's arguments that do not change the weights, such as `drop_path_rate`.
     """
     path = Path(path)
     path = path / "backbone.json" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"no backbone at {path}: give the folder of a finished run, or its backbone.json")
-    facts = json.loads(path.read_text())
-    vit = create_backbone(facts["name"], checkpoint=path.with_suffix(".safetensors"), **facts["kwargs"])
-    vit.softcap = facts["softcap"]
+    try:
+        facts = json.loads(path.read_text())
+        name, softcap, kwargs = facts["name"], facts["softcap"], {**facts["kwargs"], **kwargs}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): take the run's own") from error
+    vit = create_backbone(name, checkpoint=path.with_suffix(".safetensors"), **kwargs)
+    vit.softcap = softcap
     return vit
+
+
+def _download(url: str) -> dict[str, Tensor]:
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"cannot load {url} ({error}): check the network, or give checkpoint=FILE") from error
 
 
 def _check_name(name: str, kwargs: dict) -> None:
@@ -102,6 +109,9 @@ def _check_name(name: str, kwargs: dict) -> None:
 
 def _check_size(name: str, source: nn.Module) -> None:
     """A remainder of the image is ignored where the backbone was made so (384 / 14); asked for, it is a slip."""
+    rate = _drop_path(source)
+    if not 0 <= rate < 1:
+        raise UserError(f"{name}: drop_path_rate must lie in 0..1, 1 excluded, got {rate}")
     native = source.pretrained_cfg.get("input_size", (3, 0, 0))[-2:]
     size, patch = _pair(source.patch_embed.img_size), _pair(source.patch_embed.patch_size)
     if size != tuple(native) and (size[0] % patch[0] or size[1] % patch[1]):
@@ -167,6 +177,8 @@ def describe(source: nn.Module) -> ViTSpec:
     """Read the shape of a timm model off its modules."""
     if type(source) not in (VisionTransformer, Beit, Eva):
         raise UserError(f"{type(source).__name__} is not one of timm's VisionTransformer, Beit, Eva")
+    if not len(source.blocks):
+        raise UserError("depth must be at least 1")
     embed = source.patch_embed
     _refuse_unknown_parts(source)
     return ViTSpec(
