@@ -7,6 +7,7 @@ number of ranks and after every resume. Source: method.md's step 1; Covert et al
 """
 
 import math
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -57,10 +58,12 @@ class _Masks:
 
 
 def _as_grid(num_patches: int | tuple[int, int]) -> tuple[int, int]:
-    if not isinstance(num_patches, int):
-        return tuple(num_patches)
-    side = math.isqrt(num_patches)
-    return (side, side) if side * side == num_patches else (1, num_patches)
+    if isinstance(num_patches, (tuple, list)):
+        rows, columns = num_patches
+        return operator.index(rows), operator.index(columns)
+    count = operator.index(num_patches)
+    side = math.isqrt(count)
+    return (side, side) if side * side == count else (1, count)
 
 
 class UniformMasks(_Masks):
@@ -106,7 +109,7 @@ class BlockwiseMasks(_Masks):
             raise ValueError(f"BlockwiseMasks: ratio must lie strictly between 0 and 1, got {self.ratio}")
 
     def __call__(self, sample_ids: Tensor, num_patches: int | tuple[int, int], epoch: int = 0) -> Tensor:
-        if isinstance(num_patches, int) and math.isqrt(num_patches) ** 2 != num_patches:
+        if not isinstance(num_patches, (tuple, list)) and math.isqrt(num_patches) ** 2 != num_patches:
             raise ValueError(
                 f"BlockwiseMasks: {num_patches} patches do not form a square; pass the grid (rows, columns)"
             )
