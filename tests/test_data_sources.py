@@ -101,7 +101,7 @@ def test_folder_index_is_cached_and_renewed(tmp_path, cache, scans):
 def test_damaged_or_unwritable_cache_is_no_obstacle(tmp_path, cache, scans, monkeypatch):
     root, _ = nested(tmp_path / "data")
     expected = names(open_source(str(root)))
-    (file,) = cache.iterdir()
+    (file,) = cache.glob("*.idx")
     for content in (b"", b"{}\n", b"\xff\xfe\x00", file.read_bytes()[:-8], b"[1]\n"):
         file.write_bytes(content)
         assert names(open_source(str(root))) == expected

@@ -3,12 +3,15 @@
 import io
 import os
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fastalign.data import index, sources
+from fastalign.data.cache import cache_folder
 from fastalign.data.sources import open_source
 from fastalign.errors import UserError
 from tests.data_helpers import shards, small_photos, write_tar
@@ -49,6 +52,18 @@ def test_tar_forms_agree(tmp_path, scans):
         source.close()
     assert len(scans) == 3
     assert len(open_source(str(tmp_path / "t/001.tar"))) == 4
+
+
+def test_ranks_that_start_together_scan_once(tmp_path, monkeypatch):
+    shards(tmp_path / "t")
+    counted, scan = [], index._scan_shard
+    monkeypatch.setattr(
+        index, "_scan_shard", lambda path: counted.append(path) or time.sleep(0.1) or scan(path)
+    )
+    with ThreadPoolExecutor(4) as pool:
+        sources_ = list(pool.map(open_source, [str(tmp_path / "t")] * 4))
+    assert len(counted) == 3
+    assert [len(source) for source in sources_] == [12] * 4
 
 
 def test_tar_index_notices_a_changed_shard(tmp_path, scans):
@@ -140,6 +155,6 @@ def test_a_long_list_of_shards_is_cached(tmp_path, scans):
     for _ in range(2):
         assert len(open_source(str(tmp_path / "t"))) == 51
     assert len(scans) == 51
-    (file,) = index.cache_folder().iterdir()
+    (file,) = cache_folder().glob("*.idx")
     # `load_index` reads a header of at most 1 MiB: it must not grow with the list.
     assert len(file.read_bytes().split(b"\n", 1)[0]) < 2000

@@ -1,26 +1,22 @@
-"""Lists of millions of images: packed names, folder and tar scans, and their cache on disk.
+"""Lists of millions of images: packed names, folder and tar scans.
 
 Names live in one blob of bytes with int64 offsets, memory-mapped from the cache, because 13 million Python
 strings would cost every process more than a gigabyte.
 """
 
-import hashlib
-import json
 import os
 import tarfile
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
+from fastalign.data.cache import load_index, one_scanner, save_index
 from fastalign.errors import UserError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MAX_IMAGE_BYTES = 256 * 1024 * 1024
 _SUFFIXES = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
-_FORMAT = "fastalign-index-1"
-_ALIGN = 64
 # A directory that changes twice within one tick of its file system's clock keeps its mtime: a listing taken
 # this soon after the last change proves nothing, so it is not cached.
 _SETTLE_NS = 2_000_000_000
@@ -57,69 +53,6 @@ class Names:
         if not 0 <= index < len(self):
             raise IndexError(index)
         return os.fsdecode(self.blob[self.offsets[index] : self.offsets[index + 1]].tobytes())
-
-
-def cache_folder() -> Path:
-    """Where indices are kept: $XDG_CACHE_HOME/fastalign, else ~/.cache/fastalign."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-    return Path(base) / "fastalign"
-
-
-def _cache_file(kind: str, key: str) -> Path:
-    return cache_folder() / f"{kind}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.idx"
-
-
-def save_index(kind: str, key: str, arrays: dict[str, np.ndarray]) -> bool:
-    """Writes one-dimensional arrays to the cache, atomically.
-
-    Returns:
-        False when the cache cannot be written (read-only home, full disk): the caller goes on without it.
-    """
-    layout, position = {}, 0
-    for name, array in arrays.items():
-        position = -(-position // _ALIGN) * _ALIGN
-        layout[name] = [array.dtype.str, len(array), position]
-        position += array.nbytes
-    header = json.dumps({"format": _FORMAT, "key": key, "arrays": layout, "bytes": position}).encode() + b"\n"
-    body = -(-len(header) // _ALIGN) * _ALIGN
-    target, temporary = _cache_file(kind, key), None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".writing-")
-        with os.fdopen(handle, "wb") as file:
-            file.write(header)
-            for name, array in arrays.items():
-                file.seek(body + layout[name][2])
-                file.write(memoryview(np.ascontiguousarray(array)))
-            file.truncate(body + position)
-        Path(temporary).replace(target)
-    except (OSError, UnicodeEncodeError):
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        return False
-    return True
-
-
-def load_index(kind: str, key: str) -> dict[str, np.ndarray] | None:
-    """The arrays that `save_index` wrote, memory-mapped; None when there are none, or they are damaged."""
-    path = _cache_file(kind, key)
-    try:
-        with path.open("rb") as file:
-            line = file.readline(1 << 20)
-            header = json.loads(line)
-            body = -(-len(line) // _ALIGN) * _ALIGN
-            size = os.fstat(file.fileno()).st_size
-            if (header["format"], header["key"], body + header["bytes"]) != (_FORMAT, key, size):
-                return None
-            arrays = {}
-            for name, (dtype, length, offset) in header["arrays"].items():
-                if length == 0:
-                    arrays[name] = np.empty(0, dtype=dtype)
-                else:
-                    arrays[name] = np.memmap(file, dtype, mode="r", offset=body + offset, shape=(length,))
-            return arrays
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def is_image(name: bytes) -> bool:
@@ -201,18 +134,19 @@ def index_folder(root: str) -> tuple[Names, Names, int]:
     Raises:
         UserError: a folder that cannot be read.
     """
-    arrays, others = load_index("folder", root), 0
-    if arrays is None or not _unchanged(root, arrays):
-        try:
-            arrays, others, settled = _scan_folder(root)
-        except OSError as error:
-            raise UserError(
-                f"cannot read {error.filename!r}: {error.strerror}; check its permissions"
-            ) from error
-        # An empty list is quick to make again, and only a scan can say which other files are there.
-        if settled and len(arrays["offsets"]) > 1 and save_index("folder", root, arrays):
-            # Mapped pages are shared by all processes of a machine, this process's copy is not.
-            arrays = load_index("folder", root) or arrays
+    with one_scanner("folder", root):
+        arrays, others = load_index("folder", root), 0
+        if arrays is None or not _unchanged(root, arrays):
+            try:
+                arrays, others, settled = _scan_folder(root)
+            except OSError as error:
+                raise UserError(
+                    f"cannot read {error.filename!r}: {error.strerror}; check its permissions"
+                ) from error
+            # An empty list is quick to make again, and only a scan can say which other files are there.
+            if settled and len(arrays["offsets"]) > 1 and save_index("folder", root, arrays):
+                # Mapped pages are shared by all processes of a machine, this process's copy is not.
+                arrays = load_index("folder", root) or arrays
     return Names(arrays["names"], arrays["offsets"]), Names(arrays["tree"], arrays["tree_offsets"]), others
 
 
@@ -261,24 +195,29 @@ def index_tars(key: str, shards: list[str]) -> dict[str, np.ndarray]:
     listed = Names.pack([os.fsencode(shard) for shard in shards])
     check = {"shards": listed.blob, "shard_sizes": np.array([s.st_size for s in status], dtype=np.int64)}
     check["shard_mtimes"] = np.array([s.st_mtime_ns for s in status], dtype=np.int64)
-    cached = load_index("tar", key)
-    if cached is not None and all(np.array_equal(cached[name], check[name]) for name in check):
-        return cached
-    names, starts, owners = [], [], []
+    with one_scanner("tar", key):
+        cached = load_index("tar", key)  # another rank may have scanned while this one waited
+        if cached is None or not all(np.array_equal(cached[name], check[name]) for name in check):
+            cached = _index_shards(shards) | check
+            settled = all(time.time_ns() - mtime > _SETTLE_NS for mtime in check["shard_mtimes"].tolist())
+            if settled and save_index("tar", key, cached):
+                cached = load_index("tar", key) or cached
+    return cached
+
+
+def _index_shards(shards: list[str]) -> dict[str, np.ndarray]:
+    blob, lengths, places, owners = bytearray(), [], [], []
     for number, shard in enumerate(shards):
         try:
-            found, places = _scan_shard(shard)
+            found, where = _scan_shard(shard)
         except (tarfile.TarError, OSError, ValueError) as error:
             raise UserError(
                 f"broken tar shard {shard}: {error}; fetch it again (plain .tar only, not compressed)"
             ) from error
-        names += found
-        starts += places
-        owners += [number] * len(found)
-    packed = Names.pack(names)
-    place = np.array(starts, dtype=np.int64).reshape(-1, 2)
-    arrays = {"names": packed.blob, "offsets": packed.offsets, "shard": np.array(owners, dtype=np.int64)}
-    arrays |= {"start": place[:, 0].copy(), "size": place[:, 1].copy()} | check
-    if all(time.time_ns() - mtime > _SETTLE_NS for mtime in check["shard_mtimes"].tolist()):
-        save_index("tar", key, arrays)
-    return arrays
+        blob += b"".join(found)
+        lengths.append(np.array([len(name) for name in found], dtype=np.int64))
+        places.append(np.array(where, dtype=np.int64).reshape(-1, 2))
+        owners.append(np.full(len(found), number, dtype=np.int64))
+    names, place = Names._from_parts(blob, np.concatenate(lengths)), np.concatenate(places)
+    arrays = {"names": names.blob, "offsets": names.offsets, "shard": np.concatenate(owners)}
+    return arrays | {"start": place[:, 0].copy(), "size": place[:, 1].copy()}

@@ -1,0 +1,92 @@
+"""Indices on disk: named arrays in one file, written atomically, memory-mapped when read."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+_FORMAT = "fastalign-index-1"
+_ALIGN = 64
+
+
+def cache_folder() -> Path:
+    """Where indices are kept: $XDG_CACHE_HOME/fastalign, else ~/.cache/fastalign."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
+    return Path(base) / "fastalign"
+
+
+def _cache_file(kind: str, key: str) -> Path:
+    return cache_folder() / f"{kind}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.idx"
+
+
+def save_index(kind: str, key: str, arrays: dict[str, np.ndarray]) -> bool:
+    """Writes one-dimensional arrays to the cache, atomically.
+
+    Returns:
+        False when the cache cannot be written (read-only home, full disk): the caller goes on without it.
+    """
+    layout, position = {}, 0
+    for name, array in arrays.items():
+        position = -(-position // _ALIGN) * _ALIGN
+        layout[name] = [array.dtype.str, len(array), position]
+        position += array.nbytes
+    header = json.dumps({"format": _FORMAT, "key": key, "arrays": layout, "bytes": position}).encode() + b"\n"
+    body = -(-len(header) // _ALIGN) * _ALIGN
+    target, temporary = _cache_file(kind, key), None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".writing-")
+        with os.fdopen(handle, "wb") as file:
+            file.write(header)
+            for name, array in arrays.items():
+                file.seek(body + layout[name][2])
+                file.write(memoryview(np.ascontiguousarray(array)))
+            file.truncate(body + position)
+        Path(temporary).replace(target)
+    except (OSError, UnicodeEncodeError):
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        return False
+    return True
+
+
+def load_index(kind: str, key: str) -> dict[str, np.ndarray] | None:
+    """The arrays that `save_index` wrote, memory-mapped; None when there are none, or they are damaged."""
+    path = _cache_file(kind, key)
+    try:
+        with path.open("rb") as file:
+            line = file.readline(1 << 20)
+            header = json.loads(line)
+            body = -(-len(line) // _ALIGN) * _ALIGN
+            size = os.fstat(file.fileno()).st_size
+            if (header["format"], header["key"], body + header["bytes"]) != (_FORMAT, key, size):
+                return None
+            arrays = {}
+            for name, (dtype, length, offset) in header["arrays"].items():
+                if length == 0:
+                    arrays[name] = np.empty(0, dtype=dtype)
+                else:
+                    arrays[name] = np.memmap(file, dtype, mode="r", offset=body + offset, shape=(length,))
+            return arrays
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextlib.contextmanager
+def one_scanner(kind: str, key: str) -> Iterator[None]:
+    """Let one process of a machine scan while the others wait for the list it makes; without a cache, all scan."""
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        lock = _cache_file(kind, key).with_suffix(".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:
+        yield
+        return
+    with lock:
+        yield
