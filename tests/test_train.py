@@ -346,10 +346,13 @@ def torchrun(tmp_path, *overrides):
 @pytest.mark.slow
 def test_two_ranks_under_torchrun_have_the_losses_of_one(recipe, tmp_path):
     alone = recipe(name="alone")
-    folder = tmp_path / "two"
-    for options in (["max_steps=4"], []):  # in two parts, the second a resume
-        result = torchrun(tmp_path, f"output={folder}", *options)
+    folder, parts = tmp_path / "two", tmp_path / "parts"
+    for options in ([f"output={folder}"], [f"output={parts}", "max_steps=4"], [f"output={parts}"]):
+        result = torchrun(tmp_path, *options)
         assert result.returncode == 0, result.stderr
+    assert losses(parts) == losses(folder), "resumed on two ranks: the same bits"
+    ours, theirs = weights(parts), weights(folder)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert losses(folder) == pytest.approx(losses(alone), rel=1e-4)
     ours, theirs = metrics(folder)[1], metrics(alone)[1]
     assert ours[-1]["val_loss"] == pytest.approx(theirs[-1]["val_loss"], rel=1e-4)
