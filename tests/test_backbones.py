@@ -119,6 +119,20 @@ def test_local_weights_files(tmp_path, wrap):
     assert torch.equal(vit(images), theirs(images))
 
 
+def test_moco_checkpoints_are_read_as_their_authors_wrote_them(tmp_path):
+    """Keys under `module.base_encoder.`, a projector as head, and the momentum encoder beside it."""
+    truth = timm.create_model("vit_base_patch16_224", num_classes=0, depth=1)
+    state = {f"module.base_encoder.{name}": value for name, value in truth.state_dict().items()}
+    state |= {
+        "module.base_encoder.head.0.weight": torch.zeros(2),
+        "module.momentum_encoder.norm.weight": torch.ones(3),
+    }
+    torch.save({"epoch": 300, "arch": "vit_base", "state_dict": state}, tmp_path / "vit-b-300ep.pth.tar")
+    vit = fa.create_backbone(MOCO, checkpoint=tmp_path / "vit-b-300ep.pth.tar", depth=1)
+    assert torch.equal(vit.blocks[0].attn.qkv.weight, truth.blocks[0].attn.qkv.weight)
+    assert not torch.equal(vit.pos_embed, truth.pos_embed), "the table is fixed, whatever the file says"
+
+
 @pytest.mark.parametrize(
     "name", ["vit_tiny_patch16_224", "beit_base_patch16_224", "eva02_base_patch16_clip_224"]
 )

@@ -18,7 +18,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -138,15 +137,10 @@ class Terminal:
         self.main, self.total, self.first, self._bar = main, total, step, None
         self.begin()
         if main and sys.stderr.isatty():
-            columns = [
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"),
-            ]
-            self._bar = Progress(
-                *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)
-            )
+            # Fits 80 columns: bar, steps, figures, time left.
+            columns = [BarColumn(bar_width=12), MofNCompleteColumn(), TextColumn("{task.fields[text]}")]
+            columns += [TimeRemainingColumn(compact=True), TextColumn("left")]
+            self._bar = Progress(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task("training", total=total, completed=step, text="")
             self._bar.start()
 
@@ -165,10 +159,8 @@ class Terminal:
         """The newest training metrics."""
         if not self.main:
             return
-        text = (
-            f"loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s  "
-            f"waiting for data {100 * line['data_wait']:.1f}%"
-        )
+        speed, wait = f"{line['images_per_second']:.0f} images/s", f"{100 * line['data_wait']:.1f}%"
+        text = f"loss {line['loss']:.4f}  {speed}  data wait {wait}"
         if self._bar:
             self._bar.update(self._task, completed=line["step"], text=text)
             return
