@@ -1,6 +1,5 @@
 """Attention: one function over the implementations that a device offers."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,6 +21,6 @@ def attention(
     """
     if softcap is not None:
         return softcap_attention(q, k, v, softcap=softcap, bias=bias)
-    if bias is not None and torch.is_autocast_enabled(q.device.type):
-        bias = bias.to(q.dtype)
+    if bias is not None:
+        bias = bias.to(q.dtype)  # under autocast q is in the lower precision, a parameter is not
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)

@@ -314,3 +314,34 @@ def objective_of(vit, loss="mse", **options):
     return fa.MaskEmbed(
         teacher, fa.MaskEmbedStudent.from_backbone(vit, **options), fa.UniformMasks(), loss=loss
     )
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_base_patch16_clip_quickgelu_224",
+        "vit_base_patch14_reg4_dinov2",
+        "vit_base_patch16_siglip_224",
+        "beit_base_patch16_224",
+        "eva02_base_patch16_clip_224",
+    ],
+)
+def test_each_family_in_bf16_autocast_is_close_and_one_graph(name, softcap):
+    torch._dynamo.reset()
+    vit = fa.create_backbone(
+        name, img_size=56 if "patch14" in name else 64, embed_dim=96, num_heads=3, depth=2
+    )
+    student = fa.MaskEmbedStudent.from_backbone(vit, softcap=softcap)
+    step = fa.MaskEmbed(fa.MaskedTeacher(vit), student, fa.UniformMasks())
+    images, ids = torch.randn(2, 3, *vit.spec.image_size), torch.arange(2)
+    loss = step(images, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = step(images.bfloat16(), ids)
+        low.backward()
+        explained = [
+            torch._dynamo.explain(part)(images, step.masks(ids, 16)) for part in (student, step.teacher)
+        ]
+    assert low.dtype == torch.float32
+    assert relative_error(low, loss) < 0.01
+    assert [(each.graph_count, each.graph_break_count) for each in explained] == [(1, 0), (1, 0)]
