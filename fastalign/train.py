@@ -154,6 +154,7 @@ def loop(run: Run, log: MetricLog, terminal: Terminal) -> None:
                 report(log.flush(speed), terminal)  # before saving: no checkpoint is ahead of the log
             if saving:
                 save(run)
+                speed.start()
         batches.close()
         if run.val is not None:
             validate(run, log, terminal, epoch)

@@ -120,3 +120,10 @@ def has_dali() -> bool:
 
 
 needs_dali = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
+
+
+def count_calls(monkeypatch, module, name: str) -> list:
+    """The first arguments of all calls of a module's function, from now on."""
+    counted, original = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda first: counted.append(first) or original(first))
+    return counted

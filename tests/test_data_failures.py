@@ -25,11 +25,6 @@ def folder(tmp_path_factory):
     )
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-
 def loader_threads():
     return [t for t in threading.enumerate() if t.name.startswith("fastalign")]
 

@@ -23,11 +23,6 @@ def folder(tmp_path_factory):
     return write_folder(root, {f"{i % 3}/{i:03d}.jpg": p for i, p in enumerate(small_photos(COUNT))})
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-
 def run(source, transform, *, epoch=0, start=0, **options):
     loader = Loader(source, transform, device="cpu", threads=2, **options)
     made = [(b.ids_host, b.images) for b in loader.batches(epoch, start)]

@@ -11,22 +11,17 @@ from fastalign.data import index, sources
 from fastalign.data.index import Names
 from fastalign.data.sources import open_source
 from fastalign.errors import UserError
-from tests.data_helpers import age, shards, small_photos, write_folder, write_tar
+from tests.data_helpers import age, count_calls, shards, small_photos, write_folder, write_tar
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+@pytest.fixture
+def cache(tmp_path):
     return tmp_path / "cache" / "fastalign"
 
 
 @pytest.fixture
 def scans(monkeypatch):
-    """Counts the scans of folders."""
-    counted = []
-    scan = index._scan_folder
-    monkeypatch.setattr(index, "_scan_folder", lambda path: counted.append(path) or scan(path))
-    return counted
+    return count_calls(monkeypatch, index, "_scan_folder")
 
 
 def nested(root):

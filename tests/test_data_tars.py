@@ -14,21 +14,12 @@ from fastalign.data import index, sources
 from fastalign.data.cache import cache_folder
 from fastalign.data.sources import open_source
 from fastalign.errors import UserError
-from tests.data_helpers import shards, small_photos, write_tar
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+from tests.data_helpers import count_calls, shards, small_photos, write_tar
 
 
 @pytest.fixture
 def scans(monkeypatch):
-    """Counts the scans of shards."""
-    counted = []
-    scan = index._scan_shard
-    monkeypatch.setattr(index, "_scan_shard", lambda path: counted.append(path) or scan(path))
-    return counted
+    return count_calls(monkeypatch, index, "_scan_shard")
 
 
 def message(spec):
