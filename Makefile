@@ -44,7 +44,7 @@ gpu: gpu-tests gpu-step
 
 gpu-tests:
 	$(GPU_PY) -m pip install -q --no-build-isolation --no-deps -e .
-	$(GPU_PY) -m pytest -q -m gpu tests
+	$(GPU_PY) -m pytest -q tests/test_gpu.py
 
 gpu-step:
 	$(GPU_PY) -m benchmarks.step
