@@ -55,10 +55,11 @@ def _backbone(name: str, pretrained: bool, checkpoint: str | None, kwargs: dict)
             raise UserError(
                 f"the run at {checkpoint} aligned {vit.recipe['name']}, not {name}: set the same name"
             )
+        made = vit.recipe["kwargs"]
         for key, value in kwargs.items():
-            if vit.recipe["kwargs"].get(key, value) != value or key not in vit.recipe["kwargs"]:
+            if key not in made or made[key] != value:
                 raise UserError(
-                    f"the run at {checkpoint} was made with {vit.recipe['kwargs']}: kwargs.{key}={value} does not fit"
+                    f"the run at {checkpoint} was made with {made}: kwargs.{key}={value} does not fit"
                 )
         return vit
     return create_backbone(name, pretrained=pretrained, checkpoint=checkpoint, **kwargs)
@@ -66,11 +67,11 @@ def _backbone(name: str, pretrained: bool, checkpoint: str | None, kwargs: dict)
 
 def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, ViT]:
     """The objective, freshly initialised, and the backbone that its student started from."""
-    torch.manual_seed(
-        config.seed
-    )  # weights that are not loaded are the same on every rank and after a resume
+    # Weights that are not loaded are the same on every rank and after a resume; the decoder's, seeded apart, do not
+    # depend on whether the backbone's were drawn or loaded.
+    torch.manual_seed(config.seed)
     backbone, taught = build_backbones(config)
-    torch.manual_seed(config.seed)  # and the decoder's, whether or not the backbone's were drawn
+    torch.manual_seed(config.seed)
     try:
         teacher = MaskedTeacher(
             taught, skip_blocks=config.teacher.skip_blocks, prefix_only=config.teacher.prefix_only

@@ -23,23 +23,22 @@ from fastalign.run import Run, save
 
 def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
     """One update of the weights. Returns measurements that are still on the device."""
-    config, accumulate = run.config, run.config.optim.accumulate
-    optim = config.optim
+    optim = run.config.optim
     min_lr = optim.lr / 10 if optim.min_lr is None else optim.min_lr
     warmup = round(optim.warmup_epochs * run.epoch_steps)
     lr = learning_rate(run.step, total=run.total_steps, warmup=warmup, lr=optim.lr, min_lr=min_lr)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     # Stochastic depth draws from torch's generator: seeded by the step, a resumed run draws the same.
-    torch.manual_seed(((config.seed * 1_000_003 + run.step) * 65_536 + run.world.rank) % 2**63)
+    torch.manual_seed(((run.config.seed * 1_000_003 + run.step) * 65_536 + run.world.rank) % 2**63)
     total, waited = torch.zeros((), device=run.world.device), 0.0
-    for part in range(accumulate):
+    for part in range(optim.accumulate):
         batch = next(batches)
         waited += batch.wait
-        last = part == accumulate - 1
+        last = part == optim.accumulate - 1
         with nullcontext() if last or run.world.size == 1 else run.model.no_sync():
             with run.autocast():
-                loss = run.model(batch.images, batch.ids, epoch) / accumulate
+                loss = run.model(batch.images, batch.ids, epoch) / optim.accumulate
             loss.backward()
         total += loss.detach()
     norm = nn.utils.clip_grad_norm_(run.trained, optim.clip or float("inf"))

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from fastalign.data.pipeline import load_dali
+from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
 from fastalign.errors import UserError
 
@@ -127,3 +128,12 @@ def count_calls(monkeypatch, module, name: str) -> list:
     counted, original = [], getattr(module, name)
     monkeypatch.setattr(module, name, lambda first: counted.append(first) or original(first))
     return counted
+
+
+def message(spec) -> str:
+    """The one line with which a source is refused."""
+    with pytest.raises(UserError) as caught:
+        open_source(str(spec))
+    text = str(caught.value)
+    assert "\n" not in text
+    return text

@@ -11,7 +11,7 @@ from fastalign.data import index, sources
 from fastalign.data.index import Names
 from fastalign.data.sources import open_source
 from fastalign.errors import UserError
-from tests.data_helpers import age, count_calls, shards, small_photos, write_folder, write_tar
+from tests.data_helpers import age, count_calls, message, shards, small_photos, write_folder, write_tar
 
 
 @pytest.fixture
@@ -146,14 +146,6 @@ def test_labels(tmp_path):
         (root / "labels.csv").write_text(wrong, encoding="latin-1")
         with pytest.raises(UserError, match=r"labels.csv is not UTF-8"):
             open_source(str(root)).label(0)
-
-
-def message(spec):
-    with pytest.raises(UserError) as caught:
-        open_source(str(spec))
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
 
 
 def test_messages_name_the_path_and_the_remedy(tmp_path):

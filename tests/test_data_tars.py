@@ -13,21 +13,12 @@ import pytest
 from fastalign.data import index, sources
 from fastalign.data.cache import cache_folder
 from fastalign.data.sources import open_source
-from fastalign.errors import UserError
-from tests.data_helpers import count_calls, shards, small_photos, write_tar
+from tests.data_helpers import count_calls, message, shards, small_photos, write_tar
 
 
 @pytest.fixture
 def scans(monkeypatch):
     return count_calls(monkeypatch, index, "_scan_shard")
-
-
-def message(spec):
-    with pytest.raises(UserError) as caught:
-        open_source(str(spec))
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
 
 
 def test_tar_forms_agree(tmp_path, scans):

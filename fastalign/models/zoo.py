@@ -51,10 +51,10 @@ def create_backbone(
     kwargs = {"num_classes": 0, **kwargs}
     moco = name.split(".")[0] == MOCO
     timm_name = "vit_base_patch16_224" if moco else name
-    _check_name(timm_name, kwargs)
+    _check_name(timm_name)
     source = _create_timm(timm_name, pretrained and not moco and checkpoint is None, kwargs)
     vit = from_timm(source)
-    _check_size(name, source)
+    _check_arguments(name, source)
     if moco:
         _make_moco(vit)
         if pretrained and checkpoint is None:
@@ -100,18 +100,19 @@ def _download(url: str) -> dict[str, Tensor]:
         raise UserError(f"cannot load {url} ({error}): check the network, or give checkpoint=FILE") from error
 
 
-def _check_name(name: str, kwargs: dict) -> None:
+def _check_name(name: str) -> None:
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, [*timm.list_models(), MOCO], n=4, cutoff=0.5)
         raise UserError(f"unknown backbone {name!r}: the nearest names are {', '.join(near) or 'none'}")
 
 
-def _check_size(name: str, source: nn.Module) -> None:
-    """A remainder of the image is ignored where the backbone was made so (384 / 14); asked for, it is a slip."""
+def _check_arguments(name: str, source: nn.Module) -> None:
+    """What timm accepts and training does not survive, or hardly anybody means."""
     rate = _drop_path(source)
     if not 0 <= rate < 1:
         raise UserError(f"{name}: drop_path_rate must lie in 0..1, 1 excluded, got {rate}")
+    # A remainder of the image is ignored where the backbone was made so (384 / 14); asked for, it is a slip.
     native = source.pretrained_cfg.get("input_size", (3, 0, 0))[-2:]
     size, patch = _pair(source.patch_embed.img_size), _pair(source.patch_embed.patch_size)
     if size != tuple(native) and (size[0] % patch[0] or size[1] % patch[1]):
@@ -164,8 +165,6 @@ def from_timm(source: nn.Module) -> ViT:
             f"{type(source).__name__} with {', '.join(wrong[:3])}: an architecture that fastalign has not got"
         )
     vit.load_state_dict(theirs, assign=True)
-    for name, parameter in vit.named_parameters():
-        parameter.requires_grad_(not (name == "pos_embed" and spec.position_fixed))
     if spec.rotary:
         vit.position = source.rope.get_embed().detach().clone()
     elif spec.relative_position:
