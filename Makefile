@@ -5,12 +5,12 @@ PY := $(VENV)/bin/python
 DALI ?= dali
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: install demo test lint gpu gpu-tests gpu-step clean
+.PHONY: install demo test lint gpu gpu-tests gpu-step gpu-masks clean
 
 install: $(VENV)/.installed
 
 # torch first, then ours without build isolation: a build must see the torch that will run.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PY) -m pip install -q -c constraints.txt setuptools wheel
 	$(PY) -m pip install -q -c constraints.txt torch torchvision
@@ -40,15 +40,20 @@ demo: install
 # installed already; each part is a target of its own. Results go to benchmarks/results and, where it is set, to $$OUT.
 GPU_PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
-gpu: gpu-tests gpu-step
+gpu: gpu-tests gpu-step gpu-masks
 
 gpu-tests:
 	$(GPU_PY) -m pip install -q --no-build-isolation --no-deps -e .
 	$(GPU_PY) -m pytest -q tests/test_gpu.py
+	$(GPU_PY) -m pytest -q -m gpu tests/test_extension.py
 
 gpu-step:
 	$(GPU_PY) -m benchmarks.step
 	@if [ -n "$$OUT" ]; then cp benchmarks/results/step.json "$$OUT"/; fi
 
+gpu-masks:
+	$(GPU_PY) -m benchmarks.masks
+	@if [ -n "$$OUT" ]; then cp benchmarks/results/masks.json "$$OUT"/; fi
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info fastalign/*.so .pytest_cache .ruff_cache

@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional
 
-from fastalign.reference import softcap_attention
+from fastalign import ops
 
 
 def attention(
@@ -20,7 +20,8 @@ def attention(
         [B, H, T, d].
     """
     if softcap is not None:
-        return softcap_attention(q, k, v, softcap=softcap, bias=bias)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast their norm may have left them in fp32
+        return ops.softcap_attention(q, k, v, softcap=softcap, bias=bias)
     if bias is not None:
         bias = bias.to(q.dtype)  # under autocast q is in the lower precision, a parameter is not
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)

@@ -4,6 +4,8 @@ Every distribution is called as ``masks(sample_ids, num_patches, epoch=0)`` and 
 on the device of ``sample_ids``, with M = 1 sample, plus its complement and the full mask where asked for,
 in that order. A mask is a pure function of (seed, epoch, sample id): the same on every device, for every
 number of ranks and after every resume. Source: method.md's step 1; Covert et al., ICLR 2025.
+
+The PyTorch code here is the definition. Where the extension of `csrc/` is installed it draws, the same bits.
 """
 
 import math
@@ -13,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastalign import extension, ops
 from fastalign.random import Stream, random_uniform, random_words
+from fastalign.reference import Packing
 
 MIN_BLOCK_PATCHES = 16
 MAX_BLOCKS = 64
@@ -43,14 +47,68 @@ class _Masks:
         Returns:
             [B, M, N] bool, True = visible.
         """
-        grid = _as_grid(num_patches)
-        sample = self.sample(sample_ids, grid, epoch)
+        if not self._in_extension(sample_ids):
+            return self.eager(sample_ids, num_patches, epoch)
+        return extension.draw_masks(**self._arguments(sample_ids, self._grid(num_patches), epoch))
+
+    def eager(self, sample_ids: Tensor, num_patches: int | tuple[int, int], epoch: int = 0) -> Tensor:
+        """The same masks in PyTorch operations, whether or not the extension is there."""
+        sample = self.sample(sample_ids, self._grid(num_patches), epoch)
         stack = [sample]
         if self.complement:
             stack.append(~sample)
         if self.full:
             stack.append(torch.ones_like(sample))
         return torch.stack(stack, dim=1)
+
+    def packed(
+        self,
+        sample_ids: Tensor,
+        num_patches: int | tuple[int, int],
+        prefix: int,
+        epoch: int = 0,
+        length: int | None = None,
+    ) -> tuple[Tensor, Packing]:
+        """Masks, and where their visible tokens stand in one row; on a GPU in the same launch for a pair.
+
+        Args:
+            sample_ids, num_patches, epoch: as for the masks alone.
+            prefix: P, tokens that every copy keeps.
+            length: rows. By default exactly the tokens present where complements make their number fixed, else
+                what `fastalign.ops.pack_masks` takes, which waits for a GPU.
+
+        Returns:
+            [B, M, N] bool, and the `fastalign.reference.Packing`.
+        """
+        grid = self._grid(num_patches)
+        if self.complement and length is None:
+            length = len(sample_ids) * (grid[0] * grid[1] * (self.copies - 1) + self.copies * prefix)
+        if length is None or not self._in_extension(sample_ids):
+            visible = self(sample_ids, grid, epoch)
+            return visible, ops.pack_masks(visible, prefix, length)
+        drawn = extension.draw_packed_masks(
+            **self._arguments(sample_ids, grid, epoch), prefix=prefix, length=length
+        )
+        return drawn[0], Packing(*drawn[1:])
+
+    def _in_extension(self, sample_ids: Tensor) -> bool:
+        return type(self) in _KERNELS and extension.available(sample_ids.device)
+
+    def _arguments(self, sample_ids: Tensor, grid: tuple[int, int], epoch: int) -> dict:
+        """What the extension wants to know."""
+        return {
+            "sample_ids": sample_ids.to(torch.int64),
+            "grid": grid,
+            "kind": _KERNELS[type(self)],
+            "ratio": getattr(self, "ratio", 0.0),
+            "seed": self.seed,
+            "epoch": epoch,
+            "complement": self.complement,
+            "full": self.full,
+        }
+
+    def _grid(self, num_patches: int | tuple[int, int]) -> tuple[int, int]:
+        return _as_grid(num_patches)
 
     def sample(self, sample_ids: Tensor, grid: tuple[int, int], epoch: int) -> Tensor:
         """[B, N] bool: one draw an image."""
@@ -108,12 +166,12 @@ class BlockwiseMasks(_Masks):
         if not 0.0 < self.ratio < 1.0:
             raise ValueError(f"BlockwiseMasks: ratio must lie strictly between 0 and 1, got {self.ratio}")
 
-    def __call__(self, sample_ids: Tensor, num_patches: int | tuple[int, int], epoch: int = 0) -> Tensor:
+    def _grid(self, num_patches: int | tuple[int, int]) -> tuple[int, int]:
         if not isinstance(num_patches, (tuple, list)) and math.isqrt(num_patches) ** 2 != num_patches:
             raise ValueError(
                 f"BlockwiseMasks: {num_patches} patches do not form a square; pass the grid (rows, columns)"
             )
-        return super().__call__(sample_ids, num_patches, epoch)
+        return super()._grid(num_patches)
 
     def sample(self, sample_ids: Tensor, grid: tuple[int, int], epoch: int) -> Tensor:
         rows, columns = grid
@@ -147,3 +205,7 @@ class BlockwiseMasks(_Masks):
         inside = (in_rows[..., :, None] & in_columns[..., None, :]).flatten(2)
         index = torch.arange(MAX_BLOCKS, device=draws.device).view(1, MAX_BLOCKS, 1)
         return torch.where(inside, index, MAX_BLOCKS).amin(1)
+
+
+# By exact class: a subclass with a `sample` of its own draws what it says.
+_KERNELS = {UniformMasks: "uniform", BernoulliMasks: "bernoulli", BlockwiseMasks: "blockwise"}

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from fastalign import ops
 from fastalign.errors import UserError
 from fastalign.models.spec import ViTSpec
 from fastalign.models.student import MaskEmbedStudent, MIMStudent
 from fastalign.models.teacher import MaskedTeacher
-from fastalign.reference import LOSSES, reconstruction_loss
+from fastalign.reference import LOSSES
 
 
 class _Objective(nn.Module):
@@ -42,7 +43,7 @@ class _Objective(nn.Module):
             Scalar, fp32.
         """
         visible = self.masks(sample_ids.to(images.device), self.num_patches, epoch)
-        return reconstruction_loss(
+        return ops.reconstruction_loss(
             self.student(images, visible),
             self.targets(images, visible),
             visible,

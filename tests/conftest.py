@@ -7,6 +7,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: the real kernels, on the CPU
+
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
@@ -18,3 +21,19 @@ def _own_cache(tmp_path, monkeypatch):
 def _fixed_seed():
     torch.set_num_threads(2)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Memory that a kernel's launcher allocates comes full of NaN: what it forgets to write is seen."""
+
+    def poisoned(allocate):
+        def call(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else 111)
+
+        return call
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

@@ -2,11 +2,15 @@
 
 import shutil
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where kernels are tested: on a CPU they run in the interpreter."""
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None or not (Path(sysconfig.get_path("include")) / "Python.h").exists(),
@@ -43,3 +47,80 @@ def randomise(module: torch.nn.Module, scale: float = 0.02) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(scale * torch.randn_like(parameter))
+
+
+def _errors(found: Tensor, wanted: Tensor) -> Tensor:
+    """[2]: the Euclidean and the largest error, each relative to the same norm of what is wanted."""
+    difference, wanted = (found.detach().double() - wanted).flatten(), wanted.flatten()
+    assert torch.isfinite(difference).all(), "not finite, or not written"
+    norms = [(difference.norm(), wanted.norm()), (difference.abs().max(), wanted.abs().max())]
+    return torch.stack([error / norm.clamp_min(1e-30) for error, norm in norms])
+
+
+def assert_as_exact(name: str, found: Tensor, eager: Tensor, truth: Tensor) -> None:
+    """The rule for kernels: at most twice the error of eager PyTorch in the same dtype, plus a few roundings.
+
+    One rounding of the result's dtype, and sixteen of fp32, in which statistics and sums are kept: a kernel may
+    take them in another order than eager PyTorch, which in fp32 is all the difference there is.
+
+    Args:
+        name: for the message.
+        found: the kernel's result.
+        eager: the reference's, from the same inputs in the same dtype.
+        truth: the reference's, in float64.
+    """
+    assert found.shape == truth.shape, f"{name}: {tuple(found.shape)} against {tuple(truth.shape)}"
+    assert found.dtype == eager.dtype, f"{name}: {found.dtype} against {eager.dtype}"
+    if truth.numel() == 0:
+        return
+    allowed = (
+        2 * _errors(eager, truth.detach())
+        + torch.finfo(found.dtype).eps
+        + 16 * torch.finfo(torch.float32).eps
+    )
+    errors = _errors(found, truth.detach())
+    assert (errors <= allowed).all(), f"{name}: error {errors.tolist()}, allowed {allowed.tolist()}"
+
+
+def check_kernel(
+    kernel: Callable, reference: Callable, inputs: dict, *, only: set[str] | None = None
+) -> None:
+    """Compare a kernel with its reference in the same dtype and in float64, forward and backward.
+
+    Gradients are taken for random cotangents of every output.
+
+    Args:
+        kernel, reference: called with the inputs as keyword arguments; return a tensor or a tuple of them.
+        inputs: tensors (those with a floating dtype get gradients) and anything else, which is passed on.
+        only: the names whose gradients are compared; default all.
+    """
+
+    def floating(value):
+        return isinstance(value, Tensor) and value.is_floating_point()
+
+    wanted = {name for name, value in inputs.items() if floating(value) and (only is None or name in only)}
+    results, cotangents = [], None
+    for function, dtype in ((kernel, None), (reference, None), (reference, torch.float64)):
+        arguments = {
+            name: value.detach().to(dtype or value.dtype).requires_grad_(name in wanted) if floating(value) else value
+            for name, value in inputs.items()
+        }  # fmt: skip
+        outputs = function(**arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if cotangents is None:
+            cotangents = [torch.randn_like(output) for output in outputs]
+        leaves = {name: arguments[name] for name in sorted(wanted)}
+        gradients = torch.autograd.grad(
+            outputs,
+            list(leaves.values()),
+            [cotangent.to(output.dtype) for cotangent, output in zip(cotangents, outputs, strict=True)],
+            allow_unused=True,
+        ) if leaves else ()  # fmt: skip
+        named = {f"output {index}": output for index, output in enumerate(outputs)}
+        named |= {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
+        results.append(named)
+    for name, truth in results[2].items():
+        if truth is None:
+            assert results[0][name] is None or not results[0][name].any(), f"{name}: should be none"
+        else:
+            assert_as_exact(name, results[0][name], results[1][name], truth)

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastalign"
-FILES = sorted(PACKAGE.rglob("*.py"))
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+FILES = sorted(PACKAGE.rglob("*.py")) + sorted((PACKAGE / "kernels").glob("*.py"))  # rglob follows no link
 
 # Each room may import from the rooms after it, and from itself.
 FLOORS = [
@@ -21,7 +22,8 @@ FLOORS = [
     {"objectives", "engine", "data"},
     {"models"},
     {"attention", "masks"},
-    {"reference", "random"},
+    {"ops"},
+    {"reference", "random", "kernels", "extension"},
     {"errors"},
 ]
 LONG_FILES = {
@@ -111,6 +113,15 @@ def test_importing_fastalign_does_not_import_dali():
 
 def test_no_package_hides_another_projects_kernels():
     assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (PACKAGE / "kernels").is_symlink()
+    assert (PACKAGE / "kernels").resolve() == ROOT / "kernels"
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_kernels_need_only_torch_and_triton(path):
+    """Anyone can take a kernel alone: it imports no other room."""
+    for module in imported(path):
+        assert room(module) == "kernels", f"{path.name} must not import {module}"
 
 
 def test_readme_names_only_what_exists():

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from fastalign import ops
 from fastalign.models.blocks import Block
 from fastalign.models.spec import BlockSpec, ViTSpec
-from fastalign.reference import expand_masked
 
 
 def decoder_block_spec(
@@ -73,7 +73,7 @@ class MaskEmbedDecoder(nn.Module):
         Returns:
             [B, M, T, D], or [B, M, 1, D] with prefix_only.
         """
-        x = expand_masked(tokens, visible, self.pos_embed).flatten(0, 1)
+        x = ops.expand_masked(tokens, visible, self.pos_embed).flatten(0, 1)
         for block in self.blocks:
             x = block(x)
         if self.prefix_only and self.prefix:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from fastalign.models.blocks import MLP
 from fastalign.models.decoder import MaskEmbedDecoder, decoder_block_spec
 from fastalign.models.vit import ViT
-from fastalign.reference import mask_tokens
 
 
 def student_encoder(vit: ViT, out: int, *, head: str = "linear", softcap: float | None = 30.0) -> ViT:
@@ -139,7 +138,5 @@ class MIMStudent(nn.Module):
 
     def forward(self, images: Tensor, visible: Tensor) -> Tensor:
         """images [B, C, height, width], visible [B, M, N] bool -> predictions [B, M, T, D]."""
-        embed = self.encoder.patch_embed
-        patches = mask_tokens(embed(images), embed.blank(), visible)
-        tokens = self.encoder.encode(self.encoder.add_position(patches.flatten(0, 1)))
+        tokens = self.encoder.encode(self.encoder.embed_masked(images, visible))
         return self.encoder.forward_head(tokens).unflatten(0, visible.shape[:2])

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.models.vit import ViT
-from fastalign.reference import mask_tokens
 
 
 class MaskedTeacher(nn.Module):
@@ -57,12 +56,11 @@ class MaskedTeacher(nn.Module):
         Returns:
             [B, M, T, D]; [B, M, 1, D] with prefix_only.
         """
-        patches = self.vit.patch_embed(images)
         if visible is None:
-            patches = patches.unsqueeze(1)
+            tokens = self.vit.add_position(self.vit.patch_embed(images))
         else:
-            patches = mask_tokens(patches, self.vit.patch_embed.blank(), visible)
-        tokens = self.vit.encode(self.vit.add_position(patches.flatten(0, 1)))
+            tokens = self.vit.embed_masked(images, visible)
+        tokens = self.vit.encode(tokens)
         if self.prefix_only:
             tokens = self.vit.pooled(tokens).unsqueeze(1)
-        return tokens.unflatten(0, patches.shape[:2])
+        return tokens.unflatten(0, (len(images), -1))

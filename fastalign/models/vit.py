@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastalign import ops
 from fastalign.models.blocks import Block, PatchEmbed, make_norm
 from fastalign.models.spec import ViTSpec
 
@@ -62,19 +63,48 @@ class ViT(nn.Module):
         for block in self.blocks:
             block.attn.softcap = value
 
+    def prefix_rows(self) -> Tensor | None:
+        """[P, D]: the prefix tokens with their position; None = no prefix."""
+        tokens = [token[0] for token in (self.cls_token, self.reg_token) if token is not None]
+        if not tokens:
+            return None
+        prefix = torch.cat(tokens)
+        if self.pos_embed is not None and self.spec.position_prefix:
+            prefix = prefix + self.pos_embed[0, : self.num_prefix_tokens]
+        return prefix
+
+    def patch_position(self) -> Tensor | None:
+        """[N, D]: the position embedding of the patches; None where there is none."""
+        if self.pos_embed is None:
+            return None
+        return self.pos_embed[0, self.num_prefix_tokens if self.spec.position_prefix else 0 :]
+
     def add_position(self, patches: Tensor) -> Tensor:
         """Patch embeddings [B, N, D] -> the first block's input [B, T, D]: prefix, position, norm."""
-        prefix = [
-            token.expand(len(patches), -1, -1)
-            for token in (self.cls_token, self.reg_token)
-            if token is not None
-        ]
-        if self.pos_embed is not None and not self.spec.position_prefix:
-            patches = patches + self.pos_embed
-        tokens = torch.cat([*prefix, patches], dim=1)
-        if self.pos_embed is not None and self.spec.position_prefix:
-            tokens = tokens + self.pos_embed
+        prefix, position = self.prefix_rows(), self.patch_position()
+        tokens = patches if position is None else patches + position
+        if prefix is not None:
+            tokens = torch.cat([prefix.expand(len(patches), -1, -1), tokens], dim=1)
         return self.norm_pre(tokens)
+
+    def embed_masked(self, images: Tensor, visible: Tensor) -> Tensor:
+        """The first block's input for masked copies of images, whose hidden patches are blank.
+
+        Args:
+            images: [B, C, height, width], normalised.
+            visible: [B, M, N] bool.
+
+        Returns:
+            [B M, T, D]; the patch embedding runs once an image.
+        """
+        tokens = ops.mask_tokens(
+            self.patch_embed(images),
+            self.patch_embed.blank(),
+            visible,
+            self.prefix_rows(),
+            self.patch_position(),
+        )
+        return self.norm_pre(tokens.flatten(0, 1))
 
     def encode(self, tokens: Tensor) -> Tensor:
         """The blocks and the final norm: [B, T, D] -> [B, T, D]."""

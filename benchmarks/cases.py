@@ -1,0 +1,260 @@
+"""The kernels at the shapes of training: what `benchmarks.kernels` times and `benchmarks.aot` compiles.
+
+A case knows its inputs, the kernel and its reference (both called with the inputs as keyword arguments), and the
+least bytes and operations of a forward and a backward pass, from the formulas of the kernel's file.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastalign import reference
+from fastalign.kernels.bias_activation import bias_activation
+from fastalign.kernels.expand_masked import expand_masked
+from fastalign.kernels.layer_scale_residual_norm import layer_scale_residual_norm
+from fastalign.kernels.mask_tokens import mask_tokens
+from fastalign.kernels.pack import pack
+from fastalign.kernels.reconstruction_loss import reconstruction_loss
+from fastalign.kernels.softcap_attention import softcap_attention
+from fastalign.kernels.unpack import unpack
+
+MODELS = {
+    "B/16-224": {"batch": 256, "patches": 196, "prefix": 1, "width": 768, "heads": 12},
+    "L/14-336": {"batch": 32, "patches": 576, "prefix": 1, "width": 1024, "heads": 16},
+    "SO400M/14-384": {"batch": 16, "patches": 729, "prefix": 0, "width": 1152, "heads": 16},
+}
+COPIES = 3
+
+
+@dataclass
+class Case:
+    """One operation at one shape."""
+
+    name: str
+    label: str
+    batch: int
+    inputs: Callable[[int, str], dict]
+    """(batch, device) -> the keyword arguments."""
+    kernel: Callable
+    reference: Callable
+    leaves: tuple[str, ...]
+    """The inputs that get a gradient."""
+    bytes: Callable[[int], tuple[int, int]]
+    """batch -> the least bytes moved forward and backward."""
+    operations: Callable[[int], tuple[int, int]] = lambda batch: (0, 0)
+    backward_alone: bool = True
+    """Backward can run again on the same graph."""
+    options: dict = field(default_factory=dict)
+    """What the case is about, for other implementations: the cap and the packing."""
+
+    def build(self, device: str, batch: int = 2) -> "Built":
+        """Inputs on a device, ready to run."""
+        inputs = self.inputs(batch, device)
+        for name in self.leaves:
+            inputs[name].requires_grad_()
+        return Built(self, inputs)
+
+
+@dataclass
+class Built:
+    """A case with its inputs."""
+
+    case: Case
+    inputs: dict
+
+    def forward(self, function: Callable | None = None) -> Tensor | tuple[Tensor, ...]:
+        """One forward pass of the kernel, or of another function."""
+        return (function or self.case.kernel)(**self.inputs)
+
+    def backward(self, outputs, cotangents: list[Tensor] | None = None, **options) -> tuple[Tensor, ...]:
+        """The gradients of the leaves; the cotangents default to ones."""
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        cotangents = cotangents or [torch.ones_like(output) for output in outputs]
+        return torch.autograd.grad(outputs, [self.inputs[n] for n in self.case.leaves], cotangents, **options)
+
+    def run(self) -> None:
+        """Forward and backward of the kernel."""
+        outputs = self.forward()
+        if self.case.leaves:
+            self.backward(outputs)
+
+
+def _random(*shape: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, device=device, dtype=dtype)
+
+
+def _visible(batch: int, patches: int, device: str) -> Tensor:
+    sample = torch.rand(batch, patches, device=device) < torch.rand(batch, 1, device=device)
+    return torch.stack([sample, ~sample, torch.ones_like(sample)], 1)
+
+
+def _token_cases(model: str, batch: int, patches: int, prefix: int, width: int, heads: int) -> Iterator[Case]:
+    tokens, present = prefix + patches, 2 * patches + 3 * prefix
+
+    def masked(b: int, device: str) -> dict:
+        return {
+            "patches": _random(b, patches, width, device=device),
+            "hidden": _random(width, device=device),
+            "visible": _visible(b, patches, device),
+            "prefix": _random(prefix, width, device=device) if prefix else None,
+            "position": _random(patches, width, device=device),
+        }
+
+    def expanded(b: int, device: str) -> dict:
+        return {
+            "tokens": _random(b, tokens, width, device=device),
+            "visible": _visible(b, patches, device),
+            "position": _random(1, tokens, width, device=device),
+        }
+
+    def packed(b: int, device: str) -> dict:
+        inputs = masked(b, device)
+        inputs["packing"] = reference.pack_masks(inputs.pop("visible"), prefix, b * present)
+        inputs.pop("hidden")
+        return inputs
+
+    def unpacked(b: int, device: str) -> dict:
+        packing = packed(b, device)["packing"]
+        return {"packed": _random(b * present, width, device=device), "packing": packing}
+
+    def copied(b: int) -> tuple[int, int]:
+        one = 2 * b * width * (patches + COPIES * tokens)
+        return one, one
+
+    def moved(b: int) -> tuple[int, int]:
+        one = 2 * b * width * (patches + present)
+        return one, one
+
+    def call_pack(patches, packing, prefix, position):
+        return pack(patches, packing.slots, packing.cu_seqlens, len(packing.indices), prefix, position)
+
+    common = {"label": model, "batch": batch}
+    yield Case(
+        name="mask_tokens", inputs=masked, kernel=mask_tokens, reference=reference.mask_tokens,
+        leaves=("patches", "position"), bytes=copied, **common,
+    )  # fmt: skip
+    yield Case(
+        name="expand_masked", inputs=expanded, kernel=expand_masked, reference=reference.expand_masked,
+        leaves=("tokens", "position"), bytes=copied, **common,
+    )  # fmt: skip
+    yield Case(
+        name="pack", inputs=packed, kernel=call_pack, reference=reference.pack, leaves=("patches", "position"),
+        bytes=moved, **common,
+    )  # fmt: skip
+    yield Case(
+        name="unpack", inputs=unpacked, kernel=lambda packed, packing: unpack(packed, packing.slots),
+        reference=reference.unpack, leaves=("packed",),
+        bytes=lambda b: (2 * b * width * (present + COPIES * tokens), 4 * b * width * present), **common,
+    )  # fmt: skip
+
+
+def _loss_cases(model: str, batch: int, patches: int, prefix: int, width: int, heads: int) -> Iterator[Case]:
+    shape = (COPIES, prefix + patches, width)
+
+    def inputs(loss: str) -> Callable[[int, str], dict]:
+        return lambda b, device: {
+            "prediction": _random(b, *shape, device=device),
+            "target": _random(b, *shape, device=device),
+            "visible": _visible(b, patches, device),
+            "loss": loss,
+            "scale": torch.full((), 0.7, device=device),
+        }
+
+    for loss in ("mse", "cosine", "masked_mse"):
+        yield Case(
+            "reconstruction_loss", f"{model} {loss}", batch, inputs(loss), reconstruction_loss,
+            reference.reconstruction_loss, ("prediction",), backward_alone=False,
+            # The gradient is written in the forward pass; the backward pass has nothing left to do.
+            bytes=lambda b: (6 * b * COPIES * (prefix + patches) * width, 0),
+        )  # fmt: skip
+
+
+def _block_cases(model: str, batch: int, patches: int, prefix: int, width: int, heads: int) -> Iterator[Case]:
+    tokens = prefix + patches
+
+    def residual(b: int, device: str) -> dict:
+        rows = {name: _random(b, tokens, width, device=device) for name in ("residual", "branch")}
+        vectors = {name: _random(width, device=device) for name in ("scale", "weight", "bias")}
+        return {**rows, **vectors, "eps": 1e-6}
+
+    yield Case(
+        "layer_scale_residual_norm", model, batch, residual, layer_scale_residual_norm,
+        reference.layer_scale_residual_norm, ("residual", "branch", "scale", "weight", "bias"),
+        bytes=lambda b: (8 * b * tokens * width, 12 * b * tokens * width),
+    )  # fmt: skip
+    for activation in ("gelu", "gelu_tanh", "quick_gelu"):
+
+        def hidden(b: int, device: str, activation: str = activation) -> dict:
+            x, bias = _random(b, tokens, 4 * width, device=device), _random(4 * width, device=device)
+            return {"x": x, "bias": bias, "activation": activation}
+
+        yield Case(
+            "bias_activation", f"{model} {activation}", batch, hidden, bias_activation, reference.bias_activation,
+            ("x", "bias"), bytes=lambda b: (16 * b * tokens * width, 24 * b * tokens * width),
+        )  # fmt: skip
+
+
+def attention_case(
+    label: str,
+    batch: int,
+    length: int,
+    heads: int,
+    width: int,
+    softcap: float | None,
+    packed: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Case:
+    """Attention over [batch, heads, length, width], q, k and v as the projection gives them."""
+
+    def inputs(b: int, device: str) -> dict:
+        q, k, v = _random(b, length, 3, heads, width, device=device, dtype=dtype).permute(2, 0, 3, 1, 4)
+        options = {"softcap": softcap}
+        if packed:  # every sequence cut somewhere, as a mask and its complement cut an image
+            cuts = torch.randint(0, length + 1, (b,), device=device)
+            bounds = torch.stack([cuts, torch.full_like(cuts, length)], 1) + length * torch.arange(
+                b, device=device
+            ).unsqueeze(1)
+            bounds = torch.nn.functional.pad(bounds.flatten(), (1, 0)).int()
+            options |= {"cu_seqlens": bounds, "max_seqlen": length}
+            q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        return {"q": q.detach(), "k": k.detach(), "v": v.detach(), **options}
+
+    # Two random parts of a sequence of length T have 2/3 of its squared length.
+    share = 2 / 3 if packed else 1.0
+    square = share * heads * width * length * length
+    return Case(
+        "softcap_attention",
+        f"{label} T {length} d {width} {'cap' if softcap else 'plain'}{' packed' if packed else ''}",
+        batch,
+        inputs,
+        softcap_attention,
+        reference.softcap_attention,
+        ("q", "k", "v"),
+        # q, k, v and out; then those, the gradient of out and the three of q, k and v.
+        bytes=lambda b: tuple(n * dtype.itemsize * b * heads * length * width for n in (4, 8)),
+        operations=lambda b: (int(4 * b * square), int(10 * b * square)),
+        options={"softcap": softcap, "packed": packed},
+    )
+
+
+def _cases() -> Iterator[Case]:
+    for model, shape in MODELS.items():
+        for make in (_token_cases, _loss_cases, _block_cases):
+            yield from make(model, **shape)
+    for model, shape in MODELS.items():
+        length, width = shape["prefix"] + shape["patches"], shape["width"] // shape["heads"]
+        for softcap in (30.0, None):
+            yield attention_case(model, shape["batch"], length, shape["heads"], width, softcap)
+    for softcap in (30.0, None):
+        yield attention_case("B/14-224", 128, 257, 12, 64, softcap)
+        yield attention_case("B/16-224", 512, 197, 12, 64, softcap, packed=True)
+    for width in (32, 80, 96, 128):
+        for softcap in (30.0, None):
+            yield attention_case("other widths", 64, 257, 12, width, softcap)
+    for width in (64, 80, 128):
+        yield attention_case("fp32", 64, 257, 12, width, 30.0, dtype=torch.float32)
+
+
+CASES = list(_cases())

@@ -1,0 +1,109 @@
+"""Speed of drawing and packing masks, extension against PyTorch: ``python -m benchmarks.masks [--tiny]``.
+
+256 images of 14 x 14 patches, sample + complement + full, one prefix token. On the CPU, ratios (PyTorch's time
+over the extension's) with one thread and with all; on a GPU, microseconds a call as well, between CUDA events:
+nothing else runs, so that they include what the host spends on a call. PyTorch only draws, also in the ratio
+of draw and pack. Writes `benchmarks/results/masks.json`.
+"""
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+import fastalign as fa
+from benchmarks import record
+from fastalign import extension
+
+KINDS = {"uniform": fa.UniformMasks(), "bernoulli": fa.BernoulliMasks(), "blockwise": fa.BlockwiseMasks()}
+IMAGES, GRID, PREFIX = 256, (14, 14), 1
+REPEATS = 50
+
+
+def cpu_seconds(function: Callable[[], object], repeats: int) -> float:
+    """Median time of one call, after two for warm-up."""
+    taken = []
+    for _ in range(repeats + 2):
+        before = time.perf_counter()
+        function()
+        taken.append(time.perf_counter() - before)
+    return statistics.median(taken[2:])
+
+
+def cuda_seconds(function: Callable[[], object], repeats: int) -> float:
+    """Median time of one call between CUDA events, the calls queued behind one another."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 6)]
+    for mark in marks[:-1]:
+        mark.record()
+        function()
+    marks[-1].record()
+    torch.cuda.synchronize()
+    taken = [first.elapsed_time(then) for first, then in itertools.pairwise(marks[5:])]
+    return statistics.median(taken) * 1e-3
+
+
+def functions(kind: str, device: str, images: int) -> dict[str, Callable[[], object]]:
+    """What is timed: PyTorch's draw, the extension's, and draw and packing in one go."""
+    masks, ids = KINDS[kind], torch.arange(images, device=device)
+    rows = images * (2 * GRID[0] * GRID[1] + masks.copies * PREFIX)
+    options = {
+        "kind": kind,
+        "ratio": getattr(masks, "ratio", 0.0),
+        "seed": 0,
+        "complement": True,
+        "full": True,
+    }
+    return {
+        "pytorch": lambda: masks.eager(ids, GRID),
+        "draw": lambda: extension.draw_masks(ids, GRID, **options),
+        "draw_and_pack": lambda: extension.draw_packed_masks(
+            ids, GRID, **options, prefix=PREFIX, length=rows
+        ),
+    }
+
+
+def measure(kind: str, device: str, threads: int, images: int, repeats: int) -> dict:
+    """One row: times of the three functions on a GPU, on the CPU PyTorch's over the extension's."""
+    torch.set_num_threads(threads)
+    clock = cuda_seconds if device == "cuda" else cpu_seconds
+    seconds = {name: clock(function, repeats) for name, function in functions(kind, device, images).items()}
+    row = {"kind": kind, "device": device, "threads": threads, "images": images, "patches": GRID[0] * GRID[1]}
+    row |= {f"{name}_speedup": seconds["pytorch"] / seconds[name] for name in ("draw", "draw_and_pack")}
+    if device == "cuda":
+        row |= {f"{name}_us": 1e6 * value for name, value in seconds.items()}
+    return row
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.masks", description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="eight images, two calls: checks that it runs")
+    tiny = parser.parse_args(arguments).tiny
+    all_threads, rows = torch.get_num_threads(), []
+    places = [("cpu", threads) for threads in sorted({1, all_threads})]
+    if torch.cuda.is_available():
+        places.append(("cuda", all_threads))
+    for device, threads in places:
+        if not extension.available(torch.device(device)):
+            print(f"nothing to compare on {device}: extension {extension.status()}")
+            continue
+        for kind in KINDS:
+            rows.append(measure(kind, device, threads, 8 if tiny else IMAGES, 2 if tiny else REPEATS))
+            times = "".join(f"  {key[:-3]} {rows[-1][key]:.1f} us" for key in rows[-1] if key.endswith("_us"))
+            print(
+                "{device:5} {threads:3} threads {kind:10} draw {draw_speedup:6.1f}x  draw and pack "
+                "{draw_and_pack_speedup:6.1f}x".format(**rows[-1])
+                + times,
+                flush=True,
+            )
+    torch.set_num_threads(all_threads)
+    if rows and not tiny:
+        record.write("masks", rows)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

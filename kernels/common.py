@@ -1,0 +1,120 @@
+"""What every kernel file needs: registration, casts that round alike everywhere, and the hyperbolic tangent.
+
+Names inside kernels: `i_` an index, `o_` a vector of offsets, `m_` a mask, `p_` a pointer, `b_` a block of
+values; constants of compilation in capitals. Program numbers are widened to int64 before they are multiplied.
+"""
+
+import os
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LIBRARY = torch.library.Library("fastalign", "FRAGMENT")
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""Kernels run in Triton's interpreter, on the CPU: how they are tested where there is no GPU."""
+
+if INTERPRETED:
+    # Triton 3.6's interpreter reads a loop bound with int(array of one element), which numpy 2.4 refuses.
+    from triton.runtime import interpreter
+
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_tensor_index(tensor, scope):
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_tensor_index
+
+
+def register(name: str, schema: str, implementation: Callable, fake: Callable):
+    """Register ``fastalign::NAME``; returns the operator.
+
+    Autograd is not registered: each operation's `autograd.Function` calls the forward and backward operators,
+    which costs about half of the host time of `torch.library.custom_op`.
+    """
+    LIBRARY.define(name + schema)
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastalign::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.fastalign, name).default
+
+
+def promoted(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of the sum of the given tensors, as eager PyTorch has it."""
+    dtypes = [tensor.dtype for tensor in tensors if tensor is not None]
+    result = dtypes[0]
+    for dtype in dtypes[1:]:
+        result = torch.promote_types(result, dtype)
+    return result
+
+
+def with_unit_stride(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, copied only if its last dimension is not contiguous."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def architecture() -> int:
+    """80, 90, 100...: the current GPU's compute capability, for tables of tiles. The interpreter is like a 90."""
+    return 90 if INTERPRETED else _architecture(triton.runtime.driver.active.get_current_device())
+
+
+@lru_cache
+def _architecture(device: int) -> int:
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return arch if isinstance(arch, int) else 90  # an AMD GPU's is a name
+
+
+def row_tile(width: int) -> dict[str, int]:
+    """The tile of kernels that move rows: four rows of up to 256 channels, sixteen bytes of bf16 a thread."""
+    return {"BLOCK_T": 4, "BLOCK_D": min(256, triton.next_power_of_2(width)), "num_warps": 4}
+
+
+def row_tiles(rows: int, width: int, tile: dict[str, int]) -> int:
+    """How many tiles cover [rows, width]."""
+    return triton.cdiv(rows, tile["BLOCK_T"]) * triton.cdiv(width, tile["BLOCK_D"])
+
+
+def image_chunks(images: int, tiles: int) -> tuple[int, int]:
+    """For sums over images in two stages: images a chunk, and the number of chunks.
+
+    Programs enough to fill a GPU, and the same number on every GPU, so that the order of addition is fixed.
+    """
+    per_chunk = triton.cdiv(images, max(1, min(images, triton.cdiv(2048, max(tiles, 1)))))
+    return per_chunk, triton.cdiv(images, max(per_chunk, 1))
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """fp32 -> DTYPE, to the nearest even. The interpreter's own cast to bf16 truncates."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x == x, rounded, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def store(p_x, x, mask):
+    """Store fp32 values in the pointer's dtype."""
+    tl.store(p_x, narrow(x, p_x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def tanh(x, APPROXIMATE: tl.constexpr):
+    """The hyperbolic tangent of fp32. APPROXIMATE: the hardware's, with a relative error of 2^-11."""
+    if APPROXIMATE:
+        return tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    # The quotient loses relative precision below one; there the series at x / 4, doubled twice, has fp32's.
+    quotient = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+    quarter = 0.25 * tl.minimum(tl.abs(x), 1.0)
+    y = quarter * quarter
+    tail = y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * (62.0 / 2835.0))))
+    half = quarter + quarter * tail
+    half = 2.0 * half / (1.0 + half * half)
+    small = 2.0 * half / (1.0 + half * half)
+    return tl.where(tl.abs(x) < 1.0, tl.where(x < 0, -small, small), quotient)

@@ -1,0 +1,251 @@
+"""mask_tokens: the first block's input for M masked copies of an image, from one patch embedding.
+
+    out[b, m, t] = prefix[t]                                                     t < P
+    out[b, m, P + n] = (patches[b, n] if visible[b, m, n] else hidden) + position[n]
+
+Shapes: B images, M masks, N patches, P prefix tokens, T = P + N, D width. Bytes moved, forward: the patches and
+masks once, the output once, ``s (BND + BMTD) + BMN`` for s bytes an element; backward: the output's gradient
+once and the patches' gradient once. The sums over images are taken in two stages, so results repeat.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastalign.kernels.common import (
+    image_chunks,
+    narrow,
+    promoted,
+    register,
+    row_tile,
+    row_tiles,
+    store,
+    with_unit_stride,
+)
+
+
+@triton.jit
+def _forward_kernel(
+    p_patches,  # [B, N, D], any strides over B and N
+    p_hidden,  # [D] or None
+    p_prefix,  # [P, D] or None, contiguous
+    p_position,  # [N, D] or None, contiguous
+    p_visible,  # [B, M, N] contiguous
+    p_out,  # [B, M, T, D] contiguous
+    stride_b,
+    stride_n,
+    N,
+    P,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i_b = tl.program_id(1).to(tl.int64)
+    i_t, i_d = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
+    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_n = o_t - P
+    m_d = o_d < D
+    m_t = o_t < P + N
+    m_patch = (o_n >= 0) & (o_n < N)
+    m_patch_d = m_patch[:, None] & m_d[None, :]
+    p_row = p_patches + i_b * stride_b + o_n[:, None].to(tl.int64) * stride_n + o_d[None, :]
+    b_patches = tl.load(p_row, mask=m_patch_d, other=0.0).to(tl.float32)
+    b_hidden = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    if p_hidden is not None:
+        # A hidden patch has the dtype of the patches, as in eager PyTorch.
+        b_row = tl.load(p_hidden + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_hidden += narrow(b_row, p_patches.dtype.element_ty).to(tl.float32)[None, :]
+    b_add = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    if p_position is not None:
+        b_add += tl.load(p_position + o_n[:, None] * D + o_d[None, :], mask=m_patch_d, other=0.0).to(
+            tl.float32
+        )
+    if p_prefix is not None:
+        m_prefix = (o_t < P)[:, None] & m_d[None, :]
+        b_add += tl.load(p_prefix + o_t[:, None] * D + o_d[None, :], mask=m_prefix, other=0.0).to(tl.float32)
+    for i_m in tl.static_range(M):
+        i_copy = i_b * M + i_m
+        b_visible = tl.load(p_visible + i_copy * N + o_n, mask=m_patch, other=0) != 0
+        b_token = tl.where(b_visible[:, None], b_patches, b_hidden)
+        b_out = tl.where(m_patch[:, None], b_token, 0.0) + b_add
+        p_row_out = p_out + (i_copy * (P + N) + o_t[:, None]) * D + o_d[None, :]
+        store(p_row_out, b_out, m_t[:, None] & m_d[None, :])
+
+
+@triton.jit
+def _backward_kernel(
+    p_gradient,  # [B, M, T, D] contiguous
+    p_visible,  # [B, M, N] contiguous
+    p_patches,  # out: [B, N, D], or [B, T, D] with zeros for the prefix (WHOLE)
+    p_rows,  # out: [chunks, T, D] fp32, the sum over the copies of each chunk of images
+    p_hidden,  # out: [chunks, T, D] fp32, the same over hidden patches only
+    B,
+    N,
+    P,
+    IMAGES,  # images a chunk
+    M: tl.constexpr,
+    D: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PATCHES: tl.constexpr,
+    ROWS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i_chunk = tl.program_id(1).to(tl.int64)
+    i_t, i_d = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
+    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_n = o_t - P
+    m_patch = (o_n >= 0) & (o_n < N)
+    m_out = (o_t < P + N)[:, None] & (o_d < D)[None, :]
+    b_rows = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    b_hidden = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for i_b in range(i_chunk * IMAGES, tl.minimum(i_chunk * IMAGES + IMAGES, B)):
+        b_patches = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        for i_m in tl.static_range(M):
+            i_copy = i_b * M + i_m
+            b_visible = tl.load(p_visible + i_copy * N + o_n, mask=m_patch, other=0) != 0
+            p_row = p_gradient + (i_copy * (P + N) + o_t[:, None]) * D + o_d[None, :]
+            b_gradient = tl.load(p_row, mask=m_out, other=0.0).to(tl.float32)
+            b_rows += b_gradient
+            b_patches += tl.where(b_visible[:, None], b_gradient, 0.0)
+            if HIDDEN:
+                b_hidden += tl.where((m_patch & ~b_visible)[:, None], b_gradient, 0.0)
+        if PATCHES:
+            if WHOLE:
+                store(p_patches + (i_b * (P + N) + o_t[:, None]) * D + o_d[None, :], b_patches, m_out)
+            else:
+                m_store = m_patch[:, None] & m_out
+                store(p_patches + (i_b * N + o_n[:, None]) * D + o_d[None, :], b_patches, m_store)
+    p_sum = (i_chunk * (P + N) + o_t[:, None]) * D + o_d[None, :]
+    if ROWS:
+        tl.store(p_rows + p_sum, b_rows, mask=m_out)
+    if HIDDEN:
+        tl.store(p_hidden + p_sum, b_hidden, mask=m_out)
+
+
+def _forward(
+    patches: Tensor, hidden: Tensor | None, visible: Tensor, prefix: Tensor | None, position: Tensor | None
+) -> Tensor:
+    images, copies, count = visible.shape
+    width, before = patches.shape[-1], 0 if prefix is None else prefix.shape[0]
+    shape = (images, copies, before + count, width)
+    out = torch.empty(shape, dtype=promoted(patches, prefix, position), device=patches.device)
+    if out.numel() == 0:
+        return out
+    patches, tile = with_unit_stride(patches), row_tile(width)
+    rows = [None if row is None else row.contiguous() for row in (hidden, prefix, position)]
+    _forward_kernel[(row_tiles(before + count, width, tile), images)](
+        patches, *rows, visible.contiguous(), out, patches.stride(0), patches.stride(1),
+        count, before, copies, width, **tile,
+    )  # fmt: skip
+    return out
+
+
+def _backward(
+    gradient: Tensor,
+    visible: Tensor,
+    dtype: torch.dtype,
+    whole: bool,
+    patches: bool,
+    rows: bool,
+    hidden: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    images, copies, tokens, width = gradient.shape
+    count, tile = visible.shape[2], row_tile(width)
+    tiles = row_tiles(tokens, width, tile)
+    per_chunk, chunks = image_chunks(images, tiles)
+    out = gradient.new_empty((images, tokens if whole else count, width) if patches else (0,), dtype=dtype)
+    sums = [
+        gradient.new_empty((chunks, tokens, width) if wanted else (0,), dtype=torch.float32)
+        for wanted in (rows, hidden)
+    ]
+    if gradient.numel():
+        _backward_kernel[(tiles, chunks)](
+            gradient.contiguous(), visible.contiguous(), out, *sums,
+            images, count, tokens - count, per_chunk, copies,
+            D=width, WHOLE=whole, PATCHES=patches, ROWS=rows, HIDDEN=hidden, **tile,
+        )  # fmt: skip
+    return out, sums[0].sum(0) if rows else sums[0], sums[1].sum((0, 1)) if hidden else sums[1]
+
+
+def _forward_fake(patches, hidden, visible, prefix, position):
+    before = 0 if prefix is None else prefix.shape[0]
+    shape = (*visible.shape[:2], before + visible.shape[2], patches.shape[-1])
+    return patches.new_empty(shape, dtype=promoted(patches, prefix, position))
+
+
+def _backward_fake(gradient, visible, dtype, whole, patches, rows, hidden):
+    images, _, tokens, width = gradient.shape
+    return (
+        gradient.new_empty(
+            (images, tokens if whole else visible.shape[2], width) if patches else (0,), dtype=dtype
+        ),
+        gradient.new_empty((tokens, width) if rows else (0,), dtype=torch.float32),
+        gradient.new_empty((width,) if hidden else (0,), dtype=torch.float32),
+    )
+
+
+forward_op = register(
+    "mask_tokens",
+    "(Tensor patches, Tensor? hidden, Tensor visible, Tensor? prefix, Tensor? position) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+backward_op = register(
+    "mask_tokens_backward",
+    "(Tensor gradient, Tensor visible, ScalarType dtype, bool whole, bool patches, bool rows, bool hidden) "
+    "-> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _MaskTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, patches, hidden, visible, prefix, position):
+        ctx.save_for_backward(visible)
+        ctx.dtypes = [None if x is None else x.dtype for x in (patches, hidden, prefix, position)]
+        return forward_op(patches, hidden, visible, prefix, position)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (visible,) = ctx.saved_tensors
+        need_patches, need_hidden, _, need_prefix, need_position = ctx.needs_input_grad
+        patches, rows, hidden = backward_op(
+            gradient, visible, ctx.dtypes[0], False, need_patches, need_prefix or need_position, need_hidden
+        )
+        before = gradient.shape[2] - visible.shape[2]
+        return (
+            patches if need_patches else None,
+            hidden.to(ctx.dtypes[1]) if need_hidden else None,
+            None,
+            rows[:before].to(ctx.dtypes[2]) if need_prefix else None,
+            rows[before:].to(ctx.dtypes[3]) if need_position else None,
+        )
+
+
+def mask_tokens(
+    patches: Tensor,
+    hidden: Tensor,
+    visible: Tensor,
+    prefix: Tensor | None = None,
+    position: Tensor | None = None,
+) -> Tensor:
+    """The first block's input for M masked copies of each image, in one pass.
+
+    Args:
+        patches: [B, N, D] fp32, bf16 or fp16; the embeddings of the whole image.
+        hidden: [D], the embedding of a blank patch.
+        visible: [B, M, N] bool.
+        prefix: [P, D], the prefix tokens, their position already added.
+        position: [N, D], added to every patch, hidden or not.
+
+    Returns:
+        [B, M, P + N, D], the promoted dtype of patches, prefix and position.
+    """
+    return _MaskTokens.apply(patches, hidden, visible, prefix, position)

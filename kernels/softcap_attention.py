@@ -1,0 +1,214 @@
+"""softcap_attention: flash attention for short, non-causal sequences, with an optional cap of the logits.
+
+    out = softmax(cap * tanh(q k^T / (sqrt(d) cap))) v
+
+Shapes: q, k, v [B, H, T, d] with any strides, or packed [L, H, d] with the sequences' bounds; T of 50 to 1025
+and d of 32 to 128 are what tiles are made for. No score reaches memory: forward moves ``4 s BHTd`` bytes and
+computes ``4 BHT^2 d`` operations, backward ``9 s BHTd`` and ``14 BHT^2 d`` (dq, and dk with dv, each in a kernel
+that computes the scores again, so nothing is added up atomically and results repeat).
+
+At these lengths general kernels lose most in half-filled tiles. Here keys are walked in whole blocks without any
+mask and then in steps of 16 rows, and a head of 72, 80 or 96 channels is two tiles (64 and 16 or 32), not 128.
+A cap bounds the logits, so for caps up to 41 the softmax needs no running maximum and no rescaling.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from fastalign.kernels.common import INTERPRETED, architecture, register, with_unit_stride
+from fastalign.kernels.softcap_attention_backward import dkdv_kernel, dq_kernel
+from fastalign.kernels.softcap_attention_forward import forward_kernel
+
+_LARGEST_STATIC_CAP = 41.0
+"""exp(41) squared times a thousand keys stays far from the ends of fp32 and bf16."""
+
+
+def _head_split(width: int) -> tuple[int, int]:
+    """A head of `width` channels as two powers of two, the second possibly none: 64 + 16 for 72 and 80."""
+    first = max(16, 1 << (width.bit_length() - 1))
+    rest = max(0, width - first)
+    second = max(16, triton.next_power_of_2(rest)) if rest else 0
+    return (2 * first, 0) if second >= first else (first, second)
+
+
+def _tile(kernel: str, length: int, width: int, itemsize: int, arch: int) -> dict[str, int]:
+    """Rows of the program's own block, of the block it walks over, warps and stages.
+
+    128 rows only where two blocks of 64 would not stand fuller. The rest keeps everything in registers, which
+    `benchmarks.aot` checks: wide heads and the kernel with the most accumulators walk in shorter steps, and
+    without Hopper's matrix instructions more of it stands in registers.
+    """
+    if itemsize > 2:
+        return {"BLOCK": 16 if width > 64 else 32, "WALK": 16, "num_warps": 8, "num_stages": 1}
+    wide = width > 64
+    fits = triton.cdiv(length, 128) * 128 <= triton.cdiv(length, 64) * 64
+    rows = 128 if kernel == "forward" and fits and not wide else 64
+    walked = {"forward": 64, "dq": 32 if wide else 64, "dkdv": 64 if arch == 90 and not wide else 32}[kernel]
+    warps = 8 if rows == 128 or (wide and kernel == ("dkdv" if arch >= 90 or width > 96 else "dq")) else 4
+    stages = 3 if kernel == "dkdv" and wide and arch < 90 else 2
+    return {"BLOCK": rows, "WALK": walked, "num_warps": warps, "num_stages": stages}
+
+
+def _arguments(
+    kernel: str, q: Tensor, softcap: float | None, cu_seqlens: Tensor | None, length: int
+) -> tuple[int, dict]:
+    """Number of programs and what all kernels share: the sequences, the cap, the tile."""
+    heads, width = q.shape[1], q.shape[-1]
+    first, second = _head_split(width)
+    scale = width**-0.5
+    static = softcap is not None and softcap <= _LARGEST_STATIC_CAP and q.dtype != torch.float16
+    tile = _tile(kernel, length, width, q.element_size(), architecture())
+    blocks = max(1, triton.cdiv(length, tile["BLOCK"]))
+    sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    # Packed rows after the last sequence belong to one more "sequence", whose programs clear them.
+    programs = blocks * heads * (sequences + (cu_seqlens is not None))
+    return programs, {
+        "p_bounds": cu_seqlens,
+        "ROWS": q.shape[0] if cu_seqlens is not None else 0,
+        "SEQUENCES": sequences,
+        "T": length,
+        "to_tanh": scale / softcap if softcap is not None else 1.0,
+        "to_logit": float(softcap) if softcap is not None else scale,
+        "scale": scale,
+        "H": heads,
+        "D": width,
+        "D0": first,
+        "D1": second,
+        "CAP": softcap is not None,
+        "STATIC": static,
+        "WIDEST": triton.next_power_of_2(width),
+        "FAST": q.element_size() == 2 and not INTERPRETED,
+        **tile,
+    }
+
+
+def _strides(tensors: tuple[Tensor, ...], packed: bool) -> tuple[list[int], int]:
+    """Strides over sequences, heads and tokens in units of eight elements, or of one, and the unit.
+
+    Triton sees that a number is a multiple of 16, not of 8: without this, heads of 72 channels would be read
+    element by element.
+    """
+    strides = []
+    for x in tensors:
+        strides += (0, x.stride(1), x.stride(0)) if packed else (x.stride(0), x.stride(1), x.stride(2))
+    unit = 1 if any(stride % 8 for stride in strides) else 8
+    return [stride // unit for stride in strides], unit
+
+
+def _rows_first(like: Tensor, packed: bool) -> Tensor:
+    """An empty tensor of this shape whose memory is [B, T, H, d]: what the output projection reads."""
+    if packed:
+        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    images, heads, length, width = like.shape
+    return torch.empty((images, length, heads, width), dtype=like.dtype, device=like.device).transpose(1, 2)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, softcap: float | None, cu_seqlens: Tensor | None, max_seqlen: int
+) -> tuple[Tensor, Tensor]:
+    packed = cu_seqlens is not None
+    q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
+    out = _rows_first(q, packed)
+    lse = torch.empty(q.shape[1::-1] if packed else q.shape[:3], dtype=torch.float32, device=q.device)
+    if out.numel():
+        programs, arguments = _arguments("forward", q, softcap, cu_seqlens, max_seqlen)
+        strides, unit = _strides((q, k, v), packed)
+        forward_kernel[(programs,)](q, k, v, out, lse, *strides, UNIT=unit, **arguments)
+    return out, lse
+
+
+def _backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    softcap: float | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    packed = cu_seqlens is not None
+    gradient, q, k, v = (with_unit_stride(x) for x in (gradient, q, k, v))
+    dq, dk, dv = (_rows_first(x, packed) for x in (q, k, v))
+    if dq.numel():
+        delta = torch.empty_like(lse)
+        strides, unit = _strides((q, k, v, gradient), packed)
+        programs, arguments = _arguments("dq", q, softcap, cu_seqlens, max_seqlen)
+        dq_kernel[(programs,)](q, k, v, gradient, out, lse, delta, dq, *strides, UNIT=unit, **arguments)
+        programs, arguments = _arguments("dkdv", q, softcap, cu_seqlens, max_seqlen)
+        dkdv_kernel[(programs,)](q, k, v, gradient, lse, delta, dk, dv, *strides, UNIT=unit, **arguments)
+    return dq, dk, dv
+
+
+def _empty_rows_first(x, cu_seqlens):
+    if cu_seqlens is not None:
+        return x.new_empty(x.shape)
+    images, heads, length, width = x.shape
+    return x.new_empty((images, length, heads, width)).transpose(1, 2)
+
+
+def _forward_fake(q, k, v, softcap, cu_seqlens, max_seqlen):
+    shape = q.shape[:3] if cu_seqlens is None else (q.shape[1], q.shape[0])
+    return _empty_rows_first(q, cu_seqlens), q.new_empty(shape, dtype=torch.float32)
+
+
+def _backward_fake(gradient, q, k, v, out, lse, softcap, cu_seqlens, max_seqlen):
+    return tuple(_empty_rows_first(x, cu_seqlens) for x in (q, k, v))
+
+
+forward_op = register(
+    "softcap_attention",
+    "(Tensor q, Tensor k, Tensor v, float? softcap, Tensor? cu_seqlens, SymInt max_seqlen) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+backward_op = register(
+    "softcap_attention_backward",
+    "(Tensor gradient, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float? softcap, Tensor? cu_seqlens, "
+    "SymInt max_seqlen) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _SoftcapAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, softcap, cu_seqlens, max_seqlen):
+        out, lse = forward_op(q, k, v, softcap, cu_seqlens, max_seqlen)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+        ctx.softcap, ctx.max_seqlen = softcap, max_seqlen
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        *tensors, cu_seqlens = ctx.saved_tensors
+        return *backward_op(gradient, *tensors, ctx.softcap, cu_seqlens, ctx.max_seqlen), None, None, None
+
+
+def softcap_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """Attention whose scaled logits s become ``softcap * tanh(s / softcap)``.
+
+    Args:
+        q, k, v: [B, H, T, d]; with `cu_seqlens` packed, [L, H, d]. One dtype of fp32, bf16 and fp16; d <= 256.
+        softcap: None = plain attention.
+        cu_seqlens: [sequences + 1] int32, the bounds of the packed sequences; rows after the last give zeros.
+        max_seqlen: of the longest sequence; needed with `cu_seqlens`.
+
+    Returns:
+        The shape and dtype of q. In 16 bits a GPU's own tanh is used, with a relative error of 2^-11.
+    """
+    if cu_seqlens is None:
+        max_seqlen = q.shape[2]
+    elif max_seqlen is None:
+        raise ValueError("softcap_attention: give max_seqlen with cu_seqlens")
+    return _SoftcapAttention.apply(q, k, v, softcap, cu_seqlens, max_seqlen)

@@ -1,0 +1,160 @@
+"""The backward kernels of `softcap_attention`: dq, and dk with dv. Conventions as in the forward."""
+
+import triton
+import triton.language as tl
+
+from fastalign.kernels.common import narrow
+from fastalign.kernels.softcap_attention_forward import clear, dot, dot2, load2, logits, place, store2
+
+
+@triton.jit
+def _dq_step(
+    b_dq0, b_dq1, b_q0, b_q1, b_do0, b_do1, b_lse, b_delta, p_k, p_v, stride_k, stride_v, o_n, length, to_tanh,
+    to_logit, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, CAP: tl.constexpr, FAST: tl.constexpr,
+    MASK: tl.constexpr,
+):  # fmt: skip
+    """One step of dq, over the keys o_n. Rows beyond the end are zero keys: they add nothing."""
+    b_k0, b_k1 = load2(p_k, stride_k, o_n, length, D, D0, D1, MASK)
+    b_v0, b_v1 = load2(p_v, stride_v, o_n, length, D, D0, D1, MASK)
+    b_x, b_tanh = logits(dot2(b_q0, b_q1, b_k0, b_k1, D1), to_tanh, to_logit, CAP, FAST)
+    b_ds = tl.exp(b_x - b_lse[:, None]) * (dot2(b_do0, b_do1, b_v0, b_v1, D1) - b_delta[:, None])
+    if CAP:
+        b_ds *= 1.0 - b_tanh * b_tanh
+    b_ds = narrow(b_ds, b_k0.dtype)
+    b_dq0 += dot(b_ds, b_k0)
+    if D1 > 0:
+        b_dq1 += dot(b_ds, b_k1)
+    return b_dq0, b_dq1
+
+
+@triton.jit
+def dq_kernel(
+    p_q, p_k, p_v, p_do, p_out, p_lse, p_delta, p_dq,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_db, stride_dh, stride_dt,
+    p_bounds, ROWS, SEQUENCES, T, to_tanh, to_logit, scale,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, CAP: tl.constexpr,
+    STATIC: tl.constexpr, FAST: tl.constexpr, WIDEST: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    WALK: tl.constexpr,
+):  # fmt: skip
+    """dq and delta = sum(out * do) for a block of queries."""
+    i_s, i_h, i_row, start, length, i_lse = place(p_bounds, ROWS, SEQUENCES, T, H, BLOCK)
+    if i_row >= length:
+        clear(p_dq, i_h, i_row, start, -length, T, D, H, BLOCK, WIDEST)
+        return
+    i_base = start if p_bounds is not None else 0
+    p_q += (i_s * stride_qb + i_h * stride_qh + i_base * stride_qt) * UNIT
+    p_k += (i_s * stride_kb + i_h * stride_kh + i_base * stride_kt) * UNIT
+    p_v += (i_s * stride_vb + i_h * stride_vh + i_base * stride_vt) * UNIT
+    p_do += (i_s * stride_db + i_h * stride_dh + i_base * stride_dt) * UNIT
+    stride_qt, stride_kt, stride_vt, stride_dt = (
+        stride_qt * UNIT,
+        stride_kt * UNIT,
+        stride_vt * UNIT,
+        stride_dt * UNIT,
+    )
+    p_out += (start * H + i_h) * D
+    o_t = i_row + tl.arange(0, BLOCK)
+    b_q0, b_q1 = load2(p_q, stride_qt, o_t, length, D, D0, D1, True)
+    b_do0, b_do1 = load2(p_do, stride_dt, o_t, length, D, D0, D1, True)
+    b_out0, b_out1 = load2(p_out, H * D, o_t, length, D, D0, D1, True)
+    b_delta = tl.sum(b_out0.to(tl.float32) * b_do0.to(tl.float32), 1)
+    if D1 > 0:
+        b_delta += tl.sum(b_out1.to(tl.float32) * b_do1.to(tl.float32), 1)
+    tl.store(p_delta + i_lse + o_t, b_delta, mask=o_t < length)
+    b_lse = tl.load(p_lse + i_lse + o_t, mask=o_t < length, other=float("inf"))
+    b_dq0 = tl.zeros([BLOCK, D0], tl.float32)
+    b_dq1 = tl.zeros([BLOCK, D1 if D1 > 0 else 16], tl.float32)
+    whole = length // WALK * WALK
+    for i_n in range(0, whole, WALK):
+        b_dq0, b_dq1 = _dq_step(
+            b_dq0, b_dq1, b_q0, b_q1, b_do0, b_do1, b_lse, b_delta, p_k, p_v, stride_kt, stride_vt,
+            i_n + tl.arange(0, WALK), length, to_tanh, to_logit, D, D0, D1, CAP, FAST, False,
+        )  # fmt: skip
+    for i_n in range(whole, length, 16):
+        b_dq0, b_dq1 = _dq_step(
+            b_dq0, b_dq1, b_q0, b_q1, b_do0, b_do1, b_lse, b_delta, p_k, p_v, stride_kt, stride_vt,
+            i_n + tl.arange(0, 16), length, to_tanh, to_logit, D, D0, D1, CAP, FAST, True,
+        )  # fmt: skip
+    p_dq += (start * H + i_h) * D
+    store2(p_dq, H * D, o_t, b_dq0 * scale, b_dq1 * scale, length, D, D0, D1)
+
+
+@triton.jit
+def _dkdv_step(
+    b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, stride_q, stride_d, o_m, length,
+    to_tanh, to_logit, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, CAP: tl.constexpr, FAST: tl.constexpr,
+    MASK: tl.constexpr,
+):  # fmt: skip
+    """One step of dk and dv, over the queries o_m. An infinite lse gives rows beyond the end no weight."""
+    b_q0, b_q1 = load2(p_q, stride_q, o_m, length, D, D0, D1, MASK)
+    b_do0, b_do1 = load2(p_do, stride_d, o_m, length, D, D0, D1, MASK)
+    if MASK:
+        b_lse = tl.load(p_lse + o_m, mask=o_m < length, other=float("inf"))
+        b_delta = tl.load(p_delta + o_m, mask=o_m < length, other=0.0)
+    else:
+        b_lse, b_delta = tl.load(p_lse + o_m), tl.load(p_delta + o_m)
+    b_x, b_tanh = logits(dot2(b_k0, b_k1, b_q0, b_q1, D1), to_tanh, to_logit, CAP, FAST)
+    b_p = tl.exp(b_x - b_lse[None, :])
+    b_weight = narrow(b_p, b_do0.dtype)
+    b_dv0 += dot(b_weight, b_do0)
+    if D1 > 0:
+        b_dv1 += dot(b_weight, b_do1)
+    b_ds = b_p * (dot2(b_v0, b_v1, b_do0, b_do1, D1) - b_delta[None, :])
+    if CAP:
+        b_ds *= 1.0 - b_tanh * b_tanh
+    b_ds = narrow(b_ds, b_q0.dtype)
+    b_dk0 += dot(b_ds, b_q0)
+    if D1 > 0:
+        b_dk1 += dot(b_ds, b_q1)
+    return b_dk0, b_dk1, b_dv0, b_dv1
+
+
+@triton.jit
+def dkdv_kernel(
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_db, stride_dh, stride_dt,
+    p_bounds, ROWS, SEQUENCES, T, to_tanh, to_logit, scale,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, CAP: tl.constexpr,
+    STATIC: tl.constexpr, FAST: tl.constexpr, WIDEST: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    WALK: tl.constexpr,
+):  # fmt: skip
+    """dk and dv for a block of keys."""
+    i_s, i_h, i_row, start, length, i_lse = place(p_bounds, ROWS, SEQUENCES, T, H, BLOCK)
+    if i_row >= length:
+        clear(p_dk, i_h, i_row, start, -length, T, D, H, BLOCK, WIDEST)
+        clear(p_dv, i_h, i_row, start, -length, T, D, H, BLOCK, WIDEST)
+        return
+    i_base = start if p_bounds is not None else 0
+    p_q += (i_s * stride_qb + i_h * stride_qh + i_base * stride_qt) * UNIT
+    p_k += (i_s * stride_kb + i_h * stride_kh + i_base * stride_kt) * UNIT
+    p_v += (i_s * stride_vb + i_h * stride_vh + i_base * stride_vt) * UNIT
+    p_do += (i_s * stride_db + i_h * stride_dh + i_base * stride_dt) * UNIT
+    stride_qt, stride_kt, stride_vt, stride_dt = (
+        stride_qt * UNIT,
+        stride_kt * UNIT,
+        stride_vt * UNIT,
+        stride_dt * UNIT,
+    )
+    o_t = i_row + tl.arange(0, BLOCK)
+    b_k0, b_k1 = load2(p_k, stride_kt, o_t, length, D, D0, D1, True)
+    b_v0, b_v1 = load2(p_v, stride_vt, o_t, length, D, D0, D1, True)
+    b_dk0 = tl.zeros([BLOCK, D0], tl.float32)
+    b_dv0 = tl.zeros([BLOCK, D0], tl.float32)
+    b_dk1 = tl.zeros([BLOCK, D1 if D1 > 0 else 16], tl.float32)
+    b_dv1 = tl.zeros([BLOCK, D1 if D1 > 0 else 16], tl.float32)
+    p_lse, p_delta = p_lse + i_lse, p_delta + i_lse
+    whole = length // WALK * WALK
+    for i_m in range(0, whole, WALK):
+        b_dk0, b_dk1, b_dv0, b_dv1 = _dkdv_step(
+            b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, stride_qt, stride_dt,
+            i_m + tl.arange(0, WALK), length, to_tanh, to_logit, D, D0, D1, CAP, FAST, False,
+        )  # fmt: skip
+    for i_m in range(whole, length, 16):
+        b_dk0, b_dk1, b_dv0, b_dv1 = _dkdv_step(
+            b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, stride_qt, stride_dt,
+            i_m + tl.arange(0, 16), length, to_tanh, to_logit, D, D0, D1, CAP, FAST, True,
+        )  # fmt: skip
+    store2(p_dk + (start * H + i_h) * D, H * D, o_t, b_dk0 * scale, b_dk1 * scale, length, D, D0, D1)
+    store2(p_dv + (start * H + i_h) * D, H * D, o_t, b_dv0, b_dv1, length, D, D0, D1)

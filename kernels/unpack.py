@@ -1,0 +1,98 @@
+"""unpack: a packed row of tokens back in its places, zeros where a patch is hidden.
+
+    out[b, m, t] = packed[slots[b, m, t]], or 0 where the slot is -1
+
+Shapes: B images, M masks, T tokens, D width, L rows. Bytes moved for s bytes an element: forward
+``s (L D + B M T D)``; backward reads the gradient of the visible tokens only and clears the row first.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastalign.kernels.common import register, row_tile, row_tiles
+
+
+@triton.jit
+def _kernel(
+    p_packed,  # [L, D] contiguous; written with REVERSE
+    p_slots,  # [R], R = B M T
+    p_dense,  # [R, D] contiguous; read with REVERSE
+    R,
+    D: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i_row, i_d = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
+    o_row = i_row.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_slot = tl.load(p_slots + o_row, mask=o_row < R, other=-1).to(tl.int64)
+    m_slot = (o_slot >= 0)[:, None] & (o_d < D)[None, :]
+    p_packed_row = p_packed + o_slot[:, None] * D + o_d[None, :]
+    p_dense_row = p_dense + o_row[:, None] * D + o_d[None, :]
+    if REVERSE:
+        tl.store(p_packed_row, tl.load(p_dense_row, mask=m_slot, other=0.0), mask=m_slot)
+    else:
+        b_row = tl.load(p_packed_row, mask=m_slot, other=0.0)
+        tl.store(p_dense_row, b_row, mask=(o_row < R)[:, None] & (o_d < D)[None, :])
+
+
+def _forward(packed: Tensor, slots: Tensor) -> Tensor:
+    out = packed.new_empty((*slots.shape, packed.shape[-1]))
+    return _launch(packed.contiguous(), slots, out, False) if len(packed) else out.zero_()
+
+
+def _backward(gradient: Tensor, slots: Tensor, length: int) -> Tensor:
+    packed = gradient.new_zeros((length, gradient.shape[-1]))  # padding rows have no gradient
+    _launch(packed, slots, gradient.contiguous(), True)
+    return packed
+
+
+def _launch(packed: Tensor, slots: Tensor, dense: Tensor, reverse: bool) -> Tensor:
+    rows, width, tile = slots.numel(), packed.shape[-1], row_tile(packed.shape[-1])
+    if rows * width:
+        _kernel[(row_tiles(rows, width, tile),)](
+            packed, slots.contiguous(), dense, rows, width, REVERSE=reverse, **tile
+        )
+    return dense
+
+
+forward_op = register(
+    "unpack",
+    "(Tensor packed, Tensor slots) -> Tensor",
+    _forward,
+    lambda packed, slots: packed.new_empty((*slots.shape, packed.shape[-1])),
+)
+backward_op = register(
+    "unpack_backward",
+    "(Tensor gradient, Tensor slots, SymInt length) -> Tensor",
+    _backward,
+    lambda gradient, slots, length: gradient.new_empty((length, gradient.shape[-1])),
+)
+
+
+class _Unpack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, packed, slots):
+        ctx.save_for_backward(slots)
+        ctx.length = packed.shape[0]
+        return forward_op(packed, slots)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return backward_op(gradient, ctx.saved_tensors[0], ctx.length), None
+
+
+def unpack(packed: Tensor, slots: Tensor) -> Tensor:
+    """Each token back in its place, zeros where a patch is hidden.
+
+    Args:
+        packed: [L, D] fp32, bf16 or fp16.
+        slots: [B, M, T] int32, the row of each token, -1 = hidden.
+
+    Returns:
+        [B, M, T, D], the dtype of packed.
+    """
+    return _Unpack.apply(packed, slots)

@@ -1,0 +1,173 @@
+"""mask_tokens and expand_masked: the kernels against the reference, the reference against blanked pixels."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastalign as fa
+from fastalign import reference
+from fastalign.kernels.expand_masked import expand_masked
+from fastalign.kernels.mask_tokens import backward_op, forward_op, mask_tokens
+from tests.numerics import DEVICE, check_kernel, randomise
+from tests.truth import blank_pixels
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# images, masks, patches, prefix, width
+SHAPES = [
+    (3, 3, 9, 1, 96),
+    (1, 1, 1, 0, 1),
+    (2, 2, 5, 5, 300),
+    (5, 3, 4, 0, 257),
+    (0, 3, 4, 1, 8),
+    (2, 3, 0, 1, 8),
+]
+
+
+def some(*shape, dtype=torch.float32):
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def mask(images, copies, patches):
+    """Random, with an all-hidden and an all-visible copy where there is room."""
+    visible = torch.rand(images, copies, patches, device=DEVICE) < 0.5
+    visible[:1, :1], visible[-1:, -1:] = False, True
+    return visible
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_mask_tokens(shape, dtype, poison):
+    images, copies, patches, prefix, width = shape
+    inputs = {
+        "patches": some(images, patches, width, dtype=dtype),
+        "hidden": some(width, dtype=dtype),
+        "visible": mask(images, copies, patches),
+        "prefix": some(prefix, width, dtype=dtype) if prefix else None,
+        "position": some(patches, width, dtype=dtype),
+    }
+    check_kernel(mask_tokens, reference.mask_tokens, inputs)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_teachers_input_has_the_bits_of_the_reference(shape):
+    """Without a gradient, position or prefix in another dtype: selecting and adding once rounds alike."""
+    images, copies, patches, prefix, width = shape
+    inputs = {
+        "patches": some(images, patches, width, dtype=torch.bfloat16),
+        "hidden": some(width),
+        "visible": mask(images, copies, patches),
+        "prefix": some(prefix, width) if prefix else None,
+        "position": None if prefix else some(patches, width),
+    }
+    assert torch.equal(mask_tokens(**inputs), reference.mask_tokens(**inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_expand_masked(shape, dtype, poison):
+    images, copies, patches, prefix, width = shape
+    inputs = {
+        "tokens": some(images, prefix + patches, width, dtype=dtype),
+        "visible": mask(images, copies, patches),
+        "position": some(1, prefix + patches, width, dtype=dtype),
+    }
+    check_kernel(expand_masked, reference.expand_masked, inputs)
+
+
+def test_mixed_dtypes_promote_as_in_eager():
+    inputs = {
+        "tokens": some(2, 6, 8, dtype=torch.bfloat16),
+        "visible": mask(2, 3, 5),
+        "position": some(1, 6, 8),
+    }
+    check_kernel(expand_masked, reference.expand_masked, inputs)
+    assert expand_masked(**inputs).dtype == torch.float32
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(0, 3),
+    st.integers(1, 70),
+    st.booleans(),
+)
+def test_any_shape_and_stride(images, copies, patches, prefix, width, flipped):
+    tokens = some(width, prefix + patches, images).permute(2, 1, 0) if flipped else some(
+        images, prefix + patches, width
+    )  # fmt: skip
+    visible = mask(images, patches, copies).transpose(1, 2) if flipped else mask(images, copies, patches)
+    position = (
+        some(1, width, prefix + patches).transpose(1, 2) if flipped else some(1, prefix + patches, width)
+    )
+    inputs = {"tokens": tokens, "visible": visible, "position": position}
+    check_kernel(expand_masked, reference.expand_masked, inputs)
+    inputs = {"patches": tokens[:, prefix:], "hidden": position[0, 0], "visible": visible}
+    inputs |= {"prefix": position[0, :prefix] if prefix else None, "position": position[0, prefix:]}
+    check_kernel(mask_tokens, reference.mask_tokens, inputs)
+
+
+@pytest.mark.parametrize("need", ["tokens", "position"])
+def test_only_the_gradients_asked_for(need, poison):
+    inputs = {"tokens": some(2, 6, 8), "visible": mask(2, 3, 5), "position": some(1, 6, 8)}
+    check_kernel(expand_masked, reference.expand_masked, inputs, only={need})
+
+
+def test_many_images_a_chunk_and_repeatable():
+    """More images than chunks, so that a program sums over several; twice, the same bits."""
+    inputs = {"tokens": some(300, 70, 600), "visible": mask(300, 1, 69), "position": some(1, 70, 600)}
+    if DEVICE == "cpu":
+        inputs = {"tokens": some(23, 3, 520), "visible": mask(23, 2, 2), "position": some(1, 3, 520)}
+    gradients = []
+    for _ in range(2):
+        leaves = {n: v.clone().requires_grad_(v.is_floating_point()) for n, v in inputs.items()}
+        expand_masked(**leaves).square().mean().backward()
+        gradients.append((leaves["tokens"].grad, leaves["position"].grad))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    check_kernel(expand_masked, reference.expand_masked, inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype):
+    visible = mask(2, 3, 5)
+    patches, row = some(2, 5, 8, dtype=dtype), some(8, dtype=dtype)
+    for arguments in [
+        (patches, row, visible, some(1, 8), some(5, 8)),
+        (patches, None, visible, None, None),
+    ]:
+        torch.library.opcheck(forward_op, arguments)
+    gradient = some(2, 3, 6, 8, dtype=dtype)
+    for flags in [(False, True, True, True), (True, True, False, False), (False, False, True, False)]:
+        torch.library.opcheck(backward_op, (gradient, visible, dtype, *flags))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 48}),  # biased
+        ("vit_base_patch16_clip_quickgelu_224", {"img_size": 48}),  # no bias, norm before the blocks
+        ("vit_base_patch14_reg4_dinov2", {"img_size": 42}),  # registers, position on the patches alone
+        ("beit_base_patch16_224", {"img_size": 48}),
+        ("vit_base_patch16_siglip_224", {"img_size": 48}),  # no prefix
+        ("normed", {}),
+    ],
+)
+def test_selecting_tokens_equals_blanking_pixels(name, kwargs):
+    """One embedding an image and a select, against the embedding of every masked image, in float64."""
+    narrow = {"embed_dim": 96, "num_heads": 3, "depth": 1}
+    if name == "normed":
+        vit = fa.create_backbone("vit_tiny_patch16_224", img_size=48, **narrow)
+        vit.patch_embed.norm = torch.nn.LayerNorm(96)
+    else:
+        vit = fa.create_backbone(name, **kwargs, **narrow)
+    vit = vit.double()
+    randomise(vit)
+    images, visible = torch.randn(2, 3, *vit.spec.image_size, dtype=torch.float64), torch.rand(2, 3, 9) < 0.5
+    found = vit.embed_masked(images, visible)
+    for i in range(2):
+        for m in range(3):
+            blanked = blank_pixels(images[i], visible[i, m], vit.spec.patch_size[0])
+            wanted = vit.add_position(vit.patch_embed(blanked[None]))[0]
+            assert (found[i * 3 + m] - wanted).abs().max() < 1e-12

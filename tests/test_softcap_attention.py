@@ -1,0 +1,161 @@
+"""The attention kernels against the reference: capped and plain, dense and packed, every head width."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from fastalign import reference
+from fastalign.kernels.softcap_attention import _head_split, backward_op, forward_op, softcap_attention
+from tests.numerics import DEVICE, check_kernel, needs_compiler, relative_error
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CAPS = [30.0, 2.0, None, 50.0]  # 50 is beyond the caps that need no running maximum
+
+
+def some(*shape, dtype=torch.float32, scale=1.0):
+    return (scale * torch.randn(shape, device=DEVICE)).to(dtype)
+
+
+def check(q, k, v, **options):
+    check_kernel(softcap_attention, reference.softcap_attention, {"q": q, "k": k, "v": v, **options})
+
+
+def qkv(*shape, dtype=torch.float32, scale=2.0):
+    """Large enough for the cap to bend the logits."""
+    return [some(*shape, dtype=dtype, scale=scale) for _ in range(3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", CAPS)
+@pytest.mark.parametrize("length", [2, 50, 145])
+def test_dense(length, softcap, dtype, poison):
+    check(*qkv(2, 2, length, 32, dtype=dtype), softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", CAPS)
+def test_a_single_token_attends_to_itself(softcap, dtype, poison):
+    """Its output is v; q and k have no gradient but rounding."""
+    inputs = [x.requires_grad_() for x in qkv(2, 2, 1, 32, dtype=dtype)]
+    out, cotangent = softcap_attention(*inputs, softcap=softcap), some(2, 2, 1, 32, dtype=dtype)
+    dq, dk, dv = torch.autograd.grad(out, inputs, cotangent)
+    eps = 2 * torch.finfo(dtype).eps
+    assert relative_error(out, inputs[2]) < eps
+    assert relative_error(dv, cotangent) < eps
+    assert max(dq.abs().max(), dk.abs().max()) < 100 * eps
+
+
+@pytest.mark.parametrize("width", [8, 16, 48, 64, 72, 80, 96, 112, 128])
+@pytest.mark.parametrize("softcap", [30.0, None])
+def test_head_widths(width, softcap, poison):
+    check(*qkv(1, 1, 83, width, dtype=torch.bfloat16), softcap=softcap)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [197, 257, 577, 1025])
+@pytest.mark.parametrize("softcap", [30.0, None])
+def test_lengths_of_vision_transformers(length, softcap):
+    check(*qkv(1, 1, length, 64, dtype=torch.bfloat16), softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [30.0, None])
+@pytest.mark.parametrize("padding", [0, 70])
+def test_packed(softcap, padding, dtype, poison):
+    """Empty, single and long sequences; padding rows give zeros."""
+    lengths = torch.tensor([0, 5, 1, 83, 0, 64, 17])
+    bounds = functional.pad(lengths.cumsum(0), (1, 0)).int().to(DEVICE)
+    q, k, v = qkv(int(bounds[-1]) + padding, 2, 40, dtype=dtype)
+    check(q, k, v, softcap=softcap, cu_seqlens=bounds, max_seqlen=83)
+    out = softcap_attention(q, k, v, softcap=softcap, cu_seqlens=bounds, max_seqlen=83)
+    assert not out[int(bounds[-1]) :].any()
+
+
+def test_packed_equals_each_sequence_alone():
+    bounds = torch.tensor([0, 7, 30, 30, 46], dtype=torch.int32, device=DEVICE)
+    q, k, v = qkv(46, 2, 32)
+    out = softcap_attention(q, k, v, softcap=5.0, cu_seqlens=bounds, max_seqlen=23)
+    for a, b in [(0, 7), (7, 30), (30, 46)]:
+        alone = softcap_attention(*(x[a:b].transpose(0, 1)[None] for x in (q, k, v)), softcap=5.0)
+        assert torch.equal(out[a:b], alone[0].transpose(0, 1))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 2), st.integers(1, 3), st.integers(2, 90), st.integers(1, 100), st.sampled_from(CAPS),
+    st.sampled_from(["plain", "fused", "channels first"]),
+)  # fmt: skip
+def test_any_shape_and_stride(images, heads, length, width, softcap, layout):
+    if layout == "fused":  # as the projection to q, k and v gives them
+        q, k, v = some(images, length, 3, heads, width).permute(2, 0, 3, 1, 4)
+    elif layout == "channels first":
+        q, k, v = (x.transpose(2, 3) for x in qkv(images, heads, width, length))
+    else:
+        q, k, v = qkv(images, heads, length, width)
+    check(q, k, v, softcap=softcap)
+
+
+@pytest.mark.parametrize("softcap", [30.0, None])
+def test_large_logits_stay_finite(softcap):
+    check(*qkv(1, 1, 40, 64, dtype=torch.bfloat16, scale=12.0), softcap=softcap)
+
+
+def test_plain_attention_equals_torchs():
+    q, k, v = qkv(2, 3, 37, 64)
+    wanted = functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert relative_error(softcap_attention(q, k, v), wanted) < 1e-5
+
+
+def test_memory_of_the_output_is_what_the_projection_reads():
+    assert softcap_attention(*qkv(2, 3, 5, 16)).transpose(1, 2).is_contiguous()
+
+
+def test_repeatable():
+    q, k, v = (x.requires_grad_() for x in qkv(2, 2, 70, 32))
+    gradients = [
+        torch.autograd.grad(softcap_attention(q, k, v, softcap=30).square().sum(), q) for _ in range(2)
+    ]
+    assert torch.equal(gradients[0][0], gradients[1][0])
+
+
+@pytest.mark.parametrize(
+    ("width", "tiles"),
+    [
+        (32, (32, 0)),
+        (64, (64, 0)),
+        (72, (64, 16)),
+        (80, (64, 16)),
+        (96, (64, 32)),
+        (128, (128, 0)),
+        (8, (16, 0)),
+    ],
+)
+def test_heads_are_split_without_much_waste(width, tiles):
+    assert _head_split(width) == tiles
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck(packed):
+    q, k, v = qkv(20, 2, 16) if packed else qkv(2, 2, 10, 16)
+    bounds = torch.tensor([0, 4, 20], dtype=torch.int32, device=DEVICE) if packed else None
+    length = 16 if packed else 10
+    for softcap in (30.0, None):
+        torch.library.opcheck(forward_op, (q, k, v, softcap, bounds, length))
+        out, lse = forward_op(q, k, v, softcap, bounds, length)
+        torch.library.opcheck(backward_op, (torch.randn_like(q), q, k, v, out, lse, softcap, bounds, length))
+
+
+@needs_compiler
+def test_compiles_as_one_graph():
+    inputs = [x.requires_grad_() for x in qkv(1, 2, 10, 16)]
+    function = torch.compile(
+        lambda q, k, v: softcap_attention(q * 2, k, v, softcap=30.0).transpose(1, 2).flatten(2),
+        fullgraph=True,
+    )
+    cotangent = some(1, 10, 32)
+    found = torch.autograd.grad(function(*inputs), inputs, cotangent)
+    wanted = reference.softcap_attention(inputs[0] * 2, *inputs[1:], softcap=30.0).transpose(1, 2).flatten(2)
+    for a, b in zip(found, torch.autograd.grad(wanted, inputs, cotangent), strict=True):
+        assert (a - b).abs().max() < 1e-5
