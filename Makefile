@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 DALI ?= dali
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: install demo test lint gpu gpu-tests gpu-step gpu-masks clean
+.PHONY: install demo test lint gpu gpu-install gpu-tests gpu-kernel-tests gpu-step gpu-kernels gpu-masks clean
 
 install: $(VENV)/.installed
 
@@ -40,20 +40,26 @@ demo: install
 # installed already; each part is a target of its own. Results go to benchmarks/results and, where it is set, to $$OUT.
 GPU_PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
-gpu: gpu-tests gpu-step gpu-masks
+gpu: gpu-tests gpu-kernel-tests gpu-step gpu-kernels gpu-masks
 
-gpu-tests:
+# Correctness before speed: a part that fails ends `make gpu`.
+gpu-install:
 	$(GPU_PY) -m pip install -q --no-build-isolation --no-deps -e .
+
+gpu-tests: gpu-install
 	$(GPU_PY) -m pytest -q tests/test_gpu.py
 	$(GPU_PY) -m pytest -q -m gpu tests/test_extension.py
 
-gpu-step:
-	$(GPU_PY) -m benchmarks.step
-	@if [ -n "$$OUT" ]; then cp benchmarks/results/step.json "$$OUT"/; fi
+# The tests that run in the interpreter elsewhere.
+KERNEL_TESTS := mask_tokens pack reconstruction_loss softcap_attention layer_scale_residual_norm bias_activation ops
 
-gpu-masks:
-	$(GPU_PY) -m benchmarks.masks
-	@if [ -n "$$OUT" ]; then cp benchmarks/results/masks.json "$$OUT"/; fi
+gpu-kernel-tests: gpu-install
+	$(GPU_PY) -m pytest -q -k "not without_a_gpu" $(KERNEL_TESTS:%=tests/test_%.py)
+
+# One measurement a target; its JSON is copied to $$OUT where that is set.
+gpu-step gpu-kernels gpu-masks: gpu-%: gpu-install
+	$(GPU_PY) -m benchmarks.$* $(if $(filter kernels,$*),--resume --budget 480)
+	@if [ -n "$$OUT" ]; then cp benchmarks/results/$*.json "$$OUT"/; fi
 
 clean:
 	rm -rf $(VENV) build *.egg-info fastalign/*.so .pytest_cache .ruff_cache

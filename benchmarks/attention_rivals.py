@@ -78,13 +78,14 @@ def tanh_approx() -> Callable[[Tensor], Tensor]:
     def fake(x):
         return torch.empty_like(x)
 
-    def backward(context, gradient):
-        (y,) = context.saved_tensors
+    def backward(ctx, gradient):
+        (y,) = ctx.saved_tensors
         return gradient * (1 - y * y)
 
-    operator.register_autograd(
-        backward, setup_context=lambda context, inputs, output: context.save_for_backward(output)
-    )
+    def keep(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
+    operator.register_autograd(backward, setup_context=keep)
     operator.register_vmap(lambda info, in_dims, x: (operator(x), in_dims[0]))
     instruction = partial(
         ops.inline_asm_elementwise,
@@ -92,8 +93,9 @@ def tanh_approx() -> Callable[[Tensor], Tensor]:
         constraints="=f,f",
         dtype=torch.float32,
     )
-    register_lowering(torch.ops.fastalign_benchmarks.tanh_approx.default)(make_pointwise(instruction))
-    return operator
+    registered = torch.ops.fastalign_benchmarks.tanh_approx.default
+    register_lowering(registered)(make_pointwise(instruction))
+    return registered
 
 
 def block_mask(bounds: Tensor, length: int):
@@ -195,7 +197,7 @@ def _xformers(softcap, bounds, length):
         return lambda q, k, v: memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(
             1, 2
         )
-    mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens(bounds.diff().tolist(), device=bounds.device)
+    mask = fmha.BlockDiagonalMask.from_seqlens(bounds.diff().tolist(), device=bounds.device)
     return lambda q, k, v: memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0]
 
 

@@ -46,8 +46,10 @@ class Case:
     operations: Callable[[int], tuple[int, int]] = lambda batch: (0, 0)
     backward_alone: bool = True
     """Backward can run again on the same graph."""
+    compiles: bool = True
+    """torch.compile takes the reference as one graph."""
     options: dict = field(default_factory=dict)
-    """What the case is about, for other implementations: the cap and the packing."""
+    """What the case is about, for other implementations: the cap, the packing, the length."""
 
     def build(self, device: str, batch: int = 2) -> "Built":
         """Inputs on a device, ready to run."""
@@ -210,6 +212,7 @@ def attention_case(
 
     def inputs(b: int, device: str) -> dict:
         q, k, v = _random(b, length, 3, heads, width, device=device, dtype=dtype).permute(2, 0, 3, 1, 4)
+        q.mul_(4)  # logits up to about 20, so that a cap that is left out shows
         options = {"softcap": softcap}
         if packed:  # every sequence cut somewhere, as a mask and its complement cut an image
             cuts = torch.randint(0, length + 1, (b,), device=device)
@@ -235,14 +238,19 @@ def attention_case(
         # q, k, v and out; then those, the gradient of out and the three of q, k and v.
         bytes=lambda b: tuple(n * dtype.itemsize * b * heads * length * width for n in (4, 8)),
         operations=lambda b: (int(4 * b * square), int(10 * b * square)),
-        options={"softcap": softcap, "packed": packed},
+        compiles=not packed,  # a loop over sequences whose lengths are data
+        options={"softcap": softcap, "packed": packed, "length": length},
     )
 
 
-def _cases() -> Iterator[Case]:
-    for model, shape in MODELS.items():
+def _row_cases(models: dict[str, dict]) -> Iterator[Case]:
+    for model, shape in models.items():
         for make in (_token_cases, _loss_cases, _block_cases):
             yield from make(model, **shape)
+
+
+def _cases() -> Iterator[Case]:
+    yield from _row_cases(MODELS)
     for model, shape in MODELS.items():
         length, width = shape["prefix"] + shape["patches"], shape["width"] // shape["heads"]
         for softcap in (30.0, None):
@@ -258,3 +266,11 @@ def _cases() -> Iterator[Case]:
 
 
 CASES = list(_cases())
+
+_TINY = {"tiny": {"batch": 2, "patches": 5, "prefix": 1, "width": 24, "heads": 2}}
+TINY_CASES = [
+    *_row_cases(_TINY),
+    attention_case("tiny", 2, 18, 2, 16, 30.0),
+    attention_case("tiny", 2, 18, 2, 16, None, packed=True),
+]
+"""Every operation where speed means nothing: for checks without a GPU."""

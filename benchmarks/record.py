@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import timm
@@ -25,17 +26,41 @@ def environment() -> dict:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
         "timm": timm.__version__,
         "commit": commit.stdout.strip() or None,
         "command": "python -m " + " ".join([_module(), *sys.argv[1:]]),
+        **(_gpu_state() if gpu else {}),
     }
 
 
-def write(name: str, rows: list[dict]) -> Path:
-    """Write `benchmarks/results/NAME.json`: the environment and one record a row."""
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _gpu_state() -> dict:
+    """Driver, clocks in MHz and power limit in watts, of the first GPU, as its own tool says them."""
+    keys = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+    query = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(keys)}", "--format=csv,noheader,nounits"]
+    try:
+        text = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {"driver": None}
+    found = dict(zip(keys, text.strip().split(", "), strict=False))
+    return {"driver": found.pop("driver_version", None), "gpu_state": found}
+
+
+def write(name: str, rows: list[dict], extra: dict | None = None) -> Path:
+    """Write `benchmarks/results/NAME.json`: the environment, one record a row, and what else there is to say."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"environment": environment(), **(extra or {}), "rows": rows}, indent=1) + "\n"
+    )
     return path
 
 

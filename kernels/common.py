@@ -33,11 +33,19 @@ if INTERPRETED:
 def register(name: str, schema: str, implementation: Callable, fake: Callable):
     """Register ``fastalign::NAME``; returns the operator.
 
-    Autograd is not registered: each operation's `autograd.Function` calls the forward and backward operators,
-    which costs about half of the host time of `torch.library.custom_op`.
+    The first argument is a tensor. Autograd is not registered: each operation's `autograd.Function` calls the
+    forward and backward operators, which costs about half of the host time of `torch.library.custom_op`.
     """
+
+    def on_its_device(*arguments):
+        device = arguments[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):  # Triton launches on the current device
+                return implementation(*arguments)
+        return implementation(*arguments)
+
     LIBRARY.define(name + schema)
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, on_its_device, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastalign::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.fastalign, name).default
 

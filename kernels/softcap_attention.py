@@ -44,10 +44,12 @@ def _tile(kernel: str, length: int, width: int, itemsize: int, arch: int) -> dic
     wide = width > 64
     fits = triton.cdiv(length, 128) * 128 <= triton.cdiv(length, 64) * 64
     rows = 128 if kernel == "forward" and fits and not wide else 64
-    walked = {"forward": 64, "dq": 32 if wide else 64, "dkdv": 64 if arch == 90 and not wide else 32}[kernel]
+    if kernel == "dkdv":
+        walked = 64 if arch == 90 and not wide else 16 if arch < 90 and 80 < width < 128 else 32
+    else:
+        walked = 32 if wide and kernel == "dq" else 64
     warps = 8 if rows == 128 or (wide and kernel == ("dkdv" if arch >= 90 or width > 96 else "dq")) else 4
-    stages = 3 if kernel == "dkdv" and wide and arch < 90 else 2
-    return {"BLOCK": rows, "WALK": walked, "num_warps": warps, "num_stages": stages}
+    return {"BLOCK": rows, "WALK": walked, "num_warps": warps, "num_stages": 2}
 
 
 def _arguments(

@@ -53,6 +53,8 @@ def test_it_is_built_where_there_is_a_compiler():
     if not shutil.which("c++"):
         pytest.skip("no C++ compiler")
     assert not extension.status().startswith("absent"), extension.status()
+    if shutil.which("nvcc") and torch.version.cuda:
+        assert extension.status() == "C++ and CUDA"
 
 
 @needs
