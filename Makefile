@@ -58,8 +58,8 @@ gpu-kernel-tests: gpu-install
 
 # One measurement a target; its JSON is copied to $$OUT where that is set.
 gpu-step gpu-kernels gpu-masks: gpu-%: gpu-install
-	$(GPU_PY) -m benchmarks.$* $(if $(filter kernels,$*),--resume --budget 480)
-	@if [ -n "$$OUT" ]; then cp benchmarks/results/$*.json "$$OUT"/; fi
+	@$(GPU_PY) -m benchmarks.$* $(if $(filter kernels,$*),--resume --budget 480); status=$$?; \
+	if [ -n "$$OUT" ]; then cp benchmarks/results/$*.json "$$OUT"/; fi; exit $$status
 
 clean:
 	rm -rf $(VENV) build *.egg-info fastalign/*.so .pytest_cache .ruff_cache

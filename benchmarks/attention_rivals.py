@@ -190,6 +190,13 @@ def _flash(module: str, softcap, bounds, length):
     return dense if bounds is None else packed
 
 
+def _flash_4(softcap, bounds, length):
+    if softcap and torch.cuda.get_device_capability()[0] >= 10:
+        # No time limit here could end it.
+        raise RuntimeError("may hang with a cap on this GPU (issue 2466 of Dao-AILab/flash-attention)")
+    return _flash("flash_attn.cute", softcap, bounds, length)
+
+
 def _xformers(softcap, bounds, length):
     from xformers.ops import fmha, memory_efficient_attention
 
@@ -217,10 +224,6 @@ RIVALS = {
     "flash_attn_3": Rival(
         partial(_flash, "flash_attn_interface"), "flash_attn_interface:flash_attn_func", **_BOTH
     ),
-    # Its backward pass has no cap for packed sequences, and with one it hangs on some GPUs of compute capability
-    # 10 (issues 2544 and 2466 of Dao-AILab/flash-attention), which no time limit here could end.
-    "flash_attn_4": Rival(
-        partial(_flash, "flash_attn.cute"), "flash_attn.cute:flash_attn_func", plain=True, packed=True
-    ),
+    "flash_attn_4": Rival(_flash_4, "flash_attn.cute:flash_attn_func", **_BOTH),
     "xformers": Rival(_xformers, "xformers.ops:memory_efficient_attention", plain=True, packed=True),
 }

@@ -35,7 +35,11 @@ from benchmarks.targets import ATTENTION, summary, targets
 from fastalign.kernels.common import INTERPRETED
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("kernels/*.py", "fastalign/reference.py", "benchmarks/*.py")
+SOURCES = (
+    "kernels/*.py",
+    "fastalign/reference.py",
+    *(f"benchmarks/{name}.py" for name in ("attention_rivals", "cases", "kernels", "measure")),
+)
 
 
 def identity() -> dict:
@@ -229,17 +233,15 @@ def select(options: argparse.Namespace) -> list[Case]:
     ]
 
 
-def write(rows: list[dict], runs: list[dict], found: dict) -> None:
-    """Write what there is so far."""
-    record.write("kernels", rows, {"identity": found, "runs": runs, "targets": targets(rows)})
-
-
 def run(cases: list[Case], options: argparse.Namespace, started: float) -> list[dict]:
     """Measure on the GPU; rows of earlier parts included."""
     found = identity()
     rows, runs = resumable(found) if options.resume else ([], [])
     done = {(row["op"], row["label"]) for row in rows}
     left = [case for case in cases if (case.name, case.label) not in done]
+    if not left:
+        print("every case is measured already")
+        return rows
     limits = measure.machine()
     runs.append(record.environment() | limits)
     print("copy {copy_gbps:.0f} GB/s, bf16 matmul {matmul_tflops:.0f} TFLOP/s".format(**limits))
@@ -255,7 +257,7 @@ def run(cases: list[Case], options: argparse.Namespace, started: float) -> list[
         new = measure_case(case, "cuda", limits, tiny=False)
         show(new)
         rows += new
-        write(rows, runs, found)
+        record.write("kernels", rows, {"identity": found, "runs": runs, "targets": targets(rows)})
         longest = max(longest, time.perf_counter() - before)
     return rows
 

@@ -8,7 +8,7 @@ from fastalign.errors import UserError
 from fastalign.models.spec import ViTSpec
 from fastalign.models.student import MaskEmbedStudent, MIMStudent
 from fastalign.models.teacher import MaskedTeacher
-from fastalign.reference import LOSSES
+from fastalign.reference import LOSSES, Packing
 
 
 class _Objective(nn.Module):
@@ -27,9 +27,24 @@ class _Objective(nn.Module):
         """The grid of patches, rows and columns."""
         return self.teacher.spec.grid
 
-    def targets(self, images: Tensor, visible: Tensor) -> Tensor:
-        """[B, M or 1, T, D], unscaled."""
+    @property
+    def masking(self) -> str:
+        """What becomes of a hidden patch: "zero" or "drop"."""
         raise NotImplementedError
+
+    def targets(self, images: Tensor, visible: Tensor, packing: Packing | None = None) -> Tensor:
+        """[B, M or 1, T, D], unscaled; with `packing` [L, D] or [B, T, D]."""
+        raise NotImplementedError
+
+    def draw(self, images: Tensor, sample_ids: Tensor, epoch: int) -> tuple[Tensor, Packing | None]:
+        """The masks of a batch [B, M, N], and in mode drop how the visible tokens are packed."""
+        if self.masking == "zero":
+            return self.masks(sample_ids.to(images.device), self.num_patches, epoch), None
+        if self.masks.complement:  # as many tokens whatever is drawn: nobody waits for the device
+            sample_ids = sample_ids.to(images.device)
+        visible, packing = self.masks.packed(sample_ids, self.num_patches, self.teacher.spec.prefix, epoch)
+        packing = Packing(*(part.to(images.device, non_blocking=True) for part in packing))
+        return visible.to(images.device, non_blocking=True), packing
 
     def forward(self, images: Tensor, sample_ids: Tensor, epoch: int = 0) -> Tensor:
         """The loss of one batch.
@@ -42,22 +57,24 @@ class _Objective(nn.Module):
         Returns:
             Scalar, fp32.
         """
-        visible = self.masks(sample_ids.to(images.device), self.num_patches, epoch)
+        visible, packing = self.draw(images, sample_ids, epoch)
         return ops.reconstruction_loss(
-            self.student(images, visible),
-            self.targets(images, visible),
+            self.student(images, visible, packing),
+            self.targets(images, visible, packing),
             visible,
             loss=self.loss,
             scale=self.target_scale,
             prefix_visible=isinstance(self.student, MIMStudent),
+            packing=packing,
         )
 
     @torch.no_grad()
     def target_moments(self, images: Tensor, sample_ids: Tensor, epoch: int) -> Tensor:
         """[3] float64: number, sum and sum of squares of the unscaled targets of a batch."""
-        targets = self.targets(
-            images, self.masks(sample_ids.to(images.device), self.num_patches, epoch)
-        ).double()
+        visible, packing = self.draw(images, sample_ids, epoch)
+        targets = self.targets(images, visible, packing).double()
+        if packing is not None and targets.dim() == 2:
+            targets = targets[packing.indices >= 0]
         return torch.stack(
             [targets.new_tensor(float(targets.numel())), targets.sum(), targets.square().sum()]
         )
@@ -99,8 +116,12 @@ class MaskEmbed(_Objective):
                 f"{teacher.embed_dim}: give MaskEmbedStudent.from_backbone target_dim={teacher.embed_dim}"
             )
 
-    def targets(self, images: Tensor, visible: Tensor) -> Tensor:
-        return self.teacher(images, visible)
+    @property
+    def masking(self) -> str:
+        return self.teacher.masking
+
+    def targets(self, images: Tensor, visible: Tensor, packing: Packing | None = None) -> Tensor:
+        return self.teacher(images, visible, packing)
 
 
 class MaskedImageModeling(_Objective):
@@ -119,8 +140,13 @@ class MaskedImageModeling(_Objective):
                 "masked image modeling predicts every token: the teacher must not be prefix_only"
             )
 
-    def targets(self, images: Tensor, visible: Tensor) -> Tensor:
-        return self.teacher(images)
+    @property
+    def masking(self) -> str:
+        return self.student.masking
+
+    def targets(self, images: Tensor, visible: Tensor, packing: Packing | None = None) -> Tensor:
+        targets = self.teacher(images)
+        return targets if packing is None else targets.squeeze(1)
 
 
 def check_same_tokens(teacher: ViTSpec, student: ViTSpec) -> None:

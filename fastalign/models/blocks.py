@@ -8,7 +8,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastalign.attention import attention
+from fastalign.attention import Sequences, attention
 from fastalign.models.spec import BlockSpec, ViTSpec
 
 
@@ -90,40 +90,58 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, D] -> q, k, v, each [B, H, T, d], before their norms."""
+        """[..., D] -> q, k, v, each [..., H, d], before their norms."""
         if self.spec.qkv == "split":
             parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-            return tuple(part.unflatten(-1, (self.spec.heads, -1)).transpose(1, 2) for part in parts)
+            return tuple(part.unflatten(-1, (self.spec.heads, -1)) for part in parts)
         bias = self.qkv.bias
         if self.spec.qkv == "no_k_bias" and self.spec.qkv_bias:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = functional.linear(x, self.qkv.weight, bias)
-        return qkv.unflatten(-1, (3, self.spec.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return qkv.unflatten(-1, (3, self.spec.heads, -1)).unbind(-3)
 
-    def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]. `position`: the rotary table [N, 2d] or the relative index [T, T]."""
+    def forward(
+        self, x: Tensor, position: Tensor | None = None, sequences: Sequences | None = None
+    ) -> Tensor:
+        """Attention of each sequence over itself.
+
+        Args:
+            x: [B, T, D], or with `sequences` packed, [L, D].
+            position: the rotary table [N, 2d] (packed: [L, 2d], a row a token) or the relative index [T, T].
+            sequences: the bounds of packed sequences.
+        """
         q, k, v = self.project(x)
         q, k = self.q_norm(q), self.k_norm(k)
+        if sequences is not None:
+            if position is not None:
+                q, k = (rotate(part, position.unsqueeze(1)).type_as(v) for part in (q, k))
+            x = attention(q, k, v, softcap=self.softcap, sequences=sequences)
+            return self.proj(self.norm(x.flatten(1)))
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         bias = None
         if hasattr(self, "relative_position_bias_table"):
             bias = self.relative_position_bias_table[position].permute(2, 0, 1).unsqueeze(0)
         elif position is not None:
-            q, k = (rotate(part, position, self.prefix).type_as(v) for part in (q, k))
+            q, k = (
+                torch.cat(
+                    [part[:, :, : self.prefix], rotate(part[:, :, self.prefix :], position)], 2
+                ).type_as(v)
+                for part in (q, k)
+            )
         x = attention(q, k, v, softcap=self.softcap, bias=bias)
         return self.proj(self.norm(x.transpose(1, 2).flatten(2)))
 
 
-def rotate(x: Tensor, table: Tensor, prefix: int) -> Tensor:
-    """Rotary position embedding of the patch tokens, prefix tokens untouched.
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotary position embedding.
 
     Args:
-        x: [B, H, T, d].
-        table: [N, 2d], the sines then the cosines, each repeated for its pair of channels.
+        x: [..., N, d].
+        table: broadcastable to [..., N, 2d], the sines then the cosines, each repeated for its pair of channels.
     """
     sine, cosine = table.chunk(2, -1)
-    head, tail = x[:, :, :prefix], x[:, :, prefix:]
-    turned = torch.stack([-tail[..., 1::2], tail[..., ::2]], -1).flatten(-2)
-    return torch.cat([head, (tail * cosine + turned * sine).to(x.dtype)], dim=2)
+    turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    return (x * cosine + turned * sine).to(x.dtype)
 
 
 class MLP(nn.Module):
@@ -177,10 +195,12 @@ class Block(nn.Module):
             return self.ls1.gamma, self.ls2.gamma
         return (self.gamma_1, self.gamma_2) if self.scale_keys == "gamma" else None
 
-    def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]"""
+    def forward(
+        self, x: Tensor, position: Tensor | None = None, sequences: Sequences | None = None
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D], or [L, D] -> [L, D] packed. Arguments as for `Attention`."""
         scales = self.layer_scales()
-        branch = self.attn(self.norm1(x), position)
+        branch = self.attn(self.norm1(x), position, sequences)
         x = x + self.drop_path(branch if scales is None else branch * scales[0])
         branch = self.mlp(self.norm2(x))
         return x + self.drop_path(branch if scales is None else branch * scales[1])

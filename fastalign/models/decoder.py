@@ -4,8 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from fastalign import ops
+from fastalign.attention import Sequences
 from fastalign.models.blocks import Block
 from fastalign.models.spec import BlockSpec, ViTSpec
+from fastalign.reference import Packing
 
 
 def decoder_block_spec(
@@ -63,16 +65,19 @@ class MaskEmbedDecoder(nn.Module):
         self.norm = nn.LayerNorm(block.width)
         self.head = nn.Linear(block.width, out)
 
-    def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, visible: Tensor, packing: Packing | None = None) -> Tensor:
         """Predict the teacher's tokens for each mask.
 
         Args:
             tokens: [B, T, width], the student's output for the unmasked image.
             visible: [B, M, N] bool.
+            packing: hidden patches leave the sequence, and tokens are packed like this.
 
         Returns:
-            [B, M, T, D], or [B, M, 1, D] with prefix_only.
+            [B, M, T, D], or [B, M, 1, D] with prefix_only; with `packing` [L, D].
         """
+        if packing is not None:
+            return self._forward_packed(tokens, packing)
         x = ops.expand_masked(tokens, visible, self.pos_embed).flatten(0, 1)
         for block in self.blocks:
             x = block(x)
@@ -82,3 +87,13 @@ class MaskEmbedDecoder(nn.Module):
         if self.prefix_only and not self.prefix:
             x = x.mean(1, keepdim=True)
         return x.unflatten(0, visible.shape[:2])
+
+    def _forward_packed(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """Prefix tokens are zeroed as ever: their slots hold the position embedding alone."""
+        position = self.pos_embed[0]
+        prefix = position[: self.prefix] if self.prefix else None
+        x = ops.pack(tokens[:, self.prefix :], packing, prefix, position[self.prefix :])
+        sequences = Sequences(packing.cu_seqlens, packing.slots.shape[2])
+        for block in self.blocks:
+            x = block(x, sequences=sequences)
+        return self.head(self.norm(x))

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from fastalign.models.blocks import MLP
 from fastalign.models.decoder import MaskEmbedDecoder, decoder_block_spec
+from fastalign.models.teacher import check_masking
 from fastalign.models.vit import ViT
+from fastalign.reference import Packing
 
 
 def student_encoder(vit: ViT, out: int, *, head: str = "linear", softcap: float | None = 30.0) -> ViT:
@@ -117,26 +119,36 @@ class MaskEmbedStudent(nn.Module):
         )
         return cls(encoder, decoder)
 
-    def forward(self, images: Tensor, visible: Tensor) -> Tensor:
-        """images [B, C, height, width], visible [B, M, N] bool -> predictions [B, M, T, D]."""
-        return self.decoder(self.encoder(images), visible)
+    def forward(self, images: Tensor, visible: Tensor, packing: Packing | None = None) -> Tensor:
+        """images [B, C, height, width], visible [B, M, N] bool -> predictions [B, M, T, D]; packed [L, D]."""
+        return self.decoder(self.encoder(images), visible, packing)
 
 
 class MIMStudent(nn.Module):
-    """The student of masked image modeling: `encoder` reads the masked image and predicts every token."""
+    """The student of masked image modeling: `encoder` reads the masked image and predicts every token it sees."""
 
-    def __init__(self, encoder: ViT):
+    def __init__(self, encoder: ViT, masking: str = "zero"):
         super().__init__()
-        self.encoder = encoder
+        check_masking("MIMStudent", masking, encoder.spec)
+        self.encoder, self.masking = encoder, masking
 
     @classmethod
     def from_backbone(
-        cls, vit: ViT, *, softcap: float | None = 30.0, target_dim: int | None = None, head: str = "linear"
+        cls,
+        vit: ViT,
+        *,
+        softcap: float | None = 30.0,
+        target_dim: int | None = None,
+        head: str = "linear",
+        masking: str = "zero",
     ) -> "MIMStudent":
-        """Arguments as for `MaskEmbedStudent.from_backbone`."""
-        return cls(student_encoder(vit, target_dim or vit.embed_dim, head=head, softcap=softcap))
+        """Arguments as for `MaskEmbedStudent.from_backbone`; `masking` as for `MaskedTeacher`."""
+        return cls(student_encoder(vit, target_dim or vit.embed_dim, head=head, softcap=softcap), masking)
 
-    def forward(self, images: Tensor, visible: Tensor) -> Tensor:
-        """images [B, C, height, width], visible [B, M, N] bool -> predictions [B, M, T, D]."""
+    def forward(self, images: Tensor, visible: Tensor, packing: Packing | None = None) -> Tensor:
+        """images [B, C, height, width], visible [B, M, N] bool -> predictions [B, M, T, D]; packed [L, D]."""
+        if packing is not None:
+            tokens = self.encoder.encode(self.encoder.embed_packed(images, packing), packing)
+            return self.encoder.forward_head(tokens)
         tokens = self.encoder.encode(self.encoder.embed_masked(images, visible))
         return self.encoder.forward_head(tokens).unflatten(0, visible.shape[:2])

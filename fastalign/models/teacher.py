@@ -5,7 +5,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from fastalign import ops
+from fastalign.models.spec import ViTSpec
 from fastalign.models.vit import ViT
+from fastalign.reference import Packing
 
 
 class MaskedTeacher(nn.Module):
@@ -17,14 +20,16 @@ class MaskedTeacher(nn.Module):
     Args:
         vit: the backbone; it is copied.
         skip_blocks: how many of the last blocks are removed.
-        masking: "zero": a hidden patch is blank pixels (the mean colour), and stays in the sequence.
+        masking: "zero": a hidden patch is blank pixels (the mean colour), and stays in the sequence; "drop": it
+            leaves the sequence.
         prefix_only: the pooled output instead of the tokens; needs ``skip_blocks=0``.
     """
 
     def __init__(self, vit: ViT, skip_blocks: int = 1, masking: str = "zero", prefix_only: bool = False):
         super().__init__()
-        if masking != "zero":
-            raise ValueError(f"MaskedTeacher: masking must be 'zero', got {masking!r}")
+        check_masking("MaskedTeacher", masking, vit.spec)
+        if prefix_only and masking == "drop":
+            raise ValueError("MaskedTeacher: prefix_only goes with masking='zero' only")
         if prefix_only and skip_blocks:
             raise ValueError("MaskedTeacher: prefix_only reads the whole model; set skip_blocks=0")
         if not 0 <= skip_blocks < vit.spec.depth:
@@ -37,7 +42,7 @@ class MaskedTeacher(nn.Module):
         self.vit.blocks = self.vit.blocks[: vit.spec.depth - skip_blocks]
         if not prefix_only:
             self.vit.attn_pool, self.vit.fc_norm = None, nn.Identity()
-        self.skip_blocks, self.prefix_only = skip_blocks, prefix_only
+        self.skip_blocks, self.masking, self.prefix_only = skip_blocks, masking, prefix_only
         self.spec, self.embed_dim = vit.spec, vit.embed_dim
         self.eval()
 
@@ -46,16 +51,23 @@ class MaskedTeacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, visible: Tensor | None = None, packing: Packing | None = None
+    ) -> Tensor:
         """Targets, unscaled.
 
         Args:
             images: [B, C, height, width], normalised.
             visible: [B, M, N] bool; None = the whole image, M = 1.
+            packing: in mode drop, where the tokens of `visible` stand, if it is known already.
 
         Returns:
-            [B, M, T, D]; [B, M, 1, D] with prefix_only.
+            [B, M, T, D]; [B, M, 1, D] with prefix_only; in mode drop [L, D], the tokens that are
+            left and padding.
         """
+        if visible is not None and self.masking == "drop":
+            packing = packing or ops.pack_masks(visible, self.vit.num_prefix_tokens)
+            return self.vit.encode(self.vit.embed_packed(images, packing), packing)
         if visible is None:
             tokens = self.vit.add_position(self.vit.patch_embed(images))
         else:
@@ -64,3 +76,14 @@ class MaskedTeacher(nn.Module):
         if self.prefix_only:
             tokens = self.vit.pooled(tokens).unsqueeze(1)
         return tokens.unflatten(0, (len(images), -1))
+
+
+def check_masking(owner: str, masking: str, spec: ViTSpec) -> None:
+    """Refuse a mode that does not exist, or that the backbone does not have."""
+    if masking not in ("zero", "drop"):
+        raise ValueError(f"{owner}: masking must be 'zero' or 'drop', got {masking!r}")
+    if masking == "drop" and spec.relative_position:
+        raise ValueError(
+            f"{owner}: masking='drop' goes with no relative position bias, which this backbone has; "
+            "choose 'zero'"
+        )

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastalign import ops
+from fastalign.attention import Sequences
 from fastalign.models.blocks import Block, PatchEmbed, make_norm
 from fastalign.models.spec import ViTSpec
+from fastalign.reference import Packing
 
 
 class ViT(nn.Module):
@@ -106,14 +108,39 @@ class ViT(nn.Module):
         )
         return self.norm_pre(tokens.flatten(0, 1))
 
-    def encode(self, tokens: Tensor) -> Tensor:
-        """The blocks and the final norm: [B, T, D] -> [B, T, D]."""
+    def embed_packed(self, images: Tensor, packing: Packing) -> Tensor:
+        """The first block's input for masked copies of images, whose hidden patches are left out.
+
+        Args:
+            images: [B, C, height, width], normalised.
+            packing: of `fastalign.ops.pack_masks` with P prefix tokens.
+
+        Returns:
+            [L, D].
+        """
+        tokens = ops.pack(self.patch_embed(images), packing, self.prefix_rows(), self.patch_position())
+        return self.norm_pre(tokens)
+
+    def encode(self, tokens: Tensor, packing: Packing | None = None) -> Tensor:
+        """The blocks and the final norm: [B, T, D] -> [B, T, D], or packed, [L, D] -> [L, D]."""
+        position, sequences = self.position, None
+        if packing is not None:
+            sequences = Sequences(packing.cu_seqlens, packing.slots.shape[2])
+            position = self._packed_position(packing)
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, self.position, use_reentrant=False)
+                tokens = checkpoint(block, tokens, position, sequences, use_reentrant=False)
             else:
-                tokens = block(tokens, self.position)
+                tokens = block(tokens, position, sequences)
         return self.norm(tokens)
+
+    def _packed_position(self, packing: Packing) -> Tensor | None:
+        """[L, 2d]: each packed token's row of the rotary table; prefix tokens are not turned."""
+        if self.position is None:
+            return None
+        still = torch.zeros_like(self.position[:1]).expand(self.num_prefix_tokens, -1).clone()
+        still[:, still.shape[1] // 2 :] = 1  # the cosines
+        return torch.cat([still, self.position])[packing.indices % packing.slots.shape[2]]
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Normalised images [B, C, height, width] -> tokens [B, T, D]."""
