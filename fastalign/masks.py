@@ -82,14 +82,22 @@ class _Masks:
         """
         grid = self._grid(num_patches)
         if self.complement and length is None:
-            length = len(sample_ids) * (grid[0] * grid[1] * (self.copies - 1) + self.copies * prefix)
+            length = self._fixed_length(len(sample_ids), grid, prefix)
         if length is None or not self._in_extension(sample_ids):
             visible = self(sample_ids, grid, epoch)
             return visible, ops.pack_masks(visible, prefix, length)
+        fixed = self.complement and length == self._fixed_length(len(sample_ids), grid, prefix)
         drawn = extension.draw_packed_masks(
             **self._arguments(sample_ids, grid, epoch), prefix=prefix, length=length
         )
-        return drawn[0], Packing(*drawn[1:])
+        packing = Packing(*drawn[1:])
+        if not fixed:
+            ops.check_length(packing)
+        return drawn[0], packing
+
+    def _fixed_length(self, images: int, grid: tuple[int, int], prefix: int) -> int:
+        """With complements, two copies have the patches of one, and a full one has them all."""
+        return images * (grid[0] * grid[1] * (self.copies - 1) + self.copies * prefix)
 
     def _in_extension(self, sample_ids: Tensor) -> bool:
         return type(self) in _KERNELS and extension.available(sample_ids.device)

@@ -105,18 +105,27 @@ def pack_masks(visible: Tensor, prefix: int, length: int | None = None) -> Packi
     """
     _check_masks(visible, len(visible))
     if length is None:
-        length = packed_length(int(visible.sum()) + visible[..., 0].numel() * prefix, visible, prefix)
+        length = packed_length(
+            int(visible.sum()) + visible.shape[0] * visible.shape[1] * prefix, visible, prefix
+        )
     if extension.available(visible.device):
         packing = Packing(*extension.pack_masks(visible, prefix, length))
     else:
         packing = reference.pack_masks(visible, prefix, length)
-    torch._assert_async(packing.cu_seqlens[-1] <= length, f"pack_masks: more tokens than length={length}")
+    check_length(packing)
     return packing
+
+
+def check_length(packing: Packing) -> None:
+    """Refuse a packing with more tokens than rows, without waiting for a GPU."""
+    length = len(packing.indices)
+    torch._assert_async(packing.cu_seqlens[-1] <= length, f"pack_masks: more tokens than length={length}")
 
 
 def packed_length(tokens: int, visible: Tensor, prefix: int) -> int:
     """`tokens` rounded up to a sixteenth of all B M (P + N) tokens."""
-    step = max(1, -(-(visible.numel() + visible[..., :1].numel() * prefix) // 16))
+    images, copies, patches = visible.shape
+    step = max(1, -(-images * copies * (patches + prefix) // 16))
     return -(-tokens // step) * step
 
 
@@ -184,7 +193,7 @@ def softcap_attention(
             raise ValueError("packed attention (cu_seqlens) needs max_seqlen and takes no bias")
     _check_devices(q=q, k=k, v=v, bias=bias, cu_seqlens=cu_seqlens)
     options = {"softcap": softcap, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
-    if bias is None and q.shape[-1] <= 256 and uses_kernels(q):
+    if bias is None and q.shape[-1] <= 128 and uses_kernels(q):
         return _softcap_attention(q, k, v, **options)
     return reference.softcap_attention(q, k, v, bias=bias, **options)
 
@@ -199,7 +208,10 @@ def reconstruction_loss(
     prefix_visible: bool = False,
     packing: Packing | None = None,
 ) -> Tensor:
-    """The reconstruction loss, dense or packed: see `reference.reconstruction_loss`."""
+    """The reconstruction loss, dense or packed: see `reference.reconstruction_loss`.
+
+    The kernel writes the gradient along with the loss, so that backward through one loss can run once only.
+    """
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     _check(visible.dtype == torch.bool and visible.dim() == 3, "visible", "bool [B, M, N]", visible)
@@ -217,10 +229,13 @@ def reconstruction_loss(
         whole = (visible.shape[0], packing.slots.shape[2], width)
         fits = target.shape in ((length, width), whole)
         _check(fits, "target", f"[{length}, {width}] or {list(whole)}", target)
+    if isinstance(scale, Tensor):
+        _check(scale.dim() == 0, "scale", "a single number", scale)
     _check_devices(prediction=prediction, target=target, visible=visible)
     options = {"loss": loss, "scale": scale, "prefix_visible": prefix_visible, "packing": packing}
     # fp16 gradients of a mean would underflow before a gradient scaler sees them; a cosine needs a row in registers.
-    suits = prediction.dtype != torch.float16 and not target.requires_grad and prediction.shape[-1] <= 8192
+    fixed = not (target.requires_grad or (isinstance(scale, Tensor) and scale.requires_grad))
+    suits = fixed and prediction.dtype != torch.float16 and prediction.shape[-1] <= 8192
     run = (
         _reconstruction_loss if suits and uses_kernels(prediction, target) else reference.reconstruction_loss
     )

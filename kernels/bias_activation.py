@@ -12,18 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalign.kernels.common import INTERPRETED, promoted, register, store, tanh, with_unit_stride
+from fastalign.kernels.common import promoted, register, store, with_unit_stride
 
 _PROGRAMS = 1056
 """About so many in the backward: eight on each multiprocessor of an H100; fixed, so that sums repeat anywhere."""
 
 
 @triton.jit
-def _sigmoid(x, APPROXIMATE: tl.constexpr):
+def _sigmoid(x):
     """The sigmoid and its derivative, neither of which cancels or overflows."""
-    if APPROXIMATE:
-        b_tanh = tanh(0.5 * x, True)
-        return 0.5 + 0.5 * b_tanh, 0.25 - 0.25 * b_tanh * b_tanh
     b_exp = tl.exp(-tl.abs(x))
     b_large = 1.0 / (1.0 + b_exp)
     b_small = b_exp * b_large
@@ -31,7 +28,7 @@ def _sigmoid(x, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
-def _activation(h, ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr):
+def _activation(h, ACTIVATION: tl.constexpr):
     """The function, h times a gate, and its derivative; what is not used costs nothing."""
     if ACTIVATION == "gelu":
         b_gate = 0.5 + 0.5 * tl.math.erf(h * 0.7071067811865476)
@@ -39,11 +36,11 @@ def _activation(h, ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr):
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh(u)) / 2 is the sigmoid of 2 u.
         b_square = 0.044715 * h * h
-        b_gate, b_sigmoid = _sigmoid(1.5957691216057308 * h * (1.0 + b_square), APPROXIMATE)
+        b_gate, b_sigmoid = _sigmoid(1.5957691216057308 * h * (1.0 + b_square))
         b_slope = 1.5957691216057308 * (1.0 + 3.0 * b_square) * b_sigmoid
     else:
         tl.static_assert(ACTIVATION == "quick_gelu", "activation: gelu, gelu_tanh or quick_gelu")
-        b_gate, b_sigmoid = _sigmoid(1.702 * h, APPROXIMATE)
+        b_gate, b_sigmoid = _sigmoid(1.702 * h)
         b_slope = 1.702 * b_sigmoid
     return h * b_gate, b_gate + h * b_slope
 
@@ -57,7 +54,6 @@ def _forward_kernel(
     R,
     D: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -68,7 +64,7 @@ def _forward_kernel(
     b_x = tl.load(p_x + o_r * stride_x + o_d, mask=m_rd, other=0.0).to(tl.float32)
     if p_bias is not None:
         b_x += tl.load(p_bias + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-    b_out, _ = _activation(b_x, ACTIVATION, APPROXIMATE)
+    b_out, _ = _activation(b_x, ACTIVATION)
     store(p_out + o_r * D + o_d, b_out, m_rd)
 
 
@@ -83,7 +79,6 @@ def _backward_kernel(
     R,
     D: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
     X: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -100,7 +95,7 @@ def _backward_kernel(
         m_rd = (o_r < R) & (o_d < D)
         b_x = tl.load(p_x + o_r * stride_x + o_d, mask=m_rd, other=0.0).to(tl.float32)
         b_gradient = tl.load(p_gradient + o_r * D + o_d, mask=m_rd, other=0.0).to(tl.float32)
-        _, b_slope = _activation(b_x + b_bias, ACTIVATION, APPROXIMATE)
+        _, b_slope = _activation(b_x + b_bias, ACTIVATION)
         b_d = b_gradient * b_slope
         b_d_bias += b_d
         if X:
@@ -116,11 +111,6 @@ def _tile(width: int) -> dict[str, int]:
     return {"BLOCK_R": 2048 // block, "BLOCK_D": block, "num_warps": 4}
 
 
-def _approximate(dtype: torch.dtype) -> bool:
-    """Whether the hardware's tanh is exact enough: its error is a sixteenth of a rounding to bf16."""
-    return dtype == torch.bfloat16 and not INTERPRETED.value
-
-
 def _rows(tensor: Tensor) -> Tensor:
     return with_unit_stride(tensor.reshape(-1, tensor.shape[-1]))
 
@@ -133,7 +123,7 @@ def _forward(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     grid = triton.cdiv(rows.shape[0], tile["BLOCK_R"]) * triton.cdiv(width, tile["BLOCK_D"])
     _forward_kernel[(grid,)](
         rows, None if bias is None else bias.contiguous(), out, rows.stride(0), rows.shape[0], width,
-        activation, _approximate(out.dtype), **tile,
+        activation, **tile,
     )  # fmt: skip
     return out
 
@@ -151,7 +141,7 @@ def _backward(
         rows = _rows(x)
         _backward_kernel[(tiles, chunks)](
             gradient.contiguous(), rows, None if bias is None else bias.contiguous(), d_x, d_bias,
-            rows.stride(0), count, width, activation, _approximate(gradient.dtype), need_x, need_bias, **tile,
+            rows.stride(0), count, width, activation, need_x, need_bias, **tile,
         )  # fmt: skip
     return d_x, d_bias.sum(0) if need_bias else d_bias
 

@@ -42,10 +42,10 @@ def _forward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    i_b = tl.program_id(1).to(tl.int64)
-    i_t, i_d = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
-    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    tiles = tl.cdiv(P + N, BLOCK_T) * tl.cdiv(D, BLOCK_D)
+    i_b, i_tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    o_t = i_tile // tl.cdiv(D, BLOCK_D) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_d = i_tile % tl.cdiv(D, BLOCK_D) * BLOCK_D + tl.arange(0, BLOCK_D)
     o_n = o_t - P
     m_d = o_d < D
     m_t = o_t < P + N
@@ -139,7 +139,7 @@ def _forward(
         return out
     patches, tile = with_unit_stride(patches), row_tile(width)
     rows = [None if row is None else row.contiguous() for row in (hidden, prefix, position)]
-    _forward_kernel[(row_tiles(before + count, width, tile), images)](
+    _forward_kernel[(row_tiles(before + count, width, tile) * images,)](
         patches, *rows, visible.contiguous(), out, patches.stride(0), patches.stride(1),
         count, before, copies, width, **tile,
     )  # fmt: skip
@@ -164,7 +164,7 @@ def _backward(
         gradient.new_empty((chunks, tokens, width) if wanted else (0,), dtype=torch.float32)
         for wanted in (rows, hidden)
     ]
-    if gradient.numel():
+    if images * tokens * width:  # also without a copy, where the sums are zero
         _backward_kernel[(tiles, chunks)](
             gradient.contiguous(), visible.contiguous(), out, *sums,
             images, count, tokens - count, per_chunk, copies,

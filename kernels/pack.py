@@ -43,10 +43,11 @@ def _forward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    i_b = tl.program_id(1).to(tl.int64)
-    i_t, i_d = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
+    tiles = tl.cdiv(T, BLOCK_T) * tl.cdiv(D, BLOCK_D)
+    i_b, i_tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    i_t = i_tile // tl.cdiv(D, BLOCK_D)
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_d = i_tile % tl.cdiv(D, BLOCK_D) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = (o_d < D)[None, :]
     if i_b == B:  # the programs after the last image clear the padding, which is often empty
         step = tl.cdiv(T, BLOCK_T) * BLOCK_T
@@ -122,7 +123,7 @@ def _forward(
         return out.zero_()
     patches = with_unit_stride(patches)
     rows = [None if row is None else row.contiguous() for row in (prefix, position)]
-    _forward_kernel[(row_tiles(tokens, width, tile), images + 1)](
+    _forward_kernel[(row_tiles(tokens, width, tile) * (images + 1),)](
         patches, *rows, slots.contiguous(), cu_seqlens[-1:], out, patches.stride(0), patches.stride(1),
         images, tokens, tokens - patches.shape[1], length, copies, width, **tile,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalign.kernels.common import narrow, register, store, with_unit_stride
+from fastalign.kernels.common import register, store, with_unit_stride
 
 _EPS = tl.constexpr(1e-8)  # of torch's cosine_similarity
 
@@ -40,7 +40,7 @@ def _rows(
             m_patch = m_row & (o_t >= P)
             b_visible = tl.load(p_visible + i_copy * N + o_t - P, mask=m_patch, other=0) != 0
             m_count = m_row & tl.where(m_patch, b_visible == (LOSS == "unmasked_mse"), PREFIX_COUNTS)
-        per_row = 1.0 / R.to(tl.float32)
+        per_row = 1.0 / (R * 1.0)  # a single row is a constant to Triton, without .to()
     return o_target, m_count, per_row
 
 
@@ -125,9 +125,10 @@ def _scale_kernel(p_gradient, p_factor, SIZE, BLOCK: tl.constexpr):
     """gradient *= factor, in place; a factor of one, the usual case, costs nothing but the launch."""
     factor = tl.load(p_factor).to(tl.float32)
     if factor != 1.0:
-        o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        b_x = tl.load(p_gradient + o_x, mask=o_x < SIZE, other=0.0).to(tl.float32)
-        tl.store(p_gradient + o_x, narrow(b_x * factor, p_gradient.dtype.element_ty), mask=o_x < SIZE)
+        for i_x in range(tl.program_id(0).to(tl.int64) * BLOCK, SIZE, tl.num_programs(0) * BLOCK):
+            o_x = i_x + tl.arange(0, BLOCK)
+            b_x = tl.load(p_gradient + o_x, mask=o_x < SIZE, other=0.0).to(tl.float32)
+            store(p_gradient + o_x, b_x * factor, o_x < SIZE)
 
 
 def _tile(loss: str, width: int) -> dict[str, int]:
@@ -156,6 +157,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     width, rows = prediction.shape[-1], prediction.numel() // max(prediction.shape[-1], 1)
     prediction = prediction.contiguous()
+    indices = None if indices is None else indices.contiguous()
     # With prefix_only the one predicted token is a prefix token.
     patches = visible.shape[2]
     prefix = tokens - patches if tokens >= patches else tokens
@@ -188,7 +190,7 @@ def _forward_fake(
 
 def _scale(gradient: Tensor, factor: Tensor) -> None:
     if gradient.numel():
-        grid = (triton.cdiv(gradient.numel(), 2048),)
+        grid = (min(1024, triton.cdiv(gradient.numel(), 2048)),)  # a few for each processor of a GPU
         _scale_kernel[grid](gradient, factor, gradient.numel(), BLOCK=2048, num_warps=8)
 
 
@@ -215,7 +217,7 @@ class _ReconstructionLoss(torch.autograd.Function):
     def backward(ctx, factor):
         (gradient,) = ctx.saved_tensors
         if torch.compiler.is_compiling():
-            return gradient * factor.to(gradient.dtype), *[None] * 9
+            return (gradient.float() * factor).to(gradient.dtype), *[None] * 9
         # In place: a second backward through the same graph finds the tensor changed, and autograd says so.
         scale_op(gradient, factor)
         torch.autograd.graph.increment_version(gradient)
@@ -240,7 +242,7 @@ def reconstruction_loss(
             token is taken. It gets no gradient.
         visible: [B, M, N] bool.
         loss: mse | cosine | l1 | masked_mse | unmasked_mse.
-        scale: the target is multiplied by it.
+        scale: the target is multiplied by it; one number, which gets no gradient.
         prefix_visible: `masked_mse` leaves prefix tokens out.
         packing: indices, slots, cu_seqlens and counts of packed tokens; the mean goes over the tokens present.
 
@@ -248,7 +250,8 @@ def reconstruction_loss(
         Scalar, fp32. Backward may run once: it writes into the stored gradient.
     """
     if not isinstance(scale, Tensor):
-        scale = torch.full((), scale, dtype=torch.float32, device=prediction.device)
+        scale = torch.full((), scale, device=prediction.device)
+    scale = scale.to(prediction.device, torch.float32)
     indices, slots, cu_seqlens, _ = packing or (None, None, None, None)
     tokens = prediction.shape[2] if slots is None else slots.shape[2]
     with_gradient = torch.is_grad_enabled() and prediction.requires_grad

@@ -49,7 +49,7 @@ def _tile(kernel: str, length: int, width: int, itemsize: int, arch: int) -> dic
     else:
         walked = 32 if wide and kernel == "dq" else 64
     warps = 8 if rows == 128 or (wide and kernel == ("dkdv" if arch >= 90 or width > 96 else "dq")) else 4
-    return {"BLOCK": rows, "WALK": walked, "num_warps": warps, "num_stages": 2}
+    return {"BLOCK": rows, "WALK": walked, "num_warps": warps, "num_stages": 3}
 
 
 def _arguments(
@@ -66,10 +66,10 @@ def _arguments(
     # Packed rows after the last sequence belong to one more "sequence", whose programs clear them.
     programs = blocks * heads * (sequences + (cu_seqlens is not None))
     return programs, {
-        "p_bounds": cu_seqlens,
+        "p_bounds": None if cu_seqlens is None else cu_seqlens.contiguous(),
         "ROWS": q.shape[0] if cu_seqlens is not None else 0,
         "SEQUENCES": sequences,
-        "T": length,
+        "T": max(1, length),
         "to_tanh": scale / softcap if softcap is not None else 1.0,
         "to_logit": float(softcap) if softcap is not None else scale,
         "scale": scale,
@@ -98,6 +98,12 @@ def _strides(tensors: tuple[Tensor, ...], packed: bool) -> tuple[list[int], int]
     return [stride // unit for stride in strides], unit
 
 
+def _readable(x: Tensor, length: int, packed: bool) -> Tensor:
+    """The tensor, copied where its channels are not contiguous or a sequence spans more than 32 bits can count."""
+    x = with_unit_stride(x)
+    return x.contiguous() if length * x.stride(0 if packed else 2) >= 2**31 else x
+
+
 def _rows_first(like: Tensor, packed: bool) -> Tensor:
     """An empty tensor of this shape whose memory is [B, T, H, d]: what the output projection reads."""
     if packed:
@@ -110,7 +116,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, softcap: float | None, cu_seqlens: Tensor | None, max_seqlen: int
 ) -> tuple[Tensor, Tensor]:
     packed = cu_seqlens is not None
-    q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
+    q, k, v = (_readable(x, max_seqlen, packed) for x in (q, k, v))
     out = _rows_first(q, packed)
     lse = torch.empty(q.shape[1::-1] if packed else q.shape[:3], dtype=torch.float32, device=q.device)
     if out.numel():
@@ -132,7 +138,7 @@ def _backward(
     max_seqlen: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     packed = cu_seqlens is not None
-    gradient, q, k, v = (with_unit_stride(x) for x in (gradient, q, k, v))
+    gradient, q, k, v = (_readable(x, max_seqlen, packed) for x in (gradient, q, k, v))
     dq, dk, dv = (_rows_first(x, packed) for x in (q, k, v))
     if dq.numel():
         delta = torch.empty_like(lse)
@@ -201,10 +207,11 @@ def softcap_attention(
     """Attention whose scaled logits s become ``softcap * tanh(s / softcap)``.
 
     Args:
-        q, k, v: [B, H, T, d]; with `cu_seqlens` packed, [L, H, d]. One dtype of fp32, bf16 and fp16; d <= 256.
+        q, k, v: [B, H, T, d]; with `cu_seqlens` packed, [L, H, d]. One dtype of fp32, bf16 and fp16; d <= 128.
         softcap: None = plain attention.
         cu_seqlens: [sequences + 1] int32, the bounds of the packed sequences; rows after the last give zeros.
-        max_seqlen: of the longest sequence; needed with `cu_seqlens`.
+        max_seqlen: of the longest sequence; needed with `cu_seqlens`. Where it is too small, the rows beyond it
+            come back as not a number: nobody waits for the GPU to find out.
 
     Returns:
         The shape and dtype of q. In 16 bits a GPU's own tanh is used, with a relative error of 2^-11.

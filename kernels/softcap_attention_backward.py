@@ -13,10 +13,14 @@ def _dq_step(
     to_logit, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, CAP: tl.constexpr, FAST: tl.constexpr,
     MASK: tl.constexpr,
 ):  # fmt: skip
-    """One step of dq, over the keys o_n. Rows beyond the end are zero keys: they add nothing."""
+    """One step of dq, over the keys o_n."""
     b_k0, b_k1 = load2(p_k, stride_k, o_n, length, D, D0, D1, MASK)
     b_v0, b_v1 = load2(p_v, stride_v, o_n, length, D, D0, D1, MASK)
     b_x, b_tanh = logits(dot2(b_q0, b_q1, b_k0, b_k1, D1), to_tanh, to_logit, CAP, FAST)
+    if (
+        MASK
+    ):  # a zero key adds nothing, but its logit of zero may be far above all others: infinite, and times zero
+        b_x = tl.where((o_n < length)[None, :], b_x, -float("inf"))
     b_ds = tl.exp(b_x - b_lse[:, None]) * (dot2(b_do0, b_do1, b_v0, b_v1, D1) - b_delta[:, None])
     if CAP:
         b_ds *= 1.0 - b_tanh * b_tanh
@@ -40,7 +44,7 @@ def dq_kernel(
     """dq and delta = sum(out * do) for a block of queries."""
     i_s, i_h, i_row, start, length, i_lse = place(p_bounds, ROWS, SEQUENCES, T, H, BLOCK)
     if i_row >= length:
-        clear(p_dq, i_h, i_row, start, -length, T, D, H, BLOCK, WIDEST)
+        clear(p_dq, 0.0, i_h, i_row, start, -length, T, D, H, BLOCK, WIDEST)
         return
     i_base = start if p_bounds is not None else 0
     p_q += (i_s * stride_qb + i_h * stride_qh + i_base * stride_qt) * UNIT
@@ -123,8 +127,8 @@ def dkdv_kernel(
     """dk and dv for a block of keys."""
     i_s, i_h, i_row, start, length, i_lse = place(p_bounds, ROWS, SEQUENCES, T, H, BLOCK)
     if i_row >= length:
-        clear(p_dk, i_h, i_row, start, -length, T, D, H, BLOCK, WIDEST)
-        clear(p_dv, i_h, i_row, start, -length, T, D, H, BLOCK, WIDEST)
+        clear(p_dk, 0.0, i_h, i_row, start, -length, T, D, H, BLOCK, WIDEST)
+        clear(p_dv, 0.0, i_h, i_row, start, -length, T, D, H, BLOCK, WIDEST)
         return
     i_base = start if p_bounds is not None else 0
     p_q += (i_s * stride_qb + i_h * stride_qh + i_base * stride_qt) * UNIT

@@ -87,6 +87,7 @@ def place(p_bounds, ROWS, SEQUENCES, T, H: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def clear(
     p_x,
+    value,
     i_h,
     i_row,
     start,
@@ -97,12 +98,12 @@ def clear(
     BLOCK: tl.constexpr,
     WIDEST: tl.constexpr,
 ):
-    """Zeros for the padding rows of one head, from this program's block on."""
+    """A value for all channels of the given rows of one head, shared by its programs."""
     o_d = tl.arange(0, WIDEST)
     for i_first in range(i_row, rows, tl.cdiv(T, BLOCK) * BLOCK):
         o_t = i_first + tl.arange(0, BLOCK)
         p_row = p_x + ((start + o_t[:, None]) * H + i_h) * D + o_d[None, :]
-        store(p_row, tl.zeros([BLOCK, WIDEST], tl.float32), (o_t < rows)[:, None] & (o_d < D)[None, :])
+        store(p_row, tl.full([BLOCK, WIDEST], value, tl.float32), (o_t < rows)[:, None] & (o_d < D)[None, :])
 
 
 @triton.jit
@@ -156,8 +157,11 @@ def forward_kernel(
     """out and the logarithm of each row's sum, for a block of queries."""
     i_s, i_h, i_row, start, length, i_lse = place(p_bounds, ROWS, SEQUENCES, T, H, BLOCK)
     if i_row >= length:
-        clear(p_out, i_h, i_row, start, -length, T, D, H, BLOCK, WIDEST)
+        clear(p_out, 0.0, i_h, i_row, start, -length, T, D, H, BLOCK, WIDEST)
         return
+    if p_bounds is not None:
+        # Longer than the caller said: what no program reaches must not look like a result.
+        clear(p_out, float("nan"), i_h, i_row, start + T, length - T, T, D, H, BLOCK, WIDEST)
     i_base = start if p_bounds is not None else 0
     p_q += (i_s * stride_qb + i_h * stride_qh + i_base * stride_qt) * UNIT
     p_k += (i_s * stride_kb + i_h * stride_kh + i_base * stride_kt) * UNIT

@@ -115,6 +115,11 @@ def test_only_the_gradients_asked_for(need, poison):
     check_kernel(expand_masked, reference.expand_masked, inputs, only={need})
 
 
+def test_no_copies_have_gradients_of_zero(poison):
+    inputs = {"tokens": some(2, 6, 8), "visible": mask(2, 1, 5)[:, :0], "position": some(1, 6, 8)}
+    check_kernel(expand_masked, reference.expand_masked, inputs)
+
+
 def test_many_images_a_chunk_and_repeatable():
     """More images than chunks, so that a program sums over several; twice, the same bits."""
     inputs = {"tokens": some(300, 70, 600), "visible": mask(300, 1, 69), "position": some(1, 70, 600)}

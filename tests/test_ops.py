@@ -61,6 +61,10 @@ WRONG = {
         lambda: ops.reconstruction_loss(x(2, 3, 5, 8), x(2, 3, 8), VISIBLE),
         "target must be broadcastable",
     ),
+    "scale": (
+        lambda: ops.reconstruction_loss(x(2, 3, 5, 8), x(2, 3, 5, 8), VISIBLE, scale=x(8)),
+        "scale must be a single number",
+    ),
     "packed target": (
         lambda: ops.reconstruction_loss(x(30, 8), x(31, 8), VISIBLE, packing=PACKING),
         "target must be [30, 8] or [2, 5, 8]",
@@ -121,6 +125,18 @@ def test_lengths_of_packed_rows_are_few_and_enough():
     assert len(lengths) <= 16
 
 
+def test_a_grid_without_patches():
+    packing = ops.pack_masks(VISIBLE[..., :0], 2)
+    assert packing.cu_seqlens[-1] == len(packing.indices) == 2 * 3 * 2
+
+
+def test_a_scale_that_is_learned_gets_its_gradient(monkeypatch):
+    monkeypatch.setattr(ops, "MODE", "1")
+    scale = torch.tensor(0.5, device=DEVICE, requires_grad=True)
+    ops.reconstruction_loss(x(2, 3, 5, 8), x(2, 3, 5, 8) + 1, VISIBLE, scale=scale).backward()
+    assert scale.grad == 1.0
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU asserts asynchronously")
 @pytest.mark.parametrize("there", [True, False])
 def test_a_row_that_is_too_short_is_an_error(there, monkeypatch):
@@ -128,6 +144,8 @@ def test_a_row_that_is_too_short_is_an_error(there, monkeypatch):
         monkeypatch.setattr(extension, "available", lambda device: False)
     with pytest.raises(RuntimeError, match="pack_masks"):
         ops.pack_masks(VISIBLE.cpu(), 1, 29)
+    with pytest.raises(RuntimeError, match="pack_masks"):
+        fa.UniformMasks().packed(torch.arange(2), 4, 1, length=7)
 
 
 BACKBONES = {

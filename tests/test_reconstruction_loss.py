@@ -86,6 +86,15 @@ def test_any_shape_and_stride(images, copies, patches, prefix, width, loss, flip
     check(prediction=prediction, target=target, visible=mask(images, copies, patches), loss=loss, scale=0.3)
 
 
+def test_strided_indices_and_a_single_row():
+    visible = mask(2, 2, 4)
+    packing = reference.pack_masks(visible, 1, 24)
+    strided = packing._replace(indices=torch.stack([packing.indices, packing.indices], 1)[:, 0])
+    check(prediction=some(24, 8), target=some(24, 8), visible=visible, packing=strided)
+    for loss in LOSSES:
+        check(prediction=some(1, 1, 1, 8), target=some(1, 1, 1, 8), visible=mask(1, 1, 1), loss=loss)
+
+
 def test_equal_vectors_and_zero_vectors():
     """l1 has gradient zero where nothing differs; the cosine of a zero vector is zero, as torch defines it."""
     prediction = some(1, 1, 4, 8)

@@ -112,6 +112,40 @@ def test_memory_of_the_output_is_what_the_projection_reads():
     assert softcap_attention(*qkv(2, 3, 5, 16)).transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [30.0, None])
+def test_logits_that_are_all_far_below_zero(softcap, dtype):
+    """The softmax does not see a shift; a masked key, whose logit is zero, must not outweigh the others."""
+    if dtype == torch.float16 and softcap is None:
+        q, k = some(1, 1, 19, 64, dtype=dtype) - 2, some(1, 1, 19, 64, dtype=dtype) + 2
+    else:
+        q, k = some(1, 1, 19, 64, dtype=dtype) * 0.1 - 6, some(1, 1, 19, 64, dtype=dtype) * 0.1 + 6
+    inputs = [x.requires_grad_() for x in (q, k, some(1, 1, 19, 64, dtype=dtype))]
+    out = softcap_attention(*inputs, softcap=softcap)
+    wanted = reference.softcap_attention(*(x.double() for x in inputs), softcap=softcap)
+    assert relative_error(out, wanted) < 0.02
+    for gradient in torch.autograd.grad(out, inputs, torch.randn_like(out)):
+        assert torch.isfinite(gradient).all()
+
+
+def test_a_length_that_is_too_small_gives_nothing_that_looks_like_a_result(poison):
+    q, k, v = qkv(150, 1, 16)
+    bounds = torch.tensor([0, 130, 150], dtype=torch.int32, device=DEVICE)
+    right = softcap_attention(q, k, v, cu_seqlens=bounds, max_seqlen=130)
+    for length in (0, 1, 64):
+        out = softcap_attention(q, k, v, cu_seqlens=bounds, max_seqlen=length)
+        written = ~out.isnan()
+        assert torch.equal(out[written], right[written])
+        assert out[129].isnan().all()
+
+
+def test_bounds_need_not_be_contiguous():
+    q, k, v = qkv(30, 1, 16)
+    bounds = torch.tensor([0, 9, 10, 9, 30, 9], dtype=torch.int32, device=DEVICE)[::2]
+    options = {"softcap": 5.0, "cu_seqlens": bounds, "max_seqlen": 20}
+    check(q, k, v, **options)
+
+
 def test_repeatable():
     q, k, v = (x.requires_grad_() for x in qkv(2, 2, 70, 32))
     gradients = [

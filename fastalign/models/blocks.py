@@ -46,12 +46,14 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, height, width] -> [B, N, D]"""
+        if images.is_cuda:  # channels last, so that a patch's embedding comes out contiguous
+            images = images.contiguous(memory_format=torch.channels_last)
         return self.norm(self.proj(images).flatten(2).transpose(1, 2))
 
     def blank(self) -> Tensor:
-        """[D]: the embedding of a patch whose pixels are zero."""
-        bias = self.proj.bias
-        return self.norm(torch.zeros_like(self.proj.weight[:, 0, 0, 0]) if bias is None else bias)
+        """[D]: the embedding of a patch whose pixels are zero, in whatever dtype embeddings come out."""
+        weight = self.proj.weight
+        return self(weight.new_zeros(1, *weight.shape[1:]))[0, 0]
 
 
 class LayerScale(nn.Module):
