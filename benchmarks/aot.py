@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from benchmarks import record
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, DEGENERATE_CASES
 
 ARCHITECTURES = (80, 90, 100)
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -71,11 +71,11 @@ def compile_all(arch: int, names: list[str] | None = None) -> list[dict]:
     rows, seen = [], set()
     JITFunction.run = run
     try:
-        for case in CASES:
+        for case in [*CASES, *DEGENERATE_CASES]:
             if names and case.name not in names:
                 continue
             launched.clear()
-            case.build("cpu").run()
+            case.build("cpu", min(2, case.batch)).run()
             for name, kernel in launched:
                 if kernel.hash in seen:
                     continue

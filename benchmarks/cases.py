@@ -1,7 +1,8 @@
 """The kernels at the shapes of training: what `benchmarks.kernels` times and `benchmarks.aot` compiles.
 
 A case knows its inputs, the kernel and its reference (both called with the inputs as keyword arguments), and the
-least bytes and operations of a forward and a backward pass, from the formulas of the kernel's file.
+least bytes and operations of a forward and a backward pass, from the formulas of the kernel's file. Dtypes are
+those of training under autocast: activations in bf16, parameters, targets and the residual stream in fp32.
 """
 
 from collections.abc import Callable, Iterator
@@ -100,15 +101,15 @@ def _token_cases(model: str, batch: int, patches: int, prefix: int, width: int, 
             "patches": _random(b, patches, width, device=device),
             "hidden": _random(width, device=device),
             "visible": _visible(b, patches, device),
-            "prefix": _random(prefix, width, device=device) if prefix else None,
-            "position": _random(patches, width, device=device),
+            "prefix": _random(prefix, width, device=device, dtype=torch.float32) if prefix else None,
+            "position": _random(patches, width, device=device, dtype=torch.float32),
         }
 
     def expanded(b: int, device: str) -> dict:
         return {
             "tokens": _random(b, tokens, width, device=device),
             "visible": _visible(b, patches, device),
-            "position": _random(1, tokens, width, device=device),
+            "position": _random(1, tokens, width, device=device, dtype=torch.float32),
         }
 
     def packed(b: int, device: str) -> dict:
@@ -122,11 +123,11 @@ def _token_cases(model: str, batch: int, patches: int, prefix: int, width: int, 
         return {"packed": _random(b * present, width, device=device), "packing": packing}
 
     def copied(b: int) -> tuple[int, int]:
-        one = 2 * b * width * (patches + COPIES * tokens)
+        one = b * width * (2 * patches + 4 * COPIES * tokens)
         return one, one
 
     def moved(b: int) -> tuple[int, int]:
-        one = 2 * b * width * (patches + present)
+        one = b * width * (2 * patches + 4 * present)
         return one, one
 
     def call_pack(patches, packing, prefix, position):
@@ -158,7 +159,7 @@ def _loss_cases(model: str, batch: int, patches: int, prefix: int, width: int, h
     def inputs(loss: str) -> Callable[[int, str], dict]:
         return lambda b, device: {
             "prediction": _random(b, *shape, device=device),
-            "target": _random(b, *shape, device=device),
+            "target": _random(b, *shape, device=device, dtype=torch.float32),
             "visible": _visible(b, patches, device),
             "loss": loss,
             "scale": torch.full((), 0.7, device=device),
@@ -169,7 +170,7 @@ def _loss_cases(model: str, batch: int, patches: int, prefix: int, width: int, h
             "reconstruction_loss", f"{model} {loss}", batch, inputs(loss), reconstruction_loss,
             reference.reconstruction_loss, ("prediction",), backward_alone=False,
             # The gradient is written in the forward pass; the backward pass has nothing left to do.
-            bytes=lambda b: (6 * b * COPIES * (prefix + patches) * width, 0),
+            bytes=lambda b: (8 * b * COPIES * (prefix + patches) * width, 0),
         )  # fmt: skip
 
 
@@ -177,14 +178,18 @@ def _block_cases(model: str, batch: int, patches: int, prefix: int, width: int, 
     tokens = prefix + patches
 
     def residual(b: int, device: str) -> dict:
-        rows = {name: _random(b, tokens, width, device=device) for name in ("residual", "branch")}
-        vectors = {name: _random(width, device=device) for name in ("scale", "weight", "bias")}
+        rows = {
+            "residual": _random(b, tokens, width, device=device, dtype=torch.float32),
+            "branch": _random(b, tokens, width, device=device),
+        }
+        names = ("scale", "weight", "bias")
+        vectors = {name: _random(width, device=device, dtype=torch.float32) for name in names}
         return {**rows, **vectors, "eps": 1e-6}
 
     yield Case(
         "layer_scale_residual_norm", model, batch, residual, layer_scale_residual_norm,
         reference.layer_scale_residual_norm, ("residual", "branch", "scale", "weight", "bias"),
-        bytes=lambda b: (8 * b * tokens * width, 12 * b * tokens * width),
+        bytes=lambda b: (14 * b * tokens * width, 20 * b * tokens * width),
     )  # fmt: skip
     for activation in ("gelu", "gelu_tanh", "quick_gelu"):
 
@@ -261,8 +266,9 @@ def _cases() -> Iterator[Case]:
     for width in (32, 80, 96, 128):
         for softcap in (30.0, None):
             yield attention_case("other widths", 64, 257, 12, width, softcap)
-    for width in (64, 80, 128):
+    for width in (64, 80, 96, 128):
         yield attention_case("fp32", 64, 257, 12, width, 30.0, dtype=torch.float32)
+    yield attention_case("fp16", 64, 257, 12, 64, 30.0, dtype=torch.float16)
 
 
 CASES = list(_cases())
@@ -274,3 +280,19 @@ TINY_CASES = [
     attention_case("tiny", 2, 18, 2, 16, None, packed=True),
 ]
 """Every operation where speed means nothing: for checks without a GPU."""
+_ONE = {"one": {"batch": 1, "patches": 1, "prefix": 0, "width": 1, "heads": 1}}
+DEGENERATE_CASES = [
+    *_row_cases(_ONE),
+    attention_case("one", 1, 1, 1, 1, 30.0),
+    attention_case("one", 1, 1, 1, 1, None, packed=True),
+    Case(
+        "reconstruction_loss", "one row", 1,
+        lambda b, device: {
+            "prediction": _random(1, 1, 1, 8, device=device), "target": _random(1, 1, 1, 8, device=device),
+            "visible": torch.ones(1, 1, 1, dtype=torch.bool, device=device),
+        },
+        reconstruction_loss, reference.reconstruction_loss, ("prediction",), lambda b: (0, 0),
+        backward_alone=False,
+    ),
+]  # fmt: skip
+"""Sizes of one, which Triton compiles as constants: for `benchmarks.aot`."""

@@ -44,12 +44,17 @@ def _tile(kernel: str, length: int, width: int, itemsize: int, arch: int) -> dic
     wide = width > 64
     fits = triton.cdiv(length, 128) * 128 <= triton.cdiv(length, 64) * 64
     rows = 128 if kernel == "forward" and fits and not wide else 64
-    if kernel == "dkdv":
-        walked = 64 if arch == 90 and not wide else 16 if arch < 90 and 80 < width < 128 else 32
+    crowded = kernel == "dkdv" and arch < 90 and 80 < width < 128
+    if kernel == "forward":
+        walked, warps = 64, 8 if rows == 128 else 4
+    elif kernel == "dq":
+        walked, warps = 32 if wide and arch < 100 else 64, 8 if wide and arch != 90 else 4
     else:
-        walked = 32 if wide and kernel == "dq" else 64
-    warps = 8 if rows == 128 or (wide and kernel == ("dkdv" if arch >= 90 or width > 96 else "dq")) else 4
-    return {"BLOCK": rows, "WALK": walked, "num_warps": warps, "num_stages": 3}
+        walked = 64 if arch == 90 and not wide else 16 if crowded else 32
+        warps = 8 if wide and (arch >= 90 or width > 96) else 4
+    # With two stages a step's rows are fetched while nothing else is left to do; on Blackwell three spill.
+    stages = 2 if crowded or arch >= 100 else 3
+    return {"BLOCK": rows, "WALK": walked, "num_warps": warps, "num_stages": stages}
 
 
 def _arguments(
