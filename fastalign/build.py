@@ -74,7 +74,10 @@ def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, Vi
     torch.manual_seed(config.seed)
     try:
         teacher = MaskedTeacher(
-            taught, skip_blocks=config.teacher.skip_blocks, prefix_only=config.teacher.prefix_only
+            taught,
+            skip_blocks=config.teacher.skip_blocks,
+            masking="zero" if config.objective == "mim" else config.masks.mode,
+            prefix_only=config.teacher.prefix_only,
         )
         common = {
             "softcap": config.student.softcap,
@@ -82,7 +85,7 @@ def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, Vi
             "head": config.student.head,
         }
         if config.objective == "mim":
-            student = MIMStudent.from_backbone(backbone, **common)
+            student = MIMStudent.from_backbone(backbone, **common, masking=config.masks.mode)
             objective = MaskedImageModeling(teacher, student, build_masks(config), config.loss.name)
         else:
             student = MaskEmbedStudent.from_backbone(

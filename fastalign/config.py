@@ -76,6 +76,8 @@ class Masks(Section):
     """add each mask's complement"""
     full: bool = True
     """add the mask that hides nothing"""
+    mode: Literal["zero", "drop"] = "zero"
+    """zero: a hidden patch is blank; drop (ours): it leaves the sequence, which is faster, and another estimator"""
 
 
 class Loss(Section):
@@ -147,10 +149,8 @@ class Checkpoint(Section):
 class Log(Section):
     every_steps: int = Field(20, gt=0)
     """metrics are fetched from the device, written and shown"""
-    tensorboard: bool = False
-    """also write TensorBoard events into the run folder"""
-    wandb: str | None = None
-    """also log to this Weights & Biases project"""
+    to: list[str] = []
+    """besides metrics.jsonl: tensorboard (events in the run folder), wandb:PROJECT (Weights & Biases)"""
 
 
 class Efficiency(Section):
@@ -203,6 +203,11 @@ class Config(Section):
             raise ValueError(
                 "masks.ratio means nothing for uniform masks: remove it or choose another distribution"
             )
+        for sink in self.log.to:
+            if sink != "tensorboard" and not sink.startswith("wandb:"):
+                raise ValueError(f"log.to: {sink!r} is neither tensorboard nor wandb:PROJECT")
+        if self.masks.mode == "drop" and self.teacher.prefix_only:
+            raise ValueError("teacher.prefix_only goes with masks.mode=zero only")
         if self.objective == "mim" and (self.teacher.prefix_only or self.student.freeze):
             raise ValueError("objective mim goes with neither teacher.prefix_only nor student.freeze")
         return self

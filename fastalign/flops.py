@@ -3,6 +3,7 @@
 A multiply-add counts as two; training as three forward passes; the frozen teacher as one.
 """
 
+import torch
 from torch import nn
 
 from fastalign.models.spec import BlockSpec
@@ -17,10 +18,12 @@ def block_flops(block: BlockSpec, tokens: float, squares: float) -> float:
 
 
 def flops_per_image(objective: MaskEmbed | MaskedImageModeling) -> float:
-    """A training step's operations for one image, forward and backward, teacher included (mode `zero`)."""
+    """A training step's operations for one image, forward and backward, teacher included."""
     teacher, student = objective.teacher, objective.student
     copies, tokens = objective.masks.copies, student.encoder.spec.prefix + student.encoder.spec.patches
     once, masked = (tokens, tokens**2), (copies * tokens, copies * tokens**2)
+    if objective.masking == "drop":
+        masked = _dropped(objective)
     decoder = getattr(student, "decoder", None)
     total = encoder_flops(teacher.vit, *(masked if decoder else once))
     trained = 3 if any(parameter.requires_grad for parameter in student.encoder.parameters()) else 1
@@ -32,6 +35,13 @@ def flops_per_image(objective: MaskEmbed | MaskedImageModeling) -> float:
         predicted = copies if decoder.prefix_only and decoder.prefix else masked[0]
         total += 3 * (blocks + head_flops(decoder.head) * predicted)
     return total
+
+
+def _dropped(objective: MaskEmbed | MaskedImageModeling) -> tuple[float, float]:
+    """Tokens of an image's copies without their hidden patches, and the sum of their squares: means of many masks."""
+    visible = objective.masks(torch.arange(4096), objective.num_patches)
+    lengths = (visible.sum(-1) + objective.teacher.spec.prefix).double()
+    return lengths.sum(1).mean().item(), lengths.square().sum(1).mean().item()
 
 
 def encoder_flops(vit: ViT, tokens: float, squares: float) -> float:

@@ -89,8 +89,7 @@ def train(config: Config, world: distributed.World) -> None:
     if world.main:
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "config.yaml").write_text(to_yaml(config))
-    sinks = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb}
-    log = MetricLog(run.folder, step=run.step or -1, main=world.main, **sinks)
+    log = MetricLog(run.folder, step=run.step or -1, main=world.main, sinks=config.log.to)
     terminal = Terminal(total=run.last_step, step=run.step, main=world.main)
     try:
         if run.step == 0:

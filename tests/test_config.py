@@ -11,14 +11,14 @@ output seed max_steps objective
 student.name student.pretrained student.checkpoint student.kwargs student.softcap student.head student.freeze
 teacher.name teacher.pretrained teacher.checkpoint teacher.kwargs teacher.skip_blocks teacher.prefix_only
 decoder.layers decoder.width decoder.heads decoder.qk_norm decoder.qkv_bias decoder.init_values
-masks.distribution masks.ratio masks.complement masks.full
+masks.distribution masks.ratio masks.complement masks.full masks.mode
 loss.name loss.target_scale loss.scale_batches
 data.train data.val data.crop data.scale data.ratio data.hflip data.color_jitter data.randaugment data.mixup
 data.cutmix data.threads data.hw_decoder_load
 optim.batch_size optim.accumulate optim.epochs optim.lr optim.min_lr optim.warmup_epochs optim.weight_decay
 optim.betas optim.clip optim.ema
 checkpoint.every_steps checkpoint.keep
-log.every_steps log.tensorboard log.wandb
+log.every_steps log.to
 efficiency.precision efficiency.compile efficiency.grad_checkpointing
 """
 
@@ -92,6 +92,9 @@ def test_yaml_out_is_yaml_in(tmp_path):
         ("", "optim.warmup_epochs=9", ["optim.warmup_epochs"]),
         ("", "teacher.prefix_only=true", ["teacher.skip_blocks=0"]),
         ("", "masks.ratio=0.3", ["masks.ratio"]),
+        ("", "masks.mode=dorp", ["masks.mode", "drop"]),
+        ("masks: {mode: drop}\nteacher: {prefix_only: true, skip_blocks: 0}", None, ["masks.mode=zero"]),
+        ("", "log.to=[wandb]", ["log.to", "wandb:PROJECT"]),
         ("optim: 3", None, ["optim", "3"]),
         ("- a", None, ["mapping"]),
         ("a: [", None, ["not YAML"]),

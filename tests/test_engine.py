@@ -95,7 +95,7 @@ def test_other_ranks_write_nothing(tmp_path):
 def test_tensorboard_events_are_written(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = MetricLog(tmp_path, tensorboard=True)
+    log = MetricLog(tmp_path, sinks=["tensorboard"])
     log.add(step=5, loss=1.25)
     log.close()
     events = EventAccumulator(str(tmp_path))
@@ -107,4 +107,4 @@ def test_tensorboard_events_are_written(tmp_path):
 def test_missing_wandb_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(UserError, match=r"fastalign\[wandb\]"):
-        MetricLog(tmp_path, wandb="project")
+        MetricLog(tmp_path, sinks=["wandb:project"])

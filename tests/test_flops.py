@@ -52,6 +52,20 @@ def test_full_size_agrees_with_the_cost_model():
     assert flops_per_image(objective) == pytest.approx(256.9e9, rel=0.003)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("vit_base_patch16_clip_quickgelu_224", 205.9e9), ("vit_so400m_patch14_siglip_384", 3580e9)],
+)
+def test_dropping_costs_what_the_cost_model_says(name, wanted):
+    """Packed lengths 2N + 3P, and the squares of uniformly many visible patches."""
+    with torch.device("meta"):
+        vit = fa.create_backbone(name)
+        student = fa.MaskEmbedStudent.from_backbone(vit)
+        objective = fa.MaskEmbed(fa.MaskedTeacher(vit, masking="drop"), student, fa.UniformMasks())
+    assert flops_per_image(objective) == pytest.approx(wanted, rel=0.005)
+
+
 def test_peaks_are_found_by_name():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989.5e12
     assert peak_flops("some other device") is None

@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,8 +33,7 @@ class MetricLog:
         folder: the run folder; lines go to its `metrics.jsonl`.
         step: the step to continue from: lines of later steps, from before an interruption, are dropped.
         main: whether this rank writes.
-        tensorboard: also write events to `folder`.
-        wandb: also log to this project.
+        sinks: also log to "tensorboard" (events in `folder`) and "wandb:PROJECT".
     """
 
     def __init__(
@@ -42,8 +42,7 @@ class MetricLog:
         *,
         step: int = 0,
         main: bool = True,
-        tensorboard: bool = False,
-        wandb: str | None = None,
+        sinks: Sequence[str] = (),
     ):
         self._pending: list[dict] = []
         self._file, self._sinks = None, []
@@ -53,10 +52,9 @@ class MetricLog:
         if path.exists():
             _drop_later_lines(path, step)
         self._file = path.open("a")
-        if tensorboard:
-            self._sinks.append(_tensorboard(folder, step))
-        if wandb:
-            self._sinks.append(_wandb(folder, wandb))
+        for sink in sinks:
+            kind, _, project = sink.partition(":")
+            self._sinks.append(_wandb(folder, project) if kind == "wandb" else _tensorboard(folder, step))
 
     def add(self, **values) -> None:
         """Keep a line until the next flush; values may be tensors on the device."""
@@ -205,7 +203,9 @@ def _tensorboard(folder: Path, step: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError('log.tensorboard needs a package: pip install "fastalign[tensorboard]"') from None
+        raise UserError(
+            'log.to=[tensorboard] needs a package: pip install "fastalign[tensorboard]"'
+        ) from None
     writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(values: dict, step: int) -> None:
@@ -220,7 +220,7 @@ def _wandb(folder: Path, project: str):
     try:
         import wandb
     except ImportError:
-        raise UserError('log.wandb needs a package: pip install "fastalign[wandb]"') from None
+        raise UserError('log.to=[wandb:...] needs a package: pip install "fastalign[wandb]"') from None
     # The same folder continues the same run; two folders of one name are two runs.
     identity = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"
     run = wandb.init(project=project, name=folder.name, id=identity, dir=str(folder), resume="allow")
