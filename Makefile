@@ -58,7 +58,7 @@ gpu-kernel-tests: gpu-install
 
 # One measurement a target; its JSON is copied to $$OUT where that is set.
 gpu-step gpu-kernels gpu-masks: gpu-%: gpu-install
-	@$(GPU_PY) -m benchmarks.$* $(if $(filter kernels,$*),--resume --budget 480); status=$$?; \
+	@$(GPU_PY) -m benchmarks.$* $(if $(filter kernels step,$*),--resume --budget 480); status=$$?; \
 	if [ -n "$$OUT" ]; then cp benchmarks/results/$*.json "$$OUT"/; fi; exit $$status
 
 clean:

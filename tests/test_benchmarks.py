@@ -1,13 +1,62 @@
 """Every benchmark runs, at a tiny size, so that none is ever broken."""
 
-from benchmarks import record, step
+import pytest
+import torch
+
+import fastalign as fa
+from benchmarks import masks, record, step
+from benchmarks.baseline import Baseline
+from tests.numerics import gradient_error, randomise, relative_error
 
 
 def test_step(capsys):
     rows = step.main(["--tiny"])
-    assert [row["softcap"] for row in rows] == [30.0, None]
+    assert [row["implementation"] for row in rows] == ["zero", "baseline"]
     assert all(row["images_per_second"] > 0 for row in rows)
     assert "images/s" in capsys.readouterr().out
+
+
+def test_ratios_on_a_cpu():
+    rows = step.main(["--ratios", "--tiny"])
+    assert rows[0]["speedup_over_baseline"] > 0
+    assert rows[1]["speedup_over_zero"] > 0
+
+
+def test_masks():
+    assert masks.main(["--tiny"]) is not None
+
+
+def test_without_a_gpu_the_step_is_not_timed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="needs a GPU"):
+        step.main([])
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch16_clip_quickgelu_224"])
+@pytest.mark.parametrize("softcap", [0.5, None])
+def test_the_baseline_computes_the_same_loss(name, softcap, monkeypatch):
+    """An honest yardstick: with our masks and weights it gives our loss and gradient."""
+    kwargs = {"img_size": 48, "embed_dim": 96, "num_heads": 3, "depth": 3}
+    baseline = Baseline(name, softcap, **kwargs).double()
+    randomise(baseline)
+    vit = fa.create_backbone(name, **kwargs).double()
+    teacher, student = fa.MaskedTeacher(vit), fa.MaskEmbedStudent.from_backbone(vit, softcap=softcap).double()
+    teacher.vit.load_state_dict(baseline.teacher.state_dict())
+
+    def renamed(key):
+        key = key.replace("attn.inner.", "attn.")
+        return key if key.startswith("encoder.") else f"decoder.{key}"
+
+    student.load_state_dict({renamed(key): value for key, value in baseline.student.state_dict().items()})
+    objective = fa.MaskEmbed(teacher, student, fa.UniformMasks())
+    images, ids = torch.randn(2, 3, 48, 48, dtype=torch.float64), torch.arange(2)
+    monkeypatch.setattr(baseline, "draw", lambda images: objective.masks(ids, 9).flatten(0, 1).double())
+    found, wanted = baseline(images, ids), objective(images, ids)
+    assert relative_error(found, wanted) < 1e-5  # the baseline's loss is in fp32
+    found.backward(), wanted.backward()
+    theirs = {renamed(n): p.grad for n, p in baseline.student.named_parameters() if p.grad is not None}
+    ours = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+    assert gradient_error(theirs, ours) < 1e-4
 
 
 def test_a_record_says_where_it_was_taken(tmp_path, monkeypatch):
