@@ -1,0 +1,151 @@
+"""What is installed, what will be used, and what would be faster: ``python -m fastalign.doctor``.
+
+Ends with a smoke test, a training step on every kind of device there is; the exit code is 1 if one fails.
+"""
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
+
+import torch
+
+from fastalign import extension, ops
+from fastalign.masks import UniformMasks
+from fastalign.models.student import MaskEmbedStudent
+from fastalign.models.teacher import MaskedTeacher
+from fastalign.models.zoo import create_backbone
+from fastalign.objectives import MaskEmbed
+
+DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+# Import name, a module that only the right project has, what it is for.
+OPTIONAL = {
+    "xformers": ("xformers.ops", "attention, compared in benchmarks.kernels"),
+    "flash_attn": ("flash_attn.flash_attn_interface", "FlashAttention 2, compared in benchmarks.kernels"),
+    "flash_attn_interface": ("flash_attn_interface", "FlashAttention 3, compared in benchmarks.kernels"),
+    "tensorboard": ("tensorboard.summary", "log.to=[tensorboard]"),
+    "wandb": ("wandb.sdk", "log.to=[wandb:PROJECT]"),
+    "apex": ("apex.optimizers", "not used yet"),
+    "torchao": ("torchao.quantization", "not used yet"),
+}
+
+
+def version(package: str) -> str | None:
+    """The installed version of a distribution; None = not installed."""
+    try:
+        return distribution(package).version
+    except PackageNotFoundError:
+        return None
+
+
+def machine() -> list[str]:
+    """Python, torch and the devices."""
+    lines = [f"python {platform.python_version()}, torch {torch.__version__}, timm {version('timm')}"]
+    lines.append(f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        return [*lines, f"GPU: none found; torch is {built}"]
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        lines.append(
+            f"GPU {index}: {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+        )
+    return lines
+
+
+def data() -> list[str]:
+    """Who decodes images."""
+    found = [f"{name} {version(name)}" for name in DALI_PACKAGES if version(name)]
+    if found:
+        return [f"decoding and transforms: {', '.join(found)}"]
+    if version("nvidia-dali"):
+        return ["DALI: missing; the package nvidia-dali is another project: pip install nvidia-dali-cuda130"]
+    return ['DALI: missing, needed for training: pip install "fastalign[dali]"']
+
+
+def operations() -> list[str]:
+    """What runs each operation on a GPU and on a CPU, and why."""
+    triton, status = version("triton"), extension.status()
+    if not triton:
+        kernels = (
+            "eager PyTorch: triton is not installed, which is several passes over memory where one is enough"
+        )
+    elif ops.MODE == "0":
+        kernels = "eager PyTorch, because FASTALIGN_KERNELS=0"
+    else:
+        kernels = f"kernels in triton {triton}"
+    lines = [
+        f"masked copies, decoder input, packing, loss on a GPU: {kernels}",
+        f"soft-capped and packed attention on a GPU: {kernels}",
+        "other attention on a GPU: torch's scaled_dot_product_attention, which picks among its own",
+        "everything on a CPU: eager PyTorch",
+        f"masks: extension ({status})"
+        if extension.available(torch.device("cpu"))
+        else f"masks: PyTorch ({status})",
+    ]
+    if torch.cuda.is_available() and not extension.available(torch.device("cuda")):
+        lines.append(
+            "  faster on this GPU: install the CUDA toolkit of torch's version, then fastalign again"
+        )
+    if not shutil.which("c++"):
+        lines.append("  torch.compile on a CPU and the extension need a C++ compiler: apt install g++")
+    return lines
+
+
+def optional() -> list[str]:
+    """Optional packages, and whether each is the project meant."""
+    lines, owners = [], packages_distributions()
+    for name, (proof, purpose) in OPTIONAL.items():
+        if importlib.util.find_spec(name) is None:
+            lines.append(f"{name}: not installed ({purpose})")
+            continue
+        try:
+            right = importlib.util.find_spec(proof) is not None
+        except (ImportError, AttributeError):
+            right = False
+        source = ", ".join(f"{owner} {version(owner)}" for owner in dict.fromkeys(owners.get(name, ["?"])))
+        lines.append(f"{name}: {source} ({purpose})" if right else f"{name}: {source} is another project")
+    return lines
+
+
+def smoke(device: str) -> str:
+    """A step of a tiny model, with a soft-cap, in both modes. Raises what goes wrong."""
+    vit = create_backbone("vit_tiny_patch16_224", img_size=64, depth=2)
+    student = MaskEmbedStudent.from_backbone(vit)
+    losses = []
+    for masking in ("zero", "drop"):
+        objective = MaskEmbed(MaskedTeacher(vit, masking=masking), student, UniformMasks()).to(device)
+        images, ids = torch.randn(2, 3, 64, 64, device=device), torch.arange(2, device=device)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = objective(images, ids)
+        loss.backward()
+        losses.append(loss.item())
+    if not all(0 < loss < float("inf") for loss in losses):
+        raise ArithmeticError(f"losses of {losses}")
+    return f"a step on the {device}: mode zero, mode drop"
+
+
+def main() -> int:
+    """Print the report; 1 if a smoke test fails."""
+    for title, section in {
+        "machine": machine,
+        "data": data,
+        "operations": operations,
+        "optional": optional,
+    }.items():
+        print(f"{title}\n  " + "\n  ".join(section()))
+    print("smoke test")
+    failed = False
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        try:
+            print(f"  ok: {smoke(device)}")
+        except Exception as error:  # whatever it is, the report must be complete
+            failed = True
+            print(f"  FAILED on the {device}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The doctor's report: true about this machine, complete, and honest about failures."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastalign import doctor, extension, ops
+
+
+def test_the_report_says_what_is_here(capsys):
+    assert doctor.main() == 0
+    report = capsys.readouterr().out
+    for words in (
+        torch.__version__,
+        "nvidia-dali-cuda",
+        extension.status(),
+        "ok: a step on the cpu",
+        "optional",
+    ):
+        assert words in report
+    assert len(set(report.splitlines())) == len(report.splitlines())
+
+
+def test_a_failing_step_is_reported_and_counts(capsys, monkeypatch):
+    def fail(device):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(doctor, "smoke", fail)
+    assert doctor.main() == 1
+    assert "FAILED on the cpu: RuntimeError: two lines" in capsys.readouterr().out
+
+
+def test_kernels_switched_off_are_named(monkeypatch):
+    monkeypatch.setattr(ops, "MODE", "0")
+    assert any("because FASTALIGN_KERNELS=0" in line for line in doctor.operations())
+
+
+def test_another_project_under_a_known_name_is_not_taken_for_it(tmp_path, monkeypatch):
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "apex", raising=False)
+    assert any(line.startswith("apex: ") and "another project" in line for line in doctor.optional())
+
+
+@pytest.mark.parametrize(
+    ("installed", "words"), [(["nvidia-dali"], "another project"), ([], "missing, needed")]
+)
+def test_missing_dali(installed, words, monkeypatch):
+    monkeypatch.setattr(doctor, "version", lambda name: "1.0" if name in installed else None)
+    assert words in doctor.data()[0]
+
+
+def test_a_gpu_without_the_extension_hears_how_to_get_it(monkeypatch):
+    gpu = SimpleNamespace(name="Some GPU", major=9, minor=0, total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(extension, "available", lambda device: device.type == "cpu")
+    assert "GPU 0: Some GPU, sm_90, 80 GiB" in doctor.machine()
+    assert any("install the CUDA toolkit" in line for line in doctor.operations())
