@@ -193,6 +193,9 @@ def test_bf16_stays_close(recipe):
     "options",
     [
         ["objective=mim", "teacher.skip_blocks=0"],
+        ["masks.mode=drop"],
+        ["masks.mode=drop", "masks.distribution=bernoulli", "masks.complement=false", "loss.name=l1"],
+        ["masks.mode=drop", "objective=mim", "efficiency.grad_checkpointing=true"],
         ["loss.name=cosine"],
         ["teacher.skip_blocks=0", "teacher.prefix_only=true"],
         ["student.freeze=true"],
@@ -201,7 +204,7 @@ def test_bf16_stays_close(recipe):
         ["loss.scale_batches=1", "data.val=null"],
         ["data.train=synthetic:40", "data.val=synthetic:10"],
     ],
-    ids=lambda options: options[0],
+    ids=lambda options: " ".join(options[:2]),
 )
 def test_variants_train(recipe, options):
     folder = recipe(*options, "max_steps=2")
@@ -239,6 +242,10 @@ BAD = {
         ["different patch grids"],
     ),
     "batch larger than the data": (["optim.batch_size=64"], ["40", "64"]),
+    "no dropping with a position bias": (
+        ["student.name=beit_base_patch16_224", "student.kwargs={img_size: 32, depth: 2}", "masks.mode=drop"],
+        ["relative position bias", "'zero'"],
+    ),
     "weights of another model": (["student.checkpoint=OTHER"], ["OTHER", "another model"]),
     "unreachable weights": (["student.pretrained=true"], ["vit_tiny_patch16_224"]),
     "misspelt key": (["optim.learning_rate=1"], ["optim.learning_rate", "nearest"]),
