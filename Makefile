@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 DALI ?= dali
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: install demo test lint gpu gpu-install gpu-tests gpu-kernel-tests gpu-step gpu-kernels gpu-masks clean
+.PHONY: install demo test lint gpu gpu-install gpu-tests gpu-kernel-tests gpu-step gpu-kernels gpu-masks gpu-data gpu-profile clean
 
 install: $(VENV)/.installed
 
@@ -40,7 +40,7 @@ demo: install
 # installed already; each part is a target of its own. Results go to benchmarks/results and, where it is set, to $$OUT.
 GPU_PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
-gpu: gpu-tests gpu-kernel-tests gpu-step gpu-kernels gpu-masks
+gpu: gpu-tests gpu-kernel-tests gpu-step gpu-kernels gpu-masks gpu-profile gpu-data
 
 # Correctness before speed: a part that fails ends `make gpu`.
 gpu-install:
@@ -57,7 +57,7 @@ gpu-kernel-tests: gpu-install
 	$(GPU_PY) -m pytest -q -k "not without_a_gpu" $(KERNEL_TESTS:%=tests/test_%.py)
 
 # One measurement a target; its JSON is copied to $$OUT where that is set.
-gpu-step gpu-kernels gpu-masks: gpu-%: gpu-install
+gpu-step gpu-kernels gpu-masks gpu-data gpu-profile: gpu-%: gpu-install
 	@$(GPU_PY) -m benchmarks.$* $(if $(filter kernels step,$*),--resume --budget 480); status=$$?; \
 	if [ -n "$$OUT" ]; then cp benchmarks/results/$*.json "$$OUT"/; fi; exit $$status
 

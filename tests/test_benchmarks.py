@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastalign as fa
-from benchmarks import masks, record, step
+from benchmarks import data, masks, profile, record, step
 from benchmarks.baseline import Baseline
 from tests.numerics import gradient_error, randomise, relative_error
 
@@ -24,6 +24,19 @@ def test_ratios_on_a_cpu():
 
 def test_masks():
     assert masks.main(["--tiny"]) is not None
+
+
+def test_data():
+    rows = data.main(["--tiny", "--needs", "100"])
+    assert [row["source"] for row in rows] == ["folder", "tar"]
+    assert all(row["images_per_second"] > 0 and row["threads_needed"] >= 1 for row in rows)
+
+
+@pytest.mark.parametrize("mode", ["zero", "drop", "baseline"])
+def test_profile(mode):
+    rows = profile.main(["--tiny", "--mode", mode])
+    assert any("addmm" in row["operation"] or "mm" in row["operation"] for row in rows)
+    assert sum(row["share"] for row in rows) <= 1.001
 
 
 def test_without_a_gpu_the_step_is_not_timed(monkeypatch):
