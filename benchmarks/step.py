@@ -33,6 +33,7 @@ VARIANTS = [
     ("zero", 30.0, True),
     ("baseline", 30.0, True),
     ("drop", 30.0, True),
+    ("zero", 30.0, "blocks"),
     ("zero", None, True),
     ("baseline", None, True),
     ("zero", 30.0, False),
@@ -51,11 +52,13 @@ class Contestant:
         name: the backbone, random weights.
         batch: images a step.
         softcap: of the student.
-        compiled: torch.compile student and teacher.
+        compiled: torch.compile student and teacher; "blocks", block by block.
         **kwargs: timm's arguments.
     """
 
-    def __init__(self, implementation: str, name: str, batch: int, softcap, compiled: bool = False, **kwargs):
+    def __init__(
+        self, implementation: str, name: str, batch: int, softcap, compiled: bool | str = False, **kwargs
+    ):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         vit = fa.create_backbone(name, **kwargs)
         masking = "zero" if implementation == "baseline" else implementation
@@ -66,7 +69,7 @@ class Contestant:
             self.model = Baseline(name, softcap, **kwargs)
         self.model.to(self.device)
         if compiled:
-            self.model.compile()
+            self.model.compile(**({"blocks": True} if compiled == "blocks" else {}))
         trained = self.model.student.parameters()
         self.optimizer = adamw(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01)
         self.images = torch.randn(batch, 3, *vit.spec.image_size, device=self.device)
@@ -86,7 +89,7 @@ class Contestant:
 
 
 def measure(
-    implementation: str, name: str, batch: int, softcap, compiled: bool, repeats: int, **kwargs
+    implementation: str, name: str, batch: int, softcap, compiled: bool | str, repeats: int, **kwargs
 ) -> dict:
     """One row of the table; arguments as for `Contestant`."""
     torch._dynamo.reset()
@@ -129,10 +132,10 @@ def show(row: dict) -> None:
     """A line of the table."""
     mfu = f"{100 * row['mfu']:.1f}%" if row["mfu"] else "-"
     memory = f"{row['peak_gib']:.1f} GiB" if row["peak_gib"] else "-"
-    kind = "compiled" if row["compiled"] else "eager"
+    kind = {True: "compiled", "blocks": "blocks", False: "eager"}[row["compiled"]]
     print(
         f"{row['backbone']:38} {row['implementation']:9} cap {row['softcap'] or '-':5} {kind:8} batch "
-        f"{row['batch']:4} {row['images_per_second']:8.1f} images/s  MFU {mfu:6} {memory}",
+        f"{row['batch']:4} {row['images_per_second']:8.1f} images/s  MFU {mfu:6} {memory}  first step {row['first_step_s']:.0f} s",
         flush=True,
     )
 

@@ -158,8 +158,8 @@ class Efficiency(Section):
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 autocast with fp32 weights; auto = bf16 on a GPU, fp32 on a CPU"""
-    compile: bool = False
-    """torch.compile the student and the teacher"""
+    compile: bool | Literal["blocks"] = False
+    """torch.compile the student and the teacher; blocks = block by block, which starts sooner"""
     grad_checkpointing: bool = False
     """recompute the student's blocks in the backward pass"""
 

@@ -42,7 +42,7 @@ class Run:
         self.last_step = min(config.max_steps or self.total_steps, self.total_steps)
         self.resume()
         if config.efficiency.compile:
-            objective.compile()
+            objective.compile(blocks=config.efficiency.compile == "blocks")
         self.model: nn.Module = objective
         if world.size > 1:
             self.model = DistributedDataParallel(

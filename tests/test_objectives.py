@@ -274,6 +274,30 @@ def test_compiles_without_a_graph_break_and_gives_the_same(objective):
     assert gradient_error(results[1][1], results[0][1]) < 1e-4
 
 
+@pytest.mark.slow
+@needs_compiler
+def test_blocks_of_one_kind_share_a_graph():
+    """Compiled block by block, twice the depth compiles no more; stochastic depth, of another rate each, does."""
+    counts = {}
+    for depth, drop_path in ((2, 0.0), (6, 0.0), (6, 0.1)):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        vit = fa.create_backbone("vit_tiny_patch16_224", img_size=32, depth=depth, drop_path_rate=drop_path)
+        step = fa.MaskEmbed(fa.MaskedTeacher(vit), fa.MaskEmbedStudent.from_backbone(vit), fa.UniformMasks())
+        randomise(step.student)
+        images, ids = torch.randn(2, 3, 32, 32), torch.arange(2)
+        if not drop_path:
+            wanted = step(images, ids)
+        step.compile(blocks=True)
+        found = step(images, ids)
+        found.backward()
+        if not drop_path:
+            assert relative_error(found, wanted) < 1e-5
+        counts[depth, drop_path] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert counts[2, 0.0] == counts[6, 0.0]
+    assert counts[6, 0.1] > counts[6, 0.0]
+
+
 def test_loss_in_bf16_is_computed_in_fp32():
     prediction, target = torch.randn(2, 3, 5, 64).bfloat16(), torch.randn(2, 3, 5, 64).bfloat16()
     visible = torch.ones(2, 3, 4, dtype=torch.bool)

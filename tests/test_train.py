@@ -174,12 +174,12 @@ def test_efficiency_settings_do_not_change_the_loss(recipe, setting):
 
 @pytest.mark.slow
 @needs_compiler
-def test_compiled_run_has_the_same_loss(recipe):
+@pytest.mark.parametrize("setting", ["true", "blocks"])
+def test_compiled_run_has_the_same_loss(recipe, setting):
     torch._dynamo.reset()
     plain = losses(recipe("max_steps=3", name="plain"))
-    assert losses(recipe("efficiency.compile=true", "max_steps=3", name="compiled")) == pytest.approx(
-        plain, rel=1e-4
-    )
+    compiled = losses(recipe(f"efficiency.compile={setting}", "max_steps=3", name="compiled"))
+    assert compiled == pytest.approx(plain, rel=1e-4)
 
 
 def test_bf16_stays_close(recipe):
