@@ -135,7 +135,8 @@ def show(row: dict) -> None:
     kind = {True: "compiled", "blocks": "blocks", False: "eager"}[row["compiled"]]
     print(
         f"{row['backbone']:38} {row['implementation']:9} cap {row['softcap'] or '-':5} {kind:8} batch "
-        f"{row['batch']:4} {row['images_per_second']:8.1f} images/s  MFU {mfu:6} {memory}  first step {row['first_step_s']:.0f} s",
+        f"{row['batch']:4} {row['images_per_second']:8.1f} images/s  MFU {mfu:6} {memory}  "
+        f"first step {row['first_step_s']:.0f} s",
         flush=True,
     )
 
