@@ -16,10 +16,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 ROOT = Path(__file__).parent.parent
 
 
-def objective():
+both_modes = pytest.mark.parametrize("masking", ["zero", "drop"])
+
+
+def objective(masking="zero"):
     """A small MaskEmbed with moved weights."""
     vit = fa.create_backbone("vit_tiny_patch16_224", img_size=64, depth=3)
-    step = fa.MaskEmbed(fa.MaskedTeacher(vit), fa.MaskEmbedStudent.from_backbone(vit), fa.UniformMasks())
+    teacher, student = fa.MaskedTeacher(vit, masking=masking), fa.MaskEmbedStudent.from_backbone(vit)
+    step = fa.MaskEmbed(teacher, student, fa.UniformMasks())
     randomise(step)
     return step
 
@@ -38,8 +42,9 @@ def test_masks_are_the_same_bits(kind):
     assert torch.equal(masks(ids.cuda(), 196, 2).cpu(), masks(ids, 196, 2))
 
 
-def test_loss_and_gradient_equal_float64_on_the_cpu():
-    step, images, ids = objective(), torch.randn(4, 3, 64, 64), torch.arange(4)
+@both_modes
+def test_loss_and_gradient_equal_float64_on_the_cpu(masking):
+    step, images, ids = objective(masking), torch.randn(4, 3, 64, 64), torch.arange(4)
     loss, gradient = loss_and_gradient(step.double(), images.double(), ids)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -48,20 +53,22 @@ def test_loss_and_gradient_equal_float64_on_the_cpu():
     assert gradient_error(found_gradient, gradient) < 1e-3
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_bf16_stays_close(compiled):
+@both_modes
+@pytest.mark.parametrize("compiled", [False, True, "blocks"])
+def test_bf16_stays_close(compiled, masking):
     torch._dynamo.reset()
-    step, images, ids = objective().cuda(), torch.randn(4, 3, 64, 64).cuda(), torch.arange(4).cuda()
+    step, images, ids = objective(masking).cuda(), torch.randn(4, 3, 64, 64).cuda(), torch.arange(4).cuda()
     loss, _ = loss_and_gradient(step, images, ids)
     if compiled:
-        step.compile()
+        step.compile(blocks=compiled == "blocks")
     with torch.autocast("cuda", torch.bfloat16):
         found, _ = loss_and_gradient(step, images.bfloat16(), ids)
     assert relative_error(found, loss) < 0.02
 
 
-def test_a_step_never_waits_for_the_device():
-    step, images, ids = objective().cuda(), torch.randn(4, 3, 64, 64).cuda(), torch.arange(4).cuda()
+@both_modes
+def test_a_step_never_waits_for_the_device(masking):
+    step, images, ids = objective(masking).cuda(), torch.randn(4, 3, 64, 64).cuda(), torch.arange(4).cuda()
     loss_and_gradient(step, images, ids)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -70,6 +77,34 @@ def test_a_step_never_waits_for_the_device():
             step(images, ids).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@both_modes
+def test_a_step_is_captured_in_a_cuda_graph_and_replayed(masking):
+    step, images, ids = objective(masking).cuda(), torch.randn(4, 3, 64, 64).cuda(), torch.arange(4).cuda()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            wanted, gradient = loss_and_gradient(step, images, ids)
+    torch.cuda.current_stream().wait_stream(side)
+    step.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(images, ids)
+        loss.backward()
+    graph.replay()
+    assert torch.equal(loss.cpu(), wanted)
+    assert gradient_error({n: p.grad.cpu() for n, p in step.student.named_parameters()}, gradient) < 1e-5
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_where_their_tensors_are():
+    """Triton launches on the current device, which is the first GPU."""
+    step, images, ids = objective(), torch.randn(4, 3, 64, 64), torch.arange(4)
+    wanted, _ = loss_and_gradient(step.cuda(), images.cuda(), ids.cuda())
+    found, _ = loss_and_gradient(step.to("cuda:1"), images.to("cuda:1"), ids.to("cuda:1"))
+    assert relative_error(found, wanted) < 1e-6
 
 
 def test_the_command_trains_on_the_gpu(tmp_path):

@@ -79,6 +79,8 @@ def test_one_target_for_all_copies_and_one_predicted_token(loss):
     st.sampled_from(LOSSES), st.booleans(),
 )  # fmt: skip
 def test_any_shape_and_stride(images, copies, patches, prefix, width, loss, flipped):
+    if loss == "cosine":
+        width += 7  # the gradient of one channel's cosine is zero, and of two nearly so: nothing but rounding
     size = (images, copies, prefix + patches, width)
     prediction, target = some(*size), some(*size)
     if flipped:
