@@ -1,5 +1,6 @@
 """Attention: one function over the implementations that a device offers."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -43,12 +44,23 @@ def attention(
         if ops.uses_kernels(q):
             bounds, longest = sequences
             return ops.softcap_attention(q, k, v, softcap=softcap, cu_seqlens=bounds, max_seqlen=longest)
+        if q.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _one_by_one(q, k, v, softcap, sequences)
         return _padded(q, k, v, softcap, sequences)
     if softcap is not None:
         return ops.softcap_attention(q, k, v, softcap=softcap, bias=bias)
     if bias is not None:
         bias = bias.to(q.dtype)  # under autocast q is in the lower precision, a parameter is not
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, sequences: Sequences) -> Tensor:
+    """Packed attention on a CPU, where the bounds can be read at no cost."""
+    bounds = sequences.bounds.tolist()
+    lengths = [end - start for start, end in pairwise(bounds)] + [len(q) - bounds[-1]]
+    *parts, padding = zip(*(x.transpose(0, 1).unsqueeze(0).split(lengths, 2) for x in (q, k, v)), strict=True)
+    out = [attention(*part, softcap=softcap) if part[0].shape[2] else part[0] for part in parts]
+    return torch.cat([*out, padding[0]], 2)[0].transpose(0, 1)  # padding may hold anything finite
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, sequences: Sequences) -> Tensor:

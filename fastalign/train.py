@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastalign import build
 from fastalign.config import Config, load_config, to_yaml
 from fastalign.engine import distributed
+from fastalign.engine.memory import keep_freed_memory
 from fastalign.engine.metrics import MetricLog, Speed, Terminal
 from fastalign.engine.optim import learning_rate
 from fastalign.errors import UserError
@@ -207,4 +208,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     sys.exit(main())
