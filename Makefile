@@ -50,11 +50,12 @@ gpu-tests: gpu-install
 	$(GPU_PY) -m pytest -q tests/test_gpu.py
 	$(GPU_PY) -m pytest -q -m gpu tests/test_extension.py
 
-# The tests that run in the interpreter elsewhere.
+# The tests that run in the interpreter elsewhere; compiling is most of it, so in several processes where pytest can.
 KERNEL_TESTS := mask_tokens pack reconstruction_loss softcap_attention layer_scale_residual_norm bias_activation ops
 
 gpu-kernel-tests: gpu-install
-	$(GPU_PY) -m pytest -q -k "not without_a_gpu" $(KERNEL_TESTS:%=tests/test_%.py)
+	$(GPU_PY) -m pytest -q $$($(GPU_PY) -c "import xdist; print('-n 8')" 2>/dev/null) -k "not without_a_gpu" \
+		$(KERNEL_TESTS:%=tests/test_%.py) tests/test_drop.py
 
 # One measurement a target; its JSON is copied to $$OUT where that is set.
 gpu-step gpu-kernels gpu-masks gpu-data gpu-profile: gpu-%: gpu-install
