@@ -7,7 +7,7 @@ import torch
 import fastalign as fa
 from fastalign import ops
 from fastalign.reference import LOSSES
-from tests.numerics import gradient_error, needs_compiler, randomise, relative_error
+from tests.numerics import DEVICE, gradient_error, needs_compiler, randomise, relative_error
 from tests.truth import StudentTruth
 
 NARROW = {"embed_dim": 96, "num_heads": 3, "depth": 3}
@@ -190,13 +190,13 @@ def test_on_kernels(name, monkeypatch):
     wanted = objective(images, ids)
     wanted.backward()
     gradient = {n: p.grad.clone() for n, p in objective.student.named_parameters() if p.grad is not None}
-    objective = objective.float()
+    objective = objective.float().to(DEVICE)
     objective.zero_grad()
     monkeypatch.setattr(ops, "MODE", "1")
-    loss = objective(images.float(), ids)
+    loss = objective(images.float().to(DEVICE), ids)
     loss.backward()
-    assert relative_error(loss, wanted) < 1e-5
-    found = {n: p.grad for n, p in objective.student.named_parameters() if p.grad is not None}
+    assert relative_error(loss.cpu(), wanted) < 1e-5
+    found = {n: p.grad.cpu() for n, p in objective.student.named_parameters() if p.grad is not None}
     assert gradient_error(found, gradient) < 1e-3
 
 
