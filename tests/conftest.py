@@ -26,6 +26,8 @@ def _own_cache(tmp_path, monkeypatch):
 def _fixed_seed():
     torch.set_num_threads(2)
     torch.manual_seed(0)
+    # fp32 means fp32 in every comparison, also in a GPU's convolutions.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @pytest.fixture

@@ -46,8 +46,6 @@ def test_masks_are_the_same_bits(kind):
 def test_loss_and_gradient_equal_float64_on_the_cpu(masking):
     step, images, ids = objective(masking), torch.randn(4, 3, 64, 64), torch.arange(4)
     loss, gradient = loss_and_gradient(step.double(), images.double(), ids)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
     found, found_gradient = loss_and_gradient(step.float().cuda(), images.cuda(), ids.cuda())
     assert relative_error(found, loss) < 1e-5
     assert gradient_error(found_gradient, gradient) < 1e-3
