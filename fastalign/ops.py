@@ -60,6 +60,13 @@ def _check_masks(visible: Tensor, images: int) -> None:
     _check(right, "visible", f"bool [B = {images}, M, N]", visible)
 
 
+def _check_rows(prefix: Tensor | None, position: Tensor | None, count: int, width: int) -> None:
+    if prefix is not None:
+        _check(prefix.dim() == 2 and prefix.shape[1] == width, "prefix", f"[P, D = {width}]", prefix)
+    if position is not None:
+        _check(position.shape == (count, width), "position", f"[N = {count}, D = {width}]", position)
+
+
 def mask_tokens(
     patches: Tensor,
     hidden: Tensor,
@@ -73,10 +80,7 @@ def mask_tokens(
     _check_masks(visible, images)
     _check(visible.shape[2] == count, "visible", f"[B, M, N = {count}]", visible)
     _check(hidden.shape == (width,), "hidden", f"[D = {width}]", hidden)
-    if prefix is not None:
-        _check(prefix.dim() == 2 and prefix.shape[1] == width, "prefix", f"[P, D = {width}]", prefix)
-    if position is not None:
-        _check(position.shape == (count, width), "position", f"[N = {count}, D = {width}]", position)
+    _check_rows(prefix, position, count, width)
     _check_devices(patches=patches, hidden=hidden, visible=visible, prefix=prefix, position=position)
     run = _mask_tokens if uses_kernels(patches, hidden, prefix, position) else reference.mask_tokens
     return run(patches, hidden, visible, prefix, position)
@@ -147,10 +151,7 @@ def pack(
     before = 0 if prefix is None else len(prefix)
     right = packing.slots.shape[0] == images and packing.slots.shape[2] == before + count
     _check(right, "packing.slots", f"[B = {images}, M, P + N = {before + count}]", packing.slots)
-    if prefix is not None:
-        _check(prefix.dim() == 2 and prefix.shape[1] == width, "prefix", f"[P, D = {width}]", prefix)
-    if position is not None:
-        _check(position.shape == (count, width), "position", f"[N = {count}, D = {width}]", position)
+    _check_rows(prefix, position, count, width)
     _check_devices(patches=patches, prefix=prefix, position=position)
     if not uses_kernels(patches, prefix, position):
         return reference.pack(patches, packing, prefix, position)

@@ -55,10 +55,10 @@ def mask_tokens(
         [B, M, P + N, D], the promoted dtype of patches, prefix and position.
     """
     tokens = torch.where(visible.unsqueeze(-1), patches.unsqueeze(1), hidden.to(patches.dtype))
-    return _with_prefix(tokens, prefix, position)
+    return with_prefix(tokens, prefix, position)
 
 
-def _with_prefix(tokens: Tensor, prefix: Tensor | None, position: Tensor | None) -> Tensor:
+def with_prefix(tokens: Tensor, prefix: Tensor | None, position: Tensor | None) -> Tensor:
     """Add the position to the patches [..., N, D], and put the prefix before them."""
     if position is not None:
         tokens = tokens + position
@@ -118,9 +118,7 @@ def pack(
         [L, D], the promoted dtype of patches, prefix and position; padding rows are zero.
     """
     # The index -1 finds the row of zeros at the end.
-    return functional.pad(_with_prefix(patches, prefix, position).flatten(0, 1), (0, 0, 0, 1))[
-        packing.indices
-    ]
+    return functional.pad(with_prefix(patches, prefix, position).flatten(0, 1), (0, 0, 0, 1))[packing.indices]
 
 
 def unpack(packed: Tensor, packing: Packing) -> Tensor:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalign.kernels.common import promoted, register, store, with_unit_stride
+from fastalign.kernels.common import as_rows, promoted, register, store
 
 _PROGRAMS = 1056
 """About so many in the backward: eight on each multiprocessor of an H100; fixed, so that sums repeat anywhere."""
@@ -111,15 +111,11 @@ def _tile(width: int) -> dict[str, int]:
     return {"BLOCK_R": 2048 // block, "BLOCK_D": block, "num_warps": 4}
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    return with_unit_stride(tensor.reshape(-1, tensor.shape[-1]))
-
-
 def _forward(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     out = torch.empty(x.shape, dtype=promoted(x, bias), device=x.device)
     if out.numel() == 0:
         return out
-    rows, width, tile = _rows(x), x.shape[-1], _tile(x.shape[-1])
+    rows, width, tile = as_rows(x), x.shape[-1], _tile(x.shape[-1])
     grid = triton.cdiv(rows.shape[0], tile["BLOCK_R"]) * triton.cdiv(width, tile["BLOCK_D"])
     _forward_kernel[(grid,)](
         rows, None if bias is None else bias.contiguous(), out, rows.stride(0), rows.shape[0], width,
@@ -138,7 +134,7 @@ def _backward(
     d_x = torch.empty(x.shape if need_x else (0,), dtype=x.dtype, device=x.device)
     d_bias = x.new_empty((chunks, width) if need_bias else (0,), dtype=torch.float32)
     if x.numel():
-        rows = _rows(x)
+        rows = as_rows(x)
         _backward_kernel[(tiles, chunks)](
             gradient.contiguous(), rows, None if bias is None else bias.contiguous(), d_x, d_bias,
             rows.stride(0), count, width, activation, need_x, need_bias, **tile,

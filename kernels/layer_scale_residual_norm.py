@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalign.kernels.common import narrow, promoted, register, store, with_unit_stride
+from fastalign.kernels.common import as_rows, narrow, promoted, register, store
 
 _PROGRAMS = 528
 """At most so many in the backward: four on each multiprocessor of an H100; fixed, so that sums repeat anywhere."""
@@ -148,10 +148,6 @@ def _tile(width: int) -> dict[str, int]:
     return {"BLOCK_R": max(1, 2048 // block), "BLOCK_D": block, "num_warps": 4 if block <= 2048 else 8}
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    return with_unit_stride(tensor.reshape(-1, tensor.shape[-1]))
-
-
 def _forward(
     residual: Tensor, branch: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,7 +157,7 @@ def _forward(
     statistics = total.new_empty((2, *shape[:-1]), dtype=torch.float32)
     if total.numel() == 0:
         return total, normed, statistics
-    residual, branch, tile = _rows(residual), _rows(branch), _tile(width)
+    residual, branch, tile = as_rows(residual), as_rows(branch), _tile(width)
     vectors = [None if vector is None else vector.contiguous() for vector in (scale, weight, bias)]
     _forward_kernel[(triton.cdiv(residual.shape[0], tile["BLOCK_R"]),)](
         residual, branch, *vectors, total, normed, statistics, residual.stride(0), branch.stride(0),
@@ -190,7 +186,7 @@ def _backward(
     sums = total.new_empty((sum(needs[2:]), programs, width), dtype=torch.float32)
     if total.numel():
         gradients = [None if gradient is None else gradient.contiguous() for gradient in (d_total, d_normed)]
-        branch = None if branch is None else _rows(branch)
+        branch = None if branch is None else as_rows(branch)
         vectors = [None if vector is None else vector.contiguous() for vector in (scale, weight)]
         _backward_kernel[(programs,)](
             *gradients, total.contiguous(), statistics.contiguous(), branch, *vectors, d_residual, d_branch,

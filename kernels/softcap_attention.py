@@ -4,7 +4,7 @@
 
 Shapes: q, k, v [B, H, T, d] with any strides, or packed [L, H, d] with the sequences' bounds; T of 50 to 1025
 and d of 32 to 128 are what tiles are made for. No score reaches memory: forward moves ``4 s BHTd`` bytes and
-computes ``4 BHT^2 d`` operations, backward ``9 s BHTd`` and ``14 BHT^2 d`` (dq, and dk with dv, each in a kernel
+computes ``4 BHT^2 d`` operations, backward ``8 s BHTd`` and ``14 BHT^2 d`` (dq, and dk with dv, each in a kernel
 that computes the scores again, so nothing is added up atomically and results repeat).
 
 At these lengths general kernels lose most in half-filled tiles. Here keys are walked in whole blocks without any
@@ -155,20 +155,13 @@ def _backward(
     return dq, dk, dv
 
 
-def _empty_rows_first(x, cu_seqlens):
-    if cu_seqlens is not None:
-        return x.new_empty(x.shape)
-    images, heads, length, width = x.shape
-    return x.new_empty((images, length, heads, width)).transpose(1, 2)
-
-
 def _forward_fake(q, k, v, softcap, cu_seqlens, max_seqlen):
     shape = q.shape[:3] if cu_seqlens is None else (q.shape[1], q.shape[0])
-    return _empty_rows_first(q, cu_seqlens), q.new_empty(shape, dtype=torch.float32)
+    return _rows_first(q, cu_seqlens is not None), q.new_empty(shape, dtype=torch.float32)
 
 
 def _backward_fake(gradient, q, k, v, out, lse, softcap, cu_seqlens, max_seqlen):
-    return tuple(_empty_rows_first(x, cu_seqlens) for x in (q, k, v))
+    return tuple(_rows_first(x, cu_seqlens is not None) for x in (q, k, v))
 
 
 forward_op = register(

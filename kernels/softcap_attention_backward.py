@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fastalign.kernels.common import narrow
-from fastalign.kernels.softcap_attention_forward import clear, dot, dot2, load2, logits, place, store2
+from fastalign.kernels.softcap_attention_forward import clear, dot, dot2, head, load2, logits, place, store2
 
 
 @triton.jit
@@ -17,9 +17,8 @@ def _dq_step(
     b_k0, b_k1 = load2(p_k, stride_k, o_n, length, D, D0, D1, MASK)
     b_v0, b_v1 = load2(p_v, stride_v, o_n, length, D, D0, D1, MASK)
     b_x, b_tanh = logits(dot2(b_q0, b_q1, b_k0, b_k1, D1), to_tanh, to_logit, CAP, FAST)
-    if (
-        MASK
-    ):  # a zero key adds nothing, but its logit of zero may be far above all others: infinite, and times zero
+    if MASK:
+        # A zero key adds nothing, but its logit of zero may be far above all others: infinite, and times zero.
         b_x = tl.where((o_n < length)[None, :], b_x, -float("inf"))
     b_ds = tl.exp(b_x - b_lse[:, None]) * (dot2(b_do0, b_do1, b_v0, b_v1, D1) - b_delta[:, None])
     if CAP:
@@ -46,17 +45,11 @@ def dq_kernel(
     if i_row >= length:
         clear(p_dq, 0.0, i_h, i_row, start, -length, T, D, H, BLOCK, WIDEST)
         return
-    i_base = start if p_bounds is not None else 0
-    p_q += (i_s * stride_qb + i_h * stride_qh + i_base * stride_qt) * UNIT
-    p_k += (i_s * stride_kb + i_h * stride_kh + i_base * stride_kt) * UNIT
-    p_v += (i_s * stride_vb + i_h * stride_vh + i_base * stride_vt) * UNIT
-    p_do += (i_s * stride_db + i_h * stride_dh + i_base * stride_dt) * UNIT
-    stride_qt, stride_kt, stride_vt, stride_dt = (
-        stride_qt * UNIT,
-        stride_kt * UNIT,
-        stride_vt * UNIT,
-        stride_dt * UNIT,
-    )
+    PACKED: tl.constexpr = p_bounds is not None
+    p_q, stride_qt = head(p_q, stride_qb, stride_qh, stride_qt, i_s, i_h, start, UNIT, PACKED)
+    p_k, stride_kt = head(p_k, stride_kb, stride_kh, stride_kt, i_s, i_h, start, UNIT, PACKED)
+    p_v, stride_vt = head(p_v, stride_vb, stride_vh, stride_vt, i_s, i_h, start, UNIT, PACKED)
+    p_do, stride_dt = head(p_do, stride_db, stride_dh, stride_dt, i_s, i_h, start, UNIT, PACKED)
     p_out += (start * H + i_h) * D
     o_t = i_row + tl.arange(0, BLOCK)
     b_q0, b_q1 = load2(p_q, stride_qt, o_t, length, D, D0, D1, True)
@@ -130,17 +123,11 @@ def dkdv_kernel(
         clear(p_dk, 0.0, i_h, i_row, start, -length, T, D, H, BLOCK, WIDEST)
         clear(p_dv, 0.0, i_h, i_row, start, -length, T, D, H, BLOCK, WIDEST)
         return
-    i_base = start if p_bounds is not None else 0
-    p_q += (i_s * stride_qb + i_h * stride_qh + i_base * stride_qt) * UNIT
-    p_k += (i_s * stride_kb + i_h * stride_kh + i_base * stride_kt) * UNIT
-    p_v += (i_s * stride_vb + i_h * stride_vh + i_base * stride_vt) * UNIT
-    p_do += (i_s * stride_db + i_h * stride_dh + i_base * stride_dt) * UNIT
-    stride_qt, stride_kt, stride_vt, stride_dt = (
-        stride_qt * UNIT,
-        stride_kt * UNIT,
-        stride_vt * UNIT,
-        stride_dt * UNIT,
-    )
+    PACKED: tl.constexpr = p_bounds is not None
+    p_q, stride_qt = head(p_q, stride_qb, stride_qh, stride_qt, i_s, i_h, start, UNIT, PACKED)
+    p_k, stride_kt = head(p_k, stride_kb, stride_kh, stride_kt, i_s, i_h, start, UNIT, PACKED)
+    p_v, stride_vt = head(p_v, stride_vb, stride_vh, stride_vt, i_s, i_h, start, UNIT, PACKED)
+    p_do, stride_dt = head(p_do, stride_db, stride_dh, stride_dt, i_s, i_h, start, UNIT, PACKED)
     o_t = i_row + tl.arange(0, BLOCK)
     b_k0, b_k1 = load2(p_k, stride_kt, o_t, length, D, D0, D1, True)
     b_v0, b_v1 = load2(p_v, stride_vt, o_t, length, D, D0, D1, True)

@@ -85,6 +85,15 @@ def place(p_bounds, ROWS, SEQUENCES, T, H: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def head(p_x, stride_b, stride_h, stride_t, i_s, i_h, start, UNIT: tl.constexpr, PACKED: tl.constexpr):
+    """Pointer to the first row of a sequence's head, and the stride from row to row."""
+    i_x = i_s * stride_b + i_h * stride_h
+    if PACKED:
+        i_x += start * stride_t
+    return p_x + i_x * UNIT, stride_t * UNIT
+
+
+@triton.jit
 def clear(
     p_x,
     value,
@@ -162,11 +171,10 @@ def forward_kernel(
     if p_bounds is not None:
         # Longer than the caller said: what no program reaches must not look like a result.
         clear(p_out, float("nan"), i_h, i_row, start + T, length - T, T, D, H, BLOCK, WIDEST)
-    i_base = start if p_bounds is not None else 0
-    p_q += (i_s * stride_qb + i_h * stride_qh + i_base * stride_qt) * UNIT
-    p_k += (i_s * stride_kb + i_h * stride_kh + i_base * stride_kt) * UNIT
-    p_v += (i_s * stride_vb + i_h * stride_vh + i_base * stride_vt) * UNIT
-    stride_qt, stride_kt, stride_vt = stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT
+    PACKED: tl.constexpr = p_bounds is not None
+    p_q, stride_qt = head(p_q, stride_qb, stride_qh, stride_qt, i_s, i_h, start, UNIT, PACKED)
+    p_k, stride_kt = head(p_k, stride_kb, stride_kh, stride_kt, i_s, i_h, start, UNIT, PACKED)
+    p_v, stride_vt = head(p_v, stride_vb, stride_vh, stride_vt, i_s, i_h, start, UNIT, PACKED)
     o_t = i_row + tl.arange(0, BLOCK)
     b_q0, b_q1 = load2(p_q, stride_qt, o_t, length, D, D0, D1, True)
     b_max = tl.full([BLOCK], -float("inf"), tl.float32)

@@ -11,7 +11,7 @@ from fastalign import ops
 from fastalign.attention import Sequences
 from fastalign.models.blocks import Block, PatchEmbed, make_norm
 from fastalign.models.spec import ViTSpec
-from fastalign.reference import Packing
+from fastalign.reference import Packing, with_prefix
 
 
 class ViT(nn.Module):
@@ -83,11 +83,7 @@ class ViT(nn.Module):
 
     def add_position(self, patches: Tensor) -> Tensor:
         """Patch embeddings [B, N, D] -> the first block's input [B, T, D]: prefix, position, norm."""
-        prefix, position = self.prefix_rows(), self.patch_position()
-        tokens = patches if position is None else patches + position
-        if prefix is not None:
-            tokens = torch.cat([prefix.expand(len(patches), -1, -1), tokens], dim=1)
-        return self.norm_pre(tokens)
+        return self.norm_pre(with_prefix(patches, self.prefix_rows(), self.patch_position()))
 
     def embed_masked(self, images: Tensor, visible: Tensor) -> Tensor:
         """The first block's input for masked copies of images, whose hidden patches are blank.
