@@ -19,7 +19,7 @@ from fastalign.models.zoo import create_backbone, load_backbone
 from fastalign.objectives import MaskedImageModeling, MaskEmbed
 
 WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".npz")
-"""How a weights file's name ends; any other checkpoint is the folder of a run."""
+"""How a weights file's name ends; any other path is the folder of a run."""
 SCALE_BATCHES = 50
 """Batches a rank that the target scale is measured on where there is no validation set."""
 
@@ -39,30 +39,35 @@ def build_masks(config: Config):
 def build_backbones(config: Config) -> tuple[ViT, ViT]:
     """The student's backbone and the teacher's, one and the same object where they do not differ."""
     student, teacher = config.student, config.teacher
-    backbone = _backbone(student.name, student.pretrained, student.checkpoint, student.kwargs)
-    if teacher.name is None and teacher.checkpoint is None and not teacher.kwargs:
-        return backbone, backbone
-    kwargs = {**student.kwargs, **teacher.kwargs} if teacher.name is None else teacher.kwargs
-    name = teacher.name or student.name
-    return backbone, _backbone(name, teacher.pretrained, teacher.checkpoint, kwargs)
+    first = (student.name, student.weights, student.kwargs)
+    if teacher.name is None:
+        kwargs = {**student.kwargs, **teacher.kwargs}
+        second = (student.name, teacher.weights or student.weights, kwargs)
+    else:
+        second = (teacher.name, teacher.weights or "pretrained", teacher.kwargs)
+    backbone = _backbone("student", *first)
+    return backbone, backbone if second == first else _backbone("teacher", *second)
 
 
-def _backbone(name: str, pretrained: bool, checkpoint: str | None, kwargs: dict) -> ViT:
-    if checkpoint and Path(checkpoint).suffix not in WEIGHTS:
-        drop_path = {key: value for key, value in kwargs.items() if key == "drop_path_rate"}
-        vit = load_backbone(checkpoint, **drop_path)
-        if vit.recipe["name"].split(".")[0] != name.split(".")[0]:
-            raise UserError(
-                f"the run at {checkpoint} aligned {vit.recipe['name']}, not {name}: set the same name"
-            )
-        made = vit.recipe["kwargs"]
-        for key, value in kwargs.items():
-            if key not in made or made[key] != value:
-                raise UserError(
-                    f"the run at {checkpoint} was made with {made}: kwargs.{key}={value} does not fit"
-                )
-        return vit
-    return create_backbone(name, pretrained=pretrained, checkpoint=checkpoint, **kwargs)
+def _backbone(section: str, name: str, weights: str, kwargs: dict) -> ViT:
+    if weights in ("pretrained", "random"):
+        return create_backbone(name, pretrained=weights == "pretrained", **kwargs)
+    if not Path(weights).exists():
+        raise UserError(
+            f"{section}.weights={weights}: there is no such file or folder; give a weights file, a run folder, "
+            "pretrained or random"
+        )
+    if Path(weights).suffix in WEIGHTS:
+        return create_backbone(name, checkpoint=weights, **kwargs)
+    drop_path = {key: value for key, value in kwargs.items() if key == "drop_path_rate"}
+    vit = load_backbone(weights, **drop_path)
+    if vit.recipe["name"].split(".")[0] != name.split(".")[0]:
+        raise UserError(f"the run at {weights} aligned {vit.recipe['name']}, not {name}: set the same name")
+    made = vit.recipe["kwargs"]
+    for key, value in kwargs.items():
+        if key not in made or made[key] != value:
+            raise UserError(f"the run at {weights} was made with {made}: kwargs.{key}={value} does not fit")
+    return vit
 
 
 def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, ViT]:

@@ -13,6 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fastalign.errors import UserError
 
+KEYS_OF_KWARGS = {"name": "name", "weights": "weights", "pretrained": "weights", "checkpoint": "weights"}
+"""Arguments of a backbone that are keys of `student` and `teacher`."""
+RENAMED = {
+    f"{section}.{old}": f"write {section}.weights={new}"
+    for section in ("student", "teacher")
+    for old, new in (("pretrained", "pretrained or random"), ("checkpoint", "PATH"))
+}
+
 
 class Section(BaseModel):
     """A group of keys."""
@@ -23,10 +31,8 @@ class Section(BaseModel):
 class Student(Section):
     name: str = "vit_base_patch16_224.augreg_in21k_ft_in1k"
     """timm's name of the backbone to align"""
-    pretrained: bool = True
-    """start from the published weights"""
-    checkpoint: str | None = None
-    """start from this local weights file instead (.safetensors, .pth)"""
+    weights: str = "pretrained"
+    """where it starts: pretrained (published), random, or a PATH: weights file (.safetensors, .pth) or run folder"""
     kwargs: dict[str, Any] = {}
     """timm's arguments: img_size, depth, drop_path_rate..."""
     softcap: float | None = Field(30.0, gt=0)
@@ -40,10 +46,8 @@ class Student(Section):
 class Teacher(Section):
     name: str | None = None
     """timm's name; null = the student's backbone, weights and kwargs"""
-    pretrained: bool = True
-    """with the published weights"""
-    checkpoint: str | None = None
-    """a local weights file instead"""
+    weights: str | None = None
+    """as student.weights; null = the student's, or pretrained where teacher.name is set"""
     kwargs: dict[str, Any] = {}
     """timm's arguments"""
     skip_blocks: int = Field(1, ge=0)
@@ -193,8 +197,9 @@ class Config(Section):
         if not all(0 <= beta < 1 for beta in self.optim.betas):
             raise ValueError(f"optim.betas must lie in 0..1, 1 excluded, got {list(self.optim.betas)}")
         for name, kwargs in (("student", self.student.kwargs), ("teacher", self.teacher.kwargs)):
-            if own := {"name", "pretrained", "checkpoint"} & kwargs.keys():
-                raise ValueError(f"{name}.kwargs.{min(own)}: write {name}.{min(own)} instead")
+            for own, key in KEYS_OF_KWARGS.items():
+                if own in kwargs:
+                    raise ValueError(f"{name}.kwargs.{own}: write {name}.{key} instead")
         if self.optim.warmup_epochs > self.optim.epochs:
             raise ValueError("optim.warmup_epochs must not exceed optim.epochs")
         if self.teacher.prefix_only and self.teacher.skip_blocks:
@@ -314,6 +319,8 @@ def _explain(error: ValidationError, path: str | Path) -> str:
         part for part in first["loc"] if isinstance(part, str) and not part.startswith(("float", "literal"))
     ]
     key = ".".join(where)
+    if first["type"] == "extra_forbidden" and key in RENAMED:
+        return f"{path}: the key {key} is gone: {RENAMED[key]} instead"
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, [*keys(), *Config.model_fields], n=1, cutoff=0.0)
         return f"{path}: unknown key {key}; the nearest is {near[0]}"

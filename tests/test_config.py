@@ -8,8 +8,8 @@ from fastalign.errors import UserError
 
 KEYS = """
 output seed max_steps objective
-student.name student.pretrained student.checkpoint student.kwargs student.softcap student.head student.freeze
-teacher.name teacher.pretrained teacher.checkpoint teacher.kwargs teacher.skip_blocks teacher.prefix_only
+student.name student.weights student.kwargs student.softcap student.head student.freeze
+teacher.name teacher.weights teacher.kwargs teacher.skip_blocks teacher.prefix_only
 decoder.layers decoder.width decoder.heads decoder.qk_norm decoder.qkv_bias decoder.init_values
 masks.distribution masks.ratio masks.complement masks.full masks.mode
 loss.name loss.target_scale loss.scale_batches
@@ -83,6 +83,15 @@ def test_yaml_out_is_yaml_in(tmp_path):
         ("", "optim.lrr=3", ["optim.lrr", "nearest is optim.lr"]),
         ("", "mask.full=false", ["mask", "nearest is masks"]),
         ("trainer: {}", None, ["unknown key trainer"]),
+        (
+            "",
+            "student.pretrained=false",
+            ["student.pretrained is gone", "student.weights=pretrained or random"],
+        ),
+        ("teacher: {checkpoint: a.pth}", None, ["teacher.checkpoint is gone", "teacher.weights=PATH"]),
+        ("", "teacher.kwargs.weights=random", ["teacher.kwargs.weights", "write teacher.weights"]),
+        ("", "teacher.kwargs.checkpoint=a.pth", ["teacher.kwargs.checkpoint", "write teacher.weights"]),
+        ("", "student.kwargs.name=a", ["student.kwargs.name", "write student.name"]),
         ("", "optim.lr=fast", ["optim.lr", "number", "fast"]),
         ("", "optim.lr=-1", ["optim.lr", "greater than 0"]),
         ("", "masks.distribution=unifrm", ["masks.distribution", "uniform"]),

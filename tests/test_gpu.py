@@ -109,7 +109,7 @@ def test_the_command_trains_on_the_gpu(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"output: {tmp_path / 'run'}\n"
-        "student: {name: vit_tiny_patch16_224, pretrained: false, kwargs: {img_size: 64, depth: 3}}\n"
+        "student: {name: vit_tiny_patch16_224, weights: random, kwargs: {img_size: 64, depth: 3}}\n"
         "data: {train: 'synthetic:256', val: 'synthetic:64'}\n"
         "optim: {batch_size: 32, epochs: 2, lr: 1.0e-3}\n"
     )

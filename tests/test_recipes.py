@@ -74,9 +74,9 @@ AUTHORS = {
     "clip-vit-b-in21k-e1": on_21k(CLIP_B, epochs=1),
     "clip-vit-b-in21k-e10": on_21k(CLIP_B, epochs=10),
     "clip-vit-b-in21k-e5": on_21k(CLIP_B, epochs=5),
-    "clip-vit-b-mim-aligned-mim": on_21k(CLIP_B, **{"teacher.checkpoint": "runs/mim-clip-vit-b-mim-aligned"}),
-    "clip-vit-b-mim-aligned": on_21k(CLIP_B, **{"teacher.checkpoint": "runs/clip-vit-b-mim"}),
-    "clip-vit-b-mim": on_21k(CLIP_B, **{"teacher.checkpoint": "runs/mim-clip-vit-b"}),
+    "clip-vit-b-mim-aligned-mim": on_21k(CLIP_B, **{"teacher.weights": "runs/mim-clip-vit-b-mim-aligned"}),
+    "clip-vit-b-mim-aligned": on_21k(CLIP_B, **{"teacher.weights": "runs/clip-vit-b-mim"}),
+    "clip-vit-b-mim": on_21k(CLIP_B, **{"teacher.weights": "runs/mim-clip-vit-b"}),
     "clip-vit-b": on_21k(CLIP_B),
     "clip-vit-l-336": on_21k("vit_large_patch14_clip_quickgelu_336.openai", accumulate=8, **LARGE),
     "clip-vit-l": on_21k("vit_large_patch14_clip_quickgelu_224.openai", accumulate=2, **LARGE),
@@ -120,11 +120,11 @@ AUTHORS = {
     "siglip-vit-so400m-384": on_21k("vit_so400m_patch14_siglip_384.webli", accumulate=16, **LARGE),
     "siglip-vit-so400m": on_21k("vit_so400m_patch14_siglip_224.webli", accumulate=4, **LARGE),
     # The authors keep these two in a folder of their own, as clip-vit-b-mim-aligned and clip-vit-b.
-    "mim-clip-vit-b-mim-aligned": on_21k(CLIP_B, **MIM, **{"teacher.checkpoint": "runs/clip-vit-b-mim"}),
+    "mim-clip-vit-b-mim-aligned": on_21k(CLIP_B, **MIM, **{"teacher.weights": "runs/clip-vit-b-mim"}),
     "mim-clip-vit-b": on_21k(CLIP_B, **MIM),
 }
 OURS = {
-    "mim-clip-vit-b-aligned": on_21k(CLIP_B, **MIM, **{"student.checkpoint": "runs/clip-vit-b"}),
+    "mim-clip-vit-b-aligned": on_21k(CLIP_B, **MIM, **{"student.weights": "runs/clip-vit-b"}),
     "in1k-vit-b-l1": ablation(**{"loss.name": "l1"}),
     "in1k-vit-b-masked-mse": ablation(**{"loss.name": "masked_mse"}),
     "in1k-vit-b-unmasked-mse": ablation(**{"loss.name": "unmasked_mse"}),
@@ -147,9 +147,8 @@ FULL_DEPTH = {
     "siglip-vit-b",
 }
 SLOW = {"clip-vit-l", "in1k-vit-l", "siglip-vit-so400m"}
-CHECKPOINTS = {"student.checkpoint", "teacher.checkpoint"}
-WITHOUT_RUNS = [f"{key}=null" for key in sorted(CHECKPOINTS)]
-RANDOM = ["student.pretrained=false", "teacher.pretrained=false", *WITHOUT_RUNS]
+WEIGHTS = {"student.weights", "teacher.weights"}
+RANDOM = [f"{key}=random" for key in sorted(WEIGHTS)]
 
 
 def header(path: Path) -> str:
@@ -229,10 +228,9 @@ def test_header(stem):
     share = config.optim.batch_size // (4 * config.optim.accumulate)
     assert f"4 GPUs, {share} images a GPU" in header(path)
     assert "Time and final loss: not measured yet." in header(path)
-    for other in (config.student.checkpoint, config.teacher.checkpoint):
-        assert other is None or f"Train configs/{Path(other).name}.yaml first" in header(path).replace(
-            "\n", " "
-        )
+    for other in (config.student.weights, config.teacher.weights):
+        run = f"Train configs/{Path(other or '').name}.yaml first"
+        assert other in ("pretrained", None) or run in header(path).replace("\n", " ")
 
 
 @pytest.mark.parametrize("stem", STEPS)
@@ -274,7 +272,8 @@ def reduced(stem: str, *, full_depth: bool) -> list[str]:
     side = 3 if config.masks.distribution == "blockwise" else 2
     size = side * (14 if "patch14" in config.student.name else 16)
     return [
-        *("student.pretrained=false", "teacher.pretrained=false", f"student.kwargs.img_size={size}"),
+        *(["student.weights=random"] if config.student.weights == "pretrained" else []),
+        f"student.kwargs.img_size={size}",
         *([] if full_depth else ["student.kwargs.depth=2"]),
     ]
 
@@ -303,13 +302,13 @@ def take_a_step(config: Config) -> MaskEmbed | MaskedImageModeling:
 )
 def test_takes_a_step(stem):
     overrides = reduced(stem, full_depth=stem in FULL_DEPTH | SLOW)
-    take_a_step(load_config(RECIPES[stem], [*overrides, *WITHOUT_RUNS]))
+    take_a_step(load_config(RECIPES[stem], [*overrides, *RANDOM]))
 
 
-@pytest.mark.parametrize("stem", [stem for stem, (_, keys) in TABLE.items() if CHECKPOINTS & set(keys)])
+@pytest.mark.parametrize("stem", [stem for stem, (_, keys) in TABLE.items() if WEIGHTS & set(keys)])
 def test_starts_from_the_run_before(stem, tmp_path, monkeypatch):
     config = load_config(RECIPES[stem], reduced(stem, full_depth=False))
-    folder = tmp_path / (config.teacher.checkpoint or config.student.checkpoint)
+    folder = tmp_path / (config.teacher.weights or config.student.weights)
     folder.mkdir(parents=True)
     torch.manual_seed(1)  # other weights than a fresh backbone of this run's seed
     earlier = create_backbone(CLIP_B, **config.student.kwargs)
@@ -325,4 +324,4 @@ def test_starts_from_the_run_before(stem, tmp_path, monkeypatch):
     assert torch.equal(objective.teacher.vit.state_dict()[first], earlier.state_dict()[first])
     student = objective.student.encoder.state_dict()[first]
     same = torch.allclose(student, earlier.state_dict()[first], atol=1e-3)  # but for the step
-    assert same == (config.student.checkpoint is not None)
+    assert same == (config.student.weights != "random")

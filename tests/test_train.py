@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 
 import fastalign as fa
 from fastalign import train
+from fastalign.build import build_backbones
+from fastalign.config import Config
 from tests.numerics import needs_compiler
 
 ROOT = Path(__file__).parent.parent
-MODEL = {"name": "vit_tiny_patch16_224", "pretrained": False, "kwargs": {"img_size": 32, "depth": 2}}
+MODEL = {"name": "vit_tiny_patch16_224", "weights": "random", "kwargs": {"img_size": 32, "depth": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -223,10 +225,30 @@ def test_target_scale_is_stored_and_not_measured_again(recipe):
 
 def test_a_student_may_start_from_an_earlier_run(recipe):
     first = recipe("max_steps=1", name="first")
-    second = recipe(
-        "max_steps=1", f"student.checkpoint={first}", f"teacher.checkpoint={first}", name="second"
-    )
+    second = recipe("max_steps=1", f"student.weights={first}", f"teacher.weights={first}", name="second")
     assert fa.load_backbone(second).softcap == 30.0
+
+
+def test_the_teacher_has_the_students_weights_unless_told_otherwise(tmp_path):
+    """Random weights are drawn anew for each backbone, so that equal ones are the same object."""
+    tree = {"student": MODEL, "output": str(tmp_path)}
+
+    def pair(**teacher) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        backbones = build_backbones(Config.model_validate({**tree, "teacher": teacher}))
+        return [backbone.blocks[0].attn.qkv.weight for backbone in backbones]
+
+    for same in ({}, {"weights": "random"}, {"kwargs": {"depth": 2}}):
+        assert torch.equal(*pair(**same))
+    student, teacher = pair(kwargs={"drop_path_rate": 0.1})
+    assert not torch.equal(student, teacher)
+    path = tmp_path / "other.pth"
+    other = fa.create_backbone(MODEL["name"], **MODEL["kwargs"])
+    torch.save(other.state_dict(), path)
+    for teacher in ({"weights": str(path)}, {**MODEL, "weights": str(path)}):
+        assert torch.equal(pair(**teacher)[1], other.blocks[0].attn.qkv.weight)
+    with pytest.raises(fa.UserError, match=r"teacher\.weights=random_ "):
+        pair(weights="random_ ")
 
 
 BAD = {
@@ -238,7 +260,7 @@ BAD = {
     "unknown backbone": (["student.name=vit_tinny_patch16_224"], ["vit_tinny", "vit_tiny_patch16_224"]),
     "image size": (["student.kwargs.img_size=50"], ["50", "48 or 64"]),
     "grids": (
-        ["teacher.pretrained=false", "teacher.name=vit_tiny_patch16_224", "teacher.kwargs.img_size=64"],
+        ["teacher.weights=random", "teacher.name=vit_tiny_patch16_224", "teacher.kwargs.img_size=64"],
         ["different patch grids"],
     ),
     "batch larger than the data": (["optim.batch_size=64"], ["40", "64"]),
@@ -246,8 +268,8 @@ BAD = {
         ["student.name=beit_base_patch16_224", "student.kwargs={img_size: 32, depth: 2}", "masks.mode=drop"],
         ["relative position bias", "'zero'"],
     ),
-    "weights of another model": (["student.checkpoint=OTHER"], ["OTHER", "another model"]),
-    "unreachable weights": (["student.pretrained=true"], ["vit_tiny_patch16_224"]),
+    "weights of another model": (["student.weights=OTHER"], ["OTHER", "another model"]),
+    "unreachable weights": (["student.weights=pretrained"], ["vit_tiny_patch16_224"]),
     "misspelt key": (["optim.learning_rate=1"], ["optim.learning_rate", "nearest"]),
     "ranks": (["optim.batch_size=9", "optim.accumulate=2"], ["optim.batch_size"]),
     "a file for a folder": (["data.train=OTHER"], ["OTHER"]),
@@ -256,12 +278,15 @@ BAD = {
     "depth": (["student.kwargs.depth=0"], ["depth"]),
     "stochastic depth": (["student.kwargs.drop_path_rate=1.5"], ["drop_path_rate"]),
     "channels": (["student.kwargs.in_chans=1"], ["in_chans"]),
-    "a key of its own": (["student.kwargs.pretrained=true"], ["student.pretrained"]),
+    "a key of its own": (["student.kwargs.pretrained=true"], ["student.weights"]),
     "betas": (["optim.betas=[1.5, 2]"], ["optim.betas"]),
     "infinite": (["optim.lr=.inf"], ["optim.lr"]),
     "unknown argument": (["student.kwargs.dept=3"], ["dept"]),
     "too many blocks skipped": (["teacher.skip_blocks=2"], ["skip_blocks"]),
-    "no such run": (["student.checkpoint=/no/such/run"], ["/no/such/run"]),
+    "no such run": (
+        ["student.weights=/no/such/run"],
+        ["student.weights=/no/such/run", "pretrained or random"],
+    ),
     "randaugment": (["data.randaugment=rand-q9"], ["rand-q9"]),
 }
 
@@ -312,10 +337,10 @@ def test_large_seeds(recipe):
 def test_arguments_that_do_not_fit_an_earlier_run(recipe, capsys):
     first = recipe("max_steps=1", name="first")
     capsys.readouterr()
-    recipe(f"student.checkpoint={first}", "student.kwargs.depth=3", name="second", expect=2)
+    recipe(f"student.weights={first}", "student.kwargs.depth=3", name="second", expect=2)
     assert "depth" in capsys.readouterr().err
     (first / "backbone.json").write_text("{")
-    recipe(f"student.checkpoint={first}", name="second", expect=2)
+    recipe(f"student.weights={first}", name="second", expect=2)
     assert "backbone.json is damaged" in capsys.readouterr().err
 
 
