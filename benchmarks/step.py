@@ -66,6 +66,8 @@ class Contestant:
         student = fa.MaskEmbedStudent.from_backbone(vit, softcap=softcap)
         self.model = fa.MaskEmbed(fa.MaskedTeacher(vit, masking=masking), student, fa.UniformMasks())
         self.flops = flops_per_image(self.model)
+        if self.device.type == "cuda":
+            self.model.teacher.store_as(torch.bfloat16)
         if implementation == "baseline":
             self.model = Baseline(name, softcap, **kwargs)
         self.model.to(self.device)

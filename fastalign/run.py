@@ -27,6 +27,9 @@ class Run:
     def __init__(self, config: Config, world: World):
         self.config, self.world, self.folder = config, world, Path(config.output)
         objective, self.backbone = build.build_objective(config)
+        self.dtype = build.precision(config, world.device)
+        if self.dtype == torch.bfloat16:
+            objective.teacher.store_as(self.dtype)
         self.objective = objective.to(world.device)
         self.train, self.val = build.build_loaders(config, world, self.backbone)
         self.trained = [p for p in objective.parameters() if p.requires_grad]
@@ -51,8 +54,8 @@ class Run:
 
     def autocast(self):
         """bf16 autocast, or nothing in fp32."""
-        dtype = build.precision(self.config, self.world.device)
-        return torch.autocast(self.world.device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
+        reduced = self.dtype == torch.bfloat16
+        return torch.autocast(self.world.device.type, self.dtype) if reduced else nullcontext()
 
     def state(self) -> dict:
         """What a checkpoint holds: tensors and plain values only."""
