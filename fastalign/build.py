@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from fastalign.attention.choice import check as check_attention
+from fastalign.attention.choice import choose
 from fastalign.config import Config
 from fastalign.data.loader import Loader
 from fastalign.data.sources import open_source
@@ -105,6 +107,24 @@ def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, Vi
         raise UserError(str(error)) from None
     student.encoder.grad_checkpointing = config.efficiency.grad_checkpointing
     return objective, backbone
+
+
+def choose_attention(config: Config, objective, device: torch.device) -> str:
+    """Hand `efficiency.attention` to the objective. Returns a line that says what each part will use."""
+    wanted = config.efficiency.attention
+    try:
+        check_attention(wanted)
+    except ValueError as error:
+        raise UserError(f"efficiency.attention: {error}") from None
+    cases = objective.attention_cases(device, precision(config, device))
+    if config.efficiency.compile:
+        cases = {part: case._replace(compiled=True) for part, case in cases.items()}
+    choices = {part: choose(case, wanted) for part, case in cases.items()}
+    if wanted != "auto" and wanted not in {choice.backend for choice in choices.values()}:
+        reason = next(iter(choices.values())).reason.partition(";")[0]
+        raise UserError(f"efficiency.attention: {reason}, nor can it do another part of this run; set auto")
+    objective.set_attention(wanted)
+    return "attention: " + ", ".join(f"{part} {choice.backend}" for part, choice in choices.items())
 
 
 def precision(config: Config, device: torch.device) -> torch.dtype:

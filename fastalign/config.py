@@ -166,6 +166,8 @@ class Efficiency(Section):
     """torch.compile the student and the teacher; blocks = block by block, which starts sooner"""
     grad_checkpointing: bool = False
     """recompute the student's blocks in the backward pass"""
+    attention: str = "auto"
+    """auto = the fastest that was measured on this GPU; or a name that python -m fastalign.doctor lists"""
 
 
 class Config(Section):

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from fastalign import ops
+from fastalign.attention import Case
 from fastalign.errors import UserError
-from fastalign.models.blocks import Block
+from fastalign.models.blocks import Attention, Block
 from fastalign.models.spec import ViTSpec
 from fastalign.models.student import MaskEmbedStudent, MIMStudent
 from fastalign.models.teacher import MaskedTeacher
@@ -36,6 +37,34 @@ class _Objective(nn.Module):
     def targets(self, images: Tensor, visible: Tensor, packing: Packing | None = None) -> Tensor:
         """[B, M or 1, T, D], unscaled; with `packing` [L, D] or [B, T, D]."""
         raise NotImplementedError
+
+    def parts(self) -> dict[str, tuple[nn.Module, bool]]:
+        """The transformers of a step by name, and whether each reads packed sequences."""
+        raise NotImplementedError
+
+    def attention_cases(self, device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
+        """The attention of each transformer of a training step that computes in `dtype`."""
+        spec, cases = self.teacher.spec, {}
+        for name, (part, packed) in self.parts().items():
+            for attention in (module for module in part.modules() if isinstance(module, Attention)):
+                cases[name] = Case(
+                    device=device.type,
+                    dtype=dtype,
+                    capped=attention.softcap is not None,
+                    biased=attention.biased,
+                    packed=packed,
+                    length=spec.prefix + spec.patches,
+                    width=attention.spec.width // attention.spec.heads,
+                    gradient=any(parameter.requires_grad for parameter in part.parameters()),
+                )
+                break  # the blocks of a transformer are alike
+        return cases
+
+    def set_attention(self, backend: str) -> None:
+        """Ask for an implementation of attention, one of `fastalign.attention.BACKENDS`, or "auto"."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
 
     def draw(self, images: Tensor, sample_ids: Tensor, epoch: int) -> tuple[Tensor, Packing | None]:
         """The masks of a batch [B, M, N], and in mode drop how the visible tokens are packed."""
@@ -136,6 +165,14 @@ class MaskEmbed(_Objective):
     def targets(self, images: Tensor, visible: Tensor, packing: Packing | None = None) -> Tensor:
         return self.teacher(images, visible, packing)
 
+    def parts(self) -> dict[str, tuple[nn.Module, bool]]:
+        packed = self.masking == "drop"
+        return {
+            "teacher": (self.teacher, packed),
+            "student": (self.student.encoder, False),
+            "decoder": (self.student.decoder, packed),
+        }
+
 
 class MaskedImageModeling(_Objective):
     """The student sees the masked image and predicts the teacher's tokens of the unmasked image. No decoder.
@@ -160,6 +197,12 @@ class MaskedImageModeling(_Objective):
     def targets(self, images: Tensor, visible: Tensor, packing: Packing | None = None) -> Tensor:
         targets = self.teacher(images)
         return targets if packing is None else targets.squeeze(1)
+
+    def parts(self) -> dict[str, tuple[nn.Module, bool]]:
+        return {
+            "teacher": (self.teacher, False),
+            "student": (self.student.encoder, self.masking == "drop"),
+        }
 
 
 def check_same_tokens(teacher: ViTSpec, student: ViTSpec) -> None:

@@ -33,14 +33,17 @@ MODE = os.environ.get("FASTALIGN_KERNELS", "auto")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def kernels_on(device: str, dtype: torch.dtype) -> bool:
+    """Whether an operation on tensors of this dtype on this kind of device runs in Triton."""
+    if not _TRITON or MODE == "0" or (MODE != "1" and device != "cuda"):
+        return False
+    return dtype in _DTYPES or not dtype.is_floating_point
+
+
 def uses_kernels(*tensors: Tensor | None) -> bool:
     """Whether an operation on these tensors runs in Triton."""
-    if not _TRITON or MODE == "0":
-        return False
     given = [tensor for tensor in tensors if tensor is not None]
-    if MODE != "1" and not all(tensor.is_cuda for tensor in given):
-        return False
-    return all(tensor.dtype in _DTYPES or not tensor.is_floating_point() for tensor in given)
+    return all(kernels_on(tensor.device.type, tensor.dtype) for tensor in given)
 
 
 def _check(condition: bool, name: str, wanted: str, found: Tensor) -> None:

@@ -31,6 +31,7 @@ class Run:
         if self.dtype == torch.bfloat16:
             objective.teacher.store_as(self.dtype)
         self.objective = objective.to(world.device)
+        self.attention = build.choose_attention(config, objective, world.device)
         self.train, self.val = build.build_loaders(config, world, self.backbone)
         self.trained = [p for p in objective.parameters() if p.requires_grad]
         optim = config.optim

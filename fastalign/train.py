@@ -93,6 +93,7 @@ def train(config: Config, world: distributed.World) -> None:
     log = MetricLog(run.folder, step=run.step or -1, main=world.main, sinks=config.log.to)
     terminal = Terminal(total=run.last_step, step=run.step, main=world.main)
     try:
+        terminal.say(run.attention)
         if run.step == 0:
             begin(run, log, terminal)
         else:

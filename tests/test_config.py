@@ -19,7 +19,7 @@ optim.batch_size optim.accumulate optim.epochs optim.lr optim.min_lr optim.warmu
 optim.betas optim.clip optim.ema
 checkpoint.every_steps checkpoint.keep
 log.every_steps log.to
-efficiency.precision efficiency.compile efficiency.grad_checkpointing
+efficiency.precision efficiency.compile efficiency.grad_checkpointing efficiency.attention
 """
 
 

@@ -72,7 +72,7 @@ class Attention(nn.Module):
 
     def __init__(self, spec: BlockSpec, *, prefix: int = 0, window: tuple[int, int] | None = None):
         super().__init__()
-        self.spec, self.prefix, self.softcap = spec, prefix, None
+        self.spec, self.prefix, self.softcap, self.backend = spec, prefix, None, "auto"
         width, head_width = spec.width, spec.width // spec.heads
         if spec.qkv == "split":
             self.q_proj = nn.Linear(width, width, bias=spec.qkv_bias)
@@ -90,6 +90,11 @@ class Attention(nn.Module):
         self.k_norm = make_norm(spec, head_width, present=spec.qk_norm)
         self.norm = make_norm(spec, present=spec.attention_norm)
         self.proj = nn.Linear(width, width)
+
+    @property
+    def biased(self) -> bool:
+        """Whether a relative position bias is added to the logits."""
+        return hasattr(self, "relative_position_bias_table")
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[..., D] -> q, k, v, each [..., H, d], before their norms."""
@@ -117,11 +122,11 @@ class Attention(nn.Module):
         if sequences is not None:
             if position is not None:
                 q, k = (rotate(part, position.unsqueeze(1)).type_as(v) for part in (q, k))
-            x = attention(q, k, v, softcap=self.softcap, sequences=sequences)
+            x = attention(q, k, v, softcap=self.softcap, sequences=sequences, backend=self.backend)
             return self.proj(self.norm(x.flatten(1)))
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         bias = None
-        if hasattr(self, "relative_position_bias_table"):
+        if self.biased:
             bias = self.relative_position_bias_table[position].permute(2, 0, 1).unsqueeze(0)
         elif position is not None:
             q, k = (
@@ -130,7 +135,7 @@ class Attention(nn.Module):
                 ).type_as(v)
                 for part in (q, k)
             )
-        x = attention(q, k, v, softcap=self.softcap, bias=bias)
+        x = attention(q, k, v, softcap=self.softcap, bias=bias, backend=self.backend)
         return self.proj(self.norm(x.transpose(1, 2).flatten(2)))
 
 

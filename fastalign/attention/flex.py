@@ -1,0 +1,118 @@
+"""FlexAttention with a soft-cap, dense and packed."""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+BLOCK = 128
+"""Rows and columns of a block of FlexAttention's masks, its default."""
+
+
+@lru_cache
+def tanh_approx() -> Callable[[Tensor], Tensor]:
+    """tanh as an operator that Inductor turns into the GPU's own instruction.
+
+    FlexAttention traces a score_mod for its gradient (register_autograd) and maps it over batch, heads and both
+    positions when it is not compiled (register_vmap). Made on first use: it loads Inductor.
+    """
+    from torch._inductor.lowering import make_pointwise, register_lowering
+    from torch._inductor.virtualized import ops
+
+    @torch.library.custom_op("fastalign::flex_tanh_approx", mutates_args=())
+    def operator(x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+    @operator.register_fake
+    def fake(x):
+        return torch.empty_like(x)
+
+    def backward(ctx, gradient):
+        (y,) = ctx.saved_tensors
+        return gradient * (1 - y * y)
+
+    def keep(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
+    operator.register_autograd(backward, setup_context=keep)
+    operator.register_vmap(lambda info, in_dims, x: (operator(x), in_dims[0]))
+    instruction = partial(
+        ops.inline_asm_elementwise,
+        asm="tanh.approx.f32 $0, $1;",
+        constraints="=f,f",
+        dtype=torch.float32,
+    )
+    registered = torch.ops.fastalign.flex_tanh_approx.default
+    register_lowering(registered)(make_pointwise(instruction))
+    return registered
+
+
+def block_mask(bounds: Tensor, length: int) -> BlockMask:
+    """FlexAttention's mask of packed sequences; rows after the last sequence attend to one another.
+
+    From the first and last sequence of each block: `create_block_mask` would write down every pair of rows,
+    which for 100,000 rows is ten gigabytes.
+
+    Args:
+        bounds: [S + 1] int32.
+        length: L, rows.
+    """
+    rows = torch.arange(length, device=bounds.device)
+    sequence = torch.searchsorted(bounds.contiguous(), rows.int(), right=True).int()
+    first = sequence[::BLOCK]
+    last = sequence[
+        (torch.arange(len(first), device=bounds.device) * BLOCK + BLOCK - 1).clamp_max(length - 1)
+    ]
+    touched = (first[:, None] <= last) & (first <= last[:, None])
+    single = (first == last) & ((torch.arange(len(first), device=bounds.device) + 1) * BLOCK <= length)
+    full = touched & single & single[:, None]
+
+    def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+        return blocks.sum(-1).int()[None, None], order.int()[None, None]
+
+    return BlockMask.from_kv_blocks(
+        *ordered(touched & ~full),
+        *ordered(full),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=lambda b, h, i, j: sequence[i] == sequence[j],
+        seq_lengths=(length, length),
+    )
+
+
+def score_mod(softcap: float | None, tanh: Callable = torch.tanh) -> Callable | None:
+    """FlexAttention's modification of a logit."""
+    return softcap and (lambda score, b, h, i, j: softcap * tanh(score / softcap))
+
+
+@lru_cache
+def _compiled() -> Callable:
+    """FlexAttention alone materialises its scores; torch.compile makes a kernel of it."""
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, sequences) -> Tensor:
+    """Attention by FlexAttention; arguments as for `fastalign.attention.attention`.
+
+    In 16 bits a GPU's own tanh is used, as in our kernel.
+    """
+    if not torch.is_grad_enabled():  # on a CPU it refuses what asks for a gradient, even if nobody will take it
+        q, k, v = (x.detach() for x in (q, k, v))
+    modification = score_mod(softcap, _tanh() if softcap and _approximate(q) else torch.tanh)
+    function = flex_attention if torch.compiler.is_compiling() else _compiled()
+    if sequences is None:
+        return function(q, k, v, score_mod=modification)
+    mask = block_mask(sequences.bounds, len(q))
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    return function(q, k, v, score_mod=modification, block_mask=mask).squeeze(0).transpose(0, 1)
+
+
+def _approximate(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype != torch.float32
+
+
+@torch.compiler.assume_constant_result
+def _tanh() -> Callable[[Tensor], Tensor]:
+    return tanh_approx()
