@@ -8,19 +8,16 @@ alternating order. Random inputs and cotangents. torch.compile keeps its saved t
 (donated_buffer off), which costs it memory, not time.
 
 `benchmarks/results/kernels.json` is written after every case; ``--budget SECONDS`` ends a run early, and
-``--resume`` goes on where one of the same commit, sources, versions and GPU ended. Without a GPU: exit code 2, or
+``--resume`` goes on where one of the same sources, versions and GPU ended. Without a GPU: exit code 2, or
 ``--tiny``, each operation at a tiny shape in Triton's interpreter, which shows that everything runs.
 """
 
 import argparse
-import hashlib
 import itertools
-import json
 import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 if "--tiny" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
@@ -34,37 +31,12 @@ from benchmarks.cases import CASES, TINY_CASES, Built, Case
 from benchmarks.targets import ATTENTION, summary, targets
 from fastalign.kernels.common import INTERPRETED
 
-ROOT = Path(__file__).parent.parent
 SOURCES = (
     "kernels/*.py",
     "fastalign/reference.py",
     *(f"benchmarks/{name}.py" for name in ("attention_rivals", "cases", "kernels", "measure")),
 )
-
-
-def identity() -> dict:
-    """What must be the same for two runs to belong to one result."""
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
-        digest.update(path.read_bytes())
-    keys = ("gpu", "torch", "triton", "cuda", "driver", "commit")
-    found = {key: value for key, value in record.environment().items() if key in keys}
-    # Results that are written make the tree dirty; the sources speak for themselves.
-    found["commit"] = (found["commit"] or "").removesuffix("-dirty")
-    return found | {"sources": digest.hexdigest()[:16]}
-
-
-def resumable(identity: dict) -> tuple[list[dict], list[dict]]:
-    """Rows and runs of earlier parts of the same result; none if anything differs."""
-    path = record.RESULTS / "kernels.json"
-    if not path.exists():
-        return [], []
-    earlier = json.loads(path.read_text())
-    differing = [key for key in identity if earlier.get("identity", {}).get(key) != identity[key]]
-    if differing:
-        print(f"starting anew: {path.name} has another {', '.join(differing)}")
-        return [], []
-    return earlier["rows"], earlier["runs"]
+"""What its figures depend on: a change of a model does not make them stale."""
 
 
 def implementations(case: Case, built: Built, tiny: bool) -> tuple[dict[str, Callable], dict[str, str], set]:
@@ -235,8 +207,9 @@ def select(options: argparse.Namespace) -> list[Case]:
 
 def run(cases: list[Case], options: argparse.Namespace, started: float) -> list[dict]:
     """Measure on the GPU; rows of earlier parts included."""
-    found = identity()
-    rows, runs = resumable(found) if options.resume else ([], [])
+    found = record.identity(SOURCES)
+    earlier = record.resume("kernels", found) if options.resume else {}
+    rows, runs = earlier.get("rows", []), earlier.get("runs", [])
     done = {(row["op"], row["label"]) for row in rows}
     left = [case for case in cases if (case.name, case.label) not in done]
     if not left:

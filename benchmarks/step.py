@@ -9,7 +9,6 @@ On a CPU, ``--ratios`` times eager steps of a ViT-S in turns and writes ratios o
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -149,17 +148,6 @@ def key(row: dict) -> tuple:
     return tuple(row[name] for name in ("backbone", "implementation", "softcap", "compiled"))
 
 
-def earlier() -> list[dict]:
-    """Rows of an earlier part on the same GPU and commit."""
-    path = record.RESULTS / "step.json"
-    if not path.exists():
-        return []
-    before, now = json.loads(path.read_text()), record.environment()
-    clean = [(e.get("commit") or "").removesuffix("-dirty") for e in (before["environment"], now)]
-    same = clean[0] == clean[1] and before["environment"].get("gpu") == now["gpu"]
-    return before["rows"] if same else []
-
-
 def ratios(name: str = "vit_small_patch16_224", batch: int = 8, rounds: int = 10, **kwargs) -> list[dict]:
     """Eager steps on a CPU in turns: how much faster each is than the baseline and than mode zero.
 
@@ -206,7 +194,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     if not torch.cuda.is_available() and not options.tiny:
         sys.exit("benchmarks.step needs a GPU: a CPU's figures mean nothing alone; --ratios compares there")
     chosen = TINY if options.tiny else {name: BACKBONES.get(name, 64) for name in options.backbones}
-    rows, started = earlier() if options.resume else [], time.perf_counter()
+    identity, started = record.identity(), time.perf_counter()
+    rows = record.resume("step", identity).get("rows", []) if options.resume else []
     done = {key(row) for row in rows}
     for name, batch in chosen.items():
         for variant in VARIANTS:
@@ -221,7 +210,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
                 rows.append(row)
                 show(row)
                 if not options.tiny:
-                    record.write("step", rows)
+                    record.write("step", rows, {"identity": identity})
     return rows
 
 

@@ -9,6 +9,12 @@ from benchmarks.baseline import Baseline
 from tests.numerics import gradient_error, randomise, relative_error
 
 
+@pytest.fixture(autouse=True)
+def _results(tmp_path, monkeypatch):
+    """Nothing is read from or left among the real results."""
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+
+
 def test_step(capsys):
     rows = step.main(["--tiny"])
     assert [row["implementation"] for row in rows] == ["zero", "baseline"]
@@ -72,8 +78,31 @@ def test_the_baseline_computes_the_same_loss(name, softcap, monkeypatch):
     assert gradient_error(theirs, ours) < 1e-4
 
 
-def test_a_record_says_where_it_was_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "RESULTS", tmp_path)
+def test_a_record_says_where_it_was_taken():
     text = record.write("x", [{"a": 1}]).read_text()
     for key in ("gpu", "torch", "commit", "command", "rows"):
         assert f'"{key}"' in text
+
+
+@pytest.mark.parametrize("tool", ["there", "missing"])
+def test_the_environment_needs_no_git(tool, tmp_path, monkeypatch):
+    if tool == "missing":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    assert record.environment()["commit"] is None
+
+
+def test_an_earlier_part_counts_while_machine_and_sources_are_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    source = tmp_path / "benchmarks/step.py"
+    source.write_text("a = 1")
+    before = record.identity()
+    assert record.resume("x", before) == {}
+    record.write("x", [{"a": 1}], {"identity": before})
+    # What is written, and what only reads it, changes nothing.
+    (tmp_path / "benchmarks/plots.py").write_text("b = 1")
+    assert record.resume("x", record.identity())["rows"] == [{"a": 1}]
+    source.write_text("a = 2")
+    assert record.resume("x", record.identity()) == {}
+    assert "starting anew: x.json has another sources" in capsys.readouterr().out
