@@ -55,8 +55,15 @@ class Student(nn.Module):
 
     def forward(self, images: Tensor, masks: Tensor) -> Tensor:
         """images [B, 3, h, w], masks [B M, N] -> [B M, T, D]"""
-        tokens = self.encoder.forward_head(self.encoder.forward_features(images))
-        tokens = tokens.repeat_interleave(len(masks) // len(images), 0)
+        return self.decode(self.encode(images), masks)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """[B, 3, h, w] -> [B, T, D]"""
+        return self.encoder.forward_head(self.encoder.forward_features(images))
+
+    def decode(self, tokens: Tensor, masks: Tensor) -> Tensor:
+        """[B, T, D], masks [B M, N] -> [B M, T, D]"""
+        tokens = tokens.repeat_interleave(len(masks) // len(tokens), 0)
         keep = functional.pad(masks, (self.prefix, 0))
         return self.head(self.norm(self.blocks(tokens * keep.unsqueeze(-1) + self.pos_embed)))
 

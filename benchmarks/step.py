@@ -1,9 +1,13 @@
 """Speed of a training step, without data: ``python -m benchmarks.step [--backbones NAME ...] [--resume]``.
 
-Images a second, model FLOPs utilisation by `fastalign.flops`, and peak memory of forward, backward and AdamW on
-random images, in bf16 autocast with fp32 weights: our step in mode zero and drop against `benchmarks.baseline`,
-compiled and eager, with and without the soft-cap. Medians of repeated steps after warm-up. On a GPU rows go to
-`benchmarks/results/step.json` one by one; ``--budget SECONDS`` ends a run early, ``--resume`` goes on from there.
+Forward, backward and AdamW on random images, in bf16 autocast with fp32 weights: our step in mode zero and drop
+against `benchmarks.baseline`, compiled and eager, with and without the soft-cap. Images a second (medians of
+repeated steps after warm-up, with the largest batch that fits), model FLOPs utilisation by `fastalign.flops`, peak
+memory (where batches differ, ours is measured with the baseline's batch too), and in a pass of its own the time of
+each part. What is compared is measured one after the other in one process: such a group is written as a whole.
+
+On a GPU `benchmarks/results/step.json` is written after every group; ``--budget SECONDS`` ends a run early,
+``--resume`` goes on where one of the same sources, versions and GPU ended. Exit code 1 if a row has no figure.
 
 On a CPU, ``--ratios`` times eager steps of a ViT-S in turns and writes ratios only, to `step_cpu.json`.
 """
@@ -12,12 +16,17 @@ import argparse
 import statistics
 import sys
 import time
+from datetime import datetime, timezone
+from functools import partial
 
 import torch
 
 import fastalign as fa
 from benchmarks import record
 from benchmarks.baseline import Baseline
+from benchmarks.measure import NO_ROOM, attempt, free
+from benchmarks.parts import parts
+from benchmarks.targets import step_cpu_targets, step_targets, summary
 from fastalign.engine.flops import peak_flops
 from fastalign.engine.memory import keep_freed_memory
 from fastalign.engine.optim import adamw
@@ -29,17 +38,15 @@ BACKBONES = {
     "vit_so400m_patch14_siglip_384": 16,
 }
 """With the batch that is tried first; it is halved until it fits."""
-VARIANTS = [
-    ("zero", 30.0, True),
-    ("baseline", 30.0, True),
-    ("drop", 30.0, True),
-    ("zero", 30.0, "blocks"),
-    ("zero", None, True),
-    ("baseline", None, True),
-    ("zero", 30.0, False),
-    ("baseline", 30.0, False),
+OURS_AND_BASELINE = ("baseline", "zero", "drop")
+GROUPS = [
+    (30.0, True, OURS_AND_BASELINE),
+    (None, True, OURS_AND_BASELINE),
+    (30.0, False, OURS_AND_BASELINE),
+    (30.0, "blocks", ("zero", "drop")),
+    (None, False, OURS_AND_BASELINE),
 ]
-"""Implementation, soft-cap of the student, compiled."""
+"""Soft-cap of the student, compiled, what is compared with these; the most important first."""
 TINY = {"vit_tiny_patch16_224": 2}
 WARM_UP, REPEATS = 5, 20
 
@@ -60,6 +67,7 @@ class Contestant:
         self, implementation: str, name: str, batch: int, softcap, compiled: bool | str = False, **kwargs
     ):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.compiled = compiled
         vit = fa.create_backbone(name, **kwargs)
         masking = "zero" if implementation == "baseline" else implementation
         student = fa.MaskEmbedStudent.from_backbone(vit, softcap=softcap)
@@ -77,10 +85,14 @@ class Contestant:
         self.images = torch.randn(batch, 3, *vit.spec.image_size, device=self.device)
         self.ids, self.epoch = torch.arange(batch, device=self.device), 0
 
+    def autocast(self) -> torch.autocast:
+        """bf16 on a GPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
     def step(self) -> float:
         """One step. Returns its seconds."""
         before = time.perf_counter()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with self.autocast():
             loss = self.model(self.images, self.ids, self.epoch)
         loss.backward()
         self.optimizer.step()
@@ -95,57 +107,77 @@ def measure(
 ) -> dict:
     """One row of the table; arguments as for `Contestant`."""
     torch._dynamo.reset()
+    cuda = torch.cuda.is_available()
+    free("cuda" if cuda else "cpu")
+    held = torch.cuda.memory_allocated() if cuda else 0
     contestant = Contestant(implementation, name, batch, softcap, compiled, **kwargs)
     first = contestant.step()
     for _ in range(WARM_UP if repeats > 1 else 0):
         contestant.step()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()  # what compiling took is not the step's
     timed = [contestant.step() for _ in range(repeats)]
     rate = batch / statistics.median(timed)
-    cuda = contestant.device.type == "cuda"
     peak = peak_flops(torch.cuda.get_device_name()) if cuda else None
     return {
-        "backbone": name,
-        "implementation": implementation,
-        "softcap": softcap,
-        "compiled": compiled,
         "batch": batch,
         "images_per_second": rate,
         "slowest_decile_ms": 1e3 * sorted(timed)[int(0.9 * (len(timed) - 1))],
         "mfu": rate * contestant.flops / peak if peak else None,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        "peak_gib": (torch.cuda.max_memory_allocated() - held) / 2**30 if cuda else None,
         "first_step_s": first,
+        "parts_ms": parts(contestant, 10 if repeats > 1 else 1),
     }
 
 
-def measure_fitting(implementation: str, name: str, batch: int, *arguments, **kwargs) -> dict | None:
+def measure_fitting(implementation: str, name: str, batch: int, *arguments, **kwargs) -> dict:
     """`measure` with the largest batch that fits: the given one, halved until it does."""
-    while batch:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        try:
-            return measure(implementation, name, batch, *arguments, **kwargs)
-        except torch.cuda.OutOfMemoryError:
-            batch //= 2
-    return None
+    while True:
+        row, why = attempt(partial(measure, implementation, name, batch, *arguments, **kwargs))
+        if row:
+            return row
+        if batch == 1 or not (why == NO_ROOM or "out of memory" in why):
+            return {"batch": batch, "failed": why}
+        batch //= 2
+
+
+def measure_group(name: str, batch: int, group: tuple, repeats: int, **kwargs) -> list[dict]:
+    """The rows of what is compared: each with the batch that fits, and with the baseline's where that differs."""
+    softcap, compiled, implementations = group
+    run, rows = datetime.now(timezone.utc).isoformat(timespec="milliseconds"), []
+
+    def add(implementation: str, batch: int) -> dict:
+        row = {"backbone": name, "implementation": implementation, "softcap": softcap, "compiled": compiled}
+        row |= {"run": run}
+        row |= measure_fitting(implementation, name, batch, softcap, compiled, repeats, **kwargs)
+        rows.append(row)
+        show(row)
+        return row
+
+    fitting = {row["implementation"]: row["batch"] for row in [add(kind, batch) for kind in implementations]}
+    common = fitting.pop("baseline", None)
+    for kind, own in fitting.items():
+        if common and own != common:
+            add(kind if own > common else "baseline", min(own, common))
+    return rows
 
 
 def show(row: dict) -> None:
-    """A line of the table."""
+    """A line of the table, and one with the parts."""
+    kind = {True: "compiled", "blocks": "blocks", False: "eager"}[row["compiled"]]
+    start = f"{row['backbone']:38} {row['implementation']:9} cap {row['softcap'] or '-':5} {kind:8} batch "
+    start += f"{row['batch']:4} "
+    if "failed" in row:
+        print(f"{start}not measured: {row['failed']}", flush=True)
+        return
     mfu = f"{100 * row['mfu']:.1f}%" if row["mfu"] else "-"
     memory = f"{row['peak_gib']:.1f} GiB" if row["peak_gib"] else "-"
-    kind = {True: "compiled", "blocks": "blocks", False: "eager"}[row["compiled"]]
     print(
-        f"{row['backbone']:38} {row['implementation']:9} cap {row['softcap'] or '-':5} {kind:8} batch "
-        f"{row['batch']:4} {row['images_per_second']:8.1f} images/s  MFU {mfu:6} {memory}  "
-        f"first step {row['first_step_s']:.0f} s",
+        f"{start}{row['images_per_second']:8.1f} images/s  MFU {mfu:6} {memory}  "
+        f"first step {row['first_step_s']:.0f} s\n{'':10}"
+        + ", ".join(f"{part} {value:.2f} ms" for part, value in row["parts_ms"].items()),
         flush=True,
     )
-
-
-def key(row: dict) -> tuple:
-    """What tells rows apart."""
-    return tuple(row[name] for name in ("backbone", "implementation", "softcap", "compiled"))
 
 
 def ratios(name: str = "vit_small_patch16_224", batch: int = 8, rounds: int = 10, **kwargs) -> list[dict]:
@@ -165,12 +197,36 @@ def ratios(name: str = "vit_small_patch16_224", batch: int = 8, rounds: int = 10
             if index:
                 seconds[kind].append(taken)
     median = {kind: statistics.median(values) for kind, values in seconds.items()}
+    # Milliseconds over the baseline's step, because a CPU's own times mean nothing.
+    shares = {
+        kind: {part: ms / 1e3 / median["baseline"] for part, ms in parts(contestant, rounds).items()}
+        for kind, contestant in contestants.items()
+    }
     rows = []
-    for kind in ("zero", "drop"):
+    for kind in contestants:
         row = {"backbone": name, "batch": batch, "implementation": kind, "rounds": rounds}
         row |= {f"speedup_over_{other}": median[other] / median[kind] for other in median if other != kind}
-        rows.append(row)
-        print(row, flush=True)
+        rows.append(row | {"parts_of_the_baselines_step": shares[kind]})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def run(chosen: dict[str, int], groups: list[tuple], options: argparse.Namespace, **kwargs) -> list[dict]:
+    """Measure group by group and write; rows of earlier parts included."""
+    identity, started, longest = record.identity(), time.perf_counter(), 0.0
+    rows = record.resume("step", identity).get("rows", []) if options.resume else []
+    done = {(row["backbone"], row["softcap"], row["compiled"]) for row in rows}
+    left = [(group, name) for group in groups for name in chosen if (name, *group[:2]) not in done]
+    for index, (group, name) in enumerate(left):
+        before = time.perf_counter()
+        if before - started + longest > options.budget:
+            print(f"budget spent, {len(left) - index} groups left: run again with --resume")
+            break
+        rows += measure_group(name, chosen[name], group, 1 if options.tiny else REPEATS, **kwargs)
+        if not options.tiny:
+            record.write("step", rows, {"identity": identity, "targets": step_targets(rows)})
+        longest = max(longest, time.perf_counter() - before)
+    print(summary(step_targets(rows)))
     return rows
 
 
@@ -178,9 +234,9 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
     parser.add_argument("--backbones", nargs="+", default=list(BACKBONES), help="timm names")
-    parser.add_argument("--resume", action="store_true", help="keep the rows of an earlier part")
+    parser.add_argument("--resume", action="store_true", help="keep the results of earlier parts")
     parser.add_argument(
-        "--budget", type=float, default=float("inf"), help="seconds, after which no row begins"
+        "--budget", type=float, default=float("inf"), help="seconds; begin no group that may end later"
     )
     parser.add_argument("--ratios", action="store_true", help="a CPU's ratios of eager steps of a ViT-S")
     parser.add_argument("--tiny", action="store_true", help="tiny models, two steps: checks that it runs")
@@ -188,31 +244,16 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     extra = {"img_size": 32, "depth": 2} if options.tiny else {}
     if options.ratios:
         rows = ratios(rounds=1, batch=2, **extra) if options.tiny else ratios()
+        print(summary(step_cpu_targets(rows)))
         if not options.tiny:
-            record.write("step_cpu", rows)
+            record.write("step_cpu", rows, {"targets": step_cpu_targets(rows)})
         return rows
-    if not torch.cuda.is_available() and not options.tiny:
+    if options.tiny:
+        return run(TINY, [group for group in GROUPS if not group[1]][:1], options, **extra)
+    if not torch.cuda.is_available():
         sys.exit("benchmarks.step needs a GPU: a CPU's figures mean nothing alone; --ratios compares there")
-    chosen = TINY if options.tiny else {name: BACKBONES.get(name, 64) for name in options.backbones}
-    identity, started = record.identity(), time.perf_counter()
-    rows = record.resume("step", identity).get("rows", []) if options.resume else []
-    done = {key(row) for row in rows}
-    for name, batch in chosen.items():
-        for variant in VARIANTS:
-            implementation, softcap, compiled = variant
-            if (name, *variant) in done or (options.tiny and compiled):
-                continue
-            if time.perf_counter() - started > options.budget:
-                print("budget spent: run again with --resume")
-                return rows
-            repeats = 1 if options.tiny else REPEATS
-            if row := measure_fitting(implementation, name, batch, softcap, compiled, repeats, **extra):
-                rows.append(row)
-                show(row)
-                if not options.tiny:
-                    record.write("step", rows, {"identity": identity})
-    return rows
+    return run({name: BACKBONES.get(name, 64) for name in options.backbones}, GROUPS, options)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(any("failed" in row for row in main()))

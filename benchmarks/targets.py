@@ -1,4 +1,4 @@
-"""What the kernels have to reach, checked against the rows of `benchmarks.kernels`."""
+"""What the figures have to reach, judged from the rows of the benchmarks."""
 
 from collections.abc import Callable, Iterable
 
@@ -11,24 +11,44 @@ AGAINST = {"flex_tanh_approx": 1.5, "sdpa_flash": 1.0}
 """How many times faster than these capped attention must be, forward and backward together."""
 
 
-def _verdict(
-    target: str, rows: Iterable[dict], value: Callable[[dict], float | None], least: float, needed: int = 1
+BASE, LARGE, SO400M = (
+    "vit_base_patch16_clip_quickgelu_224",
+    "vit_large_patch14_clip_quickgelu_336",
+    "vit_so400m_patch14_siglip_384",
+)
+SPEEDUP = {BASE: 1.8, LARGE: 2.5, SO400M: 2.5}
+MFU = {BASE: 0.45, LARGE: 0.50}
+DROP_SPEEDUP, DROP_SPEEDUP_CPU = 1.2, 1.15
+MEMORY = 0.60
+
+
+def judge(
+    target: str, found: dict[str, float], needed: int = 1, *, least: float | None = None, most=None
 ) -> dict:
-    """Met if every row reaches it; unmeasured if fewer rows than needed say anything and none misses."""
-    found = {(row["op"], row["label"]): value(row) for row in rows}
-    found = {f"{op} {label}": figure for (op, label), figure in found.items() if figure is not None}
-    missed = {where: figure for where, figure in found.items() if not figure >= least}
+    """Met if every figure keeps the bound; unmeasured if there are fewer than needed and none misses it."""
+    bound, sign = (least, 1) if most is None else (most, -1)
+    # Not a number misses too.
+    missed = {where: figure for where, figure in found.items() if not sign * figure >= sign * bound}
     state = "missed" if missed else "met" if len(found) >= needed else "unmeasured"
-    worst = min(found, key=found.get) if found else None
+    worst = min(found, key=lambda where: sign * found[where]) if found else None
     return {
         "target": target,
         "state": state,
-        "least": least,
+        **({"least": least} if most is None else {"most": most}),
         "rows": len(found),
         "worst": found.get(worst),
         "worst_at": worst,
         "missed": missed,
     }
+
+
+def _verdict(
+    target: str, rows: Iterable[dict], value: Callable[[dict], float | None], least: float, needed: int = 1
+) -> dict:
+    """`judge` of a figure of each row that has it."""
+    found = {(row["op"], row["label"]): value(row) for row in rows}
+    found = {f"{op} {label}": figure for (op, label), figure in found.items() if figure is not None}
+    return judge(target, found, needed, least=least)
 
 
 def targets(rows: list[dict]) -> list[dict]:
@@ -87,13 +107,61 @@ def targets(rows: list[dict]) -> list[dict]:
     return found
 
 
+def step_targets(rows: list[dict]) -> list[dict]:
+    """The targets of `benchmarks.step`: compiled, with the soft-cap. Ratios are of rows of one process."""
+    groups: dict[tuple, dict[str, list[dict]]] = {}
+    for row in rows:
+        if row["softcap"] and row["compiled"] is True and "failed" not in row:
+            group = groups.setdefault((row["backbone"], row["run"]), {})
+            group.setdefault(row["implementation"], []).append(row)
+    speed, drop, mfu, memory = {}, {}, {}, {}
+    for (name, _), group in groups.items():
+        rate = {kind: max(row["images_per_second"] for row in found) for kind, found in group.items()}
+        if {"zero", "baseline"} <= rate.keys():
+            speed[name] = rate["zero"] / rate["baseline"]
+            # Memory is compared at one batch.
+            gib = {kind: {row["batch"]: row["peak_gib"] for row in group[kind]} for kind in group}
+            for batch in gib["zero"].keys() & gib["baseline"].keys():
+                memory[f"{name} batch {batch}"] = gib["zero"][batch] / gib["baseline"][batch]
+        if {"zero", "drop"} <= rate.keys():
+            drop[name] = rate["drop"] / rate["zero"]
+        utilised = [row["mfu"] for row in group.get("zero", ()) if row["mfu"]]
+        if utilised:
+            mfu[name] = max(utilised)
+    found = []
+    for name, least in SPEEDUP.items():
+        own = {where: figure for where, figure in speed.items() if where == name}
+        found.append(judge(f"step, mode zero, {name}: times faster than the baseline", own, least=least))
+    for name, least in MFU.items():
+        own = {where: figure for where, figure in mfu.items() if where == name}
+        found.append(judge(f"step, mode zero, {name}: MFU", own, least=least))
+    every = len(SPEEDUP)
+    found.append(judge("step: times mode drop is faster than zero", drop, every, least=DROP_SPEEDUP))
+    target = "step, mode zero: peak memory over the baseline's at the same batch"
+    return [*found, judge(target, memory, every, most=MEMORY)]
+
+
+def step_cpu_targets(rows: list[dict]) -> list[dict]:
+    """The targets of `benchmarks.step --ratios`."""
+    wanted = (("zero", "baseline", 1.0), ("drop", "zero", DROP_SPEEDUP_CPU))
+    found = []
+    for kind, other, least in wanted:
+        own = [row for row in rows if row["implementation"] == kind]
+        figures = {row["backbone"]: row[f"speedup_over_{other}"] for row in own}
+        found.append(
+            judge(f"eager step on a CPU: times mode {kind} is faster than {other}", figures, least=least)
+        )
+    return found
+
+
 def summary(found: list[dict]) -> str:
     """A line for each target, and one for each case that misses it."""
     lines = []
     for entry in found:
         figure = ""
         if entry.get("worst") is not None:
-            figure = f": {entry['worst']:.2f}, at least {entry['least']} wanted, worst at {entry['worst_at']}"
+            bound = f"at least {entry['least']}" if "least" in entry else f"at most {entry['most']}"
+            figure = f": {entry['worst']:.2f}, {bound} wanted, worst at {entry['worst_at']}"
         lines.append(f"{entry['state']:10} {entry['target']}{figure} ({entry['rows']} rows)")
         for where, value in entry["missed"].items():
             lines.append(f"{'':10}   {where}: {value if isinstance(value, str) else f'{value:.2f}'}")

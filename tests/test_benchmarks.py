@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import fastalign as fa
-from benchmarks import data, masks, profile, record, step
+from benchmarks import data, masks, parts, profile, record, step
 from benchmarks.baseline import Baseline
+from benchmarks.measure import NO_ROOM
+from benchmarks.targets import BASE, step_targets
 from tests.numerics import gradient_error, randomise, relative_error
 
 
@@ -15,17 +17,122 @@ def _results(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "RESULTS", tmp_path)
 
 
+PARTS = ["masks", "teacher", "student's encoder", "decoder", "loss", "backward", "optimiser"]
+
+
 def test_step(capsys):
     rows = step.main(["--tiny"])
-    assert [row["implementation"] for row in rows] == ["zero", "baseline"]
+    assert [row["implementation"] for row in rows] == ["baseline", "zero", "drop"]
     assert all(row["images_per_second"] > 0 for row in rows)
+    assert all(list(row["parts_ms"]) == PARTS and min(row["parts_ms"].values()) > 0 for row in rows)
     assert "images/s" in capsys.readouterr().out
 
 
 def test_ratios_on_a_cpu():
-    rows = step.main(["--ratios", "--tiny"])
-    assert rows[0]["speedup_over_baseline"] > 0
-    assert rows[1]["speedup_over_zero"] > 0
+    rows = {row["implementation"]: row for row in step.main(["--ratios", "--tiny"])}
+    assert rows["zero"]["speedup_over_baseline"] > 0
+    assert rows["drop"]["speedup_over_zero"] > 0
+    assert list(rows["baseline"]["parts_of_the_baselines_step"]) == PARTS
+
+
+@pytest.mark.parametrize("implementation", ["baseline", "zero", "drop"])
+def test_the_parts_are_a_whole_step(implementation):
+    """Cut into parts or not, a step leaves the same weights."""
+    weights = []
+    for cut in (False, True):
+        torch.manual_seed(0)
+        contestant = step.Contestant(implementation, "vit_tiny_patch16_224", 2, 30.0, img_size=32, depth=2)
+        randomise(contestant.model.student)
+        torch.manual_seed(1)
+        for _ in range(2):
+            names = list(parts.stages(contestant)) if cut else contestant.step()
+        assert not cut or names == PARTS
+        weights.append({name: p.clone() for name, p in contestant.model.student.named_parameters()})
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-6, msg=name)
+
+
+def _measured(room):
+    """`step.measure` with made-up figures, where a contestant fits up to a batch."""
+    calls = []
+
+    def measure(implementation, name, batch, softcap, compiled, repeats):
+        calls.append((implementation, name, batch, softcap, compiled))
+        if batch > room[implementation]:
+            raise torch.OutOfMemoryError
+        if compiled == "blocks":
+            raise ValueError("no such luck")
+        rate, gib = {"baseline": (100.0, 2.0), "zero": (200.0, 1.0), "drop": (260.0, 1.0)}[implementation]
+        row = {"batch": batch, "images_per_second": rate, "mfu": rate / 400, "peak_gib": gib * batch}
+        return row | {"first_step_s": 1.0, "parts_ms": {"teacher": 1.0}}
+
+    return measure, calls
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(record, "environment", lambda: {"gpu": "G"})
+
+
+def test_a_group_is_measured_with_the_batches_that_fit(monkeypatch):
+    measure, calls = _measured({"baseline": 8, "zero": 16, "drop": 8})
+    monkeypatch.setattr(step, "measure", measure)
+    rows = step.measure_group("x", 32, (30.0, True, ("baseline", "zero", "drop")), 5)
+    assert [call[2] for call in calls] == [32, 16, 8, 32, 16, 32, 16, 8, 8]
+    found = [(row["implementation"], row["batch"]) for row in rows]
+    assert found == [("baseline", 8), ("zero", 16), ("drop", 8), ("zero", 8)]
+    assert len({row["run"] for row in rows}) == 1
+    measure, calls = _measured({"baseline": 0})
+    monkeypatch.setattr(step, "measure", measure)
+    assert step.measure_group("x", 2, (30.0, True, ("baseline",)), 5)[0]["failed"] == NO_ROOM
+
+
+def test_groups_add_up_to_one_result(on_a_gpu, monkeypatch, capsys):
+    measure, calls = _measured({"baseline": 256, "zero": 256, "drop": 256})
+    monkeypatch.setattr(step, "measure", measure)
+    now = iter(range(0, 100_000, 10))  # every look at the clock costs ten seconds
+    monkeypatch.setattr(step.time, "perf_counter", lambda: next(now))
+    backbones = ["--backbones", *list(step.BACKBONES)[:2]]
+    rows = step.main([*backbones, "--budget", "25"])
+    assert [(row["backbone"], row["softcap"]) for row in rows] == [(backbones[1], 30.0)] * 3
+    assert "budget spent, 9 groups left" in capsys.readouterr().out
+    rows = step.main([*backbones, "--resume"])
+    assert len(calls) == len(set(calls)) == len(rows) == 2 * (4 * 3 + 2)
+    assert {row["failed"] for row in rows if row["compiled"] == "blocks"} == {"ValueError: no such luck"}
+    written = record.read("step")
+    assert written["rows"] == rows
+    assert [entry["state"] for entry in written["targets"]] == [
+        *("met", "missed", "unmeasured"),  # 2.0 times faster than the baseline
+        *("met", "met"),  # MFU 50 %
+        *("unmeasured", "unmeasured"),  # one backbone lacks
+    ]
+
+
+def _step_row(implementation, rate, run="a", batch=8, **extra):
+    row = {"backbone": BASE, "softcap": 30.0, "compiled": True, "implementation": implementation, "run": run}
+    return row | {"batch": batch, "images_per_second": rate, "mfu": None, "peak_gib": 1.0 * batch} | extra
+
+
+def test_targets_of_the_step_compare_what_is_comparable():
+    def found(*rows):
+        judged = {entry["target"]: entry for entry in step_targets(list(rows))}
+        names = (
+            f"step, mode zero, {BASE}: times faster than the baseline",
+            "step: times mode drop is faster",
+        )
+        memory = "step, mode zero: peak memory over"
+        return [next(e["worst"] for t, e in judged.items() if t.startswith(n)) for n in (*names, memory)]
+
+    baseline = _step_row("baseline", 100.0)
+    assert found(baseline, _step_row("zero", 190.0, peak_gib=4.0)) == [1.9, None, 0.5]
+    # Another process, another batch, eager and uncapped rows, and rows without a figure.
+    assert found(baseline, _step_row("zero", 190.0, run="b")) == [None, None, None]
+    assert found(baseline, _step_row("zero", 190.0, batch=16)) == [1.9, None, None]
+    assert found(baseline, _step_row("zero", 190.0, compiled=False)) == [None, None, None]
+    assert found(baseline, _step_row("zero", 190.0, softcap=None)) == [None, None, None]
+    assert found(baseline, _step_row("zero", 190.0, failed="x")) == [None, None, None]
+    assert found(_step_row("zero", 100.0), _step_row("drop", 110.0)) == [None, 1.1, None]
 
 
 def test_masks():
