@@ -244,7 +244,7 @@ def attention_case(
         bytes=lambda b: tuple(n * dtype.itemsize * b * heads * length * width for n in (4, 8)),
         operations=lambda b: (int(4 * b * square), int(10 * b * square)),
         compiles=not packed,  # a loop over sequences whose lengths are data
-        options={"softcap": softcap, "packed": packed, "length": length},
+        options={"softcap": softcap, "packed": packed, "length": length, "width": width},
     )
 
 

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, distribution, packages_dist
 import torch
 
 from fastalign import extension, ops
+from fastalign.attention import BACKENDS, Case, choice, choose
 from fastalign.masks import UniformMasks
 from fastalign.models.student import MaskEmbedStudent
 from fastalign.models.teacher import MaskedTeacher
@@ -20,11 +21,19 @@ from fastalign.models.zoo import create_backbone
 from fastalign.objectives import MaskEmbed
 
 DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+PARTS = {
+    "student, soft-capped": {"capped": True, "packed": False, "gradient": True},
+    "student without a cap, decoder": {"capped": False, "packed": False, "gradient": True},
+    "teacher": {"capped": False, "packed": False, "gradient": False},
+    "decoder, mode drop": {"capped": False, "packed": True, "gradient": True},
+    "teacher, mode drop": {"capped": False, "packed": True, "gradient": False},
+}
+"""Whose attention the report is about."""
 # Import name, a module that only the right project has, what it is for.
 OPTIONAL = {
-    "xformers": ("xformers.ops", "attention, compared in benchmarks.kernels"),
-    "flash_attn": ("flash_attn.flash_attn_interface", "FlashAttention 2, compared in benchmarks.kernels"),
-    "flash_attn_interface": ("flash_attn_interface", "FlashAttention 3, compared in benchmarks.kernels"),
+    "xformers": ("xformers.ops", "attention"),
+    "flash_attn": ("flash_attn.flash_attn_interface", "attention, FlashAttention 2; 4 as flash_attn.cute"),
+    "flash_attn_interface": ("flash_attn_interface", "attention, FlashAttention 3"),
     "tensorboard": ("tensorboard.summary", "log.to=[tensorboard]"),
     "wandb": ("wandb.sdk", "log.to=[wandb:PROJECT]"),
     "apex": ("apex.optimizers", "not used yet"),
@@ -78,8 +87,6 @@ def operations() -> list[str]:
         kernels = f"kernels in triton {triton}"
     lines = [
         f"masked copies, decoder input, packing, loss on a GPU: {kernels}",
-        f"soft-capped and packed attention on a GPU: {kernels}",
-        "other attention on a GPU: torch's scaled_dot_product_attention, which picks among its own",
         "everything on a CPU: eager PyTorch",
         f"masks: extension ({status})"
         if extension.available(torch.device("cpu"))
@@ -91,6 +98,24 @@ def operations() -> list[str]:
         )
     if not shutil.which("c++"):
         lines.append("  torch.compile on a CPU and the extension need a C++ compiler: apt install g++")
+    return lines
+
+
+def attention() -> list[str]:
+    """What runs the attention of each part of a step, why, and what would be faster."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    lines = []
+    for part, facts in PARTS.items():
+        case = Case(device, dtype, length=577, width=64, biased=False, **facts)
+        lines.append("{}: {} ({})".format(part, *choose(case)))
+        lines += [
+            f"  {found.times:.2f}x as fast: {found.backend}, which {found.refusal}"
+            + f"; {found.get}" * bool(found.get)
+            for found in choice.faster(case)
+        ]
+    here = [name for name, backend in BACKENDS.items() if not backend.missing()]
+    lines.append(f"installed: {', '.join(here)}")
+    lines.append(f"not installed: {', '.join(name for name in BACKENDS if name not in here)}")
     return lines
 
 
@@ -133,6 +158,7 @@ def main() -> int:
         "machine": machine,
         "data": data,
         "operations": operations,
+        "attention": attention,
         "optional": optional,
     }.items():
         print(f"{title}\n  " + "\n  ".join(section()))

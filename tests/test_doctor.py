@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastalign import doctor, extension, ops
+from fastalign.attention import choice
 
 
 def test_the_report_says_what_is_here(capsys):
@@ -18,6 +19,8 @@ def test_the_report_says_what_is_here(capsys):
         extension.status(),
         "ok: a step on the cpu",
         "optional",
+        "student, soft-capped: ",
+        "not installed: ",
     ):
         assert words in report
     assert len(set(report.splitlines())) == len(report.splitlines())
@@ -43,6 +46,12 @@ def test_another_project_under_a_known_name_is_not_taken_for_it(tmp_path, monkey
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "apex", raising=False)
     assert any(line.startswith("apex: ") and "another project" in line for line in doctor.optional())
+
+
+def test_a_faster_attention_is_named_with_its_reason(monkeypatch):
+    missing = choice.Faster("flash_attn_3", 1.25, "is not installed (x)", "build it")
+    monkeypatch.setattr(choice, "faster", lambda case: [missing] if case.capped else [])
+    assert "  1.25x as fast: flash_attn_3, which is not installed (x); build it" in doctor.attention()
 
 
 @pytest.mark.parametrize(

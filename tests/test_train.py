@@ -279,6 +279,12 @@ BAD = {
     "depth": (["student.kwargs.depth=0"], ["depth"]),
     "stochastic depth": (["student.kwargs.drop_path_rate=1.5"], ["drop_path_rate"]),
     "channels": (["student.kwargs.in_chans=1"], ["in_chans"]),
+    "unknown attention": (["efficiency.attention=flash_atn_2"], ["efficiency.attention", "flash_attn_2"]),
+    "attention not installed": (["efficiency.attention=flash_attn_3"], ["not installed", "build it"]),
+    "attention of another device": (
+        ["efficiency.attention=sdpa_cudnn"],
+        ["efficiency.attention: sdpa_cudnn has no implementation for this device", "set auto"],
+    ),
     "a key of its own": (["student.kwargs.pretrained=true"], ["student.weights"]),
     "betas": (["optim.betas=[1.5, 2]"], ["optim.betas"]),
     "infinite": (["optim.lr=.inf"], ["optim.lr"]),

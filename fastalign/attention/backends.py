@@ -61,7 +61,7 @@ class Backend:
         get: how to get it.
         capped, biased, dense, packed: what it does beside plain attention.
         dtypes: that a GPU takes.
-        cpu, cpu_gradient: runs on a CPU, in any dtype, and there with a backward pass.
+        cpu: runs on a CPU too, in any dtype.
         step, widest: a head's width must be a multiple of the one, at most the other.
         archs: first and last GPU architecture, such as 80 and 90; the cap up to `capped_arch` only.
         compiles: torch.compile sees through it without a graph break.
@@ -77,7 +77,6 @@ class Backend:
     packed: bool = False
     dtypes: tuple[torch.dtype, ...] = HALF
     cpu: bool = False
-    cpu_gradient: bool = True
     step: int = 8
     widest: int = 256
     archs: tuple[int, int] = (80, 999)
@@ -94,7 +93,6 @@ class Backend:
         cuda = case.device == "cuda"
         refusals = {
             "has no implementation for this device": not (cuda or self.cpu),
-            "has no backward pass on a CPU": case.gradient and not (cuda or self.cpu_gradient),
             f"takes no {str(case.dtype).removeprefix('torch.')}": cuda and case.dtype not in self.dtypes,
             "has no soft-cap": case.capped and not self.capped,
             "takes no bias": case.biased and not self.biased,
@@ -246,11 +244,19 @@ def _forced(backend: SDPBackend, **options) -> Backend:
 
 
 _SOURCE = "build it from its source, github:Dao-AILab/flash-attention"
-_WHOLE = {"biased": True, "packed": True, "dtypes": ANY, "cpu": True, "step": 1, "widest": 1 << 30, "archs": (0, 999)}
+_WHOLE = {
+    "biased": True,
+    "packed": True,
+    "dtypes": ANY,
+    "cpu": True,
+    "step": 1,
+    "widest": 1 << 30,
+    "archs": (0, 999),
+}
 _FLASH = {"capped": True, "packed": True}
 BACKENDS = {
     "triton": Backend(
-        _triton, capped=True, packed=True, dtypes=SINGLE, cpu=True, step=1, widest=128
+        _triton, "triton:jit", "pip install triton", capped=True, packed=True, dtypes=SINGLE, cpu=True, step=1, widest=128
     ),
     "sdpa": Backend(partial(_either, _sdpa), **_WHOLE),
     "sdpa_flash": _forced(SDPBackend.FLASH_ATTENTION, cpu=True),
@@ -273,7 +279,7 @@ BACKENDS = {
     ),
     "flex": Backend(
         _flex, "torch.nn.attention.flex_attention:flex_attention", capped=True, packed=True, dtypes=SINGLE,
-        cpu=True, cpu_gradient=False, step=1,
+        step=1,
     ),
     "eager": Backend(partial(_either, _eager), capped=True, **_WHOLE),
 }  # fmt: skip

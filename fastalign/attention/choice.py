@@ -73,9 +73,7 @@ def _choose(case: Case, wanted: str, mode: str) -> Choice:
         if refusals.get(name, "unknown") is None and BACKENDS[name].automatic:
             where = f"T {row['length']}, d {row['width']} on sm_{arch}"
             return Choice(name, f"{prefix}the fastest here of {len(ranked)} measured at {where}")
-    name = next(
-        name for name in _RULES[case.capped or case.packed, case.biased] if refusals[name] is None
-    )
+    name = next(name for name in _RULES[case.capped or case.packed, case.biased] if refusals[name] is None)
     return Choice(name, prefix + _explain(name, case, arch))
 
 
@@ -84,7 +82,9 @@ def _explain(name: str, case: Case, arch: int) -> str:
         return "because FASTALIGN_KERNELS=1" if name == "triton" else "what a CPU has"
     kinds = {"capped": case.capped, "packed": case.packed, "biased": case.biased}
     kind = " and ".join(name for name, holds in kinds.items() if holds) or "plain"
-    return f"the rule for {kind} attention; nothing was measured on sm_{arch} (python -m benchmarks.attention)"
+    return (
+        f"the rule for {kind} attention; nothing was measured on sm_{arch} (python -m benchmarks.attention)"
+    )
 
 
 def measured(case: Case, arch: int) -> dict | None:
@@ -109,9 +109,11 @@ def faster(case: Case) -> list[Faster]:
         return []
     found = []
     for name in sorted(row["ms"], key=row["ms"].get):
-        refusal = BACKENDS[name].refuses(case, arch) if name in BACKENDS else None
-        if refusal and row["ms"][name] < chosen:
-            found.append(Faster(name, chosen / row["ms"][name], refusal, BACKENDS[name].get))
+        backend = BACKENDS.get(name)
+        if backend is None or row["ms"][name] >= chosen:
+            continue
+        refusal = backend.refuses(case, arch) or f"is used when asked for, efficiency.attention={name}"
+        found.append(Faster(name, chosen / row["ms"][name], refusal, backend.get))
     return found
 
 

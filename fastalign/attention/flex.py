@@ -1,52 +1,47 @@
-"""FlexAttention with a soft-cap, dense and packed."""
+"""FlexAttention with a soft-cap, dense and packed. Importing this loads Inductor."""
 
 from collections.abc import Callable
 from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
+from torch._inductor.lowering import make_pointwise, register_lowering
+from torch._inductor.virtualized import ops
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK = 128
 """Rows and columns of a block of FlexAttention's masks, its default."""
 
 
-@lru_cache
-def tanh_approx() -> Callable[[Tensor], Tensor]:
-    """tanh as an operator that Inductor turns into the GPU's own instruction.
+@torch.library.custom_op("fastalign::flex_tanh_approx", mutates_args=())
+def _operator(x: Tensor) -> Tensor:
+    return torch.tanh(x)
 
-    FlexAttention traces a score_mod for its gradient (register_autograd) and maps it over batch, heads and both
-    positions when it is not compiled (register_vmap). Made on first use: it loads Inductor.
-    """
-    from torch._inductor.lowering import make_pointwise, register_lowering
-    from torch._inductor.virtualized import ops
 
-    @torch.library.custom_op("fastalign::flex_tanh_approx", mutates_args=())
-    def operator(x: Tensor) -> Tensor:
-        return torch.tanh(x)
+@_operator.register_fake
+def _fake(x):
+    return torch.empty_like(x)
 
-    @operator.register_fake
-    def fake(x):
-        return torch.empty_like(x)
 
-    def backward(ctx, gradient):
-        (y,) = ctx.saved_tensors
-        return gradient * (1 - y * y)
+def _backward(ctx, gradient):
+    (y,) = ctx.saved_tensors
+    return gradient * (1 - y * y)
 
-    def keep(ctx, inputs, output):
-        ctx.save_for_backward(output)
 
-    operator.register_autograd(backward, setup_context=keep)
-    operator.register_vmap(lambda info, in_dims, x: (operator(x), in_dims[0]))
-    instruction = partial(
-        ops.inline_asm_elementwise,
-        asm="tanh.approx.f32 $0, $1;",
-        constraints="=f,f",
-        dtype=torch.float32,
-    )
-    registered = torch.ops.fastalign.flex_tanh_approx.default
-    register_lowering(registered)(make_pointwise(instruction))
-    return registered
+# FlexAttention traces a score_mod for its gradient, and maps it over batch, heads and positions if not compiled.
+_operator.register_autograd(
+    _backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output)
+)
+_operator.register_vmap(lambda info, in_dims, x: (_operator(x), in_dims[0]))
+tanh_approx = torch.ops.fastalign.flex_tanh_approx.default
+"""tanh as an operator that Inductor turns into the GPU's own instruction."""
+_INSTRUCTION = partial(
+    ops.inline_asm_elementwise,
+    asm="tanh.approx.f32 $0, $1;",
+    constraints="=f,f",
+    dtype=torch.float32,
+)
+register_lowering(tanh_approx)(make_pointwise(_INSTRUCTION))
 
 
 def block_mask(bounds: Tensor, length: int) -> BlockMask:
@@ -98,9 +93,11 @@ def flex(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, sequences) -> T
 
     In 16 bits a GPU's own tanh is used, as in our kernel.
     """
-    if not torch.is_grad_enabled():  # on a CPU it refuses what asks for a gradient, even if nobody will take it
+    if (
+        not torch.is_grad_enabled()
+    ):  # on a CPU it refuses what asks for a gradient, even if nobody will take it
         q, k, v = (x.detach() for x in (q, k, v))
-    modification = score_mod(softcap, _tanh() if softcap and _approximate(q) else torch.tanh)
+    modification = score_mod(softcap, tanh_approx if softcap and _approximate(q) else torch.tanh)
     function = flex_attention if torch.compiler.is_compiling() else _compiled()
     if sequences is None:
         return function(q, k, v, score_mod=modification)
@@ -111,8 +108,3 @@ def flex(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, sequences) -> T
 
 def _approximate(q: Tensor) -> bool:
     return q.is_cuda and q.dtype != torch.float32
-
-
-@torch.compiler.assume_constant_result
-def _tanh() -> Callable[[Tensor], Tensor]:
-    return tanh_approx()

@@ -1,0 +1,140 @@
+"""Attention by every implementation here: ``python -m benchmarks.attention [--resume] [--budget SECONDS]``.
+
+The lengths, head widths, caps and layouts of vision transformers; options and rules as in `benchmarks.compare`. On a
+GPU it also writes the table by which `auto` chooses on this architecture, `fastalign/attention/table.json`.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+if "--tiny" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
+
+from torch import Tensor
+
+from benchmarks import compare, record
+from benchmarks.cases import TINY_CASES, Built, Case, attention_case
+from benchmarks.targets import attention_targets
+from fastalign.attention import BACKENDS, Sequences, choice
+from fastalign.attention import Case as Call
+
+TOKENS = 49_152
+"""Of a batch: 256 sequences of 192."""
+LENGTHS = (197, 577, 257, 729, 196, 256, 576)
+"""Those that decide first: a budget may end the run before the last."""
+FLEX_LENGTHS = (197, 577)
+"""It compiles for every shape, ten seconds or more."""
+YARDSTICKS = ("sdpa_flash", "sdpa_cudnn", "varlen_attn")
+"""Timed in capped cases too, without the cap: what the cap may cost."""
+SOURCES = (
+    "kernels/softcap_attention*.py",
+    "fastalign/attention/*.py",
+    "fastalign/reference.py",
+    *(f"benchmarks/{name}.py" for name in ("attention", "cases", "compare", "measure")),
+)
+
+
+def _grid() -> list[Case]:
+    cases = []
+    for length in LENGTHS:
+        for width in (64, 72, 80):
+            for softcap, packed in ((30.0, False), (None, False), (30.0, True), (None, True)):
+                heads = 12 if width == 64 else 16
+                case = attention_case("grid", TOKENS // length, length, heads, width, softcap, packed)
+                cases.append(replace(case, backward_alone=False))  # full - forward: two timings, not three
+    return cases
+
+
+CASES = _grid()
+TINY = [case for case in TINY_CASES if case.name == "softcap_attention"]
+
+
+def _run(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softcap: float | None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int = 0,
+    uncapped: bool = False,
+) -> Tensor:
+    sequences = None if cu_seqlens is None else Sequences(cu_seqlens, max_seqlen)
+    return BACKENDS[backend].run(q, k, v, None if uncapped else softcap, None, sequences)
+
+
+def implementations(case: Case, built: Built, tiny: bool) -> tuple[dict[str, Callable], dict[str, str], set]:
+    """Every implementation that can do the case: see `compare.Benchmark`."""
+    q, options = built.inputs["q"], case.options
+    functions = {"ours": case.kernel, "eager": case.reference}
+    yardsticks = set()
+    call = Call(
+        device=q.device.type,
+        dtype=q.dtype,
+        capped=options["softcap"] is not None,
+        biased=False,
+        packed=options["packed"],
+        length=options["length"],
+        width=q.shape[-1],
+        gradient=True,
+    )
+    for name, backend in BACKENDS.items():
+        if name in ("triton", "eager"):
+            continue
+        refusal = backend.refuses(call, choice.architecture())
+        uncapped = refusal == "has no soft-cap" and name in YARDSTICKS
+        if uncapped:
+            refusal = backend.refuses(call._replace(capped=False), choice.architecture())
+        if refusal or (name == "flex" and not tiny and call.length not in FLEX_LENGTHS):
+            continue
+        functions[name] = partial(_run, name, uncapped=uncapped)
+        if uncapped:
+            yardsticks.add(name)
+    return functions, {}, yardsticks
+
+
+def table(rows: list[dict]) -> list[dict]:
+    """The choice's rows: milliseconds by implementation, forward alone and with its backward pass."""
+    found: dict[tuple, dict] = {}
+    for row in rows:
+        name = "triton" if row["implementation"] == "ours" else row["implementation"]
+        if "ms" not in row or row["mode"] == "backward" or name not in BACKENDS or "computes" in row:
+            continue
+        facts = {
+            "capped": row["softcap"] is not None,
+            "packed": row["packed"],
+            "gradient": row["mode"] == "full",
+            "length": row["length"],
+            "width": row["width"],
+        }
+        found.setdefault(tuple(facts.values()), facts | {"ms": {}})["ms"][name] = round(row["ms"], 5)
+    return list(found.values())
+
+
+def write_table(rows: list[dict]) -> None:
+    """Put this architecture's rows into the table that `auto` reads; other architectures' stay."""
+    tables = json.loads(choice.TABLE.read_text()) if choice.TABLE.exists() else {}
+    tables[f"sm_{choice.architecture()}"] = {"environment": record.environment(), "rows": table(rows)}
+    choice.TABLE.write_text(json.dumps(tables, indent=1) + "\n")
+    print(f"auto chooses by {choice.TABLE}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, write; the exit code."""
+    for name, backend in BACKENDS.items():
+        if backend.missing():
+            print(f"no {name}: {backend.missing()}")
+    benchmark = compare.Benchmark("attention", CASES, TINY, implementations, attention_targets, SOURCES)
+    code, rows = compare.main(benchmark, __doc__, arguments)
+    if "--tiny" not in (arguments or sys.argv) and any("ms" in row for row in rows):
+        write_table(rows)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
