@@ -256,7 +256,8 @@ _WHOLE = {
 _FLASH = {"capped": True, "packed": True}
 BACKENDS = {
     "triton": Backend(
-        _triton, "triton:jit", "pip install triton", capped=True, packed=True, dtypes=SINGLE, cpu=True, step=1, widest=128
+        _triton, "triton:jit", "pip install triton", capped=True, packed=True, dtypes=SINGLE, cpu=True, step=1,
+        widest=128,
     ),
     "sdpa": Backend(partial(_either, _sdpa), **_WHOLE),
     "sdpa_flash": _forced(SDPBackend.FLASH_ATTENTION, cpu=True),
