@@ -197,16 +197,14 @@ def ratios(name: str = "vit_small_patch16_224", batch: int = 8, rounds: int = 10
             if index:
                 seconds[kind].append(taken)
     median = {kind: statistics.median(values) for kind, values in seconds.items()}
-    # Milliseconds over the baseline's step, because a CPU's own times mean nothing.
-    shares = {
-        kind: {part: ms / 1e3 / median["baseline"] for part, ms in parts(contestant, rounds).items()}
-        for kind, contestant in contestants.items()
-    }
     rows = []
     for kind in contestants:
         row = {"backbone": name, "batch": batch, "implementation": kind, "rounds": rounds}
         row |= {f"speedup_over_{other}": median[other] / median[kind] for other in median if other != kind}
-        rows.append(row | {"parts_of_the_baselines_step": shares[kind]})
+        found = parts(contestants[kind], rounds)
+        # Shares, because a CPU's milliseconds mean nothing.
+        row["parts"] = {part: ms / sum(found.values()) for part, ms in found.items()}
+        rows.append(row)
         print(rows[-1], flush=True)
     return rows
 

@@ -32,7 +32,8 @@ def test_ratios_on_a_cpu():
     rows = {row["implementation"]: row for row in step.main(["--ratios", "--tiny"])}
     assert rows["zero"]["speedup_over_baseline"] > 0
     assert rows["drop"]["speedup_over_zero"] > 0
-    assert list(rows["baseline"]["parts_of_the_baselines_step"]) == PARTS
+    assert list(rows["baseline"]["parts"]) == PARTS
+    assert sum(rows["baseline"]["parts"].values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("implementation", ["baseline", "zero", "drop"])
