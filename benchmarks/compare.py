@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch._functorch.config
 
-from benchmarks import measure, record
+from benchmarks import measure, plots, record
 from benchmarks.cases import Built, Case
 from benchmarks.targets import summary
 from fastalign.kernels.common import INTERPRETED
@@ -210,6 +210,7 @@ def _run(benchmark: Benchmark, cases: list[Case], options: argparse.Namespace, s
         extra = {"identity": found, "runs": runs, "targets": benchmark.targets(rows)}
         record.write(benchmark.name, rows, extra)
         longest = max(longest, time.perf_counter() - before)
+    plots.draw(benchmark.name)
     return rows
 
 

@@ -9,20 +9,22 @@ each part. What is compared is measured one after the other in one process: such
 On a GPU `benchmarks/results/step.json` is written after every group; ``--budget SECONDS`` ends a run early,
 ``--resume`` goes on where one of the same sources, versions and GPU ended. Exit code 1 if a row has no figure.
 
-On a CPU, ``--ratios`` times eager steps of a ViT-S in turns and writes ratios only, to `step_cpu.json`.
+On a CPU, ``--ratios`` times eager steps of a ViT-S in turns, by processor time, and writes ratios only, to
+`step_cpu.json`.
 """
 
 import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import partial
 
 import torch
 
 import fastalign as fa
-from benchmarks import record
+from benchmarks import plots, record
 from benchmarks.baseline import Baseline
 from benchmarks.measure import NO_ROOM, attempt, free
 from benchmarks.parts import parts
@@ -89,9 +91,9 @@ class Contestant:
         """bf16 on a GPU."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
-    def step(self) -> float:
+    def step(self, clock: Callable[[], float] = time.perf_counter) -> float:
         """One step. Returns its seconds."""
-        before = time.perf_counter()
+        before = clock()
         with self.autocast():
             loss = self.model(self.images, self.ids, self.epoch)
         loss.backward()
@@ -99,7 +101,7 @@ class Contestant:
         self.optimizer.zero_grad()
         loss.item()  # waits for the device
         self.epoch += 1
-        return time.perf_counter() - before
+        return clock() - before
 
 
 def measure(
@@ -181,11 +183,14 @@ def show(row: dict) -> None:
 
 
 def ratios(name: str = "vit_small_patch16_224", batch: int = 8, rounds: int = 10, **kwargs) -> list[dict]:
-    """Eager steps on a CPU in turns: how much faster each is than the baseline and than mode zero.
+    """Eager steps on a CPU in turns: how much faster each is than the others.
 
-    Freed memory is kept, as in training: else whoever allocates in an unlucky order pays for new pages.
+    One thread and processor time, so that what else runs on the machine does not decide. Freed memory is kept, as
+    in training: else whoever allocates in an unlucky order pays for new pages.
     """
     keep_freed_memory()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     contestants = {
         kind: Contestant(kind, name, batch, 30.0, **kwargs) for kind in ("baseline", "zero", "drop")
     }
@@ -193,19 +198,20 @@ def ratios(name: str = "vit_small_patch16_224", batch: int = 8, rounds: int = 10
     for index in range(rounds + 1):
         order = list(contestants) if index % 2 else list(contestants)[::-1]
         for kind in order:
-            taken = contestants[kind].step()
+            taken = contestants[kind].step(time.process_time)
             if index:
                 seconds[kind].append(taken)
     median = {kind: statistics.median(values) for kind, values in seconds.items()}
     rows = []
     for kind in contestants:
-        row = {"backbone": name, "batch": batch, "implementation": kind, "rounds": rounds}
+        row = {"backbone": name, "batch": batch, "implementation": kind, "rounds": rounds, "threads": 1}
         row |= {f"speedup_over_{other}": median[other] / median[kind] for other in median if other != kind}
         found = parts(contestants[kind], rounds)
         # Shares, because a CPU's milliseconds mean nothing.
         row["parts"] = {part: ms / sum(found.values()) for part, ms in found.items()}
         rows.append(row)
         print(rows[-1], flush=True)
+    torch.set_num_threads(threads)
     return rows
 
 
@@ -225,6 +231,8 @@ def run(chosen: dict[str, int], groups: list[tuple], options: argparse.Namespace
             record.write("step", rows, {"identity": identity, "targets": step_targets(rows)})
         longest = max(longest, time.perf_counter() - before)
     print(summary(step_targets(rows)))
+    if not options.tiny:
+        plots.draw("step")
     return rows
 
 
@@ -245,6 +253,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         print(summary(step_cpu_targets(rows)))
         if not options.tiny:
             record.write("step_cpu", rows, {"targets": step_cpu_targets(rows)})
+            plots.draw("step_cpu")
         return rows
     if options.tiny:
         return run(TINY, [group for group in GROUPS if not group[1]][:1], options, **extra)

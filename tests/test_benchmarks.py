@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastalign as fa
-from benchmarks import data, masks, parts, profile, record, step
+from benchmarks import data, masks, parts, profile, record, scaling, step
 from benchmarks.baseline import Baseline
 from benchmarks.measure import NO_ROOM
 from benchmarks.targets import BASE, step_targets
@@ -134,6 +134,42 @@ def test_targets_of_the_step_compare_what_is_comparable():
     assert found(baseline, _step_row("zero", 190.0, softcap=None)) == [None, None, None]
     assert found(baseline, _step_row("zero", 190.0, failed="x")) == [None, None, None]
     assert found(_step_row("zero", 100.0), _step_row("drop", 110.0)) == [None, 1.1, None]
+
+
+@pytest.mark.slow
+def test_scaling():
+    rows = scaling.main(["--tiny"])
+    assert [row["ranks"] for row in rows] == ([1] if torch.cuda.device_count() == 1 else [1, 2])
+    assert all(row["images_per_second"] > 0 for row in rows)
+    assert rows[0]["efficiency"] == 1
+
+
+def test_scaling_over_the_gpus_there_are(on_a_gpu, monkeypatch, capsys):
+    asked = []
+
+    def measure(ranks, name, batch, tiny):
+        asked.append((ranks, batch))
+        row = {"ranks": ranks, "batch_per_rank": batch}
+        return row | ({"failed": "x"} if ranks == 6 else {"images_per_second": 90.0 * ranks + 10})
+
+    monkeypatch.setattr(scaling, "measure", measure)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 6)
+    record.write("step", [_step_row("zero", 1.0, batch=96), _step_row("baseline", 1.0, batch=128)])
+    now = iter(range(0, 100_000, 10))
+    monkeypatch.setattr(scaling.time, "perf_counter", lambda: next(now))
+    assert [row["ranks"] for row in scaling.main(["--budget", "15"])] == [1]
+    rows = scaling.main(["--resume"])
+    assert asked == [(1, 96), (2, 96), (4, 96), (6, 96)]
+    assert [row.get("efficiency") for row in rows] == [1, 0.95, 0.925, None]
+    assert record.read("scaling")["rows"] == rows
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert [row["ranks"] for row in scaling.main([])] == [1]
+    assert "one GPU" in capsys.readouterr().out
+
+
+def test_a_rank_that_fails_is_a_row():
+    row = scaling.measure(1, "vit_tiny_patch16_224", -1, True)
+    assert "negative dimension" in row["failed"]
 
 
 def test_masks():
