@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 import fastalign as fa
-from benchmarks import record
+from benchmarks import plots, record
 from fastalign import extension
 
 KINDS = {"uniform": fa.UniformMasks(), "bernoulli": fa.BernoulliMasks(), "blockwise": fa.BlockwiseMasks()}
@@ -102,6 +102,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     torch.set_num_threads(all_threads)
     if rows and not tiny:
         record.write("masks", rows)
+        plots.draw("masks")
     return rows
 
 

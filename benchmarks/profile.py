@@ -10,7 +10,7 @@ import argparse
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import record
+from benchmarks import plots, record
 from benchmarks.step import BACKBONES, TINY, Contestant
 
 STEPS, TOP = 3, 30
@@ -69,6 +69,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     if cuda:
         path = record.write("profile", rows, {"backbone": name, "mode": options.mode, "batch": batch})
         found.export_chrome_trace(str(path.with_suffix(".trace.json.gz")))
+        plots.draw("profile")
     return rows
 
 

@@ -176,10 +176,42 @@ def test_masks():
     assert masks.main(["--tiny"]) is not None
 
 
-def test_data():
+def test_data(capsys):
     rows = data.main(["--tiny", "--needs", "100"])
     assert [row["source"] for row in rows] == ["folder", "tar"]
     assert all(row["images_per_second"] > 0 and row["threads_needed"] >= 1 for row in rows)
+    assert "folder: to feed 100 images/s you need" in capsys.readouterr().out
+
+
+def test_threads_that_feed_a_step():
+    rates = {1: 100.0, 2: 180.0, 4: 300.0}
+    assert data.threads_needed(90, rates) == (1, True)
+    assert data.threads_needed(180, rates) == (2, True)
+    assert data.threads_needed(230, rates) == (3, True)  # 2.83 on the line
+    assert data.threads_needed(600, rates) == (8, False)  # at 75 a thread
+    rows = [
+        {"source": "tar", "decoder": "DALI GPU mixed", "hw_decoder_load": load, "threads": number}
+        | {"images_per_second": rate * (1 + load)}
+        for load in (0.0, 0.5)
+        for number, rate in rates.items()
+    ]
+    line = "tar: to feed 600 images/s you need 6 threads (DALI GPU mixed, hw_decoder_load 0.5, more than were"
+    assert data.closing(rows, 600)[0].startswith(line)
+
+
+def test_data_on_a_gpu_goes_on_and_feeds_the_fastest_step(on_a_gpu, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(data, "measure", lambda *arguments: asked.append(arguments) or 100.0)
+    monkeypatch.setattr(data, "make_images", lambda *_: ["x/images", "x/shard.tar"])
+    record.write("step", [_step_row("zero", 350.0), _step_row("drop", 420.0), {"failed": "x"}])
+    now = iter(range(0, 100_000, 10))
+    monkeypatch.setattr(data.time, "perf_counter", lambda: next(now))
+    assert len(data.main(["--threads", "1", "2", "--budget", "45"])) == 4
+    rows = data.main(["--threads", "1", "2", "--resume"])
+    assert len(asked) == len(set(asked)) == len(rows) == 16
+    assert "tar: to feed 420 images/s you need 9 threads" in capsys.readouterr().out
+    assert record.read("data")["needs"] == 420
+    assert {row["decoder"] for row in rows} == {"DALI GPU mixed"}
 
 
 @pytest.mark.parametrize("mode", ["zero", "drop", "baseline"])
