@@ -170,7 +170,9 @@ def masks(pyplot, rows: list[dict], result: dict):
     """The extension's speed over PyTorch's; on a logarithmic axis, because blocks differ by a hundred."""
     keys = ("draw_speedup", "draw_and_pack_speedup")
     figure, axes = _figure(pyplot, [len(rows)] * 2, "Masks: times faster than PyTorch")
-    labels = [f"{row['kind']}, {row['device']}, {row['threads']} threads" for row in rows]
+    labels = [
+        f"{row['kind']}, {row['device']}, {row['threads']} thread{'s' * (row['threads'] > 1)}" for row in rows
+    ]
     for panel, key in zip(axes, keys, strict=True):
         values = [row[key] for row in rows]
         _bars(panel, labels, values, [f"{value:.0f}x" for value in values], BEST)

@@ -53,7 +53,12 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("backbone", nargs="?", default=next(iter(BACKBONES)), help="timm's name")
     parser.add_argument("--mode", choices=["zero", "drop", "baseline"], default="zero", help="implementation")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: checks that it runs")
+    parser.add_argument("--resume", action="store_true", help="nothing, where this has been measured already")
     options = parser.parse_args(arguments)
+    identity = record.identity() | {"backbone": options.backbone, "mode": options.mode}
+    if options.resume and (earlier := record.resume("profile", identity)):
+        print("measured already")
+        return earlier["rows"]
     cuda = torch.cuda.is_available() and not options.tiny
     name = next(iter(TINY)) if options.tiny else options.backbone
     batch = TINY[name] if options.tiny else BACKBONES.get(name, 64) if cuda else 2
@@ -67,7 +72,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             f"{row['ms_a_step']:9.3f} ms {100 * row['share']:5.1f} % {row['calls_a_step']:7.1f}x  {row['operation']}"
         )
     if cuda:
-        path = record.write("profile", rows, {"backbone": name, "mode": options.mode, "batch": batch})
+        facts = {"identity": identity, "backbone": name, "mode": options.mode, "batch": batch}
+        path = record.write("profile", rows, facts)
         found.export_chrome_trace(str(path.with_suffix(".trace.json.gz")))
         plots.draw("profile")
     return rows

@@ -1,7 +1,14 @@
-"""What the figures have to reach, judged from the rows of the benchmarks."""
+"""What the figures have to reach, judged from the rows of the benchmarks: ``python -m benchmarks.targets``.
 
+The command prints every target with its state and writes `benchmarks/results/SUMMARY.md`: the targets, and what has
+been measured where. It reads results and measures nothing.
+"""
+
+import argparse
+import sys
 from collections.abc import Callable, Iterable
 
+from benchmarks import record
 from benchmarks.measure import MODES
 
 ATTENTION = "softcap_attention"
@@ -173,3 +180,70 @@ def summary(found: list[dict]) -> str:
         for where, value in entry["missed"].items():
             lines.append(f"{'':10}   {where}: {value if isinstance(value, str) else f'{value:.2f}'}")
     return "\n".join(lines)
+
+
+JUDGES = {"step": step_targets, "step_cpu": step_cpu_targets, "kernels": targets}
+MEASUREMENTS = (*JUDGES, "attention", "masks", "profile", "data", "scaling")
+
+
+def results() -> dict[str, dict]:
+    """Every result by name; empty where a measurement has none yet."""
+    names = {path.stem for path in record.RESULTS.glob("*.json")}
+    return {name: record.read(name) for name in (*MEASUREMENTS, *sorted(names - {*MEASUREMENTS}))}
+
+
+def judged(name: str, result: dict) -> list[dict]:
+    """The targets of a result: judged here, or as the benchmark itself wrote them."""
+    return JUDGES[name](result.get("rows", [])) if name in JUDGES else result.get("targets", [])
+
+
+def _table(head: tuple[str, ...], rows: list[tuple]) -> list[str]:
+    lines = [head, ("---",) * len(head), *rows]
+    return ["| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |" for line in lines]
+
+
+def markdown(found: dict[str, dict]) -> str:
+    """The summary as a page."""
+    rows = []
+    for name, result in found.items():
+        for entry in judged(name, result):
+            bounds = [
+                f"{how} {entry[key]}"
+                for how, key in (("at least", "least"), ("at most", "most"))
+                if key in entry
+            ]
+            wanted = "".join(bounds) or "all"
+            worst = entry.get("worst")
+            figure = "-" if worst is None else f"{worst:.2f}"
+            where = entry.get("worst_at") or ", ".join(entry["missed"]) or "-"
+            rows.append((entry["state"], entry["target"], figure, wanted, where))
+    taken = []
+    for name, result in found.items():
+        place = result.get("environment", {})
+        plot = f"[plot]({name}.png)" if (record.RESULTS / f"{name}.png").exists() else "-"
+        machine = (place.get("gpu") or "CPU") if place else "not measured"
+        command = f"`{place['command']}`" if place.get("command") else "-"
+        taken.append((name, machine, place.get("date", "-"), place.get("commit") or "-", command, plot))
+    lines = ["# Results", "", "Written by `python -m benchmarks.targets`.", "", "## Targets", ""]
+    lines += _table(("state", "target", "worst figure", "wanted", "where"), rows)
+    lines += ["", "## Measurements", ""]
+    lines += _table(("result", "machine", "date", "commit", "command", "plot"), taken)
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print and write the summary. What is missed is no error: the tests say what is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.targets", description=__doc__.splitlines()[0])
+    parser.parse_args(arguments)
+    found = results()
+    entries = [entry for name, result in found.items() for entry in judged(name, result)]
+    print(summary(entries))
+    states = [entry["state"] for entry in entries]
+    print(", ".join(f"{states.count(state)} {state}" for state in ("met", "missed", "unmeasured")))
+    path = record.RESULTS / "SUMMARY.md"
+    path.write_text(markdown(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

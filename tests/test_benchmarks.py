@@ -1,10 +1,14 @@
 """Every benchmark runs, at a tiny size, so that none is ever broken."""
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 import fastalign as fa
-from benchmarks import data, masks, parts, profile, record, scaling, step
+from benchmarks import data, masks, parts, profile, record, scaling, step, targets
 from benchmarks.baseline import Baseline
 from benchmarks.measure import NO_ROOM
 from benchmarks.targets import BASE, step_targets
@@ -15,6 +19,22 @@ from tests.numerics import gradient_error, randomise, relative_error
 def _results(tmp_path, monkeypatch):
     """Nothing is read from or left among the real results."""
     monkeypatch.setattr(record, "RESULTS", tmp_path)
+
+
+def _has_main(path):
+    return any(
+        isinstance(node, ast.FunctionDef) and node.name == "main" for node in ast.parse(path.read_text()).body
+    )
+
+
+COMMANDS = [path.stem for path in sorted((record.ROOT / "benchmarks").glob("*.py")) if _has_main(path)]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_run_by_a_test(name):
+    """Whoever adds a benchmark adds a test that runs it at a tiny size."""
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    assert re.search(rf"\b{name}\.main\(|\bbenchmarks\.{name}\b", tests), f"no test runs benchmarks.{name}"
 
 
 PARTS = ["masks", "teacher", "student's encoder", "decoder", "loss", "backward", "optimiser"]
@@ -110,6 +130,25 @@ def test_groups_add_up_to_one_result(on_a_gpu, monkeypatch, capsys):
     ]
 
 
+def test_a_summary_of_all_results(tmp_path, capsys):
+    rows = [_step_row("baseline", 100.0), _step_row("zero", 190.0, mfu=0.4)]
+    record.write("step", rows)
+    own = {"target": "own", "state": "missed", "least": 1, "rows": 1, "worst": 0.5, "worst_at": "x|y"}
+    record.write("attention", [], {"targets": [own | {"missed": {"x|y": 0.5}}]})
+    (tmp_path / "step.png").touch()
+    assert targets.main([]) == 0
+    out, page = capsys.readouterr().out, (tmp_path / "SUMMARY.md").read_text()
+    assert re.search(r"1 met, 3 missed, \d+ unmeasured", out)
+    assert (
+        f"| met | step, mode zero, {BASE}: times faster than the baseline | 1.90 | at least 1.8 | {BASE} |"
+        in page
+    )
+    assert "| missed | own | 0.50 | at least 1 | x/y |" in page
+    assert "| unmeasured | every kernel is as right as eager PyTorch | - | all | - |" in page
+    assert re.search(r"\| step \| .* \[plot\]\(step.png\) \|", page)
+    assert "| scaling | not measured |" in page
+
+
 def _step_row(implementation, rate, run="a", batch=8, **extra):
     row = {"backbone": BASE, "softcap": 30.0, "compiled": True, "implementation": implementation, "run": run}
     return row | {"batch": batch, "images_per_second": rate, "mfu": None, "peak_gib": 1.0 * batch} | extra
@@ -157,7 +196,7 @@ def test_scaling_over_the_gpus_there_are(on_a_gpu, monkeypatch, capsys):
     record.write("step", [_step_row("zero", 1.0, batch=96), _step_row("baseline", 1.0, batch=128)])
     now = iter(range(0, 100_000, 10))
     monkeypatch.setattr(scaling.time, "perf_counter", lambda: next(now))
-    assert [row["ranks"] for row in scaling.main(["--budget", "15"])] == [1]
+    assert [row["ranks"] for row in scaling.main(["--budget", "25"])] == [1]
     rows = scaling.main(["--resume"])
     assert asked == [(1, 96), (2, 96), (4, 96), (6, 96)]
     assert [row.get("efficiency") for row in rows] == [1, 0.95, 0.925, None]
@@ -174,6 +213,16 @@ def test_a_rank_that_fails_is_a_row():
 
 def test_masks():
     assert masks.main(["--tiny"]) is not None
+
+
+def test_what_is_measured_already_is_not_measured_again(capsys):
+    record.write("masks", [{"kind": "x"}], {"identity": record.identity()})
+    assert masks.main(["--resume"]) == [{"kind": "x"}]
+    name = next(iter(step.BACKBONES))
+    facts = {"identity": record.identity() | {"backbone": name, "mode": "zero"}}
+    record.write("profile", [{"operation": "x"}], facts)
+    assert profile.main(["--resume"]) == [{"operation": "x"}]
+    assert profile.main(["--tiny", "--resume", "--mode", "drop"]) != [{"operation": "x"}]
 
 
 def test_data(capsys):

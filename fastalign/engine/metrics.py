@@ -91,6 +91,8 @@ class MetricLog:
 class Speed:
     """Images a second, the share of time spent waiting for data, and model FLOPs utilisation, by interval.
 
+    On a GPU the wait is the host's, and an upper bound of the GPU's, which may still be at work on earlier steps.
+
     Args:
         images: an update, over all ranks.
         ranks: number of ranks.
