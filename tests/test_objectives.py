@@ -195,6 +195,38 @@ def test_selecting_tokens_equals_blanking_pixels(name):
     assert relative_error(teacher(images, visible), teacher_targets(model, images, visible, 0)) < EXACT
 
 
+@pytest.mark.parametrize("case", [*CASES, "norm of patches"])
+def test_the_first_block_shared_by_copies_equals_every_copy_by_itself(case):
+    """A copy by itself: its pixels blanked, embedded, and all of the first block computed."""
+    objective, *_ = build("plain" if case == "norm of patches" else case)
+    teacher = objective.teacher
+    if case == "norm of patches":
+        teacher.vit.patch_embed.norm = torch.nn.LayerNorm(teacher.embed_dim).double()
+        randomise(teacher.vit.patch_embed)
+    images, ids = torch.randn(2, 3, *teacher.spec.image_size, dtype=torch.float64), torch.tensor([3, 8])
+    visible = objective.masks(ids, objective.num_patches, 0)
+    visible[1, 1] = False
+    found = teacher(images, visible)
+    for image, masks, targets in zip(images, visible, found, strict=True):
+        copies = torch.stack([blank_pixels(image, mask, teacher.spec.patch_size[0]) for mask in masks])
+        assert relative_error(targets, teacher(copies).squeeze(1)) < 1e-12
+
+
+def test_the_first_block_projects_each_token_once():
+    """Counted rows: those of B images and a blank one, instead of B M copies."""
+    teacher, rows = fa.MaskedTeacher(tiny(img_size=64, depth=3)), []
+    for block in teacher.vit.blocks:
+        block.norm1.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].numel()))
+    teacher(torch.randn(2, 3, 64, 64), fa.UniformMasks()(torch.arange(2), 16))
+    assert [count // (17 * teacher.embed_dim) for count in rows] == [2 + 1, 2 * 3]
+
+
+@pytest.mark.parametrize("visible", [torch.ones(2, 3, 5) > 0, torch.ones(1, 3, 4) > 0, torch.ones(2, 3, 4)])
+def test_masks_that_do_not_fit_are_named(visible):
+    with pytest.raises(ValueError, match=r"visible must be bool \[B = 2, M, N = 4\]"):
+        fa.MaskedTeacher(tiny())(torch.randn(2, 3, 32, 32), visible)
+
+
 def test_target_scale_gives_unit_variance_and_the_known_first_loss():
     vit = fa.create_backbone("vit_tiny_patch16_224", img_size=64, depth=3)
     randomise(vit, 0.1)

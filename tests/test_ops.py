@@ -25,8 +25,11 @@ PACKING = reference.pack_masks(VISIBLE, 1, 30)
 WRONG = {
     "patches": (lambda: ops.mask_tokens(x(2, 4), x(8), VISIBLE), "patches must be floating point [B, N, D]"),
     "hidden": (lambda: ops.mask_tokens(x(2, 4, 8), x(7), VISIBLE), "hidden must be [D = 8]"),
-    "images": (lambda: ops.mask_tokens(x(3, 4, 8), x(8), VISIBLE), "visible must be bool [B = 3, M, N]"),
-    "patches of masks": (lambda: ops.mask_tokens(x(2, 5, 8), x(8), VISIBLE), "visible must be [B, M, N = 5]"),
+    "images": (lambda: ops.mask_tokens(x(3, 4, 8), x(8), VISIBLE), "visible must be bool [B = 3, M, N = 4]"),
+    "patches of masks": (
+        lambda: ops.mask_tokens(x(2, 5, 8), x(8), VISIBLE),
+        "visible must be bool [B = 2, M, N = 5]",
+    ),
     "prefix": (lambda: ops.mask_tokens(x(2, 4, 8), x(8), VISIBLE, x(1, 7)), "prefix must be [P, D = 8]"),
     "position": (
         lambda: ops.expand_masked(x(2, 5, 8), VISIBLE, x(5, 8)),

@@ -52,8 +52,8 @@ class PatchEmbed(nn.Module):
 
     def blank(self) -> Tensor:
         """[D]: the embedding of a patch whose pixels are zero, in whatever dtype embeddings come out."""
-        weight = self.proj.weight
-        return self(weight.new_zeros(1, *weight.shape[1:]))[0, 0]
+        weight, bias = self.proj.weight, self.proj.bias
+        return self.norm(weight.new_zeros(len(weight)) if bias is None else bias)
 
 
 class LayerScale(nn.Module):
@@ -108,7 +108,11 @@ class Attention(nn.Module):
         return qkv.unflatten(-1, (3, self.spec.heads, -1)).unbind(-3)
 
     def forward(
-        self, x: Tensor, position: Tensor | None = None, sequences: Sequences | None = None
+        self,
+        x: Tensor,
+        position: Tensor | None = None,
+        sequences: Sequences | None = None,
+        index: Tensor | None = None,
     ) -> Tensor:
         """Attention of each sequence over itself.
 
@@ -116,9 +120,12 @@ class Attention(nn.Module):
             x: [B, T, D], or with `sequences` packed, [L, D].
             position: the rotary table [N, 2d] (packed: [L, 2d], a row a token) or the relative index [T, T].
             sequences: the bounds of packed sequences.
+            index: [B, T]: x is [R, D], and this says which row each token is; not packed.
         """
         q, k, v = self.project(x)
         q, k = self.q_norm(q), self.k_norm(k)
+        if index is not None:
+            q, k, v = q[index], k[index], v[index]
         if sequences is not None:
             if position is not None:
                 q, k = (rotate(part, position.unsqueeze(1)).type_as(v) for part in (q, k))
@@ -203,11 +210,19 @@ class Block(nn.Module):
         return (self.gamma_1, self.gamma_2) if self.scale_keys == "gamma" else None
 
     def forward(
-        self, x: Tensor, position: Tensor | None = None, sequences: Sequences | None = None
+        self,
+        x: Tensor,
+        position: Tensor | None = None,
+        sequences: Sequences | None = None,
+        index: Tensor | None = None,
     ) -> Tensor:
-        """[B, T, D] -> [B, T, D], or [L, D] -> [L, D] packed. Arguments as for `Attention`."""
+        """[B, T, D] -> [B, T, D], or [L, D] -> [L, D] packed. Arguments as for `Attention`.
+
+        With `index` [R, D] -> [B, T, D]: rows that occur often are normed and projected once.
+        """
         scales = self.layer_scales()
-        branch = self.attn(self.norm1(x), position, sequences)
+        branch = self.attn(self.norm1(x), position, sequences, index)
+        x = x if index is None else x[index]
         x = x + self.drop_path(branch if scales is None else branch * scales[0])
         branch = self.mlp(self.norm2(x))
         return x + self.drop_path(branch if scales is None else branch * scales[1])

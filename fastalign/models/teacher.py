@@ -79,10 +79,10 @@ class MaskedTeacher(nn.Module):
             packing = packing or ops.pack_masks(visible, self.vit.num_prefix_tokens)
             return self.vit.encode(self.vit.embed_packed(images, packing), packing)
         if visible is None:
-            tokens = self.vit.add_position(self.vit.patch_embed(images))
+            tokens = self.vit.forward_features(images)
         else:
-            tokens = self.vit.embed_masked(images, visible)
-        tokens = self.vit.encode(tokens)
+            rows, index = self.vit.embed_rows(images, visible)
+            tokens = self.vit.encode(rows, index=index)
         if self.prefix_only:
             tokens = self.vit.pooled(tokens).unsqueeze(1)
         return tokens.unflatten(0, (len(images), -1))
