@@ -34,6 +34,14 @@ class _Objective(nn.Module):
         """What becomes of a hidden patch: "zero" or "drop"."""
         raise NotImplementedError
 
+    @property
+    def fixed_lengths(self) -> bool:
+        """Whether a batch has as many tokens whatever masks are drawn.
+
+        Else their number must be known on the host: give `forward` sample ids there, and nobody waits for the device.
+        """
+        return self.masking == "zero" or self.masks.complement
+
     def targets(self, images: Tensor, visible: Tensor, packing: Packing | None = None) -> Tensor:
         """[B, M or 1, T, D], unscaled; with `packing` [L, D] or [B, T, D]."""
         raise NotImplementedError
@@ -70,7 +78,7 @@ class _Objective(nn.Module):
         """The masks of a batch [B, M, N], and in mode drop how the visible tokens are packed."""
         if self.masking == "zero":
             return self.masks(sample_ids.to(images.device), self.num_patches, epoch), None
-        if self.masks.complement:  # as many tokens whatever is drawn: nobody waits for the device
+        if self.fixed_lengths:
             sample_ids = sample_ids.to(images.device)
         visible, packing = self.masks.packed(sample_ids, self.num_patches, self.teacher.spec.prefix, epoch)
         packing = Packing(*(part.to(images.device, non_blocking=True) for part in packing))
@@ -131,11 +139,15 @@ class _Objective(nn.Module):
         modules = [self.teacher, self.student]
         if blocks:
             modules = [module for module in self.modules() if isinstance(module, Block)]
-            # A graph for each kind of block and each rate of stochastic depth; the default allows eight.
+            # A graph for each kind of block and each rate of stochastic depth, in training, in validation and for its
+            # last batch; the default allows eight.
             limit = torch._dynamo.config.recompile_limit
-            torch._dynamo.config.recompile_limit = max(limit, 2 * len(modules))
+            torch._dynamo.config.recompile_limit = max(limit, 8 + 4 * len(modules))
+        # Fixed shapes: the smaller last batch of a validation set gets graphs of its own, where else torch would make
+        # the graphs of training fit for any shape, which is slower. Only where lengths vary are they not fixed.
+        dynamic = False if self.fixed_lengths else None
         for module in modules:
-            module.compile(fullgraph=True, **options)
+            module.compile(fullgraph=True, dynamic=dynamic, **options)
 
 
 class MaskEmbed(_Objective):

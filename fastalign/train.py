@@ -125,7 +125,7 @@ def validate(run: Run, log: MetricLog, terminal: Terminal, epoch: int) -> None:
     """Evaluate and tell."""
     run.val_loss = evaluate(run)
     log.add(step=run.step, epoch=epoch, val_loss=run.val_loss)
-    log.flush()
+    terminal.say_compiled(log.flush())
     terminal.say(f"step {run.step}: validation loss {run.val_loss:.4f}")
 
 
@@ -169,6 +169,7 @@ def report(lines: list[dict], terminal: Terminal) -> None:
                 f"the loss is {line['loss']} at step {line['step']}: lower optim.lr, or set optim.clip; "
                 "the last checkpoint is from before"
             )
+    terminal.say_compiled(lines)
     if lines:
         terminal.show(lines[-1])
 

@@ -182,6 +182,27 @@ def test_compiles_as_one_graph_for_all_masks():
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
+def test_where_lengths_vary_few_graphs_fit_them_all():
+    """Without complements every batch has its own number of tokens, rounded up."""
+    torch._dynamo.reset()
+    objective, *_ = build("vit")
+    objective.masks = fa.BernoulliMasks(complement=False, full=False)
+    images, ids = torch.randn(4, 3, 48, 48, dtype=torch.float64), torch.arange(4)
+    batches = [ids + 4 * index for index in range(12)]
+    wanted = [objective(images, ids).item() for ids in batches]
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    objective.compile(backend=backend)
+    assert [objective(images, ids).item() for ids in batches] == pytest.approx(wanted, rel=1e-10)
+    lengths = {len(objective.draw(images, ids, 0)[1].indices) for ids in batches}
+    assert len(lengths) > 3
+    assert len(graphs) == 4, "student and teacher, for the first length and for all others"
+
+
 @pytest.mark.parametrize("name", ["vit", "siglip", "eva"])
 def test_on_kernels(name, monkeypatch):
     """Everything in Triton, against float64."""

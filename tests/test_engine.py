@@ -1,13 +1,15 @@
 """The parts of the engine, each against an independent truth."""
 
 import json
+import time
 
 import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
 from fastalign.engine.checkpoint import Checkpoints, write_atomically
-from fastalign.engine.metrics import MetricLog
+from fastalign.engine.compilation import Compilation
+from fastalign.engine.metrics import MetricLog, Speed
 from fastalign.engine.optim import MovingAverage, learning_rate
 from fastalign.errors import UserError
 
@@ -108,3 +110,26 @@ def test_missing_wandb_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(UserError, match=r"fastalign\[wandb\]"):
         MetricLog(tmp_path, sinks=["wandb:project"])
+
+
+def test_compilation_is_told_once_and_left_out_of_the_speed():
+    """A compiler that takes half a second, and a step that takes a fifth of one."""
+    torch._dynamo.reset()
+
+    def slow(graph, inputs):
+        time.sleep(0.5)
+        return graph.forward
+
+    torch.compile(torch.cos, backend=slow)(torch.zeros(3))  # imports the compiler
+    compilation = Compilation()
+    assert compilation.news() == {}
+    speed = Speed(images=10, ranks=1, flops=1.0, device=torch.device("cpu"))
+    torch.compile(lambda x: x.sin() + 1, backend=slow)(torch.zeros(3))
+    time.sleep(0.2)
+    speed.tick(0.0)
+    rate = speed.measure()["images_per_second"]
+    assert 10 / 0.4 < rate <= 10 / 0.2
+    news = compilation.news()
+    assert 0.5 <= news.pop("compile_seconds") < 10
+    assert news == {"compile_cache_hits": 0, "compile_cache_misses": 0}
+    assert compilation.news() == {}

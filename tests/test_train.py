@@ -12,9 +12,10 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from torch._dynamo.backends.registry import lookup_backend
 
 import fastalign as fa
-from fastalign import train
+from fastalign import MaskEmbed, train
 from fastalign.build import build_backbones
 from fastalign.config import Config
 from tests.numerics import needs_compiler
@@ -181,8 +182,38 @@ def test_efficiency_settings_do_not_change_the_loss(recipe, setting):
 def test_compiled_run_has_the_same_loss(recipe, setting):
     torch._dynamo.reset()
     plain = losses(recipe("max_steps=3", name="plain"))
-    compiled = losses(recipe(f"efficiency.compile={setting}", "max_steps=3", name="compiled"))
-    assert compiled == pytest.approx(plain, rel=1e-4)
+    compiled = recipe(f"efficiency.compile={setting}", "max_steps=3", name="compiled")
+    assert losses(compiled) == pytest.approx(plain, rel=1e-4)
+    cache = metrics(compiled)[0][0]
+    assert cache["compile_cache_hits"] + cache["compile_cache_misses"] > 0
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """Compilation short of the processor's code, which takes most of the time. Returns each graph's inputs."""
+    torch._dynamo.reset()
+    whole, graphs = MaskEmbed.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(inputs)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(MaskEmbed, "compile", lambda *a, **k: whole(*a, **k, backend=backend))
+    return graphs
+
+
+@pytest.mark.parametrize("mode", ["zero", "drop"])
+@pytest.mark.parametrize("setting", ["true", "blocks"])
+def test_nothing_is_compiled_after_the_first_step(recipe, capturing, setting, mode, capsys):
+    """Over steps, epochs, and validation, whose last batch is smaller; and in fixed shapes all along."""
+    options = [f"masks.mode={mode}", "log.every_steps=3"]
+    compiled = recipe(f"efficiency.compile={setting}", *options, name="compiled")
+    lines = [json.loads(line) for line in (compiled / "metrics.jsonl").read_text().splitlines()]
+    assert [index for index, line in enumerate(lines) if "compile_seconds" in line] == [0, 1]
+    assert [line["step"] for line in lines[:2]] == [0, 1]
+    assert capsys.readouterr().out.count("compiled in ") == 2
+    assert not any(isinstance(size, torch.SymInt) for inputs in capturing for size in inputs)
+    assert losses(compiled) == pytest.approx(losses(recipe(*options, name="plain")), rel=1e-4)
 
 
 def test_bf16_stays_close(recipe):
@@ -374,11 +405,11 @@ def test_print_config(recipe, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def torchrun(tmp_path, *overrides):
+def torchrun(tmp_path, *overrides, program=("-m", "fastalign.train")):
     """The recipe on two ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "fastalign.train", str(tmp_path / "recipe.yaml"), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += [*program, str(tmp_path / "recipe.yaml"), *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
 
 
@@ -395,6 +426,26 @@ def test_two_ranks_under_torchrun_have_the_losses_of_one(recipe, tmp_path):
     assert losses(folder) == pytest.approx(losses(alone), rel=1e-4)
     ours, theirs = metrics(folder)[1], metrics(alone)[1]
     assert ours[-1]["val_loss"] == pytest.approx(theirs[-1]["val_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["true", "blocks"])
+def test_two_compiled_ranks_have_the_losses_of_one(recipe, tmp_path, setting):
+    """With accumulation and gradient checkpointing, over an epoch's end; compiled as by the fixture `capturing`."""
+    options = ["optim.accumulate=2", "efficiency.grad_checkpointing=true", "max_steps=6", "data.val=null"]
+    alone = recipe(*options, name="alone")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\nfrom fastalign import MaskEmbed, train\nwhole = MaskEmbed.compile\n"
+        "MaskEmbed.compile = lambda *a, **k: whole(*a, **k, backend='aot_eager')\nsys.exit(train.main())\n"
+    )
+    two = tmp_path / "two"
+    options += [f"output={two}", f"efficiency.compile={setting}"]
+    result = torchrun(tmp_path, *options, program=[str(program)])
+    assert result.returncode == 0, result.stderr
+    assert losses(two) == pytest.approx(losses(alone), rel=1e-4)
+    assert "compile_seconds" in metrics(two)[0][0]
+    assert not any("compile_seconds" in line for line in metrics(two)[0][1:])
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fastalign.engine.compilation import Compilation, compile_seconds
 from fastalign.engine.flops import peak_flops
 from fastalign.errors import UserError
 
@@ -45,6 +46,7 @@ class MetricLog:
         sinks: Sequence[str] = (),
     ):
         self._pending: list[dict] = []
+        self._compilation = Compilation()
         self._file, self._sinks = None, []
         if not main:
             return
@@ -57,9 +59,9 @@ class MetricLog:
             self._sinks.append(_wandb(folder, project) if kind == "wandb" else _tensorboard(folder, step))
 
     def add(self, **values) -> None:
-        """Keep a line until the next flush; values may be tensors on the device."""
+        """Keep a line until the next flush, with what was compiled for it; values may be tensors on the device."""
         if self._file:
-            self._pending.append(values)
+            self._pending.append(values | self._compilation.news())
 
     def flush(self, speed: "Speed | None" = None) -> list[dict]:
         """Fetch what is pending from the device and write it, training lines with the interval's speed.
@@ -92,6 +94,7 @@ class Speed:
     """Images a second, the share of time spent waiting for data, and model FLOPs utilisation, by interval.
 
     On a GPU the wait is the host's, and an upper bound of the GPU's, which may still be at work on earlier steps.
+    The time that compilation takes is left out.
 
     Args:
         images: an update, over all ranks.
@@ -108,7 +111,7 @@ class Speed:
 
     def start(self) -> None:
         """Begin an interval."""
-        self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
+        self._since, self._steps, self._waited = time.perf_counter() - compile_seconds(), 0, 0.0
 
     def tick(self, waited: float) -> None:
         """An update was made, `waited` seconds of which went into waiting for data."""
@@ -117,7 +120,7 @@ class Speed:
 
     def measure(self) -> dict[str, float]:
         """The interval's figures; a new one begins."""
-        seconds = time.perf_counter() - self._since
+        seconds = time.perf_counter() - compile_seconds() - self._since
         rate = self._steps * self.images / seconds
         figures = {
             "images_per_second": rate,
@@ -154,6 +157,14 @@ class Terminal:
             self._bar.console.print(text, highlight=False)
         elif self.main:
             print(text, flush=True)
+
+    def say_compiled(self, lines: list[dict]) -> None:
+        """What compilation cost, for lines that have it."""
+        for line in lines:
+            if "compile_seconds" in line:
+                hits, misses = line["compile_cache_hits"], line["compile_cache_misses"]
+                text = f"compiled in {line['compile_seconds']:.1f} s"
+                self.say(f"{text}, {hits} of {hits + misses} graphs from torch's cache")
 
     def show(self, line: dict) -> None:
         """The newest training metrics."""
