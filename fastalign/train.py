@@ -36,10 +36,11 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
     for part in range(optim.accumulate):
         batch = next(batches)
         waited += batch.wait
+        ids = batch.ids if run.objective.fixed_lengths else torch.from_numpy(batch.ids_host)
         last = part == optim.accumulate - 1
         with nullcontext() if last or run.world.size == 1 else run.model.no_sync():
             with run.autocast():
-                loss = run.model(batch.images, batch.ids, epoch) / optim.accumulate
+                loss = run.model(batch.images, ids, epoch) / optim.accumulate
             loss.backward()
         total += loss.detach()
     norm = nn.utils.clip_grad_norm_(run.trained, optim.clip or float("inf"))

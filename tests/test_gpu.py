@@ -10,7 +10,13 @@ import pytest
 import torch
 
 import fastalign as fa
-from tests.numerics import gradient_error, randomise, relative_error
+from fastalign import build
+from fastalign.config import load_config
+from fastalign.data.prefetch import Batch
+from fastalign.engine.distributed import World
+from fastalign.run import Run
+from fastalign.train import update
+from tests.numerics import DEVICE, gradient_error, randomise, relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 ROOT = Path(__file__).parent.parent
@@ -64,17 +70,56 @@ def test_bf16_stays_close(compiled, masking):
     assert relative_error(found, loss) < 0.02
 
 
+@pytest.mark.parametrize("masks", ["uniform", "bernoulli", "blockwise"])
+@pytest.mark.parametrize("mode", ["zero", "drop", "drop without complements"])
+def test_an_update_never_waits_for_the_device(tmp_path, mode, masks):
+    """All of `update`, as the command runs it: accumulation, bf16, clipping, AdamW, moving average."""
+    run, batches = run_of_batches(
+        tmp_path,
+        f"masks.mode={mode.split()[0]}",
+        f"masks.complement={mode != 'drop without complements'}",
+        f"masks.distribution={masks}",
+        "efficiency.grad_checkpointing=true",
+    )
+    check_no_waiting(run, batches)
+
+
 @both_modes
-def test_a_step_never_waits_for_the_device(masking):
-    step, images, ids = objective(masking).cuda(), torch.randn(4, 3, 64, 64).cuda(), torch.arange(4).cuda()
-    loss_and_gradient(step, images, ids)
+@pytest.mark.parametrize("compiled", ["true", "blocks"])
+def test_a_compiled_update_never_waits_for_the_device(tmp_path, masking, compiled):
+    torch._dynamo.reset()
+    check_no_waiting(*run_of_batches(tmp_path, f"masks.mode={masking}", f"efficiency.compile={compiled}"))
+
+
+def run_of_batches(tmp_path, *overrides):
+    """A run, and finished batches for six updates of two parts."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"output: {tmp_path / 'run'}\n"
+        "student: {name: vit_tiny_patch16_224, pretrained: false, kwargs: {img_size: 64, drop_path_rate: 0.1}}\n"
+        "data: {train: 'synthetic:256'}\n"
+        "optim: {batch_size: 8, epochs: 2, lr: 1.0e-3, accumulate: 2, clip: 1.0, ema: 0.9}\n"
+    )
+    device = torch.device(DEVICE, 0 if DEVICE == "cuda" else None)
+    run = Run(load_config(str(recipe), list(overrides)), World(0, 1, device))
+    run.model.train()
+    dtype, batches = build.precision(run.config, device), []
+    for first in range(0, 48, 4):
+        images, ids = torch.randn(4, 3, 64, 64, device=device, dtype=dtype), torch.arange(first, first + 4)
+        batches.append(Batch(images, ids.to(device), ids.numpy(), 0.0))
+    return run, iter(batches)
+
+
+def check_no_waiting(run, batches):
+    """Three updates to warm up, three during which waiting is an error."""
+    for _ in range(3):
+        update(run, batches, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for masks in (fa.UniformMasks(), fa.BernoulliMasks(), fa.BlockwiseMasks()):
-            step.masks = masks
-            step(images, ids).backward()
+        measured = [update(run, batches, 0)["loss"] for _ in range(3)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(torch.stack(measured)).all()
 
 
 @both_modes
