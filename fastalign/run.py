@@ -58,6 +58,14 @@ class Run:
         reduced = self.dtype == torch.bfloat16
         return torch.autocast(self.world.device.type, self.dtype) if reduced else nullcontext()
 
+    def fixed_weights(self):
+        """Around passes between which no weight changes: autocast casts each weight once, not once a pass.
+
+        An outer autocast, itself off, keeps the cache of those within it until its own end.
+        """
+        reduced = self.dtype == torch.bfloat16
+        return torch.autocast(self.world.device.type, enabled=False) if reduced else nullcontext()
+
     def state(self) -> dict:
         """What a checkpoint holds: tensors and plain values only."""
         return {

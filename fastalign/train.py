@@ -33,16 +33,17 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
     # Stochastic depth draws from torch's generator: seeded by the step, a resumed run draws the same.
     torch.manual_seed(((run.config.seed * 1_000_003 + run.step) * 65_536 + run.world.rank) % 2**63)
     total, waited = torch.zeros((), device=run.world.device), 0.0
-    for part in range(optim.accumulate):
-        batch = next(batches)
-        waited += batch.wait
-        ids = batch.ids if run.objective.fixed_lengths else torch.from_numpy(batch.ids_host)
-        last = part == optim.accumulate - 1
-        with nullcontext() if last or run.world.size == 1 else run.model.no_sync():
-            with run.autocast():
-                loss = run.model(batch.images, ids, epoch) / optim.accumulate
-            loss.backward()
-        total += loss.detach()
+    with run.fixed_weights():
+        for part in range(optim.accumulate):
+            batch = next(batches)
+            waited += batch.wait
+            ids = batch.ids if run.objective.fixed_lengths else torch.from_numpy(batch.ids_host)
+            last = part == optim.accumulate - 1
+            with nullcontext() if last or run.world.size == 1 else run.model.no_sync():
+                with run.autocast():
+                    loss = run.model(batch.images, ids, epoch) / optim.accumulate
+                loss.backward()
+            total += loss.detach()
     norm = nn.utils.clip_grad_norm_(run.trained, optim.clip or float("inf"))
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -61,10 +62,11 @@ def evaluate(run: Run) -> float:
         student.load_state_dict(run.average.state)
     student.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
-    for batch in run.val.batches():
-        with run.autocast():
-            loss = run.objective(batch.images, batch.ids, EVAL_EPOCH)
-        sums += torch.stack([loss.double() * len(batch.ids), loss.new_tensor(len(batch.ids)).double()])
+    with run.fixed_weights():
+        for batch in run.val.batches():
+            with run.autocast():
+                loss = run.objective(batch.images, batch.ids, EVAL_EPOCH)
+            sums += torch.stack([loss.double() * len(batch.ids), loss.new_tensor(len(batch.ids)).double()])
     student.train()
     if live:
         student.load_state_dict(live)

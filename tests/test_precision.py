@@ -1,12 +1,18 @@
 """The teacher's stored weights, against autocast with fp32 weights."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastalign as fa
+from fastalign import train
+from fastalign.config import Config
+from fastalign.engine.distributed import World
+from fastalign.run import Run
 from tests.numerics import randomise
 
 NARROW = {"embed_dim": 96, "num_heads": 3, "depth": 3}
@@ -65,3 +71,50 @@ def test_the_backbone_and_the_student_keep_their_weights():
     teacher.store_as(torch.bfloat16)
     for module in (vit, student):
         assert all(parameter.dtype == torch.float32 for parameter in module.parameters())
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts to bf16 of fp32 matrices of one shape, which only a weight has."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.count += arguments[0].shape == self.shape and arguments[0].dtype == torch.float32
+        return function(*arguments, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_weight_is_cast_once_an_update_and_nothing_else_changes(tmp_path, monkeypatch, checkpointing):
+    """Three passes an update, EMA and its evaluation, against autocast in each pass on its own."""
+
+    tiny = {"img_size": 32, **NARROW, "depth": 2}
+
+    def trained(name):
+        config = Config.model_validate(
+            {
+                "output": str(tmp_path / name),
+                "max_steps": 2,
+                "student": {"name": "vit_tiny_patch16_224", "weights": "random", "kwargs": tiny},
+                "data": {"train": "synthetic:6", "val": "synthetic:4", "threads": 1},
+                "optim": {"batch_size": 6, "accumulate": 3, "epochs": 2, "lr": 1e-3, "ema": 0.9},
+                "efficiency": {"precision": "bf16", "grad_checkpointing": checkpointing},
+            }
+        )
+        world = World(0, 1, torch.device("cpu"))
+        with Casts((3 * 96, 96)) as casts:  # qkv
+            train.train(config, world)
+        state = torch.load(tmp_path / name / "checkpoints" / "step-00000002.pt", weights_only=True)
+        return casts.count, state
+
+    count, state = trained("once")
+    monkeypatch.setattr(Run, "fixed_weights", lambda run: nullcontext())
+    usual, wanted = trained("usual")
+    for part in ("student", "average"):
+        assert all(torch.equal(state[part][name], value) for name, value in wanted[part].items())
+    assert state["val_loss"] == wanted["val_loss"]
+    teacher, student, updates, evaluations = 1, 4, 2, 3  # blocks, the decoder's among the student's
+    assert count == teacher + student * (updates + evaluations)
+    assert usual > 2 * count
