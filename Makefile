@@ -40,7 +40,7 @@ demo: install
 # torch, timm and pydantic are installed already; each part is a target of its own, ends within ten minutes, and goes on
 # where it ended when run again. Results go to benchmarks/results and, where it is set, to $$OUT.
 GPU_PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
-MEASUREMENTS := step kernels attention masks profile data scaling
+MEASUREMENTS := step kernels attention masks fp8 profile data scaling
 BUDGET ?= 450
 
 # Correctness before speed: a test that fails ends `make gpu`. A measurement that fails does not: the others are worth
@@ -57,7 +57,7 @@ build/.gpu-installed: pyproject.toml setup.py $(wildcard csrc/*)
 	@mkdir -p build && touch $@
 
 gpu-tests: gpu-install
-	$(GPU_PY) -m pytest -q tests/test_gpu.py
+	$(GPU_PY) -m pytest -q tests/test_gpu.py tests/test_attention.py
 	$(GPU_PY) -m pytest -q -m gpu tests/test_extension.py
 
 # The tests that run in the interpreter elsewhere; compiling is most of it, so in several processes where pytest can.
@@ -70,7 +70,8 @@ gpu-kernel-tests: gpu-install
 # One measurement a target; what it wrote is copied to $$OUT where that is set, also when it failed.
 .PHONY: $(MEASUREMENTS:%=gpu-%)
 $(MEASUREMENTS:%=gpu-%): gpu-%: gpu-install
-	@$(GPU_PY) -m benchmarks.$* --resume $(if $(filter masks profile,$*),,--budget $(BUDGET)); status=$$?; \
+	@$(GPU_PY) -m benchmarks.$* $(if $(filter fp8,$*),,--resume) \
+		$(if $(filter masks fp8 profile,$*),,--budget $(BUDGET)); status=$$?; \
 	if [ -n "$$OUT" ]; then cp benchmarks/results/$*.* "$$OUT"/; fi; exit $$status
 
 gpu-targets:

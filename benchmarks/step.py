@@ -42,7 +42,7 @@ BACKBONES = {
 """With the batch that is tried first; it is halved until it fits."""
 OURS_AND_BASELINE = ("baseline", "zero", "drop")
 GROUPS = [
-    (30.0, True, OURS_AND_BASELINE),
+    (30.0, True, (*OURS_AND_BASELINE, "fp8")),
     (None, True, OURS_AND_BASELINE),
     (30.0, False, OURS_AND_BASELINE),
     (30.0, "blocks", ("zero", "drop")),
@@ -57,7 +57,8 @@ class Contestant:
     """A model with its optimiser and a batch of random images, ready to step.
 
     Args:
-        implementation: "zero" and "drop", ours in these modes, or "baseline".
+        implementation: "zero" and "drop", ours in these modes, "fp8", mode zero with the teacher's products in FP8,
+            or "baseline".
         name: the backbone, random weights.
         batch: images a step.
         softcap: of the student.
@@ -71,12 +72,13 @@ class Contestant:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.compiled = compiled
         vit = fa.create_backbone(name, **kwargs)
-        masking = "zero" if implementation == "baseline" else implementation
+        masking = "drop" if implementation == "drop" else "zero"
         student = fa.MaskEmbedStudent.from_backbone(vit, softcap=softcap)
         self.model = fa.MaskEmbed(fa.MaskedTeacher(vit, masking=masking), student, fa.UniformMasks())
         self.flops = flops_per_image(self.model)
         if self.device.type == "cuda":
-            self.model.teacher.store_as(torch.bfloat16)
+            fp8 = implementation == "fp8"
+            self.model.teacher.store_as(torch.float8_e4m3fn if fp8 else torch.bfloat16)
         if implementation == "baseline":
             self.model = Baseline(name, softcap, **kwargs)
         self.model.to(self.device)

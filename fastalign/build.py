@@ -14,6 +14,7 @@ from fastalign.data.transforms import Transform
 from fastalign.engine.distributed import World
 from fastalign.errors import UserError
 from fastalign.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
+from fastalign.models.precision import FP8_CAPABILITY
 from fastalign.models.student import MaskEmbedStudent, MIMStudent
 from fastalign.models.teacher import MaskedTeacher
 from fastalign.models.vit import ViT
@@ -131,7 +132,19 @@ def precision(config: Config, device: torch.device) -> torch.dtype:
     """The dtype of autocast and of the images."""
     if config.efficiency.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if config.efficiency.precision == "bf16" else torch.float32
+    return torch.float32 if config.efficiency.precision == "fp32" else torch.bfloat16
+
+
+def teacher_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The dtype of the teacher's matrices."""
+    if config.efficiency.precision != "fp8":
+        return precision(config, device)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise UserError(
+            f"efficiency.precision=fp8: {torch.cuda.get_device_name(device)} does not multiply in FP8, which "
+            "needs compute capability 8.9 or more; set efficiency.precision=bf16"
+        )
+    return torch.float8_e4m3fn
 
 
 def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, Loader | None]:

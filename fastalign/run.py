@@ -29,7 +29,7 @@ class Run:
         objective, self.backbone = build.build_objective(config)
         self.dtype = build.precision(config, world.device)
         if self.dtype == torch.bfloat16:
-            objective.teacher.store_as(self.dtype)
+            objective.teacher.store_as(build.teacher_dtype(config, world.device))
         self.objective = objective.to(world.device)
         self.attention = build.choose_attention(config, objective, world.device)
         self.train, self.val = build.build_loaders(config, world, self.backbone)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastalign as fa
-from benchmarks import data, masks, parts, profile, record, scaling, step, targets
+from benchmarks import data, fp8, masks, parts, profile, record, scaling, step, targets
 from benchmarks.baseline import Baseline
 from benchmarks.measure import NO_ROOM
 from benchmarks.targets import BASE, step_targets
@@ -83,7 +83,8 @@ def _measured(room):
             raise torch.OutOfMemoryError
         if compiled == "blocks":
             raise ValueError("no such luck")
-        rate, gib = {"baseline": (100.0, 2.0), "zero": (200.0, 1.0), "drop": (260.0, 1.0)}[implementation]
+        figures = {"baseline": (100.0, 2.0), "zero": (200.0, 1.0), "drop": (260.0, 1.0), "fp8": (220.0, 1.0)}
+        rate, gib = figures[implementation]
         row = {"batch": batch, "images_per_second": rate, "mfu": rate / 400, "peak_gib": gib * batch}
         return row | {"first_step_s": 1.0, "parts_ms": {"teacher": 1.0}}
 
@@ -110,16 +111,16 @@ def test_a_group_is_measured_with_the_batches_that_fit(monkeypatch):
 
 
 def test_groups_add_up_to_one_result(on_a_gpu, monkeypatch, capsys):
-    measure, calls = _measured({"baseline": 256, "zero": 256, "drop": 256})
+    measure, calls = _measured({"baseline": 256, "zero": 256, "drop": 256, "fp8": 256})
     monkeypatch.setattr(step, "measure", measure)
     now = iter(range(0, 100_000, 10))  # every look at the clock costs ten seconds
     monkeypatch.setattr(step.time, "perf_counter", lambda: next(now))
     backbones = ["--backbones", *list(step.BACKBONES)[:2]]
     rows = step.main([*backbones, "--budget", "25"])
-    assert [(row["backbone"], row["softcap"]) for row in rows] == [(backbones[1], 30.0)] * 3
+    assert [(row["backbone"], row["softcap"]) for row in rows] == [(backbones[1], 30.0)] * 4
     assert "budget spent, 9 groups left" in capsys.readouterr().out
     rows = step.main([*backbones, "--resume"])
-    assert len(calls) == len(set(calls)) == len(rows) == 2 * (4 * 3 + 2)
+    assert len(calls) == len(set(calls)) == len(rows) == 2 * (4 * 3 + 1 + 2)
     assert {row["failed"] for row in rows if row["compiled"] == "blocks"} == {"ValueError: no such luck"}
     written = record.read("step")
     assert written["rows"] == rows
@@ -209,6 +210,14 @@ def test_scaling_over_the_gpus_there_are(on_a_gpu, monkeypatch, capsys):
 def test_a_rank_that_fails_is_a_row():
     row = scaling.measure(1, "vit_tiny_patch16_224", -1, True)
     assert "negative dimension" in row["failed"]
+
+
+def test_fp8():
+    """FP8 has a 3-bit mantissa where bf16 has 7."""
+    rows = fp8.main(["--tiny"])
+    for masking in ("zero", "drop"):
+        bf16, reduced = (row["relative_error"] for row in rows if row["masking"] == masking)
+        assert 0 < 3 * bf16 < reduced < 0.1
 
 
 def test_masks():

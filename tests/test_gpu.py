@@ -14,6 +14,7 @@ from fastalign import build
 from fastalign.config import load_config
 from fastalign.data.prefetch import Batch
 from fastalign.engine.distributed import World
+from fastalign.models.precision import FP8_CAPABILITY, FP8Linear
 from fastalign.run import Run
 from fastalign.train import update
 from tests.numerics import DEVICE, gradient_error, randomise, relative_error
@@ -82,6 +83,19 @@ def test_an_update_never_waits_for_the_device(tmp_path, mode, masks):
         "efficiency.grad_checkpointing=true",
     )
     check_no_waiting(run, batches)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY, reason="no FP8 here"
+)
+@pytest.mark.parametrize(("rows", "bias"), [(1, True), (17, False), (1030, True)])
+def test_an_fp8_product_is_the_references(rows, bias):
+    """The same FP8 numbers on either side: only the accumulation differs."""
+    layer = FP8Linear(torch.nn.Linear(192, 48, bias=bias))
+    x = torch.randn(rows, 192) * torch.logspace(-3, 3, rows)[:, None]
+    wanted = layer(x).float()
+    found = layer.cuda()(x.cuda()).float().cpu()
+    assert ((found - wanted).norm(dim=1) / wanted.norm(dim=1)).max() < 0.01
 
 
 @both_modes

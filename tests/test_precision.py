@@ -1,4 +1,4 @@
-"""The teacher's stored weights, against autocast with fp32 weights."""
+"""What lower precision computes: against autocast with fp32 weights, and FP8 rounded by hand."""
 
 import copy
 from contextlib import nullcontext
@@ -10,10 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastalign as fa
 from fastalign import train
+from fastalign.build import teacher_dtype
 from fastalign.config import Config
 from fastalign.engine.distributed import World
+from fastalign.models.precision import FP8Linear
 from fastalign.run import Run
-from tests.numerics import randomise
+from tests.numerics import needs_compiler, randomise, relative_error
 
 NARROW = {"embed_dim": 96, "num_heads": 3, "depth": 3}
 SMALL = {"img_size": 48, **NARROW}
@@ -118,3 +120,75 @@ def test_a_weight_is_cast_once_an_update_and_nothing_else_changes(tmp_path, monk
     teacher, student, updates, evaluations = 1, 4, 2, 3  # blocks, the decoder's among the student's
     assert count == teacher + student * (updates + evaluations)
     assert usual > 2 * count
+
+
+def rounded_by_hand(x: torch.Tensor) -> torch.Tensor:
+    """To the nearest number with a 3-bit mantissa, exponents from -6, after scaling each row's largest to 448."""
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448
+    scaled = x / scale
+    exponent = torch.floor(torch.log2(scaled.abs().clamp_min(2.0**-6)))
+    step = 2.0 ** (exponent - 3)
+    return (scaled / step).round() * step * scale
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_fp8_product_is_that_of_rounded_rows_and_columns(bias):
+    layer = nn.Linear(48, 32, bias=bias)
+    x = torch.randn(5, 7, 48) * torch.logspace(-6, 6, 7)[:, None]
+    x[2, 3] = 0
+    fp8 = FP8Linear(layer)
+    wanted = rounded_by_hand(x.double()) @ rounded_by_hand(layer.weight.detach().double()).T
+    wanted = wanted + (layer.bias.detach().bfloat16().double() if bias else 0)
+    for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            found = fp8(x)
+        assert found.dtype == torch.bfloat16
+        assert (found.double() - wanted).abs().max() / wanted.abs().max() < 2**-8
+        assert torch.allclose(found.double(), wanted, rtol=2**-7, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "masking"), MODES)
+def test_fp8_targets_are_near_those_of_fp32(family, masking):
+    teacher, images, visible = build(family, masking)
+    wanted = teacher(images, visible)
+    layers = sum(isinstance(part, nn.Linear) for part in teacher.vit.blocks.modules())
+    fp8 = copy.deepcopy(teacher).store_as(torch.float8_e4m3fn)
+    assert sum(isinstance(part, FP8Linear) for part in fp8.vit.blocks.modules()) == layers
+    assert relative_error(autocast(fp8, images, visible), wanted) < 0.1
+    assert not any(parameter.requires_grad for parameter in fp8.parameters())
+
+
+def test_widths_that_fp8_does_not_take_stay_in_bf16():
+    vit = fa.create_backbone("vit_tiny_patch16_224", img_size=32, embed_dim=96, depth=2, mlp_ratio=1.5625)
+    teacher = fa.MaskedTeacher(vit).store_as(torch.float8_e4m3fn)
+    mlp = teacher.vit.blocks[0].mlp
+    assert mlp.fc1.out_features == 150
+    assert (mlp.fc1.weight.dtype, mlp.fc2.weight.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert isinstance(teacher.vit.blocks[0].attn.qkv, FP8Linear)
+    assert autocast(teacher, torch.randn(1, 3, 32, 32)).isfinite().all()
+
+
+def test_another_dtype_is_refused():
+    with pytest.raises(ValueError, match=r"torch\.bfloat16 or torch\.float8_e4m3fn"):
+        fa.MaskedTeacher(fa.create_backbone("vit_tiny_patch16_224", **SMALL)).store_as(torch.float16)
+
+
+@needs_compiler
+def test_fp8_traces_without_a_break():
+    teacher, images, visible = build("plain")
+    wanted = teacher(images, visible)
+    teacher.store_as(torch.float8_e4m3fn)
+    eager = relative_error(autocast(teacher, images, visible), wanted)
+    teacher.compile(fullgraph=True)
+    assert relative_error(autocast(teacher, images, visible), wanted) < 1.2 * eager
+
+
+def test_a_gpu_without_fp8_hears_what_to_set(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    config = Config.model_validate({"efficiency": {"precision": "fp8"}})
+    with pytest.raises(
+        fa.UserError, match=r"efficiency.precision=fp8: Some GPU .* set efficiency.precision=bf16"
+    ):
+        teacher_dtype(config, torch.device("cuda"))
+    assert teacher_dtype(config, torch.device("cpu")) == torch.float8_e4m3fn

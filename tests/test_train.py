@@ -216,6 +216,13 @@ def test_nothing_is_compiled_after_the_first_step(recipe, capturing, setting, mo
     assert losses(compiled) == pytest.approx(losses(recipe(*options, name="plain")), rel=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["zero", "drop"])
+def test_fp8_stays_close(recipe, mode):
+    plain = losses(recipe("max_steps=4", f"masks.mode={mode}", name="plain"))
+    options = ["efficiency.precision=fp8", f"masks.mode={mode}", "max_steps=4"]
+    assert losses(recipe(*options, name="fp8")) == pytest.approx(plain, rel=0.02)
+
+
 def test_bf16_stays_close(recipe):
     plain = losses(recipe("max_steps=4", name="plain"))
     assert losses(recipe("efficiency.precision=bf16", "max_steps=4", name="bf16")) == pytest.approx(

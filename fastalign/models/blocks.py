@@ -96,15 +96,19 @@ class Attention(nn.Module):
         """Whether a relative position bias is added to the logits."""
         return hasattr(self, "relative_position_bias_table")
 
+    def qkv_bias(self) -> Tensor:
+        """[3 D]: BEiT's biases as one of qkv; the keys have none."""
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[..., D] -> q, k, v, each [..., H, d], before their norms."""
         if self.spec.qkv == "split":
             parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
             return tuple(part.unflatten(-1, (self.spec.heads, -1)) for part in parts)
-        bias = self.qkv.bias
         if self.spec.qkv == "no_k_bias" and self.spec.qkv_bias:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = functional.linear(x, self.qkv.weight, bias)
+            qkv = functional.linear(x, self.qkv.weight, self.qkv_bias())
+        else:
+            qkv = self.qkv(x)
         return qkv.unflatten(-1, (3, self.spec.heads, -1)).unbind(-3)
 
     def forward(

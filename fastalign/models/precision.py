@@ -1,9 +1,15 @@
-"""How a frozen model keeps its weights, where it only ever runs under autocast."""
+"""How a frozen model keeps its weights and multiplies by them, where it only ever runs under bf16 autocast."""
+
+from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastalign.models.blocks import Attention
+from fastalign.models.blocks import MLP, Attention
+
+E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
+FP8_CAPABILITY = (8, 9)
+"""The first GPUs that multiply in FP8: Ada, then Hopper and Blackwell."""
 
 
 def store_as(module: nn.Module, dtype: torch.dtype) -> None:
@@ -20,3 +26,78 @@ def store_as(module: nn.Module, dtype: torch.dtype) -> None:
             part.to(dtype)
         elif isinstance(part, Attention) and hasattr(part, "q_bias"):  # BEiT's, which become a bias of qkv
             part.q_bias.data, part.v_bias.data = part.q_bias.data.to(dtype), part.v_bias.data.to(dtype)
+
+
+def quantize(module: nn.Module) -> None:
+    """Replace the linear layers of the blocks within `module` by `FP8Linear`, in place; it must not be trained.
+
+    Layers whose widths are not multiples of 16 stay, because no GPU's FP8 product takes them.
+    """
+    for part in list(module.modules()):
+        if not isinstance(part, (Attention, MLP)):
+            continue
+        if hasattr(part, "q_bias"):  # BEiT's: folded into qkv's own
+            part.qkv.bias = nn.Parameter(part.qkv_bias(), requires_grad=False)
+            part.spec = replace(part.spec, qkv="fused")
+            del part.q_bias, part.v_bias
+        for name, layer in list(part.named_children()):
+            if isinstance(layer, nn.Linear) and not (layer.in_features % 16 or layer.out_features % 16):
+                setattr(part, name, FP8Linear(layer))
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row as FP8 numbers times a scale, such that its largest magnitude becomes the largest of FP8.
+
+    Args:
+        x: [R, K].
+
+    Returns:
+        [R, K] float8_e4m3fn, and [R, 1] fp32, whose product is x but for rounding.
+    """
+    scale = x.abs().amax(1, keepdim=True).float().clamp_min(1e-12) / E4M3_MAX
+    # Beyond the largest number the cast gives NaN, and the division's own rounding may lead there.
+    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
+class FP8Linear(nn.Module):
+    """A frozen linear layer that multiplies in FP8: a scale for each output channel, and for each token as it comes.
+
+    On a GPU `torch._scaled_mm` multiplies; elsewhere the same FP8 numbers are multiplied in fp32, which shows the
+    error and costs time.
+
+    Args:
+        layer: what it replaces; widths are multiples of 16.
+    """
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        weight, scale = quantize_rows(layer.weight.detach())
+        # As bytes, which every back end of torch.distributed can send.
+        self.register_buffer("weight", weight.view(torch.uint8))
+        self.register_buffer("scale", scale.reshape(1, -1))
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().bfloat16())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] bf16."""
+        rows, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
+        weight = self.weight.view(torch.float8_e4m3fn).t()
+        if x.is_cuda:
+            out = torch._scaled_mm(
+                rows,
+                weight,
+                scale_a=scale,
+                scale_b=self.scale,
+                bias=self.bias,
+                out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )
+        else:
+            out = _scaled_product(rows, weight, scale * self.scale, self.bias)
+        return out.unflatten(0, x.shape[:-1])
+
+
+def _scaled_product(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """What `torch._scaled_mm` computes with scales of rows and columns, accumulated in fp32."""
+    with torch.autocast(rows.device.type, enabled=False):
+        out = rows.float() @ weight.float() * scale
+        return (out if bias is None else out + bias.float()).bfloat16()

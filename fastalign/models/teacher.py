@@ -52,12 +52,17 @@ class MaskedTeacher(nn.Module):
         return super().train(False)
 
     def store_as(self, dtype: torch.dtype) -> "MaskedTeacher":
-        """Keep the weights in autocast's dtype: the same targets to the bit, half the memory, no cast at each step.
+        """Keep the matrices in a lower precision. From then on the teacher runs under bf16 autocast only.
 
         Args:
-            dtype: torch.bfloat16; from then on the teacher runs under autocast of this dtype only.
+            dtype: torch.bfloat16: autocast's own targets to the bit, half the memory, no cast at each step;
+                torch.float8_e4m3fn: the linear layers of the blocks multiply in FP8, the rest is bf16.
         """
-        precision.store_as(self, dtype)
+        if dtype == torch.float8_e4m3fn:
+            precision.quantize(self)
+        elif dtype != torch.bfloat16:
+            raise ValueError(f"store_as: dtype must be torch.bfloat16 or torch.float8_e4m3fn, got {dtype}")
+        precision.store_as(self, torch.bfloat16)
         return self
 
     @torch.no_grad()
