@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         if backend.missing():
             print(f"no {name}: {backend.missing()}")
     benchmark = compare.Benchmark("attention", CASES, TINY, implementations, attention_targets, SOURCES)
-    code, rows = compare.main(benchmark, __doc__, arguments)
+    code, rows = compare.run(benchmark, __doc__, arguments)
     if "--tiny" not in (arguments or sys.argv) and any("ms" in row for row in rows):
         write_table(rows)
     return code

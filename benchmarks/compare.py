@@ -214,7 +214,7 @@ def _run(benchmark: Benchmark, cases: list[Case], options: argparse.Namespace, s
     return rows
 
 
-def main(benchmark: Benchmark, description: str, arguments: list[str] | None) -> tuple[int, list[dict]]:
+def run(benchmark: Benchmark, description: str, arguments: list[str] | None) -> tuple[int, list[dict]]:
     """Measure, print, write. Returns the exit code, 1 if ours is wrong and 2 without a GPU, and the rows."""
     started = time.perf_counter()
     module = f"benchmarks.{benchmark.name}"

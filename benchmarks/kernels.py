@@ -38,7 +38,7 @@ def implementations(case: Case, built: Built, tiny: bool) -> tuple[dict[str, Cal
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; the exit code."""
     benchmark = compare.Benchmark("kernels", CASES, TINY_CASES, implementations, targets, SOURCES)
-    return compare.main(benchmark, __doc__, arguments)[0]
+    return compare.run(benchmark, __doc__, arguments)[0]
 
 
 if __name__ == "__main__":

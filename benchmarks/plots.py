@@ -13,7 +13,7 @@ from PIL import Image
 
 from benchmarks import record
 
-COLOURS = {"baseline": "#9aa0a6", "zero": "#1f77b4", "drop": "#2ca02c"}
+COLOURS = {"baseline": "#9aa0a6", "zero": "#1f77b4", "drop": "#2ca02c", "fp8": "#9467bd"}
 BEST, WIDTH, ROW = "#1f77b4", 9, 0.28
 SHORT = {
     "vit_base_patch16_clip_quickgelu_224": "B/16-224",
@@ -166,6 +166,36 @@ def kernels(pyplot, rows: list[dict], result: dict):
     return figure
 
 
+def attention(pyplot, rows: list[dict], result: dict):
+    """Rate of each implementation over the length, heads of 64, with and without a cap, dense and packed."""
+    found = [r for r in rows if r.get("tflops") and r["mode"] == "full" and r["width"] == 64]
+    found = [row for row in found if "computes" not in row]
+    kinds = [(True, False), (False, False), (True, True), (False, True)]
+    figure, grid = pyplot.subplots(2, 2, figsize=(WIDTH, 7), sharex=True)
+    figure.set_layout_engine("constrained", rect=(0, 0.04, 1, 0.96))
+    figure.suptitle("Attention, forward and backward, heads of 64", fontsize=11)
+    names = sorted({row["implementation"] for row in found})
+    for axes, (capped, packed) in zip(grid.flat, kinds, strict=True):
+        for name in names:
+            line = [
+                r
+                for r in found
+                if r["implementation"] == name and bool(r["softcap"]) == capped and r["packed"] == packed
+            ]
+            line = sorted((row["length"], row["tflops"]) for row in line)
+            style = {"color": BEST, "linewidth": 2.5} if name == "ours" else {"linewidth": 1}
+            if line:
+                axes.plot(*zip(*line, strict=True), "o-", markersize=3, label=name, **style)
+        axes.set_title(f"{'capped' if capped else 'plain'}, {'packed' if packed else 'dense'}", loc="left")
+        axes.grid(alpha=0.25)
+        axes.set_ylim(bottom=0)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7, frameon=False, ncols=2)
+    figure.supxlabel("tokens", fontsize=9)
+    figure.supylabel("TFLOP/s", fontsize=9)
+    return figure
+
+
 def masks(pyplot, rows: list[dict], result: dict):
     """The extension's speed over PyTorch's; on a logarithmic axis, because blocks differ by a hundred."""
     keys = ("draw_speedup", "draw_and_pack_speedup")
@@ -248,6 +278,7 @@ PLOTS = {
     "step": step,
     "step_cpu": step_cpu,
     "kernels": kernels,
+    "attention": attention,
     "masks": masks,
     "data": data,
     "data_cpu": data,

@@ -10,7 +10,7 @@ from benchmarks import plots, record
 from benchmarks.step import BACKBONES, GROUPS
 
 PARTS = {"masks": 0.4, "teacher": 40, "student": 35, "loss": 2, "backward": 80, "optimiser": 4}
-RATE = {"baseline": 600.0, "zero": 1650.0, "drop": 2010.0}
+RATE = {"baseline": 600.0, "zero": 1650.0, "drop": 2010.0, "fp8": 1800.0}
 
 
 def step_rows():
@@ -38,6 +38,18 @@ def kernel_rows():
     return [*rows, {"op": "other", "label": "y", "implementation": "ours", "failed": "wrong: output 0"}]
 
 
+def attention_rows():
+    rows = []
+    for softcap in (30.0, None):
+        for packed in (False, True):
+            for index, name in enumerate(("ours", "eager", "sdpa_flash", "flash_attn_3")):
+                for length in (197, 577, 256, 729):
+                    row = {"implementation": name, "mode": "full", "width": 64, "length": length, "ms": 1.0}
+                    row |= {"softcap": softcap, "packed": packed, "tflops": 100 + 50 * index + length / 10}
+                    rows.append(row | ({"computes": "x"} if softcap and name == "sdpa_flash" else {}))
+    return rows
+
+
 def data_rows(key):
     rows = []
     for source in ("folder", "tar"):
@@ -55,6 +67,7 @@ def results():
     operation = "void at::native::vectorized_elementwise_kernel<4, at::native::AUnaryFunctor<float>>"
     return {
         "step": {"rows": step_rows()},
+        "attention": {"rows": attention_rows()},
         "step_cpu": {
             "rows": [
                 {"backbone": "vit_small_patch16_224", "implementation": kind, "parts": shares, **speed}
