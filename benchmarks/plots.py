@@ -183,7 +183,7 @@ def attention(pyplot, rows: list[dict], result: dict):
                 if r["implementation"] == name and bool(r["softcap"]) == capped and r["packed"] == packed
             ]
             line = sorted((row["length"], row["tflops"]) for row in line)
-            style = {"color": BEST, "linewidth": 2.5} if name == "ours" else {"linewidth": 1}
+            style = {"color": "black", "linewidth": 2.5} if name == "ours" else {"linewidth": 1}
             if line:
                 axes.plot(*zip(*line, strict=True), "o-", markersize=3, label=name, **style)
         axes.set_title(f"{'capped' if capped else 'plain'}, {'packed' if packed else 'dense'}", loc="left")
