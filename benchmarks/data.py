@@ -138,7 +138,8 @@ def rows_of(sources: list[str], threads: list[int], options: argparse.Namespace)
         rows.append(row)
         print(row, flush=True)
         if writing:
-            record.write("data", rows, {"identity": identity, "needs": options.needs})
+            feeding = closing(rows, options.needs) if options.needs else []
+            record.write("data", rows, {"identity": identity, "needs": options.needs, "feeding": feeding})
     return rows
 
 

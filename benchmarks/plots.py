@@ -102,7 +102,7 @@ def step(pyplot, rows: list[dict], result: dict):
     """Images a second by variant, a panel a backbone; below, where the time of the compiled step goes."""
     names = list(dict.fromkeys(row["backbone"] for row in rows))
     by_name = [[row for row in rows if row["backbone"] == name] for name in names]
-    cut = [row for row in rows if row["compiled"] is True and row["softcap"]]
+    cut = [row for row in rows if row["compiled"] is True and row["softcap"] and row["parts_ms"]]
     panels = [len(found) for found in by_name] + ([len(cut)] if cut else [])
     figure, axes = _figure(pyplot, panels, "Training step: images a second, and where the time goes")
     for name, found, panel in zip(names, by_name, axes, strict=False):

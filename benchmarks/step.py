@@ -122,15 +122,19 @@ def measure(
         torch.cuda.reset_peak_memory_stats()  # what compiling took is not the step's
     timed = [contestant.step() for _ in range(repeats)]
     rate = batch / statistics.median(timed)
+    gib = (torch.cuda.max_memory_allocated() - held) / 2**30 if cuda else None
     peak = peak_flops(torch.cuda.get_device_name()) if cuda else None
+    # A pass of its own: whatever happens in it, the figures above stand.
+    cut, why = attempt(parts, contestant, 10 if repeats > 1 else 1)
     return {
         "batch": batch,
         "images_per_second": rate,
         "slowest_decile_ms": 1e3 * sorted(timed)[int(0.9 * (len(timed) - 1))],
         "mfu": rate * contestant.flops / peak if peak else None,
-        "peak_gib": (torch.cuda.max_memory_allocated() - held) / 2**30 if cuda else None,
+        "peak_gib": gib,
         "first_step_s": first,
-        "parts_ms": parts(contestant, 10 if repeats > 1 else 1),
+        "parts_ms": cut or {},
+        **({"parts_failed": why} if why else {}),
     }
 
 

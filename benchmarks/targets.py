@@ -228,6 +228,8 @@ def markdown(found: dict[str, dict]) -> str:
     lines += _table(("state", "target", "worst figure", "wanted", "where"), rows)
     lines += ["", "## Measurements", ""]
     lines += _table(("result", "machine", "date", "commit", "command", "plot"), taken)
+    feeding = found["data"].get("feeding")
+    lines += ["", "## Data", "", *(f"- {line}" for line in feeding)] if feeding else []
     return "\n".join(lines) + "\n"
 
 

@@ -56,6 +56,14 @@ def test_ratios_on_a_cpu():
     assert sum(rows["baseline"]["parts"].values()) == pytest.approx(1)
 
 
+def test_parts_that_cannot_be_had_cost_no_row(monkeypatch):
+    monkeypatch.setattr(step, "parts", lambda *_: 1 / 0)
+    row = step.measure("zero", "vit_tiny_patch16_224", 2, 30.0, False, 1, img_size=32, depth=2)
+    assert row["images_per_second"] > 0
+    assert row["parts_ms"] == {}
+    assert row["parts_failed"].startswith("ZeroDivisionError")
+
+
 @pytest.mark.parametrize("implementation", ["baseline", "zero", "drop"])
 def test_the_parts_are_a_whole_step(implementation):
     """Cut into parts or not, a step leaves the same weights."""
@@ -269,6 +277,8 @@ def test_data_on_a_gpu_goes_on_and_feeds_the_fastest_step(on_a_gpu, monkeypatch,
     assert len(asked) == len(set(asked)) == len(rows) == 16
     assert "tar: to feed 420 images/s you need 9 threads" in capsys.readouterr().out
     assert record.read("data")["needs"] == 420
+    assert targets.main([]) == 0
+    assert "- tar: to feed 420 images/s you need 9" in (record.RESULTS / "SUMMARY.md").read_text()
     assert {row["decoder"] for row in rows} == {"DALI GPU mixed"}
 
 
