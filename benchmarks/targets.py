@@ -125,7 +125,7 @@ def step_targets(rows: list[dict]) -> list[dict]:
     """The targets of `benchmarks.step`: compiled, with the soft-cap. Ratios are of rows of one process."""
     groups: dict[tuple, dict[str, list[dict]]] = {}
     for row in rows:
-        if row["softcap"] and row["compiled"] is True and "failed" not in row:
+        if "failed" not in row and row["softcap"] and row["compiled"] is True:
             group = groups.setdefault((row["backbone"], row["run"]), {})
             group.setdefault(row["implementation"], []).append(row)
     speed, drop, mfu, memory = {}, {}, {}, {}
