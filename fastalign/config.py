@@ -121,6 +121,8 @@ class Data(Section):
 
 
 class Optim(Section):
+    name: Literal["adamw", "apex_adam", "apex_lamb"] = "adamw"
+    """adamw: torch's, fused; apex_adam: the same by NVIDIA's apex, torch's without it; apex_lamb: LAMB by apex"""
     batch_size: int = Field(1024, gt=0)
     """images an update, over all ranks and accumulation steps"""
     accumulate: int = Field(1, gt=0)
@@ -134,9 +136,9 @@ class Optim(Section):
     warmup_epochs: float = Field(0.0, ge=0)
     """linear warm-up"""
     weight_decay: float = Field(0.01, ge=0)
-    """AdamW's, on all parameters"""
+    """decoupled, on all parameters"""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's"""
+    """of the moments"""
     clip: float | None = Field(1.0, gt=0)
     """largest norm of the gradient; null = no clipping"""
     ema: float | None = Field(None, gt=0, lt=1)

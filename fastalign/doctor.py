@@ -36,8 +36,7 @@ OPTIONAL = {
     "flash_attn_interface": ("flash_attn_interface", "attention, FlashAttention 3"),
     "tensorboard": ("tensorboard.summary", "log.to=[tensorboard]"),
     "wandb": ("wandb.sdk", "log.to=[wandb:PROJECT]"),
-    "apex": ("apex.optimizers", "not used yet"),
-    "torchao": ("torchao.quantization", "not used yet"),
+    "apex": ("apex.optimizers", "optim.name=apex_adam and apex_lamb; built from NVIDIA's repository"),
 }
 
 

@@ -13,11 +13,11 @@ from fastalign import __version__, build
 from fastalign.config import Config
 from fastalign.engine.checkpoint import Checkpoints, write_atomically
 from fastalign.engine.distributed import World
-from fastalign.engine.optim import MovingAverage, adamw
+from fastalign.engine.optim import MovingAverage, class_name, make_optimizer
 from fastalign.errors import UserError
 
 DECISIVE = ("objective", "seed", "student", "teacher", "decoder", "masks", "loss.name", "data.train")
-DECISIVE += ("optim.batch_size", "optim.epochs")
+DECISIVE += ("optim.name", "optim.batch_size", "optim.epochs")
 """What may not change between a checkpoint and its continuation."""
 
 
@@ -31,11 +31,14 @@ class Run:
         if self.dtype == torch.bfloat16:
             objective.teacher.store_as(build.teacher_dtype(config, world.device))
         self.objective = objective.to(world.device)
-        self.attention = build.choose_attention(config, objective, world.device)
+        attention = build.choose_attention(config, objective, world.device)
         self.train, self.val = build.build_loaders(config, world, self.backbone)
         self.trained = [p for p in objective.parameters() if p.requires_grad]
         optim = config.optim
-        self.optimizer = adamw(self.trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+        options = {"lr": optim.lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
+        self.optimizer, note = make_optimizer(optim.name, self.trained, world.device, **options)
+        # What was chosen for the user, said at the start.
+        self.notes = [attention, *([note] if note else [])]
         self.average = MovingAverage(objective.student, optim.ema) if optim.ema else None
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
         self.step, self.best, self.val_loss = 0, None, None
@@ -72,6 +75,7 @@ class Run:
             "student": self.objective.student.state_dict(),
             "target_scale": self.objective.target_scale.item(),
             "optimizer": self.optimizer.state_dict(),
+            "optimizer_class": class_name(self.optimizer),
             "average": self.average.state if self.average else None,
             "step": self.step,
             "best": self.best,
@@ -106,12 +110,18 @@ class Run:
         before, now = state["config"], self.config.model_dump(mode="json")
         for key in DECISIVE:
             section, _, name = key.partition(".")
-            old, new = ((tree[section][name] if name else tree[section]) for tree in (before, now))
+            old, new = ((tree[section].get(name) if name else tree[section]) for tree in (before, now))
             if old != new:
                 raise UserError(
                     f"{path} is a checkpoint of another model or run: {key} was {old}, is {new}; "
                     "set it back, or choose another output"
                 )
+        old, new = state.get("optimizer_class"), class_name(self.optimizer)
+        if old not in (None, new):
+            raise UserError(
+                f"{path} holds the state of {old}, and optim.name={self.config.optim.name} means {new} here: go on "
+                "where apex is as it was, or choose another output"
+            )
 
 
 def save(run: Run, *, evaluated: bool = False) -> None:

@@ -96,7 +96,8 @@ def train(config: Config, world: distributed.World) -> None:
     log = MetricLog(run.folder, step=run.step or -1, main=world.main, sinks=config.log.to)
     terminal = Terminal(total=run.last_step, step=run.step, main=world.main)
     try:
-        terminal.say(run.attention)
+        for note in run.notes:
+            terminal.say(note)
         if run.step == 0:
             begin(run, log, terminal)
         else:

@@ -15,7 +15,7 @@ masks.distribution masks.ratio masks.complement masks.full masks.mode
 loss.name loss.target_scale loss.scale_batches
 data.train data.val data.crop data.scale data.ratio data.hflip data.color_jitter data.randaugment data.mixup
 data.cutmix data.threads data.hw_decoder_load
-optim.batch_size optim.accumulate optim.epochs optim.lr optim.min_lr optim.warmup_epochs optim.weight_decay
+optim.name optim.batch_size optim.accumulate optim.epochs optim.lr optim.min_lr optim.warmup_epochs optim.weight_decay
 optim.betas optim.clip optim.ema
 checkpoint.every_steps checkpoint.keep
 log.every_steps log.to
@@ -96,6 +96,7 @@ def test_yaml_out_is_yaml_in(tmp_path):
         ("", "optim.lr=-1", ["optim.lr", "greater than 0"]),
         ("", "masks.distribution=unifrm", ["masks.distribution", "uniform"]),
         ("", "efficiency.compile=maybe", ["efficiency.compile", "maybe"]),
+        ("", "optim.name=sgd", ["optim.name", "apex_lamb", "sgd"]),
         ("", "optim.epochs", ["optim.epochs", "section.key=value"]),
         ("", "optim.accumulate=7", ["optim.batch_size", "optim.accumulate"]),
         ("", "optim.warmup_epochs=9", ["optim.warmup_epochs"]),

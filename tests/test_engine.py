@@ -1,6 +1,9 @@
 """The parts of the engine, each against an independent truth."""
 
+import importlib
 import json
+import math
+import sys
 import time
 
 import pytest
@@ -10,7 +13,7 @@ from timm.scheduler import CosineLRScheduler
 from fastalign.engine.checkpoint import Checkpoints, write_atomically
 from fastalign.engine.compilation import Compilation
 from fastalign.engine.metrics import MetricLog, Speed
-from fastalign.engine.optim import MovingAverage, learning_rate
+from fastalign.engine.optim import MovingAverage, class_name, learning_rate, make_optimizer
 from fastalign.errors import UserError
 
 
@@ -133,3 +136,81 @@ def test_compilation_is_told_once_and_left_out_of_the_speed():
     assert 0.5 <= news.pop("compile_seconds") < 10
     assert news == {"compile_cache_hits": 0, "compile_cache_misses": 0}
     assert compilation.news() == {}
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+OPTIONS = {"lr": 1e-3, "betas": (0.8, 0.9), "weight_decay": 0.1}
+# The constructors as NVIDIA's repository has them, but for arguments that nobody passes.
+FAKE_APEX = """
+import torch
+class FusedAdam(torch.optim.SGD):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.):
+        super().__init__(params, lr)
+        self.given = dict(lr=lr, betas=betas, adam_w_mode=adam_w_mode, weight_decay=weight_decay)
+class FusedLAMB(torch.optim.SGD):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, max_grad_norm=1.0):
+        super().__init__(params, lr)
+        self.given = dict(lr=lr, betas=betas, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+"""
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Puts modules where they can be imported, for one test."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("apex", "amp_C")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(files):
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        importlib.invalidate_caches()
+
+    yield write
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("apex", "amp_C")]:
+        del sys.modules[name]
+
+
+def parameters():
+    return [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2), requires_grad=False)]
+
+
+APEX = {"apex/__init__.py": "", "apex/optimizers/__init__.py": FAKE_APEX, "amp_C.py": ""}
+
+
+def test_apex_is_used_where_it_is(install):
+    install(APEX)
+    adam, note = make_optimizer("apex_adam", parameters(), CUDA, **OPTIONS)
+    assert (class_name(adam), note) == ("apex.FusedAdam", None)
+    assert adam.given == {**OPTIONS, "adam_w_mode": True}
+    lamb, note = make_optimizer("apex_lamb", parameters(), CUDA, **OPTIONS)
+    assert (class_name(lamb), note) == ("apex.FusedLAMB", None)
+    assert lamb.given == {**OPTIONS, "max_grad_norm": math.inf}, "the trainer clips, with its own norm"
+    for optimizer in (adam, lamb):
+        assert len(optimizer.param_groups[0]["params"]) == 1, "what is frozen is left out"
+
+
+@pytest.mark.parametrize(
+    ("files", "device", "words"),
+    [
+        ({}, CUDA, "NVIDIA's apex is not installed"),
+        ({"apex/__init__.py": ""}, CUDA, "NVIDIA's apex is not installed"),  # the other project of that name
+        ({"apex/__init__.py": "raise OSError"}, CUDA, "NVIDIA's apex is not installed"),
+        ({"apex/__init__.py": "", "apex/optimizers.py": ""}, CUDA, "NVIDIA's apex is not installed"),
+        ({name: APEX[name] for name in APEX if name != "amp_C.py"}, CUDA, "without its CUDA extensions"),
+        (APEX, CPU, "not on a CPU"),
+    ],
+)
+def test_without_apex(install, files, device, words):
+    install(files)
+    optimizer, note = make_optimizer("apex_adam", parameters(), device, **OPTIONS)
+    assert class_name(optimizer) == "torch.AdamW"
+    assert words in note
+    assert "\n" not in note
+    assert {key: optimizer.defaults[key] for key in OPTIONS} == OPTIONS
+    with pytest.raises(
+        UserError, match=r"optim.name=apex_lamb: .*NVIDIA's repository.*optim.name=adamw"
+    ) as caught:
+        make_optimizer("apex_lamb", parameters(), device, **OPTIONS)
+    assert words in str(caught.value)

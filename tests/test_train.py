@@ -115,6 +115,22 @@ def test_resuming_gives_the_same_bits(recipe):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_without_apex_its_adam_is_torchs(recipe, capsys):
+    """The same losses, one line about it; a checkpoint that apex wrote is not continued by torch."""
+    usual = losses(recipe("max_steps=3", name="usual"))
+    capsys.readouterr()
+    folder = recipe("max_steps=3", "optim.name=apex_adam", name="apex")
+    said = [line for line in capsys.readouterr().out.splitlines() if "apex" in line]
+    assert len([line for line in said if "torch's fused AdamW, the same update" in line]) == 1
+    assert losses(folder) == usual
+    path = folder / "checkpoints" / "step-00000003.pt"
+    state = torch.load(path, weights_only=True)
+    assert state["optimizer_class"] == "torch.AdamW"
+    torch.save({**state, "optimizer_class": "apex.FusedAdam"}, path)
+    recipe("optim.name=apex_adam", name="apex", expect=2)
+    assert "holds the state of apex.FusedAdam" in capsys.readouterr().err
+
+
 def test_a_killed_run_goes_on_with_the_same_bits(recipe, tmp_path):
     """Killed between two checkpoints: weights, average, optimiser state and metrics are as if it had not been."""
     options = ["optim.ema=0.9", "checkpoint.every_steps=2", "log.every_steps=20"]
@@ -310,6 +326,7 @@ BAD = {
     "weights of another model": (["student.weights=OTHER"], ["OTHER", "another model"]),
     "unreachable weights": (["student.weights=pretrained"], ["vit_tiny_patch16_224"]),
     "misspelt key": (["optim.learning_rate=1"], ["optim.learning_rate", "nearest"]),
+    "LAMB without apex": (["optim.name=apex_lamb"], ["optim.name=apex_lamb", "NVIDIA's repository", "adamw"]),
     "ranks": (["optim.batch_size=9", "optim.accumulate=2"], ["optim.batch_size"]),
     "a file for a folder": (["data.train=OTHER"], ["OTHER"]),
     "no such validation folder": (["data.val=/no/such/val"], ["/no/such/val"]),
@@ -356,7 +373,8 @@ def test_bad_input_is_one_line_and_exit_code_2(recipe, tmp_path, capsys, case):
 
 
 @pytest.mark.parametrize(
-    "change", ["student.kwargs.depth=3", "student.softcap=null", "seed=5", "optim.epochs=3"]
+    "change",
+    ["student.kwargs.depth=3", "student.softcap=null", "seed=5", "optim.epochs=3", "optim.name=apex_adam"],
 )
 def test_checkpoint_of_another_model_or_run(recipe, capsys, change):
     recipe("max_steps=1")

@@ -1,10 +1,14 @@
 """Optimiser, learning-rate schedule and moving average."""
 
+import importlib
+import importlib.util
 import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+
+from fastalign.errors import UserError
 
 
 def adamw(
@@ -13,6 +17,63 @@ def adamw(
     """Fused AdamW over the parameters that are trained, with weight decay on all of them."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+
+
+def make_optimizer(
+    name: str, parameters: Iterable[nn.Parameter], device: torch.device, **options
+) -> tuple[torch.optim.Optimizer, str | None]:
+    """The optimiser of `optim.name`.
+
+    Args:
+        name: adamw (torch's, fused), apex_adam (the same update, by NVIDIA's apex) or apex_lamb.
+        parameters: those without a gradient are left out.
+        device: where they are.
+        **options: lr, betas, weight_decay.
+
+    Returns:
+        The optimiser, and what the user should know about the choice, if anything.
+
+    Raises:
+        UserError: apex_lamb where apex does not run.
+    """
+    if name == "adamw":
+        return adamw(parameters, **options), None
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    missing = _apex_is_missing(device)
+    if name == "apex_adam" and missing:
+        return adamw(
+            trained, **options
+        ), f"optim.name=apex_adam: {missing}: torch's fused AdamW, the same update"
+    if missing:
+        raise UserError(
+            f"optim.name={name}: {missing}; build it from NVIDIA's repository with its C++ and CUDA extensions, "
+            "or set optim.name=adamw"
+        )
+    apex = importlib.import_module("apex.optimizers")
+    if name == "apex_adam":
+        return apex.FusedAdam(trained, adam_w_mode=True, **options), None
+    # Whoever steps has clipped the gradient already.
+    return apex.FusedLAMB(trained, max_grad_norm=math.inf, **options), None
+
+
+def _apex_is_missing(device: torch.device) -> str | None:
+    """Why NVIDIA's apex cannot be used; None = it can. The package index has another project of that name."""
+    if device.type != "cuda":
+        return f"apex runs on GPUs only, not on a {device.type.upper()}"
+    try:
+        right = hasattr(importlib.import_module("apex.optimizers"), "FusedAdam")
+    except Exception:  # whatever another project does when it is imported
+        right = False
+    if not right:
+        return "NVIDIA's apex is not installed"
+    if importlib.util.find_spec("amp_C") is None:
+        return "apex is installed without its CUDA extensions"
+    return None
+
+
+def class_name(optimizer: torch.optim.Optimizer) -> str:
+    """torch.AdamW, apex.FusedAdam...: whose state a checkpoint holds."""
+    return f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__name__}"
 
 
 def learning_rate(step: int, *, total: int, warmup: int, lr: float, min_lr: float) -> float:

@@ -97,7 +97,9 @@ def _download(url: str) -> dict[str, Tensor]:
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"cannot load {url} ({error}): check the network, or give checkpoint=FILE") from error
+        raise UserError(
+            f"cannot load {url} ({error}): check the network, or give checkpoint=FILE (recipe: student.weights=FILE)"
+        ) from error
 
 
 def _check_name(name: str) -> None:
@@ -135,7 +137,7 @@ def _create_timm(name: str, pretrained: bool, kwargs: dict) -> nn.Module:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"cannot load the published weights of {name!r} ({reason}): check the name and the network, "
-                "or give a local file with checkpoint=FILE"
+                "or give a local file, checkpoint=FILE (recipe: student.weights=FILE)"
             ) from error
         near = timm.list_pretrained(name.split(".")[0] + ".*")[:4]
         raise UserError(
