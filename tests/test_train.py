@@ -474,6 +474,16 @@ def test_two_compiled_ranks_have_the_losses_of_one(recipe, tmp_path, setting):
 
 
 @pytest.mark.slow
+def test_two_ranks_with_an_fp8_teacher(recipe, tmp_path):
+    """Its FP8 and bf16 weights are sent from rank to rank at the start, like all others."""
+    options = ["efficiency.precision=fp8", "max_steps=2"]
+    alone = losses(recipe(*options, name="alone"))
+    result = torchrun(tmp_path, *options, f"output={tmp_path / 'two'}")
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "two") == pytest.approx(alone, rel=0.01)
+
+
+@pytest.mark.slow
 def test_two_ranks_and_a_validation_set_for_one(recipe, tmp_path):
     """The second rank has nothing to validate, and must not be left behind; nor may a bad data set be told twice."""
     recipe("max_steps=1")
