@@ -24,6 +24,9 @@ SHORT = {
 
 def draw(name: str) -> Path | None:
     """Draw a result; None, with a line that says why, where there is nothing to draw with or from."""
+    if name not in PLOTS:
+        print(f"no {name}.png: there is no plot of it")
+        return None
     try:
         import matplotlib
     except ImportError:

@@ -182,8 +182,13 @@ def summary(found: list[dict]) -> str:
     return "\n".join(lines)
 
 
-JUDGES = {"step": step_targets, "step_cpu": step_cpu_targets, "kernels": targets}
-MEASUREMENTS = (*JUDGES, "attention", "masks", "profile", "data", "scaling")
+JUDGES = {
+    "step": step_targets,
+    "step_cpu": step_cpu_targets,
+    "kernels": targets,
+    "attention": attention_targets,
+}
+MEASUREMENTS = (*JUDGES, "masks", "profile", "data", "scaling")
 
 
 def results() -> dict[str, dict]:

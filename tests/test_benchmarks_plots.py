@@ -138,5 +138,6 @@ def test_where_nothing_is_measured_nothing_is_drawn(capsys):
     record.write("step", [{"failed": "does not fit into memory"}])
     assert plots.draw("step") is None
     assert "nothing has been measured" in capsys.readouterr().out
+    assert plots.draw("x") is None
     with pytest.raises(SystemExit, match="no plot x; there are step"):
         plots.main(["x"])
