@@ -16,6 +16,7 @@ from fastalign.errors import UserError
 from fastalign.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
 from fastalign.models.precision import FP8_CAPABILITY
 from fastalign.models.student import MaskEmbedStudent, MIMStudent
+from fastalign.models.svit import uncapped
 from fastalign.models.teacher import MaskedTeacher
 from fastalign.models.vit import ViT
 from fastalign.models.zoo import create_backbone, load_backbone
@@ -62,6 +63,7 @@ def _backbone(section: str, name: str, weights: str, kwargs: dict) -> ViT:
         )
     if Path(weights).suffix in WEIGHTS:
         return create_backbone(name, checkpoint=weights, **kwargs)
+    name, kwargs, _ = uncapped(name, kwargs)  # the run recorded its soft-cap
     drop_path = {key: value for key, value in kwargs.items() if key == "drop_path_rate"}
     vit = load_backbone(weights, **drop_path)
     if vit.recipe["name"].split(".")[0] != name.split(".")[0]:

@@ -1,76 +1,89 @@
-"""Weights from files into a backbone, without running code from them."""
+"""Weights into a backbone: other layouts, other sizes, with and without LayerScale."""
 
-from pathlib import Path
+import re
 
-import timm
+import torch
 from timm.models import beit, eva, vision_transformer
 from torch import Tensor, nn
 
 from fastalign.errors import UserError
+from fastalign.models.checkpoint import Checkpoint
 from fastalign.models.vit import ViT
 
-_PREFIXES = ("module.", "_orig_mod.", "base_encoder.", "encoder.")
 _NOT_BACKBONE = ("head.", "head_dist.", "decoder.")
 _FILTERS = {
     "VisionTransformer": vision_transformer.checkpoint_filter_fn,
     "Beit": beit.checkpoint_filter_fn,
     "Eva": eva.checkpoint_filter_fn,
 }
+_LAYER_SCALE = re.compile(r"(blocks\.\d+\.)(?:ls([12])\.gamma|gamma_([12]))")
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a weights file, without running code from it.
-
-    Raises:
-        UserError: no such file, or not a weights file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no weights file at {path}")
-    try:
-        return timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a weights file that can be read safely: {reason}") from error
-
-
-def load_weights(vit: ViT, source: nn.Module, state: dict[str, Tensor], path: str) -> None:
+def load_weights(vit: ViT, source: nn.Module, checkpoint: Checkpoint, path: str) -> None:
     """Load timm-keyed weights into a backbone; position embeddings of another size are resampled by timm.
+
+    LayerScale that the backbone has not got goes into the projections before it; one that the file has not got
+    is 1. Both are exact. The pooling that a student has not got is taken off the backbone; the soft-cap that the
+    file was trained with is set.
 
     Args:
         vit: the backbone.
         source: the timm model that it was built from.
-        state: the weights, perhaps under a prefix such as `module.`; a student's decoder and head are left out.
+        checkpoint: the weights; a student's decoder and head are left out.
         path: where they came from, for messages.
 
     Raises:
         UserError: the weights of another model.
     """
-    wanted = vit.state_dict()
-    state = _strip(state.get("state_dict", state))
+    wanted, state = vit.state_dict(), checkpoint.state
     heads = {key: state[key] for key in wanted if key.startswith("head.") and key in state}
-    state = {key: value for key, value in state.items() if not key.startswith(_NOT_BACKBONE)} | heads
+    state = {key: value for key, value in state.items() if not key.startswith(_NOT_BACKBONE)}
+    state |= {} if checkpoint.student else heads
+    another = f"{path} holds the weights of another model"
+    another += f" ({checkpoint.arch})" if checkpoint.arch else ""
     try:
         # timm's filter: other layouts of the same weights, and position tables of another size.
         state = _FILTERS[type(source).__name__](dict(state), source)
     except Exception as error:
-        raise UserError(f"{path} holds the weights of another model: timm says {error}") from error
+        raise UserError(f"{another}: timm says {error}; give the name that it was made with") from error
     if vit.spec.position_fixed:
         state["pos_embed"] = wanted["pos_embed"]
+    state = _fit_layer_scale(state, wanted)
+    if (
+        checkpoint.student
+        and vit.attn_pool is not None
+        and not any(key.startswith("attn_pool.") for key in state)
+    ):
+        vit.pool, vit.attn_pool = "none", None
+        wanted = vit.state_dict()
     missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     other = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     if missing:
-        raise UserError(f"{path} holds the weights of another model: it lacks {missing[0]}")
+        raise UserError(f"{another}: it lacks {missing[0]}; give the name that it was made with")
     if extra:
-        raise UserError(f"{path} holds the weights of another model: it has {extra[0]} too")
+        raise UserError(f"{another}: it has {extra[0]} too; give the name that it was made with")
     if other:
         found, shape = list(state[other[0]].shape), list(wanted[other[0]].shape)
-        raise UserError(f"{path} holds the weights of another model: {other[0]} is {found}, wanted {shape}")
+        raise UserError(
+            f"{another}: {other[0]} is {found}, wanted {shape}; give the name that it was made with"
+        )
     vit.load_state_dict(state)
+    if checkpoint.softcap is not None:
+        vit.softcap = checkpoint.softcap
 
 
-def _strip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _PREFIXES:
-        if any(key.startswith(prefix) for key in state):
-            state = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+def _fit_layer_scale(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """x + gamma * (W h + b) = x + (gamma W) h + gamma b: fold what is not wanted, and 1 where none is given."""
+    state, scales = dict(state), [key for key in state if _LAYER_SCALE.fullmatch(key)]
+    for key in scales:
+        if key in wanted:
+            continue
+        found = _LAYER_SCALE.fullmatch(key)
+        gamma = state.pop(key).double()
+        layer = found[1] + ("attn.proj" if (found[2] or found[3]) == "1" else "mlp.fc2")
+        for name, factor in ((f"{layer}.weight", gamma[:, None]), (f"{layer}.bias", gamma)):
+            if name in state and len(state[name]) == len(gamma):
+                state[name] = (state[name].double() * factor).to(state[name].dtype)
+    if not scales:
+        state |= {key: torch.ones_like(value) for key, value in wanted.items() if _LAYER_SCALE.fullmatch(key)}
     return state

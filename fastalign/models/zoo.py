@@ -19,9 +19,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fastalign.errors import UserError
+from fastalign.models.checkpoint import Checkpoint, interpret, read_checkpoint
 from fastalign.models.spec import BlockSpec, ViTSpec
+from fastalign.models.svit import uncapped
 from fastalign.models.vit import ViT
-from fastalign.models.weights import load_weights, read_checkpoint
+from fastalign.models.weights import load_weights
 
 MOCO = "vit_base_patch16_mocov3_224"
 """Not in timm: a ViT-B/16 with a fixed sin-cos position embedding (Chen et al., 2021)."""
@@ -34,10 +36,11 @@ def create_backbone(
     """A backbone by its timm name.
 
     Args:
-        name: timm's name, with or without the tag of the weights, or `MOCO`'s.
+        name: timm's name, with or without the tag of the weights, or `MOCO`'s; the authors' `svit_X` is `vit_X`
+            with attention logits capped at 30 (`max_attn_val`).
         pretrained: load the published weights (through timm; needs the network or timm's cache).
-        checkpoint: load these weights instead: `.safetensors`, `.pth` or `.pth.tar` with timm's keys,
-            perhaps under `state_dict` and a prefix such as `module.` or `encoder.`. Never unpickles code.
+        checkpoint: load these weights instead: `.safetensors`, `.pth` or `.pth.tar` with timm's keys, perhaps in a
+            training script's checkpoint (docs/backbones.md). Never unpickles code.
         **kwargs: timm's keyword arguments: `img_size`, `depth`, `num_classes` (default 0), `drop_path_rate`...
 
     Returns:
@@ -48,7 +51,7 @@ def create_backbone(
         UserError: unknown name (with the nearest ones), unreachable or unfitting weights, or an
             architecture that this project has not got.
     """
-    kwargs = {"num_classes": 0, **kwargs}
+    name, kwargs, softcap = uncapped(name, {"num_classes": 0, **kwargs})
     moco = name.split(".")[0] == MOCO
     timm_name = "vit_base_patch16_224" if moco else name
     _check_name(timm_name)
@@ -69,6 +72,7 @@ def create_backbone(
         "crop_pct": 0.875 if moco else data["crop_pct"],
     }
     vit.recipe = {"name": name, "kwargs": kwargs}
+    vit.softcap = softcap or vit.softcap
     return vit
 
 
@@ -93,13 +97,14 @@ def load_backbone(path: str | Path, **kwargs) -> ViT:
     return vit
 
 
-def _download(url: str) -> dict[str, Tensor]:
+def _download(url: str) -> Checkpoint:
     try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        content = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
             f"cannot load {url} ({error}): check the network, or give checkpoint=FILE (recipe: student.weights=FILE)"
         ) from error
+    return interpret(content, url)
 
 
 def _check_name(name: str) -> None:

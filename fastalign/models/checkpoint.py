@@ -1,0 +1,116 @@
+"""Files of weights, the authors' `.pth.tar` among them: read without running code from them."""
+
+import argparse
+import pickle
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fastalign.errors import UserError
+from fastalign.models.svit import uncapped
+
+STATES = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Where a checkpoint keeps its weights; the first that is there is read: an average before the weights."""
+_WRAPPERS = ("module.", "_orig_mod.", "base_encoder.")
+_STUDENT = ("student.", "encoder.")
+_NUMPY = "numpy._core.multiarray" if hasattr(np, "_core") else "numpy.core.multiarray"
+HARMLESS = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.bool_)),
+    (np.float64(0).__reduce__()[0], f"{_NUMPY}.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+]
+"""What training scripts pickle beside tensors, numbers, texts and containers: their arguments, a NumPy metric.
+
+None of them does anything when it is made. Everything else is refused.
+"""
+
+
+class Checkpoint(NamedTuple):
+    """What a file of weights holds."""
+
+    state: dict[str, Tensor]
+    """the weights, with no prefix before timm's keys"""
+    arch: str | None = None
+    """the model's name, where the file tells it"""
+    softcap: float | None = None
+    """of the attention logits that it was trained with, where the file tells it"""
+    student: bool = False
+    """a student of MaskEmbed or masked image modeling: its head is not a classifier, and it has no pooling"""
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """The weights in a file, and what the file tells of their model.
+
+    Raises:
+        UserError: no such file, not a weights file, damaged, or one that pickles what is not `HARMLESS`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no weights file at {path}")
+    return interpret(_read(path), str(path))
+
+
+def interpret(content: Any, path: str) -> Checkpoint:
+    """The weights in what a file held: of `STATES` the first, or the dictionary itself."""
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} is not a weights file: it holds a {type(content).__name__}; give a state dict"
+        )
+    key = next((key for key in STATES if content.get(key) is not None), None)
+    state = content[key] if key else content
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(
+            f"{path} is not a weights file: {key or 'it'} is no dictionary of tensors; give a state dict"
+        )
+    if not state:
+        raise UserError(f"{path} holds no weights: give another file")
+    state, student = _strip(state)
+    args = content.get("args") if key else None
+    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    arch = args.get("student_model") or args.get("model") or (content.get("arch") if key else None)
+    arch = arch if isinstance(arch, str) else None
+    kwargs = {**(args.get("model_kwargs") or {}), **(args.get("student_model_kwargs") or {})}
+    softcap = uncapped(arch, kwargs)[2] if arch else None
+    return Checkpoint(state, arch, softcap, student or "student_model" in args)
+
+
+def _read(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals(HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, safetensors.SafetensorError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} cannot be read safely: damaged, cut short or not a weights file ({reason}); copy it again"
+        ) from error
+    except Exception as error:
+        found = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if found:
+            reason = f"it pickles {found[1]}, which is no part of a checkpoint; nothing of it was run"
+        else:
+            reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} is not a weights file that can be read safely: {reason}; give a file of tensors only"
+        ) from error
+
+
+def _strip(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """Take off the prefixes of wrappers and of a student, in whatever order they stand; was there a student's?"""
+    student = False
+    while True:
+        prefixes = (*_WRAPPERS, *_STUDENT)
+        prefix = next((p for p in prefixes if any(key.startswith(p) for key in state)), None)
+        if prefix is None:
+            return state, student
+        student |= prefix in _STUDENT
+        state = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
