@@ -209,9 +209,7 @@ class Config(Section):
         if self.teacher.prefix_only and self.teacher.skip_blocks:
             raise ValueError("teacher.prefix_only reads the whole model: set teacher.skip_blocks=0")
         if self.masks.distribution == "uniform" and self.masks.ratio is not None:
-            raise ValueError(
-                "masks.ratio means nothing for uniform masks: remove it or choose another distribution"
-            )
+            raise ValueError("masks.ratio means nothing for uniform masks: remove it")
         for sink in self.log.to:
             if sink != "tensorboard" and not sink.startswith("wandb:"):
                 raise ValueError(f"log.to: {sink!r} is neither tensorboard nor wandb:PROJECT")
@@ -232,8 +230,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         UserError: no such file, broken YAML, unknown key, wrong type, impossible combination.
     """
-    tree = _read(Path(path), seen=())
-    for override in overrides or []:
+    return resolve(_read(Path(path), seen=()), overrides or [], path)
+
+
+def resolve(tree: dict, overrides: list[str], where: str | Path) -> Config:
+    """The configuration of a tree with overrides; errors as for `load_config`, about the file `where`."""
+    for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:
             raise UserError(f"override {override!r} is not of the form section.key=value")
@@ -241,7 +243,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error, path)) from None
+        raise UserError(_explain(error, where)) from None
 
 
 def keys(section: type[Section] = Config, prefix: str = "") -> dict[str, str]:
@@ -280,18 +282,24 @@ _Dumper.add_representer(list, _Dumper.represent_list)
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict:
-    if not path.is_file():
-        raise UserError(f"no configuration file at {path}")
     if path.resolve() in seen:
         raise UserError(f"{path}: its bases form a circle")
+    tree = read_yaml(path)
+    base = tree.pop("base", None)
+    return _merge(_read(path.parent / str(base), (*seen, path.resolve())), tree) if base else tree
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping in a YAML file; UserError where there is none."""
+    if not path.is_file():
+        raise UserError(f"no configuration file at {path}")
     try:
         tree = _parse(path.read_text(encoding="utf-8"), str(path)) or {}
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file in UTF-8") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
-    base = tree.pop("base", None)
-    return _merge(_read(path.parent / str(base), (*seen, path.resolve())), tree) if base else tree
+    return tree
 
 
 def _parse(text: str, where: str) -> Any:

@@ -1,4 +1,7 @@
-"""Training: ``python -m fastalign.train CONFIG.yaml key.sub=value ...``, alone or under torchrun."""
+"""Training: ``python -m fastalign.train CONFIG.yaml key.sub=value ...``, alone or under torchrun.
+
+``--reference-config FILE`` instead of CONFIG.yaml takes one of the authors' files.
+"""
 
 import argparse
 import math
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign import build
+from fastalign.compat.reference_config import read_reference
 from fastalign.config import Config, load_config, to_yaml
 from fastalign.engine import distributed
 from fastalign.engine.memory import keep_freed_memory
@@ -187,22 +191,46 @@ def _refuse(message: str) -> int:
     return 2
 
 
+def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
+    """The configuration that the command asks for, and what one should know about it."""
+    if options.reference_config is None:
+        if options.world_size is not None:
+            raise UserError(
+                "--world-size goes with --reference-config: a recipe's optim.batch_size is over all GPUs"
+            )
+        return load_config(options.config, options.overrides), []
+    if options.world_size is not None and options.world_size < 1:
+        raise UserError(f"--world-size must be at least 1, got {options.world_size}")
+    overrides = [*([options.config] if options.config else []), *options.overrides]
+    return read_reference(options.reference_config, overrides, world_size=options.world_size)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m fastalign.train", description="Align a backbone with MaskEmbed."
     )
-    parser.add_argument("config", help="a recipe, such as configs/demo.yaml")
+    parser.add_argument("config", nargs="?", help="a recipe, such as configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change keys of the recipe")
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and stop"
     )
+    parser.add_argument(
+        "--reference-config", metavar="FILE", help="a YAML file of the authors' code, instead of a recipe"
+    )
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="GPUs that FILE's batch is for (torchrun's, else 4)"
+    )
     options = parser.parse_intermixed_args(arguments)
+    if not options.config and not options.reference_config:
+        parser.error("give a recipe, or --reference-config FILE")
     try:
-        config = load_config(options.config, options.overrides)
+        config, notes = _configuration(options)
         if options.print_config:
-            print(to_yaml(config, comments=True), end="")
+            print("".join(f"# {note}\n" for note in notes) + to_yaml(config, comments=True), end="")
             return 0
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("".join(f"{note}\n" for note in notes), end="", flush=True)
         train(config, distributed.start())
     except UserError as error:
         return _refuse(str(error))
