@@ -25,9 +25,9 @@ try:
     from fastalign.kernels.softcap_attention import softcap_attention as _softcap_attention
     from fastalign.kernels.unpack import unpack as _unpack
 except ImportError:  # no Triton for this platform
-    _TRITON = False
+    TRITON = False
 else:
-    _TRITON = True
+    TRITON = True
 
 MODE = os.environ.get("FASTALIGN_KERNELS", "auto")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,7 +35,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def kernels_on(device: str, dtype: torch.dtype) -> bool:
     """Whether an operation on tensors of this dtype on this kind of device runs in Triton."""
-    if not _TRITON or MODE == "0" or (MODE != "1" and device != "cuda"):
+    if not TRITON or MODE == "0" or (MODE != "1" and device != "cuda"):
         return False
     return dtype in _DTYPES or not dtype.is_floating_point
 

@@ -20,7 +20,7 @@ FLOORS = [
     {"run"},
     {"build"},
     {"flops", "config"},
-    {"objectives", "engine", "data"},
+    {"objectives", "accelerate", "engine", "data"},
     {"models"},
     {"attention", "masks"},
     {"ops"},
