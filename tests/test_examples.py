@@ -1,0 +1,92 @@
+"""The examples learn, and the page quotes them as they are."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch.nn.functional import interpolate
+
+import fastalign as fa
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+PAGE = (ROOT / "docs" / "in-your-code.md").read_text()
+TINY = {"img_size": 64, "depth": 2, "embed_dim": 64, "num_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_fixed_seed):
+    """Models are tiny: a second thread only waits."""
+    torch.set_num_threads(1)
+
+
+def images(steps: int):
+    """The same eight smooth images again and again."""
+    batch = interpolate(torch.randn(8, 3, 8, 8), size=64, mode="bilinear")
+    return (batch for _ in range(steps))
+
+
+def example(name: str) -> dict:
+    return runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_page_quotes_it(name):
+    section = PAGE.partition(f"examples/{name}.py)")[2]
+    assert (
+        re.search(r"```python\n(.*?)```", section, re.S)[1] == (ROOT / "examples" / f"{name}.py").read_text()
+    )
+
+
+def test_all_are_tested_and_short():
+    assert EXAMPLES == ["clipself", "dbot", "mae"]
+    for name in EXAMPLES:
+        loop = (ROOT / "examples" / f"{name}.py").read_text().partition("if __name__")[0]
+        assert len([line for line in loop.splitlines() if line.strip()]) <= 42
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_clipself(softcap):
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=32, **TINY)
+    losses = list(example("clipself")["train"](model, images(20), lr=1e-3, softcap=softcap))
+    assert losses[-1] < 0.2 * losses[0]
+    assert model.blocks[0].attn.softcap == softcap
+
+
+def test_mae():
+    code = example("mae")
+    vit = fa.create_backbone("vit_tiny_patch16_224", **TINY)
+    mae = code["MAE"](vit, width=64, heads=2, depth=2)
+    losses = list(code["train"](mae, images(60), lr=3e-3))
+    # One is what it costs to paint each patch in its mean colour: the decoder has learnt more than that.
+    assert losses[-1] < 0.99 < 1 < losses[0]
+
+
+def test_maes_target_is_the_patches_own():
+    code = example("mae")
+    mae = code["MAE"](fa.create_backbone("vit_tiny_patch16_224", **TINY), width=64, heads=2, depth=1)
+    pictures = torch.randn(2, 3, 64, 64)
+    visible = mae.masks(torch.arange(2), mae.vit.spec.grid)[:, 0]
+    mae.paint = torch.nn.Module()
+    mae.paint.forward = lambda x: torch.zeros(2, 17, 768)
+    rows = []
+    for picture, seen in zip(pictures, visible, strict=True):
+        for patch in (~seen).nonzero().flatten().tolist():
+            y, x = divmod(patch, 4)
+            piece = picture[:, 16 * y : 16 * y + 16, 16 * x : 16 * x + 16]
+            rows.append(((piece - piece.mean()) ** 2 / (piece.var(correction=0) + 1e-5)).mean())
+    assert mae(pictures, torch.arange(2)).item() == pytest.approx(torch.stack(rows).mean().item(), rel=1e-4)
+
+
+def test_dbot():
+    vit = fa.create_backbone("vit_tiny_patch16_224", **TINY)
+    before = {name: value.clone() for name, value in vit.state_dict().items()}
+    losses = list(example("dbot")["train"](vit, lambda: images(30), lr=1e-3))
+    for stage in (0, 1):
+        own = [loss for index, loss in losses if index == stage]
+        assert len(own) == 30
+        assert own[-1] < 0.9 * own[0]
+    assert all(torch.equal(value, before[name]) for name, value in vit.state_dict().items())
