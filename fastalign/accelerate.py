@@ -71,8 +71,8 @@ def _check(model: nn.Module, softcap: float | None, backend: str) -> None:
             _check_attention(path, module, softcap)
         elif _is_attention(path, module):
             raise UserError(
-                f"accelerate: {path} is a {type(module).__name__}, an attention that fastalign has not got: leave "
-                "the model as it is, or give the parts of it that have none"
+                f"accelerate: {path} is {type(module).__module__}.{type(module).__qualname__}, an attention that "
+                "fastalign has not got: leave the model as it is, or give the parts of it that have none"
             )
     if not known:
         raise UserError(
@@ -84,7 +84,7 @@ def _check(model: nn.Module, softcap: float | None, backend: str) -> None:
 def _is_attention(path: str, module: nn.Module) -> bool:
     """Attention over the tokens by another class; pooling by attention is left as it is."""
     named = path.rpartition(".")[2] == "attn" or hasattr(module, "fused_attn")
-    return named and "Pool" not in type(module).__name__
+    return named and not isinstance(module, nn.Identity) and "Pool" not in type(module).__name__
 
 
 def _check_attention(path: str, module: nn.Module, softcap: float | None) -> None:
