@@ -1,0 +1,236 @@
+"""The parts of teacher and student. n = B M masked copies of B images, N patches, P prefix tokens, T = P + N.
+
+Modules stay timm's, with timm's keys and attributes; what runs in them is fastalign's attention, which takes the
+fastest implementation that the device offers, and the operation that makes the decoder's input.
+"""
+
+import torch
+from timm.layers import Mlp
+from timm.models.vision_transformer import Attention as TimmAttention
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastalign import ops
+from fastalign.attention import attention
+
+
+class Attention(TimmAttention):
+    """timm's attention module, run by `fastalign.attention`.
+
+    Args:
+        max_attn_val: cap of the logits, ``cap * tanh(logit / cap)``; None = plain attention.
+        *args, **kwargs: timm's.
+    """
+
+    max_attn_val: float | None = None
+
+    def __init__(self, *args, max_attn_val: float | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.max_attn_val = None if max_attn_val is None else check_cap(max_attn_val)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """[B, T, D] -> [B, T, D]"""
+        masked = attn_mask is not None or is_causal
+        dropping = self.training and self.attn_drop.p > 0
+        if self.max_attn_val is None and (masked or dropping):
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        if masked:
+            raise ValueError("soft-capped attention reads whole sequences: it takes no attn_mask")
+        gate = self.gate(x).sigmoid() if getattr(self, "gate", None) is not None else None
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        q, k, v = (part.transpose(1, 2) for part in (self.q_norm(q), self.k_norm(k), v))
+        if dropping:  # no implementation drops weights
+            logits = q @ k.mT * self.scale
+            weights = (self.max_attn_val * torch.tanh(logits / self.max_attn_val)).softmax(-1)
+            x = self.attn_drop(weights) @ v
+        else:
+            x = attention(q, k, v, softcap=self.max_attn_val)
+        x = self.norm(x.transpose(1, 2).flatten(2))
+        return self.proj_drop(self.proj(x if gate is None else x * gate))
+
+
+def check_cap(value: float) -> float:
+    """The cap of the logits, which must be positive."""
+    if not value > 0:
+        raise ValueError(f"max_attn_val must be a positive number, got {value}")
+    return value
+
+
+def softcap_of(model: nn.Module) -> float | None:
+    """The cap of a model's attention logits; None = none is capped."""
+    caps = (module.max_attn_val for module in model.modules() if isinstance(module, Attention))
+    return next((cap for cap in caps if cap is not None), None)
+
+
+def use_our_attention(model: nn.Module) -> nn.Module:
+    """Let timm's plain attention modules compute as `Attention` does. Parameters, keys and objects stay."""
+    for module in model.modules():
+        if type(module) is TimmAttention:
+            module.__class__ = Attention
+    return model
+
+
+class MaskLayer(nn.Module):
+    """Blanks the pixels of hidden patches.
+
+    Args:
+        image_width: of the square image.
+        patch_size: of the square patches. A remainder of the image, which no patch reads, is blanked too.
+    """
+
+    def __init__(self, image_width: int, patch_size: int):
+        super().__init__()
+        self.mask_width, self.upsample_factor = image_width // patch_size, patch_size
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Images [n, C, height, width] times masks [n, N]."""
+        side, size = self.mask_width, self.upsample_factor
+        if mask.dim() != 2 or mask.shape[1] != side * side:
+            raise ValueError(f"mask must be [n, N = {side * side}], got {list(mask.shape)}")
+        pixels = mask.view(-1, 1, side, 1, side, 1).expand(-1, 1, side, size, side, size)
+        pixels = pixels.reshape(-1, 1, side * size, side * size)
+        rest = x.shape[3] - side * size, x.shape[2] - side * size
+        return x * (functional.pad(pixels, (0, rest[0], 0, rest[1])) if any(rest) else pixels)
+
+
+def mask_layer(model: nn.Module) -> MaskLayer:
+    """The mask layer of a timm model's patches."""
+    size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
+    if size is None or size[0] != size[1] or patch[0] != patch[1]:
+        raise ValueError(f"masks need square images and patches of a fixed size, got {size} and {patch}")
+    return MaskLayer(size[0], patch[0])
+
+
+class Scale(nn.Module):
+    """Multiplies by a constant, the buffer `scale`."""
+
+    def __init__(self, scale: float):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(float(scale)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class MaskEmbedDecoder(nn.Module):
+    """From masked student tokens to the teacher's view of the masked image.
+
+    Args:
+        embed_dim, num_heads, num_layers: of its blocks.
+        num_patch_tokens, num_prefix_tokens: N and P.
+        output_size: the teacher's width.
+        prefix_only: predict one vector, from the first prefix token (from the mean of all tokens where P = 0).
+        qkv_bias, qk_norm, init_values, norm_layer, act_layer, mlp_layer: of timm's Block.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_patch_tokens: int,
+        num_prefix_tokens: int,
+        output_size: int,
+        num_layers: int,
+        prefix_only: bool = False,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        init_values: float | None = None,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        act_layer: type[nn.Module] = nn.GELU,
+        mlp_layer: type[nn.Module] = Mlp,
+    ):
+        super().__init__()
+        self.prefix_only, self.num_prefix_tokens = prefix_only, num_prefix_tokens
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, num_patch_tokens + num_prefix_tokens, embed_dim))
+        self.blocks = nn.Sequential(
+            *(
+                Block(
+                    embed_dim,
+                    num_heads,
+                    qkv_bias=qkv_bias,
+                    qk_norm=qk_norm,
+                    init_values=init_values,
+                    norm_layer=norm_layer,
+                    act_layer=act_layer,
+                    mlp_layer=mlp_layer,
+                )
+                for _ in range(num_layers)
+            )
+        )
+        self.norm = nn.LayerNorm(embed_dim)
+        self.head = nn.Linear(embed_dim, output_size)
+        use_our_attention(self)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Predict the teacher's tokens.
+
+        Args:
+            x: [n, T, embed_dim], or the B images' tokens once, [B, T, embed_dim].
+            mask: [n, N] of 0 and 1.
+
+        Returns:
+            [n, T, output_size], or [n, 1, output_size] with prefix_only.
+        """
+        x = ops.expand_masked(x, _as_visible(mask, len(x)), self.pos_embed).flatten(0, 1)
+        x = self.head(self.norm(self.blocks(x)))
+        if self.prefix_only:
+            x = x[:, :1] if self.num_prefix_tokens else x.mean(1, keepdim=True)
+        return x
+
+
+def _as_visible(mask: Tensor, images: int) -> Tensor:
+    """[B M, N] of 0 and 1 -> [B, M, N] bool, without waiting for the device."""
+    if mask.dim() != 2 or len(mask) % images:
+        raise ValueError(
+            f"mask must be [n, N] with n a multiple of the {images} images, got {list(mask.shape)}"
+        )
+    if mask.dtype != torch.bool:
+        torch._assert_async(((mask == 0) | (mask == 1)).all(), "a mask must hold 0 and 1 only")
+    return mask.bool().view(images, -1, mask.shape[1])
+
+
+class MaskEmbedStudent(nn.Module):
+    """`encoder` reads each image once, `decoder` predicts for each of its masks. Keys `encoder.*`, `decoder.*`."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the encoder's blocks in the backward pass; the decoder's few are kept."""
+        self.encoder.set_grad_checkpointing(enable)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Images [B, C, height, width], masks [B M, N], image-major -> predictions [B M, T, D]."""
+        tokens = self.encoder(x)
+        if not isinstance(self.decoder, MaskEmbedDecoder):
+            tokens = tokens.repeat_interleave(len(mask) // len(tokens), 0)
+        return self.decoder(tokens, mask)
+
+
+class TransformerPooling(nn.Module):
+    """A head that pools: position embedding, transformer blocks, norm, mean over tokens.
+
+    Args:
+        embed_dim, num_heads, num_layers: of its blocks, which have no qkv bias.
+        num_tokens: T.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, num_tokens: int, num_layers: int):
+        super().__init__()
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(num_tokens, embed_dim))
+        self.blocks = nn.Sequential(
+            *(Block(embed_dim, num_heads, norm_layer=nn.LayerNorm) for _ in range(num_layers))
+        )
+        self.norm = nn.LayerNorm(embed_dim)
+        use_our_attention(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, D]"""
+        if x.shape[1] != len(self.pos_embed):
+            raise ValueError(
+                f"TransformerPooling reads {len(self.pos_embed)} tokens, got {x.shape[1]}; as attn_pool of a timm "
+                "model it needs model.pool_include_prefix = True"
+            )
+        return self.norm(self.blocks(x + self.pos_embed)).mean(1)

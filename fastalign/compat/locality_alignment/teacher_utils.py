@@ -1,0 +1,62 @@
+"""Teachers: a timm model, changed in place, whose forward gives targets."""
+
+import types
+
+from torch import Tensor, nn
+
+from fastalign.compat.locality_alignment.model_utils import Scale, mask_layer, use_our_attention
+
+
+def convert_to_teacher_model(model: nn.Module, skip_blocks: int = 0, prefix_only: bool = False) -> nn.Module:
+    """Let a timm model read masked images: ``teacher(x [n, C, h, w], mask [n, N])``.
+
+    Its output is its final norm of what its last `skip_blocks` blocks, which are removed, would have read: [n, T, D];
+    with `prefix_only` its pooled output, [n, 1, D]. Both times the buffer `output_scaling.scale`.
+
+    Args:
+        model: changed in place.
+        skip_blocks: how many of the last blocks are removed.
+        prefix_only: needs ``skip_blocks=0``.
+
+    Returns:
+        The model.
+    """
+    if prefix_only and skip_blocks:
+        raise ValueError("convert_to_teacher_model: prefix_only reads the whole model; set skip_blocks=0")
+    depth = len(model.blocks)
+    if not 0 <= skip_blocks < depth:
+        raise ValueError(
+            f"convert_to_teacher_model: skip_blocks must lie in 0..{depth - 1}, got {skip_blocks}"
+        )
+    model.mask_layer, model.output_scaling = mask_layer(model), Scale(1)
+    model.blocks = model.blocks[: depth - skip_blocks]
+    model.forward = types.MethodType(_pooled if prefix_only else _tokens, use_our_attention(model))
+    return model
+
+
+def convert_to_mim_teacher_model(model: nn.Module) -> nn.Module:
+    """Let a timm model return all its tokens of the whole image, ``teacher(x [B, C, h, w])``: [B, T, D], scaled.
+
+    Args:
+        model: changed in place.
+
+    Returns:
+        The model.
+    """
+    model.output_scaling = Scale(1)
+    model.forward = types.MethodType(_whole, use_our_attention(model))
+    return model
+
+
+def _tokens(self: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    return self.output_scaling(self.forward_features(self.mask_layer(x, mask)))
+
+
+def _pooled(self: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    # One token, so that it meets the student's prediction [n, 1, D] and does not broadcast to [n, n, D].
+    x = self.forward_head(self.forward_features(self.mask_layer(x, mask)))
+    return self.output_scaling(x).unsqueeze(1)
+
+
+def _whole(self: nn.Module, x: Tensor) -> Tensor:
+    return self.output_scaling(self.forward_features(x))

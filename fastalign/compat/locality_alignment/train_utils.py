@@ -1,0 +1,234 @@
+"""Checkpoints with the authors' layout: `state_dict`, perhaps `state_dict_ema`, keys `encoder.*` and `decoder.*`."""
+
+import argparse
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from timm.utils.model import get_state_dict, unwrap_model
+from torch import Tensor, nn
+
+from fastalign.compat.locality_alignment.model_utils import MaskEmbedStudent, softcap_of
+from fastalign.errors import UserError
+
+_logger = logging.getLogger(__name__)
+_REFERENCE_CAP = 30.0
+"""What the authors' `svit_*` models cap at; their checkpoints do not say."""
+
+
+class CheckpointSaver(timm.utils.CheckpointSaver):
+    """timm's saver of the best checkpoints, which also keeps every `retain_interval`-th epoch. Arguments are timm's.
+
+    A checkpoint holds tensors and plain values only, so that torch reads it without running code, and the student's
+    soft-cap under `softcap`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        args: argparse.Namespace | None = None,
+        model_ema: nn.Module | None = None,
+        amp_scaler=None,
+        checkpoint_prefix: str = "checkpoint",
+        recovery_prefix: str = "recovery",
+        checkpoint_dir: str = "",
+        recovery_dir: str = "",
+        decreasing: bool = False,
+        max_history: int = 10,
+        retain_interval: int | None = None,
+        unwrap_fn: Callable = unwrap_model,
+    ):
+        super().__init__(
+            model=model,
+            optimizer=optimizer,
+            args=args,
+            model_ema=model_ema,
+            amp_scaler=amp_scaler,
+            checkpoint_prefix=checkpoint_prefix,
+            recovery_prefix=recovery_prefix,
+            checkpoint_dir=checkpoint_dir,
+            recovery_dir=recovery_dir,
+            decreasing=decreasing,
+            max_history=max_history,
+            unwrap_fn=unwrap_fn,
+        )
+        self.retain_interval = retain_interval
+
+    def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
+        state = {
+            "epoch": epoch,
+            "arch": type(self.model).__name__.lower(),
+            "state_dict": get_state_dict(self.model, self.unwrap_fn),
+            "optimizer": self.optimizer.state_dict(),
+            "version": 2,  # timm: the epoch is the one that was finished
+            "softcap": softcap_of(self.model),
+        }
+        if self.args is not None:
+            state["arch"], state["args"] = self.args.model, _plain(vars(self.args))
+        if self.amp_scaler is not None:
+            state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
+        if self.model_ema is not None:
+            state["state_dict_ema"] = get_state_dict(self.model_ema, self.unwrap_fn)
+        if metric is not None:
+            state["metric"] = metric
+        torch.save(state, save_path)
+
+    def _cleanup_checkpoints(self, trim: int = 0) -> None:
+        keep = max(self.max_history - trim, 0)
+        for path, *_ in self.checkpoint_files[keep:]:
+            epoch = int(Path(path).name.removesuffix(self.extension).rpartition("-")[2])
+            if not self.retain_interval or (epoch + 1) % self.retain_interval:
+                Path(path).unlink(missing_ok=True)
+        self.checkpoint_files = self.checkpoint_files[:keep]
+
+
+def _plain(value: Any) -> Any:
+    """Of dictionaries, lists and plain values; anything else by its text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def load_checkpoint(
+    model: nn.Module,
+    checkpoint_path: str,
+    use_ema: bool = True,
+    device: str | torch.device = "cpu",
+    strict: bool = True,
+    filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
+):
+    """Load a checkpoint's weights into a model.
+
+    Args:
+        model: changed in place.
+        checkpoint_path: `.pth.tar`, `.pth` or `.safetensors`; no code in it is run.
+        use_ema: take the moving average where the checkpoint has one.
+        device: where it is read to.
+        strict: refuse missing and unexpected keys.
+        filter_fn: (state dict, model) -> the state dict to load.
+
+    Returns:
+        torch's record of missing and unexpected keys.
+
+    Raises:
+        FileNotFoundError, NotImplementedError (NumPy's files), UserError: not a file that can be read safely.
+    """
+    state, softcap, known = _read(checkpoint_path, use_ema, device)
+    if known and softcap != softcap_of(model):
+        # Silently other features: the weights fit either way.
+        warnings.warn(
+            f"{checkpoint_path} was trained with {_capped(softcap)}, the model that it is loaded into has "
+            f"{_capped(softcap_of(model))}: its features will differ; create the model as "
+            f"{'svit_...' if softcap else 'vit_...'}",
+            stacklevel=2,
+        )
+    return model.load_state_dict(filter_fn(state, model) if filter_fn else state, strict=strict)
+
+
+def load_checkpoint_auto(
+    model: nn.Module,
+    checkpoint_path: str,
+    use_ema: bool = True,
+    device: str | torch.device = "cpu",
+    strict: bool = True,
+):
+    """As `load_checkpoint`; a student's checkpoint is fitted to a plain backbone by `auto_filter_fn`."""
+    return load_checkpoint(model, checkpoint_path, use_ema, device, strict, auto_filter_fn)
+
+
+def auto_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Fit the weights of a `MaskEmbedStudent` to a plain backbone; leave everything else as it is.
+
+    The encoder's keys alone are kept; its LayerScale is folded into the layers before it where the backbone has none;
+    the backbone's pooling is removed.
+
+    Args:
+        state_dict: keys `encoder.*` and `decoder.*`.
+        model: what it will be loaded into; loses its pooling.
+
+    Returns:
+        The weights to load; the tensors of `state_dict` are not changed.
+    """
+    parts = {key.partition(".")[0] for key in state_dict}
+    if isinstance(model, MaskEmbedStudent) or not parts <= {"encoder", "decoder"}:
+        return state_dict
+    state = {key.removeprefix("encoder."): v for key, v in state_dict.items() if key.startswith("encoder.")}
+    wanted = model.state_dict().keys()
+    for scale, layer in ((".ls1.gamma", ".attn.proj"), (".ls2.gamma", ".mlp.fc2")):
+        for key in [key for key in state if key.endswith(scale) and key not in wanted]:
+            factor, before = state.pop(key), key.removesuffix(scale) + layer
+            for name, shaped in ((f"{before}.weight", factor.unsqueeze(-1)), (f"{before}.bias", factor)):
+                if name in state:
+                    state[name] = state[name] * shaped
+    for name in ("attn_pool", "global_pool"):
+        if getattr(model, name, None) is not None:
+            _logger.info("removing %s of the model: a student's tokens are not pooled", name)
+            setattr(model, name, None)
+    return state
+
+
+def load_state_dict(
+    checkpoint_path: str, use_ema: bool = True, device: str | torch.device = "cpu"
+) -> dict[str, Tensor]:
+    """A checkpoint's weights without the prefixes of DDP and torch.compile. Errors as for `load_checkpoint`."""
+    return _read(checkpoint_path, use_ema, device)[0]
+
+
+def clean_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keys without leading `module.` and `_orig_mod.`, however many."""
+
+    def clean(key: str) -> str:
+        while key.startswith(("module.", "_orig_mod.")):
+            key = key.partition(".")[2]
+        return key
+
+    return {clean(key): value for key, value in state_dict.items()}
+
+
+def _read(
+    path: str | os.PathLike, use_ema: bool, device: str | torch.device
+) -> tuple[dict[str, Tensor], float | None, bool]:
+    """Weights, the soft-cap that they were trained with, and whether the checkpoint tells."""
+    path = Path(path)
+    if path.suffix.lower() in (".npz", ".npy"):
+        raise NotImplementedError(f"{path}: NumPy's files are not read; give .pth.tar, .pth or .safetensors")
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path, device=str(device)), None, False
+        # The authors' checkpoints hold an argparse.Namespace: a bag of values, safe to read.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a checkpoint that can be read safely: {reason}") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
+    averages = ["state_dict_ema", "model_ema"] if use_ema else []
+    names = [*averages, "state_dict", "model"]
+    name = next((name for name in names if isinstance(checkpoint.get(name), dict)), None)
+    _logger.info("read %s of %s", name or "the state dict", path)
+    return clean_state_dict(checkpoint[name] if name else checkpoint), *_trained_cap(checkpoint)
+
+
+def _trained_cap(checkpoint: dict) -> tuple[float | None, bool]:
+    if "softcap" in checkpoint:
+        return checkpoint["softcap"], True
+    architecture = checkpoint.get("arch")
+    if not isinstance(architecture, str) or "vit_" not in architecture:
+        return None, False
+    return (_REFERENCE_CAP if architecture.startswith("svit_") else None), True
+
+
+def _capped(softcap: float | None) -> str:
+    return f"attention logits capped at {softcap:g}" if softcap else "attention logits that are not capped"
