@@ -122,13 +122,12 @@ def load_checkpoint(
     Raises:
         FileNotFoundError, NotImplementedError (NumPy's files), UserError: not a file that can be read safely.
     """
-    state, softcap, known = _read(checkpoint_path, use_ema, device)
-    if known and softcap != softcap_of(model):
-        # Silently other features: the weights fit either way.
+    state, softcap = _read(checkpoint_path, use_ema, device)
+    if softcap and softcap != softcap_of(model):
+        # The weights fit all the same, and give other features.
         warnings.warn(
-            f"{checkpoint_path} was trained with {_capped(softcap)}, the model that it is loaded into has "
-            f"{_capped(softcap_of(model))}: its features will differ; create the model as "
-            f"{'svit_...' if softcap else 'vit_...'}",
+            f"{checkpoint_path} was trained with attention logits capped at {softcap:g}, and {type(model).__name__} "
+            f"does not cap them so: its features will differ; create it as svit_..., with max_attn_val={softcap:g}",
             stacklevel=2,
         )
     return model.load_state_dict(filter_fn(state, model) if filter_fn else state, strict=strict)
@@ -196,8 +195,8 @@ def clean_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _read(
     path: str | os.PathLike, use_ema: bool, device: str | torch.device
-) -> tuple[dict[str, Tensor], float | None, bool]:
-    """Weights, the soft-cap that they were trained with, and whether the checkpoint tells."""
+) -> tuple[dict[str, Tensor], float | None]:
+    """Weights, and the soft-cap that they were trained with as far as the checkpoint tells."""
     path = Path(path)
     if path.suffix.lower() in (".npz", ".npy"):
         raise NotImplementedError(f"{path}: NumPy's files are not read; give .pth.tar, .pth or .safetensors")
@@ -205,8 +204,8 @@ def _read(
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path, device=str(device)), None, False
-        # The authors' checkpoints hold an argparse.Namespace: a bag of values, safe to read.
+            return safetensors.torch.load_file(path, device=str(device)), None
+        # The authors' checkpoints hold an argparse.Namespace: a bag of values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
@@ -218,17 +217,10 @@ def _read(
     names = [*averages, "state_dict", "model"]
     name = next((name for name in names if isinstance(checkpoint.get(name), dict)), None)
     _logger.info("read %s of %s", name or "the state dict", path)
-    return clean_state_dict(checkpoint[name] if name else checkpoint), *_trained_cap(checkpoint)
+    return clean_state_dict(checkpoint[name] if name else checkpoint), _trained_cap(checkpoint)
 
 
-def _trained_cap(checkpoint: dict) -> tuple[float | None, bool]:
-    if "softcap" in checkpoint:
-        return checkpoint["softcap"], True
+def _trained_cap(checkpoint: dict) -> float | None:
     architecture = checkpoint.get("arch")
-    if not isinstance(architecture, str) or "vit_" not in architecture:
-        return None, False
-    return (_REFERENCE_CAP if architecture.startswith("svit_") else None), True
-
-
-def _capped(softcap: float | None) -> str:
-    return f"attention logits capped at {softcap:g}" if softcap else "attention logits that are not capped"
+    authors = isinstance(architecture, str) and architecture.startswith("svit_")
+    return checkpoint.get("softcap", _REFERENCE_CAP if authors else None)
