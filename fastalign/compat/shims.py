@@ -11,6 +11,9 @@ import warnings
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastalign.errors import UserError
 
 
 def install() -> None:
@@ -19,6 +22,8 @@ def install() -> None:
     torch.serialization.add_safe_globals([argparse.Namespace])
     _mend(argparse.ArgumentParser)
     VisionTransformer.pool = _pool_all(VisionTransformer.pool)
+    DistributedDataParallel.__init__ = _without_cpu_ids(DistributedDataParallel.__init__)
+    torch.jit.script = _no_modules(torch.jit.script)
     if importlib.util.find_spec("torchinfo") is None:
         module = types.ModuleType("torchinfo", "A summary in place of the package that is not installed.")
         module.summary = summary
@@ -84,6 +89,29 @@ def _pool_all(pool):
     @functools.wraps(pool)
     def mended(self, x, pool_type=None):
         return pool(self, x, pool_type) if self.attn_pool is None else self.attn_pool(x)
+
+    return mended
+
+
+def _without_cpu_ids(init):
+    """DDP takes device ids of GPUs only; scripts give it whatever --device says."""
+
+    @functools.wraps(init)
+    def mended(self, module, device_ids=None, *args, **kwargs):
+        ids = [device for device in device_ids or [] if torch.device(device).type != "cpu"]
+        init(self, module, ids or None, *args, **kwargs)
+
+    return mended
+
+
+def _no_modules(script):
+    @functools.wraps(script)
+    def mended(obj, *args, **kwargs):
+        if isinstance(obj, nn.Module):
+            raise UserError(
+                "TorchScript of models is not supported: leave --torchscript out, use --torchcompile"
+            )
+        return script(obj, *args, **kwargs)
 
     return mended
 
