@@ -155,8 +155,10 @@ def test_blockwise_share_and_errors():
     assert 0.45 < masks.mean() < 0.53
     with pytest.raises(ValueError, match="square"):
         la.BlockwiseMaskSampler(10)
-    with pytest.raises(ValueError, match="ratio"):
+    with pytest.raises(ValueError, match="mask_ratio"):
         la.BernoulliMaskSampler(9, mask_ratio=1.5)
+    with pytest.raises(ValueError, match="target_ratio"):
+        la.BlockwiseMaskSampler(9, target_ratio=1.0)
     assert loss_utils.UniformMaskSampler is la.UniformMaskSampler
 
 
@@ -608,9 +610,17 @@ def test_run_refuses_in_one_line(arguments, message, capsys):
     assert len(printed.splitlines()) == 1
 
 
-def test_run_says_in_one_line_what_is_wrong_with_a_file(tmp_path, monkeypatch, capsys):
-    script, broken = tmp_path / "load.py", tmp_path / "broken.pth"
-    broken.write_bytes(b"no zip")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("broken.pth", "broken.pth is not a checkpoint"),
+        ("gone.pth", "no checkpoint at"),
+        ("x.npz", "NumPy's files"),
+    ],
+)
+def test_run_says_in_one_line_what_is_wrong_with_a_file(name, message, tmp_path, monkeypatch, capsys):
+    script = tmp_path / "load.py"
+    (tmp_path / "broken.pth").write_bytes(b"no zip")
     script.write_text(
         "import sys, torch, fastalign.compat.locality_alignment as la\n"
         "la.load_checkpoint(torch.nn.Linear(1, 1), sys.argv[1])\n"
@@ -619,5 +629,7 @@ def test_run_says_in_one_line_what_is_wrong_with_a_file(tmp_path, monkeypatch, c
     monkeypatch.setattr(command.shims, "install", lambda: None)
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert command.main(["run", str(script), str(broken)]) == 2
-    assert "broken.pth is not a checkpoint" in capsys.readouterr().err
+    assert command.main(["run", str(script), str(tmp_path / name)]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert len(printed.splitlines()) == 1

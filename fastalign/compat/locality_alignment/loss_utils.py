@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastalign.compat.errors import ArgumentError
 from fastalign.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
 from fastalign.random import EVAL_EPOCH
 
@@ -86,7 +87,8 @@ class BernoulliMaskSampler(_Sampler):
     ):
         super().__init__(mask_size, antithetical_sampling, include_null)
         self.mask_ratio = mask_ratio
-        self._distribution()  # refuses a ratio outside 0..1
+        if not 0 <= mask_ratio <= 1:
+            raise ArgumentError(f"BernoulliMaskSampler: mask_ratio must lie in 0..1, got {mask_ratio}")
 
     def _distribution(self, **options):
         return BernoulliMasks(**options, ratio=self.mask_ratio)
@@ -113,8 +115,11 @@ class BlockwiseMaskSampler(_Sampler):
         super().__init__(mask_size, antithetical_sampling, include_null)
         self.target_ratio, self.mask_side = target_ratio, math.isqrt(mask_size)
         if self.mask_side**2 != mask_size:
-            raise ValueError(f"BlockwiseMaskSampler: mask_size must be a square number, got {mask_size}")
-        self._distribution()  # refuses a ratio outside 0..1
+            raise ArgumentError(f"BlockwiseMaskSampler: mask_size must be a square number, got {mask_size}")
+        if not 0 < target_ratio < 1:
+            raise ArgumentError(
+                f"BlockwiseMaskSampler: target_ratio must lie between 0 and 1, both excluded, got {target_ratio}"
+            )
 
     def _distribution(self, **options):
         return BlockwiseMasks(**options, ratio=self.target_ratio)

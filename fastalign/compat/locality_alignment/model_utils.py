@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from fastalign import ops
 from fastalign.attention import attention
+from fastalign.compat.errors import ArgumentError
 
 
 class Attention(TimmAttention):
@@ -36,7 +37,7 @@ class Attention(TimmAttention):
         if self.max_attn_val is None and (masked or dropping):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         if masked:
-            raise ValueError("soft-capped attention reads whole sequences: it takes no attn_mask")
+            raise ArgumentError("soft-capped attention reads whole sequences: it takes no attn_mask")
         gate = self.gate(x).sigmoid() if getattr(self, "gate", None) is not None else None
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         q, k, v = (part.transpose(1, 2) for part in (self.q_norm(q), self.k_norm(k), v))
@@ -53,7 +54,7 @@ class Attention(TimmAttention):
 def check_cap(value: float) -> float:
     """The cap of the logits, which must be positive."""
     if not value > 0:
-        raise ValueError(f"max_attn_val must be a positive number, got {value}")
+        raise ArgumentError(f"max_attn_val must be a positive number, got {value}")
     return value
 
 
@@ -87,7 +88,7 @@ class MaskLayer(nn.Module):
         """Images [n, C, height, width] times masks [n, N]."""
         side, size = self.mask_width, self.upsample_factor
         if mask.dim() != 2 or mask.shape[1] != side * side:
-            raise ValueError(f"mask must be [n, N = {side * side}], got {list(mask.shape)}")
+            raise ArgumentError(f"mask must be [n, N = {side * side}], got {list(mask.shape)}")
         pixels = mask.view(-1, 1, side, 1, side, 1).expand(-1, 1, side, size, side, size)
         pixels = pixels.reshape(-1, 1, side * size, side * size)
         rest = x.shape[3] - side * size, x.shape[2] - side * size
@@ -98,7 +99,7 @@ def mask_layer(model: nn.Module) -> MaskLayer:
     """The mask layer of a timm model's patches."""
     size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
     if size is None or size[0] != size[1] or patch[0] != patch[1]:
-        raise ValueError(f"masks need square images and patches of a fixed size, got {size} and {patch}")
+        raise ArgumentError(f"masks need square images and patches of a fixed size, got {size} and {patch}")
     return MaskLayer(size[0], patch[0])
 
 
@@ -182,7 +183,7 @@ class MaskEmbedDecoder(nn.Module):
 def _as_visible(mask: Tensor, images: int) -> Tensor:
     """[B M, N] of 0 and 1 -> [B, M, N] bool, without waiting for the device."""
     if mask.dim() != 2 or len(mask) % images:
-        raise ValueError(
+        raise ArgumentError(
             f"mask must be [n, N] with n a multiple of the {images} images, got {list(mask.shape)}"
         )
     if mask.dtype != torch.bool:
@@ -229,7 +230,7 @@ class TransformerPooling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, D]"""
         if x.shape[1] != len(self.pos_embed):
-            raise ValueError(
+            raise ArgumentError(
                 f"TransformerPooling reads {len(self.pos_embed)} tokens, got {x.shape[1]}; as attn_pool of a timm "
                 "model it needs model.pool_include_prefix = True"
             )

@@ -5,6 +5,7 @@ import types
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from fastalign.compat.errors import ArgumentError
 from fastalign.compat.locality_alignment.model_utils import mask_layer, use_our_attention
 
 
@@ -20,7 +21,7 @@ def convert_to_student_model(model: nn.Module, output_dim: int, output_head: str
         The model.
     """
     if output_head not in ("linear", "mlp"):
-        raise ValueError(f"output_head must be 'linear' or 'mlp', got {output_head!r}")
+        raise ArgumentError(f"output_head must be 'linear' or 'mlp', got {output_head!r}")
     for name in ("norm", "fc_norm"):
         norm = getattr(model, name)
         if not isinstance(norm, nn.Identity):
@@ -31,7 +32,7 @@ def convert_to_student_model(model: nn.Module, output_dim: int, output_head: str
     else:
         mlp = model.blocks[-1].mlp
         if not hasattr(mlp, "fc1"):
-            raise ValueError(
+            raise ArgumentError(
                 f"output_head 'mlp' copies the width of the blocks' Mlp; {type(mlp).__name__} has none"
             )
         model.head = Mlp(model.embed_dim, mlp.fc1.out_features, output_dim, act_layer=type(mlp.act))

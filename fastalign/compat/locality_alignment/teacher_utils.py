@@ -4,6 +4,7 @@ import types
 
 from torch import Tensor, nn
 
+from fastalign.compat.errors import ArgumentError
 from fastalign.compat.locality_alignment.model_utils import Scale, mask_layer, use_our_attention
 
 
@@ -22,10 +23,10 @@ def convert_to_teacher_model(model: nn.Module, skip_blocks: int = 0, prefix_only
         The model.
     """
     if prefix_only and skip_blocks:
-        raise ValueError("convert_to_teacher_model: prefix_only reads the whole model; set skip_blocks=0")
+        raise ArgumentError("convert_to_teacher_model: prefix_only reads the whole model; set skip_blocks=0")
     depth = len(model.blocks)
     if not 0 <= skip_blocks < depth:
-        raise ValueError(
+        raise ArgumentError(
             f"convert_to_teacher_model: skip_blocks must lie in 0..{depth - 1}, got {skip_blocks}"
         )
     model.mask_layer, model.output_scaling = mask_layer(model), Scale(1)

@@ -14,6 +14,7 @@ import torch
 from timm.utils.model import get_state_dict, unwrap_model
 from torch import Tensor, nn
 
+from fastalign.compat.errors import NoCheckpointError, NumpyCheckpointError
 from fastalign.compat.locality_alignment.model_utils import MaskEmbedStudent, softcap_of
 from fastalign.errors import UserError
 
@@ -199,9 +200,9 @@ def _read(
     """Weights, and the soft-cap that they were trained with as far as the checkpoint tells."""
     path = Path(path)
     if path.suffix.lower() in (".npz", ".npy"):
-        raise NotImplementedError(f"{path}: NumPy's files are not read; give .pth.tar, .pth or .safetensors")
+        raise NumpyCheckpointError(f"{path}: NumPy's files are not read; give .pth.tar, .pth or .safetensors")
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        raise NoCheckpointError(f"no checkpoint at {path}")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path, device=str(device)), None

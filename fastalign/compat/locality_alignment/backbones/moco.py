@@ -11,6 +11,7 @@ from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from fastalign.compat.errors import ArgumentError
 from fastalign.errors import UserError
 from fastalign.models.zoo import MOCO, MOCO_URL, sincos_position
 
@@ -39,9 +40,9 @@ class VisionTransformerMoCo(VisionTransformer):
     def build_2d_sincos_position_embedding(self, temperature: float = 10000.0) -> None:
         """Make `pos_embed` [1, 1 + N, D] anew, not trained. `temperature` is MoCo-v3's, no other is there."""
         if temperature != 10000.0:
-            raise ValueError(f"temperature must be 10000, as in MoCo-v3, got {temperature}")
+            raise ArgumentError(f"temperature must be 10000, as in MoCo-v3, got {temperature}")
         if self.embed_dim % 4:
-            raise ValueError(
+            raise ArgumentError(
                 f"a sin-cos position embedding needs a width divisible by 4, got {self.embed_dim}"
             )
         table = sincos_position(self.patch_embed.grid_size, self.embed_dim, self.num_prefix_tokens)
@@ -73,7 +74,7 @@ class ConvStem(nn.Module):
     ):
         super().__init__()
         if patch_size != 16 or embed_dim % 8:
-            raise ValueError(
+            raise ArgumentError(
                 f"ConvStem needs patch_size 16 and a width divisible by 8, got {patch_size} and {embed_dim}"
             )
         self.img_size, self.patch_size = to_2tuple(img_size), to_2tuple(patch_size)
@@ -90,7 +91,7 @@ class ConvStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, height, width] -> [B, N, D]"""
         if tuple(x.shape[2:]) != self.img_size:
-            raise ValueError(f"images are {list(x.shape[2:])}, the model wants {list(self.img_size)}")
+            raise ArgumentError(f"images are {list(x.shape[2:])}, the model wants {list(self.img_size)}")
         x = self.proj(x)
         return self.norm(x.flatten(2).transpose(1, 2) if self.flatten else x)
 

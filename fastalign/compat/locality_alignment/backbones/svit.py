@@ -8,6 +8,7 @@ from timm.models.vision_transformer import Attention as TimmAttention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
+from fastalign.compat.errors import ArgumentError
 from fastalign.compat.locality_alignment.model_utils import Attention, check_cap
 
 
@@ -45,7 +46,7 @@ class StableBlock(Block):
     def __init__(self, dim: int, num_heads: int, *args, max_attn_val: float = 30.0, **kwargs):
         super().__init__(dim, num_heads, *args, **kwargs)
         if type(self.attn) is not TimmAttention:
-            raise ValueError(f"attention of type {type(self.attn).__name__} cannot be capped")
+            raise ArgumentError(f"attention of type {type(self.attn).__name__} cannot be capped")
         self.attn.__class__, self.attn.max_attn_val = StableAttention, check_cap(max_attn_val)
 
 
