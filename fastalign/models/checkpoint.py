@@ -55,7 +55,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no weights file at {path}")
-    return interpret(_read(path), str(path))
+    return interpret(read_file(path), str(path))
 
 
 def interpret(content: Any, path: str) -> Checkpoint:
@@ -82,12 +82,17 @@ def interpret(content: Any, path: str) -> Checkpoint:
     return Checkpoint(state, arch, softcap, student or "student_model" in args)
 
 
-def _read(path: Path) -> Any:
+def read_file(path: Path, device: str | torch.device = "cpu") -> Any:
+    """What a file holds, read without running code from it.
+
+    Raises:
+        UserError: damaged, or it pickles what is not `HARMLESS`.
+    """
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            return safetensors.torch.load_file(path, device=str(device))
         with torch.serialization.safe_globals(HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, safetensors.SafetensorError) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(
@@ -97,6 +102,8 @@ def _read(path: Path) -> Any:
         found = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if found:
             reason = f"it pickles {found[1]}, which is no part of a checkpoint; nothing of it was run"
+        elif isinstance(error, pickle.UnpicklingError):  # torch's own message is about its arguments
+            reason = "damaged, or not written by torch"
         else:
             reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(

@@ -77,9 +77,12 @@ class FastSelfAttention:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         if bias is not None:
             bias = bias[(None,) * (4 - bias.dim())].expand(-1, -1, q.shape[2], k.shape[2])
-        x = attention(q, k, v, softcap=self.softcap, bias=bias, backend=self.backend)
+        x = self._mix(q, k, v, bias)
         x = self._norm("norm", x.transpose(1, 2).flatten(2))
         return self.proj_drop(self.proj(x if gate is None else x * gate))
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        return attention(q, k, v, softcap=self.softcap, bias=bias, backend=self.backend)
 
 
 def refuse_cap(attention: nn.Module, path: str) -> None:

@@ -6,17 +6,16 @@ fastest implementation that the device offers, and the operation that makes the 
 
 import torch
 from timm.layers import Mlp
-from timm.models.vision_transformer import Attention as TimmAttention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fastalign import ops
-from fastalign.attention import attention
 from fastalign.compat.errors import ArgumentError
+from fastalign.models.timm_parts import FAST, FastAttention, FastSelfAttention
 
 
-class Attention(TimmAttention):
+class Attention(FastAttention):
     """timm's attention module, run by `fastalign.attention`.
 
     Args:
@@ -24,31 +23,30 @@ class Attention(TimmAttention):
         *args, **kwargs: timm's.
     """
 
-    max_attn_val: float | None = None
-
     def __init__(self, *args, max_attn_val: float | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.max_attn_val = None if max_attn_val is None else check_cap(max_attn_val)
+        self.max_attn_val = max_attn_val
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """[B, T, D] -> [B, T, D]"""
-        masked = attn_mask is not None or is_causal
-        dropping = self.training and self.attn_drop.p > 0
-        if self.max_attn_val is None and (masked or dropping):
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        if masked:
-            raise ArgumentError("soft-capped attention reads whole sequences: it takes no attn_mask")
-        gate = self.gate(x).sigmoid() if getattr(self, "gate", None) is not None else None
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
-        q, k, v = (part.transpose(1, 2) for part in (self.q_norm(q), self.k_norm(k), v))
-        if dropping:  # no implementation drops weights
-            logits = q @ k.mT * self.scale
-            weights = (self.max_attn_val * torch.tanh(logits / self.max_attn_val)).softmax(-1)
-            x = self.attn_drop(weights) @ v
-        else:
-            x = attention(q, k, v, softcap=self.max_attn_val)
-        x = self.norm(x.transpose(1, 2).flatten(2))
-        return self.proj_drop(self.proj(x if gate is None else x * gate))
+    @property
+    def max_attn_val(self) -> float | None:
+        """The authors' name of the soft-cap."""
+        return self.softcap
+
+    @max_attn_val.setter
+    def max_attn_val(self, value: float | None) -> None:
+        self.softcap = None if value is None else check_cap(value)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """[B, T, D] -> [B, T, D]; timm's arguments. Weights may be dropped under a cap too."""
+        return super().forward(x, *args, **kwargs) if self.softcap is None else self._fast(x, *args, **kwargs)
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        if not (self.training and self.attn_drop.p > 0):
+            return super()._mix(q, k, v, bias)
+        logits = self.softcap * torch.tanh(
+            q @ k.mT * self.scale / self.softcap
+        )  # no implementation drops weights
+        return self.attn_drop((logits if bias is None else logits + bias).softmax(-1)) @ v
 
 
 def check_cap(value: float) -> float:
@@ -65,10 +63,11 @@ def softcap_of(model: nn.Module) -> float | None:
 
 
 def use_our_attention(model: nn.Module) -> nn.Module:
-    """Let timm's plain attention modules compute as `Attention` does. Parameters, keys and objects stay."""
+    """Let timm's attention modules compute by `fastalign.attention`. Parameters, keys and objects stay."""
     for module in model.modules():
-        if type(module) is TimmAttention:
-            module.__class__ = Attention
+        fast = FAST.get(type(module), object)
+        if issubclass(fast, FastSelfAttention):
+            module.__class__ = Attention if fast is FastAttention else fast
     return model
 
 

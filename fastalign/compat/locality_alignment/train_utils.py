@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm
 import torch
 from timm.utils.model import get_state_dict, unwrap_model
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from fastalign.compat.errors import NoCheckpointError, NumpyCheckpointError
 from fastalign.compat.locality_alignment.model_utils import MaskEmbedStudent, softcap_of
 from fastalign.errors import UserError
+from fastalign.models.checkpoint import read_file
 
 _logger = logging.getLogger(__name__)
 _REFERENCE_CAP = 30.0
@@ -203,15 +203,7 @@ def _read(
         raise NumpyCheckpointError(f"{path}: NumPy's files are not read; give .pth.tar, .pth or .safetensors")
     if not path.is_file():
         raise NoCheckpointError(f"no checkpoint at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path, device=str(device)), None
-        # The authors' checkpoints hold an argparse.Namespace: a bag of values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a checkpoint that can be read safely: {reason}") from error
+    checkpoint = read_file(path, device)
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
     averages = ["state_dict_ema", "model_ema"] if use_ema else []

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from fastalign.compat.errors import ArgumentError
-from fastalign.compat.locality_alignment.model_utils import Attention, check_cap
+from fastalign.compat.locality_alignment.model_utils import Attention
 
 
 class StableAttention(Attention):
@@ -47,7 +47,7 @@ class StableBlock(Block):
         super().__init__(dim, num_heads, *args, **kwargs)
         if type(self.attn) is not TimmAttention:
             raise ArgumentError(f"attention of type {type(self.attn).__name__} cannot be capped")
-        self.attn.__class__, self.attn.max_attn_val = StableAttention, check_cap(max_attn_val)
+        self.attn.__class__, self.attn.max_attn_val = StableAttention, max_attn_val
 
 
 def create_svit(model_name: str, pretrained: bool = False, **kwargs) -> VisionTransformer:
