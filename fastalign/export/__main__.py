@@ -1,0 +1,90 @@
+"""The command: ``python -m fastalign.export RUN --to TARGET``."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastalign.errors import UserError
+from fastalign.export.targets import TARGETS
+from fastalign.export.write import export
+
+
+def push(folder: Path, name: str) -> None:
+    """Upload an export to the model hub, with the credentials that its client finds.
+
+    Raises:
+        UserError: the client is not installed, or refuses.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise UserError("--push-to-hub needs huggingface_hub: pip install 'fastalign[export]'") from None
+    try:
+        api = HfApi()
+        api.create_repo(name, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=str(folder))
+    except Exception as error:  # the network, the credentials, the name: each has its own class
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"--push-to-hub {name}: {reason}; the export is in {folder}, check the name, the network and the login"
+        ) from error
+
+
+def report(folder: Path, facts: dict[str, Any]) -> list[str]:
+    """The lines that the command prints."""
+    lines = [
+        f"parity: largest relative error {facts['parity']['largest_relative_error']:.1e} of {facts['parity']['of']}"
+    ]
+    for name, change in facts["softcap"].get("dropped", {}).items():
+        lines.append(
+            f"soft-cap dropped: features on {name} change by {100 * change['relative_change']:.3g}%, "
+            f"lowest cosine of a token {change['lowest_cosine']:.4f}"
+        )
+    if facts["features"]["mean"] is None:
+        lines.append(f"feature mean and std {facts['features']['of']}")
+    return [*lines, *facts["notes"], f"exported: {folder}"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns the exit code: 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastalign.export", description="Export an aligned backbone."
+    )
+    parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("--to", required=True, choices=TARGETS, help="the library")
+    parser.add_argument("--output", help="the folder to write; default RUN/exports/TARGET")
+    parser.add_argument(
+        "--drop-softcap", action="store_true", help="export without the cap; what it changes is measured"
+    )
+    parser.add_argument(
+        "--images", help="image folder or tar shards to measure features on; default validation data"
+    )
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it to the model hub")
+    options = parser.parse_args(arguments)
+    try:
+        folder, facts = export(
+            options.run,
+            options.to,
+            output=options.output,
+            drop_softcap=options.drop_softcap,
+            images=options.images,
+        )
+        print("\n".join(report(folder, facts)))
+        if options.push_to_hub:
+            push(folder, options.push_to_hub)
+            print(f"uploaded: {options.push_to_hub}")
+    except UserError as error:
+        print(f"fastalign: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"fastalign: {error.filename}: {error.strerror}" if error.filename else f"fastalign: {error}",
+            file=sys.stderr,
+        )
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Writing an export: the target's files, what one must know, the decoder, the model card; or nothing at all."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from fastalign import __version__
+from fastalign.errors import UserError
+from fastalign.export import card, decoder, measure
+from fastalign.export.source import Run, read_run
+from fastalign.export.target import Target
+from fastalign.export.targets import find_target
+
+FACTS = "fastalign.json"
+
+
+def export(
+    folder: str | Path,
+    to: str,
+    *,
+    output: str | Path | None = None,
+    drop_softcap: bool = False,
+    images: str | None = None,
+) -> tuple[Path, dict[str, Any]]:
+    """Export the backbone and the decoder of a run.
+
+    Args:
+        folder: of the run.
+        to: a name of `fastalign.export.targets.TARGETS`.
+        output: the folder to write; None = ``exports/TARGET`` in the run's. An earlier export there is replaced.
+        drop_softcap: export without the cap, for the library's own classes; what that changes is measured.
+        images: folder, tar shards or ``synthetic:COUNT`` that features are measured on; None = validation data.
+
+    Returns:
+        The folder and what its fastalign.json says.
+
+    Raises:
+        UserError: a damaged run, a target that does not fit or cannot cap, or an export that is not exact.
+    """
+    run = read_run(folder)
+    target = find_target(to, run)
+    output = Path(output) if output else run.folder / "exports" / to
+    if output.exists() and not (output / FACTS).is_file():
+        raise UserError(f"--output {output} exists and is not an export: choose another folder")
+    if run.vit.softcap is not None and not drop_softcap and not target.can_cap(run.vit.spec):
+        raise UserError(
+            f"--to {to} cannot apply the soft-cap of {run.vit.softcap:g} that {run.folder} was trained with; another "
+            "target can, or give --drop-softcap, which changes the features and measures by how much"
+        )
+    found, where = measure.find_images(images, run.config.data.val if run.config else None, run.vit)
+    softcap = {"value": run.vit.softcap, "applied": run.vit.softcap is not None and not drop_softcap}
+    if drop_softcap and run.vit.softcap is not None:
+        softcap["dropped"] = measure.without_softcap(run.vit, found)
+        run.vit.softcap = None
+    facts = _facts(run, to, softcap)
+    facts["features"] = (measure.moments(run.vit, found) if found else {"mean": None, "std": None}) | {
+        "of": where
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".export-", dir=output.parent))
+    try:
+        _write(run, target, facts, temporary)
+        temporary.chmod(0o755)  # mkdtemp's are private
+        if output.exists():
+            shutil.rmtree(output)
+        temporary.replace(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return output, facts
+
+
+def _write(run: Run, target: Target, facts: dict[str, Any], folder: Path) -> None:
+    """All files, once the library's own model, loaded from them, has given our features."""
+    target.write(run, folder)
+    error = measure.parity(run.vit, target.read(folder))
+    if error > measure.PARITY:
+        raise UserError(
+            f"--to {facts['target']}: the exported model differs from ours by {error:.1e} (at most "
+            f"{measure.PARITY:g}): not written; check the versions of the libraries"
+        )
+    facts["parity"] = {"largest_relative_error": error, "of": "any token, fp32, 4 images of noise"}
+    if run.decoder:
+        save_file(run.decoder_weights, folder / decoder.WEIGHTS, metadata={"format": "pt"})
+    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+    (folder / "README.md").write_text(card.model_card(facts, target.usage(run)))
+
+
+def _facts(run: Run, to: str, softcap: dict[str, Any]) -> dict[str, Any]:
+    """What one must know to use the export."""
+    config, spec = run.config, run.vit.spec
+    return {
+        "target": to,
+        "fastalign": __version__,
+        "source": run.source(),
+        "objective": run.facts.get("objective"),
+        "step": run.facts.get("step"),
+        "val_loss": run.facts.get("val_loss"),
+        "probe": run.probe,
+        "softcap": softcap,
+        "read": {
+            "layer": -1,
+            "normed": spec.final_norm,
+            "prefix_tokens": spec.prefix,
+            "patch_grid": list(spec.grid),
+            "width": spec.block.width,
+        },
+        "images": {"size": list(spec.image_size), **run.vit.data},
+        "data": {"train": config.data.train, "val": config.data.val} if config else None,
+        "recipe": config.model_dump(mode="json") if config else None,
+        "decoder": run.decoder,
+        "notes": run.notes,
+    }
