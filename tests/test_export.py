@@ -17,13 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import fastalign as fa
+from benchmarks import export as benchmark
 from fastalign import train
 from fastalign.export import convert, hf, load_decoder, measure, targets, timm_model
 from fastalign.export.__main__ import main
 from tests.numerics import relative_error
 from tests.truth import CappedAttention, StudentTruth
 
-ROOT = Path(__file__).parent.parent
+rows = benchmark.measure
 FAMILIES = {
     "clip": "vit_base_patch16_clip_quickgelu_224.openai",
     "openclip": "vit_base_patch16_clip_224.laion2b",
@@ -576,6 +577,21 @@ def test_an_earlier_export_is_replaced(runs, tmp_path):
     assert not (output / "preprocessor_config.json").exists()
     assert facts(output)["target"] == "timm"
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_the_benchmark_at_a_tiny_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark.record, "RESULTS", tmp_path)
+    monkeypatch.setattr(benchmark, "TABLE", tmp_path / "export.md")
+    monkeypatch.setattr(benchmark, "BACKBONES", [FAMILIES["clip"], FAMILIES["siglip"]])
+    monkeypatch.setattr(benchmark, "measure", lambda name, **_: rows(name, **{**SMALL, "depth": 1}))
+    (tmp_path / "export.md").write_text("# Export\n\n| backbone | target | old |\n")
+    benchmark.main([])
+    table = (tmp_path / "export.md").read_text()
+    assert table.count("| refused |") == 1
+    assert table.startswith("# Export\n\n| backbone | target | with the cap | without |\n|---|")
+    found = json.loads((tmp_path / "export.json").read_text())["rows"]
+    assert [row["target"] for row in found[-3:]] == ["timm", "hf-siglip", "prismatic"]
+    assert all(row["plain"] < 1e-5 for row in found)
 
 
 def test_push_to_hub(runs, tmp_path, capsys, monkeypatch):

@@ -1,0 +1,94 @@
+"""How far exported backbones are from ours: ``python -m benchmarks.export [NAME ...]``.
+
+fp32, random weights (every parameter moved), native image size and width, two blocks, with the soft-cap of 30 and
+without; each export is loaded from its files by the library's own classes. Names given are measured at full depth and
+not written. Otherwise writes `benchmarks/results/export.json` and the table of `docs/export.md`.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks import record
+from fastalign.export import export
+from fastalign.export.targets import TARGETS
+from fastalign.models.zoo import create_backbone
+
+BACKBONES = [
+    "vit_base_patch16_clip_quickgelu_224.openai",
+    "vit_base_patch16_clip_224.laion2b",
+    "vit_base_patch16_siglip_224.webli",
+    "vit_base_patch14_reg4_dinov2.lvd142m",
+    "vit_base_patch14_dinov2.lvd142m",
+    "vit_base_patch16_224.augreg_in21k_ft_in1k",
+]
+TABLE = Path(__file__).parent.parent / "docs" / "export.md"
+
+
+def make_run(folder: Path, name: str, **kwargs) -> None:
+    """The folder of a run that has aligned nothing: random weights with a cap of 30.
+
+    Args:
+        folder: made.
+        name: of the backbone.
+        **kwargs: timm's arguments.
+    """
+    torch.manual_seed(0)
+    vit = create_backbone(name, **kwargs)
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    kwargs = {**vit.recipe["kwargs"], **({"global_pool": ""} if vit.spec.pool == "map" else {})}
+    weights = {key: value for key, value in vit.state_dict().items() if not key.startswith("attn_pool.")}
+    folder.mkdir()
+    save_file(weights, folder / "backbone.safetensors")
+    (folder / "backbone.json").write_text(json.dumps({"name": name, "kwargs": kwargs, "softcap": 30.0}))
+
+
+def measure(name: str, **kwargs) -> list[dict]:
+    """A row for each target that fits: the largest relative error of a token.
+
+    With the cap (None: refused) and without.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        make_run(run, name, **kwargs)
+        spec = create_backbone(name, **kwargs).spec
+        for target in TARGETS:
+            if TARGETS[target].misfits(spec):
+                continue
+            errors = {}
+            for column, drop in (("capped", False), ("plain", True)):
+                if drop or TARGETS[target].can_cap(spec):
+                    _, facts = export(run, target, output=Path(folder) / "out", drop_softcap=drop)
+                    errors[column] = facts["parity"]["largest_relative_error"]
+            rows.append({"backbone": name, "target": target, "capped": None, **errors})
+    return rows
+
+
+def line(row: dict) -> str:
+    """A row of the table."""
+    capped = "refused" if row["capped"] is None else f"{row['capped']:.1e}"
+    return f"| {row['backbone']} | {row['target']} | {capped} | {row['plain']:.1e} |"
+
+
+def main(names: list[str]) -> None:
+    """Measure, print, write."""
+    rows = []
+    for name in names or BACKBONES:
+        rows += measure(name) if names else measure(name, depth=2)
+        print("\n".join(line(row) for row in rows if row["backbone"] == name), flush=True)
+    if not names:
+        record.write("export", rows)
+        head, _, _ = TABLE.read_text().partition("| backbone | target |")
+        lines = ["| backbone | target | with the cap | without |", "|---|---|---|---|", *map(line, rows)]
+        TABLE.write_text(head + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
