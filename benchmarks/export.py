@@ -5,8 +5,8 @@ without; each export is loaded from its files by the library's own classes. Name
 not written. Otherwise writes `benchmarks/results/export.json` and the table of `docs/export.md`.
 """
 
+import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -26,6 +26,7 @@ BACKBONES = [
     "vit_base_patch14_dinov2.lvd142m",
     "vit_base_patch16_224.augreg_in21k_ft_in1k",
 ]
+TINY = {"img_size": 32, "depth": 1, "embed_dim": 48, "num_heads": 3}
 TABLE = Path(__file__).parent.parent / "docs" / "export.md"
 
 
@@ -77,18 +78,25 @@ def line(row: dict) -> str:
     return f"| {row['backbone']} | {row['target']} | {capped} | {row['plain']:.1e} |"
 
 
-def main(names: list[str]) -> None:
+def main(arguments: list[str] | None = None) -> list[dict]:
     """Measure, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.export", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="timm names, measured whole and not written")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model: checks that it runs")
+    options = parser.parse_args(arguments)
+    whole = not options.names and not options.tiny
+    kwargs = TINY if options.tiny else {"depth": 2} if whole else {}
     rows = []
-    for name in names or BACKBONES:
-        rows += measure(name) if names else measure(name, depth=2)
+    for name in options.names or (BACKBONES[:1] if options.tiny else BACKBONES):
+        rows += measure(name, **kwargs)
         print("\n".join(line(row) for row in rows if row["backbone"] == name), flush=True)
-    if not names:
+    if whole:
         record.write("export", rows)
         head, _, _ = TABLE.read_text().partition("| backbone | target |")
         lines = ["| backbone | target | with the cap | without |", "|---|---|---|---|", *map(line, rows)]
         TABLE.write_text(head + "\n".join(lines) + "\n")
+    return rows
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

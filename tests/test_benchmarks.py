@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastalign as fa
-from benchmarks import data, fp8, masks, parts, profile, record, scaling, step, targets
+from benchmarks import data, export, fp8, masks, parts, profile, record, scaling, step, targets
 from benchmarks.baseline import Baseline
 from benchmarks.measure import NO_ROOM
 from benchmarks.targets import BASE, step_targets
@@ -223,6 +223,13 @@ def test_fp8():
     for masking in ("zero", "drop"):
         bf16, reduced = (row["relative_error"] for row in rows if row["masking"] == masking)
         assert 0 < 3 * bf16 < reduced < 0.1
+
+
+def test_export():
+    rows = {row["target"]: row for row in export.main(["--tiny"])}
+    assert set(rows) == {"timm", "hf-clip", "open-clip", "prismatic"}
+    assert rows["open-clip"].pop("capped") is None
+    assert all(max(row["plain"], row.get("capped", 0)) < 1e-5 for row in rows.values())
 
 
 def test_masks():
