@@ -119,6 +119,15 @@ def test_local_weights_files(tmp_path, wrap):
     assert torch.equal(vit(images), theirs(images))
 
 
+def test_a_fresh_norm_has_the_default_epsilon_of_the_backbones_norm_class():
+    """As the authors' `type(norm)(width)` gives it: timm's is 1e-6, torch's, which MoCo-v3 is made of, 1e-5."""
+    small = {"img_size": 32, "depth": 1}
+    wanted = {"vit_base_patch16_mocov3_224": 1e-5, "vit_base_patch16_clip_quickgelu_224": 1e-6}
+    for name, eps in wanted.items():
+        student = fa.MaskEmbedStudent.from_backbone(fa.create_backbone(name, **small))
+        assert student.encoder.norm.eps == eps
+
+
 def test_moco_checkpoints_are_read_as_their_authors_wrote_them(tmp_path):
     """Keys under `module.base_encoder.`, a projector as head, and the momentum encoder beside it."""
     truth = timm.create_model("vit_base_patch16_224", num_classes=0, depth=1)

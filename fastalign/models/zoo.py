@@ -329,7 +329,8 @@ def sincos_position(grid: tuple[int, int], width: int, prefix: int) -> Tensor:
 
 
 def _make_moco(vit: ViT) -> None:
-    vit.spec = replace(vit.spec, position_fixed=True)
+    # Its authors' norm class is torch's, whose default epsilon is not timm's.
+    vit.spec = replace(vit.spec, position_fixed=True, fresh_norm_eps=1e-5)
     vit.pos_embed = nn.Parameter(
         sincos_position(vit.spec.grid, vit.embed_dim, vit.spec.prefix), requires_grad=False
     )
