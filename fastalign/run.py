@@ -152,6 +152,7 @@ def save_backbone(run: Run) -> None:
         "name": run.backbone.recipe["name"],
         "kwargs": kwargs,
         "softcap": run.config.student.softcap,
+        "norm_eps": getattr(run.objective.student.encoder.norm, "eps", None),
         **run.backbone.data,
         "features": "the tokens after the final norm; prefix tokens first",
         "objective": run.config.objective,

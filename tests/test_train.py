@@ -72,6 +72,19 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(newest, weights_only=True)["student"]
 
 
+def test_a_loaded_backbone_gives_the_students_tokens(recipe):
+    """To the bit: with the cap, and with the epsilon of the norm that was trained, which is not CLIP's."""
+    name, sizes = "vit_base_patch16_clip_quickgelu_224", {"embed_dim": 48, "num_heads": 3}
+    folder = recipe(
+        f"student.name={name}", *(f"student.kwargs.{k}={v}" for k, v in sizes.items()), "max_steps=2"
+    )
+    student = fa.MaskEmbedStudent.from_backbone(fa.create_backbone(name, img_size=32, depth=2, **sizes))
+    student.load_state_dict(weights(folder))
+    images = torch.randn(2, 3, 32, 32)
+    encoder = student.encoder.eval()
+    assert torch.equal(fa.load_backbone(folder).forward_features(images), encoder.forward_features(images))
+
+
 def test_a_run_leaves_what_is_promised(recipe):
     folder = recipe()
     lines, validation = metrics(folder)

@@ -94,6 +94,9 @@ def load_backbone(path: str | Path, **kwargs) -> ViT:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): take the run's own") from error
     vit = create_backbone(name, checkpoint=path.with_suffix(".safetensors"), **kwargs)
     vit.softcap = softcap
+    for norm in (vit.norm, vit.fc_norm):
+        if isinstance(norm, nn.LayerNorm):  # fresh in a student: another epsilon than the backbone's
+            norm.eps = facts.get("norm_eps") or norm.eps
     return vit
 
 
@@ -329,8 +332,6 @@ def sincos_position(grid: tuple[int, int], width: int, prefix: int) -> Tensor:
 
 
 def _make_moco(vit: ViT) -> None:
-    # Its authors' norm class is torch's, whose default epsilon is not timm's.
-    vit.spec = replace(vit.spec, position_fixed=True, fresh_norm_eps=1e-5)
-    vit.pos_embed = nn.Parameter(
-        sincos_position(vit.spec.grid, vit.embed_dim, vit.spec.prefix), requires_grad=False
-    )
+    vit.spec = replace(vit.spec, position_fixed=True, fresh_norm_eps=1e-5)  # of torch's norm class
+    position = sincos_position(vit.spec.grid, vit.embed_dim, vit.spec.prefix)
+    vit.pos_embed = nn.Parameter(position, requires_grad=False)
