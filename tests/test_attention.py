@@ -250,6 +250,11 @@ def hopper(tmp_path, monkeypatch):
     monkeypatch.setattr(choice, "TABLE", table)
     monkeypatch.setattr(choice, "architecture", lambda: 90)
     monkeypatch.setattr(ops, "MODE", "auto")
+    libraries = ("flash_attn", "xformers")  # as if they were not installed
+    missing = backends._missing
+    monkeypatch.setattr(
+        backends, "_missing", lambda needs: "no such thing" if needs.startswith(libraries) else missing(needs)
+    )
     choice._choose.cache_clear(), choice._table.cache_clear()
     yield
     choice._choose.cache_clear(), choice._table.cache_clear()
@@ -290,6 +295,14 @@ def test_what_would_be_faster(hopper):
     assert found.times == pytest.approx(1.3)
     assert "not installed" in found.refusal
     assert "source" in found.get
+
+
+def test_what_cannot_be_is_one_line():
+    (q, k, v), sequences = tensors(packed=True)
+    with pytest.raises(ValueError, match="a bias is for dense input"):
+        attention(q, k, v, sequences=sequences, bias=torch.zeros(1, 1, 1, 1, device=DEVICE))
+    with pytest.raises(ValueError, match="there is no 'sdpaa'; the nearest is sdpa"):
+        attention(q, k, v, sequences=sequences, backend="sdpaa")
 
 
 def test_names():

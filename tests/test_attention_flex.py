@@ -59,3 +59,20 @@ def test_the_operator_stands_in_a_compiled_graph(monkeypatch):
     with torch.no_grad():
         out = torch.compile(flex.flex, fullgraph=True, backend="aot_eager")(q, k, v, 30.0, None)
     torch.testing.assert_close(out, reference.softcap_attention(q, k, v, softcap=30.0))
+
+
+def test_lengths_may_vary(monkeypatch):
+    """More shapes than torch compiles of one function by itself, by the path of an eager run."""
+    limit = torch._dynamo.config.recompile_limit
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: whole(*a, **k, backend="eager"))
+    flex._compiled.cache_clear()
+    torch._dynamo.reset()
+    try:
+        for length in range(4, 4 + limit + 4):
+            q, k, v = torch.randn(3, 1, 2, length, 16)
+            found = flex.flex(q, k, v, 30.0, None)
+            torch.testing.assert_close(found, reference.softcap_attention(q, k, v, softcap=30.0))
+    finally:
+        flex._compiled.cache_clear()
+        torch._dynamo.config.recompile_limit = limit

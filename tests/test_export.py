@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 import fastalign as fa
 from benchmarks import export as benchmark
 from fastalign import train
-from fastalign.export import convert, hf, load_decoder, measure, targets, timm_model
+from fastalign.export import convert, hf, load_decoder, measure, targets
 from fastalign.export.__main__ import main
-from tests.numerics import relative_error
+from tests.numerics import randomise, relative_error
 from tests.truth import CappedAttention, StudentTruth
 
 rows = benchmark.measure
@@ -557,9 +557,25 @@ def test_a_library_that_is_not_installed(runs, capsys, monkeypatch):
     assert "pip install 'fastalign[export]'" in capsys.readouterr().err
 
 
-def test_only_what_can_be_capped_is_capped():
-    with pytest.raises(fa.UserError, match="Beit"):
-        timm_model.apply_softcap(timm.create_model("beit_base_patch16_224", depth=1), 30.0)
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_base_patch16_clip_224"])
+def test_timm_caps_beit_and_eva_too(name, tmp_path):
+    """A run's files, made by hand; the truth is our model, whose attention has tests of its own."""
+    vit = fa.create_backbone(name, **SMALL)
+    randomise(vit, 0.2)
+    folder, output = tmp_path / "run", tmp_path / "export"
+    folder.mkdir()
+    save_file(
+        {key: value.clone() for key, value in vit.state_dict().items()}, folder / "backbone.safetensors"
+    )
+    facts = {"name": name, "kwargs": vit.recipe["kwargs"], "softcap": 0.5}
+    (folder / "backbone.json").write_text(json.dumps(facts))
+    assert main([str(folder), "--to", "timm", "--output", str(output)]) == 0
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = timm.create_model(f"local-dir:{output}", pretrained=True).eval().forward_features(x)
+        wanted = fa.load_backbone(folder).forward_features(x)
+    assert relative_error(found, wanted) < 1e-5
+    assert relative_error(vit.forward_features(x), wanted) > 1e-3, "the cap is felt"
 
 
 def test_loading_what_is_no_export(tmp_path):

@@ -110,7 +110,7 @@ def run_of_batches(tmp_path, *overrides):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"output: {tmp_path / 'run'}\n"
-        "student: {name: vit_tiny_patch16_224, pretrained: false, kwargs: {img_size: 64, drop_path_rate: 0.1}}\n"
+        "student: {name: vit_tiny_patch16_224, weights: random, kwargs: {img_size: 64, drop_path_rate: 0.1}}\n"
         "data: {train: 'synthetic:256'}\n"
         "optim: {batch_size: 8, epochs: 2, lr: 1.0e-3, accumulate: 2, clip: 1.0, ema: 0.9}\n"
     )

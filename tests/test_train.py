@@ -19,6 +19,7 @@ from fastalign import MaskEmbed, train
 from fastalign.build import build_backbones
 from fastalign.config import Config
 from tests.numerics import needs_compiler
+from tests.test_gpu import run_of_batches
 
 ROOT = Path(__file__).parent.parent
 MODEL = {"name": "vit_tiny_patch16_224", "weights": "random", "kwargs": {"img_size": 32, "depth": 2}}
@@ -70,6 +71,13 @@ def losses(folder: Path) -> list[float]:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     newest = max((folder / "checkpoints").glob("step-*.pt"))
     return torch.load(newest, weights_only=True)["student"]
+
+
+@pytest.mark.parametrize("mode", ["zero", "drop"])
+def test_the_run_of_the_gpus_tests_is_a_run_here_too(tmp_path, mode):
+    """Without a GPU those tests are left out whole, and what is wrong with them would be seen by nobody."""
+    run, batches = run_of_batches(tmp_path, f"masks.mode={mode}", "efficiency.grad_checkpointing=true")
+    assert torch.isfinite(train.update(run, batches, 0)["loss"])
 
 
 def test_a_loaded_backbone_gives_the_students_tokens(recipe):

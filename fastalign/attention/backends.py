@@ -97,6 +97,7 @@ class Backend:
             "has no soft-cap": case.capped and not self.capped,
             "takes no bias": case.biased and not self.biased,
             "takes no packed sequences": case.packed and not self.packed,
+            "takes no bias with packed sequences": case.biased and case.packed,
             "takes packed sequences only": not (case.packed or self.dense),
             f"takes no heads of {case.width}": case.width % self.step != 0 or case.width > self.widest,
             f"does not run on sm_{arch}": cuda and not self.archs[0] <= arch <= self.archs[1],

@@ -56,7 +56,14 @@ def choose(case: Case, wanted: str = "auto") -> Choice:
     Args:
         case: all that is known beforehand.
         wanted: a name of `BACKENDS`, or "auto".
+
+    Raises:
+        ValueError: no such name; or a bias with packed sequences.
     """
+    if case.biased and case.packed:
+        raise ValueError("attention: a bias is for dense input, not for packed sequences")
+    if wanted not in ("auto", *BACKENDS):
+        check(wanted)
     return _choose(case, wanted, ops.MODE)
 
 

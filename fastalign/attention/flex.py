@@ -11,6 +11,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK = 128
 """Rows and columns of a block of FlexAttention's masks, its default."""
+SHAPES = 256
+"""That may be compiled outside of torch.compile; torch's own limit of eight would end a run whose lengths vary."""
 
 
 @torch.library.custom_op("fastalign::flex_tanh_approx", mutates_args=())
@@ -84,7 +86,9 @@ def score_mod(softcap: float | None, tanh: Callable = torch.tanh) -> Callable | 
 
 @lru_cache
 def _compiled() -> Callable:
-    """FlexAttention alone materialises its scores; torch.compile makes a kernel of it."""
+    """FlexAttention alone materialises its scores; torch.compile makes a kernel of it, for each shape one."""
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, SHAPES)
     return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 

@@ -18,7 +18,7 @@ class Timm(Target):
     """timm's own folder format. With a cap the architecture is that of `fastalign.export.timm_model`."""
 
     def can_cap(self, spec: ViTSpec) -> bool:
-        return spec.block.qkv == "fused"  # timm's VisionTransformer, not Beit and Eva
+        return True
 
     def write(self, run: Run, folder: Path) -> None:
         arguments = {
