@@ -4,12 +4,11 @@ A module keeps its parameters, buffers, hooks and name; only its class becomes a
 `forward`. So state dicts, copies, pickles, wrappers and `isinstance` are what they were.
 """
 
-import math
-
 from torch import nn
 
 from fastalign.attention.choice import check
 from fastalign.errors import UserError
+from fastalign.models.svit import is_cap
 from fastalign.models.timm_parts import FAST, TIMM, FastDropPath, FastSelfAttention, drops_paths, refuse_cap
 
 
@@ -55,8 +54,7 @@ def accelerated(model: nn.Module) -> dict[str, str]:
 def _check(model: nn.Module, softcap: float | None, backend: str) -> None:
     if not isinstance(model, nn.Module):
         raise UserError(f"accelerate: model must be a module such as timm.create_model makes, got {model!r}")
-    number = isinstance(softcap, (int, float)) and not isinstance(softcap, bool)
-    if softcap is not None and not (number and 0 < softcap < math.inf):
+    if softcap is not None and not is_cap(softcap):
         raise UserError(f"accelerate: softcap must be a positive number or None, got {softcap!r}")
     try:
         check(backend)

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fastalign.errors import UserError
+from fastalign.models.svit import check_recipe
 
 KEYS_OF_KWARGS = {"name": "name", "weights": "weights", "pretrained": "weights", "checkpoint": "weights"}
 """Arguments of a backbone that are keys of `student` and `teacher`."""
@@ -195,15 +196,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _possible(self) -> "Config":
         if self.optim.batch_size % self.optim.accumulate:
-            raise ValueError(
-                f"optim.batch_size {self.optim.batch_size} must be a multiple of optim.accumulate"
-            )
+            raise ValueError(f"optim.batch_size {self.optim.batch_size} is no multiple of optim.accumulate")
         if not all(0 <= beta < 1 for beta in self.optim.betas):
             raise ValueError(f"optim.betas must lie in 0..1, 1 excluded, got {list(self.optim.betas)}")
-        for name, kwargs in (("student", self.student.kwargs), ("teacher", self.teacher.kwargs)):
+        student, teacher = self.student, self.teacher
+        for name, kwargs in (("student", student.kwargs), ("teacher", teacher.kwargs)):
             for own, key in KEYS_OF_KWARGS.items():
                 if own in kwargs:
                     raise ValueError(f"{name}.kwargs.{own}: write {name}.{key} instead")
+        check_recipe(student.name, student.kwargs, teacher.name, teacher.kwargs)
         if self.optim.warmup_epochs > self.optim.epochs:
             raise ValueError("optim.warmup_epochs must not exceed optim.epochs")
         if self.teacher.prefix_only and self.teacher.skip_blocks:
@@ -327,10 +328,8 @@ def _set(tree: dict, path: list[str], value: Any, override: str) -> None:
 
 def _explain(error: ValidationError, path: str | Path) -> str:
     first = error.errors()[0]
-    where = [
-        part for part in first["loc"] if isinstance(part, str) and not part.startswith(("float", "literal"))
-    ]
-    key = ".".join(where)
+    names = [part for part in first["loc"] if isinstance(part, str)]
+    key = ".".join(name for name in names if not name.startswith(("float", "literal")))
     if first["type"] == "extra_forbidden" and key in RENAMED:
         return f"{path}: the key {key} is gone: {RENAMED[key]} instead"
     if first["type"] == "extra_forbidden":

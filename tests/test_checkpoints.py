@@ -13,6 +13,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 
 import fastalign as fa
+import fastalign.compat.locality_alignment as la
 from fastalign.build import build_backbones
 from fastalign.config import Config
 from tests.numerics import randomise, relative_error
@@ -140,6 +141,24 @@ def test_the_softcap_comes_with_the_file_or_the_name(tmp_path, args, name, cap):
     assert build_backbones(config)[1].softcap == cap
 
 
+def test_a_recorded_softcap_is_read_first(tmp_path):
+    """The drop-in saver's own file, without arguments; then against the arguments, and None as it stands."""
+    student = la.MaskEmbedStudent(
+        timm.create_model(f"s{NAME}", num_classes=0, **KWARGS, max_attn_val=7.0),
+        timm.create_model(f"s{NAME}", num_classes=0, **KWARGS),
+    )
+    saver = la.CheckpointSaver(student, torch.optim.AdamW(student.parameters()), checkpoint_dir=str(tmp_path))
+    saver.save_checkpoint(0)
+    path = tmp_path / "last.pth.tar"
+    content = torch.load(path)
+    assert (content["arch"], content["softcap"], "args" in content) == ("maskembedstudent", 7.0, False)
+    for recorded in (7.0, 5, None):
+        args = {} if recorded == 7.0 else {"args": {"student_model": f"s{NAME}"}}
+        torch.save({**content, **args, "softcap": recorded}, path)
+        assert fa.create_backbone(NAME, checkpoint=path, **KWARGS).softcap == recorded
+        assert la.train_utils.trained_as(torch.load(path), str(path))[1] == recorded
+
+
 def test_the_authors_names_take_their_argument():
     vit = fa.create_backbone(f"s{NAME}", **KWARGS, max_attn_val=7)
     assert (vit.softcap, vit.recipe["name"], vit.recipe["kwargs"]) == (
@@ -147,6 +166,14 @@ def test_the_authors_names_take_their_argument():
         NAME,
         {"num_classes": 0, **KWARGS},
     )
+
+
+@pytest.mark.parametrize("cap", ["abc", "30", -3, 0, None, True, float("nan"), float("inf")])
+def test_a_cap_is_a_positive_number(cap):
+    with pytest.raises(fa.UserError, match=r"max_attn_val must be a positive number, got .*: give one"):
+        fa.create_backbone(f"s{NAME}", **KWARGS, max_attn_val=cap)
+    with pytest.raises(fa.UserError, match="max_attn_val must be a positive number"):
+        la.model_utils.check_cap(cap)
 
 
 @pytest.mark.parametrize("name", [NAME, "beit_base_patch16_224"])
@@ -242,6 +269,13 @@ def test_other_files_are_refused_with_one_line(tmp_path):
     assert "holds no weights" in message({"state_dict": {}})
     assert "holds a list" in message([1, 2])
     assert "state_dict is no dictionary of tensors" in message({"state_dict": {"a": 1}})
+    assert "dictionary of tensors by name" in message({"state_dict": {1: torch.ones(1)}})
+    assert "dictionary of tensors by name" in message({1: torch.ones(1)})
+    state, args = {"state_dict": plain().state_dict()}, {"student_model": f"s{NAME}"}
+    assert "max_attn_val" in message({**state, "args": {**args, "model_kwargs": {"max_attn_val": "x"}}})
+    assert "softcap must be a positive number or None" in message({**state, "softcap": "x"})
+    torch.save({**state, "args": {**args, "model_kwargs": "max_attn_val=3"}}, broken)
+    assert fa.create_backbone(NAME, checkpoint=broken, **KWARGS).softcap == 30.0
     assert "(svit_tiny_patch16_224)" in message(whole, "vit_small_patch16_224")
     assert "lacks blocks.2" in message(whole, depth=3)
     assert "blocks.1.attn.proj.bias too" in message(whole, depth=1)

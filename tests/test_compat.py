@@ -500,7 +500,7 @@ def test_a_student_fits_a_plain_backbone_without_layer_scale(tmp_path):
 def test_a_student_fits_itself_and_averages_are_preferred(tmp_path):
     ours = student(make(depth=1))
     average = {f"_orig_mod.module.{key}": value + 1 for key, value in ours.state_dict().items()}
-    namespace = argparse.Namespace(model="svit_tiny_patch16_224")
+    namespace = argparse.Namespace(model=ONE)
     path = tmp_path / "old.pth.tar"
     torch.save({"state_dict": ours.state_dict(), "state_dict_ema": average, "args": namespace}, path)
     with warnings.catch_warnings():
@@ -511,9 +511,15 @@ def test_a_student_fits_itself_and_averages_are_preferred(tmp_path):
             shift = 1.0 if use_ema else 0.0
             assert torch.equal(other.decoder.head.bias, ours.decoder.head.bias + shift)
     marked = tmp_path / "arch.pth.tar"
-    torch.save({"state_dict": ours.state_dict(), "arch": namespace.model, "args": namespace}, marked)
-    with pytest.warns(UserWarning, match="capped at 30"):
-        la.load_checkpoint_auto(copy.deepcopy(ours), marked)
+    namespace.model = f"s{ONE}"
+    for arguments, cap in (
+        ({}, 30),
+        ({"args": namespace}, 30),
+        ({"args": {"model_kwargs": {"max_attn_val": 7}}}, 7),
+    ):
+        torch.save({"state_dict": ours.state_dict(), "arch": f"s{ONE}", **arguments}, marked)
+        with pytest.warns(UserWarning, match=f"capped at {cap},"):
+            la.load_checkpoint_auto(copy.deepcopy(ours), marked)
 
 
 def test_bad_checkpoints(tmp_path):

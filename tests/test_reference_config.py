@@ -327,6 +327,10 @@ def test_the_batch_is_a_gpus_times_the_gpus(tmp_path, monkeypatch):
     assert (config.optim.batch_size, config.optim.accumulate) == (2048, 8)
     assert "32 images a GPU x 8 passes x 8 GPUs = 2048 images an update" in notes[0]
     assert make_config(path, world_size=2).optim.batch_size == 512
+    for text in ("many", "", "0", "-2", "1.5"):
+        monkeypatch.setenv("WORLD_SIZE", text)
+        with pytest.raises(UserError, match=f"WORLD_SIZE={text} .*--world-size=N"):
+            make_config(path)
 
 
 def test_splits_are_found_under_their_other_names(tmp_path):
@@ -423,6 +427,14 @@ def test_what_fastalign_has_not_got_is_refused_by_name(tmp_path, name):
         ({"opt_kwargs": {"layer_decay": 0.7}}, ["opt_kwargs.layer_decay", "remove it"]),
         ({"opt_kwargs": {"eps": 1e-6}}, ["opt_kwargs.eps", "remove it"]),
         ({"opt_kwargs": {"betas": [0.9, 0.9]}, "opt_betas": [0.9, 0.9]}, ["opt_betas", "remove one"]),
+        ({"opt_kwargs": {1: 2, "a": 3}}, ["opt_kwargs.1 is not in fastalign", "remove it"]),
+        ({"lr": None, "lr_base_size": 0}, ["lr_base_size must be at least 1, got 0"]),
+        ({"lr": None, "lr_base_size": -4}, ["lr_base_size must be at least 1, got -4"]),
+        ({"model_kwargs": {1: 2, "a": 3}, "student_model_kwargs": {1: 2, "a": 3}}, ["1 is in", "remove one"]),
+        (
+            {"student_model": "svit_a", "model_kwargs": {"max_attn_val": "x"}},
+            ["max_attn_val must be a positive"],
+        ),
         ({"warmup_epochs": 1}, ["warmup_lr is 1e-05", "set warmup_lr: 0.0"]),
         ({"teacher_pretrained": False}, ["teacher_pretrained or teacher_checkpoint"]),
         ({"model_kwargs": {"depth": 2}, "student_model_kwargs": {"depth": 3}}, ["depth", "remove one"]),

@@ -51,7 +51,7 @@ def read_reference(
         _check_mim(path, given)
     defaults = {name: option.default for name, option in OPTIONS.items()} | (MIM_DEFAULTS if mim else {})
     values = {name: _value(path, name, given.get(name, defaults[name])) for name in OPTIONS}
-    world = world_size or int(os.environ.get("WORLD_SIZE", AUTHORS_WORLD))
+    world = world_size or _world()
     batch, passes = values["batch_size"], values["grad_accum_steps"]
     notes = [
         f"{batch} images a GPU x {passes} passes x {world} GPUs = {batch * passes * world} images an update; "
@@ -64,6 +64,16 @@ def read_reference(
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return resolve(tree, overrides, path), notes
+
+
+def _world() -> int:
+    """torchrun's GPUs, or the authors'."""
+    text = os.environ.get("WORLD_SIZE", str(AUTHORS_WORLD))
+    if not text.isdecimal() or not int(text):
+        raise UserError(
+            f"WORLD_SIZE={text} in the environment is no number of GPUs: unset it, or --world-size=N"
+        )
+    return int(text)
 
 
 def _check_names(path: Path, given: dict) -> None:
@@ -203,7 +213,9 @@ def _place(v: dict, split: str, kind: str) -> str | None:
 def _optim(v: dict, batch: int) -> dict:
     unknown = set(v["opt_kwargs"]) - {"betas", "eps"}
     if unknown or v["opt_kwargs"].get("eps", 1e-8) != 1e-8:
-        raise UserError(f"opt_kwargs.{min(unknown or {'eps'})} is not in fastalign: only betas; remove it")
+        raise UserError(
+            f"opt_kwargs.{min(unknown or {'eps'}, key=str)} is not in fastalign: only betas; remove it"
+        )
     if v["opt_betas"] and "betas" in v["opt_kwargs"]:
         raise UserError("betas are in opt_betas and in opt_kwargs: remove one")
     if v["warmup_epochs"] and v["warmup_lr"] != v["min_lr"]:
@@ -226,6 +238,8 @@ def _optim(v: dict, batch: int) -> dict:
 
 
 def _scaled_lr(v: dict, batch: int) -> float:
+    if v["lr_base_size"] < 1:
+        raise UserError(f"lr_base_size must be at least 1, got {v['lr_base_size']}: correct it, or set lr")
     share = batch / v["lr_base_size"]
     return v["lr_base"] * (share if v["lr_base_scale"] == "linear" else share**0.5)
 

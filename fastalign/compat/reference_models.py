@@ -22,7 +22,7 @@ def backbones(v: dict, notes: list[str]) -> tuple[dict, dict]:
     for name in ("student_model_kwargs", "teacher_model_kwargs"):
         twice = set(v["model_kwargs"]) & set(v[name])
         if twice:
-            raise UserError(f"{min(twice)} is in model_kwargs and in {name}: remove one")
+            raise UserError(f"{min(twice, key=str)} is in model_kwargs and in {name}: remove one")
     kwargs = {side: {**v["model_kwargs"], **v[f"{side}_model_kwargs"]} for side in ("student", "teacher")}
     if not v["teacher_pretrained"] and not v["teacher_checkpoint"]:
         raise UserError("a teacher needs weights: set teacher_pretrained or teacher_checkpoint")

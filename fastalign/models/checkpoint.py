@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastalign.errors import UserError
-from fastalign.models.svit import uncapped
+from fastalign.models.svit import is_cap, uncapped
 
 STATES = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Where a checkpoint keeps its weights; the first that is there is read: an average before the weights."""
@@ -66,20 +66,48 @@ def interpret(content: Any, path: str) -> Checkpoint:
         )
     key = next((key for key in STATES if content.get(key) is not None), None)
     state = content[key] if key else content
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise UserError(
-            f"{path} is not a weights file: {key or 'it'} is no dictionary of tensors; give a state dict"
+            f"{path} is not a weights file: {key or 'it'} is no dictionary of tensors by name; give a state dict"
         )
     if not state:
         raise UserError(f"{path} holds no weights: give another file")
     state, student = _strip(state)
-    args = content.get("args") if key else None
-    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
-    arch = args.get("student_model") or args.get("model") or (content.get("arch") if key else None)
-    arch = arch if isinstance(arch, str) else None
-    kwargs = {**(args.get("model_kwargs") or {}), **(args.get("student_model_kwargs") or {})}
-    softcap = uncapped(arch, kwargs)[2] if arch else None
-    return Checkpoint(state, arch, softcap, student or "student_model" in args)
+    if not key:
+        return Checkpoint(state, student=student)
+    return Checkpoint(state, *trained_as(content, path), student or "student_model" in _arguments(content))
+
+
+def trained_as(content: dict, path: str) -> tuple[str | None, float | None]:
+    """The model's name and the soft-cap that a checkpoint's weights were trained with, as far as it tells.
+
+    Raises:
+        UserError: it tells of a cap that is no positive number.
+    """
+    args = _arguments(content)
+    names = (args.get("student_model"), args.get("model"), content.get("arch"))
+    arch = next((name for name in names if name and isinstance(name, str)), None)
+    if "softcap" in content:
+        softcap = content["softcap"]
+        if softcap is not None and not is_cap(softcap):
+            raise UserError(
+                f"{path}: its softcap must be a positive number or None, got {softcap!r}: put it right there"
+            )
+        return arch, softcap
+    given = (args.get("model_kwargs"), args.get("student_model_kwargs"))
+    kwargs = {key: value for part in given if isinstance(part, dict) for key, value in part.items()}
+    try:
+        return arch, uncapped(arch or "", kwargs)[2]
+    except UserError as error:
+        raise UserError(f"{path}: its arguments: {error}") from None
+
+
+def _arguments(content: dict) -> dict:
+    """Of the training script."""
+    args = content.get("args")
+    return vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
 
 
 def read_file(path: Path, device: str | torch.device = "cpu") -> Any:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from fastalign import ops
 from fastalign.compat.errors import ArgumentError
+from fastalign.models.svit import is_cap
 from fastalign.models.timm_parts import FAST, FastAttention, FastSelfAttention
 
 
@@ -51,8 +52,8 @@ class Attention(FastAttention):
 
 def check_cap(value: float) -> float:
     """The cap of the logits, which must be positive."""
-    if not value > 0:
-        raise ArgumentError(f"max_attn_val must be a positive number, got {value}")
+    if not is_cap(value):
+        raise ArgumentError(f"max_attn_val must be a positive number, got {value!r}")
     return value
 
 

@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from fastalign.compat.errors import NoCheckpointError, NumpyCheckpointError
 from fastalign.compat.locality_alignment.model_utils import MaskEmbedStudent, softcap_of
 from fastalign.errors import UserError
-from fastalign.models.checkpoint import read_file
+from fastalign.models.checkpoint import read_file, trained_as
 
 _logger = logging.getLogger(__name__)
-_REFERENCE_CAP = 30.0
-"""What the authors' `svit_*` models cap at; their checkpoints do not say."""
 
 
 class CheckpointSaver(timm.utils.CheckpointSaver):
@@ -210,10 +208,6 @@ def _read(
     names = [*averages, "state_dict", "model"]
     name = next((name for name in names if isinstance(checkpoint.get(name), dict)), None)
     _logger.info("read %s of %s", name or "the state dict", path)
-    return clean_state_dict(checkpoint[name] if name else checkpoint), _trained_cap(checkpoint)
-
-
-def _trained_cap(checkpoint: dict) -> float | None:
-    architecture = checkpoint.get("arch")
-    authors = isinstance(architecture, str) and architecture.startswith("svit_")
-    return checkpoint.get("softcap", _REFERENCE_CAP if authors else None)
+    if not name:
+        return clean_state_dict(checkpoint), None
+    return clean_state_dict(checkpoint[name]), trained_as(checkpoint, str(path))[1]
