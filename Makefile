@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 DALI ?= dali
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: install demo test lint gpu gpu-install gpu-tests gpu-kernel-tests gpu-targets clean
+.PHONY: install demo test lint gpu gpu-needs gpu-install gpu-tests gpu-kernel-tests gpu-targets clean
 
 install: $(VENV)/.installed
 
@@ -37,11 +37,14 @@ demo: install
 	$(PY) -m demo.summary runs/demo
 
 # Everything that needs a GPU: the tests, then the measurements, then what they say of the targets. Works offline where
-# torch, timm and pydantic are installed already; each part is a target of its own, ends within ten minutes, and goes on
-# where it ended when run again. Results go to benchmarks/results and, where it is set, to $$OUT.
+# what benchmarks.needs lists is installed already; each part is a target of its own. A measurement goes on where it ended
+# when run again; step, kernels, attention, data and scaling begin nothing that would end after BUDGET seconds by what the
+# longest before took, the others and the tests have no budget. Results go to benchmarks/results and, where it is set, to
+# $$OUT, attention's with the table that it writes: it comes first because that table decides what the others run.
 GPU_PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
-MEASUREMENTS := step kernels attention masks fp8 profile data scaling
+MEASUREMENTS := attention step kernels masks fp8 profile data scaling
 BUDGET ?= 450
+TABLE := fastalign/attention/table.json
 
 # Correctness before speed: a test that fails ends `make gpu`. A measurement that fails does not: the others are worth
 # having; the exit code tells of it.
@@ -52,7 +55,10 @@ gpu: gpu-tests gpu-kernel-tests
 # Built once, not for each part.
 gpu-install: build/.gpu-installed
 
-build/.gpu-installed: pyproject.toml setup.py $(wildcard csrc/*)
+gpu-needs:
+	@$(GPU_PY) -m benchmarks.needs
+
+build/.gpu-installed: pyproject.toml setup.py $(wildcard csrc/*) | gpu-needs
 	$(GPU_PY) -m pip install -q --no-build-isolation --no-deps -e .
 	@mkdir -p build && touch $@
 
@@ -72,7 +78,7 @@ gpu-kernel-tests: gpu-install
 $(MEASUREMENTS:%=gpu-%): gpu-%: gpu-install
 	@$(GPU_PY) -m benchmarks.$* $(if $(filter fp8,$*),,--resume) \
 		$(if $(filter masks fp8 profile,$*),,--budget $(BUDGET)); status=$$?; \
-	if [ -n "$$OUT" ]; then cp benchmarks/results/$*.* "$$OUT"/; fi; exit $$status
+	if [ -n "$$OUT" ]; then cp benchmarks/results/$*.* $(if $(filter attention,$*),$(TABLE)) "$$OUT"/; fi; exit $$status
 
 gpu-targets:
 	@$(GPU_PY) -m benchmarks.targets; status=$$?; \

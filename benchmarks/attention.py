@@ -1,7 +1,8 @@
 """Attention by every implementation here: ``python -m benchmarks.attention [--resume] [--budget SECONDS]``.
 
 The lengths, head widths, caps and layouts of vision transformers; options and rules as in `benchmarks.compare`. On a
-GPU it also writes the table by which `auto` chooses on this architecture, `fastalign/attention/table.json`.
+GPU it also writes the table by which `auto` chooses on this architecture, `fastalign/attention/table.json`;
+``--table`` writes it anew from `benchmarks/results/attention.json`, which needs no GPU.
 """
 
 import json
@@ -30,6 +31,9 @@ FLEX_LENGTHS = (197, 577)
 """It compiles for every shape, ten seconds or more."""
 YARDSTICKS = ("sdpa_flash", "sdpa_cudnn", "varlen_attn")
 """Timed in capped cases too, without the cap: what the cap may cost."""
+FACTS = ("capped", "packed", "gradient", "length", "width")
+"""What tells the rows of the table apart."""
+# Not the table, which follows from the figures.
 SOURCES = (
     "kernels/softcap_attention*.py",
     "fastalign/attention/*.py",
@@ -112,27 +116,46 @@ def table(rows: list[dict]) -> list[dict]:
             "length": row["length"],
             "width": row["width"],
         }
-        found.setdefault(tuple(facts.values()), facts | {"ms": {}})["ms"][name] = round(row["ms"], 5)
+        case = tuple(facts[key] for key in FACTS)
+        found.setdefault(case, facts | {"ms": {}})["ms"][name] = round(row["ms"], 5)
     return list(found.values())
 
 
-def write_table(rows: list[dict]) -> None:
-    """Put this architecture's rows into the table that `auto` reads; other architectures' stay."""
+def write_table(rows: list[dict], environment: dict) -> None:
+    """Put rows into the table that `auto` reads; those of other cases and other architectures stay.
+
+    What says the same already is left alone: the table is a source of other measurements.
+    """
     tables = json.loads(choice.TABLE.read_text()) if choice.TABLE.exists() else {}
-    tables[f"sm_{choice.architecture()}"] = {"environment": record.environment(), "rows": table(rows)}
-    choice.TABLE.write_text(json.dumps(tables, indent=1) + "\n")
+    earlier = tables.get(environment["architecture"], {}).get("rows", [])
+    merged = {tuple(row[key] for key in FACTS): row for row in (*earlier, *table(rows))}
+    if (found := list(merged.values())) != earlier:
+        tables[environment["architecture"]] = {"environment": environment, "rows": found}
+        record.replace(choice.TABLE, json.dumps(tables, indent=1) + "\n")
     print(f"auto chooses by {choice.TABLE}")
+
+
+def _table_anew() -> int:
+    """The table from what was measured; the exit code."""
+    result = record.read("attention")
+    if "architecture" not in result.get("environment", {}):
+        print("benchmarks/results/attention.json has not been measured on a GPU", file=sys.stderr)
+        return 2
+    write_table(result["rows"], result["environment"])
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; the exit code."""
+    if "--table" in (arguments or sys.argv):
+        return _table_anew()
     for name, backend in BACKENDS.items():
         if backend.missing():
             print(f"no {name}: {backend.missing()}")
     benchmark = compare.Benchmark("attention", CASES, TINY, implementations, attention_targets, SOURCES)
     code, rows = compare.run(benchmark, __doc__, arguments)
     if "--tiny" not in (arguments or sys.argv) and any("ms" in row for row in rows):
-        write_table(rows)
+        write_table(rows, record.environment())
     return code
 
 

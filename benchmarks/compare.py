@@ -4,7 +4,8 @@ For each case ours is compared with its reference, in the same dtype and in floa
 (exit code 1); forward, backward and full (forward and backward) of every implementation are timed between device
 events, L2 flushed, in rounds in which all take turns in alternating order. Random inputs and cotangents. The result
 is written after every case; ``--budget SECONDS`` ends a run early, and ``--resume`` goes on where one of the same
-sources, versions and GPU ended. Without a GPU: exit code 2, or ``--tiny``, which shows that everything runs.
+sources, versions and GPU ended, and at its end measures again the cases in which ours failed, unless for want of
+memory. Without a GPU: exit code 2, or ``--tiny``, which shows that everything runs.
 """
 
 import argparse
@@ -185,13 +186,17 @@ def _select(cases: list[Case], options: argparse.Namespace) -> list[Case]:
     ]
 
 
+def _key(row: dict) -> tuple[str, str]:
+    return row["op"], row["label"]
+
+
 def _run(benchmark: Benchmark, cases: list[Case], options: argparse.Namespace, started: float) -> list[dict]:
     """Measure on the GPU; rows of earlier parts included."""
     found = record.identity(benchmark.sources)
     earlier = record.resume(benchmark.name, found) if options.resume else {}
     rows, runs = earlier.get("rows", []), earlier.get("runs", [])
-    done = {(row["op"], row["label"]) for row in rows}
-    left = [case for case in cases if (case.name, case.label) not in done]
+    by_key = {(case.name, case.label): case for case in cases}
+    left = record.left(list(by_key), rows, _key)
     if not left:
         print("every case is measured already")
         return rows
@@ -199,14 +204,14 @@ def _run(benchmark: Benchmark, cases: list[Case], options: argparse.Namespace, s
     runs.append(record.environment() | limits)
     print("copy {copy_gbps:.0f} GB/s, bf16 matmul {matmul_tflops:.0f} TFLOP/s".format(**limits))
     longest = 0.0
-    for index, case in enumerate(left):
+    for index, key in enumerate(left):
         before = time.perf_counter()
         if options.budget and before - started + longest > options.budget:
             print(f"budget spent, {len(left) - index} cases left: run again with --resume")
             break
-        new = measure_case(case, "cuda", limits, benchmark.implementations, tiny=False)
+        new = measure_case(by_key[key], "cuda", limits, benchmark.implementations, tiny=False)
         show(new)
-        rows += new
+        rows = [row for row in rows if _key(row) != key] + new
         extra = {"identity": found, "runs": runs, "targets": benchmark.targets(rows)}
         record.write(benchmark.name, rows, extra)
         longest = max(longest, time.perf_counter() - before)

@@ -47,7 +47,9 @@ def make_run(folder: Path, name: str, **kwargs) -> None:
     weights = {key: value for key, value in vit.state_dict().items() if not key.startswith("attn_pool.")}
     folder.mkdir()
     save_file(weights, folder / "backbone.safetensors")
-    (folder / "backbone.json").write_text(json.dumps({"name": name, "kwargs": kwargs, "softcap": 30.0}))
+    # As a run writes it: the student's final norm is fresh and has an epsilon of its own.
+    facts = {"name": name, "kwargs": kwargs, "softcap": 30.0, "norm_eps": vit.spec.fresh_norm_eps}
+    (folder / "backbone.json").write_text(json.dumps(facts))
 
 
 def measure(name: str, **kwargs) -> list[dict]:

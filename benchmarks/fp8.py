@@ -49,12 +49,15 @@ def random_batch(name: str, device: torch.device, images: int, **kwargs) -> tupl
 def errors(vit: ViT, images: Tensor, masking: str) -> list[dict]:
     """A row for each precision."""
     teacher = fa.MaskedTeacher(vit, masking=masking).to(images.device)
-    visible = fa.UniformMasks(seed=0)(torch.arange(len(images)).to(images.device), vit.spec.grid, 0)
-    exact, rows = teacher(images, visible).double(), []
+    ids, masks = torch.arange(len(images), device=images.device), fa.UniformMasks(seed=0)
+    visible, packing = masks.packed(ids, vit.spec.grid, vit.spec.prefix)
+    # Padding is no target. In mode zero there is none.
+    chosen = packing.indices >= 0 if masking == "drop" else slice(None)
+    exact, rows = teacher(images, visible, packing)[chosen].double(), []
     for name, dtype in PRECISIONS.items():
         stored = copy.deepcopy(teacher).store_as(dtype)
         with torch.autocast(images.device.type, torch.bfloat16):
-            difference = stored(images, visible).double() - exact
+            difference = stored(images, visible, packing)[chosen].double() - exact
         rows.append(
             {
                 "masking": masking,

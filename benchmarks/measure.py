@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Built, Case
+from benchmarks.record import NO_ROOM
 
 MODES = ("forward", "backward", "full")
 ROUNDS, WARM_UP_MS, REPEAT_MS = 3, 10, 40
-NO_ROOM = "does not fit into memory"
 LARGEST_RIVAL_ERROR = 0.05
 """Another implementation further from the truth than this computes something else and is not compared."""
 

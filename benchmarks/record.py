@@ -5,6 +5,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Callable, Hashable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,7 +15,13 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
-SOURCES = ("fastalign/**/*.py", "kernels/*.py", "csrc/*", "benchmarks/*.py")
+NO_ROOM = "does not fit into memory"
+"""Why a row has no figure, if it is for want of memory."""
+TABLE = "fastalign/attention/table.json"
+SOURCES = ("fastalign/**/*.py", "kernels/*.py", "csrc/*", "benchmarks/*.py", TABLE)
+"""The table too: it decides which attention runs."""
+OURS = ("ours", "zero", "drop", "fp8")
+"""Implementations that are measured; others are rivals."""
 READERS = ("plots.py", "targets.py")
 """Of the benchmarks, those that only read results: they change no figure."""
 
@@ -59,7 +66,8 @@ def _gpu_state() -> dict:
     query = f"--query-gpu={','.join(keys)}"
     text = _said("nvidia-smi", "--id=0", query, "--format=csv,noheader,nounits")
     found = dict(zip(keys, text.split(", "), strict=False)) if text else {}
-    return {"driver": found.pop("driver_version", None), "gpu_state": found}
+    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    return {"architecture": architecture, "driver": found.pop("driver_version", None), "gpu_state": found}
 
 
 def write(name: str, rows: list[dict], extra: dict | None = None) -> Path:
@@ -67,11 +75,15 @@ def write(name: str, rows: list[dict], extra: dict | None = None) -> Path:
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     text = json.dumps({"environment": environment(), **(extra or {}), "rows": rows}, indent=1)
-    # In one go: a run may be ended at any moment, and the next one goes on from what it finds.
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text + "\n")
-    temporary.replace(path)
+    replace(path, text + "\n")
     return path
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file in one go: a run may be ended at any moment, and the next one goes on from what it finds."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def read(name: str) -> dict:
@@ -102,6 +114,25 @@ def resume(name: str, identity: dict) -> dict:
         print(f"starting anew: {name}.json has another {', '.join(differing)}")
         return {}
     return earlier
+
+
+def left(wanted: list, rows: list[dict], of: Callable[[dict], Hashable]) -> list:
+    """Of what is wanted, what has no row yet, and after that what is worth another try.
+
+    That is what one of ours failed at, unless for want of memory. A rival's failure stands.
+
+    Args:
+        wanted: what is to be measured.
+        rows: of earlier parts.
+        of: which of the wanted a row belongs to.
+    """
+    had, failed = {of(row) for row in rows}, {of(row) for row in rows if _worth_another_try(row)}
+    return [one for one in wanted if one not in had] + [one for one in wanted if one in failed]
+
+
+def _worth_another_try(row: dict) -> bool:
+    why = row.get("failed", NO_ROOM)
+    return row.get("implementation", "ours") in OURS and why != NO_ROOM and "out of memory" not in why
 
 
 def _module() -> str:

@@ -3,8 +3,8 @@
 Weak scaling: the compiled step of `benchmarks.step` in mode zero with the same batch on every rank, under torchrun
 and DDP as in training, random images and no data pipeline. Images a second over all ranks (median of repeated
 steps), and efficiency: that over as many times one rank's. Writes `benchmarks/results/scaling.json` after every
-number of ranks; ``--budget SECONDS`` ends a run early, ``--resume`` goes on. ``--tiny`` runs 1 and 2 ranks of a tiny
-model.
+number of ranks; ``--budget SECONDS`` ends a run early, ``--resume`` goes on, at last with what failed, unless for
+want of memory. ``--tiny`` runs 1 and 2 ranks of a tiny model.
 """
 
 import argparse
@@ -24,6 +24,8 @@ from fastalign.engine import distributed
 
 TIMEOUT = 500
 """Seconds after which ranks that wait for one another are ended."""
+GRACE = 45
+"""Seconds in which torchrun must have ended its ranks: it gives them 30."""
 
 
 def rank(name: str, batch: int, tiny: bool) -> None:
@@ -56,15 +58,33 @@ def measure(ranks: int, name: str, batch: int, tiny: bool) -> dict:
     environment = {"OMP_NUM_THREADS": "1" if tiny else "4", **os.environ}
     failed = {"ranks": ranks, "batch_per_rank": batch}
     try:
-        done = subprocess.run(
-            command, env=environment, cwd=record.ROOT, capture_output=True, text=True, timeout=TIMEOUT
-        )
+        code, out, errors = said(command, environment)
     except subprocess.TimeoutExpired:
         return failed | {"failed": f"no result within {TIMEOUT} seconds"}
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "Error" in line]
-        return failed | {"failed": (lines or [f"exit code {done.returncode}"])[0].strip()[:300]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    if code:
+        lines = [line for line in errors.splitlines() if "Error" in line]
+        return failed | {"failed": (lines or [f"exit code {code}"])[0].strip()[:300]}
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def said(command: list[str], environment: dict[str, str]) -> tuple[int, str, str]:
+    """Exit code, output and errors of torchrun; whatever ends the wait for it, its ranks end too."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, cwd=record.ROOT, **pipes) as process:
+        try:
+            out, errors = process.communicate(timeout=TIMEOUT)
+        finally:
+            end(process)
+    return process.returncode, out, errors
+
+
+def end(process: subprocess.Popen) -> None:
+    """End torchrun, if it runs. Its ranks are in sessions of their own: they end only where it can end them."""
+    process.terminate()
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def fitting_batch(name: str) -> int:
@@ -129,14 +149,13 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         print("one GPU: one rank, and no efficiency to speak of")
     identity = record.identity() | {"gpus": gpus, "backbone": name, "batch": batch}
     rows = record.resume("scaling", identity).get("rows", []) if options.resume else []
-    for number in numbers:
-        if any(row["ranks"] == number for row in rows):
-            continue
+    for number in record.left(numbers, rows, lambda row: row["ranks"]):
         before = time.perf_counter()
         if before - started + longest > options.budget:
             print("budget spent: run again with --resume")
             break
-        rows = with_efficiency([*rows, measure(number, name, batch, options.tiny)])
+        others = [row for row in rows if row["ranks"] != number]
+        rows = with_efficiency([*others, measure(number, name, batch, options.tiny)])
         show(next(row for row in rows if row["ranks"] == number))
         if not options.tiny:
             record.write("scaling", rows, {"identity": identity})

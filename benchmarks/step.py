@@ -7,7 +7,8 @@ memory (where batches differ, ours is measured with the baseline's batch too), a
 each part. What is compared is measured one after the other in one process: such a group is written as a whole.
 
 On a GPU `benchmarks/results/step.json` is written after every group; ``--budget SECONDS`` ends a run early,
-``--resume`` goes on where one of the same sources, versions and GPU ended. Exit code 1 if a row has no figure.
+``--resume`` goes on where one of the same sources, versions and GPU ended, and at its end measures again the groups
+in which one of ours failed, unless for want of memory. Exit code 1 if a row has no figure.
 
 On a CPU, ``--ratios`` times eager steps of a ViT-S in turns, by processor time, and writes ratios only, to
 `step_cpu.json`.
@@ -221,18 +222,24 @@ def ratios(name: str = "vit_small_patch16_224", batch: int = 8, rounds: int = 10
     return rows
 
 
+def _group(row: dict) -> tuple:
+    return row["backbone"], row["softcap"], row["compiled"]
+
+
 def run(chosen: dict[str, int], groups: list[tuple], options: argparse.Namespace, **kwargs) -> list[dict]:
     """Measure group by group and write; rows of earlier parts included."""
     identity, started, longest = record.identity(), time.perf_counter(), 0.0
     rows = record.resume("step", identity).get("rows", []) if options.resume else []
-    done = {(row["backbone"], row["softcap"], row["compiled"]) for row in rows}
-    left = [(group, name) for group in groups for name in chosen if (name, *group[:2]) not in done]
-    for index, (group, name) in enumerate(left):
+    compared = {(name, *group[:2]): group for group in groups for name in chosen}
+    left = record.left(list(compared), rows, _group)
+    for index, key in enumerate(left):
         before = time.perf_counter()
         if before - started + longest > options.budget:
             print(f"budget spent, {len(left) - index} groups left: run again with --resume")
             break
-        rows += measure_group(name, chosen[name], group, 1 if options.tiny else REPEATS, **kwargs)
+        name, repeats = key[0], 1 if options.tiny else REPEATS
+        rows = [row for row in rows if _group(row) != key]
+        rows += measure_group(name, chosen[name], compared[key], repeats, **kwargs)
         if not options.tiny:
             record.write("step", rows, {"identity": identity, "targets": step_targets(rows)})
         longest = max(longest, time.perf_counter() - before)

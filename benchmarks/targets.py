@@ -188,7 +188,7 @@ JUDGES = {
     "kernels": targets,
     "attention": attention_targets,
 }
-MEASUREMENTS = (*JUDGES, "masks", "profile", "data", "scaling")
+MEASUREMENTS = (*JUDGES, "masks", "fp8", "profile", "data", "scaling")
 
 
 def results() -> dict[str, dict]:

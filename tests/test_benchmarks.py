@@ -1,13 +1,15 @@
 """Every benchmark runs, at a tiny size, so that none is ever broken."""
 
 import re
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import fastalign as fa
-from benchmarks import data, export, fp8, masks, parts, profile, record, scaling, step, targets
+from benchmarks import data, export, fp8, masks, needs, parts, profile, record, scaling, step, targets
 from benchmarks.baseline import Baseline
 from benchmarks.measure import NO_ROOM
 from benchmarks.targets import BASE, step_targets
@@ -136,6 +138,41 @@ def test_groups_add_up_to_one_result(on_a_gpu, monkeypatch, capsys):
     ]
 
 
+def test_a_group_in_which_one_of_ours_failed_is_measured_again(on_a_gpu, monkeypatch):
+    room = {"baseline": 256, "zero": 256, "drop": 256, "fp8": 256}
+    measure, calls = _measured(room)
+    monkeypatch.setattr(step, "measure", measure)
+    command = ["--backbones", next(iter(step.BACKBONES)), "--resume"]
+    first = step.main(command)
+    del calls[:]
+    rows = step.main(command)
+    assert [call[4] for call in calls] == ["blocks"] * 2
+    assert len(rows) == len(first)
+    assert [row["compiled"] for row in rows[-2:]] == ["blocks"] * 2
+
+
+def test_a_failed_number_of_ranks_is_measured_again():
+    rows = [{"ranks": 1, "failed": "x"}, {"ranks": 2, "failed": "CUDA out of memory"}]
+    assert record.left([1, 2, 4], rows, lambda row: row["ranks"]) == [4, 1]
+
+
+def test_every_result_has_a_row_in_the_summary():
+    folder = record.ROOT / "benchmarks/results"
+    page = (folder / "SUMMARY.md").read_text()
+    for path in folder.glob("*.json"):
+        assert re.search(rf"^\| {path.stem} \| (?!not measured)", page, re.MULTILINE), (
+            f"no row for {path.name}: python -m benchmarks.targets"
+        )
+
+
+def test_what_make_gpu_needs(monkeypatch, capsys):
+    assert needs.main() == 0
+    versions = {name: "1.0" for name in needs.NEEDS if name != "hypothesis"} | {"setuptools": "76.1"}
+    monkeypatch.setattr(needs, "_version", versions.get)
+    assert needs.main() == 2
+    assert capsys.readouterr().err.startswith("missing: hypothesis, setuptools>=77;")
+
+
 def test_a_summary_of_all_results(tmp_path, capsys):
     rows = [_step_row("baseline", 100.0), _step_row("zero", 190.0, mfu=0.4)]
     record.write("step", rows)
@@ -212,6 +249,25 @@ def test_scaling_over_the_gpus_there_are(on_a_gpu, monkeypatch, capsys):
     assert "one GPU" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("trap", ["kill $rank; exit 1", ""])
+def test_ranks_that_wait_for_one_another_are_ended(trap, tmp_path, monkeypatch):
+    """This program has its rank in another session, as torchrun, and ends it when told to; or it does not listen."""
+    torchrun = tmp_path / "torchrun"
+    start = "setsid sleep 60 & rank=$!; echo $rank > rank; wait" if trap else "exec sleep 60"
+    torchrun.write_text(f"#!/bin/bash\ncd {tmp_path}\ntrap '{trap}' TERM\n{start}\n")
+    torchrun.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(torchrun))
+    monkeypatch.setattr(scaling, "TIMEOUT", 2)
+    monkeypatch.setattr(scaling, "GRACE", 20 if trap else 0.5)
+    before = time.monotonic()
+    assert scaling.measure(2, "x", 1, False)["failed"] == "no result within 2 seconds"
+    assert time.monotonic() - before < 20
+    if trap:
+        state = Path(f"/proc/{int((tmp_path / 'rank').read_text())}/stat")
+        while state.exists() and state.read_text().split()[2] != "Z":
+            assert time.monotonic() - before < 20
+
+
 def test_a_rank_that_fails_is_a_row():
     row = scaling.measure(1, "vit_tiny_patch16_224", -1, True)
     assert "negative dimension" in row["failed"]
@@ -225,8 +281,27 @@ def test_fp8():
         assert 0 < 3 * bf16 < reduced < 0.1
 
 
+def test_padding_is_no_target(monkeypatch):
+    """However long the row is into which the visible tokens are packed, the error is that of the tokens."""
+    vit, images = fp8.random_batch("vit_tiny_patch16_224", torch.device("cpu"), 2, img_size=32, depth=2)
+    packed, lengths = fa.UniformMasks.packed, []
+
+    def longer(masks, ids, grid, prefix):
+        lengths.append(len(packed(masks, ids, grid, prefix)[1].indices))
+        return packed(masks, ids, grid, prefix, length=20 * lengths[-1])
+
+    wanted = fp8.errors(vit, images, "drop")
+    monkeypatch.setattr(fa.UniformMasks, "packed", longer)
+    found = fp8.errors(vit, images, "drop")
+    assert lengths
+    for row, other in zip(wanted, found, strict=True):
+        assert other["relative_error"] == pytest.approx(row["relative_error"], rel=0.02)
+        assert other["error_over_variance"] == pytest.approx(row["error_over_variance"], rel=0.04)
+
+
 def test_export():
     rows = {row["target"]: row for row in export.main(["--tiny"])}
+    assert rows["hf-clip"]["plain"] > 0  # its final norm's epsilon is another than the student's
     assert set(rows) == {"timm", "hf-clip", "open-clip", "prismatic"}
     assert rows["open-clip"].pop("capped") is None
     assert all(max(row["plain"], row.get("capped", 0)) < 1e-5 for row in rows.values())

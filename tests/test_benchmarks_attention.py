@@ -40,7 +40,7 @@ def test_the_table_is_what_the_choice_reads(tmp_path, monkeypatch):
     ]
     choice._choose.cache_clear(), choice._table.cache_clear()
     try:
-        attention.write_table(rows)
+        attention.write_table(rows, {"architecture": "sm_90"})
         written = json.loads((tmp_path / "table.json").read_text())
         assert set(written) == {"sm_80", "sm_90"}
         assert [row["ms"] for row in written["sm_90"]["rows"]] == [
@@ -52,6 +52,50 @@ def test_the_table_is_what_the_choice_reads(tmp_path, monkeypatch):
         assert choose(call._replace(gradient=False)).backend == "triton"
     finally:
         choice._choose.cache_clear(), choice._table.cache_clear()
+
+
+def _row(length, ms):
+    facts = {"softcap": 30.0, "packed": False, "length": length, "width": 64}
+    return facts | {"implementation": "ours", "mode": "full", "ms": ms}
+
+
+def test_a_part_of_the_cases_leaves_the_others_in_the_table(tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+    monkeypatch.setattr(choice, "TABLE", path)
+    attention.write_table([_row(197, 1.0), _row(577, 2.0)], {"architecture": "sm_90"})
+    attention.write_table([_row(577, 3.0)], {"architecture": "sm_90", "date": "later"})
+    found = json.loads(path.read_text())["sm_90"]
+    assert [(row["length"], row["ms"]["triton"]) for row in found["rows"]] == [(197, 1.0), (577, 3.0)]
+    # Nothing new: what was measured with the table stays valid.
+    attention.write_table([_row(577, 3.0)], {"architecture": "sm_90", "date": "latest"})
+    assert json.loads(path.read_text())["sm_90"]["environment"]["date"] == "later"
+    # Ended while writing: the old table is still whole.
+    monkeypatch.setattr(type(path), "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        attention.write_table([_row(577, 4.0)], {"architecture": "sm_90"})
+    assert json.loads(path.read_text())["sm_90"] == found
+
+
+def test_the_table_can_be_had_again_without_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(choice, "TABLE", tmp_path / "table.json")
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    assert attention.main(["--table"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    monkeypatch.setattr(record, "environment", lambda: {"gpu": "G", "architecture": "sm_90"})
+    record.write("attention", [_row(197, 1.0)])
+    assert attention.main(["--table"]) == 0
+    found = json.loads((tmp_path / "table.json").read_text())["sm_90"]
+    assert [row["ms"] for row in found["rows"]] == [{"triton": 1.0}]
+
+
+def test_the_table_is_a_source_of_all_but_attention(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    assert choice.TABLE.match(record.TABLE)
+    before, own = record.identity(), record.identity(attention.SOURCES)
+    (tmp_path / record.TABLE).parent.mkdir(parents=True)
+    (tmp_path / record.TABLE).write_text("{}")
+    assert record.identity() != before
+    assert record.identity(attention.SOURCES) == own
 
 
 def test_the_grid_is_the_issue_of_vision_transformers():

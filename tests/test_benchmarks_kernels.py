@@ -196,6 +196,25 @@ def test_a_budget_ends_between_cases(on_a_gpu, tmp_path, monkeypatch, capsys):
     assert len(json.loads((tmp_path / "kernels.json").read_text())["rows"]) == len(on_a_gpu)
 
 
+@pytest.mark.parametrize(
+    ("failed", "again"),
+    [({"ours": "ValueError: x"}, True), ({"ours": measure.NO_ROOM}, False), ({"compile": "x"}, False)],
+)
+def test_what_ours_failed_at_is_measured_again_and_last(failed, again, on_a_gpu, monkeypatch):
+    monkeypatch.setattr(kernels, "targets", lambda rows: [])
+    case = TINY_CASES[0]
+    rows = [
+        {"op": case.name, "label": case.label, "implementation": name, "failed": why}
+        for name, why in failed.items()
+    ]
+    record.write("kernels", rows, {"identity": record.identity(kernels.SOURCES)})
+    kernels.main(["--resume"])
+    found = json.loads((record.RESULTS / "kernels.json").read_text())["rows"]
+    assert ("failed" in found[0]) is not again
+    assert len(found) == len(TINY_CASES)
+    assert ((found[-1]["op"], found[-1]["label"]) == (case.name, case.label)) is again
+
+
 def _row(op, mode, ms=1.0, faster=None, **extra):
     row = {"op": op, "label": "x", "implementation": "ours", "mode": mode, "ms": ms}
     return row | {"times_faster_than": faster or {}} | extra
