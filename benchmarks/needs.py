@@ -13,12 +13,13 @@ SETUPTOOLS = 77
 
 def missing() -> list[str]:
     """The packages that are not installed, or too old to build with."""
-    found = [name for name in NEEDS if _version(name) is None]
-    old = "setuptools" not in found and int(_version("setuptools").split(".")[0]) < SETUPTOOLS
+    found = [name for name in NEEDS if installed(name) is None]
+    old = "setuptools" not in found and int(installed("setuptools").split(".")[0]) < SETUPTOOLS
     return found + [f"setuptools>={SETUPTOOLS}"] * old
 
 
-def _version(name: str) -> str | None:
+def installed(name: str) -> str | None:
+    """The version of a package; None = it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

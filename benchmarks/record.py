@@ -7,11 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Hashable
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import timm
 import torch
+
+from benchmarks.needs import installed
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -36,7 +37,7 @@ def environment() -> dict:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": installed("triton"),
         "cuda": torch.version.cuda,
         "timm": timm.__version__,
         "commit": _said("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
@@ -50,13 +51,6 @@ def _said(*command: str) -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
     except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
         return None
 
 

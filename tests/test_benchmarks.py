@@ -168,7 +168,7 @@ def test_every_result_has_a_row_in_the_summary():
 def test_what_make_gpu_needs(monkeypatch, capsys):
     assert needs.main() == 0
     versions = {name: "1.0" for name in needs.NEEDS if name != "hypothesis"} | {"setuptools": "76.1"}
-    monkeypatch.setattr(needs, "_version", versions.get)
+    monkeypatch.setattr(needs, "installed", versions.get)
     assert needs.main() == 2
     assert capsys.readouterr().err.startswith("missing: hypothesis, setuptools>=77;")
 

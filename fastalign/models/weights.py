@@ -1,6 +1,7 @@
 """Weights into a backbone: other layouts, other sizes, with and without LayerScale."""
 
 import re
+from collections.abc import Container
 
 import torch
 from timm.models import beit, eva, vision_transformer
@@ -72,18 +73,29 @@ def load_weights(vit: ViT, source: nn.Module, checkpoint: Checkpoint, path: str)
         vit.softcap = checkpoint.softcap
 
 
-def _fit_layer_scale(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """x + gamma * (W h + b) = x + (gamma W) h + gamma b: fold what is not wanted, and 1 where none is given."""
-    state, scales = dict(state), [key for key in state if _LAYER_SCALE.fullmatch(key)]
-    for key in scales:
-        if key in wanted:
+def fold_layer_scale(state: dict[str, Tensor], wanted: Container[str]) -> dict[str, Tensor]:
+    """x + gamma * (W h + b) = x + (gamma W) h + gamma b: LayerScale that is not wanted goes into W and b.
+
+    Args:
+        state: weights with timm's keys; its tensors are not changed.
+        wanted: the keys of the model that they are for.
+    """
+    state = dict(state)
+    for key in [key for key in state if key not in wanted]:
+        if (found := _LAYER_SCALE.fullmatch(key)) is None:
             continue
-        found = _LAYER_SCALE.fullmatch(key)
         gamma = state.pop(key).double()
         layer = found[1] + ("attn.proj" if (found[2] or found[3]) == "1" else "mlp.fc2")
         for name, factor in ((f"{layer}.weight", gamma[:, None]), (f"{layer}.bias", gamma)):
             if name in state and len(state[name]) == len(gamma):
                 state[name] = (state[name].double() * factor).to(state[name].dtype)
-    if not scales:
-        state |= {key: torch.ones_like(value) for key, value in wanted.items() if _LAYER_SCALE.fullmatch(key)}
     return state
+
+
+def _fit_layer_scale(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Fold what is not wanted, and 1 where none is given."""
+    if any(_LAYER_SCALE.fullmatch(key) for key in state):
+        return fold_layer_scale(state, wanted)
+    return state | {
+        key: torch.ones_like(value) for key, value in wanted.items() if _LAYER_SCALE.fullmatch(key)
+    }

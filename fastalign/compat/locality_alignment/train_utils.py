@@ -17,6 +17,7 @@ from fastalign.compat.errors import NoCheckpointError, NumpyCheckpointError
 from fastalign.compat.locality_alignment.model_utils import MaskEmbedStudent, softcap_of
 from fastalign.errors import UserError
 from fastalign.models.checkpoint import read_file, trained_as
+from fastalign.models.weights import fold_layer_scale
 
 _logger = logging.getLogger(__name__)
 
@@ -160,13 +161,7 @@ def auto_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str,
     if isinstance(model, MaskEmbedStudent) or not parts <= {"encoder", "decoder"}:
         return state_dict
     state = {key.removeprefix("encoder."): v for key, v in state_dict.items() if key.startswith("encoder.")}
-    wanted = model.state_dict().keys()
-    for scale, layer in ((".ls1.gamma", ".attn.proj"), (".ls2.gamma", ".mlp.fc2")):
-        for key in [key for key in state if key.endswith(scale) and key not in wanted]:
-            factor, before = state.pop(key), key.removesuffix(scale) + layer
-            for name, shaped in ((f"{before}.weight", factor.unsqueeze(-1)), (f"{before}.bias", factor)):
-                if name in state:
-                    state[name] = state[name] * shaped
+    state = fold_layer_scale(state, model.state_dict().keys())
     for name in ("attn_pool", "global_pool"):
         if getattr(model, name, None) is not None:
             _logger.info("removing %s of the model: a student's tokens are not pooled", name)
