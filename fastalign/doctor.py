@@ -107,11 +107,11 @@ def attention() -> list[str]:
     for part, facts in PARTS.items():
         case = Case(device, dtype, length=577, width=64, biased=False, **facts)
         lines.append("{}: {} ({})".format(part, *choose(case)))
-        lines += [
-            f"  {found.times:.2f}x as fast: {found.backend}, which {found.refusal}"
-            + f"; {found.get}" * bool(found.get)
-            for found in choice.faster(case)
-        ]
+        for found in choice.faster(case):
+            how = f"; {found.get}" if found.get else ""
+            lines.append(f"  {found.times:.2f}x as fast: {found.backend}, which {found.refusal}{how}")
+    if device == "cpu":
+        lines.append("on a GPU: triton if capped or packed, else sdpa; what is measured there comes first")
     here = [name for name, backend in BACKENDS.items() if not backend.missing()]
     lines.append(f"installed: {', '.join(here)}")
     lines.append(f"not installed: {', '.join(name for name in BACKENDS if name not in here)}")
