@@ -2,10 +2,11 @@
 
 A picture is a Voronoi mosaic of one to four regions, each filled with a crop of another photograph, which is the
 class; the map of regions is kept as the segmentation label, so that a probe can ask what a patch contains.
-Training crops come from the left 70 % of every photograph, validation crops from the right 30 %. A picture is a
-pure function of (seed, split, index): any number of workers renders the same bytes.
+Training crops come from the left 60 % of every photograph, validation crops from the next 20 %, test crops from the
+right 20 %: whatever is chosen on one split has not seen the next. A picture is a pure function of (seed, split,
+index): any number of workers renders the same bytes.
 
-    python -m demo.mosaics [--out demo/data] [--train 12000] [--val 2000] [--seed 0] [--size 96]
+    python -m demo.mosaics [--out demo/data] [--train 12000] [--val 2000] [--test 2000] [--seed 0] [--size 96]
 """
 
 import argparse
@@ -42,13 +43,13 @@ PHOTOS = {
 """Class name -> (package, file in it). The class id is the position, 0 to 9."""
 
 CLASSES = tuple(PHOTOS)
-SPLITS = ("train", "val")
+SPLITS = ("train", "val", "test")
 DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
-RECIPE = 1
+RECIPE = 2
 """Counts up when the same settings come to mean other pictures, so that old data is rendered again."""
 
-_TRAIN_SHARE = 0.7
-_CROP_SHARE = {"train": (0.25, 0.6), "val": (0.6, 0.95)}
+_PARTS = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}
+_CROP_SHARE = {"train": (0.25, 0.6), "val": (0.6, 0.95), "test": (0.6, 0.95)}
 _PHOTO_SIDE = 512
 _MIN_CONTRAST = 12.0
 _TRIES = 4
@@ -62,6 +63,7 @@ class Settings:
 
     train: int = 12_000
     val: int = 2_000
+    test: int = 2_000
     seed: int = 0
     size: int = 96
 
@@ -71,8 +73,8 @@ class Settings:
         return {"recipe": RECIPE, **asdict(self)}
 
     def __post_init__(self):
-        if min(self.train, self.val) < 1 or self.size < 16 or self.seed < 0:
-            raise UserError("mosaics: --train and --val start at 1, --size at 16, --seed at 0")
+        if min(self.train, self.val, self.test) < 1 or self.size < 16 or self.seed < 0:
+            raise UserError("mosaics: --train, --val and --test start at 1, --size at 16, --seed at 0")
 
 
 def photo_path(name: str) -> Path:
@@ -106,8 +108,8 @@ def load_photos() -> tuple[Image.Image, ...]:
 
 def part_bounds(width: int, split: str) -> tuple[int, int]:
     """Columns [first, past-the-last) of a photograph that a split may show, in pixels."""
-    border = int(width * _TRAIN_SHARE)
-    return (0, border) if split == "train" else (border, width)
+    first, end = _PARTS[split]
+    return int(width * first), int(width * end)
 
 
 def crop_window(
@@ -115,14 +117,14 @@ def crop_window(
 ) -> tuple[float, float, float, float]:
     """A random square inside a split's part of a photograph.
 
-    The side is drawn from 0.25 to 0.6 (train) or 0.6 to 0.95 (val) of the short side of the part: the
-    validation part is narrow, and its crops must show things at a size that training shows them too.
+    The side is drawn from 0.25 to 0.6 (train) or 0.6 to 0.95 (val, test) of the short side of the part: the
+    held-out parts are narrow, and their crops must show things at a size that training shows them too.
 
     Args:
         rng: where the draws come from.
         width: of the photograph, pixels.
         height: of the photograph, pixels.
-        split: "train" or "val".
+        split: one of SPLITS.
 
     Returns:
         (left, top, right, bottom) in pixels, fractions allowed.
@@ -205,7 +207,7 @@ def _write_one(folder: str, settings: Settings, job: tuple[str, int]) -> int:
 
 
 def _write_all(folder: Path, settings: Settings, workers: int) -> None:
-    """Writes both splits and their labels.csv into an empty folder."""
+    """Writes the splits and their labels.csv into an empty folder."""
     for split in SPLITS:
         for kind in ("images", "labels"):
             (folder / split / kind).mkdir(parents=True)
@@ -284,13 +286,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     started = time.perf_counter()
     try:
-        settings = Settings(train=args.train, val=args.val, seed=args.seed, size=args.size)
+        settings = Settings(**{name: getattr(args, name) for name in asdict(Settings())})
         rendered = render(args.out, settings, args.workers)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     verdict = f"rendered in {time.perf_counter() - started:.0f} s" if rendered else "already there"
-    print(f"{args.out}: {settings.train} + {settings.val} mosaics {verdict}")
+    print(f"{args.out}: {settings.train} + {settings.val} + {settings.test} mosaics {verdict}")
     return 0
 
 

@@ -75,6 +75,24 @@ def _backbone(section: str, name: str, weights: str, kwargs: dict) -> ViT:
     return vit
 
 
+def open_backbone(name: str, *, weights: str = "pretrained", kwargs: dict | None = None) -> ViT:
+    """The backbone that a command names: a run's folder (or its backbone.json), or timm's name.
+
+    Args:
+        name: an existing path, or timm's name.
+        weights: of a timm name: pretrained, random, or a file.
+        kwargs: timm's arguments.
+
+    Raises:
+        UserError: neither a run nor a name, or weights that do not fit.
+    """
+    if Path(name).exists():
+        if weights != "pretrained":
+            raise UserError(f"--weights {weights}: {name} is a run, which has its own; leave it out")
+        return load_backbone(name, **(kwargs or {}))
+    return _backbone("backbone", name, weights, kwargs or {})
+
+
 def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, ViT]:
     """The objective, freshly initialised, and the backbone that its student started from."""
     # Weights that are not loaded are the same on every rank and after a resume; the decoder's, seeded apart, do not

@@ -76,13 +76,18 @@ def class_name(optimizer: torch.optim.Optimizer) -> str:
     return f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__name__}"
 
 
-def learning_rate(step: int, *, total: int, warmup: int, lr: float, min_lr: float) -> float:
-    """The rate of update `step` (from 0): linear from `min_lr` over `warmup` updates, then the cosine to `min_lr`.
+def learning_rate(
+    step: int, *, total: int, warmup: int, lr: float, min_lr: float, start: float | None = None
+) -> float:
+    """The rate of update `step` (from 0): linear from `start` over `warmup` updates, then the cosine to `min_lr`.
+
+    `start` is `min_lr` where it is not given.
 
     The cosine runs over all `total` updates and the warm-up covers its beginning, as timm's schedule does.
     """
     if step < warmup:
-        return min_lr + (lr - min_lr) * step / warmup
+        start = min_lr if start is None else start
+        return start + (lr - start) * step / warmup
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * min(step, total) / total))
 
 

@@ -3,6 +3,8 @@
 Shapes: B images, N patches, P prefix tokens (class, registers), T = P + N tokens, D width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -169,6 +171,19 @@ class ViT(nn.Module):
     def forward_features(self, images: Tensor) -> Tensor:
         """Normalised images [B, C, height, width] -> tokens [B, T, D]."""
         return self.encode(self.add_position(self.patch_embed(images)))
+
+    def forward_layers(self, images: Tensor, skip_blocks: Sequence[int]) -> list[Tensor]:
+        """Normalised images -> for each entry, the tokens [B, T, D] with that many last blocks left out, normed."""
+        wanted = [len(self.blocks) - skip for skip in skip_blocks]
+        if not wanted or min(wanted) < 0 or max(wanted) > len(self.blocks):
+            raise ValueError(f"skip_blocks must lie in 0..{len(self.blocks)}, got {list(skip_blocks)}")
+        tokens, found = self.add_position(self.patch_embed(images)), {}
+        for depth in range(max(wanted) + 1):
+            if depth:
+                tokens = self.blocks[depth - 1](tokens, self.position)
+            if depth in wanted:
+                found[depth] = self.norm(tokens)
+        return [found[depth] for depth in wanted]
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """[B, T, D] -> [B, D], pooled and normed; with pool "none" every token, [B, T, D]."""

@@ -1,0 +1,179 @@
+"""The command: ``python -m fastalign.probe --backbone NAME_OR_RUN --data DATASET``, alone or under torchrun."""
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console
+
+from fastalign import __version__
+from fastalign.build import WEIGHTS, build_backbones, open_backbone
+from fastalign.config import load_config
+from fastalign.engine import distributed
+from fastalign.engine.memory import keep_freed_memory
+from fastalign.errors import UserError
+from fastalign.probe.datasets import open_labelled
+from fastalign.probe.features import Probed, probed_backbone
+from fastalign.probe.fit import Recipe
+from fastalign.probe.heads import HEADS, LABELS
+from fastalign.probe.results import summarise, table_of, write_results
+from fastalign.probe.run import Plan, probe
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    recipe, plan = Recipe(), Plan()
+    parser = argparse.ArgumentParser(
+        prog="python -m fastalign.probe",
+        description="What a small head reads off a frozen backbone's tokens.",
+    )
+    add = parser.add_argument
+    add("--backbone", required=True, metavar="NAME_OR_RUN", help="timm's name, or the folder of a run")
+    add(
+        "--data",
+        required=True,
+        help="coco:ROOT, coco-things:ROOT, coco-panoptic:ROOT, ade20k:ROOT, or a folder",
+    )
+    add("--before", action="store_true", help="also probe the backbone that the run started from")
+    add("--weights", default="pretrained", help="of a timm name: pretrained, random, or a file")
+    add("--kwargs", default="{}", help="timm's arguments, as YAML: {img_size: 336}")
+    add("--heads", nargs="+", choices=HEADS, default=list(plan.heads))
+    add("--labels", nargs="+", choices=LABELS, default=list(plan.labels))
+    add(
+        "--skip-blocks",
+        nargs="+",
+        type=int,
+        default=[0],
+        help="last blocks left out; several are read at once",
+    )
+    add("--seeds", nargs="+", type=int, default=list(plan.seeds))
+    add("--epochs", type=int, default=recipe.epochs)
+    add("--batch-size", type=int, default=recipe.batch_size)
+    add("--lr", type=float, default=recipe.lr)
+    add("--min-lr", type=float, default=recipe.min_lr)
+    add("--warmup-steps", type=int, default=recipe.warmup_steps, help="at most a tenth of all steps")
+    add("--weight-decay", type=float, default=recipe.weight_decay)
+    add("--hidden", type=int, default=plan.hidden, help="width of the mlp head")
+    add("--layers", type=int, default=plan.layers, help="blocks of the transformer heads")
+    add("--forward-batch", type=int, default=64, help="images a forward pass of the backbone")
+    add("--threads", type=int, default=4, help="reading and decoding threads a rank")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU")
+    add("--cache", type=Path, help="folder for the features; default OUTPUT's folder/features")
+    add("--keep-features", action="store_true", help="for a later probe of the same backbone")
+    add("--output", type=Path, help="default RUN/probe.json, or runs/probe-NAME.json")
+    return parser.parse_args(arguments)
+
+
+def _models(options: argparse.Namespace, device: torch.device) -> dict[str, Probed]:
+    try:
+        kwargs = yaml.safe_load(options.kwargs)
+    except yaml.YAMLError:
+        kwargs = None
+    if not isinstance(kwargs, dict):
+        raise UserError(f"--kwargs {options.kwargs!r}: write a mapping, such as '{{img_size: 336}}'")
+    run = Path(options.backbone)
+    vit = open_backbone(options.backbone, weights=options.weights, kwargs=kwargs)
+    models = {"aligned" if run.exists() else options.backbone: vit}
+    if options.before:
+        recipe = run / "config.yaml"
+        if not recipe.is_file():
+            raise UserError(f"--before: {recipe} is missing; it goes with the folder of a run")
+        models = {"before": build_backbones(load_config(recipe))[0], **models}
+    return {name: probed_backbone(vit.to(device), options.skip_blocks) for name, vit in models.items()}
+
+
+def _output(options: argparse.Namespace) -> Path:
+    if options.output:
+        return options.output
+    run = Path(options.backbone)
+    if run.is_dir():
+        return run / "probe.json"
+    return (
+        Path("runs")
+        / f"probe-{(run.stem if run.suffix in WEIGHTS else options.backbone).replace('/', '-')}.json"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns the exit code: 0, or 2 for bad input."""
+    options = parse(arguments)
+    try:
+        run(options, distributed.start(), sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"fastalign: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        print(f"fastalign: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.stop()
+    return 0
+
+
+def run(options: argparse.Namespace, world: distributed.World, arguments: list[str]) -> None:
+    """Probe as the options say; rank 0 writes the results and shows them."""
+    recipe = Recipe(
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        min_lr=options.min_lr,
+        warmup_steps=options.warmup_steps,
+        weight_decay=options.weight_decay,
+    )
+    plan = Plan(
+        heads=tuple(options.heads),
+        labels=tuple(options.labels),
+        seeds=tuple(options.seeds),
+        recipe=recipe,
+        hidden=options.hidden,
+        layers=options.layers,
+    )
+    reduced = options.precision == "bf16" or (options.precision == "auto" and world.device.type == "cuda")
+    splits = {name: open_labelled(options.data, name) for name in ("train", "val", "test")}
+    models, output = _models(options, world.device), _output(options)
+    for model in models.values():
+        if not plan.tasks(model):
+            raise UserError(
+                f"--heads {' '.join(plan.heads)}: none goes with --labels {' '.join(plan.labels)}"
+            )
+    cache = options.cache or output.parent / "features"
+    rows = probe(
+        models,
+        splits,
+        plan,
+        world,
+        cache=cache,
+        batch_size=options.forward_batch,
+        threads=options.threads,
+        dtype=torch.bfloat16 if reduced else torch.float32,
+        say=lambda text: print(text, flush=True),
+    )
+    if not world.main:
+        return
+    classes = splits["train"].classes
+    facts = {
+        "command": shlex.join(["python", "-m", "fastalign.probe", *arguments]),
+        "data": {
+            "path": options.data,
+            "classes": list(classes),
+            "images": {name: len(data.source) for name, data in splits.items()},
+            "fingerprints": {name: f"{data.fingerprint():08x}" for name, data in splits.items()},
+        },
+        "versions": {"fastalign": __version__, "torch": torch.__version__},
+        "results": rows,
+        "summary": summarise(rows),
+    }
+    write_results(output, facts)
+    Console().print(table_of(facts["summary"], f"test split of {options.data}, percent"))
+    print(f"results: {output}")
+
+
+if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""Tokens of a frozen backbone and the labels of their patches, read once.
+
+They are kept as bf16 in memory, or in memory-mapped files that later probes of the same backbone find again.
+"""
+
+import hashlib
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastalign.data.loader import Loader
+from fastalign.data.transforms import Transform
+from fastalign.engine.checkpoint import write_atomically
+from fastalign.engine.distributed import World
+from fastalign.errors import UserError
+from fastalign.models.vit import ViT
+from fastalign.probe.datasets import LabelledImages
+from fastalign.probe.heads import TokenShape
+from fastalign.probe.labels import patch_labels
+
+_DONE = "complete.json"
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What is probed: a function from images to tokens, and what one must know of it."""
+
+    encode: Callable[[Tensor], Sequence[Tensor]]
+    """normalised images [B, 3, h, w] -> one or more sets of tokens [B, T, D]"""
+    sets: tuple[int, ...]
+    """for each set of tokens, how many of the last blocks were left out"""
+    shape: TokenShape
+    size: tuple[int, int]
+    patch: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    identity: str
+    """two of the same identity give the same tokens"""
+
+
+def probed_backbone(vit: ViT, skip_blocks: Sequence[int] = (0,)) -> Probed:
+    """A backbone, read with so many of its last blocks left out.
+
+    Raises:
+        UserError: `skip_blocks` that the backbone has not got.
+    """
+    if not skip_blocks or min(skip_blocks) < 0 or max(skip_blocks) > len(vit.blocks):
+        raise UserError(f"--skip-blocks {list(skip_blocks)}: the backbone has {len(vit.blocks)} blocks")
+    vit = vit.eval().requires_grad_(False)
+    spec = vit.spec
+    code = 0
+    for value in vit.state_dict().values():
+        code = zlib.crc32(value.detach().cpu().contiguous().view(torch.uint8).numpy(), code)
+    return Probed(
+        encode=lambda images: vit.forward_layers(images, skip_blocks),
+        sets=tuple(skip_blocks),
+        shape=TokenShape(spec.patches, spec.prefix, spec.block.width, spec.block.heads),
+        size=spec.image_size,
+        patch=spec.patch_size,
+        mean=tuple(vit.data["mean"]),
+        std=tuple(vit.data["std"]),
+        identity=f"{spec} {vit.softcap} {getattr(vit.norm, 'eps', None)} {code:08x}",
+    )
+
+
+@dataclass(frozen=True)
+class Features:
+    """A split, read. Rows are images in the source's order; arrays may be memory-mapped."""
+
+    tokens: dict[int, Tensor]
+    """[n, T, D] bf16 by blocks left out"""
+    union: np.ndarray
+    """[n, N, ceil(C / 8)] uint8, packed bits"""
+    majority: np.ndarray
+    """[n, N] int16"""
+    whole: np.ndarray
+    """[n, C] bool"""
+    classes: int
+
+    def __len__(self) -> int:
+        return len(self.majority)
+
+    def labels(self, rows: np.ndarray, kind: str) -> Tensor:
+        """The labels of some images: bool [b, N, C], for `majority` int64 [b, N]; for `global-union` [b, 1, C]."""
+        if kind == "majority":
+            return torch.from_numpy(self.majority[rows].astype(np.int64))
+        if kind == "union":
+            bits = np.unpackbits(self.union[rows], axis=-1, count=self.classes)
+            return torch.from_numpy(bits.astype(bool))
+        whole = torch.from_numpy(self.whole[rows]).unsqueeze(1)
+        return whole.expand(-1, self.majority.shape[1], -1) if kind == "global-in-patch" else whole
+
+
+def _arrays(probed: Probed, count: int, classes: int) -> dict[str, tuple[tuple[int, ...], type]]:
+    shape = probed.shape
+    tokens = (count, shape.prefix + shape.patches, shape.width)
+    arrays = {f"tokens-{name}": (tokens, np.uint16) for name in probed.sets}
+    return arrays | {
+        "union": ((count, shape.patches, -(-classes // 8)), np.uint8),
+        "majority": ((count, shape.patches), np.int16),
+        "whole": ((count, classes), np.bool_),
+    }
+
+
+def read_features(
+    probed: Probed,
+    data: LabelledImages,
+    world: World,
+    *,
+    folder: Path | None = None,
+    batch_size: int = 64,
+    threads: int = 4,
+    dtype: torch.dtype = torch.float32,
+) -> Features:
+    """Reads a split through the backbone, each rank its share, or finds it read already.
+
+    Images are cut to their largest centre square and resized (bilinear, antialiased), label maps likewise by
+    nearest neighbour; nothing is augmented.
+
+    Args:
+        probed: what is probed; on the world's device.
+        data: the split.
+        world: the ranks; they share `folder`.
+        folder: where memory-mapped files are kept; None = in memory, which one rank alone can do.
+        batch_size: images a forward pass of a rank.
+        threads: reading and decoding threads, and as many for label maps.
+        dtype: bf16 computes under autocast, fp32 without; tokens are kept as bf16.
+
+    Raises:
+        UserError: bad images or label maps, or too little room for the files.
+    """
+    wanted = _arrays(probed, len(data.source), len(data.classes))
+    if folder is None:
+        arrays = {name: np.zeros(shape, kind) for name, (shape, kind) in wanted.items()}
+        _read_into(arrays, probed, data, world, batch_size, threads, dtype)
+        return _features(arrays, probed, len(data.classes))
+    key = f"{probed.identity} {probed.size} {probed.mean} {probed.std} {dtype} {data.fingerprint():08x}"
+    place = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+    complete = world.agree(int(_is_complete(place, wanted))) and _is_complete(place, wanted)
+    if not complete:
+        if world.main:
+            _make_room(place, wanted)
+        world.barrier()
+        arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r+") for name in wanted}
+        _read_into(arrays, probed, data, world, batch_size, threads, dtype)
+        for array in arrays.values():
+            array.flush()
+        world.barrier()
+        if world.main:
+            text = json.dumps({"backbone": probed.identity, "images": len(data.source), "sets": probed.sets})
+            write_atomically(place / _DONE, lambda file: file.write(text.encode()))
+        world.barrier()
+    # Copy on write, since torch wants memory that may be written; nobody writes.
+    arrays = {name: np.load(place / f"{name}.npy", mmap_mode="c") for name in wanted}
+    return _features(arrays, probed, len(data.classes))
+
+
+def _features(arrays: dict[str, np.ndarray], probed: Probed, classes: int) -> Features:
+    tokens = {name: torch.from_numpy(arrays[f"tokens-{name}"]).view(torch.bfloat16) for name in probed.sets}
+    return Features(tokens, arrays["union"], arrays["majority"], arrays["whole"], classes)
+
+
+def _is_complete(place: Path, wanted: dict) -> bool:
+    return (place / _DONE).is_file() and all((place / f"{name}.npy").is_file() for name in wanted)
+
+
+def _make_room(place: Path, wanted: dict) -> None:
+    """Makes the files, empty, with their full length."""
+    place.mkdir(parents=True, exist_ok=True)
+    (place / _DONE).unlink(missing_ok=True)
+    need = sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in wanted.values())
+    free = shutil.disk_usage(place).free
+    if need > free:
+        raise UserError(
+            f"--cache {place.parent}: features take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; name a folder "
+            "with room"
+        )
+    for name, (shape, kind) in wanted.items():
+        np.lib.format.open_memmap(place / f"{name}.npy", mode="w+", dtype=kind, shape=shape).flush()
+
+
+@torch.no_grad()
+def _read_into(
+    arrays: dict[str, np.ndarray],
+    probed: Probed,
+    data: LabelledImages,
+    world: World,
+    batch_size: int,
+    threads: int,
+    dtype: torch.dtype,
+) -> None:
+    transform = Transform(
+        size=probed.size, mean=probed.mean, std=probed.std, interpolation="bilinear", crop_pct=1.0
+    )
+    loader = Loader(
+        data.source,
+        transform,
+        train=False,
+        batch_size=batch_size,
+        device=world.device,
+        dtype=dtype,
+        rank=world.rank,
+        world_size=world.size,
+        threads=threads,
+    )
+    classes = len(data.classes)
+
+    def labels_of(index: int) -> None:
+        found = patch_labels(
+            data.label_map(index),
+            size=probed.size,
+            patch=probed.patch,
+            classes=classes,
+            unlabeled=data.unlabeled,
+        )
+        arrays["union"][index] = np.packbits(found.union, axis=-1)
+        arrays["majority"][index], arrays["whole"][index] = found.majority, found.whole
+
+    reduced = dtype == torch.bfloat16
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for batch in loader.batches():
+                labels = [pool.submit(labels_of, int(index)) for index in batch.ids_host]
+                with torch.autocast(world.device.type, dtype) if reduced else nullcontext():
+                    sets = probed.encode(batch.images)
+                for name, tokens in zip(probed.sets, sets, strict=True):
+                    kept = tokens.to(torch.bfloat16).cpu().view(torch.uint16).numpy()
+                    arrays[f"tokens-{name}"][batch.ids_host] = kept
+                for label in labels:
+                    label.result()
+    finally:
+        loader.close()

@@ -1,0 +1,167 @@
+"""Training a head on frozen tokens, and judging it."""
+
+import copy
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastalign.engine.optim import adamw, learning_rate
+from fastalign.errors import UserError
+from fastalign.probe.features import Features
+from fastalign.probe.metrics import MultiClassCounts, MultiLabelCounts
+
+METRICS = ("macro_recall", "macro_precision", "macro_f1", "macro_accuracy", "accuracy", "map", "loss")
+_EVALUATION_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a head is trained; the defaults are the paper's."""
+
+    epochs: int = 5
+    batch_size: int = 32
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    warmup_steps: int = 500
+    """at most a tenth of all steps"""
+    weight_decay: float = 0.01
+
+    def __post_init__(self):
+        checks = {
+            "epochs": self.epochs >= 1,
+            "batch_size": self.batch_size >= 1,
+            "lr": self.lr > 0,
+            "min_lr": 0 <= self.min_lr <= self.lr,
+            "warmup_steps": self.warmup_steps >= 0,
+            "weight_decay": self.weight_decay >= 0,
+        }
+        for name, right in checks.items():
+            if not right:
+                option = name.replace("_", "-")
+                raise UserError(
+                    f"--{option} {getattr(self, name)}: out of range (--min-lr must not exceed --lr)"
+                )
+
+
+@dataclass(frozen=True)
+class Task:
+    """One head on one set of tokens."""
+
+    head: str
+    labels: str
+    skip_blocks: int
+    """which set of tokens: how many of the last blocks are left out"""
+    seed: int
+
+
+def head_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy for `majority` targets [b, N] int64 (-1 = void), else binary cross-entropy, both means, fp32."""
+    if targets.dtype == torch.int64:
+        return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+    return functional.binary_cross_entropy_with_logits(logits.float(), targets.float())
+
+
+def fit(
+    head: nn.Module,
+    task: Task,
+    train: Features,
+    select: Features,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[nn.Module, int, dict]:
+    """Trains a head and keeps the epoch with the highest macro recall on `select`.
+
+    Args:
+        head: fresh, tokens [b, T, D] -> logits; it is moved to the device.
+        task: names the labels and tokens; the seed decides the order of the images.
+        train: what it learns from; what does not fill a batch is left out, other images each epoch.
+        select: what the epoch is chosen on.
+        recipe: how.
+        device: where.
+        dtype: bf16 for autocast, or fp32.
+
+    Returns:
+        The head, the epoch (from 1), and the metrics on `select`.
+
+    Raises:
+        UserError: fewer images than a batch.
+    """
+    if len(train) < recipe.batch_size:
+        raise UserError(
+            f"--batch-size {recipe.batch_size}: the training split has {len(train)} images; lower it"
+        )
+    head = head.to(device)
+    optimizer = adamw(head.parameters(), lr=recipe.lr, betas=(0.9, 0.999), weight_decay=recipe.weight_decay)
+    steps = len(train) // recipe.batch_size
+    total, step, best = steps * recipe.epochs, 0, None
+    warmup = min(recipe.warmup_steps, total // 10)
+    for epoch in range(1, recipe.epochs + 1):
+        head.train()
+        order = np.random.default_rng([task.seed, epoch]).permutation(len(train))
+        for first in range(0, steps * recipe.batch_size, recipe.batch_size):
+            rate = learning_rate(
+                step, total=total, warmup=warmup, lr=recipe.lr, min_lr=recipe.min_lr, start=0.0
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            rows = np.sort(order[first : first + recipe.batch_size])
+            loss = head_loss(*_answers(head, task, train, rows, device, dtype))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+        found = evaluate(head, task, select, device=device, dtype=dtype, by_size=False)
+        score = -math.inf if math.isnan(found["macro_recall"]) else found["macro_recall"]
+        if best is None or score > best[0]:
+            best = score, epoch, copy.deepcopy(head.state_dict()), found
+    _, epoch, state, found = best
+    head.load_state_dict(state)
+    return head, epoch, found
+
+
+@torch.no_grad()
+def evaluate(
+    head: nn.Module,
+    task: Task,
+    features: Features,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    by_size: bool = True,
+) -> dict:
+    """The metrics of a head on a split (see `fastalign.probe.metrics`), and its `loss`, the mean over images."""
+    head.eval()
+    if task.labels == "majority":
+        counts = MultiClassCounts(features.classes, device)
+    else:
+        counts = MultiLabelCounts(features.classes, device, by_size=by_size and task.labels == "union")
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for first in range(0, len(features), _EVALUATION_BATCH):
+        rows = np.arange(first, min(first + _EVALUATION_BATCH, len(features)))
+        logits, targets = _answers(head, task, features, rows, device, dtype)
+        total += head_loss(logits, targets).double() * len(rows)
+        counts.add(logits, targets)
+    return {"loss": (total / len(features)).item()} | counts.results()
+
+
+def _answers(
+    head: nn.Module,
+    task: Task,
+    features: Features,
+    rows: np.ndarray,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    tokens = features.tokens[task.skip_blocks][torch.from_numpy(rows)].to(
+        device, torch.float32, non_blocking=True
+    )
+    targets = features.labels(rows, task.labels).to(device, non_blocking=True)
+    with torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext():
+        return head(tokens), targets
