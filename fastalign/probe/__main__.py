@@ -4,6 +4,7 @@ import argparse
 import os
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from fastalign.engine.memory import keep_freed_memory
 from fastalign.errors import UserError
 from fastalign.probe.datasets import open_labelled
 from fastalign.probe.features import Probed, probed_backbone
-from fastalign.probe.fit import Recipe
+from fastalign.probe.fit import METRICS, Recipe
 from fastalign.probe.heads import HEADS, LABELS
 from fastalign.probe.results import summarise, table_of, write_results
 from fastalign.probe.run import Plan, probe
@@ -57,6 +58,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--min-lr", type=float, default=recipe.min_lr)
     add("--warmup-steps", type=int, default=recipe.warmup_steps, help="at most a tenth of all steps")
     add("--weight-decay", type=float, default=recipe.weight_decay)
+    add("--select", choices=METRICS, default=recipe.select, help="what chooses the epoch, on the val split")
     add("--hidden", type=int, default=plan.hidden, help="width of the mlp head")
     add("--layers", type=int, default=plan.layers, help="blocks of the transformer heads")
     add("--forward-batch", type=int, default=64, help="images a forward pass of the backbone")
@@ -117,14 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, world: distributed.World, arguments: list[str]) -> None:
     """Probe as the options say; rank 0 writes the results and shows them."""
-    recipe = Recipe(
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        lr=options.lr,
-        min_lr=options.min_lr,
-        warmup_steps=options.warmup_steps,
-        weight_decay=options.weight_decay,
-    )
+    recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
     plan = Plan(
         heads=tuple(options.heads),
         labels=tuple(options.labels),

@@ -30,6 +30,8 @@ class Recipe:
     warmup_steps: int = 500
     """at most a tenth of all steps"""
     weight_decay: float = 0.01
+    select: str = "macro_recall"
+    """the metric on the validation split that chooses the epoch"""
 
     def __post_init__(self):
         checks = {
@@ -39,6 +41,7 @@ class Recipe:
             "min_lr": 0 <= self.min_lr <= self.lr,
             "warmup_steps": self.warmup_steps >= 0,
             "weight_decay": self.weight_decay >= 0,
+            "select": self.select in METRICS,
         }
         for name, right in checks.items():
             if not right:
@@ -76,7 +79,7 @@ def fit(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[nn.Module, int, dict]:
-    """Trains a head and keeps the epoch with the highest macro recall on `select`.
+    """Trains a head and keeps the epoch that is best on `select` by `recipe.select`.
 
     Args:
         head: fresh, tokens [b, T, D] -> logits; it is moved to the device.
@@ -118,7 +121,8 @@ def fit(
             optimizer.step()
             step += 1
         found = evaluate(head, task, select, device=device, dtype=dtype, by_size=False)
-        score = -math.inf if math.isnan(found["macro_recall"]) else found["macro_recall"]
+        score = found.get(recipe.select, found["macro_recall"])
+        score = -math.inf if math.isnan(score) else -score if recipe.select == "loss" else score
         if best is None or score > best[0]:
             best = score, epoch, copy.deepcopy(head.state_dict()), found
     _, epoch, state, found = best
