@@ -153,7 +153,8 @@ def read_panoptic(path: Path) -> Panoptic:
         UserError: the file is missing, no JSON, or not of the panoptic form.
     """
     try:
-        return _parse_panoptic(str(path), path.stat().st_mtime_ns)
+        status = path.stat()
+        return _parse_panoptic(str(path), (status.st_mtime_ns, status.st_size, status.st_ino))
     except FileNotFoundError:
         raise UserError(
             f"no such file: {path}; `python -m fastalign.probe.download coco --panoptic --to ROOT` fetches it"
@@ -163,7 +164,7 @@ def read_panoptic(path: Path) -> Panoptic:
 
 
 @lru_cache(maxsize=2)  # train and val are parts of one file, which takes seconds
-def _parse_panoptic(path: str, _mtime: int) -> Panoptic:
+def _parse_panoptic(path: str, _version: tuple[int, ...]) -> Panoptic:
     try:
         with Path(path).open(encoding="utf-8") as file:
             content = json.load(file)
