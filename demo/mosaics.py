@@ -267,6 +267,7 @@ def render(out: Path, settings: Settings, workers: int = 2) -> bool:
         temporary.mkdir(parents=True)
         _write_all(temporary, settings, workers)
         (temporary / "mosaics.json").write_text(_manifest(settings))
+        (temporary / "classes.txt").write_text("\n".join(CLASSES) + "\n")
         if out.exists():
             out.rename(old)
         temporary.rename(out)

@@ -44,6 +44,12 @@ def test_labels_csv_names_the_largest_region_of_each_picture(rendered, split, co
         assert areas[int(label)] == max(areas.values())
 
 
+def test_classes_txt_names_the_ids_of_the_label_maps(rendered):
+    names = (rendered / "classes.txt").read_text().splitlines()
+    assert names == json.loads((rendered / "mosaics.json").read_text())["classes"]
+    assert len(names) == 10
+
+
 def test_pictures_are_jpegs_and_label_maps_bytes_of_the_same_size(rendered):
     for path in rendered.glob("*/images/*.jpg"):
         with Image.open(path) as picture:

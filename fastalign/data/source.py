@@ -47,10 +47,11 @@ class Source:
         Where the data set lies does not count, so that nodes may have copies at different paths.
         """
         total = len(self)
-        names = [self._portable_name(index) for index in (0, total // 2, total - 1)]
+        names = [self.portable_name(index) for index in (0, total // 2, total - 1)]
         return zlib.crc32("\0".join([str(total), *names]).encode("utf-8", "surrogateescape"))
 
-    def _portable_name(self, index: int) -> str:
+    def portable_name(self, index: int) -> str:
+        """The sample's name without the place where the data set lies."""
         return self.name(index)
 
     def close(self) -> None:
@@ -96,3 +97,34 @@ class SyntheticSource(Source):
         draws = random_uniform(ids, 3 * (height + width), seed=seed, stream=Stream.SYNTHETIC).float()
         waves = ((2 * draws - 1) * 3**0.5).view(len(ids), 3, height + width)
         return (waves[..., :height, None] * waves[..., None, height:]).to(dtype)
+
+
+class Subset(Source):
+    """Some samples of another source, in an order of their own; it reads what the other reads.
+
+    Args:
+        whole: the other source.
+        indices: [n] integers, samples of `whole`; n >= 1.
+    """
+
+    def __init__(self, whole: Source, indices: np.ndarray):
+        self.whole, self.indices = whole, np.asarray(indices, dtype=np.int64)
+        self.kind, self.root = whole.kind, whole.root
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.whole.name(int(self.indices[index]))
+
+    def read(self, index: int) -> np.ndarray:
+        return self.whole.read(int(self.indices[index]))
+
+    def label(self, index: int) -> int | None:
+        return self.whole.label(int(self.indices[index]))
+
+    def portable_name(self, index: int) -> str:
+        return self.whole.portable_name(int(self.indices[index]))
+
+    def close(self) -> None:
+        self.whole.close()

@@ -109,6 +109,7 @@ class TarSource(Source):
 
     Args:
         spec: one .tar, a folder of .tar files, or a pattern (`shards/{000..009}.tar`, `shards/*.tar`).
+        shards: paths of the .tar files where they are known already; `spec` then only names them in messages.
 
     Raises:
         UserError: no such shard, a broken one, or no image in any.
@@ -116,8 +117,8 @@ class TarSource(Source):
 
     kind = "tar"
 
-    def __init__(self, spec: str):
-        self.shards = _expand_shards(spec)
+    def __init__(self, spec: str, shards: list[str] | None = None):
+        self.shards = _expand_shards(spec) if shards is None else shards
         # The key goes into the cache file's header, which a list of thousands of paths would make too long.
         key = hashlib.sha256(os.fsencode("\n".join(self.shards))).hexdigest()
         arrays = index_tars(key, self.shards)
@@ -135,7 +136,7 @@ class TarSource(Source):
     def name(self, index: int) -> str:
         return f"{self.shards[self._shard[index]]}:{self._names[index]}"
 
-    def _portable_name(self, index: int) -> str:
+    def portable_name(self, index: int) -> str:
         return f"{Path(self.shards[self._shard[index]]).name}:{self._names[index]}"
 
     def read(self, index: int) -> np.ndarray:
