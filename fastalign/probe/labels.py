@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-VOID = -1
+from fastalign.probe.maps import VOID
 
 
 class PatchLabels(NamedTuple):
