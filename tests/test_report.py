@@ -419,8 +419,8 @@ def test_an_unfinished_run_has_curves_only(run, capsys):
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
     page = render(run)
-    assert "saved no backbone yet" in page.text
-    assert "saved no backbone yet" in capsys.readouterr().out
+    assert "saved no backbone (it is unfinished)" in page.text
+    assert "saved no backbone (it is unfinished)" in capsys.readouterr().out
     assert page.all("polyline")
     assert not page.all("img")
 
@@ -474,6 +474,22 @@ def test_a_remainder_of_the_image_is_not_shown(tmp_path):
     assert pictures.inputs.shape == (1, 3, 38, 38)
     assert pictures.shown[0].size == (32 * 7, 32 * 7)
     assert pictures.shown[0].getpixel((0, 0)) == (9, 99, 199)
+
+
+def test_a_run_that_trains_the_decoder_only_says_so(run):
+    (run / "backbone.json").unlink()
+    edit_config(run, "student", freeze=True)
+    assert "saved no backbone (it trains the decoder only)" in render(run).text
+
+
+def test_of_a_step_that_occurs_twice_the_later_line_counts(run):
+    """An interrupted run may have written steps that it makes again."""
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 2, "epoch": 0, "loss": 0.5}) + "\n")
+    render(run, "--images", "0")
+    points = curve((run / "report.html").read_text().split("<figure")[1], "training")
+    np.testing.assert_allclose([x for x, _ in points], [1, 2, 3, 4], atol=0.01)
+    assert points[1][1] == pytest.approx(0.5, abs=0.01)
 
 
 def test_pngs(run, tmp_path):
@@ -540,6 +556,14 @@ def test_a_probe_that_is_not_there_or_not_json(run, capsys):
     assert "no such file" in refused(capsys, run, "--probe", run / "gone.json")
     (run / "probe.json").write_text("{")
     assert "probe.json: Invalid JSON" in refused(capsys, run)
+
+
+def test_a_probe_of_scores_alone_is_shown(run, tmp_path):
+    facts = probe_facts() | {"results": []}
+    (run / "probe.json").write_text(json.dumps(facts))
+    page = render(run, "--images", "0", "--pngs", str(tmp_path / "pngs"))
+    assert "55.0 ± 10.0" in page.text
+    assert not page.all("rect")
 
 
 def test_a_probe_with_less_than_usual_is_read(run):

@@ -1,6 +1,7 @@
 """The command: ``python -m fastalign.report RUN``."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def look(run: Run, wanted: int | list[str]) -> tuple[Pictures, Maps] | None:
 
 def wanted_images(given: list[str]) -> int | list[str]:
     """--images: a number, or files."""
-    if len(given) > 1 or not given[0].lstrip("+-").isdecimal():
+    if len(given) > 1 or not re.fullmatch(r"[+-]?\d+", given[0]):
         return given
     if int(given[0]) < 0:
         raise UserError(f"--images {given[0]}: give how many pictures (0 = none), or image files")

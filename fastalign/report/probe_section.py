@@ -61,18 +61,20 @@ def _scores(probe: Probe) -> str:
         cells += tuple(score_text(row.test.get(metric)) for metric in METRICS)
         body = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         rows.append(f'<tr><th scope="row">{escape(row.model)}</th>{body}</tr>')
-    return _table(titles, rows, "scroll scores")
+    return _table("Scores", titles, rows, "scroll scores")
 
 
-def _table(titles: str, rows: list[str], kind: str) -> str:
+def _table(label: str, titles: str, rows: list[str], kind: str) -> str:
     return (
-        f'<div class="{kind}" tabindex="0"><table><thead><tr>{titles}</tr></thead><tbody>{"".join(rows)}</tbody>'
-        "</table></div>"
+        f'<div class="{kind}" tabindex="0" role="region" aria-label="{label}">'
+        f"<table><thead><tr>{titles}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
 def _bars(probe: Probe, setting: Setting) -> str:
     models = probe.models(setting)
+    if not models:
+        return ""
     recall = {model: probe.per_class(model, setting, "recall") for model in models}
     sizes = {model: probe.by_size(model, setting) for model in models}
     parts = []
@@ -121,7 +123,7 @@ def _classes(classes: list[str], recall: dict, precision: dict, positives: list)
         )
     return (
         f'<h3>Recall by class <span class="legend">{keys}</span></h3><p class="quiet">In percent, of patches that '
-        "hold the class; the largest gain first.</p>" + _table(head, rows, "scroll tall")
+        "hold the class; the largest gain first.</p>" + _table("Recall by class", head, rows, "scroll tall")
     )
 
 

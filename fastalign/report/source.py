@@ -66,9 +66,9 @@ def read_run(folder: Path, probe: Path | None = None) -> Run:
     if backbone.is_file():
         run.facts = _facts(backbone)
     else:
-        run.notes.append(
-            "This run is unfinished: it has saved no backbone yet, so the page shows its curves only."
-        )
+        frozen = run.config is not None and run.config.student.freeze
+        reason = "it trains the decoder only" if frozen else "it is unfinished"
+        run.notes.append(f"This run has saved no backbone ({reason}): there are no patch features.")
     if probe is not None or (folder / "probe.json").is_file():
         run.probe = read_probe(probe or folder / "probe.json")
     return run
