@@ -188,6 +188,39 @@ class Terminal:
             self._bar.stop()
 
 
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics file; a last line that was cut short by a killed run is left out.
+
+    Raises:
+        UserError: no such file, or a damaged line before the last one.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; name the folder of a run that has started")
+    lines, found = path.read_bytes().splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            if type(entry["step"]) is not int:
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                break
+            raise UserError(
+                f"{path}, line {number} is no JSON object with a step; remove that line"
+            ) from None
+        found.append(entry)
+    return found
+
+
+def series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
+    """Steps, ascending, and values of a key, over the lines that have a number there.
+
+    After a resume a step may occur twice; the later line counts.
+    """
+    kept = {line["step"]: line[key] for line in lines if type(line.get(key)) in (int, float)}
+    return sorted(kept), [kept[step] for step in sorted(kept)]
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: the GPU memory taken at most, or the resident memory of the process."""
     if device.type == "cuda":
