@@ -7,7 +7,7 @@ import torch
 
 from fastalign.attention.choice import check as check_attention
 from fastalign.attention.choice import choose
-from fastalign.config import Config
+from fastalign.config import Config, Teacher
 from fastalign.data.loader import Loader
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
@@ -73,6 +73,17 @@ def _backbone(section: str, name: str, weights: str, kwargs: dict) -> ViT:
         if key not in made or made[key] != value:
             raise UserError(f"the run at {weights} was made with {made}: kwargs.{key}={value} does not fit")
     return vit
+
+
+def starting_backbone(config: Config) -> ViT:
+    """The backbone that a run's student starts from, without the run's soft-cap; the teacher is not built.
+
+    Raises:
+        UserError: its weights cannot be had.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)  # random weights are drawn as training draws them
+        return build_backbones(config.model_copy(update={"teacher": Teacher()}))[0]
 
 
 def open_backbone(name: str, *, weights: str = "pretrained", kwargs: dict | None = None) -> ViT:

@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from fastalign import __version__
-from fastalign.build import WEIGHTS, build_backbones, open_backbone
+from fastalign.build import WEIGHTS, open_backbone, starting_backbone
 from fastalign.config import load_config
 from fastalign.engine import distributed
 from fastalign.engine.memory import keep_freed_memory
@@ -84,7 +84,7 @@ def _models(options: argparse.Namespace, device: torch.device) -> dict[str, Prob
         recipe = run / "config.yaml"
         if not recipe.is_file():
             raise UserError(f"--before: {recipe} is missing; it goes with the folder of a run")
-        models = {"before": build_backbones(load_config(recipe))[0], **models}
+        models = {"before": starting_backbone(load_config(recipe)), **models}
     return {name: probed_backbone(vit.to(device), options.skip_blocks) for name, vit in models.items()}
 
 

@@ -5,10 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastalign.build import build_backbones
-from fastalign.config import Config, Teacher, load_config
+from fastalign.build import starting_backbone
+from fastalign.config import Config, load_config
 from fastalign.engine.metrics import read_metrics
 from fastalign.errors import UserError
 from fastalign.models.vit import ViT
@@ -91,11 +89,7 @@ def backbones(run: Run) -> dict[str, ViT]:
     found = {}
     if run.config is not None:
         try:
-            with torch.random.fork_rng():
-                torch.manual_seed(run.config.seed)
-                # With no teacher of its own the run builds one backbone only.
-                student, _ = build_backbones(run.config.model_copy(update={"teacher": Teacher()}))
-            found[BEFORE] = student.eval()
+            found[BEFORE] = starting_backbone(run.config).eval()
         except UserError as error:
             run.notes.append(f"Features before are not shown, their weights could not be had: {error}")
     found[ALIGNED] = load_backbone(run.folder).eval()
