@@ -140,7 +140,7 @@ def run(options: argparse.Namespace, world: distributed.World, arguments: list[s
     rows = probe(
         models,
         splits,
-        plan,
+        [plan],
         world,
         cache=cache,
         batch_size=options.forward_batch,

@@ -4,7 +4,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -32,6 +32,10 @@ class LabelledImages:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def subset(self, indices: np.ndarray) -> "LabelledImages":
+        """Some of the images, in this order: [n] int64."""
+        return replace(self, source=Subset(self.source, indices), maps=Subset(self.maps, indices))
 
     def label_map(self, index: int) -> np.ndarray:
         """The class of every pixel of an image.

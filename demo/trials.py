@@ -1,0 +1,205 @@
+"""Trials: trainings that differ in a few keys of one recipe, and probes of what came out, a folder each.
+
+A trial that is finished is found again, one that was interrupted goes on. Several run at once, a process and a thread
+each, which on a CPU is faster than one after another on all cores.
+
+    python -m demo.trials SPEC.json       (what `run_trials` starts for each trial)
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastalign import build
+from fastalign.config import load_config
+from fastalign.engine.checkpoint import write_atomically
+from fastalign.engine.distributed import World
+from fastalign.errors import UserError
+from fastalign.models.zoo import load_backbone
+from fastalign.probe.datasets import open_labelled
+from fastalign.probe.features import Probed, probed_backbone
+from fastalign.probe.fit import Recipe
+from fastalign.probe.run import Plan, probe
+from fastalign.train import train
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training and its probes."""
+
+    name: str
+    seed: int
+    recipe: str = "configs/demo.yaml"
+    overrides: tuple[str, ...] = ()
+    """keys that differ from the recipe's"""
+    read: str = "student"
+    """student: the backbone after training; teacher: before; decoder: the teacher behind an untrained decoder"""
+    folder: str = ""
+    """a run that is there already; empty = one of its own"""
+    splits: tuple[str, ...] = ("val",)
+    """what the heads are judged on; the epoch is always chosen on val"""
+    heads: tuple[str, ...] = ("linear", "mlp", "transformer")
+    images: int = 6000
+    """training images of the heads, at most"""
+    epochs: int = 3
+    """of the heads"""
+
+    def place(self, root: Path) -> Path:
+        """The trial's folder: of the same name only where the same is trained."""
+        if self.folder:
+            return Path(self.folder)
+        settings = load_config(self.recipe, [*self.overrides, f"seed={self.seed}", "output=x"])
+        code = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]
+        return root / f"{self.name}-s{self.seed}-{code}"
+
+    def results(self, root: Path) -> Path:
+        """The file with the trial's probes."""
+        asked = {
+            key: value for key, value in asdict(self).items() if key not in ("name", "overrides", "folder")
+        }
+        code = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+        return self.place(root) / f"probes-{self.read}-{self.seed}-{code}.json"
+
+
+def run_trials(
+    trials: Sequence[Trial], root: Path, say: Callable[[str], None] = print, workers: int = CORES
+) -> list[list[dict]]:
+    """Runs the trials that are not finished yet.
+
+    Args:
+        trials: what to run.
+        root: the folder of all.
+        say: gets a line when a trial is done.
+        workers: how many at once.
+
+    Returns:
+        For each trial its rows, as `probe.json` has them.
+
+    Raises:
+        UserError: a trial failed; its log is named.
+    """
+    workers = max(1, min(workers, len(trials)))
+    done = 0
+
+    def run(trial: Trial) -> list[dict]:
+        nonlocal done
+        file = trial.results(root)
+        if not file.is_file():
+            _start(trial, root)
+        done += 1
+        rows = json.loads(file.read_text())["rows"]
+        best = rows[-1][trial.splits[-1]]
+        say(f"[{done}/{len(trials)}] {trial.name}, seed {trial.seed}: {_headline(rows[-1], best)}")
+        return rows
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(run, trial) for trial in trials]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _headline(row: dict, found: dict) -> str:
+    score = found.get("map", found["macro_recall"])
+    return f"{row['labels']} {row['head']} {100 * score:.1f}"
+
+
+def _start(trial: Trial, root: Path) -> None:
+    """Runs a trial in a process of its own, so that trials share neither threads nor random numbers."""
+    folder = trial.place(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = trial.results(root).with_suffix(".spec")
+    spec.write_text(json.dumps({"trial": asdict(trial), "root": str(root)}))
+    log = folder / "log.txt"
+    with log.open("a") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"} if not torch.cuda.is_available() else None
+        command = [sys.executable, "-m", "demo.trials", str(spec)]
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+    if code:
+        last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
+        raise UserError(f"trial {trial.name}, seed {trial.seed}, failed ({' '.join(last)}): see {log}")
+    spec.unlink()
+
+
+def _probed(trial: Trial, folder: Path, device: torch.device) -> Probed:
+    """What the trial's heads read."""
+    if trial.read == "student":
+        return probed_backbone(load_backbone(folder).to(device))
+    config = load_config(trial.recipe, [*trial.overrides, f"seed={trial.seed}"])
+    if trial.read == "teacher":
+        return probed_backbone(build.starting_backbone(config).to(device))
+    objective, backbone = build.build_objective(config)
+    probed, decoder = probed_backbone(backbone.to(device)), objective.student.decoder.to(device).eval()
+    # Blocks as they are drawn, but in earnest: LayerScale 1 where training begins with 1e-6; the norm behind them,
+    # not the layer that maps to the teacher's width.
+    for block in decoder.blocks:
+        for scale in block.layer_scales() or ():
+            torch.nn.init.ones_(scale)
+    decoder.head = torch.nn.Identity()
+    shape = probed.shape
+
+    def encode(images: torch.Tensor) -> list[torch.Tensor]:
+        tokens = probed.encode(images)[0]
+        visible = tokens.new_ones(len(tokens), 1, shape.patches, dtype=torch.bool)
+        return [decoder(tokens, visible)[:, 0]]
+
+    return Probed(**{**vars(probed), "encode": encode, "identity": f"{probed.identity} decoder {trial.seed}"})
+
+
+def run_trial(trial: Trial, root: Path) -> None:
+    """Trains, unless the folder is finished, probes, and writes the rows."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    world, folder = World(0, 1, device), trial.place(root)
+    if trial.read == "student" and not trial.folder:
+        train(load_config(trial.recipe, [*trial.overrides, f"seed={trial.seed}", f"output={folder}"]), world)
+    data = str(Path(load_config(trial.recipe).data.train).parent.parent)
+    splits = {name: open_labelled(data, name) for name in dict.fromkeys(("train", "val", *trial.splits))}
+    count = len(splits["train"])
+    splits["train"] = splits["train"].subset(np.arange(min(trial.images, count)))
+    recipe = Recipe(epochs=trial.epochs, select="map")
+    plans = (
+        Plan(
+            heads=("linear",), labels=("global-union", "global-in-patch"), seeds=(trial.seed,), recipe=recipe
+        ),
+        Plan(heads=trial.heads, labels=("union",), seeds=(trial.seed,), recipe=recipe, hidden=256),
+    )
+    rows = probe(
+        {trial.name: _probed(trial, folder, device)},
+        splits,
+        plans,
+        world,
+        judge=trial.splits,
+        threads=1,
+        say=lambda text: print(text, flush=True),
+    )
+    text = json.dumps({"trial": asdict(trial), "rows": rows}) + "\n"
+    write_atomically(trial.results(root), lambda file: file.write(text.encode()))
+
+
+def main() -> int:
+    """The process of one trial; returns its exit status."""
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in spec["trial"].items()}
+    try:
+        run_trial(Trial(**fields), Path(spec["root"]))
+    except UserError as error:
+        print(f"fastalign: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
