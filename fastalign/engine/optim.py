@@ -86,6 +86,11 @@ def learning_rate(step: int, *, total: int, warmup: int, lr: float, min_lr: floa
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * min(step, total) / total))
 
 
+def seed_update(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generator for an update: stochastic depth draws from it, and a resumed run draws the same."""
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_536 + rank) % 2**63)
+
+
 class MovingAverage:
     """An exponential moving average of a module's parameters and buffers, fp32.
 
