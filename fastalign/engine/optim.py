@@ -88,7 +88,11 @@ def learning_rate(step: int, *, total: int, warmup: int, lr: float, min_lr: floa
 
 def seed_update(seed: int, step: int, rank: int) -> None:
     """Seed torch's generator for an update: stochastic depth draws from it, and a resumed run draws the same."""
-    torch.manual_seed(((seed * 1_000_003 + step) * 65_536 + rank) % 2**63)
+    number = ((seed * 1_000_003 + step) * 65_536 + rank) % 2**63
+    # torch.manual_seed, but for GPUs that are not in use: it formats a stack trace for each kind, milliseconds.
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
 
 
 class MovingAverage:
