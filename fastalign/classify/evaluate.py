@@ -67,31 +67,12 @@ def classify(
         for split in splits.values():
             stack.callback(split.source.close)
         check_batch(chosen, len(splits["train"].source), world)
-        report = {
-            "command": command,
-            "settings": chosen.settings(),
-            "backbone": _describe(backbone, chosen.head),
-            "data": {"root": str(data), "splits": describe(splits), "classes": classes},
-            **_selection(splits),
-        }
+        report = _begin(backbone, data, splits, classes, chosen, command)
         folder = Path(output or world.gather(stack.enter_context(tempfile.TemporaryDirectory()))[0])
         _same_settings(folder / REPORT, report)
         folder.mkdir(parents=True, exist_ok=True)
-        identity = {
-            "settings": report["settings"],
-            "backbone": report["backbone"],
-            "data": report["data"]["splits"],
-        }
-        job = Job(
-            backbone,
-            splits,
-            len(classes),
-            chosen,
-            world,
-            say,
-            folder,
-            {**identity, "ranks": world.size} if output else None,
-        )
+        identity = _identity(report) | {"ranks": world.size} if output else None
+        job = Job(backbone, splits, len(classes), chosen, world, say, folder, identity)
         with telling(world.rank):
             results = (train_on_images if chosen.live else train_on_features)(job)
     mean, std = summarise(results, report["reported"])
@@ -114,36 +95,52 @@ def alone() -> World:
     )
 
 
-def _selection(splits: dict[str, Split]) -> dict[str, str]:
+def _begin(
+    vit: ViT,
+    data: str | Path,
+    splits: dict[str, Split],
+    classes: list[str],
+    options: Options,
+    command: str | None,
+) -> dict:
+    """What of the report is known before any training."""
+    checksum = 0
+    for _, value in sorted(vit.state_dict().items()):
+        numbers = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        checksum = zlib.crc32(numbers, checksum)
+    recipe = getattr(vit, "recipe", {"name": None, "kwargs": {}})
+    facts = {"softcap": vit.softcap, "weights": f"{checksum:08x}", "reads": reads(vit, options.head)}
+    reported, selection = "val", "none, the last epoch: there is no test split to report a chosen one on"
     if "test" in splits:
-        return {
-            "reported": "test",
-            "selection": "the epoch with the best validation top-1, the first of equals",
-        }
+        reported, selection = "test", "the epoch with the best validation top-1, the first of equals"
     return {
-        "reported": "val",
-        "selection": "none, the last epoch: there is no test split to report a chosen one on",
+        "command": command,
+        "settings": options.settings(),
+        "backbone": {**recipe, **facts},
+        "data": {"root": str(data), "splits": describe(splits), "classes": classes},
+        "reported": reported,
+        "selection": selection,
     }
 
 
-def _describe(vit: ViT, head: str) -> dict:
-    """What tells one backbone from another, and what the head reads of it."""
-    checksum = 0
-    for _, value in sorted(vit.state_dict().items()):
-        checksum = zlib.crc32(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), checksum)
-    recipe = getattr(vit, "recipe", {"name": None, "kwargs": {}})
-    return {**recipe, "softcap": vit.softcap, "weights": f"{checksum:08x}", "reads": reads(vit, head)}
+def _identity(report: dict) -> dict:
+    """What a checkpoint must share."""
+    return {
+        "settings": report["settings"],
+        "backbone": report["backbone"],
+        "data": report["data"]["splits"],
+    }
 
 
 def _same_settings(path: Path, report: dict) -> None:
-    """Refuse to replace the figures of other settings or data."""
+    """Refuse to replace the figures of other settings or data; those of older weights are out of date."""
     try:
-        before = json.loads(path.read_text())
-        old = {"settings": before["settings"], "data": before["data"]["splits"]}
+        old = _identity(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError):
         return  # none, or none that anybody could read
-    new = {"settings": report["settings"], "data": report["data"]["splits"]}
-    if old != json.loads(json.dumps(new)):
+    new = _identity(json.loads(json.dumps(report)))
+    old["backbone"] = new["backbone"]
+    if old != new:
         raise UserError(
             f"{path} has the figures of {difference(old, new)}: remove it, or choose another --output"
         )
