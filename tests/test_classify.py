@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,6 +41,12 @@ NAME = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 FIGURES = ("top1", "top5", "mean_per_class", "loss")
 QUICK = {"batch_size": 12, "threads": 1}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors this small are slower on two."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -350,6 +358,42 @@ def test_a_frozen_backbone_stays_as_it_is_and_an_unfrozen_one_moves(images, vit)
         assert {"head.linear.weight", "head.linear.bias"} <= trained
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_base_patch16_siglip_224",
+        "beit_base_patch16_224",
+        "eva02_base_patch14_224",
+        "vit_small_patch14_reg4_dinov2",
+    ],
+)
+def test_every_weight_that_is_trained_has_a_gradient(name):
+    """Under torchrun the gradients of all are waited for: pooling that no head reads must not be among them."""
+    size = {"img_size": 28 if "patch14" in name else 32, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    vit = fa.create_backbone(name, **size)
+    for head in ("linear", "attention"):
+        model = Classifier(vit, head, 6, unfreeze=True)
+        nn.init.normal_(model.head.linear.weight)
+        model(torch.randn(2, 3, *vit.spec.image_size)).square().sum().backward()
+        assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize(
+    "flags", [{"head": "attention"}, {"unfreeze": True}, {"head": "transformer", "augment": True}]
+)
+def test_bf16_is_near_fp32(images, vit, flags):
+    options = {"epochs": 2, "seeds": (0, 1), **flags, **QUICK}
+    losses = [classify(vit, images, precision=p, **options)["mean"]["loss"] for p in ("bf16", "fp32")]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_features_that_no_disk_can_hold(images, tmp_path, vit, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(fa.UserError, match=r"of 36 images take 0.0 GB, more than .* choose a larger disk"):
+        classify(vit, images, output=tmp_path, memory_share=0.0, **QUICK)
+
+
 def test_features_in_a_file_are_those_in_memory(images, tmp_path, vit):
     options = {"head": "attention", "epochs": 2, **QUICK}
     memory = classify(vit, images, **options)
@@ -420,7 +464,6 @@ def test_two_ranks_have_the_figures_of_one(images, tmp_path, flags):
     ]
     command += ["--batch-size", "12", "--epochs", "2", "--threads", "1", "--head", "attention", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    torch.set_num_threads(1)
     assert main([*command, "--output", str(tmp_path / "1")]) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     launch += ["-m", "fastalign.classify", *command, "--output", str(tmp_path / "2")]
