@@ -32,6 +32,7 @@ from fastalign.classify.model import Classifier, learning_rate_factor, parameter
 from fastalign.classify.options import Options
 from fastalign.classify.scores import Tally, select, summarise
 from fastalign.data.loader import Loader
+from fastalign.data.prefetch import Batch
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
 from tests.data_helpers import encode, write_tar
@@ -306,6 +307,74 @@ def test_batches_know_how_much_of_an_image_is_left(kind):
     assert mixed.weight == pytest.approx(float(left), abs=1e-4)
 
 
+def test_an_update_has_the_loss_of_its_mixed_labels():
+    """Two parts, mixed by different weights, with smoothed labels, in the middle of the cosine."""
+    torch.manual_seed(0)
+    head, labels = nn.Linear(5, 4), torch.tensor([3, 1, 0, 2])
+    parts = [torch.randn(2, 5), torch.randn(2, 5)]
+    expected = 0.0
+    for features, own, weight in ((parts[0], labels[[2, 0]], 0.3), (parts[1], labels[[1, 3]], 0.8)):
+        target = timm.data.mixup.mixup_target(own, 4, lam=weight, smoothing=0.1)
+        expected += SoftTargetCrossEntropy()(head(features), target).item() / 2
+    batches = iter(
+        Batch(features, ids, ids.numpy(), 0.5, weight)
+        for features, ids, weight in (
+            (parts[0], torch.tensor([2, 0]), 0.3),
+            (parts[1], torch.tensor([1, 3]), 0.8),
+        )
+    )
+    options = Options(
+        augment=True,
+        epochs=2,
+        batch_size=4,
+        accumulate=2,
+        label_smoothing=0.1,
+        lr=0.1,
+        min_lr=0.0,
+        warmup_epochs=0,
+    )
+    loaders = {"train": [None, None]}
+    task = Task(loaders, {"train": labels}, 4, torch.float32, 2)
+    trained = Fit(head, task, options.resolved(), seed=0, world=alone())
+    trained.step = 1
+    measured = trained.update(batches)
+    assert measured["loss"].item() == pytest.approx(expected, rel=1e-6)
+    assert measured["lr"] == pytest.approx(0.05)
+    assert measured["waited"] == 1.0
+
+
+def test_evaluation_drops_no_path():
+    vit = fa.create_backbone(NAME, **KWARGS, drop_path_rate=0.9)
+    model = Classifier(vit, "attention", 6, unfreeze=True)
+    nn.init.normal_(model.head.linear.weight)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 6
+    loaders = {
+        name: FeatureLoader(images, batch_size=3, device=torch.device("cpu"), seed=0, train=name == "train")
+        for name in ("train", "val")
+    }
+    task = Task(loaders, {"train": labels, "val": labels}, 6, torch.float32, 2)
+    trained = Fit(model, task, Options(unfreeze=True, batch_size=3).resolved(), seed=0, world=alone())
+    model.train()
+    found = trained.evaluate("val")["loss"]
+    with torch.no_grad():
+        expected = metrics.log_loss(labels, model.eval()(images).double().softmax(1), labels=range(6))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_features_come_in_the_order_of_images():
+    transform = Transform((8, 8), (0.5,) * 3, (0.5,) * 3)
+    for train, epoch, start in ((True, 3, 1), (True, 0, 0), (False, 0, 1)):
+        common = {"batch_size": 3, "device": torch.device("cpu"), "seed": 5, "train": train}
+        images = Loader(open_source("synthetic:10"), transform, threads=1, **common)
+        features = FeatureLoader(torch.arange(10.0), **common)
+        expected = [batch.ids.tolist() for batch in images.batches(epoch, start)]
+        found = list(features.batches(epoch, start))
+        assert [batch.ids.tolist() for batch in found] == expected
+        assert [batch.images.tolist() for batch in found] == expected
+        assert len(features) == len(images)
+        images.close()
+
+
 def test_layer_wise_learning_rates(vit):
     """By hand, two blocks and a decay of a half; then how far one step of Adam, which moves by the rate, gets."""
     expected = {
@@ -480,6 +549,7 @@ def test_two_ranks_have_the_figures_of_one(images, tmp_path, flags):
     else:
         assert same_figures(two, one)
         assert [seed["seed"] for seed in two["seeds"]] == [0, 1, 2]
+        assert re.findall(r"seed (\d): val", run.stdout) == ["0", "2"], "seed 1 is the other rank's"
 
 
 # Data

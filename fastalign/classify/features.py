@@ -75,8 +75,9 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype, needed: int,
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise UserError(
-            f"the features of {shape[0]} images take {needed / 1e9:.1f} GB, more than the free memory that --memory-share "
-            f"allows and than {path.parent} has ({free / 1e9:.1f} GB): choose a larger disk's --output, or --augment"
+            f"the features of {shape[0]} images take {needed / 1e9:.1f} GB, more than the free memory that "
+            f"--memory-share allows and than {path.parent} has ({free / 1e9:.1f} GB): "
+            "choose a larger disk's --output, or --augment"
         )
     if world.main:
         with path.open("wb") as file:
