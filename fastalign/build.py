@@ -14,7 +14,7 @@ from fastalign.data.transforms import Transform
 from fastalign.engine.distributed import World
 from fastalign.errors import UserError
 from fastalign.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
-from fastalign.models.precision import FP8_CAPABILITY
+from fastalign.models.precision import FP8_CAPABILITY, compute_dtype
 from fastalign.models.student import MaskEmbedStudent, MIMStudent
 from fastalign.models.svit import uncapped
 from fastalign.models.teacher import MaskedTeacher
@@ -49,16 +49,27 @@ def build_backbones(config: Config) -> tuple[ViT, ViT]:
         second = (student.name, teacher.weights or student.weights, kwargs)
     else:
         second = (teacher.name, teacher.weights or "pretrained", teacher.kwargs)
-    backbone = _backbone("student", *first)
-    return backbone, backbone if second == first else _backbone("teacher", *second)
+    backbone = make_backbone("student.weights", *first)
+    return backbone, backbone if second == first else make_backbone("teacher.weights", *second)
 
 
-def _backbone(section: str, name: str, weights: str, kwargs: dict) -> ViT:
+def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
+    """A backbone by name, with the weights that were asked for.
+
+    Args:
+        key: what the user calls `weights`, for messages.
+        name: timm's name.
+        weights: "pretrained", "random", a weights file, or the folder of a run that aligned this backbone.
+        kwargs: timm's arguments.
+
+    Raises:
+        UserError: no such weights, or another backbone's.
+    """
     if weights in ("pretrained", "random"):
         return create_backbone(name, pretrained=weights == "pretrained", **kwargs)
     if not Path(weights).exists():
         raise UserError(
-            f"{section}.weights={weights}: there is no such file or folder; give a weights file, a run folder, "
+            f"{key}={weights}: there is no such file or folder; give a weights file, a run folder, "
             "pretrained or random"
         )
     if Path(weights).suffix in WEIGHTS:
@@ -161,9 +172,7 @@ def choose_attention(config: Config, objective, device: torch.device) -> str:
 
 def precision(config: Config, device: torch.device) -> torch.dtype:
     """The dtype of autocast and of the images."""
-    if config.efficiency.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.float32 if config.efficiency.precision == "fp32" else torch.bfloat16
+    return compute_dtype(config.efficiency.precision, device)
 
 
 def teacher_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -194,7 +203,7 @@ def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, 
             hflip=data.hflip,
             color_jitter=data.color_jitter,
             randaugment=data.randaugment,
-            **_constants(backbone),
+            **image_constants(backbone),
         ),
         accumulate=optim.accumulate,
         mixup=data.mixup,
@@ -210,11 +219,12 @@ def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, 
 
 def evaluation_loader(config: Config, world: World, backbone: ViT, path: str) -> Loader:
     """Every image once, in order, without augmentation."""
-    transform = Transform(crop="eval", **_constants(backbone))
+    transform = Transform(crop="eval", **image_constants(backbone))
     return Loader(open_source(path), transform, train=False, **_common(config, world))
 
 
-def _constants(backbone: ViT) -> dict:
+def image_constants(backbone: ViT) -> dict:
+    """Size, mean, std, interpolation and crop_pct of a backbone's input: arguments of `Transform`."""
     return {"size": backbone.spec.image_size, **backbone.data}
 
 

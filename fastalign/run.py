@@ -15,6 +15,7 @@ from fastalign.engine.checkpoint import Checkpoints, write_atomically
 from fastalign.engine.distributed import World
 from fastalign.engine.optim import MovingAverage, class_name, make_optimizer
 from fastalign.errors import UserError
+from fastalign.models.precision import autocast
 
 DECISIVE = ("objective", "seed", "student", "teacher", "decoder", "masks", "loss.name", "data.train")
 DECISIVE += ("optim.name", "optim.batch_size", "optim.epochs")
@@ -58,8 +59,7 @@ class Run:
 
     def autocast(self):
         """bf16 autocast, or nothing in fp32."""
-        reduced = self.dtype == torch.bfloat16
-        return torch.autocast(self.world.device.type, self.dtype) if reduced else nullcontext()
+        return autocast(self.world.device, self.dtype)
 
     def fixed_weights(self):
         """Around passes between which no weight changes: autocast casts each weight once, not once a pass.

@@ -7,7 +7,6 @@ import argparse
 import math
 import os
 import sys
-import time
 from contextlib import nullcontext
 
 import torch
@@ -17,9 +16,10 @@ from fastalign import build
 from fastalign.compat.reference_config import read_reference
 from fastalign.config import Config, load_config, to_yaml
 from fastalign.engine import distributed
+from fastalign.engine.command import guarded, telling
 from fastalign.engine.memory import keep_freed_memory
 from fastalign.engine.metrics import MetricLog, Speed, Terminal
-from fastalign.engine.optim import learning_rate
+from fastalign.engine.optim import learning_rate, seed_update
 from fastalign.errors import UserError
 from fastalign.flops import flops_per_image
 from fastalign.random import EVAL_EPOCH
@@ -34,8 +34,7 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
     lr = learning_rate(run.step, total=run.total_steps, warmup=warmup, lr=optim.lr, min_lr=min_lr)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    # Stochastic depth draws from torch's generator: seeded by the step, a resumed run draws the same.
-    torch.manual_seed(((run.config.seed * 1_000_003 + run.step) * 65_536 + run.world.rank) % 2**63)
+    seed_update(run.config.seed, run.step, run.world.rank)
     total, waited = torch.zeros((), device=run.world.device), 0.0
     with run.fixed_weights():
         for part in range(optim.accumulate):
@@ -100,19 +99,16 @@ def train(config: Config, world: distributed.World) -> None:
     log = MetricLog(run.folder, step=run.step or -1, main=world.main, sinks=config.log.to)
     terminal = Terminal(total=run.last_step, step=run.step, main=world.main)
     try:
-        for note in run.notes:
-            terminal.say(note)
-        if run.step == 0:
-            begin(run, log, terminal)
-        else:
-            terminal.say(f"resuming {run.folder} at step {run.step} of {run.last_step}")
-        loop(run, log, terminal)
-        if (run.folder / "backbone.json").exists():
-            terminal.say(f"aligned backbone: {run.folder / 'backbone.safetensors'}")
-    except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)):  # from here on it may go wrong on one rank only
-            print(f"fastalign: rank {world.rank}: {error}", file=sys.stderr)
-        raise
+        with telling(world.rank):
+            for note in run.notes:
+                terminal.say(note)
+            if run.step == 0:
+                begin(run, log, terminal)
+            else:
+                terminal.say(f"resuming {run.folder} at step {run.step} of {run.last_step}")
+            loop(run, log, terminal)
+            if (run.folder / "backbone.json").exists():
+                terminal.say(f"aligned backbone: {run.folder / 'backbone.safetensors'}")
     finally:
         terminal.close()
         log.close()
@@ -182,15 +178,6 @@ def report(lines: list[dict], terminal: Terminal) -> None:
         terminal.show(lines[-1])
 
 
-def _refuse(message: str) -> int:
-    """One line for the user; of several ranks, each machine's first says it. Returns the exit code."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"fastalign: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(3)  # torchrun ends every rank when the first one ends: let the line be printed
-    return 2
-
-
 def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
     """The configuration that the command asks for, and what one should know about it."""
     if options.reference_config is None:
@@ -224,21 +211,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     if not options.config and not options.reference_config:
         parser.error("give a recipe, or --reference-config FILE")
-    try:
-        config, notes = _configuration(options)
-        if options.print_config:
-            print("".join(f"# {note}\n" for note in notes) + to_yaml(config, comments=True), end="")
-            return 0
-        if int(os.environ.get("RANK", 0)) == 0:
-            print("".join(f"{note}\n" for note in notes), end="", flush=True)
-        train(config, distributed.start())
-    except UserError as error:
-        return _refuse(str(error))
-    except OSError as error:
-        return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    finally:
-        distributed.stop()
-    return 0
+    return guarded(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    config, notes = _configuration(options)
+    if options.print_config:
+        print("".join(f"# {note}\n" for note in notes) + to_yaml(config, comments=True), end="")
+        return
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("".join(f"{note}\n" for note in notes), end="", flush=True)
+    train(config, distributed.start())
 
 
 if __name__ == "__main__":

@@ -280,9 +280,10 @@ class Loader:
         return self._mixed(normalize(pixels, self.transform, self.dtype), work.ids, epoch)
 
     def _mixed(self, images: Tensor, ids: np.ndarray, epoch: int) -> Batch:
-        images, _ = mix(images, ids, mixup=self._mixup, cutmix=self._cutmix, seed=self.seed, epoch=epoch)
+        mixed = {"mixup": self._mixup, "cutmix": self._cutmix, "seed": self.seed, "epoch": epoch}
+        images, weight = mix(images, ids, **mixed)
         place = torch.from_numpy(ids).to(self.device)
         if self.device.type == "cuda":
             # Waiting here, off the training thread, is what makes DALI's buffers safe to reuse.
             torch.cuda.current_stream(self.device).synchronize()
-        return Batch(images, place, ids, 0.0)
+        return Batch(images, place, ids, 0.0, weight)

@@ -5,7 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ class Batch:
     "[b] int64, the same on the host."
     wait: float
     "Seconds that the consumer waited for it."
+    weight: float = 1.0
+    "What the batch's own images kept in mixup or cutmix; the rest is the batch reversed."
 
 
 def _produce(
@@ -84,7 +86,7 @@ class Prefetcher:
             # The allocator must not hand this memory to the side stream before the consumer's work on it is done.
             for tensor in (item.images, item.ids):
                 tensor.record_stream(torch.cuda.current_stream(self._device))
-        return Batch(item.images, item.ids, item.ids_host, time.perf_counter() - begin)
+        return replace(item, wait=time.perf_counter() - begin)
 
     def _take(self):
         while True:

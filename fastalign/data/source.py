@@ -41,6 +41,14 @@ class Source:
         """The class of a sample, None where the source has no labels."""
         return None
 
+    def class_names(self) -> list[str | None]:
+        """The class of each sample, as the data set writes it; None for a sample without one.
+
+        Raises:
+            UserError: the file that holds the labels cannot be read.
+        """
+        return [None] * len(self)
+
     def fingerprint(self) -> int:
         """A CRC-32 over the length and the first, middle and last names: ranks that see the same data agree on it.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fastalign.data.index import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Names, index_folder, index_tars, is_image
+from fastalign.data.shard_labels import read_classes, sample_key
 from fastalign.data.source import SYNTHETIC_LENGTH, Source, SyntheticSource
 from fastalign.errors import UserError
 
@@ -103,9 +104,18 @@ class FolderSource(Source):
             raise UserError(f"{self.root}/labels.csv has no line for {name}; add it or remove the image")
         return self._labels[name]
 
+    def class_names(self) -> list[str | None]:
+        names = (self._names[index] for index in range(len(self)))
+        if self._labels is None:
+            return [name.split("/", 1)[0] if "/" in name else None for name in names]
+        found = (self._labels.get(name) for name in names)
+        return [None if label is None else str(label) for label in found]
+
 
 class TarSource(Source):
     """The image members of plain tar files (WebDataset layout), read in place and never extracted.
+
+    Labels: the member of the image's name with `.cls` for all that follows its first dot, in the same shard.
 
     Args:
         spec: one .tar, a folder of .tar files, or a pattern (`shards/{000..009}.tar`, `shards/*.tar`).
@@ -138,6 +148,11 @@ class TarSource(Source):
 
     def portable_name(self, index: int) -> str:
         return f"{Path(self.shards[self._shard[index]]).name}:{self._names[index]}"
+
+    def class_names(self) -> list[str | None]:
+        found = [read_classes(shard) for shard in self.shards]
+        keys = (sample_key(self._names[index]) for index in range(len(self)))
+        return [found[shard].get(key) for shard, key in zip(self._shard.tolist(), keys, strict=True)]
 
     def read(self, index: int) -> np.ndarray:
         shard = int(self._shard[index])

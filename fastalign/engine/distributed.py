@@ -35,6 +35,13 @@ class World:
             distributed.all_reduce(bounds, distributed.ReduceOp.MAX)
         return bool(bounds[0] == -bounds[1])
 
+    def gather(self, value) -> list:
+        """Every rank's value (anything that pickles), by rank, on each rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            distributed.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:

@@ -91,6 +91,15 @@ def learning_rate(
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * min(step, total) / total))
 
 
+def seed_update(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generator for an update: stochastic depth draws from it, and a resumed run draws the same."""
+    number = ((seed * 1_000_003 + step) * 65_536 + rank) % 2**63
+    # torch.manual_seed, but for GPUs that are not in use: it formats a stack trace for each kind, milliseconds.
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
+
+
 class MovingAverage:
     """An exponential moving average of a module's parameters and buffers, fp32.
 

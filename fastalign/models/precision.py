@@ -1,5 +1,6 @@
-"""How a frozen model keeps its weights and multiplies by them, where it only ever runs under bf16 autocast."""
+"""The dtype that a model computes in, and how a frozen one keeps its weights and multiplies by them in bf16."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -10,6 +11,18 @@ from fastalign.models.blocks import MLP, Attention
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 FP8_CAPABILITY = (8, 9)
 """The first GPUs that multiply in FP8: Ada, then Hopper and Blackwell."""
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """float32 for "fp32", bfloat16 for "bf16" and "fp8"; for "auto" bfloat16 on a GPU."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """bf16 autocast, or nothing in fp32."""
+    return torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
 
 
 def store_as(module: nn.Module, dtype: torch.dtype) -> None:

@@ -1,0 +1,175 @@
+"""The command: ``python -m fastalign.classify --backbone NAME_OR_RUN --data ROOT``, alone or under torchrun."""
+
+import argparse
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from fastalign.build import make_backbone
+from fastalign.classify.evaluate import REPORT, classify
+from fastalign.classify.options import HEADS, Options
+from fastalign.classify.scores import FIGURES
+from fastalign.engine import distributed
+from fastalign.engine.command import guarded
+from fastalign.engine.memory import keep_freed_memory
+from fastalign.errors import UserError
+from fastalign.models.vit import ViT
+from fastalign.models.zoo import load_backbone
+
+_TITLES = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class", "loss": "loss"}
+_RANDOM_SEED = 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastalign.classify",
+        description="How well a backbone's features classify images: a head on it frozen, or fine-tuning.",
+        epilog="Defaults that depend on head and mode are in docs/classify.md.",
+    )
+    add = parser.add_argument
+    add(
+        "--backbone",
+        required=True,
+        metavar="NAME_OR_RUN",
+        help="the folder of a finished run, or a timm name",
+    )
+    add("--data", required=True, metavar="ROOT", help="a folder with train/ and val/, and perhaps test/")
+    add("--weights", metavar="FILE", help="of a timm name: pretrained (default), random, or a file")
+    add("--kwargs", default="{}", metavar="YAML", help="timm's arguments, as in '{drop_path_rate: 0.1}'")
+    add("--softcap", type=float, metavar="CAP", help="of a timm name's attention logits; default none")
+    add("--output", metavar="DIR", help="default RUN, or runs/classify-NAME")
+    add("--head", default="linear", help=" | ".join(HEADS))
+    add("--unfreeze", action="store_true", help="train the backbone too, on augmented images")
+    add("--augment", action="store_true", help="frozen backbone, but new crops and flips each epoch")
+    add("--seeds", type=_seeds, default=(0,), metavar="0,1,2", help="one training each")
+    add("--precision", default="auto", help="auto (bf16 on a GPU) | bf16 | fp32")
+    add("--grad-checkpointing", action="store_true", help="unfreeze: less memory, more time")
+    for name, kind, text in (
+        ("epochs", int, None),
+        ("batch-size", int, "over all ranks"),
+        ("accumulate", int, "parts that a rank's batch is computed in"),
+        ("lr", float, "of the head, at its highest"),
+        ("min-lr", float, "where the cosine ends; default lr / 10"),
+        ("warmup-epochs", float, None),
+        ("weight-decay", float, None),
+        ("layer-decay", float, "unfreeze: factor of the learning rate from block to block"),
+        ("clip", float, "largest gradient norm, 0 = any"),
+        ("label-smoothing", float, None),
+        ("mixup", float, "alpha, 0 = off"),
+        ("cutmix", float, "alpha, 0 = off"),
+        ("crop", str, "rrc | rkrc"),
+        ("color-jitter", float, None),
+        ("randaugment", str, "timm's spelling, as in rand-m9-mstd0.5-inc1"),
+        ("threads", int, "reading threads a rank"),
+        ("save-every", int, "updates between checkpoints, besides each epoch's end"),
+        ("memory-share", float, "share of free memory that features may take; more lies in a file"),
+    ):
+        plain = getattr(Options, name.replace("-", "_"))
+        default = "" if plain in (None, "") else f"default {plain}"
+        add(f"--{name}", type=kind, default=plain, metavar="X", help="; ".join(filter(None, (text, default))))
+    return parser
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def find_backbone(
+    place: str, *, weights: str | None = None, kwargs: str = "{}", softcap: float | None = None
+) -> tuple[ViT, Path]:
+    """The backbone that the command line names, and the folder that results go to by default.
+
+    Args:
+        place: the folder of a run or its backbone.json, or a timm name.
+        weights: of a timm name: "pretrained" (None too), "random" (the same each time), or a file.
+        kwargs: YAML, timm's arguments.
+        softcap: of a timm name.
+
+    Raises:
+        UserError: nothing there, or an argument that does not go with it.
+    """
+    try:
+        arguments = yaml.safe_load(kwargs)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"--kwargs {kwargs}: {str(error).splitlines()[0]}; write YAML, as in '{{depth: 6}}'"
+        ) from None
+    if not isinstance(arguments, dict):
+        raise UserError(f"--kwargs {kwargs}: give a mapping in YAML, as in '{{depth: 6}}'")
+    path = Path(place).expanduser()
+    if path.exists() or "/" in place or path.suffix == ".json":
+        for flag, value in (("--weights", weights), ("--softcap", softcap)):
+            if value is not None:
+                raise UserError(f"{flag} goes with a timm name; the run {place} has its own: remove it")
+        return load_backbone(path, **arguments), path if path.is_dir() else path.parent
+    if softcap is not None and not softcap > 0:
+        raise UserError(f"--softcap {softcap:g}: it must be a positive number, or left out for none")
+    torch.manual_seed(_RANDOM_SEED)
+    vit = make_backbone("--weights", place, weights or "pretrained", arguments)
+    vit.softcap = softcap or vit.softcap
+    return vit, Path("runs") / f"classify-{place}"
+
+
+def table(report: dict) -> Table:
+    """The result for the terminal."""
+    shown = Table(
+        title=f"{report['reported']} split, {report['backbone']['reads']} -> {report['settings']['head']}"
+    )
+    for title in ("seed", *_TITLES.values(), "epoch"):
+        shown.add_column(title, justify="right")
+    for result in report["seeds"]:
+        figures = result[report["reported"]]
+        shown.add_row(str(result["seed"]), *_cells(figures), str(result["epoch"]))
+    shown.add_section()
+    mean, std = _cells(report["mean"]), _cells(report["std"])
+    shown.add_row("mean", *mean, "")
+    if len(report["seeds"]) > 1:
+        shown.add_row("std", *std, "")
+    return shown
+
+
+def _cells(figures: dict) -> list[str]:
+    cells = []
+    for name in FIGURES:
+        value = figures[name]
+        share = name != "loss"
+        cells.append("-" if value is None else f"{100 * value:.2f}%" if share else f"{value:.4f}")
+    return cells
+
+
+def _run(given: argparse.Namespace, command: str) -> None:
+    chosen = {field.name: getattr(given, field.name) for field in fields(Options)}
+    Options(**chosen).resolved()  # before anything is loaded
+    world = distributed.start()
+    vit, folder = find_backbone(
+        given.backbone, weights=given.weights, kwargs=given.kwargs, softcap=given.softcap
+    )
+    folder = Path(given.output) if given.output else folder
+    say = (lambda text: print(text, flush=True)) if world.main else (lambda text: None)
+    report = classify(vit, given.data, output=folder, world=world, say=say, command=command, **chosen)
+    if world.main:
+        console = Console()
+        console.print(table(report))
+        console.print(f"chosen: {report['selection']}", highlight=False)
+        console.print(f"written: {folder / REPORT}", highlight=False, soft_wrap=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns the exit code: 0, or 2 for bad input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    given = parser().parse_args(arguments)
+    command = shlex.join(["python", "-m", "fastalign.classify", *arguments])
+    return guarded(lambda: _run(given, command))
+
+
+if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    sys.exit(main())
