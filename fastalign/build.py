@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 
 import torch
+import yaml
 
 from fastalign.attention.choice import check as check_attention
 from fastalign.attention.choice import choose
@@ -24,6 +25,8 @@ from fastalign.objectives import MaskedImageModeling, MaskEmbed
 
 WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".npz")
 """How a weights file's name ends; any other path is the folder of a run."""
+_RANDOM_SEED = 0
+"""Random weights that a command line asks for are the same each time."""
 SCALE_BATCHES = 50
 """Batches a rank that the target scale is measured on where there is no validation set."""
 
@@ -97,22 +100,40 @@ def starting_backbone(config: Config) -> ViT:
         return build_backbones(config.model_copy(update={"teacher": Teacher()}))[0]
 
 
-def open_backbone(name: str, *, weights: str = "pretrained", kwargs: dict | None = None) -> ViT:
-    """The backbone that a command names: a run's folder (or its backbone.json), or timm's name.
+def named_backbone(
+    place: str, *, weights: str | None = None, kwargs: str = "{}", softcap: float | None = None
+) -> tuple[ViT, Path | None]:
+    """The backbone that a command line names, and its run's folder where it is a run's.
 
     Args:
-        name: an existing path, or timm's name.
-        weights: of a timm name: pretrained, random, or a file.
-        kwargs: timm's arguments.
+        place: the folder of a run or its backbone.json, or a timm name.
+        weights: of a timm name: "pretrained" (None too), "random" (the same each time), or a file.
+        kwargs: YAML, timm's arguments.
+        softcap: of a timm name.
 
     Raises:
-        UserError: neither a run nor a name, or weights that do not fit.
+        UserError: nothing there, or an argument that does not go with it.
     """
-    if Path(name).exists():
-        if weights != "pretrained":
-            raise UserError(f"--weights {weights}: {name} is a run, which has its own; leave it out")
-        return load_backbone(name, **(kwargs or {}))
-    return _backbone("backbone", name, weights, kwargs or {})
+    try:
+        arguments = yaml.safe_load(kwargs)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"--kwargs {kwargs}: {str(error).splitlines()[0]}; write YAML, as in '{{depth: 6}}'"
+        ) from None
+    if not isinstance(arguments, dict):
+        raise UserError(f"--kwargs {kwargs}: give a mapping in YAML, as in '{{depth: 6}}'")
+    path = Path(place).expanduser()
+    if path.exists() or "/" in place or path.suffix == ".json":
+        for flag, value in (("--weights", weights), ("--softcap", softcap)):
+            if value is not None:
+                raise UserError(f"{flag} goes with a timm name; the run {place} has its own: remove it")
+        return load_backbone(path, **arguments), path if path.is_dir() else path.parent
+    if softcap is not None and not softcap > 0:
+        raise UserError(f"--softcap {softcap:g}: it must be a positive number, or left out for none")
+    torch.manual_seed(_RANDOM_SEED)
+    vit = make_backbone("--weights", place, weights or "pretrained", arguments)
+    vit.softcap = softcap or vit.softcap
+    return vit, None
 
 
 def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, ViT]:

@@ -7,23 +7,18 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from fastalign.build import make_backbone
+from fastalign.build import named_backbone
 from fastalign.classify.evaluate import REPORT, classify
 from fastalign.classify.options import HEADS, Options
 from fastalign.classify.scores import FIGURES
 from fastalign.engine import distributed
 from fastalign.engine.command import guarded
 from fastalign.engine.memory import keep_freed_memory
-from fastalign.errors import UserError
-from fastalign.models.vit import ViT
-from fastalign.models.zoo import load_backbone
 
 _TITLES = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class", "loss": "loss"}
-_RANDOM_SEED = 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,42 +76,6 @@ def _seeds(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def find_backbone(
-    place: str, *, weights: str | None = None, kwargs: str = "{}", softcap: float | None = None
-) -> tuple[ViT, Path]:
-    """The backbone that the command line names, and the folder that results go to by default.
-
-    Args:
-        place: the folder of a run or its backbone.json, or a timm name.
-        weights: of a timm name: "pretrained" (None too), "random" (the same each time), or a file.
-        kwargs: YAML, timm's arguments.
-        softcap: of a timm name.
-
-    Raises:
-        UserError: nothing there, or an argument that does not go with it.
-    """
-    try:
-        arguments = yaml.safe_load(kwargs)
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"--kwargs {kwargs}: {str(error).splitlines()[0]}; write YAML, as in '{{depth: 6}}'"
-        ) from None
-    if not isinstance(arguments, dict):
-        raise UserError(f"--kwargs {kwargs}: give a mapping in YAML, as in '{{depth: 6}}'")
-    path = Path(place).expanduser()
-    if path.exists() or "/" in place or path.suffix == ".json":
-        for flag, value in (("--weights", weights), ("--softcap", softcap)):
-            if value is not None:
-                raise UserError(f"{flag} goes with a timm name; the run {place} has its own: remove it")
-        return load_backbone(path, **arguments), path if path.is_dir() else path.parent
-    if softcap is not None and not softcap > 0:
-        raise UserError(f"--softcap {softcap:g}: it must be a positive number, or left out for none")
-    torch.manual_seed(_RANDOM_SEED)
-    vit = make_backbone("--weights", place, weights or "pretrained", arguments)
-    vit.softcap = softcap or vit.softcap
-    return vit, Path("runs") / f"classify-{place}"
-
-
 def table(report: dict) -> Table:
     """The result for the terminal."""
     shown = Table(
@@ -148,10 +107,10 @@ def _run(given: argparse.Namespace, command: str) -> None:
     chosen = {field.name: getattr(given, field.name) for field in fields(Options)}
     Options(**chosen).resolved()  # before anything is loaded
     world = distributed.start()
-    vit, folder = find_backbone(
+    vit, run = named_backbone(
         given.backbone, weights=given.weights, kwargs=given.kwargs, softcap=given.softcap
     )
-    folder = Path(given.output) if given.output else folder
+    folder = Path(given.output) if given.output else run or Path("runs") / f"classify-{given.backbone}"
     say = (lambda text: print(text, flush=True)) if world.main else (lambda text: None)
     report = classify(vit, given.data, output=folder, world=world, say=say, command=command, **chosen)
     if world.main:

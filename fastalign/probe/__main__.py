@@ -1,22 +1,22 @@
 """The command: ``python -m fastalign.probe --backbone NAME_OR_RUN --data DATASET``, alone or under torchrun."""
 
 import argparse
-import os
 import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import torch
-import yaml
 from rich.console import Console
 
 from fastalign import __version__
-from fastalign.build import WEIGHTS, open_backbone, starting_backbone
+from fastalign.build import named_backbone, starting_backbone
 from fastalign.config import load_config
 from fastalign.engine import distributed
+from fastalign.engine.command import guarded
 from fastalign.engine.memory import keep_freed_memory
 from fastalign.errors import UserError
+from fastalign.models.precision import compute_dtype
 from fastalign.probe.datasets import open_labelled
 from fastalign.probe.features import Probed, probed_backbone
 from fastalign.probe.fit import METRICS, Recipe
@@ -40,8 +40,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="coco:ROOT, coco-things:ROOT, coco-panoptic:ROOT, ade20k:ROOT, or a folder",
     )
     add("--before", action="store_true", help="also probe the backbone that the run started from")
-    add("--weights", default="pretrained", help="of a timm name: pretrained, random, or a file")
+    add("--weights", help="of a timm name: pretrained (default), random, or a file")
     add("--kwargs", default="{}", help="timm's arguments, as YAML: {img_size: 336}")
+    add("--softcap", type=float, help="of a timm name's attention logits; default none")
     add("--heads", nargs="+", choices=HEADS, default=list(plan.heads))
     add("--labels", nargs="+", choices=LABELS, default=list(plan.labels))
     add(
@@ -70,51 +71,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _models(options: argparse.Namespace, device: torch.device) -> dict[str, Probed]:
-    try:
-        kwargs = yaml.safe_load(options.kwargs)
-    except yaml.YAMLError:
-        kwargs = None
-    if not isinstance(kwargs, dict):
-        raise UserError(f"--kwargs {options.kwargs!r}: write a mapping, such as '{{img_size: 336}}'")
-    run = Path(options.backbone)
-    vit = open_backbone(options.backbone, weights=options.weights, kwargs=kwargs)
-    models = {"aligned" if run.exists() else options.backbone: vit}
+def _models(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, Probed], Path | None]:
+    """What is probed, by the name that results carry, and the run's folder where there is one."""
+    vit, folder = named_backbone(
+        options.backbone, weights=options.weights, kwargs=options.kwargs, softcap=options.softcap
+    )
+    models = {"aligned" if folder else options.backbone: vit}
     if options.before:
-        recipe = run / "config.yaml"
+        recipe = (folder or Path(options.backbone)) / "config.yaml"
         if not recipe.is_file():
             raise UserError(f"--before: {recipe} is missing; it goes with the folder of a run")
         models = {"before": starting_backbone(load_config(recipe)), **models}
-    return {name: probed_backbone(vit.to(device), options.skip_blocks) for name, vit in models.items()}
-
-
-def _output(options: argparse.Namespace) -> Path:
-    if options.output:
-        return options.output
-    run = Path(options.backbone)
-    if run.is_dir():
-        return run / "probe.json"
-    return (
-        Path("runs")
-        / f"probe-{(run.stem if run.suffix in WEIGHTS else options.backbone).replace('/', '-')}.json"
-    )
+    probed = {name: probed_backbone(vit.to(device), options.skip_blocks) for name, vit in models.items()}
+    return probed, folder
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 for bad input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
-    try:
-        run(options, distributed.start(), sys.argv[1:] if arguments is None else arguments)
-    except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"fastalign: {error}", file=sys.stderr, flush=True)
-        return 2
-    except OSError as error:
-        print(f"fastalign: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
-    finally:
-        distributed.stop()
-    return 0
+    return guarded(lambda: run(options, distributed.start(), arguments))
 
 
 def run(options: argparse.Namespace, world: distributed.World, arguments: list[str]) -> None:
@@ -128,9 +104,11 @@ def run(options: argparse.Namespace, world: distributed.World, arguments: list[s
         hidden=options.hidden,
         layers=options.layers,
     )
-    reduced = options.precision == "bf16" or (options.precision == "auto" and world.device.type == "cuda")
     splits = {name: open_labelled(options.data, name) for name in ("train", "val", "test")}
-    models, output = _models(options, world.device), _output(options)
+    models, folder = _models(options, world.device)
+    output = options.output or (
+        folder / "probe.json" if folder else Path("runs") / f"probe-{options.backbone}.json"
+    )
     for model in models.values():
         if not plan.tasks(model):
             raise UserError(
@@ -145,7 +123,7 @@ def run(options: argparse.Namespace, world: distributed.World, arguments: list[s
         cache=cache,
         batch_size=options.forward_batch,
         threads=options.threads,
-        dtype=torch.bfloat16 if reduced else torch.float32,
+        dtype=compute_dtype(options.precision, world.device),
         say=lambda text: print(text, flush=True),
     )
     if not world.main:

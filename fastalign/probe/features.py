@@ -9,7 +9,6 @@ import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from fastalign.data.transforms import Transform
 from fastalign.engine.checkpoint import write_atomically
 from fastalign.engine.distributed import World
 from fastalign.errors import UserError
+from fastalign.models.precision import autocast
 from fastalign.models.vit import ViT
 from fastalign.probe.datasets import LabelledImages
 from fastalign.probe.heads import TokenShape
@@ -225,12 +225,11 @@ def _read_into(
         arrays["union"][index] = np.packbits(found.union, axis=-1)
         arrays["majority"][index], arrays["whole"][index] = found.majority, found.whole
 
-    reduced = dtype == torch.bfloat16
     try:
         with ThreadPoolExecutor(threads) as pool:
             for batch in loader.batches():
                 labels = [pool.submit(labels_of, int(index)) for index in batch.ids_host]
-                with torch.autocast(world.device.type, dtype) if reduced else nullcontext():
+                with autocast(world.device, dtype):
                     sets = probed.encode(batch.images)
                 for name, tokens in zip(probed.sets, sets, strict=True):
                     kept = tokens.to(torch.bfloat16).cpu().view(torch.uint16).numpy()

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch.nn import functional
 
 from fastalign.engine.optim import adamw, learning_rate
 from fastalign.errors import UserError
+from fastalign.models.precision import autocast
 from fastalign.probe.features import Features
 from fastalign.probe.metrics import MultiClassCounts, MultiLabelCounts
 
@@ -167,5 +167,5 @@ def _answers(
         device, torch.float32, non_blocking=True
     )
     targets = features.labels(rows, task.labels).to(device, non_blocking=True)
-    with torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext():
+    with autocast(device, dtype):
         return head(tokens), targets
