@@ -1,0 +1,158 @@
+"""What each choice of the method does, in miniature: ``python -m benchmarks.ablation [--seeds 0 1]``.
+
+Every variant differs from the demo's recipe (configs/demo.yaml) in the keys of `VARIANTS`, trains as long as it by
+`fastalign.train`, and is probed as `demo.evidence` probes, on the **validation** split, because what is chosen here
+are defaults; the test split is not read. The cost is counted by formula (`fastalign.flops`), operations an image of a
+training step, forward and backward. Writes `benchmarks/results/ablation.json` and the table, `ablation.md`, beside
+it; trials that are finished are found again in their folder.
+"""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from benchmarks import record
+from demo.trials import CORES, Trial, run_trials
+from fastalign.build import build_objective
+from fastalign.config import load_config
+from fastalign.errors import UserError
+from fastalign.flops import flops_per_image
+from fastalign.probe.results import mean_and_spread, percent
+
+RECIPE = "configs/demo.yaml"
+BASE = "as the recipe"
+VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "": {BASE: ()},
+    "visible patches": {
+        "Bernoulli 0.25": ("masks.distribution=bernoulli", "masks.ratio=0.25"),
+        "Bernoulli 0.5": ("masks.distribution=bernoulli", "masks.ratio=0.5"),
+        "Bernoulli 0.75": ("masks.distribution=bernoulli", "masks.ratio=0.75"),
+        "blockwise 0.4": ("masks.distribution=blockwise",),
+    },
+    "masks an image": {
+        "without complement": ("masks.complement=false",),
+        "without the full mask": ("masks.full=false",),
+        "one mask": ("masks.complement=false", "masks.full=false"),
+    },
+    "hidden patches": {"leave the sequence (mode drop)": ("masks.mode=drop",)},
+    "target": {
+        "last block": ("teacher.skip_blocks=0",),
+        "two blocks skipped": ("teacher.skip_blocks=2",),
+        "pooled output only": ("teacher.skip_blocks=0", "teacher.prefix_only=true"),
+    },
+    "loss": {
+        "cosine": ("loss.name=cosine",),
+        "L1": ("loss.name=l1",),
+        "MSE of hidden patches": ("loss.name=masked_mse",),
+        "MSE of visible patches": ("loss.name=unmasked_mse",),
+    },
+    "soft-cap": {"none": ("student.softcap=null",)},
+    "decoder": {"1 block": ("decoder.layers=1",), "4 blocks": ("decoder.layers=4",)},
+    "training": {
+        "half as long": ("optim.epochs=1",),
+        "twice as long": ("optim.epochs=4",),
+    },
+}
+"""Group -> variant -> keys that differ."""
+
+COLUMNS = {
+    "linear": ("union", "linear", "map"),
+    "MLP": ("union", "mlp", "map"),
+    "transformer": ("union", "transformer", "map"),
+    "image": ("global-union", "linear", "map"),
+}
+"""Column -> (labels, head, metric)."""
+
+
+def gigaflops(overrides: Iterable[str], recipe: str = RECIPE) -> float:
+    """10^9 operations an image of a training step."""
+    objective, _ = build_objective(load_config(recipe, list(overrides)))
+    return flops_per_image(objective) / 1e9
+
+
+def trials_of(name: str, overrides: tuple[str, ...], seeds: list[int], common: dict) -> list[Trial]:
+    """A variant, once a seed."""
+    return [Trial(name, seed, overrides=overrides, **common) for seed in seeds]
+
+
+def row_of(group: str, name: str, overrides: tuple[str, ...], results: list[list[dict]], recipe: str) -> dict:
+    """A variant's scores over the seeds, and its cost."""
+    row = {"group": group, "variant": name, "overrides": list(overrides), "seeds": len(results)}
+    row["gflop_per_image"] = gigaflops(overrides, recipe)
+    for column, (labels, head, metric) in COLUMNS.items():
+        values = [
+            found["val"][metric]
+            for rows in results
+            for found in rows
+            if (found["labels"], found["head"]) == (labels, head)
+        ]
+        row[column] = mean_and_spread(values)
+    return row
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown, percent, with the difference to the recipe in the transformer head's column."""
+    lines = [
+        "| | variant | seeds | linear | MLP | transformer | gain | image | GFLOP an image |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    base = next((row for row in rows if row["variant"] == BASE), None)
+    for row in rows:
+        scores = [percent(row[column]) for column in COLUMNS]
+        gain = (
+            ""
+            if base in (None, row)
+            else f"{100 * (row['transformer']['mean'] - base['transformer']['mean']):+.1f}"
+        )
+        cells = [row["group"], row["variant"], str(row["seeds"]), *scores[:3], gain, scores[3]]
+        lines.append(f"| {' | '.join(cells)} | {row['gflop_per_image']:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    """Train, probe, print, write."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ablation", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="some of the variants")
+    parser.add_argument("--root", type=Path, default=Path("runs/ablation"), help="folder of the trials")
+    parser.add_argument("--recipe", default=RECIPE)
+    parser.add_argument("--workers", type=int, default=CORES, help="trials at once")
+    parser.add_argument("--tiny", action="store_true", help="two steps of two variants: checks that it runs")
+    options = parser.parse_args(arguments)
+    common = {"recipe": options.recipe}
+    if options.tiny:
+        common |= {"images": 64, "epochs": 1, "heads": ("linear", "mlp", "transformer")}
+    variants = [
+        (group, name, overrides)
+        for group, members in VARIANTS.items()
+        for name, overrides in members.items()
+        if options.only is None or name in options.only
+    ]
+    known = {name for members in VARIANTS.values() for name in members}
+    if options.only and set(options.only) - known:
+        raise UserError(f"--only {options.only[0]}: the variants are {', '.join(sorted(known))}")
+    if options.tiny:
+        variants = [(group, name, (*overrides, "max_steps=2")) for group, name, overrides in variants[:2]]
+    asked = [(variant, trials_of(variant[1], variant[2], options.seeds, common)) for variant in variants]
+    # Seed by seed, so that an interrupted measurement has all variants of the first seeds.
+    order = [trials[place] for place in range(len(options.seeds)) for _, trials in asked]
+    results = run_trials(order, options.root, lambda text: print(text, flush=True), options.workers)
+    by_trial = dict(zip(order, results, strict=True))
+    rows = [
+        row_of(*variant, [by_trial[trial] for trial in trials], options.recipe) for variant, trials in asked
+    ]
+    print(table(rows))
+    if not options.tiny and options.only is None:
+        record.write(
+            "ablation", rows, {"split": "val", "recipe": options.recipe, "gpu": torch.cuda.is_available()}
+        )
+        record.replace(record.RESULTS / "ablation.md", table(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
