@@ -81,7 +81,7 @@ def evaluate(run: Run) -> float:
 def measure_target_scale(run: Run) -> None:
     """Set the objective's target scale: measured, given, or none, by the configuration."""
     scale = run.config.loss.target_scale
-    if scale != "auto":
+    if not isinstance(scale, str):
         run.objective.target_scale.fill_(scale)
     elif run.config.loss.name == "mse":
         moments = torch.zeros(3, dtype=torch.float64, device=run.world.device)
