@@ -81,7 +81,7 @@ class Decoder(Section):
     heads: int | None = Field(None, gt=0)
     """null = the student's"""
     kwargs: DecoderKwargs = {}
-    """qk_norm, qkv_bias (not given or null = as the student), init_values (LayerScale at the start: 1e-6, null = none)"""
+    """qk_norm, qkv_bias (null = as the student), init_values (LayerScale at the start: 1e-6, null = none)"""
 
 
 class Masks(Section):

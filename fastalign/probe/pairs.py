@@ -4,7 +4,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -54,6 +54,10 @@ class LabelledImages:
                 f"{place(self.source, index)} {size[1]} x {size[0]}; they must be of one size"
             )
         return labels
+
+    def subset(self, indices: np.ndarray) -> "LabelledImages":
+        """Some of the images with their maps: [n] integers, n >= 1, in that order."""
+        return replace(self, source=Subset(self.source, indices), maps=Subset(self.maps, indices))
 
     def _image_size(self, index: int) -> tuple[int, int]:
         """(height, width), from the header alone."""
