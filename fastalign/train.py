@@ -150,7 +150,7 @@ def probe(run: Run, splits: Splits, log: MetricLog, terminal: Terminal, epoch: i
     found = probe_student(run, splits)
     run.probed = {"step": run.step, **found}
     log.add(step=run.step, epoch=epoch, **{f"probe_{name}": value for name, value in found.items()})
-    log.flush()
+    terminal.say_compiled(log.flush())  # what was compiled before the first step, without validation
     recall, precision = (f"{100 * found[name]:.1f}" for name in ("macro_recall", "map"))
     terminal.say(f"step {run.step}: probe macro recall {recall}, mAP {precision}, loss {found['loss']:.4f}")
 
