@@ -109,11 +109,9 @@ def fit(
         head.train()
         order = np.random.default_rng([task.seed, epoch]).permutation(len(train))
         for first in range(0, steps * recipe.batch_size, recipe.batch_size):
-            rate = learning_rate(
+            optimizer.param_groups[0]["lr"] = learning_rate(
                 step, total=total, warmup=warmup, lr=recipe.lr, min_lr=recipe.min_lr, start=0.0
             )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             rows = np.sort(order[first : first + recipe.batch_size])
             loss = head_loss(*_answers(head, task, train, rows, device, dtype))
             optimizer.zero_grad()
@@ -123,8 +121,7 @@ def fit(
         if select is None:
             continue
         found = evaluate(head, task, select, device=device, dtype=dtype, by_size=False)
-        score = found.get(recipe.select, found["macro_recall"])
-        score = -math.inf if math.isnan(score) else -score if recipe.select == "loss" else score
+        score = _score(found, recipe.select)
         if best is None or score > best[0]:
             best = score, epoch, copy.deepcopy(head.state_dict()), found
     if best is None:
@@ -132,6 +129,12 @@ def fit(
     _, epoch, state, found = best
     head.load_state_dict(state)
     return head, epoch, found
+
+
+def _score(found: dict, select: str) -> float:
+    """Higher is better; a metric that is not a number never wins."""
+    score = found.get(select, found["macro_recall"])
+    return -math.inf if math.isnan(score) else -score if select == "loss" else score
 
 
 @torch.no_grad()
