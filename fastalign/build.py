@@ -159,12 +159,14 @@ def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, Vi
             student = MIMStudent.from_backbone(backbone, **common, masking=config.masks.mode)
             objective = MaskedImageModeling(teacher, student, build_masks(config), config.loss.name)
         else:
+            decoder = config.decoder.model_dump()
+            decoder |= decoder.pop("kwargs")
             student = MaskEmbedStudent.from_backbone(
                 backbone,
                 **common,
                 freeze_encoder=config.student.freeze,
                 prefix_only=config.teacher.prefix_only,
-                **{f"decoder_{key}": value for key, value in config.decoder.model_dump().items()},
+                **{f"decoder_{key}": value for key, value in decoder.items()},
             )
             objective = MaskEmbed(teacher, student, build_masks(config), config.loss.name)
     except ValueError as error:
@@ -269,7 +271,8 @@ def _common(config: Config, world: World) -> dict:
 
 def scale_batches(config: Config, world: World, backbone: ViT, val: Loader | None):
     """The batches that the target scale is measured on: validation, else training images without augmentation."""
-    limit = config.loss.scale_batches or (SCALE_BATCHES if val is None else None)
+    told = str(config.loss.target_scale).partition(":")[2]
+    limit = int(told) if told else SCALE_BATCHES if val is None else None
     loader = evaluation_loader(config, world, backbone, config.data.train) if val is None else val
     try:
         yield from itertools.islice(loader.batches(), limit)

@@ -5,12 +5,15 @@ and nowhere else; a misspelt key or a value of the wrong type is an error that n
 """
 
 import difflib
+import math
+import re
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from typing_extensions import TypedDict  # typing's own is refused by pydantic before Python 3.12
 
+from fastalign.engine.yaml_files import parse_yaml, put, read_with_bases, write_yaml
 from fastalign.errors import UserError
 from fastalign.models.svit import check_recipe
 
@@ -21,6 +24,10 @@ RENAMED = {
     for section in ("student", "teacher")
     for old, new in (("pretrained", "pretrained or random"), ("checkpoint", "PATH"))
 }
+RENAMED |= {
+    f"decoder.{name}": f"write decoder.kwargs.{name}" for name in ("qk_norm", "qkv_bias", "init_values")
+}
+RENAMED |= {"loss.scale_batches": "write loss.target_scale=auto:BATCHES"}
 
 
 class Section(BaseModel):
@@ -57,6 +64,15 @@ class Teacher(Section):
     """the target is the pooled output, one vector; needs skip_blocks: 0"""
 
 
+class DecoderKwargs(TypedDict, total=False):
+    """Parts of the decoder's blocks, as timm calls them."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    qk_norm: bool | None
+    qkv_bias: bool | None
+    init_values: float | None
+
+
 class Decoder(Section):
     layers: int = Field(2, ge=0)
     """transformer blocks"""
@@ -64,12 +80,8 @@ class Decoder(Section):
     """null = the teacher's"""
     heads: int | None = Field(None, gt=0)
     """null = the student's"""
-    qk_norm: bool | None = None
-    """null = as the student"""
-    qkv_bias: bool | None = None
-    """null = as the student"""
-    init_values: float | None = 1e-6
-    """LayerScale at the start; null = no LayerScale"""
+    kwargs: DecoderKwargs = {}
+    """qk_norm, qkv_bias (null = as the student), init_values (LayerScale at the start: 1e-6, null = none)"""
 
 
 class Masks(Section):
@@ -88,10 +100,16 @@ class Masks(Section):
 class Loss(Section):
     name: Literal["mse", "cosine", "l1", "masked_mse", "unmasked_mse"] = "mse"
     """the reconstruction loss"""
-    target_scale: float | Literal["auto"] = "auto"
-    """targets are multiplied by it; auto = unit variance for mse, 1 otherwise"""
-    scale_batches: int | None = Field(None, gt=0)
-    """batches a rank that the variance is measured on; null = the whole validation set"""
+    target_scale: float | str = "auto"
+    """targets are multiplied by it; auto = unit variance for mse, 1 otherwise; auto:BATCHES = over so many a rank"""
+
+    @field_validator("target_scale")
+    @classmethod
+    def _number_or_auto(cls, value: float | str) -> float | str:
+        try:
+            return value if re.fullmatch(r"auto(:0*[1-9]\d*)?", str(value)) else _finite(value)
+        except ValueError:
+            raise ValueError("write a number, auto, or auto:BATCHES (of validation images, a rank)") from None
 
 
 class Data(Section):
@@ -153,6 +171,15 @@ class Checkpoint(Section):
     """newest ones kept, beside the best"""
 
 
+class Probe(Section):
+    data: str | None = None
+    """labelled data (docs/probe.md): its train split teaches a probe's head, its val split judges; null = no probe"""
+    every_steps: int | None = Field(None, gt=0)
+    """null = each epoch; in both cases also before the first step and after the last"""
+    best: bool = False
+    """best.pt and the backbone are those of the best probe (by mAP), not of the lowest validation loss"""
+
+
 class Log(Section):
     every_steps: int = Field(20, gt=0)
     """metrics are fetched from the device, written and shown"""
@@ -190,6 +217,7 @@ class Config(Section):
     data: Data = Data()
     optim: Optim = Optim()
     checkpoint: Checkpoint = Checkpoint()
+    probe: Probe = Probe()
     log: Log = Log()
     efficiency: Efficiency = Efficiency()
 
@@ -218,6 +246,12 @@ class Config(Section):
             raise ValueError("teacher.prefix_only goes with masks.mode=zero only")
         if self.objective == "mim" and (self.teacher.prefix_only or self.student.freeze):
             raise ValueError("objective mim goes with neither teacher.prefix_only nor student.freeze")
+        if self.probe.data is None and self.probe.best:
+            raise ValueError("probe.best needs a probe: set probe.data, or probe.best=false")
+        if self.probe.data is not None and student.freeze:
+            raise ValueError(
+                "student.freeze leaves nothing to probe, the backbone stays as it is: remove probe.data"
+            )
         return self
 
 
@@ -231,7 +265,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         UserError: no such file, broken YAML, unknown key, wrong type, impossible combination.
     """
-    return resolve(_read(Path(path), seen=()), overrides or [], path)
+    return resolve(read_with_bases(Path(path)), overrides or [], path)
 
 
 def resolve(tree: dict, overrides: list[str], where: str | Path) -> Config:
@@ -240,7 +274,7 @@ def resolve(tree: dict, overrides: list[str], where: str | Path) -> Config:
         key, separator, value = override.partition("=")
         if not separator or not key:
             raise UserError(f"override {override!r} is not of the form section.key=value")
-        _set(tree, key.split("."), _parse(value, f"override {override!r}"), override)
+        put(tree, key.split("."), parse_yaml(value, f"override {override!r}"), override)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -260,7 +294,7 @@ def keys(section: type[Section] = Config, prefix: str = "") -> dict[str, str]:
 
 def to_yaml(config: Config, *, comments: bool = False) -> str:
     """The resolved configuration as YAML, with each key's documentation behind it where asked for."""
-    text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    text = write_yaml(config.model_dump(mode="json"))
     if not comments:
         return text
     documentation, lines, section = keys(), [], ""
@@ -272,58 +306,11 @@ def to_yaml(config: Config, *, comments: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
-class _Dumper(yaml.SafeDumper):
-    """Lists on one line, sections in blocks, so that each key has a line for its comment."""
-
-    def represent_list(self, data: list) -> yaml.Node:
-        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
-
-
-_Dumper.add_representer(list, _Dumper.represent_list)
-
-
-def _read(path: Path, seen: tuple[Path, ...]) -> dict:
-    if path.resolve() in seen:
-        raise UserError(f"{path}: its bases form a circle")
-    tree = read_yaml(path)
-    base = tree.pop("base", None)
-    return _merge(_read(path.parent / str(base), (*seen, path.resolve())), tree) if base else tree
-
-
-def read_yaml(path: Path) -> dict:
-    """The mapping in a YAML file; UserError where there is none."""
-    if not path.is_file():
-        raise UserError(f"no configuration file at {path}")
-    try:
-        tree = _parse(path.read_text(encoding="utf-8"), str(path)) or {}
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file in UTF-8") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
-    return tree
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
-
-
-def _merge(base: dict, top: dict) -> dict:
-    merged = dict(base)
-    for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merge(base[key], value) if both else value
-    return merged
-
-
-def _set(tree: dict, path: list[str], value: Any, override: str) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-        if not isinstance(tree, dict):
-            raise UserError(f"override {override!r}: {name} is not a section")
-    tree[path[-1]] = value
+def _finite(value: float | str) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
 
 
 def _explain(error: ValidationError, path: str | Path) -> str:
@@ -333,7 +320,8 @@ def _explain(error: ValidationError, path: str | Path) -> str:
     if first["type"] == "extra_forbidden" and key in RENAMED:
         return f"{path}: the key {key} is gone: {RENAMED[key]} instead"
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, [*keys(), *Config.model_fields], n=1, cutoff=0.0)
+        parts = [f"decoder.kwargs.{name}" for name in DecoderKwargs.__annotations__]
+        near = difflib.get_close_matches(key, [*keys(), *Config.model_fields, *parts], n=1, cutoff=0.0)
         return f"{path}: unknown key {key}; the nearest is {near[0]}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{path}: {key}: {message}, got {first['input']!r}" if key else f"{path}: {message}"

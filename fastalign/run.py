@@ -1,6 +1,7 @@
 """A run: what it consists of, how it is saved and how it continues."""
 
 import json
+import math
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from fastalign.models.precision import autocast
 DECISIVE = ("objective", "seed", "student", "teacher", "decoder", "masks", "loss.name", "data.train")
 DECISIVE += ("optim.name", "optim.batch_size", "optim.epochs")
 """What may not change between a checkpoint and its continuation."""
+
+VALIDATION = "validation loss"
 
 
 class Run:
@@ -43,6 +46,9 @@ class Run:
         self.average = MovingAverage(objective.student, optim.ema) if optim.ema else None
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
         self.step, self.best, self.val_loss = 0, None, None
+        self.best_by = f"probes of {config.probe.data}" if config.probe.best else VALIDATION
+        self.probed: dict[str, float] | None = None
+        """the newest probe: step, macro_recall, map, loss"""
         if world.main:
             self.checkpoints.clean()
         self.epoch_steps = len(self.train) // optim.accumulate
@@ -79,7 +85,9 @@ class Run:
             "average": self.average.state if self.average else None,
             "step": self.step,
             "best": self.best,
+            "best_by": self.best_by,
             "val_loss": self.val_loss,
+            "probed": self.probed,
             "config": self.config.model_dump(mode="json"),
         }
 
@@ -102,6 +110,14 @@ class Run:
             ) from error
         self.objective.target_scale.fill_(state["target_scale"])
         self.step, self.best, self.val_loss = state["step"], state["best"], state["val_loss"]
+        self.probed = state.get("probed")
+        before = state.get("best_by", VALIDATION)
+        if before != self.best_by:
+            # Their scores do not compare, and what an earlier probe would have chosen is no longer there.
+            self.best = None
+            self.notes.append(
+                f"the best checkpoint is chosen anew from here on: by {self.best_by}, not {before}"
+            )
 
     def _same_run(self, state: dict, path: Path) -> None:
         """Refuse a checkpoint of another run: what decides the losses must be as it was."""
@@ -124,19 +140,40 @@ class Run:
             )
 
 
+def improves(run: Run, *, evaluated: bool = False) -> bool:
+    """Whether this step has the best probe so far where that chooses, else the lowest validation loss."""
+    if not run.config.probe.best:
+        return evaluated and (run.best is None or run.val_loss < run.best)
+    return probed_now(run) is not None and (run.best is None or _score(run) > run.best)
+
+
+def probed_now(run: Run) -> dict[str, float] | None:
+    """The probe of this very step, if there was one."""
+    return run.probed if run.probed and run.probed["step"] == run.step else None
+
+
+def _score(run: Run) -> float:
+    return -math.inf if math.isnan(run.probed["map"]) else run.probed["map"]
+
+
 def save(run: Run, *, evaluated: bool = False) -> None:
-    """Write a checkpoint, and the backbone where it is the best so far (the newest, without validation)."""
-    best = evaluated and (run.best is None or run.val_loss < run.best)
+    """Write a checkpoint, and the backbone where it is the best so far (the newest, where nothing chooses).
+
+    Args:
+        run: the run.
+        evaluated: `val_loss` is that of this step.
+    """
+    best, by_probe = improves(run, evaluated=evaluated), run.config.probe.best
     if best:
-        run.best = run.val_loss
+        run.best = _score(run) if by_probe else run.val_loss
     if run.world.main:
         run.checkpoints.save(run.state(), run.step, best=best)
-        if (best or run.val is None) and not run.config.student.freeze:
-            save_backbone(run)
+        if (best or (run.val is None and not by_probe)) and not run.config.student.freeze:
+            save_backbone(run, evaluated=evaluated)
     run.world.barrier()
 
 
-def save_backbone(run: Run) -> None:
+def save_backbone(run: Run, *, evaluated: bool) -> None:
     """The aligned backbone with timm's keys, without the student's head, and what one must know to use it."""
     weights = run.average.state if run.average else run.objective.student.state_dict()
     weights = {
@@ -157,9 +194,11 @@ def save_backbone(run: Run) -> None:
         "features": "the tokens after the final norm; prefix tokens first",
         "objective": run.config.objective,
         "step": run.step,
-        "val_loss": run.val_loss,
+        "val_loss": run.val_loss if evaluated else None,
         "fastalign": __version__,
     }
+    if probed_now(run):
+        facts["probe"] = probed_now(run)
     metadata = {"format": "pt", "softcap": str(run.config.student.softcap)}
     content = safetensors.torch.save({name: value.cpu() for name, value in weights.items()}, metadata)
     write_atomically(run.folder / "backbone.safetensors", lambda file: file.write(content))

@@ -22,8 +22,12 @@ from fastalign.engine.metrics import MetricLog, Speed, Terminal
 from fastalign.engine.optim import learning_rate, seed_update
 from fastalign.errors import UserError
 from fastalign.flops import flops_per_image
+from fastalign.probe.pairs import LabelledImages
+from fastalign.probe.training import due, open_splits, probe_student
 from fastalign.random import EVAL_EPOCH
-from fastalign.run import Run, save
+from fastalign.run import Run, improves, save
+
+Splits = dict[str, LabelledImages]
 
 
 def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
@@ -80,7 +84,7 @@ def evaluate(run: Run) -> float:
 def measure_target_scale(run: Run) -> None:
     """Set the objective's target scale: measured, given, or none, by the configuration."""
     scale = run.config.loss.target_scale
-    if scale != "auto":
+    if not isinstance(scale, str):
         run.objective.target_scale.fill_(scale)
     elif run.config.loss.name == "mse":
         moments = torch.zeros(3, dtype=torch.float64, device=run.world.device)
@@ -93,6 +97,7 @@ def measure_target_scale(run: Run) -> None:
 def train(config: Config, world: distributed.World) -> None:
     """Run a configuration to its end, from wherever its folder stands."""
     run = Run(config, world)
+    splits = open_splits(run)
     if world.main:
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "config.yaml").write_text(to_yaml(config))
@@ -103,10 +108,10 @@ def train(config: Config, world: distributed.World) -> None:
             for note in run.notes:
                 terminal.say(note)
             if run.step == 0:
-                begin(run, log, terminal)
+                begin(run, splits, log, terminal)
             else:
                 terminal.say(f"resuming {run.folder} at step {run.step} of {run.last_step}")
-            loop(run, log, terminal)
+            loop(run, splits, log, terminal)
             if (run.folder / "backbone.json").exists():
                 terminal.say(f"aligned backbone: {run.folder / 'backbone.safetensors'}")
     finally:
@@ -117,12 +122,14 @@ def train(config: Config, world: distributed.World) -> None:
                 loader.close()
 
 
-def begin(run: Run, log: MetricLog, terminal: Terminal) -> None:
-    """Before the first step: the target scale, and the loss of the untrained student."""
+def begin(run: Run, splits: Splits, log: MetricLog, terminal: Terminal) -> None:
+    """Before the first step: the target scale, and the loss and the probe of the untrained student."""
     measure_target_scale(run)
     terminal.say(f"target scale {run.objective.target_scale.item():.4g}")
     if run.val is not None:
         validate(run, log, terminal, epoch=0)
+    if due(run):
+        probe(run, splits, log, terminal, epoch=0)
 
 
 def validate(run: Run, log: MetricLog, terminal: Terminal, epoch: int) -> None:
@@ -133,8 +140,18 @@ def validate(run: Run, log: MetricLog, terminal: Terminal, epoch: int) -> None:
     terminal.say(f"step {run.step}: validation loss {run.val_loss:.4f}")
 
 
-def loop(run: Run, log: MetricLog, terminal: Terminal) -> None:
-    """Update, report, save, evaluate."""
+def probe(run: Run, splits: Splits, log: MetricLog, terminal: Terminal, epoch: int) -> None:
+    """Probe and tell."""
+    found = probe_student(run, splits)
+    run.probed = {"step": run.step, **found}
+    log.add(step=run.step, epoch=epoch, **{f"probe_{name}": value for name, value in found.items()})
+    terminal.say_compiled(log.flush())  # what was compiled before the first step, without validation
+    recall, precision = (f"{100 * found[name]:.1f}" for name in ("macro_recall", "map"))
+    terminal.say(f"step {run.step}: probe macro recall {recall}, mAP {precision}, loss {found['loss']:.4f}")
+
+
+def loop(run: Run, splits: Splits, log: MetricLog, terminal: Terminal) -> None:
+    """Update, report, probe, save, evaluate."""
     config, world = run.config, run.world
     speed = Speed(
         images=config.optim.batch_size,
@@ -153,15 +170,22 @@ def loop(run: Run, log: MetricLog, terminal: Terminal) -> None:
             metrics = update(run, batches, epoch)
             speed.tick(metrics.pop("waited"))
             log.add(step=run.step, epoch=epoch, **metrics)
-            saving = run.step != end and run.step % (config.checkpoint.every_steps or run.last_step + 1) == 0
-            if saving or run.step == end or run.step % config.log.every_steps == 0:
+            inside = run.step != end
+            saving = inside and run.step % (config.checkpoint.every_steps or run.last_step + 1) == 0
+            probing = inside and due(run)
+            if saving or probing or not inside or run.step % config.log.every_steps == 0:
                 report(log.flush(speed), terminal)  # before saving: no checkpoint is ahead of the log
-            if saving:
+            if probing:
+                probe(run, splits, log, terminal, epoch)
+            if saving or improves(run):
                 save(run)
+            if saving or probing:
                 speed.start()
         batches.close()
         if run.val is not None:
             validate(run, log, terminal, epoch)
+        if due(run):
+            probe(run, splits, log, terminal, epoch)
         save(run, evaluated=run.val is not None)
 
 

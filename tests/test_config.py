@@ -10,14 +10,15 @@ KEYS = """
 output seed max_steps objective
 student.name student.weights student.kwargs student.softcap student.head student.freeze
 teacher.name teacher.weights teacher.kwargs teacher.skip_blocks teacher.prefix_only
-decoder.layers decoder.width decoder.heads decoder.qk_norm decoder.qkv_bias decoder.init_values
+decoder.layers decoder.width decoder.heads decoder.kwargs
 masks.distribution masks.ratio masks.complement masks.full masks.mode
-loss.name loss.target_scale loss.scale_batches
+loss.name loss.target_scale
 data.train data.val data.crop data.scale data.ratio data.hflip data.color_jitter data.randaugment data.mixup
 data.cutmix data.threads data.hw_decoder_load
 optim.name optim.batch_size optim.accumulate optim.epochs optim.lr optim.min_lr optim.warmup_epochs optim.weight_decay
 optim.betas optim.clip optim.ema
 checkpoint.every_steps checkpoint.keep
+probe.data probe.every_steps probe.best
 log.every_steps log.to
 efficiency.precision efficiency.compile efficiency.grad_checkpointing efficiency.attention
 """
@@ -63,6 +64,17 @@ def test_overrides_are_parsed_by_the_type_of_their_key(tmp_path):
     assert config.data.train == "a=b"
 
 
+def test_parts_of_the_decoder_and_the_target_scale_are_typed(tmp_path):
+    path = write(
+        tmp_path, "decoder: {kwargs: {qk_norm: true, init_values: 1e-5}}\nloss: {target_scale: 1e-3}\n"
+    )
+    config = load_config(path, ["decoder.kwargs.qkv_bias=null"])
+    assert config.decoder.kwargs == {"qk_norm": True, "init_values": 1e-5, "qkv_bias": None}
+    assert config.loss.target_scale == 1e-3
+    assert load_config(path, ["loss.target_scale=auto:3"]).loss.target_scale == "auto:3"
+    assert (Config().decoder.kwargs, Config().loss.target_scale) == ({}, "auto")
+
+
 def test_a_base_is_merged_and_its_own_keys_win(tmp_path):
     write(tmp_path, "seed: 1\noptim: {lr: 1e-3, epochs: 7}\n", "base.yaml")
     config = load_config(write(tmp_path, "base: base.yaml\noptim: {lr: 2e-3}\n"))
@@ -89,6 +101,20 @@ def test_yaml_out_is_yaml_in(tmp_path):
             ["student.pretrained is gone", "student.weights=pretrained or random"],
         ),
         ("teacher: {checkpoint: a.pth}", None, ["teacher.checkpoint is gone", "teacher.weights=PATH"]),
+        ("decoder: {qk_norm: true}", None, ["decoder.qk_norm is gone", "write decoder.kwargs.qk_norm"]),
+        ("", "decoder.qkv_bias=false", ["decoder.qkv_bias is gone", "write decoder.kwargs.qkv_bias"]),
+        ("", "decoder.init_values=null", ["decoder.init_values is gone", "write decoder.kwargs.init_values"]),
+        ("", "loss.scale_batches=3", ["loss.scale_batches is gone", "loss.target_scale=auto:BATCHES"]),
+        ("", "decoder.kwargs.qk_nrom=true", ["decoder.kwargs.qk_nrom", "nearest is decoder.kwargs.qk_norm"]),
+        ("", "decoder.kwargs.qk_norm=maybe", ["decoder.kwargs.qk_norm", "boolean", "maybe"]),
+        ("", "decoder.kwargs.init_values=.inf", ["decoder.kwargs.init_values", "finite"]),
+        ("", "decoder.kwargs=3", ["decoder.kwargs", "dictionary", "3"]),
+        ("", "loss.target_scale=auto:0", ["loss.target_scale", "auto:BATCHES", "auto:0"]),
+        ("", "loss.target_scale=much", ["loss.target_scale", "a number, auto, or auto:BATCHES", "much"]),
+        ("", "loss.target_scale=.nan", ["loss.target_scale", "number"]),
+        ("", "probe.best=true", ["probe.best", "set probe.data"]),
+        ("", "probe.every_steps=0", ["probe.every_steps", "greater than 0"]),
+        ("student: {freeze: true}", "probe.data=a", ["student.freeze", "remove probe.data"]),
         ("", "teacher.kwargs.weights=random", ["teacher.kwargs.weights", "write teacher.weights"]),
         ("", "teacher.kwargs.checkpoint=a.pth", ["teacher.kwargs.checkpoint", "write teacher.weights"]),
         ("", "student.kwargs.name=a", ["student.kwargs.name", "write student.name"]),

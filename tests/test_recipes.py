@@ -24,7 +24,7 @@ RECIPES = {path.stem: path for path in ALL if path.stem != "demo"}
 CLIP_B = "vit_base_patch16_clip_quickgelu_224.openai"
 IN1K_B = "vit_base_patch16_224.augreg_in21k_ft_in1k"
 LARGE = {"lr": 2e-4, "min_lr": 2e-5}
-PLAIN_BLOCKS = {"softcap": None, "decoder.qkv_bias": True, "decoder.qk_norm": False}
+PLAIN_BLOCKS = {"softcap": None, "decoder.kwargs": {"qkv_bias": True, "qk_norm": False}}
 ONE_MASK = {"masks.complement": False, "masks.full": False}
 MIM = {"objective": "mim", "teacher.skip_blocks": 0}
 

@@ -279,7 +279,7 @@ def test_bf16_stays_close(recipe):
         ["student.freeze=true"],
         ["masks.distribution=bernoulli", "masks.ratio=0.25", "masks.complement=false", "masks.full=false"],
         ["data.randaugment=rand-m9-mstd0.5-inc1", "data.mixup=0.5", "data.cutmix=1.0", "data.crop=rrc"],
-        ["loss.scale_batches=1", "data.val=null"],
+        ["loss.target_scale=auto:1", "data.val=null"],
         ["data.train=synthetic:40", "data.val=synthetic:10"],
     ],
     ids=lambda options: " ".join(options[:2]),
@@ -291,10 +291,10 @@ def test_variants_train(recipe, options):
 
 
 def test_target_scale_is_stored_and_not_measured_again(recipe):
-    folder = recipe("max_steps=1", "loss.scale_batches=1")
+    folder = recipe("max_steps=1", "loss.target_scale=auto:1")
     state = torch.load(folder / "checkpoints" / "step-00000001.pt", weights_only=True)
     assert state["target_scale"] != 1.0
-    recipe("max_steps=2", "loss.scale_batches=null")
+    recipe("max_steps=2", "loss.target_scale=auto")
     again = torch.load(folder / "checkpoints" / "step-00000002.pt", weights_only=True)
     assert again["target_scale"] == state["target_scale"]
 

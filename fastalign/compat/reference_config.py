@@ -8,7 +8,8 @@ from typing import Any
 
 from fastalign.compat.reference_models import backbones
 from fastalign.compat.reference_options import FINETUNE, MIM_DEFAULTS, NOT_MIM, NULLABLE, OPTIONS
-from fastalign.config import Config, read_yaml, resolve
+from fastalign.config import Config, resolve
+from fastalign.engine.yaml_files import read_yaml
 from fastalign.errors import UserError
 
 AUTHORS_WORLD = 4
@@ -162,10 +163,13 @@ def _tree(v: dict, mim: bool, world: int, notes: list[str]) -> dict:
     if not mim:
         tree["student"]["freeze"] = v["freeze_student"]
         tree["teacher"]["prefix_only"] = v["prefix_only"]
-        names = {"layers": "layers", "width": "width", "num_heads": "heads", "qk_norm": "qk_norm"}
-        names["qkv_bias"] = "qkv_bias"
+        names = {"layers": "layers", "width": "width", "num_heads": "heads"}
         tree["decoder"] = {key: v[f"decoder_{name}"] for name, key in names.items()}
-        tree["decoder"]["init_values"] = v["decoder_init_values"] or None
+        parts = {name: v[f"decoder_{name}"] for name in ("qk_norm", "qkv_bias", "init_values")}
+        parts["init_values"] = parts["init_values"] or None
+        tree["decoder"]["kwargs"] = {
+            name: value for name, value in parts.items() if value != OPTIONS[f"decoder_{name}"].default
+        }
     return tree
 
 

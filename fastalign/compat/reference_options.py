@@ -68,9 +68,9 @@ MODEL = {
     "decoder_layers": _to(int, 2, "decoder.layers"),
     "decoder_width": _to(int, None, "decoder.width"),
     "decoder_num_heads": _to(int, None, "decoder.heads"),
-    "decoder_qk_norm": _to(bool, None, "decoder.qk_norm"),
-    "decoder_qkv_bias": _to(bool, None, "decoder.qkv_bias"),
-    "decoder_init_values": _to(float, 1e-6, "decoder.init_values; 0 = none"),
+    "decoder_qk_norm": _to(bool, None, "decoder.kwargs.qk_norm"),
+    "decoder_qkv_bias": _to(bool, None, "decoder.kwargs.qkv_bias"),
+    "decoder_init_values": _to(float, 1e-6, "decoder.kwargs.init_values; 0 = none"),
     "resume": _no(
         str, "", "a run resumes by running again on its output; student_checkpoint gives weights only"
     ),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fastalign.engine import distributed
-from fastalign.errors import UserError
+from fastalign.errors import SharedError, UserError
 
 
 def guarded(body: Callable[[], object]) -> int:
@@ -37,6 +37,8 @@ def telling(rank: int) -> Iterator[None]:
     """Around what may go wrong on one rank only: ranks that `guarded` keeps silent say it here."""
     try:
         yield
+    except SharedError:
+        raise
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", 0)):
             print(f"fastalign: rank {rank}: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -41,6 +42,13 @@ class World:
         if self.size > 1:
             distributed.all_gather_object(values, value)
         return values
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value on every rank; it may be anything that can be pickled."""
+        values = [value]
+        if self.size > 1:
+            distributed.broadcast_object_list(values, src=0)
+        return values[0]
 
     def barrier(self) -> None:
         """Wait for every rank."""

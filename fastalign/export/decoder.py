@@ -72,9 +72,7 @@ def describe(
         vit.spec,
         width=position.shape[2],
         heads=wanted.heads,
-        qk_norm=wanted.qk_norm,
-        qkv_bias=wanted.qkv_bias,
-        init_values=wanted.init_values,
+        **wanted.kwargs,
     )
     facts = {
         "block": asdict(block),

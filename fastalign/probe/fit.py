@@ -73,25 +73,25 @@ def fit(
     head: nn.Module,
     task: Task,
     train: Features,
-    select: Features,
+    select: Features | None,
     recipe: Recipe,
     *,
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[nn.Module, int, dict]:
-    """Trains a head and keeps the epoch that is best on `select` by `recipe.select`.
+    """Trains a head and keeps the epoch that is best on `select` by `recipe.select`, or the last one without.
 
     Args:
         head: fresh, tokens [b, T, D] -> logits; it is moved to the device.
         task: names the labels and tokens; the seed decides the order of the images.
         train: what it learns from; what does not fill a batch is left out, other images each epoch.
-        select: what the epoch is chosen on.
+        select: what the epoch is chosen on; None = nothing is chosen, the last epoch stays.
         recipe: how.
         device: where.
         dtype: bf16 for autocast, or fp32.
 
     Returns:
-        The head, the epoch (from 1), and the metrics on `select`.
+        The head, the epoch (from 1), and the metrics on `select`, without it none.
 
     Raises:
         UserError: fewer images than a batch.
@@ -109,25 +109,32 @@ def fit(
         head.train()
         order = np.random.default_rng([task.seed, epoch]).permutation(len(train))
         for first in range(0, steps * recipe.batch_size, recipe.batch_size):
-            rate = learning_rate(
+            optimizer.param_groups[0]["lr"] = learning_rate(
                 step, total=total, warmup=warmup, lr=recipe.lr, min_lr=recipe.min_lr, start=0.0
             )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             rows = np.sort(order[first : first + recipe.batch_size])
             loss = head_loss(*_answers(head, task, train, rows, device, dtype))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             step += 1
+        if select is None:
+            continue
         found = evaluate(head, task, select, device=device, dtype=dtype, by_size=False)
-        score = found.get(recipe.select, found["macro_recall"])
-        score = -math.inf if math.isnan(score) else -score if recipe.select == "loss" else score
+        score = _score(found, recipe.select)
         if best is None or score > best[0]:
             best = score, epoch, copy.deepcopy(head.state_dict()), found
+    if best is None:
+        return head, recipe.epochs, {}
     _, epoch, state, found = best
     head.load_state_dict(state)
     return head, epoch, found
+
+
+def _score(found: dict, select: str) -> float:
+    """Higher is better; a metric that is not a number never wins."""
+    score = found.get(select, found["macro_recall"])
+    return -math.inf if math.isnan(score) else -score if select == "loss" else score
 
 
 @torch.no_grad()

@@ -59,6 +59,10 @@ class LabelledImages:
             )
         return labels
 
+    def subset(self, indices: np.ndarray) -> "LabelledImages":
+        """Some of the images with their maps: [n] integers, n >= 1, in that order."""
+        return replace(self, source=Subset(self.source, indices), maps=Subset(self.maps, indices))
+
     def _image_size(self, index: int) -> tuple[int, int]:
         """(height, width), from the header alone."""
         try:

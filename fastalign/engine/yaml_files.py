@@ -1,0 +1,74 @@
+"""YAML files and single keys: read, laid over each other, written."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastalign.errors import UserError
+
+
+def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+    """The mapping in a YAML file, laid over the one in the file that it names as its `base`, if any.
+
+    Raises:
+        UserError: no such file, no mapping, or bases that form a circle.
+    """
+    if path.resolve() in seen:
+        raise UserError(f"{path}: its bases form a circle")
+    tree = read_yaml(path)
+    base = tree.pop("base", None)
+    return _merge(read_with_bases(path.parent / str(base), (*seen, path.resolve())), tree) if base else tree
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping in a YAML file; UserError where there is none."""
+    if not path.is_file():
+        raise UserError(f"no configuration file at {path}")
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text file in UTF-8") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
+    return tree
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value that a text spells; UserError about `where` if it is no YAML."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+
+
+def put(tree: dict, path: list[str], value: Any, override: str) -> None:
+    """Sets a key of a tree in place; UserError about `override` where a part of the path holds a plain value."""
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"override {override!r}: {name} is not a section")
+    tree[path[-1]] = value
+
+
+def write_yaml(tree: dict) -> str:
+    """A tree as YAML."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists on one line, sections in blocks, so that each key has a line for its comment."""
+
+    def represent_list(self, data: list) -> yaml.Node:
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+
+
+_Dumper.add_representer(list, _Dumper.represent_list)
+
+
+def _merge(base: dict, top: dict) -> dict:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged

@@ -1,0 +1,125 @@
+"""A small probe of a run's student while it trains; `docs/probe.md`, "During training", says what it measures."""
+
+import copy
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from fastalign.engine.distributed import World
+from fastalign.errors import SharedError, UserError
+from fastalign.models.vit import ViT
+from fastalign.probe.datasets import LabelledImages, open_labelled
+from fastalign.probe.features import probed_backbone, read_features
+from fastalign.probe.fit import Recipe, Task, evaluate, fit
+from fastalign.probe.heads import make_head
+from fastalign.run import Run
+
+IMAGES = {"train": 2_000, "val": 1_000}
+"""At most so many of each split, evenly chosen."""
+EPOCHS = 3
+REPORTED = ("macro_recall", "map", "loss")
+
+_Result = TypeVar("_Result")
+
+
+def open_splits(run: Run) -> dict[str, LabelledImages]:
+    """The images that `probe.data` is probed with: on rank 0 parts of its train and val splits, elsewhere nothing.
+
+    The test split stays closed: what chooses a checkpoint must not have seen it.
+
+    Raises:
+        SharedError: the data cannot be opened; on every rank.
+    """
+    found = {}
+
+    def opened() -> None:
+        for split, most in IMAGES.items():
+            try:
+                found[split] = _evenly(open_labelled(run.config.probe.data, split), most)
+            except UserError as error:
+                raise UserError(f"probe.data: {error}") from error
+
+    if run.config.probe.data is not None:
+        _on_the_first_rank(run.world, opened)
+    return found
+
+
+def due(run: Run) -> bool:
+    """Whether the student is probed at the step where the run stands."""
+    if run.config.probe.data is None:
+        return False
+    every = run.config.probe.every_steps or run.epoch_steps
+    return run.step % every == 0 or run.step == run.last_step
+
+
+def probe_student(run: Run, splits: dict[str, LabelledImages]) -> dict[str, float]:
+    """Teaches a fresh head on the student's tokens and judges it.
+
+    Rank 0 probes alone, since features in memory are one rank's; the others wait. The run is left as it is: what is
+    probed is a copy of the encoder (of the averaged weights where there are some), and random states are restored.
+
+    Args:
+        run: with a student that is trained.
+        splits: of `open_splits`.
+
+    Returns:
+        On every rank, of the val split after the last epoch: macro_recall, map and loss.
+
+    Raises:
+        SharedError: a bad image or label map; on every rank.
+    """
+    return _on_the_first_rank(run.world, lambda: _probe(run, splits))
+
+
+def student_tokens(run: Run) -> ViT:
+    """A copy of the student's encoder as `backbone.safetensors` would have it now.
+
+    A copy of a module is not compiled, so that whatever batch it reads, no graph of training is made anew.
+    """
+    vit = copy.deepcopy(run.objective.student.encoder)
+    if run.average:
+        average = run.average.state.items()
+        vit.load_state_dict(
+            {name.removeprefix("encoder."): value for name, value in average if name.startswith("encoder.")}
+        )
+    return vit
+
+
+def _probe(run: Run, splits: dict[str, LabelledImages]) -> dict[str, float]:
+    device, seed = run.world.device, run.config.seed
+    alone = World(rank=0, size=1, device=device)
+    where = {"device": device, "dtype": run.dtype}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        probed = probed_backbone(student_tokens(run))
+        features = {
+            split: read_features(probed, data, alone, threads=run.config.data.threads, dtype=run.dtype)
+            for split, data in splits.items()
+        }
+        task = Task("transformer", "union", skip_blocks=0, seed=seed)
+        recipe = Recipe(epochs=EPOCHS, batch_size=min(Recipe.batch_size, len(features["train"])))
+        torch.manual_seed(seed)
+        head = make_head(task.head, task.labels, probed.shape, features["train"].classes)
+        head, _, _ = fit(head, task, features["train"], None, recipe, **where)
+        found = evaluate(head, task, features["val"], by_size=False, **where)
+    return {name: found[name] for name in REPORTED}
+
+
+def _evenly(data: LabelledImages, most: int) -> LabelledImages:
+    count = len(data)
+    return data if count <= most else data.subset(np.arange(most) * count // most)
+
+
+def _on_the_first_rank(world: World, work: Callable[[], _Result]) -> _Result:
+    """What rank 0's work comes to, on every rank: where it fails there, nobody is left waiting."""
+    outcome = None, None
+    if world.main:
+        try:
+            outcome = work(), None
+        except UserError as error:
+            outcome = None, str(error)
+    result, failure = world.share(outcome)
+    if failure is not None:
+        raise SharedError(failure)
+    return result
