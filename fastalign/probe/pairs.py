@@ -33,10 +33,6 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.source)
 
-    def subset(self, indices: np.ndarray) -> "LabelledImages":
-        """Some of the images, in this order: [n] int64."""
-        return replace(self, source=Subset(self.source, indices), maps=Subset(self.maps, indices))
-
     def label_map(self, index: int) -> np.ndarray:
         """The class of every pixel of an image.
 
