@@ -35,6 +35,8 @@ demo: install
 	OMP_NUM_THREADS=$(if $(filter 0,$(GPUS)),1,4) $(VENV)/bin/torchrun --standalone --nproc-per-node=$(RANKS) \
 		-m fastalign.train configs/demo.yaml
 	$(PY) -m demo.summary runs/demo
+	$(PY) -m demo.evidence runs/demo
+	$(PY) -m fastalign.report runs/demo
 
 # Everything that needs a GPU: the tests, then the measurements, then what they say of the targets. Works offline where
 # what benchmarks.needs lists is installed already; each part is a target of its own. A measurement goes on where it ended

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from fastalign import build
-from fastalign.config import load_config
+from fastalign.config import Config, load_config
 from fastalign.engine.checkpoint import write_atomically
 from fastalign.engine.distributed import World
 from fastalign.errors import UserError
@@ -55,11 +55,16 @@ class Trial:
     epochs: int = 3
     """of the heads"""
 
+    def config(self, output: str | Path) -> Config:
+        """What is trained; the probes come afterwards, so none runs during training."""
+        own = (f"seed={self.seed}", "probe.data=null", f"output={output}")
+        return load_config(self.recipe, [*self.overrides, *own])
+
     def place(self, root: Path) -> Path:
         """The trial's folder: of the same name only where the same is trained."""
         if self.folder:
             return Path(self.folder)
-        settings = load_config(self.recipe, [*self.overrides, f"seed={self.seed}", "output=x"])
+        settings = self.config("x")
         code = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]
         return root / f"{self.name}-s{self.seed}-{code}"
 
@@ -138,7 +143,7 @@ def _probed(trial: Trial, folder: Path, device: torch.device) -> Probed:
     """What the trial's heads read."""
     if trial.read == "student":
         return probed_backbone(load_backbone(folder).to(device))
-    config = load_config(trial.recipe, [*trial.overrides, f"seed={trial.seed}"])
+    config = trial.config(folder)
     if trial.read == "teacher":
         return probed_backbone(build.starting_backbone(config).to(device))
     objective, backbone = build.build_objective(config)
@@ -164,7 +169,7 @@ def run_trial(trial: Trial, root: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world, folder = World(0, 1, device), trial.place(root)
     if trial.read == "student" and not trial.folder:
-        train(load_config(trial.recipe, [*trial.overrides, f"seed={trial.seed}", f"output={folder}"]), world)
+        train(trial.config(folder), world)
     data = str(Path(load_config(trial.recipe).data.train).parent.parent)
     splits = {name: open_labelled(data, name) for name in dict.fromkeys(("train", "val", *trial.splits))}
     count = len(splits["train"])

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from torch._dynamo.backends.registry import lookup_backend
 
 import fastalign as fa
-from fastalign import MaskEmbed, train
+from fastalign import MaskEmbed, build, train
 from fastalign.build import build_backbones
 from fastalign.config import Config
 from tests.numerics import needs_compiler
@@ -297,6 +298,25 @@ def test_target_scale_is_stored_and_not_measured_again(recipe):
     recipe("max_steps=2", "loss.target_scale=auto")
     again = torch.load(folder / "checkpoints" / "step-00000002.pt", weights_only=True)
     assert again["target_scale"] == state["target_scale"]
+
+
+def test_parts_of_the_decoder_and_batches_of_the_scale_arrive():
+    """In numbers of parameters and batches, by hand."""
+    parts = {"qk_norm": True, "qkv_bias": False, "init_values": None}
+    for kwargs in ({}, parts):
+        config = Config.model_validate({"student": MODEL, "decoder": {"layers": 1, "kwargs": kwargs}})
+        block = build.build_objective(config)[0].student.decoder.blocks[0]
+        assert {name for name, _ in block.named_parameters() if "qkv.bias" in name or "_norm" in name} == (
+            {f"attn.{q}_norm.{p}" for q in "qk" for p in ("weight", "bias")} if kwargs else {"attn.qkv.bias"}
+        )
+        gammas = [value for name, value in block.named_parameters() if name.endswith("gamma")]
+        assert [set(gamma.tolist()) == {torch.tensor(1e-6).item()} for gamma in gammas] == (
+            [] if kwargs else [True, True]
+        )
+    val = SimpleNamespace(batches=lambda: iter(range(9)))
+    for scale, count in (("auto", 9), ("auto:4", 4), ("auto:20", 9)):
+        config = Config.model_validate({"loss": {"target_scale": scale}})
+        assert list(build.scale_batches(config, None, None, val)) == list(range(count))
 
 
 def test_a_student_may_start_from_an_earlier_run(recipe):
