@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -123,15 +124,13 @@ def fit(
     steps = len(train) // recipe.batch_size
     total, step, best = steps * recipe.epochs, 0, None
     warmup = min(recipe.warmup_steps, total // 10)
+    rate = partial(learning_rate, total=total, warmup=warmup, lr=recipe.lr, min_lr=recipe.min_lr, start=0.0)
     for epoch in range(1, recipe.epochs + 1):
         head.train()
         order = np.random.default_rng([task.seed, epoch]).permutation(len(train))
         for first in range(0, steps * recipe.batch_size, recipe.batch_size):
-            rate = learning_rate(
-                step, total=total, warmup=warmup, lr=recipe.lr, min_lr=recipe.min_lr, start=0.0
-            )
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate(step)
             rows = np.sort(order[first : first + recipe.batch_size])
             loss = head_loss(*_answers(head, task, train, rows, device, dtype))
             optimizer.zero_grad()
@@ -139,11 +138,6 @@ def fit(
             optimizer.step()
             step += 1
         found = evaluate(head, task, select, device=device, dtype=dtype, by_size=False)
-        if not math.isfinite(found["loss"]):
-            about = f"{task.labels} {task.head}, seed {task.seed}"
-            raise UserError(
-                f"--lr {recipe.lr:g}: the loss of {about} is {found['loss']} in epoch {epoch}; lower it"
-            )
         score = found.get(recipe.select, found["macro_recall"])
         score = -math.inf if math.isnan(score) else -score if recipe.select == "loss" else score
         if best is None or score > best[0]:
@@ -166,6 +160,9 @@ def evaluate(
     """The metrics of a head on a split (see `fastalign.probe.metrics`), and its `loss`.
 
     The loss is the mean over all answers: of patches (or images) and classes, for `majority` of labelled patches.
+
+    Raises:
+        UserError: the loss is no number.
     """
     head.eval()
     if task.labels == "majority":
@@ -180,6 +177,9 @@ def evaluate(
         total += head_loss(logits, targets).double() * weight
         weights += weight
         counts.add(logits, targets)
+    if not math.isfinite(total.item()):
+        about = f"{task.labels} {task.head}, seed {task.seed}"
+        raise UserError(f"--lr: the loss of {about}, is {total.item()}; lower the rate")
     return {"loss": (total / weights).item()} | counts.results()
 
 
