@@ -17,7 +17,7 @@ from fastalign.random import Stream, random_uniform
 
 BILINEAR, BICUBIC = 0, 1
 _INTERPOLATIONS = {"bilinear": BILINEAR, "bicubic": BICUBIC}
-_CROPS = ("eval", "rkrc", "rrc")
+_CROPS = ("eval", "center", "rkrc", "rrc")
 _RRC_TRIES = 10
 _PROBABILITY = 0.5
 
@@ -28,7 +28,7 @@ def _is_size(size: tuple) -> bool:
 
 @dataclass(frozen=True)
 class Transform:
-    """How an image becomes an input. `crop="eval"` is deterministic: every random field is left aside."""
+    """How an image becomes an input. `crop` "eval" and "center" draw nothing: every random field is left aside."""
 
     size: tuple[int, int]
     "Output (height, width), pixels."
@@ -39,7 +39,8 @@ class Transform:
     interpolation: str = "bicubic"
     "bilinear or bicubic, with antialiasing."
     crop: str = "eval"
-    "eval: resize the short side to size / crop_pct, centre crop. rkrc: timm's. rrc: random resized crop."
+    """eval: resize the short side to size / crop_pct, centre crop. center: the largest centre crop of the size's
+    shape, in whole pixels, resized. rkrc: timm's. rrc: random resized crop."""
     crop_pct: float = 0.9
     "eval only: crop size over resized short side, in (0, 1]."
     scale: tuple[float, float] = (0.08, 1.0)
@@ -77,7 +78,7 @@ class Transform:
     @property
     def is_random(self) -> bool:
         """Whether two epochs differ."""
-        return self.crop != "eval"
+        return self.crop in ("rkrc", "rrc")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +122,13 @@ def _rkrc_boxes(transform: Transform, shapes: np.ndarray, draws: np.ndarray) -> 
     slack = resized - size
     # Reflection pads the smaller half first; a crop rounds half to even.
     return resized, np.where(slack < 0, -np.floor(-slack / 2), np.rint(slack / 2))
+
+
+def _center_boxes(transform: Transform, shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (start, extent) of the crop in source pixels, both [B, 2]."""
+    scale = (shapes / transform.size).min(axis=1, keepdims=True)
+    extent = np.minimum(shapes, np.rint(scale * transform.size))
+    return (shapes - extent) // 2, extent
 
 
 def _rrc_boxes(transform: Transform, shapes: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -184,8 +192,11 @@ def geometry(transform: Transform, shapes: np.ndarray, ids: np.ndarray, *, seed:
         flip = draws[:, 1] < transform.hflip
         if transform.random_interpolation:
             interpolation = np.where(draws[:, 0] < _PROBABILITY, BILINEAR, BICUBIC)
-    if transform.crop == "rrc":
-        start, extent = _rrc_boxes(transform, shapes, draws[:, 2:])
+    if transform.crop in ("rrc", "center"):
+        if transform.crop == "rrc":
+            start, extent = _rrc_boxes(transform, shapes, draws[:, 2:])
+        else:
+            start, extent = _center_boxes(transform, shapes)
         resized, first = np.repeat(size[None], batch, axis=0), np.zeros_like(start)
     else:
         if transform.crop == "rkrc":

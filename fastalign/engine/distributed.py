@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -56,8 +57,11 @@ class World:
             distributed.barrier()
 
 
-def start() -> World:
+def start(patience: timedelta | None = None) -> World:
     """Join the ranks that torchrun started, or be alone. NCCL with GPUs, gloo without.
+
+    Args:
+        patience: how long a rank waits for the others before it gives up; default torch's, 10 to 30 minutes.
 
     Raises:
         UserError: more processes on this machine than it has GPUs.
@@ -76,7 +80,9 @@ def start() -> World:
         device = torch.device("cpu")
     if size > 1:
         options = {"device_id": device} if device.type == "cuda" else {}
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+        distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=patience, **options
+        )
     return World(rank, size, device)
 
 

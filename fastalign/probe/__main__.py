@@ -3,7 +3,8 @@
 import argparse
 import shlex
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,19 +20,24 @@ from fastalign.errors import UserError
 from fastalign.models.precision import compute_dtype
 from fastalign.probe.datasets import open_labelled
 from fastalign.probe.features import Probed, probed_backbone
-from fastalign.probe.fit import METRICS, Recipe
+from fastalign.probe.fit import METRICS, Recipe, check_options
 from fastalign.probe.heads import HEADS, LABELS
 from fastalign.probe.results import summarise, table_of, write_results
 from fastalign.probe.run import Plan, probe
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """The command line.
+
+    Raises:
+        UserError: it cannot be understood.
+    """
     recipe, plan = Recipe(), Plan()
     parser = argparse.ArgumentParser(
         prog="python -m fastalign.probe",
         description="What a small head reads off a frozen backbone's tokens.",
     )
+    parser.error = _refuse
     add = parser.add_argument
     add("--backbone", required=True, metavar="NAME_OR_RUN", help="timm's name, or the folder of a run")
     add(
@@ -66,7 +72,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=4, help="reading and decoding threads a rank")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU")
     add("--cache", type=Path, help="folder for the features; default OUTPUT's folder/features")
-    add("--keep-features", action="store_true", help="for a later probe of the same backbone")
+    add("--keep-features", action="store_true", help="do not delete at the end what was read")
     add("--output", type=Path, help="default RUN/probe.json, or runs/probe-NAME.json")
     return parser.parse_args(arguments)
 
@@ -89,17 +95,33 @@ def _models(options: argparse.Namespace, device: torch.device) -> tuple[dict[str
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 for bad input."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = parse(arguments)
-    return guarded(lambda: run(options, distributed.start(), arguments))
+
+    def body() -> None:
+        options = parse(arguments)
+        # A rank that has no head left waits for those that train, hours perhaps.
+        run(options, distributed.start(patience=timedelta(days=30)), arguments)
+
+    return guarded(body)
+
+
+def _refuse(message: str) -> None:
+    raise UserError(f"{message}; --help lists the options")
 
 
 def run(options: argparse.Namespace, world: distributed.World, arguments: list[str]) -> None:
-    """Probe as the options say; rank 0 writes the results and shows them."""
+    """Probe as the options say; rank 0 writes the results and shows them.
+
+    Raises:
+        UserError: an option out of range, and what opening, reading and training refuse.
+    """
+    check_options(
+        options, [(name, getattr(options, name) >= 1, "at least 1") for name in ("forward_batch", "threads")]
+    )
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
     plan = Plan(
-        heads=tuple(options.heads),
-        labels=tuple(options.labels),
-        seeds=tuple(options.seeds),
+        heads=tuple(dict.fromkeys(options.heads)),
+        labels=tuple(dict.fromkeys(options.labels)),
+        seeds=tuple(dict.fromkeys(options.seeds)),
         recipe=recipe,
         hidden=options.hidden,
         layers=options.layers,
@@ -109,11 +131,11 @@ def run(options: argparse.Namespace, world: distributed.World, arguments: list[s
     output = options.output or (
         folder / "probe.json" if folder else Path("runs") / f"probe-{options.backbone}.json"
     )
-    for model in models.values():
-        if not plan.tasks(model):
-            raise UserError(
-                f"--heads {' '.join(plan.heads)}: none goes with --labels {' '.join(plan.labels)}"
-            )
+    if output.is_dir():
+        raise UserError(f"--output {output}: it is a folder; name a file, such as {output / 'probe.json'}")
+    output.parent.mkdir(
+        parents=True, exist_ok=True
+    )  # what cannot be written is to be known before hours of work
     cache = options.cache or output.parent / "features"
     rows = probe(
         models,
@@ -121,6 +143,7 @@ def run(options: argparse.Namespace, world: distributed.World, arguments: list[s
         [plan],
         world,
         cache=cache,
+        keep_features=options.keep_features,
         batch_size=options.forward_batch,
         threads=options.threads,
         dtype=compute_dtype(options.precision, world.device),
@@ -137,12 +160,13 @@ def run(options: argparse.Namespace, world: distributed.World, arguments: list[s
             "images": {name: len(data.source) for name, data in splits.items()},
             "fingerprints": {name: f"{data.fingerprint():08x}" for name, data in splits.items()},
         },
+        "settings": asdict(plan),
         "versions": {"fastalign": __version__, "torch": torch.__version__},
         "results": rows,
         "summary": summarise(rows),
     }
     write_results(output, facts)
-    Console().print(table_of(facts["summary"], f"test split of {options.data}, percent"))
+    Console().print(table_of(facts["summary"], f"test split of {options.data}"))
     print(f"results: {output}")
 
 

@@ -4,11 +4,10 @@ They are kept as bf16 in memory, or in memory-mapped files that later probes of 
 """
 
 import hashlib
-import json
-import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,18 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastalign import __version__
 from fastalign.data.loader import Loader
 from fastalign.data.transforms import Transform
-from fastalign.engine.checkpoint import write_atomically
+from fastalign.engine.command import telling
 from fastalign.engine.distributed import World
 from fastalign.errors import UserError
 from fastalign.models.precision import autocast
 from fastalign.models.vit import ViT
+from fastalign.probe.cache import Files
 from fastalign.probe.datasets import LabelledImages
 from fastalign.probe.heads import TokenShape
 from fastalign.probe.labels import patch_labels
-
-_DONE = "complete.json"
 
 
 @dataclass(frozen=True)
@@ -48,18 +47,22 @@ class Probed:
 
 
 def probed_backbone(vit: ViT, skip_blocks: Sequence[int] = (0,)) -> Probed:
-    """A backbone, read with so many of its last blocks left out.
+    """A backbone, read with so many of its last blocks left out (0 = none, all of them = the embedding, normed).
 
     Raises:
         UserError: `skip_blocks` that the backbone has not got.
     """
+    skip_blocks = list(dict.fromkeys(skip_blocks))
     if not skip_blocks or min(skip_blocks) < 0 or max(skip_blocks) > len(vit.blocks):
-        raise UserError(f"--skip-blocks {list(skip_blocks)}: the backbone has {len(vit.blocks)} blocks")
+        raise UserError(
+            f"--skip-blocks {' '.join(map(str, skip_blocks))}: the backbone has {len(vit.blocks)} blocks; "
+            f"give numbers from 0 to {len(vit.blocks)}"
+        )
     vit = vit.eval().requires_grad_(False)
     spec = vit.spec
     code = 0
     for value in vit.state_dict().values():
-        code = zlib.crc32(value.detach().cpu().contiguous().view(torch.uint8).numpy(), code)
+        code = zlib.crc32(value.detach().cpu().reshape(-1).view(torch.uint8).numpy(), code)
     return Probed(
         encode=lambda images: vit.forward_layers(images, skip_blocks),
         sets=tuple(skip_blocks),
@@ -111,6 +114,13 @@ def _arrays(probed: Probed, count: int, classes: int) -> dict[str, tuple[tuple[i
     }
 
 
+def feature_files(probed: Probed, data: LabelledImages, folder: Path, dtype: torch.dtype) -> Files:
+    """Where a split's features are kept within `folder`: a place for all that decides them."""
+    parts = (__version__, probed.identity, probed.size, probed.mean, probed.std, dtype, data.fingerprint())
+    place = folder / hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    return Files(place, _arrays(probed, len(data.source), len(data.classes)))
+
+
 def read_features(
     probed: Probed,
     data: LabelledImages,
@@ -138,54 +148,34 @@ def read_features(
     Raises:
         UserError: bad images or label maps, or too little room for the files.
     """
-    wanted = _arrays(probed, len(data.source), len(data.classes))
     if folder is None:
+        wanted = _arrays(probed, len(data.source), len(data.classes))
         arrays = {name: np.zeros(shape, kind) for name, (shape, kind) in wanted.items()}
         _read_into(arrays, probed, data, world, batch_size, threads, dtype)
         return _features(arrays, probed, len(data.classes))
-    key = f"{probed.identity} {probed.size} {probed.mean} {probed.std} {dtype} {data.fingerprint():08x}"
-    place = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
-    complete = world.agree(int(_is_complete(place, wanted))) and _is_complete(place, wanted)
-    if not complete:
-        if world.main:
-            _make_room(place, wanted)
-        world.barrier()
-        arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r+") for name in wanted}
-        _read_into(arrays, probed, data, world, batch_size, threads, dtype)
-        for array in arrays.values():
-            array.flush()
-        world.barrier()
-        if world.main:
-            text = json.dumps({"backbone": probed.identity, "images": len(data.source), "sets": probed.sets})
-            write_atomically(place / _DONE, lambda file: file.write(text.encode()))
-        world.barrier()
-    # Copy on write, since torch wants memory that may be written; nobody writes.
-    arrays = {name: np.load(place / f"{name}.npy", mmap_mode="c") for name in wanted}
-    return _features(arrays, probed, len(data.classes))
+    files = feature_files(probed, data, folder, dtype)
+    here = files.complete()
+    # Nobody may begin to write while somebody still looks, so all look first.
+    if not (world.agree(int(here)) and here):
+        with ExitStack() as stack, telling(world.rank):
+            if world.main:
+                stack.enter_context(files.claimed())
+                files.make()
+            world.barrier()
+            arrays = files.open(write=True)
+            _read_into(arrays, probed, data, world, batch_size, threads, dtype)
+            for array in arrays.values():
+                array.flush()
+            world.barrier()
+            if world.main:
+                files.finish({"backbone": probed.identity, "images": len(data.source)})
+            world.barrier()
+    return _features(files.open(write=False), probed, len(data.classes))
 
 
 def _features(arrays: dict[str, np.ndarray], probed: Probed, classes: int) -> Features:
     tokens = {name: torch.from_numpy(arrays[f"tokens-{name}"]).view(torch.bfloat16) for name in probed.sets}
     return Features(tokens, arrays["union"], arrays["majority"], arrays["whole"], classes)
-
-
-def _is_complete(place: Path, wanted: dict) -> bool:
-    return (place / _DONE).is_file() and all((place / f"{name}.npy").is_file() for name in wanted)
-
-
-def _make_room(place: Path, wanted: dict) -> None:
-    """Makes the files, empty, with their full length."""
-    place.mkdir(parents=True, exist_ok=True)
-    (place / _DONE).unlink(missing_ok=True)
-    need = sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in wanted.values())
-    free = shutil.disk_usage(place).free
-    if need > free:
-        raise UserError(
-            f"--cache {place.parent}: features take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; name a folder "
-            "with room"
-        )
-    for name, (shape, kind) in wanted.items():
-        np.lib.format.open_memmap(place / f"{name}.npy", mode="w+", dtype=kind, shape=shape).flush()
 
 
 @torch.no_grad()
@@ -199,7 +189,7 @@ def _read_into(
     dtype: torch.dtype,
 ) -> None:
     transform = Transform(
-        size=probed.size, mean=probed.mean, std=probed.std, interpolation="bilinear", crop_pct=1.0
+        size=probed.size, mean=probed.mean, std=probed.std, interpolation="bilinear", crop="center"
     )
     loader = Loader(
         data.source,

@@ -2,7 +2,9 @@
 
 import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +21,19 @@ METRICS = ("macro_recall", "macro_precision", "macro_f1", "macro_accuracy", "acc
 _EVALUATION_BATCH = 256
 
 
+def check_options(options: object, checks: Iterable[tuple[str, bool, str]]) -> None:
+    """Refuses the first option that is not right: (field, whether it is right, what it must be).
+
+    Raises:
+        UserError: it names the field as the command line does.
+    """
+    for name, right, rule in checks:
+        if not right:
+            value = getattr(options, name)
+            shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else value
+            raise UserError(f"--{name.replace('_', '-')} {shown}: it must be {rule}")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a head is trained; the defaults are the paper's."""
@@ -31,24 +46,26 @@ class Recipe:
     """at most a tenth of all steps"""
     weight_decay: float = 0.01
     select: str = "macro_recall"
-    """the metric on the validation split that chooses the epoch"""
+    """the metric on the validation split that chooses the epoch; macro recall where the labels have no such metric"""
 
     def __post_init__(self):
-        checks = {
-            "epochs": self.epochs >= 1,
-            "batch_size": self.batch_size >= 1,
-            "lr": self.lr > 0,
-            "min_lr": 0 <= self.min_lr <= self.lr,
-            "warmup_steps": self.warmup_steps >= 0,
-            "weight_decay": self.weight_decay >= 0,
-            "select": self.select in METRICS,
-        }
-        for name, right in checks.items():
-            if not right:
-                option = name.replace("_", "-")
-                raise UserError(
-                    f"--{option} {getattr(self, name)}: out of range (--min-lr must not exceed --lr)"
-                )
+        checks = (
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("lr", 0 < self.lr < math.inf, "a positive number"),
+            ("min_lr", 0 <= self.min_lr <= self.lr, f"from 0 to --lr, which is {self.lr:g}"),
+            ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
+            ("select", self.select in METRICS, f"one of {' '.join(METRICS)}"),
+        )
+        check_options(self, checks)
+
+    def check_images(self, count: int) -> None:
+        """Refuses a training split that does not fill a batch."""
+        if count < self.batch_size:
+            raise UserError(
+                f"--batch-size {self.batch_size}: the training split has {count} images; lower it"
+            )
 
 
 @dataclass(frozen=True)
@@ -63,9 +80,14 @@ class Task:
 
 
 def head_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy for `majority` targets [b, N] int64 (-1 = void), else binary cross-entropy, both means, fp32."""
+    """Cross-entropy for `majority` targets [b, N] int64 (-1 = void), else binary cross-entropy, both means, fp32.
+
+    Without a labelled patch the cross-entropy is 0, not a number that is none.
+    """
     if targets.dtype == torch.int64:
-        return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        logits, targets = logits.float().flatten(0, 1), targets.flatten()
+        total = functional.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        return total / (targets >= 0).sum().clamp(min=1)
     return functional.binary_cross_entropy_with_logits(logits.float(), targets.float())
 
 
@@ -94,24 +116,21 @@ def fit(
         The head, the epoch (from 1), and the metrics on `select`, without it none.
 
     Raises:
-        UserError: fewer images than a batch.
+        UserError: fewer images than a batch, or a loss that is no number.
     """
-    if len(train) < recipe.batch_size:
-        raise UserError(
-            f"--batch-size {recipe.batch_size}: the training split has {len(train)} images; lower it"
-        )
+    recipe.check_images(len(train))
     head = head.to(device)
     optimizer = adamw(head.parameters(), lr=recipe.lr, betas=(0.9, 0.999), weight_decay=recipe.weight_decay)
     steps = len(train) // recipe.batch_size
     total, step, best = steps * recipe.epochs, 0, None
     warmup = min(recipe.warmup_steps, total // 10)
+    rate = partial(learning_rate, total=total, warmup=warmup, lr=recipe.lr, min_lr=recipe.min_lr, start=0.0)
     for epoch in range(1, recipe.epochs + 1):
         head.train()
         order = np.random.default_rng([task.seed, epoch]).permutation(len(train))
         for first in range(0, steps * recipe.batch_size, recipe.batch_size):
-            optimizer.param_groups[0]["lr"] = learning_rate(
-                step, total=total, warmup=warmup, lr=recipe.lr, min_lr=recipe.min_lr, start=0.0
-            )
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step)
             rows = np.sort(order[first : first + recipe.batch_size])
             loss = head_loss(*_answers(head, task, train, rows, device, dtype))
             optimizer.zero_grad()
@@ -147,19 +166,30 @@ def evaluate(
     dtype: torch.dtype,
     by_size: bool = True,
 ) -> dict:
-    """The metrics of a head on a split (see `fastalign.probe.metrics`), and its `loss`, the mean over images."""
+    """The metrics of a head on a split (see `fastalign.probe.metrics`), and its `loss`.
+
+    The loss is the mean over all answers: of patches (or images) and classes, for `majority` of labelled patches.
+
+    Raises:
+        UserError: the loss is no number.
+    """
     head.eval()
     if task.labels == "majority":
         counts = MultiClassCounts(features.classes, device)
     else:
         counts = MultiLabelCounts(features.classes, device, by_size=by_size and task.labels == "union")
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total, weights = torch.zeros(2, dtype=torch.float64, device=device)
     for first in range(0, len(features), _EVALUATION_BATCH):
         rows = np.arange(first, min(first + _EVALUATION_BATCH, len(features)))
         logits, targets = _answers(head, task, features, rows, device, dtype)
-        total += head_loss(logits, targets).double() * len(rows)
+        weight = (targets >= 0).sum() if task.labels == "majority" else len(rows)
+        total += head_loss(logits, targets).double() * weight
+        weights += weight
         counts.add(logits, targets)
-    return {"loss": (total / len(features)).item()} | counts.results()
+    if not math.isfinite(total.item()):
+        about = f"{task.labels} {task.head}, seed {task.seed}"
+        raise UserError(f"--lr: the loss of {about}, is {total.item()}; lower the rate")
+    return {"loss": (total / weights).item()} | counts.results()
 
 
 def _answers(
@@ -170,9 +200,7 @@ def _answers(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    tokens = features.tokens[task.skip_blocks][torch.from_numpy(rows)].to(
-        device, torch.float32, non_blocking=True
-    )
+    tokens = features.tokens[task.skip_blocks][torch.from_numpy(rows)].to(device, non_blocking=True).float()
     targets = features.labels(rows, task.labels).to(device, non_blocking=True)
     with autocast(device, dtype):
         return head(tokens), targets

@@ -1,9 +1,11 @@
 """The results of probes: a row a head, gathered, summed up over seeds, written and shown."""
 
 import json
+import math
 import statistics
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from fastalign.engine.checkpoint import write_atomically
@@ -37,22 +39,40 @@ def summarise(results: list[dict]) -> list[dict]:
 
 
 def table_of(summary: list[dict], title: str) -> Table:
-    """The summary for the terminal, in percent: mean ± standard deviation over seeds."""
-    columns = ("macro_recall", "macro_precision", "macro_f1", "map", "accuracy")
-    table = Table(title=title)
-    for name in ("model", "labels", "head", "skipped blocks", "seeds"):
-        table.add_column(name)
-    for name in columns:
-        table.add_column(name.replace("_", " "), justify="right")
+    """The summary for a terminal of 80 columns, in percent: mean ± standard deviation over seeds.
+
+    What is the same in all rows (one model, one layer) stands in the title.
+    """
+    columns = {
+        "macro_recall": "recall",
+        "macro_precision": "precision",
+        "macro_f1": "F1",
+        "map": "mAP",
+        "accuracy": "accuracy",
+    }
+    several = {key: len({row[key] for row in summary}) > 1 for key in ("model", "skip_blocks")}
+    parts = [title, "percent", f"seeds: {' or '.join(sorted({str(row['seeds']) for row in summary}))}"]
+    if not several["model"]:
+        parts.insert(0, summary[0]["model"])
+    if not several["skip_blocks"] and summary[0]["skip_blocks"]:
+        parts.insert(-2, f"skipped blocks: {summary[0]['skip_blocks']}")
+    table = Table(title=", ".join(parts), box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    names = [name for name, key in (("model", "model"), ("skip", "skip_blocks")) if several[key]]
+    for name in (*names, "probe"):
+        table.add_column(name, overflow="fold")
+    for name in columns.values():
+        table.add_column(name, justify="right", no_wrap=True)
     for row in summary:
-        cells = [row["model"], row["labels"], row["head"], str(row["skip_blocks"]), str(row["seeds"])]
-        table.add_row(*cells, *(percent(row["test"].get(name)) for name in columns))
+        cells = [str(row[key]) for key in ("model", "skip_blocks") if several[key]]
+        cells.append(f"{row['labels']} {row['head']}")
+        figures = (percent(row["test"].get(name)).replace(" ± ", "±") for name in columns)
+        table.add_row(*cells, *figures)
     return table
 
 
 def percent(value: dict | None) -> str:
     """71.3 ± 0.4"""
-    if value is None:
+    if value is None or math.isnan(value["mean"]):
         return "-"
     spread = "" if value["std"] is None else f" ± {100 * value['std']:.1f}"
     return f"{100 * value['mean']:.1f}{spread}"
@@ -69,4 +89,4 @@ def _plain(value):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
