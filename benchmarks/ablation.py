@@ -9,6 +9,7 @@ it; trials that are finished are found again in their folder.
 
 import argparse
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ LENGTH = ("optim.epochs=1",)
 BASE = "as the recipe"
 VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "": {BASE: ()},
+    "hidden patches": {"leave the sequence (mode drop)": ("masks.mode=drop",)},
     "visible patches": {
         "Bernoulli 0.25": ("masks.distribution=bernoulli", "masks.ratio=0.25"),
         "Bernoulli 0.5": ("masks.distribution=bernoulli", "masks.ratio=0.5"),
@@ -38,7 +40,6 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "without the full mask": ("masks.full=false",),
         "one mask": ("masks.complement=false", "masks.full=false"),
     },
-    "hidden patches": {"leave the sequence (mode drop)": ("masks.mode=drop",)},
     "target": {
         "last block": ("teacher.skip_blocks=0",),
         "two blocks skipped": ("teacher.skip_blocks=2",),
@@ -120,6 +121,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--root", type=Path, default=Path("runs/ablation"), help="folder of the trials")
     parser.add_argument("--recipe", default=RECIPE)
     parser.add_argument("--workers", type=int, default=CORES, help="trials at once")
+    parser.add_argument("--minutes", type=float, help="begin no trial later; the table has what is finished")
     parser.add_argument("--tiny", action="store_true", help="two steps of two variants: checks that it runs")
     options = parser.parse_args(arguments)
     common = {"recipe": options.recipe}
@@ -139,11 +141,13 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     asked = [(variant, trials_of(variant[1], variant[2], options.seeds, common)) for variant in variants]
     # Seed by seed, so that an interrupted measurement has all variants of the first seeds.
     order = [trials[place] for place in range(len(options.seeds)) for _, trials in asked]
-    results = run_trials(order, options.root, lambda text: print(text, flush=True), options.workers)
-    by_trial = dict(zip(order, results, strict=True))
-    rows = [
-        row_of(*variant, [by_trial[trial] for trial in trials], options.recipe) for variant, trials in asked
+    say = partial(print, flush=True)
+    results = run_trials(order, options.root, say, options.workers, options.minutes)
+    finished = {trial: rows for trial, rows in zip(order, results, strict=True) if rows is not None}
+    found = [
+        (variant, [finished[trial] for trial in trials if trial in finished]) for variant, trials in asked
     ]
+    rows = [row_of(*variant, results, options.recipe) for variant, results in found if results]
     print(table(rows))
     if not options.tiny and options.only is None:
         record.write(

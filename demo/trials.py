@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -78,8 +79,12 @@ class Trial:
 
 
 def run_trials(
-    trials: Sequence[Trial], root: Path, say: Callable[[str], None] = print, workers: int = CORES
-) -> list[list[dict]]:
+    trials: Sequence[Trial],
+    root: Path,
+    say: Callable[[str], None] = print,
+    workers: int = CORES,
+    minutes: float | None = None,
+) -> list[list[dict] | None]:
     """Runs the trials that are not finished yet.
 
     Args:
@@ -87,20 +92,23 @@ def run_trials(
         root: the folder of all.
         say: gets a line when a trial is done.
         workers: how many at once.
+        minutes: begin no trial later than that; None = all are run.
 
     Returns:
-        For each trial its rows, as `probe.json` has them.
+        For each trial its rows, as `probe.json` has them; None for one that was not begun.
 
     Raises:
         UserError: a trial failed; its log is named.
     """
     workers = max(1, min(workers, len(trials)))
-    done = 0
+    done, began = 0, time.monotonic()
 
-    def run(trial: Trial) -> list[dict]:
+    def run(trial: Trial) -> list[dict] | None:
         nonlocal done
         file = trial.results(root)
         if not file.is_file():
+            if minutes is not None and time.monotonic() - began > 60 * minutes:
+                return None
             _start(trial, root)
         done += 1
         rows = json.loads(file.read_text())["rows"]
