@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,9 @@ from fastalign.config import load_config
 from fastalign.data.prefetch import Batch
 from fastalign.engine.distributed import World
 from fastalign.models.precision import FP8_CAPABILITY, FP8Linear
+from fastalign.probe.features import Features
+from fastalign.probe.fit import Recipe, Task, evaluate, fit
+from fastalign.probe.heads import TokenShape, make_head
 from fastalign.run import Run
 from fastalign.train import update
 from tests.numerics import DEVICE, gradient_error, randomise, relative_error
@@ -180,3 +184,31 @@ def test_the_command_trains_on_the_gpu(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     validation = [line["val_loss"] for line in lines if "val_loss" in line]
     assert validation[-1] < validation[0]
+
+
+@pytest.mark.parametrize("labels", ["union", "majority", "global-union"])
+def test_a_probe_counts_and_learns_as_on_the_cpu(labels):
+    torch.manual_seed(0)
+    shape, images = TokenShape(patches=16, prefix=1, width=32, heads=2), 96
+    union = torch.rand(images, 16, 5) < 0.3
+    tokens = torch.randn(images, 17, 32)
+    tokens[:, 1:, :5] += 3 * union
+    tokens[:, 0, :5] += 3 * union.any(1)
+    features = Features(
+        {0: tokens.bfloat16()},
+        np.packbits(union.numpy(), axis=-1),
+        union.int().argmax(-1).numpy().astype(np.int16),
+        union.any(1).numpy(),
+        5,
+    )
+    found = {}
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
+        torch.manual_seed(0)
+        head, task = make_head("transformer", labels, shape, 5), Task("transformer", labels, 0, 0)
+        where = {"device": torch.device(device), "dtype": dtype}
+        head, _, _ = fit(head, task, features, None, Recipe(epochs=40, lr=3e-3), **where)
+        found[device, dtype] = evaluate(head, task, features, **where)["macro_f1"]
+    reference = found["cpu", torch.float32]
+    assert reference > 0.5
+    assert found["cuda", torch.float32] == pytest.approx(reference, abs=0.02)
+    assert found["cuda", torch.bfloat16] == pytest.approx(reference, abs=0.05)
