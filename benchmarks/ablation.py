@@ -8,6 +8,7 @@ it; trials that are finished are found again in their folder.
 """
 
 import argparse
+import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from benchmarks import record
 from demo.trials import CORES, Trial, run_trials
 from fastalign.build import build_objective
 from fastalign.config import load_config
+from fastalign.engine.command import guarded
 from fastalign.errors import UserError
 from fastalign.flops import flops_per_image
 from fastalign.probe.results import mean_and_spread, percent
@@ -134,8 +136,9 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         if options.only is None or name in options.only
     ]
     known = {name for members in VARIANTS.values() for name in members}
-    if options.only and set(options.only) - known:
-        raise UserError(f"--only {options.only[0]}: the variants are {', '.join(sorted(known))}")
+    strange = next((name for name in options.only or () if name not in known), None)
+    if strange is not None:
+        raise UserError(f"--only {strange}: the variants are {', '.join(sorted(known))}")
     if options.tiny:
         variants = [(group, name, (*overrides, "max_steps=2")) for group, name, overrides in variants[:2]]
     asked = [(variant, trials_of(variant[1], variant[2], options.seeds, common)) for variant in variants]
@@ -158,4 +161,4 @@ def main(arguments: list[str] | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -9,6 +9,7 @@ each, which on a CPU is faster than one after another on all cores.
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -62,20 +63,35 @@ class Trial:
         return load_config(self.recipe, [*self.overrides, *own])
 
     def place(self, root: Path) -> Path:
-        """The trial's folder: of the same name only where the same is trained."""
+        """The trial's folder: of the same name only where the same is trained from the same files."""
         if self.folder:
             return Path(self.folder)
         settings = self.config("x")
-        code = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]
-        return root / f"{self.name}-s{self.seed}-{code}"
+        code = _digest(settings.model_dump_json(), *_read_files(settings))
+        return root / f"{re.sub('[^a-z0-9.]+', '-', self.name.lower()).strip('-')}-s{self.seed}-{code}"
 
     def results(self, root: Path) -> Path:
         """The file with the trial's probes."""
         asked = {
             key: value for key, value in asdict(self).items() if key not in ("name", "overrides", "folder")
         }
-        code = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+        made = (Path(self.folder) / "backbone.safetensors",) if self.folder else ()
+        code = _digest(json.dumps(asked, sort_keys=True), *_read_files(self.config("x")), *made)
         return self.place(root) / f"probes-{self.read}-{self.seed}-{code}.json"
+
+
+def _read_files(config: Config) -> tuple[Path, ...]:
+    """What decides a trial beside its keys: the weights that it starts from, and how its pictures were rendered."""
+    return Path(config.student.weights), Path(config.data.train).parent.parent / "mosaics.json"
+
+
+def _digest(text: str, *files: Path) -> str:
+    """Eight hexadecimal digits of a text and the content of files."""
+    digest = hashlib.sha256(text.encode())
+    for file in files:
+        if file.is_file():
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def run_trials(

@@ -82,6 +82,17 @@ def test_trials_that_train_something_else_have_another_folder(recipe, tmp_path):
     assert base.results(tmp_path) != Trial("a", 0, recipe=str(recipe), heads=("mlp",)).results(tmp_path)
 
 
+def test_another_teacher_makes_another_trial(recipe, tmp_path):
+    trial, weights = Trial("a", 0, recipe=str(recipe)), recipe.parent / "teacher.safetensors"
+    place, results, kept = trial.place(tmp_path), trial.results(tmp_path), weights.read_bytes()
+    try:
+        weights.write_bytes(kept + b"x")
+        assert trial.place(tmp_path) != place
+        assert trial.results(tmp_path).name != results.name
+    finally:
+        weights.write_bytes(kept)
+
+
 def test_a_trial_that_fails_names_its_log(recipe, tmp_path):
     trial = Trial("broken", 0, recipe=str(recipe), overrides=("data.train=/nowhere",))
     with pytest.raises(UserError, match=r"trial broken, seed 0, failed \(.*nowhere.*log.txt"):
@@ -142,8 +153,8 @@ def test_the_ablation_runs_at_a_tiny_size(recipe, here, tmp_path, capsys):
     rows = ablation.main(
         ["--tiny", "--seeds", "0", "--recipe", str(recipe), "--root", str(tmp_path), "--workers", "1"]
     )
-    assert [row["variant"] for row in rows] == [ablation.BASE, "Bernoulli 0.25"]
-    assert "| Bernoulli 0.25 | 1 |" in capsys.readouterr().out
+    assert [row["variant"] for row in rows] == [ablation.BASE, "leave the sequence (mode drop)"]
+    assert "| hidden patches | leave the sequence (mode drop) | 1 |" in capsys.readouterr().out
 
 
 def test_every_variant_of_the_ablation_is_a_recipe_of_its_own():

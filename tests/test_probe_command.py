@@ -673,7 +673,7 @@ def test_a_loss_that_is_no_number(data, tmp_path, capsys):
     error = refused(
         capsys, *command(data, "--heads", "linear", "--lr", "1e38", "--output", tmp_path / "p.json")
     )
-    assert re.search(r"--lr: the loss of union linear, seed 0, is (nan|inf); lower the rate", error)
+    assert re.search(r"--lr: the loss of union linear, seed 0 is (nan|inf); lower the rate", error)
 
 
 # Results

@@ -78,8 +78,11 @@ class Files:
             raise _too_little(self.place.parent, self.size()) from None
 
     def open(self, *, write: bool) -> dict[str, np.ndarray]:
-        """The arrays, mapped; without `write` a change would stay in memory."""
-        mode = "r+" if write else "c"
+        """The arrays, mapped; for reading only without `write`.
+
+        Not copy-on-write, which counts as memory: Linux refuses such maps of files larger than what it has.
+        """
+        mode = "r+" if write else "r"
         return {name: np.load(self._path(name), mmap_mode=mode) for name in self.arrays}
 
     def finish(self, about: dict) -> None:

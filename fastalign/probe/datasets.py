@@ -61,18 +61,8 @@ def open_labelled(data: str, split: str) -> LabelledImages:
         raise UserError(
             f"no labelled data given; name a folder, or one of {' '.join(f'{k}:ROOT' for k in KINDS)}"
         )
-    kind, colon, rest = data.partition(":")
-    if not (colon and re.fullmatch(r"[\w-]+", kind)) or Path(data).expanduser().exists():
-        kind, rest = "", data
-    elif kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"{data}: no data set is called {kind!r}; there are {' '.join(KINDS)}, nearest {near}"
-        )
-    root = Path(rest).expanduser()
     try:
-        if not rest or not root.is_dir():
-            raise UserError(f"{data}: no such folder: {rest or '(none)'}; check the path of the data set")
+        kind, root = _parse(data)
         if kind == "ade20k":
             return _open_ade20k(root, split)
         if kind:

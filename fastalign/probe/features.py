@@ -4,6 +4,7 @@ They are kept as bf16 in memory, or in memory-mapped files that later probes of 
 """
 
 import hashlib
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -116,7 +117,8 @@ def _arrays(probed: Probed, count: int, classes: int) -> dict[str, tuple[tuple[i
 
 def feature_files(probed: Probed, data: LabelledImages, folder: Path, dtype: torch.dtype) -> Files:
     """Where a split's features are kept within `folder`: a place for all that decides them."""
-    parts = (__version__, probed.identity, probed.size, probed.mean, probed.std, dtype, data.fingerprint())
+    parts = (__version__, probed.identity, probed.sets, probed.size, probed.mean, probed.std, dtype)
+    parts += (data.fingerprint(),)
     place = folder / hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return Files(place, _arrays(probed, len(data.source), len(data.classes)))
 
@@ -174,7 +176,12 @@ def read_features(
 
 
 def _features(arrays: dict[str, np.ndarray], probed: Probed, classes: int) -> Features:
-    tokens = {name: torch.from_numpy(arrays[f"tokens-{name}"]).view(torch.bfloat16) for name in probed.sets}
+    with warnings.catch_warnings():
+        # torch has no read-only tensors; nobody writes to these.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tokens = {
+            name: torch.from_numpy(arrays[f"tokens-{name}"]).view(torch.bfloat16) for name in probed.sets
+        }
     return Features(tokens, arrays["union"], arrays["majority"], arrays["whole"], classes)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -162,6 +163,9 @@ def _one(
     head = make_head(task.head, task.labels, probed.shape, classes, hidden=plan.hidden, layers=plan.layers)
     where = {"device": device, "dtype": dtype}
     head, epoch, found = fit(head, task, features["train"], features["val"], plan.recipe, **where)
+    if not math.isfinite(found["loss"]):
+        about = f"{task.labels} {task.head}, seed {task.seed}"
+        raise UserError(f"--lr: the loss of {about} is {found['loss']}; lower the rate")
     del found["per_class"]
     judged = {split: evaluate(head, task, features[split], **where) for split in judge if split != "val"}
     return {**asdict(task), "epoch": epoch, "val": found, **judged}

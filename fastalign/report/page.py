@@ -10,7 +10,7 @@ from fastalign.report.charts import Line, line_chart
 from fastalign.report.features import Maps
 from fastalign.report.pictures import Pictures
 from fastalign.report.probe import ALIGNED, BEFORE, METRICS, Score
-from fastalign.report.probe_section import probe_section, score_text
+from fastalign.report.probe_section import probe_section, score_text, setting_text
 from fastalign.report.source import Run
 from fastalign.report.tiles import pictures_section
 
@@ -86,7 +86,12 @@ def _key_numbers(run: Run) -> list[tuple[str, str]]:
         for metric, title in list(METRICS.items())[:2]:
             scores = [run.probe.score(model, setting, metric) for model in (BEFORE, ALIGNED)]
             if any(scores):
-                found.append((_probe_title(title, scores), " → ".join(score_text(s) for s in scores if s)))
+                found.append(
+                    (
+                        f"{_probe_title(title, scores)}, {setting_text(setting)}",
+                        " → ".join(score_text(s) for s in scores if s),
+                    )
+                )
     for key, title, form in (
         ("images_per_second", "Images a second, median", "{:.0f}"),
         ("data_wait", "Time spent waiting for data, median", "{:.1%}"),

@@ -34,7 +34,7 @@ class BySize(_Part):
     positives: list[int]
 
 
-class Test(_Part):
+class TestSplit(_Part):
     """What a page needs of a test split."""
 
     per_class: PerClass | None = None
@@ -48,7 +48,7 @@ class Result(_Part):
     labels: str
     head: str
     skip_blocks: int | str = 0
-    test: Test
+    test: TestSplit
 
     @property
     def setting(self) -> Setting:
@@ -97,11 +97,20 @@ class Probe(_Part):
     summary: list[Summary]
 
     def settings(self) -> list[Setting]:
-        """Every setting, those first that both `before` and `aligned` were probed in."""
+        """Every setting: first those that both `before` and `aligned` were probed in, of these the patches' first."""
         models: dict[Setting, set[str]] = {}
         for row in self.summary:
             models.setdefault(row.setting, set()).add(row.model)
-        return sorted(models, key=lambda setting: not {BEFORE, ALIGNED} <= models[setting])
+
+        def last(setting: Setting) -> tuple[bool, bool, bool]:
+            labels, head, _ = setting
+            return (
+                not {BEFORE, ALIGNED} <= models[setting],
+                labels.startswith("global"),
+                head != "transformer",
+            )
+
+        return sorted(models, key=last)
 
     def score(self, model: str, setting: Setting, metric: str) -> Score | None:
         """A metric of the test split over seeds; None where it was not measured."""
@@ -135,7 +144,9 @@ def read_probe(path: Path) -> Probe:
         UserError: no such file, not JSON, or not in the format of `python -m fastalign.probe`.
     """
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file; write one with python -m fastalign.probe RUN")
+        raise UserError(
+            f"{path}: there is no such file; write one with python -m fastalign.probe --backbone RUN --data DATA"
+        )
     remedy = "write it anew with python -m fastalign.probe, or remove it"
     try:
         probe = Probe.model_validate_json(path.read_bytes())

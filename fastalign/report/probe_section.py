@@ -26,10 +26,11 @@ def setting_text(setting: Setting) -> str:
 def probe_section(probe: Probe | None, folder: Path) -> str:
     """Scores, then recall by class and by size for each setting, the first one open."""
     if probe is None:
+        command = f"python -m fastalign.probe --backbone {escape(str(folder))} --before --data DATA"
         return (
             "<section>\n<h2>Patch probe</h2>\n<p>This run has not been probed: "
-            f"<code>python -m fastalign.probe {escape(str(folder))}</code> measures how well a small head reads the "
-            "classes of each patch off its features.</p>\n</section>"
+            f"<code>{command}</code> measures how well a small head reads the classes of each patch off its "
+            "features.</p>\n</section>"
         )
     counts = ", ".join(f"{count} {split}" for split, count in probe.data.images.items())
     place = f" of <code>{escape(probe.data.path)}</code>" if probe.data.path else ""
