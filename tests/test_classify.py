@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ from fastalign.data.loader import Loader
 from fastalign.data.prefetch import Batch
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
+from fastalign.engine import distributed
 from tests.data_helpers import encode, write_tar
 
 ROOT = Path(__file__).parent.parent
@@ -518,7 +520,7 @@ def test_fine_tuning_resumes_with_the_same_bits(images, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags", [["--seeds", "0,1,2"], ["--unfreeze", "--accumulate", "3"]], ids=["frozen", "unfrozen"]
+    "flags", [["--seeds", "0", "1", "2"], ["--unfreeze", "--accumulate", "3"]], ids=["frozen", "unfrozen"]
 )
 def test_two_ranks_have_the_figures_of_one(images, tmp_path, flags):
     command = [
@@ -647,7 +649,7 @@ def test_the_command_on_a_run(images, tmp_path, vit, capsys):
     save_file(vit.state_dict(), folder / "backbone.safetensors")
     facts = {"name": NAME, "kwargs": {**KWARGS, "num_classes": 0}, "softcap": 12.5, **vit.data}
     (folder / "backbone.json").write_text(json.dumps(facts))
-    assert run(images, "--epochs", "2", "--seeds", "3,4", backbone=str(folder)) == 0
+    assert run(images, "--epochs", "2", "--seeds", "3", "4", backbone=str(folder)) == 0
     printed = capsys.readouterr().out
     written = json.loads((folder / "classify.json").read_text())
     assert written["backbone"]["softcap"] == 12.5
@@ -676,7 +678,12 @@ def test_the_command_on_a_run(images, tmp_path, vit, capsys):
         (["--lr", "0"], "--lr 0.0: it must be a positive number"),
         (["--lr", "nan"], "--lr nan: it must be a positive number"),
         (["--lr", "1e-3", "--min-lr", "1"], "--min-lr 1 is above --lr 0.001"),
-        (["--seeds", "1,1"], "--seeds 1,1: give different numbers"),
+        (["--seeds", "1", "1"], "--seeds 1 1: give different numbers"),
+        (["--seeds", "0", "-1"], "--seeds 0 -1: give different numbers, 0 or more"),
+        (["--seeds", "0,1"], "argument --seeds: invalid int value: '0,1'; --help lists the options"),
+        (["--seeds"], "argument --seeds: expected at least one argument"),
+        (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+        (["--colour"], "unrecognized arguments: --colour; --help lists the options"),
         (["--unfreeze", "--layer-decay", "1.5"], "--layer-decay 1.5: it must be in 0..1"),
         (["--softcap", "-3"], "--softcap -3: it must be a positive number"),
         (["--kwargs", "[1"], "--kwargs [1:"),
@@ -695,6 +702,19 @@ def test_bad_flags(images, tmp_path, capsys, flags, message):
     assert error.startswith("fastalign: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "out" / "classify.json").exists()
+
+
+def test_ranks_wait_for_those_that_train(images, monkeypatch):
+    """Longer than torch's ten minutes: three seeds on two ranks leave one idle for a whole training."""
+    asked = []
+
+    def start(patience=None):
+        asked.append(patience)
+        raise fa.UserError("enough")
+
+    monkeypatch.setattr(distributed, "start", start)
+    assert run(images) == 2
+    assert asked[0] >= timedelta(days=1)
 
 
 def test_bad_data(tmp_path, capsys):
