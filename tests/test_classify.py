@@ -2,11 +2,13 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+import zlib
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -35,9 +37,12 @@ from fastalign.classify.options import Options
 from fastalign.classify.scores import Tally, select, summarise
 from fastalign.data.loader import Loader
 from fastalign.data.prefetch import Batch
+from fastalign.data.source import Subset
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
 from fastalign.engine import distributed
+from fastalign.engine.checkpoint import checksum
+from fastalign.engine.metrics import mean_and_spread
 from tests.data_helpers import encode, write_tar
 
 ROOT = Path(__file__).parent.parent
@@ -156,6 +161,28 @@ def test_mean_and_spread_over_seeds():
     )
     assert mean["top5"] is None
     assert summarise(results[:1], "val")[1]["top1"] is None
+    results[1]["val"]["loss"] = math.nan
+    mean, std = summarise(results, "val")
+    assert math.isnan(mean["loss"])
+    assert std["loss"] is None
+    assert std["top1"] == pytest.approx(np.std([0.25, 0.5, 1], ddof=1))
+
+
+@pytest.mark.parametrize("values", [[math.inf, 1.0], [math.inf, -math.inf], [math.nan]])
+def test_what_is_not_finite_has_a_mean_and_no_spread(values):
+    with np.errstate(invalid="ignore"):
+        expected = np.mean(values)
+    assert mean_and_spread(values) == {"mean": pytest.approx(expected, nan_ok=True), "std": None}
+
+
+def test_a_checksum_is_the_crc_of_the_weights_as_they_lie_in_memory():
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.arange(6.0).view(2, 3).t())  # not contiguous: read row by row
+    module.register_buffer("count", torch.tensor(7))
+    module.gain = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.bfloat16))
+    count, gain = np.int64(7).tobytes(), np.uint16([0x3F80, 0xC000]).tobytes()
+    expected = zlib.crc32(count + gain + np.float32([0, 3, 1, 4, 2, 5]).tobytes())
+    assert checksum(module) == expected
 
 
 # Heads
@@ -558,7 +585,13 @@ def test_fine_tuning_resumes_with_the_same_bits(images, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags", [["--seeds", "0", "1", "2"], ["--unfreeze", "--accumulate", "3"]], ids=["frozen", "unfrozen"]
+    "flags",
+    [
+        ["--seeds", "0", "1", "2"],
+        ["--seeds", "0", "1", "2", "--memory-share", "0"],
+        ["--unfreeze", "--accumulate", "3"],
+    ],
+    ids=["frozen", "frozen, features in a file", "unfrozen"],
 )
 def test_two_ranks_have_the_figures_of_one(images, tmp_path, flags):
     command = [
@@ -657,6 +690,13 @@ def test_labels_in_shards(tmp_path):
     )
     with pytest.raises(fa.UserError, match=r"1.tar:a.cls has 5000 bytes"):
         labels_of(tmp_path)
+
+
+def test_a_part_of_a_source_has_its_classes(tmp_path):
+    whole = open_source(str(made(tmp_path, "all", {"a/0.png": 0, "b/0.png": 1, "c/0.png": 2}) / "all"))
+    part = Subset(whole, np.array([2, 0, 2]))
+    assert part.class_names() == ["c", "a", "c"]
+    assert [part.portable_name(index)[0] for index in range(3)] == ["c", "a", "c"]
 
 
 # The command

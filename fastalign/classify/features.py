@@ -56,7 +56,7 @@ def extract(
         # Each machine would write back whole pages of a shared file, over the rows of the others in them.
         raise SharedError(
             f"{_need(shape, needed)}; the file that they need instead works on one machine only: "
-            "raise --memory-share, use one machine, or --augment"
+            "raise --memory-share, or use one machine"
         )
     store = _mapped(folder, shape, kept, needed, world) if mapped else torch.zeros(shape, dtype=kept)
     vit.eval()
