@@ -1,11 +1,15 @@
 """Classification of image folders: figures, heads, learning rates, both modes, ranks, resume, bad input."""
 
+import errno
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+import zlib
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +28,7 @@ import fastalign as fa
 from fastalign.classify import classify, fit
 from fastalign.classify.__main__ import main
 from fastalign.classify.evaluate import alone
-from fastalign.classify.features import FeatureLoader
+from fastalign.classify.features import FeatureLoader, _file, _mapped, extract
 from fastalign.classify.fit import Fit, Task, mixed_loss
 from fastalign.classify.heads import AttentionHead, LinearHead, TransformerHead, represent
 from fastalign.classify.labels import open_splits
@@ -33,8 +37,12 @@ from fastalign.classify.options import Options
 from fastalign.classify.scores import Tally, select, summarise
 from fastalign.data.loader import Loader
 from fastalign.data.prefetch import Batch
+from fastalign.data.source import Subset
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
+from fastalign.engine import distributed
+from fastalign.engine.checkpoint import checksum
+from fastalign.engine.metrics import mean_and_spread
 from tests.data_helpers import encode, write_tar
 
 ROOT = Path(__file__).parent.parent
@@ -153,6 +161,28 @@ def test_mean_and_spread_over_seeds():
     )
     assert mean["top5"] is None
     assert summarise(results[:1], "val")[1]["top1"] is None
+    results[1]["val"]["loss"] = math.nan
+    mean, std = summarise(results, "val")
+    assert math.isnan(mean["loss"])
+    assert std["loss"] is None
+    assert std["top1"] == pytest.approx(np.std([0.25, 0.5, 1], ddof=1))
+
+
+@pytest.mark.parametrize("values", [[math.inf, 1.0], [math.inf, -math.inf], [math.nan]])
+def test_what_is_not_finite_has_a_mean_and_no_spread(values):
+    with np.errstate(invalid="ignore"):
+        expected = np.mean(values)
+    assert mean_and_spread(values) == {"mean": pytest.approx(expected, nan_ok=True), "std": None}
+
+
+def test_a_checksum_is_the_crc_of_the_weights_as_they_lie_in_memory():
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.arange(6.0).view(2, 3).t())  # not contiguous: read row by row
+    module.register_buffer("count", torch.tensor(7))
+    module.gain = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.bfloat16))
+    count, gain = np.int64(7).tobytes(), np.uint16([0x3F80, 0xC000]).tobytes()
+    expected = zlib.crc32(count + gain + np.float32([0, 3, 1, 4, 2, 5]).tobytes())
+    assert checksum(module) == expected
 
 
 # Heads
@@ -463,6 +493,43 @@ def test_features_that_no_disk_can_hold(images, tmp_path, vit, monkeypatch):
         classify(vit, images, output=tmp_path, memory_share=0.0, **QUICK)
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT], ids=errno.errorcode.get)
+def test_features_for_which_the_disk_proves_too_small(images, tmp_path, vit, monkeypatch, number):
+    """A quota, or another command that was quicker: said before anything is written to the file's map."""
+
+    def full(handle, offset, size):
+        assert (offset, size) == (0, 36 * 32 * 4)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(fa.UserError, match=r"of 36 images take 0.0 GB, more than .* choose a larger disk"):
+        classify(vit, images, output=tmp_path / "out", memory_share=0.0, **QUICK)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_features_file_has_its_room_and_is_its_commands_own(tmp_path):
+    first, second = (_mapped(tmp_path, (3, 1000), torch.float32, 12000, alone()) for _ in range(2))
+    first.fill_(1.0)
+    assert not second.any()
+    assert not list(tmp_path.iterdir()), "a command that is killed leaves nothing"
+    path = _file(tmp_path, 10**6)
+    assert path.stat().st_size == 10**6
+    assert path.stat().st_blocks * 512 >= 10**6, "not sparse"
+
+
+def test_a_features_file_serves_one_machine(vit, tmp_path, monkeypatch):
+    """Two ranks, each the only one of its machine; in the sum over ranks both are short of memory."""
+    loader = SimpleNamespace(source=range(36))
+    world = SimpleNamespace(size=2, device=torch.device("cpu"), sum=lambda value: value * 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    common = {"dtype": torch.float32, "folder": tmp_path, "share": 0.0}
+    with pytest.raises(
+        fa.UserError, match=r"^the features of 36 images .* one machine only: raise --memory-sh"
+    ):
+        extract(vit, "linear", loader, world, **common)
+    assert not list(tmp_path.iterdir())
+
+
 def test_features_in_a_file_are_those_in_memory(images, tmp_path, vit):
     options = {"head": "attention", "epochs": 2, **QUICK}
     memory = classify(vit, images, **options)
@@ -518,7 +585,13 @@ def test_fine_tuning_resumes_with_the_same_bits(images, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags", [["--seeds", "0,1,2"], ["--unfreeze", "--accumulate", "3"]], ids=["frozen", "unfrozen"]
+    "flags",
+    [
+        ["--seeds", "0", "1", "2"],
+        ["--seeds", "0", "1", "2", "--memory-share", "0"],
+        ["--unfreeze", "--accumulate", "3"],
+    ],
+    ids=["frozen", "frozen, features in a file", "unfrozen"],
 )
 def test_two_ranks_have_the_figures_of_one(images, tmp_path, flags):
     command = [
@@ -619,6 +692,13 @@ def test_labels_in_shards(tmp_path):
         labels_of(tmp_path)
 
 
+def test_a_part_of_a_source_has_its_classes(tmp_path):
+    whole = open_source(str(made(tmp_path, "all", {"a/0.png": 0, "b/0.png": 1, "c/0.png": 2}) / "all"))
+    part = Subset(whole, np.array([2, 0, 2]))
+    assert part.class_names() == ["c", "a", "c"]
+    assert [part.portable_name(index)[0] for index in range(3)] == ["c", "a", "c"]
+
+
 # The command
 
 
@@ -647,7 +727,7 @@ def test_the_command_on_a_run(images, tmp_path, vit, capsys):
     save_file(vit.state_dict(), folder / "backbone.safetensors")
     facts = {"name": NAME, "kwargs": {**KWARGS, "num_classes": 0}, "softcap": 12.5, **vit.data}
     (folder / "backbone.json").write_text(json.dumps(facts))
-    assert run(images, "--epochs", "2", "--seeds", "3,4", backbone=str(folder)) == 0
+    assert run(images, "--epochs", "2", "--seeds", "3", "4", backbone=str(folder)) == 0
     printed = capsys.readouterr().out
     written = json.loads((folder / "classify.json").read_text())
     assert written["backbone"]["softcap"] == 12.5
@@ -676,7 +756,12 @@ def test_the_command_on_a_run(images, tmp_path, vit, capsys):
         (["--lr", "0"], "--lr 0.0: it must be a positive number"),
         (["--lr", "nan"], "--lr nan: it must be a positive number"),
         (["--lr", "1e-3", "--min-lr", "1"], "--min-lr 1 is above --lr 0.001"),
-        (["--seeds", "1,1"], "--seeds 1,1: give different numbers"),
+        (["--seeds", "1", "1"], "--seeds 1 1: give different numbers"),
+        (["--seeds", "0", "-1"], "--seeds 0 -1: give different numbers, 0 or more"),
+        (["--seeds", "0,1"], "argument --seeds: invalid int value: '0,1'; --help lists the options"),
+        (["--seeds"], "argument --seeds: expected at least one argument"),
+        (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+        (["--colour"], "unrecognized arguments: --colour; --help lists the options"),
         (["--unfreeze", "--layer-decay", "1.5"], "--layer-decay 1.5: it must be in 0..1"),
         (["--softcap", "-3"], "--softcap -3: it must be a positive number"),
         (["--kwargs", "[1"], "--kwargs [1:"),
@@ -695,6 +780,19 @@ def test_bad_flags(images, tmp_path, capsys, flags, message):
     assert error.startswith("fastalign: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "out" / "classify.json").exists()
+
+
+def test_ranks_wait_for_those_that_train(images, monkeypatch):
+    """Longer than torch's ten minutes: three seeds on two ranks leave one idle for a whole training."""
+    asked = []
+
+    def start(patience=None):
+        asked.append(patience)
+        raise fa.UserError("enough")
+
+    monkeypatch.setattr(distributed, "start", start)
+    assert run(images) == 2
+    assert asked[0] >= timedelta(days=1)
 
 
 def test_bad_data(tmp_path, capsys):

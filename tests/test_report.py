@@ -390,7 +390,10 @@ def _pixels(attrs: dict) -> np.ndarray:
 def test_scores_classes_and_sizes_of_a_probe(run):
     (run / "probe.json").write_text(json.dumps(probe_facts()))
     page = render(run, "--images", "0")
-    assert "Patch probe, macro recall, % before → aligned, union labels, linear head55.0 ± 10.0 → 65.0" in page.text
+    assert (
+        "Patch probe, macro recall, % before → aligned, union labels, linear head55.0 ± 10.0 → 65.0"
+        in page.text
+    )
     table = re.search(r"Recall by class.*?</table>", (run / "report.html").read_text(), re.S)[0]
     rows = [
         re.sub("<[^>]+>", " ", row).split() for row in re.findall(r"<tr><th scope=\"row\">.*?</tr>", table)

@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,17 +18,23 @@ from fastalign.classify.scores import FIGURES
 from fastalign.engine import distributed
 from fastalign.engine.command import guarded
 from fastalign.engine.memory import keep_freed_memory
+from fastalign.errors import UserError
 
 _TITLES = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class", "loss": "loss"}
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UserError: it cannot be understood.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m fastalign.classify",
         description="How well a backbone's features classify images: a head on it frozen, or fine-tuning.",
         epilog="Defaults that depend on head and mode are in docs/classify.md.",
     )
+    parser.error = _refuse
     add = parser.add_argument
     add(
         "--backbone",
@@ -43,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add("--head", default="linear", help=" | ".join(HEADS))
     add("--unfreeze", action="store_true", help="train the backbone too, on augmented images")
     add("--augment", action="store_true", help="frozen backbone, but new crops and flips each epoch")
-    add("--seeds", type=_seeds, default=(0,), metavar="0,1,2", help="one training each")
+    add("--seeds", nargs="+", type=int, default=list(Options.seeds), metavar="N", help="one training each")
     add("--precision", default="auto", help="auto (bf16 on a GPU) | bf16 | fp32")
     add("--grad-checkpointing", action="store_true", help="unfreeze: less memory, more time")
     for name, kind, text in (
@@ -69,11 +76,11 @@ def parser() -> argparse.ArgumentParser:
         plain = getattr(Options, name.replace("-", "_"))
         default = "" if plain in (None, "") else f"default {plain}"
         add(f"--{name}", type=kind, default=plain, metavar="X", help="; ".join(filter(None, (text, default))))
-    return parser
+    return parser.parse_args(arguments)
 
 
-def _seeds(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+def _refuse(message: str) -> None:
+    raise UserError(f"{message}; --help lists the options")
 
 
 def table(report: dict) -> Table:
@@ -105,8 +112,10 @@ def _cells(figures: dict) -> list[str]:
 
 def _run(given: argparse.Namespace, command: str) -> None:
     chosen = {field.name: getattr(given, field.name) for field in fields(Options)}
+    chosen["seeds"] = tuple(given.seeds)
     Options(**chosen).resolved()  # before anything is loaded
-    world = distributed.start()
+    # A rank that has no seed left waits for those that train, hours perhaps.
+    world = distributed.start(patience=timedelta(days=30))
     vit, run = named_backbone(
         given.backbone, weights=given.weights, kwargs=given.kwargs, softcap=given.softcap
     )
@@ -123,9 +132,8 @@ def _run(given: argparse.Namespace, command: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 for bad input."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    given = parser().parse_args(arguments)
     command = shlex.join(["python", "-m", "fastalign.classify", *arguments])
-    return guarded(lambda: _run(given, command))
+    return guarded(lambda: _run(parse(arguments), command))
 
 
 if __name__ == "__main__":

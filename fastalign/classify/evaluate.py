@@ -3,7 +3,6 @@
 import json
 import platform
 import tempfile
-import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +18,7 @@ from fastalign.classify.labels import Split, describe, open_splits
 from fastalign.classify.modes import Job, check_batch, train_on_features, train_on_images
 from fastalign.classify.options import Options
 from fastalign.classify.scores import summarise
-from fastalign.engine.checkpoint import write_atomically
+from fastalign.engine.checkpoint import checksum, write_atomically
 from fastalign.engine.command import telling
 from fastalign.engine.distributed import World
 from fastalign.errors import UserError
@@ -104,12 +103,8 @@ def _begin(
     command: str | None,
 ) -> dict:
     """What of the report is known before any training."""
-    checksum = 0
-    for _, value in sorted(vit.state_dict().items()):
-        numbers = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        checksum = zlib.crc32(numbers, checksum)
     recipe = getattr(vit, "recipe", {"name": None, "kwargs": {}})
-    facts = {"softcap": vit.softcap, "weights": f"{checksum:08x}", "reads": reads(vit, options.head)}
+    facts = {"softcap": vit.softcap, "weights": f"{checksum(vit):08x}", "reads": reads(vit, options.head)}
     reported, selection = "val", "none, the last epoch: there is no test split to report a chosen one on"
     if "test" in splits:
         reported, selection = "test", "the epoch with the best validation top-1, the first of equals"

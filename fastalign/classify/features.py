@@ -1,7 +1,9 @@
 """A frozen backbone's features, computed once: shared among ranks, in memory or in a file, and read as batches."""
 
+import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from fastalign.data.loader import Loader
 from fastalign.data.prefetch import Batch
 from fastalign.engine.distributed import World
 from fastalign.engine.memory import free_memory
-from fastalign.errors import UserError
+from fastalign.errors import SharedError
 from fastalign.models.precision import autocast
 from fastalign.models.vit import ViT
 from fastalign.random import permutation
@@ -24,7 +26,7 @@ _CHUNK = 2**26  # bytes sent between ranks at a time
 
 @torch.no_grad()
 def extract(
-    vit: ViT, head: str, loader: Loader, world: World, *, dtype: torch.dtype, path: Path, share: float
+    vit: ViT, head: str, loader: Loader, world: World, *, dtype: torch.dtype, folder: Path, share: float
 ) -> Tensor:
     """What a head reads, for every image of a source; each rank computes its loader's part.
 
@@ -34,14 +36,14 @@ def extract(
         loader: in order, without augmentation. Ranks with equal batch sizes give the bits of one rank.
         world: all ranks.
         dtype: to compute in. Tokens are kept in it, one vector an image in float32.
-        path: the file that takes them where memory is short; ranks on several machines must share it.
+        folder: has room for a file that takes them where memory is short, which one machine alone can do.
         share: of the free memory that the machine's ranks may take together.
 
     Returns:
-        [n, D] or [n, T, D] on the CPU, on each rank; mapped from `path` where it was needed.
+        [n, D] or [n, T, D] on the CPU, on each rank; mapped from a file where it was needed.
 
     Raises:
-        UserError: neither memory nor disk has room.
+        UserError: neither memory nor disk has room, or memory has none and ranks are on several machines.
     """
     tokens = () if head == "linear" else (vit.spec.prefix + vit.spec.patches,)
     kept = dtype if tokens else torch.float32
@@ -50,7 +52,13 @@ def extract(
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     short = torch.tensor(float(needed * ranks > share * free_memory()), device=world.device)
     mapped = bool(world.sum(short))
-    store = _mapped(path, shape, kept, needed, world) if mapped else torch.zeros(shape, dtype=kept)
+    if mapped and world.size > ranks:
+        # Each machine would write back whole pages of a shared file, over the rows of the others in them.
+        raise SharedError(
+            f"{_need(shape, needed)}; the file that they need instead works on one machine only: "
+            "raise --memory-share, or use one machine"
+        )
+    store = _mapped(folder, shape, kept, needed, world) if mapped else torch.zeros(shape, dtype=kept)
     vit.eval()
     for batch in loader.batches():
         with autocast(world.device, dtype):
@@ -71,19 +79,47 @@ def fits(features: Tensor, device: torch.device, share: float) -> bool:
     return features.nbytes <= share * torch.cuda.mem_get_info(device)[0]
 
 
-def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype, needed: int, world: World) -> Tensor:
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise UserError(
-            f"the features of {shape[0]} images take {needed / 1e9:.1f} GB, more than the free memory that "
-            f"--memory-share allows and than {path.parent} has ({free / 1e9:.1f} GB): "
+def _need(shape: tuple[int, ...], needed: int) -> str:
+    return (
+        f"the features of {shape[0]} images take {needed / 1e9:.1f} GB, more than the free memory that "
+        "--memory-share allows"
+    )
+
+
+def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype, needed: int, world: World) -> Tensor:
+    """Memory that all ranks share, in a file without a name: it ends with the last rank, however that ends."""
+    path = world.share(_file(folder, needed) if world.main else None)
+    if path is None:
+        free = shutil.disk_usage(folder).free
+        raise SharedError(
+            f"{_need(shape, needed)}, and more than {folder} has room for ({free / 1e9:.1f} GB free): "
             "choose a larger disk's --output, or --augment"
         )
-    if world.main:
-        with path.open("wb") as file:
-            file.truncate(needed)
-    world.barrier()
-    return torch.from_file(str(path), shared=True, size=int(np.prod(shape)), dtype=dtype).view(shape)
+    try:
+        store = torch.from_file(str(path), shared=True, size=int(np.prod(shape)), dtype=dtype).view(shape)
+        world.barrier()
+    finally:
+        if world.main:
+            path.unlink()
+    return store
+
+
+def _file(folder: Path, size: int) -> Path | None:
+    """A new file with its room on the disk; None where there is too little."""
+    if size > shutil.disk_usage(folder).free:
+        return None
+    handle, name = tempfile.mkstemp(prefix=".features-", suffix=".bin", dir=folder)
+    try:
+        # Writing to a map of a file for which the disk has no room kills the process without a word.
+        os.posix_fallocate(handle, 0, size)
+    except OSError as error:
+        Path(name).unlink()
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return None
+    finally:
+        os.close(handle)
+    return Path(name)
 
 
 class FeatureLoader:

@@ -114,7 +114,6 @@ def _features(job: Job) -> dict[str, Tensor]:
     found = {}
     for name, split in job.splits.items():
         job.say(f"{name}: features of {len(split.source)} images")
-        path = job.folder / f".features-{name}.bin"
         loader = _loader(job, name, Transform(crop="eval", **image_constants(vit)), _READ_AT_ONCE)
         try:
             found[name] = extract(
@@ -123,14 +122,12 @@ def _features(job: Job) -> dict[str, Tensor]:
                 loader,
                 job.world,
                 dtype=job.dtype,
-                path=path,
+                folder=job.folder,
                 share=job.options.memory_share,
             )
             job.world.barrier()
         finally:
             loader.close()
-            if job.world.main:
-                path.unlink(missing_ok=True)  # what is mapped stays until the last rank lets it go
     return found
 
 

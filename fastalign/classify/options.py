@@ -110,7 +110,7 @@ class Options:
                     raise UserError(f"{_flag(name)} {value}: it must be {rule}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise UserError(
-                f"--seeds {','.join(map(str, self.seeds))}: give different numbers, 0 or more, as in 0,1,2"
+                f"--seeds {' '.join(map(str, self.seeds))}: give different numbers, 0 or more, as in 0 1 2"
             )
 
     def _check_modes(self) -> None:

@@ -1,6 +1,5 @@
 """Accuracy, by image and by class, over all ranks; and which epoch's is reported."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastalign.engine.distributed import World
+from fastalign.engine.metrics import mean_and_spread
 
 FIGURES = ("top1", "top5", "mean_per_class", "loss")
 
@@ -84,8 +84,6 @@ def summarise(results: list[dict], split: str) -> tuple[dict, dict]:
         values = [result[split][name] for result in results]
         if None in values:
             mean[name] = std[name] = None
-            continue
-        mean[name] = math.fsum(values) / len(values)
-        squares = math.fsum((value - mean[name]) ** 2 for value in values)
-        std[name] = math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else None
+        else:
+            mean[name], std[name] = mean_and_spread(values).values()
     return mean, std

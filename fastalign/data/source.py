@@ -131,6 +131,10 @@ class Subset(Source):
     def label(self, index: int) -> int | None:
         return self.whole.label(int(self.indices[index]))
 
+    def class_names(self) -> list[str | None]:
+        names = self.whole.class_names()
+        return [names[index] for index in self.indices]
+
     def portable_name(self, index: int) -> str:
         return self.whole.portable_name(int(self.indices[index]))
 

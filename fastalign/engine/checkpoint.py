@@ -3,11 +3,13 @@
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from torch import nn
 
 from fastalign.errors import UserError
 
@@ -26,6 +28,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def checksum(module: nn.Module) -> int:
+    """A CRC-32 over the bytes of a module's weights and buffers, in the order of their names; on any device."""
+    code = 0
+    for _, value in sorted(module.state_dict().items()):
+        code = zlib.crc32(value.detach().cpu().reshape(-1).view(torch.uint8).numpy(), code)
+    return code
 
 
 class Checkpoints:

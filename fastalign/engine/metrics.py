@@ -4,8 +4,10 @@ Values stay on the device until they are flushed, so that the host never waits f
 """
 
 import json
+import math
 import os
 import resource
+import statistics
 import sys
 import time
 import zlib
@@ -219,6 +221,19 @@ def series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
     """
     kept = {line["step"]: line[key] for line in lines if type(line.get(key)) in (int, float)}
     return sorted(kept), [kept[step] for step in sorted(kept)]
+
+
+def mean_and_spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean of one or more values, and their sample standard deviation (n - 1).
+
+    One value has no spread, and neither have values of which one is not finite; their mean is not finite either.
+    """
+    if not all(map(math.isfinite, values)):
+        return {"mean": sum(values) / len(values), "std": None}
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+    }
 
 
 def peak_memory(device: torch.device) -> int:

@@ -5,7 +5,6 @@ They are kept as bf16 in memory, or in memory-mapped files that later probes of 
 
 import hashlib
 import warnings
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from torch import Tensor
 from fastalign import __version__
 from fastalign.data.loader import Loader
 from fastalign.data.transforms import Transform
+from fastalign.engine.checkpoint import checksum
 from fastalign.engine.command import telling
 from fastalign.engine.distributed import World
 from fastalign.errors import UserError
@@ -61,9 +61,6 @@ def probed_backbone(vit: ViT, skip_blocks: Sequence[int] = (0,)) -> Probed:
         )
     vit = vit.eval().requires_grad_(False)
     spec = vit.spec
-    code = 0
-    for value in vit.state_dict().values():
-        code = zlib.crc32(value.detach().cpu().reshape(-1).view(torch.uint8).numpy(), code)
     return Probed(
         encode=lambda images: vit.forward_layers(images, skip_blocks),
         sets=tuple(skip_blocks),
@@ -72,7 +69,7 @@ def probed_backbone(vit: ViT, skip_blocks: Sequence[int] = (0,)) -> Probed:
         patch=spec.patch_size,
         mean=tuple(vit.data["mean"]),
         std=tuple(vit.data["std"]),
-        identity=f"{spec} {vit.softcap} {getattr(vit.norm, 'eps', None)} {code:08x}",
+        identity=f"{spec} {vit.softcap} {getattr(vit.norm, 'eps', None)} {checksum(vit):08x}",
     )
 
 

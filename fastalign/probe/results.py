@@ -2,24 +2,16 @@
 
 import json
 import math
-import statistics
 from pathlib import Path
 
 from rich import box
 from rich.table import Table
 
 from fastalign.engine.checkpoint import write_atomically
+from fastalign.engine.metrics import mean_and_spread
 from fastalign.probe.fit import METRICS
 
 GROUP = ("model", "labels", "head", "skip_blocks")
-
-
-def mean_and_spread(values: list[float]) -> dict[str, float | None]:
-    """Mean and sample standard deviation, which one value has not got."""
-    return {
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-    }
 
 
 def summarise(results: list[dict]) -> list[dict]:
