@@ -388,11 +388,16 @@ def test_features_are_read_once_and_deleted_unless_they_are_to_stay(data, tmp_pa
     assert sizes.keys() == {"tokens-0.npy", "union.npy", "majority.npy", "whole.npy"}
     (tokens,) = (path for path in cache.rglob("tokens-0.npy") if np.load(path).shape[0] == COUNTS["train"])
     assert tokens.stat().st_size - 128 == COUNTS["train"] * 18 * 32 * 2
-    # Found again, by a command that deletes only what it made: here the layer that is new.
-    assert main(command(data, "--output", output, "--cache", cache, "--seeds", "0", "1")) == 0
+    # Found again, by commands that delete only what they made.
+    seeds = tmp_path / "seeds.json"
+    assert main(command(data, "--output", seeds, "--cache", cache, "--seeds", "0", "1")) == 0
     assert sum(passes) == 2 * everything
+    kept = sorted(cache.rglob("*"))
     assert len(list(cache.iterdir())) == 3
-    assert results(output)["results"][0] == first[0]
+    assert results(seeds)["results"][0] == first[0]
+    other = ["--output", tmp_path / "layer.json", "--cache", cache, "--skip-blocks", "1"]
+    assert main(command(data, *other)) == 0
+    assert sorted(cache.rglob("*")) == kept
 
 
 @needs_dali
@@ -412,7 +417,7 @@ def test_interrupted_features_are_read_anew(data, tmp_path, monkeypatch, passes)
     with pytest.raises(KeyboardInterrupt):
         read_features(broken, split, ALONE, **options)
     assert len(passes) == count + 2
-    # Another layer, which lies in the same folder, must not make the half-written one look complete.
+    # Another layer must not make the half-written one look complete.
     read_features(probed_backbone(vit, (1,)), split, ALONE, **options)
     assert len(passes) == count + 2 + 5
     again = read_features(whole, split, ALONE, **options)
@@ -729,3 +734,15 @@ def test_numbers_that_are_none_are_written_as_null(tmp_path):
     write_results(tmp_path / "a" / "p.json", {"a": math.nan, "b": [math.inf, 1.5, {"c": (-math.inf, 2)}]})
     assert results(tmp_path / "a" / "p.json") == {"a": None, "b": [None, 1.5, {"c": [None, 2]}]}
     assert percent({"mean": math.nan, "std": None}) == "-"
+
+
+def test_results_of_another_probe_are_not_overwritten(data, tmp_path, capsys):
+    path = tmp_path / "p.json"
+    first = command(data, "--heads", "linear", "--output", path)
+    assert main(first) == 0
+    kept = path.read_bytes()
+    assert main(command(data, "--heads", "mlp", "--output", path)) == 2
+    assert "it holds results of another probe; name another file" in capsys.readouterr().err
+    assert path.read_bytes() == kept
+    assert main(first) == 0  # the same again is the same
+    assert results(path)["results"] == json.loads(kept)["results"]

@@ -22,7 +22,7 @@ from fastalign.probe.datasets import open_labelled
 from fastalign.probe.features import Probed, probed_backbone
 from fastalign.probe.fit import METRICS, Recipe, check_options
 from fastalign.probe.heads import HEADS, LABELS
-from fastalign.probe.results import summarise, table_of, write_results
+from fastalign.probe.results import check_output, summarise, table_of, write_results
 from fastalign.probe.run import Plan, probe
 
 
@@ -131,11 +131,16 @@ def run(options: argparse.Namespace, world: distributed.World, arguments: list[s
     output = options.output or (
         folder / "probe.json" if folder else Path("runs") / f"probe-{options.backbone}.json"
     )
-    if output.is_dir():
-        raise UserError(f"--output {output}: it is a folder; name a file, such as {output / 'probe.json'}")
-    output.parent.mkdir(
-        parents=True, exist_ok=True
-    )  # what cannot be written is to be known before hours of work
+    about = {
+        "data": {
+            "path": options.data,
+            "classes": list(splits["train"].classes),
+            "images": {name: len(data.source) for name, data in splits.items()},
+            "fingerprints": {name: f"{data.fingerprint():08x}" for name, data in splits.items()},
+        },
+        "settings": asdict(plan),
+    }
+    check_output(output, about)
     cache = options.cache or output.parent / "features"
     rows = probe(
         models,
@@ -151,16 +156,9 @@ def run(options: argparse.Namespace, world: distributed.World, arguments: list[s
     )
     if not world.main:
         return
-    classes = splits["train"].classes
     facts = {
         "command": shlex.join(["python", "-m", "fastalign.probe", *arguments]),
-        "data": {
-            "path": options.data,
-            "classes": list(classes),
-            "images": {name: len(data.source) for name, data in splits.items()},
-            "fingerprints": {name: f"{data.fingerprint():08x}" for name, data in splits.items()},
-        },
-        "settings": asdict(plan),
+        **about,
         "versions": {"fastalign": __version__, "torch": torch.__version__},
         "results": rows,
         "summary": summarise(rows),

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from fastalign.engine.checkpoint import write_atomically
 from fastalign.engine.metrics import mean_and_spread
+from fastalign.errors import UserError
 from fastalign.probe.fit import METRICS
 
 GROUP = ("model", "labels", "head", "skip_blocks")
@@ -68,6 +69,32 @@ def percent(value: dict | None) -> str:
         return "-"
     spread = "" if value["std"] is None else f" ± {100 * value['std']:.1f}"
     return f"{100 * value['mean']:.1f}{spread}"
+
+
+def check_output(path: Path, about: dict) -> None:
+    """Makes room for `probe.json`, before hours of work.
+
+    Args:
+        path: of the file.
+        about: `data` and `settings` of the probe to come; results of others are not overwritten.
+
+    Raises:
+        UserError: a folder, or results of another probe.
+    """
+    if path.is_dir():
+        raise UserError(f"--output {path}: it is a folder; name a file, such as {path / 'probe.json'}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        return
+    try:
+        earlier = json.loads(path.read_bytes())
+        same = all(earlier.get(key) == json.loads(json.dumps(_plain(value))) for key, value in about.items())
+    except (ValueError, AttributeError):
+        same = False
+    if not same:
+        raise UserError(
+            f"--output {path}: it holds results of another probe; name another file, or remove it"
+        )
 
 
 def write_results(path: Path, facts: dict) -> None:
