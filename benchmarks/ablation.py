@@ -154,7 +154,14 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     print(table(rows))
     if not options.tiny and options.only is None:
         record.write(
-            "ablation", rows, {"split": "val", "recipe": options.recipe, "gpu": torch.cuda.is_available()}
+            "ablation",
+            rows,
+            {
+                "split": "val",
+                "recipe": options.recipe,
+                "common": list(LENGTH),
+                "gpu": torch.cuda.is_available(),
+            },
         )
         record.replace(record.RESULTS / "ablation.md", table(rows))
     return rows
