@@ -7,6 +7,7 @@ each, which on a CPU is faster than one after another on all cores.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -117,19 +118,17 @@ def run_trials(
         UserError: a trial failed; its log is named.
     """
     workers = max(1, min(workers, len(trials)))
-    done, began = 0, time.monotonic()
+    done, began = itertools.count(1), time.monotonic()
 
     def run(trial: Trial) -> list[dict] | None:
-        nonlocal done
         file = trial.results(root)
         if not file.is_file():
             if minutes is not None and time.monotonic() - began > 60 * minutes:
                 return None
             _start(trial, root)
-        done += 1
         rows = json.loads(file.read_text())["rows"]
         best = rows[-1][trial.splits[-1]]
-        say(f"[{done}/{len(trials)}] {trial.name}, seed {trial.seed}: {_headline(rows[-1], best)}")
+        say(f"[{next(done)}/{len(trials)}] {trial.name}, seed {trial.seed}: {_headline(rows[-1], best)}")
         return rows
 
     with ThreadPoolExecutor(workers) as pool:
