@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from benchmarks import record
-from demo.trials import CORES, Trial, run_trials
+from demo.trials import CORES, Trial, run_trials, score
 from fastalign.build import build_objective
 from fastalign.config import load_config
 from fastalign.engine.command import guarded
 from fastalign.errors import UserError
 from fastalign.flops import flops_per_image
-from fastalign.probe.results import mean_and_spread, percent
+from fastalign.probe.results import percent
 
 RECIPE = "configs/demo.yaml"
 LENGTH = ("optim.epochs=1",)
@@ -83,14 +83,8 @@ def row_of(group: str, name: str, overrides: tuple[str, ...], results: list[list
     """A variant's scores over the seeds, and its cost."""
     row = {"group": group, "variant": name, "overrides": list(overrides), "seeds": len(results)}
     row["gflop_per_image"] = gigaflops(overrides, recipe)
-    for column, (labels, head, metric) in COLUMNS.items():
-        values = [
-            found["val"][metric]
-            for rows in results
-            for found in rows
-            if (found["labels"], found["head"]) == (labels, head)
-        ]
-        row[column] = mean_and_spread(values)
+    rows = [found for part in results for found in part]
+    row |= {column: score(rows, "val", *asked_of) for column, asked_of in COLUMNS.items()}
     return row
 
 

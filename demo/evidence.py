@@ -14,13 +14,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from demo.trials import CORES, Trial, run_trials
+from demo.trials import CORES, Trial, pictures, run_trials, score
 from fastalign import __version__
 from fastalign.config import load_config
 from fastalign.engine.checkpoint import write_atomically
 from fastalign.errors import UserError
 from fastalign.probe.datasets import open_labelled
-from fastalign.probe.results import mean_and_spread, percent, summarise, write_results
+from fastalign.probe.results import percent, summarise, write_results
 
 RECIPE = "configs/demo.yaml"
 SEEDS = (0, 1, 2)
@@ -68,10 +68,7 @@ def scores(results: list[list[dict]], asked: list[Trial], split: str) -> dict[st
     table: dict[str, dict[str, dict]] = {}
     for name in dict.fromkeys(trial.name for trial in asked):
         rows = [row for trial, part in zip(asked, results, strict=True) if trial.name == name for row in part]
-        table[name] = {}
-        for column, (labels, head, metric) in COLUMNS.items():
-            values = [row[split][metric] for row in rows if (row["labels"], row["head"]) == (labels, head)]
-            table[name][column] = mean_and_spread(values)
+        table[name] = {column: score(rows, split, *asked_of) for column, asked_of in COLUMNS.items()}
     return table
 
 
@@ -128,7 +125,7 @@ def _write(args: argparse.Namespace, asked: list[Trial], results: list[list[dict
     write_atomically(args.run / f"evidence-{args.split}.json", lambda file: file.write(text.encode()))
     if args.split != "test":
         return
-    data = str(Path(load_config(RECIPE).data.train).parent.parent)
+    data = str(pictures(load_config(RECIPE)))
     names = {"teacher": "before", "aligned (MaskEmbed)": "aligned"}
     rows = [
         {**row, "model": names.get(trial.name, trial.name)}

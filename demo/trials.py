@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from fastalign import build
 from fastalign.config import Config, load_config
 from fastalign.engine.checkpoint import write_atomically
 from fastalign.engine.distributed import World
+from fastalign.engine.metrics import mean_and_spread
 from fastalign.errors import UserError
 from fastalign.models.zoo import load_backbone
 from fastalign.probe.datasets import open_labelled
@@ -83,7 +84,12 @@ class Trial:
 
 def _read_files(config: Config) -> tuple[Path, ...]:
     """What decides a trial beside its keys: the weights that it starts from, and how its pictures were rendered."""
-    return Path(config.student.weights), Path(config.data.train).parent.parent / "mosaics.json"
+    return Path(config.student.weights), pictures(config) / "mosaics.json"
+
+
+def pictures(config: Config) -> Path:
+    """The labelled data that a recipe trains on the images of: DATA, where `data.train` is DATA/train/images."""
+    return Path(config.data.train).parent.parent
 
 
 def _digest(text: str, *files: Path) -> str:
@@ -140,6 +146,13 @@ def run_trials(
             raise
 
 
+def score(rows: Iterable[dict], split: str, labels: str, head: str, metric: str) -> dict[str, float | None]:
+    """Mean and spread of a metric over the rows of one head; the rows are of several seeds."""
+    return mean_and_spread(
+        [row[split][metric] for row in rows if (row["labels"], row["head"]) == (labels, head)]
+    )
+
+
 def _headline(row: dict, found: dict) -> str:
     score = found.get("map", found["macro_recall"])
     return f"{row['labels']} {row['head']} {100 * score:.1f}"
@@ -193,7 +206,7 @@ def run_trial(trial: Trial, root: Path) -> None:
     world, folder = World(0, 1, device), trial.place(root)
     if trial.read == "student" and not trial.folder:
         train(trial.config(folder), world)
-    data = str(Path(load_config(trial.recipe).data.train).parent.parent)
+    data = str(pictures(load_config(trial.recipe)))
     splits = {name: open_labelled(data, name) for name in dict.fromkeys(("train", "val", *trial.splits))}
     count = len(splits["train"])
     splits["train"] = splits["train"].subset(np.arange(min(trial.images, count)))
