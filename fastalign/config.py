@@ -8,7 +8,7 @@ import difflib
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import TypedDict  # typing's own is refused by pydantic before Python 3.12
@@ -25,7 +25,8 @@ RENAMED = {
     for old, new in (("pretrained", "pretrained or random"), ("checkpoint", "PATH"))
 }
 RENAMED |= {
-    f"decoder.{name}": f"write decoder.kwargs.{name}" for name in ("qk_norm", "qkv_bias", "init_values")
+    f"decoder.{name}": f"write decoder.kwargs.{name}"
+    for name in ("width", "heads", "qk_norm", "qkv_bias", "init_values")
 }
 RENAMED |= {"loss.scale_batches": "write loss.target_scale=auto:BATCHES"}
 
@@ -65,9 +66,11 @@ class Teacher(Section):
 
 
 class DecoderKwargs(TypedDict, total=False):
-    """Parts of the decoder's blocks, as timm calls them."""
+    """The decoder's shape, and parts of its blocks, as timm calls them."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    width: Annotated[int, Field(gt=0)] | None
+    heads: Annotated[int, Field(gt=0)] | None
     qk_norm: bool | None
     qkv_bias: bool | None
     init_values: float | None
@@ -76,12 +79,8 @@ class DecoderKwargs(TypedDict, total=False):
 class Decoder(Section):
     layers: int = Field(2, ge=0)
     """transformer blocks"""
-    width: int | None = Field(None, gt=0)
-    """null = the teacher's"""
-    heads: int | None = Field(None, gt=0)
-    """null = the student's"""
     kwargs: DecoderKwargs = {}
-    """qk_norm, qkv_bias (null = as the student), init_values (LayerScale at the start: 1e-6, null = none)"""
+    """width (null: the teacher's), heads, qk_norm, qkv_bias (the student's), init_values (1e-6; null: none)"""
 
 
 class Masks(Section):
@@ -180,6 +179,19 @@ class Probe(Section):
     """best.pt and the backbone are those of the best probe (by mAP), not of the lowest validation loss"""
 
 
+class FaultRules(TypedDict, total=False):
+    """What a run does about what breaks; docs/reliability.md explains each."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    bad_samples: Annotated[float, Field(ge=0, le=1)]
+    quarantine: str | None
+    nonfinite: Literal["skip", "stop"]
+    timeout: Annotated[float, Field(gt=0)]
+
+
+FAULT_RULES: FaultRules = {"bad_samples": 0.01, "quarantine": None, "nonfinite": "skip", "timeout": 600.0}
+
+
 class Log(Section):
     every_steps: int = Field(20, gt=0)
     """metrics are fetched from the device, written and shown"""
@@ -196,6 +208,8 @@ class Efficiency(Section):
     """torch.compile the student and the teacher; blocks = block by block, which starts sooner"""
     grad_checkpointing: bool = False
     """recompute the student's blocks in the backward pass"""
+    shard: bool = False
+    """FSDP: each rank keeps a part of the student's weights and of the optimiser's state; the same checkpoints"""
     attention: str = "auto"
     """auto = the fastest that was measured on this GPU; or a name that python -m fastalign.doctor lists"""
 
@@ -219,7 +233,14 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     probe: Probe = Probe()
     log: Log = Log()
+    faults: FaultRules = FAULT_RULES
+    """bad_samples (largest share), quarantine (fastalign.scan's list), nonfinite (skip or stop), timeout (seconds)"""
     efficiency: Efficiency = Efficiency()
+
+    @field_validator("faults")
+    @classmethod
+    def _rules(cls, value: FaultRules) -> FaultRules:
+        return {**FAULT_RULES, **value}
 
     @model_validator(mode="after")
     def _possible(self) -> "Config":
@@ -321,6 +342,7 @@ def _explain(error: ValidationError, path: str | Path) -> str:
         return f"{path}: the key {key} is gone: {RENAMED[key]} instead"
     if first["type"] == "extra_forbidden":
         parts = [f"decoder.kwargs.{name}" for name in DecoderKwargs.__annotations__]
+        parts += [f"faults.{name}" for name in FAULT_RULES]
         near = difflib.get_close_matches(key, [*keys(), *Config.model_fields, *parts], n=1, cutoff=0.0)
         return f"{path}: unknown key {key}; the nearest is {near[0]}"
     message = first["msg"].removeprefix("Value error, ")

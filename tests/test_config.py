@@ -10,7 +10,7 @@ KEYS = """
 output seed max_steps objective
 student.name student.weights student.kwargs student.softcap student.head student.freeze
 teacher.name teacher.weights teacher.kwargs teacher.skip_blocks teacher.prefix_only
-decoder.layers decoder.width decoder.heads decoder.kwargs
+decoder.layers decoder.kwargs
 masks.distribution masks.ratio masks.complement masks.full masks.mode
 loss.name loss.target_scale
 data.train data.val data.crop data.scale data.ratio data.hflip data.color_jitter data.randaugment data.mixup
@@ -20,7 +20,8 @@ optim.betas optim.clip optim.ema
 checkpoint.every_steps checkpoint.keep
 probe.data probe.every_steps probe.best
 log.every_steps log.to
-efficiency.precision efficiency.compile efficiency.grad_checkpointing efficiency.attention
+efficiency.precision efficiency.compile efficiency.grad_checkpointing efficiency.shard efficiency.attention
+faults
 """
 
 
@@ -75,6 +76,14 @@ def test_parts_of_the_decoder_and_the_target_scale_are_typed(tmp_path):
     assert (Config().decoder.kwargs, Config().loss.target_scale) == ({}, "auto")
 
 
+def test_faults_that_are_not_named_keep_their_defaults(tmp_path):
+    assert Config().faults == {
+        "bad_samples": 0.01, "quarantine": None, "nonfinite": "skip", "timeout": 600.0
+    }  # fmt: skip
+    faults = load_config(write(tmp_path, "faults: {timeout: 60}\n"), ["faults.nonfinite=stop"]).faults
+    assert faults == {"bad_samples": 0.01, "quarantine": None, "nonfinite": "stop", "timeout": 60.0}
+
+
 def test_a_base_is_merged_and_its_own_keys_win(tmp_path):
     write(tmp_path, "seed: 1\noptim: {lr: 1e-3, epochs: 7}\n", "base.yaml")
     config = load_config(write(tmp_path, "base: base.yaml\noptim: {lr: 2e-3}\n"))
@@ -101,6 +110,11 @@ def test_yaml_out_is_yaml_in(tmp_path):
             ["student.pretrained is gone", "student.weights=pretrained or random"],
         ),
         ("teacher: {checkpoint: a.pth}", None, ["teacher.checkpoint is gone", "teacher.weights=PATH"]),
+        ("", "decoder.width=64", ["decoder.width is gone", "write decoder.kwargs.width"]),
+        ("", "decoder.kwargs.heads=0", ["decoder.kwargs.heads", "greater than 0"]),
+        ("", "faults.nonfinite=pray", ["faults.nonfinite", "'skip' or 'stop'", "pray"]),
+        ("", "faults.timeout=0", ["faults.timeout", "greater than 0"]),
+        ("", "faults.bad_sample=0.1", ["faults.bad_sample", "nearest is faults.bad_samples"]),
         ("decoder: {qk_norm: true}", None, ["decoder.qk_norm is gone", "write decoder.kwargs.qk_norm"]),
         ("", "decoder.qkv_bias=false", ["decoder.qkv_bias is gone", "write decoder.kwargs.qkv_bias"]),
         ("", "decoder.init_values=null", ["decoder.init_values is gone", "write decoder.kwargs.init_values"]),

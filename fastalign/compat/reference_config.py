@@ -163,13 +163,15 @@ def _tree(v: dict, mim: bool, world: int, notes: list[str]) -> dict:
     if not mim:
         tree["student"]["freeze"] = v["freeze_student"]
         tree["teacher"]["prefix_only"] = v["prefix_only"]
-        names = {"layers": "layers", "width": "width", "num_heads": "heads"}
-        tree["decoder"] = {key: v[f"decoder_{name}"] for name, key in names.items()}
-        parts = {name: v[f"decoder_{name}"] for name in ("qk_norm", "qkv_bias", "init_values")}
+        names = ("width", "num_heads", "qk_norm", "qkv_bias", "init_values")
+        parts = {name: v[f"decoder_{name}"] for name in names}
         parts["init_values"] = parts["init_values"] or None
-        tree["decoder"]["kwargs"] = {
-            name: value for name, value in parts.items() if value != OPTIONS[f"decoder_{name}"].default
+        kwargs = {
+            name.removeprefix("num_"): value
+            for name, value in parts.items()
+            if value != OPTIONS[f"decoder_{name}"].default
         }
+        tree["decoder"] = {"layers": v["decoder_layers"], "kwargs": kwargs}
     return tree
 
 
