@@ -7,10 +7,9 @@ import argparse
 import math
 import os
 import sys
-from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastalign import build
 from fastalign.compat.reference_config import read_reference
@@ -25,7 +24,7 @@ from fastalign.flops import flops_per_image
 from fastalign.probe.pairs import LabelledImages
 from fastalign.probe.training import due, open_splits, probe_student
 from fastalign.random import EVAL_EPOCH
-from fastalign.run import Run, improves, save
+from fastalign.run import Run, finish, improves, save
 
 Splits = dict[str, LabelledImages]
 
@@ -46,12 +45,12 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
             waited += batch.wait
             ids = batch.ids if run.objective.fixed_lengths else torch.from_numpy(batch.ids_host)
             last = part == optim.accumulate - 1
-            with nullcontext() if last or run.world.size == 1 else run.model.no_sync():
+            with run.accumulating(last):
                 with run.autocast():
                     loss = run.model(batch.images, ids, epoch) / optim.accumulate
                 loss.backward()
             total += loss.detach()
-    norm = nn.utils.clip_grad_norm_(run.trained, optim.clip or float("inf"))
+    norm = run.clip()
     run.optimizer.step()
     run.optimizer.zero_grad()
     if run.average:
@@ -69,7 +68,7 @@ def evaluate(run: Run) -> float:
         student.load_state_dict(run.average.state)
     student.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
-    with run.fixed_weights():
+    with run.alone(), run.fixed_weights():
         for batch in run.val.batches():
             with run.autocast():
                 loss = run.objective(batch.images, batch.ids, EVAL_EPOCH)
@@ -112,6 +111,7 @@ def train(config: Config, world: distributed.World) -> None:
             else:
                 terminal.say(f"resuming {run.folder} at step {run.step} of {run.last_step}")
             loop(run, splits, log, terminal)
+            finish(run)
             if (run.folder / "backbone.json").exists():
                 terminal.say(f"aligned backbone: {run.folder / 'backbone.safetensors'}")
     finally:

@@ -18,7 +18,7 @@ FLOORS = [
     {"train", "doctor", "export", "report", "classify"},
     {"compat", "probe"},
     {"run"},
-    {"build"},
+    {"build", "publish"},
     {"flops", "config"},
     {"objectives", "accelerate", "engine", "data"},
     {"models"},
