@@ -22,7 +22,8 @@ from fastalign.errors import SharedError, UserError
 _NAME = re.compile(r"step-(\d+)\.pt$")
 _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space")
 _REMEDIES |= dict.fromkeys(
-    (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST), "make the folder writable"
+    (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
+    "make the folder one that can be written",
 )
 
 

@@ -2,11 +2,14 @@
 
 import errno
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+import torch
 
 from fastalign.errors import UserError
 
@@ -74,9 +77,10 @@ def _alive(process: int) -> bool:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's file: the CRC-32 of each of its parts is checked. None = nothing.
+    """What is wrong with a file of torch.save: the CRC-32 of each of its parts is checked. None = nothing.
 
-    torch.load itself does not notice a flipped bit among the weights.
+    torch.load itself does not notice a flipped bit among the numbers. A file that is whole and holds something that
+    may not be loaded is not damaged.
 
     Raises:
         UserError: it may not be read, which says nothing about what is in it.
@@ -84,8 +88,11 @@ def damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as file:
             part = file.testzip()
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # its index, as torch reads it
     except PermissionError as error:
         raise UserError(f"{path} cannot be read ({reason(error)}): see that it can") from error
+    except pickle.UnpicklingError:
+        return None
     except Exception as error:  # zipfile has no list of what it raises over damaged files
         return reason(error)
     return None if part is None else f"its part {part} has another checksum"
@@ -95,4 +102,4 @@ def reason(error: BaseException) -> str:
     """An error in a few words, on one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return str(error).splitlines()[0].partition(". ")[0][:200] if str(error) else type(error).__name__
