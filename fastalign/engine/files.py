@@ -88,6 +88,12 @@ def damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as file:
             part = file.testzip()
+            # A flag that zipfile passes over; torch takes the part for a folder and leaves its numbers to chance.
+            folders = [each.filename for each in file.infolist() if each.external_attr & 0x10]
+        if folders:
+            return f"its part {folders[0]} is marked as a folder"
+        if part is not None:
+            return f"its part {part} has another checksum"
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # its index, as torch reads it
     except PermissionError as error:
         raise UserError(f"{path} cannot be read ({reason(error)}): see that it can") from error
@@ -95,7 +101,7 @@ def damage(path: Path) -> str | None:
         return None
     except Exception as error:  # zipfile has no list of what it raises over damaged files
         return reason(error)
-    return None if part is None else f"its part {part} has another checksum"
+    return None
 
 
 def reason(error: BaseException) -> str:
