@@ -12,8 +12,13 @@ MOST_SKIPPED = 10
 """updates left out one after the other, after which a run ends: its weights no longer move"""
 
 
-def react(run: Run, terminal: Terminal) -> bool:
+def react(run: Run, terminal: Terminal, *, everything: bool = False) -> bool:
     """Act on what the ranks told one another; a collective where something is wrong.
+
+    Args:
+        run: the run.
+        terminal: where it is told.
+        everything: of the newest update too, which waits for the device.
 
     Returns:
         Whether some rank was told to stop.
@@ -22,7 +27,7 @@ def react(run: Run, terminal: Terminal) -> bool:
         SharedError: bad numbers, and the run is to stop at them, or there were too many; on every rank.
     """
     stop = False
-    for seen in run.status.read():
+    for seen in run.status.read(everything=everything):
         stop |= seen.stop
         if seen.skipped:
             bad_numbers(run, seen, terminal)

@@ -198,8 +198,8 @@ def train_epoch(
             metrics = update(run, batches, epoch)
             speed.tick(metrics.pop("waited"))
             log.add(step=run.step, epoch=epoch, **metrics)
-            react(run, terminal)
             inside = run.step != end
+            react(run, terminal, everything=not inside)
             saving = inside and run.step % (config.checkpoint.every_steps or run.last_step + 1) == 0
             probing = inside and due(run)
             if saving or probing or not inside or run.step % config.log.every_steps == 0:

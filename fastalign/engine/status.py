@@ -99,10 +99,10 @@ class Status:
             event.record()
         self._waiting.append((step, values, event, ids, found))
 
-    def read(self) -> list[Seen]:
-        """The updates whose status is due, oldest first."""
+    def read(self, *, everything: bool = False) -> list[Seen]:
+        """The updates whose status is due, oldest first; with `everything` the newest too, for which the host waits."""
         seen = []
-        while len(self._waiting) > self._lag:
+        while len(self._waiting) > (0 if everything else self._lag):
             step, values, event, ids, found = self._waiting.popleft()
             if event is not None:
                 event.synchronize()  # of the update before the newest: the device still has work
