@@ -100,7 +100,7 @@ class Status:
         self._waiting.append((step, values, event, ids, found))
 
     def read(self, *, everything: bool = False) -> list[Seen]:
-        """The updates whose status is due, oldest first; with `everything` the newest too, for which the host waits."""
+        """The updates whose status is due, oldest first; with `everything` the newest too: the host waits."""
         seen = []
         while len(self._waiting) > (0 if everything else self._lag):
             step, values, event, ids, found = self._waiting.popleft()
