@@ -17,6 +17,10 @@ ALWAYS_ALLOWED = 10
 """So many bad samples never stop a run (unless the limit is 0): a share of a few images says nothing."""
 
 
+FILE = "bad_samples.jsonl"
+"""What a run finds, in its folder."""
+
+
 @dataclass(frozen=True)
 class BadSample:
     """A sample that cannot be used."""
@@ -172,3 +176,19 @@ def read_quarantine(path: str | Path, source: Source) -> set[int]:
             "data set: make the list with python -m fastalign.scan, or leave the key out"
         )
     return set(found)
+
+
+def known_bad(source: Source, quarantine: str | None, folder: Path) -> BadSamples:
+    """What a run knows of its data when it starts.
+
+    Args:
+        source: the training set.
+        quarantine: `faults.quarantine`.
+        folder: of the run, whose `bad_samples.jsonl` has what it found before an interruption.
+
+    Raises:
+        UserError: a list that cannot be read, or a quarantine list of another data set.
+    """
+    quarantined = read_quarantine(quarantine, source) if quarantine else ()
+    earlier = read_list(folder / FILE) if (folder / FILE).exists() else ()
+    return BadSamples(quarantined, match(earlier, source).values())
