@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastalign import __version__, build
 from fastalign.config import Config
+from fastalign.data.bad_samples import BadSample
 from fastalign.engine.checkpoint import Checkpoints, write_atomically
 from fastalign.engine.distributed import World
 from fastalign.engine.optim import MovingAverage, class_name, make_optimizer
@@ -54,6 +56,8 @@ class Run:
         """the step up to which validation and probes at the ends of epochs are done"""
         self.status = Status(world, sticky=config.faults["nonfinite"] == "stop")
         self.skipped_in_a_row = 0
+        self.bad: set[int] = set(self.train.bad.found)
+        """the training samples that every rank knows to be bad, but for the quarantined"""
         if world.main:
             self.checkpoints.clean()
         self.epoch_steps = len(self.train) // optim.accumulate
@@ -79,6 +83,13 @@ class Run:
         """
         reduced = self.dtype == torch.bfloat16
         return torch.autocast(self.world.device.type, enabled=False) if reduced else nullcontext()
+
+    def known_bad(self, samples: Iterable[BadSample]) -> list[BadSample]:
+        """Take in what ranks found, as all of them do at the same update. Returns what is new, each once."""
+        new = {sample.id: sample for sample in samples if sample.id not in self.bad}
+        self.bad |= new.keys()
+        self.train.bad.add(new.values())
+        return list(new.values())
 
     @property
     def owes_judgement(self) -> bool:

@@ -21,8 +21,8 @@ from fastalign.engine.memory import keep_freed_memory
 from fastalign.engine.metrics import MetricLog, Speed, Terminal
 from fastalign.engine.optim import learning_rate, seed_update, step_unless
 from fastalign.engine.spikes import Spikes
-from fastalign.errors import UserError
-from fastalign.faults import react
+from fastalign.errors import SharedError, UserError
+from fastalign.faults import bad_validation_samples, damaged_shards, react
 from fastalign.flops import flops_per_image
 from fastalign.probe.pairs import LabelledImages
 from fastalign.probe.training import due, open_splits, probe_student
@@ -41,12 +41,14 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     seed_update(run.config.seed, run.step, run.world.rank)
-    total, waited, ids = torch.zeros((), device=run.world.device), 0.0, []
+    total, waited = torch.zeros((), device=run.world.device), 0.0
+    ids, found = [], []
     with run.fixed_weights():
         for part in range(optim.accumulate):
             batch = next(batches)
             waited += batch.wait
             ids.append(batch.ids_host)
+            found += (sample for sample in batch.bad if sample.id not in run.bad)
             lengths_known = run.objective.fixed_lengths
             sample_ids = batch.ids if lengths_known else torch.from_numpy(batch.ids_host)
             last = part == optim.accumulate - 1
@@ -55,7 +57,7 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
                     loss = run.model(batch.images, sample_ids, epoch) / optim.accumulate
                 loss.backward()
             total += loss.detach()
-    loss = run.status.share(total)
+    loss = run.status.share(total, bad=len(found))
     norm = nn.utils.clip_grad_norm_(run.trained, optim.clip or float("inf"))
     skip = run.status.judge(norm)
     step_unless(run.optimizer, skip)
@@ -63,7 +65,7 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
     if run.average:
         run.average.update()
     run.step += 1
-    run.status.post(run.step, skip, np.concatenate(ids))
+    run.status.post(run.step, skip, np.concatenate(ids), tuple(found))
     return {"loss": loss, "grad_norm": norm, "lr": lr, "waited": waited}
 
 
@@ -85,7 +87,15 @@ def evaluate(run: Run) -> float:
     if live:
         student.load_state_dict(live)
     total, count = run.world.sum(sums).tolist()
+    _refuse_nothing(run, count)
     return total / count
+
+
+def _refuse_nothing(run: Run, count: float) -> None:
+    if not count:
+        key = "train" if run.val is None else "val"
+        place = getattr(run.config.data, key)
+        raise SharedError(f"data.{key}={place}: none of its images can be used; name other ones")
 
 
 def measure_target_scale(run: Run) -> None:
@@ -98,7 +108,9 @@ def measure_target_scale(run: Run) -> None:
         for batch in build.scale_batches(run.config, run.world, run.backbone, run.val):
             with run.autocast():
                 moments += run.objective.target_moments(batch.images, batch.ids, EVAL_EPOCH)
-        run.objective.set_target_scale(run.world.sum(moments))
+        run.world.sum(moments)
+        _refuse_nothing(run, moments[0].item())
+        run.objective.set_target_scale(moments)
 
 
 def train(config: Config, world: distributed.World) -> None:
@@ -114,6 +126,7 @@ def train(config: Config, world: distributed.World) -> None:
         with telling(world.rank):
             for note in run.notes:
                 terminal.say(note)
+            damaged_shards(run, terminal)
             if run.step == 0:
                 begin(run, splits, log, terminal)
             else:
@@ -142,6 +155,7 @@ def begin(run: Run, splits: Splits, log: MetricLog, terminal: Terminal) -> None:
 def validate(run: Run, log: MetricLog, terminal: Terminal, epoch: int) -> None:
     """Evaluate and tell."""
     run.val_loss = evaluate(run)
+    bad_validation_samples(run, terminal)
     log.add(step=run.step, epoch=epoch, val_loss=run.val_loss)
     terminal.say_compiled(log.flush())
     terminal.say(f"step {run.step}: validation loss {run.val_loss:.4f}")
