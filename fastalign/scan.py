@@ -23,8 +23,8 @@ from fastalign.data.fetch import Fetcher
 from fastalign.data.pipeline import Examiner, load_dali
 from fastalign.data.source import SyntheticSource
 from fastalign.data.sources import open_source
-from fastalign.engine.checkpoint import write_atomically
 from fastalign.engine.command import guarded
+from fastalign.engine.files import write_atomically
 from fastalign.errors import UserError
 
 CHUNK = 64

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastalign import build
 from fastalign.compat.reference_config import read_reference
@@ -27,7 +27,8 @@ from fastalign.flops import flops_per_image
 from fastalign.probe.pairs import LabelledImages
 from fastalign.probe.training import due, open_splits, probe_student
 from fastalign.random import EVAL_EPOCH
-from fastalign.run import Run, improves, save
+from fastalign.run import Run
+from fastalign.saving import finish, improves, save
 
 Splits = dict[str, LabelledImages]
 
@@ -52,13 +53,13 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
             lengths_known = run.objective.fixed_lengths
             sample_ids = batch.ids if lengths_known else torch.from_numpy(batch.ids_host)
             last = part == optim.accumulate - 1
-            with contextlib.nullcontext() if last or run.world.size == 1 else run.model.no_sync():
+            with run.accumulating(last):
                 with run.autocast():
                     loss = run.model(batch.images, sample_ids, epoch) / optim.accumulate
                 loss.backward()
             total += loss.detach()
     loss = run.status.share(total, bad=len(found))
-    norm = nn.utils.clip_grad_norm_(run.trained, optim.clip or float("inf"))
+    norm = run.clip()
     skip = run.status.judge(norm)
     step_unless(run.optimizer, skip)
     run.optimizer.zero_grad()
@@ -78,7 +79,7 @@ def evaluate(run: Run) -> float:
         student.load_state_dict(run.average.state)
     student.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
-    with run.fixed_weights():
+    with run.alone(), run.fixed_weights():
         for batch in run.val.batches():
             with run.autocast():
                 loss = run.objective(batch.images, batch.ids, EVAL_EPOCH)
@@ -132,6 +133,7 @@ def train(config: Config, world: distributed.World) -> None:
             else:
                 terminal.say(f"resuming {run.folder} at step {run.step} of {run.last_step}")
             loop(run, splits, log, terminal)
+            finish(run)
             if (run.folder / "backbone.json").exists():
                 terminal.say(f"aligned backbone: {run.folder / 'backbone.safetensors'}")
     finally:
