@@ -4,7 +4,6 @@ import itertools
 from pathlib import Path
 
 import torch
-import yaml
 
 from fastalign.attention.choice import check as check_attention
 from fastalign.attention.choice import choose
@@ -13,6 +12,7 @@ from fastalign.data.loader import Loader
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
 from fastalign.engine.distributed import World
+from fastalign.engine.yaml_files import parse_yaml
 from fastalign.errors import UserError
 from fastalign.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
 from fastalign.models.precision import FP8_CAPABILITY, compute_dtype
@@ -114,12 +114,7 @@ def named_backbone(
     Raises:
         UserError: nothing there, or an argument that does not go with it.
     """
-    try:
-        arguments = yaml.safe_load(kwargs)
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"--kwargs {kwargs}: {str(error).splitlines()[0]}; write YAML, as in '{{depth: 6}}'"
-        ) from None
+    arguments = parse_yaml(kwargs, f"--kwargs {kwargs}")
     if not isinstance(arguments, dict):
         raise UserError(f"--kwargs {kwargs}: give a mapping in YAML, as in '{{depth: 6}}'")
     path = Path(place).expanduser()

@@ -15,6 +15,7 @@ from fastalign.config import Config
 from fastalign.engine.checkpoint import Checkpoints, write_atomically
 from fastalign.engine.distributed import World
 from fastalign.engine.optim import MovingAverage, class_name, make_optimizer
+from fastalign.engine.status import Status
 from fastalign.errors import UserError
 from fastalign.models.precision import autocast
 
@@ -49,6 +50,10 @@ class Run:
         self.best_by = f"probes of {config.probe.data}" if config.probe.best else VALIDATION
         self.probed: dict[str, float] | None = None
         """the newest probe: step, macro_recall, map, loss"""
+        self.judged_at = 0
+        """the step up to which validation and probes at the ends of epochs are done"""
+        self.status = Status(world, sticky=config.faults["nonfinite"] == "stop")
+        self.skipped_in_a_row = 0
         if world.main:
             self.checkpoints.clean()
         self.epoch_steps = len(self.train) // optim.accumulate
@@ -75,6 +80,12 @@ class Run:
         reduced = self.dtype == torch.bfloat16
         return torch.autocast(self.world.device.type, enabled=False) if reduced else nullcontext()
 
+    @property
+    def owes_judgement(self) -> bool:
+        """Whether an epoch or the run has ended at this step, and its validation and probe are still to be done."""
+        ended = self.step % self.epoch_steps == 0 or self.step == self.last_step
+        return ended and self.judged_at != self.step
+
     def state(self) -> dict:
         """What a checkpoint holds: tensors and plain values only."""
         return {
@@ -88,6 +99,8 @@ class Run:
             "best_by": self.best_by,
             "val_loss": self.val_loss,
             "probed": self.probed,
+            "judged_at": self.judged_at,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "config": self.config.model_dump(mode="json"),
         }
 
@@ -111,6 +124,8 @@ class Run:
         self.objective.target_scale.fill_(state["target_scale"])
         self.step, self.best, self.val_loss = state["step"], state["best"], state["val_loss"]
         self.probed = state.get("probed")
+        self.judged_at = state.get("judged_at", self.step)
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         before = state.get("best_by", VALIDATION)
         if before != self.best_by:
             # Their scores do not compare, and what an earlier probe would have chosen is no longer there.
