@@ -80,10 +80,29 @@ def start(patience: timedelta | None = None) -> World:
         device = torch.device("cpu")
     if size > 1:
         options = {"device_id": device} if device.type == "cuda" else {}
+        options |= _store_of_this_attempt(rank, size, patience)
         distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", timeout=patience, **options
         )
     return World(rank, size, device)
+
+
+def _store_of_this_attempt(rank: int, size: int, patience: timedelta | None) -> dict:
+    """For ranks that torchrun started again: a part of its store without what the dead ranks left there.
+
+    It keeps one store over all attempts, and a new rank may read the address of one that is dead. Only on a single
+    machine do all ranks count the same attempts; on several torchrun must not share its store (examples/elastic.sh).
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if not attempt or not agent_keeps_the_store() or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store = open_store(patience or timedelta(minutes=30))
+    return {"store": distributed.PrefixStore(f"attempt-{attempt}", store), "rank": rank, "world_size": size}
+
+
+def agent_keeps_the_store() -> bool:
+    """Whether the ranks' store lives in torchrun on the first machine, and not in rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def open_store(patience: timedelta) -> distributed.TCPStore:

@@ -58,26 +58,19 @@ def name_of(number: int) -> str | None:
     return signal.Signals(number).name if number else None
 
 
-def mark(folder: Path, number: int, step: int) -> Preempted:
-    """Leave the marker in the run folder, on one rank, after the checkpoint is on the disk.
+def preempted(folder: Path, number: int, step: int, *, main: bool) -> Preempted:
+    """What every rank raises after the checkpoint is on the disk; one of them leaves the marker in the run folder.
 
     Args:
         folder: of the run; exists.
-        number: the signal.
+        number: the signal, as the ranks agreed on it.
         step: of the checkpoint.
-
-    Returns:
-        What the caller raises.
+        main: whether this rank writes the marker.
     """
-    (folder / MARKER).write_text(f"{name_of(number)} at step {step}\n")
-    return preempted(folder, number, step)
-
-
-def preempted(folder: Path, number: int, step: int) -> Preempted:
-    """The exception that every rank raises; arguments as for `mark`, which rank 0 calls instead."""
-    return Preempted(
-        f"{name_of(number)}: saved {folder} at step {step}; run the same command again to go on from there"
-    )
+    name = name_of(number)
+    if main:
+        (folder / MARKER).write_text(f"{name} at step {step}\n")
+    return Preempted(f"{name}: saved {folder} at step {step}; run the same command again to go on from there")
 
 
 def unmark(folder: Path) -> None:

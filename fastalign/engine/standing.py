@@ -99,7 +99,7 @@ def accusation(suspects: Sequence[Standing]) -> str:
         verb, process = ("has", "its process or machine is") if len(suspects) == 1 else ("have", "these are")
         return (
             f"{names} {verb} not answered for {seconds}: {process} stopped, or gone; "
-            f"step {first.step}, {first.doing}"
+            f"last seen at step {first.step}, {first.doing}"
         )
     if len(suspects) > 1:
         ranks = ", ".join(str(told.rank) for told in suspects[:8]) + (", ..." if len(suspects) > 8 else "")

@@ -19,7 +19,13 @@ from datetime import timedelta
 
 from torch import distributed
 
-from fastalign.engine.distributed import LostConnection, World, connection_lost, open_store
+from fastalign.engine.distributed import (
+    LostConnection,
+    World,
+    agent_keeps_the_store,
+    connection_lost,
+    open_store,
+)
 from fastalign.engine.preemption import Preempted
 from fastalign.engine.standing import COLLECTIVE, FREE, WAITING, Standing, accusation, furthest_behind, where
 
@@ -210,7 +216,7 @@ class Watchdog:
         ]
 
     def _silent_store(self, own: Standing, silence: float) -> str:
-        keeper = "torchrun on the first machine" if _agent_keeps_the_store() else "rank 0"
+        keeper = "torchrun on the first machine" if agent_keeps_the_store() else "rank 0"
         return (
             f"{keeper} has not answered for {silence:.0f} s (it keeps the ranks' store, "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}): its process or machine is stopped, or gone; "
@@ -249,10 +255,11 @@ class Watchdog:
         """After a lost connection: the rank that no longer tells anything, or ended first. Takes some rounds."""
         limit = self._quiet
         until = time.monotonic() + 2 * limit
-        while time.monotonic() < until and self._table:
+        while time.monotonic() < until:
             now = time.monotonic()
             if now - self._contact > limit:
-                return None if _agent_keeps_the_store() or self.world.main else self._table[0][0]
+                kept = not agent_keeps_the_store() and 0 in self._table and not self.world.main
+                return self._table[0][0] if kept else None
             gone = [
                 (came, told.rank)
                 for told, came in list(self._table.values())
@@ -283,10 +290,6 @@ class Watchdog:
             )
         step, doing, _ = self._beat
         return f"rank {self.world.rank}, at step {step}, {doing}: {reason}; {self._go_on()}"
-
-
-def _agent_keeps_the_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _first_line(error: BaseException) -> str:
