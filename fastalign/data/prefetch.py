@@ -85,6 +85,9 @@ class Prefetcher:
         item = None if self._stop.is_set() else self._take()
         if item is None or isinstance(item, BaseException):
             self.close()
+            if item is not None and not isinstance(item, Exception):
+                # SystemExit of a thread would end the program in silence, as if it had been done.
+                raise RuntimeError(f"a data worker ended with {type(item).__name__}: {item}") from item
             raise StopIteration if item is None else item
         if self._device.type == "cuda":
             # The allocator must not hand this memory to the side stream before the consumer's work on it is done.
