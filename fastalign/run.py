@@ -1,7 +1,7 @@
 """A run: what it consists of, how it is saved and how it continues."""
 
-import json
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastalign import __version__, build
+from fastalign import build
 from fastalign.config import Config
+from fastalign.data.bad_samples import BadSample
 from fastalign.engine import sharding
-from fastalign.engine.checkpoint import Checkpoints, snapshot
+from fastalign.engine.checkpoint import Checkpoints
 from fastalign.engine.distributed import World, on_first_rank
 from fastalign.engine.files import remove_leftovers
 from fastalign.engine.optim import MovingAverage, class_name, make_optimizer
+from fastalign.engine.status import Status
 from fastalign.errors import UserError
 from fastalign.models.blocks import Block
 from fastalign.models.precision import autocast
@@ -60,6 +62,12 @@ class Run:
         self.best_by = f"probes of {config.probe.data}" if config.probe.best else VALIDATION
         self.probed: dict[str, float] | None = None
         """the newest probe: step, macro_recall, map, loss"""
+        self.judged_at = 0
+        """the step up to which validation and probes at the ends of epochs are done"""
+        self.status = Status(world, sticky=config.faults["nonfinite"] == "stop")
+        self.skipped_in_a_row = 0
+        self.bad: set[int] = set(self.train.bad.found)
+        """the training samples that every rank knows to be bad, but for the quarantined"""
         if world.main:
             self.checkpoints.clean()
             remove_leftovers(self.folder, ".backbone.*")
@@ -104,6 +112,19 @@ class Run:
         limit = self.config.optim.clip or math.inf
         return sharding.whole(nn.utils.clip_grad_norm_(self.trained, limit))
 
+    def known_bad(self, samples: Iterable[BadSample]) -> list[BadSample]:
+        """Take in what ranks found, as all of them do at the same update. Returns what is new, each once."""
+        new = {sample.id: sample for sample in samples if sample.id not in self.bad}
+        self.bad |= new.keys()
+        self.train.bad.add(new.values())
+        return list(new.values())
+
+    @property
+    def owes_judgement(self) -> bool:
+        """Whether an epoch or the run has ended at this step, and its validation and probe are still to be done."""
+        ended = self.step % self.epoch_steps == 0 or self.step == self.last_step
+        return ended and self.judged_at != self.step
+
     def state(self) -> dict:
         """What a checkpoint holds: tensors and plain values only. Nothing is copied, see `checkpoint.snapshot`."""
         return {
@@ -117,6 +138,8 @@ class Run:
             "best_by": self.best_by,
             "val_loss": self.val_loss,
             "probed": self.probed,
+            "judged_at": self.judged_at,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "config": self.config.model_dump(mode="json"),
         }
 
@@ -145,6 +168,8 @@ class Run:
         self.objective.target_scale.fill_(state["target_scale"])
         self.step, self.best, self.val_loss = state["step"], state["best"], state["val_loss"]
         self.probed = state.get("probed")
+        self.judged_at = state.get("judged_at", self.step)
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         before = state.get("best_by", VALIDATION)
         if before != self.best_by:
             # Their scores do not compare, and what an earlier probe would have chosen is no longer there.
@@ -179,84 +204,6 @@ class Run:
                 f"{path} holds the state of {old}, and optim.name={self.config.optim.name} means {new} here: go on "
                 "where apex is as it was, or choose another output"
             )
-
-
-def improves(run: Run, *, evaluated: bool = False) -> bool:
-    """Whether this step has the best probe so far where that chooses, else the lowest validation loss."""
-    if not run.config.probe.best:
-        return evaluated and (run.best is None or run.val_loss < run.best)
-    return probed_now(run) is not None and (run.best is None or _score(run) > run.best)
-
-
-def probed_now(run: Run) -> dict[str, float] | None:
-    """The probe of this very step, if there was one."""
-    return run.probed if run.probed and run.probed["step"] == run.step else None
-
-
-def _score(run: Run) -> float:
-    return -math.inf if math.isnan(run.probed["map"]) else run.probed["map"]
-
-
-def save(run: Run, *, evaluated: bool = False) -> None:
-    """Write a checkpoint, and the backbone where it is the best so far (the newest, where nothing chooses).
-
-    It is written in the background from a copy: `finish` waits for it. Every rank must call this.
-
-    Args:
-        run: the run.
-        evaluated: `val_loss` is that of this step.
-
-    Raises:
-        SharedError: the checkpoint before this one could not be written; on every rank.
-    """
-    best, by_probe = improves(run, evaluated=evaluated), run.config.probe.best
-    if best:
-        run.best = _score(run) if by_probe else run.val_loss
-    finish(run)  # one copy in memory at a time
-    if not (run.world.main or run.sharded):
-        return
-    published = (best or (run.val is None and not by_probe)) and not run.config.student.freeze
-    facts = backbone_facts(run, evaluated=evaluated) if published else None
-    state = snapshot({**run.state(), "is_best": best, "backbone": facts}, keep=run.world.main)
-    if run.world.main:
-        run.checkpoints.save(
-            state,
-            run.step,
-            best=best,
-            copied=True,
-            publish=lambda written: publish_backbone(run.folder, written),
-        )
-
-
-def finish(run: Run) -> None:
-    """Return when the newest checkpoint and its backbone are on the disk. Every rank must call this.
-
-    Raises:
-        SharedError: they could not be written; on every rank.
-    """
-    on_first_rank(run.world, run.checkpoints.wait)
-
-
-def backbone_facts(run: Run, *, evaluated: bool) -> str:
-    """What one must know to use the aligned backbone, as JSON: the text of `backbone.json`."""
-    kwargs = {**run.backbone.recipe["kwargs"], "num_classes": 0}
-    if run.backbone.spec.pool == "map":
-        kwargs["global_pool"] = ""  # the student has no pooling to save
-    facts = {
-        "name": run.backbone.recipe["name"],
-        "kwargs": kwargs,
-        "softcap": run.config.student.softcap,
-        "norm_eps": getattr(run.objective.student.encoder.norm, "eps", None),
-        **run.backbone.data,
-        "features": "the tokens after the final norm; prefix tokens first",
-        "objective": run.config.objective,
-        "step": run.step,
-        "val_loss": run.val_loss if evaluated else None,
-        "fastalign": __version__,
-    }
-    if probed_now(run):
-        facts["probe"] = probed_now(run)
-    return json.dumps(facts, indent=2) + "\n"
 
 
 def sharded(config: Config, world: World) -> bool:

@@ -101,6 +101,23 @@ def seed_update(seed: int, step: int, rank: int) -> None:
         torch.cuda.manual_seed_all(number)
 
 
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """Update the weights, or leave them and the moments as they are.
+
+    torch's fused AdamW decides on the device, as it does for torch's gradient scaler; other optimisers make the host
+    wait for the answer.
+
+    Args:
+        optimizer: whose gradients are ready.
+        skip: [] bool on the device.
+    """
+    if isinstance(optimizer, torch.optim.AdamW):
+        optimizer.found_inf = skip.float()
+        optimizer.step()
+    elif not skip.item():
+        optimizer.step()
+
+
 class MovingAverage:
     """An exponential moving average of a module's parameters and buffers, fp32; split among ranks as they are.
 
