@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastalign import build
 from fastalign.compat.reference_config import read_reference
@@ -21,13 +21,14 @@ from fastalign.engine.memory import keep_freed_memory
 from fastalign.engine.metrics import MetricLog, Speed, Terminal
 from fastalign.engine.optim import learning_rate, seed_update, step_unless
 from fastalign.engine.spikes import Spikes
-from fastalign.errors import UserError
-from fastalign.faults import react
+from fastalign.errors import SharedError, UserError
+from fastalign.faults import bad_validation_samples, damaged_shards, react
 from fastalign.flops import flops_per_image
 from fastalign.probe.pairs import LabelledImages
 from fastalign.probe.training import due, open_splits, probe_student
 from fastalign.random import EVAL_EPOCH
-from fastalign.run import Run, improves, save
+from fastalign.run import Run
+from fastalign.saving import finish, improves, save
 
 Splits = dict[str, LabelledImages]
 
@@ -41,29 +42,31 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     seed_update(run.config.seed, run.step, run.world.rank)
-    total, waited, ids = torch.zeros((), device=run.world.device), 0.0, []
+    total, waited = torch.zeros((), device=run.world.device), 0.0
+    ids, found = [], []
     with run.fixed_weights():
         for part in range(optim.accumulate):
             batch = next(batches)
             waited += batch.wait
             ids.append(batch.ids_host)
+            found += (sample for sample in batch.bad if sample.id not in run.bad)
             lengths_known = run.objective.fixed_lengths
             sample_ids = batch.ids if lengths_known else torch.from_numpy(batch.ids_host)
             last = part == optim.accumulate - 1
-            with contextlib.nullcontext() if last or run.world.size == 1 else run.model.no_sync():
+            with run.accumulating(last):
                 with run.autocast():
                     loss = run.model(batch.images, sample_ids, epoch) / optim.accumulate
                 loss.backward()
             total += loss.detach()
-    loss = run.status.share(total)
-    norm = nn.utils.clip_grad_norm_(run.trained, optim.clip or float("inf"))
+    loss = run.status.share(total, bad=len(found))
+    norm = run.clip()
     skip = run.status.judge(norm)
     step_unless(run.optimizer, skip)
     run.optimizer.zero_grad()
     if run.average:
         run.average.update()
     run.step += 1
-    run.status.post(run.step, skip, np.concatenate(ids))
+    run.status.post(run.step, skip, np.concatenate(ids), tuple(found))
     return {"loss": loss, "grad_norm": norm, "lr": lr, "waited": waited}
 
 
@@ -76,7 +79,7 @@ def evaluate(run: Run) -> float:
         student.load_state_dict(run.average.state)
     student.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
-    with run.fixed_weights():
+    with run.alone(), run.fixed_weights():
         for batch in run.val.batches():
             with run.autocast():
                 loss = run.objective(batch.images, batch.ids, EVAL_EPOCH)
@@ -85,7 +88,15 @@ def evaluate(run: Run) -> float:
     if live:
         student.load_state_dict(live)
     total, count = run.world.sum(sums).tolist()
+    _refuse_nothing(run, count)
     return total / count
+
+
+def _refuse_nothing(run: Run, count: float) -> None:
+    if not count:
+        key = "train" if run.val is None else "val"
+        place = getattr(run.config.data, key)
+        raise SharedError(f"data.{key}={place}: none of its images can be used; name other ones")
 
 
 def measure_target_scale(run: Run) -> None:
@@ -98,7 +109,9 @@ def measure_target_scale(run: Run) -> None:
         for batch in build.scale_batches(run.config, run.world, run.backbone, run.val):
             with run.autocast():
                 moments += run.objective.target_moments(batch.images, batch.ids, EVAL_EPOCH)
-        run.objective.set_target_scale(run.world.sum(moments))
+        run.world.sum(moments)
+        _refuse_nothing(run, moments[0].item())
+        run.objective.set_target_scale(moments)
 
 
 def train(config: Config, world: distributed.World) -> None:
@@ -114,11 +127,13 @@ def train(config: Config, world: distributed.World) -> None:
         with telling(world.rank):
             for note in run.notes:
                 terminal.say(note)
+            damaged_shards(run, terminal)
             if run.step == 0:
                 begin(run, splits, log, terminal)
             else:
                 terminal.say(f"resuming {run.folder} at step {run.step} of {run.last_step}")
             loop(run, splits, log, terminal)
+            finish(run)
             if (run.folder / "backbone.json").exists():
                 terminal.say(f"aligned backbone: {run.folder / 'backbone.safetensors'}")
     finally:
@@ -142,6 +157,7 @@ def begin(run: Run, splits: Splits, log: MetricLog, terminal: Terminal) -> None:
 def validate(run: Run, log: MetricLog, terminal: Terminal, epoch: int) -> None:
     """Evaluate and tell."""
     run.val_loss = evaluate(run)
+    bad_validation_samples(run, terminal)
     log.add(step=run.step, epoch=epoch, val_loss=run.val_loss)
     terminal.say_compiled(log.flush())
     terminal.say(f"step {run.step}: validation loss {run.val_loss:.4f}")

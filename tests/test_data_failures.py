@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastalign.data import loader as loader_module
+from fastalign.data import batches as batches_module
 from fastalign.data.loader import Loader
 from fastalign.data.prefetch import Prefetcher
 from fastalign.data.sources import open_source
@@ -43,7 +43,7 @@ def test_undecodable_files_are_named(folder, tmp_path, damage):
     batches = loader.batches()
     assert next(batches).ids_host.tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(
-        UserError, match=r"cannot decode 05\.jpg, 07\.jpg in .*/bad \(2 of a batch of 5\); remove"
+        UserError, match=r"cannot decode 05\.jpg \(.*\), 07\.jpg \(.*\) in .*/bad: 2 of a batch of 5; remove"
     ) as caught:
         list(batches)
     assert "\n" not in str(caught.value)
@@ -137,7 +137,7 @@ print("left")
 
 @needs_dali
 def test_batches_before_any_failure_are_delivered(folder, monkeypatch):
-    geometry, calls = loader_module.geometry, []
+    geometry, calls = batches_module.geometry, []
 
     def fails_at_the_third(*arguments, **options):
         calls.append(0)
@@ -145,7 +145,7 @@ def test_batches_before_any_failure_are_delivered(folder, monkeypatch):
             raise ValueError("third")
         return geometry(*arguments, **options)
 
-    monkeypatch.setattr(loader_module, "geometry", fails_at_the_third)
+    monkeypatch.setattr(batches_module, "geometry", fails_at_the_third)
     loader = Loader(open_source(str(folder)), EVAL, device="cpu", batch_size=5, train=False)
     batches = loader.batches()
     assert [next(batches).ids_host[0] for _ in range(2)] == [0, 5]

@@ -1,6 +1,7 @@
-"""Bad numbers: an update whose loss or gradient is not finite is left out, told, written down, or ends the run."""
+"""What a run does about bad numbers and bad samples: left out, told, written down, or the end."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from fastalign.engine.optim import step_unless
 from fastalign.engine.spikes import Spikes
 from fastalign.objectives import MaskEmbed
+from tests.data_helpers import needs_dali
 from tests.test_train import images, losses, metrics, recipe  # noqa: F401 (fixtures)
 
 EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.keep=20", "optim.ema=0.9", "data.val=null")
@@ -128,3 +130,65 @@ def test_a_leap_is_told_and_noise_is_not(recipe, monkeypatch, capsys):  # noqa: 
     monkeypatch.setattr(MaskEmbed, "forward", leaping)
     recipe("optim.batch_size=2", "optim.epochs=4", "max_steps=62", "data.val=null")
     assert "step 60: the loss leapt to " in capsys.readouterr().out
+
+
+@pytest.fixture
+def damaged(images, tmp_path):  # noqa: F811
+    """The images of the recipe's tests, five of 40 and two of ten damaged; returns their folder and their names."""
+    root, bad = tmp_path / "damaged", {"train": [], "val": []}
+    shutil.copytree(images, root)
+    for split, count in (("train", 5), ("val", 2)):
+        for path in sorted((root / split).glob("*/*.jpg"))[3::4][:count]:
+            content = path.read_bytes()
+            path.write_bytes(content[: len(content) // 2])
+            bad[split].append(str(path.relative_to(root / split)))
+    return root, bad
+
+
+def names(path) -> list[str]:
+    return [json.loads(line)["name"] for line in path.read_text().splitlines()]
+
+
+@needs_dali
+def test_bad_samples_are_listed_once_and_change_nothing_that_follows(recipe, damaged, tmp_path, capsys):  # noqa: F811
+    """Whether the run is interrupted, and whether they were known before it began."""
+    root, bad = damaged
+    data = [
+        f"data.train={root / 'train'}",
+        f"data.val={root / 'val'}",
+        "optim.epochs=3",
+        "optim.batch_size=4",
+    ]
+    whole = recipe(*data, name="whole")
+    said = capsys.readouterr().out
+    assert sorted(names(whole / "bad_samples.jsonl")) == sorted(bad["train"])
+    assert sorted(names(whole / "validation_bad_samples.jsonl")) == sorted(bad["val"])
+    assert "(truncated: a JPEG without its end); 5 bad samples in " in said
+    assert "validation leaves out 2 bad samples" in said
+    for steps in (1, 7, 12):
+        recipe(*data, f"max_steps={steps}", name="parts")
+    parts = recipe(*data, name="parts")
+    assert names(parts / "bad_samples.jsonl") == names(whole / "bad_samples.jsonl")
+    listed = recipe(*data, f"faults.quarantine={whole / 'bad_samples.jsonl'}", name="listed")
+    assert not (listed / "bad_samples.jsonl").exists()
+    assert losses(parts) == losses(whole) == losses(listed)
+
+
+@needs_dali
+def test_too_many_bad_samples_end_the_run(recipe, damaged, capsys):  # noqa: F811
+    root, bad = damaged
+    folder = recipe(f"data.train={root / 'train'}", "data.val=null", "faults.bad_samples=0", expect=2)
+    said = capsys.readouterr().err
+    assert "bad samples in " in said
+    assert "more than faults.bad_samples=0 allows; the newest is '" in said
+    assert said.count("\n") == 1
+    assert set(names(folder / "bad_samples.jsonl")) <= set(bad["train"])
+
+
+@needs_dali
+def test_a_validation_set_of_nothing_good_is_refused(recipe, damaged, capsys):  # noqa: F811
+    root, _ = damaged
+    for path in (root / "val").glob("*/*.jpg"):
+        path.write_bytes(b"")
+    recipe(f"data.val={root / 'val'}", expect=2)
+    assert "none of its images can be used" in capsys.readouterr().err

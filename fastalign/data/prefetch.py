@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastalign.data.bad_samples import BadSample
+
 _POLL_SECONDS = 0.1
 
 
@@ -28,6 +30,8 @@ class Batch:
     "Seconds that the consumer waited for it."
     weight: float = 1.0
     "What the batch's own images kept in mixup or cutmix; the rest is the batch reversed."
+    bad: tuple[BadSample, ...] = ()
+    "Bad samples met in making it, also where an earlier batch met them; quarantined ones are left aside."
 
 
 def _produce(

@@ -1,14 +1,17 @@
 """Ranks: who am I, which device is mine, and sums over everybody; whether another one is lost."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
-from fastalign.errors import UserError
+from fastalign.errors import SharedError, UserError
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -148,3 +151,23 @@ def stop() -> None:
     """Leave the group of ranks."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def on_first_rank(world: World, work: Callable[[], _Result]) -> _Result:
+    """What rank 0's work comes to (anything that pickles), on every rank.
+
+    Raises:
+        SharedError: the work ended with a `UserError` or an `OSError`; on every rank, so that nobody is left waiting.
+    """
+    outcome = None, None
+    if world.main:
+        try:
+            outcome = work(), None
+        except UserError as error:
+            outcome = None, str(error)
+        except OSError as error:
+            outcome = None, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    result, failure = world.share(outcome)
+    if failure is not None:
+        raise SharedError(failure)
+    return result

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastalign.engine.distributed import World
 
-_LOSS, _STOP, _BAD, _RANKS = range(4)
+_LOSS, _BAD, _RANKS = range(3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +26,8 @@ class Seen:
     """the loss or the gradient was not finite, and the weights stayed as they were"""
     ranks: tuple[int, ...]
     """whose loss was not finite; empty where only the gradient was not"""
-    stop: bool
-    """some rank was told to stop"""
+    signal: int
+    """that a rank received and that asks the run to leave; 0 = none did"""
     bad: int
     """samples found bad in making the update's batches, over all ranks"""
     ids: np.ndarray
@@ -51,23 +51,24 @@ class Status:
         self._shared: Tensor | None = None
         self._waiting: deque[tuple[int, Tensor, torch.cuda.Event | None, np.ndarray, tuple]] = deque()
 
-    def share(self, loss: Tensor, *, stop: bool = False, bad: int = 0) -> Tensor:
+    def share(self, loss: Tensor, *, signal: int = 0, bad: int = 0) -> Tensor:
         """Exchange an update's status; a collective.
 
         Args:
             loss: [] this rank's, on the device.
-            stop: this rank was told to stop.
+            signal: that this rank received, 0 = none.
             bad: samples that this rank found bad.
 
         Returns:
             [] fp32, the mean loss over ranks.
         """
-        values = torch.zeros(_RANKS + self._world.size, dtype=torch.float32, device=loss.device)
+        rank, size = self._world.rank, self._world.size
+        values = torch.zeros(_RANKS + 2 * size, dtype=torch.float32, device=loss.device)
         values[_LOSS] = loss
+        values[_RANKS + rank] = ~loss.isfinite()
         # Filled, not copied: a copy from the host would wait for the device.
-        values[_STOP].fill_(float(stop))
+        values[_RANKS + size + rank].fill_(float(signal))
         values[_BAD].fill_(float(bad))
-        values[_RANKS + self._world.rank] = ~loss.isfinite()
         self._shared = self._world.sum(values)
         return self._shared[_LOSS] / self._world.size
 
@@ -100,13 +101,14 @@ class Status:
         self._waiting.append((step, values, event, ids, found))
 
     def read(self, *, everything: bool = False) -> list[Seen]:
-        """The updates whose status is due, oldest first; with `everything` the newest too, for which the host waits."""
+        """The updates whose status is due, oldest first; with `everything` the newest too: the host waits."""
         seen = []
         while len(self._waiting) > (0 if everything else self._lag):
             step, values, event, ids, found = self._waiting.popleft()
             if event is not None:
                 event.synchronize()  # of the update before the newest: the device still has work
-            stop, bad, *flags, skipped = values.tolist()
-            ranks = tuple(rank for rank, flag in enumerate(flags) if flag)
-            seen.append(Seen(step, bool(skipped), ranks, bool(stop), int(bad), ids, found))
+            bad, *flags, skipped = values.tolist()
+            ranks = tuple(rank for rank in range(self._world.size) if flags[rank])
+            signal = next((int(number) for number in flags[self._world.size :] if number), 0)
+            seen.append(Seen(step, bool(skipped), ranks, signal, int(bad), ids, found))
         return seen
