@@ -1,7 +1,7 @@
 """The training command on 1, 2 or 4 ranks, to be killed, stopped and signalled: a torchrun that starts in a second.
 
-A rank is a process of its own that has joined the others over gloo, forked from a server that has imported torch, timm and
-DALI already. (Forking is safe there: importing them starts no thread, and DALI's pipelines are made afterwards.)
+A rank is a process of its own that has joined the others over gloo, forked from a server that has imported torch, timm
+and DALI already. (Forking is safe there: importing them starts no thread, and DALI's pipelines are made afterwards.)
 
     with Ranks([recipe, "optim.ema=0.9"], 2, folder=tmp_path) as ranks:
         ranks.until(lambda: (run / "metrics.jsonl").exists())
@@ -11,9 +11,9 @@ DALI already. (Forking is safe there: importing them starts no thread, and DALI'
 
     finish([recipe], 2, folder=tmp_path)        # to the end, which must be a good one
 
-`prepare` breaks things from inside: a function of a test's module (or a `functools.partial` of one) that every rank calls
-before the command, and that may replace parts of fastalign, as in `functools.partial(nan_on, rank=1, step=7)`; who it is
-stands in `os.environ["RANK"]`. What differs from a real start: the ranks share a hash seed.
+`prepare` breaks things from inside: a function of a test's module (or a `functools.partial` of one) that every rank
+calls before the command, and that may replace parts of fastalign, as in `functools.partial(nan_on, rank=1, step=7)`;
+who it is stands in `os.environ["RANK"]`. What differs from a real start: the ranks share a hash seed.
 """
 
 import multiprocessing
@@ -36,7 +36,10 @@ from fastalign.engine.memory import keep_freed_memory
 ROOT = Path(__file__).parent.parent
 PATIENCE = 120.0
 """Seconds after which a test that waits for ranks gives up; a minute and more goes by on a busy machine."""
-SINGLE = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
+SINGLE = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")} | {
+    "CUDA_VISIBLE_DEVICES": ""
+}
+"""One thread for everything, OpenMP's and BLAS's would not survive the fork; and no GPU."""
 LAZY = ["nvidia.dali", "nvidia.dali.fn", "nvidia.dali.types"]
 """What a run imports at its first use, and takes long."""
 
@@ -66,7 +69,12 @@ class Ranks:
         self.first: int | None = None
         """the rank that ended badly first"""
         folder.mkdir(parents=True, exist_ok=True)
-        group = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        group = {
+            "WORLD_SIZE": size,
+            "LOCAL_WORLD_SIZE": size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": _free_port(),
+        }
         self._processes = []
         for rank in range(size):
             where = {name: str(value) for name, value in {**group, "RANK": rank, "LOCAL_RANK": rank}.items()}
@@ -126,7 +134,7 @@ class Ranks:
             for rank in range(self.size):
                 self.send(rank, signal.SIGTERM)
             for process in left:
-                process.join(max(0.0, self.mercy))
+                process.join(self.mercy)
         self.__exit__()
         return [process.exitcode for process in self._processes]
 
@@ -165,7 +173,7 @@ def _rank(arguments: list[str], environment: dict[str, str], output: Path, prepa
 
 @cache
 def _server() -> multiprocessing.context.ForkServerContext:
-    """The server, started with one thread for everything: OpenMP's and BLAS's would not survive the fork."""
+    """The server."""
     context = multiprocessing.get_context("forkserver")
     # pytest: what a rank runs lies in tests' modules, which import it.
     context.set_forkserver_preload(["pytest", __name__, *LAZY])

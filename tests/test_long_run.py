@@ -1,5 +1,6 @@
-"""Ten thousand steps of the command: memory, files, threads and processes stay as many as they were."""
+"""Ten thousand steps of the command: memory, files, threads and processes stay as they were."""
 
+import contextlib
 import json
 import os
 import time
@@ -13,6 +14,9 @@ from tests.crash import Ranks
 from tests.data_helpers import needs_dali, small_photos, write_folder
 
 STEPS = 10_000
+BYTES_A_STEP = 300
+"""More than resident memory may grow, fitted over the last 80 % of the steps: about 70 are measured, of an allocator
+that settles; one scalar tensor kept a step would be 800, one line of metrics 1,300."""
 MODEL = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2}
 
 
@@ -35,30 +39,43 @@ def newest_step(run: Path) -> int:
 @pytest.mark.slow
 @needs_dali
 def test_nothing_grows_over_ten_thousand_steps(tmp_path):
+    """Fifty epochs of real JPEGs, with validation, checkpoints, an average, and metrics every 20 steps."""
     write_folder(tmp_path / "train", {f"{i}.jpg": data for i, data in enumerate(small_photos(400))})
     write_folder(tmp_path / "val", {f"{i}.jpg": data for i, data in enumerate(small_photos(4, 1))})
+    run = tmp_path / "run"
     tree = {
-        "output": str(tmp_path / "run"),
+        "output": str(run),
         "student": {"name": "vit_tiny_patch16_224", "weights": "random", "kwargs": MODEL},
+        "decoder": {"layers": 1},
         "data": {"train": str(tmp_path / "train"), "val": str(tmp_path / "val"), "threads": 1},
         "optim": {"batch_size": 2, "epochs": 50, "lr": 1e-3, "ema": 0.99},
-        "decoder": {"layers": 1},
-        "checkpoint": {"every_steps": 500},
-        "log": {"every_steps": 20},
+        "checkpoint": {"every_steps": 150},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
     samples = []
     with Ranks([str(tmp_path / "recipe.yaml")], 1, folder=tmp_path) as ranks:
-        t = time.time()
-        ranks.until(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and (tmp_path / "run" / "metrics.jsonl").stat().st_size)
         while ranks.running():
-            try:
-                samples.append([newest_step(tmp_path / "run"), *sample(ranks.pids[0])])
-            except (FileNotFoundError, ProcessLookupError, ValueError):
-                pass
-            time.sleep(0.2)
-        print(time.time() - t)
+            # Not there yet, or no longer; or the line is being written.
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                samples.append([newest_step(run), *sample(ranks.pids[0])])
+            time.sleep(0.1)
         assert ranks.wait() == [0], ranks.said()
-    samples = np.array(samples)
-    np.save("/tmp/samples.npy", samples)
-    print(samples[:: len(samples) // 40].tolist())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines if "val_loss" in line] == list(range(0, STEPS + 1, STEPS // 50))
+    check_flat(np.array(samples))
+
+
+def check_flat(samples: np.ndarray) -> None:
+    """Rows of step and of what `sample` gives."""
+    samples = samples[samples[:, 0] >= STEPS // 5]
+    assert len(samples) > 50
+    step, resident, *counts = samples.T
+    slope = np.polyfit(step, resident, 1)[0]
+    print(f"resident memory grows by {slope:.0f} bytes a step")
+    assert slope < BYTES_A_STEP
+    half = len(step) // 2
+    for name, count in zip(("open files", "threads", "children"), counts, strict=True):
+        # Medians: a thread that ends and the one that follows it are sometimes counted together.
+        assert np.median(count[half:]) == np.median(count[:half]), name
+        assert count.max() <= np.median(count) + 3, name
