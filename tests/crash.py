@@ -1,6 +1,6 @@
 """The training command on 1, 2 or 4 ranks, to be killed, stopped and signalled: a torchrun that starts in a second.
 
-A rank is a process of its own that has joined the others over gloo, forked from a server that has imported torch, timm
+A rank is a process of its own that joins the others over gloo, forked from a server that has imported torch, timm
 and DALI already. (Forking is safe there: importing them starts no thread, and DALI's pipelines are made afterwards.)
 
     with Ranks([recipe, "optim.ema=0.9"], 2, folder=tmp_path) as ranks:
