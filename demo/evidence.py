@@ -17,7 +17,7 @@ from rich.table import Table
 from demo.trials import CORES, Trial, pictures, run_trials, score
 from fastalign import __version__
 from fastalign.config import load_config
-from fastalign.engine.checkpoint import write_atomically
+from fastalign.engine.files import write_atomically
 from fastalign.errors import UserError
 from fastalign.probe.datasets import open_labelled
 from fastalign.probe.results import percent, summarise, write_results

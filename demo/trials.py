@@ -24,8 +24,8 @@ import torch
 
 from fastalign import build
 from fastalign.config import Config, load_config
-from fastalign.engine.checkpoint import write_atomically
 from fastalign.engine.distributed import World
+from fastalign.engine.files import write_atomically
 from fastalign.engine.metrics import mean_and_spread
 from fastalign.errors import UserError
 from fastalign.models.zoo import load_backbone

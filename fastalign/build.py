@@ -4,15 +4,16 @@ import itertools
 from pathlib import Path
 
 import torch
-import yaml
 
 from fastalign.attention.choice import check as check_attention
 from fastalign.attention.choice import choose
 from fastalign.config import Config, Teacher
+from fastalign.data.bad_samples import BadSamples, known_bad
 from fastalign.data.loader import Loader
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
 from fastalign.engine.distributed import World
+from fastalign.engine.yaml_files import parse_yaml
 from fastalign.errors import UserError
 from fastalign.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
 from fastalign.models.precision import FP8_CAPABILITY, compute_dtype
@@ -114,12 +115,7 @@ def named_backbone(
     Raises:
         UserError: nothing there, or an argument that does not go with it.
     """
-    try:
-        arguments = yaml.safe_load(kwargs)
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"--kwargs {kwargs}: {str(error).splitlines()[0]}; write YAML, as in '{{depth: 6}}'"
-        ) from None
+    arguments = parse_yaml(kwargs, f"--kwargs {kwargs}")
     if not isinstance(arguments, dict):
         raise UserError(f"--kwargs {kwargs}: give a mapping in YAML, as in '{{depth: 6}}'")
     path = Path(place).expanduser()
@@ -211,14 +207,15 @@ def teacher_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, Loader | None]:
-    """The training and the validation loader."""
+    """The training and the validation loader; both go on where a sample is bad."""
     data, optim = config.data, config.optim
     if backbone.spec.channels != 3:
         raise UserError(f"kwargs.in_chans={backbone.spec.channels}: images come with 3 channels; remove it")
     if data.train is None:
         raise UserError("data.train is not set: give it an image folder or tar shards, data.train=PATH")
+    source = open_source(data.train, damaged=True)
     train = Loader(
-        open_source(data.train),
+        source,
         Transform(
             crop=data.crop,
             scale=data.scale,
@@ -231,6 +228,7 @@ def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, 
         accumulate=optim.accumulate,
         mixup=data.mixup,
         cutmix=data.cutmix,
+        bad=known_bad(source, config.faults["quarantine"], Path(config.output)),
         **_common(config, world),
     )
     val = evaluation_loader(config, world, backbone, data.val) if data.val is not None else None
@@ -241,9 +239,10 @@ def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, 
 
 
 def evaluation_loader(config: Config, world: World, backbone: ViT, path: str) -> Loader:
-    """Every image once, in order, without augmentation."""
+    """Every image once, in order, without augmentation; bad ones are left out."""
     transform = Transform(crop="eval", **image_constants(backbone))
-    return Loader(open_source(path), transform, train=False, **_common(config, world))
+    source = open_source(path, damaged=True)
+    return Loader(source, transform, train=False, bad=BadSamples(), **_common(config, world))
 
 
 def image_constants(backbone: ViT) -> dict:

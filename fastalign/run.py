@@ -1,22 +1,27 @@
 """A run: what it consists of, how it is saved and how it continues."""
 
-import json
 import math
-from contextlib import nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastalign import __version__, build
+from fastalign import build
 from fastalign.config import Config
-from fastalign.engine.checkpoint import Checkpoints, write_atomically
-from fastalign.engine.distributed import World
+from fastalign.data.bad_samples import BadSample
+from fastalign.engine import sharding
+from fastalign.engine.checkpoint import Checkpoints
+from fastalign.engine.distributed import World, on_first_rank
+from fastalign.engine.files import remove_leftovers
 from fastalign.engine.optim import MovingAverage, class_name, make_optimizer
+from fastalign.engine.status import Status
 from fastalign.errors import UserError
+from fastalign.models.blocks import Block
 from fastalign.models.precision import autocast
+from fastalign.publish import publish_backbone
 
 DECISIVE = ("objective", "seed", "student", "teacher", "decoder", "masks", "loss.name", "data.train")
 DECISIVE += ("optim.name", "optim.batch_size", "optim.epochs")
@@ -30,6 +35,8 @@ class Run:
 
     def __init__(self, config: Config, world: World):
         self.config, self.world, self.folder = config, world, Path(config.output)
+        self.sharded = sharded(config, world)
+        """Whether the student is split among the ranks; every rank must then take part in `state`."""
         objective, self.backbone = build.build_objective(config)
         self.dtype = build.precision(config, world.device)
         if self.dtype == torch.bfloat16:
@@ -37,20 +44,33 @@ class Run:
         self.objective = objective.to(world.device)
         attention = build.choose_attention(config, objective, world.device)
         self.train, self.val = build.build_loaders(config, world, self.backbone)
+        if self.sharded:
+            sharding.from_first_rank(objective)
+            blocks = [part for part in objective.student.modules() if isinstance(part, Block)]
+            sharding.shard(objective.student, blocks, world)
         self.trained = [p for p in objective.parameters() if p.requires_grad]
         optim = config.optim
         options = {"lr": optim.lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
         self.optimizer, note = make_optimizer(optim.name, self.trained, world.device, **options)
         # What was chosen for the user, said at the start.
         self.notes = [attention, *([note] if note else [])]
+        if config.efficiency.shard and not self.sharded:
+            self.notes.append("efficiency.shard: one process shares with nobody, its student stays whole")
         self.average = MovingAverage(objective.student, optim.ema) if optim.ema else None
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
         self.step, self.best, self.val_loss = 0, None, None
         self.best_by = f"probes of {config.probe.data}" if config.probe.best else VALIDATION
         self.probed: dict[str, float] | None = None
         """the newest probe: step, macro_recall, map, loss"""
+        self.judged_at = 0
+        """the step up to which validation and probes at the ends of epochs are done"""
+        self.status = Status(world, sticky=config.faults["nonfinite"] == "stop")
+        self.skipped_in_a_row = 0
+        self.bad: set[int] = set(self.train.bad.found)
+        """the training samples that every rank knows to be bad, but for the quarantined"""
         if world.main:
             self.checkpoints.clean()
+            remove_leftovers(self.folder, ".backbone.*")
         self.epoch_steps = len(self.train) // optim.accumulate
         self.total_steps = optim.epochs * self.epoch_steps
         self.last_step = min(config.max_steps or self.total_steps, self.total_steps)
@@ -58,7 +78,7 @@ class Run:
         if config.efficiency.compile:
             objective.compile(blocks=config.efficiency.compile == "blocks")
         self.model: nn.Module = objective
-        if world.size > 1:
+        if world.size > 1 and not self.sharded:
             self.model = DistributedDataParallel(
                 objective, broadcast_buffers=False, gradient_as_bucket_view=True
             )
@@ -73,10 +93,40 @@ class Run:
         An outer autocast, itself off, keeps the cache of those within it until its own end.
         """
         reduced = self.dtype == torch.bfloat16
-        return torch.autocast(self.world.device.type, enabled=False) if reduced else nullcontext()
+        # Split weights are put together anew for each pass: what was cast of them before would be kept in vain.
+        kept = reduced and not self.sharded
+        return torch.autocast(self.world.device.type, enabled=False) if kept else nullcontext()
+
+    def accumulating(self, last: bool) -> AbstractContextManager:
+        """Around one backward pass of an update: ranks add their gradients up in the last one only."""
+        if self.sharded:
+            self.objective.student.set_requires_gradient_sync(last)
+        return nullcontext() if last or self.world.size == 1 or self.sharded else self.model.no_sync()
+
+    def alone(self) -> AbstractContextManager:
+        """Around passes without gradient of which ranks may have different numbers; every rank must enter."""
+        return sharding.gathered(self.objective.student) if self.sharded else nullcontext()
+
+    def clip(self) -> Tensor:
+        """Clip the gradients by `optim.clip`. Returns their norm before, a scalar, the same on every rank."""
+        limit = self.config.optim.clip or math.inf
+        return sharding.whole(nn.utils.clip_grad_norm_(self.trained, limit))
+
+    def known_bad(self, samples: Iterable[BadSample]) -> list[BadSample]:
+        """Take in what ranks found, as all of them do at the same update. Returns what is new, each once."""
+        new = {sample.id: sample for sample in samples if sample.id not in self.bad}
+        self.bad |= new.keys()
+        self.train.bad.add(new.values())
+        return list(new.values())
+
+    @property
+    def owes_judgement(self) -> bool:
+        """Whether an epoch or the run has ended at this step, and its validation and probe are still to be done."""
+        ended = self.step % self.epoch_steps == 0 or self.step == self.last_step
+        return ended and self.judged_at != self.step
 
     def state(self) -> dict:
-        """What a checkpoint holds: tensors and plain values only."""
+        """What a checkpoint holds: tensors and plain values only. Nothing is copied, see `checkpoint.snapshot`."""
         return {
             "student": self.objective.student.state_dict(),
             "target_scale": self.objective.target_scale.item(),
@@ -88,19 +138,26 @@ class Run:
             "best_by": self.best_by,
             "val_loss": self.val_loss,
             "probed": self.probed,
+            "judged_at": self.judged_at,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "config": self.config.model_dump(mode="json"),
         }
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint of the folder, if there is one."""
-        state = self.checkpoints.newest()
-        if state is None:
+        """Continue from the newest undamaged checkpoint of the folder, if there is one.
+
+        Raises:
+            UserError: it is of another run, or none can be read; SharedError where every rank knows.
+        """
+        step, state, notes = self.checkpoints.resume(self.world)
+        self.notes += notes
+        if step is None:
             return
-        path = self.checkpoints.path(self.checkpoints.steps()[-1])
+        path = self.checkpoints.path(step)
         self._same_run(state, path)
         try:
-            self.objective.student.load_state_dict(state["student"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            sharding.load_module(self.objective.student, state["student"])
+            sharding.load_optimizer(self.optimizer, state["optimizer"])
             if self.average:
                 self.average.load(state["average"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -111,6 +168,8 @@ class Run:
         self.objective.target_scale.fill_(state["target_scale"])
         self.step, self.best, self.val_loss = state["step"], state["best"], state["val_loss"]
         self.probed = state.get("probed")
+        self.judged_at = state.get("judged_at", self.step)
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         before = state.get("best_by", VALIDATION)
         if before != self.best_by:
             # Their scores do not compare, and what an earlier probe would have chosen is no longer there.
@@ -118,6 +177,13 @@ class Run:
             self.notes.append(
                 f"the best checkpoint is chosen anew from here on: by {self.best_by}, not {before}"
             )
+        on_first_rank(self.world, lambda: self._catch_up(state))
+
+    def _catch_up(self, state: dict) -> None:
+        """What a writer that was killed had still to do after the checkpoint itself."""
+        if state.get("is_best"):
+            self.checkpoints.make_best(state["step"])
+        publish_backbone(self.folder, state)
 
     def _same_run(self, state: dict, path: Path) -> None:
         """Refuse a checkpoint of another run: what decides the losses must be as it was."""
@@ -140,67 +206,21 @@ class Run:
             )
 
 
-def improves(run: Run, *, evaluated: bool = False) -> bool:
-    """Whether this step has the best probe so far where that chooses, else the lowest validation loss."""
-    if not run.config.probe.best:
-        return evaluated and (run.best is None or run.val_loss < run.best)
-    return probed_now(run) is not None and (run.best is None or _score(run) > run.best)
+def sharded(config: Config, world: World) -> bool:
+    """Whether `efficiency.shard` splits the student, which takes several ranks.
 
-
-def probed_now(run: Run) -> dict[str, float] | None:
-    """The probe of this very step, if there was one."""
-    return run.probed if run.probed and run.probed["step"] == run.step else None
-
-
-def _score(run: Run) -> float:
-    return -math.inf if math.isnan(run.probed["map"]) else run.probed["map"]
-
-
-def save(run: Run, *, evaluated: bool = False) -> None:
-    """Write a checkpoint, and the backbone where it is the best so far (the newest, where nothing chooses).
-
-    Args:
-        run: the run.
-        evaluated: `val_loss` is that of this step.
+    Raises:
+        UserError: a setting that does not go with it.
     """
-    best, by_probe = improves(run, evaluated=evaluated), run.config.probe.best
-    if best:
-        run.best = _score(run) if by_probe else run.val_loss
-    if run.world.main:
-        run.checkpoints.save(run.state(), run.step, best=best)
-        if (best or (run.val is None and not by_probe)) and not run.config.student.freeze:
-            save_backbone(run, evaluated=evaluated)
-    run.world.barrier()
-
-
-def save_backbone(run: Run, *, evaluated: bool) -> None:
-    """The aligned backbone with timm's keys, without the student's head, and what one must know to use it."""
-    weights = run.average.state if run.average else run.objective.student.state_dict()
-    weights = {
-        name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")
+    if not config.efficiency.shard:
+        return False
+    others = {
+        "efficiency.compile": config.efficiency.compile
+        and "its passes exchange weights, which no graph holds",
+        "probe.data": config.probe.data is not None and "a probe copies the whole student on one rank",
+        "optim.name": config.optim.name != "adamw" and "apex updates whole tensors only",
     }
-    weights = {
-        name: value.contiguous().float() for name, value in weights.items() if not name.startswith("head.")
-    }
-    kwargs = {**run.backbone.recipe["kwargs"], "num_classes": 0}
-    if run.backbone.spec.pool == "map":
-        kwargs["global_pool"] = ""  # the student has no pooling to save
-    facts = {
-        "name": run.backbone.recipe["name"],
-        "kwargs": kwargs,
-        "softcap": run.config.student.softcap,
-        "norm_eps": getattr(run.objective.student.encoder.norm, "eps", None),
-        **run.backbone.data,
-        "features": "the tokens after the final norm; prefix tokens first",
-        "objective": run.config.objective,
-        "step": run.step,
-        "val_loss": run.val_loss if evaluated else None,
-        "fastalign": __version__,
-    }
-    if probed_now(run):
-        facts["probe"] = probed_now(run)
-    metadata = {"format": "pt", "softcap": str(run.config.student.softcap)}
-    content = safetensors.torch.save({name: value.cpu() for name, value in weights.items()}, metadata)
-    write_atomically(run.folder / "backbone.safetensors", lambda file: file.write(content))
-    text = json.dumps(facts, indent=2) + "\n"
-    write_atomically(run.folder / "backbone.json", lambda file: file.write(text.encode()))
+    for key, reason in others.items():
+        if reason:
+            raise UserError(f"efficiency.shard goes not with {key} ({reason}): remove one of them")
+    return world.size > 1

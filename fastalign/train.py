@@ -4,13 +4,13 @@
 """
 
 import argparse
-import math
+import contextlib
 import os
 import sys
-from contextlib import nullcontext
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastalign import build
 from fastalign.compat.reference_config import read_reference
@@ -19,13 +19,16 @@ from fastalign.engine import distributed
 from fastalign.engine.command import guarded, telling
 from fastalign.engine.memory import keep_freed_memory
 from fastalign.engine.metrics import MetricLog, Speed, Terminal
-from fastalign.engine.optim import learning_rate, seed_update
-from fastalign.errors import UserError
+from fastalign.engine.optim import learning_rate, seed_update, step_unless
+from fastalign.engine.spikes import Spikes
+from fastalign.errors import SharedError, UserError
+from fastalign.faults import bad_validation_samples, damaged_shards, react
 from fastalign.flops import flops_per_image
 from fastalign.probe.pairs import LabelledImages
 from fastalign.probe.training import due, open_splits, probe_student
 from fastalign.random import EVAL_EPOCH
-from fastalign.run import Run, improves, save
+from fastalign.run import Run
+from fastalign.saving import finish, improves, save
 
 Splits = dict[str, LabelledImages]
 
@@ -40,24 +43,31 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
         group["lr"] = lr
     seed_update(run.config.seed, run.step, run.world.rank)
     total, waited = torch.zeros((), device=run.world.device), 0.0
+    ids, found = [], []
     with run.fixed_weights():
         for part in range(optim.accumulate):
             batch = next(batches)
             waited += batch.wait
-            ids = batch.ids if run.objective.fixed_lengths else torch.from_numpy(batch.ids_host)
+            ids.append(batch.ids_host)
+            found += (sample for sample in batch.bad if sample.id not in run.bad)
+            lengths_known = run.objective.fixed_lengths
+            sample_ids = batch.ids if lengths_known else torch.from_numpy(batch.ids_host)
             last = part == optim.accumulate - 1
-            with nullcontext() if last or run.world.size == 1 else run.model.no_sync():
+            with run.accumulating(last):
                 with run.autocast():
-                    loss = run.model(batch.images, ids, epoch) / optim.accumulate
+                    loss = run.model(batch.images, sample_ids, epoch) / optim.accumulate
                 loss.backward()
             total += loss.detach()
-    norm = nn.utils.clip_grad_norm_(run.trained, optim.clip or float("inf"))
-    run.optimizer.step()
+    loss = run.status.share(total, bad=len(found))
+    norm = run.clip()
+    skip = run.status.judge(norm)
+    step_unless(run.optimizer, skip)
     run.optimizer.zero_grad()
     if run.average:
         run.average.update()
     run.step += 1
-    return {"loss": run.world.sum(total) / run.world.size, "grad_norm": norm, "lr": lr, "waited": waited}
+    run.status.post(run.step, skip, np.concatenate(ids), tuple(found))
+    return {"loss": loss, "grad_norm": norm, "lr": lr, "waited": waited}
 
 
 @torch.no_grad()
@@ -69,7 +79,7 @@ def evaluate(run: Run) -> float:
         student.load_state_dict(run.average.state)
     student.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
-    with run.fixed_weights():
+    with run.alone(), run.fixed_weights():
         for batch in run.val.batches():
             with run.autocast():
                 loss = run.objective(batch.images, batch.ids, EVAL_EPOCH)
@@ -78,7 +88,15 @@ def evaluate(run: Run) -> float:
     if live:
         student.load_state_dict(live)
     total, count = run.world.sum(sums).tolist()
+    _refuse_nothing(run, count)
     return total / count
+
+
+def _refuse_nothing(run: Run, count: float) -> None:
+    if not count:
+        key = "train" if run.val is None else "val"
+        place = getattr(run.config.data, key)
+        raise SharedError(f"data.{key}={place}: none of its images can be used; name other ones")
 
 
 def measure_target_scale(run: Run) -> None:
@@ -91,7 +109,9 @@ def measure_target_scale(run: Run) -> None:
         for batch in build.scale_batches(run.config, run.world, run.backbone, run.val):
             with run.autocast():
                 moments += run.objective.target_moments(batch.images, batch.ids, EVAL_EPOCH)
-        run.objective.set_target_scale(run.world.sum(moments))
+        run.world.sum(moments)
+        _refuse_nothing(run, moments[0].item())
+        run.objective.set_target_scale(moments)
 
 
 def train(config: Config, world: distributed.World) -> None:
@@ -107,11 +127,13 @@ def train(config: Config, world: distributed.World) -> None:
         with telling(world.rank):
             for note in run.notes:
                 terminal.say(note)
+            damaged_shards(run, terminal)
             if run.step == 0:
                 begin(run, splits, log, terminal)
             else:
                 terminal.say(f"resuming {run.folder} at step {run.step} of {run.last_step}")
             loop(run, splits, log, terminal)
+            finish(run)
             if (run.folder / "backbone.json").exists():
                 terminal.say(f"aligned backbone: {run.folder / 'backbone.safetensors'}")
     finally:
@@ -135,6 +157,7 @@ def begin(run: Run, splits: Splits, log: MetricLog, terminal: Terminal) -> None:
 def validate(run: Run, log: MetricLog, terminal: Terminal, epoch: int) -> None:
     """Evaluate and tell."""
     run.val_loss = evaluate(run)
+    bad_validation_samples(run, terminal)
     log.add(step=run.step, epoch=epoch, val_loss=run.val_loss)
     terminal.say_compiled(log.flush())
     terminal.say(f"step {run.step}: validation loss {run.val_loss:.4f}")
@@ -151,53 +174,67 @@ def probe(run: Run, splits: Splits, log: MetricLog, terminal: Terminal, epoch: i
 
 
 def loop(run: Run, splits: Splits, log: MetricLog, terminal: Terminal) -> None:
-    """Update, report, probe, save, evaluate."""
-    config, world = run.config, run.world
+    """Train epoch by epoch, and judge each."""
     speed = Speed(
-        images=config.optim.batch_size,
-        ranks=world.size,
+        images=run.config.optim.batch_size,
+        ranks=run.world.size,
         flops=flops_per_image(run.objective),
-        device=world.device,
+        device=run.world.device,
     )
+    spikes = Spikes()
     terminal.begin()
     run.model.train()
-    while run.step < run.last_step:
-        epoch, position = divmod(run.step, run.epoch_steps)
-        end = min(run.last_step, (epoch + 1) * run.epoch_steps)
-        batches = run.train.batches(epoch, start=position * config.optim.accumulate)
+    while run.owes_judgement or run.step < run.last_step:
+        if not run.owes_judgement:
+            train_epoch(run, splits, log, terminal, speed, spikes)
+        judge(run, splits, log, terminal)
+
+
+def judge(run: Run, splits: Splits, log: MetricLog, terminal: Terminal) -> None:
+    """At the end of an epoch or of the run: validate, probe, save."""
+    epoch = (run.step - 1) // run.epoch_steps
+    if run.val is not None:
+        validate(run, log, terminal, epoch)
+    if due(run):
+        probe(run, splits, log, terminal, epoch)
+    run.judged_at = run.step
+    save(run, evaluated=run.val is not None)
+
+
+def train_epoch(
+    run: Run, splits: Splits, log: MetricLog, terminal: Terminal, speed: Speed, spikes: Spikes
+) -> None:
+    """From where the run stands to the end of the epoch: update, report, probe, save."""
+    config = run.config
+    epoch, position = divmod(run.step, run.epoch_steps)
+    end = min(run.last_step, (epoch + 1) * run.epoch_steps)
+    with contextlib.closing(run.train.batches(epoch, start=position * config.optim.accumulate)) as batches:
         speed.start()
         while run.step < end:
             metrics = update(run, batches, epoch)
             speed.tick(metrics.pop("waited"))
             log.add(step=run.step, epoch=epoch, **metrics)
             inside = run.step != end
+            react(run, terminal, everything=not inside)
             saving = inside and run.step % (config.checkpoint.every_steps or run.last_step + 1) == 0
             probing = inside and due(run)
             if saving or probing or not inside or run.step % config.log.every_steps == 0:
-                report(log.flush(speed), terminal)  # before saving: no checkpoint is ahead of the log
+                report(log.flush(speed), terminal, spikes)  # before saving: no checkpoint is ahead of the log
             if probing:
                 probe(run, splits, log, terminal, epoch)
             if saving or improves(run):
                 save(run)
             if saving or probing:
                 speed.start()
-        batches.close()
-        if run.val is not None:
-            validate(run, log, terminal, epoch)
-        if due(run):
-            probe(run, splits, log, terminal, epoch)
-        save(run, evaluated=run.val is not None)
 
 
-def report(lines: list[dict], terminal: Terminal) -> None:
-    """Show the newest line; stop where the loss is no longer a number."""
-    for line in lines:
-        if not math.isfinite(line["loss"]):
-            raise UserError(
-                f"the loss is {line['loss']} at step {line['step']}: lower optim.lr, or set optim.clip; "
-                "the last checkpoint is from before"
-            )
+def report(lines: list[dict], terminal: Terminal, spikes: Spikes) -> None:
+    """Show the newest line, and every loss that leaps up."""
     terminal.say_compiled(lines)
+    for line in lines:
+        usual = None if line["loss"] is None else spikes.told(line["loss"])
+        if usual is not None:
+            terminal.say(f"step {line['step']}: the loss leapt to {line['loss']:.4f}, from about {usual:.4f}")
     if lines:
         terminal.show(lines[-1])
 

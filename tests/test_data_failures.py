@@ -1,6 +1,7 @@
 """What goes wrong while a loader runs reaches the consumer, and every thread ends."""
 
 import gc
+import queue
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastalign.data import loader as loader_module
+from fastalign.data import batches as batches_module
 from fastalign.data.loader import Loader
 from fastalign.data.prefetch import Prefetcher
 from fastalign.data.sources import open_source
@@ -42,7 +43,7 @@ def test_undecodable_files_are_named(folder, tmp_path, damage):
     batches = loader.batches()
     assert next(batches).ids_host.tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(
-        UserError, match=r"cannot decode 05\.jpg, 07\.jpg in .*/bad \(2 of a batch of 5\); remove"
+        UserError, match=r"cannot decode 05\.jpg \(.*\), 07\.jpg \(.*\) in .*/bad: 2 of a batch of 5; remove"
     ) as caught:
         list(batches)
     assert "\n" not in str(caught.value)
@@ -136,7 +137,7 @@ print("left")
 
 @needs_dali
 def test_batches_before_any_failure_are_delivered(folder, monkeypatch):
-    geometry, calls = loader_module.geometry, []
+    geometry, calls = batches_module.geometry, []
 
     def fails_at_the_third(*arguments, **options):
         calls.append(0)
@@ -144,7 +145,7 @@ def test_batches_before_any_failure_are_delivered(folder, monkeypatch):
             raise ValueError("third")
         return geometry(*arguments, **options)
 
-    monkeypatch.setattr(loader_module, "geometry", fails_at_the_third)
+    monkeypatch.setattr(batches_module, "geometry", fails_at_the_third)
     loader = Loader(open_source(str(folder)), EVAL, device="cpu", batch_size=5, train=False)
     batches = loader.batches()
     assert [next(batches).ids_host[0] for _ in range(2)] == [0, 5]
@@ -182,3 +183,34 @@ def test_a_gpu_that_fails_in_the_thread_is_reported(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", no_gpu)
     with pytest.raises(RuntimeError, match="no such GPU: cuda:7"):
         next(Prefetcher((batch for batch in ()), torch.device("cuda:7"), 1))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_loader_thread_that_dies_is_reported_and_not_waited_for(monkeypatch):
+    """Out of memory where it hands over, so that not even the exception comes through."""
+
+    def no_memory(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(queue.Queue, "put", no_memory)
+    batches = Prefetcher((batch for batch in ("one", "two")), torch.device("cpu"), 1)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match="the loader's thread ended without a result"):
+        next(batches)
+    assert time.monotonic() - begin < 2
+
+
+@needs_dali
+@pytest.mark.parametrize("death", [SystemExit(0), KeyboardInterrupt()])
+def test_a_reader_thread_that_dies_is_an_error_and_no_silent_end(folder, monkeypatch, death):
+    source = open_source(str(folder))
+
+    def read(index):
+        raise death
+
+    monkeypatch.setattr(source, "read", read)
+    loader = Loader(source, EVAL, device="cpu", batch_size=5, train=False)
+    with pytest.raises(RuntimeError, match=f"a data worker ended with {type(death).__name__}"):
+        next(loader.batches())
+    loader.close()
+    assert settled()

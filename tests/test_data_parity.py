@@ -7,7 +7,7 @@ from timm.data import create_transform
 from timm.data import transforms as timm_transforms
 from torchvision.transforms import functional as vision
 
-from fastalign.data.pipeline import DecodeError, Decoder, find_undecodable
+from fastalign.data.pipeline import DecodeError, Decoder, Examiner
 from fastalign.data.transforms import Transform, geometry, normalize, reflect
 from fastalign.random import Stream, random_uniform
 from tests.data_helpers import CLIP_MEAN, CLIP_STD, Scripted, decode, encode, photo
@@ -219,6 +219,8 @@ def test_every_kind_of_file_comes_out_as_pil_rgb():
 def test_undecodable_files_are_found():
     good, broken = encode(photo("coffee")), np.frombuffer(b"this is no image at all", dtype=np.uint8)
     files = [good, broken, good[: len(good) // 2], good, good[:100]]
-    assert find_undecodable(files, CPU) == [1, 2, 4]
+    examiner = Examiner(CPU)
+    assert [i for i, data in enumerate(files) if examiner.reason(data)] == [1, 2, 4]
     with pytest.raises(DecodeError):
-        Decoder((8, 8), batch_size=2, device=CPU).shapes([good, broken])
+        (decoder := Decoder((8, 8), batch_size=2, device=CPU)).shapes([good, broken])
+    assert decoder.shapes([good]).tolist() == [list(decode(good).size[::-1])]

@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastalign.data import index, sources
+from fastalign.data import sources, tars
 from fastalign.data.cache import cache_folder
 from fastalign.data.sources import open_source
+from fastalign.errors import UserError
 from tests.data_helpers import count_calls, message, shards, small_photos, write_tar
 
 
 @pytest.fixture
 def scans(monkeypatch):
-    return count_calls(monkeypatch, index, "_scan_shard")
+    return count_calls(monkeypatch, tars, "_scan_shard")
 
 
 def test_tar_forms_agree(tmp_path, scans):
@@ -38,9 +39,9 @@ def test_tar_forms_agree(tmp_path, scans):
 
 def test_ranks_that_start_together_scan_once(tmp_path, monkeypatch):
     shards(tmp_path / "t")
-    counted, scan = [], index._scan_shard
+    counted, scan = [], tars._scan_shard
     monkeypatch.setattr(
-        index, "_scan_shard", lambda path: counted.append(path) or time.sleep(0.1) or scan(path)
+        tars, "_scan_shard", lambda path: counted.append(path) or time.sleep(0.1) or scan(path)
     )
     with ThreadPoolExecutor(4) as pool:
         sources_ = list(pool.map(open_source, [str(tmp_path / "t")] * 4))
@@ -106,8 +107,9 @@ def test_broken_tars_are_named(tmp_path):
 
 def test_tar_member_of_monstrous_size(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "t.tar", [("a.jpg", small_photos(1)[0])])
-    monkeypatch.setattr(index, "MAX_IMAGE_BYTES", 100)
-    assert "t.tar" in message(path)
+    monkeypatch.setattr(sources, "MAX_IMAGE_BYTES", 100)
+    with pytest.raises(UserError, match=r"t\.tar:a\.jpg has \d+ bytes, an image has 1 to 100"):
+        open_source(str(path)).read(0)
 
 
 def test_images_beside_tars_are_not_left_out(tmp_path):

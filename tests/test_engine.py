@@ -45,6 +45,7 @@ def test_checkpoints_keep_the_newest_and_the_best(tmp_path):
     assert checkpoints.newest() is None
     for step in (1, 2, 3, 4):
         checkpoints.save({"step": step, "x": torch.tensor([step])}, step, best=step == 2)
+    checkpoints.wait()
     assert checkpoints.steps() == [3, 4]
     assert checkpoints.newest()["x"].item() == 4
     assert torch.load(tmp_path / "c" / "best.pt", weights_only=True)["step"] == 2

@@ -90,6 +90,27 @@ def test_an_update_never_waits_for_the_device(tmp_path, mode, masks):
     check_no_waiting(run, batches)
 
 
+def test_a_bad_update_moves_no_weight_and_is_seen_one_update_later(tmp_path, monkeypatch):
+    run, batches = run_of_batches(tmp_path)
+    forward, poisoned = fa.MaskEmbed.forward, [False]
+
+    def bad(self, *arguments):
+        return forward(self, *arguments) * (float("nan") if poisoned[0] else 1)
+
+    monkeypatch.setattr(fa.MaskEmbed, "forward", bad)
+    update(run, batches, 0)
+    before = [parameter.detach().clone() for parameter in run.trained]
+    poisoned[0] = True
+    update(run, batches, 0)
+    assert all(map(torch.equal, before, run.trained))
+    assert [(seen.step, seen.skipped) for seen in run.status.read()] == [(1, False)]
+    poisoned[0] = False
+    update(run, batches, 0)
+    assert [(seen.step, seen.skipped, seen.ranks) for seen in run.status.read()] == [(2, True, (0,))]
+    assert not all(map(torch.equal, before, run.trained))
+    assert [seen.step for seen in run.status.read(everything=True)] == [3]
+
+
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY, reason="no FP8 here"
 )

@@ -18,9 +18,10 @@ from fastalign.classify.labels import Split, describe, open_splits
 from fastalign.classify.modes import Job, check_batch, train_on_features, train_on_images
 from fastalign.classify.options import Options
 from fastalign.classify.scores import summarise
-from fastalign.engine.checkpoint import checksum, write_atomically
+from fastalign.engine.checkpoint import checksum
 from fastalign.engine.command import telling
 from fastalign.engine.distributed import World
+from fastalign.engine.files import write_atomically
 from fastalign.errors import UserError
 from fastalign.models.vit import ViT
 

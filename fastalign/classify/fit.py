@@ -18,7 +18,7 @@ from fastalign.classify.options import Options
 from fastalign.classify.scores import Tally, select
 from fastalign.data.loader import Loader
 from fastalign.engine.checkpoint import Checkpoints
-from fastalign.engine.distributed import World
+from fastalign.engine.distributed import World, on_first_rank
 from fastalign.engine.metrics import MetricLog, Speed
 from fastalign.engine.optim import learning_rate, seed_update
 from fastalign.errors import UserError
@@ -114,6 +114,8 @@ class Fit:
             self._epoch(epoch)
             self._end(epoch)
             self._save()
+        if self.checkpoints:
+            on_first_rank(self.world, self.checkpoints.wait)
         return {"seed": self.seed, **self.best, "curve": self.curve}
 
     def _epoch(self, epoch: int) -> None:
@@ -211,6 +213,7 @@ class Fit:
     def _save(self) -> None:
         if self.checkpoints is None:
             return
+        on_first_rank(self.world, self.checkpoints.wait)
         if self.world.main:
             frozen = {name for name, value in self.module.named_parameters() if not value.requires_grad}
             weights = {name: value for name, value in self.module.state_dict().items() if name not in frozen}
@@ -224,16 +227,17 @@ class Fit:
                 "identity": self.identity,
             }
             self.checkpoints.save(state, self.step)
-        self.world.barrier()
 
     def _resume(self) -> None:
         if self.world.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.checkpoints.clean()
         self.world.barrier()
-        state = self.checkpoints.newest()
-        if state is None:
+        step, state, notes = self.checkpoints.resume(self.world)
+        if step is None:
             return
+        for note in notes:
+            self.say(note)
         folder = self.checkpoints.folder
         if not isinstance(state, dict) or not {"weights", "identity", "step"} <= state.keys():
             raise UserError(f"{folder} holds no checkpoint of this command: choose another --output")

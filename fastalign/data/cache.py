@@ -13,6 +13,7 @@ import numpy as np
 
 _FORMAT = "fastalign-index-1"
 _ALIGN = 64
+_DTYPES = {"|u1", "<i8"}
 
 
 def cache_folder() -> Path:
@@ -57,7 +58,17 @@ def save_index(kind: str, key: str, arrays: dict[str, np.ndarray]) -> bool:
 
 
 def load_index(kind: str, key: str) -> dict[str, np.ndarray] | None:
-    """The arrays that `save_index` wrote, memory-mapped; None when there are none, or they are damaged."""
+    """The arrays that `save_index` wrote, memory-mapped; None when there are none, or they are damaged.
+
+    Whatever the file holds, the arrays lie within it. Their values may be anything: the caller checks them.
+
+    Args:
+        kind: of index.
+        key: that it was saved under.
+
+    Returns:
+        One-dimensional uint8 and int64 arrays by name.
+    """
     path = _cache_file(kind, key)
     try:
         with path.open("rb") as file:
@@ -69,12 +80,17 @@ def load_index(kind: str, key: str) -> dict[str, np.ndarray] | None:
                 return None
             arrays = {}
             for name, (dtype, length, offset) in header["arrays"].items():
+                # A dtype of objects would turn the file's bytes into pointers.
+                if dtype not in _DTYPES or type(length) is not int or type(offset) is not int:
+                    return None
+                if length < 0 or offset < 0 or body + offset + length * np.dtype(dtype).itemsize > size:
+                    return None
                 if length == 0:
                     arrays[name] = np.empty(0, dtype=dtype)
                 else:
                     arrays[name] = np.memmap(file, dtype, mode="r", offset=body + offset, shape=(length,))
             return arrays
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

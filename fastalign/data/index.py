@@ -1,11 +1,10 @@
-"""Lists of millions of images: packed names, folder and tar scans.
+"""Lists of millions of images: packed names, and scans of folders; `tars.py` scans tar shards.
 
 Names live in one blob of bytes with int64 offsets, memory-mapped from the cache, because 13 million Python
 strings would cost every process more than a gigabyte.
 """
 
 import os
-import tarfile
 import time
 from pathlib import Path
 
@@ -19,8 +18,7 @@ MAX_IMAGE_BYTES = 256 * 1024 * 1024
 _SUFFIXES = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
 # A directory that changes twice within one tick of its file system's clock keeps its mtime: a listing taken
 # this soon after the last change proves nothing, so it is not cached.
-_SETTLE_NS = 2_000_000_000
-_TAR_BLOCK = 512
+SETTLE_NS = 2_000_000_000
 
 
 class Names:
@@ -45,6 +43,15 @@ class Names:
         offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
         return cls(np.frombuffer(blob, dtype=np.uint8), offsets)
+
+    @staticmethod
+    def sound(blob: np.ndarray | None, offsets: np.ndarray | None) -> bool:
+        """Whether two arrays that were read from a file can be a list of names: every name lies in the blob."""
+        if blob is None or offsets is None or (blob.dtype, offsets.dtype) != (np.uint8, np.int64):
+            return False
+        if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(blob):
+            return False
+        return bool((offsets[1:] >= offsets[:-1]).all())
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -90,7 +97,7 @@ def _scan_folder(root: str) -> tuple[dict[str, np.ndarray], int, bool]:
         identity = (status.st_dev, status.st_ino)
         if identity in ancestors:
             continue
-        settled &= time.time_ns() - status.st_mtime_ns > _SETTLE_NS
+        settled &= time.time_ns() - status.st_mtime_ns > SETTLE_NS
         directories.append(relative)
         mtimes.append(status.st_mtime_ns)
         images, folders, other = _list_directory(path)
@@ -106,6 +113,16 @@ def _scan_folder(root: str) -> tuple[dict[str, np.ndarray], int, bool]:
     return arrays | {"mtimes": np.array(mtimes, dtype=np.int64)}, others, settled
 
 
+def _sound(arrays: dict[str, np.ndarray]) -> bool:
+    """Whether a cached index is safe to use: what it points to lies within it."""
+    if not Names.sound(arrays.get("names"), arrays.get("offsets")):
+        return False
+    if not Names.sound(arrays.get("tree"), arrays.get("tree_offsets")):
+        return False
+    mtimes = arrays.get("mtimes")
+    return mtimes is not None and mtimes.dtype == np.int64 and len(mtimes) == len(arrays["tree_offsets"]) - 1
+
+
 def _unchanged(root: str, arrays: dict[str, np.ndarray]) -> bool:
     """Whether every directory of a cached index still has the mtime it was listed at."""
     tree = Names(arrays["tree"], arrays["tree_offsets"])
@@ -114,7 +131,7 @@ def _unchanged(root: str, arrays: dict[str, np.ndarray]) -> bool:
             (Path(root) / tree[i]).stat().st_mtime_ns == mtime
             for i, mtime in enumerate(arrays["mtimes"].tolist())
         )
-    except OSError:
+    except (OSError, ValueError):  # a damaged index may name a folder that no file system can have
         return False
 
 
@@ -136,7 +153,7 @@ def index_folder(root: str) -> tuple[Names, Names, int]:
     """
     with one_scanner("folder", root):
         arrays, others = load_index("folder", root), 0
-        if arrays is None or not _unchanged(root, arrays):
+        if arrays is None or not (_sound(arrays) and _unchanged(root, arrays)):
             try:
                 arrays, others, settled = _scan_folder(root)
             except OSError as error:
@@ -148,76 +165,3 @@ def index_folder(root: str) -> tuple[Names, Names, int]:
                 # Mapped pages are shared by all processes of a machine, this process's copy is not.
                 arrays = load_index("folder", root) or arrays
     return Names(arrays["names"], arrays["offsets"]), Names(arrays["tree"], arrays["tree_offsets"]), others
-
-
-def _scan_shard(path: str) -> tuple[list[bytes], list[tuple[int, int]]]:
-    """Names and (offset, size) of the images in one tar, which is read to its end mark."""
-    names, places, total = [], [], Path(path).stat().st_size
-    with tarfile.open(path, "r:") as tar:
-        while (member := tar.next()) is not None:
-            # A crafted header can send the reader backwards, for ever.
-            if member.size < 0 or tar.offset <= member.offset or member.offset_data + member.size > total:
-                raise tarfile.ReadError(f"member {member.name!r} runs past the end of the file")
-            tar.members.clear()
-            name = os.fsencode(member.name)
-            if not member.isreg() or member.issparse() or not is_image(name):
-                continue
-            if member.size > MAX_IMAGE_BYTES:
-                raise tarfile.ReadError(f"member {member.name!r} has {member.size} bytes")
-            names.append(name)
-            places.append((member.offset_data, member.size))
-        with Path(path).open("rb") as file:
-            file.seek(tar.offset)
-            # tarfile stops without a word at a broken header; only a zero block is a proper end.
-            if file.read(_TAR_BLOCK) != bytes(_TAR_BLOCK):
-                raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
-    return names, places
-
-
-def index_tars(key: str, shards: list[str]) -> dict[str, np.ndarray]:
-    """The images in a list of tar files, from the cache where no shard's size or mtime changed since.
-
-    Args:
-        key: what the cache entry is filed under.
-        shards: paths, in the order that samples shall have.
-
-    Returns:
-        `names`, `offsets`: packed member names; `shard` [n] int64; `start` [n] int64, byte offset in the
-        shard; `size` [n] int64, bytes.
-
-    Raises:
-        UserError: a shard that is missing, damaged, truncated or compressed, naming it.
-    """
-    try:
-        status = [Path(shard).stat() for shard in shards]
-    except OSError as error:
-        raise UserError(f"no such shard: {error.filename}; check the pattern or fetch the file") from error
-    listed = Names.pack([os.fsencode(shard) for shard in shards])
-    check = {"shards": listed.blob, "shard_sizes": np.array([s.st_size for s in status], dtype=np.int64)}
-    check["shard_mtimes"] = np.array([s.st_mtime_ns for s in status], dtype=np.int64)
-    with one_scanner("tar", key):
-        cached = load_index("tar", key)  # another rank may have scanned while this one waited
-        if cached is None or not all(np.array_equal(cached[name], check[name]) for name in check):
-            cached = _index_shards(shards) | check
-            settled = all(time.time_ns() - mtime > _SETTLE_NS for mtime in check["shard_mtimes"].tolist())
-            if settled and save_index("tar", key, cached):
-                cached = load_index("tar", key) or cached
-    return cached
-
-
-def _index_shards(shards: list[str]) -> dict[str, np.ndarray]:
-    blob, lengths, places, owners = bytearray(), [], [], []
-    for number, shard in enumerate(shards):
-        try:
-            found, where = _scan_shard(shard)
-        except (tarfile.TarError, OSError, ValueError) as error:
-            raise UserError(
-                f"broken tar shard {shard}: {error}; fetch it again (plain .tar only, not compressed)"
-            ) from error
-        blob += b"".join(found)
-        lengths.append(np.array([len(name) for name in found], dtype=np.int64))
-        places.append(np.array(where, dtype=np.int64).reshape(-1, 2))
-        owners.append(np.full(len(found), number, dtype=np.int64))
-    names, place = Names._from_parts(blob, np.concatenate(lengths)), np.concatenate(places)
-    arrays = {"names": names.blob, "offsets": names.offsets, "shard": np.concatenate(owners)}
-    return arrays | {"start": place[:, 0].copy(), "size": place[:, 1].copy()}

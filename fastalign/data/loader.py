@@ -8,29 +8,22 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastalign.data.augment import augment, mix
-from fastalign.data.pipeline import DecodeError, Decoder, find_undecodable
+from fastalign.data.bad_samples import BadSample, BadSamples
+from fastalign.data.batches import BatchDecoder, Work
+from fastalign.data.fetch import Fetched, Fetcher, refuse_rows
 from fastalign.data.prefetch import Batch, Prefetcher
 from fastalign.data.sources import Source, SyntheticSource
-from fastalign.data.transforms import Geometry, Transform, geometry, normalize, reflect
+from fastalign.data.transforms import Transform, normalize, reflect
 from fastalign.errors import UserError
 from fastalign.random import EVAL_EPOCH, permutation
 
 _READ_AHEAD = 2
-_NAMED_AT_MOST = 5
-
-
-@dataclass(frozen=True, eq=False)
-class _Work:
-    ids: np.ndarray
-    encoded: list[np.ndarray]
-    sampling: Geometry
 
 
 class Loader:
@@ -40,6 +33,10 @@ class Loader:
     (m * world_size + r) * b on. An epoch has (n // (world_size * b * accumulate)) * accumulate micro-steps: what
     does not fill an update is left out, other samples each epoch. Evaluation goes through the source in order,
     every sample once: the last batches are smaller, and ranks may have different numbers of them.
+
+    Bad samples (unreadable, refused by `headers.inspect`, not decodable by DALI) are an error, unless `bad` is given:
+    then training takes the next good sample in source order instead, with the crops and masks of that sample, and
+    evaluation leaves them out; a batch without a good one is not handed over. 100 in a row are an error.
 
     Args:
         source: the data set.
@@ -58,6 +55,7 @@ class Loader:
         mixup: alpha, 0 is off. Training only, as is cutmix. Both pair the samples of this rank's batch, so, unlike
             the rest, their pixels depend on batch_size and world_size.
         cutmix: alpha, 0 is off.
+        bad: what is known of bad samples; it grows. None: the first one is an error.
 
     Raises:
         UserError: a bad argument, or a training set smaller than one update.
@@ -81,6 +79,7 @@ class Loader:
         hw_decoder_load: float = 0.9,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        bad: BadSamples | None = None,
     ):
         counts = {
             "batch_size": batch_size,
@@ -111,10 +110,11 @@ class Loader:
         self._batch, self._rank, self._world, self._accumulate = batch_size, rank, world_size, accumulate
         self._threads, self._prefetch, self._hw_decoder_load = threads, prefetch, hw_decoder_load
         self._mixup, self._cutmix = mixup, cutmix
+        self.bad, self._fetcher = bad, Fetcher(source, bad, replace=train)
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(
             threads, thread_name_prefix="fastalign-read"
         )
-        self._decoder: Decoder | None = None
+        self._decoder: BatchDecoder | None = None
         self._active: weakref.ref[Prefetcher] | None = None
 
     def __len__(self) -> int:
@@ -188,56 +188,65 @@ class Loader:
                 yield from self._decoded(decoder, reads, epoch)
         finally:
             # A consumer that leaves early leaves a batch in flight, which the next epoch must not find.
-            try:
-                decoder.drain()
-            except DecodeError:
-                self._decoder = None
+            decoder.drain()
 
-    def _decoded(self, decoder: Decoder, reads: Iterator, epoch: int) -> Iterator[Batch]:
+    def _decoded(self, decoder: BatchDecoder, reads: Iterator, epoch: int) -> Iterator[Batch]:
         """While DALI works on a batch, the one before it is finished and handed over."""
-        running: _Work | None = None
+        running: Work | None = None
         failure: Exception | None = None
+        row: list[BadSample] = []
+        bad: list[BadSample] = []
         while True:
             try:
-                work = self._prepare(decoder, next(reads, None), epoch)
+                fetched = next(reads, None)
+                work = decoder.prepare(fetched, epoch) if fetched else None
             except Exception as error:
                 # The batches before the bad one are good: the consumer gets them first.
                 work, failure = None, error
-            pixels = self._collect(decoder, running) if running else None
-            if work:
-                decoder.submit(work.encoded, work.sampling)
             if running:
-                yield self._finish(running, pixels, epoch)
+                running, pixels = decoder.collect(running)
+            if work:
+                decoder.submit(work)
+            if running:
+                for made in running.fetched:
+                    row = row + made.bad if made.encoded is None else []
+                    refuse_rows(row)
+                    bad += made.bad
+                if running.encoded:
+                    yield self._finish(running, pixels, epoch, tuple(dict.fromkeys(bad)))
+                    bad = []
             running = work
             if running is None:
                 break
         if failure:
             raise failure
 
-    def _read_ahead(self, epoch: int, start: int) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-        waiting: deque[tuple[np.ndarray, list[Future]]] = deque()
+    def _read_ahead(self, epoch: int, start: int) -> Iterator[list[Fetched]]:
+        waiting: deque[list[Future]] = deque()
         remaining = self._ids(epoch, start)
         try:
             while True:
                 while len(waiting) <= _READ_AHEAD and (ids := next(remaining, None)) is not None:
                     parts = np.array_split(ids, min(self._threads, len(ids)))
-                    waiting.append((ids, [self._pool.submit(self._read, part.tolist()) for part in parts]))
+                    waiting.append([self._pool.submit(self._read, part.tolist()) for part in parts])
                 if not waiting:
                     return
-                ids, parts = waiting.popleft()
-                yield ids, [data for part in parts for data in part.result()]
+                yield [made for part in waiting.popleft() for made in part.result()]
         finally:
-            for _, parts in waiting:
+            for parts in waiting:
                 for part in parts:
                     part.cancel()
 
-    def _read(self, ids: list[int]) -> list[np.ndarray]:
-        return [self.source.read(i) for i in ids]
+    def _read(self, ids: list[int]) -> list[Fetched]:
+        return [self._fetcher.fetch(i) for i in ids]
 
-    def _open_decoder(self) -> Decoder:
+    def _open_decoder(self) -> BatchDecoder:
         if self._decoder is None:
-            self._decoder = Decoder(
-                self.transform.size,
+            self._decoder = BatchDecoder(
+                self.transform,
+                self._fetcher,
+                seed=self.seed,
+                tolerant=self.bad is not None,
                 batch_size=self._batch,
                 device=self.device,
                 threads=self._threads,
@@ -245,45 +254,16 @@ class Loader:
             )
         return self._decoder
 
-    def _prepare(self, decoder: Decoder, batch: tuple | None, epoch: int) -> _Work | None:
-        if batch is None:
-            return None
-        ids, encoded = batch
-        try:
-            shapes = decoder.shapes(encoded)
-        except DecodeError as error:
-            raise self._explain(ids, encoded, error) from error
-        return _Work(ids, encoded, geometry(self.transform, shapes, ids, seed=self.seed, epoch=epoch))
-
-    def _collect(self, decoder: Decoder, work: _Work) -> Tensor:
-        try:
-            return decoder.collect()
-        except DecodeError as error:
-            raise self._explain(work.ids, work.encoded, error) from error
-
-    def _explain(self, ids: np.ndarray, encoded: list[np.ndarray], error: DecodeError) -> Exception:
-        # A failed pipeline cannot be used again; the next epoch builds another.
-        self._decoder = None
-        bad = [self.source.name(int(ids[i])) for i in find_undecodable(encoded, self.device)]
-        if not bad:
-            return RuntimeError(f"DALI failed on a batch of which it decodes every image alone: {error}")
-        more = f" and {len(bad) - _NAMED_AT_MOST} more" if len(bad) > _NAMED_AT_MOST else ""
-        names = ", ".join(bad[:_NAMED_AT_MOST]) + more
-        place = f" in {self.source.root}" if self.source.root else ""
-        return UserError(
-            f"cannot decode {names}{place} ({len(bad)} of a batch of {len(ids)}); remove or replace them"
-        )
-
-    def _finish(self, work: _Work, pixels: Tensor, epoch: int) -> Batch:
+    def _finish(self, work: Work, pixels: Tensor, epoch: int, bad: tuple[BadSample, ...]) -> Batch:
         pixels = reflect(pixels, work.sampling)
         pixels = augment(pixels, self.transform, work.ids, seed=self.seed, epoch=epoch)
-        return self._mixed(normalize(pixels, self.transform, self.dtype), work.ids, epoch)
+        return self._mixed(normalize(pixels, self.transform, self.dtype), work.ids, epoch, bad)
 
-    def _mixed(self, images: Tensor, ids: np.ndarray, epoch: int) -> Batch:
+    def _mixed(self, images: Tensor, ids: np.ndarray, epoch: int, bad: tuple[BadSample, ...] = ()) -> Batch:
         mixed = {"mixup": self._mixup, "cutmix": self._cutmix, "seed": self.seed, "epoch": epoch}
         images, weight = mix(images, ids, **mixed)
         place = torch.from_numpy(ids).to(self.device)
         if self.device.type == "cuda":
             # Waiting here, off the training thread, is what makes DALI's buffers safe to reuse.
             torch.cuda.current_stream(self.device).synchronize()
-        return Batch(images, place, ids, 0.0, weight)
+        return Batch(images, place, ids, 0.0, weight, bad)

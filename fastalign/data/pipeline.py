@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastalign.data.headers import MAX_PIXELS
 from fastalign.data.transforms import BICUBIC, BILINEAR, Geometry
 from fastalign.errors import UserError
 
-MAX_PIXELS = 1 << 28
-
 
 class DecodeError(Exception):
-    """DALI could not decode some sample of a batch; `find_undecodable` says which."""
+    """DALI could not decode some sample of a batch; `Examiner` says which."""
 
 
 def load_dali() -> SimpleNamespace:
@@ -52,7 +51,8 @@ def load_dali() -> SimpleNamespace:
 class Decoder:
     """Two DALI pipelines: image shapes, and decode + resize.
 
-    At most one batch is in flight: `submit`, then `collect`. Use from one thread.
+    At most one batch is in flight: `submit`, then `collect`. Use from one thread. A sample that DALI cannot decode
+    ends its pipeline for good; the next batch gets a new one, which takes some ten milliseconds.
 
     Args:
         size: output (height, width).
@@ -75,25 +75,37 @@ class Decoder:
         threads: int = 4,
         hw_decoder_load: float = 0.9,
     ):
-        dali = load_dali()
-        self._device = device
+        self._dali = load_dali()
+        self._size, self._batch_size, self._device = size, batch_size, device
+        self._threads, self._hw_decoder_load = threads, hw_decoder_load
         self._interpolations = np.zeros(2, dtype=np.int32)
-        self._interpolations[BILINEAR] = int(dali.types.INTERP_LINEAR)
-        self._interpolations[BICUBIC] = int(dali.types.INTERP_CUBIC)
-        index = device.index if device.type == "cuda" else None
+        self._interpolations[BILINEAR] = int(self._dali.types.INTERP_LINEAR)
+        self._interpolations[BICUBIC] = int(self._dali.types.INTERP_CUBIC)
+        self._peek, self._decode = self._open_peek(), self._open_decode()
+        self._in_flight: tuple | None = None
+
+    def _options(self) -> dict:
         # Depth 1: the caller schedules the next batch while it finishes this one, and the host's buffers, which
         # are fed without a copy, need not outlive more than one batch.
-        options = {"batch_size": batch_size, "prefetch_queue_depth": 1, "exec_dynamic": True}
-        self._peek = dali.Pipeline(device_id=None, num_threads=1, **options)
-        with self._peek:
-            encoded = dali.fn.external_source(name="encoded", ndim=1, dtype=dali.types.UINT8, no_copy=True)
-            self._peek.set_outputs(dali.fn.peek_image_shape(encoded, adjust_orientation=False))
-        self._decode = dali.Pipeline(device_id=index, num_threads=threads, **options)
-        with self._decode:
-            self._decode.set_outputs(self._graph(dali, size, device.type == "cuda", hw_decoder_load))
-        self._peek.build()
-        self._decode.build()
-        self._in_flight: tuple | None = None
+        return {"batch_size": self._batch_size, "prefetch_queue_depth": 1, "exec_dynamic": True}
+
+    def _open_peek(self):
+        fn, types = self._dali.fn, self._dali.types
+        pipeline = self._dali.Pipeline(device_id=None, num_threads=1, **self._options())
+        with pipeline:
+            encoded = fn.external_source(name="encoded", ndim=1, dtype=types.UINT8, no_copy=True)
+            pipeline.set_outputs(fn.peek_image_shape(encoded, adjust_orientation=False))
+        pipeline.build()
+        return pipeline
+
+    def _open_decode(self):
+        gpu = self._device.type == "cuda"
+        index = self._device.index if gpu else None
+        pipeline = self._dali.Pipeline(device_id=index, num_threads=self._threads, **self._options())
+        with pipeline:
+            pipeline.set_outputs(self._graph(self._dali, self._size, gpu, self._hw_decoder_load))
+        pipeline.build()
+        return pipeline
 
     @staticmethod
     def _graph(dali: SimpleNamespace, size: tuple[int, int], gpu: bool, hw_decoder_load: float):
@@ -131,12 +143,14 @@ class Decoder:
             [B, 2] int64.
 
         Raises:
-            DecodeError: some header is broken or claims more than 2^28 pixels; this decoder is then unusable.
+            DecodeError: DALI does not understand some header, or reads more than 100 million pixels in it.
         """
         try:
+            self._peek = self._peek or self._open_peek()
             self._peek.feed_input("encoded", encoded)
             shapes = np.array(self._peek.run()[0].as_array())[:, :2]
         except RuntimeError as error:
+            self._peek = None
             raise DecodeError(str(error)) from error
         if (shapes.prod(axis=1) > MAX_PIXELS).any():
             raise DecodeError(f"an image has more than {MAX_PIXELS} pixels")
@@ -149,6 +163,7 @@ class Decoder:
             encoded: B arrays of [bytes] uint8; kept alive until `collect`.
             sampling: the batch's geometry.
         """
+        self._decode = self._decode or self._open_decode()
         self._decode.feed_input("encoded", encoded)
         self._decode.feed_input("roi_start", sampling.roi_start)
         self._decode.feed_input("roi_end", sampling.roi_end)
@@ -163,12 +178,13 @@ class Decoder:
         the tensor go, because DALI reuses it at once.
 
         Raises:
-            DecodeError: some sample cannot be decoded; this decoder is then unusable.
+            DecodeError: some sample cannot be decoded.
         """
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         try:
             (images,) = self._decode.share_outputs(cuda_stream=stream)
         except RuntimeError as error:
+            self._decode = None
             raise DecodeError(str(error)) from error
         finally:
             self._in_flight = None
@@ -177,47 +193,50 @@ class Decoder:
         return tensor
 
     def drain(self) -> None:
-        """Waits for a submitted batch, if there is one, and drops it; until then DALI reads its bytes.
-
-        Raises:
-            DecodeError: as for `collect`.
-        """
+        """Waits for a submitted batch, if there is one, and drops it; until then DALI reads its bytes."""
         if self._in_flight is None:
             return
         try:
             # Without a stream the host itself waits, and only then are the bytes let go.
             self._decode.share_outputs()
             self._decode.release_outputs()
-        except RuntimeError as error:
-            raise DecodeError(str(error)) from error
+        except RuntimeError:
+            self._decode = None
         finally:
             self._in_flight = None
 
 
-def find_undecodable(encoded: list[np.ndarray], device: torch.device) -> list[int]:
-    """Which of some files DALI cannot decode, found by decoding them one by one.
+class Examiner:
+    """Tells whether DALI can decode an image, by decoding it alone. Use from one thread.
 
     Args:
-        encoded: arrays of [bytes] uint8.
-        device: as for `Decoder`.
+        device: as for `Decoder`, and `hw_decoder_load` likewise: another decoder may judge otherwise.
+        hw_decoder_load: see `Decoder`.
 
-    Returns:
-        Their indices.
+    Raises:
+        UserError: DALI is not installed.
     """
-    bad: list[int] = []
-    decoder = None
-    for index, data in enumerate(encoded):
-        decoder = decoder or Decoder((1, 1), batch_size=1, device=device, threads=1)
+
+    def __init__(self, device: torch.device, hw_decoder_load: float = 0.9):
+        self._decoder = Decoder(
+            (1, 1), batch_size=1, device=device, threads=1, hw_decoder_load=hw_decoder_load
+        )
+
+    def reason(self, encoded: np.ndarray) -> str | None:
+        """Why DALI cannot decode an image; None if it can.
+
+        Args:
+            encoded: [bytes] uint8.
+        """
         try:
-            shape = decoder.shapes([data]).astype(np.float32)
-            none = np.zeros((0, 1), dtype=np.int64)
-            whole = Geometry(
-                np.zeros((1, 2), np.float32), shape, np.zeros(1, np.int64), none[:, 0], none, none
-            )
-            decoder.submit([data], whole)
-            decoder.collect()
+            shape = self._decoder.shapes([encoded]).astype(np.float32)
         except DecodeError:
-            bad.append(index)
-            # A failed pipeline cannot be used again.
-            decoder = None
-    return bad
+            return "DALI does not understand its header"
+        none = np.zeros((0, 1), dtype=np.int64)
+        whole = Geometry(np.zeros((1, 2), np.float32), shape, np.zeros(1, np.int64), none[:, 0], none, none)
+        self._decoder.submit([encoded], whole)
+        try:
+            self._decoder.collect()
+        except DecodeError:
+            return "damaged: DALI cannot decode it"
+        return None

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastalign.data.bad_samples import BadSample
+
 _POLL_SECONDS = 0.1
 
 
@@ -28,6 +30,8 @@ class Batch:
     "Seconds that the consumer waited for it."
     weight: float = 1.0
     "What the batch's own images kept in mixup or cutmix; the rest is the batch reversed."
+    bad: tuple[BadSample, ...] = ()
+    "Bad samples met in making it, also where an earlier batch met them; quarantined ones are left aside."
 
 
 def _produce(
@@ -81,6 +85,9 @@ class Prefetcher:
         item = None if self._stop.is_set() else self._take()
         if item is None or isinstance(item, BaseException):
             self.close()
+            if item is not None and not isinstance(item, Exception):
+                # SystemExit of a thread would end the program in silence, as if it had been done.
+                raise RuntimeError(f"a data worker ended with {type(item).__name__}: {item}") from item
             raise StopIteration if item is None else item
         if self._device.type == "cuda":
             # The allocator must not hand this memory to the side stream before the consumer's work on it is done.

@@ -15,12 +15,22 @@ from fastalign.random import Stream, random_uniform
 SYNTHETIC_LENGTH = 50_000
 
 
+class Unreadable(UserError):
+    """A sample's bytes cannot be had. `reason` says why in a few words, without the place of the data set."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 class Source:
     """A list of encoded images. `kind` is "folder", "tar" or "synthetic"."""
 
     kind: str
     root: str | None = None
     """the folder that names are relative to, where there is one"""
+    damaged: tuple[tuple[str, str], ...] = ()
+    """tar shards of which only the images before some damage are in the list: (file name, what is wrong)"""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -33,7 +43,7 @@ class Source:
         """The encoded image: [bytes] uint8. Safe to call from several threads.
 
         Raises:
-            UserError: the file is gone, empty or larger than 256 MiB.
+            Unreadable: the file is gone, no regular file, empty or larger than 256 MiB.
         """
         raise NotImplementedError
 
@@ -117,7 +127,7 @@ class Subset(Source):
 
     def __init__(self, whole: Source, indices: np.ndarray):
         self.whole, self.indices = whole, np.asarray(indices, dtype=np.int64)
-        self.kind, self.root = whole.kind, whole.root
+        self.kind, self.root, self.damaged = whole.kind, whole.root, whole.damaged
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -2,19 +2,19 @@
 
 import csv
 import hashlib
-import itertools
 import os
 import re
+import stat
 import threading
 from functools import cached_property
-from glob import glob
 from pathlib import Path
 
 import numpy as np
 
-from fastalign.data.index import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Names, index_folder, index_tars, is_image
+from fastalign.data.index import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Names, index_folder, is_image
 from fastalign.data.shard_labels import read_classes, sample_key
-from fastalign.data.source import SYNTHETIC_LENGTH, Source, SyntheticSource
+from fastalign.data.source import SYNTHETIC_LENGTH, Source, SyntheticSource, Unreadable
+from fastalign.data.tars import expand_shards, index_tars, is_tar
 from fastalign.errors import UserError
 
 _OPEN_SHARDS = 256
@@ -23,11 +23,15 @@ _LOOKED_FOR = " ".join(IMAGE_EXTENSIONS)
 
 def _read_all(descriptor: int, size: int, offset: int, name: str) -> np.ndarray:
     if not 0 < size <= MAX_IMAGE_BYTES:
-        raise UserError(f"{name} has {size} bytes, an image has 1 to {MAX_IMAGE_BYTES}; remove or replace it")
+        reason = f"{size} bytes, more than {MAX_IMAGE_BYTES}" if size else "zero bytes"
+        raise Unreadable(
+            f"{name} has {size} bytes, an image has 1 to {MAX_IMAGE_BYTES}; remove or replace it", reason
+        )
     data = os.pread(descriptor, size, offset)
     if len(data) != size:
-        raise UserError(
-            f"{name} got shorter while in use ({len(data)} of {size} bytes); leave data sets unchanged"
+        raise Unreadable(
+            f"{name} got shorter while in use ({len(data)} of {size} bytes); leave data sets unchanged",
+            f"it got shorter while in use, {len(data)} of {size} bytes",
         )
     return np.frombuffer(data, dtype=np.uint8)
 
@@ -64,14 +68,21 @@ class FolderSource(Source):
         return self._names[index]
 
     def read(self, index: int) -> np.ndarray:
-        name = self._names[index]
-        path = os.path.join(self.root, name)  # noqa: PTH118, the hot path
+        path = os.path.join(self.root, self._names[index])  # noqa: PTH118, the hot path
         try:
-            with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-                return _read_all(file.fileno(), os.fstat(file.fileno()).st_size, 0, path)
-        except OSError as error:
-            raise UserError(
-                f"cannot read {path}: {error.strerror}; the data set changed since the start"
+            # A pipe that nobody writes to would be waited for: opened without waiting, it is told by its kind.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode):
+                    raise Unreadable(f"{path} is no regular file; remove it", "no regular file")
+                return _read_all(descriptor, status.st_size, 0, path)
+            finally:
+                os.close(descriptor)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise Unreadable(
+                f"cannot read {path}: {reason}; the data set changed since the start", reason
             ) from error
 
     @cached_property
@@ -120,6 +131,7 @@ class TarSource(Source):
     Args:
         spec: one .tar, a folder of .tar files, or a pattern (`shards/{000..009}.tar`, `shards/*.tar`).
         shards: paths of the .tar files where they are known already; `spec` then only names them in messages.
+        damaged: use the images before the damage of a broken shard, and name it in `damaged`; else refuse it.
 
     Raises:
         UserError: no such shard, a broken one, or no image in any.
@@ -127,13 +139,22 @@ class TarSource(Source):
 
     kind = "tar"
 
-    def __init__(self, spec: str, shards: list[str] | None = None):
-        self.shards = _expand_shards(spec) if shards is None else shards
+    def __init__(self, spec: str, shards: list[str] | None = None, *, damaged: bool = False):
+        self.shards = expand_shards(spec) if shards is None else shards
         # The key goes into the cache file's header, which a list of thousands of paths would make too long.
         key = hashlib.sha256(os.fsencode("\n".join(self.shards))).hexdigest()
         arrays = index_tars(key, self.shards)
         self._names = Names(arrays["names"], arrays["offsets"])
         self._shard, self._start, self._size = arrays["shard"], arrays["start"], arrays["size"]
+        damage = Names(arrays["damage"], arrays["damage_offsets"])
+        self.damaged = tuple(
+            (Path(shard).name, damage[number]) for number, shard in enumerate(self.shards) if damage[number]
+        )
+        if self.damaged and not (damaged and len(self._names)):
+            shard = next(shard for number, shard in enumerate(self.shards) if damage[number])
+            raise UserError(
+                f"broken tar shard {shard}: {self.damaged[0][1]}; fetch it again (plain .tar only, not compressed)"
+            )
         if len(self._names) == 0:
             raise UserError(f"no images in the {len(self.shards)} shards of {spec}; looked for {_LOOKED_FOR}")
         self._keep_open = len(self.shards) <= _OPEN_SHARDS
@@ -166,9 +187,8 @@ class TarSource(Source):
                 if not self._keep_open:
                     os.close(descriptor)
         except OSError as error:
-            raise UserError(
-                f"cannot read {self.shards[shard]}: {error.strerror}; is the disk there?"
-            ) from error
+            message = f"cannot read {self.shards[shard]}: {error.strerror}; is the disk there?"
+            raise Unreadable(message, error.strerror or str(error)) from error
 
     def _open(self, shard: int) -> int:
         if not self._keep_open:
@@ -188,45 +208,6 @@ class TarSource(Source):
             self.close()
 
 
-def _expand_braces(pattern: str) -> list[str]:
-    """`{000..009}` and `{a,b}`, as the shell does it, zero padding kept."""
-    parts = re.split(r"\{([^{}]*)\}", pattern)
-    choices: list[list[str]] = []
-    for position, part in enumerate(parts):
-        span = re.fullmatch(r"(\d+)\.\.(\d+)", part)
-        if position % 2 == 0:
-            choices.append([part])
-        elif span:
-            first, last = span.groups()
-            choices.append([f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)])
-        else:
-            choices.append(part.split(","))
-    return ["".join(choice) for choice in itertools.product(*choices)]
-
-
-def _is_tar(name: str) -> bool:
-    return name.lower().endswith(".tar") and not name.startswith(".")
-
-
-def _expand_shards(spec: str) -> list[str]:
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        found = [str(p) for p in path.iterdir() if _is_tar(p.name)]
-    elif path.is_file():
-        found = [str(path)]
-    else:
-        found = []
-        for pattern in _expand_braces(str(path)):
-            found += glob(pattern) if any(c in pattern for c in "*?[") else [pattern]  # noqa: PTH207
-    missing = next((name for name in found if not Path(name).is_file()), None)
-    if not found or missing is not None:
-        what = (
-            f"no tar file matches {spec}" if missing is None else f"no such tar file: {missing} (of {spec})"
-        )
-        raise UserError(f"{what}; check the pattern, a range is written {{000..009}}")
-    return sorted({str(Path(name).resolve()) for name in found})
-
-
 def _holds_tars(path: Path, spec: str) -> bool:
     first: dict[str, str] = {}
     with os.scandir(path) as entries:
@@ -236,7 +217,7 @@ def _holds_tars(path: Path, spec: str) -> bool:
                 continue
             if entry.is_dir():
                 kind = "folders"
-            elif _is_tar(name):
+            elif is_tar(name):
                 kind = "tar files"
             elif is_image(os.fsencode(name)):
                 kind = "images"
@@ -253,12 +234,13 @@ def _holds_tars(path: Path, spec: str) -> bool:
     return tar is not None
 
 
-def open_source(spec: str) -> Source:
+def open_source(spec: str, *, damaged: bool = False) -> Source:
     """Opens a data set.
 
     Args:
         spec: `synthetic` or `synthetic:N`; a .tar file, a folder of .tar files or a pattern of them; else a
             folder of images.
+        damaged: use what comes before the damage of a broken tar shard, see `TarSource`; else refuse it.
 
     Returns:
         The source.
@@ -271,18 +253,18 @@ def open_source(spec: str) -> Source:
     if not spec:
         raise UserError("no data set given; name a folder of images, a .tar pattern or `synthetic`")
     try:
-        return _open_path(spec)
+        return _open_path(spec, damaged)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot open {spec}: {reason}; check the path and its permissions") from error
 
 
-def _open_path(spec: str) -> Source:
+def _open_path(spec: str, damaged: bool) -> Source:
     path = Path(spec).expanduser()
     if path.is_dir():
-        return TarSource(spec) if _holds_tars(path, spec) else FolderSource(spec)
+        return TarSource(spec, damaged=damaged) if _holds_tars(path, spec) else FolderSource(spec)
     if path.is_file() and path.suffix.lower() != ".tar":
         raise UserError(f"{spec} is a file; name a folder of images, a .tar file or `synthetic`")
     if path.suffix.lower() == ".tar" or any(c in spec for c in "*?[{"):
-        return TarSource(spec)
+        return TarSource(spec, damaged=damaged)
     return FolderSource(spec)

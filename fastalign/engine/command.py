@@ -7,17 +7,42 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fastalign.engine import distributed
+from fastalign.engine.distributed import LostConnection, connection_lost
+from fastalign.engine.preemption import PREEMPTED, Preempted
+from fastalign.engine.watchdog import BROKEN
 from fastalign.errors import SharedError, UserError
 
 
 def guarded(body: Callable[[], object]) -> int:
-    """Run a command's body, and leave the ranks at its end. Returns the exit code: 0, or 2 for bad input."""
+    """Run a command's body, and leave the ranks at its end.
+
+    Returns:
+        The exit code: 0, 2 for bad input, 70 where another rank was lost, 75 where the run saved and left as asked.
+    """
     try:
         body()
     except UserError as error:
         return _refuse(str(error))
     except OSError as error:
         return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except Preempted as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"fastalign: {error}", file=sys.stderr, flush=True)
+        return PREEMPTED
+    except LostConnection as error:
+        if str(error):
+            print(f"fastalign: {error}", file=sys.stderr, flush=True)
+        return BROKEN
+    except RuntimeError as error:
+        if not connection_lost(error):
+            raise
+        rank, reason = os.environ.get("RANK", "0"), str(error).splitlines()[0]
+        print(
+            f"fastalign: rank {rank}: lost the connection to another rank: run again to resume ({reason})",
+            file=sys.stderr,
+            flush=True,
+        )
+        return BROKEN
     finally:
         distributed.stop()
     return 0

@@ -1,14 +1,17 @@
-"""Ranks: who am I, which device is mine, and sums over everybody."""
+"""Ranks: who am I, which device is mine, and sums over everybody; whether another one is lost."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
-from fastalign.errors import UserError
+from fastalign.errors import SharedError, UserError
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -80,13 +83,91 @@ def start(patience: timedelta | None = None) -> World:
         device = torch.device("cpu")
     if size > 1:
         options = {"device_id": device} if device.type == "cuda" else {}
+        options |= _store_of_this_attempt(rank, size, patience)
         distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", timeout=patience, **options
         )
     return World(rank, size, device)
 
 
+def _store_of_this_attempt(rank: int, size: int, patience: timedelta | None) -> dict:
+    """For ranks that torchrun started again: a part of its store without what the dead ranks left there.
+
+    It keeps one store over all attempts, and a new rank may read the address of one that is dead. Only on a single
+    machine do all ranks count the same attempts; on several torchrun must not share its store (examples/elastic.sh).
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if not attempt or not agent_keeps_the_store() or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store = open_store(patience or timedelta(minutes=30))
+    return {"store": distributed.PrefixStore(f"attempt-{attempt}", store), "rank": rank, "world_size": size}
+
+
+def agent_keeps_the_store() -> bool:
+    """Whether the ranks' store lives in torchrun on the first machine, and not in rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def open_store(patience: timedelta) -> distributed.TCPStore:
+    """A connection of its own to the keys and values that the ranks share; needs `start` with several ranks.
+
+    Its requests wait for nobody else's: those of the process group have another connection. The store lives in
+    torchrun on the first machine; without torchrun, in rank 0.
+
+    Args:
+        patience: how long a request waits for a key.
+
+    Raises:
+        torch.distributed.DistNetworkError: the store does not answer.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return distributed.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
+
+
+class LostConnection(Exception):
+    """Another rank is gone, or cannot be reached. The message is one line for the user, empty where another tells."""
+
+
+_GLOO = ("connection closed", "connection reset", "broken pipe", "timed out", "connection timed out")
+_GLOO += ("no route to host", "application timeout", "network is unreachable", "connection refused")
+_NCCL = ("ncclRemoteError", "ncclSystemError")
+
+
+def connection_lost(error: BaseException) -> bool:
+    """Whether an error of torch says that another rank, or the ranks' store, cannot be reached.
+
+    gloo raises plain RuntimeErrors, known by the file they come from; an error of NCCL about a wrong call is none.
+    """
+    text = str(error)
+    if isinstance(error, (distributed.DistNetworkError, distributed.DistStoreError)):
+        return True
+    if isinstance(error, distributed.DistBackendError):
+        return any(name in text for name in _NCCL)
+    gloo = isinstance(error, RuntimeError) and ("/gloo/" in text or text.startswith("Gloo "))
+    return gloo and any(sign in text.lower() for sign in _GLOO)
+
+
 def stop() -> None:
     """Leave the group of ranks."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def on_first_rank(world: World, work: Callable[[], _Result]) -> _Result:
+    """What rank 0's work comes to (anything that pickles), on every rank.
+
+    Raises:
+        SharedError: the work ended with a `UserError` or an `OSError`; on every rank, so that nobody is left waiting.
+    """
+    outcome = None, None
+    if world.main:
+        try:
+            outcome = work(), None
+        except UserError as error:
+            outcome = None, str(error)
+        except OSError as error:
+            outcome = None, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    result, failure = world.share(outcome)
+    if failure is not None:
+        raise SharedError(failure)
+    return result

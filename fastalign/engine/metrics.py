@@ -79,7 +79,7 @@ class MetricLog:
                 line |= common
             self._file.write(json.dumps(line) + "\n")
             for sink in self._sinks:
-                sink({key: value for key, value in line.items() if key != "step"}, line["step"])
+                sink({k: v for k, v in line.items() if k != "step" and v is not None}, line["step"])
         if lines:
             self._file.flush()
         return lines
@@ -173,7 +173,8 @@ class Terminal:
         if not self.main:
             return
         speed, wait = f"{line['images_per_second']:.0f} images/s", f"{100 * line['data_wait']:.1f}%"
-        text = f"loss {line['loss']:.4f}  {speed}  data wait {wait}"
+        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+        text = f"loss {loss}  {speed}  data wait {wait}"
         if self._bar:
             self._bar.update(self._task, completed=line["step"], text=text)
             return
@@ -244,7 +245,9 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _plain(value):
-    return value.item() if isinstance(value, torch.Tensor) else value
+    """A number for JSON, which has none for infinity and NaN: null."""
+    value = value.item() if isinstance(value, torch.Tensor) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _drop_later_lines(path: Path, step: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from fastalign.engine.sharding import like, local
 from fastalign.errors import UserError
 
 
@@ -100,8 +101,25 @@ def seed_update(seed: int, step: int, rank: int) -> None:
         torch.cuda.manual_seed_all(number)
 
 
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """Update the weights, or leave them and the moments as they are.
+
+    torch's fused AdamW decides on the device, as it does for torch's gradient scaler; other optimisers make the host
+    wait for the answer.
+
+    Args:
+        optimizer: whose gradients are ready.
+        skip: [] bool on the device.
+    """
+    if isinstance(optimizer, torch.optim.AdamW):
+        optimizer.found_inf = skip.float()
+        optimizer.step()
+    elif not skip.item():
+        optimizer.step()
+
+
 class MovingAverage:
-    """An exponential moving average of a module's parameters and buffers, fp32.
+    """An exponential moving average of a module's parameters and buffers, fp32; split among ranks as they are.
 
     Args:
         module: what is averaged; its state dict gives the names.
@@ -110,15 +128,16 @@ class MovingAverage:
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
-        self._live = [value.detach() for value in module.state_dict().values()]
+        self._live = [local(value.detach()) for value in module.state_dict().values()]
         self.state = {name: value.detach().clone().float() for name, value in module.state_dict().items()}
+        self._average = [local(value) for value in self.state.values()]
 
     @torch.no_grad()
     def update(self) -> None:
         """Take the module's present weights in."""
-        torch._foreach_lerp_(list(self.state.values()), self._live, 1 - self.decay)
+        torch._foreach_lerp_(self._average, self._live, 1 - self.decay)
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Continue from a saved average."""
+        """Continue from a saved average, whose tensors are whole."""
         for name, value in self.state.items():
-            value.copy_(state[name])
+            value.copy_(like(state[name], value))

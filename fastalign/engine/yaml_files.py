@@ -7,6 +7,9 @@ import yaml
 
 from fastalign.errors import UserError
 
+LONGEST = 1 << 20
+"""characters of a YAML text; ours have some hundred"""
+
 
 def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     """The mapping in a YAML file, laid over the one in the file that it names as its `base`, if any.
@@ -25,6 +28,8 @@ def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; UserError where there is none."""
     if not path.is_file():
         raise UserError(f"no configuration file at {path}")
+    if path.stat().st_size > LONGEST:
+        raise UserError(f"{path} has {path.stat().st_size} bytes, a configuration has at most {LONGEST}")
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
     except UnicodeDecodeError:
@@ -36,10 +41,16 @@ def read_yaml(path: Path) -> dict:
 
 def parse_yaml(text: str, where: str) -> Any:
     """The value that a text spells; UserError about `where` if it is no YAML."""
+    if len(text) > LONGEST:
+        raise UserError(f"{where[:80]}...: {len(text)} characters, at most {LONGEST} are read")
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{where[:80]}: nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits, a date that does not exist
+        raise UserError(f"{where[:80]}: not YAML: {error}") from None
 
 
 def put(tree: dict, path: list[str], value: Any, override: str) -> None:
@@ -54,6 +65,16 @@ def put(tree: dict, path: list[str], value: Any, override: str) -> None:
 def write_yaml(tree: dict) -> str:
     """A tree as YAML."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only. A text without aliases is as large as what it says, and no part of it holds itself."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.YAMLError(f"an alias in line {mark.line + 1}: write the value out")
+        return super().compose_node(parent, index)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastalign.engine.checkpoint import write_atomically
+from fastalign.engine.files import write_atomically
 from fastalign.errors import UserError
 
 _DONE = "complete.json"

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from fastalign.engine.checkpoint import write_atomically
+from fastalign.engine.files import write_atomically
 from fastalign.engine.metrics import mean_and_spread
 from fastalign.errors import UserError
 from fastalign.probe.fit import METRICS

@@ -1,14 +1,12 @@
 """A small probe of a run's student while it trains; `docs/probe.md`, "During training", says what it measures."""
 
 import copy
-from collections.abc import Callable
-from typing import TypeVar
 
 import numpy as np
 import torch
 
-from fastalign.engine.distributed import World
-from fastalign.errors import SharedError, UserError
+from fastalign.engine.distributed import World, on_first_rank
+from fastalign.errors import UserError
 from fastalign.models.vit import ViT
 from fastalign.probe.datasets import LabelledImages, open_labelled
 from fastalign.probe.features import probed_backbone, read_features
@@ -20,8 +18,6 @@ IMAGES = {"train": 2_000, "val": 1_000}
 """At most so many of each split, evenly chosen."""
 EPOCHS = 3
 REPORTED = ("macro_recall", "map", "loss")
-
-_Result = TypeVar("_Result")
 
 
 def open_splits(run: Run) -> dict[str, LabelledImages]:
@@ -42,7 +38,7 @@ def open_splits(run: Run) -> dict[str, LabelledImages]:
                 raise UserError(f"probe.data: {error}") from error
 
     if run.config.probe.data is not None:
-        _on_the_first_rank(run.world, opened)
+        on_first_rank(run.world, opened)
     return found
 
 
@@ -70,7 +66,7 @@ def probe_student(run: Run, splits: dict[str, LabelledImages]) -> dict[str, floa
     Raises:
         SharedError: a bad image or label map; on every rank.
     """
-    return _on_the_first_rank(run.world, lambda: _probe(run, splits))
+    return on_first_rank(run.world, lambda: _probe(run, splits))
 
 
 def student_tokens(run: Run) -> ViT:
@@ -109,17 +105,3 @@ def _probe(run: Run, splits: dict[str, LabelledImages]) -> dict[str, float]:
 def _evenly(data: LabelledImages, most: int) -> LabelledImages:
     count = len(data)
     return data if count <= most else data.subset(np.arange(most) * count // most)
-
-
-def _on_the_first_rank(world: World, work: Callable[[], _Result]) -> _Result:
-    """What rank 0's work comes to, on every rank: where it fails there, nobody is left waiting."""
-    outcome = None, None
-    if world.main:
-        try:
-            outcome = work(), None
-        except UserError as error:
-            outcome = None, str(error)
-    result, failure = world.share(outcome)
-    if failure is not None:
-        raise SharedError(failure)
-    return result

@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from fastalign.engine.checkpoint import write_atomically
+from fastalign.engine.files import write_atomically
 from fastalign.errors import UserError
 from fastalign.report.features import Maps, compare
 from fastalign.report.page import page

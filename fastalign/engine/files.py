@@ -1,0 +1,111 @@
+"""Files that are never half: written in one go, cleaned up after, checked."""
+
+import errno
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from fastalign.errors import UserError
+
+_TEMPORARY = re.compile(r"\..+\.(\d+)$")
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file under a temporary name, flush it to the disk, then rename it: nobody ever sees half of it.
+
+    When this returns, a power failure does not undo it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        flush_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """Where this process writes what will become `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush a folder's names to the disk, where the file system can do that."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path, pattern: str = ".*") -> None:
+    """Remove the temporary files of `write_atomically` whose writer was killed.
+
+    Those of a process that is alive stay, also where it is another one with the same number.
+
+    Args:
+        folder: where they lie; it need not exist.
+        pattern: of their names, which begin with a dot and end with a process number.
+    """
+    for path in folder.glob(pattern):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and not _alive(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a file of torch.save: the CRC-32 of each of its parts is checked. None = nothing.
+
+    torch.load itself does not notice a flipped bit among the numbers. A file that is whole and holds something that
+    may not be loaded is not damaged.
+
+    Raises:
+        UserError: it may not be read, which says nothing about what is in it.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            part = file.testzip()
+            # A flag that zipfile passes over; torch takes the part for a folder and leaves its numbers to chance.
+            folders = [each.filename for each in file.infolist() if each.external_attr & 0x10]
+        if folders:
+            return f"its part {folders[0]} is marked as a folder"
+        if part is not None:
+            return f"its part {part} has another checksum"
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # its index, as torch reads it
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read ({reason(error)}): see that it can") from error
+    except pickle.UnpicklingError:
+        return None
+    except Exception as error:  # zipfile has no list of what it raises over damaged files
+        return reason(error)
+    return None
+
+
+def reason(error: BaseException) -> str:
+    """An error in a few words, on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0].partition(". ")[0][:200] if str(error) else type(error).__name__

@@ -1,0 +1,78 @@
+"""A run that is asked to leave: the signal is remembered, the run saves, and its folder says that it goes on."""
+
+import signal
+from pathlib import Path
+from types import FrameType, TracebackType
+
+PREEMPTED = 75
+"""The exit code of a run that was asked to leave and has saved: EX_TEMPFAIL, try again later."""
+MARKER = "preempted"
+"""The file in the run folder that tells a script to start the same command again."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preempted(Exception):
+    """The run was asked to leave, and its checkpoint is on the disk. The message is one line for the user."""
+
+
+class Preemption:
+    """Around a run, in the main thread: SIGTERM and SIGUSR1 end nothing, they are remembered here.
+
+    However often they come: a rank that is saving is not to be killed by the second one. Afterwards the old handlers
+    are back; only after `Preempted` the signals are ignored from then on, because the process is about to end with
+    its own exit code, and torchrun sends SIGTERM to all ranks as soon as the first one has ended.
+
+    A handler of Python's runs between two instructions: while the main thread is inside a collective or a kernel, the
+    signal is noticed when that returns.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        """the first signal that came, 0 before: a number, so that ranks can share it by a maximum"""
+        self._before: dict[int, object] = {}
+
+    @property
+    def asked(self) -> str | None:
+        """The name of the first signal that came to this process, such as "SIGTERM"; None before."""
+        return name_of(self.number)
+
+    def __enter__(self) -> "Preemption":
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        leaving = isinstance(error, Preempted)
+        for number, handler in self._before.items():
+            # None is a handler that was not installed from Python: it cannot be put back.
+            signal.signal(number, signal.SIG_IGN if leaving else handler or signal.SIG_DFL)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.number = self.number or number
+
+
+def name_of(number: int) -> str | None:
+    """The name of a signal's number; None for 0."""
+    return signal.Signals(number).name if number else None
+
+
+def preempted(folder: Path, number: int, step: int, *, main: bool) -> Preempted:
+    """What every rank raises after the checkpoint is on the disk; one of them leaves the marker in the run folder.
+
+    Args:
+        folder: of the run; exists.
+        number: the signal, as the ranks agreed on it.
+        step: of the checkpoint.
+        main: whether this rank writes the marker.
+    """
+    name = name_of(number)
+    if main:
+        (folder / MARKER).write_text(f"{name} at step {step}\n")
+    return Preempted(f"{name}: saved {folder} at step {step}; run the same command again to go on from there")
+
+
+def unmark(folder: Path) -> None:
+    """The run goes on: remove the marker, if there is one."""
+    (folder / MARKER).unlink(missing_ok=True)

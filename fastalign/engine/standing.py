@@ -1,0 +1,112 @@
+"""Where each rank of a run stands, and which one the others wait for: the judgement behind `engine/watchdog.py`."""
+
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+WAITING = "waiting for the other ranks"
+"""The station before a call that returns when all ranks have come: who stands there is not who they wait for."""
+FREE, BACKWARD, COLLECTIVE = range(3)
+"""How a main thread depends on other ranks: not at all; a backward pass may wait for them; it waits for them."""
+_TORCH = str(Path(torch.__file__).parent)
+_LIBRARY = (_TORCH, sysconfig.get_path("stdlib"))
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a rank is, as it tells the others."""
+
+    rank: int
+    host: str
+    pid: int
+    turn: int
+    "how many times it has told: where this number stands still, the rank does not answer"
+    step: int
+    doing: str
+    beats: int
+    "since the step began"
+    age: float
+    "seconds since the last beat"
+    place: str
+    "the line of code where its main thread is"
+    waits: int
+    "FREE, BACKWARD or COLLECTIVE"
+    paused: bool
+    ended: str | None
+    "None while it runs, empty after a normal end, else the error that ended it"
+    mute: bool = False
+    "it has not told anything for long; found out by who listens"
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"rank {self.rank} ({self.host}, pid {self.pid})"
+
+
+def where(frame: FrameType | None) -> tuple[str, int]:
+    """Where a thread is.
+
+    Args:
+        frame: its innermost; None where it has ended.
+
+    Returns:
+        The innermost line outside of torch and Python's library, as "folder/file.py:12, function", and FREE, BACKWARD
+        or COLLECTIVE.
+    """
+    place, waits = "", FREE
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.startswith(f"{_TORCH}/distributed/"):
+            waits = COLLECTIVE
+        elif code.co_filename == f"{_TORCH}/autograd/graph.py":
+            waits = max(waits, BACKWARD)
+        if not place and not code.co_filename.startswith(_LIBRARY):
+            place = f"{'/'.join(Path(code.co_filename).parts[-2:])}:{frame.f_lineno}, {code.co_name}"
+        frame = frame.f_back
+    return place or "an unknown place", waits
+
+
+def furthest_behind(standings: Sequence[Standing]) -> list[Standing]:
+    """The rank that the others wait for; several, where nothing tells them apart.
+
+    It is one that ended with an error, else one that does not answer, else the one with the fewest updates; among
+    equals one that depends on no other rank, and then the one that came past the fewest stations of this update. The
+    time of the last beat does not count: who stops late in a step has often beaten after those who wait for it.
+    """
+    running = [told for told in standings if told.ended != ""]
+    keys = {told.rank: _order(told) for told in running}
+    first = min(keys.values(), default=None)
+    return [told for told in running if keys[told.rank] == first]
+
+
+def _order(told: Standing) -> tuple:
+    return (told.ended is None, not told.mute, told.step, told.waits, told.beats)
+
+
+def accusation(suspects: Sequence[Standing]) -> str:
+    """Who stopped, where, and for how long: half a line for people. One rank or more, of `furthest_behind`."""
+    first, seconds = suspects[0], f"{min(told.age for told in suspects):.0f} s"
+    if first.ended:
+        return (
+            f"{first.name} ended at step {first.step} with {first.ended}, {seconds} ago, and the others wait"
+        )
+    if first.mute:
+        names = ", ".join(told.name for told in suspects[:4]) + (", ..." if len(suspects) > 4 else "")
+        verb, process = ("has", "its process or machine is") if len(suspects) == 1 else ("have", "these are")
+        return (
+            f"{names} {verb} not answered for {seconds}: {process} stopped, or gone; "
+            f"last seen at step {first.step}, {first.doing}"
+        )
+    if len(suspects) > 1:
+        ranks = ", ".join(str(told.rank) for told in suspects[:8]) + (", ..." if len(suspects) > 8 else "")
+        return (
+            f"{len(suspects)} ranks ({ranks}) stopped responding at the same place, step {first.step}: {first.doing} "
+            f"for {seconds}: a GPU or the network hangs; {first.name} is at {first.place}"
+        )
+    return (
+        f"{first.name} stopped responding at step {first.step}: {first.doing} for {seconds}, at {first.place}"
+    )

@@ -1,0 +1,296 @@
+"""A rank that stops responding ends the run, and is named.
+
+Each rank notes where it is (`beat`). A thread tells the others once a second through the ranks' store, and a second
+thread judges: where this rank has not moved for `timeout` seconds, the rank furthest behind is the one that all wait
+for. The verdict is shared, so that every rank ends with the same line. The store may itself stop answering, which
+blocks whoever asks it: that is why the thread that talks is not the thread that judges.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from datetime import timedelta
+
+from torch import distributed
+
+from fastalign.engine.distributed import (
+    LostConnection,
+    World,
+    agent_keeps_the_store,
+    connection_lost,
+    open_store,
+)
+from fastalign.engine.preemption import Preempted
+from fastalign.engine.standing import COLLECTIVE, FREE, WAITING, Standing, accusation, furthest_behind, where
+
+BROKEN = 70
+"""The exit code where another rank, or this one, stopped responding or is gone: the same command goes on."""
+_SHORT, _LONG = 0.2, 1.0
+_FOREVER = 1e8
+_LOST = "a lost connection"
+
+
+def patience(timeout: float) -> timedelta:
+    """How long the process group waits for a rank: longer than the watchdog, and no less than gloo's own 30 minutes.
+
+    Args:
+        timeout: of the watchdog, seconds. For `distributed.start`.
+    """
+    return timedelta(seconds=max(30 * 60, 2 * min(timeout, _FOREVER) + 60))
+
+
+class Watchdog:
+    """Around a run; all ranks enter together, each in its main thread.
+
+    Args:
+        world: this process among the ranks.
+        timeout: seconds without a beat after which the run is ended, with exit code 70 on every rank.
+        step: where the run starts.
+
+    Left by a lost connection it raises `LostConnection`, which names the rank that is gone where that can be found
+    out; every other exception passes, and the other ranks hear of it.
+    """
+
+    def __init__(self, world: World, timeout: float, step: int = 0):
+        self.world, self.timeout = world, timeout
+        self.saved: int | None = None
+        """the step of the newest checkpoint that is on the disk, for the message"""
+        # The rounds are longer with many ranks, because each reads what all others wrote.
+        self._period = min(max(_LONG, world.size / 64), max(_SHORT, timeout / 10))
+        self._mute = max(3 * self._period + 0.5, timeout / 2)  # seconds without a word: it does not answer
+        self._quiet = 2.5 * self._period + 0.5  # the same, where a connection has broken already
+        self._main, self._host = threading.get_ident(), socket.gethostname()
+        self._beat = (step, "starting", 0)
+        self._seen = self._beat, time.monotonic()  # one tuple, because both threads replace it
+        self._paused, self._ended = 0, None
+        self._stop = threading.Event()
+        self._table: dict[int, tuple[Standing, float]] = {}
+        """by rank: what it told last, and when that came here"""
+        self._contact, self._proposal, self._verdict = time.monotonic(), "", ""
+        self._threads: list[threading.Thread] = []
+
+    def beat(self, step: int, doing: str) -> None:
+        """This rank has come to a station. Costs as much as storing a tuple.
+
+        Args:
+            step: updates done; the same on every rank at the same place.
+            doing: what it does next, such as "waiting for data"; `WAITING` before what returns when all have come.
+        """
+        before = self._beat
+        self._beat = (step, doing, before[2] + 1 if before[0] == step else 0)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what may take longer than `timeout`: while the rank furthest behind is in it, nobody is accused."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self.beat(*self._beat[:2])
+            self._paused -= 1
+
+    def __enter__(self) -> "Watchdog":
+        tasks = [self._judge]
+        if self.world.size > 1:
+            tasks.append(self._talk)
+            # A store that torchrun keeps over restarts still holds what earlier ranks said: a word of our own.
+            word = self.world.share(str(time.time_ns()))
+            self._store = open_store(timedelta(seconds=min(self.timeout, _FOREVER) + 1))
+            self._keys = [f"fastalign/{word}/{rank}" for rank in range(self.world.size)]
+            self._verdict_key = f"fastalign/{word}/verdict"
+            self._tell(0)
+            if self.world.main:
+                self._store.set(self._verdict_key, "")
+            self.world.barrier()  # from here on no request waits for a key
+        self._contact = time.monotonic()
+        for task in tasks:
+            name = f"fastalign-watchdog{task.__name__}"
+            self._threads.append(threading.Thread(target=task, name=name, daemon=True))
+            self._threads[-1].start()
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        lost = self.world.size > 1 and error is not None and connection_lost(error)
+        gone = self._find_gone() if lost else None
+        normal = error is None or isinstance(error, Preempted)
+        self._ended = "" if normal else _LOST if lost else _first_line(error)
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(2 * self._period + 2)  # a store that does not answer holds its thread: leave it there
+        if lost:
+            raise LostConnection(self._loss(error, gone)) from error
+
+    def _own(self, turn: int) -> Standing:
+        """Where this rank is; both threads ask."""
+        beat, now = self._beat, time.monotonic()
+        if beat is not self._seen[0] or self._paused:
+            self._seen = beat, now
+        age = now - self._seen[1]
+        place, waits = "", FREE
+        if age > min(
+            5, self.timeout / 2
+        ):  # who looks into a frame that is still running keeps its variables alive
+            place, waits = where(sys._current_frames().get(self._main))
+        return Standing(
+            rank=self.world.rank,
+            host=self._host,
+            pid=os.getpid(),
+            turn=turn,
+            step=beat[0],
+            doing=beat[1],
+            beats=beat[2],
+            age=age,
+            place=place,
+            waits=COLLECTIVE if beat[1] == WAITING else waits,
+            paused=bool(self._paused),
+            ended=self._ended,
+        )
+
+    def _tell(self, turn: int) -> None:
+        self._store.set(self._keys[self.world.rank], json.dumps(asdict(self._own(turn))))
+
+    def _talk(self) -> None:
+        """A thread: tell the others where this rank is and hear them, until the end, and then tell that."""
+        turn = 0
+        while not self._stop.wait(self._period):
+            turn += 1
+            try:
+                self._exchange(turn)
+            except distributed.DistStoreError:
+                continue  # too late; the judge sees how long nothing has come
+            except distributed.DistNetworkError:
+                return  # the connection does not come back
+        with suppress(distributed.DistError):
+            self._tell(turn + 1)
+
+    def _exchange(self, turn: int) -> None:
+        self._tell(turn)
+        if self._proposal:
+            self._store.compare_set(self._verdict_key, "", self._proposal)
+        *told, verdict = self._store.multi_get([*self._keys, self._verdict_key])
+        now = time.monotonic()
+        for rank, text in enumerate(told):
+            standing = Standing(**json.loads(text))
+            if rank not in self._table or self._table[rank][0].turn != standing.turn:
+                self._table[rank] = standing, now
+        self._contact, self._verdict = now, verdict.decode()
+
+    def _judge(self) -> None:
+        """A thread: end the process when there is a verdict, of this rank or of another."""
+        while not self._stop.wait(self._period):
+            silence = time.monotonic() - self._contact
+            line = self._verdict or self._accuse(silence)
+            if not line:
+                continue
+            self._proposal = line
+            until = time.monotonic() + 3 * self._period
+            while self.world.size > 1 and not self._verdict and time.monotonic() < until:
+                time.sleep(self._period / 4)
+            if not self._stop.is_set():
+                self._end(self._verdict or line, alone=silence > self._mute)
+
+    def _accuse(self, silence: float) -> str:
+        """The line that ends the run, or nothing. `silence`: seconds since the store answered."""
+        own = self._own(-1)
+        if own.age <= self.timeout or own.paused:
+            return ""
+        if self.world.size > 1 and silence > self._mute:
+            return f"{self._silent_store(own, silence)}; {self._remedy()}"
+        suspects = furthest_behind([told for told in self._now() if told.rank != own.rank] + [own])
+        if min(told.age for told in suspects) <= self.timeout or any(told.paused for told in suspects):
+            return ""
+        return f"{accusation(suspects)}; {self._remedy()}"
+
+    def _now(self) -> list[Standing]:
+        """What the ranks told, their ages brought up to date, and whether they are mute."""
+        now = time.monotonic()
+        return [
+            replace(told, age=told.age + now - came, mute=now - came > self._mute)
+            for told, came in list(self._table.values())
+        ]
+
+    def _silent_store(self, own: Standing, silence: float) -> str:
+        keeper = "torchrun on the first machine" if agent_keeps_the_store() else "rank 0"
+        return (
+            f"{keeper} has not answered for {silence:.0f} s (it keeps the ranks' store, "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}): its process or machine is stopped, or gone; "
+            f"{own.name} waits at step {own.step}, {own.doing}, at {own.place}"
+        )
+
+    def _remedy(self) -> str:
+        return (
+            f"the run ends after faults.timeout={self.timeout:g} s; {self._go_on()}, "
+            "with a larger faults.timeout if it was only slow"
+        )
+
+    def _go_on(self) -> str:
+        saved = "" if self.saved is None else f" from the checkpoint of step {self.saved}"
+        return f"the same command goes on{saved}"
+
+    def _end(self, line: str, *, alone: bool) -> None:
+        """Say it once a machine, leave the others the time to read the verdict, and end the process from here.
+
+        The main thread may never return, and what it holds is not to be waited for.
+        """
+        last = threading.Timer(5 + 3 * self._period, os._exit, [BROKEN])  # writing may hang, too
+        last.daemon = True
+        last.start()
+        if alone or self._speaks():
+            print(f"fastalign: {line}", file=sys.stderr, flush=True)
+        time.sleep(3 * self._period)
+        os._exit(BROKEN)
+
+    def _speaks(self) -> bool:
+        """Whether this is the first rank on this machine that answers."""
+        here = [told for told in self._now() if told.host == self._host and told.ended is None]
+        return all(told.mute or told.rank >= self.world.rank for told in here)
+
+    def _find_gone(self) -> Standing | None:
+        """After a lost connection: the rank that no longer tells anything, or ended first. Takes some rounds."""
+        limit = self._quiet
+        until = time.monotonic() + 2 * limit
+        while time.monotonic() < until:
+            now = time.monotonic()
+            if now - self._contact > limit:
+                kept = not agent_keeps_the_store() and 0 in self._table and not self.world.main
+                return self._table[0][0] if kept else None
+            gone = [
+                (came, told.rank)
+                for told, came in list(self._table.values())
+                if told.rank != self.world.rank
+                and (now - came > limit if told.ended is None else told.ended not in ("", _LOST))
+            ]
+            if gone:
+                return self._table[min(gone)[1]][0]
+            time.sleep(self._period / 4)
+        return None
+
+    def _loss(self, error: BaseException, gone: Standing | None) -> str:
+        """The line about a lost connection; empty where an earlier rank of this machine says it."""
+        now = time.monotonic()
+        if gone and any(
+            told.rank < self.world.rank and told.host == self._host and now - came <= self._quiet
+            for told, came in self._table.values()
+            if told.rank != gone.rank
+        ):
+            return ""
+        reason = f"lost the connection to another rank ({_first_line(error)})"
+        if gone:
+            reason = f"lost {gone.name}, "
+            reason += (
+                f"which ended with {gone.ended}"
+                if gone.ended
+                else f"last seen at step {gone.step}, {gone.doing}"
+            )
+        step, doing, _ = self._beat
+        return f"rank {self.world.rank}, at step {step}, {doing}: {reason}; {self._go_on()}"
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]

@@ -1,0 +1,107 @@
+"""What a run does about bad samples and bad numbers, once every rank knows of them."""
+
+import json
+
+from fastalign.data.bad_samples import FILE, BadSample, append_to_list, read_list, too_many
+from fastalign.engine.metrics import Terminal
+from fastalign.engine.status import Seen
+from fastalign.errors import SharedError, on_one_line
+from fastalign.run import Run
+
+NONFINITE = "nonfinite.jsonl"
+MOST_SKIPPED = 10
+"""updates left out one after the other, after which a run ends: its weights no longer move"""
+
+
+def react(run: Run, terminal: Terminal, *, everything: bool = False) -> int:
+    """Act on what the ranks told one another; a collective where something is wrong.
+
+    Args:
+        run: the run.
+        terminal: where it is told.
+        everything: of the newest update too, which waits for the device.
+
+    Returns:
+        The signal that asks the run to leave; 0 = none came.
+
+    Raises:
+        SharedError: bad numbers or samples, too many or not to be borne; on every rank.
+    """
+    signal = 0
+    for seen in run.status.read(everything=everything):
+        signal = signal or seen.signal
+        if seen.bad:
+            bad_samples(run, seen, terminal)
+        if seen.skipped:
+            bad_numbers(run, seen, terminal)
+        else:
+            run.skipped_in_a_row = 0
+    return signal
+
+
+def bad_samples(run: Run, seen: Seen, terminal: Terminal) -> None:
+    """Tell every rank what each found, write it down, and stop the run where it is too much."""
+    found = [sample for part in run.world.gather(seen.found) for sample in part]
+    new = run.known_bad(found)
+    if not new:
+        return  # told by the update before this one
+    if run.world.main:
+        append_to_list(run.folder / FILE, new)
+    first, drawn = new[0], seen.step * run.config.optim.batch_size
+    more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+    count = f"{len(run.bad)} bad samples in {drawn} images"
+    if too_many(len(run.bad), drawn, run.config.faults["bad_samples"]):
+        raise SharedError(
+            f"{count}, more than faults.bad_samples={run.config.faults['bad_samples']:g} allows; the newest is "
+            f"{first.name!r} ({first.reason}); all are in {run.folder / FILE}: mend the data set, or allow more"
+        )
+    terminal.say(on_one_line(f"step {seen.step}: left out {first.name!r} ({first.reason}){more}; {count}"))
+
+
+def bad_validation_samples(run: Run, terminal: Terminal) -> None:
+    """Write down what the validation set has lost so far; a collective."""
+    found = [sample for part in run.world.gather(tuple(run.val.bad.found.values())) for sample in part]
+    path = run.folder / f"validation_{FILE}"
+    if run.world.main and found:
+        before = {sample.name for sample in read_list(path)} if path.exists() else set()
+        new = [sample for sample in found if sample.name not in before]
+        append_to_list(path, new)
+        terminal.say(f"validation leaves out {len(found)} bad samples, see {path}")
+
+
+def damaged_shards(run: Run, terminal: Terminal) -> None:
+    """At the start: tell of tar shards of which only a part can be used, and write them down."""
+    if not run.world.main:
+        return
+    path = run.folder / FILE
+    before = {sample.name for sample in read_list(path)} if path.exists() else set()
+    for name, reason in run.train.source.damaged:
+        terminal.say(on_one_line(f"tar shard {name!r} is used up to its damage: {reason}"))
+        if name not in before:
+            append_to_list(path, [BadSample(None, name, reason)])
+
+
+def bad_numbers(run: Run, seen: Seen, terminal: Terminal) -> None:
+    """Write down the samples of an update that was left out, and stop the run where that is asked for."""
+    guilty = run.world.rank in seen.ranks or not seen.ranks
+    source = run.train.source
+    names = [source.portable_name(int(i)) for i in seen.ids] if guilty else []
+    line = {"step": seen.step, "rank": run.world.rank, "ids": seen.ids.tolist(), "names": names}
+    lines = [line for line in run.world.gather(line) if line["names"]]
+    if run.world.main:
+        with (run.folder / NONFINITE).open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    ranks = ", ".join(map(str, seen.ranks))
+    what = f"the loss of rank {ranks}" if len(seen.ranks) == 1 else f"the losses of ranks {ranks}"
+    what = f"{what if seen.ranks else 'the gradient'} at step {seen.step}: not finite"
+    where = f"the samples are in {run.folder / NONFINITE}"
+    remedy = "look at them, lower optim.lr, set optim.clip, or efficiency.precision=fp32"
+    if run.config.faults["nonfinite"] == "stop":
+        raise SharedError(
+            f"{what}; {where}; the weights were left as they were, and the last checkpoint is from before: {remedy}, "
+            "or faults.nonfinite=skip to leave such updates out"
+        )
+    run.skipped_in_a_row += 1
+    if run.skipped_in_a_row >= MOST_SKIPPED:
+        raise SharedError(f"{what}, the {MOST_SKIPPED}th update left out in a row; {where}: {remedy}")
+    terminal.say(f"{what}: this update was left out; {where}")

@@ -1,0 +1,41 @@
+"""The aligned backbone of a run as two files that fit each other: weights with timm's keys, and facts."""
+
+import json
+from pathlib import Path
+
+import safetensors.torch
+
+from fastalign.engine.files import write_atomically
+
+
+def publish_backbone(folder: Path, state: dict) -> None:
+    """The aligned backbone of a checkpoint with timm's keys, without the student's head, and its facts.
+
+    `backbone.safetensors` holds the text of `backbone.json` too: where a kill left one without the other, the next
+    start knows. Nothing is written that is there already, nor for a checkpoint that was not the best.
+    """
+    text = state.get("backbone")
+    if text is None:
+        return
+    place, beside = folder / "backbone.safetensors", folder / "backbone.json"
+    if _facts_within(place) != text:
+        source = state["average"] or state["student"]
+        weights = {
+            name.removeprefix("encoder."): value.contiguous().float()
+            for name, value in source.items()
+            if name.startswith("encoder.") and not name.startswith("encoder.head.")
+        }
+        metadata = {"format": "pt", "softcap": str(json.loads(text)["softcap"]), "facts": text}
+        content = safetensors.torch.save(weights, metadata)
+        write_atomically(place, lambda file: file.write(content))
+    if not beside.exists() or beside.read_text() != text:
+        write_atomically(beside, lambda file: file.write(text.encode()))
+
+
+def _facts_within(path: Path) -> str | None:
+    """The facts that a weights file carries; None where it is missing or cannot be read."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("facts")
+    except (OSError, safetensors.SafetensorError):
+        return None

@@ -1,0 +1,88 @@
+"""Saving a run: its checkpoint, and its backbone where that is the best so far."""
+
+import json
+import math
+
+from fastalign import __version__
+from fastalign.engine.checkpoint import snapshot
+from fastalign.engine.distributed import on_first_rank
+from fastalign.publish import publish_backbone
+from fastalign.run import Run
+
+
+def improves(run: Run, *, evaluated: bool = False) -> bool:
+    """Whether this step has the best probe so far where that chooses, else the lowest validation loss."""
+    if not run.config.probe.best:
+        return evaluated and (run.best is None or run.val_loss < run.best)
+    return probed_now(run) is not None and (run.best is None or _score(run) > run.best)
+
+
+def probed_now(run: Run) -> dict[str, float] | None:
+    """The probe of this very step, if there was one."""
+    return run.probed if run.probed and run.probed["step"] == run.step else None
+
+
+def _score(run: Run) -> float:
+    return -math.inf if math.isnan(run.probed["map"]) else run.probed["map"]
+
+
+def save(run: Run, *, evaluated: bool = False) -> None:
+    """Write a checkpoint, and the backbone where it is the best so far (the newest, where nothing chooses).
+
+    It is written in the background from a copy: `finish` waits for it. Every rank must call this.
+
+    Args:
+        run: the run.
+        evaluated: `val_loss` is that of this step.
+
+    Raises:
+        SharedError: the checkpoint before this one could not be written; on every rank.
+    """
+    best, by_probe = improves(run, evaluated=evaluated), run.config.probe.best
+    if best:
+        run.best = _score(run) if by_probe else run.val_loss
+    finish(run)  # one copy in memory at a time
+    if not (run.world.main or run.sharded):
+        return
+    published = (best or (run.val is None and not by_probe)) and not run.config.student.freeze
+    facts = backbone_facts(run, evaluated=evaluated) if published else None
+    state = snapshot({**run.state(), "is_best": best, "backbone": facts}, keep=run.world.main)
+    if run.world.main:
+        run.checkpoints.save(
+            state,
+            run.step,
+            best=best,
+            copied=True,
+            publish=lambda written: publish_backbone(run.folder, written),
+        )
+
+
+def finish(run: Run) -> None:
+    """Return when the newest checkpoint and its backbone are on the disk. Every rank must call this.
+
+    Raises:
+        SharedError: they could not be written; on every rank.
+    """
+    on_first_rank(run.world, run.checkpoints.wait)
+
+
+def backbone_facts(run: Run, *, evaluated: bool) -> str:
+    """What one must know to use the aligned backbone, as JSON: the text of `backbone.json`."""
+    kwargs = {**run.backbone.recipe["kwargs"], "num_classes": 0}
+    if run.backbone.spec.pool == "map":
+        kwargs["global_pool"] = ""  # the student has no pooling to save
+    facts = {
+        "name": run.backbone.recipe["name"],
+        "kwargs": kwargs,
+        "softcap": run.config.student.softcap,
+        "norm_eps": getattr(run.objective.student.encoder.norm, "eps", None),
+        **run.backbone.data,
+        "features": "the tokens after the final norm; prefix tokens first",
+        "objective": run.config.objective,
+        "step": run.step,
+        "val_loss": run.val_loss if evaluated else None,
+        "fastalign": __version__,
+    }
+    if probed_now(run):
+        facts["probe"] = probed_now(run)
+    return json.dumps(facts, indent=2) + "\n"

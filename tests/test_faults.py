@@ -1,0 +1,194 @@
+"""What a run does about bad numbers and bad samples: left out, told, written down, or the end."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from fastalign.engine.optim import step_unless
+from fastalign.engine.spikes import Spikes
+from fastalign.objectives import MaskEmbed
+from tests.data_helpers import needs_dali
+from tests.test_train import images, losses, metrics, recipe  # noqa: F401 (fixtures)
+
+EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.keep=20", "optim.ema=0.9", "data.val=null")
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Makes the loss or a gradient of some training steps not finite; returns the sample ids of those steps."""
+
+    def poison(steps, what: str) -> dict[int, list[int]]:
+        forward, count, ids = MaskEmbed.forward, [0], {}
+
+        def bad(self, batch, sample_ids, epoch):
+            loss = forward(self, batch, sample_ids, epoch)
+            if not torch.is_grad_enabled():
+                return loss
+            count[0] += 1
+            if count[0] not in steps:
+                return loss
+            ids[count[0]] = sample_ids.tolist()
+            if what == "gradient":
+                loss.register_hook(lambda grad: grad * float("inf"))
+                return loss
+            return loss * float(what)
+
+        monkeypatch.setattr(MaskEmbed, "forward", bad)
+        return ids
+
+    return poison
+
+
+def checkpoint(folder, step):
+    return torch.load(folder / "checkpoints" / f"step-{step:08d}.pt", weights_only=True)
+
+
+def same(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@pytest.mark.parametrize("what", ["nan", "inf", "gradient"])
+def test_a_bad_update_is_left_out(recipe, poisoned, capsys, what):  # noqa: F811
+    ids = poisoned({3}, what)
+    folder = recipe(*EVERY_STEP, "log.every_steps=5", "max_steps=6")
+    before, left_out, after = (checkpoint(folder, step) for step in (2, 3, 4))
+    assert same(before["student"], left_out["student"])
+    assert same(before["optimizer"]["state"], left_out["optimizer"]["state"])
+    assert all(torch.isfinite(value).all() for value in after["student"].values())
+    assert not same(after["student"], left_out["student"])
+    said = capsys.readouterr().out
+    culprit = "the gradient" if what == "gradient" else "the loss of rank 0"
+    assert f"{culprit} at step 3: not finite: this update was left out" in said
+    (line,) = map(json.loads, (folder / "nonfinite.jsonl").read_text().splitlines())
+    assert (line["step"], line["rank"], line["ids"]) == (3, 0, ids[3])
+    assert all(name.endswith(".jpg") for name in line["names"])
+    found = losses(folder)
+    assert [loss is None for loss in found] == [i == 2 and what != "gradient" for i in range(6)]
+    assert metrics(folder)[0][2]["grad_norm"] is None
+
+
+def test_a_run_that_is_to_stop_stops(recipe, poisoned, capsys):  # noqa: F811
+    """With the weights from before in the checkpoint, from which it goes on."""
+    poisoned({4}, "nan")
+    folder = recipe(*EVERY_STEP, "faults.nonfinite=stop", expect=2)
+    said = capsys.readouterr().err
+    assert said.startswith("fastalign: the loss of rank 0 at step 4: not finite; the samples are in ")
+    assert "faults.nonfinite=skip" in said
+    assert said.count("\n") == 1
+    assert max((folder / "checkpoints").glob("step-*.pt")).name == "step-00000003.pt"
+    recipe(*EVERY_STEP, "faults.nonfinite=stop")  # the poison is used up
+    assert len(losses(folder)) == 10
+    assert None not in losses(folder)
+
+
+def test_a_run_that_no_longer_learns_ends(recipe, poisoned, capsys):  # noqa: F811
+    poisoned(set(range(1, 99)), "nan")
+    recipe("optim.epochs=4", "data.val=null", expect=2)
+    said = capsys.readouterr()
+    assert "at step 10: not finite, the 10th update left out in a row" in said.err
+    assert said.out.count("this update was left out") == 9
+
+
+def test_an_optimiser_that_waits_is_spared_too():
+    """Not every optimiser decides on the device."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    for optimizer in (torch.optim.SGD([weight], lr=1.0), torch.optim.AdamW([weight], lr=1.0, fused=True)):
+        weight.grad = torch.full((3,), float("nan"))
+        step_unless(optimizer, torch.tensor(True))
+        assert weight.tolist() == [1, 1, 1]
+        weight.grad = torch.ones(3)
+        step_unless(optimizer, torch.tensor(False))
+        assert (weight < 0.5).all()
+        weight.data.fill_(1)
+
+
+def test_a_leap_is_told_and_noise_is_not(recipe, monkeypatch, capsys):  # noqa: F811
+    generator = torch.Generator().manual_seed(0)
+    noise = (1 + 0.1 * torch.randn(5000, generator=generator)).tolist()
+    spikes = Spikes()
+    assert [loss for loss in noise if spikes.told(loss) is not None] == []
+    assert spikes.told(3.0) == pytest.approx(1, abs=0.05)
+    assert spikes.told(1.05) is None
+    falling = Spikes()
+    assert not [i for i in range(2000) if falling.told(1 / (1 + i / 100)) is not None]
+    assert Spikes().told(1e9) is None
+    forward = MaskEmbed.forward
+    count = [0]
+
+    def leaping(self, batch, sample_ids, epoch):
+        count[0] += torch.is_grad_enabled()
+        return forward(self, batch, sample_ids, epoch) * (100 if count[0] == 60 else 1)
+
+    monkeypatch.setattr(MaskEmbed, "forward", leaping)
+    recipe("optim.batch_size=2", "optim.epochs=4", "max_steps=62", "data.val=null")
+    assert "step 60: the loss leapt to " in capsys.readouterr().out
+
+
+@pytest.fixture
+def damaged(images, tmp_path):  # noqa: F811
+    """The images of the recipe's tests, five of 40 and two of ten damaged; returns their folder and their names."""
+    root, bad = tmp_path / "damaged", {"train": [], "val": []}
+    shutil.copytree(images, root)
+    for split, count in (("train", 5), ("val", 2)):
+        for path in sorted((root / split).glob("*/*.jpg"))[3::4][:count]:
+            content = path.read_bytes()
+            path.write_bytes(content[: len(content) // 2])
+            bad[split].append(str(path.relative_to(root / split)))
+    return root, bad
+
+
+def names(path) -> list[str]:
+    return [json.loads(line)["name"] for line in path.read_text().splitlines()]
+
+
+@needs_dali
+def test_bad_samples_are_listed_once_and_change_nothing_that_follows(recipe, damaged, tmp_path, capsys):  # noqa: F811
+    """Whether the run is interrupted, and whether they were known before it began."""
+    root, bad = damaged
+    data = [
+        f"data.train={root / 'train'}",
+        f"data.val={root / 'val'}",
+        "optim.epochs=3",
+        "optim.batch_size=4",
+    ]
+    whole = recipe(*data, name="whole")
+    said = capsys.readouterr().out
+    assert sorted(names(whole / "bad_samples.jsonl")) == sorted(bad["train"])
+    assert sorted(names(whole / "validation_bad_samples.jsonl")) == sorted(bad["val"])
+    assert "(truncated: a JPEG without its end); 5 bad samples in " in said
+    assert "validation leaves out 2 bad samples" in said
+    for steps in (1, 7, 12):
+        recipe(*data, f"max_steps={steps}", name="parts")
+    parts = recipe(*data, name="parts")
+    assert names(parts / "bad_samples.jsonl") == names(whole / "bad_samples.jsonl")
+    listed = recipe(*data, f"faults.quarantine={whole / 'bad_samples.jsonl'}", name="listed")
+    assert not (listed / "bad_samples.jsonl").exists()
+    assert losses(parts) == losses(whole) == losses(listed)
+
+
+@needs_dali
+def test_too_many_bad_samples_end_the_run(recipe, damaged, capsys):  # noqa: F811
+    root, bad = damaged
+    folder = recipe(f"data.train={root / 'train'}", "data.val=null", "faults.bad_samples=0", expect=2)
+    said = capsys.readouterr().err
+    assert "bad samples in " in said
+    assert "more than faults.bad_samples=0 allows; the newest is '" in said
+    assert said.count("\n") == 1
+    assert set(names(folder / "bad_samples.jsonl")) <= set(bad["train"])
+
+
+@needs_dali
+def test_a_validation_set_of_nothing_good_is_refused(recipe, damaged, capsys):  # noqa: F811
+    root, _ = damaged
+    for path in (root / "val").glob("*/*.jpg"):
+        path.write_bytes(b"")
+    recipe(f"data.val={root / 'val'}", expect=2)
+    assert "none of its images can be used" in capsys.readouterr().err

@@ -1,0 +1,185 @@
+"""FSDP on two ranks: the losses and the checkpoints of whole students; and what ranks do about a failing disk."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fastalign import train
+from fastalign.config import Config
+from fastalign.engine.distributed import World
+from fastalign.errors import UserError
+from fastalign.run import sharded
+
+ROOT = Path(__file__).parent.parent
+SIZES = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
+MODEL = {"name": "vit_tiny_patch16_224", "weights": "random", "kwargs": SIZES}
+VARIANTS = {
+    "mim": ["objective=mim", "teacher.skip_blocks=0", "masks.mode=drop"],
+    "frozen": ["student.freeze=true", "optim.ema=null"],
+    "bf16": ["efficiency.precision=bf16", "masks.mode=drop", "masks.distribution=bernoulli"],
+}
+SHARD = "efficiency.shard=true"
+
+# Several runs on the same two ranks: starting them is what takes long.
+PROGRAM = """
+import sys, yaml
+from pathlib import Path
+from fastalign.config import load_config
+from fastalign.engine import distributed
+from fastalign.engine.checkpoint import Checkpoints
+from fastalign.errors import SharedError
+from fastalign.train import train
+
+world, root = distributed.start(), Path(sys.argv[1])
+for overrides in yaml.safe_load((root / "runs.yaml").read_text()):
+    config = load_config(root / "recipe.yaml", overrides)
+    try:
+        train(config, world)
+    except SharedError as error:
+        (root / f"told.{world.rank}").write_text(str(error))
+    world.barrier()
+try:
+    Checkpoints(root / ("run" if world.main else "elsewhere") / "checkpoints", keep=1).resume(world)
+except SharedError as error:
+    (root / f"unseen.{world.rank}").write_text(str(error))
+distributed.stop()
+"""
+
+
+def tree(folder: Path) -> dict:
+    return {
+        "output": str(folder / "run"),
+        "student": MODEL,
+        # 9 images to validate: the two ranks have different numbers of batches.
+        "data": {"train": "synthetic:40", "val": "synthetic:9", "threads": 1},
+        "optim": {"batch_size": 8, "epochs": 2, "lr": 1e-3, "ema": 0.9, "accumulate": 2, "clip": 0.5},
+        "checkpoint": {"every_steps": 1, "keep": 9},
+        "efficiency": {"grad_checkpointing": True},
+        "log": {"every_steps": 2},
+    }
+
+
+def lines(folder: Path, key: str) -> list[float]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in found if key in line]
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def layout(value) -> object:
+    """Keys, types, shapes and dtypes."""
+    if isinstance(value, torch.Tensor):
+        return type(value), value.shape, value.dtype
+    if isinstance(value, dict):
+        return {key: layout(each) for key, each in value.items()}
+    return [layout(each) for each in value] if isinstance(value, (list, tuple)) else type(value)
+
+
+def assert_close(found: dict, wanted: dict) -> None:
+    """Weights, average and moments of two checkpoints, to rounding."""
+    for part in ("student", "average"):
+        torch.testing.assert_close(found[part], wanted[part], rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(
+        found["optimizer"]["state"], wanted["optimizer"]["state"], rtol=1e-3, atol=1e-5
+    )
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The folder of all runs, those of two ranks finished; `alone` runs one more on this process."""
+    root = tmp_path_factory.mktemp("sharding")
+    (root / "recipe.yaml").write_text(yaml.safe_dump(tree(root)))
+    (root / "program.py").write_text(PROGRAM)
+    (root / "full").mkdir()
+    (root / "full" / "checkpoints").write_text("in the way")
+    runs = [["max_steps=3"], [SHARD, "max_steps=7"]]
+    runs += [[SHARD, "max_steps=2", f"output={root / name}", *options] for name, options in VARIANTS.items()]
+    runs += [["max_steps=1", f"output={root / 'full'}"]]
+    (root / "runs.yaml").write_text(yaml.safe_dump(runs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*command, str(root / "program.py"), str(root)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return root
+
+
+def alone(root: Path, name: str, *overrides: str) -> Path:
+    assert train.main([str(root / "recipe.yaml"), f"output={root / name}", *overrides]) == 0
+    return root / name
+
+
+@pytest.mark.slow
+def test_ddp_then_fsdp_then_one_process_is_one_run(done):
+    """With accumulation, clipping, an average and recomputation, against a run that nobody interrupted."""
+    whole, parts = alone(done, "whole"), done / "run"
+    checkpoints = parts / "checkpoints"
+    ddp, fsdp = (load(checkpoints / f"step-0000000{step}.pt") for step in (3, 7))
+    single = load(whole / "checkpoints" / "step-00000003.pt")
+    assert list(fsdp) == list(ddp) == list(single)
+    for part in ("student", "average", "optimizer"):
+        assert layout(fsdp[part]) == layout(ddp[part]) == layout(single[part])
+    assert_close(fsdp, load(whole / "checkpoints" / "step-00000007.pt"))
+    alone(done, "run")
+    for key in ("loss", "grad_norm", "val_loss"):
+        # Its validation losses: of steps 0, 3 (the first part's last), 5, 7 and 10.
+        found = lines(parts, key)
+        found = [found[index] for index in (0, 2, 4)] if key == "val_loss" else found
+        assert found == pytest.approx(lines(whole, key), rel=1e-4)
+    last = "checkpoints/step-00000010.pt"
+    assert_close(load(parts / last), load(whole / last))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_have_the_losses_of_one_process(done, name):
+    single = alone(done, f"{name}-alone", "max_steps=2", *VARIANTS[name])
+    close = 0.02 if name == "bf16" else 1e-4
+    assert lines(done / name, "loss") == pytest.approx(lines(single, "loss"), rel=close)
+    assert lines(done / name, "val_loss") == pytest.approx(lines(single, "val_loss"), rel=close)
+    assert (done / name / "backbone.json").exists() == (name != "frozen")
+
+
+@pytest.mark.slow
+def test_every_rank_hears_of_a_failure_of_the_first(done):
+    for rank in (0, 1):
+        assert "step-00000001.pt could not be written" in (done / f"told.{rank}").read_text()
+        line = (done / f"unseen.{rank}").read_text()
+        assert line.startswith("rank 1 does not see ")
+        assert "the same output folder" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        ({"efficiency": {"shard": True, "compile": True}}, "efficiency.compile"),
+        ({"efficiency": {"shard": True}, "probe": {"data": "/x"}}, "probe.data"),
+        ({"efficiency": {"shard": True}, "optim": {"name": "apex_adam"}}, "optim.name"),
+    ],
+)
+def test_what_does_not_go_with_fsdp_is_refused_by_name(overrides, key):
+    with pytest.raises(
+        UserError, match=rf"efficiency\.shard goes not with {key} \(.*\): remove one"
+    ) as caught:
+        sharded(Config.model_validate(overrides), World(0, 2, torch.device("cpu")))
+    assert "\n" not in str(caught.value)
+
+
+def test_one_process_has_nobody_to_share_with(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree(tmp_path)))
+    assert train.main([str(path), SHARD, "max_steps=1"]) == 0
+    assert "efficiency.shard: one process" in capsys.readouterr().out

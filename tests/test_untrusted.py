@@ -1,0 +1,180 @@
+"""What comes from elsewhere is read as data: nothing of it runs, and whatever it says is a value or one line."""
+
+import ast
+import os
+import pickle
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastalign.config import Config, keys, load_config
+from fastalign.engine.yaml_files import LONGEST
+from fastalign.errors import UserError
+from tests.test_train import images, recipe  # noqa: F401 (fixtures)
+
+ROOT = Path(__file__).parent.parent
+
+
+class Bomb:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, place):
+        self.place = str(place)
+
+    def __reduce__(self):
+        return os.mkdir, (self.place,)
+
+
+def one_line(path, overrides=()) -> str | None:
+    """The message that a configuration is refused with; None where it is taken."""
+    begin = time.process_time()
+    try:
+        assert isinstance(load_config(path, list(overrides)), Config)
+        message = None
+    except UserError as error:
+        message = str(error)
+        assert "\n" not in message
+        assert len(message) <= 2000
+    assert time.process_time() - begin < 5
+    return message
+
+
+BOMB = "\n".join(
+    ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    + [
+        f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]"
+        for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 5000, ["nested too deeply"]),
+        ("student: {kwargs: " + "{a: " * 4000, ["nested too deeply"]),
+        (BOMB, ["an alias in line 2", "write the value out"]),
+        ("student: {kwargs: &a {x: *a}}", ["an alias in line 1"]),
+        ("&a [*a]", ["an alias in line 1"]),
+        ('!!python/object/apply:os.mkdir ["HERE"]', ["not YAML", "python/object"]),
+        ('seed: !!python/object/new:os.mkdir ["HERE"]', ["not YAML", "python/object"]),
+        ("seed: " + "9" * 5000, ["not YAML", "digits"]),
+        ("seed: 2001-13-41", ["not YAML", "month"]),
+        ("a\x00b: 1", ["not YAML"]),
+        ("x: " + "a" * (LONGEST + 1), ["bytes", "at most"]),
+        ("? [1, 2]\n: 3", ["not YAML"]),
+        ("1: 2", ["Keys should be strings"]),
+        ("base: [c.yaml]", ["no configuration file"]),
+        ("base: c.yaml", ["circle"]),
+        ("base: /", ["no configuration file at /"]),
+        ("student: {name: {a: b}}", ["student.name", "string"]),
+        ("optim: {lr: 1e999}", ["optim.lr", "finite"]),
+    ],
+)
+def test_configurations_made_to_harm_are_one_line(tmp_path, monkeypatch, text, words):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    message = one_line(path)
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "HERE").exists()
+
+
+@pytest.mark.parametrize("value", ["[" * 5000, "9" * 5000, "&a [*a]", "x" * (LONGEST + 1)])
+def test_overrides_made_to_harm_are_one_line(tmp_path, value):
+    path = tmp_path / "c.yaml"
+    path.write_text("")
+    assert "override 'student.kwargs.a=" in one_line(path, [f"student.kwargs.a={value}"])
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.dates(),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+NAMES = st.sampled_from([*Config.model_fields, "base", "student.kwargs.depth", *keys()]) | st.text(max_size=6)
+FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@FUZZ
+@given(tree=st.dictionaries(NAMES, VALUES | st.dictionaries(NAMES, VALUES, max_size=3), max_size=4))
+def test_any_tree_is_a_configuration_or_one_line(tmp_path, tree):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8", errors="replace")
+    one_line(path)
+
+
+@FUZZ
+@given(content=st.binary(max_size=60) | st.text("abc:{}[]&*!|>-?#'\"%@` \n\t0", max_size=60).map(str.encode))
+def test_any_bytes_are_a_configuration_or_one_line(tmp_path, content):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content)
+    one_line(path)
+
+
+@FUZZ
+@given(name=NAMES, value=st.text(max_size=20))
+def test_any_override_is_taken_or_one_line(tmp_path, name, value):
+    path = tmp_path / "c.yaml"
+    path.write_text("")
+    one_line(path, [f"{name}={value}"])
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_nothing_in_a_checkpoint_runs(recipe, tmp_path, capsys, legacy):  # noqa: F811
+    """Neither in one that a run would resume from nor in one that it would start from."""
+    target = tmp_path / "ran"
+    state = {"student": {}, "optimizer": Bomb(target), "step": 1, "config": {}}
+    path = tmp_path / "run/checkpoints/step-00000001.pt"
+    path.parent.mkdir(parents=True)
+    torch.save(state, path, _use_new_zipfile_serialization=not legacy)
+    recipe("max_steps=1", expect=2)
+    assert str(path) in capsys.readouterr().err
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(path.read_bytes())
+    recipe(f"student.weights={weights}", name="other", expect=2)
+    assert "mkdir" in capsys.readouterr().err
+    assert not target.exists()
+    pickle.loads(pickle.dumps(Bomb(target)))
+    assert target.exists(), "the bomb is none"
+
+
+def calls(tree: ast.AST):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}, node
+
+
+def test_no_reader_that_could_run_code():
+    """No pickles but torch's weights-only ones, no eval, no YAML but the safe one, no archive unpacked blindly."""
+    forbidden = {
+        "eval",
+        "exec",
+        "pickle.load",
+        "pickle.loads",
+        "pickle.Unpickler",
+        "os.system",
+        "yaml.unsafe_load",
+    }
+    seen = set()
+    for path in [*ROOT.glob("fastalign/**/*.py"), *ROOT.glob("demo/*.py"), *ROOT.glob("kernels/*.py")]:
+        for name, options, node in calls(ast.parse(path.read_text())):
+            place = f"{path.relative_to(ROOT)}:{node.lineno}"
+            assert name not in forbidden, place
+            assert not name.endswith((".extractall", ".extract")), place
+            if name == "torch.load":
+                assert options.get("weights_only") == "True", place
+                seen.add(name)
+            if name in ("np.load", "numpy.load"):
+                assert "allow_pickle" not in options, place  # off where it is not given
+            if name == "yaml.load":
+                assert ast.unparse(node.args[1]) == "_Loader", place
+                seen.add(name)
+    assert seen == {"torch.load", "yaml.load"}

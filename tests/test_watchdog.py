@@ -1,0 +1,357 @@
+"""A rank that stops is named within the set time: real processes that hang, are stopped, or die."""
+
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from fastalign.engine import distributed
+from fastalign.engine.command import guarded
+from fastalign.engine.distributed import connection_lost
+from fastalign.engine.standing import BACKWARD, COLLECTIVE, FREE, Standing, accusation, furthest_behind, where
+from fastalign.engine.watchdog import BROKEN, WAITING, Watchdog, patience
+from tests.test_preemption import PRELOAD
+
+TIMEOUT = 2.0
+SOLO = distributed.World(0, 1, torch.device("cpu"))
+
+
+def steps(watchdog, world, count, before=lambda step: None):
+    """A loop with the stations of training: each rank's own work, and a sum over all of them."""
+    for step in range(count):
+        watchdog.beat(step, "waiting for data")
+        time.sleep(0.02)
+        watchdog.beat(step, "computing")
+        before(step)
+        world.sum(torch.ones(4))
+
+
+def forever():
+    while True:
+        time.sleep(1)
+
+
+def hang_with_data(watchdog, world):
+    """Rank 1 hangs, later in the step than its last beat would say."""
+    steps(watchdog, world, 9, lambda step: forever() if (world.rank, step) == (1, 5) else None)
+
+
+def hang_alone(watchdog, world):
+    watchdog.saved = 40
+    watchdog.beat(41, "waiting for data")
+    forever()
+
+
+def stop_second(watchdog, world):
+    """Rank 1's process is stopped; the store is elsewhere, in rank 0."""
+    steps(
+        watchdog,
+        world,
+        60,
+        lambda s: os.kill(os.getpid(), signal.SIGSTOP) if (world.rank, s) == (1, 50) else None,
+    )
+
+
+def stop_first(watchdog, world):
+    """Rank 0's process is stopped, and the store with it."""
+    steps(
+        watchdog,
+        world,
+        60,
+        lambda s: os.kill(os.getpid(), signal.SIGSTOP) if (world.rank, s) == (0, 50) else None,
+    )
+
+
+def die_second(watchdog, world):
+    steps(
+        watchdog,
+        world,
+        40,
+        lambda s: os.kill(os.getpid(), signal.SIGKILL) if (world.rank, s) == (1, 30) else None,
+    )
+
+
+def die_first(watchdog, world):
+    steps(
+        watchdog,
+        world,
+        40,
+        lambda s: os.kill(os.getpid(), signal.SIGKILL) if (world.rank, s) == (0, 30) else None,
+    )
+
+
+def err_second(watchdog, world):
+    def fail(step):
+        if (world.rank, step) == (1, 3):
+            raise ValueError("a bug of one rank")
+
+    steps(watchdog, world, 9, fail)
+
+
+def unequal_sums(watchdog, world):
+    """A bug, which gloo tells one rank as an error of its own and the other as a lost connection."""
+    if world.main:
+        time.sleep(0.5)
+    world.sum(torch.ones(1000 if world.main else 2000))
+
+
+def slow_but_alive(watchdog, world):
+    """Longer than the timeout in all, never between two beats; a pause of one rank is longer, and said to be."""
+    steps(watchdog, world, 4, lambda step: time.sleep(0.7))
+    if world.main:
+        with watchdog.paused():
+            time.sleep(1.6 * TIMEOUT)
+    world.sum(torch.ones(4))
+    for step in range(4, 12):  # rank 0 works alone, with beats, and rank 1 waits for it all the time
+        watchdog.beat(4, f"validating {step}")
+        time.sleep(0.4 if world.main else 0)
+    watchdog.beat(4, WAITING)
+    world.sum(torch.ones(4))
+
+
+def backward_hangs(watchdog, world):
+    """Rank 0 waits within DDP's backward pass, for rank 1 that has beaten as often."""
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 3))
+    for step in range(4):
+        watchdog.beat(step, "computing")
+        loss = model(torch.ones(2, 3)).sum()
+        if (world.rank, step) == (1, 3):
+            forever()
+        loss.backward()
+
+
+# Scene, ranks, exit codes, what the line says. SIGSTOP'd processes get no code: None.
+SCENES = {
+    hang_with_data: (
+        [BROKEN, BROKEN],
+        r"rank 1 \(.*, pid {1}\) stopped responding at step 5: computing for 2 s, at "
+        r"tests/test_watchdog.py:\d+, forever",
+    ),
+    hang_alone: (
+        [BROKEN],
+        r"rank 0 \(.*, pid {0}\) stopped responding at step 41: waiting for data for 2 s.* "
+        r"goes on from the checkpoint of step 40",
+    ),
+    stop_second: (
+        [BROKEN, None],
+        r"rank 1 \(.*, pid {1}\) has not answered for 2 s: .*last seen at step [1-5]\d, ",
+    ),
+    stop_first: (
+        [None, BROKEN],
+        r"rank 0 has not answered for 2 s \(it keeps the ranks' store.*"
+        r"rank 1 \(.*, pid {1}\) waits at step 50, computing, at engine/distributed.py:\d+, sum",
+    ),
+    die_second: (
+        [BROKEN, -signal.SIGKILL],
+        r"rank 0, at step 30, computing: lost rank 1 \(.*, pid {1}\), last seen "
+        r"at step \d+, .*; the same command goes on",
+    ),
+    die_first: (
+        [-signal.SIGKILL, BROKEN],
+        r"rank 1, at step 30, computing: lost rank 0 \(.*, pid {0}\), last seen "
+        r"at step \d+, .*; the same command goes on",
+    ),
+    err_second: (
+        [BROKEN, 1],
+        r"rank 0, at step 3, computing: lost rank 1 \(.*, pid {1}\), which ended with "
+        r"ValueError: a bug of one rank; the same command goes on",
+    ),
+    slow_but_alive: ([0, 0], None),
+    backward_hangs: (
+        [BROKEN, BROKEN],
+        r"rank 1 \(.*, pid {1}\) stopped responding at step 3: computing for 2 s, at "
+        r"tests/test_watchdog.py:\d+, forever",
+    ),
+}
+
+
+def play(scene, rank, size, port, stderr):
+    """A rank of its own: the command's way around the watchdog's."""
+    torch.set_num_threads(1)
+    file = os.open(stderr, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+
+    def body():
+        world = distributed.start(patience(TIMEOUT))
+        with Watchdog(world, TIMEOUT) as watchdog:
+            scene(watchdog, world)
+        left = [thread.name for thread in threading.enumerate() if "watchdog" in thread.name]
+        assert not left, left
+
+    sys.exit(guarded(body))
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """All scenes at once, since they mostly sleep: exit codes, seconds, standard error and process ids of each."""
+    context, folder = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("scenes")
+    context.set_forkserver_preload(PRELOAD)
+    processes = {}
+    for scene, (codes, _) in SCENES.items():
+        with socket.create_server(("localhost", 0)) as server:
+            port = server.getsockname()[1]
+        shared = (len(codes), port, str(folder / scene.__name__))
+        processes[scene] = [context.Process(target=play, args=(scene, r, *shared)) for r in range(len(codes))]
+        for process in processes[scene]:
+            process.start()
+    begin, ends = time.monotonic(), {}
+    expected = {
+        scene: [p for p, code in zip(ps, SCENES[scene][0], strict=True) if code is not None]
+        for scene, ps in processes.items()
+    }
+    while len(ends) < len(SCENES) and time.monotonic() < begin + 40:
+        for scene in SCENES.keys() - ends.keys():
+            if not any(process.is_alive() for process in expected[scene]):
+                ends[scene] = time.monotonic() - begin
+        time.sleep(0.05)
+    found = {}
+    for scene, group in processes.items():
+        codes = [process.exitcode for process in group]
+        for process in group:
+            process.kill()
+            process.join()
+        path = folder / scene.__name__
+        found[scene] = (
+            codes,
+            ends.get(scene),
+            path.read_text() if path.exists() else "",
+            [p.pid for p in group],
+        )
+    return found
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.__name__)
+def test_scene(played, scene):
+    """Exit codes, one line that is right, and not much later than the timeout."""
+    codes, pattern = SCENES[scene]
+    found, seconds, text, pids = played[scene]
+    assert found == codes, text
+    lines = [line for line in text.splitlines() if line.startswith("fastalign: ")]
+    if pattern is None:
+        assert text == ""
+        return
+    (line,) = lines
+    assert re.search(pattern.format(*pids), line), line
+    assert seconds < TIMEOUT + 8  # of a machine that begins twenty processes at once
+
+
+def test_a_normal_end_leaves_no_thread():
+    before = set(threading.enumerate())
+    with Watchdog(SOLO, 0.6) as watchdog:
+        assert len(set(threading.enumerate()) - before) == 1
+        with watchdog.paused():
+            time.sleep(1.2)
+        for step in range(8):
+            watchdog.beat(step, "computing")
+            time.sleep(0.15)
+    assert set(threading.enumerate()) == before
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), Watchdog(SOLO, 600):
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert set(threading.enumerate()) == before
+
+
+def test_a_beat_costs_next_to_nothing():
+    watchdog, begin = Watchdog(SOLO, 600), time.perf_counter()
+    for step in range(100_000):
+        watchdog.beat(step, "computing")
+    assert time.perf_counter() - begin < 1  # ten microseconds each, and much less on an idle machine
+
+
+def standing(rank, *, step=5, waits=FREE, beats=1, **changes):
+    given = {"host": f"h{rank}", "pid": 100 + rank, "turn": 9, "doing": "computing", "age": 600.4 - rank}
+    given |= {"place": "a/b.py:1, f", "paused": False, "ended": None} | changes
+    return Standing(rank=rank, step=step, waits=waits, beats=beats, **given)
+
+
+@pytest.mark.parametrize(
+    ("standings", "first"),
+    [
+        ([standing(0, waits=COLLECTIVE), standing(1)], [1]),
+        ([standing(0, waits=BACKWARD, beats=2), standing(1, beats=3)], [1]),
+        ([standing(0, step=6), standing(1, waits=COLLECTIVE)], [1]),
+        ([standing(0, beats=2), standing(1, beats=1), standing(2, beats=1, waits=BACKWARD)], [1]),
+        ([standing(0, step=4), standing(1, step=5, mute=True)], [1]),
+        ([standing(0, mute=True), standing(1, ended="ValueError: x")], [1]),
+        ([standing(0, step=1, ended=""), standing(1)], [1]),
+        ([standing(0, waits=BACKWARD), standing(1, waits=BACKWARD)], [0, 1]),
+    ],
+)
+def test_who_the_others_wait_for(standings, first):
+    assert [told.rank for told in furthest_behind(standings)] == first
+
+
+@pytest.mark.parametrize(
+    ("suspects", "line"),
+    [
+        (
+            [standing(1)],
+            "rank 1 (h1, pid 101) stopped responding at step 5: computing for 599 s, at a/b.py:1, f",
+        ),
+        (
+            [standing(1, mute=True)],
+            "rank 1 (h1, pid 101) has not answered for 599 s: its process or machine is stopped, or gone; "
+            "last seen at step 5, computing",
+        ),
+        (
+            [standing(1, ended="ValueError: x")],
+            "rank 1 (h1, pid 101) ended at step 5 with ValueError: x, 599 s ago, and the others wait",
+        ),
+        (
+            [standing(rank) for rank in range(10)],
+            "10 ranks (0, 1, 2, 3, 4, 5, 6, 7, ...) stopped responding at the same place, step 5: computing for "
+            "591 s: a GPU or the network hangs; rank 0 (h0, pid 100) is at a/b.py:1, f",
+        ),
+        (
+            [standing(rank, mute=True) for rank in range(2)],
+            "rank 0 (h0, pid 100), rank 1 (h1, pid 101) have not answered for 599 s: these are stopped, or gone; "
+            "last seen at step 5, computing",
+        ),
+    ],
+)
+def test_what_is_said(suspects, line):
+    assert accusation(suspects) == line
+
+
+def test_where_a_thread_is():
+    seen = []
+    tensor = torch.ones(1, requires_grad=True)
+    tensor.register_hook(lambda _: seen.append(where(sys._getframe())))
+    here = sys._getframe().f_lineno + 1
+    assert where(sys._getframe()) == (f"tests/test_watchdog.py:{here}, test_where_a_thread_is", FREE)
+    tensor.sum().backward()
+    assert seen[0][1] == BACKWARD
+    assert where(None) == ("an unknown place", FREE)
+
+
+def test_only_lost_connections_are_taken_for_some():
+    gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:7058"
+    assert connection_lost(RuntimeError(gloo))
+    assert connection_lost(
+        RuntimeError(gloo.replace("Connection closed by peer", "Timed out waiting 1800000ms"))
+    )
+    nccl = "NCCL error in: /pytorch/x.cpp:94, {}, NCCL version 2.27"
+    assert connection_lost(
+        torch.distributed.DistBackendError(nccl.format("remote process exited, ncclRemoteError"))
+    )
+    assert not connection_lost(torch.distributed.DistBackendError(nccl.format("ncclInvalidUsage")))
+    assert not connection_lost(
+        RuntimeError("[enforce fail at .../gloo/transport/tcp/pair.cc:456] 8000 vs 4000")
+    )
+    assert not connection_lost(RuntimeError("Connection closed by peer"))  # not of torch's ranks
+    assert not connection_lost(ConnectionResetError("Connection reset by peer"))
+
+
+def test_patience_is_longer_than_the_watchdog():
+    assert patience(2).total_seconds() == 1800
+    assert patience(3600).total_seconds() == 7260
+    assert patience(1e300).total_seconds() > 1e8
