@@ -9,7 +9,20 @@ import pytest
 import torch
 
 import fastalign as fa
-from benchmarks import data, export, fp8, masks, needs, parts, profile, record, scaling, step, targets
+from benchmarks import (
+    checkpoint,
+    data,
+    export,
+    fp8,
+    masks,
+    needs,
+    parts,
+    profile,
+    record,
+    scaling,
+    step,
+    targets,
+)
 from benchmarks.baseline import Baseline
 from benchmarks.measure import NO_ROOM
 from benchmarks.targets import BASE, step_targets
@@ -45,6 +58,15 @@ def test_step(capsys):
     assert all(row["images_per_second"] > 0 for row in rows)
     assert all(list(row["parts_ms"]) == PARTS and min(row["parts_ms"].values()) > 0 for row in rows)
     assert "images/s" in capsys.readouterr().out
+
+
+def test_checkpoint(capsys):
+    (row,) = checkpoint.main(["--tiny"])
+    assert row["blocked_steps"] > 0
+    assert row["synchronous_steps"] > 0
+    assert row["steps_beside_the_writer"] >= 1
+    assert row["share_each_1000_steps"] == (row["blocked_steps"] + row["slowed_steps"]) / 1000
+    assert "of 1,000 steps" in capsys.readouterr().out
 
 
 def test_ratios_on_a_cpu():

@@ -95,13 +95,6 @@ def err_second(watchdog, world):
     steps(watchdog, world, 9, fail)
 
 
-def unequal_sums(watchdog, world):
-    """A bug, which gloo tells one rank as an error of its own and the other as a lost connection."""
-    if world.main:
-        time.sleep(0.5)
-    world.sum(torch.ones(1000 if world.main else 2000))
-
-
 def slow_but_alive(watchdog, world):
     """Longer than the timeout in all, never between two beats; a pause of one rank is longer, and said to be."""
     steps(watchdog, world, 4, lambda step: time.sleep(0.7))
