@@ -34,7 +34,6 @@ from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
 from fastalign.errors import UserError
 from fastalign.random import permutation
-from fastalign.scan import main as scan
 from tests.data_helpers import (
     EVAL,
     TRAIN,
@@ -712,32 +711,3 @@ def test_what_crashes_dali_never_reaches_it(tmp_path, reason):
     (batch,) = made(source, EVAL, batch_size=40, train=False, bad=BadSamples())
     assert [sample.id for sample in batch.bad] == [5, 20, 39]
     assert len(batch.ids) == 37
-
-
-@needs_dali
-def test_scan_lists_what_training_finds(folders, tmp_path, capsys):
-    output = tmp_path / "q.jsonl"
-    assert scan([str(folders[1]), "--output", str(output), "--workers", "1"]) == 0
-    said = capsys.readouterr()
-    source = open_source(str(folders[1]))
-    made(source, EVAL, batch_size=16, train=False, bad=(known := BadSamples()))
-    assert read_list(output) == [known.found[i] for i in sorted(BAD)]
-    assert read_quarantine(output, source) == set(BAD)
-    assert "48 images, 7 bad (14.58%)" in said.out
-    assert "3 x damaged: DALI cannot decode it (such as '017.jpg')" in said.out
-    assert f"faults.quarantine={output}" in said.out
-    assert "48 of 48 images checked, 7 bad" in said.err  # no terminal here
-
-
-def test_scan_refuses_bad_input(tmp_path, capsys):
-    write_folder(tmp_path / "a", {"1.jpg": small_photos(1)[0]})
-    for arguments, told in (
-        ([str(tmp_path / "none")], "no such folder"),
-        (["synthetic"], "no file to check"),
-        ([str(tmp_path / "a"), "--workers", "0"], "--workers 0"),
-        ([str(tmp_path / "a"), "--output", str(tmp_path)], "it is a folder"),
-    ):
-        assert scan(arguments) == 2
-        said = capsys.readouterr().err
-        assert told in said
-        assert said.count("\n") == 1
