@@ -121,6 +121,13 @@ class Run:
         if self.watchdog is not None:
             self.watchdog.beat(self.step, doing)
 
+    @property
+    def reason_to_leave(self) -> int:
+        """What this rank knows: a signal came, or -1, a checkpoint could not be written; 0 = nothing."""
+        if self.checkpoints.failed:
+            return -1
+        return self.preemption.number if self.preemption else 0
+
     def known_bad(self, samples: Iterable[BadSample]) -> list[BadSample]:
         """Take in what ranks found, as all of them do at the same update. Returns what is new, each once."""
         new = {sample.id: sample for sample in samples if sample.id not in self.bad}

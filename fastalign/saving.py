@@ -69,15 +69,14 @@ def finish(run: Run) -> None:
     """
     run.beat("writing a checkpoint" if run.world.main else WAITING)
     on_first_rank(run.world, run.checkpoints.wait)
-    if run.watchdog is not None and run.world.main:
-        run.watchdog.saved = max(run.checkpoints.steps(), default=None)
 
 
 def leave(run: Run, signal: int) -> NoReturn:
     """Save, and end the run as a signal asked; every rank calls this at the same step.
 
     Raises:
-        Preempted: always.
+        Preempted: it is saved.
+        SharedError: it could not be, or an earlier checkpoint could not.
     """
     save(run)
     finish(run)

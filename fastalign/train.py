@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import os
 import sys
+from functools import partial
 
 import numpy as np
 import torch
@@ -61,8 +62,7 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
                     loss = run.model(batch.images, sample_ids, epoch) / optim.accumulate
                 loss.backward()
             total += loss.detach()
-    signal = run.preemption.number if run.preemption else 0
-    loss = run.status.share(total, signal=signal, bad=len(found))
+    loss = run.status.share(total, signal=run.reason_to_leave, bad=len(found))
     norm = run.clip()
     skip = run.status.judge(norm)
     step_unless(run.optimizer, skip)
@@ -90,7 +90,8 @@ def train(config: Config, world: distributed.World) -> None:
             run.folder.mkdir(parents=True, exist_ok=True)
             (run.folder / "config.yaml").write_text(to_yaml(config))
             unmark(run.folder)
-        with Watchdog(world, config.faults["timeout"], run.step) as run.watchdog:
+        saved = partial(getattr, run.checkpoints, "newest_step")
+        with Watchdog(world, config.faults["timeout"], run.step, saved=saved) as run.watchdog:
             follow(run, splits)
 
 

@@ -103,12 +103,12 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line(recipe, tmp_path):
 # In the write of step 5, the first that is the best: before best.pt, before the backbone, and between its two files.
 KILLS = {
     "before the best": "checkpoint.Checkpoints.make_best = die",
-    "before the backbone": "run.publish_backbone = die",
+    "before the backbone": "saving.publish_backbone = die",
     "between its files": "once = publish.write_atomically\n"
     "publish.write_atomically = lambda *a: once(*a) if a[0].suffix == '.safetensors' else die()",
 }
 DIE = """
-from fastalign import publish, run
+from fastalign import publish, saving
 from fastalign.engine import checkpoint
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -44,7 +44,6 @@ def hang_with_data(watchdog, world):
 
 
 def hang_alone(watchdog, world):
-    watchdog.saved = 40
     watchdog.beat(41, "waiting for data")
     forever()
 
@@ -176,7 +175,7 @@ def play(scene, rank, size, port, stderr):
 
     def body():
         world = distributed.start(patience(TIMEOUT))
-        with Watchdog(world, TIMEOUT) as watchdog:
+        with Watchdog(world, TIMEOUT, saved=lambda: 40) as watchdog:
             scene(watchdog, world)
         left = [thread.name for thread in threading.enumerate() if "watchdog" in thread.name]
         assert not left, left
