@@ -1,5 +1,8 @@
 """The command that checks a data set: the verdicts of training, a list, a summary, exit codes."""
 
+import os
+
+from fastalign import scan
 from fastalign.data.bad_samples import BadSamples, read_list, read_quarantine
 from fastalign.data.loader import Loader
 from fastalign.data.sources import open_source
@@ -50,6 +53,20 @@ def test_scan_of_a_damaged_shard_and_of_a_sound_one(tmp_path, capsys):
     assert "shard '0.tar' damaged at byte" in out
     (shard,) = read_list(tmp_path / "q.jsonl")
     assert (shard.id, shard.name) == (None, "0.tar")
+
+
+def _dies(first: int, last: int) -> None:
+    """Stands in for a decoder that crashes; the worker finds it here."""
+    os._exit(1)
+
+
+@needs_dali
+def test_a_worker_that_dies_is_reported(tmp_path, capsys, monkeypatch):
+    root = write_folder(tmp_path / "a", {"1.jpg": small_photos(1)[0]})
+    monkeypatch.setattr(scan, "_check", _dies)
+    assert main([str(root), "--workers", "1", "--output", str(tmp_path / "q.jsonl")]) == 2
+    assert "a process died while images 0 to 0 or ones near them were decoded" in capsys.readouterr().err
+    assert not (tmp_path / "q.jsonl").exists()
 
 
 def test_scan_refuses_bad_input(tmp_path, capsys):
