@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         prog="python -m benchmarks.checkpoint", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["demo", "vit_b"])
-    parser.add_argument("--repeats", type=int, default=5, help="checkpoints measured after one for warm-up")
+    parser.add_argument("--repeats", type=int, default=3, help="checkpoints measured after one for warm-up")
     parser.add_argument(
         "--tiny", action="store_true", help="a tiny model, one checkpoint: checks that it runs"
     )

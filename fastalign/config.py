@@ -4,7 +4,6 @@ A recipe may name another file as its `base`, relative to itself; its own keys w
 and nowhere else; a misspelt key or a value of the wrong type is an error that names the nearest right key.
 """
 
-import difflib
 import math
 import re
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import TypedDict  # typing's own is refused by pydantic before Python 3.12
 
-from fastalign.engine.yaml_files import parse_yaml, put, read_with_bases, write_yaml
+from fastalign.engine.yaml_files import explain, parse_yaml, put, read_with_bases, write_yaml
 from fastalign.errors import UserError
 from fastalign.models.svit import check_recipe
 
@@ -299,7 +298,13 @@ def resolve(tree: dict, overrides: list[str], where: str | Path) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error, where)) from None
+        names = [
+            *keys(),
+            *Config.model_fields,
+            *(f"decoder.kwargs.{name}" for name in DecoderKwargs.__annotations__),
+        ]
+        names += [f"faults.{name}" for name in FAULT_RULES]
+        raise UserError(explain(error, where, names, RENAMED)) from None
 
 
 def keys(section: type[Section] = Config, prefix: str = "") -> dict[str, str]:
@@ -332,18 +337,3 @@ def _finite(value: float | str) -> float:
     if not math.isfinite(number):
         raise ValueError
     return number
-
-
-def _explain(error: ValidationError, path: str | Path) -> str:
-    first = error.errors()[0]
-    names = [part for part in first["loc"] if isinstance(part, str)]
-    key = ".".join(name for name in names if not name.startswith(("float", "literal")))
-    if first["type"] == "extra_forbidden" and key in RENAMED:
-        return f"{path}: the key {key} is gone: {RENAMED[key]} instead"
-    if first["type"] == "extra_forbidden":
-        parts = [f"decoder.kwargs.{name}" for name in DecoderKwargs.__annotations__]
-        parts += [f"faults.{name}" for name in FAULT_RULES]
-        near = difflib.get_close_matches(key, [*keys(), *Config.model_fields, *parts], n=1, cutoff=0.0)
-        return f"{path}: unknown key {key}; the nearest is {near[0]}"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{path}: {key}: {message}, got {first['input']!r}" if key else f"{path}: {message}"

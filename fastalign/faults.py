@@ -22,7 +22,7 @@ def react(run: Run, terminal: Terminal, *, everything: bool = False) -> int:
         everything: of the newest update too, which waits for the device.
 
     Returns:
-        The signal that asks the run to leave; 0 = none came.
+        The signal, or reason below zero, for the run to leave; 0 = none.
 
     Raises:
         SharedError: bad numbers or samples, too many or not to be borne; on every rank.

@@ -17,7 +17,9 @@ from fastalign.engine.checkpoint import Checkpoints
 from fastalign.engine.distributed import World, on_first_rank
 from fastalign.engine.files import remove_leftovers
 from fastalign.engine.optim import MovingAverage, class_name, make_optimizer
+from fastalign.engine.preemption import Preemption
 from fastalign.engine.status import Status
+from fastalign.engine.watchdog import Watchdog
 from fastalign.errors import UserError
 from fastalign.models.blocks import Block
 from fastalign.models.precision import autocast
@@ -66,6 +68,8 @@ class Run:
         """the step up to which validation and probes at the ends of epochs are done"""
         self.status = Status(world, sticky=config.faults["nonfinite"] == "stop")
         self.skipped_in_a_row = 0
+        self.preemption: Preemption | None = None
+        self.watchdog: Watchdog | None = None
         self.bad: set[int] = set(self.train.bad.found)
         """the training samples that every rank knows to be bad, but for the quarantined"""
         if world.main:
@@ -111,6 +115,18 @@ class Run:
         """Clip the gradients by `optim.clip`. Returns their norm before, a scalar, the same on every rank."""
         limit = self.config.optim.clip or math.inf
         return sharding.whole(nn.utils.clip_grad_norm_(self.trained, limit))
+
+    def beat(self, doing: str) -> None:
+        """Tell the watchdog, where there is one, what this rank does next."""
+        if self.watchdog is not None:
+            self.watchdog.beat(self.step, doing)
+
+    @property
+    def reason_to_leave(self) -> int:
+        """What this rank knows: a signal came, or -1, a checkpoint could not be written; 0 = nothing."""
+        if self.checkpoints.failed:
+            return -1
+        return self.preemption.number if self.preemption else 0
 
     def known_bad(self, samples: Iterable[BadSample]) -> list[BadSample]:
         """Take in what ranks found, as all of them do at the same update. Returns what is new, each once."""

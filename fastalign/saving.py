@@ -2,10 +2,13 @@
 
 import json
 import math
+from typing import NoReturn
 
 from fastalign import __version__
 from fastalign.engine.checkpoint import snapshot
 from fastalign.engine.distributed import on_first_rank
+from fastalign.engine.preemption import preempted
+from fastalign.engine.standing import WAITING
 from fastalign.publish import publish_backbone
 from fastalign.run import Run
 
@@ -42,6 +45,7 @@ def save(run: Run, *, evaluated: bool = False) -> None:
     if best:
         run.best = _score(run) if by_probe else run.val_loss
     finish(run)  # one copy in memory at a time
+    run.beat("saving")
     if not (run.world.main or run.sharded):
         return
     published = (best or (run.val is None and not by_probe)) and not run.config.student.freeze
@@ -63,7 +67,20 @@ def finish(run: Run) -> None:
     Raises:
         SharedError: they could not be written; on every rank.
     """
+    run.beat("writing a checkpoint" if run.world.main else WAITING)
     on_first_rank(run.world, run.checkpoints.wait)
+
+
+def leave(run: Run, signal: int) -> NoReturn:
+    """Save, and end the run as a signal asked; every rank calls this at the same step.
+
+    Raises:
+        Preempted: it is saved.
+        SharedError: it could not be, or an earlier checkpoint could not.
+    """
+    save(run)
+    finish(run)
+    raise preempted(run.folder, signal, run.step, main=run.world.main)
 
 
 def backbone_facts(run: Run, *, evaluated: bool) -> str:

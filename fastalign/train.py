@@ -7,12 +7,12 @@ import argparse
 import contextlib
 import os
 import sys
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign import build
 from fastalign.compat.reference_config import read_reference
 from fastalign.config import Config, load_config, to_yaml
 from fastalign.engine import distributed
@@ -20,15 +20,17 @@ from fastalign.engine.command import guarded, telling
 from fastalign.engine.memory import keep_freed_memory
 from fastalign.engine.metrics import MetricLog, Speed, Terminal
 from fastalign.engine.optim import learning_rate, seed_update, step_unless
+from fastalign.engine.preemption import Preemption, unmark
 from fastalign.engine.spikes import Spikes
-from fastalign.errors import SharedError, UserError
+from fastalign.engine.watchdog import Watchdog, patience
+from fastalign.errors import UserError
+from fastalign.evaluation import evaluate, measure_target_scale
 from fastalign.faults import bad_validation_samples, damaged_shards, react
 from fastalign.flops import flops_per_image
 from fastalign.probe.pairs import LabelledImages
 from fastalign.probe.training import due, open_splits, probe_student
-from fastalign.random import EVAL_EPOCH
 from fastalign.run import Run
-from fastalign.saving import finish, improves, save
+from fastalign.saving import finish, improves, leave, save
 
 Splits = dict[str, LabelledImages]
 
@@ -46,7 +48,9 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
     ids, found = [], []
     with run.fixed_weights():
         for part in range(optim.accumulate):
+            run.beat("waiting for data")
             batch = next(batches)
+            run.beat("computing")
             waited += batch.wait
             ids.append(batch.ids_host)
             found += (sample for sample in batch.bad if sample.id not in run.bad)
@@ -58,7 +62,7 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
                     loss = run.model(batch.images, sample_ids, epoch) / optim.accumulate
                 loss.backward()
             total += loss.detach()
-    loss = run.status.share(total, bad=len(found))
+    loss = run.status.share(total, signal=run.reason_to_leave, bad=len(found))
     norm = run.clip()
     skip = run.status.judge(norm)
     step_unless(run.optimizer, skip)
@@ -70,57 +74,30 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
     return {"loss": loss, "grad_norm": norm, "lr": lr, "waited": waited}
 
 
-@torch.no_grad()
-def evaluate(run: Run) -> float:
-    """The loss over the validation set with its fixed masks; of the averaged weights where there are some."""
-    student = run.objective.student
-    live = {name: value.clone() for name, value in student.state_dict().items()} if run.average else None
-    if run.average:
-        student.load_state_dict(run.average.state)
-    student.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
-    with run.alone(), run.fixed_weights():
-        for batch in run.val.batches():
-            with run.autocast():
-                loss = run.objective(batch.images, batch.ids, EVAL_EPOCH)
-            sums += torch.stack([loss.double() * len(batch.ids), loss.new_tensor(len(batch.ids)).double()])
-    student.train()
-    if live:
-        student.load_state_dict(live)
-    total, count = run.world.sum(sums).tolist()
-    _refuse_nothing(run, count)
-    return total / count
-
-
-def _refuse_nothing(run: Run, count: float) -> None:
-    if not count:
-        key = "train" if run.val is None else "val"
-        place = getattr(run.config.data, key)
-        raise SharedError(f"data.{key}={place}: none of its images can be used; name other ones")
-
-
-def measure_target_scale(run: Run) -> None:
-    """Set the objective's target scale: measured, given, or none, by the configuration."""
-    scale = run.config.loss.target_scale
-    if not isinstance(scale, str):
-        run.objective.target_scale.fill_(scale)
-    elif run.config.loss.name == "mse":
-        moments = torch.zeros(3, dtype=torch.float64, device=run.world.device)
-        for batch in build.scale_batches(run.config, run.world, run.backbone, run.val):
-            with run.autocast():
-                moments += run.objective.target_moments(batch.images, batch.ids, EVAL_EPOCH)
-        run.world.sum(moments)
-        _refuse_nothing(run, moments[0].item())
-        run.objective.set_target_scale(moments)
-
-
 def train(config: Config, world: distributed.World) -> None:
-    """Run a configuration to its end, from wherever its folder stands."""
-    run = Run(config, world)
-    splits = open_splits(run)
-    if world.main:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "config.yaml").write_text(to_yaml(config))
+    """Run a configuration to its end, from wherever its folder stands.
+
+    Raises:
+        Preempted: a signal asked the run to leave, and it has saved.
+        LostConnection: another rank is gone.
+        UserError: bad input.
+    """
+    with Preemption() as preemption:
+        run = Run(config, world)
+        run.preemption = preemption
+        splits = open_splits(run)
+        if world.main:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            (run.folder / "config.yaml").write_text(to_yaml(config))
+            unmark(run.folder)
+        saved = partial(getattr, run.checkpoints, "newest_step")
+        with Watchdog(world, config.faults["timeout"], run.step, saved=saved) as run.watchdog:
+            follow(run, splits)
+
+
+def follow(run: Run, splits: Splits) -> None:
+    """From the first line on the terminal to the last."""
+    config, world = run.config, run.world
     log = MetricLog(run.folder, step=run.step or -1, main=world.main, sinks=config.log.to)
     terminal = Terminal(total=run.last_step, step=run.step, main=world.main)
     try:
@@ -215,11 +192,13 @@ def train_epoch(
             speed.tick(metrics.pop("waited"))
             log.add(step=run.step, epoch=epoch, **metrics)
             inside = run.step != end
-            react(run, terminal, everything=not inside)
+            signal = react(run, terminal, everything=not inside)
             saving = inside and run.step % (config.checkpoint.every_steps or run.last_step + 1) == 0
             probing = inside and due(run)
-            if saving or probing or not inside or run.step % config.log.every_steps == 0:
+            if saving or probing or signal or not inside or run.step % config.log.every_steps == 0:
                 report(log.flush(speed), terminal, spikes)  # before saving: no checkpoint is ahead of the log
+            if signal:
+                leave(run, signal)
             if probing:
                 probe(run, splits, log, terminal, epoch)
             if saving or improves(run):
@@ -254,7 +233,7 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns the exit code: 0, or 2 for bad input."""
+    """The command. Returns the exit code: 0, 2 for bad input, 70 for a lost or hung rank, 75 where a signal came."""
     parser = argparse.ArgumentParser(
         prog="python -m fastalign.train", description="Align a backbone with MaskEmbed."
     )
@@ -282,7 +261,7 @@ def _run(options: argparse.Namespace) -> None:
         return
     if int(os.environ.get("RANK", 0)) == 0:
         print("".join(f"{note}\n" for note in notes), end="", flush=True)
-    train(config, distributed.start())
+    train(config, distributed.start(patience(config.faults["timeout"])))
 
 
 if __name__ == "__main__":

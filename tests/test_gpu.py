@@ -1,5 +1,6 @@
 """What only a GPU can show: the same bits of masks, the same loss, bf16, compiled, no wait for the device."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -159,6 +160,18 @@ def check_no_waiting(run, batches):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(torch.stack(measured)).all()
+
+
+@both_modes
+def test_updates_keep_no_memory_of_the_gpu(tmp_path, masking):
+    """To the byte, over 300 of them: what is allocated when each batch has been seen is allocated at the end."""
+    run, batches = run_of_batches(tmp_path, f"masks.mode={masking}")
+    batches, allocated = itertools.cycle(list(batches)), []
+    for step in range(330):
+        update(run, batches, 0)
+        if step % 30 == 29:
+            allocated.append(torch.cuda.memory_allocated())
+    assert len(set(allocated[1:])) == 1, allocated
 
 
 @both_modes

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py")) + sorted((PACKAGE / "kernels").glob("*.py"
 # Each room may import from the rooms after it, and from itself.
 FLOORS = [
     {"train", "doctor", "scan", "export", "report", "classify"},
-    {"compat", "probe", "faults", "saving"},
+    {"compat", "probe", "evaluation", "faults", "saving"},
     {"run"},
     {"build", "publish"},
     {"flops", "config"},

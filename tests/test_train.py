@@ -153,38 +153,6 @@ def test_without_apex_its_adam_is_torchs(recipe, capsys):
     assert "holds the state of apex.FusedAdam" in capsys.readouterr().err
 
 
-def test_a_killed_run_goes_on_with_the_same_bits(recipe, tmp_path):
-    """Killed between two checkpoints: weights, average, optimiser state and metrics are as if it had not been."""
-    options = ["optim.ema=0.9", "checkpoint.every_steps=2", "log.every_steps=20"]
-    whole = recipe(*options, name="whole")
-    code = (
-        "import os, sys\nfrom fastalign import train\nkeep = train.update\n"
-        "def update(run, *rest):\n    os._exit(9) if run.step == 7 else None\n    return keep(run, *rest)\n"
-        "train.update = update\nsys.exit(train.main(sys.argv[1:]))"
-    )
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        str(tmp_path / "recipe.yaml"),
-        *options,
-        f"output={tmp_path / 'killed'}",
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # bits depend on it
-    assert subprocess.run(command, cwd=ROOT, env=env, capture_output=True, check=False).returncode == 9
-    killed = recipe(*options, f"output={tmp_path / 'killed'}", name="killed")
-    assert [line["step"] for line in metrics(killed)[0]] == list(range(1, 11))
-    assert losses(killed) == losses(whole)
-    assert metrics(killed)[1] == metrics(whole)[1]
-    states = [torch.load(f / "checkpoints" / "step-00000010.pt", weights_only=True) for f in (killed, whole)]
-    for part in ("student", "average"):
-        assert all(torch.equal(states[0][part][name], value) for name, value in states[1][part].items())
-    for index, values in states[1]["optimizer"]["state"].items():
-        assert all(
-            torch.equal(states[0]["optimizer"]["state"][index][name], value) for name, value in values.items()
-        )
-
-
 def test_running_a_finished_run_again_does_nothing(recipe, capsys):
     folder = recipe("max_steps=2")
     before = (folder / "metrics.jsonl").read_text()

@@ -2,6 +2,10 @@
 
 The format is told by content, whatever the file is called. A header that claims a huge picture costs nothing here;
 a decoder would reserve the memory first. Whether the data between header and end are sound is the decoder's to say.
+
+What DALI's parser lets through but has no sample type for (a JPEG of 40 bits, a BMP of an unknown kind) must be
+refused here: DALI 2.4 leaves such a batch while its threads still work on it, and the process crashes. Its parser
+also fills as much memory as an Exif chunk claims, up to 4 GiB.
 """
 
 import re
@@ -12,15 +16,18 @@ import numpy as np
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 65_500
 """libjpeg's own limit."""
-# A JPEG's segments lie before its picture: colour profiles and Exif need hundreds at most.
-_MOST_SEGMENTS = 2_000
-_END_OF_JPEG = re.compile(b"\xff\xd9")
-_END_OF_PNG = re.compile(b"\0\0\0\0IEND")
+# A JPEG's segments lie before its picture: colour profiles and Exif need hundreds at most. PNGs have kilobytes a
+# chunk.
+_MOST_SEGMENTS, _MOST_CHUNKS = 2_000, 1_000_000
+_END_OF_JPEG, _WEBP_EXIF = re.compile(b"\xff\xd9"), re.compile(b"EXIF")
 # Start of frame, by the way of compression; C4, C8 and CC are other segments.
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-# Markers that have no place before a frame, for DALI's parser too: restarts, start, end and scan.
-_MISPLACED = frozenset(range(0xD0, 0xDB)) | {0x00, 0x01}
-_UNCOMPRESSED_BMP = (0, 3, 6)
+_SCAN = 0xDA
+# Markers that have no place before a scan, for DALI's parser too: restarts, start and end.
+_MISPLACED = frozenset(range(0xD0, 0xDA)) | {0x00, 0x01}
+_BMP_HEADERS = (12, 40, 52, 56, 108, 124)
+_BMP_BITS = {0: (1, 4, 8, 24, 32), 3: (16, 32)}
+"""By the kind of compression: none, or none with masks."""
 
 # What files called .jpg turn out to be, by their first bytes.
 _OTHERS = (
@@ -41,7 +48,7 @@ _OTHERS = (
 
 
 def _jpeg(view: memoryview) -> tuple[int, int] | str:
-    position = 2
+    position, size = 2, None
     for _ in range(_MOST_SEGMENTS):
         if view[position] != 0xFF:
             return f"broken JPEG header at byte {position}"
@@ -49,26 +56,40 @@ def _jpeg(view: memoryview) -> tuple[int, int] | str:
         if marker == 0xFF:  # padding
             position += 1
             continue
-        if marker in _FRAMES:
-            height, width = struct.unpack_from(">HH", view, position + 5)
-            # Exif thumbnails are JPEGs with an end of their own, but they come before the frame.
+        if marker == _SCAN and size:
+            # Exif thumbnails are JPEGs with an end of their own, but they come before the picture.
             if view[-2:] == b"\xff\xd9" or _END_OF_JPEG.search(view, position):
-                return height, width
+                return size
             return "truncated: a JPEG without its end"
-        if marker in _MISPLACED:
+        if marker in _MISPLACED or marker == _SCAN:
             return "broken JPEG header: no size before the picture"
         (length,) = struct.unpack_from(">H", view, position + 2)
+        if length < 2 or (marker == 0xE1 and length < 8):
+            return f"broken JPEG header at byte {position}"
+        if marker in _FRAMES:
+            if size:  # a parser may believe the second one
+                return "broken JPEG header: two sizes"
+            bits, height, width = struct.unpack_from(">BHH", view, position + 4)
+            if bits != 8:
+                return f"a JPEG of {bits} bits"
+            size = height, width
         position += 2 + length
     return f"broken JPEG header: more than {_MOST_SEGMENTS} segments"
 
 
 def _png(view: memoryview) -> tuple[int, int] | str:
-    if view[12:16] != b"IHDR":
+    length, kind, width, height = struct.unpack_from(">I4sII", view, 8)
+    if (length, kind) != (13, b"IHDR"):
         return "broken PNG header"
-    width, height = struct.unpack_from(">II", view, 16)
-    if view[-8:-4] == b"IEND" or _END_OF_PNG.search(view, 33):
-        return height, width
-    return "truncated: a PNG without its end"
+    position, total = 33, len(view)
+    for _ in range(_MOST_CHUNKS):
+        if position + 8 > total:
+            return "truncated: a PNG without its end"
+        length, kind = struct.unpack_from(">I4s", view, position)
+        if kind == b"IEND":
+            return height, width
+        position += length + 12
+    return f"broken PNG: more than {_MOST_CHUNKS} chunks"
 
 
 def _webp(view: memoryview) -> tuple[int, int] | str:
@@ -85,6 +106,10 @@ def _webp(view: memoryview) -> tuple[int, int] | str:
         (bits,) = struct.unpack_from("<I", view, 21)
         return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
     if kind == b"VP8X":
+        for found in _WEBP_EXIF.finditer(view, 30) if view[20] & 8 else ():
+            (size,) = struct.unpack_from("<I", view, found.end())
+            if size > len(view):
+                return f"broken WebP: {size} bytes of Exif"
         low, high = struct.unpack_from("<IH", view, 24)
         return (low >> 24 | high << 8) + 1, (low & 0xFFFFFF) + 1
     return "broken WebP header"
@@ -92,16 +117,21 @@ def _webp(view: memoryview) -> tuple[int, int] | str:
 
 def _bmp(view: memoryview) -> tuple[int, int] | str:
     start, kind = struct.unpack_from("<II", view, 10)
-    compression = 0
-    if kind == 12:  # OS/2
-        width, height, _, bits = struct.unpack_from("<HHHH", view, 18)
-    elif kind >= 40:
-        width, height, _, bits, compression = struct.unpack_from("<iiHHI", view, 18)
-        height = abs(height)  # below zero: rows from the top
-    else:
+    if kind not in _BMP_HEADERS:
         return "broken BMP header"
-    # Writers leave the size in the header empty or wrong; that of the pixels can be computed.
-    needed = start + (width * bits + 31) // 32 * 4 * height if compression in _UNCOMPRESSED_BMP else start
+    if kind == 12:  # OS/2
+        width, height, planes, bits = struct.unpack_from("<HHHH", view, 18)
+        compression = colors = 0
+    else:
+        width, height, planes, bits, compression = struct.unpack_from("<iiHHI", view, 18)
+        (colors,) = struct.unpack_from("<I", view, 46)
+        height = abs(height)  # below zero: rows from the top
+    if bits not in _BMP_BITS.get(compression, ()):
+        return f"a BMP of {bits} bits and compression {compression}"
+    palette = (colors or 1 << bits if bits <= 8 else 0) * (3 if kind == 12 else 4)
+    if planes != 1 or (bits <= 8 and colors > 1 << bits) or start < 14 + kind + palette:
+        return "broken BMP header"
+    needed = start + (width * bits + 31) // 32 * 4 * height
     if needed > len(view) and 0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE:
         return f"truncated: a BMP of {needed} bytes ends after {len(view)}"
     return height, width

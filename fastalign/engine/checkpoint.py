@@ -81,6 +81,8 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
         self._writer: threading.Thread | None = None
         self._failure: UserError | None = None
+        self.newest_step: int | None = None
+        """of the checkpoint that was last written or read here"""
 
     def clean(self) -> None:
         """Remove what a killed writer left behind."""
@@ -149,6 +151,7 @@ class Checkpoints:
     def _write(self, state: dict, step: int, best: bool, publish: Callable[[dict], None]) -> None:
         try:
             write_atomically(self.path(step), lambda file: torch.save(state, file))
+            self.newest_step = step
             if best:
                 self.make_best(step)
             publish(state)
@@ -252,6 +255,7 @@ class Checkpoints:
         for told in world.gather(failure):
             if told is not None:
                 raise SharedError(told)
+        self.newest_step = step
         return step, state, notes
 
     def newest(self) -> dict | None:

@@ -38,6 +38,8 @@ class Standing:
     paused: bool
     ended: str | None
     "None while it runs, empty after a normal end, else the error that ended it"
+    saved: int | None = None
+    "the step of the newest checkpoint that it knows to be on the disk"
     mute: bool = False
     "it has not told anything for long; found out by who listens"
 

@@ -27,7 +27,7 @@ class Seen:
     ranks: tuple[int, ...]
     """whose loss was not finite; empty where only the gradient was not"""
     signal: int
-    """that a rank received and that asks the run to leave; 0 = none did"""
+    """that asks the run to leave and that a rank received, or its own reason below zero; 0 = none"""
     bad: int
     """samples found bad in making the update's batches, over all ranks"""
     ids: np.ndarray
@@ -56,7 +56,7 @@ class Status:
 
         Args:
             loss: [] this rank's, on the device.
-            signal: that this rank received, 0 = none.
+            signal: that this rank received, or another reason to leave, below zero; 0 = none.
             bad: samples that this rank found bad.
 
         Returns:

@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -52,15 +52,22 @@ class Watchdog:
         world: this process among the ranks.
         timeout: seconds without a beat after which the run is ended, with exit code 70 on every rank.
         step: where the run starts.
+        saved: gives the step of the newest checkpoint that is on the disk, for the message; it must not wait.
 
     Left by a lost connection it raises `LostConnection`, which names the rank that is gone where that can be found
     out; every other exception passes, and the other ranks hear of it.
     """
 
-    def __init__(self, world: World, timeout: float, step: int = 0):
+    def __init__(
+        self,
+        world: World,
+        timeout: float,
+        step: int = 0,
+        *,
+        saved: Callable[[], int | None] = lambda: None,
+    ):
         self.world, self.timeout = world, timeout
-        self.saved: int | None = None
-        """the step of the newest checkpoint that is on the disk, for the message"""
+        self._saved = saved
         # The rounds are longer with many ranks, because each reads what all others wrote.
         self._period = min(max(_LONG, world.size / 64), max(_SHORT, timeout / 10))
         self._mute = max(3 * self._period + 0.5, timeout / 2)  # seconds without a word: it does not answer
@@ -150,6 +157,7 @@ class Watchdog:
             waits=COLLECTIVE if beat[1] == WAITING else waits,
             paused=bool(self._paused),
             ended=self._ended,
+            saved=self._saved(),
         )
 
     def _tell(self, turn: int) -> None:
@@ -230,8 +238,9 @@ class Watchdog:
         )
 
     def _go_on(self) -> str:
-        saved = "" if self.saved is None else f" from the checkpoint of step {self.saved}"
-        return f"the same command goes on{saved}"
+        known = [self._saved(), *(told.saved for told, _ in list(self._table.values()))]
+        step = max((step for step in known if step is not None), default=None)
+        return "the same command goes on" + ("" if step is None else f" from the checkpoint of step {step}")
 
     def _end(self, line: str, *, alone: bool) -> None:
         """Say it once a machine, leave the others the time to read the verdict, and end the process from here.

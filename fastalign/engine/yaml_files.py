@@ -1,9 +1,12 @@
-"""YAML files and single keys: read, laid over each other, written."""
+"""YAML files and single keys: read, laid over each other, explained where they are wrong, written."""
 
+import difflib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from fastalign.errors import UserError
 
@@ -60,6 +63,29 @@ def put(tree: dict, path: list[str], value: Any, override: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"override {override!r}: {name} is not a section")
     tree[path[-1]] = value
+
+
+def explain(
+    error: ValidationError, where: str | Path, names: Iterable[str], renamed: Mapping[str, str]
+) -> str:
+    """What is wrong with a tree, about its first bad key.
+
+    Args:
+        error: pydantic's.
+        where: the file.
+        names: of all keys, dotted; the one nearest to an unknown key is told.
+        renamed: former key -> what to do instead.
+    """
+    first = error.errors()[0]
+    parts = [part for part in first["loc"] if isinstance(part, str)]
+    key = ".".join(part for part in parts if not part.startswith(("float", "literal")))
+    if first["type"] == "extra_forbidden" and key in renamed:
+        return f"{where}: the key {key} is gone: {renamed[key]} instead"
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
+        return f"{where}: unknown key {key}; the nearest is {near[0]}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {key}: {message}, got {first['input']!r}" if key else f"{where}: {message}"
 
 
 def write_yaml(tree: dict) -> str:

@@ -88,7 +88,9 @@ def _probe(run: Run, splits: dict[str, LabelledImages]) -> dict[str, float]:
     alone = World(rank=0, size=1, device=device)
     where = {"device": device, "dtype": run.dtype}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        probed = probed_backbone(student_tokens(run))
+        vit = student_tokens(run)
+        vit.patch_embed.register_forward_hook(lambda *_: run.beat("probing"))
+        probed = probed_backbone(vit)
         features = {
             split: read_features(probed, data, alone, threads=run.config.data.threads, dtype=run.dtype)
             for split, data in splits.items()
@@ -97,6 +99,7 @@ def _probe(run: Run, splits: dict[str, LabelledImages]) -> dict[str, float]:
         recipe = Recipe(epochs=EPOCHS, batch_size=min(Recipe.batch_size, len(features["train"])))
         torch.manual_seed(seed)
         head = make_head(task.head, task.labels, probed.shape, features["train"].classes)
+        head.register_forward_hook(lambda *_: run.beat("probing"))
         head, _, _ = fit(head, task, features["train"], None, recipe, **where)
         found = evaluate(head, task, features["val"], by_size=False, **where)
     return {name: found[name] for name in REPORTED}

@@ -1,0 +1,83 @@
+"""The command that checks a data set: the verdicts of training, a list, a summary, exit codes."""
+
+import os
+
+from fastalign import scan
+from fastalign.data.bad_samples import BadSamples, read_list, read_quarantine
+from fastalign.data.loader import Loader
+from fastalign.data.sources import open_source
+from fastalign.scan import main
+from tests.data_helpers import EVAL, age, encode, needs_dali, photo, small_photos, write_folder, write_tar
+from tests.test_bad_files import damaged
+
+
+@needs_dali
+def test_scan_lists_what_training_finds(tmp_path, capsys):
+    photos = small_photos(100)  # two tasks
+    files = {f"{i:03d}.jpg": p for i, p in enumerate(photos)}
+    files |= {
+        "a\nb.jpg": encode(photo("coffee"), "GIF"),
+        "004.jpg": photos[4][:900],
+        "095.jpg": photos[95][:800],
+    }
+    files |= {"050.jpg": damaged(photos[50]), "060.jpg": damaged(photos[60]), "070.jpg": damaged(photos[70])}
+    root, output = write_folder(tmp_path / "a", files), tmp_path / "q.jsonl"
+    assert main([str(root), "--output", str(output), "--workers", "1"]) == 0
+    said = capsys.readouterr()
+    source, known = open_source(str(root)), BadSamples()
+    loader = Loader(source, EVAL, device="cpu", batch_size=16, train=False, threads=2, bad=known)
+    seen = [int(i) for batch in loader.batches() for i in batch.ids_host]
+    loader.close()
+    assert [known.found[index] for index in sorted(known.found)] == read_list(output)
+    assert read_quarantine(output, source) == set(range(101)) - set(seen)
+    assert len(seen) == 95
+    assert "101 images, 6 bad (5.94%)" in said.out
+    assert "3 x damaged: DALI cannot decode it (such as '050.jpg')" in said.out
+    assert "2 x truncated: a JPEG without its end (such as '004.jpg')" in said.out
+    assert "1 x GIF, not JPEG, PNG, WebP or BMP (such as 'a\\nb.jpg')" in said.out
+    assert f"faults.quarantine={output}" in said.out
+    assert "101 of 101 images checked, 6 bad" in said.err  # no terminal here
+
+
+@needs_dali
+def test_scan_of_a_damaged_shard_and_of_a_sound_one(tmp_path, capsys):
+    photos = small_photos(3)
+    path = write_tar(tmp_path / "t/0.tar", [(f"{i}.jpg", p) for i, p in enumerate(photos)])
+    assert main([str(path), "--workers", "1"]) == 0
+    assert capsys.readouterr().out == f"{path}: 3 images, 0 bad (0.00%)\n"
+    path.write_bytes(path.read_bytes()[: 512 + -(-len(photos[0]) // 512) * 512])
+    age(path.parent)
+    assert main([str(path), "--workers", "1", "--output", str(tmp_path / "q.jsonl")]) == 0
+    out = capsys.readouterr().out
+    assert "1 images, 0 bad" in out
+    assert "shard '0.tar' damaged at byte" in out
+    (shard,) = read_list(tmp_path / "q.jsonl")
+    assert (shard.id, shard.name) == (None, "0.tar")
+
+
+def _dies(first: int, last: int) -> None:
+    """Stands in for a decoder that crashes; the worker finds it here."""
+    os._exit(1)
+
+
+@needs_dali
+def test_a_worker_that_dies_is_reported(tmp_path, capsys, monkeypatch):
+    root = write_folder(tmp_path / "a", {"1.jpg": small_photos(1)[0]})
+    monkeypatch.setattr(scan, "_check", _dies)
+    assert main([str(root), "--workers", "1", "--output", str(tmp_path / "q.jsonl")]) == 2
+    assert "a process died while images 0 to 0 or ones near them were decoded" in capsys.readouterr().err
+    assert not (tmp_path / "q.jsonl").exists()
+
+
+def test_scan_refuses_bad_input(tmp_path, capsys):
+    write_folder(tmp_path / "a", {"1.jpg": small_photos(1)[0]})
+    for arguments, told in (
+        ([str(tmp_path / "none")], "no such folder"),
+        (["synthetic"], "no file to check"),
+        ([str(tmp_path / "a"), "--workers", "0"], "--workers 0"),
+        ([str(tmp_path / "a"), "--output", str(tmp_path)], "it is a folder"),
+    ):
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert told in said
+        assert said.count("\n") == 1
