@@ -18,7 +18,8 @@ import torch
 from benchmarks import record
 from fastalign.config import Config
 from fastalign.engine.distributed import World
-from fastalign.run import Run, finish, save
+from fastalign.run import Run
+from fastalign.saving import finish, save
 from fastalign.train import update
 
 DEMO = {"img_size": 48, "patch_size": 8, "embed_dim": 64, "depth": 10, "num_heads": 4}

@@ -83,7 +83,6 @@ train.update = update
 """
 
 
-@pytest.mark.slow
 def test_a_disk_that_fills_up_ends_the_run_in_one_line(recipe, tmp_path):
     whole = recipe("whole")
     result = broken(tmp_path, FULL, "run")
@@ -114,7 +113,6 @@ die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("moment", KILLS)
 def test_what_a_killed_writer_left_undone_is_done_at_the_next_start(recipe, tmp_path, moment):
     """Also where nothing is trained any more."""
