@@ -16,6 +16,7 @@ calls before the command, and that may replace parts of fastalign, as in `functo
 who it is stands in `os.environ["RANK"]`. What differs from a real start: the ranks share a hash seed.
 """
 
+import json
 import multiprocessing
 import os
 import signal
@@ -29,9 +30,13 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import yaml
 
+import fastalign as fa
 from fastalign import train
 from fastalign.engine.memory import keep_freed_memory
+from tests.data_helpers import small_photos, write_folder
+from tests.numerics import randomise
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 120.0
@@ -186,3 +191,56 @@ def _free_port() -> int:
     with socket.socket() as candidate:
         candidate.bind(("127.0.0.1", 0))
         return candidate.getsockname()[1]
+
+
+MODEL = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
+MEASURED = {"images_per_second", "data_wait", "memory"}
+"""What differs from run to run."""
+
+
+def write_recipe(root: Path) -> Path:
+    """Real JPEGs (48 and 10), a tiny model that starts from a file, and switched on what a run has to remember.
+
+    Six updates an epoch. Off is what depends on the number of ranks: stochastic depth, mixup and cutmix.
+
+    Returns:
+        The recipe's file. It has no `output`.
+    """
+    write_folder(root / "train", {f"{i}.jpg": data for i, data in enumerate(small_photos(48))})
+    write_folder(root / "val", {f"{i}.jpg": data for i, data in enumerate(small_photos(10, 1))})
+    torch.manual_seed(0)
+    backbone = fa.create_backbone("vit_tiny_patch16_224", **MODEL)
+    randomise(backbone)
+    backbone.norm.weight.data *= 3  # the target scale is not 1
+    torch.save(backbone.state_dict(), root / "weights.pth")
+    tree = {
+        "student": {"name": "vit_tiny_patch16_224", "weights": str(root / "weights.pth"), "kwargs": MODEL},
+        "data": {"train": str(root / "train"), "val": str(root / "val"), "threads": 1},
+        "optim": {
+            "batch_size": 8,
+            "accumulate": 2,
+            "epochs": 8,
+            "lr": 2e-3,
+            "warmup_epochs": 0.5,
+            "ema": 0.9,
+        },
+        "checkpoint": {"every_steps": 4},
+        "log": {"every_steps": 3},
+    }
+    tree["data"] |= {"color_jitter": 0.4, "randaugment": "rand-m9-mstd0.5-inc1"}
+    (root / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    return root / "recipe.yaml"
+
+
+def lines_of(run: Path) -> list[dict]:
+    """The lines of a run's metrics, each of which must be whole, without what differs from run to run."""
+    text = (run / "metrics.jsonl").read_text()
+    assert text.endswith("\n")
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in MEASURED}
+        for line in text.splitlines()
+    ]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in lines_of(run) if "loss" in line]

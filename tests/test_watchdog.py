@@ -15,8 +15,17 @@ import torch
 from fastalign.engine import distributed
 from fastalign.engine.command import guarded
 from fastalign.engine.distributed import connection_lost
-from fastalign.engine.standing import BACKWARD, COLLECTIVE, FREE, Standing, accusation, furthest_behind, where
-from fastalign.engine.watchdog import BROKEN, WAITING, Watchdog, patience
+from fastalign.engine.standing import (
+    BACKWARD,
+    COLLECTIVE,
+    FREE,
+    WAITING,
+    Standing,
+    accusation,
+    furthest_behind,
+    where,
+)
+from fastalign.engine.watchdog import BROKEN, Watchdog, patience
 from tests.test_preemption import PRELOAD
 
 TIMEOUT = 2.0

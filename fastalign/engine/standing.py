@@ -86,7 +86,8 @@ def furthest_behind(standings: Sequence[Standing]) -> list[Standing]:
 
 
 def _order(told: Standing) -> tuple:
-    return (told.ended is None, not told.mute, told.step, told.waits, told.beats)
+    waits = COLLECTIVE if told.doing == WAITING else told.waits
+    return (told.ended is None, not told.mute, told.step, waits, told.beats)
 
 
 def accusation(suspects: Sequence[Standing]) -> str:
@@ -112,3 +113,9 @@ def accusation(suspects: Sequence[Standing]) -> str:
     return (
         f"{first.name} stopped responding at step {first.step}: {first.doing} for {seconds}, at {first.place}"
     )
+
+
+def departure(gone: Standing) -> str:
+    """That a rank was lost, and what is known of it: half a line for people."""
+    last = f"which ended with {gone.ended}" if gone.ended else f"last seen at step {gone.step}, {gone.doing}"
+    return f"lost {gone.name}, {last}"

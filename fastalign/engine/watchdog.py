@@ -27,7 +27,7 @@ from fastalign.engine.distributed import (
     open_store,
 )
 from fastalign.engine.preemption import Preempted
-from fastalign.engine.standing import COLLECTIVE, FREE, WAITING, Standing, accusation, furthest_behind, where
+from fastalign.engine.standing import Standing, accusation, departure, furthest_behind, where
 
 BROKEN = 70
 """The exit code where another rank, or this one, stopped responding or is gone: the same command goes on."""
@@ -139,7 +139,7 @@ class Watchdog:
         if beat is not self._seen[0] or self._paused:
             self._seen = beat, now
         age = now - self._seen[1]
-        place, waits = "", FREE
+        place, waits = "", 0
         if age > min(
             5, self.timeout / 2
         ):  # who looks into a frame that is still running keeps its variables alive
@@ -154,7 +154,7 @@ class Watchdog:
             beats=beat[2],
             age=age,
             place=place,
-            waits=COLLECTIVE if beat[1] == WAITING else waits,
+            waits=waits,
             paused=bool(self._paused),
             ended=self._ended,
             saved=self._saved(),
@@ -289,14 +289,7 @@ class Watchdog:
             if told.rank != gone.rank
         ):
             return ""
-        reason = f"lost the connection to another rank ({_first_line(error)})"
-        if gone:
-            reason = f"lost {gone.name}, "
-            reason += (
-                f"which ended with {gone.ended}"
-                if gone.ended
-                else f"last seen at step {gone.step}, {gone.doing}"
-            )
+        reason = departure(gone) if gone else f"lost the connection to another rank ({_first_line(error)})"
         step, doing, _ = self._beat
         return f"rank {self.world.rank}, at step {step}, {doing}: {reason}; {self._go_on()}"
 
