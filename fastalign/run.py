@@ -200,6 +200,7 @@ class Run:
         if state.get("is_best"):
             self.checkpoints.make_best(state["step"])
         publish_backbone(self.folder, state)
+        self.checkpoints.prune()
 
     def _same_run(self, state: dict, path: Path) -> None:
         """Refuse a checkpoint of another run: what decides the losses must be as it was."""

@@ -107,6 +107,18 @@ def die_at_rename(number: int, *, after: bool, folder: Path) -> None:
     Path.replace = replace
 
 
+def die_before_removing(name: str) -> None:
+    """A rank is killed when it is about to remove a file of this name."""
+    unlink = Path.unlink
+
+    def checking(self, missing_ok=False) -> None:
+        if self.name == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        unlink(self, missing_ok=missing_ok)
+
+    Path.unlink = checking
+
+
 def die_in_update(step: int) -> None:
     """A rank is killed when it has made so many updates."""
     update = train.update
@@ -158,7 +170,7 @@ class Killer:
             if hit:
                 self.left.pop()
             self.missed += not hit
-            assert self.missed < 20, self.left[-1]
+            assert self.missed < 10, self.left[-1]
         return False
 
     def _once(self, kind: str, arguments: list[str], run: Path) -> tuple[list[int], bool]:
@@ -181,8 +193,9 @@ class Killer:
             elif kind == "at any time":
                 ranks.until(after(draw.uniform(0.4, 1.6)))
                 ranks.send(rank)
-            elif kind == "while a checkpoint is written":
-                ranks.until(lambda: half_written(run, ranks.pids[0]))
+            elif kind == "while a checkpoint is written" and ranks.until(
+                lambda: half_written(run, ranks.pids[0])
+            ):
                 ranks.until(after(draw.uniform(0.0, 0.03)))
                 ranks.send(rank)
             codes = ranks.wait()
@@ -208,6 +221,18 @@ def test_a_killed_rank_leaves_no_trace(recipe, tmp_path, whole):
         assert ranks.wait() == [-signal.SIGKILL]
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
     assert kept == ["step-00000006.pt", "step-00000008.pt"]
+    finish(arguments, 1, folder=tmp_path)
+    assert_same_run(tmp_path / "run", whole)
+
+
+@needs_dali
+def test_what_a_kill_kept_from_being_removed_is_removed(recipe, tmp_path, whole):
+    """The last save's: the run has nothing left to do but that."""
+    arguments = [str(recipe), *SHORT, f"output={tmp_path / 'run'}"]
+    prepare = functools.partial(die_before_removing, "step-00000006.pt")
+    with Ranks(arguments, 1, folder=tmp_path, prepare=prepare) as ranks:
+        assert ranks.wait() == [-signal.SIGKILL]
+    assert (tmp_path / "run" / "checkpoints" / "step-00000012.pt").exists()
     finish(arguments, 1, folder=tmp_path)
     assert_same_run(tmp_path / "run", whole)
 

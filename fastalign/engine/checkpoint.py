@@ -155,10 +155,14 @@ class Checkpoints:
             if best:
                 self.make_best(step)
             publish(state)
-            for old in self.steps()[: -self.keep]:
-                self.path(old).unlink(missing_ok=True)
+            self.prune()
         except Exception as error:  # whatever it is, the step that comes next must hear of it
             self._failure = self._explain(error, step)
+
+    def prune(self) -> None:
+        """Remove the checkpoints too old to keep."""
+        for old in self.steps()[: -self.keep]:
+            self.path(old).unlink(missing_ok=True)
 
     def _explain(self, error: Exception, step: int) -> UserError:
         cause: BaseException | None = error
