@@ -8,7 +8,7 @@ import torch
 from fastalign.attention.choice import check as check_attention
 from fastalign.attention.choice import choose
 from fastalign.config import Config, Teacher
-from fastalign.data.bad_samples import BadSamples, known_bad
+from fastalign.data.bad_samples import BadSamples, read_quarantine
 from fastalign.data.loader import Loader
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
@@ -213,7 +213,7 @@ def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, 
         raise UserError(f"kwargs.in_chans={backbone.spec.channels}: images come with 3 channels; remove it")
     if data.train is None:
         raise UserError("data.train is not set: give it an image folder or tar shards, data.train=PATH")
-    source = open_source(data.train, damaged=True)
+    source, quarantine = open_source(data.train, damaged=True), config.faults["quarantine"]
     train = Loader(
         source,
         Transform(
@@ -228,7 +228,7 @@ def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, 
         accumulate=optim.accumulate,
         mixup=data.mixup,
         cutmix=data.cutmix,
-        bad=known_bad(source, config.faults["quarantine"], Path(config.output)),
+        bad=BadSamples(read_quarantine(quarantine, source) if quarantine else ()),
         **_common(config, world),
     )
     val = evaluation_loader(config, world, backbone, data.val) if data.val is not None else None

@@ -3,12 +3,14 @@
 import json
 
 from fastalign.data.bad_samples import FILE, BadSample, append_to_list, read_list, too_many
-from fastalign.engine.metrics import Terminal
+from fastalign.engine.files import saying_where
+from fastalign.engine.metrics import Terminal, drop_later_lines
 from fastalign.engine.status import Seen
 from fastalign.errors import SharedError, on_one_line
 from fastalign.run import Run
 
 NONFINITE = "nonfinite.jsonl"
+VALIDATION_FILE = f"validation_{FILE}"
 MOST_SKIPPED = 10
 """updates left out one after the other, after which a run ends: its weights no longer move"""
 
@@ -45,8 +47,7 @@ def bad_samples(run: Run, seen: Seen, terminal: Terminal) -> None:
     new = run.known_bad(found)
     if not new:
         return  # told by the update before this one
-    if run.world.main:
-        append_to_list(run.folder / FILE, new)
+    write_down(run, FILE, new)
     first, drawn = new[0], seen.step * run.config.optim.batch_size
     more = f" and {len(new) - 1} more" if len(new) > 1 else ""
     count = f"{len(run.bad)} bad samples in {drawn} images"
@@ -58,27 +59,40 @@ def bad_samples(run: Run, seen: Seen, terminal: Terminal) -> None:
     terminal.say(on_one_line(f"step {seen.step}: left out {first.name!r} ({first.reason}){more}; {count}"))
 
 
+def write_down(run: Run, name: str, samples: list[BadSample]) -> None:
+    """Add to a list in the run folder what is not there yet; on the first rank.
+
+    Raises:
+        UserError: the list cannot be written.
+    """
+    path = run.folder / name
+    if run.world.main and samples:
+        if name not in run.listed:
+            run.listed[name] = {sample.name for sample in read_list(path)} if path.exists() else set()
+        with saying_where(path):
+            append_to_list(path, [sample for sample in samples if sample.name not in run.listed[name]])
+        run.listed[name] |= {sample.name for sample in samples}
+
+
 def bad_validation_samples(run: Run, terminal: Terminal) -> None:
     """Write down what the validation set has lost so far; a collective."""
     found = [sample for part in run.world.gather(tuple(run.val.bad.found.values())) for sample in part]
-    path = run.folder / f"validation_{FILE}"
-    if run.world.main and found:
-        before = {sample.name for sample in read_list(path)} if path.exists() else set()
-        new = [sample for sample in found if sample.name not in before]
-        append_to_list(path, new)
-        terminal.say(f"validation leaves out {len(found)} bad samples, see {path}")
+    if found:
+        write_down(run, VALIDATION_FILE, found)
+        terminal.say(f"validation leaves out {len(found)} bad samples, see {run.folder / VALIDATION_FILE}")
 
 
-def damaged_shards(run: Run, terminal: Terminal) -> None:
-    """At the start: tell of tar shards of which only a part can be used, and write them down."""
+def look_back(run: Run, terminal: Terminal) -> None:
+    """At the start: what was written down and will come again is dropped; damaged tar shards are told and listed."""
     if not run.world.main:
         return
-    path = run.folder / FILE
-    before = {sample.name for sample in read_list(path)} if path.exists() else set()
-    for name, reason in run.train.source.damaged:
-        terminal.say(on_one_line(f"tar shard {name!r} is used up to its damage: {reason}"))
-        if name not in before:
-            append_to_list(path, [BadSample(None, name, reason)])
+    if (run.folder / NONFINITE).exists():
+        drop_later_lines(run.folder / NONFINITE, run.step)
+    for loader, name in ((run.train, FILE), (run.val, VALIDATION_FILE)):
+        damaged = loader.source.damaged if loader is not None else ()
+        for shard, reason in damaged:
+            terminal.say(on_one_line(f"tar shard {shard!r} is used up to its damage: {reason}"))
+        write_down(run, name, [BadSample(None, shard, reason) for shard, reason in damaged])
 
 
 def bad_numbers(run: Run, seen: Seen, terminal: Terminal) -> None:
@@ -88,13 +102,14 @@ def bad_numbers(run: Run, seen: Seen, terminal: Terminal) -> None:
     names = [source.portable_name(int(i)) for i in seen.ids] if guilty else []
     line = {"step": seen.step, "rank": run.world.rank, "ids": seen.ids.tolist(), "names": names}
     lines = [line for line in run.world.gather(line) if line["names"]]
+    path = run.folder / NONFINITE
     if run.world.main:
-        with (run.folder / NONFINITE).open("a") as file:
+        with saying_where(path), path.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
     ranks = ", ".join(map(str, seen.ranks))
     what = f"the loss of rank {ranks}" if len(seen.ranks) == 1 else f"the losses of ranks {ranks}"
     what = f"{what if seen.ranks else 'the gradient'} at step {seen.step}: not finite"
-    where = f"the samples are in {run.folder / NONFINITE}"
+    where = f"the samples are in {path}"
     remedy = "look at them, lower optim.lr, set optim.clip, or efficiency.precision=fp32"
     if run.config.faults["nonfinite"] == "stop":
         raise SharedError(

@@ -70,7 +70,9 @@ class Run:
         self.skipped_in_a_row = 0
         self.preemption: Preemption | None = None
         self.watchdog: Watchdog | None = None
-        self.bad: set[int] = set(self.train.bad.found)
+        self.listed: dict[str, set[str]] = {}
+        """names of bad samples in each list of the run folder, once it was read"""
+        self.bad: set[int] = set()
         """the training samples that every rank knows to be bad, but for the quarantined"""
         if world.main:
             self.checkpoints.clean()
@@ -121,6 +123,10 @@ class Run:
         if self.watchdog is not None:
             self.watchdog.beat(self.step, doing)
 
+    def unwatched(self) -> AbstractContextManager:
+        """Around what may take longer than `faults.timeout`."""
+        return self.watchdog.paused() if self.watchdog else nullcontext()
+
     @property
     def reason_to_leave(self) -> int:
         """What this rank knows: a signal came, or -1, a checkpoint could not be written; 0 = nothing."""
@@ -156,6 +162,7 @@ class Run:
             "probed": self.probed,
             "judged_at": self.judged_at,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "bad": sorted(self.bad),
             "config": self.config.model_dump(mode="json"),
         }
 
@@ -186,6 +193,7 @@ class Run:
         self.probed = state.get("probed")
         self.judged_at = state.get("judged_at", self.step)
         self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
+        self.bad = set(state.get("bad", ()))
         before = state.get("best_by", VALIDATION)
         if before != self.best_by:
             # Their scores do not compare, and what an earlier probe would have chosen is no longer there.

@@ -15,9 +15,10 @@ from fastalign.run import Run
 
 def improves(run: Run, *, evaluated: bool = False) -> bool:
     """Whether this step has the best probe so far where that chooses, else the lowest validation loss."""
+    none = run.best is None or math.isnan(run.best)
     if not run.config.probe.best:
-        return evaluated and (run.best is None or run.val_loss < run.best)
-    return probed_now(run) is not None and (run.best is None or _score(run) > run.best)
+        return evaluated and math.isfinite(run.val_loss) and (none or run.val_loss < run.best)
+    return probed_now(run) is not None and (none or _score(run) > run.best)
 
 
 def probed_now(run: Run) -> dict[str, float] | None:
@@ -41,10 +42,10 @@ def save(run: Run, *, evaluated: bool = False) -> None:
     Raises:
         SharedError: the checkpoint before this one could not be written; on every rank.
     """
+    finish(run)  # one copy in memory at a time
     best, by_probe = improves(run, evaluated=evaluated), run.config.probe.best
     if best:
         run.best = _score(run) if by_probe else run.val_loss
-    finish(run)  # one copy in memory at a time
     run.beat("saving")
     if not (run.world.main or run.sharded):
         return
@@ -68,7 +69,8 @@ def finish(run: Run) -> None:
         SharedError: they could not be written; on every rank.
     """
     run.beat("writing a checkpoint" if run.world.main else WAITING)
-    on_first_rank(run.world, run.checkpoints.wait)
+    with run.unwatched():  # a large checkpoint on a slow disk
+        on_first_rank(run.world, run.checkpoints.wait)
 
 
 def leave(run: Run, signal: int) -> NoReturn:
@@ -97,9 +99,14 @@ def backbone_facts(run: Run, *, evaluated: bool) -> str:
         "features": "the tokens after the final norm; prefix tokens first",
         "objective": run.config.objective,
         "step": run.step,
-        "val_loss": run.val_loss if evaluated else None,
+        "val_loss": _number(run.val_loss) if evaluated else None,
         "fastalign": __version__,
     }
     if probed_now(run):
-        facts["probe"] = probed_now(run)
-    return json.dumps(facts, indent=2) + "\n"
+        facts["probe"] = {name: _number(value) for name, value in probed_now(run).items()}
+    return json.dumps(facts, indent=2, allow_nan=False) + "\n"
+
+
+def _number(value: float) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else None

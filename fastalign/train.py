@@ -7,7 +7,7 @@ import argparse
 import contextlib
 import os
 import sys
-from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from fastalign.engine.spikes import Spikes
 from fastalign.engine.watchdog import Watchdog, patience
 from fastalign.errors import UserError
 from fastalign.evaluation import evaluate, measure_target_scale
-from fastalign.faults import bad_validation_samples, damaged_shards, react
+from fastalign.faults import bad_validation_samples, look_back, react
 from fastalign.flops import flops_per_image
 from fastalign.probe.pairs import LabelledImages
 from fastalign.probe.training import due, open_splits, probe_student
@@ -83,28 +83,35 @@ def train(config: Config, world: distributed.World) -> None:
         UserError: bad input.
     """
     with Preemption() as preemption:
+        if world.main:
+            unmark(Path(config.output))
         run = Run(config, world)
         run.preemption = preemption
         splits = open_splits(run)
         if world.main:
             run.folder.mkdir(parents=True, exist_ok=True)
             (run.folder / "config.yaml").write_text(to_yaml(config))
-            unmark(run.folder)
-        saved = partial(getattr, run.checkpoints, "newest_step")
-        with Watchdog(world, config.faults["timeout"], run.step, saved=saved) as run.watchdog:
+        timeout, checkpoints = config.faults["timeout"], run.checkpoints
+        with Watchdog(world, timeout, run.step, saved=lambda: checkpoints.newest_step) as run.watchdog:
             follow(run, splits)
 
 
 def follow(run: Run, splits: Splits) -> None:
     """From the first line on the terminal to the last."""
     config, world = run.config, run.world
-    log = MetricLog(run.folder, step=run.step or -1, main=world.main, sinks=config.log.to)
+    log = MetricLog(
+        run.folder,
+        step=run.step or -1,
+        judged=not run.owes_judgement,
+        main=world.main,
+        sinks=config.log.to,
+    )
     terminal = Terminal(total=run.last_step, step=run.step, main=world.main)
     try:
         with telling(world.rank):
             for note in run.notes:
                 terminal.say(note)
-            damaged_shards(run, terminal)
+            look_back(run, terminal)
             if run.step == 0:
                 begin(run, splits, log, terminal)
             else:
@@ -192,16 +199,18 @@ def train_epoch(
             speed.tick(metrics.pop("waited"))
             log.add(step=run.step, epoch=epoch, **metrics)
             inside = run.step != end
-            signal = react(run, terminal, everything=not inside)
             saving = inside and run.step % (config.checkpoint.every_steps or run.last_step + 1) == 0
             probing = inside and due(run)
+            # Before saving: no checkpoint has more behind it than what was told and written down.
+            signal = react(run, terminal, everything=saving or probing or not inside)
             if saving or probing or signal or not inside or run.step % config.log.every_steps == 0:
-                report(log.flush(speed), terminal, spikes)  # before saving: no checkpoint is ahead of the log
+                report(log.flush(speed), terminal, spikes)
             if signal:
+                react(run, terminal, everything=True)
                 leave(run, signal)
             if probing:
                 probe(run, splits, log, terminal, epoch)
-            if saving or improves(run):
+            if saving or (probing and improves(run)):
                 save(run)
             if saving or probing:
                 speed.start()

@@ -20,7 +20,6 @@ from fastalign.data.bad_samples import (
     BadSample,
     BadSamples,
     append_to_list,
-    known_bad,
     read_list,
     read_quarantine,
     to_line,
@@ -455,10 +454,6 @@ def test_a_list_is_matched_by_name(tmp_path):
     age(root)
     source = open_source(str(root))
     assert read_quarantine(path, source) == {0}
-    append_to_list(tmp_path / "bad_samples.jsonl", [BadSample(3, "3.jpg", "GIF")])
-    known = known_bad(source, str(path), tmp_path)
-    assert (known.quarantined, known.found) == ({0}, {2: BadSample(2, "3.jpg", "GIF")})
-    assert known_bad(source, None, tmp_path / "new").found == {}
     (other := tmp_path / "other.jsonl").write_bytes(to_line(BadSample(0, "else.jpg", "")))
     with pytest.raises(
         UserError, match=r"faults\.quarantine=.*other\.jsonl: none of its 1 names.*'else\.jpg'"

@@ -1,15 +1,21 @@
 """What a run does about bad numbers and bad samples: left out, told, written down, or the end."""
 
 import json
+import os
 import shutil
+import signal
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
+from fastalign.engine.metrics import MetricLog
 from fastalign.engine.optim import step_unless
 from fastalign.engine.spikes import Spikes
+from fastalign.engine.status import Status
 from fastalign.objectives import MaskEmbed
-from tests.data_helpers import needs_dali
+from tests.data_helpers import needs_dali, write_tar
 from tests.test_train import images, losses, metrics, recipe  # noqa: F401 (fixtures)
 
 EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.keep=20", "optim.ema=0.9", "data.val=null")
@@ -55,8 +61,15 @@ def same(one, other) -> bool:
     return one == other
 
 
+@pytest.fixture(params=["at once", "an update later"])
+def host(request, monkeypatch):
+    """When the host reads a status: at once on a CPU, an update later on a GPU."""
+    if request.param != "at once":
+        monkeypatch.setattr("fastalign.run.Status", partial(Status, lag=1))
+
+
 @pytest.mark.parametrize("what", ["nan", "inf", "gradient"])
-def test_a_bad_update_is_left_out(recipe, poisoned, capsys, what):  # noqa: F811
+def test_a_bad_update_is_left_out(recipe, poisoned, host, capsys, what):  # noqa: F811
     ids = poisoned({3}, what)
     folder = recipe(*EVERY_STEP, "log.every_steps=5", "max_steps=6")
     before, left_out, after = (checkpoint(folder, step) for step in (2, 3, 4))
@@ -75,7 +88,7 @@ def test_a_bad_update_is_left_out(recipe, poisoned, capsys, what):  # noqa: F811
     assert metrics(folder)[0][2]["grad_norm"] is None
 
 
-def test_a_run_that_is_to_stop_stops(recipe, poisoned, capsys):  # noqa: F811
+def test_a_run_that_is_to_stop_stops(recipe, poisoned, host, capsys):  # noqa: F811
     """With the weights from before in the checkpoint, from which it goes on."""
     poisoned({4}, "nan")
     folder = recipe(*EVERY_STEP, "faults.nonfinite=stop", expect=2)
@@ -95,6 +108,82 @@ def test_a_run_that_no_longer_learns_ends(recipe, poisoned, capsys):  # noqa: F8
     said = capsys.readouterr()
     assert "at step 10: not finite, the 10th update left out in a row" in said.err
     assert said.out.count("this update was left out") == 9
+
+
+def test_what_is_done_twice_is_written_once(recipe, poisoned, host, tmp_path):  # noqa: F811
+    """An update that a kill undid, with its line about bad numbers; and a validation."""
+    poisoned({4, 7}, "nan")
+    folder = recipe("max_steps=5")
+    newest = folder / "checkpoints/step-00000005.pt"
+    state = torch.load(newest, weights_only=True)
+    torch.save(state | {"judged_at": 0}, newest)  # as a signal at the end of the epoch leaves it
+    for line in ({"step": 6, "rank": 0}, {"step": 9, "rank": 0}):
+        with (folder / "nonfinite.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    recipe()
+    lines = [json.loads(line) for line in (folder / "nonfinite.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 7]
+    assert [line["step"] for line in metrics(folder)[1]] == [0, 5, 10]
+
+
+def test_a_signal_is_acted_on_an_update_later_where_the_host_reads_later(recipe, host, monkeypatch, capsys):  # noqa: F811
+    forward, count = MaskEmbed.forward, [0]
+
+    def told(self, *arguments):
+        count[0] += torch.is_grad_enabled()
+        if count[0] == 2 and torch.is_grad_enabled():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *arguments)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(MaskEmbed, "forward", told)
+    try:
+        folder = recipe(expect=75)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    step = len(losses(folder))
+    assert step in (2, 3)
+    assert f"SIGTERM: saved {folder} at step {step}" in capsys.readouterr().err
+    recipe()
+    assert not (folder / "preempted").exists()
+
+
+def test_a_stale_mark_of_a_preemption_does_not_outlive_an_error(recipe, tmp_path):  # noqa: F811
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/preempted").touch()
+    recipe("data.train=/nowhere", expect=2)
+    assert not (tmp_path / "run/preempted").exists()
+
+
+@pytest.mark.parametrize("first", ["nan", "inf"])
+def test_a_bad_validation_loss_is_never_the_best(recipe, monkeypatch, first):  # noqa: F811
+    found = [1.0, float(first), 0.9, 0.95]
+    monkeypatch.setattr("fastalign.train.evaluate", lambda run: found.pop(0))
+    folder = recipe("optim.epochs=3")
+    facts = json.loads((folder / "backbone.json").read_text())
+    assert (facts["step"], facts["val_loss"]) == (10, 0.9)
+    assert [line["val_loss"] for line in metrics(folder)[1]] == [1.0, None, 0.9, 0.95]
+
+
+def test_a_full_disk_names_the_file(recipe, monkeypatch, capsys):  # noqa: F811
+    """Whichever file is the first that cannot be written."""
+    full = open("/dev/full", "w")  # noqa: SIM115, PTH123
+    keep = MetricLog.__init__
+
+    def init(self, *arguments, **options):
+        keep(self, *arguments, **options)
+        self._file.close()
+        self._file = full
+
+    monkeypatch.setattr(MetricLog, "__init__", init)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # which a device cannot
+    folder = recipe("data.val=null", expect=2)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastalign:")]
+    assert len(said) == 1
+    assert said[0].startswith(
+        f"fastalign: {folder / 'metrics.jsonl'} cannot be written (No space left on device)"
+    )
+    assert said[0].endswith("and run the same command again")
 
 
 def test_an_optimiser_that_waits_is_spared_too():
@@ -175,14 +264,45 @@ def test_bad_samples_are_listed_once_and_change_nothing_that_follows(recipe, dam
 
 
 @needs_dali
-def test_too_many_bad_samples_end_the_run(recipe, damaged, capsys):  # noqa: F811
+def test_too_many_bad_samples_end_the_run_each_time_until_they_are_mended(recipe, damaged, images, capsys):  # noqa: F811
     root, bad = damaged
-    folder = recipe(f"data.train={root / 'train'}", "data.val=null", "faults.bad_samples=0", expect=2)
-    said = capsys.readouterr().err
-    assert "bad samples in " in said
-    assert "more than faults.bad_samples=0 allows; the newest is '" in said
-    assert said.count("\n") == 1
-    assert set(names(folder / "bad_samples.jsonl")) <= set(bad["train"])
+    data = [
+        f"data.train={root / 'train'}",
+        "data.val=null",
+        "faults.bad_samples=0",
+        "checkpoint.every_steps=1",
+    ]
+    for _ in range(3):
+        folder = recipe(*data, expect=2)
+        said = capsys.readouterr().err
+        assert "bad samples in " in said
+        assert "more than faults.bad_samples=0 allows; the newest is '" in said
+        assert said.count("\n") == 1
+    listed = names(folder / "bad_samples.jsonl")
+    assert len(listed) == len(set(listed))
+    assert set(listed) <= set(bad["train"])
+    for name in bad["train"]:
+        shutil.copy(images / "train" / name, root / "train" / name)
+    recipe(*data)
+
+
+@needs_dali
+def test_damaged_shards_are_told_and_listed(recipe, images, tmp_path, capsys):  # noqa: F811
+    for split in ("train", "val"):
+        shard = tmp_path / f"{split}.tar"
+        write_tar(
+            shard, [(p.name, np.fromfile(p, np.uint8)) for p in sorted((images / split).glob("*/*.jpg"))]
+        )
+        content = shard.read_bytes()
+        shard.write_bytes(content[: len(content) * 2 // 3])
+    for _ in range(2):
+        folder = recipe(
+            f"data.train={tmp_path / 'train.tar'}", f"data.val={tmp_path / 'val.tar'}", "optim.epochs=1"
+        )
+        said = capsys.readouterr().out
+        for split, name in (("train", "bad_samples.jsonl"), ("val", "validation_bad_samples.jsonl")):
+            assert f"tar shard '{split}.tar' is used up to its damage: " in said
+            assert names(folder / name) == [f"{split}.tar"]
 
 
 @needs_dali

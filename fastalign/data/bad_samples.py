@@ -38,7 +38,7 @@ class BadSamples:
 
     Args:
         quarantined: ids that were known before the run: passed over, never reported again.
-        found: what this run found earlier: passed over and reported by each batch that meets them.
+        found: what was found since: passed over and reported by each batch that meets them.
     """
 
     def __init__(self, quarantined: Iterable[int] = (), found: Iterable[BadSample] = ()):
@@ -176,19 +176,3 @@ def read_quarantine(path: str | Path, source: Source) -> set[int]:
             "data set: make the list with python -m fastalign.scan, or leave the key out"
         )
     return set(found)
-
-
-def known_bad(source: Source, quarantine: str | None, folder: Path) -> BadSamples:
-    """What a run knows of its data when it starts.
-
-    Args:
-        source: the training set.
-        quarantine: `faults.quarantine`.
-        folder: of the run, whose `bad_samples.jsonl` has what it found before an interruption.
-
-    Raises:
-        UserError: a list that cannot be read, or a quarantine list of another data set.
-    """
-    quarantined = read_quarantine(quarantine, source) if quarantine else ()
-    earlier = read_list(folder / FILE) if (folder / FILE).exists() else ()
-    return BadSamples(quarantined, match(earlier, source).values())

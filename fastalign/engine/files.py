@@ -5,7 +5,8 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -74,6 +75,22 @@ def _alive(process: int) -> bool:
     except PermissionError:
         pass  # somebody else's
     return True
+
+
+@contextmanager
+def saying_where(path: Path) -> Iterator[None]:
+    """Around writing a file of a run.
+
+    Raises:
+        UserError: it cannot be written; an error of `write` itself names no file.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({reason(error)}): free some space, or make its folder one that "
+            "can be written, and run the same command again"
+        ) from error
 
 
 def damage(path: Path) -> str | None:

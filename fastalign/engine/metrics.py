@@ -25,6 +25,7 @@ from rich.progress import (
 )
 
 from fastalign.engine.compilation import Compilation, compile_seconds
+from fastalign.engine.files import saying_where
 from fastalign.engine.flops import peak_flops
 from fastalign.errors import UserError
 
@@ -35,6 +36,7 @@ class MetricLog:
     Args:
         folder: the run folder; lines go to its `metrics.jsonl`.
         step: the step to continue from: lines of later steps, from before an interruption, are dropped.
+        judged: that step was validated and probed; else its lines about that are dropped too.
         main: whether this rank writes.
         sinks: also log to "tensorboard" (events in `folder`) and "wandb:PROJECT".
     """
@@ -44,6 +46,7 @@ class MetricLog:
         folder: Path,
         *,
         step: int = 0,
+        judged: bool = True,
         main: bool = True,
         sinks: Sequence[str] = (),
     ):
@@ -52,9 +55,9 @@ class MetricLog:
         self._file, self._sinks = None, []
         if not main:
             return
-        path = folder / "metrics.jsonl"
+        self._path = path = folder / "metrics.jsonl"
         if path.exists():
-            _drop_later_lines(path, step)
+            drop_later_lines(path, step, judged=judged)
         self._file = path.open("a")
         for sink in sinks:
             kind, _, project = sink.partition(":")
@@ -77,18 +80,21 @@ class MetricLog:
         for line in lines:
             if "loss" in line:
                 line |= common
-            self._file.write(json.dumps(line) + "\n")
+            with saying_where(self._path):
+                self._file.write(json.dumps(line) + "\n")
             for sink in self._sinks:
                 sink({k: v for k, v in line.items() if k != "step" and v is not None}, line["step"])
         if lines:
-            self._file.flush()
+            with saying_where(self._path):
+                self._file.flush()
         return lines
 
     def close(self) -> None:
         """Write what is pending."""
         if self._file:
             self.flush()
-            os.fsync(self._file.fileno())
+            with saying_where(self._path):
+                os.fsync(self._file.fileno())
             self._file.close()
 
 
@@ -250,11 +256,13 @@ def _plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _drop_later_lines(path: Path, step: int) -> None:
+def drop_later_lines(path: Path, step: int, *, judged: bool = True) -> None:
+    """Keep the lines of a file up to a step, without that step's validation and probe where it is not `judged`."""
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            found = json.loads(line)
+            if found["step"] < step or (found["step"] == step and (judged or "loss" in found)):
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue  # the line that an interruption tore

@@ -41,13 +41,14 @@ class Status:
 
     Args:
         world: the ranks.
+        lag: updates after which a status is read; None = 1 on a GPU, at once on a CPU, which waits for itself.
         sticky: once an update was left out, leave out all that follow: the weights stay those from before it.
     """
 
-    def __init__(self, world: World, *, sticky: bool = False):
+    def __init__(self, world: World, *, sticky: bool = False, lag: int | None = None):
         self._world = world
         self._tripped = torch.zeros((), dtype=torch.bool, device=world.device) if sticky else None
-        self._lag = 1 if world.device.type == "cuda" else 0
+        self._lag = lag if lag is not None else int(world.device.type == "cuda")
         self._shared: Tensor | None = None
         self._waiting: deque[tuple[int, Tensor, torch.cuda.Event | None, np.ndarray, tuple]] = deque()
 
