@@ -163,6 +163,7 @@ class Run:
             "judged_at": self.judged_at,
             "skipped_in_a_row": self.skipped_in_a_row,
             "bad": sorted(self.bad),
+            "images": self.train.source.fingerprint(),
             "config": self.config.model_dump(mode="json"),
         }
 
@@ -223,6 +224,12 @@ class Run:
                     f"{path} is a checkpoint of another model or run: {key} was {old}, is {new}; "
                     "set it back, or choose another output"
                 )
+        images = self.train.source.fingerprint()
+        if state.get("images", images) != images:
+            raise UserError(
+                f"data.train={self.config.data.train} has other images than when {path} was written, so that every "
+                "sample would be another: set it back, or choose another output"
+            )
         old, new = state.get("optimizer_class"), class_name(self.optimizer)
         if old not in (None, new):
             raise UserError(

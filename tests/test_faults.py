@@ -306,6 +306,16 @@ def test_damaged_shards_are_told_and_listed(recipe, images, tmp_path, capsys):  
 
 
 @needs_dali
+def test_a_run_goes_on_with_the_images_that_it_began_with(recipe, images, tmp_path, capsys):  # noqa: F811
+    shutil.copytree(images / "train", tmp_path / "train")
+    recipe(f"data.train={tmp_path / 'train'}", "data.val=null", "max_steps=1")
+    first = min((tmp_path / "train").glob("*/*.jpg"))
+    shutil.copy(first, first.with_name("0-new.jpg"))
+    recipe(f"data.train={tmp_path / 'train'}", "data.val=null", expect=2)
+    assert "has other images than when " in capsys.readouterr().err
+
+
+@needs_dali
 def test_a_validation_set_of_nothing_good_is_refused(recipe, damaged, capsys):  # noqa: F811
     root, _ = damaged
     for path in (root / "val").glob("*/*.jpg"):

@@ -86,6 +86,13 @@ def test_the_table_of_rooms_is_true():
     assert named == rooms
 
 
+def test_the_files_that_documents_name_are_there():
+    named = r"(?<![\w/.])((?:tests|examples|configs|docs|benchmarks)/[\w./-]+\.\w+)"
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("demo/*.md")]:
+        missing = [name for name in re.findall(named, page.read_text()) if not (ROOT / name).exists()]
+        assert not missing, f"{page.name} names {missing}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_files_and_functions_are_short(path):
     source = path.read_text()

@@ -95,7 +95,7 @@ class MetricLog:
             self.flush()
             with saying_where(self._path):
                 os.fsync(self._file.fileno())
-            self._file.close()
+                self._file.close()
 
 
 class Speed:
