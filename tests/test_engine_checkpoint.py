@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastalign.engine import checkpoint
+from fastalign.engine import checkpoint, files
 from fastalign.engine.checkpoint import Checkpoints, snapshot
 from fastalign.engine.distributed import World
 from fastalign.engine.optim import MovingAverage
@@ -370,6 +372,40 @@ def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path):
         assert same(checkpoints.load(step), step)
         noticed += step == 1
     assert noticed > 150
+
+
+def test_want_of_descriptors_is_no_damage(tmp_path):
+    """With none left zipfile cannot open the file; with one, torch cannot map it."""
+    checkpoints = written(tmp_path, 1, 2)
+    checkpoints.choose()  # imports what it needs
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for spare in (0, 1):
+        free = os.dup(0)
+        os.close(free)  # the lowest number that is free, and all above it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + spare, hard))
+        try:
+            reason = files.damage(checkpoints.path(2))
+        except UserError as error:
+            reason = error
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert isinstance(reason, UserError), reason
+        assert re.fullmatch(
+            r".*step-00000002\.pt cannot be read \(.*Too many open files.*\): see .*", str(reason)
+        )
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+@pytest.mark.parametrize("place", [(zipfile, "_EndRecData"), (zipfile.ZipFile, "testzip"), (torch, "load")])
+def test_a_disk_that_fails_renames_nothing(tmp_path, monkeypatch, error, place):
+    def fail(*_, **__):
+        raise error
+
+    checkpoints = written(tmp_path, 1, 2)
+    monkeypatch.setattr(*place, fail)
+    with pytest.raises(UserError, match=r"step-00000002\.pt cannot be read \(.*[Ee]rror\): see that"):
+        checkpoints.choose()
+    assert checkpoints.steps() == [1, 2]
 
 
 def test_where_all_are_damaged_none_is_moved(tmp_path):
