@@ -85,7 +85,7 @@ class Checkpoints:
         """of the checkpoint that was last written or read here"""
 
     def clean(self) -> None:
-        """Remove what a killed writer left behind."""
+        """Remove what a killed writer left behind; call it before the first save."""
         remove_leftovers(self.folder)
 
     def steps(self) -> list[int]:

@@ -52,9 +52,10 @@ def flush_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path, pattern: str = ".*") -> None:
-    """Remove the temporary files of `write_atomically` whose writer was killed.
+    """Remove the temporary files of `write_atomically` whose writer was killed; call it before the first write.
 
-    Those of a process that is alive stay, also where it is another one with the same number.
+    Those of another process that is alive stay, also where it has only the same number. This process's own number is
+    a dead one's: in a container every start may have the same.
 
     Args:
         folder: where they lie; it need not exist.
@@ -62,7 +63,7 @@ def remove_leftovers(folder: Path, pattern: str = ".*") -> None:
     """
     for path in folder.glob(pattern):
         match = _TEMPORARY.fullmatch(path.name)
-        if match and not _alive(int(match[1])):
+        if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
             path.unlink(missing_ok=True)
 
 
