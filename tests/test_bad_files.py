@@ -510,6 +510,16 @@ def test_a_damaged_shard_is_used_up_to_its_damage(tmp_path):
         open_source(str(whole), damaged=True)
 
 
+def test_a_disk_that_fails_is_no_damage_to_a_shard(tmp_path):
+    """Else the images behind would leave the order of the data without a word. The file linked to gives EIO."""
+    write_tar(tmp_path / "t/0.tar", [("a.jpg", small_photos(1)[0])])
+    (tmp_path / "t/1.tar").symlink_to("/proc/self/mem")
+    with pytest.raises(
+        UserError, match=r"cannot read /proc/\d+/mem: Input/output error; is the disk there\?"
+    ):
+        open_source(str(tmp_path / "t"), damaged=True)
+
+
 def header(name: bytes, size: int | bytes, kind: bytes = b"0") -> bytes:
     """A tar header by hand; `size` as bytes goes in as it is."""
     field = size if isinstance(size, bytes) else b"%011o\0" % size
@@ -556,7 +566,7 @@ def test_crafted_members_end_a_shard_without_harm(tmp_path, crafted):
 def test_the_crafted_name_that_claims_half_a_terabyte_reserves_none(tmp_path):
     path = tmp_path / "t.tar"
     path.write_bytes(header(b"long", b"\x80" + b"\0" * 6 + b"\x7f" * 5, b"L") + bytes(1024))
-    _, _, damage, _ = tars._scan_shard(str(path))
+    _, _, damage = tars._scan_shard(str(path))
     assert "a header of" in damage
 
 
