@@ -91,7 +91,7 @@ def test_what_changes_after_save_does_not_reach_the_file(tmp_path, gate):
     assert not np.array_equal(module.weight.detach().numpy(), wanted["weight"])
     gate.set()
     checkpoints.wait()
-    found = checkpoints.newest()
+    found = checkpoints.load(1)
     for name, value in wanted.items():
         assert np.array_equal(found["m"][name].numpy(), value)
     assert [value["exp_avg"].tolist() for value in found["o"]["state"].values()] == moments
@@ -139,7 +139,8 @@ def test_a_full_disk_is_told_once_and_costs_nothing(tmp_path, later):
     checkpoints.wait()  # told
     assert not checkpoints.failed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "step-00000001.pt"]
-    assert same(checkpoints.newest(), 1)
+    assert checkpoints.choose() == (1, [])
+    assert same(checkpoints.load(1), 1)
     assert same(torch.load(tmp_path / "best.pt", weights_only=True), 1)
     written(tmp_path, 3, keep=1)
     assert checkpoints.steps() == [3], "with room again, as ever"
@@ -202,7 +203,7 @@ try:
     checkpoints.wait()
 except UserError as error:
     print(error)
-print(os.listdir(folder), checkpoints.newest())
+print(os.listdir(folder), checkpoints.load(checkpoints.choose()[0]))
 """
 
 
@@ -286,7 +287,7 @@ def test_a_writer_killed_at_any_moment_leaves_what_loads(tmp_path):
         checkpoints = Checkpoints(folder, keep=1)
         checkpoints.clean()
         assert not (folder / leftover).exists()
-        state = checkpoints.newest()
+        state = checkpoints.load(checkpoints.choose()[0])
         assert state["step"] == (2 if complete else 1)
         assert torch.equal(state["x"], torch.full((200_000,), float(state["step"])))
 
@@ -355,7 +356,8 @@ def test_a_damaged_newest_gives_way_to_the_one_before(tmp_path, kind):
     assert checkpoints.choose() == (2, []), "said once"
     checkpoints = written(tmp_path, 3, keep=2)
     assert checkpoints.steps() == [2, 3]
-    assert same(checkpoints.newest(), 3)
+    assert checkpoints.choose() == (3, [])
+    assert same(checkpoints.load(3), 3)
 
 
 def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path):
@@ -415,7 +417,7 @@ def test_where_all_are_damaged_none_is_moved(tmp_path):
     with pytest.raises(
         UserError, match=r"step-00000002\.pt cannot be read .*nor can the 1 before it: .*remove"
     ):
-        checkpoints.newest()
+        checkpoints.choose()
     assert checkpoints.steps() == [1, 2]
 
 
@@ -425,8 +427,9 @@ def test_a_checkpoint_never_runs_code(tmp_path):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     torch.save({"step": Evil()}, tmp_path / "step-00000001.pt")
+    checkpoints = Checkpoints(tmp_path, keep=1)
     with pytest.raises(UserError, match=r"step-00000001\.pt cannot be read"):
-        Checkpoints(tmp_path, keep=1).newest()
+        checkpoints.load(checkpoints.choose()[0])
     assert not (tmp_path / "ran").exists()
 
 

@@ -143,11 +143,6 @@ class Checkpoints:
         """Whether a write is known to have failed, which `save` and `wait` will tell; nobody is waited for."""
         return self._failure is not None
 
-    @property
-    def writing(self) -> bool:
-        """Whether a checkpoint is being written."""
-        return self._writer is not None and self._writer.is_alive()
-
     def _write(self, state: dict, step: int, best: bool, publish: Callable[[dict], None]) -> None:
         try:
             write_atomically(self.path(step), lambda file: torch.save(state, file))
@@ -257,8 +252,3 @@ class Checkpoints:
                 raise SharedError(told)
         self.newest_step = step
         return step, state, notes
-
-    def newest(self) -> dict | None:
-        """The state of the newest undamaged checkpoint, on the CPU; None where there is none. Errors as `resume`."""
-        step, _ = self.choose()
-        return None if step is None else self.load(step)
