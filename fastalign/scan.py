@@ -24,7 +24,7 @@ from fastalign.data.pipeline import Examiner, load_dali
 from fastalign.data.source import SyntheticSource
 from fastalign.data.sources import open_source
 from fastalign.engine.command import guarded
-from fastalign.engine.files import write_atomically
+from fastalign.engine.files import temporary_name, write_atomically
 from fastalign.errors import UserError
 
 CHUNK = 64
@@ -137,6 +137,18 @@ def summary(data: str, total: int, bad: list[BadSample], output: Path | None) ->
     return lines
 
 
+def _try(output: Path) -> None:
+    """Refuse a list that could not be written, before hours of checking and not after."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary_name(output).touch()
+        temporary_name(output).unlink()
+    except OSError as error:
+        raise UserError(
+            f"--output {output}: it cannot be written ({error.strerror}); name another place"
+        ) from error
+
+
 def _run(options: argparse.Namespace) -> None:
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: it must be at least 1")
@@ -145,6 +157,8 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError(
             f"--output {output}: it is a folder; name a file, such as {output / 'quarantine.jsonl'}"
         )
+    if output:
+        _try(output)
     total, bad = scan(options.data, options.workers, Console(stderr=True))
     if output:
         text = b"".join(to_line(sample) for sample in bad)

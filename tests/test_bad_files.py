@@ -28,7 +28,7 @@ from fastalign.data.bad_samples import (
 from fastalign.data.cache import cache_folder, load_index, save_index
 from fastalign.data.headers import MAX_PIXELS, inspect
 from fastalign.data.loader import Loader
-from fastalign.data.pipeline import Decoder
+from fastalign.data.pipeline import DecodeError, Decoder
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
 from fastalign.errors import UserError
@@ -327,6 +327,49 @@ def test_without_tolerance_the_first_bad_batch_is_an_error(folders):
 
 
 @needs_dali
+@pytest.mark.parametrize("largest", [1, 0])
+def test_a_batch_that_fails_without_a_culprit_is_decoded_image_by_image(folders, monkeypatch, largest):
+    """As where memory is short: DALI fails on batches, and on none of their images as the examiner sees them."""
+    clean, dirty = (open_source(str(folder)) for folder in folders)
+    wanted = torch.cat([b.images for b in made(clean, EVAL, batch_size=16, train=False)])
+    collect = Decoder.collect
+
+    def short_of_memory(decoder):
+        count, pixels = len(decoder._in_flight[0]), collect(decoder)
+        if count > largest and decoder._size != (1, 1):
+            raise DecodeError("Error in MIXED operator:\nout of memory")
+        return pixels
+
+    monkeypatch.setattr(Decoder, "collect", short_of_memory)
+    if largest:
+        batches = made(dirty, EVAL, batch_size=16, train=False, bad=BadSamples())
+        ids = np.concatenate([b.ids_host for b in batches])
+        assert set(ids.tolist()) == set(range(COUNT)) - set(BAD)
+        assert torch.equal(torch.cat([b.images for b in batches]), wanted[ids])
+        return
+    told = (
+        r"from .*000\.jpg to .*015\.jpg, but .*\(Error in MIXED operator: out of memory\): .* smaller batches"
+    )
+    with pytest.raises(UserError, match=told) as caught:
+        made(clean, EVAL, batch_size=16, train=False)
+    assert "\n" not in str(caught.value)
+
+
+@needs_dali
+def test_headers_that_fail_without_a_culprit_end_in_one_line(folders, monkeypatch):
+    shapes = Decoder.shapes
+
+    def broken(decoder, encoded):
+        if len(encoded) > 1:
+            raise DecodeError("too much")
+        return shapes(decoder, encoded)
+
+    monkeypatch.setattr(Decoder, "shapes", broken)
+    with pytest.raises(UserError, match=r"batch from .*000\.jpg to .*015\.jpg, .*\(too much\)"):
+        made(open_source(str(folders[0])), EVAL, batch_size=16, train=False)
+
+
+@needs_dali
 def test_a_hundred_in_a_row_are_no_accident(tmp_path):
     photos = small_photos(4)
     files = {f"{i:03d}.jpg": photos[0] for i in range(4)}
@@ -438,7 +481,7 @@ def test_lists_on_disk(tmp_path):
     assert [json.loads(line)["id"] for line in path.read_bytes().splitlines()] == [1, None, 3]
     for wrong in (b"no json\n", b"[1]\n", b'{"id": "x", "name": "y"}\n', b'{"id": 1}\n', b"[" * 9999 + b"\n"):
         path.write_bytes(to_line(a) + wrong + to_line(c))
-        with pytest.raises(UserError, match="line 2 is not"):
+        with pytest.raises(UserError, match=r"line 2 is not .*; remove that line$"):
             read_list(path)
     with pytest.raises(UserError, match=r"cannot read .*nowhere"):
         read_list(tmp_path / "nowhere")
@@ -505,6 +548,16 @@ def test_a_damaged_shard_is_used_up_to_its_damage(tmp_path):
         open_source(str(whole), damaged=True)
 
 
+def test_a_disk_that_fails_is_no_damage_to_a_shard(tmp_path):
+    """Else the images behind would leave the order of the data without a word. The file linked to gives EIO."""
+    write_tar(tmp_path / "t/0.tar", [("a.jpg", small_photos(1)[0])])
+    (tmp_path / "t/1.tar").symlink_to("/proc/self/mem")
+    with pytest.raises(
+        UserError, match=r"cannot read /proc/\d+/mem: Input/output error; is the disk there\?"
+    ):
+        open_source(str(tmp_path / "t"), damaged=True)
+
+
 def header(name: bytes, size: int | bytes, kind: bytes = b"0") -> bytes:
     """A tar header by hand; `size` as bytes goes in as it is."""
     field = size if isinstance(size, bytes) else b"%011o\0" % size
@@ -551,7 +604,7 @@ def test_crafted_members_end_a_shard_without_harm(tmp_path, crafted):
 def test_the_crafted_name_that_claims_half_a_terabyte_reserves_none(tmp_path):
     path = tmp_path / "t.tar"
     path.write_bytes(header(b"long", b"\x80" + b"\0" * 6 + b"\x7f" * 5, b"L") + bytes(1024))
-    _, _, damage, _ = tars._scan_shard(str(path))
+    _, _, damage = tars._scan_shard(str(path))
     assert "a header of" in damage
 
 
@@ -615,7 +668,7 @@ BOMB = """
 import resource, sys
 from fastalign.data.bad_samples import BadSamples
 from fastalign.data.loader import Loader
-from fastalign.data.pipeline import Decoder
+from fastalign.data.pipeline import DecodeError, Decoder
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
 def peak(root):

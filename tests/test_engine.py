@@ -42,12 +42,12 @@ def test_moving_average_by_hand():
 
 def test_checkpoints_keep_the_newest_and_the_best(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
-    assert checkpoints.newest() is None
+    assert checkpoints.choose() == (None, [])
     for step in (1, 2, 3, 4):
         checkpoints.save({"step": step, "x": torch.tensor([step])}, step, best=step == 2)
     checkpoints.wait()
     assert checkpoints.steps() == [3, 4]
-    assert checkpoints.newest()["x"].item() == 4
+    assert checkpoints.load(4)["x"].item() == 4
     assert torch.load(tmp_path / "c" / "best.pt", weights_only=True)["step"] == 2
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
         "best.pt",
@@ -73,7 +73,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 def test_a_torn_checkpoint_is_named(tmp_path):
     (tmp_path / "step-00000007.pt").write_bytes(b"half")
     with pytest.raises(UserError, match=r"step-00000007\.pt"):
-        Checkpoints(tmp_path, keep=1).newest()
+        Checkpoints(tmp_path, keep=1).choose()
 
 
 def test_metrics_continue_after_an_interruption(tmp_path):

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastalign.engine import checkpoint
+from fastalign.engine import checkpoint, files
 from fastalign.engine.checkpoint import Checkpoints, snapshot
 from fastalign.engine.distributed import World
 from fastalign.engine.optim import MovingAverage
@@ -89,7 +91,7 @@ def test_what_changes_after_save_does_not_reach_the_file(tmp_path, gate):
     assert not np.array_equal(module.weight.detach().numpy(), wanted["weight"])
     gate.set()
     checkpoints.wait()
-    found = checkpoints.newest()
+    found = checkpoints.load(1)
     for name, value in wanted.items():
         assert np.array_equal(found["m"][name].numpy(), value)
     assert [value["exp_avg"].tolist() for value in found["o"]["state"].values()] == moments
@@ -137,7 +139,8 @@ def test_a_full_disk_is_told_once_and_costs_nothing(tmp_path, later):
     checkpoints.wait()  # told
     assert not checkpoints.failed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "step-00000001.pt"]
-    assert same(checkpoints.newest(), 1)
+    assert checkpoints.choose() == (1, [])
+    assert same(checkpoints.load(1), 1)
     assert same(torch.load(tmp_path / "best.pt", weights_only=True), 1)
     written(tmp_path, 3, keep=1)
     assert checkpoints.steps() == [3], "with room again, as ever"
@@ -200,7 +203,7 @@ try:
     checkpoints.wait()
 except UserError as error:
     print(error)
-print(os.listdir(folder), checkpoints.newest())
+print(os.listdir(folder), checkpoints.load(checkpoints.choose()[0]))
 """
 
 
@@ -284,7 +287,7 @@ def test_a_writer_killed_at_any_moment_leaves_what_loads(tmp_path):
         checkpoints = Checkpoints(folder, keep=1)
         checkpoints.clean()
         assert not (folder / leftover).exists()
-        state = checkpoints.newest()
+        state = checkpoints.load(checkpoints.choose()[0])
         assert state["step"] == (2 if complete else 1)
         assert torch.equal(state["x"], torch.full((200_000,), float(state["step"])))
 
@@ -294,9 +297,9 @@ def test_only_leftovers_of_the_dead_are_removed(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     names = {f".step-00000001.pt.{dead.pid}", f".best.pt.{dead.pid}", f".step-00000001.pt.{2**40}"}
+    names.add(f".step-00000002.pt.{os.getpid()}")  # of the start before, in a container
     kept = {
         f".step-00000001.pt.{sleeping.pid}",
-        f".best.pt.{os.getpid()}",
         "step-00000001.pt",
         ".note",
         ".x.pt.y",
@@ -353,7 +356,8 @@ def test_a_damaged_newest_gives_way_to_the_one_before(tmp_path, kind):
     assert checkpoints.choose() == (2, []), "said once"
     checkpoints = written(tmp_path, 3, keep=2)
     assert checkpoints.steps() == [2, 3]
-    assert same(checkpoints.newest(), 3)
+    assert checkpoints.choose() == (3, [])
+    assert same(checkpoints.load(3), 3)
 
 
 def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path):
@@ -372,6 +376,40 @@ def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path):
     assert noticed > 150
 
 
+def test_want_of_descriptors_is_no_damage(tmp_path):
+    """With none left zipfile cannot open the file; with one, torch cannot map it."""
+    checkpoints = written(tmp_path, 1, 2)
+    checkpoints.choose()  # imports what it needs
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for spare in (0, 1):
+        free = os.dup(0)
+        os.close(free)  # the lowest number that is free, and all above it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + spare, hard))
+        try:
+            reason = files.damage(checkpoints.path(2))
+        except UserError as error:
+            reason = error
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert isinstance(reason, UserError), reason
+        assert re.fullmatch(
+            r".*step-00000002\.pt cannot be read \(.*Too many open files.*\): see .*", str(reason)
+        )
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+@pytest.mark.parametrize("place", [(zipfile, "_EndRecData"), (zipfile.ZipFile, "testzip"), (torch, "load")])
+def test_a_disk_that_fails_renames_nothing(tmp_path, monkeypatch, error, place):
+    def fail(*_, **__):
+        raise error
+
+    checkpoints = written(tmp_path, 1, 2)
+    monkeypatch.setattr(*place, fail)
+    with pytest.raises(UserError, match=r"step-00000002\.pt cannot be read \(.*[Ee]rror\): see that"):
+        checkpoints.choose()
+    assert checkpoints.steps() == [1, 2]
+
+
 def test_where_all_are_damaged_none_is_moved(tmp_path):
     checkpoints = written(tmp_path, 1, 2)
     for step in (1, 2):
@@ -379,7 +417,7 @@ def test_where_all_are_damaged_none_is_moved(tmp_path):
     with pytest.raises(
         UserError, match=r"step-00000002\.pt cannot be read .*nor can the 1 before it: .*remove"
     ):
-        checkpoints.newest()
+        checkpoints.choose()
     assert checkpoints.steps() == [1, 2]
 
 
@@ -389,8 +427,9 @@ def test_a_checkpoint_never_runs_code(tmp_path):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     torch.save({"step": Evil()}, tmp_path / "step-00000001.pt")
+    checkpoints = Checkpoints(tmp_path, keep=1)
     with pytest.raises(UserError, match=r"step-00000001\.pt cannot be read"):
-        Checkpoints(tmp_path, keep=1).newest()
+        checkpoints.load(checkpoints.choose()[0])
     assert not (tmp_path / "ran").exists()
 
 

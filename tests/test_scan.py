@@ -81,3 +81,16 @@ def test_scan_refuses_bad_input(tmp_path, capsys):
         said = capsys.readouterr().err
         assert told in said
         assert said.count("\n") == 1
+
+
+def test_a_list_that_cannot_be_written_is_refused_before_the_scan(tmp_path, capsys, monkeypatch):
+    root = write_folder(tmp_path / "a", {"1.jpg": small_photos(1)[0]})
+    began = []
+    monkeypatch.setattr(scan, "scan", lambda *_: began.append("a scan") or (1, []))
+    for output in (root / "1.jpg/q.jsonl", "/proc/q.jsonl"):
+        assert main([str(root), "--output", str(output)]) == 2
+        assert f"--output {output}: it cannot be written (" in capsys.readouterr().err
+    assert began == []
+    assert main([str(root), "--output", str(tmp_path / "new/q.jsonl")]) == 0
+    assert began
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["q.jsonl"]

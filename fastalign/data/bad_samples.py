@@ -99,8 +99,7 @@ def read_list(path: Path) -> list[BadSample]:
             samples.append(sample)
         elif line.strip() and number < len(lines):
             raise UserError(
-                f'{path} line {number} is not {{"id": ..., "name": ..., "reason": ...}}; '
-                "write the list with python -m fastalign.scan"
+                f'{path} line {number} is not {{"id": ..., "name": ..., "reason": ...}}; remove that line'
             )
     return samples
 

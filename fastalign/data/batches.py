@@ -31,7 +31,8 @@ class BatchDecoder:
     """Decodes batches; where DALI cannot, finds out the samples that are to blame and goes on without them.
 
     DALI says only that a batch failed. Then each of its images is decoded alone, bad ones are replaced or left out as
-    the fetcher does it, and the batch is decoded again. Use from one thread.
+    the fetcher does it, and the batch is decoded again; where DALI fails once more, image by image.
+    Use from one thread.
 
     Args:
         transform: image to input.
@@ -74,12 +75,16 @@ class BatchDecoder:
             epoch: 0..2^32-1.
 
         Raises:
-            UserError: a bad sample without tolerance, or 100 in a row.
+            UserError: a bad sample without tolerance, 100 in a row, or DALI fails on images each of which it reads.
         """
         try:
             return self._plan(fetched, epoch)
         except DecodeError:
-            return self._plan(self._settled(fetched), epoch)
+            fetched = self._settled(fetched)
+        try:
+            return self._plan(fetched, epoch)
+        except DecodeError as error:
+            raise self._no_culprit(fetched, error) from error
 
     def submit(self, work: Work) -> None:
         """Starts decoding, if there is anything."""
@@ -98,14 +103,38 @@ class BatchDecoder:
 
         Raises:
             UserError: as for `prepare`.
-            DecodeError: DALI fails on a batch of which it decodes every image alone.
         """
         try:
             return work, self._decoder.collect() if work.encoded else None
         except DecodeError:
-            work = self._plan(self._settled(work.fetched), work.epoch)
-        self.submit(work)
-        return work, self._decoder.collect() if work.encoded else None
+            work = self.prepare(self._settled(work.fetched), work.epoch)
+        try:
+            self.submit(work)
+            return work, self._decoder.collect() if work.encoded else None
+        except DecodeError:
+            return work, self._one_by_one(work)
+
+    def _one_by_one(self, work: Work) -> Tensor:
+        """The pixels of a batch on which DALI fails although it decodes each image, for want of memory perhaps."""
+        pixels = []
+        try:
+            for made in work.fetched:
+                if made.encoded is not None:
+                    self.submit(self._plan([made], work.epoch))
+                    pixels.append(self._decoder.collect().clone())
+                    if pixels[-1].is_cuda:
+                        torch.cuda.current_stream(pixels[-1].device).synchronize()  # DALI reuses its memory
+        except DecodeError as error:
+            raise self._no_culprit(work.fetched, error) from error
+        return torch.cat(pixels)
+
+    def _no_culprit(self, fetched: list[Fetched], error: DecodeError) -> UserError:
+        names = [self._fetcher.source.name(made.id) for made in (fetched[0], fetched[-1])]
+        reason = " ".join(str(error).split())[:200]
+        return UserError(
+            f"DALI fails on the batch from {names[0]} to {names[1]}, but on none of its images alone ({reason}): "
+            "is there enough memory? try smaller batches, or fewer data.threads"
+        )
 
     def _plan(self, fetched: list[Fetched], epoch: int) -> Work:
         if not self._tolerant and any(made.bad for made in fetched):

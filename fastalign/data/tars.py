@@ -1,5 +1,6 @@
 """The images in tar shards: found by their headers, never extracted. Shards may be damaged, or made to do harm."""
 
+import errno
 import itertools
 import os
 import re
@@ -31,14 +32,16 @@ class _Headers:
         return self._file.read(size)
 
 
-def _scan_shard(path: str) -> tuple[list[bytes], list[tuple[int, int]], str, bool]:
+def _scan_shard(path: str) -> tuple[list[bytes], list[tuple[int, int]], str]:
     """The images in one tar, which is read to its end mark or to its damage.
 
     Returns:
-        Names; (offset, size) of each; what is wrong with the shard, "" for nothing; whether that will last, which
-        a disk's fault may not.
+        Names; (offset, size) of each; what is wrong with the shard, "" for nothing.
+
+    Raises:
+        UserError: the disk fails; a shard cut there would change the order of the data.
     """
-    names, places, position, lasting = [], [], 0, True
+    names, places, position = [], [], 0
     try:
         with Path(path).open("rb") as file, tarfile.open(fileobj=_Headers(file), mode="r:") as tar:
             total = os.fstat(file.fileno()).st_size
@@ -57,10 +60,12 @@ def _scan_shard(path: str) -> tuple[list[bytes], list[tuple[int, int]], str, boo
             if file.read(_BLOCK) != bytes(_BLOCK):
                 raise tarfile.ReadError("no member and no end mark")
     except Exception as error:  # tarfile lets a bad header raise nearly anything, too deep recursion included
-        lasting = not isinstance(error, OSError)
+        # EINVAL: a header sends the reader to a place before the file's beginning.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise UserError(f"cannot read {path}: {error.strerror}; is the disk there?") from error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        return names, places, f"damaged at byte {position}: {reason}", lasting
-    return names, places, "", lasting
+        return names, places, f"damaged at byte {position}: {reason}"
+    return names, places, ""
 
 
 def index_tars(key: str, shards: list[str]) -> dict[str, np.ndarray]:
@@ -77,7 +82,7 @@ def index_tars(key: str, shards: list[str]) -> dict[str, np.ndarray]:
         shard; `size` [n] int64, bytes; `damage`, `damage_offsets`: packed, what is wrong with each shard.
 
     Raises:
-        UserError: a shard that is missing, naming it.
+        UserError: a shard that is missing or cannot be read, naming it.
     """
     try:
         status = [Path(shard).stat() for shard in shards]
@@ -89,10 +94,9 @@ def index_tars(key: str, shards: list[str]) -> dict[str, np.ndarray]:
     with one_scanner("tar", key):
         cached = load_index("tar", key)  # another rank may have scanned while this one waited
         if cached is None or not _fits(cached, check):
-            found, lasting = _index_shards(shards)
-            cached = found | check
+            cached = _index_shards(shards) | check
             settled = all(time.time_ns() - mtime > SETTLE_NS for mtime in check["shard_mtimes"].tolist())
-            if settled and lasting and save_index("tar", key, cached):
+            if settled and save_index("tar", key, cached):
                 cached = load_index("tar", key) or cached
     return cached
 
@@ -117,12 +121,10 @@ def _fits(cached: dict[str, np.ndarray], check: dict[str, np.ndarray]) -> bool:
     return bool(((start >= 0) & (start <= ends) & (size >= 0) & (size <= ends - start)).all())
 
 
-def _index_shards(shards: list[str]) -> tuple[dict[str, np.ndarray], bool]:
-    """The index, and whether it may be kept."""
-    blob, lengths, places, owners, damages, kept = bytearray(), [], [], [], [], True
+def _index_shards(shards: list[str]) -> dict[str, np.ndarray]:
+    blob, lengths, places, owners, damages = bytearray(), [], [], [], []
     for number, shard in enumerate(shards):
-        found, where, damage, lasting = _scan_shard(shard)
-        kept &= lasting
+        found, where, damage = _scan_shard(shard)
         damages.append(damage.encode("utf-8", "replace"))
         blob += b"".join(found)
         lengths.append(np.array([len(name) for name in found], dtype=np.int64))
@@ -132,7 +134,7 @@ def _index_shards(shards: list[str]) -> tuple[dict[str, np.ndarray], bool]:
     damage = Names.pack(damages)
     arrays = {"names": names.blob, "offsets": names.offsets, "shard": np.concatenate(owners)}
     arrays |= {"start": place[:, 0].copy(), "size": place[:, 1].copy()}
-    return arrays | {"damage": damage.blob, "damage_offsets": damage.offsets}, kept
+    return arrays | {"damage": damage.blob, "damage_offsets": damage.offsets}
 
 
 def _expand_braces(pattern: str) -> list[str]:

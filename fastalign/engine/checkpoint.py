@@ -85,7 +85,7 @@ class Checkpoints:
         """of the checkpoint that was last written or read here"""
 
     def clean(self) -> None:
-        """Remove what a killed writer left behind."""
+        """Remove what a killed writer left behind; call it before the first save."""
         remove_leftovers(self.folder)
 
     def steps(self) -> list[int]:
@@ -142,11 +142,6 @@ class Checkpoints:
     def failed(self) -> bool:
         """Whether a write is known to have failed, which `save` and `wait` will tell; nobody is waited for."""
         return self._failure is not None
-
-    @property
-    def writing(self) -> bool:
-        """Whether a checkpoint is being written."""
-        return self._writer is not None and self._writer.is_alive()
 
     def _write(self, state: dict, step: int, best: bool, publish: Callable[[dict], None]) -> None:
         try:
@@ -261,8 +256,3 @@ class Checkpoints:
                 raise SharedError(told)
         self.newest_step = step
         return step, state, notes
-
-    def newest(self) -> dict | None:
-        """The state of the newest undamaged checkpoint, on the CPU; None where there is none. Errors as `resume`."""
-        step, _ = self.choose()
-        return None if step is None else self.load(step)

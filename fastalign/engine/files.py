@@ -53,9 +53,10 @@ def flush_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path, pattern: str = ".*") -> None:
-    """Remove the temporary files of `write_atomically` whose writer was killed.
+    """Remove the temporary files of `write_atomically` whose writer was killed; call it before the first write.
 
-    Those of a process that is alive stay, also where it is another one with the same number.
+    Those of another process that is alive stay, also where it has only the same number. This process's own number is
+    a dead one's: in a container every start may have the same.
 
     Args:
         folder: where they lie; it need not exist.
@@ -63,7 +64,7 @@ def remove_leftovers(folder: Path, pattern: str = ".*") -> None:
     """
     for path in folder.glob(pattern):
         match = _TEMPORARY.fullmatch(path.name)
-        if match and not _alive(int(match[1])):
+        if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
             path.unlink(missing_ok=True)
 
 
@@ -100,7 +101,7 @@ def damage(path: Path) -> str | None:
     may not be loaded is not damaged.
 
     Raises:
-        UserError: it may not be read, which says nothing about what is in it.
+        UserError: it cannot be read now, which says nothing about what is in it.
     """
     try:
         with zipfile.ZipFile(path) as file:
@@ -112,13 +113,27 @@ def damage(path: Path) -> str | None:
         if part is not None:
             return f"its part {part} has another checksum"
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # its index, as torch reads it
-    except PermissionError as error:
-        raise UserError(f"{path} cannot be read ({reason(error)}): see that it can") from error
     except pickle.UnpicklingError:
         return None
     except Exception as error:  # zipfile has no list of what it raises over damaged files
+        if obstacle := _obstacle(error):
+            raise UserError(
+                f"{path} cannot be read ({reason(obstacle)}): see that it can, and run the same command again"
+            ) from error
         return reason(error)
     return None
+
+
+def _obstacle(error: BaseException) -> BaseException | None:
+    """What kept a file from being read, be it the disk, memory or a limit; None where the content is to blame."""
+    cause: BaseException | None = error
+    while cause is not None:
+        # A damaged index sends zipfile to places before the file's beginning: EINVAL.
+        if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno != errno.EINVAL):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    # torch's own calls of the system fail with RuntimeError, as its reader does over a damaged index.
+    return error if isinstance(error, RuntimeError) and str(error).startswith("unable to ") else None
 
 
 def reason(error: BaseException) -> str:

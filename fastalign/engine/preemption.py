@@ -31,11 +31,6 @@ class Preemption:
         """the first signal that came, 0 before: a number, so that ranks can share it by a maximum"""
         self._before: dict[int, object] = {}
 
-    @property
-    def asked(self) -> str | None:
-        """The name of the first signal that came to this process, such as "SIGTERM"; None before."""
-        return name_of(self.number)
-
     def __enter__(self) -> "Preemption":
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._remember)
