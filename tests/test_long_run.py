@@ -17,7 +17,8 @@ STEPS = 10_000
 BYTES_A_STEP = 400
 """What resident memory may grow by at most, fitted over the last 80 % of the steps: 4 MB in 10,000 steps.
 
-Measured are 45 to 170, of an allocator that settles (40 to 70 over the last 40 %). A loss kept each step makes 700."""
+Measured are 45 to 170, of an allocator that settles (40 to 70 over the last 40 %); a loss kept each step makes 700.
+"""
 MODEL = {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2}
 
 
