@@ -82,6 +82,7 @@ def test_one_two_and_four_ranks_have_the_same_samples_masks_and_pixels(recipe, t
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_loss_of_a_batch_is_the_mean_over_its_parts(loss, mode):
     """What ranks and accumulation rely on, for the loss and for its gradient."""
+    torch.set_num_threads(1)  # so little work that two wait for one another
     vit = fa.create_backbone("vit_tiny_patch16_224", **MODEL)
     student = fa.MaskEmbedStudent.from_backbone(vit)
     step = fa.MaskEmbed(fa.MaskedTeacher(vit, masking=mode), student, fa.UniformMasks(), loss).double()
