@@ -89,7 +89,11 @@ def test_the_table_of_rooms_is_true():
 def test_the_files_that_documents_name_are_there():
     named = r"(?<![\w/.])((?:tests|examples|configs|docs|benchmarks)/[\w./-]+\.\w+)"
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("demo/*.md")]:
-        missing = [name for name in re.findall(named, page.read_text()) if not (ROOT / name).exists()]
+        missing = [
+            name
+            for name in re.findall(named, page.read_text())
+            if not (ROOT / name).exists() and "NAME" not in name
+        ]
         assert not missing, f"{page.name} names {missing}"
 
 
