@@ -40,11 +40,12 @@ demo: install
 
 # Everything that needs a GPU: the tests, then the measurements, then what they say of the targets. Works offline where
 # what benchmarks.needs lists is installed already; each part is a target of its own. A measurement goes on where it ended
-# when run again; step, kernels, attention, data and scaling begin nothing that would end after BUDGET seconds by what the
-# longest before took, the others and the tests have no budget. Results go to benchmarks/results and, where it is set, to
-# $$OUT, attention's with the table that it writes: it comes first because that table decides what the others run.
+# when run again (fp8 and checkpoint begin anew); step, kernels, attention, data and scaling begin nothing that would end
+# after BUDGET seconds by what the longest before took, the others and the tests have no budget. Results go to
+# benchmarks/results and, where it is set, to $$OUT, attention's with the table that it writes: it comes first because that
+# table decides what the others run.
 GPU_PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
-MEASUREMENTS := attention step kernels masks fp8 profile data scaling
+MEASUREMENTS := attention step kernels masks fp8 profile checkpoint data scaling
 BUDGET ?= 450
 TABLE := fastalign/attention/table.json
 
@@ -66,7 +67,7 @@ build/.gpu-installed: pyproject.toml setup.py $(wildcard csrc/*) | gpu-needs
 
 gpu-tests: gpu-install
 	$(GPU_PY) -m pytest -q tests/test_gpu.py tests/test_attention.py
-	$(GPU_PY) -m pytest -q -m gpu tests/test_extension.py
+	$(GPU_PY) -m pytest -q -m gpu tests/test_extension.py tests/test_engine_checkpoint.py
 
 # The tests that run in the interpreter elsewhere; compiling is most of it, so in several processes where pytest can.
 KERNEL_TESTS := mask_tokens pack reconstruction_loss softcap_attention layer_scale_residual_norm bias_activation ops
@@ -78,8 +79,8 @@ gpu-kernel-tests: gpu-install
 # One measurement a target; what it wrote is copied to $$OUT where that is set, also when it failed.
 .PHONY: $(MEASUREMENTS:%=gpu-%)
 $(MEASUREMENTS:%=gpu-%): gpu-%: gpu-install
-	@$(GPU_PY) -m benchmarks.$* $(if $(filter fp8,$*),,--resume) \
-		$(if $(filter masks fp8 profile,$*),,--budget $(BUDGET)); status=$$?; \
+	@$(GPU_PY) -m benchmarks.$* $(if $(filter fp8 checkpoint,$*),,--resume) \
+		$(if $(filter masks fp8 profile checkpoint,$*),,--budget $(BUDGET)); status=$$?; \
 	if [ -n "$$OUT" ]; then cp benchmarks/results/$*.* $(if $(filter attention,$*),$(TABLE)) "$$OUT"/; fi; exit $$status
 
 gpu-targets:

@@ -3,7 +3,7 @@
 For each model: how long the step loop stands still while the snapshot is taken, and how much longer the steps take
 that run beside the writer, in steps; against a write that the loop waits for. The sum as a share of training time at
 the default interval (an epoch) and for a checkpoint every 1,000 steps. Each checkpoint writes the backbone too, as
-the best one does. Writes `benchmarks/results/checkpoint.json`; milliseconds on a GPU only. Needs DALI.
+the best one does. Writes `benchmarks/results/checkpoint.json`; milliseconds on a GPU only.
 """
 
 import argparse
