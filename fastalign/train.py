@@ -121,6 +121,8 @@ def follow(run: Run, splits: Splits) -> None:
             if (run.folder / "backbone.json").exists():
                 terminal.say(f"aligned backbone: {run.folder / 'backbone.safetensors'}")
     finally:
+        with contextlib.suppress(UserError):
+            run.checkpoints.wait()  # a run that ends badly still has what it was writing
         terminal.close()
         log.close()
         for loader in (run.train, run.val):

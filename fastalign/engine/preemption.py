@@ -1,6 +1,7 @@
 """A run that is asked to leave: the signal is remembered, the run saves, and its folder says that it goes on."""
 
 import signal
+import threading
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -18,6 +19,8 @@ class Preempted(Exception):
 class Preemption:
     """Around a run, in the main thread: SIGTERM and SIGUSR1 end nothing, they are remembered here.
 
+    In another thread, which no signal reaches, nothing is installed.
+
     However often they come: a rank that is saving is not to be killed by the second one. Afterwards the old handlers
     are back; only after `Preempted` the signals are ignored from then on, because the process is about to end with
     its own exit code, and torchrun sends SIGTERM to all ranks as soon as the first one has ended.
@@ -32,7 +35,7 @@ class Preemption:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Preemption":
-        for number in SIGNALS:
+        for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
             self._before[number] = signal.signal(number, self._remember)
         return self
 

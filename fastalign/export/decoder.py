@@ -67,19 +67,14 @@ def describe(
         if name.startswith("encoder.fc_norm.")
     }
     position, last = student["decoder.pos_embed"], student["decoder.head.weight"]
-    wanted = config.decoder
-    block = decoder_block_spec(
-        vit.spec,
-        width=position.shape[2],
-        heads=wanted.heads,
-        **wanted.kwargs,
-    )
+    # The width is that of the weights, whatever was asked for.
+    block = decoder_block_spec(vit.spec, **{**config.decoder.kwargs, "width": position.shape[2]})
     facts = {
         "block": asdict(block),
         "tokens": position.shape[1],
         "prefix": vit.spec.prefix,
         "out": last.shape[0],
-        "layers": wanted.layers,
+        "layers": config.decoder.layers,
         "prefix_only": config.teacher.prefix_only,
         "backbone_width": vit.embed_dim,
         "norm": "norm.weight" in kept,
