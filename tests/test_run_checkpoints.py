@@ -77,6 +77,7 @@ import resource
 keep = train.update
 def update(run, *rest):
     if run.step == 3:
+        run.checkpoints.wait()  # that of the second update is good
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     return keep(run, *rest)
 train.update = update
