@@ -76,7 +76,7 @@ class Run:
         """the training samples that every rank knows to be bad, but for the quarantined"""
         if world.main:
             self.checkpoints.clean()
-            remove_leftovers(self.folder, ".backbone.*")
+            remove_leftovers(self.folder)
         self.epoch_steps = len(self.train) // optim.accumulate
         self.total_steps = optim.epochs * self.epoch_steps
         self.last_step = min(config.max_steps or self.total_steps, self.total_steps)

@@ -10,7 +10,7 @@ from fastalign.engine import distributed
 from fastalign.engine.distributed import LostConnection, connection_lost
 from fastalign.engine.preemption import PREEMPTED, Preempted
 from fastalign.engine.watchdog import BROKEN
-from fastalign.errors import SharedError, UserError
+from fastalign.errors import SharedError, UserError, of_the_system
 
 
 def guarded(body: Callable[[], object]) -> int:
@@ -24,7 +24,7 @@ def guarded(body: Callable[[], object]) -> int:
     except UserError as error:
         return _refuse(str(error))
     except OSError as error:
-        return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return _refuse(of_the_system(error))
     except Preempted as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"fastalign: {error}", file=sys.stderr, flush=True)

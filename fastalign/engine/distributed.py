@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from fastalign.errors import SharedError, UserError
+from fastalign.errors import SharedError, UserError, of_the_system
 
 _Result = TypeVar("_Result")
 
@@ -128,7 +128,7 @@ class LostConnection(Exception):
     """Another rank is gone, or cannot be reached. The message is one line for the user, empty where another tells."""
 
 
-_GLOO = ("connection closed", "connection reset", "broken pipe", "timed out", "connection timed out")
+_GLOO = ("connection closed", "connection reset", "broken pipe", "timed out")
 _GLOO += ("no route to host", "application timeout", "network is unreachable", "connection refused")
 _NCCL = ("ncclRemoteError", "ncclSystemError")
 
@@ -166,7 +166,7 @@ def on_first_rank(world: World, work: Callable[[], _Result]) -> _Result:
         except UserError as error:
             outcome = None, str(error)
         except OSError as error:
-            outcome = None, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            outcome = None, of_the_system(error)
     result, failure = world.share(outcome)
     if failure is not None:
         raise SharedError(failure)

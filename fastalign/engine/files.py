@@ -52,17 +52,16 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def remove_leftovers(folder: Path, pattern: str = ".*") -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of `write_atomically` whose writer was killed; call it before the first write.
 
     Those of another process that is alive stay, also where it has only the same number. This process's own number is
     a dead one's: in a container every start may have the same.
 
     Args:
-        folder: where they lie; it need not exist.
-        pattern: of their names, which begin with a dot and end with a process number.
+        folder: where they lie; it need not exist. Their names begin with a dot and end with a process number.
     """
-    for path in folder.glob(pattern):
+    for path in folder.glob(".*"):
         match = _TEMPORARY.fullmatch(path.name)
         if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
             path.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from rich.progress import (
 )
 
 from fastalign.engine.compilation import Compilation, compile_seconds
-from fastalign.engine.files import saying_where
+from fastalign.engine.files import saying_where, write_atomically
 from fastalign.engine.flops import peak_flops
 from fastalign.errors import UserError
 
@@ -266,9 +266,7 @@ def drop_later_lines(path: Path, step: int, *, judged: bool = True) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue  # the line that an interruption tore
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    write_atomically(path, lambda file: file.write("".join(kept).encode()))
 
 
 def _tensorboard(folder: Path, step: int):
