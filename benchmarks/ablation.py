@@ -1,4 +1,4 @@
-"""What each choice of the method does, in miniature: ``python -m benchmarks.ablation [--seeds 0 1]``.
+"""What each choice of the method does, in miniature: ``python -m benchmarks.ablation [--seeds 0 1 2]``.
 
 Every variant differs from the demo's recipe (configs/demo.yaml) in the keys of `VARIANTS`, trains half as long by
 `fastalign.train`, and is probed as `demo.evidence` probes, on the **validation** split, because what is chosen here
@@ -19,10 +19,11 @@ from benchmarks import record
 from demo.trials import CORES, Trial, run_trials, score
 from fastalign.build import build_objective
 from fastalign.config import load_config
-from fastalign.engine.command import guarded
+from fastalign.engine.metrics import mean_and_spread
 from fastalign.errors import UserError
 from fastalign.flops import flops_per_image
 from fastalign.probe.results import percent
+from fastalign.ranks.command import guarded
 
 RECIPE = "configs/demo.yaml"
 LENGTH = ("optim.epochs=1",)
@@ -79,30 +80,47 @@ def trials_of(name: str, overrides: tuple[str, ...], seeds: list[int], common: d
     return [Trial(name, seed, overrides=(*LENGTH, *overrides), **common) for seed in seeds]
 
 
-def row_of(group: str, name: str, overrides: tuple[str, ...], results: list[list[dict]], recipe: str) -> dict:
-    """A variant's scores over the seeds, and its cost."""
-    row = {"group": group, "variant": name, "overrides": list(overrides), "seeds": len(results)}
+def row_of(
+    group: str, name: str, overrides: tuple[str, ...], results: dict[int, list[dict]], recipe: str
+) -> dict:
+    """A variant's scores, and its cost.
+
+    Args:
+        group, name, overrides: of `VARIANTS`.
+        results: seed -> its rows, as `probe.json` has them.
+        recipe: the file.
+    """
+    row = {"group": group, "variant": name, "overrides": list(overrides), "seeds": sorted(results)}
     row["gflop_per_image"] = gigaflops(overrides, recipe)
-    rows = [found for part in results for found in part]
-    row |= {column: score(rows, "val", *asked_of) for column, asked_of in COLUMNS.items()}
+    for column, asked_of in COLUMNS.items():
+        values = [score(results[seed], "val", *asked_of)["mean"] for seed in row["seeds"]]
+        row[column] = {"values": values, **mean_and_spread(values)}
     return row
 
 
+def gain(row: dict, base: dict, column: str) -> dict[str, float | None] | None:
+    """What a variant gains on the recipe: mean and spread of the differences, each within a seed that both have."""
+    before = dict(zip(base["seeds"], base[column]["values"], strict=True))
+    pairs = zip(row["seeds"], row[column]["values"], strict=True)
+    differences = [value - before[seed] for seed, value in pairs if seed in before]
+    return mean_and_spread(differences) if differences else None
+
+
 def table(rows: list[dict]) -> str:
-    """The rows as Markdown, percent, with the difference to the recipe in the transformer head's column."""
+    """The rows as Markdown, percent: the recipe's scores, and what each variant gains on them."""
     lines = [
-        "| | variant | seeds | linear | MLP | transformer | gain | image | GFLOP an image |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "Percent, validation split. First the recipe's scores, then what each variant gains on them, seed by seed.",
+        "",
+        f"| | variant | seeds | {' | '.join(COLUMNS)} | GFLOP an image |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     base = next((row for row in rows if row["variant"] == BASE), None)
     for row in rows:
-        scores = [percent(row[column]) for column in COLUMNS]
-        gain = (
-            ""
-            if base in (None, row)
-            else f"{100 * (row['transformer']['mean'] - base['transformer']['mean']):+.1f}"
-        )
-        cells = [row["group"], row["variant"], str(row["seeds"]), *scores[:3], gain, scores[3]]
+        if base in (None, row):
+            scores = [percent(row[column]) for column in COLUMNS]
+        else:
+            scores = [percent(gain(row, base, column), sign="+") for column in COLUMNS]
+        cells = [row["group"], row["variant"], str(len(row["seeds"])), *scores]
         lines.append(f"| {' | '.join(cells)} | {row['gflop_per_image']:.3f} |")
     return "\n".join(lines) + "\n"
 
@@ -142,7 +160,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     results = run_trials(order, options.root, say, options.workers, options.minutes)
     finished = {trial: rows for trial, rows in zip(order, results, strict=True) if rows is not None}
     found = [
-        (variant, [finished[trial] for trial in trials if trial in finished]) for variant, trials in asked
+        (variant, {trial.seed: finished[trial] for trial in trials if trial in finished})
+        for variant, trials in asked
     ]
     rows = [row_of(*variant, results, options.recipe) for variant, results in found if results]
     print(table(rows))

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import record
 from fastalign.config import Config
-from fastalign.engine.distributed import World
+from fastalign.ranks.distributed import World
 from fastalign.run import Run
 from fastalign.saving import finish, save
 from fastalign.train import update

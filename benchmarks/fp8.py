@@ -18,8 +18,8 @@ import fastalign as fa
 from benchmarks import record
 from fastalign.build import build_backbones, evaluation_loader
 from fastalign.config import load_config
-from fastalign.engine.distributed import World
 from fastalign.models.vit import ViT
+from fastalign.ranks.distributed import World
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "configs" / "demo.yaml"

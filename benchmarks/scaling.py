@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import plots, record
 from benchmarks.step import BACKBONES, REPEATS, TINY, WARM_UP, Contestant
-from fastalign.engine import distributed
+from fastalign.ranks import distributed
 
 TIMEOUT = 500
 """Seconds after which ranks that wait for one another are ended."""

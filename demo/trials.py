@@ -24,7 +24,6 @@ import torch
 
 from fastalign import build
 from fastalign.config import Config, load_config
-from fastalign.engine.distributed import World
 from fastalign.engine.files import write_atomically
 from fastalign.engine.metrics import mean_and_spread
 from fastalign.errors import UserError
@@ -33,6 +32,7 @@ from fastalign.probe.datasets import open_labelled
 from fastalign.probe.features import Probed, probed_backbone
 from fastalign.probe.fit import Recipe
 from fastalign.probe.run import Plan, probe
+from fastalign.ranks.distributed import World
 from fastalign.train import train
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

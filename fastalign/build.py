@@ -12,7 +12,6 @@ from fastalign.data.bad_samples import BadSamples, read_quarantine
 from fastalign.data.loader import Loader
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
-from fastalign.engine.distributed import World
 from fastalign.engine.yaml_files import parse_yaml
 from fastalign.errors import UserError
 from fastalign.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
@@ -23,6 +22,7 @@ from fastalign.models.teacher import MaskedTeacher
 from fastalign.models.vit import ViT
 from fastalign.models.zoo import create_backbone, load_backbone
 from fastalign.objectives import MaskedImageModeling, MaskEmbed
+from fastalign.ranks.distributed import World
 
 WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".npz")
 """How a weights file's name ends; any other path is the folder of a run."""

@@ -3,9 +3,9 @@
 import torch
 
 from fastalign import build
-from fastalign.engine.standing import WAITING
 from fastalign.errors import SharedError
 from fastalign.random import EVAL_EPOCH
+from fastalign.ranks.standing import WAITING
 from fastalign.run import Run
 
 

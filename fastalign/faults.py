@@ -5,8 +5,8 @@ import json
 from fastalign.data.bad_samples import FILE, BadSample, append_to_list, read_list, too_many
 from fastalign.engine.files import saying_where
 from fastalign.engine.metrics import Terminal, drop_later_lines
-from fastalign.engine.status import Seen
 from fastalign.errors import SharedError, on_one_line
+from fastalign.ranks.status import Seen
 from fastalign.run import Run
 
 NONFINITE = "nonfinite.jsonl"

@@ -14,16 +14,16 @@ from fastalign.config import Config
 from fastalign.data.bad_samples import BadSample
 from fastalign.engine import sharding
 from fastalign.engine.checkpoint import Checkpoints
-from fastalign.engine.distributed import World, on_first_rank
 from fastalign.engine.files import remove_leftovers
 from fastalign.engine.optim import MovingAverage, class_name, make_optimizer
-from fastalign.engine.preemption import Preemption
-from fastalign.engine.status import Status
-from fastalign.engine.watchdog import Watchdog
 from fastalign.errors import UserError
 from fastalign.models.blocks import Block
 from fastalign.models.precision import autocast
 from fastalign.publish import publish_backbone
+from fastalign.ranks.distributed import World, on_first_rank
+from fastalign.ranks.preemption import Preemption
+from fastalign.ranks.status import Status
+from fastalign.ranks.watchdog import Watchdog
 
 DECISIVE = ("objective", "seed", "student", "teacher", "decoder", "masks", "loss.name", "data.train")
 DECISIVE += ("optim.name", "optim.batch_size", "optim.epochs")

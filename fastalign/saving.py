@@ -6,10 +6,10 @@ from typing import NoReturn
 
 from fastalign import __version__
 from fastalign.engine.checkpoint import snapshot
-from fastalign.engine.distributed import on_first_rank
-from fastalign.engine.preemption import preempted
-from fastalign.engine.standing import WAITING
 from fastalign.publish import publish_backbone
+from fastalign.ranks.distributed import on_first_rank
+from fastalign.ranks.preemption import preempted
+from fastalign.ranks.standing import WAITING
 from fastalign.run import Run
 
 

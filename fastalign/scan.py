@@ -23,9 +23,9 @@ from fastalign.data.fetch import Fetcher
 from fastalign.data.pipeline import Examiner, load_dali
 from fastalign.data.source import SyntheticSource
 from fastalign.data.sources import open_source
-from fastalign.engine.command import guarded
 from fastalign.engine.files import temporary_name, write_atomically
 from fastalign.errors import UserError
+from fastalign.ranks.command import guarded
 
 CHUNK = 64
 """Images a task."""

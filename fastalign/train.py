@@ -15,20 +15,20 @@ from torch import Tensor
 
 from fastalign.compat.reference_config import read_reference
 from fastalign.config import Config, load_config, to_yaml
-from fastalign.engine import distributed
-from fastalign.engine.command import guarded, telling
 from fastalign.engine.memory import keep_freed_memory
 from fastalign.engine.metrics import MetricLog, Speed, Terminal
 from fastalign.engine.optim import learning_rate, seed_update, step_unless
-from fastalign.engine.preemption import Preemption, unmark
 from fastalign.engine.spikes import Spikes
-from fastalign.engine.watchdog import Watchdog, patience
 from fastalign.errors import UserError
 from fastalign.evaluation import evaluate, measure_target_scale
 from fastalign.faults import bad_validation_samples, look_back, react
 from fastalign.flops import flops_per_image
 from fastalign.probe.pairs import LabelledImages
 from fastalign.probe.training import due, open_splits, probe_student
+from fastalign.ranks import distributed
+from fastalign.ranks.command import guarded, telling
+from fastalign.ranks.preemption import Preemption, unmark
+from fastalign.ranks.watchdog import Watchdog, patience
 from fastalign.run import Run
 from fastalign.saving import finish, improves, leave, save
 

@@ -40,9 +40,9 @@ from fastalign.data.prefetch import Batch
 from fastalign.data.source import Subset
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
-from fastalign.engine import distributed
 from fastalign.engine.checkpoint import checksum
 from fastalign.engine.metrics import mean_and_spread
+from fastalign.ranks import distributed
 from tests.data_helpers import encode, write_tar
 
 ROOT = Path(__file__).parent.parent

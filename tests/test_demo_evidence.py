@@ -157,6 +157,14 @@ def test_the_ablation_runs_at_a_tiny_size(recipe, here, tmp_path, capsys):
     assert "| hidden patches | leave the sequence (mode drop) | 1 |" in capsys.readouterr().out
 
 
+def test_gains_are_differences_within_a_seed_by_hand():
+    """0.10 and 0.30 more in the two seeds that both have: 0.20, n - 1 standard deviation 0.1 * sqrt(2)."""
+    base = {"seeds": [0, 1, 2], "linear": {"values": [0.2, 0.5, 0.9]}}
+    row = {"seeds": [1, 2, 3], "linear": {"values": [0.6, 1.2, 0.0]}}
+    assert ablation.gain(row, base, "linear") == pytest.approx({"mean": 0.2, "std": 0.1 * 2**0.5})
+    assert ablation.gain({**row, "seeds": [3, 4, 5]}, base, "linear") is None
+
+
 def test_every_variant_of_the_ablation_is_a_recipe_of_its_own():
     seen = set()
     for members in ablation.VARIANTS.values():

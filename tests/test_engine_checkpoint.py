@@ -18,9 +18,9 @@ import torch
 
 from fastalign.engine import checkpoint, files
 from fastalign.engine.checkpoint import Checkpoints, snapshot
-from fastalign.engine.distributed import World
 from fastalign.engine.optim import MovingAverage
 from fastalign.errors import UserError
+from fastalign.ranks.distributed import World
 
 ROOT = Path(__file__).parent.parent
 

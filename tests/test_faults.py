@@ -13,8 +13,8 @@ import torch
 from fastalign.engine.metrics import MetricLog
 from fastalign.engine.optim import step_unless
 from fastalign.engine.spikes import Spikes
-from fastalign.engine.status import Status
 from fastalign.objectives import MaskEmbed
+from fastalign.ranks.status import Status
 from tests.data_helpers import needs_dali, write_tar
 from tests.test_train import images, losses, metrics, recipe  # noqa: F401 (fixtures)
 

@@ -15,11 +15,11 @@ import fastalign as fa
 from fastalign import build
 from fastalign.config import load_config
 from fastalign.data.prefetch import Batch
-from fastalign.engine.distributed import World
 from fastalign.models.precision import FP8_CAPABILITY, FP8Linear
 from fastalign.probe.features import Features
 from fastalign.probe.fit import Recipe, Task, evaluate, fit
 from fastalign.probe.heads import TokenShape, make_head
+from fastalign.ranks.distributed import World
 from fastalign.run import Run
 from fastalign.train import update
 from tests.numerics import DEVICE, gradient_error, randomise, relative_error

@@ -21,7 +21,7 @@ FLOORS = [
     {"build", "publish"},
     {"flops", "config"},
     {"objectives", "accelerate", "engine", "data"},
-    {"models"},
+    {"models", "ranks"},
     {"attention", "masks"},
     {"ops"},
     {"reference", "random", "kernels", "extension"},

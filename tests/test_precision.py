@@ -12,8 +12,8 @@ import fastalign as fa
 from fastalign import train
 from fastalign.build import teacher_dtype
 from fastalign.config import Config
-from fastalign.engine.distributed import World
 from fastalign.models.precision import FP8Linear
+from fastalign.ranks.distributed import World
 from fastalign.run import Run
 from tests.numerics import needs_compiler, randomise, relative_error
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastalign.engine import distributed
-from fastalign.engine.command import guarded
-from fastalign.engine.preemption import MARKER, PREEMPTED, Preempted, Preemption, name_of, preempted, unmark
+from fastalign.ranks import distributed
+from fastalign.ranks.command import guarded
+from fastalign.ranks.preemption import MARKER, PREEMPTED, Preempted, Preemption, name_of, preempted, unmark
 
 ROOT = Path(__file__).parent.parent
 PRELOAD = ["tests.test_preemption", "tests.test_watchdog"]
@@ -139,9 +139,9 @@ PROGRAM = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from fastalign.engine import distributed
-from fastalign.engine.command import guarded
-from fastalign.engine.preemption import Preemption, unmark
+from fastalign.ranks import distributed
+from fastalign.ranks.command import guarded
+from fastalign.ranks.preemption import Preemption, unmark
 from tests.test_preemption import loop
 folder = Path(sys.argv[1])
 def body():

@@ -27,7 +27,6 @@ import fastalign as fa
 from fastalign import train
 from fastalign.build import named_backbone
 from fastalign.data.transforms import Transform, geometry
-from fastalign.engine.distributed import World
 from fastalign.models.vit import ViT
 from fastalign.probe import features as features_module
 from fastalign.probe import run as run_module
@@ -38,6 +37,7 @@ from fastalign.probe.fit import Recipe, Task, evaluate, fit, head_loss
 from fastalign.probe.heads import HEADS, LABELS, TokenShape, make_head
 from fastalign.probe.results import percent, summarise, table_of, write_results
 from fastalign.probe.run import Plan, probe
+from fastalign.ranks.distributed import World
 from fastalign.report.probe import read_probe
 from tests.data_helpers import needs_dali
 

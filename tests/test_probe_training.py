@@ -24,12 +24,12 @@ from fastalign import MaskEmbed, train
 from fastalign.config import load_config
 from fastalign.data.source import Subset
 from fastalign.engine import metrics
-from fastalign.engine.distributed import World
 from fastalign.probe import fit as fitting
 from fastalign.probe import training
 from fastalign.probe.datasets import open_labelled
 from fastalign.probe.features import probed_backbone, read_features
 from fastalign.probe.heads import TokenShape, make_head
+from fastalign.ranks.distributed import World
 from fastalign.report import __main__ as report
 from fastalign.run import Run
 

@@ -12,8 +12,8 @@ import yaml
 
 from fastalign import train
 from fastalign.config import Config
-from fastalign.engine.distributed import World
 from fastalign.errors import UserError
+from fastalign.ranks.distributed import World
 from fastalign.run import sharded
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +31,7 @@ PROGRAM = """
 import sys, yaml
 from pathlib import Path
 from fastalign.config import load_config
-from fastalign.engine import distributed
+from fastalign.ranks import distributed
 from fastalign.engine.checkpoint import Checkpoints
 from fastalign.errors import SharedError
 from fastalign.train import train

@@ -12,10 +12,10 @@ import time
 import pytest
 import torch
 
-from fastalign.engine import distributed
-from fastalign.engine.command import guarded
-from fastalign.engine.distributed import connection_lost
-from fastalign.engine.standing import (
+from fastalign.ranks import distributed
+from fastalign.ranks.command import guarded
+from fastalign.ranks.distributed import connection_lost
+from fastalign.ranks.standing import (
     BACKWARD,
     COLLECTIVE,
     FREE,
@@ -25,7 +25,7 @@ from fastalign.engine.standing import (
     furthest_behind,
     where,
 )
-from fastalign.engine.watchdog import BROKEN, Watchdog, patience
+from fastalign.ranks.watchdog import BROKEN, Watchdog, patience
 from tests.test_preemption import PRELOAD
 
 TIMEOUT = 2.0
@@ -147,7 +147,7 @@ SCENES = {
     stop_first: (
         [None, BROKEN],
         r"rank 0 has not answered for 2 s \(it keeps the ranks' store.*"
-        r"rank 1 \(.*, pid {1}\) waits at step 50, computing, at engine/distributed.py:\d+, sum",
+        r"rank 1 \(.*, pid {1}\) waits at step 50, computing, at ranks/distributed.py:\d+, sum",
     ),
     die_second: (
         [BROKEN, -signal.SIGKILL],

@@ -15,10 +15,10 @@ from fastalign.build import named_backbone
 from fastalign.classify.evaluate import REPORT, classify
 from fastalign.classify.options import HEADS, Options
 from fastalign.classify.scores import FIGURES
-from fastalign.engine import distributed
-from fastalign.engine.command import guarded
 from fastalign.engine.memory import keep_freed_memory
 from fastalign.errors import UserError
+from fastalign.ranks import distributed
+from fastalign.ranks.command import guarded
 
 _TITLES = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class", "loss": "loss"}
 

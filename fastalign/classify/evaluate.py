@@ -19,11 +19,11 @@ from fastalign.classify.modes import Job, check_batch, train_on_features, train_
 from fastalign.classify.options import Options
 from fastalign.classify.scores import summarise
 from fastalign.engine.checkpoint import checksum
-from fastalign.engine.command import telling
-from fastalign.engine.distributed import World
 from fastalign.engine.files import write_atomically
 from fastalign.errors import UserError
 from fastalign.models.vit import ViT
+from fastalign.ranks.command import telling
+from fastalign.ranks.distributed import World
 
 REPORT = "classify.json"
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from fastalign.classify.heads import represent
 from fastalign.data.loader import Loader
 from fastalign.data.prefetch import Batch
-from fastalign.engine.distributed import World
 from fastalign.engine.memory import free_memory
 from fastalign.errors import SharedError
 from fastalign.models.precision import autocast
 from fastalign.models.vit import ViT
 from fastalign.random import permutation
+from fastalign.ranks.distributed import World
 
 _CHUNK = 2**26  # bytes sent between ranks at a time
 

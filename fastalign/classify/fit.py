@@ -18,11 +18,11 @@ from fastalign.classify.options import Options
 from fastalign.classify.scores import Tally, select
 from fastalign.data.loader import Loader
 from fastalign.engine.checkpoint import Checkpoints
-from fastalign.engine.distributed import World, on_first_rank
 from fastalign.engine.metrics import MetricLog, Speed
 from fastalign.engine.optim import learning_rate, seed_update
 from fastalign.errors import UserError
 from fastalign.models.precision import autocast
+from fastalign.ranks.distributed import World, on_first_rank
 
 _BETAS = (0.9, 0.999)
 _SAY_EVERY = 30.0

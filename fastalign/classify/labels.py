@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastalign.data.sources import Source, open_source
-from fastalign.engine.distributed import World
 from fastalign.errors import UserError
+from fastalign.ranks.distributed import World
 
 _NAMED_AT_MOST = 3
 

@@ -17,10 +17,10 @@ from fastalign.classify.model import Classifier, reading_copy
 from fastalign.classify.options import Options
 from fastalign.data.loader import Loader
 from fastalign.data.transforms import Transform
-from fastalign.engine.distributed import World
 from fastalign.errors import UserError
 from fastalign.models.precision import compute_dtype
 from fastalign.models.vit import ViT
+from fastalign.ranks.distributed import World
 
 _READ_AT_ONCE = 256
 """Images a rank and pass, where features are computed once."""

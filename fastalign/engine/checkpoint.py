@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.engine import files
-from fastalign.engine.distributed import World, on_first_rank
 from fastalign.engine.files import flush_folder, remove_leftovers, temporary_name, write_atomically
 from fastalign.engine.sharding import whole
 from fastalign.errors import SharedError, UserError
+from fastalign.ranks.distributed import World, on_first_rank
 
 _NAME = re.compile(r"step-(\d+)\.pt$")
 _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space")

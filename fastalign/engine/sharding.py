@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fastalign.engine.distributed import World
+from fastalign.ranks.distributed import World
 
 
 def shard(module: nn.Module, parts: Iterable[nn.Module], world: World) -> None:

@@ -13,8 +13,6 @@ from rich.console import Console
 from fastalign import __version__
 from fastalign.build import named_backbone, starting_backbone
 from fastalign.config import load_config
-from fastalign.engine import distributed
-from fastalign.engine.command import guarded
 from fastalign.engine.memory import keep_freed_memory
 from fastalign.errors import UserError
 from fastalign.models.precision import compute_dtype
@@ -24,6 +22,8 @@ from fastalign.probe.fit import METRICS, Recipe, check_options
 from fastalign.probe.heads import HEADS, LABELS
 from fastalign.probe.results import check_output, summarise, table_of, write_results
 from fastalign.probe.run import Plan, probe
+from fastalign.ranks import distributed
+from fastalign.ranks.command import guarded
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -19,8 +19,6 @@ from fastalign import __version__
 from fastalign.data.loader import Loader
 from fastalign.data.transforms import Transform
 from fastalign.engine.checkpoint import checksum
-from fastalign.engine.command import telling
-from fastalign.engine.distributed import World
 from fastalign.errors import UserError
 from fastalign.models.precision import autocast
 from fastalign.models.vit import ViT
@@ -28,6 +26,8 @@ from fastalign.probe.cache import Files
 from fastalign.probe.datasets import LabelledImages
 from fastalign.probe.heads import TokenShape
 from fastalign.probe.labels import patch_labels
+from fastalign.ranks.command import telling
+from fastalign.ranks.distributed import World
 
 
 @dataclass(frozen=True)

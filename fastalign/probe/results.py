@@ -63,12 +63,12 @@ def table_of(summary: list[dict], title: str) -> Table:
     return table
 
 
-def percent(value: dict | None) -> str:
-    """71.3 ± 0.4"""
+def percent(value: dict | None, sign: str = "-") -> str:
+    """71.3 ± 0.4; of a difference, with `sign` "+", +1.2 ± 0.4."""
     if value is None or math.isnan(value["mean"]):
         return "-"
     spread = "" if value["std"] is None else f" ± {100 * value['std']:.1f}"
-    return f"{100 * value['mean']:.1f}{spread}"
+    return f"{100 * value['mean']:{sign}.1f}{spread}"
 
 
 def check_output(path: Path, about: dict) -> None:

@@ -5,13 +5,13 @@ import copy
 import numpy as np
 import torch
 
-from fastalign.engine.distributed import World, on_first_rank
 from fastalign.errors import UserError
 from fastalign.models.vit import ViT
 from fastalign.probe.datasets import LabelledImages, open_labelled
 from fastalign.probe.features import probed_backbone, read_features
 from fastalign.probe.fit import Recipe, Task, evaluate, fit
 from fastalign.probe.heads import make_head
+from fastalign.ranks.distributed import World, on_first_rank
 from fastalign.run import Run
 
 IMAGES = {"train": 2_000, "val": 1_000}

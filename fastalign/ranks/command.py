@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from fastalign.engine import distributed
-from fastalign.engine.distributed import LostConnection, connection_lost
-from fastalign.engine.preemption import PREEMPTED, Preempted
-from fastalign.engine.watchdog import BROKEN
 from fastalign.errors import SharedError, UserError, of_the_system
+from fastalign.ranks import distributed
+from fastalign.ranks.distributed import LostConnection, connection_lost
+from fastalign.ranks.preemption import PREEMPTED, Preempted
+from fastalign.ranks.watchdog import BROKEN
 
 
 def guarded(body: Callable[[], object]) -> int:
@@ -19,6 +19,7 @@ def guarded(body: Callable[[], object]) -> int:
     Returns:
         The exit code: 0, 2 for bad input, 70 where another rank was lost, 75 where the run saved and left as asked.
     """
+    rank = os.environ.get("RANK", "0")
     try:
         body()
     except UserError as error:
@@ -26,35 +27,33 @@ def guarded(body: Callable[[], object]) -> int:
     except OSError as error:
         return _refuse(of_the_system(error))
     except Preempted as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"fastalign: {error}", file=sys.stderr, flush=True)
-        return PREEMPTED
+        return _leave(PREEMPTED, str(error) if rank == "0" else "")
     except LostConnection as error:
-        if str(error):
-            print(f"fastalign: {error}", file=sys.stderr, flush=True)
-        return BROKEN
+        return _leave(BROKEN, str(error))
     except RuntimeError as error:
         if not connection_lost(error):
             raise
-        rank, reason = os.environ.get("RANK", "0"), str(error).splitlines()[0]
-        print(
-            f"fastalign: rank {rank}: lost the connection to another rank: run again to resume ({reason})",
-            file=sys.stderr,
-            flush=True,
-        )
-        return BROKEN
+        first = str(error).splitlines()[0]
+        line = f"rank {rank}: lost the connection to another rank: run again to resume ({first})"
+        return _leave(BROKEN, line)
     finally:
         distributed.stop()
     return 0
 
 
 def _refuse(message: str) -> int:
-    """One line for the user; of several ranks, each machine's first says it. Returns the exit code."""
+    """Bad input: of several ranks, each machine's first says it."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"fastalign: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(3)  # torchrun ends every rank when the first one ends: let the line be printed
+        return _leave(2, message)
+    time.sleep(3)  # torchrun ends every rank when the first one ends: let the line be printed
     return 2
+
+
+def _leave(code: int, message: str) -> int:
+    """One line for the user, none where the message is empty. Returns the exit code."""
+    if message:
+        print(f"fastalign: {message}", file=sys.stderr, flush=True)
+    return code
 
 
 @contextmanager

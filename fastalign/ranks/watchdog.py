@@ -19,15 +19,15 @@ from datetime import timedelta
 
 from torch import distributed
 
-from fastalign.engine.distributed import (
+from fastalign.ranks.distributed import (
     LostConnection,
     World,
     agent_keeps_the_store,
     connection_lost,
     open_store,
 )
-from fastalign.engine.preemption import Preempted
-from fastalign.engine.standing import Standing, accusation, departure, furthest_behind, where
+from fastalign.ranks.preemption import Preempted
+from fastalign.ranks.standing import Standing, accusation, departure, furthest_behind, where
 
 BROKEN = 70
 """The exit code where another rank, or this one, stopped responding or is gone: the same command goes on."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.engine.distributed import World
+from fastalign.ranks.distributed import World
 
 _LOSS, _BAD, _RANKS = range(3)
 

@@ -1,4 +1,4 @@
-"""Where each rank of a run stands, and which one the others wait for: the judgement behind `engine/watchdog.py`."""
+"""Where each rank of a run stands, and which one the others wait for: the judgement behind `ranks/watchdog.py`."""
 
 import sysconfig
 from collections.abc import Sequence
