@@ -67,14 +67,12 @@ build/.gpu-installed: pyproject.toml setup.py $(wildcard csrc/*) | gpu-needs
 
 gpu-tests: gpu-install
 	$(GPU_PY) -m pytest -q tests/test_gpu.py tests/test_attention.py
-	$(GPU_PY) -m pytest -q -m gpu tests/test_extension.py tests/test_engine_checkpoint.py
+	$(GPU_PY) -m pytest -q -m gpu tests/test_extension.py tests/reliability/test_checkpoints.py
 
 # The tests that run in the interpreter elsewhere; compiling is most of it, so in several processes where pytest can.
-KERNEL_TESTS := mask_tokens pack reconstruction_loss softcap_attention layer_scale_residual_norm bias_activation ops
-
 gpu-kernel-tests: gpu-install
 	$(GPU_PY) -m pytest -q $$($(GPU_PY) -c "import xdist; print('-n 8')" 2>/dev/null) -k "not without_a_gpu" \
-		$(KERNEL_TESTS:%=tests/test_%.py) tests/test_drop.py
+		tests/kernels tests/test_ops.py tests/test_drop.py
 
 # One measurement a target; what it wrote is copied to $$OUT where that is set, also when it failed.
 .PHONY: $(MEASUREMENTS:%=gpu-%)

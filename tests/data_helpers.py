@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastalign.data.loader import Loader
 from fastalign.data.pipeline import load_dali
+from fastalign.data.prefetch import Batch
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
 from fastalign.errors import UserError
@@ -137,3 +139,11 @@ def message(spec) -> str:
     text = str(caught.value)
     assert "\n" not in text
     return text
+
+
+def batches_of(source, transform, *, start=0, epoch=0, **options) -> list[Batch]:
+    """An epoch's batches, of a loader with the options."""
+    loader = Loader(source, transform, device="cpu", threads=2, **options)
+    batches = list(loader.batches(epoch, start))
+    loader.close()
+    return batches

@@ -45,7 +45,7 @@ COMMANDS = [
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_run_by_a_test(name):
     """Whoever adds a benchmark adds a test that runs it at a tiny size."""
-    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
     assert re.search(rf"\b{name}\.main\(|\bbenchmarks\.{name}\b", tests), f"no test runs benchmarks.{name}"
 
 

@@ -5,11 +5,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fastalign.ranks.distributed import World
+from fastalign.ranks.distributed import World, open_mesh
 
 
 def shard(module: nn.Module, parts: Iterable[nn.Module], world: World) -> None:
@@ -20,7 +19,7 @@ def shard(module: nn.Module, parts: Iterable[nn.Module], world: World) -> None:
         parts: modules within it that are put together one at a time, called as modules too.
         world: several ranks.
     """
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    mesh = open_mesh(world)
     for part in parts:
         fully_shard(part, mesh=mesh)
     # The root too gives its weights back after each pass: what is loaded between two passes is never passed over.

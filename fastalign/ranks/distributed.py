@@ -1,5 +1,6 @@
 """Ranks: who am I, which device is mine, and sums over everybody; whether another one is lost."""
 
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,10 +9,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastalign.errors import SharedError, UserError, of_the_system
 
 _Result = TypeVar("_Result")
+_meshes: list[DeviceMesh] = []
 
 
 @dataclass(frozen=True)
@@ -147,10 +150,26 @@ def connection_lost(error: BaseException) -> bool:
     return gloo and any(sign in text.lower() for sign in _GLOO)
 
 
+def open_mesh(world: World) -> DeviceMesh:
+    """All ranks in one row, for FSDP; `stop` closes it."""
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    _meshes.append(mesh)
+    return mesh
+
+
 def stop() -> None:
-    """Leave the group of ranks."""
+    """Leave the group of ranks, and end its threads.
+
+    FSDP's caches keep its mesh, and a mesh the group, for ever. Gloo's threads would then outlive Python, and one
+    that lets go of a tensor so late aborts the process (pytorch #179291).
+    """
     if distributed.is_initialized():
         distributed.destroy_process_group()
+    if _meshes:
+        for mesh in _meshes:
+            getattr(mesh, "_pg_registry", {}).clear()  # torch has no public way
+        _meshes.clear()
+        gc.collect()  # modules that FSDP split hold the group too, in cycles
 
 
 def on_first_rank(world: World, work: Callable[[], _Result]) -> _Result:

@@ -13,8 +13,8 @@ import torch
 
 from fastalign import MaskEmbed, train
 from fastalign.random import EVAL_EPOCH
-from tests.crash import Ranks, finish, lines_of, losses, write_recipe
 from tests.data_helpers import needs_dali
+from tests.reliability.crash import Ranks, finish, lines_of, losses, write_recipe
 
 
 @pytest.fixture(scope="module")

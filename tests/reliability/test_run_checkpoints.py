@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fastalign import train
-from tests.test_engine_checkpoint import flip, middle_of_weights
+from tests.reliability.test_checkpoints import flip, middle_of_weights
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SIZES = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
 TREE = {
     "student": {"name": "vit_tiny_patch16_224", "weights": "random", "kwargs": SIZES},

@@ -18,8 +18,8 @@ from fastalign.ranks import distributed
 from fastalign.ranks.command import guarded
 from fastalign.ranks.preemption import MARKER, PREEMPTED, Preempted, Preemption, name_of, preempted, unmark
 
-ROOT = Path(__file__).parent.parent
-PRELOAD = ["tests.test_preemption", "tests.test_watchdog"]
+ROOT = Path(__file__).parents[2]
+PRELOAD = ["tests.reliability.test_preemption", "tests.reliability.test_watchdog"]
 """what the server of forks imports once for all processes"""
 
 
@@ -142,7 +142,7 @@ sys.path.insert(0, sys.argv[2])
 from fastalign.ranks import distributed
 from fastalign.ranks.command import guarded
 from fastalign.ranks.preemption import Preemption, unmark
-from tests.test_preemption import loop
+from tests.reliability.test_preemption import loop
 folder = Path(sys.argv[1])
 def body():
     world = distributed.start()

@@ -33,7 +33,7 @@ from fastalign.ranks.distributed import World
 from fastalign.report import __main__ as report
 from fastalign.run import Run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MODEL = {"name": "vit_tiny_patch16_224", "weights": "random", "kwargs": {"img_size": 32, "depth": 2}}
 MODEL["kwargs"] |= {"embed_dim": 48, "num_heads": 3}
 ALONE = World(0, 1, torch.device("cpu"))

@@ -13,9 +13,9 @@ import fastalign as fa
 from fastalign import objectives
 from fastalign.random import EVAL_EPOCH
 from fastalign.reference import LOSSES
-from tests.crash import MODEL, finish, losses, write_recipe
 from tests.data_helpers import needs_dali
 from tests.numerics import randomise, relative_error
+from tests.reliability.crash import MODEL, finish, losses, write_recipe
 
 
 @pytest.fixture(scope="module")

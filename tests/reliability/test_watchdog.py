@@ -26,7 +26,7 @@ from fastalign.ranks.standing import (
     where,
 )
 from fastalign.ranks.watchdog import BROKEN, Watchdog, patience
-from tests.test_preemption import PRELOAD
+from tests.reliability.test_preemption import PRELOAD
 
 TIMEOUT = 2.0
 SOLO = distributed.World(0, 1, torch.device("cpu"))
@@ -133,7 +133,7 @@ SCENES = {
     hang_with_data: (
         [BROKEN, BROKEN],
         r"rank 1 \(.*, pid {1}\) stopped responding at step 5: computing for 2 s, at "
-        r"tests/test_watchdog.py:\d+, forever",
+        r"reliability/test_watchdog.py:\d+, forever",
     ),
     hang_alone: (
         [BROKEN],
@@ -168,7 +168,7 @@ SCENES = {
     backward_hangs: (
         [BROKEN, BROKEN],
         r"rank 1 \(.*, pid {1}\) stopped responding at step 3: computing for 2 s, at "
-        r"tests/test_watchdog.py:\d+, forever",
+        r"reliability/test_watchdog.py:\d+, forever",
     ),
 }
 
@@ -328,7 +328,7 @@ def test_where_a_thread_is():
     tensor = torch.ones(1, requires_grad=True)
     tensor.register_hook(lambda _: seen.append(where(sys._getframe())))
     here = sys._getframe().f_lineno + 1
-    assert where(sys._getframe()) == (f"tests/test_watchdog.py:{here}, test_where_a_thread_is", FREE)
+    assert where(sys._getframe()) == (f"reliability/test_watchdog.py:{here}, test_where_a_thread_is", FREE)
     tensor.sum().backward()
     assert seen[0][1] == BACKWARD
     assert where(None) == ("an unknown place", FREE)

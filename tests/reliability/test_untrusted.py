@@ -17,7 +17,7 @@ from fastalign.engine.yaml_files import LONGEST
 from fastalign.errors import UserError
 from tests.test_train import images, recipe  # noqa: F401 (fixtures)
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 class Bomb:

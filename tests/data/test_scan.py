@@ -7,8 +7,8 @@ from fastalign.data.bad_samples import BadSamples, read_list, read_quarantine
 from fastalign.data.loader import Loader
 from fastalign.data.sources import open_source
 from fastalign.scan import main
+from tests.data.odd_images import damaged
 from tests.data_helpers import EVAL, age, encode, needs_dali, photo, small_photos, write_folder, write_tar
-from tests.test_bad_files import damaged
 
 
 @needs_dali

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastalign.objectives import MaskEmbed
-from tests.crash import Ranks, finish, lines_of, losses, write_recipe
 from tests.data_helpers import needs_dali
+from tests.reliability.crash import Ranks, finish, lines_of, losses, write_recipe
 
 pytestmark = needs_dali
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.crash import Ranks
 from tests.data_helpers import needs_dali, small_photos, write_folder
+from tests.reliability.crash import Ranks
 
 STEPS = 10_000
 BYTES_A_STEP = 400

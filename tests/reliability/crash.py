@@ -38,7 +38,7 @@ from fastalign.engine.memory import keep_freed_memory
 from tests.data_helpers import small_photos, write_folder
 from tests.numerics import randomise
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PATIENCE = 120.0
 """Seconds after which a test that waits for ranks gives up; a minute and more goes by on a busy machine."""
 SINGLE = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")} | {

@@ -12,7 +12,17 @@ from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
 from fastalign.errors import UserError
 from fastalign.random import permutation
-from tests.data_helpers import CLIP_MEAN, CLIP_STD, EVAL, TRAIN, age, needs_dali, small_photos, write_folder
+from tests.data_helpers import (
+    CLIP_MEAN,
+    CLIP_STD,
+    EVAL,
+    TRAIN,
+    age,
+    batches_of,
+    needs_dali,
+    small_photos,
+    write_folder,
+)
 
 COUNT = 50
 
@@ -23,11 +33,8 @@ def folder(tmp_path_factory):
     return write_folder(root, {f"{i % 3}/{i:03d}.jpg": p for i, p in enumerate(small_photos(COUNT))})
 
 
-def run(source, transform, *, epoch=0, start=0, **options):
-    loader = Loader(source, transform, device="cpu", threads=2, **options)
-    made = [(b.ids_host, b.images) for b in loader.batches(epoch, start)]
-    loader.close()
-    return made
+def run(source, transform, **options):
+    return [(b.ids_host, b.images) for b in batches_of(source, transform, **options)]
 
 
 def same(left, right):

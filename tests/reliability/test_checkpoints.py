@@ -22,7 +22,7 @@ from fastalign.engine.optim import MovingAverage
 from fastalign.errors import UserError
 from fastalign.ranks.distributed import World
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def state_of(step: int) -> dict:

@@ -1,0 +1,72 @@
+"""Labels from folders, tables and shards."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastalign as fa
+from fastalign.classify.evaluate import alone
+from fastalign.classify.labels import open_splits
+from fastalign.data.source import Subset
+from fastalign.data.sources import open_source
+from tests.classify.helpers import made, picture
+from tests.data_helpers import encode, write_tar
+
+
+def labels_of(root: Path):
+    said = []
+    splits, classes = open_splits(root, alone(), said.append)
+    return {name: split.labels.tolist() for name, split in splits.items()}, classes, said
+
+
+def test_classes_are_matched_by_name(tmp_path):
+    """Validation lacks the middle one: its images must not slide into the gap."""
+    made(tmp_path, "train", {"a/0.png": 0, "b/0.png": 0, "c/x/0.png": 0})
+    made(tmp_path, "val", {"c/0.png": 0, "a/0.png": 0})
+    labels, classes, said = labels_of(tmp_path)
+    assert (labels, classes) == ({"train": [0, 1, 2], "val": [0, 2]}, ["a", "b", "c"])
+    assert said == ["val/ has no image of class b: mean per class is over the other classes"]
+
+
+def test_labels_in_a_table(tmp_path):
+    """Integers sort by value; pictures beside images/ are none of ours."""
+    for split in ("train", "val"):
+        made(tmp_path / split, "images", {"0.png": 10, "1.png": 9, "2.png": 100}, table=True)
+        made(tmp_path / split, "masks", {"0.png": 0})
+    labels, classes, said = labels_of(tmp_path)
+    assert (labels["val"], classes, said) == ([1, 0, 2], ["9", "10", "100"], [])
+
+
+def test_labels_in_shards(tmp_path):
+    draw = np.random.default_rng(0)
+
+    def text(label):
+        return np.frombuffer(label.encode(), dtype=np.uint8)
+
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for shard in range(2):
+            members = []
+            for number in range(2):
+                key = f"dir.x/{shard}{number}"  # a dot in a folder's name ends no key
+                members.append((f"{key}.cls", text(f"{2 - number}\n")))
+                members.append((f"{key}.crop.png", encode(picture(number, draw), "PNG")))
+            write_tar(tmp_path / split / f"{shard}.tar", members)
+    labels, classes, _ = labels_of(tmp_path)
+    assert (labels["train"], classes) == ([1, 0, 1, 0], ["1", "2"])
+    write_tar(tmp_path / "val" / "1.tar", [("a.png", encode(picture(0, draw), "PNG"))])
+    with pytest.raises(fa.UserError, match=r"1 of 3 images have no label, the first is .*1.tar:a.png"):
+        labels_of(tmp_path)
+    write_tar(
+        tmp_path / "val" / "1.tar", [("a.png", encode(picture(0, draw), "PNG")), ("a.cls", text("x" * 5000))]
+    )
+    with pytest.raises(fa.UserError, match=r"1.tar:a.cls has 5000 bytes"):
+        labels_of(tmp_path)
+
+
+def test_a_part_of_a_source_has_its_classes(tmp_path):
+    whole = open_source(str(made(tmp_path, "all", {"a/0.png": 0, "b/0.png": 1, "c/0.png": 2}) / "all"))
+    part = Subset(whole, np.array([2, 0, 2]))
+    assert part.class_names() == ["c", "a", "c"]
+    assert [part.portable_name(index)[0] for index in range(3)] == ["c", "a", "c"]

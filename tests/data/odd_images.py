@@ -1,0 +1,143 @@
+"""Images of every kind that is decoded, files that are refused, and ways to break an image."""
+
+import struct
+import zlib
+
+import numpy as np
+
+from tests.data_helpers import encode, photo
+
+SMALL = photo("chelsea").resize((90, 60))
+
+
+def ycck() -> np.ndarray:
+    """A JPEG whose Adobe segment says YCCK. Pillow writes CMYK only: the flag is changed, the colours with it."""
+    data = bytearray(encode(SMALL.convert("CMYK"), quality=90))
+    place = data.index(b"Adobe") + 11
+    assert data[place] == 0
+    data[place] = 2
+    return np.frombuffer(bytes(data), np.uint8)
+
+
+def turned(orientation: int) -> np.ndarray:
+    exif = type(SMALL.getexif())()
+    exif[0x0112] = orientation
+    return encode(SMALL, quality=90, exif=exif)
+
+
+def with_thumbnail() -> np.ndarray:
+    """A JPEG with a whole little JPEG in front, as cameras write it."""
+    inner = encode(SMALL.resize((16, 16))).tobytes()
+    whole = encode(SMALL, quality=90).tobytes()
+    return np.frombuffer(
+        whole[:2] + b"\xff\xe1" + struct.pack(">H", len(inner) + 2) + inner + whole[2:], np.uint8
+    )
+
+
+def png(width: int, height: int, raw: bytes) -> bytes:
+    """A grey PNG of one bit a pixel around compressed rows."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", raw) + chunk(b"IEND", b"")
+
+
+def bomb() -> np.ndarray:
+    """A true PNG of 14,000 x 14,000 white pixels, 25 kB."""
+    rows = zlib.compress((b"\0" + b"\xff" * 1750) * 14_000)
+    return np.frombuffer(png(14_000, 14_000, rows), np.uint8)
+
+
+def jpeg_of(bits: int = 8, frames: int = 1) -> bytes:
+    """A good JPEG but for its bits a sample, or one that has its size several times."""
+    data = encode(SMALL, quality=90).tobytes()
+    place = data.index(b"\xff\xc0")
+    frame = data[place : place + 4] + bytes([bits]) + data[place + 5 : place + 19]
+    return data[:place] + frame * frames + data[place + 19 :]
+
+
+def bmp_with(place: int, value: int) -> bytes:
+    """A BMP with a palette and a number of its header changed."""
+    data = bytearray(encode(SMALL.quantize(64), "BMP").tobytes())
+    data[place : place + 4] = struct.pack("<I", value)
+    return bytes(data)
+
+
+def webp_with_exif(size: int) -> bytes:
+    """A WebP whose Exif chunk claims a size."""
+    data = bytearray(encode(SMALL.convert("RGBA").rotate(20), "WEBP").tobytes())
+    data[20] |= 8
+    return bytes(data[:30]) + b"EXIF" + struct.pack("<I", size) + bytes(data[30:])
+
+
+GOOD = {
+    "jpeg": lambda: encode(SMALL, quality=90),
+    "progressive": lambda: encode(SMALL, quality=90, progressive=True),
+    "thumbnail": with_thumbnail,
+    "garbage after the end": lambda: np.append(encode(SMALL, quality=90), np.arange(200, dtype=np.uint8)),
+    "cmyk": lambda: encode(SMALL.convert("CMYK"), quality=90),
+    "ycck": ycck,
+    "grey": lambda: encode(SMALL.convert("L"), quality=90),
+    **{f"exif {n}": lambda n=n: turned(n) for n in range(1, 9)},
+    "png": lambda: encode(SMALL, "PNG"),
+    "palette png": lambda: encode(SMALL.quantize(64), "PNG"),
+    "one-bit png": lambda: encode(SMALL.convert("1"), "PNG"),
+    "webp": lambda: encode(SMALL, "WEBP"),
+    "lossless webp": lambda: encode(SMALL, "WEBP", lossless=True),
+    "webp with alpha": lambda: encode(SMALL.convert("RGBA").rotate(20), "WEBP"),
+    "bmp": lambda: encode(SMALL, "BMP"),
+    "palette bmp": lambda: encode(SMALL.quantize(64), "BMP"),
+    "one-bit bmp": lambda: encode(SMALL.convert("1"), "BMP"),
+}
+
+
+SIXTEEN_BITS = encode(SMALL.convert("L").convert("I;16"), "PNG")
+
+
+REFUSED = {
+    "GIF": encode(SMALL, "GIF"),
+    "TIFF": encode(SMALL, "TIFF"),
+    "JPEG 2000": encode(SMALL, "JPEG2000"),
+    "AVIF": b"\0\0\0\x20ftypavif" + bytes(40),
+    "PDF": b"%PDF-1.7 and so on",
+    "HTML": b"\n<!DOCTYPE html><title>404</title>",
+    "neither JPEG": b"this is no image at all",
+    "zero bytes": b"",
+    "truncated": encode(SMALL)[:-2],
+    "more than 100 million": bomb(),
+    "a JPEG of 40 bits": jpeg_of(bits=40),
+    "two sizes": jpeg_of(frames=2),
+    "a BMP of 8 bits and compression 1": bmp_with(30, 1),
+    "a BMP of 8 bits and compression 7143424": bmp_with(30, 7_143_424),
+    "broken BMP header": bmp_with(46, 14_850),
+    "a PNG without its end": encode(SMALL, "PNG").tobytes()[:33] + b"\x77\x35\x94\0eXIf" + bytes(50),
+    "2000000000 bytes of Exif": webp_with_exif(2_000_000_000),
+    "0 x 5 pixels": png(5, 0, b""),
+    "a side": png(70_000, 3, b""),
+}
+
+
+def damaged(data: np.ndarray) -> np.ndarray:
+    """A JPEG with a good size and end, and an impossible Huffman table."""
+    data = bytearray(data.tobytes())
+    place = data.index(b"\xff\xc4")
+    data[place + 5 : place + 21] = b"\xff" * 16
+    return np.frombuffer(bytes(data), np.uint8)
+
+
+def mutate(data: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """Bytes changed, anywhere or in the header, cut out, doubled or cut off."""
+    data, kind = bytearray(data.tobytes()), draw.integers(5)
+    place, length = int(draw.integers(len(data))), int(draw.integers(1, 64))
+    if kind <= 1:
+        for at in draw.integers(len(data) if kind else min(200, len(data)), size=draw.integers(1, 9)):
+            data[at] = draw.integers(256)
+    elif kind == 2:
+        del data[place : place + length]
+    elif kind == 3:
+        data[place:place] = data[place : place + length]
+    else:
+        data = data[:place]
+    return np.frombuffer(bytes(data), np.uint8)

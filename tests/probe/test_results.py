@@ -1,0 +1,61 @@
+"""The table and the file of results."""
+
+import json
+import math
+
+import pytest
+
+from fastalign.probe.__main__ import main
+from fastalign.probe.results import percent, summarise, write_results
+from tests.probe.helpers import command, results, row, shown
+
+
+def test_mean_and_spread_over_seeds_by_hand():
+    rows = [row("a", 0, 0.5, map=0.25), row("b", 0, 0.9), row("a", 1, 0.7, map=0.75)]
+    first, second = summarise(rows)
+    assert (first["model"], first["seeds"], second["model"], second["seeds"]) == ("a", 2, "b", 1)
+    assert first["test"]["macro_recall"]["mean"] == pytest.approx(0.6)
+    assert first["test"]["macro_recall"]["std"] == pytest.approx(math.sqrt(0.02))
+    assert first["test"]["map"] == {"mean": 0.5, "std": pytest.approx(math.sqrt(0.125))}
+    assert first["test"]["loss"] == {"mean": 0.25, "std": 0.0}
+    assert second["test"]["macro_recall"] == {"mean": 0.9, "std": None}
+    assert "map" not in second["test"]
+    assert percent(first["test"]["macro_recall"]) == "60.0 ± 14.1"
+    assert percent(second["test"]["macro_recall"]) == "90.0"
+
+
+def test_the_table_fits_a_terminal():
+    rows = [
+        row(model, seed, 0.5 + 0.3 * seed, head="transformer", skip=skip, map=0.3)
+        for model in ("before", "aligned")
+        for skip in (0, 1)
+        for seed in (0, 1)
+    ]
+    text = shown(rows)
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("65.0±21.2") == 4
+    assert "seeds: 2" in text
+    assert "skip" in text.splitlines()[1]
+    text = shown([one for one in rows if one["skip_blocks"] == 0])
+    assert len([line for line in text.splitlines() if "union transformer" in line]) == 2, "a line a row"
+    text = shown([one for one in rows if one["skip_blocks"] == 1 and one["model"] == "before"])
+    assert "before, test split of /data/scenes, skipped blocks: 1" in " ".join(text.split())
+    assert "skip " not in text
+
+
+def test_numbers_that_are_none_are_written_as_null(tmp_path):
+    write_results(tmp_path / "a" / "p.json", {"a": math.nan, "b": [math.inf, 1.5, {"c": (-math.inf, 2)}]})
+    assert results(tmp_path / "a" / "p.json") == {"a": None, "b": [None, 1.5, {"c": [None, 2]}]}
+    assert percent({"mean": math.nan, "std": None}) == "-"
+
+
+def test_results_of_another_probe_are_not_overwritten(data, tmp_path, capsys):
+    path = tmp_path / "p.json"
+    first = command(data, "--heads", "linear", "--output", path)
+    assert main(first) == 0
+    kept = path.read_bytes()
+    assert main(command(data, "--heads", "mlp", "--output", path)) == 2
+    assert "it holds results of another probe; name another file" in capsys.readouterr().err
+    assert path.read_bytes() == kept
+    assert main(first) == 0  # the same again is the same
+    assert results(path)["results"] == json.loads(kept)["results"]
