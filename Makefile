@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 DALI ?= dali
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: install demo test lint gpu gpu-needs gpu-install gpu-tests gpu-kernel-tests gpu-targets clean
+.PHONY: install demo test test-style test-rest test-reliability lint gpu gpu-needs gpu-install gpu-tests gpu-kernel-tests gpu-targets clean
 
 install: $(VENV)/.installed
 
@@ -17,10 +17,18 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[$(DALI),demo,dev]"
 	touch $@
 
-test: install
+# What breaks runs on purpose waits for timeouts of seconds, so nothing else runs beside it; of the rest two files at once.
+test: test-style test-rest test-reliability
+
+test-style: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest
+
+test-rest: install
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --ignore=tests/reliability
+
+test-reliability: install
+	$(PY) -m pytest tests/reliability
 
 lint: install
 	$(PY) -m ruff check --fix .

@@ -61,6 +61,7 @@ def test_the_operator_stands_in_a_compiled_graph(monkeypatch):
     torch.testing.assert_close(out, reference.softcap_attention(q, k, v, softcap=30.0))
 
 
+@pytest.mark.slow
 def test_lengths_may_vary(monkeypatch):
     """More shapes than torch compiles of one function by itself, by the path of an eager run."""
     limit = torch._dynamo.config.recompile_limit

@@ -120,6 +120,7 @@ def test_a_run_leaves_what_is_promised(recipe):
     assert load_file(folder / "backbone.safetensors").keys() == vit.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_resuming_gives_the_same_bits(recipe):
     """Stopped inside an epoch and started again, with stochastic depth, EMA and accumulation."""
     options = [

@@ -82,6 +82,7 @@ def test_packed_equals_each_sequence_alone():
         assert torch.equal(out[a:b], alone[0].transpose(0, 1))
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     st.integers(1, 2), st.integers(1, 3), st.integers(2, 90), st.integers(1, 100), st.sampled_from(CAPS),

@@ -90,6 +90,7 @@ def test_before_and_after_a_run(data, tmp_path, capsys):
     assert "--before: vit_tiny_patch16_224/config.yaml is missing" in refused(capsys, *name)
 
 
+@pytest.mark.slow
 @needs_dali
 def test_two_ranks_have_the_results_of_one(data, tmp_path):
     more = ["--heads", "linear", "transformer", "--labels", "union", "majority", "--seeds", "0", "1"]
