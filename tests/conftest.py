@@ -46,3 +46,21 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """Compilation short of the processor's code, which takes most of the time. Returns each graph's inputs."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    from fastalign import MaskEmbed
+
+    torch._dynamo.reset()
+    whole, graphs = MaskEmbed.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(inputs)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(MaskEmbed, "compile", lambda *a, **k: whole(*a, **k, backend=backend))
+    return graphs

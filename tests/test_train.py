@@ -13,10 +13,9 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from torch._dynamo.backends.registry import lookup_backend
 
 import fastalign as fa
-from fastalign import MaskEmbed, build, train
+from fastalign import build, train
 from fastalign.build import build_backbones
 from fastalign.config import Config
 from tests.numerics import needs_compiler
@@ -193,20 +192,6 @@ def test_compiled_run_has_the_same_loss(recipe, setting):
     assert losses(compiled) == pytest.approx(plain, rel=1e-4)
     cache = metrics(compiled)[0][0]
     assert cache["compile_cache_hits"] + cache["compile_cache_misses"] > 0
-
-
-@pytest.fixture
-def capturing(monkeypatch):
-    """Compilation short of the processor's code, which takes most of the time. Returns each graph's inputs."""
-    torch._dynamo.reset()
-    whole, graphs = MaskEmbed.compile, []
-
-    def backend(graph, inputs):
-        graphs.append(inputs)
-        return lookup_backend("aot_eager")(graph, inputs)
-
-    monkeypatch.setattr(MaskEmbed, "compile", lambda *a, **k: whole(*a, **k, backend=backend))
-    return graphs
 
 
 @pytest.mark.parametrize("mode", ["zero", "drop"])

@@ -9,7 +9,7 @@ from tests.classify.helpers import KWARGS, NAME, picture
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_thread(_fixed_seed):
     """Tensors this small are slower on two."""
     torch.set_num_threads(1)
 

@@ -9,17 +9,9 @@ from PIL import Image
 from fastalign.classify.__main__ import main
 
 ROOT = Path(__file__).parents[2]
-
-
 NAME = "vit_tiny_patch16_224"
-
-
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-
-
 FIGURES = ("top1", "top5", "mean_per_class", "loss")
-
-
 QUICK = {"batch_size": 12, "threads": 1}
 
 

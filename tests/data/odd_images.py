@@ -91,11 +91,7 @@ GOOD = {
     "palette bmp": lambda: encode(SMALL.quantize(64), "BMP"),
     "one-bit bmp": lambda: encode(SMALL.convert("1"), "BMP"),
 }
-
-
 SIXTEEN_BITS = encode(SMALL.convert("L").convert("I;16"), "PNG")
-
-
 REFUSED = {
     "GIF": encode(SMALL, "GIF"),
     "TIFF": encode(SMALL, "TIFF"),

@@ -9,15 +9,12 @@ from torch.nn import functional
 from fastalign import reference
 from fastalign.kernels import layer_scale_residual_norm as module
 from fastalign.kernels.layer_scale_residual_norm import backward_op, forward_op, layer_scale_residual_norm
+from tests.kernels.helpers import some
 from tests.numerics import DEVICE, check_kernel, needs_compiler
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # no row; one channel; several rows a program, the last partly filled; one row a program; three dimensions
 SHAPES = [(0, 72), (5, 1), (33, 72), (5, 257), (1, 1152), (2, 3, 300)]
-
-
-def some(*shape, dtype=torch.float32):
-    return torch.randn(shape, device=DEVICE).to(dtype)
 
 
 def arguments(*shape, dtype=torch.float32, scaled=True, branch=None, scale=None, norm=None):

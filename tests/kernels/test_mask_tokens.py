@@ -9,6 +9,7 @@ import fastalign as fa
 from fastalign import reference
 from fastalign.kernels.expand_masked import expand_masked
 from fastalign.kernels.mask_tokens import backward_op, forward_op, mask_tokens
+from tests.kernels.helpers import mask, some
 from tests.numerics import DEVICE, check_kernel, randomise
 from tests.truth import blank_pixels
 
@@ -22,17 +23,6 @@ SHAPES = [
     (0, 3, 4, 1, 8),
     (2, 3, 0, 1, 8),
 ]
-
-
-def some(*shape, dtype=torch.float32):
-    return torch.randn(shape, device=DEVICE).to(dtype)
-
-
-def mask(images, copies, patches):
-    """Random, with an all-hidden and an all-visible copy where there is room."""
-    visible = torch.rand(images, copies, patches, device=DEVICE) < 0.5
-    visible[:1, :1], visible[-1:, -1:] = False, True
-    return visible
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,6 +10,7 @@ from fastalign.kernels.pack import backward_op, forward_op, pack
 from fastalign.kernels.unpack import backward_op as unpack_backward_op
 from fastalign.kernels.unpack import forward_op as unpack_op
 from fastalign.kernels.unpack import unpack
+from tests.kernels.helpers import mask, some
 from tests.numerics import DEVICE, check_kernel
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -23,14 +24,9 @@ SHAPES = [
 ]
 
 
-def some(*shape, dtype=torch.float32):
-    return torch.randn(shape, device=DEVICE).to(dtype)
-
-
 def packing_of(images, copies, patches, prefix, padding=0):
     """Random masks, with an empty and a full sequence where there is room, and their packing."""
-    visible = torch.rand(images, copies, patches, device=DEVICE) < 0.5
-    visible[:1, :1], visible[-1:, -1:] = False, True
+    visible = mask(images, copies, patches)
     length = int(visible.sum()) + images * copies * prefix + padding
     return visible, reference.pack_masks(visible, prefix, length)
 

@@ -9,22 +9,12 @@ from torch.nn import functional
 from fastalign import reference
 from fastalign.kernels.reconstruction_loss import forward_op, reconstruction_loss, scale_op
 from fastalign.reference import LOSSES
+from tests.kernels.helpers import mask, some
 from tests.numerics import DEVICE, check_kernel, needs_compiler
 
 DTYPES = [torch.float32, torch.bfloat16]
 # images, masks, patches, prefix, width
 SHAPES = [(3, 3, 9, 1, 96), (1, 1, 1, 0, 1), (2, 2, 5, 5, 300), (2, 3, 4, 0, 1157), (1, 2, 6, 1, 520)]
-
-
-def some(*shape, dtype=torch.float32):
-    return torch.randn(shape, device=DEVICE).to(dtype)
-
-
-def mask(images, copies, patches):
-    """Random, with an all-hidden and an all-visible copy where there is room."""
-    visible = torch.rand(images, copies, patches, device=DEVICE) < 0.5
-    visible[:1, :1], visible[-1:, -1:] = False, True
-    return visible
 
 
 def check(**inputs):

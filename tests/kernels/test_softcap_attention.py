@@ -8,14 +8,11 @@ from torch.nn import functional
 
 from fastalign import reference
 from fastalign.kernels.softcap_attention import _head_split, backward_op, forward_op, softcap_attention
+from tests.kernels.helpers import some
 from tests.numerics import DEVICE, check_kernel, needs_compiler, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CAPS = [30.0, 2.0, None, 50.0]  # 50 is beyond the caps that need no running maximum
-
-
-def some(*shape, dtype=torch.float32, scale=1.0):
-    return (scale * torch.randn(shape, device=DEVICE)).to(dtype)
 
 
 def check(q, k, v, **options):

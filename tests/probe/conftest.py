@@ -17,7 +17,7 @@ from tests.probe.label_maps import COCO_TRAIN, COCO_VAL, SIZE, grey, picture, pu
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_thread(_fixed_seed):
     """Tensors this small are slower on two."""
     torch.set_num_threads(1)
 

@@ -18,26 +18,12 @@ from fastalign.probe.results import summarise, table_of
 from fastalign.ranks.distributed import World
 
 ROOT = Path(__file__).parents[2]
-
-
 NAME = "vit_tiny_patch16_224"
-
-
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "reg_tokens": 1}
-
-
 CLASSES = ("sky", "grass", "road", "kite")
-
-
 ALONE = World(0, 1, torch.device("cpu"))
-
-
 COUNTS = {"train": 20, "val": 8, "test": 6}
-
-
 SHAPE = TokenShape(patches=4, prefix=1, width=6, heads=2)
-
-
 QUICK = ["--epochs", "2", "--batch-size", "5", "--threads", "1", "--forward-batch", "4"]
 
 

@@ -34,8 +34,6 @@ def expected(*values, size=SIZE, rest=0):
 
 
 COCO_TRAIN = [f"{number:012d}" for number in (9, 25, 30, 34, 36, 42, 49)]
-
-
 COCO_VAL = ["000000000139", "000000000285"]
 
 

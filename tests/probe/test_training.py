@@ -17,10 +17,9 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from torch._dynamo.backends.registry import lookup_backend
 
 import fastalign as fa
-from fastalign import MaskEmbed, train
+from fastalign import train
 from fastalign.config import load_config
 from fastalign.data.source import Subset
 from fastalign.engine import metrics
@@ -38,11 +37,6 @@ MODEL = {"name": "vit_tiny_patch16_224", "weights": "random", "kwargs": {"img_si
 MODEL["kwargs"] |= {"embed_dim": 48, "num_heads": 3}
 ALONE = World(0, 1, torch.device("cpu"))
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_fixed_seed):
-    torch.set_num_threads(1)  # a tiny model is not worth two
 
 
 @pytest.fixture(scope="module")
@@ -215,22 +209,14 @@ def test_a_probe_leaves_the_run_alone(recipe, data, tmp_path, options):
 
 
 @pytest.mark.parametrize("setting", ["true", "blocks"])
-def test_no_graph_is_compiled_for_it(recipe, data, monkeypatch, setting):
-    torch._dynamo.reset()
-    whole, graphs = MaskEmbed.compile, []
-
-    def backend(graph, inputs):
-        graphs.append(inputs)
-        return lookup_backend("aot_eager")(graph, inputs)
-
-    monkeypatch.setattr(MaskEmbed, "compile", lambda *a, **k: whole(*a, **k, backend=backend))
+def test_no_graph_is_compiled_for_it(recipe, data, capturing, setting):
     options = [f"efficiency.compile={setting}", "max_steps=3", "data.val=null"]
     recipe(*options, name="plain")
-    wanted = len(graphs)
+    wanted = len(capturing)
     assert wanted
     torch._dynamo.reset()
     folder = recipe(*options, f"probe.data={data}", "probe.every_steps=1", name="probed")
-    assert len(graphs) == 2 * wanted
+    assert len(capturing) == 2 * wanted
     told = [line["step"] for line in lines(folder, "compile_seconds")]
     assert told == [0, 1], "by the target scale, whose line is the first probe's, and by the first update"
 
