@@ -40,6 +40,8 @@ class Standing:
     "None while it runs, empty after a normal end, else the error that ended it"
     saved: int | None = None
     "the step of the newest checkpoint that it knows to be on the disk"
+    heard: bool = False
+    "it knows why the run ends"
     mute: bool = False
     "it has not told anything for long; found out by who listens"
 

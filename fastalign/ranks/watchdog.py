@@ -3,7 +3,8 @@
 Each rank notes where it is (`beat`). A thread tells the others once a second through the ranks' store, and a second
 thread judges: where this rank has not moved for `timeout` seconds, the rank furthest behind is the one that all wait
 for. The verdict is shared, so that every rank ends with the same line. The store may itself stop answering, which
-blocks whoever asks it: that is why the thread that talks is not the thread that judges.
+blocks whoever asks it: that is why the thread that talks is not the thread that judges. Seconds are those that this
+process was awake: a machine that stood still blames nobody for it when it goes on.
 """
 
 import json
@@ -72,14 +73,16 @@ class Watchdog:
         self._period = min(max(_LONG, world.size / 64), max(_SHORT, timeout / 10))
         self._mute = max(3 * self._period + 0.5, timeout / 2)  # seconds without a word: it does not answer
         self._quiet = 2.5 * self._period + 0.5  # the same, where a connection has broken already
+        self._awake = 0.0, time.monotonic()  # seconds awake when it was last looked, and when that was
         self._main, self._host = threading.get_ident(), socket.gethostname()
         self._beat = (step, "starting", 0)
-        self._seen = self._beat, time.monotonic()  # one tuple, because both threads replace it
+        self._seen = self._beat, self._clock()  # one tuple, because both threads replace it
         self._paused, self._ended = 0, None
         self._stop = threading.Event()
         self._table: dict[int, tuple[Standing, float]] = {}
         """by rank: what it told last, and when that came here"""
-        self._contact, self._proposal, self._verdict = time.monotonic(), "", ""
+        self._contact, self._proposal, self._verdict = self._clock(), "", ""
+        self._speaks: bool | None = None  # whether this is the rank of its machine that says the verdict
         self._threads: list[threading.Thread] = []
 
     def beat(self, step: int, doing: str) -> None:
@@ -108,14 +111,15 @@ class Watchdog:
             tasks.append(self._talk)
             # A store that torchrun keeps over restarts still holds what earlier ranks said: a word of our own.
             word = self.world.share(str(time.time_ns()))
-            self._store = open_store(timedelta(seconds=min(self.timeout, _FOREVER) + 1))
+            self._store = open_store(patience(self.timeout))
+            self._store.set_timeout(timedelta(seconds=min(self.timeout, _FOREVER) + 1))
             self._keys = [f"fastalign/{word}/{rank}" for rank in range(self.world.size)]
             self._verdict_key = f"fastalign/{word}/verdict"
             self._tell(0)
             if self.world.main:
                 self._store.set(self._verdict_key, "")
             self.world.barrier()  # from here on no request waits for a key
-        self._contact = time.monotonic()
+        self._contact = self._clock()
         for task in tasks:
             name = f"fastalign-watchdog{task.__name__}"
             self._threads.append(threading.Thread(target=task, name=name, daemon=True))
@@ -133,9 +137,14 @@ class Watchdog:
         if lost:
             raise LostConnection(self._loss(error, gone)) from error
 
+    def _clock(self) -> float:
+        """Seconds that this process was awake; the judge looks every period."""
+        awake, looked = self._awake
+        return awake + min(time.monotonic() - looked, self._period + self._quiet / 2)
+
     def _own(self, turn: int) -> Standing:
         """Where this rank is; both threads ask."""
-        beat, now = self._beat, time.monotonic()
+        beat, now = self._beat, self._clock()
         if beat is not self._seen[0] or self._paused:
             self._seen = beat, now
         age = now - self._seen[1]
@@ -158,6 +167,7 @@ class Watchdog:
             paused=bool(self._paused),
             ended=self._ended,
             saved=self._saved(),
+            heard=bool(self._verdict),
         )
 
     def _tell(self, turn: int) -> None:
@@ -182,18 +192,20 @@ class Watchdog:
         if self._proposal:
             self._store.compare_set(self._verdict_key, "", self._proposal)
         *told, verdict = self._store.multi_get([*self._keys, self._verdict_key])
-        now = time.monotonic()
+        now = self._clock()
         for rank, text in enumerate(told):
             standing = Standing(**json.loads(text))
             if rank not in self._table or self._table[rank][0].turn != standing.turn:
                 self._table[rank] = standing, now
         self._contact, self._verdict = now, verdict.decode()
+        if self._verdict and self._speaks is None:
+            self._speaks = self._store.add(f"{self._verdict_key}/{self._host}", 1) == 1
 
     def _judge(self) -> None:
         """A thread: end the process when there is a verdict, of this rank or of another."""
         while not self._stop.wait(self._period):
-            silence = time.monotonic() - self._contact
-            line = self._verdict or self._accuse(silence)
+            self._awake = self._clock(), time.monotonic()
+            line = self._verdict or self._accuse(self._clock() - self._contact)
             if not line:
                 continue
             self._proposal = line
@@ -201,7 +213,7 @@ class Watchdog:
             while self.world.size > 1 and not self._verdict and time.monotonic() < until:
                 time.sleep(self._period / 4)
             if not self._stop.is_set():
-                self._end(self._verdict or line, alone=silence > self._mute)
+                self._end(self._verdict or line)
 
     def _accuse(self, silence: float) -> str:
         """The line that ends the run, or nothing. `silence`: seconds since the store answered."""
@@ -217,7 +229,7 @@ class Watchdog:
 
     def _now(self) -> list[Standing]:
         """What the ranks told, their ages brought up to date, and whether they are mute."""
-        now = time.monotonic()
+        now = self._clock()
         return [
             replace(told, age=told.age + now - came, mute=now - came > self._mute)
             for told, came in list(self._table.values())
@@ -242,30 +254,32 @@ class Watchdog:
         step = max((step for step in known if step is not None), default=None)
         return "the same command goes on" + ("" if step is None else f" from the checkpoint of step {step}")
 
-    def _end(self, line: str, *, alone: bool) -> None:
+    def _end(self, line: str) -> None:
         """Say it once a machine, leave the others the time to read the verdict, and end the process from here.
 
         The main thread may never return, and what it holds is not to be waited for.
         """
-        last = threading.Timer(5 + 3 * self._period, os._exit, [BROKEN])  # writing may hang, too
+        # Nothing here is waited for without end: writing may hang, too.
+        last = threading.Timer(5 + 3 * self._period + 2 * self._quiet, os._exit, [BROKEN])
         last.daemon = True
         last.start()
-        if alone or self._speaks():
+        self._wait(lambda: not self._verdict or self._speaks is not None)
+        if self._speaks is not False:
             print(f"fastalign: {line}", file=sys.stderr, flush=True)
         time.sleep(3 * self._period)
+        self._wait(lambda: all(told.heard or told.mute or told.ended is not None for told in self._now()))
         os._exit(BROKEN)
 
-    def _speaks(self) -> bool:
-        """Whether this is the first rank on this machine that answers."""
-        here = [told for told in self._now() if told.host == self._host and told.ended is None]
-        return all(told.mute or told.rank >= self.world.rank for told in here)
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        until = time.monotonic() + self._quiet
+        while not ready() and time.monotonic() < until:
+            time.sleep(self._period / 4)
 
     def _find_gone(self) -> Standing | None:
         """After a lost connection: the rank that no longer tells anything, or ended first. Takes some rounds."""
         limit = self._quiet
-        until = time.monotonic() + 2 * limit
-        while time.monotonic() < until:
-            now = time.monotonic()
+        until = self._clock() + 2 * limit
+        while (now := self._clock()) < until:
             if now - self._contact > limit:
                 kept = not agent_keeps_the_store() and 0 in self._table and not self.world.main
                 return self._table[0][0] if kept else None
@@ -282,7 +296,7 @@ class Watchdog:
 
     def _loss(self, error: BaseException, gone: Standing | None) -> str:
         """The line about a lost connection; empty where an earlier rank of this machine says it."""
-        now = time.monotonic()
+        now = self._clock()
         if gone and any(
             told.rank < self.world.rank and told.host == self._host and now - came <= self._quiet
             for told, came in self._table.values()
