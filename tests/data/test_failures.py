@@ -197,7 +197,7 @@ def test_a_loader_thread_that_dies_is_reported_and_not_waited_for(monkeypatch):
     begin = time.monotonic()
     with pytest.raises(RuntimeError, match="the loader's thread ended without a result"):
         next(batches)
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 10
 
 
 @needs_dali
