@@ -19,7 +19,7 @@ from fastalign import __version__
 from fastalign.config import load_config
 from fastalign.engine.files import write_atomically
 from fastalign.errors import UserError
-from fastalign.probe.datasets import open_labelled
+from fastalign.labelled.datasets import open_labelled
 from fastalign.probe.results import percent, summarise, write_results
 
 RECIPE = "configs/demo.yaml"

@@ -27,8 +27,8 @@ from fastalign.config import Config, load_config
 from fastalign.engine.files import write_atomically
 from fastalign.engine.metrics import mean_and_spread
 from fastalign.errors import UserError
+from fastalign.labelled.datasets import open_labelled
 from fastalign.models.zoo import load_backbone
-from fastalign.probe.datasets import open_labelled
 from fastalign.probe.features import Probed, probed_backbone
 from fastalign.probe.fit import Recipe
 from fastalign.probe.run import Plan, probe

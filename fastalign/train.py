@@ -23,7 +23,7 @@ from fastalign.errors import UserError
 from fastalign.evaluation import evaluate, measure_target_scale
 from fastalign.faults import bad_validation_samples, look_back, react
 from fastalign.flops import flops_per_image
-from fastalign.probe.pairs import LabelledImages
+from fastalign.labelled.pairs import LabelledImages
 from fastalign.probe.training import due, open_splits, probe_student
 from fastalign.ranks import distributed
 from fastalign.ranks.command import guarded, telling

@@ -1,4 +1,4 @@
-"""Shared by all tests: a fixed number of threads, so that a figure of one machine holds on another; no network."""
+"""Shared by all tests: one thread, so that a figure of one machine holds on another; no network."""
 
 import os
 
@@ -12,8 +12,6 @@ import torch
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: the real kernels, on the CPU
 
@@ -26,7 +24,9 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _fixed_seed():
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(
+        1
+    )  # models are so small that two wait for one another; files run side by side instead
     torch.manual_seed(0)
     # fp32 means fp32 in every comparison, also in a GPU's convolutions.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

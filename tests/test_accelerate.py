@@ -24,12 +24,6 @@ EXACT = 1e-12
 """In float64."""
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_fixed_seed):
-    """Models are tiny: a second thread only waits."""
-    torch.set_num_threads(1)
-
-
 def tiny(name: str = "vit_tiny_patch16_224", **kwargs) -> nn.Module:
     """timm's model, narrow, two patches high and three wide, every parameter moved."""
     kwargs = NARROW | kwargs

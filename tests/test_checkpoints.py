@@ -29,11 +29,6 @@ ARGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_fixed_seed):
-    torch.set_num_threads(1)
-
-
 class Student(nn.Module):
     """A student as the authors' scripts save it: an encoder with a head of its own, and a decoder."""
 

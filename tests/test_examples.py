@@ -17,12 +17,6 @@ PAGE = (ROOT / "docs" / "in-your-code.md").read_text()
 TINY = {"img_size": 64, "depth": 2, "embed_dim": 64, "num_heads": 2}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_fixed_seed):
-    """Models are tiny: a second thread only waits."""
-    torch.set_num_threads(1)
-
-
 def images(steps: int):
     """The same eight smooth images again and again."""
     batch = interpolate(torch.randn(8, 3, 8, 8), size=64, mode="bilinear")

@@ -60,12 +60,6 @@ def small(family: str) -> dict:
     return {**SMALL, "img_size": 28 if "patch14" in FAMILIES[family] else 32}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_fixed_seed):
-    """Models this small lose more to a second thread than they gain."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Finished runs, a cap of 0.5 so that tiny models feel it, every weight moved."""

@@ -19,7 +19,7 @@ FLOORS = [
     {"compat", "probe", "evaluation", "faults", "saving"},
     {"run"},
     {"build", "publish"},
-    {"flops", "config"},
+    {"flops", "config", "labelled"},
     {"objectives", "accelerate", "engine", "data"},
     {"models", "ranks"},
     {"attention", "masks"},

@@ -192,12 +192,6 @@ def set_keys(keys: dict) -> Config:
 STEPS = distinct()
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_fixed_seed):
-    """Images of four patches: two threads would spend their time waiting for one another."""
-    torch.set_num_threads(1)
-
-
 def test_the_table_has_every_recipe():
     assert len(AUTHORS) == 52
     assert set(TABLE) == set(RECIPES)

@@ -15,8 +15,8 @@ from fastalign.build import named_backbone, starting_backbone
 from fastalign.config import load_config
 from fastalign.engine.memory import keep_freed_memory
 from fastalign.errors import UserError
+from fastalign.labelled.datasets import open_labelled
 from fastalign.models.precision import compute_dtype
-from fastalign.probe.datasets import open_labelled
 from fastalign.probe.features import Probed, probed_backbone
 from fastalign.probe.fit import METRICS, Recipe, check_options
 from fastalign.probe.heads import HEADS, LABELS

@@ -20,10 +20,10 @@ from fastalign.data.loader import Loader
 from fastalign.data.transforms import Transform
 from fastalign.engine.checkpoint import checksum
 from fastalign.errors import UserError
+from fastalign.labelled.datasets import LabelledImages
 from fastalign.models.precision import autocast
 from fastalign.models.vit import ViT
 from fastalign.probe.cache import Files
-from fastalign.probe.datasets import LabelledImages
 from fastalign.probe.heads import TokenShape
 from fastalign.probe.labels import patch_labels
 from fastalign.ranks.command import telling

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastalign.probe.maps import VOID
+from fastalign.labelled.maps import VOID
 
 
 class PatchLabels(NamedTuple):

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from fastalign.errors import UserError
+from fastalign.labelled.datasets import LabelledImages, open_labelled
 from fastalign.models.vit import ViT
-from fastalign.probe.datasets import LabelledImages, open_labelled
 from fastalign.probe.features import probed_backbone, read_features
 from fastalign.probe.fit import Recipe, Task, evaluate, fit
 from fastalign.probe.heads import make_head

@@ -1,5 +1,6 @@
 """Where each rank of a run stands, and which one the others wait for: the judgement behind `ranks/watchdog.py`."""
 
+import os
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -114,6 +115,15 @@ def accusation(suspects: Sequence[Standing]) -> str:
         )
     return (
         f"{first.name} stopped responding at step {first.step}: {first.doing} for {seconds}, at {first.place}"
+    )
+
+
+def silent_store(own: Standing, keeper: str, seconds: float) -> str:
+    """That the ranks' store does not answer, and where this rank waits: half a line for people."""
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return (
+        f"{keeper} has not answered for {seconds:.0f} s (it keeps the ranks' store, {address}): its process or "
+        f"machine is stopped, or gone; {own.name} waits at step {own.step}, {own.doing}, at {own.place}"
     )
 
 

@@ -28,7 +28,7 @@ from fastalign.ranks.distributed import (
     open_store,
 )
 from fastalign.ranks.preemption import Preempted
-from fastalign.ranks.standing import Standing, accusation, departure, furthest_behind, where
+from fastalign.ranks.standing import Standing, accusation, departure, furthest_behind, silent_store, where
 
 BROKEN = 70
 """The exit code where another rank, or this one, stopped responding or is gone: the same command goes on."""
@@ -60,12 +60,7 @@ class Watchdog:
     """
 
     def __init__(
-        self,
-        world: World,
-        timeout: float,
-        step: int = 0,
-        *,
-        saved: Callable[[], int | None] = lambda: None,
+        self, world: World, timeout: float, step: int = 0, *, saved: Callable[[], int | None] = lambda: None
     ):
         self.world, self.timeout = world, timeout
         self._saved = saved
@@ -149,9 +144,8 @@ class Watchdog:
             self._seen = beat, now
         age = now - self._seen[1]
         place, waits = "", 0
-        if age > min(
-            5, self.timeout / 2
-        ):  # who looks into a frame that is still running keeps its variables alive
+        # Who looks into a frame that is still running keeps its variables alive.
+        if age > min(5, self.timeout / 2):
             place, waits = where(sys._current_frames().get(self._main))
         return Standing(
             rank=self.world.rank,
@@ -221,7 +215,8 @@ class Watchdog:
         if own.age <= self.timeout or own.paused:
             return ""
         if self.world.size > 1 and silence > self._mute:
-            return f"{self._silent_store(own, silence)}; {self._remedy()}"
+            keeper = "torchrun on the first machine" if agent_keeps_the_store() else "rank 0"
+            return f"{silent_store(own, keeper, silence)}; {self._remedy()}"
         suspects = furthest_behind([told for told in self._now() if told.rank != own.rank] + [own])
         if min(told.age for told in suspects) <= self.timeout or any(told.paused for told in suspects):
             return ""
@@ -234,14 +229,6 @@ class Watchdog:
             replace(told, age=told.age + now - came, mute=now - came > self._mute)
             for told, came in list(self._table.values())
         ]
-
-    def _silent_store(self, own: Standing, silence: float) -> str:
-        keeper = "torchrun on the first machine" if agent_keeps_the_store() else "rank 0"
-        return (
-            f"{keeper} has not answered for {silence:.0f} s (it keeps the ranks' store, "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}): its process or machine is stopped, or gone; "
-            f"{own.name} waits at step {own.step}, {own.doing}, at {own.place}"
-        )
 
     def _remedy(self) -> str:
         return (

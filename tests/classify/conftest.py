@@ -2,16 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
 
 import fastalign as fa
 from tests.classify.helpers import KWARGS, NAME, picture
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_fixed_seed):
-    """Tensors this small are slower on two."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

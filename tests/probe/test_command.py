@@ -13,8 +13,8 @@ from PIL import Image
 
 import fastalign as fa
 from fastalign import train
+from fastalign.labelled.datasets import open_labelled
 from fastalign.probe.__main__ import main
-from fastalign.probe.datasets import open_labelled
 from fastalign.probe.features import probed_backbone, read_features
 from fastalign.probe.heads import HEADS, LABELS
 from fastalign.report.probe import read_probe

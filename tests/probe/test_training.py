@@ -23,9 +23,9 @@ from fastalign import train
 from fastalign.config import load_config
 from fastalign.data.source import Subset
 from fastalign.engine import metrics
+from fastalign.labelled.datasets import open_labelled
 from fastalign.probe import fit as fitting
 from fastalign.probe import training
-from fastalign.probe.datasets import open_labelled
 from fastalign.probe.features import probed_backbone, read_features
 from fastalign.probe.heads import TokenShape, make_head
 from fastalign.ranks.distributed import World

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
 
-from fastalign.probe import archives, datasets, download, transfer
+from fastalign.labelled import archives, datasets, download, transfer
 
 NAMES = (
     "train2017.zip",

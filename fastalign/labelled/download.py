@@ -1,4 +1,4 @@
-"""The command ``python -m fastalign.probe.download coco|ade20k --to ROOT``: what the probes use of COCO and ADE20K.
+"""The command ``python -m fastalign.labelled.download coco|ade20k --to ROOT``: what the probes use of the two.
 
 Interrupted at any point, the same command goes on: transfers continue in `.part` files, and files that are unpacked
 already stay. Archives are checked against published digests; where none is published, against the one that the first
@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from fastalign.errors import UserError
-from fastalign.probe.archives import Archive, Piece, archives
-from fastalign.probe.datasets import SPLITS
-from fastalign.probe.transfer import fetch, require_space
+from fastalign.labelled.archives import Archive, Piece, archives
+from fastalign.labelled.datasets import SPLITS
+from fastalign.labelled.transfer import fetch, require_space
 
 _CHUNK = 1 << 20
 RECORD = "checksums.json"
@@ -217,7 +217,7 @@ def _splits(text: str) -> tuple[str, ...]:
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, 2 for bad input, 130 where it was stopped by hand."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastalign.probe.download", description="Fetch COCO 2017 or ADE20K for the probes."
+        prog="python -m fastalign.labelled.download", description="Fetch COCO 2017 or ADE20K for the probes."
     )
     parser.add_argument("data", choices=("coco", "ade20k"))
     parser.add_argument("--to", required=True, metavar="ROOT", help="the folder to write")

@@ -12,10 +12,10 @@ import torch
 
 from fastalign.data import Loader
 from fastalign.data.sources import FolderSource
-from fastalign.probe import datasets, maps
-from fastalign.probe.datasets import VOID, open_labelled
+from fastalign.labelled import datasets, maps
+from fastalign.labelled.datasets import VOID, open_labelled
 from tests.data_helpers import EVAL, encode, needs_dali, write_tar
-from tests.probe.label_maps import COCO_TRAIN, COCO_VAL, expected, grey, names, picture, put, refused
+from tests.labelled.label_maps import COCO_TRAIN, COCO_VAL, expected, grey, names, picture, put, refused
 
 
 @needs_dali
@@ -158,7 +158,7 @@ def test_bad_coco_is_one_line(coco):
     assert "000000000285.jpg" in refused(f"coco:{coco}", "test")
     shutil.rmtree(coco / "annotations/train2017")
     message = refused(f"coco:{coco}", "train")
-    assert "fastalign.probe.download" in message
+    assert "fastalign.labelled.download" in message
     assert str(coco / "annotations/train2017") in message
     shutil.rmtree(coco / "images/val2017")
     assert str(coco / "images/val2017") in refused(f"coco:{coco}", "test")
@@ -239,4 +239,4 @@ def test_class_names_are_distinct_and_come_with_the_package():
     for key, count in (("coco", 183), ("ade20k", 151)):
         assert len(set(datasets.class_names(key))) == len(datasets.class_names(key)) == count
     listed = (Path(__file__).parents[2] / "pyproject.toml").read_text().partition("package-data]")[2]
-    assert '"fastalign.probe" = ["classes.json"]' in listed
+    assert '"fastalign.labelled" = ["classes.json"]' in listed

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from demo import mosaics
-from fastalign.probe import datasets
-from fastalign.probe.datasets import VOID, open_labelled
+from fastalign.labelled import datasets
+from fastalign.labelled.datasets import VOID, open_labelled
 from tests.data_helpers import encode
-from tests.probe.label_maps import SIZE, expected, grey, names, picture, put, refused
+from tests.labelled.label_maps import SIZE, expected, grey, names, picture, put, refused
 
 # --- a folder of one's own
 

@@ -16,7 +16,7 @@ import numpy as np
 from fastalign.data.source import Source, Subset
 from fastalign.data.sources import FolderSource, TarSource
 from fastalign.errors import UserError
-from fastalign.probe.maps import (
+from fastalign.labelled.maps import (
     VOID,
     ade20k_table,
     coco_table,
@@ -25,7 +25,7 @@ from fastalign.probe.maps import (
     decode_table,
     read_panoptic,
 )
-from fastalign.probe.pairs import LabelledImages, pair, stem
+from fastalign.labelled.pairs import LabelledImages, pair, stem
 
 __all__ = ["SPLITS", "VOID", "LabelledImages", "open_labelled"]
 
@@ -132,7 +132,7 @@ def _open_coco(kind: str, root: Path, split: str) -> LabelledImages:
     year = "val2017" if split == "test" else "train2017"
     panoptic = kind == "coco-panoptic"
     option = " --panoptic" if panoptic else ""
-    remedy = f"`python -m fastalign.probe.download coco{option} --to {root}` fetches it"
+    remedy = f"`python -m fastalign.labelled.download coco{option} --to {root}` fetches it"
     name = f"panoptic_{year}" if panoptic else year
     other = root / name if panoptic else root / "stuffthingmaps" / name
     images = _folder(kind, [root / "images" / year, root / year], remedy)
@@ -154,7 +154,7 @@ def _open_coco(kind: str, root: Path, split: str) -> LabelledImages:
 
 def _open_ade20k(root: Path, split: str) -> LabelledImages:
     part = "validation" if split == "test" else "training"
-    remedy = f"`python -m fastalign.probe.download ade20k --to {root}` fetches it"
+    remedy = f"`python -m fastalign.labelled.download ade20k --to {root}` fetches it"
     nested = root / "ADEChallengeData2016"
     images, maps = (
         _folder("ade20k", [root / kind / part, nested / kind / part], remedy)

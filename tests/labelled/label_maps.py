@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from fastalign.errors import UserError
-from fastalign.probe.datasets import open_labelled
+from fastalign.labelled.datasets import open_labelled
 
 SIZE = (6, 4)  # width, height
 
