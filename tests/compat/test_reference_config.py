@@ -14,7 +14,7 @@ from fastalign.config import load_config
 from tests.test_recipes import RECIPES
 from tests.test_train import MODEL, images, losses  # noqa: F401 (a fixture)
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # file | data | teacher | student (= the same, s = soft-capped) | batch a GPU x passes | lr | epochs (warm-up) | rest
 ROWS = """

@@ -1,0 +1,125 @@
+"""The authors' checkpoints: saved, resumed, loaded by a plain backbone."""
+
+import argparse
+import copy
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import fastalign.compat.locality_alignment as la
+from fastalign.compat.locality_alignment import model_utils, train_utils
+from fastalign.errors import UserError
+from tests.compat.helpers import ONE, batch, make, student
+from tests.numerics import randomise, relative_error
+
+
+def save(folder, model, epochs=1, metrics=None, **options):
+    args = argparse.Namespace(
+        model="svit_tiny_patch16_224", betas=(0.9, 0.95), folder=Path("x"), extra={"a": 1}
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    saver = la.CheckpointSaver(
+        model,
+        optimizer,
+        args,
+        checkpoint_dir=str(folder),
+        recovery_dir=str(folder),
+        decreasing=True,
+        **options,
+    )
+    best = [saver.save_checkpoint(e, None if metrics is None else metrics[e]) for e in range(epochs)]
+    return saver, best
+
+
+def test_a_checkpoint_is_plain_and_resumes(tmp_path):
+    model = student(make(f"s{ONE}", depth=1))
+    saver, _ = save(tmp_path, model)
+    saver.save_recovery(0, 3)
+    assert (tmp_path / "recovery-0-3.pth.tar").is_file()
+    state = torch.load(tmp_path / "last.pth.tar", weights_only=True)
+    assert state["args"] == {
+        "model": "svit_tiny_patch16_224", "betas": [0.9, 0.95], "folder": "x", "extra": {"a": 1}
+    }  # fmt: skip
+    assert state["softcap"] == 30.0
+    assert state["arch"] == "svit_tiny_patch16_224"
+    other = student(make(f"s{ONE}", depth=1))
+    randomise(other)
+    assert timm.models.resume_checkpoint(other, str(tmp_path / "last.pth.tar")) == 1
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))
+
+
+def test_the_best_and_every_third_checkpoint_stay(tmp_path):
+    model = nn.Linear(2, 2)
+    metrics = [0.9, 0.5, 0.7, 0.6, 0.4, 0.8]
+    _, best = save(tmp_path, model, 6, metrics, max_history=2, retain_interval=3)
+    assert best[-1] == (0.4, 4)
+    # the two best are 1 and 4; epoch 2 is a third one, epoch 5 was never among the best
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [
+        f"checkpoint-{e}.pth.tar" for e in (1, 2, 4)
+    ]
+    assert torch.load(tmp_path / "model_best.pth.tar", weights_only=True)["epoch"] == 4
+
+
+def test_a_student_fits_a_plain_backbone_without_layer_scale(tmp_path):
+    """The factor goes into the layer before it; pooling goes; the soft-cap's loss is named."""
+    scaled = make(f"s{ONE}", init_values=0.3)
+    ours = student(scaled)
+    randomise(ours)
+    save(tmp_path, ours)
+    plain = make(f"s{ONE}", global_pool="avg").eval()
+    missing, extra = la.load_checkpoint_auto(plain, str(tmp_path / "last.pth.tar"), strict=False)
+    assert {key.partition(".")[0] for key in extra} == {"head", "norm"}
+    assert {key.partition(".")[0] for key in missing} == {"fc_norm"}
+    assert plain.global_pool is None
+    images = batch(scaled)[0]
+    wanted = ours.encoder.eval().forward_intermediates(images, norm=False, intermediates_only=True)[-1]
+    found = plain.forward_intermediates(images, norm=False, intermediates_only=True)[-1]
+    assert relative_error(found, wanted) < 1e-12
+    with pytest.warns(UserWarning, match="capped at 30"):
+        la.load_checkpoint_auto(make(), str(tmp_path / "last.pth.tar"), strict=False)
+
+
+def test_a_student_fits_itself_and_averages_are_preferred(tmp_path):
+    ours = student(make(depth=1))
+    average = {f"_orig_mod.module.{key}": value + 1 for key, value in ours.state_dict().items()}
+    namespace = argparse.Namespace(model=ONE)
+    path = tmp_path / "old.pth.tar"
+    torch.save({"state_dict": ours.state_dict(), "state_dict_ema": average, "args": namespace}, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for use_ema in (True, False):
+            other = copy.deepcopy(ours)
+            la.load_checkpoint_auto(other, str(path), use_ema=use_ema)
+            shift = 1.0 if use_ema else 0.0
+            assert torch.equal(other.decoder.head.bias, ours.decoder.head.bias + shift)
+    marked = tmp_path / "arch.pth.tar"
+    namespace.model = f"s{ONE}"
+    for arguments, cap in (
+        ({}, 30),
+        ({"args": namespace}, 30),
+        ({"args": {"model_kwargs": {"max_attn_val": 7}}}, 7),
+    ):
+        torch.save({"state_dict": ours.state_dict(), "arch": f"s{ONE}", **arguments}, marked)
+        with pytest.warns(UserWarning, match=f"capped at {cap},"):
+            la.load_checkpoint_auto(copy.deepcopy(ours), marked)
+
+
+def test_bad_checkpoints(tmp_path):
+    model = nn.Linear(2, 2)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*gone"):
+        la.load_checkpoint(model, str(tmp_path / "gone.pth"))
+    with pytest.raises(NotImplementedError, match="NumPy"):
+        la.load_checkpoint(model, str(tmp_path / "x.npz"))
+    (tmp_path / "broken.pth").write_bytes(b"no zip")
+    with pytest.raises(UserError, match="damaged, or not written by torch"):
+        la.load_checkpoint(model, str(tmp_path / "broken.pth"))
+    torch.save({"state_dict": model.state_dict(), "code": SimpleNamespace(a=1)}, tmp_path / "code.pth")
+    with pytest.raises(UserError, match=r"pickles types.SimpleNamespace.*nothing of it was run"):
+        la.load_checkpoint(model, str(tmp_path / "code.pth"))
+    assert train_utils.clean_state_dict({"module._orig_mod.module.a.module.b": 1}) == {"a.module.b": 1}
+    assert model_utils.Scale(2)(torch.ones(1)).item() == 2

@@ -1,0 +1,112 @@
+"""`python -m fastalign.compat run`: a script of the authors' kind on our parts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastalign.compat.__main__ as command
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import argparse
+
+import timm
+import torch
+import yaml
+from torch.nn.parallel import DistributedDataParallel
+from torchinfo import summary
+
+import locality_alignment.backbones.svit
+from locality_alignment import MaskEmbedDecoder, MaskEmbedStudent, UniformMaskSampler
+from locality_alignment import convert_to_student_model, convert_to_teacher_model
+from locality_alignment.loss_utils import UniformMaskSampler as Same
+
+assert Same is UniformMaskSampler
+parser = argparse.ArgumentParser()
+group = parser.add_argument_group("masks")
+group.add_argument("--steps", type=int, default=1)
+group.add_argument("--pretrained", type=bool, default=True)
+group.add_argument("--pair", action="store_true", default=True)
+group.add_argument("--whole", action="store_true")
+parser.set_defaults(**yaml.safe_load("{step: 3, whole: true}"))
+args = parser.parse_args()
+torch.manual_seed(0)
+options = dict(pretrained=args.pretrained, num_classes=0, img_size=32, depth=2)
+teacher = convert_to_teacher_model(timm.create_model("vit_tiny_patch16_224", **options), skip_blocks=1)
+encoder = convert_to_student_model(timm.create_model("svit_tiny_patch16_224", **options), output_dim=192)
+student = MaskEmbedStudent(encoder, MaskEmbedDecoder(192, 3, 4, 1, 192, 2))
+print(summary(student, verbose=0))
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+student = DistributedDataParallel(student, device_ids=[torch.device("cpu")])
+sampler = UniformMaskSampler(4, args.pair, args.whole)
+images = torch.randn(2, 3, 32, 32)
+optimizer = torch.optim.AdamW(student.parameters(), 1e-3)
+for _ in range(args.steps):
+    mask = sampler(2)
+    with torch.no_grad():
+        target = teacher(images.repeat_interleave(len(mask) // 2, 0), mask)
+    loss = torch.nn.functional.mse_loss(student(images, mask), target)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    print("loss", len(mask), loss.item())
+torch.distributed.destroy_process_group()
+torch.jit.script(teacher)
+"""
+
+
+@pytest.mark.slow
+def test_run_a_script(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    options = ["--steps", "2", "--pretrained", "False", "--pair", "False", "--whole", "no"]
+    line = [sys.executable, "-m", "fastalign.compat", "run", str(script), *options]
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr  # of its last line
+    assert result.stderr.splitlines()[-1].startswith(
+        "fastalign.compat: TorchScript of models is not supported"
+    )
+    losses = [line.split() for line in result.stdout.splitlines() if line.startswith("loss")]
+    assert [line[1] for line in losses] == ["2", "2"]
+    assert 0 < float(losses[1][2]) < float(losses[0][2]) < 3
+    assert "MaskEmbedStudent" in result.stdout
+    assert "'step' is no option of this script; did you mean steps?" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "usage"), (["walk", "x.py"], "usage"), (["run", "gone.py"], "no script at gone.py")],
+)
+def test_run_refuses_in_one_line(arguments, message, capsys):
+    assert command.main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert len(printed.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("broken.pth", "broken.pth is not a weights file"),
+        ("gone.pth", "no checkpoint at"),
+        ("x.npz", "NumPy's files"),
+    ],
+)
+def test_run_says_in_one_line_what_is_wrong_with_a_file(name, message, tmp_path, monkeypatch, capsys):
+    script = tmp_path / "load.py"
+    (tmp_path / "broken.pth").write_bytes(b"no zip")
+    script.write_text(
+        "import sys, torch, fastalign.compat.locality_alignment as la\n"
+        "la.load_checkpoint(torch.nn.Linear(1, 1), sys.argv[1])\n"
+    )
+    monkeypatch.setattr(command, "install", lambda: None)
+    monkeypatch.setattr(command.shims, "install", lambda: None)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert command.main(["run", str(script), str(tmp_path / name)]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert len(printed.splitlines()) == 1

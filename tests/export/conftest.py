@@ -1,0 +1,69 @@
+"""Finished runs of every family, and pictures."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import fastalign as fa
+from fastalign import train
+from tests.export.helpers import FAMILIES, small
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Finished runs, a cap of 0.5 so that tiny models feel it, every weight moved."""
+    root, made = tmp_path_factory.mktemp("runs"), {}
+
+    def run(family: str, softcap: float | None = 0.5, *overrides: str) -> Path:
+        key = (family, softcap, overrides)
+        if key in made:
+            return made[key]
+        folder = root / f"{len(made)}"
+        torch.manual_seed(1)
+        vit = fa.create_backbone(FAMILIES[family], **small(family))
+        for parameter in vit.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        torch.save(vit.state_dict(), root / f"{family}.pth")
+        recipe = {
+            "output": str(folder),
+            "student": {
+                "name": FAMILIES[family],
+                "weights": str(root / f"{family}.pth"),
+                "kwargs": small(family),
+                "softcap": softcap,
+            },
+            "data": {"train": "synthetic:24", "val": "synthetic:4"},
+            "optim": {"batch_size": 8, "epochs": 1, "lr": 0.05},
+        }
+        (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        with torch.enable_grad():
+            assert train.main([str(root / "recipe.yaml"), *overrides]) == 0
+        made[key] = folder
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def damaged(runs, tmp_path):
+    """A copy of a run, to be damaged."""
+    source, copy = runs("clip"), tmp_path / "damaged"
+    for path in source.rglob("*"):
+        if path.is_file() and "exports" not in path.parts:
+            (copy / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            (copy / path.relative_to(source)).write_bytes(path.read_bytes())
+    return copy
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    for index in range(3):
+        picture = Image.fromarray(rng.integers(0, 255, (5, 7, 3), dtype=np.uint8))
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        picture.resize((72, 48), Image.Resampling.BICUBIC).save(tmp_path / "pictures" / f"{index}.png")
+    return tmp_path / "pictures"

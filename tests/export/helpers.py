@@ -1,0 +1,106 @@
+"""Families of tiny models, their capped truth in float64, and each library's way to load an export."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import open_clip
+import timm
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from tests.truth import CappedAttention
+
+FAMILIES = {
+    "clip": "vit_base_patch16_clip_quickgelu_224.openai",
+    "openclip": "vit_base_patch16_clip_224.laion2b",
+    "siglip": "vit_base_patch16_siglip_224.webli",
+    "dinov2": "vit_base_patch14_dinov2.lvd142m",
+    "registers": "vit_base_patch14_reg4_dinov2.lvd142m",
+    "vit": "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+}
+SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}
+STOCK = {
+    "hf-clip": "CLIPVisionModel",
+    "hf-siglip": "SiglipVisionModel",
+    "dinov2": "Dinov2Model",
+    "registers": "Dinov2WithRegistersModel",
+    "vit": "Dinov2Model",
+}
+
+
+def small(family: str) -> dict:
+    return {**SMALL, "img_size": 28 if "patch14" in FAMILIES[family] else 32}
+
+
+def truth(folder: Path, family: str, cap: float | None) -> torch.nn.Module:
+    """timm's model with the run's weights, capped, in float64."""
+    kwargs = json.loads((folder / "backbone.json").read_text())["kwargs"]
+    model = timm.create_model(FAMILIES[family], **kwargs)
+    model.load_state_dict(load_file(folder / "backbone.safetensors"))
+    if cap is not None:
+        for block in model.blocks:
+            block.attn = CappedAttention(block.attn, cap)
+    return model.double().eval()
+
+
+def images(family: str, count: int = 2) -> torch.Tensor:
+    size = small(family)["img_size"]
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(7))
+
+
+def tokens(folder: Path, family: str, cap: float | None) -> torch.Tensor:
+    with torch.no_grad():
+        return truth(folder, family, cap).forward_features(images(family).double())
+
+
+def facts(folder: Path) -> dict:
+    return json.loads((folder / "fastalign.json").read_text())
+
+
+def by_timm(folder: Path, x: torch.Tensor, family: str) -> torch.Tensor:
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval().forward_features(x)
+
+
+def by_prismatic(folder: Path, x: torch.Tensor, family: str) -> torch.Tensor:
+    """Prismatic's own lines, but for the layer; it leaves the prefix out."""
+    featurizer = timm.create_model(
+        f"local-dir:{folder}", pretrained=True, num_classes=0, img_size=x.shape[-1]
+    )
+    assert isinstance(featurizer, timm.models.VisionTransformer)
+    featurizer.eval()
+    featurizer.forward = partial(
+        featurizer.get_intermediate_layers, n={len(featurizer.blocks) - 1}, norm=True
+    )
+    return featurizer(x)[0]
+
+
+def by_transformers(folder: Path, x: torch.Tensor, family: str) -> torch.Tensor:
+    """transformers' own class where the export names it; its CLIP does not norm its tokens."""
+    target = facts(folder)["target"]
+    if facts(folder)["softcap"]["applied"]:
+        out = transformers.AutoModel.from_pretrained(folder).eval()(x, output_hidden_states=True)
+        assert torch.equal(out.hidden_states[-1], out.last_hidden_state)
+        return out.last_hidden_state
+    model = getattr(transformers, STOCK.get(target) or STOCK[family]).from_pretrained(folder).eval()
+    assert type(transformers.AutoModel.from_pretrained(folder)) is type(model)
+    last = model(x).last_hidden_state
+    return model.post_layernorm(last) if target == "hf-clip" else last
+
+
+def by_open_clip(folder: Path, x: torch.Tensor, family: str) -> torch.Tensor:
+    config = json.loads((folder / "visual.json").read_text())
+    visual = open_clip.CLIP(**config, text_cfg=open_clip.CLIPTextCfg(width=64, heads=1, layers=1)).visual
+    visual.load_state_dict(load_file(folder / "visual.safetensors"))
+    first, patches = visual.eval()(x)
+    return torch.cat([first[:, None], patches], 1)
+
+
+LOADERS = {"timm": by_timm, "prismatic": by_prismatic, "open-clip": by_open_clip}
+
+
+def evaluation_transform(family: str):
+    data = timm.data.resolve_data_config({}, model=timm.create_model(FAMILIES[family], **small(family)))
+    size = small(family)["img_size"]
+    return timm.data.create_transform(**{**data, "input_size": (3, size, size)})

@@ -1,0 +1,120 @@
+"""What an export says of itself: statistics of its features, licence, transform; and its decoder."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import fastalign as fa
+from benchmarks import export as benchmark
+from fastalign.export import hf, load_decoder
+from fastalign.export.__main__ import main
+from tests.export.helpers import FAMILIES, SMALL, evaluation_transform, facts, images, small, truth
+from tests.numerics import relative_error
+from tests.truth import StudentTruth
+
+measured = benchmark.measure
+
+
+def test_mean_and_std_of_the_features(runs, tmp_path, pictures):
+    folder, output = runs("clip"), tmp_path / "export"
+    assert main([str(folder), "--to", "timm", "--output", str(output), "--images", str(pictures)]) == 0
+    transform = evaluation_transform("clip")
+    batch = torch.stack([transform(Image.open(path).convert("RGB")) for path in sorted(pictures.iterdir())])
+    with torch.no_grad():
+        patches = truth(folder, "clip", 0.5).forward_features(batch.double())[:, 1:].flatten(0, 1)
+    found = facts(output)["features"]
+    assert found["images"] == 3
+    assert relative_error(torch.tensor(found["mean"]), patches.mean(0)) < 1e-4
+    assert relative_error(torch.tensor(found["std"]), patches.std(0, correction=0)) < 1e-4
+
+
+def test_without_images_nothing_is_measured_and_it_says_so(damaged, tmp_path, capsys):
+    recipe = yaml.safe_load((damaged / "config.yaml").read_text())
+    recipe["data"]["val"] = "/gone/val"
+    (damaged / "config.yaml").write_text(yaml.safe_dump(recipe))
+    assert main([str(damaged), "--to", "timm"]) == 0
+    assert facts(damaged / "exports" / "timm")["features"]["mean"] is None
+    assert "give --images FOLDER" in capsys.readouterr().out
+
+
+def test_what_must_be_known_is_written(runs, tmp_path, monkeypatch):
+    folder, output = runs("clip"), tmp_path / "export"
+    (folder / "probe.json").write_text('{"recall": 0.5}')
+    assert main([str(folder), "--to", "hf-clip", "--output", str(output)]) == 0
+    (folder / "probe.json").unlink()
+    found = facts(output)
+    assert found["source"]["name"] == FAMILIES["clip"]
+    assert found["source"]["licence"] is None, "weights from a file: nobody knows"
+    assert found["recipe"]["optim"]["lr"] == 0.05
+    assert found["data"] == {"train": "synthetic:24", "val": "synthetic:4"}
+    assert found["probe"] == {"recall": 0.5}
+    assert found["softcap"] == {"value": 0.5, "applied": True}
+    assert found["read"] == {
+        "layer": -1,
+        "normed": True,
+        "prefix_tokens": 1,
+        "patch_grid": [2, 2],
+        "width": 48,
+    }
+    assert len(found["features"]["mean"]) == 48
+    card = (output / "README.md").read_text()
+    for words in ("license: unknown", "0.5, applied by the import", "{'recall': 0.5}", "load_tower"):
+        assert words in card
+
+
+@pytest.mark.parametrize(
+    ("name", "licence"),
+    [
+        ("vit_base_patch16_224.mae", "cc-by-nc-4.0"),
+        ("vit_base_patch16_mocov3_224", "cc-by-nc-4.0"),
+        ("eva02_base_patch16_clip_224.merged2b", "mit"),
+        ("vit_base_patch16_224.dino", "apache-2.0"),
+    ],
+)
+def test_the_licence_of_published_weights(tmp_path, name, licence):
+    from fastalign.config import Config
+    from fastalign.export.source import Run
+
+    run = Run(tmp_path, None, {"name": name}, Config())
+    assert run.source() == {"name": name, "weights": "pretrained", "licence": licence}
+
+
+@pytest.mark.parametrize("options", [(), ("student.head=mlp", "decoder.layers=1"), ("optim.ema=0.5",)])
+@torch.no_grad()
+def test_the_decoder_predicts_what_the_student_predicts(runs, tmp_path, options):
+    folder, output = runs("clip", 0.5, *options), tmp_path / "export"
+    assert main([str(folder), "--to", "hf-clip", "--output", str(output)]) == 0
+    state = torch.load(folder / "checkpoints" / "best.pt", weights_only=True)
+    shape = {"head": "mlp", "layers": 1} if options[:1] == ("student.head=mlp",) else {}
+    student = StudentTruth(FAMILIES["clip"], cap=0.5, target_dim=48, **shape, **small("clip"))
+    student.load_state_dict(state["average"] or state["student"])
+    wanted = student.double().eval()(images("clip").double(), torch.ones(2, 1, 4, dtype=torch.bool))[:, 0]
+    features = hf.load_tower(output).eval()(images("clip")).last_hidden_state
+    assert relative_error(load_decoder(output).eval()(features), wanted) < 1e-5
+
+
+def test_without_a_checkpoint_there_is_no_decoder(damaged, tmp_path, capsys):
+    for path in (damaged / "checkpoints").iterdir():
+        path.unlink()
+    assert main([str(damaged), "--to", "timm"]) == 0
+    assert "no decoder" in capsys.readouterr().out
+    with pytest.raises(fa.UserError, match=r"no decoder\.safetensors"):
+        load_decoder(damaged / "exports" / "timm")
+
+
+def test_the_benchmark_at_a_tiny_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark.record, "RESULTS", tmp_path)
+    monkeypatch.setattr(benchmark, "TABLE", tmp_path / "export.md")
+    monkeypatch.setattr(benchmark, "BACKBONES", [FAMILIES["clip"], FAMILIES["siglip"]])
+    monkeypatch.setattr(benchmark, "measure", lambda name, **_: measured(name, **{**SMALL, "depth": 1}))
+    (tmp_path / "export.md").write_text("# Export\n\n| backbone | target | old |\n")
+    benchmark.main([])
+    table = (tmp_path / "export.md").read_text()
+    assert table.count("| refused |") == 1
+    assert table.startswith("# Export\n\n| backbone | target | with the cap | without |\n|---|")
+    found = json.loads((tmp_path / "export.json").read_text())["rows"]
+    assert [row["target"] for row in found[-3:]] == ["timm", "hf-siglip", "prismatic"]
+    assert all(row["plain"] < 1e-5 for row in found)

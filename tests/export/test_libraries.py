@@ -1,0 +1,135 @@
+"""Exports, loaded back by each library's own classes, against timm's model with capped attention in float64."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import fastalign as fa
+from fastalign.export import measure
+from fastalign.export.__main__ import main
+from tests.export.helpers import (
+    FAMILIES,
+    LOADERS,
+    SMALL,
+    by_transformers,
+    facts,
+    images,
+    small,
+    tokens,
+    truth,
+)
+from tests.numerics import randomise, relative_error
+
+CASES = [
+    (family, target, softcap)
+    for family, fitting in {
+        "clip": ("timm", "hf-clip", "open-clip", "prismatic"),
+        "openclip": ("timm", "hf-clip", "open-clip", "prismatic"),
+        "siglip": ("timm", "hf-siglip", "prismatic"),
+        "dinov2": ("timm", "hf-dinov2", "prismatic"),
+        "registers": ("timm", "hf-dinov2", "prismatic"),
+        "vit": ("timm", "hf-dinov2", "prismatic"),
+    }.items()
+    for target in fitting
+    for softcap in ("applied", "dropped", *(["none"] if family in ("clip", "siglip") else []))
+]
+
+
+@pytest.mark.parametrize(("family", "target", "softcap"), CASES, ids=["-".join(case) for case in CASES])
+@torch.no_grad()
+def test_each_library_gives_our_features(runs, tmp_path, capsys, family, target, softcap):
+    folder, output = runs(family, None if softcap == "none" else 0.5), tmp_path / "export"
+    options = ["--drop-softcap"] if softcap == "dropped" else []
+    code = main([str(folder), "--to", target, "--output", str(output), *options])
+    if target == "open-clip" and softcap == "applied":
+        error = capsys.readouterr().err
+        assert code == 2
+        assert "cannot apply the soft-cap of 0.5" in error
+        assert "--drop-softcap" in error
+        assert not output.exists()
+        return
+    assert code == 0
+    wanted = tokens(folder, family, 0.5 if softcap == "applied" else None)
+    found = LOADERS.get(target, by_transformers)(output, images(family), family)
+    prefix = facts(output)["read"]["prefix_tokens"]
+    assert relative_error(found, wanted[:, prefix:] if target == "prismatic" else wanted) < 1e-5
+    assert 0 <= facts(output)["parity"]["largest_relative_error"] < 1e-5
+    assert "largest relative error" in capsys.readouterr().out
+    assert f"for `{target}`" in (output / "README.md").read_text()
+
+
+def test_the_file_alone_for_timm(runs, tmp_path):
+    """As vlm code names a local file: `pretrained_cfg_overlay`."""
+    folder, output = runs("clip", None), tmp_path / "export"
+    assert main([str(folder), "--to", "prismatic", "--output", str(output)]) == 0
+    model = timm.create_model(
+        FAMILIES["clip"],
+        pretrained=True,
+        num_classes=0,
+        pretrained_cfg_overlay={"file": str(output / "model.safetensors")},
+        **small("clip"),
+    )
+    with torch.no_grad():
+        found = model.eval().forward_features(images("clip"))
+    assert relative_error(found, tokens(folder, "clip", None)) < 1e-5
+
+
+def test_what_dropping_the_cap_changes(runs, tmp_path, capsys):
+    folder, output = runs("clip"), tmp_path / "export"
+    assert main([str(folder), "--to", "hf-clip", "--drop-softcap", "--output", str(output)]) == 0
+    noise = measure.noise(fa.load_backbone(folder)).double()
+    with torch.no_grad():
+        plain, capped = (truth(folder, "clip", cap).forward_features(noise) for cap in (None, 0.5))
+    found = facts(output)["softcap"]
+    assert (found["value"], found["applied"]) == (0.5, False)
+    assert found["dropped"]["noise"]["relative_change"] == pytest.approx(
+        relative_error(plain, capped), rel=1e-4
+    )
+    cosine = torch.cosine_similarity(plain, capped, dim=-1).min().item()
+    assert found["dropped"]["noise"]["lowest_cosine"] == pytest.approx(cosine, abs=1e-5)
+    assert found["dropped"]["noise"]["relative_change"] > 0.02
+    assert "soft-cap dropped: features on noise change by" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "code", "words"),
+    [
+        ("hf-clip", "import transformers as t; t.AutoModel.from_pretrained(PATH)", "fastalign_clip"),
+        ("timm", "import timm; timm.create_model('local-dir:' + PATH, pretrained=True)", "fastalign_softcap"),
+    ],
+)
+def test_without_the_import_a_capped_export_is_refused(runs, tmp_path, target, code, words):
+    output = tmp_path / "export"
+    assert main([str(runs("clip")), "--to", target, "--output", str(output)]) == 0
+    result = subprocess.run(
+        [sys.executable, "-c", f"PATH = {str(output)!r}\n{code}"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0
+    assert words in result.stderr
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_base_patch16_clip_224"])
+def test_timm_caps_beit_and_eva_too(name, tmp_path):
+    """A run's files, made by hand; the truth is our model, whose attention has tests of its own."""
+    vit = fa.create_backbone(name, **SMALL)
+    randomise(vit, 0.2)
+    folder, output = tmp_path / "run", tmp_path / "export"
+    folder.mkdir()
+    save_file(
+        {key: value.clone() for key, value in vit.state_dict().items()}, folder / "backbone.safetensors"
+    )
+    facts = {"name": name, "kwargs": vit.recipe["kwargs"], "softcap": 0.5}
+    (folder / "backbone.json").write_text(json.dumps(facts))
+    assert main([str(folder), "--to", "timm", "--output", str(output)]) == 0
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = timm.create_model(f"local-dir:{output}", pretrained=True).eval().forward_features(x)
+        wanted = fa.load_backbone(folder).forward_features(x)
+    assert relative_error(found, wanted) < 1e-5
+    assert relative_error(vit.forward_features(x), wanted) > 1e-3, "the cap is felt"

@@ -1,0 +1,105 @@
+"""A VLM that uses the tower."""
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from fastalign.export import hf
+from fastalign.export.__main__ import main
+from tests.export.helpers import evaluation_transform, images, tokens, truth
+from tests.numerics import relative_error
+
+
+@pytest.fixture
+def llava(runs, tmp_path):
+    """Exports a run and builds a tiny LLaVA on it."""
+
+    def build(family: str, target: str, softcap: float | None, **kwargs):
+        output = tmp_path / "export"
+        assert main([str(runs(family, softcap)), "--to", target, "--output", str(output)]) == 0
+        text = transformers.LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+        config = hf.llava_config(output, text, image_token_index=31, **kwargs)
+        model = transformers.LlavaForConditionalGeneration(config).eval()
+        model.model.vision_tower = hf.load_tower(output).eval()
+        return model
+
+    return build
+
+
+@torch.no_grad()
+def seen(model, family: str) -> torch.Tensor:
+    """What LLaVA's projector reads in a forward pass with an image in the prompt."""
+    inputs = []
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    count = model.config.image_seq_length
+    prompt = torch.tensor([[1, *[31] * count, 2, 3]]).expand(2, -1)
+    out = model(input_ids=prompt, pixel_values=images(family))
+    hook.remove()
+    assert out.logits.shape == (2, count + 3, 32)
+    assert torch.isfinite(out.logits).all()
+    return inputs[0]
+
+
+VLMS = [
+    ("clip", "hf-clip", 0.5, 1),
+    ("clip", "hf-clip", None, 1),
+    ("siglip", "hf-siglip", 0.5, 0),
+    ("siglip", "hf-siglip", None, 0),
+    ("dinov2", "hf-dinov2", 0.5, 1),
+    ("registers", "hf-dinov2", 0.5, 0),
+]
+
+
+@pytest.mark.parametrize(("family", "target", "softcap", "skip"), VLMS)
+def test_llava_reads_the_aligned_features(runs, llava, tmp_path, family, target, softcap, skip):
+    model = llava(family, target, softcap)
+    wanted = tokens(runs(family, softcap), family, softcap)[:, skip:]
+    assert model.config.vision_feature_layer == -1
+    assert relative_error(seen(model, family), wanted) < 1e-5
+    model.set_attn_implementation("eager")
+    assert relative_error(seen(model, family), wanted) < 1e-5, "the cap survives another attention"
+    model.save_pretrained(tmp_path / "vlm")
+    again = transformers.LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "vlm", attn_implementation="sdpa"
+    )
+    assert relative_error(seen(again.eval(), family), wanted) < 1e-5, "saved and loaded"
+
+
+def test_the_trap_of_layer_minus_two(runs, llava):
+    """LLaVA's default throws the last block away, the one that alignment trains most."""
+    assert transformers.LlavaConfig().vision_feature_layer == -2
+    wanted = tokens(runs("clip", 0.5), "clip", 0.5)[:, 1:]
+    assert relative_error(seen(llava("clip", "hf-clip", 0.5, vision_feature_layer=-2), "clip"), wanted) > 0.1
+
+
+def test_the_tower_trains(runs, tmp_path):
+    """A VLM may tune it: gradients against those of the truth."""
+    folder, output = runs("clip"), tmp_path / "export"
+    assert main([str(folder), "--to", "hf-clip", "--output", str(output)]) == 0
+    tower, model = hf.load_tower(output).train(), truth(folder, "clip", 0.5)
+    cotangent = torch.randn(2, 5, 48)
+    tower(images("clip")).last_hidden_state.backward(cotangent)
+    model.forward_features(images("clip").double()).backward(cotangent.double())
+    for ours, theirs in (
+        (tower.embeddings.patch_embedding.weight, model.patch_embed.proj.weight),
+        (tower.encoder.layers[1].self_attn.v_proj.weight, model.blocks[1].attn.qkv.weight),
+    ):
+        gradient = theirs.grad if ours.shape == theirs.shape else theirs.grad.chunk(3)[2]
+        assert relative_error(ours.grad, gradient) < 1e-4
+
+
+def test_the_image_processor_is_the_evaluation_transform(runs, tmp_path, pictures):
+    output = tmp_path / "export"
+    assert main([str(runs("openclip")), "--to", "hf-clip", "--output", str(output)]) == 0
+    processor = transformers.AutoImageProcessor.from_pretrained(output)
+    picture = Image.open(pictures / "0.png")
+    wanted = evaluation_transform("openclip")(picture)
+    found = processor(picture, return_tensors="pt")["pixel_values"][0]
+    assert relative_error(found, wanted) < 0.02, "the bicubic of two libraries"

@@ -1,0 +1,112 @@
+"""A tiny ViT, the facts of a probe, and a reader of pages and curves."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import yaml
+
+from fastalign.report.__main__ import main
+
+MODEL = {"name": "vit_tiny_patch16_224", "weights": "random"}
+MODEL["kwargs"] = {"img_size": [32, 48], "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3}
+GRID = (4, 6)
+
+
+def split(recall, **more):
+    counted = [None if value is None else 10 for value in recall]
+    per_class = {"recall": recall, "average_precision": recall, "positives": counted, **more}
+    sizes = {"edges": [0, 0.5, 1.0], "recall": [recall[0], None], "positives": [7, 0]}
+    return {"macro_recall": recall[0], "per_class": per_class, "by_size": sizes}
+
+
+def probe_facts() -> dict:
+    """A probe of three classes, one of them absent, with two seeds."""
+    recalls = {
+        "before": ([0.2, 0.9, None], [0.4, 0.7, None]),
+        "aligned": ([0.6, 0.5, None], [0.8, 0.7, None]),
+    }
+    key = {"labels": "union", "head": "linear", "skip_blocks": 0}
+    results = [
+        {"model": model, **key, "seed": seed, "epoch": 4, "val": {}, "test": split(recall)}
+        for model, both in recalls.items()
+        for seed, recall in enumerate(both)
+    ]
+    scores = {"before": (0.55, 0.1), "aligned": (0.65, None)}
+    summary = [
+        {"model": m, **key, "seeds": 2, "test": {"macro_recall": {"mean": mean, "std": std}}}
+        for m, (mean, std) in scores.items()
+    ]
+    data = {"path": "scenes", "classes": ["a<b>&c", "dog", "sea"], "images": {"train": 3, "test": 2}}
+    return {
+        "command": "probe it",
+        "data": data,
+        "versions": {"torch": "2"},
+        "results": results,
+        "summary": summary,
+    }
+
+
+class Page(HTMLParser):
+    """Refuses a page whose tags do not close; keeps what tests look at."""
+
+    VOID = ("meta", "img", "br", "input", "link")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.stack, self.tags, self.text = [], [], ""
+        self.feed(text)
+        self.close()
+        assert not self.stack
+
+    def handle_starttag(self, tag, attrs):
+        assert len(dict(attrs)) == len(attrs)
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag: str) -> list[dict]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def render(folder: Path, *arguments: str) -> Page:
+    assert main([str(folder), *arguments]) == 0
+    return Page((folder / "report.html").read_text())
+
+
+def refused(capsys, *arguments) -> str:
+    """The one line with which the command refuses."""
+    assert main([str(argument) for argument in arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
+def curve(svg: str, name: str) -> list[tuple[float, float]]:
+    """The points of a curve in the units of the axes, by way of the ticks' labels."""
+    across = [(float(x), float(t)) for x, t in re.findall(r'<text class="x" x="([^"]+)"[^>]*>([^<]+)<', svg)]
+    heights = [float(y) for y in re.findall(r'<line [^>]*y1="([^"]+)"', svg)]
+    up = list(zip(heights, map(float, re.findall(r'<text class="y"[^>]*>([^<]+)<', svg)), strict=True))
+
+    def unit(ticks, place):
+        (a, first), (b, last) = ticks[0], ticks[-1]
+        return first + (place - a) / (b - a) * (last - first)
+
+    points = re.search(rf'<polyline data-name="{name}" points="([^"]+)"', svg)[1]
+    pairs = [tuple(map(float, point.split(","))) for point in points.split()]
+    return [(unit(across, x), unit(up, y)) for x, y in pairs]
+
+
+def edit_config(run: Path, section: str, **values) -> None:
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    tree[section] |= values
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))

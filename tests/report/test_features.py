@@ -1,0 +1,99 @@
+"""Components, colours and similarity of patch features, against numpy, timm and loops by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import fastalign as fa
+import fastalign.report
+from fastalign.build import build_objective
+from fastalign.config import load_config
+from fastalign.report import features
+from fastalign.report.source import backbones, read_run
+from tests.report.helpers import GRID
+
+
+def test_components_are_those_of_an_svd():
+    tokens = np.random.default_rng(0).standard_normal((3, 20, 12)) * np.linspace(1, 3, 12) + 5
+    values, share = features.principal_components(tokens)
+    rows = tokens.reshape(60, 12) - tokens.reshape(60, 12).mean(0)
+    left, singular, _ = np.linalg.svd(rows, full_matrices=False)
+    wanted = left[:, :3] * singular[:3]
+    np.testing.assert_allclose(np.abs(values.reshape(60, 3)), np.abs(wanted), atol=1e-10)
+    assert ((values.reshape(60, 3) ** 3).sum(0) > 0).all()
+    assert share == pytest.approx((singular[:3] ** 2).sum() / (singular**2).sum())
+
+
+def test_features_of_one_direction_have_two_empty_components():
+    tokens = np.arange(8.0).reshape(1, 8, 1) * np.array([3.0, 4.0])
+    values, share = features.principal_components(tokens)
+    np.testing.assert_allclose(np.abs(values[0, :, 0]), 5 * np.abs(np.arange(8) - 3.5))
+    np.testing.assert_allclose(values[0, :, 1:], 0, atol=1e-9)
+    assert share == pytest.approx(1)
+    constant, _ = features.principal_components(np.ones((2, 4, 6)))
+    assert (features.component_colours(constant) == 128).all()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 0, 2)])
+def test_shuffled_and_flipped_components_are_put_back(order):
+    values = np.random.default_rng(1).standard_normal((2, 50, 3)) * [5, 2, 1]
+    shuffled = 3 * values[..., list(order)] * [1, -1, -1] + 7
+    np.testing.assert_allclose(features.aligned_to(shuffled, values), *[_signed(values, order)], atol=1e-12)
+
+
+def _signed(values, order):
+    """What undoing a shuffle by hand gives: the factor and the shift stay, the shift with the sign."""
+    signs = dict(zip(order, (1, -1, -1), strict=True))
+    return np.stack([3 * values[..., c] + 7 * signs[c] for c in range(3)], -1)
+
+
+def test_colours_go_from_the_first_percentile_to_the_last():
+    values = np.stack([np.linspace(-1, 1, 101)] * 3, -1)[None]
+    colours = features.component_colours(values)[0, :, 0]
+    assert colours[0] == colours[1] == 0
+    assert colours[99] == colours[100] == 255
+    assert colours[50] == 128
+    assert colours[25] == round(255 * 24 / 98)
+
+
+def test_cosines_and_queries_are_those_of_a_loop():
+    tokens = np.random.default_rng(2).standard_normal((24, 7))
+    centre, other = features.queries(tokens, GRID)
+    assert centre == 2 * 6 + 3  # row 2 of 4, column 3 of 6
+
+    def cosine(a, b):
+        dot = sum(x * y for x, y in zip(a, b, strict=True))
+        return dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+    by_hand = [cosine(tokens[centre], token) for token in tokens]
+    np.testing.assert_allclose(features.cosines(tokens, centre), by_hand, atol=1e-12)
+    assert by_hand[other] == min(by_hand)
+
+
+def test_the_ramp_gets_lighter_and_ends_where_it_says():
+    ramp = features.ramp_colours(np.linspace(-0.5, 1, 50), -0.5).astype(float) @ [0.2126, 0.7152, 0.0722]
+    assert (np.diff(ramp) > 0).all()
+    assert (features.ramp_colours(np.array([-1.0, -0.5]), -0.5) == features._RAMP[0]).all()
+
+
+def test_tokens_are_timms_without_the_prefix():
+    vit = fa.create_backbone("vit_tiny_patch16_224", depth=2, img_size=32).eval()
+    twin = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=0).eval()
+    twin.load_state_dict(vit.state_dict())
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        wanted = twin.forward_features(images)[:, 1:].double().numpy()
+    np.testing.assert_allclose(features.patch_tokens(vit, images), wanted, atol=1e-5)
+
+
+def test_what_a_run_started_from_is_what_training_started_from(trained):
+    """Random weights are drawn again; the encoder that training begins with is the truth."""
+    found = backbones(read_run(trained))
+    _, begun = build_objective(load_config(trained / "config.yaml"))
+    wanted = begun.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in found["before"].state_dict().items())
+    aligned = found["aligned"].state_dict()
+    assert not torch.equal(aligned["blocks.0.attn.qkv.weight"], wanted["blocks.0.attn.qkv.weight"])

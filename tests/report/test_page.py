@@ -1,0 +1,203 @@
+"""The page, parsed: pictures, maps, scores, colours, and what it says where something is missing."""
+
+import base64
+import io
+import itertools
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+import fastalign as fa
+import fastalign.report
+from fastalign.config import load_config
+from fastalign.report import features
+from fastalign.report.pictures import pick
+from tests.report.helpers import GRID, edit_config, probe_facts, render
+
+CSS = Path(features.__file__).with_name("page.css").read_text()
+
+
+def test_the_page_needs_nothing_else_and_is_the_same_each_time(run):
+    (run / "probe.json").write_text(json.dumps(probe_facts()))
+    page = render(run, "--images", "3")
+    first = (run / "report.html").read_bytes()
+    assert render(run, "--images", "3")
+    assert (run / "report.html").read_bytes() == first
+    assert b"http:" not in first
+    assert b"https:" not in first
+    assert b"url(" not in first
+    assert b"@import" not in first
+    for _, attrs in page.tags:
+        assert not {"href", "srcset", "onload"} & attrs.keys()
+        assert attrs.get("src", "data:image/").startswith("data:image/")
+    assert not page.all("script")
+    assert not page.all("link")
+    assert all(attrs["alt"] for attrs in page.all("img"))
+    assert all(attrs["aria-label"] and attrs["role"] == "img" for attrs in page.all("svg"))
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(below <= above + 1 for above, below in itertools.pairwise(levels))
+
+
+def test_pictures_and_maps_are_those_of_the_images(run):
+    page = render(run, "--images", "2")
+    images = page.all("img")
+    assert len(images) == 2 * 7
+    vit = fa.load_backbone(run).eval()
+    data = {key: vit.data[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    transform = create_transform((3, 32, 48), is_training=False, **data)
+    folder = Path(load_config(run / "config.yaml").data.val)
+    for place, name in enumerate(("0.jpg", "4.jpg")):  # the first and the last
+        picture, *maps = images[7 * place : 7 * place + 7]
+        assert picture["alt"] == f"{name}, with patches A and B marked"
+        shown = _pixels(picture)
+        assert shown.shape[0] * 3 == shown.shape[1] * 2
+        assert shown.shape[1] >= 256
+        assert {_pixels(tile).shape for tile in maps} == {(*GRID, 3)}
+        with torch.no_grad():
+            tokens = vit.forward_features(transform(Image.open(folder / name))[None])[0, 1:].double()
+        unit = tokens / tokens.norm(dim=1, keepdim=True)
+        cosine = (unit @ unit[2 * 6 + 3]).tolist()
+        said = re.fullmatch(
+            rf"Cosines with {name}, patch A, aligned: mean (\S+), lowest (\S+)", maps[3]["alt"]
+        )
+        assert float(said[1]) == pytest.approx(sum(cosine) / 24, abs=0.0051)
+        assert float(said[2]) == pytest.approx(min(cosine), abs=0.0051)
+        # The lightest patch is the patch itself, the darkest the least similar.
+        light = _pixels(maps[3]).astype(int).sum(-1).ravel()
+        assert light.argmax() == 15
+        assert light[int(np.argmin(cosine))] == light.min()
+        # The shown picture is what the backbone sees: made small again it is the input.
+        small = Image.fromarray(shown).resize((48, 32), Image.Resampling.BOX)
+        seen = (transform(Image.open(folder / name)) * 0.5 + 0.5).permute(1, 2, 0).numpy() * 255
+        assert vit.data["mean"] == [0.5, 0.5, 0.5]
+        assert np.abs(np.asarray(small) - seen).mean() < 3
+    marks = [attrs["style"] for attrs in page.all("span") if attrs.get("class", "").startswith("mark a")]
+    assert set(marks) == {"left:50%;top:50%;width:16.67%;height:25%"}
+
+
+def _pixels(attrs: dict) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(attrs["src"].partition(",")[2]))).convert("RGB"))
+
+
+def test_scores_classes_and_sizes_of_a_probe(run):
+    (run / "probe.json").write_text(json.dumps(probe_facts()))
+    page = render(run, "--images", "0")
+    assert (
+        "Patch probe, macro recall, % before → aligned, union labels, linear head55.0 ± 10.0 → 65.0"
+        in page.text
+    )
+    table = re.search(r"Recall by class.*?</table>", (run / "report.html").read_text(), re.S)[0]
+    rows = [
+        re.sub("<[^>]+>", " ", row).split() for row in re.findall(r"<tr><th scope=\"row\">.*?</tr>", table)
+    ]
+    # Recall before and aligned, then AP: means over seeds by hand, the largest gain first, the absent class last.
+    assert rows == [
+        ["a&lt;b&gt;&amp;c", "10", "30.0", "70.0", "30.0", "70.0"],
+        ["dog", "10", "80.0", "60.0", "80.0", "60.0"],
+        ["sea", "–", "–", "–", "–", "–"],
+    ]
+    widths = [attrs["style"] for attrs in page.all("i") if attrs.get("style", "").startswith("width")]
+    assert widths[:2] == ["width:30.00%;background:var(--before)", "width:70.00%;background:var(--aligned)"]
+    bars = page.all("rect")
+    assert len(bars) == 2  # no bar for the size that has no patch
+    assert float(bars[1]["height"]) / float(bars[0]["height"]) == pytest.approx(70 / 30, abs=0.01)
+    assert not page.all("b" + "c")  # the class name is text
+    assert "probe it" in page.text
+
+
+def test_a_run_that_was_not_probed_says_so(run):
+    assert "has not been probed" in render(run, "--images", "0").text
+
+
+def test_an_unfinished_run_has_curves_only(run, capsys):
+    (run / "backbone.json").unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    page = render(run)
+    assert "saved no backbone (it is unfinished)" in page.text
+    assert "saved no backbone (it is unfinished)" in capsys.readouterr().out
+    assert page.all("polyline")
+    assert not page.all("img")
+
+
+@pytest.mark.parametrize("missing", ["config.yaml", "metrics.jsonl"])
+def test_what_is_missing_is_named_and_the_rest_is_shown(run, trained, missing):
+    (run / missing).unlink()
+    page = render(run, "--images", str(trained.parent / "val" / "0.jpg"))
+    assert f"{missing} is missing" in page.text
+    assert len(page.all("img")) == (4 if missing == "config.yaml" else 7)
+    assert bool(page.all("polyline")) == (missing != "metrics.jsonl")
+
+
+def test_without_the_weights_before_only_the_aligned_ones_are_shown(run):
+    edit_config(run, "student", weights="/nowhere/teacher.safetensors")
+    page = render(run, "--images", "2")
+    assert "Features before are not shown" in page.text
+    assert "/nowhere/teacher.safetensors" in page.text
+    assert len(page.all("img")) == 2 * 4
+    assert not any("before" in attrs["alt"] for attrs in page.all("img"))
+
+
+def test_data_that_moved_away_costs_the_pictures_only(run):
+    edit_config(run, "data", val="/nowhere/val")
+    page = render(run)
+    assert "No pictures are shown: no such folder: /nowhere/val" in page.text
+    assert page.all("polyline")
+    assert not page.all("img")
+
+
+def test_a_synthetic_data_set_has_pictures_too(run):
+    edit_config(run, "data", val=None, train="synthetic:10")
+    page = render(run, "--images", "2")
+    assert len(page.all("img")) == 14
+    assert page.all("img")[7]["alt"].startswith("synthetic:9")
+
+
+def test_a_remainder_of_the_image_is_not_shown(tmp_path):
+    """384 / 14 leaves 6 pixels that no patch reads."""
+    vit = fa.create_backbone("vit_tiny_patch16_224", depth=1, img_size=32)
+    vit.spec = vit.spec.__class__(**{**vars(vit.spec), "image_size": (38, 38)})
+    path = tmp_path / "flat.png"
+    Image.new("RGB", (50, 50), (9, 99, 199)).save(path)
+    pictures = pick([str(path)], None, vit)
+    assert pictures.inputs.shape == (1, 3, 38, 38)
+    assert pictures.shown[0].size == (32 * 7, 32 * 7)
+    assert pictures.shown[0].getpixel((0, 0)) == (9, 99, 199)
+
+
+def test_a_run_that_trains_the_decoder_only_says_so(run):
+    (run / "backbone.json").unlink()
+    edit_config(run, "student", freeze=True)
+    assert "saved no backbone (it trains the decoder only)" in render(run).text
+
+
+def luminance(colour: str) -> float:
+    """WCAG's relative luminance."""
+    levels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in levels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_text_and_bars_stand_out_in_both_themes(theme):
+    colours = [
+        dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r":root \{([^}]*)\}", CSS)
+    ]
+    assert len(colours) == 2
+    assert colours[0].keys() == colours[1].keys()
+
+    def contrast(a, b):
+        light, dark = sorted((luminance(colours[theme][a]), luminance(colours[theme][b])), reverse=True)
+        return (light + 0.05) / (dark + 0.05)
+
+    for ground in ("back", "card"):
+        assert min(contrast(text, ground) for text in ("text", "quiet")) >= 4.5
+        assert min(contrast(line, ground) for line in ("before", "aligned", "third")) >= 3
