@@ -4,9 +4,16 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from pathlib import Path
+
 import hypothesis
+import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
+
+from tests.run_helpers import MODEL
 
 # The same examples everywhere: rounding is compared, and a suite that fails one time in fifty helps nobody.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
@@ -64,3 +71,37 @@ def capturing(monkeypatch):
 
     monkeypatch.setattr(MaskEmbed, "compile", lambda *a, **k: whole(*a, **k, backend=backend))
     return graphs
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of 40 real JPEGs for training and 10 for validation."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 40), ("val", 10)):
+        for index in range(count):
+            path = root / split / f"class{index % 2}" / f"{index}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise = rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize((64, 48), Image.Resampling.BICUBIC).save(path)
+    return root
+
+
+@pytest.fixture
+def recipe(tmp_path, images):
+    """Runs the command in this process; returns the run folder."""
+    from fastalign import train
+
+    def run(*overrides, name="run", expect=0) -> Path:
+        tree = {
+            "output": str(tmp_path / name),
+            "student": MODEL,
+            "data": {"train": str(images / "train"), "val": str(images / "val"), "threads": 1},
+            "optim": {"batch_size": 8, "epochs": 2, "lr": 1e-3},
+            "log": {"every_steps": 2},
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        assert train.main([str(path), *overrides]) == expect
+        return tmp_path / name
+
+    return run

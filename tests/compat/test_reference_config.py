@@ -11,8 +11,8 @@ from fastalign import UserError, train
 from fastalign.compat.reference_config import make_config, read_reference
 from fastalign.compat.reference_options import OPTIONS
 from fastalign.config import load_config
+from tests.run_helpers import MODEL, losses
 from tests.test_recipes import RECIPES
-from tests.test_train import MODEL, images, losses  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parents[2]
 
@@ -482,7 +482,7 @@ def test_the_command_refuses(arguments, words, capsys):
     assert "--reference-config FILE" in capsys.readouterr().err
 
 
-def test_a_file_of_theirs_trains(tmp_path, images, monkeypatch, capsys):  # noqa: F811
+def test_a_file_of_theirs_trains(tmp_path, images, monkeypatch, capsys):
     """With what a laptop needs changed: random weights, a tiny model, no compiler."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(images, tmp_path / "data" / "imagenet21k")

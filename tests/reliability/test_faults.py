@@ -16,7 +16,7 @@ from fastalign.engine.spikes import Spikes
 from fastalign.objectives import MaskEmbed
 from fastalign.ranks.status import Status
 from tests.data_helpers import needs_dali, write_tar
-from tests.test_train import images, losses, metrics, recipe  # noqa: F401 (fixtures)
+from tests.run_helpers import losses, metrics
 
 EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.keep=20", "optim.ema=0.9", "data.val=null")
 
@@ -69,7 +69,7 @@ def host(request, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["nan", "inf", "gradient"])
-def test_a_bad_update_is_left_out(recipe, poisoned, host, capsys, what):  # noqa: F811
+def test_a_bad_update_is_left_out(recipe, poisoned, host, capsys, what):
     ids = poisoned({3}, what)
     folder = recipe(*EVERY_STEP, "log.every_steps=5", "max_steps=6")
     before, left_out, after = (checkpoint(folder, step) for step in (2, 3, 4))
@@ -88,7 +88,7 @@ def test_a_bad_update_is_left_out(recipe, poisoned, host, capsys, what):  # noqa
     assert metrics(folder)[0][2]["grad_norm"] is None
 
 
-def test_a_run_that_is_to_stop_stops(recipe, poisoned, host, capsys):  # noqa: F811
+def test_a_run_that_is_to_stop_stops(recipe, poisoned, host, capsys):
     """With the weights from before in the checkpoint, from which it goes on."""
     poisoned({4}, "nan")
     folder = recipe(*EVERY_STEP, "faults.nonfinite=stop", expect=2)
@@ -102,7 +102,7 @@ def test_a_run_that_is_to_stop_stops(recipe, poisoned, host, capsys):  # noqa: F
     assert None not in losses(folder)
 
 
-def test_a_run_that_no_longer_learns_ends(recipe, poisoned, capsys):  # noqa: F811
+def test_a_run_that_no_longer_learns_ends(recipe, poisoned, capsys):
     poisoned(set(range(1, 99)), "nan")
     recipe("optim.epochs=4", "data.val=null", expect=2)
     said = capsys.readouterr()
@@ -110,7 +110,7 @@ def test_a_run_that_no_longer_learns_ends(recipe, poisoned, capsys):  # noqa: F8
     assert said.out.count("this update was left out") == 9
 
 
-def test_what_is_done_twice_is_written_once(recipe, poisoned, host, tmp_path):  # noqa: F811
+def test_what_is_done_twice_is_written_once(recipe, poisoned, host, tmp_path):
     """An update that a kill undid, with its line about bad numbers; and a validation."""
     poisoned({4, 7}, "nan")
     folder = recipe("max_steps=5")
@@ -126,7 +126,7 @@ def test_what_is_done_twice_is_written_once(recipe, poisoned, host, tmp_path):  
     assert [line["step"] for line in metrics(folder)[1]] == [0, 5, 10]
 
 
-def test_a_signal_is_acted_on_an_update_later_where_the_host_reads_later(recipe, host, monkeypatch, capsys):  # noqa: F811
+def test_a_signal_is_acted_on_an_update_later_where_the_host_reads_later(recipe, host, monkeypatch, capsys):
     forward, count = MaskEmbed.forward, [0]
 
     def told(self, *arguments):
@@ -148,7 +148,7 @@ def test_a_signal_is_acted_on_an_update_later_where_the_host_reads_later(recipe,
     assert not (folder / "preempted").exists()
 
 
-def test_a_stale_mark_of_a_preemption_does_not_outlive_an_error(recipe, tmp_path):  # noqa: F811
+def test_a_stale_mark_of_a_preemption_does_not_outlive_an_error(recipe, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/preempted").touch()
     recipe("data.train=/nowhere", expect=2)
@@ -156,7 +156,7 @@ def test_a_stale_mark_of_a_preemption_does_not_outlive_an_error(recipe, tmp_path
 
 
 @pytest.mark.parametrize("first", ["nan", "inf"])
-def test_a_bad_validation_loss_is_never_the_best(recipe, monkeypatch, first):  # noqa: F811
+def test_a_bad_validation_loss_is_never_the_best(recipe, monkeypatch, first):
     found = [1.0, float(first), 0.9, 0.95]
     monkeypatch.setattr("fastalign.train.evaluate", lambda run: found.pop(0))
     folder = recipe("optim.epochs=3")
@@ -165,7 +165,7 @@ def test_a_bad_validation_loss_is_never_the_best(recipe, monkeypatch, first):  #
     assert [line["val_loss"] for line in metrics(folder)[1]] == [1.0, None, 0.9, 0.95]
 
 
-def test_a_full_disk_names_the_file(recipe, monkeypatch, capsys):  # noqa: F811
+def test_a_full_disk_names_the_file(recipe, monkeypatch, capsys):
     """Whichever file is the first that cannot be written."""
     full = open("/dev/full", "w")  # noqa: SIM115, PTH123
     keep = MetricLog.__init__
@@ -199,7 +199,7 @@ def test_an_optimiser_that_waits_is_spared_too():
         weight.data.fill_(1)
 
 
-def test_a_leap_is_told_and_noise_is_not(recipe, monkeypatch, capsys):  # noqa: F811
+def test_a_leap_is_told_and_noise_is_not(recipe, monkeypatch, capsys):
     generator = torch.Generator().manual_seed(0)
     noise = (1 + 0.1 * torch.randn(5000, generator=generator)).tolist()
     spikes = Spikes()
@@ -222,7 +222,7 @@ def test_a_leap_is_told_and_noise_is_not(recipe, monkeypatch, capsys):  # noqa: 
 
 
 @pytest.fixture
-def damaged(images, tmp_path):  # noqa: F811
+def damaged(images, tmp_path):
     """The images of the recipe's tests, five of 40 and two of ten damaged; returns their folder and their names."""
     root, bad = tmp_path / "damaged", {"train": [], "val": []}
     shutil.copytree(images, root)
@@ -239,7 +239,7 @@ def names(path) -> list[str]:
 
 
 @needs_dali
-def test_bad_samples_are_listed_once_and_change_nothing_that_follows(recipe, damaged, tmp_path, capsys):  # noqa: F811
+def test_bad_samples_are_listed_once_and_change_nothing_that_follows(recipe, damaged, tmp_path, capsys):
     """Whether the run is interrupted, and whether they were known before it began."""
     root, bad = damaged
     data = [
@@ -264,7 +264,7 @@ def test_bad_samples_are_listed_once_and_change_nothing_that_follows(recipe, dam
 
 
 @needs_dali
-def test_too_many_bad_samples_end_the_run_each_time_until_they_are_mended(recipe, damaged, images, capsys):  # noqa: F811
+def test_too_many_bad_samples_end_the_run_each_time_until_they_are_mended(recipe, damaged, images, capsys):
     root, bad = damaged
     data = [
         f"data.train={root / 'train'}",
@@ -287,7 +287,7 @@ def test_too_many_bad_samples_end_the_run_each_time_until_they_are_mended(recipe
 
 
 @needs_dali
-def test_damaged_shards_are_told_and_listed(recipe, images, tmp_path, capsys):  # noqa: F811
+def test_damaged_shards_are_told_and_listed(recipe, images, tmp_path, capsys):
     for split in ("train", "val"):
         shard = tmp_path / f"{split}.tar"
         write_tar(
@@ -306,7 +306,7 @@ def test_damaged_shards_are_told_and_listed(recipe, images, tmp_path, capsys):  
 
 
 @needs_dali
-def test_a_run_goes_on_with_the_images_that_it_began_with(recipe, images, tmp_path, capsys):  # noqa: F811
+def test_a_run_goes_on_with_the_images_that_it_began_with(recipe, images, tmp_path, capsys):
     shutil.copytree(images / "train", tmp_path / "train")
     recipe(f"data.train={tmp_path / 'train'}", "data.val=null", "max_steps=1")
     first = min((tmp_path / "train").glob("*/*.jpg"))
@@ -316,7 +316,7 @@ def test_a_run_goes_on_with_the_images_that_it_began_with(recipe, images, tmp_pa
 
 
 @needs_dali
-def test_a_validation_set_of_nothing_good_is_refused(recipe, damaged, capsys):  # noqa: F811
+def test_a_validation_set_of_nothing_good_is_refused(recipe, damaged, capsys):
     root, _ = damaged
     for path in (root / "val").glob("*/*.jpg"):
         path.write_bytes(b"")

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from fastalign.config import Config, keys, load_config
 from fastalign.engine.yaml_files import LONGEST
 from fastalign.errors import UserError
-from tests.test_train import images, recipe  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,7 +127,7 @@ def test_any_override_is_taken_or_one_line(tmp_path, name, value):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_nothing_in_a_checkpoint_runs(recipe, tmp_path, capsys, legacy):  # noqa: F811
+def test_nothing_in_a_checkpoint_runs(recipe, tmp_path, capsys, legacy):
     """Neither in one that a run would resume from nor in one that it would start from."""
     target = tmp_path / "ran"
     state = {"student": {}, "optimizer": Bomb(target), "step": 1, "config": {}}

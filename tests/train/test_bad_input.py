@@ -1,0 +1,118 @@
+"""What the command refuses: one line, exit code 2."""
+
+import sys
+
+import pytest
+import torch
+
+BAD = {
+    "no such folder": (["data.train=/no/such/folder"], ["/no/such/folder"]),
+    "no data": (["data.train=null"], ["data.train"]),
+    "empty folder": (["data.train=EMPTY"], ["EMPTY"]),
+    "no images": (["data.train=TEXT"], ["TEXT"]),
+    "damaged image": (["data.train=BROKEN", "optim.batch_size=2"], ["BROKEN"]),
+    "unknown backbone": (["student.name=vit_tinny_patch16_224"], ["vit_tinny", "vit_tiny_patch16_224"]),
+    "image size": (["student.kwargs.img_size=50"], ["50", "48 or 64"]),
+    "grids": (
+        ["teacher.weights=random", "teacher.name=vit_tiny_patch16_224", "teacher.kwargs.img_size=64"],
+        ["different patch grids"],
+    ),
+    "batch larger than the data": (["optim.batch_size=64"], ["40", "64"]),
+    "no dropping with a position bias": (
+        ["student.name=beit_base_patch16_224", "student.kwargs={img_size: 32, depth: 2}", "masks.mode=drop"],
+        ["relative position bias", "'zero'"],
+    ),
+    "weights of another model": (["student.weights=OTHER"], ["OTHER", "another model"]),
+    "unreachable weights": (["student.weights=pretrained"], ["vit_tiny_patch16_224"]),
+    "misspelt key": (["optim.learning_rate=1"], ["optim.learning_rate", "nearest"]),
+    "LAMB without apex": (["optim.name=apex_lamb"], ["optim.name=apex_lamb", "NVIDIA's repository", "adamw"]),
+    "ranks": (["optim.batch_size=9", "optim.accumulate=2"], ["optim.batch_size"]),
+    "a file for a folder": (["data.train=OTHER"], ["OTHER"]),
+    "no such validation folder": (["data.val=/no/such/val"], ["/no/such/val"]),
+    "output is no folder": (["output=/dev/null/x"], ["/dev/null"]),
+    "depth": (["student.kwargs.depth=0"], ["depth"]),
+    "stochastic depth": (["student.kwargs.drop_path_rate=1.5"], ["drop_path_rate"]),
+    "channels": (["student.kwargs.in_chans=1"], ["in_chans"]),
+    "unknown attention": (["efficiency.attention=flash_atn_2"], ["efficiency.attention", "flash_attn_2"]),
+    "attention not installed": (["efficiency.attention=flash_attn_3"], ["not installed", "build it"]),
+    "attention of another device": (
+        ["efficiency.attention=sdpa_cudnn"],
+        ["efficiency.attention: sdpa_cudnn has no implementation for this device", "set auto"],
+    ),
+    "a key of its own": (["student.kwargs.pretrained=true"], ["student.weights"]),
+    "betas": (["optim.betas=[1.5, 2]"], ["optim.betas"]),
+    "infinite": (["optim.lr=.inf"], ["optim.lr"]),
+    "unknown argument": (["student.kwargs.dept=3"], ["dept"]),
+    "too many blocks skipped": (["teacher.skip_blocks=2"], ["skip_blocks"]),
+    "no such run": (
+        ["student.weights=/no/such/run"],
+        ["student.weights=/no/such/run", "pretrained or random"],
+    ),
+    "randaugment": (["data.randaugment=rand-q9"], ["rand-q9"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(recipe, tmp_path, capsys, case):
+    overrides, words = BAD[case]
+    (tmp_path / "EMPTY").mkdir()
+    for name, content in (("TEXT", b"words"), ("BROKEN", b"\xff\xd8\xff\xe0 not a picture")):
+        (tmp_path / name).mkdir()
+        for index in range(4):
+            (tmp_path / name / f"{index}.{'txt' if name == 'TEXT' else 'jpg'}").write_bytes(content)
+    torch.save({"patch_embed.proj.weight": torch.zeros(2)}, tmp_path / "OTHER.pth")
+    places = {"EMPTY": "EMPTY", "TEXT": "TEXT", "BROKEN": "BROKEN", "OTHER": "OTHER.pth"}
+    for word, place in places.items():
+        overrides = [override.replace(word, str(tmp_path / place)) for override in overrides]
+    recipe(*overrides, expect=2)
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastalign:")]
+    assert len(error) == 1
+    for word in words:
+        assert word in error[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["student.kwargs.depth=3", "student.softcap=null", "seed=5", "optim.epochs=3", "optim.name=apex_adam"],
+)
+def test_checkpoint_of_another_model_or_run(recipe, capsys, change):
+    recipe("max_steps=1")
+    capsys.readouterr()
+    recipe("max_steps=2", change, expect=2)
+    error = capsys.readouterr().err
+    assert "checkpoint of another model or run" in error
+    assert change.split("=")[0].removesuffix(".kwargs.depth").removesuffix(".softcap") in error
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"step": 3}, {"weights": torch.zeros(1)}])
+def test_a_checkpoint_of_something_else(recipe, capsys, tmp_path, content):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    torch.save(content, tmp_path / "run" / "checkpoints" / "step-00000003.pt")
+    recipe(expect=2)
+    assert "step-00000003.pt is not a checkpoint" in capsys.readouterr().err
+
+
+def test_arguments_that_do_not_fit_an_earlier_run(recipe, capsys):
+    first = recipe("max_steps=1", name="first")
+    capsys.readouterr()
+    recipe(f"student.weights={first}", "student.kwargs.depth=3", name="second", expect=2)
+    assert "depth" in capsys.readouterr().err
+    (first / "backbone.json").write_text("{")
+    recipe(f"student.weights={first}", name="second", expect=2)
+    assert "backbone.json is damaged" in capsys.readouterr().err
+
+
+def test_more_processes_than_gpus(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    recipe(expect=2)
+    assert "--nproc-per-node=4" in capsys.readouterr().err
+
+
+def test_missing_dali_is_one_line(recipe, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("nvidia.dali")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    recipe(expect=2)
+    assert "fastalign[dali]" in capsys.readouterr().err
