@@ -3,7 +3,7 @@
 import os
 import sysconfig
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -43,13 +43,54 @@ class Standing:
     "the step of the newest checkpoint that it knows to be on the disk"
     heard: bool = False
     "it knows why the run ends"
+    silence: float = 0.0
+    "seconds since it told this; found out by who listens, as is the next"
     mute: bool = False
-    "it has not told anything for long; found out by who listens"
+    "it has not told anything for long"
 
     @property
     def name(self) -> str:
         """For people."""
         return f"rank {self.rank} ({self.host}, pid {self.pid})"
+
+    @property
+    def beat(self) -> tuple[int, str, int]:
+        """The station that it came to last."""
+        return self.step, self.doing, self.beats
+
+
+class Table:
+    """What each rank told last; one thread hears, others read.
+
+    Args:
+        mute: seconds of silence after which a rank does not answer.
+    """
+
+    def __init__(self, mute: float):
+        self._mute = mute
+        self._rows: dict[int, tuple[Standing, float, float]] = {}
+        """by rank: what it told, when that came here, and when its last beat did"""
+
+    def hear(self, told: Standing, now: float) -> None:
+        """`now`: seconds by the listener's clock."""
+        before, _, moved = self._rows.get(told.rank, (None, now, now))
+        if before is None or before.turn != told.turn:
+            self._rows[told.rank] = told, now, moved if before and before.beat == told.beat else now
+
+    def at(self, now: float) -> list[Standing]:
+        """Where the ranks stand by now.
+
+        A rank that is starved counts few seconds of its own: those since its last beat came here count as well.
+        """
+        return [
+            replace(
+                told,
+                age=max(told.age + now - came, now - moved),
+                silence=now - came,
+                mute=now - came > self._mute,
+            )
+            for told, came, moved in list(self._rows.values())
+        ]
 
 
 def where(frame: FrameType | None) -> tuple[str, int]:
@@ -131,3 +172,8 @@ def departure(gone: Standing) -> str:
     """That a rank was lost, and what is known of it: half a line for people."""
     last = f"which ended with {gone.ended}" if gone.ended else f"last seen at step {gone.step}, {gone.doing}"
     return f"lost {gone.name}, {last}"
+
+
+def first_line(error: BaseException) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import timedelta
 
 from torch import distributed
@@ -28,7 +28,16 @@ from fastalign.ranks.distributed import (
     open_store,
 )
 from fastalign.ranks.preemption import Preempted
-from fastalign.ranks.standing import Standing, accusation, departure, furthest_behind, silent_store, where
+from fastalign.ranks.standing import (
+    Standing,
+    Table,
+    accusation,
+    departure,
+    first_line,
+    furthest_behind,
+    silent_store,
+    where,
+)
 
 BROKEN = 70
 """The exit code where another rank, or this one, stopped responding or is gone: the same command goes on."""
@@ -67,15 +76,14 @@ class Watchdog:
         # The rounds are longer with many ranks, because each reads what all others wrote.
         self._period = min(max(_LONG, world.size / 64), max(_SHORT, timeout / 10))
         self._mute = max(3 * self._period + 0.5, timeout / 2)  # seconds without a word: it does not answer
-        self._quiet = 2.5 * self._period + 0.5  # the same, where a connection has broken already
+        self._quiet = 3 * self._period + 0.7  # the same, where a connection has broken already
         self._awake = 0.0, time.monotonic()  # seconds awake when it was last looked, and when that was
         self._main, self._host = threading.get_ident(), socket.gethostname()
         self._beat = (step, "starting", 0)
         self._seen = self._beat, self._clock()  # one tuple, because both threads replace it
         self._paused, self._ended = 0, None
-        self._stop = threading.Event()
-        self._table: dict[int, tuple[Standing, float]] = {}
-        """by rank: what it told last, and when that came here"""
+        self._stop, self._fall_silent = threading.Event(), threading.Event()
+        self._table = Table(self._mute)
         self._contact, self._proposal, self._verdict = self._clock(), "", ""
         self._speaks: bool | None = None  # whether this is the rank of its machine that says the verdict
         self._threads: list[threading.Thread] = []
@@ -116,26 +124,30 @@ class Watchdog:
             self.world.barrier()  # from here on no request waits for a key
         self._contact = self._clock()
         for task in tasks:
-            name = f"fastalign-watchdog{task.__name__}"
-            self._threads.append(threading.Thread(target=task, name=name, daemon=True))
-            self._threads[-1].start()
+            thread = threading.Thread(target=task, name=f"fastalign-watchdog{task.__name__}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
         return self
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
         lost = self.world.size > 1 and error is not None and connection_lost(error)
         gone = self._find_gone() if lost else None
         normal = error is None or isinstance(error, Preempted)
-        self._ended = "" if normal else _LOST if lost else _first_line(error)
+        self._ended = "" if normal else _LOST if lost else first_line(error)
         self._stop.set()
-        for thread in self._threads:
-            thread.join(2 * self._period + 2)  # a store that does not answer holds its thread: leave it there
+        self._threads[0].join()  # the judge, who waits for nobody, or ends the process
+        if self._verdict:
+            self._end(self._verdict)
+        self._fall_silent.set()
+        for thread in self._threads[1:]:
+            thread.join(2 * self._period + 2)  # a store that does not answer holds it: leave it there
         if lost:
             raise LostConnection(self._loss(error, gone)) from error
 
     def _clock(self) -> float:
-        """Seconds that this process was awake; the judge looks every period."""
+        """Seconds that this process was awake; the judge looks every period, and is half a second late at most."""
         awake, looked = self._awake
-        return awake + min(time.monotonic() - looked, self._period + self._quiet / 2)
+        return awake + min(time.monotonic() - looked, self._period + 0.5)
 
     def _own(self, turn: int) -> Standing:
         """Where this rank is; both threads ask."""
@@ -161,7 +173,7 @@ class Watchdog:
             paused=bool(self._paused),
             ended=self._ended,
             saved=self._saved(),
-            heard=bool(self._verdict),
+            heard=self._speaks is not None,
         )
 
     def _tell(self, turn: int) -> None:
@@ -170,7 +182,7 @@ class Watchdog:
     def _talk(self) -> None:
         """A thread: tell the others where this rank is and hear them, until the end, and then tell that."""
         turn = 0
-        while not self._stop.wait(self._period):
+        while not self._fall_silent.wait(self._period):
             turn += 1
             try:
                 self._exchange(turn)
@@ -187,12 +199,12 @@ class Watchdog:
             self._store.compare_set(self._verdict_key, "", self._proposal)
         *told, verdict = self._store.multi_get([*self._keys, self._verdict_key])
         now = self._clock()
-        for rank, text in enumerate(told):
-            standing = Standing(**json.loads(text))
-            if rank not in self._table or self._table[rank][0].turn != standing.turn:
-                self._table[rank] = standing, now
+        for text in told:
+            self._table.hear(Standing(**json.loads(text)), now)
+        again = bool(self._verdict)
         self._contact, self._verdict = now, verdict.decode()
-        if self._verdict and self._speaks is None:
+        # The first process of a machine claims a round before the others: torchrun may show its lines only.
+        if self._verdict and self._speaks is None and (again or os.environ.get("LOCAL_RANK", "0") == "0"):
             self._speaks = self._store.add(f"{self._verdict_key}/{self._host}", 1) == 1
 
     def _judge(self) -> None:
@@ -223,12 +235,7 @@ class Watchdog:
         return f"{accusation(suspects)}; {self._remedy()}"
 
     def _now(self) -> list[Standing]:
-        """What the ranks told, their ages brought up to date, and whether they are mute."""
-        now = self._clock()
-        return [
-            replace(told, age=told.age + now - came, mute=now - came > self._mute)
-            for told, came in list(self._table.values())
-        ]
+        return self._table.at(self._clock())
 
     def _remedy(self) -> str:
         return (
@@ -237,7 +244,7 @@ class Watchdog:
         )
 
     def _go_on(self) -> str:
-        known = [self._saved(), *(told.saved for told, _ in list(self._table.values()))]
+        known = [self._saved(), *(told.saved for told in self._now())]
         step = max((step for step in known if step is not None), default=None)
         return "the same command goes on" + ("" if step is None else f" from the checkpoint of step {step}")
 
@@ -264,36 +271,30 @@ class Watchdog:
 
     def _find_gone(self) -> Standing | None:
         """After a lost connection: the rank that no longer tells anything, or ended first. Takes some rounds."""
-        limit = self._quiet
-        until = self._clock() + 2 * limit
+        until = self._clock() + 2 * self._quiet
         while (now := self._clock()) < until:
-            if now - self._contact > limit:
-                kept = not agent_keeps_the_store() and 0 in self._table and not self.world.main
-                return self._table[0][0] if kept else None
+            if now - self._contact > self._quiet:
+                kept = not agent_keeps_the_store() and not self.world.main
+                return next((told for told in self._now() if kept and told.rank == 0), None)
             gone = [
-                (came, told.rank)
-                for told, came in list(self._table.values())
+                told
+                for told in self._now()
                 if told.rank != self.world.rank
-                and (now - came > limit if told.ended is None else told.ended not in ("", _LOST))
+                and (told.silence > self._quiet if told.ended is None else told.ended not in ("", _LOST))
             ]
             if gone:
-                return self._table[min(gone)[1]][0]
+                return max(gone, key=lambda told: told.silence)
             time.sleep(self._period / 4)
         return None
 
     def _loss(self, error: BaseException, gone: Standing | None) -> str:
         """The line about a lost connection; empty where an earlier rank of this machine says it."""
-        now = self._clock()
         if gone and any(
-            told.rank < self.world.rank and told.host == self._host and now - came <= self._quiet
-            for told, came in self._table.values()
+            told.rank < self.world.rank and told.host == self._host and told.silence <= self._quiet
+            for told in self._now()
             if told.rank != gone.rank
         ):
             return ""
-        reason = departure(gone) if gone else f"lost the connection to another rank ({_first_line(error)})"
+        reason = departure(gone) if gone else f"lost the connection to another rank ({first_line(error)})"
         step, doing, _ = self._beat
         return f"rank {self.world.rank}, at step {step}, {doing}: {reason}; {self._go_on()}"
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]

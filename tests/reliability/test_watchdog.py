@@ -22,6 +22,7 @@ from fastalign.ranks.standing import (
     FREE,
     WAITING,
     Standing,
+    Table,
     accusation,
     furthest_behind,
     where,
@@ -56,6 +57,12 @@ def hang_with_data(watchdog, world):
 def hang_alone(watchdog, world):
     watchdog.beat(41, "waiting for data")
     forever()
+
+
+def come_back_too_late(watchdog, world):
+    """The main thread goes on when the verdict is spoken already."""
+    watchdog.beat(41, "waiting for data")
+    time.sleep(TIMEOUT + 0.5)
 
 
 def stop_second(watchdog, world):
@@ -135,7 +142,8 @@ def whole_machine_stalls(watchdog, world):
     watchdog.beat(0, "computing")
     if world.main:
         names = " ".join(map(str, ranks))
-        subprocess.Popen(["sh", "-c", f"sleep 0.4; kill -STOP {names}; sleep 3; kill -CONT {names}"])
+        stall = f"sleep 0.4; kill -STOP {names}; sleep 3; kill -CONT {names}"
+        subprocess.Popen(["sh", "-c", stall], stderr=subprocess.DEVNULL)
     time.sleep(1)  # which ends in the stall
     time.sleep(0.4)
     steps(watchdog, world, 20)
@@ -153,6 +161,7 @@ SCENES = {
         r"rank 0 \(.*, pid {0}\) stopped responding at step 41: waiting for data for \d+ s.* "
         r"goes on from the checkpoint of step 40",
     ),
+    come_back_too_late: ([BROKEN], r"rank 0 \(.*, pid {0}\) stopped responding at step 41"),
     stop_second: (
         [BROKEN, None],
         r"rank 1 \(.*, pid {1}\) has not answered for \d+ s: .*last seen at step [1-5]\d, ",
@@ -313,6 +322,19 @@ def standing(rank, *, step=5, waits=FREE, beats=1, **changes):
 )
 def test_who_the_others_wait_for(standings, first):
     assert [told.rank for told in furthest_behind(standings)] == first
+
+
+def test_a_starved_rank_ages_with_who_listens():
+    """It tells 3 seconds of its own in 300; its beat came at 100, its last word at 390."""
+    table = Table(mute=50)
+    for turn, now in enumerate((100, 390)):
+        table.hear(standing(1, turn=turn, age=3.0), now)
+    table.hear(standing(1, turn=1, age=4.0), 395)  # the same word again
+    (told,) = table.at(400)
+    assert (told.age, told.silence, told.mute) == (300, 10, False)
+    table.hear(standing(1, turn=2, age=0.5, beats=2), 440)
+    (told,) = table.at(500)
+    assert (told.age, told.silence, told.mute) == (60.5, 60, True)
 
 
 @pytest.mark.parametrize(
