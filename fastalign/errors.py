@@ -17,6 +17,11 @@ def of_the_system(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, its first line; its class where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 class UserError(Exception):
     """Bad input. The message is one line that names the argument, file or key, and the remedy."""
 

@@ -31,9 +31,8 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _fixed_seed():
-    torch.set_num_threads(
-        1
-    )  # models are so small that two wait for one another; files run side by side instead
+    # Models are so small that two threads wait for one another; files run side by side instead.
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     # fp32 means fp32 in every comparison, also in a GPU's convolutions.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import torch
 
-from fastalign.errors import UserError
+from fastalign.errors import UserError, first_line
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)$")
 
@@ -139,4 +139,4 @@ def reason(error: BaseException) -> str:
     """An error in a few words, on one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error).splitlines()[0].partition(". ")[0][:200] if str(error) else type(error).__name__
+    return first_line(error).partition(". ")[0][:200]

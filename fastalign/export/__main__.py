@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastalign.errors import UserError
+from fastalign.errors import UserError, first_line
 from fastalign.export.targets import TARGETS
 from fastalign.export.write import export
 
@@ -25,9 +25,9 @@ def push(folder: Path, name: str) -> None:
         api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=str(folder))
     except Exception as error:  # the network, the credentials, the name: each has its own class
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"--push-to-hub {name}: {reason}; the export is in {folder}, check the name, the network and the login"
+            f"--push-to-hub {name}: {first_line(error)}; the export is in {folder}, "
+            "check the name, the network and the login"
         ) from error
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastalign.config import Config, load_config
-from fastalign.errors import UserError
+from fastalign.errors import UserError, first_line
 from fastalign.export import decoder
 from fastalign.models.vit import ViT
 from fastalign.models.zoo import MOCO, load_backbone
@@ -126,9 +126,8 @@ def _checkpoint(run: Run) -> dict[str, Any] | None:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             found, _ = state["step"], state["student"]
         except Exception as error:
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise UserError(
-                f"{path} is damaged ({reason}): remove it to export without its decoder"
+                f"{path} is damaged ({first_line(error)[:200]}): remove it to export without its decoder"
             ) from error
         if found == step:
             return {**state, "path": path}

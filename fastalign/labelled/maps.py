@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastalign.errors import UserError
+from fastalign.errors import UserError, first_line
 
 VOID = -1
 """The id of pixels that belong to no class."""
@@ -38,8 +38,9 @@ def _pixels(encoded: np.ndarray, name: str) -> np.ndarray:
         with Image.open(io.BytesIO(encoded)) as image:
             return np.asarray(image)
     except Exception as error:  # the decoder raises a dozen classes at damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot decode label map {name}: {reason}; fetch or write it again") from error
+        raise UserError(
+            f"cannot decode label map {name}: {first_line(error)}; fetch or write it again"
+        ) from error
 
 
 def _read_ids(encoded: np.ndarray, name: str) -> tuple[np.ndarray, int]:

@@ -174,6 +174,6 @@ def departure(gone: Standing) -> str:
     return f"lost {gone.name}, {last}"
 
 
-def first_line(error: BaseException) -> str:
-    """An error in a line."""
+def in_a_line(error: BaseException) -> str:
+    """An error for the other ranks: its class and what it says."""
     return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]

@@ -33,8 +33,8 @@ from fastalign.ranks.standing import (
     Table,
     accusation,
     departure,
-    first_line,
     furthest_behind,
+    in_a_line,
     silent_store,
     where,
 )
@@ -133,7 +133,7 @@ class Watchdog:
         lost = self.world.size > 1 and error is not None and connection_lost(error)
         gone = self._find_gone() if lost else None
         normal = error is None or isinstance(error, Preempted)
-        self._ended = "" if normal else _LOST if lost else first_line(error)
+        self._ended = "" if normal else _LOST if lost else in_a_line(error)
         self._stop.set()
         self._threads[0].join()  # the judge, who waits for nobody, or ends the process
         if self._verdict:
@@ -211,7 +211,7 @@ class Watchdog:
         """A thread: end the process when there is a verdict, of this rank or of another."""
         while not self._stop.wait(self._period):
             self._awake = self._clock(), time.monotonic()
-            line = self._verdict or self._accuse(self._clock() - self._contact)
+            line = self._verdict or self._accuse()
             if not line:
                 continue
             self._proposal = line
@@ -221,9 +221,9 @@ class Watchdog:
             if not self._stop.is_set():
                 self._end(self._verdict or line)
 
-    def _accuse(self, silence: float) -> str:
-        """The line that ends the run, or nothing. `silence`: seconds since the store answered."""
-        own = self._own(-1)
+    def _accuse(self) -> str:
+        """The line that ends the run, or nothing."""
+        own, silence = self._own(-1), self._clock() - self._contact
         if own.age <= self.timeout or own.paused:
             return ""
         if self.world.size > 1 and silence > self._mute:
@@ -295,6 +295,6 @@ class Watchdog:
             if told.rank != gone.rank
         ):
             return ""
-        reason = departure(gone) if gone else f"lost the connection to another rank ({first_line(error)})"
+        reason = departure(gone) if gone else f"lost the connection to another rank ({in_a_line(error)})"
         step, doing, _ = self._beat
         return f"rank {self.world.rank}, at step {step}, {doing}: {reason}; {self._go_on()}"
