@@ -202,7 +202,7 @@ class Efficiency(Section):
     """Nothing here changes the loss beyond rounding, which is coarsest in fp8 (docs/precision.md)."""
 
     precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
-    """bf16 autocast, weights fp32; fp8 = bf16, the teacher's products in FP8; auto = bf16 on a GPU, fp32 on a CPU"""
+    """bf16 autocast, weights fp32; fp8 = bf16, the teacher's products in FP8; auto = bf16 if the hardware has it"""
     compile: bool | Literal["blocks"] = False
     """torch.compile the student and the teacher; blocks = block by block, which starts sooner"""
     grad_checkpointing: bool = False
