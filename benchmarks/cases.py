@@ -234,7 +234,7 @@ def attention_case(
     square = share * heads * width * length * length
     return Case(
         "softcap_attention",
-        f"{label} T {length} d {width} {'cap' if softcap else 'plain'}{' packed' if packed else ''}",
+        f"{label} T {length} d {width} {'cap' if softcap else 'plain'}{' packed' if packed else ''}".lstrip(),
         batch,
         inputs,
         softcap_attention,
