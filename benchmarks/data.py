@@ -122,7 +122,7 @@ def cores(count: int) -> Iterator[None]:
 
 
 def rate(batches: Iterator[Tensor], threads: int, count: int, device: torch.device) -> float:
-    """Images a second of `count` batches a thread: workers finish theirs together, so no share of a turn is counted."""
+    """Images a second of `count` batches a thread: workers finish together, so that whole turns are counted."""
     with closing(batches):
         for _ in range(2 * threads + 2):  # while workers start
             images = next(batches)
