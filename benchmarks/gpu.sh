@@ -10,7 +10,7 @@
 # signal, gpu.tgz with logs, JUnit XML, JSON and the table goes to $OUT (default benchmarks/results), and the table is
 # printed last. Exit code 1 if a step failed. PYTHON names the interpreter. benchmarks/README.md has the details.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 PART=first LIMIT=540 TINY=()
 case "${1:-}" in
   --second) PART=second LIMIT=${2:-180} ;;
