@@ -46,15 +46,29 @@ def build_masks(config: Config):
 
 def build_backbones(config: Config) -> tuple[ViT, ViT]:
     """The student's backbone and the teacher's, one and the same object where they do not differ."""
-    student, teacher = config.student, config.teacher
-    first = (student.name, student.weights, student.kwargs)
-    if teacher.name is None:
-        kwargs = {**student.kwargs, **teacher.kwargs}
-        second = (student.name, teacher.weights or student.weights, kwargs)
-    else:
-        second = (teacher.name, teacher.weights or "pretrained", teacher.kwargs)
+    student = config.student
+    first, second = (student.name, student.weights, student.kwargs), teacher_of(config)
     backbone = make_backbone("student.weights", *first)
     return backbone, backbone if second == first else make_backbone("teacher.weights", *second)
+
+
+def teacher_of(config: Config) -> tuple[str, str, dict]:
+    """The teacher's name, weights and arguments, which are the student's where it has none of its own."""
+    student, teacher = config.student, config.teacher
+    if teacher.name is None:
+        return student.name, teacher.weights or student.weights, {**student.kwargs, **teacher.kwargs}
+    return teacher.name, teacher.weights or "pretrained", teacher.kwargs
+
+
+def random_teacher(config: Config) -> list[str]:
+    """A warning where the teacher has learned nothing."""
+    if teacher_of(config)[1] != "random":
+        return []
+    key = "teacher.weights" if config.teacher.weights else "student.weights"
+    return [
+        f"warning: {key}=random: the teacher has random weights, so that the student learns nothing of use; set it "
+        "to pretrained, a weights file or a run folder"
+    ]
 
 
 def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:

@@ -30,7 +30,7 @@ from fastalign.ranks.command import guarded, telling
 from fastalign.ranks.preemption import Preemption, unmark
 from fastalign.ranks.watchdog import Watchdog, patience
 from fastalign.run import Run
-from fastalign.saving import finish, improves, leave, save
+from fastalign.saving import finish, improves, leave, save, save_settings
 
 Splits = dict[str, LabelledImages]
 
@@ -85,12 +85,12 @@ def train(config: Config, world: distributed.World) -> None:
     with Preemption() as preemption:
         if world.main:
             unmark(Path(config.output))
-        run = Run(config, world)
+        splits = open_splits(config, world)
+        marks = " ".join(f"{split.fingerprint():08x}" for split in splits.values())
+        run = Run(config, world, also={"probe.data": marks} if marks else None)
         run.preemption = preemption
-        splits = open_splits(run)
-        if world.main:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            (run.folder / "config.yaml").write_text(to_yaml(config))
+        if world.main and not run.finished:
+            save_settings(run)
         timeout, checkpoints = config.faults["timeout"], run.checkpoints
         with Watchdog(world, timeout, run.step, saved=lambda: checkpoints.newest_step) as run.watchdog:
             follow(run, splits)
@@ -114,8 +114,14 @@ def follow(run: Run, splits: Splits) -> None:
             look_back(run, terminal)
             if run.step == 0:
                 begin(run, splits, log, terminal)
+            elif run.finished:
+                terminal.say(
+                    f"{run.folder} is finished: step {run.step} of {run.last_step}, nothing to train"
+                )
             else:
                 terminal.say(f"resuming {run.folder} at step {run.step} of {run.last_step}")
+            if run.forced:
+                measure_target_scale(run)
             loop(run, splits, log, terminal)
             finish(run)
             if (run.folder / "backbone.json").exists():

@@ -18,6 +18,7 @@ FLOORS = [
     {"train", "doctor", "scan", "export", "report", "classify"},
     {"compat", "probe", "evaluation", "faults", "saving"},
     {"run"},
+    {"continuation"},
     {"build", "publish"},
     {"flops", "config", "labelled"},
     {"objectives", "accelerate", "engine", "data"},

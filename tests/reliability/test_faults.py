@@ -312,7 +312,7 @@ def test_a_run_goes_on_with_the_images_that_it_began_with(recipe, images, tmp_pa
     first = min((tmp_path / "train").glob("*/*.jpg"))
     shutil.copy(first, first.with_name("0-new.jpg"))
     recipe(f"data.train={tmp_path / 'train'}", "data.val=null", expect=2)
-    assert "has other images than when " in capsys.readouterr().err
+    assert f'data.train "{tmp_path}/train" with other contents' in capsys.readouterr().err
 
 
 @needs_dali

@@ -1,0 +1,83 @@
+"""What may change between a checkpoint and its continuation: a kind for each key, and what two trees differ in."""
+
+import json
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from typing import Any, NamedTuple
+
+
+class Kind(Enum):
+    """What a key is to a run that goes on. The value is a remark for the key's documentation."""
+
+    RESULT = "decides the result"
+    FREE = "may change when a run goes on"
+    GROWS = "may grow when a run goes on"
+
+
+class Change(NamedTuple):
+    """A key whose value, or what its value names, is no longer what it was."""
+
+    key: str
+    before: Any
+    now: Any
+    other_contents: bool = False
+    """it names a place, and what lies there is not what lay there"""
+
+    def __str__(self) -> str:
+        before, now = (json.dumps(value, ensure_ascii=False) for value in (self.before, self.now))
+        changed = f"{self.key} was {before}, is {now}" if before != now else f"{self.key} {now}"
+        return f"{changed} with other contents" if self.other_contents else changed
+
+
+def changes(
+    before: dict,
+    now: dict,
+    kinds: Mapping[str, Kind],
+    contents_before: Mapping[str, Any] | None = None,
+    contents_now: Mapping[str, Any] | None = None,
+) -> tuple[list[Change], list[Change]]:
+    """What two trees of settings differ in.
+
+    Args:
+        before, now: sections of plain values. A key that holds a mapping is compared value by value; null is the
+            same as nothing there.
+        kinds: of every key, dotted.
+        contents_before, contents_now: fingerprints of what lies at the paths that some keys name: of such a key they
+            decide, and not the path.
+
+    Returns:
+        What may not have changed, those whose values differ first; and the paths that differ while their contents are
+        the same.
+    """
+    differing, inside, moved = [], [], []
+    then, today = contents_before or {}, contents_now or {}
+    for key, kind in kinds.items():
+        old, new = _value(before, key), _value(now, key)
+        if kind is Kind.FREE:
+            continue
+        if kind is Kind.GROWS:
+            if old != new and new is not None and (old is None or new < old):
+                differing.append(Change(key, old, new))
+        elif key in then and key in today:
+            same = then[key] == today[key]
+            if old != new:
+                (moved if same else differing).append(Change(key, old, new, not same))
+            elif not same:
+                inside.append(Change(key, old, new, True))
+        else:
+            differing += _differences(key, old, new)
+    return differing + inside, moved
+
+
+def _value(tree: dict, key: str) -> Any:
+    for name in key.split("."):
+        tree = tree[name]
+    return tree
+
+
+def _differences(key: str, old: Any, new: Any) -> Iterator[Change]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in [*old, *(name for name in new if name not in old)]:
+            yield from _differences(f"{key}.{name}", old.get(name), new.get(name))
+    elif old != new:
+        yield Change(key, old, new)
