@@ -156,7 +156,7 @@ class Optim(Section):
 class Checkpoint(Section):
     kind: ClassVar[Kind] = Kind.FREE
     every_steps: int | None = Field(None, gt=0)
-    """null = each epoch"""
+    """also at the end of each epoch; null = within an epoch after 15 minutes without one"""
     keep: int = Field(2, gt=0)
     """newest ones kept, beside the best"""
 

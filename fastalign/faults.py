@@ -15,7 +15,7 @@ MOST_SKIPPED = 10
 """updates left out one after the other, after which a run ends: its weights no longer move"""
 
 
-def react(run: Run, terminal: Terminal, *, everything: bool = False) -> int:
+def react(run: Run, terminal: Terminal, *, everything: bool = False) -> tuple[int, bool]:
     """Act on what the ranks told one another; a collective where something is wrong.
 
     Args:
@@ -24,21 +24,21 @@ def react(run: Run, terminal: Terminal, *, everything: bool = False) -> int:
         everything: of the newest update too, which waits for the device.
 
     Returns:
-        The signal, or reason below zero, for the run to leave; 0 = none.
+        The signal, or reason below zero, for the run to leave, 0 = none; and whether a checkpoint is overdue.
 
     Raises:
         SharedError: bad numbers or samples, too many or not to be borne; on every rank.
     """
-    signal = 0
+    signal, overdue = 0, False
     for seen in run.status.read(everything=everything):
-        signal = signal or seen.signal
+        signal, overdue = signal or seen.signal, overdue or seen.overdue
         if seen.bad:
             bad_samples(run, seen, terminal)
         if seen.skipped:
             bad_numbers(run, seen, terminal)
         else:
             run.skipped_in_a_row = 0
-    return signal
+    return signal, overdue
 
 
 def bad_samples(run: Run, seen: Seen, terminal: Terminal) -> None:

@@ -1,6 +1,7 @@
 """A run: what it consists of, how it is saved and how it continues."""
 
 import math
+import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -26,6 +27,9 @@ from fastalign.ranks.distributed import World, on_first_rank
 from fastalign.ranks.preemption import Preemption
 from fastalign.ranks.status import Status
 from fastalign.ranks.watchdog import Watchdog
+
+MOST_LOST = 15 * 60
+"""seconds of training that a run may lose where `checkpoint.every_steps` is null, however long its epochs are"""
 
 
 class Run:
@@ -57,6 +61,8 @@ class Run:
         self.average = MovingAverage(objective.student, optim.ema) if optim.ema else None
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
         self.step, self.best, self.val_loss = 0, None, None
+        self.saved_at = time.monotonic()
+        """of the newest checkpoint, or of the start"""
         self.probed: dict[str, float] | None = None
         """the newest probe: step, macro_recall, map, loss"""
         self.judged_at = 0
@@ -131,6 +137,12 @@ class Run:
     def unwatched(self) -> AbstractContextManager:
         """Around what may take longer than `faults.timeout`."""
         return self.watchdog.paused() if self.watchdog else nullcontext()
+
+    @property
+    def overdue(self) -> bool:
+        """Whether rank 0, whose clock counts, wants a checkpoint inside an epoch for the time that has gone by."""
+        whole_epochs = self.config.checkpoint.every_steps is None
+        return self.world.main and whole_epochs and time.monotonic() - self.saved_at > MOST_LOST
 
     @property
     def reason_to_leave(self) -> int:

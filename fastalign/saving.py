@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from typing import NoReturn
 
 from fastalign import __version__
@@ -51,6 +52,7 @@ def save(run: Run, *, evaluated: bool = False) -> None:
         SharedError: the checkpoint before this one could not be written; on every rank.
     """
     finish(run)  # one copy in memory at a time
+    run.saved_at = time.monotonic()
     best, by_probe = improves(run, evaluated=evaluated), run.config.probe.best
     if best:
         run.best = _score(run) if by_probe else run.val_loss

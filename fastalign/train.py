@@ -62,7 +62,7 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
                     loss = run.model(batch.images, sample_ids, epoch) / optim.accumulate
                 loss.backward()
             total += loss.detach()
-    loss = run.status.share(total, signal=run.reason_to_leave, bad=len(found))
+    loss = run.status.share(total, signal=run.reason_to_leave, bad=len(found), overdue=run.overdue)
     norm = run.clip()
     skip = run.status.judge(norm)
     step_unless(run.optimizer, skip)
@@ -175,6 +175,7 @@ def loop(run: Run, splits: Splits, log: MetricLog, terminal: Terminal) -> None:
     )
     spikes = Spikes()
     terminal.begin()
+    run.preemption.hold_interrupts()
     run.model.train()
     while run.owes_judgement or run.step < run.last_step:
         if not run.owes_judgement:
@@ -210,11 +211,13 @@ def train_epoch(
             saving = inside and run.step % (config.checkpoint.every_steps or run.last_step + 1) == 0
             probing = inside and due(run)
             # Before saving: no checkpoint has more behind it than what was told and written down.
-            signal = react(run, terminal, everything=saving or probing or not inside)
+            signal, overdue = react(run, terminal, everything=saving or probing or not inside)
+            if signal or overdue:
+                react(run, terminal, everything=True)
+            saving = saving or (inside and overdue)
             if saving or probing or signal or not inside or run.step % config.log.every_steps == 0:
                 report(log.flush(speed), terminal, spikes)
             if signal:
-                react(run, terminal, everything=True)
                 leave(run, signal)
             if probing:
                 probe(run, splits, log, terminal, epoch)
@@ -250,7 +253,11 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns the exit code: 0, 2 for bad input, 70 for a lost or hung rank, 75 where a signal came."""
+    """The command.
+
+    Returns:
+        The exit code: 0, 2 for bad input, 70 for a lost or hung rank, 75 where a signal came, 130 after Ctrl-C.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m fastalign.train", description="Align a backbone with MaskEmbed."
     )

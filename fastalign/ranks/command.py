@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from fastalign.errors import SharedError, UserError, of_the_system
 from fastalign.ranks import distributed
 from fastalign.ranks.distributed import LostConnection, connection_lost
-from fastalign.ranks.preemption import PREEMPTED, Preempted
+from fastalign.ranks.preemption import INTERRUPTED, Preempted
 from fastalign.ranks.watchdog import BROKEN
 
 
@@ -17,7 +17,8 @@ def guarded(body: Callable[[], object]) -> int:
     """Run a command's body, and leave the ranks at its end.
 
     Returns:
-        The exit code: 0, 2 for bad input, 70 where another rank was lost, 75 where the run saved and left as asked.
+        The exit code: 0, 2 for bad input, 70 where another rank was lost, 75 where the run saved and left as asked,
+        130 where it was interrupted (and saved, where there was something to save).
     """
     rank = os.environ.get("RANK", "0")
     try:
@@ -27,7 +28,9 @@ def guarded(body: Callable[[], object]) -> int:
     except OSError as error:
         return _refuse(of_the_system(error))
     except Preempted as error:
-        return _leave(PREEMPTED, str(error) if rank == "0" else "")
+        return _leave(error.code, str(error) if rank == "0" else "")
+    except KeyboardInterrupt:
+        return _leave(INTERRUPTED, "interrupted" if rank == "0" else "")
     except LostConnection as error:
         return _leave(BROKEN, str(error))
     except RuntimeError as error:
