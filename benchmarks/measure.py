@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.cases import Built, Case
 from benchmarks.record import NO_ROOM
+from benchmarks.tolerance import allowed, errors
 
 MODES = ("forward", "backward", "full")
 ROUNDS, WARM_UP_MS, REPEAT_MS = 3, 10, 40
@@ -81,35 +82,21 @@ def _in_double(built: Built) -> Built:
     return Built(built.case, inputs)
 
 
-def _errors(found: Tensor, truth: Tensor) -> Tensor:
-    """[2]: the Euclidean and the largest error, each relative to the same norm of the truth."""
-    if truth.numel() == 0:
-        return torch.zeros(2, dtype=torch.float64, device=truth.device)
-    difference = (found.double() - truth).flatten()
-    truth = truth.flatten()
-    return torch.stack(
-        [
-            difference.norm() / truth.norm().clamp_min(1e-30),
-            difference.abs().max() / truth.abs().max().clamp_min(1e-30),
-        ]
-    )
-
-
 def _compare(results: dict[str, Tensor], truths: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, truth in truths.items():
         if results[name].shape != truth.shape:
             raise ValueError(f"{name} is {list(results[name].shape)}, not {list(truth.shape)}")
-    return {name: _errors(results[name], truth) for name, truth in truths.items()}
+    return {name: errors(results[name], truth) for name, truth in truths.items()}
 
 
 def _complaint(
     ours: dict[str, Tensor], eager: dict[str, Tensor], dtypes: dict[str, torch.dtype]
 ) -> str | None:
-    """The rule of the tests: at most twice eager's error in the same dtype, plus a few roundings."""
+    """The rule of the tests."""
     for name, error in ours.items():
-        allowed = 2 * eager[name] + torch.finfo(dtypes[name]).eps + 16 * torch.finfo(torch.float32).eps
-        if not bool((error <= allowed).all()):  # not a number is wrong as well
-            return f"wrong: {name} has error {error.tolist()}, allowed {allowed.tolist()}"
+        most = allowed(eager[name], dtypes[name])
+        if not bool((error <= most).all()):  # not a number is wrong as well
+            return f"wrong: {name} has error {error.tolist()}, allowed {most.tolist()}"
     return None
 
 
@@ -142,9 +129,9 @@ def check(built: Built, functions: dict[str, Callable], yardsticks: set[str] = f
         if why:
             verdict.refused[name] = why
         del results
-    for name, errors in found.items():
-        if errors:
-            worst = torch.stack(list(errors.values()))
+    for name, each in found.items():
+        if each:
+            worst = torch.stack(list(each.values()))
             verdict.errors[name] = worst[:, 0].max().item() if not worst.isnan().any() else float("nan")
             if name not in ("ours", "eager") and not verdict.errors[name] <= LARGEST_RIVAL_ERROR:
                 verdict.refused[name] = f"computes something else: error {verdict.errors[name]:.3g}"

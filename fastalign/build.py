@@ -60,17 +60,6 @@ def teacher_of(config: Config) -> tuple[str, str, dict]:
     return teacher.name, teacher.weights or "pretrained", teacher.kwargs
 
 
-def random_teacher(config: Config) -> list[str]:
-    """A warning where the teacher has learned nothing."""
-    if teacher_of(config)[1] != "random":
-        return []
-    key = "teacher.weights" if config.teacher.weights else "student.weights"
-    return [
-        f"warning: {key}=random: the teacher has random weights, so that the student learns nothing of use; set it "
-        "to pretrained, a weights file or a run folder"
-    ]
-
-
 def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
     """A backbone by name, with the weights that were asked for.
 
@@ -228,6 +217,7 @@ def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, 
     if data.train is None:
         raise UserError("data.train is not set: give it an image folder or tar shards, data.train=PATH")
     source, quarantine = open_source(data.train, damaged=True), config.faults["quarantine"]
+    _check_batch_size(config, world, len(source))
     train = Loader(
         source,
         Transform(
@@ -264,12 +254,25 @@ def image_constants(backbone: ViT) -> dict:
     return {"size": backbone.spec.image_size, **backbone.data}
 
 
+def _check_batch_size(config: Config, world: World, images: int) -> None:
+    size, parts = config.optim.batch_size, config.optim.accumulate * world.size
+    multiple = f"a multiple of optim.accumulate x ranks = {parts}"
+    if size % parts:
+        raise UserError(f"optim.batch_size={size}: it must be {multiple}")
+    if size > images:
+        most = images // parts * parts
+        remedy = (
+            f"set it to at most {most}, {multiple}"
+            if most
+            else f"lower optim.accumulate: it must be {multiple}"
+        )
+        raise UserError(
+            f"optim.batch_size={size}: data.train has {images} images, fewer than an update; {remedy}"
+        )
+
+
 def _common(config: Config, world: World) -> dict:
     parts = config.optim.accumulate * world.size
-    if config.optim.batch_size % parts:
-        raise UserError(
-            f"optim.batch_size {config.optim.batch_size} must be a multiple of optim.accumulate x ranks = {parts}"
-        )
     return {
         "batch_size": config.optim.batch_size // parts,
         "device": world.device,

@@ -2,6 +2,7 @@
 
 import json
 
+from fastalign.build import teacher_of
 from fastalign.data.bad_samples import FILE, BadSample, append_to_list, read_list, too_many
 from fastalign.engine.files import saying_where
 from fastalign.engine.metrics import Terminal, drop_later_lines
@@ -83,9 +84,18 @@ def bad_validation_samples(run: Run, terminal: Terminal) -> None:
 
 
 def look_back(run: Run, terminal: Terminal) -> None:
-    """At the start: what was written down and will come again is dropped; damaged tar shards are told and listed."""
+    """At the start: what was written down and will come again is dropped; told is what is wrong already.
+
+    That is a teacher that has learned nothing, and damaged tar shards, which are listed too.
+    """
     if not run.world.main:
         return
+    if teacher_of(run.config)[1] == "random":
+        key = "teacher.weights" if run.config.teacher.weights else "student.weights"
+        terminal.say(
+            f"warning: {key}=random: the teacher has random weights, so that the student learns nothing of use; set "
+            "it to pretrained, a weights file or a run folder"
+        )
     if (run.folder / NONFINITE).exists():
         drop_later_lines(run.folder / NONFINITE, run.step)
     for loader, name in ((run.train, FILE), (run.val, VALIDATION_FILE)):
@@ -110,7 +120,7 @@ def bad_numbers(run: Run, seen: Seen, terminal: Terminal) -> None:
     what = f"the loss of rank {ranks}" if len(seen.ranks) == 1 else f"the losses of ranks {ranks}"
     what = f"{what if seen.ranks else 'the gradient'} at step {seen.step}: not finite"
     where = f"the samples are in {path}"
-    remedy = "look at them, lower optim.lr, set optim.clip, or efficiency.precision=fp32"
+    remedy = "look at them; or lower optim.lr, set optim.clip or efficiency.precision=fp32, with resume=force"
     if run.config.faults["nonfinite"] == "stop":
         raise SharedError(
             f"{what}; {where}; the weights were left as they were, and the last checkpoint is from before: {remedy}, "

@@ -55,7 +55,7 @@ class Run:
             optim.name, self.trained, world.device, lr=optim.lr, **self._options()
         )
         # What was chosen for the user, said at the start.
-        self.notes = [*build.random_teacher(config), attention, *([note] if note else [])]
+        self.notes = [attention, *([note] if note else [])]
         if config.efficiency.shard and not self.sharded:
             self.notes.append("efficiency.shard: one process shares with nobody, its student stays whole")
         self.average = MovingAverage(objective.student, optim.ema) if optim.ema else None

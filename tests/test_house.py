@@ -116,6 +116,12 @@ def test_public_functions_and_classes_have_docstrings(path):
             assert ast.get_docstring(node) or isinstance(node, ast.ClassDef), f"{path.name}: {node.name}"
 
 
+def test_nobody_is_told_to_install_fastalign_from_an_index():
+    """It is on none: an extra works from a clone (`pip install -e '.[dali]'`), or its packages are named."""
+    for path in [*FILES, *ROOT.glob("demo/*.py"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        assert not re.search(r"fastalign\[\w", path.read_text()), path.name
+
+
 def test_importing_fastalign_does_not_import_dali():
     code = "import sys, fastalign.train; print([m for m in sys.modules if m.startswith('nvidia.dali')])"
     result = subprocess.run(

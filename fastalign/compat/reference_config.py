@@ -81,7 +81,7 @@ def _check_names(path: Path, given: dict) -> None:
     for name in given:
         if name in FINETUNE:
             raise UserError(
-                f"{path}: {name} is an option of the authors' finetune.py: fastalign does not fine-tune on labels; "
+                f"{path}: {name} is an option of the authors' finetune.py: python -m fastalign.classify does that; "
                 "give a file of their train.py or mim.py"
             )
         if name not in OPTIONS:
@@ -260,8 +260,6 @@ def _sinks(v: dict, notes: list[str]) -> list[str]:
     if not v["log_wandb"]:
         return []
     if importlib.util.find_spec("wandb") is None:
-        notes.append(
-            'log_wandb: wandb is not installed, metrics go to metrics.jsonl only; pip install "fastalign[wandb]"'
-        )
+        notes.append("log_wandb: wandb is not installed, metrics go to metrics.jsonl only; pip install wandb")
         return []
     return [f"wandb:{v['project'] or 'uncategorized'}"]

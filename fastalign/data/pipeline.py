@@ -30,7 +30,7 @@ def load_dali() -> SimpleNamespace:
     Raises:
         UserError: it is missing, or another project's package of that name is installed.
     """
-    remedy = 'pip install "fastalign[dali]" (CUDA 12: "fastalign[dali-cuda12]"), or train on `synthetic` data'
+    remedy = "pip install nvidia-dali-cuda130 (CUDA 12: nvidia-dali-cuda120), or train on `synthetic` data"
     try:
         import nvidia.dali
     except ImportError as error:

@@ -19,7 +19,7 @@ def push(folder: Path, name: str) -> None:
     try:
         from huggingface_hub import HfApi
     except ImportError:
-        raise UserError("--push-to-hub needs huggingface_hub: pip install 'fastalign[export]'") from None
+        raise UserError("--push-to-hub needs a package: pip install huggingface_hub") from None
     try:
         api = HfApi()
         api.create_repo(name, exist_ok=True)

@@ -17,7 +17,18 @@ BAD = {
         ["teacher.weights=random", "teacher.name=vit_tiny_patch16_224", "teacher.kwargs.img_size=64"],
         ["different patch grids"],
     ),
-    "batch larger than the data": (["optim.batch_size=64"], ["40", "64"]),
+    "batch larger than the data": (
+        ["optim.batch_size=66", "optim.accumulate=3"],
+        [
+            "optim.batch_size=66",
+            "data.train has 40 images",
+            "at most 39, a multiple of optim.accumulate x ranks = 3",
+        ],
+    ),
+    "more passes than images": (
+        ["optim.batch_size=80", "optim.accumulate=80"],
+        ["data.train has 40 images", "optim.accumulate x ranks = 80", "lower optim.accumulate"],
+    ),
     "no dropping with a position bias": (
         ["student.name=beit_base_patch16_224", "student.kwargs={img_size: 32, depth: 2}", "masks.mode=drop"],
         ["relative position bias", "'zero'"],
@@ -108,4 +119,4 @@ def test_missing_dali_is_one_line(recipe, monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     recipe(expect=2)
-    assert "fastalign[dali]" in capsys.readouterr().err
+    assert "pip install nvidia-dali-cuda130" in capsys.readouterr().err
