@@ -1,4 +1,4 @@
-"""How far a result may be from the truth: a relative error; of kernels that of `benchmarks.tolerance`."""
+"""How tests compare numbers: relative errors in the Euclidean norm, and the rule for kernels."""
 
 import shutil
 import sysconfig
@@ -62,9 +62,10 @@ def assert_as_exact(name: str, found: Tensor, eager: Tensor, truth: Tensor) -> N
     """
     assert found.shape == truth.shape, f"{name}: {tuple(found.shape)} against {tuple(truth.shape)}"
     assert found.dtype == eager.dtype, f"{name}: {found.dtype} against {eager.dtype}"
-    assert torch.isfinite(found).all(), f"{name}: not finite, or not written"
-    error, most = errors(found, truth), allowed(errors(eager, truth), found.dtype)
-    assert (error <= most).all(), f"{name}: error {error.tolist()}, allowed {most.tolist()}"
+    if truth.numel() == 0:
+        return
+    error, bound = errors(found, truth), allowed(errors(eager, truth), found.dtype)
+    assert (error <= bound).all(), f"{name}: error {error.tolist()}, allowed {bound.tolist()}"
 
 
 def check_kernel(
