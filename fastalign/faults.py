@@ -83,16 +83,16 @@ def bad_validation_samples(run: Run, terminal: Terminal) -> None:
 
 
 def look_back(run: Run, terminal: Terminal) -> None:
-    """At the start: what was written down and will come again is dropped; damaged tar shards are told and listed."""
+    """At the start: what was written down and will come again is dropped; what cannot be read is told and listed."""
     if not run.world.main:
         return
     if (run.folder / NONFINITE).exists():
         drop_later_lines(run.folder / NONFINITE, run.step)
     for loader, name in ((run.train, FILE), (run.val, VALIDATION_FILE)):
         damaged = loader.source.damaged if loader is not None else ()
-        for shard, reason in damaged:
-            terminal.say(on_one_line(f"tar shard {shard!r} is used up to its damage: {reason}"))
-        write_down(run, name, [BadSample(None, shard, reason) for shard, reason in damaged])
+        for part, reason in damaged:
+            terminal.say(on_one_line(f"the data set is incomplete: {part!r}, {reason}"))
+        write_down(run, name, [BadSample(None, part, reason) for part, reason in damaged])
 
 
 def bad_numbers(run: Run, seen: Seen, terminal: Terminal) -> None:

@@ -164,6 +164,7 @@ class Run:
             "skipped_in_a_row": self.skipped_in_a_row,
             "bad": sorted(self.bad),
             "images": self.train.source.fingerprint(),
+            "data": self.train.source.identity,
             "config": self.config.model_dump(mode="json"),
         }
 
@@ -224,10 +225,11 @@ class Run:
                     f"{path} is a checkpoint of another model or run: {key} was {old}, is {new}; "
                     "set it back, or choose another output"
                 )
-        images = self.train.source.fingerprint()
-        if state.get("images", images) != images:
+        source = self.train.source
+        other = "other images" if state.get("images", source.fingerprint()) != source.fingerprint() else None
+        if other := other or source.differs_from(state.get("data", source.identity)):
             raise UserError(
-                f"data.train={self.config.data.train} has other images than when {path} was written, so that every "
+                f"data.train={self.config.data.train} has {other} than when {path} was written, so that every "
                 "sample would be another: set it back, or choose another output"
             )
         old, new = state.get("optimizer_class"), class_name(self.optimizer)

@@ -93,7 +93,7 @@ def scan(data: str, workers: int, console: Console) -> tuple[int, list[BadSample
         console: to tell on.
 
     Returns:
-        How many images there are, and the bad ones in source order; damaged tar shards come first.
+        How many images there are, and the bad ones in source order; what else cannot be read comes first.
 
     Raises:
         UserError: nothing usable there.
@@ -121,7 +121,7 @@ def scan(data: str, workers: int, console: Console) -> tuple[int, list[BadSample
 def summary(data: str, total: int, bad: list[BadSample], output: Path | None) -> list[str]:
     """The lines at the end: how many, why, where they are listed."""
     images = [sample for sample in bad if sample.id is not None]
-    shards = [sample for sample in bad if sample.id is None]
+    parts = [sample for sample in bad if sample.id is None]
     lines = [f"{data}: {total} images, {len(images)} bad ({len(images) / total:.2%})"]
     kinds: dict[str, list[BadSample]] = {}
     for sample in images:
@@ -129,7 +129,7 @@ def summary(data: str, total: int, bad: list[BadSample], output: Path | None) ->
         kinds.setdefault(re.sub(r"\d+", "N", sample.reason), []).append(sample)
     for alike in sorted(kinds.values(), key=len, reverse=True):
         lines.append(f"  {len(alike)} x {alike[0].reason} (such as {alike[0].name!r})")
-    lines += [f"  shard {sample.name!r} {sample.reason}" for sample in shards]
+    lines += [f"  incomplete: {sample.name!r}, {sample.reason}" for sample in parts]
     if output:
         lines.append(f"quarantine list: {output}; train with faults.quarantine={output}")
     elif bad:

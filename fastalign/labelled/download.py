@@ -7,7 +7,6 @@ download left in ROOT/checksums.json.
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
@@ -17,6 +16,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from fastalign.data.cache import lock
 from fastalign.errors import UserError
 from fastalign.labelled.archives import Archive, Piece, archives
 from fastalign.labelled.datasets import SPLITS
@@ -77,11 +77,9 @@ def download(
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
     """Keeps a second command out of the folder; the lock goes with the process."""
-    with (root / ".download.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--to {root}: another download is writing there; wait for it") from None
+    with (root / ".download.lock").open("a") as file:
+        if not lock(file.fileno(), wait=False):
+            raise UserError(f"--to {root}: another download is writing there; wait for it")
         yield
 
 

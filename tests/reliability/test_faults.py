@@ -301,7 +301,7 @@ def test_damaged_shards_are_told_and_listed(recipe, images, tmp_path, capsys):
         )
         said = capsys.readouterr().out
         for split, name in (("train", "bad_samples.jsonl"), ("val", "validation_bad_samples.jsonl")):
-            assert f"tar shard '{split}.tar' is used up to its damage: " in said
+            assert f"the data set is incomplete: '{split}.tar', damaged at byte " in said
             assert names(folder / name) == [f"{split}.tar"]
 
 
