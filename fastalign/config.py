@@ -15,6 +15,7 @@ from typing_extensions import TypedDict  # typing's own is refused by pydantic b
 from fastalign.engine.yaml_files import explain, parse_yaml, put, read_with_bases, write_yaml
 from fastalign.errors import UserError
 from fastalign.models.svit import check_recipe
+from fastalign.paths import UserPath
 
 KEYS_OF_KWARGS = {"name": "name", "weights": "weights", "pretrained": "weights", "checkpoint": "weights"}
 """Arguments of a backbone that are keys of `student` and `teacher`."""
@@ -39,7 +40,7 @@ class Section(BaseModel):
 class Student(Section):
     name: str = "vit_base_patch16_224.augreg_in21k_ft_in1k"
     """timm's name of the backbone to align"""
-    weights: str = "pretrained"
+    weights: UserPath = "pretrained"
     """where it starts: pretrained (published), random, or a PATH: weights file (.safetensors, .pth) or run folder"""
     kwargs: dict[str, Any] = {}
     """timm's arguments: img_size, depth, drop_path_rate..."""
@@ -54,7 +55,7 @@ class Student(Section):
 class Teacher(Section):
     name: str | None = None
     """timm's name; null = the student's backbone, weights and kwargs"""
-    weights: str | None = None
+    weights: UserPath | None = None
     """as student.weights; null = the student's, or pretrained where teacher.name is set"""
     kwargs: dict[str, Any] = {}
     """timm's arguments"""
@@ -111,9 +112,9 @@ class Loss(Section):
 
 
 class Data(Section):
-    train: str | None = None
+    train: UserPath | None = None
     """image folder, tar shards (folder, file or pattern), or synthetic[:COUNT]"""
-    val: str | None = None
+    val: UserPath | None = None
     """the same for validation; null = none"""
     crop: Literal["rkrc", "rrc"] = "rkrc"
     """resize-keep-ratio with centre crop, or random resized crop"""
@@ -170,7 +171,7 @@ class Checkpoint(Section):
 
 
 class Probe(Section):
-    data: str | None = None
+    data: UserPath | None = None
     """labelled data (docs/probe.md): its train split teaches a probe's head, its val split judges; null = no probe"""
     every_steps: int | None = Field(None, gt=0)
     """null = each epoch; in both cases also before the first step and after the last"""
@@ -183,7 +184,7 @@ class FaultRules(TypedDict, total=False):
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     bad_samples: Annotated[float, Field(ge=0, le=1)]
-    quarantine: str | None
+    quarantine: UserPath | None
     nonfinite: Literal["skip", "stop"]
     timeout: Annotated[float, Field(gt=0)]
 
@@ -214,7 +215,7 @@ class Efficiency(Section):
 
 
 class Config(Section):
-    output: str = "runs/default"
+    output: UserPath = "runs/default"
     """the run folder; running again on it resumes"""
     seed: int = Field(0, ge=0, lt=2**63)
     """of weights, data order, augmentation and masks"""

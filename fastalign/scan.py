@@ -25,6 +25,7 @@ from fastalign.data.source import SyntheticSource
 from fastalign.data.sources import open_source
 from fastalign.engine.files import temporary_name, write_atomically
 from fastalign.errors import UserError
+from fastalign.paths import path_argument
 from fastalign.ranks.command import guarded
 
 CHUNK = 64
@@ -171,8 +172,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastalign.scan", description="Check every image of a data set, as training would."
     )
-    parser.add_argument("data", help="a folder of images, tar shards or a pattern of them, as data.train")
-    parser.add_argument("--output", metavar="FILE", help="write the bad ones here, for faults.quarantine")
+    parser.add_argument(
+        "data", type=path_argument, help="a folder of images, tar shards or a pattern of them, as data.train"
+    )
+    parser.add_argument(
+        "--output", type=path_argument, metavar="FILE", help="write the bad ones here, for faults.quarantine"
+    )
     parser.add_argument(
         "--workers",
         type=int,

@@ -24,7 +24,7 @@ FLOORS = [
     {"models", "ranks"},
     {"attention", "masks"},
     {"ops"},
-    {"reference", "random", "kernels", "extension"},
+    {"reference", "random", "kernels", "extension", "paths"},
     {"errors"},
 ]
 LONG_FILES = {

@@ -21,6 +21,7 @@ from fastalign.errors import UserError
 from fastalign.labelled.archives import Archive, Piece, archives
 from fastalign.labelled.datasets import SPLITS
 from fastalign.labelled.transfer import fetch, require_space
+from fastalign.paths import path_argument
 
 _CHUNK = 1 << 20
 RECORD = "checksums.json"
@@ -218,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m fastalign.labelled.download", description="Fetch COCO 2017 or ADE20K for the probes."
     )
     parser.add_argument("data", choices=("coco", "ade20k"))
-    parser.add_argument("--to", required=True, metavar="ROOT", help="the folder to write")
+    parser.add_argument("--to", required=True, type=path_argument, metavar="ROOT", help="the folder to write")
     parser.add_argument(
         "--splits", default="train,val,test", help="default train,val,test; train and val come together"
     )
@@ -235,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError("--panoptic: only coco has panoptic maps; leave it out")
         download(
             options.data,
-            Path(options.to).expanduser(),
+            Path(options.to),
             splits=_splits(options.splits),
             panoptic=options.panoptic,
             keep_archives=options.keep_archives,
