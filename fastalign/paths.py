@@ -15,6 +15,12 @@ _HOME = re.compile(r"((?:[\w-]+:)?)(~[^/]*)")
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
 
 
+def home_folder() -> str | None:
+    """The user's; None where neither HOME nor the list of users tells, as in a container that runs as a number."""
+    home = os.path.expanduser("~")  # noqa: PTH111, it tells by leaving the text as it is
+    return None if home == "~" else home
+
+
 def user_path(text: str | Path) -> str:
     """A path as a shell reads it: `~` and `~name` are home folders, `$NAME` and `${NAME}` the environment's.
 

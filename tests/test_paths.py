@@ -3,11 +3,15 @@
 import argparse
 import errno
 import fcntl
+import os
 import pwd
 import subprocess
+import tempfile
 
 import pytest
 from pydantic import BaseModel
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from triton import knobs
 
 from fastalign import config, scan, train
 from fastalign.classify import __main__ as classify
@@ -19,6 +23,7 @@ from fastalign.labelled import download
 from fastalign.labelled.datasets import open_labelled
 from fastalign.paths import UserPath, path_argument, user_path
 from fastalign.probe import __main__ as probe
+from fastalign.ranks.command import guarded
 from fastalign.report import __main__ as report
 from tests.data_helpers import small_photos, write_folder
 
@@ -170,7 +175,8 @@ def test_neither_home_nor_user_nor_locks_are_needed(tmp_path, monkeypatch):
     assert len(open_source(".")) == 1  # with a cache, which the tests have
     with download._alone(tmp_path):
         pass
-    for name in ("XDG_CACHE_HOME", "HOME"):
+    for name in ("XDG_CACHE_HOME", "HOME", "LOGNAME", "USER", "LNAME", "USERNAME", "TRITON_HOME"):
+        monkeypatch.setenv(name, "")  # what is set below is undone
         monkeypatch.delenv(name)
     monkeypatch.setattr(pwd, "getpwuid", fails(KeyError("uid not found")))
     with pytest.raises(OSError, match="no home folder"):
@@ -178,4 +184,7 @@ def test_neither_home_nor_user_nor_locks_are_needed(tmp_path, monkeypatch):
     assert len(open_source(".")) == 1
     with pytest.raises(UserError, match=r"the home folder of ~ is not known; write the path out"):
         open_source("~/data")
+    assert guarded(lambda: None) == 0
+    assert default_cache_dir().endswith(f"torchinductor_{os.getuid()}")
+    assert knobs.cache.home_dir == f"{tempfile.gettempdir()}/fastalign-{os.getuid()}"
     assert [path.name for path in tmp_path.joinpath("data").iterdir()] == ["a.jpg"]

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastalign.paths import home_folder
+
 _FORMAT = "fastalign-index-2"
 """Another number for other content: a list that an earlier version made is then made anew."""
 _ALIGN = 64
@@ -24,14 +26,14 @@ def cache_folder() -> Path:
     """Where indices are kept: $XDG_CACHE_HOME/fastalign, else ~/.cache/fastalign.
 
     Raises:
-        OSError: neither HOME nor the list of users tells of a home folder, as in some containers.
+        OSError: there is no home folder.
     """
     base = os.environ.get("XDG_CACHE_HOME")
     if not base:
-        home = os.path.expanduser("~")  # noqa: PTH111, it tells by leaving the text as it is
-        if home == "~":
+        home = home_folder()
+        if home is None:
             raise FileNotFoundError("no home folder")
-        base = os.path.join(home, ".cache")  # noqa: PTH118
+        base = f"{home}/.cache"
     return Path(base) / "fastalign"
 
 
