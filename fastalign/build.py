@@ -121,7 +121,7 @@ def named_backbone(
     arguments = parse_yaml(kwargs, f"--kwargs {kwargs}")
     if not isinstance(arguments, dict):
         raise UserError(f"--kwargs {kwargs}: give a mapping in YAML, as in '{{depth: 6}}'")
-    path = Path(place).expanduser()
+    path = Path(place)
     if path.exists() or "/" in place or path.suffix == ".json":
         for flag, value in (("--weights", weights), ("--softcap", softcap)):
             if value is not None:

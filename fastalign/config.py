@@ -20,6 +20,7 @@ from fastalign.engine.changes import Kind
 from fastalign.engine.sections import Section, to_yaml
 from fastalign.engine.yaml_files import read_with_bases
 from fastalign.models.svit import check_recipe
+from fastalign.paths import UserPath
 
 __all__ = ["Config", "keys", "kinds", "load_config", "resolve", "to_yaml"]
 
@@ -30,7 +31,7 @@ KEYS_OF_KWARGS = {"name": "name", "weights": "weights", "pretrained": "weights",
 class Student(Section):
     name: str = "vit_base_patch16_224.augreg_in21k_ft_in1k"
     """timm's name of the backbone to align"""
-    weights: str = "pretrained"
+    weights: UserPath = "pretrained"
     """where it starts: pretrained (published), random, or a PATH: weights file (.safetensors, .pth) or run folder"""
     kwargs: dict[str, Any] = Field({})
     """timm's arguments: img_size, depth, drop_path_rate..."""
@@ -45,7 +46,7 @@ class Student(Section):
 class Teacher(Section):
     name: str | None = None
     """timm's name; null = the student's backbone, weights and kwargs"""
-    weights: str | None = None
+    weights: UserPath | None = None
     """as student.weights; null = the student's, or pretrained where teacher.name is set"""
     kwargs: dict[str, Any] = Field({})
     """timm's arguments"""
@@ -102,9 +103,9 @@ class Loss(Section):
 
 
 class Data(Section):
-    train: str | None = None
+    train: UserPath | None = None
     """image folder, tar shards (folder, file or pattern), or synthetic[:COUNT]"""
-    val: str | None = None
+    val: UserPath | None = None
     """the same for validation; null = none"""
     crop: Literal["rkrc", "rrc"] = "rkrc"
     """resize-keep-ratio with centre crop, or random resized crop"""
@@ -162,7 +163,7 @@ class Checkpoint(Section):
 
 
 class Probe(Section):
-    data: str | None = None
+    data: UserPath | None = None
     """labelled data (docs/probe.md): its train split teaches a probe's head, its val split judges; null = no probe"""
     every_steps: int | None = Field(None, gt=0)
     """null = each epoch; in both cases also before the first step and after the last"""
@@ -175,7 +176,7 @@ class FaultRules(TypedDict, total=False):
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     bad_samples: Annotated[float, Field(ge=0, le=1)]
-    quarantine: str | None
+    quarantine: UserPath | None
     nonfinite: Literal["skip", "stop"]
     timeout: Annotated[float, Field(gt=0)]
 
@@ -208,7 +209,7 @@ class Efficiency(Section):
 
 
 class Config(Section):
-    output: Annotated[str, Kind.FREE] = "runs/default"
+    output: Annotated[UserPath, Kind.FREE] = "runs/default"
     """the run folder; running again on it resumes"""
     resume: Annotated[Literal["auto", "force"], Kind.FREE] = "auto"
     """force: go on from a checkpoint of other settings; changes.jsonl in the run folder records what changed"""

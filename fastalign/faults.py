@@ -86,7 +86,7 @@ def bad_validation_samples(run: Run, terminal: Terminal) -> None:
 def look_back(run: Run, terminal: Terminal) -> None:
     """At the start: what was written down and will come again is dropped; told is what is wrong already.
 
-    That is a teacher that has learned nothing, and damaged tar shards, which are listed too.
+    That is a teacher that has learned nothing, and what cannot be read, which is listed too.
     """
     if not run.world.main:
         return
@@ -100,9 +100,9 @@ def look_back(run: Run, terminal: Terminal) -> None:
         drop_later_lines(run.folder / NONFINITE, run.step)
     for loader, name in ((run.train, FILE), (run.val, VALIDATION_FILE)):
         damaged = loader.source.damaged if loader is not None else ()
-        for shard, reason in damaged:
-            terminal.say(on_one_line(f"tar shard {shard!r} is used up to its damage: {reason}"))
-        write_down(run, name, [BadSample(None, shard, reason) for shard, reason in damaged])
+        for part, reason in damaged:
+            terminal.say(on_one_line(f"the data set is incomplete: {part!r}, {reason}"))
+        write_down(run, name, [BadSample(None, part, reason) for part, reason in damaged])
 
 
 def bad_numbers(run: Run, seen: Seen, terminal: Terminal) -> None:

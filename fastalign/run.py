@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastalign import build
 from fastalign.config import Config
-from fastalign.continuation import changed_settings, contents
+from fastalign.continuation import changed_settings, contents, other_contents
 from fastalign.data.bad_samples import BadSample
 from fastalign.engine import sharding
 from fastalign.engine.changes import Change
@@ -203,7 +203,7 @@ class Run:
                 f"{path} is not a checkpoint of a run of this version: remove it, or choose another output"
             )
         self.step, self.judged_at = state["step"], state["judged_at"]
-        forced, notes = changed_settings(state, path, self.config, self.contents, finished=self.finished)
+        forced, notes = on_first_rank(self.world, lambda: self._changes(state, path))
         self.notes += notes
         self._same_optimizer(state, path)
         try:
@@ -242,6 +242,10 @@ class Run:
     def _options(self) -> dict:
         """What the optimiser is told of the configuration; the learning rate comes with each update."""
         return {"betas": self.config.optim.betas, "weight_decay": self.config.optim.weight_decay}
+
+    def _changes(self, state: dict, path: Path) -> tuple[list[Change], list[str]]:
+        places = other_contents(state["contents"], self.contents, self.train, self.val)
+        return changed_settings(state, path, self.config, places, finished=self.finished)
 
     @property
     def finished(self) -> bool:

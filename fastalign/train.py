@@ -24,6 +24,7 @@ from fastalign.evaluation import evaluate, measure_target_scale
 from fastalign.faults import bad_validation_samples, look_back, react
 from fastalign.flops import flops_per_image
 from fastalign.labelled.pairs import LabelledImages
+from fastalign.paths import path_argument
 from fastalign.probe.training import due, open_splits, probe_student
 from fastalign.ranks import distributed
 from fastalign.ranks.command import guarded, telling
@@ -261,13 +262,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastalign.train", description="Align a backbone with MaskEmbed."
     )
-    parser.add_argument("config", nargs="?", help="a recipe, such as configs/demo.yaml")
+    parser.add_argument("config", nargs="?", type=path_argument, help="a recipe, such as configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change keys of the recipe")
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and stop"
     )
     parser.add_argument(
-        "--reference-config", metavar="FILE", help="a YAML file of the authors' code, instead of a recipe"
+        "--reference-config",
+        type=path_argument,
+        metavar="FILE",
+        help="a YAML file of the authors' code, instead of a recipe",
     )
     parser.add_argument(
         "--world-size", type=int, metavar="N", help="GPUs that FILE's batch is for (torchrun's, else 4)"

@@ -20,14 +20,13 @@ FLOORS = [
     {"train", "doctor", "scan", "export", "report", "classify"},
     {"compat", "probe", "evaluation", "faults", "saving"},
     {"run"},
-    {"continuation"},
-    {"build", "publish"},
+    {"build", "continuation", "publish"},
     {"flops", "config", "labelled"},
     {"objectives", "accelerate", "engine", "data"},
     {"models", "ranks"},
     {"attention", "masks"},
     {"ops"},
-    {"reference", "random", "kernels", "extension"},
+    {"reference", "random", "kernels", "extension", "paths"},
     {"errors"},
 ]
 LONG_FILES = {

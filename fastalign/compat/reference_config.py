@@ -11,6 +11,7 @@ from fastalign.compat.reference_options import FINETUNE, MIM_DEFAULTS, NOT_MIM, 
 from fastalign.config import Config, resolve
 from fastalign.engine.yaml_files import read_yaml
 from fastalign.errors import UserError
+from fastalign.paths import user_path
 
 AUTHORS_WORLD = 4
 """GPUs of the authors' own command, with which each of their files comes to 1024 images an update."""
@@ -199,6 +200,7 @@ def _place(v: dict, split: str, kind: str) -> str | None:
     root, dataset = v["data_dir"], (v["dataset"] or "").lower()
     if root is None:
         return None
+    root = user_path(root)
     if dataset.startswith("wds/"):
         if ".tar" not in split:
             raise UserError(

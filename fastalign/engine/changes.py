@@ -20,21 +20,21 @@ class Change(NamedTuple):
     key: str
     before: Any
     now: Any
-    other_contents: bool = False
-    """it names a place, and what lies there is not what lay there"""
+    contents: str | None = None
+    """where it names a place: what is other there than it was"""
 
     def __str__(self) -> str:
         before, now = (json.dumps(value, ensure_ascii=False) for value in (self.before, self.now))
-        changed = f"{self.key} was {before}, is {now}" if before != now else f"{self.key} {now}"
-        return f"{changed} with other contents" if self.other_contents else changed
+        if before == now:
+            return f"{self.key} {now} has {self.contents} than before"
+        return f"{self.key} was {before}, is {now}{f' with {self.contents}' if self.contents else ''}"
 
 
 def changes(
     before: dict,
     now: dict,
     kinds: Mapping[str, Kind],
-    contents_before: Mapping[str, Any] | None = None,
-    contents_now: Mapping[str, Any] | None = None,
+    places: Mapping[str, str | None],
 ) -> tuple[list[Change], list[Change]]:
     """What two trees of settings differ in.
 
@@ -42,15 +42,14 @@ def changes(
         before, now: sections of plain values. A key that holds a mapping is compared value by value; null is the
             same as nothing there.
         kinds: of every key, dotted.
-        contents_before, contents_now: fingerprints of what lies at the paths that some keys name: of such a key they
-            decide, and not the path.
+        places: of keys that name a place: what is other there than it was, None where nothing is. That decides, and
+            not the path.
 
     Returns:
         What may not have changed, those whose values differ first; and the paths that differ while their contents are
         the same.
     """
     differing, inside, moved = [], [], []
-    then, today = contents_before or {}, contents_now or {}
     for key, kind in kinds.items():
         old, new = _value(before, key), _value(now, key)
         if kind is Kind.FREE:
@@ -58,12 +57,12 @@ def changes(
         if kind is Kind.GROWS:
             if old != new and new is not None and (old is None or new < old):
                 differing.append(Change(key, old, new))
-        elif key in then and key in today:
-            same = then[key] == today[key]
+        elif key in places:
+            change = Change(key, old, new, places[key])
             if old != new:
-                (moved if same else differing).append(Change(key, old, new, not same))
-            elif not same:
-                inside.append(Change(key, old, new, True))
+                (differing if places[key] else moved).append(change)
+            elif places[key]:
+                inside.append(change)
         else:
             differing += _differences(key, old, new)
     return differing + inside, moved

@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from fastalign.errors import UserError
+from fastalign.paths import user_path
 
 LONGEST = 1 << 20
 """characters of a YAML text; ours have some hundred"""
@@ -24,7 +25,9 @@ def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict:
         raise UserError(f"{path}: its bases form a circle")
     tree = read_yaml(path)
     base = tree.pop("base", None)
-    return merge(read_with_bases(path.parent / str(base), (*seen, path.resolve())), tree) if base else tree
+    if not base:
+        return tree
+    return merge(read_with_bases(path.parent / user_path(str(base)), (*seen, path.resolve())), tree)
 
 
 def read_yaml(path: Path) -> dict:

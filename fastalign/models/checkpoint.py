@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastalign.errors import UserError
 from fastalign.models.svit import is_cap, uncapped
+from fastalign.paths import user_path
 
 STATES = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Where a checkpoint keeps its weights; the first that is there is read: an average before the weights."""
@@ -52,7 +53,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         UserError: no such file, not a weights file, damaged, or one that pickles what is not `HARMLESS`.
     """
-    path = Path(path)
+    path = Path(user_path(path))
     if not path.is_file():
         raise UserError(f"no weights file at {path}")
     return interpret(read_file(path), str(path))

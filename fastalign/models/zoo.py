@@ -24,6 +24,7 @@ from fastalign.models.spec import BlockSpec, ViTSpec
 from fastalign.models.svit import uncapped
 from fastalign.models.vit import ViT
 from fastalign.models.weights import load_weights
+from fastalign.paths import user_path
 
 MOCO = "vit_base_patch16_mocov3_224"
 """Not in timm: a ViT-B/16 with a fixed sin-cos position embedding (Chen et al., 2021)."""
@@ -83,7 +84,7 @@ def load_backbone(path: str | Path, **kwargs) -> ViT:
         path: the run's folder, or the `.json` file.
         **kwargs: timm's arguments that do not change the weights, such as `drop_path_rate`.
     """
-    path = Path(path)
+    path = Path(user_path(path))
     path = path / "backbone.json" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"no backbone at {path}: give the folder of a finished run, or its backbone.json")

@@ -312,7 +312,7 @@ def test_damaged_shards_are_told_and_listed(recipe, images, tmp_path, capsys):
         )
         said = capsys.readouterr().out
         for split, name in (("train", "bad_samples.jsonl"), ("val", "validation_bad_samples.jsonl")):
-            assert f"tar shard '{split}.tar' is used up to its damage: " in said
+            assert f"the data set is incomplete: '{split}.tar', damaged at byte " in said
             assert names(folder / name) == [f"{split}.tar"]
 
 
@@ -320,10 +320,16 @@ def test_damaged_shards_are_told_and_listed(recipe, images, tmp_path, capsys):
 def test_a_run_goes_on_with_the_images_that_it_began_with(recipe, images, tmp_path, capsys):
     shutil.copytree(images / "train", tmp_path / "train")
     recipe(f"data.train={tmp_path / 'train'}", "data.val=null", "max_steps=1")
-    first = min((tmp_path / "train").glob("*/*.jpg"))
+    first, *_, last = sorted((tmp_path / "train").glob("*/*.jpg"))
     shutil.copy(first, first.with_name("0-new.jpg"))
     recipe(f"data.train={tmp_path / 'train'}", "data.val=null", expect=2)
-    assert f'data.train "{tmp_path}/train" with other contents' in capsys.readouterr().err
+    assert f'data.train "{tmp_path}/train" has other names than before' in capsys.readouterr().err
+    first.with_name("0-new.jpg").unlink()
+    recipe(f"data.train={tmp_path / 'train'}", "data.val=null", "max_steps=2")
+    for path in (tmp_path / "train").glob("*/*.jpg"):
+        path.write_bytes(last.read_bytes() + b" ")
+    recipe(f"data.train={tmp_path / 'train'}", "data.val=null", expect=2)
+    assert "has other images of the same names than before" in capsys.readouterr().err
 
 
 @needs_dali

@@ -47,10 +47,11 @@ NEEDS = {
 """What must hold before and after, for a value to be possible at all."""
 
 
-def went_on(before: list[str], now: list[str], *, then=None, contents=None, finished=False):
+def went_on(before: list[str], now: list[str], *, finished=False, **places: str | None):
     """The changes and the lines of a run that was begun with some overrides and goes on with others."""
-    state = {"config": resolve({}, before, "then").model_dump(mode="json"), "contents": then or {}, "step": 3}
-    return changed_settings(state, Path("c.pt"), resolve({}, now, "now"), contents or {}, finished=finished)
+    state = {"config": resolve({}, before, "then").model_dump(mode="json"), "step": 3}
+    places = {key.replace("_", "."): other for key, other in places.items()}
+    return changed_settings(state, Path("c.pt"), resolve({}, now, "now"), places, finished=finished)
 
 
 @pytest.mark.parametrize("key", sorted(keys()))
@@ -93,13 +94,14 @@ def test_a_value_that_says_the_same_is_the_same():
     "key", ["data.train", "data.val", "student.weights", "teacher.weights", "probe.data"]
 )
 def test_of_a_place_its_contents_decide(key):
-    went = {"before": [f"{key}=here"], "now": [f"{key}=there"]}
-    changed, notes = went_on(**went, then={key: 1}, contents={key: 1})
-    assert (changed, notes) == ([], [f'{key} was "here", is "there": the contents are the same'])
-    with pytest.raises(UserError, match=rf'{key} was "here", is "there" with other contents'):
-        went_on(**went, then={key: 1}, contents={key: 2})
-    with pytest.raises(UserError, match=rf'{key} "here" with other contents'):
-        went_on(went["before"], went["before"], then={key: 1}, contents={key: 2})
+    here, there = ([f"{key}={place}"] for place in ("/here", "/there"))
+    same, other = ({key.replace(".", "_"): what} for what in (None, "other names"))
+    told = f'{key} was "/here", is "/there"'
+    assert went_on(here, there, **same) == ([], [f"{told}: the contents are the same"])
+    with pytest.raises(UserError, match=f"{told} with other names;"):
+        went_on(here, there, **other)
+    with pytest.raises(UserError, match=f'{key} "/here" has other names than before;'):
+        went_on(here, here, **other)
 
 
 SWEEP = ["optim.lr=0.01", "optim.weight_decay=0.3", "data.randaugment=rand-m9-mstd0.5-inc1"]
@@ -211,7 +213,10 @@ def test_a_data_set_and_weights_that_moved_are_the_same(recipe, images, tmp_path
     weights = vit.state_dict() | {"cls_token": vit.cls_token + 1}
     save_file(weights, tmp_path / "there" / "weights.safetensors")
     recipe(*at("there"), "max_steps=6", expect=2)
-    assert 'student.weights "there/weights.safetensors" with other contents' in capsys.readouterr().err
+    assert (
+        'student.weights "there/weights.safetensors" has other contents than before'
+        in capsys.readouterr().err
+    )
 
 
 def test_a_random_teacher_is_told_and_noted(recipe, capsys, tmp_path):
