@@ -71,7 +71,7 @@ def changed_settings(
         UserError: it may not.
     """
     before = resolve(state["config"], [], path).model_dump(mode="json")
-    changed, moved = changes(before, config.model_dump(mode="json"), kinds(), places)
+    changed, moved = changes(before, config.model_dump(mode="json"), kinds(), places, state["step"])
     notes = [f"{each}: the contents are the same" for each in moved]
     if not changed:
         return [], notes

@@ -11,7 +11,7 @@ class Kind(Enum):
 
     RESULT = "decides the result"
     FREE = "may change when a run goes on"
-    GROWS = "may grow when a run goes on"
+    GROWS = "may change when a run goes on, but not to less than is done"
 
 
 class Change(NamedTuple):
@@ -35,6 +35,7 @@ def changes(
     now: dict,
     kinds: Mapping[str, Kind],
     places: Mapping[str, str | None],
+    done: int,
 ) -> tuple[list[Change], list[Change]]:
     """What two trees of settings differ in.
 
@@ -44,6 +45,7 @@ def changes(
         kinds: of every key, dotted.
         places: of keys that name a place: what is other there than it was, None where nothing is. That decides, and
             not the path.
+        done: updates; a key that may grow has their number at least.
 
     Returns:
         What may not have changed, those whose values differ first; and the paths that differ while their contents are
@@ -55,7 +57,7 @@ def changes(
         if kind is Kind.FREE:
             continue
         if kind is Kind.GROWS:
-            if old != new and new is not None and (old is None or new < old):
+            if old != new and new is not None and new < done:
                 differing.append(Change(key, old, new))
         elif key in places:
             change = Change(key, old, new, places[key])
