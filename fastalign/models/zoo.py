@@ -136,6 +136,7 @@ def _as_told(found: Checkpoint, facts: dict) -> Checkpoint:
     return found._replace(
         softcap=facts["softcap"],
         norm_eps=facts.get("norm_eps"),
+        student=found.student or facts["kwargs"].get("global_pool") == "",
         grid=describe(_template(facts["name"], facts["kwargs"])).grid,
     )
 
