@@ -41,8 +41,8 @@ def register(name: str, schema: str, implementation: Callable, fake: Callable):
         device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
         if device.type == "cpu" and not INTERPRETED:
             raise ValueError(
-                f"fastalign.kernels: {name} needs tensors on a GPU, got {device}: call fastalign.ops, which runs "
-                "on any device (FASTALIGN_KERNELS=1 set: unset it)"
+                f"fastalign.kernels take tensors on a GPU, got {device}: call the function of the same name in "
+                "fastalign.ops, which runs on any device unless FASTALIGN_KERNELS=1 is set"
             )
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):  # Triton launches on the current device
