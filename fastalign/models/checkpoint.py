@@ -45,6 +45,10 @@ class Checkpoint(NamedTuple):
     """of the attention logits that it was trained with, where the file tells it"""
     student: bool = False
     """a student of MaskEmbed or masked image modeling: its head is not a classifier, and it has no pooling"""
+    grid: tuple[int, int] | None = None
+    """the patches along height and width that its position tables are of, where that is known"""
+    norm_eps: float | None = None
+    """epsilon of the last norm, where it is known not to be the backbone's"""
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
