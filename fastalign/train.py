@@ -257,7 +257,7 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command's exit code: 0, 2 for bad input, 70 for a lost or hung rank, 75 after a signal, 130 after Ctrl-C."""
+    """The command's exit code: 0, 2 for bad input, 70 for a lost or hung rank, 75 for a signal, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m fastalign.train", description="Align a backbone with MaskEmbed."
     )
