@@ -180,7 +180,7 @@ OUTPUT = {
     "seed": _to(int, 42, "seed"),
     "worker_seeding": _same(str, "all", "what is drawn does not depend on workers"),
     "log_interval": _to(int, 100, "log.every_steps"),
-    "recovery_interval": _to(int, 0, "checkpoint.every_steps; 0 = each epoch"),
+    "recovery_interval": _to(int, 0, "checkpoint.every_steps; 0 = its default"),
     "checkpoint_hist": _to(int, 10, "checkpoint.keep: the newest, and the best beside them"),
     "checkpoint_retain_interval": _same(int, 50, "no older checkpoint is kept but the best"),
     "workers": _same(int, 4, "decoding threads, not processes: data.threads"),
