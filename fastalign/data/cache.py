@@ -5,11 +5,13 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+
+from fastalign.engine.files import write_atomically
 
 _FORMAT = "fastalign-index-1"
 _ALIGN = 64
@@ -39,20 +41,17 @@ def save_index(kind: str, key: str, arrays: dict[str, np.ndarray]) -> bool:
         position += array.nbytes
     header = json.dumps({"format": _FORMAT, "key": key, "arrays": layout, "bytes": position}).encode() + b"\n"
     body = -(-len(header) // _ALIGN) * _ALIGN
-    target, temporary = _cache_file(kind, key), None
+
+    def write(file: BinaryIO) -> None:
+        file.write(header)
+        for name, array in arrays.items():
+            file.seek(body + layout[name][2])
+            file.write(memoryview(np.ascontiguousarray(array)))
+        file.truncate(body + position)
+
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".writing-")
-        with os.fdopen(handle, "wb") as file:
-            file.write(header)
-            for name, array in arrays.items():
-                file.seek(body + layout[name][2])
-                file.write(memoryview(np.ascontiguousarray(array)))
-            file.truncate(body + position)
-        Path(temporary).replace(target)
+        write_atomically(_cache_file(kind, key), write)
     except (OSError, UnicodeEncodeError):
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         return False
     return True
 
