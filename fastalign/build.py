@@ -24,8 +24,6 @@ from fastalign.models.zoo import create_backbone, load_backbone
 from fastalign.objectives import MaskedImageModeling, MaskEmbed
 from fastalign.ranks.distributed import World
 
-WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".npz")
-"""How a weights file's name ends; any other path is the folder of a run."""
 _RANDOM_SEED = 0
 """Random weights that a command line asks for are the same each time."""
 SCALE_BATCHES = 50
@@ -76,7 +74,7 @@ def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
             f"{key}={weights}: there is no such file or folder; give a weights file, a run folder, "
             "pretrained or random"
         )
-    if Path(weights).suffix in WEIGHTS:
+    if not (Path(weights) / "backbone.json").is_file() and Path(weights).suffix != ".json":
         return create_backbone(name, checkpoint=weights, **kwargs)
     name, kwargs, _ = uncapped(name, kwargs)  # the run recorded its soft-cap
     drop_path = {key: value for key, value in kwargs.items() if key == "drop_path_rate"}

@@ -38,7 +38,9 @@ class OpenClip(Target):
     def write(self, run: Run, folder: Path) -> None:
         text = json.dumps(_config(run.vit), indent=2) + "\n"
         (folder / "visual.json").write_text(text)
-        write_tensors(folder / "visual.safetensors", convert.open_clip_state(run.vit))
+        write_tensors(
+            folder / "visual.safetensors", convert.open_clip_state(run.vit), softcap=str(run.vit.softcap)
+        )
 
     def read(self, folder: Path) -> Tokens:
         import open_clip

@@ -53,7 +53,7 @@ class Transformers(Target):
             settings["softcap"] = vit.softcap
         config = model.config_class(architectures=[model.__name__], dtype="float32", **settings)
         config.save_pretrained(folder)
-        write_tensors(folder / "model.safetensors", self.state(vit))
+        write_tensors(folder / "model.safetensors", self.state(vit), softcap=str(vit.softcap))
         (folder / "preprocessor_config.json").write_text(json.dumps(_processor(vit), indent=2) + "\n")
 
     def read(self, folder: Path) -> Tokens:
@@ -138,7 +138,7 @@ class Siglip(Transformers):
         return {**super().settings(vit), "vision_use_head": False}
 
     def state(self, vit: ViT) -> dict[str, Tensor]:
-        return convert.siglip_state(vit)
+        return convert.clip_state(vit)
 
 
 class Dinov2(Transformers):

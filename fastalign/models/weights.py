@@ -7,11 +7,10 @@ import torch
 from timm.models import beit, eva, vision_transformer
 from torch import Tensor, nn
 
-from fastalign.errors import UserError
-from fastalign.models.checkpoint import Checkpoint
+from fastalign.models.checkpoint import Checkpoint, check_config, misfit
 from fastalign.models.vit import ViT
 
-_NOT_BACKBONE = ("head.", "head_dist.", "decoder.")
+_NOT_BACKBONE = ("head.", "head_dist.", "decoder.", "decoder_")
 _FILTERS = {
     "VisionTransformer": vision_transformer.checkpoint_filter_fn,
     "Beit": beit.checkpoint_filter_fn,
@@ -40,13 +39,12 @@ def load_weights(vit: ViT, source: nn.Module, checkpoint: Checkpoint, path: str)
     heads = {key: state[key] for key in wanted if key.startswith("head.") and key in state}
     state = {key: value for key, value in state.items() if not key.startswith(_NOT_BACKBONE)}
     state |= {} if checkpoint.student else heads
-    another = f"{path} holds the weights of another model"
-    another += f" ({checkpoint.arch})" if checkpoint.arch else ""
+    check_config(vit.spec, checkpoint.config, path)
     try:
         # timm's filter: other layouts of the same weights, and position tables of another size.
         state = _FILTERS[type(source).__name__](dict(state), source)
     except Exception as error:
-        raise UserError(f"{another}: timm says {error}; give the name that it was made with") from error
+        raise misfit(checkpoint, path, f"timm says {error}") from error
     if vit.spec.position_fixed:
         state["pos_embed"] = wanted["pos_embed"]
     state = _fit_layer_scale(state, wanted)
@@ -60,14 +58,12 @@ def load_weights(vit: ViT, source: nn.Module, checkpoint: Checkpoint, path: str)
     missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     other = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     if missing:
-        raise UserError(f"{another}: it lacks {missing[0]}; give the name that it was made with")
+        raise misfit(checkpoint, path, f"it lacks {missing[0]}")
     if extra:
-        raise UserError(f"{another}: it has {extra[0]} too; give the name that it was made with")
+        raise misfit(checkpoint, path, f"it has {extra[0]} too")
     if other:
         found, shape = list(state[other[0]].shape), list(wanted[other[0]].shape)
-        raise UserError(
-            f"{another}: {other[0]} is {found}, wanted {shape}; give the name that it was made with"
-        )
+        raise misfit(checkpoint, path, f"{other[0]} is {found}, wanted {shape}")
     vit.load_state_dict(state)
     if checkpoint.softcap is not None:
         vit.softcap = checkpoint.softcap

@@ -39,8 +39,8 @@ def create_backbone(
         name: timm's name, with or without the tag of the weights, or `MOCO`'s; the authors' `svit_X` is `vit_X`
             with attention logits capped at 30 (`max_attn_val`).
         pretrained: load the published weights (through timm; needs the network or timm's cache).
-        checkpoint: load these weights instead: `.safetensors`, `.pth` or `.pth.tar` with timm's keys, perhaps in a
-            training script's checkpoint (docs/backbones.md). Never unpickles code.
+        checkpoint: load these weights instead: a file or a folder, in a layout that docs/backbones.md names. Never
+            unpickles code.
         **kwargs: timm's keyword arguments: `img_size`, `depth`, `num_classes` (default 0), `drop_path_rate`...
 
     Returns:
