@@ -61,7 +61,8 @@ def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
     Args:
         key: what the user calls `weights`, for messages.
         name: timm's name.
-        weights: "pretrained", "random", a weights file, or the folder of a run that aligned this backbone.
+        weights: "pretrained", "random", a weights file, a folder that holds one, or the folder of a run that
+            aligned this backbone.
         kwargs: timm's arguments.
 
     Raises:

@@ -40,7 +40,7 @@ class Student(Section):
     name: str = "vit_base_patch16_224.augreg_in21k_ft_in1k"
     """timm's name of the backbone to align"""
     weights: str = "pretrained"
-    """where it starts: pretrained (published), random, or a PATH: weights file (.safetensors, .pth) or run folder"""
+    """where it starts: pretrained (published), random, or a PATH: weights file, Hugging Face or run folder"""
     kwargs: dict[str, Any] = {}
     """timm's arguments: img_size, depth, drop_path_rate..."""
     softcap: float | None = Field(30.0, gt=0)

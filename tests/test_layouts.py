@@ -118,6 +118,22 @@ def test_a_siglip_tower_without_its_pooling_head(tmp_path):
     assert relative_error(vit.forward_features(IMAGES), model(IMAGES).last_hidden_state.double()) < 1e-5
 
 
+@torch.no_grad()
+def test_siglip_2_of_any_size(tmp_path):
+    """Its patches come flat, [height, width, channel], and so does its patch embedding."""
+    sizes = {key: value for key, value in HF.items() if key != "image_size"}
+    config = transformers.Siglip2VisionConfig(**sizes, num_patches=4, hidden_act="gelu")
+    model = transformers.Siglip2VisionModel(config).eval()
+    randomise(model, 0.2)
+    model.save_pretrained(tmp_path)
+    patches = (
+        IMAGES.unflatten(3, (2, 16)).unflatten(2, (2, 16)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    )
+    wanted = model(patches, torch.ones(2, 4), torch.tensor([[2, 2]] * 2)).last_hidden_state
+    vit = fa.create_backbone(SIGLIP, checkpoint=tmp_path, **SMALL).eval()
+    assert relative_error(vit.forward_features(IMAGES), wanted.double()) < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["state dict", "checkpoint of training", "folder"])
 @torch.no_grad()
 def test_open_clip(tmp_path, kind):
@@ -322,6 +338,10 @@ REFUSED = {
     ),
     "DINOv3": (lambda p: saved(p, {"embeddings.patch_embeddings.weight": ONE}), ["transformers' DINOv3"]),
     "adapters": (lambda p: saved(p, {"base_model.model.q_proj.lora_A.weight": ONE}), ["adapters of peft"]),
+    "TorchScript": (
+        lambda p: torch.jit.trace(torch.nn.Linear(1, 1), ONE).save(p / "a.pt") or p / "a.pt",
+        ["TorchScript, as OpenAI", "state_dict()"],
+    ),
     "a checkpoint of a run": (
         lambda p: saved(p, {"student": {"encoder.norm.weight": ONE}, "optimizer": {}, "step": 1, "config": {}}),
         ["give the run's folder"],
@@ -329,6 +349,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*TorchScript")
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_read_is_refused_in_one_line(tmp_path, case):
     make, words = REFUSED[case]

@@ -1,7 +1,9 @@
 """What files of weights hold, the authors' `.pth.tar` among them: a backbone, and what is told of it."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import safetensors
@@ -32,8 +34,8 @@ class Checkpoint(NamedTuple):
     """a student of MaskEmbed or masked image modeling: its head is not a classifier, and it has no pooling"""
     layout: str | None = None
     """of the file; None = none that is known, the keys are as they were"""
-    config: dict[str, Any] | None = None
-    """what transformers' config.json beside the file says of the vision model, where there is one"""
+    config: Mapping[str, Any] = MappingProxyType({})
+    """what transformers' config.json beside the file says of the vision model"""
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -46,10 +48,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not path.exists():
         raise UserError(f"no weights file at {path}")
     content, path = read_folder(path) if path.is_dir() else (read_file(path), path)
-    checkpoint = interpret(content, str(path))
-    if path.suffix == ".safetensors" and checkpoint.softcap is None:
-        checkpoint = checkpoint._replace(softcap=_recorded_softcap(path))
-    return checkpoint._replace(config=_vision_config(path.with_name("config.json")))
+    checkpoint, config = interpret(content, str(path)), _vision_config(path.with_name("config.json"))
+    if checkpoint.softcap is None:
+        softcap = _checked_softcap(config.get("softcap", _recorded_softcap(path)), path)
+        checkpoint = checkpoint._replace(softcap=softcap)
+    return checkpoint._replace(config=config)
 
 
 def interpret(content: Any, path: str) -> Checkpoint:
@@ -115,7 +118,7 @@ def _tensors(value: Any) -> dict[str, Tensor]:
     }
 
 
-def check_config(spec: ViTSpec, config: dict[str, Any] | None, path: str) -> None:
+def check_config(spec: ViTSpec, config: Mapping[str, Any], path: str) -> None:
     """Compare with a backbone what transformers' config.json says and no weight shows.
 
     Raises:
@@ -126,7 +129,7 @@ def check_config(spec: ViTSpec, config: dict[str, Any] | None, path: str) -> Non
         ("num_attention_heads", block.heads, "num_heads"),
         ("hidden_act", layouts.HF_ACTIVATIONS[block.activation], "act_layer"),
     ):
-        if (theirs := (config or {}).get(key, ours)) != ours:
+        if (theirs := config.get(key, ours)) != ours:
             timms = {name: timm for timm, name in layouts.HF_ACTIVATIONS.items()}.get(theirs, theirs)
             raise UserError(
                 f"{path}: its config.json has {key}={theirs}, the backbone has {ours}: give the name that it was "
@@ -181,20 +184,20 @@ def _arguments(content: dict) -> dict:
     return vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
 
 
-def _vision_config(path: Path) -> dict[str, Any] | None:
-    config = read_json(path) if path.is_file() else None
-    if not isinstance(config, dict) or "model_type" not in config:
-        return None
+def _vision_config(path: Path) -> dict[str, Any]:
+    config = read_json(path) if path.is_file() else {}
+    config = config if isinstance(config, dict) and "model_type" in config else {}
     vision = config.get("vision_config", config)
-    return vision if isinstance(vision, dict) else None
+    return vision if isinstance(vision, dict) else {}
 
 
-def _recorded_softcap(path: Path) -> float | None:
+def _recorded_softcap(path: Path) -> float | str | None:
     """The soft-cap in the header of a backbone that a run saved or exported."""
+    if path.suffix != ".safetensors":
+        return None
     with safetensors.safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get("softcap", "None")
     try:
-        softcap = None if text == "None" else float(text)
+        return None if text == "None" else float(text)
     except ValueError:
-        softcap = text
-    return _checked_softcap(softcap, path)
+        return text

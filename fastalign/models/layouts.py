@@ -3,6 +3,7 @@
 `find` says which layout a file has, `to_timm` gives its weights timm's keys; `from_timm` is what the export writes.
 """
 
+import math
 import re
 from collections.abc import Collection
 from typing import NamedTuple
@@ -149,7 +150,7 @@ _OTHERS = {
     "transformers' DINOv3": r"embeddings\.patch_embeddings\.weight",
     "transformers' Swin": r"encoder\.layers\.0\.blocks\.0\.",
     "torchvision's ViT": r"conv_proj\.weight",
-    "OpenMMLab's": r"patch_embed\.projection\.weight",
+    "OpenMMLab's or SAM's": r"patch_embed\.projection\.weight",
     "a ResNet": r"layer1\.0\.conv1\.weight",
     "adapters of peft": r"lora_[AB]\.",
     "a text model": r"(token_embedding|embed_tokens|word_embeddings)\.weight",
@@ -196,13 +197,19 @@ def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         parts = [key.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
         if all(part in state for part in parts):
             state[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat([state.pop(part) for part in parts])
+    patch = state.get("patch_embed.proj.weight")
+    if (
+        layout is HF_CLIP and patch is not None and patch.ndim == 2
+    ):  # SigLIP 2 flattens a patch with its channels last
+        side = math.isqrt(patch.shape[1] // 3)
+        state["patch_embed.proj.weight"] = patch.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)
     for kind in ("weight", "bias"):
         if (joint := state.pop(f"attn_pool.in_proj.{kind}", None)) is not None:
             width = len(joint) // 3
             state[f"attn_pool.q.{kind}"], state[f"attn_pool.kv.{kind}"] = joint[:width], joint[width:]
     if "register_tokens" in state:  # beside them timm's models have no position for the class token
         state["reg_token"] = state.pop("register_tokens")
-        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["cls_token"] = state["cls_token"].float() + state["pos_embed"][:, :1].float()
         state["pos_embed"] = state["pos_embed"][:, 1:]
     return {_CHUNKED.sub(r"blocks.\1", key): value for key, value in state.items()}
 

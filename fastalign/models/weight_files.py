@@ -49,6 +49,10 @@ def read_file(path: Path, device: str | torch.device = "cpu") -> Any:
         with torch.serialization.safe_globals(HARMLESS):
             return torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, safetensors.SafetensorError) as error:
+        if "TorchScript" in str(error):
+            raise UserError(
+                f"{path} is a program of TorchScript, as OpenAI publishes CLIP: give a file of its state_dict()"
+            ) from None
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(
             f"{path} cannot be read safely: damaged, cut short or not a weights file ({reason}); copy it again"
@@ -78,7 +82,9 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Path]:
         index = path.with_name(f"{path.name}.index.json")
         if index.is_file():
             return _read_pieces(index), index
-    raise UserError(f"no weights in {folder}: give a file, or a folder with {', '.join(_FOLDER)}")
+    raise UserError(
+        f"no weights in {folder}: give a file, the folder of a finished run, or one with {', '.join(_FOLDER)}"
+    )
 
 
 def _read_pieces(index: Path) -> dict[str, Any]:
@@ -106,5 +112,5 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): copy it again") from None
