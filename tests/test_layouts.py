@@ -328,6 +328,18 @@ REFUSED = {
     "an empty folder": (lambda p: p, ["no weights in", "model.safetensors"]),
     "a damaged index": (lambda p: pieces(p, ["a"]), ["index.json is damaged"]),
     "a piece that is gone": (lambda p: pieces(p, {"a": "../b.safetensors"}), ["b.safetensors, which is not there"]),
+    "a piece of something else": (
+        lambda p: torch.save([ONE], p / "b.bin") or pieces(p, {"a": "b.bin"}),
+        ["b.bin is not a piece"],
+    ),
+    "half a DINOv2": (
+        lambda p: saved(p, {"patch_embed.proj.weight": ONE, "register_tokens": ONE}),
+        ["not whole", "cls_token"],
+    ),
+    "a scalar": (
+        lambda p: saved(p, {"patch_embed.proj.weight": ONE, "cls_token": torch.tensor(1.0)}),
+        ["not whole"],
+    ),
     "two backbones": (
         lambda p: saved(p, {"a.patch_embed.proj.weight": ONE, "b.patch_embed.proj.weight": ONE}),
         ["several backbones (a, b)"],

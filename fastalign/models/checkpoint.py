@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import safetensors
 from torch import Tensor
 
-from fastalign.errors import UserError
+from fastalign.errors import UserError, first_line
 from fastalign.models import layouts
 from fastalign.models.spec import ViTSpec
 from fastalign.models.svit import is_cap, uncapped
@@ -80,7 +80,13 @@ def interpret(content: Any, path: str) -> Checkpoint:
         return Checkpoint(states[min(states, key=_state_rank)], *trained_as(content, path))
     key, layout, prefix = chosen
     state = {name[len(prefix) :]: value for name, value in states[key].items() if name.startswith(prefix)}
-    state = layouts.to_timm(state, layout)
+    try:
+        state = layouts.to_timm(state, layout)
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"{path} is not whole: the names are those of {layout.name}, the weights are not "
+            f"({type(error).__name__}: {first_line(error)}); copy it again"
+        ) from error
     around = {key, *prefix.split(".")}
     student = bool(around & {"student", "encoder"}) or "student_model" in _arguments(content)
     # A tower of transformers without its pooling head.

@@ -180,7 +180,11 @@ def looks_like(names: Collection[str]) -> str | None:
 
 
 def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Weights of a layout, without a prefix before them, by timm's keys."""
+    """Weights of a layout, without a prefix before them, by timm's keys.
+
+    Raises:
+        KeyError, IndexError, RuntimeError: what belongs together is not there, or has shapes that do not fit.
+    """
     inverse = layout._replace(
         root={theirs: ours for ours, theirs in layout.root.items()},
         block={theirs: ours for ours, theirs in layout.block.items()},
@@ -197,21 +201,25 @@ def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         parts = [key.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
         if all(part in state for part in parts):
             state[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat([state.pop(part) for part in parts])
-    patch = state.get("patch_embed.proj.weight")
-    if (
-        layout is HF_CLIP and patch is not None and patch.ndim == 2
-    ):  # SigLIP 2 flattens a patch with its channels last
+    if layout is HF_CLIP:
+        _fit_siglip(state)
+    if "register_tokens" in state:  # beside them timm's models have no position for the class token
+        state["reg_token"] = state.pop("register_tokens")
+        state["cls_token"] = state["cls_token"].float() + state["pos_embed"][:, :1].float()
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    return {_CHUNKED.sub(r"blocks.\1", key): value for key, value in state.items()}
+
+
+def _fit_siglip(state: dict[str, Tensor]) -> None:
+    """SigLIP 2 flattens its patches, channels last; the pooling has one matrix for query, key and value."""
+    patch = state["patch_embed.proj.weight"]
+    if patch.ndim == 2:
         side = math.isqrt(patch.shape[1] // 3)
         state["patch_embed.proj.weight"] = patch.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)
     for kind in ("weight", "bias"):
         if (joint := state.pop(f"attn_pool.in_proj.{kind}", None)) is not None:
             width = len(joint) // 3
             state[f"attn_pool.q.{kind}"], state[f"attn_pool.kv.{kind}"] = joint[:width], joint[width:]
-    if "register_tokens" in state:  # beside them timm's models have no position for the class token
-        state["reg_token"] = state.pop("register_tokens")
-        state["cls_token"] = state["cls_token"].float() + state["pos_embed"][:, :1].float()
-        state["pos_embed"] = state["pos_embed"][:, 1:]
-    return {_CHUNKED.sub(r"blocks.\1", key): value for key, value in state.items()}
 
 
 def from_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:

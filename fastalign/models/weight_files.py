@@ -100,7 +100,12 @@ def _read_pieces(index: Path) -> dict[str, Any]:
         path = index.with_name(Path(file).name)
         if not path.is_file():
             raise UserError(f"{index} names {file}, which is not there: copy the whole folder")
-        content |= read_file(path)
+        piece = read_file(path)
+        if not isinstance(piece, dict):
+            raise UserError(
+                f"{path} is not a piece of weights: it holds a {type(piece).__name__}; copy it again"
+            )
+        content |= piece
     return content
 
 
