@@ -1,8 +1,9 @@
-"""Attention by every implementation here: ``python -m benchmarks.attention [--resume] [--budget SECONDS]``.
+"""Attention by every implementation here: ``python -m benchmarks.attention [--cases LABEL ...] [--table]``.
 
-The lengths, head widths, caps and layouts of vision transformers; options and rules as in `benchmarks.compare`. On a
-GPU it also writes the table by which `auto` chooses on this architecture, `fastalign/attention/table.json`;
-``--table`` writes it anew from `benchmarks/results/attention.json`, which needs no GPU.
+The lengths, head widths, caps and layouts of vision transformers; how is in `benchmarks.compare`. In capped cases
+`UNCAPPED` are timed too, without the cap: what the cap may cost. On a GPU it also writes the table by which `auto`
+chooses on this architecture, `fastalign/attention/table.json`; ``--table`` writes it anew from
+`benchmarks/results/attention.json`, which needs no GPU.
 """
 
 import json
@@ -19,27 +20,18 @@ from torch import Tensor
 
 from benchmarks import compare, record
 from benchmarks.cases import TINY_CASES, Built, Case, attention_case
-from benchmarks.targets import attention_targets
 from fastalign.attention import BACKENDS, Sequences, choice
 from fastalign.attention import Case as Call
 
 TOKENS = 49_152
 """Of a batch: 256 sequences of 192."""
 LENGTHS = (197, 577, 257, 729, 196, 256, 576)
-"""Those that decide first: a budget may end the run before the last."""
+"""The most important first: a time limit may end the run before the last."""
 FLEX_LENGTHS = (197, 577)
-"""It compiles for every shape, ten seconds or more."""
-YARDSTICKS = ("sdpa_flash", "sdpa_cudnn", "varlen_attn")
-"""Timed in capped cases too, without the cap: what the cap may cost."""
+"""FlexAttention compiles for every shape, ten seconds or more."""
+UNCAPPED = ("sdpa_flash", "sdpa_cudnn", "varlen_attn")
 FACTS = ("capped", "packed", "gradient", "length", "width")
-"""What tells the rows of the table apart."""
-# Not the table, which follows from the figures.
-SOURCES = (
-    "kernels/softcap_attention*.py",
-    "fastalign/attention/*.py",
-    "fastalign/reference.py",
-    *(f"benchmarks/{name}.py" for name in ("attention", "cases", "compare", "measure")),
-)
+"""Columns that identify a row of the table."""
 
 
 def _grid() -> list[Case]:
@@ -48,7 +40,7 @@ def _grid() -> list[Case]:
         for width in (64, 72, 80):
             for softcap, packed in ((30.0, False), (None, False), (30.0, True), (None, True)):
                 heads = 12 if width == 64 else 16
-                case = attention_case("grid", TOKENS // length, length, heads, width, softcap, packed)
+                case = attention_case("", TOKENS // length, length, heads, width, softcap, packed)
                 cases.append(replace(case, backward_alone=False))  # full - forward: two timings, not three
     return cases
 
@@ -72,11 +64,18 @@ def _run(
     return BACKENDS[backend].run(q, k, v, None if uncapped else softcap, None, sequences)
 
 
-def implementations(case: Case, built: Built, tiny: bool) -> tuple[dict[str, Callable], dict[str, str], set]:
-    """Every implementation that can do the case: see `compare.Benchmark`."""
+def _flex(built: Built) -> Callable:
+    """FlexAttention of packed sequences; its mask exists already, as in a model, which makes one for all layers."""
+    from fastalign.attention import flex  # loads Inductor
+
+    mask = flex.block_mask(built.inputs["cu_seqlens"], len(built.inputs["q"]))
+    return lambda q, k, v, softcap, **_: flex.masked(q, k, v, softcap, mask)
+
+
+def implementations(case: Case, built: Built, tiny: bool) -> tuple[dict[str, Callable], set[str]]:
+    """Every implementation that can do the case, and which of them leave out its soft-cap."""
     q, options = built.inputs["q"], case.options
-    functions = {"ours": case.kernel, "eager": case.reference}
-    yardsticks = set()
+    functions, uncapped = {"ours": case.kernel, "eager": case.reference}, set()
     call = Call(
         device=q.device.type,
         dtype=q.dtype,
@@ -88,18 +87,18 @@ def implementations(case: Case, built: Built, tiny: bool) -> tuple[dict[str, Cal
         gradient=True,
     )
     for name, backend in BACKENDS.items():
-        if name in ("triton", "eager"):
-            continue
         refusal = backend.refuses(call, choice.architecture())
-        uncapped = refusal == "has no soft-cap" and name in YARDSTICKS
-        if uncapped:
+        if refusal == "has no soft-cap" and name in UNCAPPED:
             refusal = backend.refuses(call._replace(capped=False), choice.architecture())
-        if refusal or (name == "flex" and not tiny and call.length not in FLEX_LENGTHS):
+            uncapped |= set() if refusal else {name}
+        if refusal or name in ("triton", "eager"):
             continue
-        functions[name] = partial(_run, name, uncapped=uncapped)
-        if uncapped:
-            yardsticks.add(name)
-    return functions, {}, yardsticks
+        if name == "flex" and not tiny and call.length not in FLEX_LENGTHS:
+            continue
+        functions[name] = partial(_run, name, uncapped=name in uncapped)
+        if name == "flex" and call.packed:
+            functions[name] = _flex(built)
+    return functions, uncapped
 
 
 def table(rows: list[dict]) -> list[dict]:
@@ -122,16 +121,12 @@ def table(rows: list[dict]) -> list[dict]:
 
 
 def write_table(rows: list[dict], environment: dict) -> None:
-    """Put rows into the table that `auto` reads; those of other cases and other architectures stay.
-
-    What says the same already is left alone: the table is a source of other measurements.
-    """
+    """Put rows into the table that `auto` reads; those of other cases and other architectures stay."""
     tables = json.loads(choice.TABLE.read_text()) if choice.TABLE.exists() else {}
     earlier = tables.get(environment["architecture"], {}).get("rows", [])
     merged = {tuple(row[key] for key in FACTS): row for row in (*earlier, *table(rows))}
-    if (found := list(merged.values())) != earlier:
-        tables[environment["architecture"]] = {"environment": environment, "rows": found}
-        record.replace(choice.TABLE, json.dumps(tables, indent=1) + "\n")
+    tables[environment["architecture"]] = {"environment": environment, "rows": list(merged.values())}
+    record.replace(choice.TABLE, json.dumps(tables, indent=1) + "\n")
     print(f"auto chooses by {choice.TABLE}")
 
 
@@ -152,8 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, backend in BACKENDS.items():
         if backend.missing():
             print(f"no {name}: {backend.missing()}")
-    benchmark = compare.Benchmark("attention", CASES, TINY, implementations, attention_targets, SOURCES)
-    code, rows = compare.run(benchmark, __doc__, arguments)
+    code, rows = compare.main("attention", __doc__, CASES, TINY, implementations, arguments)
     if "--tiny" not in (arguments or sys.argv) and any("ms" in row for row in rows):
         write_table(rows, record.environment())
     return code

@@ -1,8 +1,8 @@
-"""What everybody writes first: MaskEmbed with timm's modules, in the way of the authors' script.
+"""MaskEmbed with timm's modules, written as the authors' script is: what `benchmarks.step` compares with.
 
 Soft-capped attention materialises its scores, every image is copied once a mask and blanked, masks are drawn on
-the CPU, the decoder's input is made of copies too. Autocast, torch.compile and the optimiser are the caller's, the
-same for both sides. It is the yardstick of `benchmarks.step`, and computes the same loss as `fastalign.MaskEmbed`.
+the CPU, and the decoder's input is made of copies too. Autocast, the teacher's dtype, torch.compile's options and the
+optimiser are the caller's, the same for both sides. The loss is that of `fastalign.MaskEmbed`.
 """
 
 import copy
@@ -31,6 +31,21 @@ class CappedAttention(nn.Module):
         return inner.proj((weights @ v).transpose(1, 2).flatten(2))
 
 
+class Teacher(nn.Module):
+    """A frozen timm encoder without its last block."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = copy.deepcopy(backbone).requires_grad_(False).eval()
+        self.backbone.blocks = self.backbone.blocks[:-1]
+
+    # Not `backbone.forward_features` from outside: a compiled module compiles its own call only.
+    def forward(self, images: Tensor) -> Tensor:
+        """[B M, 3, h, w] -> [B M, T, D]"""
+        with torch.no_grad():
+            return self.backbone.forward_features(images)
+
+
 class Student(nn.Module):
     """A timm encoder with fresh norms and a zero head, and a decoder of two timm blocks."""
 
@@ -55,14 +70,7 @@ class Student(nn.Module):
 
     def forward(self, images: Tensor, masks: Tensor) -> Tensor:
         """images [B, 3, h, w], masks [B M, N] -> [B M, T, D]"""
-        return self.decode(self.encode(images), masks)
-
-    def encode(self, images: Tensor) -> Tensor:
-        """[B, 3, h, w] -> [B, T, D]"""
-        return self.encoder.forward_head(self.encoder.forward_features(images))
-
-    def decode(self, tokens: Tensor, masks: Tensor) -> Tensor:
-        """[B, T, D], masks [B M, N] -> [B M, T, D]"""
+        tokens = self.encoder.forward_head(self.encoder.forward_features(images))
         tokens = tokens.repeat_interleave(len(masks) // len(tokens), 0)
         keep = functional.pad(masks, (self.prefix, 0))
         return self.head(self.norm(self.blocks(tokens * keep.unsqueeze(-1) + self.pos_embed)))
@@ -80,9 +88,7 @@ class Baseline(nn.Module):
     def __init__(self, name: str, softcap: float | None, **kwargs):
         super().__init__()
         backbone = timm.create_model(name, num_classes=0, **kwargs)
-        self.teacher = copy.deepcopy(backbone).requires_grad_(False).eval()
-        self.teacher.blocks = self.teacher.blocks[:-1]
-        self.student = Student(backbone, softcap)
+        self.teacher, self.student = Teacher(backbone), Student(backbone, softcap)
         self.grid, self.patch = backbone.patch_embed.grid_size, backbone.patch_embed.patch_size[0]
 
     def draw(self, images: int) -> Tensor:
@@ -99,15 +105,14 @@ class Baseline(nn.Module):
         rows, columns = pixels.shape[2:]
         # What no patch covers, where the side is not a multiple of the patch, changes nothing.
         pixels = functional.pad(pixels, (0, copies.shape[3] - columns, 0, copies.shape[2] - rows))
-        with torch.no_grad():
-            return self.teacher.forward_features(copies * pixels)
+        return self.teacher(copies * pixels)
 
     def forward(self, images: Tensor, sample_ids: Tensor, epoch: int = 0) -> Tensor:
-        """The loss; masks are random, ids and epoch are not looked at."""
+        """The loss. Masks are random; ids and epoch are ignored."""
         masks = self.draw(len(images)).to(images.device, non_blocking=True)
         return functional.mse_loss(self.student(images, masks).float(), self.targets(images, masks).float())
 
     def compile(self, **options) -> None:
-        """torch.compile both models, as the script's option does."""
-        self.teacher.compile(**options)
-        self.student.compile(**options)
+        """torch.compile both models, each as one graph of fixed shapes, as ours are."""
+        self.teacher.compile(fullgraph=True, dynamic=False, **options)
+        self.student.compile(fullgraph=True, dynamic=False, **options)

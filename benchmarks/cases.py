@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from fastalign import reference
-from fastalign.kernels.bias_activation import bias_activation
 from fastalign.kernels.expand_masked import expand_masked
-from fastalign.kernels.layer_scale_residual_norm import layer_scale_residual_norm
 from fastalign.kernels.mask_tokens import mask_tokens
 from fastalign.kernels.pack import pack
 from fastalign.kernels.reconstruction_loss import reconstruction_loss
@@ -174,35 +172,6 @@ def _loss_cases(model: str, batch: int, patches: int, prefix: int, width: int, h
         )  # fmt: skip
 
 
-def _block_cases(model: str, batch: int, patches: int, prefix: int, width: int, heads: int) -> Iterator[Case]:
-    tokens = prefix + patches
-
-    def residual(b: int, device: str) -> dict:
-        rows = {
-            "residual": _random(b, tokens, width, device=device, dtype=torch.float32),
-            "branch": _random(b, tokens, width, device=device),
-        }
-        names = ("scale", "weight", "bias")
-        vectors = {name: _random(width, device=device, dtype=torch.float32) for name in names}
-        return {**rows, **vectors, "eps": 1e-6}
-
-    yield Case(
-        "layer_scale_residual_norm", model, batch, residual, layer_scale_residual_norm,
-        reference.layer_scale_residual_norm, ("residual", "branch", "scale", "weight", "bias"),
-        bytes=lambda b: (14 * b * tokens * width, 20 * b * tokens * width),
-    )  # fmt: skip
-    for activation in ("gelu", "gelu_tanh", "quick_gelu"):
-
-        def hidden(b: int, device: str, activation: str = activation) -> dict:
-            x, bias = _random(b, tokens, 4 * width, device=device), _random(4 * width, device=device)
-            return {"x": x, "bias": bias, "activation": activation}
-
-        yield Case(
-            "bias_activation", f"{model} {activation}", batch, hidden, bias_activation, reference.bias_activation,
-            ("x", "bias"), bytes=lambda b: (16 * b * tokens * width, 24 * b * tokens * width),
-        )  # fmt: skip
-
-
 def attention_case(
     label: str,
     batch: int,
@@ -234,7 +203,7 @@ def attention_case(
     square = share * heads * width * length * length
     return Case(
         "softcap_attention",
-        f"{label} T {length} d {width} {'cap' if softcap else 'plain'}{' packed' if packed else ''}",
+        f"{label} T {length} d {width} {'cap' if softcap else 'plain'}{' packed' if packed else ''}".lstrip(),
         batch,
         inputs,
         softcap_attention,
@@ -250,7 +219,7 @@ def attention_case(
 
 def _row_cases(models: dict[str, dict]) -> Iterator[Case]:
     for model, shape in models.items():
-        for make in (_token_cases, _loss_cases, _block_cases):
+        for make in (_token_cases, _loss_cases):
             yield from make(model, **shape)
 
 

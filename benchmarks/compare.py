@@ -1,48 +1,26 @@
 """Ours against others, case by case: what `benchmarks.kernels` and `benchmarks.attention` have in common.
 
 For each case ours is compared with its reference, in the same dtype and in float64, and not timed if it is wrong
-(exit code 1); forward, backward and full (forward and backward) of every implementation are timed between device
-events, L2 flushed, in rounds in which all take turns in alternating order. Random inputs and cotangents. The result
-is written after every case; ``--budget SECONDS`` ends a run early, and ``--resume`` goes on where one of the same
-sources, versions and GPU ended, and at its end measures again the cases in which ours failed, unless for want of
-memory. Without a GPU: exit code 2, or ``--tiny``, which shows that everything runs.
+(exit code 1). Forward, backward and full (forward and backward) of every implementation are timed between device
+events, L2 flushed, in rounds of alternating order, with random inputs and cotangents. Bandwidth and rate are also
+given as shares of the GPU's own copy bandwidth and matmul rate, which are measured first. The result is written after
+every case. Without a GPU: exit code 2, or ``--tiny``, which shows that everything runs.
 """
 
 import argparse
-import itertools
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch._functorch.config
 
-from benchmarks import measure, plots, record
+from benchmarks import measure, record
 from benchmarks.cases import Built, Case
-from benchmarks.targets import summary
 from fastalign.kernels.common import INTERPRETED
 
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What is measured and how it is judged.
-
-    Args:
-        name: of the result.
-        cases, tiny: on a GPU, and where speed means nothing.
-        implementations: (case, built, tiny) -> functions by name, "ours" and "eager" among them; those that could not
-            be prepared, with the reason; names of those that compute something else on purpose.
-        targets: judges the rows.
-        sources: patterns of the files that the figures depend on.
-    """
-
-    name: str
-    cases: list[Case]
-    tiny: list[Case]
-    implementations: Callable
-    targets: Callable[[list[dict]], list[dict]]
-    sources: tuple[str, ...]
+KEY = ("op", "label", "implementation", "mode")
+Implementations = Callable[[Case, Built, bool], tuple[dict[str, Callable], set[str]]]
+"""(case, built, tiny) -> functions by name, "ours" and "eager" among them; names of those without the soft-cap."""
 
 
 def time_modes(
@@ -87,7 +65,7 @@ def figures(case: Case, mode: str, found: dict, limits: dict) -> dict:
     return row
 
 
-def rows_of(case: Case, times: dict, verdict: measure.Verdict, extras: dict, limits: dict) -> list[dict]:
+def rows_of(case: Case, times: dict, verdict: measure.Verdict, limits: dict) -> list[dict]:
     """One row an implementation and mode."""
     medians = {mode: {n: measure.quantiles(t) for n, t in by_name.items()} for mode, by_name in times.items()}
     if "backward" not in medians:
@@ -104,52 +82,39 @@ def rows_of(case: Case, times: dict, verdict: measure.Verdict, extras: dict, lim
             # Times in the interpreter, where there are no limits, compare nothing.
             compares = limits and found["ms"] > 0
             row["times_faster_than"] = {n: ms / found["ms"] for n, ms in others.items()} if compares else {}
-            row |= {"error": verdict.errors.get(name), "checked_batch": verdict.batch}
-            rows.append(row | extras.get((name, mode), {}))
+            rows.append(row | {"error": verdict.errors.get(name)})
     return rows
 
 
-def costs(built: Built, functions: dict, names: list[str], given: list[torch.Tensor]) -> dict:
-    """Host time and peak memory by implementation and mode."""
-    found = {}
-    for name in names:
-        for mode in ("forward", "full"):
-            timed = measure.call(built, functions[name], mode, given)
-            found[name, mode] = {"host_ms": measure.host_ms(timed)}
-        found[name, "full"]["peak_mib"] = measure.peak_mib(timed)
-    return found
-
-
-def measure_case(case: Case, device: str, limits: dict, implementations: Callable, tiny: bool) -> list[dict]:
-    """All rows of a case, those without a time too."""
+def measure_case(
+    case: Case, device: str, limits: dict, implementations: Implementations, tiny: bool
+) -> list[dict]:
+    """All rows of a case; those that have no time say why."""
     torch._dynamo.reset()
     measure.free(device)
     base = {"op": case.name, "label": case.label, "batch": case.batch, **case.options}
     built, why = measure.attempt(case.build, device, case.batch)
     if why:
         return [base | {"implementation": "ours", "failed": why}]
-    functions, failed, yardsticks = implementations(case, built, tiny)
-    verdict, why = measure.attempt(measure.fitting_check, case, built, functions, yardsticks, device)
+    functions, uncapped = implementations(case, built, tiny)
+    verdict, why = measure.attempt(measure.check, built, functions, uncapped)
     verdict = verdict or measure.Verdict(refused={"ours": why})
-    if "ours" in verdict.refused:
-        row = {
-            "implementation": "ours",
-            "failed": verdict.refused["ours"],
-            "error": verdict.errors.get("ours"),
-        }
-        return [base | row | {"wrong": row["failed"] != measure.NO_ROOM}]
-    failed |= verdict.refused
-    functions = {name: function for name, function in functions.items() if name not in failed}
+    if why := verdict.refused.get("ours"):
+        row = {"implementation": "ours", "failed": why, "error": verdict.errors.get("ours")}
+        return [base | row | {"wrong": why != measure.NO_ROOM}]
+    functions = {name: function for name, function in functions.items() if name not in verdict.refused}
     given = measure.cotangents(built)
     clock, rounds = (measure.one_time, 1) if tiny else (measure.device_times, measure.ROUNDS)
-    times, unmeasured = time_modes(built, functions, given, clock, rounds)
-    extras = {} if tiny else costs(built, functions, list(times["full"]), given)
-    for name, mode in itertools.product(yardsticks, measure.MODES):
-        extras.setdefault((name, mode), {})["computes"] = "without the cap"
-    rows = rows_of(case, times, verdict, extras, limits)
-    rows += [base | {"implementation": name, "failed": why} for name, why in failed.items()]
-    rows += [base | {"implementation": n, "mode": m, "failed": why} for (n, m), why in unmeasured.items()]
-    return rows
+    times, failed = time_modes(built, functions, given, clock, rounds)
+    rows = rows_of(case, times, verdict, limits)
+    for row in rows:
+        if row["implementation"] in uncapped:
+            row["computes"] = "without the cap"
+        elif row["mode"] == "full" and not tiny:
+            timed = measure.call(built, functions[row["implementation"]], "full", given)
+            row |= {"host_ms": measure.host_ms(timed), "peak_mib": measure.peak_mib(timed)}
+    rows += [base | {"implementation": name, "failed": why} for name, why in verdict.refused.items()]
+    return rows + [base | {"implementation": n, "mode": m, "failed": why} for (n, m), why in failed.items()]
 
 
 def show(rows: list[dict]) -> None:
@@ -169,83 +134,65 @@ def show(rows: list[dict]) -> None:
         print(line, flush=True)
 
 
-def _select(cases: list[Case], options: argparse.Namespace) -> list[Case]:
-    """The cases asked for."""
-    names, labels = {case.name for case in cases}, [case.label for case in cases]
-    for name in options.ops or ():
-        if name not in names:
-            raise SystemExit(f"no operation {name}; there are {', '.join(sorted(names))}")
-    for model in options.models or ():
-        if not any(label.startswith(model) for label in labels):
-            raise SystemExit(f"no case starts with {model}; there are {', '.join(sorted(set(labels)))}")
+def select(cases: list[Case], ops: list[str] | None, labels: list[str] | None) -> list[Case]:
+    """The cases asked for: by operation, and by how their labels start."""
+    for name in ops or ():
+        if name not in {case.name for case in cases}:
+            raise SystemExit(
+                f"--ops: no operation {name}; there are {', '.join(sorted({c.name for c in cases}))}"
+            )
+    for start in labels or ():
+        if not any(case.label.startswith(start) for case in cases):
+            known = ", ".join(sorted({case.label for case in cases}))
+            raise SystemExit(f"--cases: no case starts with {start!r}; there are {known}")
     return [
         case
         for case in cases
-        if (not options.ops or case.name in options.ops)
-        and (not options.models or case.label.startswith(tuple(options.models)))
+        if (not ops or case.name in ops) and (not labels or case.label.startswith(tuple(labels)))
     ]
 
 
-def _key(row: dict) -> tuple[str, str]:
-    return row["op"], row["label"]
-
-
-def _run(benchmark: Benchmark, cases: list[Case], options: argparse.Namespace, started: float) -> list[dict]:
-    """Measure on the GPU; rows of earlier parts included."""
-    found = record.identity(benchmark.sources)
-    earlier = record.resume(benchmark.name, found) if options.resume else {}
-    rows, runs = earlier.get("rows", []), earlier.get("runs", [])
-    by_key = {(case.name, case.label): case for case in cases}
-    left = record.left(list(by_key), rows, _key)
-    if not left:
-        print("every case is measured already")
-        return rows
-    limits = measure.machine()
-    runs.append(record.environment() | limits)
-    print("copy {copy_gbps:.0f} GB/s, bf16 matmul {matmul_tflops:.0f} TFLOP/s".format(**limits))
-    longest = 0.0
-    for index, key in enumerate(left):
-        before = time.perf_counter()
-        if options.budget and before - started + longest > options.budget:
-            print(f"budget spent, {len(left) - index} cases left: run again with --resume")
-            break
-        new = measure_case(by_key[key], "cuda", limits, benchmark.implementations, tiny=False)
-        show(new)
-        rows = [row for row in rows if _key(row) != key] + new
-        extra = {"identity": found, "runs": runs, "targets": benchmark.targets(rows)}
-        record.write(benchmark.name, rows, extra)
-        longest = max(longest, time.perf_counter() - before)
-    plots.draw(benchmark.name)
-    return rows
-
-
-def run(benchmark: Benchmark, description: str, arguments: list[str] | None) -> tuple[int, list[dict]]:
-    """Measure, print, write. Returns the exit code, 1 if ours is wrong and 2 without a GPU, and the rows."""
-    started = time.perf_counter()
-    module = f"benchmarks.{benchmark.name}"
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description.splitlines()[0])
+def main(
+    name: str,
+    description: str,
+    cases: list[Case],
+    tiny_cases: list[Case],
+    implementations: Implementations,
+    arguments: list[str] | None,
+) -> tuple[int, list[dict]]:
+    """Measure, print, write `NAME.json`. Returns the exit code (1: ours is wrong, 2: no GPU) and the rows."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}", description=description.splitlines()[0]
+    )
     parser.add_argument("--ops", nargs="+", metavar="NAME", help="only these operations")
     parser.add_argument(
-        "--models", nargs="+", metavar="LABEL", help="only cases whose label starts so: B/16-224"
+        "--cases", nargs="+", metavar="LABEL", help="only cases whose label starts so: B/16-224"
     )
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no case that may end later")
-    parser.add_argument("--resume", action="store_true", help="keep the results of earlier parts")
+    parser.add_argument(
+        "--once", action="store_true", help="run each case once, for a profiler; measures nothing"
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny shapes in the interpreter, nothing written")
     options = parser.parse_args(arguments)
-    cases = _select(benchmark.tiny if options.tiny else benchmark.cases, options)
+    cases = select(tiny_cases if options.tiny else cases, options.ops, options.cases)
     if not options.tiny and not torch.cuda.is_available():
-        print(f"{module} needs a GPU; --tiny shows on a CPU that it runs", file=sys.stderr)
+        print(f"benchmarks.{name} needs a GPU; --tiny shows on a CPU that it runs", file=sys.stderr)
         return 2, []
     torch.manual_seed(0)
+    device = "cpu" if INTERPRETED else "cuda"
+    if options.once:
+        for case in cases:
+            case.build(device, case.batch).run()
+        return 0, []
+    limits = {} if options.tiny else measure.machine()
+    if limits:
+        print("copy {copy_gbps:.0f} GB/s, bf16 matmul {matmul_tflops:.0f} TFLOP/s".format(**limits))
+    rows = []
     # Saved tensors are kept for a second backward pass, which costs torch.compile memory, not time.
     with torch._functorch.config.patch(donated_buffer=False):
-        if options.tiny:
-            device, rows = "cpu" if INTERPRETED else "cuda", []
-            for case in cases:
-                new = measure_case(case, device, {}, benchmark.implementations, tiny=True)
-                show(new)
-                rows += new
-        else:
-            rows = _run(benchmark, cases, options, started)
-    print(summary(benchmark.targets(rows)))
+        for case in cases:
+            new = measure_case(case, device, limits, implementations, options.tiny)
+            show(new)
+            rows += new
+            if not options.tiny:
+                record.write(name, rows, {"limits": limits}, KEY)
     return int(any(row.get("wrong") for row in rows)), rows

@@ -3,8 +3,7 @@
 For each source (a folder, tar shards; by default JPEGs of 500 x 375 pixels that are made for the purpose, as a
 folder and as tar shards) and number of threads, and on a GPU for each `hw_decoder_load`: images a second, and how
 many threads would feed a step of the speed given by ``--needs`` (default: the fastest of `benchmarks.step` here).
-Writes `benchmarks/results/data.json` after every row (``--budget SECONDS`` ends a run early, ``--resume`` goes on),
-on a CPU `data_cpu.json` with ratios to the first row only.
+Writes `benchmarks/results/data.json` after every row, on a CPU `data_cpu.json` with ratios to the first row only.
 """
 
 import argparse
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks import plots, record
+from benchmarks import record
 from fastalign.data.loader import Loader
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
@@ -117,20 +116,13 @@ def fastest_step() -> float | None:
 
 def rows_of(sources: list[str], threads: list[int], options: argparse.Namespace) -> list[dict]:
     """Measure and print; on a GPU write row by row, rows of earlier parts included."""
-    cuda, started = torch.cuda.is_available(), time.perf_counter()
+    cuda = torch.cuda.is_available()
     writing = cuda and not options.tiny
     batch, batches = (4, 2) if options.tiny else (128, 40 if cuda else 8)
-    identity = record.identity() | {"cores": os.cpu_count()}
-    rows = record.resume("data", identity).get("rows", []) if options.resume and writing else []
-    done = {(row["source"], row["threads"], row["hw_decoder_load"]) for row in rows}
+    rows = []
     for source, number, load in itertools.product(sources, threads, (0.0, 0.5, 0.9, 1.0) if cuda else (0.0,)):
         # Two sources given by hand may be of one kind.
         kind = Path(source).name if options.sources else "tar" if source.endswith(".tar") else "folder"
-        if (kind, number, load) in done:
-            continue
-        if time.perf_counter() - started > options.budget:
-            print("budget spent: run again with --resume")
-            break
         row = {"source": kind, "decoder": "DALI GPU mixed" if cuda else "DALI CPU", "threads": number}
         row |= {"hw_decoder_load": load, "images_per_second": measure(source, number, load, batch, batches)}
         if options.needs:
@@ -139,7 +131,7 @@ def rows_of(sources: list[str], threads: list[int], options: argparse.Namespace)
         print(row, flush=True)
         if writing:
             feeding = closing(rows, options.needs) if options.needs else []
-            record.write("data", rows, {"identity": identity, "needs": options.needs, "feeding": feeding})
+            record.write("data", rows, {"needs": options.needs, "feeding": feeding})
     return rows
 
 
@@ -149,10 +141,6 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("sources", nargs="*", help="folders of images or tar shards; default: made for it")
     parser.add_argument("--threads", nargs="+", type=int, help="default 1, 2, 4... up to the cores")
     parser.add_argument("--needs", type=float, help="images a second that a training step takes")
-    parser.add_argument(
-        "--budget", type=float, default=float("inf"), help="seconds, after which no row begins"
-    )
-    parser.add_argument("--resume", action="store_true", help="keep the results of earlier parts")
     parser.add_argument("--tiny", action="store_true", help="a few images: checks that it runs")
     options = parser.parse_args(arguments)
     cores, cuda = os.cpu_count() or 1, torch.cuda.is_available()
@@ -174,7 +162,6 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         for ratio, row in zip(ratios, rows, strict=True):
             ratio["ratio"] = row["images_per_second"] / first
         record.write("data_cpu", ratios)
-    plots.draw("data" if cuda else "data_cpu")
     return rows
 
 

@@ -1,8 +1,7 @@
-"""Speed of every kernel at the shapes of training: ``python -m benchmarks.kernels [--ops NAME ...] [--resume]``.
+"""Speed of every kernel at the shapes of training: ``python -m benchmarks.kernels [--ops NAME ...] [--cases LABEL]``.
 
-First the GPU's own copy bandwidth and matmul rate, then the cases of `benchmarks.cases`: the kernel, eager PyTorch
-and torch.compile of it, by `benchmarks.compare`, which has the rules and the options. Attention against other
-implementations is `benchmarks.attention`.
+The cases of `benchmarks.cases`: the kernel, eager PyTorch and torch.compile of it; how is in `benchmarks.compare`.
+Attention against other implementations is `benchmarks.attention`.
 """
 
 import os
@@ -16,29 +15,20 @@ import torch
 
 from benchmarks import compare
 from benchmarks.cases import CASES, TINY_CASES, Built, Case
-from benchmarks.targets import targets
-
-SOURCES = (
-    "kernels/*.py",
-    "fastalign/reference.py",
-    *(f"benchmarks/{name}.py" for name in ("cases", "compare", "kernels", "measure")),
-)
-"""What its figures depend on: a change of a model does not make them stale."""
 
 
-def implementations(case: Case, built: Built, tiny: bool) -> tuple[dict[str, Callable], dict[str, str], set]:
-    """The kernel, its reference, and torch.compile of that: see `compare.Benchmark`."""
+def implementations(case: Case, built: Built, tiny: bool) -> tuple[dict[str, Callable], set[str]]:
+    """The kernel, its reference, and torch.compile of that."""
     functions = {"ours": case.kernel, "eager": case.reference}
     if case.compiles:
         options = {"backend": "aot_eager"} if tiny else {}
         functions["compile"] = torch.compile(case.reference, fullgraph=True, dynamic=False, **options)
-    return functions, {}, set()
+    return functions, set()
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; the exit code."""
-    benchmark = compare.Benchmark("kernels", CASES, TINY_CASES, implementations, targets, SOURCES)
-    return compare.run(benchmark, __doc__, arguments)[0]
+    return compare.main("kernels", __doc__, CASES, TINY_CASES, implementations, arguments)[0]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 import fastalign as fa
-from benchmarks import plots, record
+from benchmarks import record
 from fastalign import extension
 
 KINDS = {"uniform": fa.UniformMasks(), "bernoulli": fa.BernoulliMasks(), "blockwise": fa.BlockwiseMasks()}
@@ -81,13 +81,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.masks", description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="eight images, two calls: checks that it runs")
-    parser.add_argument("--resume", action="store_true", help="nothing, where this has been measured already")
     options = parser.parse_args(arguments)
-    tiny, identity = options.tiny, record.identity()
-    if options.resume and (earlier := record.resume("masks", identity)):
-        print("measured already")
-        return earlier["rows"]
-    all_threads, rows = torch.get_num_threads(), []
+    tiny, all_threads, rows = options.tiny, torch.get_num_threads(), []
     places = [("cpu", threads) for threads in sorted({1, all_threads})]
     if torch.cuda.is_available():
         places.append(("cuda", all_threads))
@@ -106,8 +101,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             )
     torch.set_num_threads(all_threads)
     if rows and not tiny:
-        record.write("masks", rows, {"identity": identity})
-        plots.draw("masks")
+        record.write("masks", rows)
     return rows
 
 

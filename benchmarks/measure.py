@@ -1,4 +1,4 @@
-"""How `benchmarks.kernels` measures: the check before any timing, clocks, memory, the machine's own limits."""
+"""How operations are measured: the check before any timing, clocks, memory, the machine's own limits."""
 
 import gc
 import statistics
@@ -10,20 +10,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Built, Case
-from benchmarks.record import NO_ROOM
+from benchmarks.cases import Built
+from benchmarks.tolerance import allowed, errors
+
+NO_ROOM = "does not fit into memory"
 
 MODES = ("forward", "backward", "full")
 ROUNDS, WARM_UP_MS, REPEAT_MS = 3, 10, 40
-LARGEST_RIVAL_ERROR = 0.05
-"""Another implementation further from the truth than this computes something else and is not compared."""
+LARGEST_ERROR = 0.05
+"""An implementation further from the truth than this computes something else and is not compared."""
 
 
 @dataclass
 class Verdict:
     """What the check found."""
 
-    batch: int = 0
     errors: dict[str, float] = field(default_factory=dict)
     """Largest relative error of any output or gradient, by implementation."""
     refused: dict[str, str] = field(default_factory=dict)
@@ -49,7 +50,7 @@ def attempt(function: Callable, *arguments) -> tuple[object, str | None]:
     """The result, or why there is none; no traceback stays behind that holds memory."""
     try:
         return function(*arguments), None
-    except Exception as error:  # any rival may fail in its own way; the row says how
+    except Exception as error:  # any library may fail in its own way; the row says how
         return None, reason(error)
 
 
@@ -81,47 +82,31 @@ def _in_double(built: Built) -> Built:
     return Built(built.case, inputs)
 
 
-def _errors(found: Tensor, truth: Tensor) -> Tensor:
-    """[2]: the Euclidean and the largest error, each relative to the same norm of the truth."""
-    if truth.numel() == 0:
-        return torch.zeros(2, dtype=torch.float64, device=truth.device)
-    difference = (found.double() - truth).flatten()
-    truth = truth.flatten()
-    return torch.stack(
-        [
-            difference.norm() / truth.norm().clamp_min(1e-30),
-            difference.abs().max() / truth.abs().max().clamp_min(1e-30),
-        ]
-    )
-
-
 def _compare(results: dict[str, Tensor], truths: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, truth in truths.items():
         if results[name].shape != truth.shape:
             raise ValueError(f"{name} is {list(results[name].shape)}, not {list(truth.shape)}")
-    return {name: _errors(results[name], truth) for name, truth in truths.items()}
+    return {name: errors(results[name], truth) for name, truth in truths.items()}
 
 
-def _complaint(
-    ours: dict[str, Tensor], eager: dict[str, Tensor], dtypes: dict[str, torch.dtype]
-) -> str | None:
-    """The rule of the tests: at most twice eager's error in the same dtype, plus a few roundings."""
+def _complaint(ours: dict[str, Tensor], eager: dict[str, Tensor], dtypes: dict) -> str | None:
+    """What is wrong by the rule of the tests."""
     for name, error in ours.items():
-        allowed = 2 * eager[name] + torch.finfo(dtypes[name]).eps + 16 * torch.finfo(torch.float32).eps
-        if not bool((error <= allowed).all()):  # not a number is wrong as well
-            return f"wrong: {name} has error {error.tolist()}, allowed {allowed.tolist()}"
+        bound = allowed(eager[name], dtypes[name])
+        if not bool((error <= bound).all()):  # not a number is wrong as well
+            return f"wrong: {name} has error {error.tolist()}, allowed {bound.tolist()}"
     return None
 
 
-def check(built: Built, functions: dict[str, Callable], yardsticks: set[str] = frozenset()) -> Verdict:
+def check(built: Built, functions: dict[str, Callable], uncapped: set[str] = frozenset()) -> Verdict:
     """Compare every implementation, forward and backward, with the reference in float64.
 
     Args:
         built: a case with its inputs.
         functions: implementations by name; `ours` and `eager` are among them.
-        yardsticks: those that compute something else on purpose: they only have to run.
+        uncapped: those that leave out the soft-cap on purpose: they only have to run.
     """
-    verdict = Verdict(batch=len(next(iter(built.inputs.values()))))
+    verdict = Verdict()
     # Ours runs first, so that memory it forgets to write does not hold the right values by chance.
     given = cotangents(built)
     ours = _evaluate(built, functions["ours"], given)
@@ -137,40 +122,18 @@ def check(built: Built, functions: dict[str, Callable], yardsticks: set[str] = f
         if name in found or complaint:
             continue
         results, why = attempt(_evaluate, built, function, given)
-        if why is None and name not in yardsticks:
+        if why is None and name not in uncapped:
             found[name], why = attempt(_compare, results, truths)
         if why:
             verdict.refused[name] = why
         del results
-    for name, errors in found.items():
-        if errors:
-            worst = torch.stack(list(errors.values()))
+    for name, by_tensor in found.items():
+        if by_tensor:
+            worst = torch.stack(list(by_tensor.values()))
             verdict.errors[name] = worst[:, 0].max().item() if not worst.isnan().any() else float("nan")
-            if name not in ("ours", "eager") and not verdict.errors[name] <= LARGEST_RIVAL_ERROR:
+            if name not in ("ours", "eager") and not verdict.errors[name] <= LARGEST_ERROR:
                 verdict.refused[name] = f"computes something else: error {verdict.errors[name]:.3g}"
     return verdict
-
-
-def fitting_check(
-    case: Case, built: Built, functions: dict[str, Callable], yardsticks: set[str], device: str
-) -> Verdict:
-    """`check` with the whole batch, or the largest half, quarter... whose float64 truth fits.
-
-    A smaller batch checks only ours: the others would have to be prepared for other sizes.
-    """
-    batch = case.batch
-    while True:
-        try:
-            verdict = check(built, functions, yardsticks)
-            verdict.batch = batch
-            return verdict
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-        batch //= 2
-        free(device)
-        functions = {name: functions[name] for name in ("ours", "eager")}
-        built = case.build(device, batch)
 
 
 def call(built: Built, function: Callable, mode: str, given: list[Tensor]) -> Callable[[], object]:

@@ -2,28 +2,31 @@
 
 Runs the compiled step of `benchmarks.step` under torch's profiler after warm-up; writes a trace for Perfetto to
 `benchmarks/results/profile.trace.json.gz` (not for the repository) and the table of the costliest operations to
-`benchmarks/results/profile.json`. On a CPU the step is eager, and nothing is written.
+`benchmarks/results/profile.json`. With ``--tiny`` the step is eager, and nothing is written.
 """
 
 import argparse
+import sys
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import plots, record
-from benchmarks.step import BACKBONES, TINY, Contestant
+from benchmarks import record
+from benchmarks.step_bench import BACKBONES, MODES, SMALL, TINY_KWARGS, Row, StepBench
 
 STEPS, TOP = 3, 30
 
 
-def profiled(contestant: Contestant, warm_up: int, steps: int):
+def profiled(bench: StepBench, warm_up: int, steps: int):
     """The profile of some steps after the warm-up."""
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (contestant.device.type == "cuda")
+    cuda = bench.images.is_cuda
     for _ in range(warm_up):
-        contestant.step()
-    with profile(activities=activities) as found:
+        bench.step()
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as found:
         for _ in range(steps):
-            contestant.step()
+            bench.step()
+        if cuda:
+            torch.cuda.synchronize()
     return found
 
 
@@ -50,32 +53,28 @@ def table(found, steps: int, cuda: bool) -> list[dict]:
 def main(arguments: list[str] | None = None) -> list[dict]:
     """Profile, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__.splitlines()[0])
-    parser.add_argument("backbone", nargs="?", default=next(iter(BACKBONES)), help="timm's name")
-    parser.add_argument("--mode", choices=["zero", "drop", "baseline"], default="zero", help="implementation")
+    parser.add_argument("backbone", nargs="?", choices=BACKBONES, default=next(iter(BACKBONES)))
+    parser.add_argument("--mode", choices=MODES, default="zero", help="implementation")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: checks that it runs")
-    parser.add_argument("--resume", action="store_true", help="nothing, where this has been measured already")
     options = parser.parse_args(arguments)
-    identity = record.identity() | {"backbone": options.backbone, "mode": options.mode}
-    if options.resume and (earlier := record.resume("profile", identity)):
-        print("measured already")
-        return earlier["rows"]
-    cuda = torch.cuda.is_available() and not options.tiny
-    name = next(iter(TINY)) if options.tiny else options.backbone
-    batch = TINY[name] if options.tiny else BACKBONES.get(name, 64) if cuda else 2
-    extra = {"img_size": 32, "depth": 2} if options.tiny else {}
-    contestant = Contestant(options.mode, name, batch, 30.0, cuda, **extra)
-    steps = STEPS if cuda else 1
-    found = profiled(contestant, 5 if cuda else 1, steps)
-    rows = table(found, steps, contestant.device.type == "cuda")
-    for row in rows:
+    if not (options.tiny or torch.cuda.is_available()):
+        sys.exit("benchmarks.profile needs a GPU; --tiny shows on a CPU that it runs")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name, kwargs = ("tiny", TINY_KWARGS) if options.tiny else (options.backbone, {})
+    row = Row(name, options.mode, compiled="eager" if options.tiny else "compiled")
+    bench = StepBench(row, (BACKBONES | SMALL)[name][1], device, **kwargs)
+    steps = 1 if options.tiny else STEPS
+    found = profiled(bench, steps, steps)
+    rows = table(found, steps, device.type == "cuda")
+    for entry in rows:
         print(
-            f"{row['ms_a_step']:9.3f} ms {100 * row['share']:5.1f} % {row['calls_a_step']:7.1f}x  {row['operation']}"
+            "{ms_a_step:9.3f} ms {0:5.1f} % {calls_a_step:7.1f}x  {operation}".format(
+                100 * entry["share"], **entry
+            )
         )
-    if cuda:
-        facts = {"identity": identity, "backbone": name, "mode": options.mode, "batch": batch}
-        path = record.write("profile", rows, facts)
+    if not options.tiny:
+        path = record.write("profile", rows, {"step": str(row), "batch": len(bench.images)})
         found.export_chrome_trace(str(path.with_suffix(".trace.json.gz")))
-        plots.draw("profile")
     return rows
 
 

@@ -8,7 +8,7 @@ from fastalign.errors import UserError
 from fastalign.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
 from fastalign.models.student import MaskEmbedStudent, MIMStudent
 from fastalign.models.teacher import MaskedTeacher
-from fastalign.models.zoo import create_backbone, load_backbone
+from fastalign.models.zoo import create_backbone, load_backbone, transform
 from fastalign.objectives import MaskedImageModeling, MaskEmbed
 
 __version__ = "0.1.0"
@@ -29,6 +29,7 @@ __all__ = [
     "load_backbone",
     "masks",
     "ops",
+    "transform",
 ]
 
 

@@ -15,7 +15,7 @@ from fastalign.models.timm_parts import FAST, TIMM, FastDropPath, FastSelfAttent
 def accelerate(
     model: nn.Module, *, softcap: float | None = None, backend: str = "auto", undo: bool = False
 ) -> nn.Module:
-    """Swap the attention, QuickGELU and stochastic depth of a timm ViT for ours, in place.
+    """Swap the attention and stochastic depth of a timm ViT for ours, in place.
 
     The state dict stays the same; outputs and gradients too, to rounding, unless there is a cap. Call it again to
     change the cap or the implementation. Call it before torch.compile, DDP or FSDP.

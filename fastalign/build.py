@@ -78,8 +78,8 @@ def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
     if not (Path(weights) / "backbone.json").is_file() and Path(weights).suffix != ".json":
         return create_backbone(name, checkpoint=weights, **kwargs)
     name, kwargs, _ = uncapped(name, kwargs)  # the run recorded its soft-cap
-    drop_path = {key: value for key, value in kwargs.items() if key == "drop_path_rate"}
-    vit = load_backbone(weights, **drop_path)
+    free = {key: value for key, value in kwargs.items() if key in ("drop_path_rate", "img_size")}
+    vit = load_backbone(weights, **free)
     if vit.recipe["name"].split(".")[0] != name.split(".")[0]:
         raise UserError(f"the run at {weights} aligned {vit.recipe['name']}, not {name}: set the same name")
     made = vit.recipe["kwargs"]

@@ -14,11 +14,7 @@ from fastalign import extension, reference
 from fastalign.reference import LOSSES, Packing
 
 try:
-    from fastalign.kernels.bias_activation import bias_activation as _bias_activation
     from fastalign.kernels.expand_masked import expand_masked as _expand_masked
-    from fastalign.kernels.layer_scale_residual_norm import (
-        layer_scale_residual_norm as _layer_scale_residual_norm,
-    )
     from fastalign.kernels.mask_tokens import mask_tokens as _mask_tokens
     from fastalign.kernels.pack import pack as _pack
     from fastalign.kernels.reconstruction_loss import reconstruction_loss as _reconstruction_loss
@@ -247,27 +243,3 @@ def reconstruction_loss(
         _reconstruction_loss if suits and uses_kernels(prediction, target) else reference.reconstruction_loss
     )
     return run(prediction, target, visible, **options)
-
-
-def layer_scale_residual_norm(
-    residual: Tensor, branch: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """residual + scale * branch, and its LayerNorm: see `reference.layer_scale_residual_norm`."""
-    width = residual.shape[-1]
-    _check(branch.shape == residual.shape, "branch", f"as the residual, {list(residual.shape)}", branch)
-    for name, row in (("scale", scale), ("weight", weight), ("bias", bias)):
-        _check(row is None or row.shape == (width,), name, f"[D = {width}]", row)
-    _check_devices(residual=residual, branch=branch, scale=scale, weight=weight, bias=bias)
-    fits = width <= 4096 and uses_kernels(residual, branch, scale, weight, bias)
-    run = _layer_scale_residual_norm if fits else reference.layer_scale_residual_norm
-    return run(residual, branch, scale, weight, bias, eps)
-
-
-def bias_activation(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """activation(x + bias): see `reference.bias_activation`."""
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
-    _check(bias is None or bias.shape == x.shape[-1:], "bias", f"[D = {x.shape[-1]}]", bias)
-    _check_devices(x=x, bias=bias)
-    run = _bias_activation if uses_kernels(x, bias) else reference.bias_activation
-    return run(x, bias, activation)

@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-import safetensors
-
 from fastalign.engine.files import write_atomically, write_tensors
+from fastalign.models.stored import facts_within
 
 
 def publish_backbone(folder: Path, state: dict) -> None:
@@ -18,7 +17,7 @@ def publish_backbone(folder: Path, state: dict) -> None:
     if text is None:
         return
     place, beside = folder / "backbone.safetensors", folder / "backbone.json"
-    if _facts_within(place) != text:
+    if facts_within(place) != text:
         source = state["average"] or state["student"]
         weights = {
             name.removeprefix("encoder."): value.contiguous().float()
@@ -28,12 +27,3 @@ def publish_backbone(folder: Path, state: dict) -> None:
         write_tensors(place, weights, softcap=str(json.loads(text)["softcap"]), facts=text)
     if not beside.exists() or beside.read_text() != text:
         write_atomically(beside, lambda file: file.write(text.encode()))
-
-
-def _facts_within(path: Path) -> str | None:
-    """The facts that a weights file carries; None where it is missing or cannot be read."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("facts")
-    except (OSError, safetensors.SafetensorError):
-        return None

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional
 
 LOSSES = ("mse", "cosine", "l1", "masked_mse", "unmasked_mse")
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 
 
 class Packing(NamedTuple):
@@ -215,33 +214,3 @@ def reconstruction_loss(
     if loss == "mse":
         return difference.square().mean()
     return (difference.square() * counted.unsqueeze(-1)).mean()
-
-
-def layer_scale_residual_norm(
-    residual: Tensor,
-    branch: Tensor,
-    scale: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """residual + scale * branch, and its LayerNorm.
-
-    Args:
-        residual, branch: [..., D].
-        scale: [D], LayerScale; None = 1.
-        weight, bias, eps: of the LayerNorm.
-
-    Returns:
-        The sum (promoted dtype of residual, branch and scale) and its norm.
-    """
-    total = residual + (branch if scale is None else branch * scale)
-    return total, functional.layer_norm(total, weight.shape, weight, bias, eps)
-
-
-def bias_activation(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """activation(x + bias). x: [..., D]; bias: [D] or None; activation: gelu | gelu_tanh | quick_gelu."""
-    x = x if bias is None else x + bias
-    if activation == "quick_gelu":
-        return x * torch.sigmoid(1.702 * x)
-    return functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")

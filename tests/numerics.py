@@ -1,4 +1,4 @@
-"""The one tolerance rule: relative error in the Euclidean norm."""
+"""How tests compare numbers: relative errors in the Euclidean norm, and the rule for kernels."""
 
 import shutil
 import sysconfig
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+
+from benchmarks.tolerance import allowed, errors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where kernels are tested: on a CPU they run in the interpreter."""
@@ -49,19 +51,8 @@ def randomise(module: torch.nn.Module, scale: float = 0.02) -> None:
             parameter.add_(scale * torch.randn_like(parameter))
 
 
-def _errors(found: Tensor, wanted: Tensor) -> Tensor:
-    """[2]: the Euclidean and the largest error, each relative to the same norm of what is wanted."""
-    difference, wanted = (found.detach().double() - wanted).flatten(), wanted.flatten()
-    assert torch.isfinite(difference).all(), "not finite, or not written"
-    norms = [(difference.norm(), wanted.norm()), (difference.abs().max(), wanted.abs().max())]
-    return torch.stack([error / norm.clamp_min(1e-30) for error, norm in norms])
-
-
 def assert_as_exact(name: str, found: Tensor, eager: Tensor, truth: Tensor) -> None:
-    """The rule for kernels: at most twice the error of eager PyTorch in the same dtype, plus a few roundings.
-
-    One rounding of the result's dtype, and sixteen of fp32, in which statistics and sums are kept: a kernel may
-    take them in another order than eager PyTorch, which in fp32 is all the difference there is.
+    """The rule for kernels, `benchmarks.tolerance`.
 
     Args:
         name: for the message.
@@ -73,13 +64,8 @@ def assert_as_exact(name: str, found: Tensor, eager: Tensor, truth: Tensor) -> N
     assert found.dtype == eager.dtype, f"{name}: {found.dtype} against {eager.dtype}"
     if truth.numel() == 0:
         return
-    allowed = (
-        2 * _errors(eager, truth.detach())
-        + torch.finfo(found.dtype).eps
-        + 16 * torch.finfo(torch.float32).eps
-    )
-    errors = _errors(found, truth.detach())
-    assert (errors <= allowed).all(), f"{name}: error {errors.tolist()}, allowed {allowed.tolist()}"
+    error, bound = errors(found, truth), allowed(errors(eager, truth), found.dtype)
+    assert (error <= bound).all(), f"{name}: error {error.tolist()}, allowed {bound.tolist()}"
 
 
 def check_kernel(

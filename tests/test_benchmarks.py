@@ -1,32 +1,20 @@
-"""Every benchmark runs, at a tiny size, so that none is ever broken."""
+"""Every benchmark runs, at a tiny size, so that none is ever broken; the baseline of the step is an honest one."""
 
 import re
+import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import fastalign as fa
-from benchmarks import (
-    checkpoint,
-    data,
-    export,
-    fp8,
-    masks,
-    needs,
-    parts,
-    profile,
-    record,
-    scaling,
-    step,
-    targets,
-)
+from benchmarks import checkpoint, export, fp8, masks, record, step, step_bench, summary
 from benchmarks.baseline import Baseline
-from benchmarks.measure import NO_ROOM
-from benchmarks.targets import BASE, step_targets
+from benchmarks.step_bench import KEY, TINY_KWARGS, Row, StepBench
 from tests.numerics import gradient_error, randomise, relative_error
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -45,19 +33,217 @@ COMMANDS = [
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_run_by_a_test(name):
     """Whoever adds a benchmark adds a test that runs it at a tiny size."""
-    tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
-    assert re.search(rf"\b{name}\.main\(|\bbenchmarks\.{name}\b", tests), f"no test runs benchmarks.{name}"
+    tests = "".join(path.read_text() for path in (record.ROOT / "tests").rglob("test_*.py"))
+    tests += (record.ROOT / "benchmarks/gpu.sh").read_text().partition("\nrest() {")[0]  # what --tiny runs
+    assert re.search(rf"\b{name}\.main\(|\bbenchmarks\.{name}\b|^ +measure \S+ \d+ {name}\b", tests, re.M)
 
 
-PARTS = ["masks", "teacher", "student's encoder", "decoder", "loss", "backward", "optimiser"]
+@pytest.mark.parametrize("mode", ["baseline", "zero", "drop"])
+def test_everything_is_in_the_graphs(mode):
+    """Every linear layer that an eager step calls is in a compiled graph: teacher, student and decoder."""
+    bench = StepBench(Row("tiny", mode, compiled="eager", precision="fp32"), 2, CPU, **TINY_KWARGS)
+    called, graphs = [], []
+    hooks = [
+        module.register_forward_hook(lambda *_: called.append(1))
+        for module in bench.model.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    bench.step()
+    for hook in hooks:
+        hook.remove()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    bench.model.compile(backend=backend)
+    bench.step()
+    nodes = [node for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+    assert sum(node.target is torch._C._nn.linear for node in nodes) == len(called)
+    depth = TINY_KWARGS["depth"]
+    assert len(called) == 4 * (depth - 1) + 4 * depth + 1 + 2 * 4 + 1
+    assert len(graphs) == 2  # one of the teacher, one of student and decoder
 
 
-def test_step(capsys):
-    rows = step.main(["--tiny"])
-    assert [row["implementation"] for row in rows] == ["baseline", "zero", "drop"]
-    assert all(row["images_per_second"] > 0 for row in rows)
-    assert all(list(row["parts_ms"]) == PARTS and min(row["parts_ms"].values()) > 0 for row in rows)
-    assert "images/s" in capsys.readouterr().out
+def test_both_sides_keep_their_weights_in_the_same_precision():
+    """fp32 where they are trained, bf16 in the products of the frozen teacher."""
+    for mode in ("baseline", "zero", "drop"):
+        model = StepBench(Row("tiny", mode, compiled="eager"), 2, CPU, **TINY_KWARGS).model
+        assert {p.dtype for p in model.student.parameters()} == {torch.float32}, mode
+        products = [m for m in model.teacher.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        assert {m.weight.dtype for m in products} == {torch.bfloat16}, mode
+        others = {id(p) for m in products for p in m.parameters()}
+        assert {p.dtype for p in model.teacher.parameters() if id(p) not in others} == {torch.float32}, mode
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch16_clip_quickgelu_224"])
+@pytest.mark.parametrize("softcap", [0.5, None])
+def test_the_baseline_computes_the_same_loss(name, softcap, monkeypatch):
+    """With our masks and weights it gives our loss and gradient."""
+    kwargs = {"img_size": 48, "embed_dim": 96, "num_heads": 3, "depth": 3}
+    baseline = Baseline(name, softcap, **kwargs).double()
+    randomise(baseline)
+    vit = fa.create_backbone(name, **kwargs).double()
+    teacher, student = fa.MaskedTeacher(vit), fa.MaskEmbedStudent.from_backbone(vit, softcap=softcap).double()
+    teacher.vit.load_state_dict(baseline.teacher.backbone.state_dict())
+
+    def renamed(key):
+        key = key.replace("attn.inner.", "attn.")
+        return key if key.startswith("encoder.") else f"decoder.{key}"
+
+    student.load_state_dict({renamed(key): value for key, value in baseline.student.state_dict().items()})
+    objective = fa.MaskEmbed(teacher, student, fa.UniformMasks())
+    images, ids = torch.randn(2, 3, 48, 48, dtype=torch.float64), torch.arange(2)
+    monkeypatch.setattr(baseline, "draw", lambda images: objective.masks(ids, 9).flatten(0, 1).double())
+    found, wanted = baseline(images, ids), objective(images, ids)
+    assert relative_error(found, wanted) < 1e-5  # the baseline's loss is in fp32
+    found.backward(), wanted.backward()
+    theirs = {renamed(n): p.grad for n, p in baseline.student.named_parameters() if p.grad is not None}
+    ours = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+    assert gradient_error(theirs, ours) < 1e-4
+
+
+def test_rows_take_turns_and_are_written_after_each_round(monkeypatch):
+    """A row that fails is named and left out; the others go on."""
+    order, saved = [], []
+
+    class Measured:
+        def __init__(self, row, batch, device, **kwargs):
+            if row.mode == "fp8":
+                raise torch.OutOfMemoryError
+            self.row = row
+
+        def round(self, steps, warm_up):
+            order.append((self.row.mode, warm_up))
+
+        def figures(self):
+            return {"batch": 2, "images_per_second": 1.0}
+
+    monkeypatch.setattr(step_bench, "Measured", Measured)
+    rows = [Row("tiny", mode) for mode in ("zero", "fp8", "baseline")]
+    step_bench.measure(rows, 2, CPU, rounds=2, save=saved.append)
+    first = step_bench.WARM_UP
+    assert order == [("zero", first), ("baseline", first), ("baseline", 1), ("zero", 1)]
+    assert [["failed" in row for row in rows] for rows in saved] == [[False, True, False]] * 2
+
+
+def test_rows_by_name(monkeypatch, tmp_path):
+    assert [str(row) for row in step.parse("B/16-224")] == [
+        "B/16-224:zero:30.0:compiled",
+        "B/16-224:baseline:30.0:compiled",
+        "B/16-224:drop:30.0:compiled",
+        "B/16-224:baseline:30.0:eager",
+    ]
+    assert step.parse("L/14-336:drop:none:blocks") == [Row("L/14-336", "drop", None, "blocks")]
+    for text, message in {
+        "B/32": "no backbone B/32",
+        "B/16-224:zero": "expected BACKBONE",
+        "B/16-224:x:30:eager": "got",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            step.parse(text)
+    rows = step.every_row("B/16-224")
+    assert len(rows) == len(set(rows)) == 15
+    monkeypatch.setattr(record, "environment", lambda: {"gpu": "G", "cpu": "C", "commit": "a", "date": "b"})
+    done = rows[0]._asdict() | {"images_per_second": 1.0}
+    record.write("step", [done, rows[1]._asdict() | {"failed": "x"}], key=KEY)
+    assert step.missing(rows) == rows[1:]
+    monkeypatch.setattr(record, "environment", lambda: {"gpu": "another"})
+    assert step.missing(rows) == rows
+
+
+def test_without_a_gpu_the_step_is_not_timed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="needs a GPU"):
+        step.main([])
+
+
+def test_ratios_on_a_cpu(capsys):
+    rows = step.main(["--ratios", "--tiny"])
+    assert rows[0]["speedup"] == 1
+    assert {row["mode"] for row in rows} == {"baseline", "zero", "drop"}
+    assert all(row["speedup"] > 0 and row["matmul_share"] > 0 for row in rows)
+    assert "images/s" not in capsys.readouterr().out
+
+
+def test_rows_of_earlier_commands_stay_on_the_same_machine(monkeypatch):
+    place = {"gpu": "G", "cpu": "C", "commit": "a", "date": "1"}
+    monkeypatch.setattr(record, "environment", lambda: place)
+    record.write("x", [{"name": "a", "v": 1}, {"name": "b", "v": 1}], key=("name",))
+    place["commit"] = "b"
+    record.write("x", [{"name": "b", "v": 2}], key=("name",))
+    assert [(r["name"], r["v"], r["commit"]) for r in record.read("x")["rows"]] == [
+        ("a", 1, "a"),
+        ("b", 2, "b"),
+    ]
+    place["gpu"] = "another"
+    record.write("x", [{"name": "c", "v": 3}], key=("name",))
+    assert [row["name"] for row in record.read("x")["rows"]] == ["c"]
+    record.write("x", [{"name": "d"}])
+    assert record.read("x")["rows"] == [{"name": "d"}]
+
+
+@pytest.mark.parametrize("tool", ["there", "missing"])
+def test_the_environment_needs_no_git(tool, tmp_path, monkeypatch):
+    if tool == "missing":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    found = record.environment()
+    assert found["commit"] is None
+    assert found["torch"] == torch.__version__
+    assert {"gpu", "cpu", "command", "date"} <= found.keys()
+
+
+def test_the_summary_compares_what_is_comparable(monkeypatch):
+    def row(mode, rate, **extra):
+        return (
+            Row("B/16-224", mode)._asdict()
+            | {"batch": 8, "images_per_second": rate, "peak_gib": rate / 100}
+            | extra
+        )
+
+    def figures(*rows):
+        record.write("step", list(rows))
+        found = dict(re.findall(r"^\| B/16-224: (.+?) \| (.+?) \|", summary.main(), re.M))
+        return [found[name] for name in ("zero over the compiled baseline", "drop over zero", "MFU of zero")]
+
+    baseline = row("baseline", 100.0)
+    assert figures(baseline, row("zero", 190.0, mfu=0.4)) == ["1.90", "not measured", "0.40"]
+    assert figures(row("zero", 100.0, mfu=0.4), row("drop", 110.0)) == ["not measured", "1.10", "0.40"]
+    # Another batch, another cap, eager, and a row that failed.
+    for other in ({"batch": 16}, {"softcap": None}, {"compiled": "eager"}, {"failed": "x"}):
+        assert figures(baseline, row("zero", 190.0, mfu=0.4) | other)[0] == "not measured"
+    assert "failed: B/16-224 zero 30.0 compiled bf16: x" in summary.main()
+
+
+def test_the_summary_of_operations():
+    def operation(name, label, mode, **extra):
+        return {"op": name, "label": label, "implementation": "ours", "mode": mode, "ms": 1.0} | extra
+
+    faster = {"times_faster_than": {"compile": 1.2}}
+    rows = [
+        operation("pack", "x", "forward", copy_share=0.9, **faster),
+        operation("pack", "y", "forward", copy_share=0.8, times_faster_than={"compile": 0.99}),
+        operation("pack", "x", "backward", copy_share=0.1, derived="full - forward", **faster),
+    ]
+    record.write("kernels", rows)
+    capped = {"times_faster_than": {"flex": 1.6, "sdpa_flash": 0.9}}
+    record.write("attention", [operation("softcap_attention", "T 577 d 64 cap", "full", **capped)])
+    text = summary.main()
+    assert "| pack: least share of the copy bandwidth | 0.80 | >= 0.85 |" in text
+    assert "| pack: least speed over torch.compile | 0.99 | >= 1 |" in text
+    assert "| attention, T 577 d 64 cap: over FlexAttention | 1.60 | >= 1.5 |" in text
+    assert "| attention, T 577 d 64 cap packed: over FlexAttention | not measured | >= 1.5 |" in text
+
+
+@pytest.mark.slow
+def test_scaling(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "benchmarks.scaling", "--tiny"]
+    result = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"'ranks': 2, 'batch_per_rank': 2, 'images_per_second': \d", result.stdout)
 
 
 def test_checkpoint(capsys, monkeypatch):
@@ -68,232 +254,6 @@ def test_checkpoint(capsys, monkeypatch):
     assert row["steps_beside_the_writer"] >= 1
     assert row["share_each_1000_steps"] == (row["blocked_steps"] + row["slowed_steps"]) / 1000
     assert "of 1,000 steps" in capsys.readouterr().out
-
-
-def test_ratios_on_a_cpu():
-    rows = {row["implementation"]: row for row in step.main(["--ratios", "--tiny"])}
-    assert rows["zero"]["speedup_over_baseline"] > 0
-    assert rows["drop"]["speedup_over_zero"] > 0
-    assert list(rows["baseline"]["parts"]) == PARTS
-    assert sum(rows["baseline"]["parts"].values()) == pytest.approx(1)
-
-
-def test_parts_that_cannot_be_had_cost_no_row(monkeypatch):
-    monkeypatch.setattr(step, "parts", lambda *_: 1 / 0)
-    row = step.measure("zero", "vit_tiny_patch16_224", 2, 30.0, False, 1, img_size=32, depth=2)
-    assert row["images_per_second"] > 0
-    assert row["parts_ms"] == {}
-    assert row["parts_failed"].startswith("ZeroDivisionError")
-
-
-@pytest.mark.parametrize("implementation", ["baseline", "zero", "drop"])
-def test_the_parts_are_a_whole_step(implementation):
-    """Cut into parts or not, a step leaves the same weights."""
-    weights = []
-    for cut in (False, True):
-        torch.manual_seed(0)
-        contestant = step.Contestant(implementation, "vit_tiny_patch16_224", 2, 30.0, img_size=32, depth=2)
-        randomise(contestant.model.student)
-        torch.manual_seed(1)
-        for _ in range(2):
-            names = list(parts.stages(contestant)) if cut else contestant.step()
-        assert not cut or names == PARTS
-        weights.append({name: p.clone() for name, p in contestant.model.student.named_parameters()})
-    for name, weight in weights[0].items():
-        torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-6, msg=name)
-
-
-def _measured(room):
-    """`step.measure` with made-up figures, where a contestant fits up to a batch."""
-    calls = []
-
-    def measure(implementation, name, batch, softcap, compiled, repeats):
-        calls.append((implementation, name, batch, softcap, compiled))
-        if batch > room[implementation]:
-            raise torch.OutOfMemoryError
-        if compiled == "blocks":
-            raise ValueError("no such luck")
-        figures = {"baseline": (100.0, 2.0), "zero": (200.0, 1.0), "drop": (260.0, 1.0), "fp8": (220.0, 1.0)}
-        rate, gib = figures[implementation]
-        row = {"batch": batch, "images_per_second": rate, "mfu": rate / 400, "peak_gib": gib * batch}
-        return row | {"first_step_s": 1.0, "parts_ms": {"teacher": 1.0}}
-
-    return measure, calls
-
-
-@pytest.fixture
-def on_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(record, "environment", lambda: {"gpu": "G"})
-
-
-def test_a_group_is_measured_with_the_batches_that_fit(monkeypatch):
-    measure, calls = _measured({"baseline": 8, "zero": 16, "drop": 8})
-    monkeypatch.setattr(step, "measure", measure)
-    rows = step.measure_group("x", 32, (30.0, True, ("baseline", "zero", "drop")), 5)
-    assert [call[2] for call in calls] == [32, 16, 8, 32, 16, 32, 16, 8, 8]
-    found = [(row["implementation"], row["batch"]) for row in rows]
-    assert found == [("baseline", 8), ("zero", 16), ("drop", 8), ("zero", 8)]
-    assert len({row["run"] for row in rows}) == 1
-    measure, calls = _measured({"baseline": 0})
-    monkeypatch.setattr(step, "measure", measure)
-    assert step.measure_group("x", 2, (30.0, True, ("baseline",)), 5)[0]["failed"] == NO_ROOM
-
-
-def test_groups_add_up_to_one_result(on_a_gpu, monkeypatch, capsys):
-    measure, calls = _measured({"baseline": 256, "zero": 256, "drop": 256, "fp8": 256})
-    monkeypatch.setattr(step, "measure", measure)
-    now = iter(range(0, 100_000, 10))  # every look at the clock costs ten seconds
-    monkeypatch.setattr(step.time, "perf_counter", lambda: next(now))
-    backbones = ["--backbones", *list(step.BACKBONES)[:2]]
-    rows = step.main([*backbones, "--budget", "25"])
-    assert [(row["backbone"], row["softcap"]) for row in rows] == [(backbones[1], 30.0)] * 4
-    assert "budget spent, 9 groups left" in capsys.readouterr().out
-    rows = step.main([*backbones, "--resume"])
-    assert len(calls) == len(set(calls)) == len(rows) == 2 * (4 * 3 + 1 + 2)
-    assert {row["failed"] for row in rows if row["compiled"] == "blocks"} == {"ValueError: no such luck"}
-    written = record.read("step")
-    assert written["rows"] == rows
-    assert [entry["state"] for entry in written["targets"]] == [
-        *("met", "missed", "unmeasured"),  # 2.0 times faster than the baseline
-        *("met", "met"),  # MFU 50 %
-        *("unmeasured", "unmeasured"),  # one backbone lacks
-    ]
-
-
-def test_a_group_in_which_one_of_ours_failed_is_measured_again(on_a_gpu, monkeypatch):
-    room = {"baseline": 256, "zero": 256, "drop": 256, "fp8": 256}
-    measure, calls = _measured(room)
-    monkeypatch.setattr(step, "measure", measure)
-    command = ["--backbones", next(iter(step.BACKBONES)), "--resume"]
-    first = step.main(command)
-    del calls[:]
-    rows = step.main(command)
-    assert [call[4] for call in calls] == ["blocks"] * 2
-    assert len(rows) == len(first)
-    assert [row["compiled"] for row in rows[-2:]] == ["blocks"] * 2
-
-
-def test_a_failed_number_of_ranks_is_measured_again():
-    rows = [{"ranks": 1, "failed": "x"}, {"ranks": 2, "failed": "CUDA out of memory"}]
-    assert record.left([1, 2, 4], rows, lambda row: row["ranks"]) == [4, 1]
-
-
-def test_every_result_has_a_row_in_the_summary():
-    folder = record.ROOT / "benchmarks/results"
-    page = (folder / "SUMMARY.md").read_text()
-    for path in folder.glob("*.json"):
-        assert re.search(rf"^\| {path.stem} \| (?!not measured)", page, re.MULTILINE), (
-            f"no row for {path.name}: python -m benchmarks.targets"
-        )
-
-
-def test_what_make_gpu_needs(monkeypatch, capsys):
-    assert needs.main() == 0
-    versions = {name: "1.0" for name in needs.NEEDS if name != "hypothesis"} | {"setuptools": "76.1"}
-    monkeypatch.setattr(needs, "installed", versions.get)
-    assert needs.main() == 2
-    assert capsys.readouterr().err.startswith("missing: hypothesis, setuptools>=77;")
-
-
-def test_a_summary_of_all_results(tmp_path, capsys):
-    rows = [_step_row("baseline", 100.0), _step_row("zero", 190.0, mfu=0.4)]
-    record.write("step", rows)
-    own = {"target": "own", "state": "missed", "least": 1, "rows": 1, "worst": 0.5, "worst_at": "x|y"}
-    record.write("another", [], {"targets": [own | {"missed": {"x|y": 0.5}}]})
-    (tmp_path / "step.png").touch()
-    assert targets.main([]) == 0
-    out, page = capsys.readouterr().out, (tmp_path / "SUMMARY.md").read_text()
-    assert re.search(r"1 met, 3 missed, \d+ unmeasured", out)
-    assert (
-        f"| met | step, mode zero, {BASE}: times faster than the baseline | 1.90 | at least 1.8 | {BASE} |"
-        in page
-    )
-    assert "| missed | own | 0.50 | at least 1 | x/y |" in page
-    assert "| unmeasured | every kernel is as right as eager PyTorch | - | all | - |" in page
-    assert re.search(r"\| step \| .* \[plot\]\(step.png\) \|", page)
-    assert "| scaling | not measured |" in page
-
-
-def _step_row(implementation, rate, run="a", batch=8, **extra):
-    row = {"backbone": BASE, "softcap": 30.0, "compiled": True, "implementation": implementation, "run": run}
-    return row | {"batch": batch, "images_per_second": rate, "mfu": None, "peak_gib": 1.0 * batch} | extra
-
-
-def test_targets_of_the_step_compare_what_is_comparable():
-    def found(*rows):
-        judged = {entry["target"]: entry for entry in step_targets(list(rows))}
-        names = (
-            f"step, mode zero, {BASE}: times faster than the baseline",
-            "step: times mode drop is faster",
-        )
-        memory = "step, mode zero: peak memory over"
-        return [next(e["worst"] for t, e in judged.items() if t.startswith(n)) for n in (*names, memory)]
-
-    baseline = _step_row("baseline", 100.0)
-    assert found(baseline, _step_row("zero", 190.0, peak_gib=4.0)) == [1.9, None, 0.5]
-    # Another process, another batch, eager and uncapped rows, and rows without a figure.
-    assert found(baseline, _step_row("zero", 190.0, run="b")) == [None, None, None]
-    assert found(baseline, _step_row("zero", 190.0, batch=16)) == [1.9, None, None]
-    assert found(baseline, _step_row("zero", 190.0, compiled=False)) == [None, None, None]
-    assert found(baseline, _step_row("zero", 190.0, softcap=None)) == [None, None, None]
-    assert found(baseline, _step_row("zero", 190.0, failed="x")) == [None, None, None]
-    assert found(_step_row("zero", 100.0), _step_row("drop", 110.0)) == [None, 1.1, None]
-
-
-@pytest.mark.slow
-def test_scaling():
-    rows = scaling.main(["--tiny"])
-    assert [row["ranks"] for row in rows] == ([1] if torch.cuda.device_count() == 1 else [1, 2])
-    assert all(row["images_per_second"] > 0 for row in rows)
-    assert rows[0]["efficiency"] == 1
-
-
-def test_scaling_over_the_gpus_there_are(on_a_gpu, monkeypatch, capsys):
-    asked = []
-
-    def measure(ranks, name, batch, tiny):
-        asked.append((ranks, batch))
-        row = {"ranks": ranks, "batch_per_rank": batch}
-        return row | ({"failed": "x"} if ranks == 6 else {"images_per_second": 90.0 * ranks + 10})
-
-    monkeypatch.setattr(scaling, "measure", measure)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 6)
-    record.write("step", [_step_row("zero", 1.0, batch=96), _step_row("baseline", 1.0, batch=128)])
-    now = iter(range(0, 100_000, 10))
-    monkeypatch.setattr(scaling.time, "perf_counter", lambda: next(now))
-    assert [row["ranks"] for row in scaling.main(["--budget", "25"])] == [1]
-    rows = scaling.main(["--resume"])
-    assert asked == [(1, 96), (2, 96), (4, 96), (6, 96)]
-    assert [row.get("efficiency") for row in rows] == [1, 0.95, 0.925, None]
-    assert record.read("scaling")["rows"] == rows
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert [row["ranks"] for row in scaling.main([])] == [1]
-    assert "one GPU" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("trap", ["kill $rank; exit 1", ""])
-def test_ranks_that_wait_for_one_another_are_ended(trap, tmp_path, monkeypatch):
-    """This program has its rank in another session, as torchrun, and ends it when told to; or it does not listen."""
-    torchrun = tmp_path / "torchrun"
-    start = "setsid sleep 60 & rank=$!; echo $rank > rank; wait" if trap else "exec sleep 60"
-    torchrun.write_text(f"#!/bin/bash\ncd {tmp_path}\ntrap '{trap}' TERM\n{start}\n")
-    torchrun.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(torchrun))
-    monkeypatch.setattr(scaling, "TIMEOUT", 2)
-    monkeypatch.setattr(scaling, "GRACE", 20 if trap else 0.5)
-    before = time.monotonic()
-    assert scaling.measure(2, "x", 1, False)["failed"] == "no result within 2 seconds"
-    assert time.monotonic() - before < 20
-    if trap:
-        state = Path(f"/proc/{int((tmp_path / 'rank').read_text())}/stat")
-        while state.exists() and state.read_text().split()[2] != "Z":
-            assert time.monotonic() - before < 20
-
-
-def test_a_rank_that_fails_is_a_row():
-    row = scaling.measure(1, "vit_tiny_patch16_224", -1, True)
-    assert "negative dimension" in row["failed"]
 
 
 def test_fp8():
@@ -333,123 +293,3 @@ def test_export():
 
 def test_masks():
     assert masks.main(["--tiny"]) is not None
-
-
-def test_what_is_measured_already_is_not_measured_again(capsys):
-    record.write("masks", [{"kind": "x"}], {"identity": record.identity()})
-    assert masks.main(["--resume"]) == [{"kind": "x"}]
-    name = next(iter(step.BACKBONES))
-    facts = {"identity": record.identity() | {"backbone": name, "mode": "zero"}}
-    record.write("profile", [{"operation": "x"}], facts)
-    assert profile.main(["--resume"]) == [{"operation": "x"}]
-    assert profile.main(["--tiny", "--resume", "--mode", "drop"]) != [{"operation": "x"}]
-
-
-def test_data(capsys):
-    rows = data.main(["--tiny", "--needs", "100"])
-    assert [row["source"] for row in rows] == ["folder", "tar"]
-    assert all(row["images_per_second"] > 0 and row["threads_needed"] >= 1 for row in rows)
-    assert "folder: to feed 100 images/s you need" in capsys.readouterr().out
-
-
-def test_threads_that_feed_a_step():
-    rates = {1: 100.0, 2: 180.0, 4: 300.0}
-    assert data.threads_needed(90, rates) == (1, True)
-    assert data.threads_needed(180, rates) == (2, True)
-    assert data.threads_needed(230, rates) == (3, True)  # 2.83 on the line
-    assert data.threads_needed(600, rates) == (8, False)  # at 75 a thread
-    rows = [
-        {"source": "tar", "decoder": "DALI GPU mixed", "hw_decoder_load": load, "threads": number}
-        | {"images_per_second": rate * (1 + load)}
-        for load in (0.0, 0.5)
-        for number, rate in rates.items()
-    ]
-    line = "tar: to feed 600 images/s you need 6 threads (DALI GPU mixed, hw_decoder_load 0.5, more than were"
-    assert data.closing(rows, 600)[0].startswith(line)
-
-
-def test_data_on_a_gpu_goes_on_and_feeds_the_fastest_step(on_a_gpu, monkeypatch, capsys):
-    asked = []
-    monkeypatch.setattr(data, "measure", lambda *arguments: asked.append(arguments) or 100.0)
-    monkeypatch.setattr(data, "make_images", lambda *_: ["x/images", "x/shard.tar"])
-    record.write("step", [_step_row("zero", 350.0), _step_row("drop", 420.0), {"failed": "x"}])
-    now = iter(range(0, 100_000, 10))
-    monkeypatch.setattr(data.time, "perf_counter", lambda: next(now))
-    assert len(data.main(["--threads", "1", "2", "--budget", "45"])) == 4
-    rows = data.main(["--threads", "1", "2", "--resume"])
-    assert len(asked) == len(set(asked)) == len(rows) == 16
-    assert "tar: to feed 420 images/s you need 9 threads" in capsys.readouterr().out
-    assert record.read("data")["needs"] == 420
-    assert targets.main([]) == 0
-    assert "- tar: to feed 420 images/s you need 9" in (record.RESULTS / "SUMMARY.md").read_text()
-    assert {row["decoder"] for row in rows} == {"DALI GPU mixed"}
-
-
-@pytest.mark.parametrize("mode", ["zero", "drop", "baseline"])
-def test_profile(mode):
-    rows = profile.main(["--tiny", "--mode", mode])
-    assert any("addmm" in row["operation"] or "mm" in row["operation"] for row in rows)
-    assert sum(row["share"] for row in rows) <= 1.001
-
-
-def test_without_a_gpu_the_step_is_not_timed(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="needs a GPU"):
-        step.main([])
-
-
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch16_clip_quickgelu_224"])
-@pytest.mark.parametrize("softcap", [0.5, None])
-def test_the_baseline_computes_the_same_loss(name, softcap, monkeypatch):
-    """An honest yardstick: with our masks and weights it gives our loss and gradient."""
-    kwargs = {"img_size": 48, "embed_dim": 96, "num_heads": 3, "depth": 3}
-    baseline = Baseline(name, softcap, **kwargs).double()
-    randomise(baseline)
-    vit = fa.create_backbone(name, **kwargs).double()
-    teacher, student = fa.MaskedTeacher(vit), fa.MaskEmbedStudent.from_backbone(vit, softcap=softcap).double()
-    teacher.vit.load_state_dict(baseline.teacher.state_dict())
-
-    def renamed(key):
-        key = key.replace("attn.inner.", "attn.")
-        return key if key.startswith("encoder.") else f"decoder.{key}"
-
-    student.load_state_dict({renamed(key): value for key, value in baseline.student.state_dict().items()})
-    objective = fa.MaskEmbed(teacher, student, fa.UniformMasks())
-    images, ids = torch.randn(2, 3, 48, 48, dtype=torch.float64), torch.arange(2)
-    monkeypatch.setattr(baseline, "draw", lambda images: objective.masks(ids, 9).flatten(0, 1).double())
-    found, wanted = baseline(images, ids), objective(images, ids)
-    assert relative_error(found, wanted) < 1e-5  # the baseline's loss is in fp32
-    found.backward(), wanted.backward()
-    theirs = {renamed(n): p.grad for n, p in baseline.student.named_parameters() if p.grad is not None}
-    ours = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
-    assert gradient_error(theirs, ours) < 1e-4
-
-
-def test_a_record_says_where_it_was_taken():
-    text = record.write("x", [{"a": 1}]).read_text()
-    for key in ("gpu", "torch", "commit", "command", "rows"):
-        assert f'"{key}"' in text
-
-
-@pytest.mark.parametrize("tool", ["there", "missing"])
-def test_the_environment_needs_no_git(tool, tmp_path, monkeypatch):
-    if tool == "missing":
-        monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(record, "ROOT", tmp_path)
-    assert record.environment()["commit"] is None
-
-
-def test_an_earlier_part_counts_while_machine_and_sources_are_the_same(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(record, "ROOT", tmp_path)
-    (tmp_path / "benchmarks").mkdir()
-    source = tmp_path / "benchmarks/step.py"
-    source.write_text("a = 1")
-    before = record.identity()
-    assert record.resume("x", before) == {}
-    record.write("x", [{"a": 1}], {"identity": before})
-    # What is written, and what only reads it, changes nothing.
-    (tmp_path / "benchmarks/plots.py").write_text("b = 1")
-    assert record.resume("x", record.identity())["rows"] == [{"a": 1}]
-    source.write_text("a = 2")
-    assert record.resume("x", record.identity()) == {}
-    assert "starting anew: x.json has another sources" in capsys.readouterr().out

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 import fastalign as fa
 from fastalign.build import make_backbone
-from fastalign.engine.files import write_tensors
 from tests.numerics import randomise, relative_error
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}
@@ -282,17 +281,6 @@ def test_checkpoints_of_training_scripts(tmp_path, script):
         assert relative_error(found, wanted.double()) < 1e-6
     else:
         assert torch.equal(found, wanted)
-
-
-def test_the_cap_that_a_backbones_file_records(tmp_path):
-    """As a run and an export write it; without it the same weights give other features."""
-    vit = fa.create_backbone(VIT, **SMALL)
-    for cap in (None, 7.5):
-        write_tensors(tmp_path / "backbone.safetensors", vit.state_dict(), softcap=str(cap))
-        assert fa.create_backbone(VIT, checkpoint=tmp_path / "backbone.safetensors", **SMALL).softcap == cap
-    write_tensors(tmp_path / "backbone.safetensors", vit.state_dict(), softcap="much")
-    with pytest.raises(fa.UserError, match="softcap must be a positive number"):
-        fa.create_backbone(VIT, checkpoint=tmp_path / "backbone.safetensors", **SMALL)
 
 
 def hf_folder(folder: Path, **config) -> Path:

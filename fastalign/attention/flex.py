@@ -97,15 +97,19 @@ def flex(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, sequences) -> T
 
     In 16 bits a GPU's own tanh is used, as in our kernel.
     """
-    if (
-        not torch.is_grad_enabled()
-    ):  # on a CPU it refuses what asks for a gradient, even if nobody will take it
+    mask = None if sequences is None else block_mask(sequences.bounds, len(q))
+    return masked(q, k, v, softcap, mask)
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, mask: BlockMask | None) -> Tensor:
+    """`flex` with a `block_mask` that exists already: packed [L, H, d]; None = dense [B, H, T, d]."""
+    # On a CPU FlexAttention refuses inputs that ask for a gradient, even if nobody will take it.
+    if not torch.is_grad_enabled():
         q, k, v = (x.detach() for x in (q, k, v))
     modification = score_mod(softcap, tanh_approx if softcap and _approximate(q) else torch.tanh)
     function = flex_attention if torch.compiler.is_compiling() else _compiled()
-    if sequences is None:
+    if mask is None:
         return function(q, k, v, score_mod=modification)
-    mask = block_mask(sequences.bounds, len(q))
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     return function(q, k, v, score_mod=modification, block_mask=mask).squeeze(0).transpose(0, 1)
 

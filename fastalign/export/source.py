@@ -65,7 +65,7 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"RUN {folder}: there is no such folder; give the folder of a finished run")
-    vit = load_backbone(folder).eval()
+    vit = load_backbone(folder)
     bad = [name for name, value in vit.state_dict().items() if not torch.isfinite(value).all()]
     if bad:
         raise UserError(f"{folder / 'backbone.safetensors'}: {bad[0]} is not finite; export an earlier run")

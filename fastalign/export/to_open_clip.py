@@ -38,9 +38,7 @@ class OpenClip(Target):
     def write(self, run: Run, folder: Path) -> None:
         text = json.dumps(_config(run.vit), indent=2) + "\n"
         (folder / "visual.json").write_text(text)
-        write_tensors(
-            folder / "visual.safetensors", convert.open_clip_state(run.vit), softcap=str(run.vit.softcap)
-        )
+        write_tensors(folder / "visual.safetensors", convert.open_clip_state(run.vit))
 
     def read(self, folder: Path) -> Tokens:
         import open_clip

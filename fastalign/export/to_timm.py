@@ -47,7 +47,7 @@ class Timm(Target):
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         weights = {name: value.contiguous() for name, value in run.vit.state_dict().items()}
-        write_tensors(folder / "model.safetensors", weights, softcap=str(run.vit.softcap))
+        write_tensors(folder / "model.safetensors", weights)
 
     def read(self, folder: Path) -> Tokens:
         return self.load(folder).forward_features

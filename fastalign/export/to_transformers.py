@@ -53,7 +53,7 @@ class Transformers(Target):
             settings["softcap"] = vit.softcap
         config = model.config_class(architectures=[model.__name__], dtype="float32", **settings)
         config.save_pretrained(folder)
-        write_tensors(folder / "model.safetensors", self.state(vit), softcap=str(vit.softcap))
+        write_tensors(folder / "model.safetensors", self.state(vit))
         (folder / "preprocessor_config.json").write_text(json.dumps(_processor(vit), indent=2) + "\n")
 
     def read(self, folder: Path) -> Tokens:

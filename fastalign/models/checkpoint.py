@@ -6,14 +6,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import safetensors
 from torch import Tensor
 
 from fastalign.errors import UserError, first_line
 from fastalign.models import layouts
 from fastalign.models.spec import ViTSpec
 from fastalign.models.svit import is_cap, uncapped
-from fastalign.models.weight_files import read_file, read_folder, read_json
+from fastalign.models.weight_files import locate, read_json, read_weights
 
 STATES = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Where a checkpoint keeps its weights; the first that is there is read: an average before the weights."""
@@ -36,6 +35,10 @@ class Checkpoint(NamedTuple):
     """of the file; None = none that is known, the keys are as they were"""
     config: Mapping[str, Any] = MappingProxyType({})
     """what transformers' config.json beside the file says of the vision model"""
+    grid: tuple[int, int] | None = None
+    """the patches along height and width that its position tables are of, where that is known"""
+    norm_eps: float | None = None
+    """epsilon of the last norm, where it is known not to be the backbone's"""
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -44,15 +47,15 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         UserError: no such file, not a weights file, damaged, or one that pickles what is not `HARMLESS`.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"no weights file at {path}")
-    content, path = read_folder(path) if path.is_dir() else (read_file(path), path)
-    checkpoint, config = interpret(content, str(path)), _vision_config(path.with_name("config.json"))
-    if checkpoint.softcap is None:
-        softcap = _checked_softcap(config.get("softcap", _recorded_softcap(path)), path)
-        checkpoint = checkpoint._replace(softcap=softcap)
-    return checkpoint._replace(config=config)
+    path = locate(path)
+    checkpoint, config = (
+        interpret(read_weights(path), str(path)),
+        _vision_config(path.with_name("config.json")),
+    )
+    softcap = _checked_softcap(
+        config.get("softcap", checkpoint.softcap), path
+    )  # of an export to transformers
+    return checkpoint._replace(softcap=softcap, config=config)
 
 
 def interpret(content: Any, path: str) -> Checkpoint:
@@ -195,15 +198,3 @@ def _vision_config(path: Path) -> dict[str, Any]:
     config = config if isinstance(config, dict) and "model_type" in config else {}
     vision = config.get("vision_config", config)
     return vision if isinstance(vision, dict) else {}
-
-
-def _recorded_softcap(path: Path) -> float | str | None:
-    """The soft-cap in the header of a backbone that a run saved or exported."""
-    if path.suffix != ".safetensors":
-        return None
-    with safetensors.safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get("softcap", "None")
-    try:
-        return None if text == "None" else float(text)
-    except ValueError:
-        return text

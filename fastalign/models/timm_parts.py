@@ -1,7 +1,7 @@
-"""timm's modules with another `forward`: attention, QuickGELU and blocks with stochastic depth on our parts.
+"""timm's modules with another `forward`: attention and blocks with stochastic depth on our parts.
 
 Each class is a subclass of timm's without anything new in its state: `fastalign.accelerate` gives it to modules that
-exist. It is written against timm's public attributes, releases from 1.0.16 on.
+exist. It is written against timm's public attributes.
 
 Left to timm, because a swap would gain nothing: GELU and tanh-GELU, which torch does in one pass each way, with the
 bias for free at the end of the product; gated MLPs; LayerScale and norms, which torch.compile fuses.
@@ -13,12 +13,10 @@ from collections.abc import Callable
 
 import torch
 from timm.layers import Attention, AttentionRope, DropPath, apply_rot_embed_cat
-from timm.layers.activations import QuickGELU
 from timm.models import beit, eva, vision_transformer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastalign import ops
 from fastalign.attention import attention
 from fastalign.errors import UserError
 
@@ -138,16 +136,6 @@ class FastBeitAttention(FastSelfAttention, beit.Attention):
         return self._attend(x, None, bias)
 
 
-class FastQuickGELU(QuickGELU):
-    """timm's `QuickGELU` in one pass each way that keeps one tensor for backward; torch takes three and keeps two."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As timm's. torch.compile fuses timm's formula by itself."""
-        if torch.compiler.is_compiling():
-            return super().forward(x)
-        return ops.bias_activation(x, None, "quick_gelu")
-
-
 class FastDropPath:
     """Stochastic depth that computes a branch for the samples that keep it, and for no other.
 
@@ -221,7 +209,6 @@ FAST = {
     AttentionRope: FastAttentionRope,
     eva.EvaAttention: FastEvaAttention,
     beit.Attention: FastBeitAttention,
-    QuickGELU: FastQuickGELU,
     vision_transformer.Block: FastBlock,
     eva.EvaBlock: FastEvaBlock,
     beit.Block: FastBeitBlock,

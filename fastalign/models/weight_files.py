@@ -23,6 +23,7 @@ _FOLDER = (
     "backbone.safetensors",
 )
 """Weights in a folder; the first that is there is read, whole or in the pieces that its `.index.json` lists."""
+_INDEX = ".index.json"
 _NUMPY = "numpy._core.multiarray" if hasattr(np, "_core") else "numpy.core.multiarray"
 HARMLESS = [
     argparse.Namespace,
@@ -70,21 +71,32 @@ def read_file(path: Path, device: str | torch.device = "cpu") -> Any:
         ) from error
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Any], Path]:
-    """What the weights file of a folder holds, and its path. Of pieces, those that hold the backbone are read.
+def locate(path: str | Path) -> Path:
+    """The file of weights at a path: itself, or that of a folder, which may be the index of its pieces.
 
     Raises:
-        UserError: no such file, or a damaged one.
+        UserError: there is none.
     """
-    for path in (folder / name for name in _FOLDER):
-        if path.is_file():
-            return read_file(path), path
-        index = path.with_name(f"{path.name}.index.json")
-        if index.is_file():
-            return _read_pieces(index), index
-    raise UserError(
-        f"no weights in {folder}: give a file, the folder of a finished run, or one with {', '.join(_FOLDER)}"
-    )
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"no weights file at {path}")
+    files = (path / f"{name}{end}" for name in _FOLDER for end in ("", _INDEX))
+    if (found := next((file for file in files if file.is_file()), None)) is None:
+        raise UserError(
+            f"no weights in {path}: give a file, the folder of a finished run, or one with {', '.join(_FOLDER)}"
+        )
+    return found
+
+
+def read_weights(path: Path) -> Any:
+    """What a file holds, or the pieces of an index; of these, those with the backbone are read.
+
+    Raises:
+        UserError: damaged, or it pickles what is not `HARMLESS`.
+    """
+    return _read_pieces(path) if path.name.endswith(_INDEX) else read_file(path)
 
 
 def _read_pieces(index: Path) -> dict[str, Any]:

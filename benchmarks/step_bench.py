@@ -1,0 +1,203 @@
+"""A training step that can be timed, and rows of a table measured in turns: for `benchmarks.step` and others."""
+
+import itertools
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+import fastalign as fa
+from benchmarks.baseline import Baseline
+from benchmarks.measure import attempt, free, quantiles
+from fastalign.engine.flops import peak_flops
+from fastalign.engine.optim import adamw
+from fastalign.flops import flops_per_image
+from fastalign.models.precision import autocast, store_as
+
+BACKBONES = {
+    "B/16-224": ("vit_base_patch16_clip_quickgelu_224", 256),
+    "L/14-336": ("vit_large_patch14_clip_quickgelu_336", 32),
+    "SO400M/14-384": ("vit_so400m_patch14_siglip_384", 16),
+}
+"""timm's name, and images a step, on a GPU."""
+SMALL = {"S/16-224": ("vit_small_patch16_224", 8), "tiny": ("vit_tiny_patch16_224", 2)}
+"""The same on a CPU."""
+MODES = ("zero", "drop", "fp8", "baseline")
+TINY_KWARGS = {"img_size": 32, "depth": 2}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WARM_UP, STEPS, ROUNDS = 3, 5, 4
+
+
+class Row(NamedTuple):
+    """What is measured."""
+
+    backbone: str
+    mode: str = "zero"
+    softcap: float | None = 30.0
+    compiled: str = "compiled"
+    precision: str = "bf16"
+
+    def __str__(self) -> str:
+        return f"{self.backbone}:{self.mode}:{self.softcap or 'none'}:{self.compiled}"
+
+
+KEY = Row._fields
+
+
+class StepBench:
+    """A model with its optimizer and a batch of random images, ready to step.
+
+    Args:
+        row: what is measured.
+        batch: images a step.
+        device: where.
+        **kwargs: timm's arguments.
+    """
+
+    def __init__(self, row: Row, batch: int, device: torch.device, **kwargs):
+        name, _ = (BACKBONES | SMALL)[row.backbone]
+        vit = fa.create_backbone(name, **kwargs)
+        student = fa.MaskEmbedStudent.from_backbone(vit, softcap=row.softcap)
+        teacher = fa.MaskedTeacher(vit, masking="drop" if row.mode == "drop" else "zero")
+        self.model = fa.MaskEmbed(teacher, student, fa.UniformMasks())
+        self.flops = flops_per_image(self.model)
+        if row.mode == "baseline":
+            self.model = Baseline(name, row.softcap, **kwargs)
+        self.dtype = PRECISIONS[row.precision]
+        if row.mode == "fp8":
+            teacher.store_as(torch.float8_e4m3fn)
+        elif row.precision == "bf16":
+            store_as(self.model.teacher, torch.bfloat16)  # the baseline's too
+        self.model.to(device)
+        if row.compiled == "compiled":
+            self.model.compile()
+        elif row.compiled == "blocks":
+            self.model.compile(blocks=True)
+        trained = self.model.student.parameters()
+        self.optimizer = adamw(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01)
+        self.images = torch.randn(batch, 3, *vit.spec.image_size, device=device)
+        self.ids, self.epoch = torch.arange(batch, device=device), 0
+
+    def step(self) -> None:
+        """One update. The host does not wait for it."""
+        with autocast(self.images.device, self.dtype):
+            loss = self.model(self.images, self.ids, self.epoch)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.epoch += 1
+
+
+def timed(bench: StepBench, steps: int) -> list[float]:
+    """Seconds of each of some steps: between events on a GPU, processor time on a CPU."""
+    cuda = bench.images.is_cuda
+
+    def mark():
+        if not cuda:
+            return time.process_time()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    marks = [mark()]
+    for _ in range(steps):
+        bench.step()
+        marks.append(mark())
+    if not cuda:
+        return [after - before for before, after in itertools.pairwise(marks)]
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(marks)]
+
+
+class Measured:
+    """A bench that stays in memory between its rounds, and what was found so far."""
+
+    def __init__(self, row: Row, batch: int, device: torch.device, **kwargs):
+        self.cuda, self.seconds, self.peak = device.type == "cuda", [], 0
+        before = self._allocated()
+        self.bench = StepBench(row, batch, device, **kwargs)
+        started = time.perf_counter()
+        self.bench.step()
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.first = time.perf_counter() - started
+        self.own = self._allocated() - before
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated() if self.cuda else 0
+
+    def round(self, steps: int, warm_up: int) -> None:
+        """Time some steps."""
+        free("cuda" if self.cuda else "cpu")
+        others = self._allocated() - self.own
+        for _ in range(warm_up):
+            self.bench.step()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()  # compilation's is not the step's
+        self.seconds += timed(self.bench, steps)
+        if self.cuda:
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated() - others)
+
+    def figures(self) -> dict:
+        """The columns of a row."""
+        batch, found = len(self.bench.images), quantiles([1e3 * second for second in self.seconds])
+        rate = 1e3 * batch / found["ms"]
+        peak = peak_flops(torch.cuda.get_device_name()) if self.cuda else None
+        return {
+            "batch": batch,
+            "images_per_second": rate,
+            **found,
+            "flops_per_second": rate * self.bench.flops,
+            "mfu": rate * self.bench.flops / peak if peak else None,
+            "peak_gib": self.peak / 2**30 if self.cuda else None,
+            "first_step_s": self.first,
+            "steps": len(self.seconds),
+        }
+
+
+def measure(
+    rows: list[Row],
+    batch: int,
+    device: torch.device,
+    kwargs: dict | None = None,
+    rounds: int = ROUNDS,
+    steps: int = STEPS,
+    save: Callable[[list[dict]], object] = lambda results: None,
+) -> list[dict]:
+    """Measure rows of one backbone in turns, every second round backwards.
+
+    Args:
+        rows: what is measured; all stay in memory together.
+        batch: images a step.
+        device: where.
+        kwargs: timm's arguments.
+        rounds, steps: how often, and how many steps in turn.
+        save: called with the results after each round.
+    """
+    torch._dynamo.reset()
+    measured, failed, results = {}, {}, []
+
+    def advance(row: Row) -> None:
+        if row not in measured:
+            measured[row] = Measured(row, batch, device, **(kwargs or {}))
+            measured[row].round(steps, WARM_UP)
+        else:
+            measured[row].round(steps, 1)
+
+    for index in range(rounds):
+        for row in rows[:: -1 if index % 2 else 1]:
+            if row not in failed:
+                _, why = attempt(advance, row)
+                if why:
+                    failed[row] = why
+                    measured.pop(row, None)
+        results = [
+            row._asdict()
+            | (measured[row].figures() if row in measured else {"batch": batch, "failed": failed[row]})
+            for row in rows
+        ]
+        save(results)
+    measured.clear()
+    free(device.type)
+    return results

@@ -1,0 +1,84 @@
+"""`benchmarks/gpu.sh`: every step at a tiny size; limits, failures and signals with a stand-in for Python."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import pytest
+
+from benchmarks import record
+
+
+def run_gpu_script(out, *arguments, **variables):
+    """`benchmarks/gpu.sh` with its results in a folder of the test."""
+    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(out), **variables}
+    command = ["bash", str(record.ROOT / "benchmarks/gpu.sh"), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_every_step(tmp_path):
+    process = run_gpu_script(tmp_path, "--tiny")
+    out, _ = process.communicate()
+    assert process.returncode == 0, out
+    with tarfile.open(tmp_path / "gpu.tgz") as archive:
+        files = {
+            member.name.removeprefix("./"): archive.extractfile(member)
+            for member in archive
+            if member.isfile()
+        }
+        logs = {name: file.read().decode() for name, file in files.items()}
+    steps = dict(re.findall(r"^(\S+): exit (\d+) after", logs["steps.txt"], re.M))
+    assert {"doctor", "tests", "warm", "step-b", "attention", "kernels", "fp8", "profile"} <= steps.keys()
+    assert set(steps.values()) == {"0"}
+    assert 'failures="0"' in logs["tests.xml"]
+    assert "images/s" in logs["step-b.log"]
+    assert "| B/16-224: zero over the compiled baseline |" in logs["table.txt"]
+    for name in ("ours", "eager", "sdpa", "sdpa_flash"):
+        assert f" {name} " in logs["attention.log"]
+    assert "mask_tokens" in logs["kernels.log"]
+    assert "not timed" not in logs["attention.log"] + logs["kernels.log"]
+
+
+def fake_python(folder, body):
+    """A program in Python's place, so that only the script itself is tested."""
+    path = folder / "python"
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_step_that_fails_is_named_and_the_next_begins(tmp_path):
+    python = fake_python(tmp_path, 'case "$*" in *benchmarks.attention*) echo no luck; exit 3;; esac')
+    process = run_gpu_script(tmp_path, "600", PYTHON=python)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.search(r"^attention: exit 3 after \d+ s", out, re.M)
+    assert "no luck" in out
+    assert re.search(r"^kernels: exit 0", out, re.M)
+    assert re.search(r"^failed: attention$", out, re.M)
+
+
+def test_a_step_ends_in_time_and_a_signal_leaves_the_archive(tmp_path):
+    python = fake_python(tmp_path, 'case "$*" in *doctor*|*summary*) ;; -m*) exec sleep 60;; esac')
+    process = run_gpu_script(
+        tmp_path, "16", PYTHON=python
+    )  # ten seconds for what begins, the rest has no time
+    before = time.monotonic()
+    out, _ = process.communicate(timeout=60)
+    assert time.monotonic() - before < 30
+    assert process.returncode == 1
+    assert re.search(r"^step-b: no time left", out, re.M)
+    assert re.search(r"^tests: exit 124", out, re.M)
+    (tmp_path / "gpu.tgz").unlink()
+    process = run_gpu_script(tmp_path, "600", PYTHON=python)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "interrupted" in out
+    assert (tmp_path / "gpu.tgz").exists()
