@@ -44,15 +44,18 @@ def build_masks(config: Config):
 
 def build_backbones(config: Config) -> tuple[ViT, ViT]:
     """The student's backbone and the teacher's, one and the same object where they do not differ."""
-    student, teacher = config.student, config.teacher
-    first = (student.name, student.weights, student.kwargs)
-    if teacher.name is None:
-        kwargs = {**student.kwargs, **teacher.kwargs}
-        second = (student.name, teacher.weights or student.weights, kwargs)
-    else:
-        second = (teacher.name, teacher.weights or "pretrained", teacher.kwargs)
+    student = config.student
+    first, second = (student.name, student.weights, student.kwargs), teacher_of(config)
     backbone = make_backbone("student.weights", *first)
     return backbone, backbone if second == first else make_backbone("teacher.weights", *second)
+
+
+def teacher_of(config: Config) -> tuple[str, str, dict]:
+    """The teacher's name, weights and arguments, which are the student's where it has none of its own."""
+    student, teacher = config.student, config.teacher
+    if teacher.name is None:
+        return student.name, teacher.weights or student.weights, {**student.kwargs, **teacher.kwargs}
+    return teacher.name, teacher.weights or "pretrained", teacher.kwargs
 
 
 def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
@@ -117,7 +120,7 @@ def named_backbone(
     arguments = parse_yaml(kwargs, f"--kwargs {kwargs}")
     if not isinstance(arguments, dict):
         raise UserError(f"--kwargs {kwargs}: give a mapping in YAML, as in '{{depth: 6}}'")
-    path = Path(place).expanduser()
+    path = Path(place)
     if path.exists() or "/" in place or path.suffix == ".json":
         for flag, value in (("--weights", weights), ("--softcap", softcap)):
             if value is not None:
@@ -213,6 +216,7 @@ def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, 
     if data.train is None:
         raise UserError("data.train is not set: give it an image folder or tar shards, data.train=PATH")
     source, quarantine = open_source(data.train, damaged=True), config.faults["quarantine"]
+    _check_batch_size(config, world, len(source))
     train = Loader(
         source,
         Transform(
@@ -249,12 +253,25 @@ def image_constants(backbone: ViT) -> dict:
     return {"size": backbone.spec.image_size, **backbone.data}
 
 
+def _check_batch_size(config: Config, world: World, images: int) -> None:
+    size, parts = config.optim.batch_size, config.optim.accumulate * world.size
+    multiple = f"a multiple of optim.accumulate x ranks = {parts}"
+    if size % parts:
+        raise UserError(f"optim.batch_size={size}: it must be {multiple}")
+    if size > images:
+        most = images // parts * parts
+        remedy = (
+            f"set it to at most {most}, {multiple}"
+            if most
+            else f"lower optim.accumulate: it must be {multiple}"
+        )
+        raise UserError(
+            f"optim.batch_size={size}: data.train has {images} images, fewer than an update; {remedy}"
+        )
+
+
 def _common(config: Config, world: World) -> dict:
     parts = config.optim.accumulate * world.size
-    if config.optim.batch_size % parts:
-        raise UserError(
-            f"optim.batch_size {config.optim.batch_size} must be a multiple of optim.accumulate x ranks = {parts}"
-        )
     return {
         "batch_size": config.optim.batch_size // parts,
         "device": world.device,

@@ -11,6 +11,7 @@ from fastalign.compat.reference_options import FINETUNE, MIM_DEFAULTS, NOT_MIM, 
 from fastalign.config import Config, resolve
 from fastalign.engine.yaml_files import read_yaml
 from fastalign.errors import UserError
+from fastalign.paths import user_path
 
 AUTHORS_WORLD = 4
 """GPUs of the authors' own command, with which each of their files comes to 1024 images an update."""
@@ -81,7 +82,7 @@ def _check_names(path: Path, given: dict) -> None:
     for name in given:
         if name in FINETUNE:
             raise UserError(
-                f"{path}: {name} is an option of the authors' finetune.py: fastalign does not fine-tune on labels; "
+                f"{path}: {name} is an option of the authors' finetune.py: python -m fastalign.classify does that; "
                 "give a file of their train.py or mim.py"
             )
         if name not in OPTIONS:
@@ -199,6 +200,7 @@ def _place(v: dict, split: str, kind: str) -> str | None:
     root, dataset = v["data_dir"], (v["dataset"] or "").lower()
     if root is None:
         return None
+    root = user_path(root)
     if dataset.startswith("wds/"):
         if ".tar" not in split:
             raise UserError(
@@ -260,8 +262,6 @@ def _sinks(v: dict, notes: list[str]) -> list[str]:
     if not v["log_wandb"]:
         return []
     if importlib.util.find_spec("wandb") is None:
-        notes.append(
-            'log_wandb: wandb is not installed, metrics go to metrics.jsonl only; pip install "fastalign[wandb]"'
-        )
+        notes.append("log_wandb: wandb is not installed, metrics go to metrics.jsonl only; pip install wandb")
         return []
     return [f"wandb:{v['project'] or 'uncategorized'}"]

@@ -5,7 +5,8 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -105,6 +106,16 @@ def saying_where(path: Path) -> Iterator[None]:
             f"{path} cannot be written ({reason(error)}): free some space, or make its folder one that "
             "can be written, and run the same command again"
         ) from error
+
+
+def checksum_of(paths: Iterable[Path]) -> int:
+    """A CRC-32 over the bytes of files, one after the other."""
+    code = 0
+    for path in paths:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 22):
+                code = zlib.crc32(piece, code)
+    return code
 
 
 def damage(path: Path) -> str | None:

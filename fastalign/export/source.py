@@ -97,7 +97,7 @@ def _read_decoder(run: Run) -> None:
     if state is None:
         run.notes.append(f"no checkpoint of step {run.facts.get('step')} is left: no decoder")
         return
-    student = (state.get("average") if run.config.optim.ema else None) or state["student"]
+    student = state.get("average") or state["student"]
     path = state["path"]
     for name, value in run.vit.state_dict().items():
         other = student.get(f"encoder.{name}")

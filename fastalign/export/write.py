@@ -7,6 +7,7 @@ from typing import Any
 
 from fastalign import __version__
 from fastalign.engine.files import temporary_name, write_tensors
+from fastalign.engine.yaml_files import merge
 from fastalign.errors import UserError
 from fastalign.export import card, decoder, measure
 from fastalign.export.source import Run, read_run
@@ -108,6 +109,8 @@ def _facts(run: Run, to: str, softcap: dict[str, Any]) -> dict[str, Any]:
         },
         "images": {"size": list(spec.image_size), **run.vit.data},
         "data": {"train": config.data.train, "val": config.data.val} if config else None,
-        "recipe": config.model_dump(mode="json") if config else None,
+        # config.yaml may be of a later start, with other settings by force than those that trained this backbone.
+        "recipe": merge(config.model_dump(mode="json"), run.facts.get("settings", {})) if config else None,
+        "changes": run.facts.get("changes"),
         "decoder": run.decoder,
     }

@@ -48,13 +48,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         UserError: no such file, not a weights file, damaged, or one that pickles what is not `HARMLESS`.
     """
     path = locate(path)
-    checkpoint, config = (
-        interpret(read_weights(path), str(path)),
-        _vision_config(path.with_name("config.json")),
-    )
-    softcap = _checked_softcap(
-        config.get("softcap", checkpoint.softcap), path
-    )  # of an export to transformers
+    checkpoint = interpret(read_weights(path), str(path))
+    config = _vision_config(path.with_name("config.json"))
+    # A capped export to transformers says its cap there.
+    softcap = _checked_softcap(config.get("softcap", checkpoint.softcap), path)
     return checkpoint._replace(softcap=softcap, config=config)
 
 

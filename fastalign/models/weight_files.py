@@ -14,6 +14,7 @@ import torch
 
 from fastalign.errors import UserError
 from fastalign.models import layouts
+from fastalign.paths import user_path
 
 _FOLDER = (
     "model.safetensors",
@@ -77,7 +78,7 @@ def locate(path: str | Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    path = Path(path)
+    path = Path(user_path(path))
     if path.is_file():
         return path
     if not path.is_dir():

@@ -22,6 +22,7 @@ from fastalign.models.svit import uncapped
 from fastalign.models.vit import ViT
 from fastalign.models.weight_files import locate
 from fastalign.models.weights import load_weights, table_grid, timm_state
+from fastalign.paths import user_path
 
 MOCO = "vit_base_patch16_mocov3_224"
 """Not in timm: a ViT-B/16 with a fixed sin-cos position embedding (Chen et al., 2021)."""
@@ -79,7 +80,7 @@ def load_backbone(path: str | Path, **kwargs) -> ViT:
         **kwargs: timm's arguments that the weights do not depend on: `drop_path_rate`, or `img_size`, for which
             position tables are resampled from the run's grid.
     """
-    path = Path(path)
+    path = Path(user_path(path))
     path = path / "backbone.json" if path.is_dir() else path
     facts, place = read_facts(path), path.with_suffix(".safetensors")
     name, kwargs = facts["name"], {**facts["kwargs"], **kwargs}

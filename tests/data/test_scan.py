@@ -50,7 +50,7 @@ def test_scan_of_a_damaged_shard_and_of_a_sound_one(tmp_path, capsys):
     assert main([str(path), "--workers", "1", "--output", str(tmp_path / "q.jsonl")]) == 0
     out = capsys.readouterr().out
     assert "1 images, 0 bad" in out
-    assert "shard '0.tar' damaged at byte" in out
+    assert "incomplete: '0.tar', damaged at byte" in out
     (shard,) = read_list(tmp_path / "q.jsonl")
     assert (shard.id, shard.name) == (None, "0.tar")
 

@@ -116,7 +116,7 @@ def test_bad_input_is_one_line_and_exit_code_2(damaged, capsys, case):
 def test_a_library_that_is_not_installed(runs, capsys, monkeypatch):
     monkeypatch.setattr(targets, "find_spec", lambda name: None)
     assert main([str(runs("clip")), "--to", "hf-clip"]) == 2
-    assert "pip install 'fastalign[export]'" in capsys.readouterr().err
+    assert "pip install 'transformers>=5.20'" in capsys.readouterr().err
 
 
 def test_loading_what_is_no_export(tmp_path):
