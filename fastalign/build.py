@@ -20,7 +20,6 @@ from fastalign.models.student import MaskEmbedStudent, MIMStudent
 from fastalign.models.svit import uncapped
 from fastalign.models.teacher import MaskedTeacher
 from fastalign.models.vit import ViT
-from fastalign.models.zoo import create_backbone, load_backbone
 from fastalign.objectives import MaskedImageModeling, MaskEmbed
 from fastalign.ranks.distributed import World
 
@@ -71,6 +70,11 @@ def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
     Raises:
         UserError: no such weights, or another backbone's.
     """
+    from fastalign.models.zoo import (
+        create_backbone,
+        load_backbone,
+    )  # with timm, which takes a second to import
+
     if weights in ("pretrained", "random"):
         return create_backbone(name, pretrained=weights == "pretrained", **kwargs)
     if not Path(weights).exists():
@@ -117,6 +121,8 @@ def named_backbone(
     Raises:
         UserError: nothing there, or an argument that does not go with it.
     """
+    from fastalign.models.zoo import load_backbone
+
     arguments = parse_yaml(kwargs, f"--kwargs {kwargs}")
     if not isinstance(arguments, dict):
         raise UserError(f"--kwargs {kwargs}: give a mapping in YAML, as in '{{depth: 6}}'")

@@ -197,7 +197,7 @@ class Efficiency(Section):
 
     kind: ClassVar[Kind] = Kind.FREE
     precision: Annotated[Literal["auto", "bf16", "fp32", "fp8"], Kind.RESULT] = "auto"
-    """bf16 autocast, weights fp32; fp8 = bf16, the teacher's products in FP8; auto = bf16 on a GPU, fp32 on a CPU"""
+    """bf16 autocast, weights fp32; fp8 = bf16, the teacher's products in FP8; auto = bf16 if the hardware has it"""
     compile: bool | Literal["blocks"] = False
     """torch.compile the student and the teacher; blocks = block by block, which starts sooner"""
     grad_checkpointing: bool = False
