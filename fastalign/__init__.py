@@ -1,6 +1,7 @@
 """fastalign: locality alignment of vision transformers by MaskEmbed, exact and fast."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastalign import kernels, masks, ops
 from fastalign.accelerate import accelerate, accelerated
@@ -8,8 +9,10 @@ from fastalign.errors import UserError
 from fastalign.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
 from fastalign.models.student import MaskEmbedStudent, MIMStudent
 from fastalign.models.teacher import MaskedTeacher
-from fastalign.models.zoo import create_backbone, load_backbone, transform
 from fastalign.objectives import MaskedImageModeling, MaskEmbed
+
+if TYPE_CHECKING:
+    from fastalign.models.zoo import create_backbone, load_backbone, transform
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,6 +34,19 @@ __all__ = [
     "ops",
     "transform",
 ]
+
+
+def __getattr__(name: str):
+    """The names of `zoo`, which imports timm: that takes longer than all the rest, and `--help` needs no model."""
+    if name not in __all__:
+        raise AttributeError(f"module 'fastalign' has no attribute {name!r}")
+    from fastalign.models import zoo
+
+    return getattr(zoo, name)
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def _needs_triton(name: str):

@@ -2,6 +2,8 @@
 
 A module keeps its parameters, buffers, hooks and name; only its class becomes a subclass of timm's with another
 `forward`. So state dicts, copies, pickles, wrappers and `isinstance` are what they were.
+
+The parts subclass timm's, so they are imported where they are used: importing timm takes a second.
 """
 
 from torch import nn
@@ -9,7 +11,6 @@ from torch import nn
 from fastalign.attention.choice import check
 from fastalign.errors import UserError
 from fastalign.models.svit import is_cap
-from fastalign.models.timm_parts import FAST, TIMM, FastDropPath, FastSelfAttention, drops_paths, refuse_cap
 
 
 def accelerate(
@@ -34,6 +35,8 @@ def accelerate(
         UserError: a wrong argument; or the model has no attention of a known class, one of an unknown class, one
             whose forward was replaced, or with a cap one that drops attention weights. Nothing has been changed then.
     """
+    from fastalign.models.timm_parts import FAST, TIMM, FastDropPath, FastSelfAttention, drops_paths
+
     _check(model, softcap, backend)
     for module in model.modules():
         theirs = TIMM.get(type(module), type(module))
@@ -48,10 +51,14 @@ def accelerate(
 
 def accelerated(model: nn.Module) -> dict[str, str]:
     """What `accelerate` swapped: the path of each module in the model, and timm's name of its class."""
+    from fastalign.models.timm_parts import TIMM
+
     return {path: TIMM[type(part)].__name__ for path, part in model.named_modules() if type(part) in TIMM}
 
 
 def _check(model: nn.Module, softcap: float | None, backend: str) -> None:
+    from fastalign.models.timm_parts import FAST, TIMM, FastSelfAttention
+
     if not isinstance(model, nn.Module):
         raise UserError(f"accelerate: model must be a module such as timm.create_model makes, got {model!r}")
     if softcap is not None and not is_cap(softcap):
@@ -89,4 +96,6 @@ def _check_attention(path: str, module: nn.Module, softcap: float | None) -> Non
     if "forward" in vars(module):
         raise UserError(f"accelerate: the forward of {path} was replaced: take that back first")
     if softcap is not None and module.attn_drop.p > 0:
+        from fastalign.models.timm_parts import refuse_cap
+
         refuse_cap(module, path)

@@ -20,12 +20,9 @@ from fastalign.models.student import MaskEmbedStudent, MIMStudent
 from fastalign.models.svit import uncapped
 from fastalign.models.teacher import MaskedTeacher
 from fastalign.models.vit import ViT
-from fastalign.models.zoo import create_backbone, load_backbone
 from fastalign.objectives import MaskedImageModeling, MaskEmbed
 from fastalign.ranks.distributed import World
 
-WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".npz")
-"""How a weights file's name ends; any other path is the folder of a run."""
 _RANDOM_SEED = 0
 """Random weights that a command line asks for are the same each time."""
 SCALE_BATCHES = 50
@@ -66,12 +63,18 @@ def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
     Args:
         key: what the user calls `weights`, for messages.
         name: timm's name.
-        weights: "pretrained", "random", a weights file, or the folder of a run that aligned this backbone.
+        weights: "pretrained", "random", a weights file, a folder that holds one, or the folder of a run that
+            aligned this backbone.
         kwargs: timm's arguments.
 
     Raises:
         UserError: no such weights, or another backbone's.
     """
+    from fastalign.models.zoo import (
+        create_backbone,
+        load_backbone,
+    )  # with timm, which takes a second to import
+
     if weights in ("pretrained", "random"):
         return create_backbone(name, pretrained=weights == "pretrained", **kwargs)
     if not Path(weights).exists():
@@ -79,7 +82,7 @@ def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
             f"{key}={weights}: there is no such file or folder; give a weights file, a run folder, "
             "pretrained or random"
         )
-    if Path(weights).suffix in WEIGHTS:
+    if not (Path(weights) / "backbone.json").is_file() and Path(weights).suffix != ".json":
         return create_backbone(name, checkpoint=weights, **kwargs)
     name, kwargs, _ = uncapped(name, kwargs)  # the run recorded its soft-cap
     free = {key: value for key, value in kwargs.items() if key in ("drop_path_rate", "img_size")}
@@ -118,6 +121,8 @@ def named_backbone(
     Raises:
         UserError: nothing there, or an argument that does not go with it.
     """
+    from fastalign.models.zoo import load_backbone
+
     arguments = parse_yaml(kwargs, f"--kwargs {kwargs}")
     if not isinstance(arguments, dict):
         raise UserError(f"--kwargs {kwargs}: give a mapping in YAML, as in '{{depth: 6}}'")

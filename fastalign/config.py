@@ -32,7 +32,7 @@ class Student(Section):
     name: str = "vit_base_patch16_224.augreg_in21k_ft_in1k"
     """timm's name of the backbone to align"""
     weights: UserPath = "pretrained"
-    """where it starts: pretrained (published), random, or a PATH: weights file (.safetensors, .pth) or run folder"""
+    """where it starts: pretrained (published), random, or a PATH: weights file, Hugging Face or run folder"""
     kwargs: dict[str, Any] = Field({})
     """timm's arguments: img_size, depth, drop_path_rate..."""
     softcap: float | None = Field(30.0, gt=0)
@@ -197,7 +197,7 @@ class Efficiency(Section):
 
     kind: ClassVar[Kind] = Kind.FREE
     precision: Annotated[Literal["auto", "bf16", "fp32", "fp8"], Kind.RESULT] = "auto"
-    """bf16 autocast, weights fp32; fp8 = bf16, the teacher's products in FP8; auto = bf16 on a GPU, fp32 on a CPU"""
+    """bf16 autocast, weights fp32; fp8 = bf16, the teacher's products in FP8; auto = bf16 if the hardware has it"""
     compile: bool | Literal["blocks"] = False
     """torch.compile the student and the teacher; blocks = block by block, which starts sooner"""
     grad_checkpointing: bool = False

@@ -15,6 +15,7 @@ import torch
 from fastalign import extension, ops
 from fastalign.attention import BACKENDS, Case, choice, choose
 from fastalign.masks import UniformMasks
+from fastalign.models.precision import autocast, compute_dtype, has_bf16
 from fastalign.models.student import MaskEmbedStudent
 from fastalign.models.teacher import MaskedTeacher
 from fastalign.models.zoo import create_backbone
@@ -51,7 +52,8 @@ def version(package: str) -> str | None:
 def machine() -> list[str]:
     """Python, torch and the devices."""
     lines = [f"python {platform.python_version()}, torch {torch.__version__}, timm {version('timm')}"]
-    lines.append(f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    bf16 = "with" if has_bf16(torch.device("cpu")) else "without"
+    lines.append(f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads, {bf16} bf16 instructions")
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         return [*lines, f"GPU: none found; torch is {built}"]
@@ -104,8 +106,8 @@ def operations() -> list[str]:
 
 def attention() -> list[str]:
     """What runs the attention of each part of a step, why, and what would be faster."""
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    lines = []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, lines = compute_dtype("auto", torch.device(device)), []
     for part, facts in PARTS.items():
         case = Case(device, dtype, length=577, width=64, biased=False, **facts)
         lines.append("{}: {} ({})".format(part, *choose(case)))
@@ -140,17 +142,17 @@ def smoke(device: str) -> str:
     """A step of a tiny model, with a soft-cap, in both modes. Raises what goes wrong."""
     vit = create_backbone("vit_tiny_patch16_224", img_size=64, depth=2)
     student = MaskEmbedStudent.from_backbone(vit)
-    losses = []
+    dtype, losses = compute_dtype("auto", torch.device(device)), []
     for masking in ("zero", "drop"):
         objective = MaskEmbed(MaskedTeacher(vit, masking=masking), student, UniformMasks()).to(device)
         images, ids = torch.randn(2, 3, 64, 64, device=device), torch.arange(2, device=device)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with autocast(torch.device(device), dtype):
             loss = objective(images, ids)
         loss.backward()
         losses.append(loss.item())
     if not all(0 < loss < float("inf") for loss in losses):
         raise ArithmeticError(f"losses of {losses}")
-    return f"a step on the {device}: mode zero, mode drop"
+    return f"a step on the {device} in {str(dtype).removeprefix('torch.')}: mode zero, mode drop"
 
 
 def main() -> int:

@@ -3,9 +3,7 @@
 import json
 from pathlib import Path
 
-import safetensors.torch
-
-from fastalign.engine.files import write_atomically
+from fastalign.engine.files import write_atomically, write_tensors
 from fastalign.models.stored import facts_within
 
 
@@ -26,8 +24,6 @@ def publish_backbone(folder: Path, state: dict) -> None:
             for name, value in source.items()
             if name.startswith("encoder.") and not name.startswith("encoder.head.")
         }
-        metadata = {"format": "pt", "softcap": str(json.loads(text)["softcap"]), "facts": text}
-        content = safetensors.torch.save(weights, metadata)
-        write_atomically(place, lambda file: file.write(content))
+        write_tensors(place, weights, softcap=str(json.loads(text)["softcap"]), facts=text)
     if not beside.exists() or beside.read_text() != text:
         write_atomically(beside, lambda file: file.write(text.encode()))

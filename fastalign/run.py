@@ -42,6 +42,10 @@ class Run:
         """Whether the student is split among the ranks; every rank must then take part in `state`."""
         objective, self.backbone = build.build_objective(config)
         self.dtype = build.precision(config, world.device)
+        if not world.agree(self.dtype == torch.bfloat16):
+            raise UserError(
+                "efficiency.precision=auto: not every rank's CPU has bf16 instructions; set bf16 or fp32"
+            )
         if self.dtype == torch.bfloat16:
             objective.teacher.store_as(build.teacher_dtype(config, world.device))
         self.objective = objective.to(world.device)
@@ -55,7 +59,9 @@ class Run:
             optim.name, self.trained, world.device, lr=optim.lr, **self._options()
         )
         # What was chosen for the user, said at the start.
-        self.notes = [attention, *([note] if note else [])]
+        precision = config.efficiency.precision
+        precision = str(self.dtype).removeprefix("torch.") if precision == "auto" else precision
+        self.notes = [f"precision: {precision}", attention, *([note] if note else [])]
         if config.efficiency.shard and not self.sharded:
             self.notes.append("efficiency.shard: one process shares with nobody, its student stays whole")
         self.average = MovingAverage(objective.student, optim.ema) if optim.ema else None

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.compat.reference_config import read_reference
 from fastalign.config import Config, load_config, to_yaml
 from fastalign.engine.memory import keep_freed_memory
 from fastalign.engine.metrics import MetricLog, Speed, Terminal
@@ -252,6 +251,8 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
         return load_config(options.config, options.overrides), []
     if options.world_size is not None and options.world_size < 1:
         raise UserError(f"--world-size must be at least 1, got {options.world_size}")
+    from fastalign.compat.reference_config import read_reference  # with timm, a second's import
+
     overrides = [*([options.config] if options.config else []), *options.overrides]
     return read_reference(options.reference_config, overrides, world_size=options.world_size)
 

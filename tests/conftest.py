@@ -38,6 +38,12 @@ def _fixed_seed():
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
+@pytest.fixture(autouse=True)
+def _same_precision(monkeypatch):
+    """A CPU with bf16 instructions computes in fp32 too where nothing else is asked for."""
+    monkeypatch.setattr("fastalign.models.precision.NATIVE_BF16", ())
+
+
 @pytest.fixture
 def poison(monkeypatch):
     """Memory that a kernel's launcher allocates comes full of NaN: what it forgets to write is seen."""
@@ -97,6 +103,7 @@ def recipe(tmp_path, images):
             "data": {"train": str(images / "train"), "val": str(images / "val"), "threads": 1},
             "optim": {"batch_size": 8, "epochs": 2, "lr": 1e-3},
             "log": {"every_steps": 2},
+            "efficiency": {"precision": "fp32"},
         }
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(tree))

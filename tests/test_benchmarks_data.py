@@ -1,33 +1,46 @@
-"""`benchmarks.data`: the pipeline at a tiny size, and how many threads feed a step."""
+"""`benchmarks.data`: it runs at a tiny size, and its two sides do the same work on the same cores."""
+
+import os
+from contextlib import closing
+from itertools import islice
 
 import pytest
+import torch
 
 from benchmarks import data, record
 
+CPU = torch.device("cpu")
 
-@pytest.fixture(autouse=True)
-def _results(tmp_path, monkeypatch):
+
+def test_the_pipelines_take_turns(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(record, "RESULTS", tmp_path)
+    (row,) = data.main(["--tiny"])
+    assert row["threads"] == 1
+    assert row["ratio"] > 0
+    assert "1 threads, rkrc: " in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.json"))
+    with pytest.raises(SystemExit):
+        data.main(["--threads", "100000"])
 
 
-def test_data(capsys):
-    rows = data.main(["--tiny", "--needs", "100"])
-    assert [row["source"] for row in rows] == ["folder", "tar"]
-    assert all(row["images_per_second"] > 0 and row["threads_needed"] >= 1 for row in rows)
-    assert "folder: to feed 100 images/s you need" in capsys.readouterr().out
+def test_a_side_has_no_more_cores_than_it_was_given():
+    before = os.sched_getaffinity(0)
+    with data.cores(1):
+        assert len(os.sched_getaffinity(0)) == 1
+    assert os.sched_getaffinity(0) == before
 
 
-def test_threads_that_feed_a_step():
-    rates = {1: 100.0, 2: 180.0, 4: 300.0}
-    assert data.threads_needed(90, rates) == (1, True)
-    assert data.threads_needed(180, rates) == (2, True)
-    assert data.threads_needed(230, rates) == (3, True)  # 2.83 on the line
-    assert data.threads_needed(600, rates) == (8, False)  # at 75 a thread
-    rows = [
-        {"source": "tar", "decoder": "DALI GPU mixed", "hw_decoder_load": load, "threads": number}
-        | {"images_per_second": rate * (1 + load)}
-        for load in (0.0, 0.5)
-        for number, rate in rates.items()
-    ]
-    line = "tar: to feed 600 images/s you need 6 threads (DALI GPU mixed, hw_decoder_load 0.5, more than were"
-    assert data.closing(rows, 600)[0].startswith(line)
+@pytest.mark.parametrize("crop", ["rkrc", "rrc"])
+def test_both_sides_deliver_the_same_images(tmp_path, monkeypatch, crop):
+    """Where nothing is drawn but the interpolation, in any order."""
+    monkeypatch.setattr(data, "PIXELS", (60, 60))
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0}
+    monkeypatch.setattr(data, "TRANSFORM", data.TRANSFORM | whole)
+    common = (data.make_images(tmp_path, 8), crop, 4, 1, CPU)
+    found = []
+    for batches in (data.ours(*common, 0.0), data.plain(*common)):
+        with closing(batches):
+            images = torch.cat(list(islice(batches, 2)))
+        assert (images.shape, images.dtype) == ((8, 3, data.SIZE, data.SIZE), torch.float32)
+        found.append(images[images.mean((1, 2, 3)).argsort()])
+    assert (found[0] - found[1]).abs().mean() < 0.02  # of values in -1..1

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,14 +10,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastalign as fa
-from fastalign import train
+from fastalign import doctor, train
 from fastalign.build import teacher_dtype
 from fastalign.config import Config
-from fastalign.models.precision import FP8Linear
+from fastalign.models.precision import NATIVE_BF16, FP8Linear, compute_dtype
 from fastalign.ranks.distributed import World
 from fastalign.run import Run
 from tests.numerics import needs_compiler, randomise, relative_error
 
+BF16_OF_CPUS = NATIVE_BF16  # which the fixtures of a test hide
 NARROW = {"embed_dim": 96, "num_heads": 3, "depth": 3}
 SMALL = {"img_size": 48, **NARROW}
 # timm's name and arguments, the teacher's options.
@@ -166,6 +168,54 @@ def test_widths_that_fp8_does_not_take_stay_in_bf16():
     assert (mlp.fc1.weight.dtype, mlp.fc2.weight.dtype) == (torch.bfloat16, torch.bfloat16)
     assert isinstance(teacher.vit.blocks[0].attn.qkv, FP8Linear)
     assert autocast(teacher, torch.randn(1, 3, 32, 32)).isfinite().all()
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("flags", "onednn", "wanted"),
+    [
+        (
+            "fpu avx2 avx512_f avx512_bw avx512_vl avx512_vnni",
+            True,
+            torch.float32,
+        ),  # Ice Lake: oneDNN emulates
+        ("avx2 avx512_f avx512_bf16", True, torch.bfloat16),  # Cooper Lake, Zen 4
+        ("avx2 amx_tile amx_int8 amx_bf16", True, torch.bfloat16),
+        ("neon bf16 sve", True, torch.bfloat16),  # Neoverse V1
+        ("neon fp16_arith", True, torch.float32),  # Neoverse N1
+        ("neon bf16", False, torch.float32),  # Apple's, where torch has no oneDNN
+        ("", True, torch.float32),
+    ],
+)
+def test_auto_is_bf16_where_the_hardware_has_it(monkeypatch, flags, onednn, wanted):
+    monkeypatch.setattr("fastalign.models.precision.NATIVE_BF16", BF16_OF_CPUS)
+    found = {"architecture": "x86_64", "avx512_bf16": False, **dict.fromkeys(flags.split(), True)}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    assert compute_dtype("auto", CPU) == wanted
+    assert compute_dtype("auto", GPU) == compute_dtype("bf16", CPU) == torch.bfloat16
+    assert compute_dtype("fp32", GPU) == torch.float32
+    words = "with bf16 instructions" if wanted == torch.bfloat16 else "without bf16 instructions"
+    assert any(words in line for line in doctor.machine())
+    assert doctor.smoke("cpu").startswith(f"a step on the cpu in {str(wanted).removeprefix('torch.')}")
+
+
+def test_torchs_names_of_the_instructions_are_those_of_linux():
+    """Where the kernel's names can be read, as a check of torch's."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    flags = next((set(line.split()) for line in lines if line.startswith(("flags", "Features"))), None)
+    if flags is None:
+        pytest.skip("no /proc/cpuinfo with flags")
+    found = {name for name, value in torch.cpu.get_capabilities().items() if value is True}
+    assert found & set(BF16_OF_CPUS) == flags & set(BF16_OF_CPUS)
+
+
+def test_ranks_that_differ_hear_what_to_set(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(World, "agree", lambda world, value: False)
+    recipe("efficiency.precision=auto", expect=2)
+    assert "efficiency.precision=auto: not every rank's CPU has bf16" in capsys.readouterr().err
 
 
 def test_another_dtype_is_refused():

@@ -54,7 +54,10 @@ def attention(
     return BACKENDS[name].run(q, k, v, softcap, bias, sequences)
 
 
-@torch.compiler.assume_constant_result
 def _name(backend: str, *facts) -> str:
     """The choice, which a compiled graph takes for granted: it depends on what is compiled in anyway."""
     return choose(Case(*facts), backend).backend
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo here.
+_name._dynamo_marked_constant = True

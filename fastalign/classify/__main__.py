@@ -51,7 +51,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--unfreeze", action="store_true", help="train the backbone too, on augmented images")
     add("--augment", action="store_true", help="frozen backbone, but new crops and flips each epoch")
     add("--seeds", nargs="+", type=int, default=list(Options.seeds), metavar="N", help="one training each")
-    add("--precision", default="auto", help="auto (bf16 on a GPU) | bf16 | fp32")
+    add("--precision", default="auto", help="auto (bf16 where the hardware has it) | bf16 | fp32")
     add("--grad-checkpointing", action="store_true", help="unfreeze: less memory, more time")
     for name, kind, text in (
         ("epochs", int, None),

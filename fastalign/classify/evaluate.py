@@ -5,10 +5,10 @@ import platform
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 
 from fastalign import __version__
@@ -147,7 +147,7 @@ def _versions(world: World) -> dict[str, str]:
     return {
         "fastalign": __version__,
         "torch": torch.__version__,
-        "timm": timm.__version__,
+        "timm": version("timm"),
         "numpy": np.__version__,
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(world.device) if cuda else "CPU",

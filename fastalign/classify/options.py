@@ -49,7 +49,7 @@ class Options:
     """timm's spelling (unfreeze, augment)"""
     seeds: tuple[int, ...] = (0,)
     precision: str = "auto"
-    """auto (bf16 on a GPU) | bf16 | fp32"""
+    """auto (bf16 where the hardware has it) | bf16 | fp32"""
     threads: int = 4
     """reading threads a rank, and as many for decoding"""
     grad_checkpointing: bool = False

@@ -95,7 +95,7 @@ MODEL = {
 }
 MACHINE = {
     "device": _no(str, "cuda", "a run takes the GPU if there is one, CUDA_VISIBLE_DEVICES hides it", "cuda"),
-    "amp": _to(bool, False, "efficiency.precision: auto (bf16 on a GPU), without amp fp32"),
+    "amp": _to(bool, False, "efficiency.precision: auto (bf16 where the hardware has it), without amp fp32"),
     "amp_dtype": _to(str, "float16", "efficiency.precision; with amp, bfloat16 only"),
     "no_ddp_bb": _same(bool, False, "no backbone has buffers to broadcast"),
     "synchronize_step": _same(bool, False, _SPEED),

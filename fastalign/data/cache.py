@@ -8,12 +8,13 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from fastalign.engine.files import write_atomically
 from fastalign.paths import home_folder
 
 _FORMAT = "fastalign-index-2"
@@ -54,21 +55,17 @@ def save_index(kind: str, key: str, arrays: dict[str, np.ndarray]) -> bool:
         position += array.nbytes
     header = json.dumps({"format": _FORMAT, "key": key, "arrays": layout, "bytes": position}).encode() + b"\n"
     body = -(-len(header) // _ALIGN) * _ALIGN
-    temporary = None
+
+    def write(file: BinaryIO) -> None:
+        file.write(header)
+        for name, array in arrays.items():
+            file.seek(body + layout[name][2])
+            file.write(memoryview(np.ascontiguousarray(array)))
+        file.truncate(body + position)
+
     try:
-        target = _cache_file(kind, key)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".writing-")
-        with os.fdopen(handle, "wb") as file:
-            file.write(header)
-            for name, array in arrays.items():
-                file.seek(body + layout[name][2])
-                file.write(memoryview(np.ascontiguousarray(array)))
-            file.truncate(body + position)
-        Path(temporary).replace(target)
+        write_atomically(_cache_file(kind, key), write)
     except (OSError, UnicodeEncodeError):
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         return False
     return True
 

@@ -1,6 +1,6 @@
-"""What torch.compile has cost this process."""
+"""What torch.compile has cost this process. torch imports torch._dynamo when it is first used, not before."""
 
-from torch._dynamo.utils import compile_times, counters
+import torch
 
 _TIMED = ("_compile.compile_inner", "backward._backward_impl")
 """torch's names for a graph's capture with its forward code, and for its backward code where that is made later."""
@@ -8,7 +8,7 @@ _TIMED = ("_compile.compile_inner", "backward._backward_impl")
 
 def compile_seconds() -> float:
     """Seconds that went into compilation so far."""
-    times = dict(zip(*compile_times(repr="csv", aggregate=True), strict=True))
+    times = dict(zip(*torch._dynamo.utils.compile_times(repr="csv", aggregate=True), strict=True))
     return sum(float(times.get(name, 0)) for name in _TIMED)
 
 
@@ -28,10 +28,10 @@ class Compilation:
         return found
 
     def _count(self) -> int:
-        return counters["stats"]["unique_graphs"]
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
     def _totals(self) -> dict[str, float]:
-        cache = counters["inductor"]
+        cache = torch._dynamo.utils.counters["inductor"]
         return {
             "compile_seconds": compile_seconds(),
             "compile_cache_hits": cache["fxgraph_cache_hit"],

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import safetensors.torch
 import torch
+from torch import Tensor
 
 from fastalign.errors import UserError, first_line
 
@@ -21,7 +23,7 @@ _TEMPORARY = re.compile(r"\..+\.(\d+)$")
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file under a temporary name, flush it to the disk, then rename it: nobody ever sees half of it.
 
-    When this returns, a power failure does not undo it.
+    When this returns, a power failure does not undo it. The file's mode follows the umask.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
@@ -34,6 +36,18 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
+    """Write a safetensors file as `write_atomically` does: safetensors' own writer gives it mode 0600.
+
+    Args:
+        path: the file.
+        tensors: by name, contiguous.
+        **metadata: texts for its header, beside the format.
+    """
+    content = safetensors.torch.save(tensors, {"format": "pt", **metadata})
+    write_atomically(path, lambda file: file.write(content))
 
 
 def temporary_name(path: Path) -> Path:

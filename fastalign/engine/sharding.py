@@ -1,12 +1,13 @@
-"""FSDP: each rank keeps a part of every trained tensor; checkpoints and everything written hold whole ones."""
+"""FSDP: each rank keeps a part of every trained tensor; checkpoints and everything written hold whole ones.
+
+torch's FSDP is imported where something is split: few runs do that, and all of them pass through here.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastalign.ranks.distributed import World, open_mesh
 
@@ -19,6 +20,8 @@ def shard(module: nn.Module, parts: Iterable[nn.Module], world: World) -> None:
         parts: modules within it that are put together one at a time, called as modules too.
         world: several ranks.
     """
+    from torch.distributed.fsdp import fully_shard
+
     mesh = open_mesh(world)
     for part in parts:
         fully_shard(part, mesh=mesh)
@@ -33,20 +36,27 @@ def from_first_rank(module: nn.Module) -> None:
             distributed.broadcast(value, src=0)
 
 
+def _is_split(value: Tensor) -> bool:
+    """Whether this is a DTensor, the only kind that has a mesh."""
+    return hasattr(value, "device_mesh")
+
+
 def whole(value: Tensor) -> Tensor:
     """The whole of a tensor that ranks share: every rank must call this. Other tensors as they are."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if _is_split(value) else value
 
 
 def local(value: Tensor) -> Tensor:
     """This rank's part of a tensor that ranks share, in the same memory. Other tensors as they are."""
-    return value.to_local() if isinstance(value, DTensor) else value
+    return value.to_local() if _is_split(value) else value
 
 
 def like(value: Tensor, live: Tensor) -> Tensor:
     """A whole tensor, the same on every rank, split as `live` is; as it is where `live` is not split."""
-    if not isinstance(live, DTensor):
+    if not _is_split(live):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     # Each rank takes its part of its own copy, nothing is sent.
     return distribute_tensor(value.to(live.device), live.device_mesh, live.placements, src_data_rank=None)
 
@@ -83,6 +93,8 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
     Every rank must enter; each holds the whole module meanwhile. Nothing for a module that is not split.
     """
+    from torch.distributed.fsdp import FSDPModule
+
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         part.unshard()

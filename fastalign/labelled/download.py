@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from fastalign.data.cache import lock
+from fastalign.engine.files import write_atomically
 from fastalign.errors import UserError
 from fastalign.labelled.archives import Archive, Piece, archives
 from fastalign.labelled.datasets import SPLITS
@@ -98,9 +99,8 @@ def _read_record(root: Path) -> dict[str, dict]:
 
 
 def _write_record(root: Path, record: dict[str, dict]) -> None:
-    temporary = root / f".{RECORD}"
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(root / RECORD)
+    text = json.dumps(record, indent=1) + "\n"
+    write_atomically(root / RECORD, lambda file: file.write(text.encode()))
 
 
 def _is_there(root: Path, piece: Piece, done: dict[str, int]) -> bool:

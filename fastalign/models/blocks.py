@@ -4,7 +4,6 @@ Shapes: B images, N patches, P prefix tokens (class, registers), T = P + N token
 """
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -188,6 +187,12 @@ class MLP(nn.Module):
         return self.fc2(self.norm(x))
 
 
+def _drop_path(rate: float) -> nn.Module:
+    from timm.layers import DropPath  # here, because importing timm takes a second
+
+    return DropPath(rate)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
@@ -204,7 +209,7 @@ class Block(nn.Module):
         self.attn = Attention(spec, prefix=prefix, window=window)
         self.norm2 = make_norm(spec)
         self.mlp = MLP(spec)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path = _drop_path(drop_path) if drop_path > 0 else nn.Identity()
         self.scale_keys = spec.layer_scale_keys if spec.layer_scale else "none"
         if self.scale_keys == "ls":
             self.ls1 = LayerScale(spec.width, spec.layer_scale)

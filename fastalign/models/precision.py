@@ -11,13 +11,27 @@ from fastalign.models.blocks import MLP, Attention
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 FP8_CAPABILITY = (8, 9)
 """The first GPUs that multiply in FP8: Ada, then Hopper and Blackwell."""
+NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
+"""torch's names for the instructions that multiply in bf16: two of x86, one of Arm."""
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """float32 for "fp32", bfloat16 for "bf16" and "fp8"; for "auto" bfloat16 on a GPU."""
+    """float32 for "fp32", bfloat16 for "bf16" and "fp8"; for "auto" bfloat16 where the hardware has it."""
     if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if has_bf16(device) else torch.float32
     return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies in bf16: a GPU, or a CPU with instructions for it and a torch that uses them.
+
+    oneDNN's own answer (`torch.ops.mkldnn._is_mkldnn_bf16_supported`) is yes for every CPU with AVX-512. Without
+    AVX512-BF16 or AMX it converts to fp32 and back, which is slower than fp32.
+    """
+    if device.type == "cuda":
+        return True
+    capabilities = torch.cpu.get_capabilities() if torch.backends.mkldnn.is_available() else {}
+    return any(capabilities.get(name, False) for name in NATIVE_BF16)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.errors import UserError, first_line
-from fastalign.models.checkpoint import Checkpoint
+from fastalign.models.checkpoint import Checkpoint, misfit
 from fastalign.models.describe import MODELS
 from fastalign.models.spec import ViTSpec
 
-_NOT_BACKBONE = ("head.", "head_dist.", "decoder.")
+_NOT_BACKBONE = ("head.", "head_dist.", "decoder.", "decoder_")
 _RELATIVE = ".relative_position_bias_table"
-_REMEDY = "give the name that it was made with"
 _LAYER_SCALE = re.compile(r"(blocks\.\d+\.)(?:ls([12])\.gamma|gamma_([12]))")
 
 
@@ -42,8 +41,7 @@ def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[s
     try:
         return MODELS[type(template)](state, bare) | tables
     except Exception as error:
-        reason = f"timm says {first_line(error)}"
-        raise UserError(f"{_another(checkpoint, path)}: {reason}; {_REMEDY}") from error
+        raise misfit(checkpoint, path, f"timm says {first_line(error)}") from error
 
 
 def table_grid(state: dict[str, Tensor], spec: ViTSpec, path: str) -> tuple[int, int]:
@@ -97,23 +95,18 @@ def load_weights(source: nn.Module, state: dict[str, Tensor], checkpoint: Checkp
     Raises:
         UserError: the weights of another model.
     """
-    wanted, another = source.state_dict(), _another(checkpoint, path)
+    wanted = source.state_dict()
     state = _fit_layer_scale(state, wanted)
     missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     other = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     if missing:
-        raise UserError(f"{another}: it lacks {missing[0]}; {_REMEDY}")
+        raise misfit(checkpoint, path, f"it lacks {missing[0]}")
     if extra:
-        raise UserError(f"{another}: it has {extra[0]} too; {_REMEDY}")
+        raise misfit(checkpoint, path, f"it has {extra[0]} too")
     if other:
         found, shape = list(state[other[0]].shape), list(wanted[other[0]].shape)
-        raise UserError(f"{another}: {other[0]} is {found}, wanted {shape}; {_REMEDY}")
+        raise misfit(checkpoint, path, f"{other[0]} is {found}, wanted {shape}")
     source.load_state_dict(state)
-
-
-def _another(checkpoint: Checkpoint, path: str) -> str:
-    name = f" ({checkpoint.arch})" if checkpoint.arch else ""
-    return f"{path} holds the weights of another model{name}"
 
 
 def fold_layer_scale(state: dict[str, Tensor], wanted: Container[str]) -> dict[str, Tensor]:

@@ -15,13 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.errors import UserError, first_line
+<<<<<<< HEAD
 from fastalign.models import hub
 from fastalign.models.checkpoint import Checkpoint, interpret, read_checkpoint
+=======
+from fastalign.models.checkpoint import Checkpoint, check_config, interpret, read_checkpoint
+>>>>>>> main
 from fastalign.models.describe import MODELS, describe, drop_path_rate, from_timm, pair
 from fastalign.models.spec import ViTSpec
 from fastalign.models.stored import facts_of, read_facts
 from fastalign.models.svit import uncapped
 from fastalign.models.vit import ViT
+from fastalign.models.weight_files import locate
 from fastalign.models.weights import load_weights, table_grid, timm_state
 from fastalign.paths import user_path
 
@@ -49,8 +54,8 @@ def create_backbone(
         name: timm's name, with or without the tag of the weights, or `MOCO`'s; the authors' `svit_X` is `vit_X`
             with attention logits capped at 30 (`max_attn_val`).
         pretrained: load the published weights (through timm; needs the network or timm's cache).
-        checkpoint: load these weights instead: `.safetensors`, `.pth` or `.pth.tar` with timm's keys, perhaps in a
-            training script's checkpoint (docs/backbones.md). Never unpickles code.
+        checkpoint: load these weights instead: a file or a folder, in a layout that docs/backbones.md names. Never
+            unpickles code.
         **kwargs: timm's keyword arguments: `img_size`, `depth`, `num_classes` (default 0), `drop_path_rate`...
             Position tables of another `img_size` are resampled.
 
@@ -65,7 +70,7 @@ def create_backbone(
     name, kwargs, softcap = uncapped(name, {"num_classes": 0, **kwargs})
     template = _template(name, kwargs)
     if checkpoint is not None:
-        found, facts = read_checkpoint(checkpoint), facts_of(Path(checkpoint))
+        found, facts = read_checkpoint(checkpoint), facts_of(locate(checkpoint))
         found = found if facts is None else _as_told(found, facts)
         return _from_weights(name, kwargs, template, found, str(checkpoint), softcap)
     if pretrained and _is_moco(name):
@@ -102,6 +107,7 @@ def _from_weights(
 ) -> ViT:
     """A backbone with the weights of a file, whose positions are resampled where the file's grid is another one."""
     state, spec = timm_state(found, template, path), describe(template)
+    check_config(spec, found.config, path)
     if found.student and spec.pool == "map" and not any(key.startswith("attn_pool.") for key in state):
         kwargs = {**kwargs, "global_pool": ""}  # a student has no pooling
     if _is_moco(name):  # whatever the file says, its table is computed

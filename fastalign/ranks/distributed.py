@@ -1,6 +1,7 @@
 """Ranks: who am I, which device is mine, and sums over everybody; whether another one is lost."""
 
 import gc
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,6 +86,9 @@ def start(patience: timedelta | None = None) -> World:
     else:
         device = torch.device("cpu")
     if size > 1:
+        # Before there is a group: some of its functions have it as the default of an argument, which would keep it
+        # alive after `stop` if torch._dynamo imported them later.
+        importlib.import_module("torch.distributed.fsdp")
         options = {"device_id": device} if device.type == "cuda" else {}
         options |= _store_of_this_attempt(rank, size, patience)
         distributed.init_process_group(

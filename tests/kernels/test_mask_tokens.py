@@ -47,9 +47,7 @@ def test_a_cpu_without_the_interpreter_is_told_where_to_go(monkeypatch):
         lambda: softcap_attention(qkv, qkv, qkv, softcap=30.0),
     ]
     for call in calls:
-        with pytest.raises(
-            ValueError, match=r"got cpu: call the function of the same name in fastalign\.ops"
-        ):
+        with pytest.raises(ValueError, match=r"got cpu: call .* in fastalign\.ops"):
             call()
 
 

@@ -1,6 +1,7 @@
 """What makes a run faster changes no loss, or as much as it says."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -43,14 +44,30 @@ def test_nothing_is_compiled_after_the_first_step(recipe, capturing, setting, mo
 
 
 @pytest.mark.parametrize("mode", ["zero", "drop"])
-def test_fp8_stays_close(recipe, mode):
-    plain = losses(recipe("max_steps=4", f"masks.mode={mode}", name="plain"))
-    options = ["efficiency.precision=fp8", f"masks.mode={mode}", "max_steps=4"]
-    assert losses(recipe(*options, name="fp8")) == pytest.approx(plain, rel=0.02)
+def test_lower_precision_stays_close_and_resumes_with_the_same_bits(recipe, mode):
+    mode = f"masks.mode={mode}"
+    plain = losses(recipe(mode, "max_steps=4", name="plain"))
+    for precision in ("bf16", "fp8"):
+        options = [mode, f"efficiency.precision={precision}"]
+        whole = recipe(*options, "max_steps=4", name=precision)
+        assert losses(whole) == pytest.approx(plain, rel=0.02)
+        assert losses(whole) != plain
+        recipe(*options, "max_steps=2", name="resumed")
+        resumed = recipe(*options, "max_steps=4", name="resumed")
+        assert losses(resumed) == losses(whole)
+        states = [newest_state(folder) for folder in (whole, resumed)]
+        assert all(torch.equal(*values) for values in zip(*map(floats, states), strict=True))
+        assert {value.dtype for value in floats(states[0])} == {torch.float32}
+        shutil.rmtree(resumed)
 
 
-def test_bf16_stays_close(recipe):
-    plain = losses(recipe("max_steps=4", name="plain"))
-    assert losses(recipe("efficiency.precision=bf16", "max_steps=4", name="bf16")) == pytest.approx(
-        plain, rel=0.02
-    )
+def newest_state(folder) -> dict:
+    return torch.load(max((folder / "checkpoints").glob("step-*.pt")), weights_only=True)
+
+
+def floats(state) -> list[torch.Tensor]:
+    """The floating-point tensors of a checkpoint: weights, moving average, the optimiser's state."""
+    if isinstance(state, torch.Tensor):
+        return [state] if state.is_floating_point() else []
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list) else []
+    return [tensor for value in values for tensor in floats(value)]
