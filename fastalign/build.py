@@ -70,10 +70,7 @@ def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
     Raises:
         UserError: no such weights, or another backbone's.
     """
-    from fastalign.models.zoo import (
-        create_backbone,
-        load_backbone,
-    )  # with timm, which takes a second to import
+    from fastalign.models.zoo import create_backbone, load_backbone  # with timm, a second's import
 
     if weights in ("pretrained", "random"):
         return create_backbone(name, pretrained=weights == "pretrained", **kwargs)

@@ -15,12 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.errors import UserError, first_line
-<<<<<<< HEAD
 from fastalign.models import hub
-from fastalign.models.checkpoint import Checkpoint, interpret, read_checkpoint
-=======
 from fastalign.models.checkpoint import Checkpoint, check_config, interpret, read_checkpoint
->>>>>>> main
 from fastalign.models.describe import MODELS, describe, drop_path_rate, from_timm, pair
 from fastalign.models.spec import ViTSpec
 from fastalign.models.stored import facts_of, read_facts
