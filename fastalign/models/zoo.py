@@ -87,7 +87,7 @@ def load_backbone(path: str | Path, **kwargs) -> ViT:
     path = Path(user_path(path))
     path = path / "backbone.json" if path.is_dir() else path
     facts, place = read_facts(path), path.with_suffix(".safetensors")
-    name, kwargs = facts["name"], {**facts["kwargs"], **kwargs}
+    name, kwargs = facts["name"], {"num_classes": 0, **facts["kwargs"], **kwargs}
     template = _template(name, kwargs)
     found = _as_told(read_checkpoint(place), facts)
     return _from_weights(name, kwargs, template, found, str(place), None).eval()
