@@ -21,8 +21,8 @@ SPILLING = "\n".join(
 )
 """64 values that live at the same time, in at most 32 registers."""
 SERIAL = """ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due \
-to non wgmma instructions defining accumulator registers of a wgmma between start and end of the pipeline stage in the \
-function 'dkdv_kernel'
+to non wgmma instructions defining accumulator registers of a wgmma between start and end of the pipeline stage \
+in the function 'dkdv_kernel'
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function 'dkdv_kernel' for 'sm_90a'
 ptxas info    : Function properties for dkdv_kernel
