@@ -1,17 +1,22 @@
 # make install | demo | test | lint | gpu
-VENV ?= .venv
+FASTALIGN_VENV := $(or $(FASTALIGN_VENV),.venv)
 PYTHON ?= python3
-PY := $(VENV)/bin/python
+PY := $(FASTALIGN_VENV)/bin/python
 DALI ?= dali
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: install demo test test-style test-rest test-reliability lint gpu clean
+.PHONY: install demo test test-style test-rest test-reliability lint gpu clean own-venv
 
-install: $(VENV)/.installed
+install: $(FASTALIGN_VENV)/.installed
+
+# What is cleared and removed is a virtual environment, never a folder that has something else in it.
+own-venv:
+	@test -e "$(FASTALIGN_VENV)/pyvenv.cfg" || test -z "$$(ls -A "$(FASTALIGN_VENV)" 2>/dev/null)" || \
+		{ echo "FASTALIGN_VENV=$(FASTALIGN_VENV) is no virtual environment and not empty: name another folder" >&2; exit 2; }
 
 # torch first, then ours without build isolation: a build must see the torch that will run.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
-	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+$(FASTALIGN_VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*) | own-venv
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(FASTALIGN_VENV)
 	$(PY) -m pip install -q -c constraints.txt setuptools wheel
 	$(PY) -m pip install -q -c constraints.txt torch torchvision
 	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[$(DALI),demo,dev]"
@@ -40,7 +45,7 @@ RANKS := $(if $(filter 0,$(GPUS)),2,1)
 
 demo: install
 	$(PY) -m demo.mosaics --out demo/data
-	OMP_NUM_THREADS=$(if $(filter 0,$(GPUS)),1,4) $(VENV)/bin/torchrun --standalone --nproc-per-node=$(RANKS) \
+	OMP_NUM_THREADS=$(if $(filter 0,$(GPUS)),1,4) $(FASTALIGN_VENV)/bin/torchrun --standalone --nproc-per-node=$(RANKS) \
 		-m fastalign.train configs/demo.yaml
 	$(PY) -m demo.summary runs/demo
 	$(PY) -m demo.evidence runs/demo
@@ -50,5 +55,5 @@ demo: install
 gpu:
 	bash benchmarks/gpu.sh --all
 
-clean:
-	rm -rf $(VENV) build *.egg-info fastalign/*.so .pytest_cache .ruff_cache
+clean: own-venv
+	rm -rf $(FASTALIGN_VENV) build *.egg-info fastalign/*.so .pytest_cache .ruff_cache

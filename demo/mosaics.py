@@ -81,7 +81,7 @@ def photo_path(name: str) -> Path:
     """Where the wheel put a photograph; neither package is imported, so nothing can be downloaded."""
     package, file = PHOTOS[name]
     spec = find_spec(package)
-    remedy = f"pip install {DISTRIBUTIONS[package]} (or fastalign[demo])"
+    remedy = f"pip install {DISTRIBUTIONS[package]}"
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"mosaics: the package {package}, which ships the photograph {name}, is missing: {remedy}"

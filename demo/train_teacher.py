@@ -20,10 +20,10 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastalign.engine.files import write_tensors
 from fastalign.errors import UserError
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -183,8 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, args.out)
+    write_tensors(args.out, {name: value.contiguous() for name, value in model.state_dict().items()})
     args.out.with_suffix(".json").write_text(json.dumps(describe(args, accuracy, argv), indent=1) + "\n")
     print(f"{args.out}: val top-1 {accuracy:.3f}")
     return 0

@@ -12,7 +12,7 @@ from fastalign.models.teacher import MaskedTeacher
 from fastalign.objectives import MaskedImageModeling, MaskEmbed
 
 if TYPE_CHECKING:
-    from fastalign.models.zoo import create_backbone, load_backbone
+    from fastalign.models.zoo import create_backbone, load_backbone, transform
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "load_backbone",
     "masks",
     "ops",
+    "transform",
 ]
 
 
@@ -42,6 +43,10 @@ def __getattr__(name: str):
     from fastalign.models import zoo
 
     return getattr(zoo, name)
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def _needs_triton(name: str):

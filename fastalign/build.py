@@ -23,8 +23,6 @@ from fastalign.models.vit import ViT
 from fastalign.objectives import MaskedImageModeling, MaskEmbed
 from fastalign.ranks.distributed import World
 
-WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".npz")
-"""How a weights file's name ends; any other path is the folder of a run."""
 _RANDOM_SEED = 0
 """Random weights that a command line asks for are the same each time."""
 SCALE_BATCHES = 50
@@ -45,15 +43,18 @@ def build_masks(config: Config):
 
 def build_backbones(config: Config) -> tuple[ViT, ViT]:
     """The student's backbone and the teacher's, one and the same object where they do not differ."""
-    student, teacher = config.student, config.teacher
-    first = (student.name, student.weights, student.kwargs)
-    if teacher.name is None:
-        kwargs = {**student.kwargs, **teacher.kwargs}
-        second = (student.name, teacher.weights or student.weights, kwargs)
-    else:
-        second = (teacher.name, teacher.weights or "pretrained", teacher.kwargs)
+    student = config.student
+    first, second = (student.name, student.weights, student.kwargs), teacher_of(config)
     backbone = make_backbone("student.weights", *first)
     return backbone, backbone if second == first else make_backbone("teacher.weights", *second)
+
+
+def teacher_of(config: Config) -> tuple[str, str, dict]:
+    """The teacher's name, weights and arguments, which are the student's where it has none of its own."""
+    student, teacher = config.student, config.teacher
+    if teacher.name is None:
+        return student.name, teacher.weights or student.weights, {**student.kwargs, **teacher.kwargs}
+    return teacher.name, teacher.weights or "pretrained", teacher.kwargs
 
 
 def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
@@ -62,16 +63,14 @@ def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
     Args:
         key: what the user calls `weights`, for messages.
         name: timm's name.
-        weights: "pretrained", "random", a weights file, or the folder of a run that aligned this backbone.
+        weights: "pretrained", "random", a weights file, a folder that holds one, or the folder of a run that
+            aligned this backbone.
         kwargs: timm's arguments.
 
     Raises:
         UserError: no such weights, or another backbone's.
     """
-    from fastalign.models.zoo import (
-        create_backbone,
-        load_backbone,
-    )  # with timm, which takes a second to import
+    from fastalign.models.zoo import create_backbone, load_backbone  # with timm, a second's import
 
     if weights in ("pretrained", "random"):
         return create_backbone(name, pretrained=weights == "pretrained", **kwargs)
@@ -80,11 +79,11 @@ def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
             f"{key}={weights}: there is no such file or folder; give a weights file, a run folder, "
             "pretrained or random"
         )
-    if Path(weights).suffix in WEIGHTS:
+    if not (Path(weights) / "backbone.json").is_file() and Path(weights).suffix != ".json":
         return create_backbone(name, checkpoint=weights, **kwargs)
     name, kwargs, _ = uncapped(name, kwargs)  # the run recorded its soft-cap
-    drop_path = {key: value for key, value in kwargs.items() if key == "drop_path_rate"}
-    vit = load_backbone(weights, **drop_path)
+    free = {key: value for key, value in kwargs.items() if key in ("drop_path_rate", "img_size")}
+    vit = load_backbone(weights, **free)
     if vit.recipe["name"].split(".")[0] != name.split(".")[0]:
         raise UserError(f"the run at {weights} aligned {vit.recipe['name']}, not {name}: set the same name")
     made = vit.recipe["kwargs"]
@@ -124,7 +123,7 @@ def named_backbone(
     arguments = parse_yaml(kwargs, f"--kwargs {kwargs}")
     if not isinstance(arguments, dict):
         raise UserError(f"--kwargs {kwargs}: give a mapping in YAML, as in '{{depth: 6}}'")
-    path = Path(place).expanduser()
+    path = Path(place)
     if path.exists() or "/" in place or path.suffix == ".json":
         for flag, value in (("--weights", weights), ("--softcap", softcap)):
             if value is not None:
@@ -220,6 +219,7 @@ def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, 
     if data.train is None:
         raise UserError("data.train is not set: give it an image folder or tar shards, data.train=PATH")
     source, quarantine = open_source(data.train, damaged=True), config.faults["quarantine"]
+    _check_batch_size(config, world, len(source))
     train = Loader(
         source,
         Transform(
@@ -256,12 +256,21 @@ def image_constants(backbone: ViT) -> dict:
     return {"size": backbone.spec.image_size, **backbone.data}
 
 
+def _check_batch_size(config: Config, world: World, images: int) -> None:
+    size, parts = config.optim.batch_size, config.optim.accumulate * world.size
+    multiple = f"a multiple of optim.accumulate x ranks = {parts}"
+    if size % parts:
+        raise UserError(f"optim.batch_size={size}: it must be {multiple}")
+    if size > images:
+        most = images // parts * parts
+        remedy = f"set it to at most {most}, {multiple}" if most else "lower optim.accumulate"
+        raise UserError(
+            f"optim.batch_size={size}: data.train has {images} images, fewer than an update; {remedy}"
+        )
+
+
 def _common(config: Config, world: World) -> dict:
     parts = config.optim.accumulate * world.size
-    if config.optim.batch_size % parts:
-        raise UserError(
-            f"optim.batch_size {config.optim.batch_size} must be a multiple of optim.accumulate x ranks = {parts}"
-        )
     return {
         "batch_size": config.optim.batch_size // parts,
         "device": world.device,

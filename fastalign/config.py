@@ -1,5 +1,8 @@
 """The configuration of a run: one typed tree, read from YAML and `key=value` overrides.
 
+Each key is of one of three kinds (`engine/changes.py`), which say what a run that goes on does about a new value.
+What bears no mark decides the result.
+
 A recipe may name another file as its `base`, relative to itself; its own keys win. Every key is listed here
 and nowhere else; a misspelt key or a value of the wrong type is an error that names the nearest right key.
 """
@@ -7,41 +10,30 @@ and nowhere else; a misspelt key or a value of the wrong type is an error that n
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from typing_extensions import TypedDict  # typing's own is refused by pydantic before Python 3.12
 
-from fastalign.engine.yaml_files import explain, parse_yaml, put, read_with_bases, write_yaml
-from fastalign.errors import UserError
+from fastalign.engine import sections
+from fastalign.engine.changes import Kind
+from fastalign.engine.sections import Section, to_yaml
+from fastalign.engine.yaml_files import read_with_bases
 from fastalign.models.svit import check_recipe
+from fastalign.paths import UserPath
+
+__all__ = ["Config", "keys", "kinds", "load_config", "resolve", "to_yaml"]
 
 KEYS_OF_KWARGS = {"name": "name", "weights": "weights", "pretrained": "weights", "checkpoint": "weights"}
 """Arguments of a backbone that are keys of `student` and `teacher`."""
-RENAMED = {
-    f"{section}.{old}": f"write {section}.weights={new}"
-    for section in ("student", "teacher")
-    for old, new in (("pretrained", "pretrained or random"), ("checkpoint", "PATH"))
-}
-RENAMED |= {
-    f"decoder.{name}": f"write decoder.kwargs.{name}"
-    for name in ("width", "heads", "qk_norm", "qkv_bias", "init_values")
-}
-RENAMED |= {"loss.scale_batches": "write loss.target_scale=auto:BATCHES"}
-
-
-class Section(BaseModel):
-    """A group of keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Student(Section):
     name: str = "vit_base_patch16_224.augreg_in21k_ft_in1k"
     """timm's name of the backbone to align"""
-    weights: str = "pretrained"
-    """where it starts: pretrained (published), random, or a PATH: weights file (.safetensors, .pth) or run folder"""
-    kwargs: dict[str, Any] = {}
+    weights: UserPath = "pretrained"
+    """where it starts: pretrained (published), random, or a PATH: weights file, Hugging Face or run folder"""
+    kwargs: dict[str, Any] = Field({})
     """timm's arguments: img_size, depth, drop_path_rate..."""
     softcap: float | None = Field(30.0, gt=0)
     """cap of the attention logits; null = plain attention"""
@@ -54,9 +46,9 @@ class Student(Section):
 class Teacher(Section):
     name: str | None = None
     """timm's name; null = the student's backbone, weights and kwargs"""
-    weights: str | None = None
+    weights: UserPath | None = None
     """as student.weights; null = the student's, or pretrained where teacher.name is set"""
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Any] = Field({})
     """timm's arguments"""
     skip_blocks: int = Field(1, ge=0)
     """last blocks removed before the final norm is read"""
@@ -78,7 +70,7 @@ class DecoderKwargs(TypedDict, total=False):
 class Decoder(Section):
     layers: int = Field(2, ge=0)
     """transformer blocks"""
-    kwargs: DecoderKwargs = {}
+    kwargs: DecoderKwargs = Field({})
     """width (null: the teacher's), heads, qk_norm, qkv_bias (the student's), init_values (1e-6; null: none)"""
 
 
@@ -111,9 +103,9 @@ class Loss(Section):
 
 
 class Data(Section):
-    train: str | None = None
+    train: UserPath | None = None
     """image folder, tar shards (folder, file or pattern), or synthetic[:COUNT]"""
-    val: str | None = None
+    val: UserPath | None = None
     """the same for validation; null = none"""
     crop: Literal["rkrc", "rrc"] = "rkrc"
     """resize-keep-ratio with centre crop, or random resized crop"""
@@ -131,9 +123,9 @@ class Data(Section):
     """alpha; 0 = off"""
     cutmix: float = Field(0.0, ge=0)
     """alpha; 0 = off"""
-    threads: int = Field(4, gt=0)
+    threads: Annotated[int, Kind.FREE] = Field(4, gt=0)
     """reading and decoding threads a rank"""
-    hw_decoder_load: float = Field(0.9, ge=0, le=1)
+    hw_decoder_load: Annotated[float, Kind.FREE] = Field(0.9, ge=0, le=1)
     """share of JPEGs for the GPU's decoding engine, where it has one"""
 
 
@@ -142,7 +134,7 @@ class Optim(Section):
     """adamw: torch's, fused; apex_adam: the same by NVIDIA's apex, torch's without it; apex_lamb: LAMB by apex"""
     batch_size: int = Field(1024, gt=0)
     """images an update, over all ranks and accumulation steps"""
-    accumulate: int = Field(1, gt=0)
+    accumulate: Annotated[int, Kind.FREE] = Field(1, gt=0)
     """forward and backward passes an update"""
     epochs: int = Field(5, gt=0)
     """passes over the data; the schedule's length"""
@@ -163,14 +155,15 @@ class Optim(Section):
 
 
 class Checkpoint(Section):
+    kind: ClassVar[Kind] = Kind.FREE
     every_steps: int | None = Field(None, gt=0)
-    """null = each epoch"""
+    """also at the end of each epoch; null = within an epoch after 15 minutes without one"""
     keep: int = Field(2, gt=0)
     """newest ones kept, beside the best"""
 
 
 class Probe(Section):
-    data: str | None = None
+    data: UserPath | None = None
     """labelled data (docs/probe.md): its train split teaches a probe's head, its val split judges; null = no probe"""
     every_steps: int | None = Field(None, gt=0)
     """null = each epoch; in both cases also before the first step and after the last"""
@@ -183,7 +176,7 @@ class FaultRules(TypedDict, total=False):
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     bad_samples: Annotated[float, Field(ge=0, le=1)]
-    quarantine: str | None
+    quarantine: UserPath | None
     nonfinite: Literal["skip", "stop"]
     timeout: Annotated[float, Field(gt=0)]
 
@@ -192,16 +185,18 @@ FAULT_RULES: FaultRules = {"bad_samples": 0.01, "quarantine": None, "nonfinite":
 
 
 class Log(Section):
+    kind: ClassVar[Kind] = Kind.FREE
     every_steps: int = Field(20, gt=0)
     """metrics are fetched from the device, written and shown"""
-    to: list[str] = []
+    to: list[str] = Field([])
     """besides metrics.jsonl: tensorboard (events in the run folder), wandb:PROJECT (Weights & Biases)"""
 
 
 class Efficiency(Section):
     """Nothing here changes the loss beyond rounding, which is coarsest in fp8 (docs/precision.md)."""
 
-    precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
+    kind: ClassVar[Kind] = Kind.FREE
+    precision: Annotated[Literal["auto", "bf16", "fp32", "fp8"], Kind.RESULT] = "auto"
     """bf16 autocast, weights fp32; fp8 = bf16, the teacher's products in FP8; auto = bf16 if the hardware has it"""
     compile: bool | Literal["blocks"] = False
     """torch.compile the student and the teacher; blocks = block by block, which starts sooner"""
@@ -214,11 +209,13 @@ class Efficiency(Section):
 
 
 class Config(Section):
-    output: str = "runs/default"
+    output: Annotated[UserPath, Kind.FREE] = "runs/default"
     """the run folder; running again on it resumes"""
+    resume: Annotated[Literal["auto", "force"], Kind.FREE] = "auto"
+    """force: go on from a checkpoint of other settings; changes.jsonl in the run folder records what changed"""
     seed: int = Field(0, ge=0, lt=2**63)
     """of weights, data order, augmentation and masks"""
-    max_steps: int | None = Field(None, gt=0)
+    max_steps: Annotated[int | None, Kind.GROWS] = Field(None, gt=0)
     """stop after this many updates; the schedule stays that of optim.epochs"""
     objective: Literal["maskembed", "mim"] = "maskembed"
     """MaskEmbed, or masked image modeling"""
@@ -232,7 +229,7 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     probe: Probe = Probe()
     log: Log = Log()
-    faults: FaultRules = FAULT_RULES
+    faults: Annotated[FaultRules, Kind.FREE] = FAULT_RULES
     """bad_samples (largest share), quarantine (fastalign.scan's list), nonfinite (skip or stop), timeout (seconds)"""
     efficiency: Efficiency = Efficiency()
 
@@ -289,47 +286,18 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def resolve(tree: dict, overrides: list[str], where: str | Path) -> Config:
-    """The configuration of a tree with overrides; errors as for `load_config`, about the file `where`."""
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator or not key:
-            raise UserError(f"override {override!r} is not of the form section.key=value")
-        put(tree, key.split("."), parse_yaml(value, f"override {override!r}"), override)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        names = [
-            *keys(),
-            *Config.model_fields,
-            *(f"decoder.kwargs.{name}" for name in DecoderKwargs.__annotations__),
-        ]
-        names += [f"faults.{name}" for name in FAULT_RULES]
-        raise UserError(explain(error, where, names, RENAMED)) from None
+    """The configuration of a tree with overrides; `where` is the tree's file, for errors."""
+    return sections.resolve(Config, tree, overrides, where)
 
 
-def keys(section: type[Section] = Config, prefix: str = "") -> dict[str, str]:
+def keys() -> dict[str, str]:
     """Every key, dotted, with its documentation."""
-    found = {}
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            found |= keys(field.annotation, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = field.description or ""
-    return found
+    return {key: field.description or "" for key, field, _ in sections.fields(Config)}
 
 
-def to_yaml(config: Config, *, comments: bool = False) -> str:
-    """The resolved configuration as YAML, with each key's documentation behind it where asked for."""
-    text = write_yaml(config.model_dump(mode="json"))
-    if not comments:
-        return text
-    documentation, lines, section = keys(), [], ""
-    for line in text.splitlines():
-        name = line.strip().split(":")[0]
-        section = section if line.startswith(" ") else f"{name}."
-        key = section + name if line.startswith(" ") else name
-        lines.append(f"{line}  # {documentation[key]}" if key in documentation else line)
-    return "\n".join(lines) + "\n"
+def kinds() -> dict[str, Kind]:
+    """Every key, dotted, with what it is to a run that goes on."""
+    return {key: kind for key, _, kind in sections.fields(Config)}
 
 
 def _finite(value: float | str) -> float:

@@ -72,7 +72,9 @@ def data() -> list[str]:
         return [f"decoding and transforms: {', '.join(found)}"]
     if version("nvidia-dali"):
         return ["DALI: missing; the package nvidia-dali is another project: pip install nvidia-dali-cuda130"]
-    return ['DALI: missing, needed for training: pip install "fastalign[dali]"']
+    return [
+        "DALI: missing, needed for training: pip install nvidia-dali-cuda130 (CUDA 12: nvidia-dali-cuda120)"
+    ]
 
 
 def operations() -> list[str]:

@@ -1,5 +1,8 @@
 """Passes over the validation set: its loss, and the scale of the targets."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from fastalign import build
@@ -9,25 +12,38 @@ from fastalign.ranks.standing import WAITING
 from fastalign.run import Run
 
 
+@contextmanager
+def judged(run: Run) -> Iterator[None]:
+    """The student in eval mode, with the averaged weights where there are some; afterwards as it was before."""
+    student = run.objective.student
+    modes = {part: part.training for part in student.modules()}
+    live = {name: value.clone() for name, value in student.state_dict().items()} if run.average else None
+    try:
+        if live is not None:
+            student.load_state_dict(run.average.state)
+        student.eval()
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+        if live is not None:
+            student.load_state_dict(live)
+
+
 @torch.no_grad()
 def evaluate(run: Run) -> float:
     """The loss over the validation set with its fixed masks; of the averaged weights where there are some."""
-    student = run.objective.student
-    live = {name: value.clone() for name, value in student.state_dict().items()} if run.average else None
-    if run.average:
-        student.load_state_dict(run.average.state)
-    student.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
-    with run.alone(), run.fixed_weights():
-        for batch in run.val.batches():
-            run.beat("validating")
-            with run.autocast():
-                loss = run.objective(batch.images, batch.ids, EVAL_EPOCH)
-            sums += torch.stack([loss.double() * len(batch.ids), loss.new_tensor(len(batch.ids)).double()])
-    run.beat(WAITING)
-    student.train()
-    if live:
-        student.load_state_dict(live)
+    with judged(run):
+        with run.alone(), run.fixed_weights():
+            for batch in run.val.batches():
+                run.beat("validating")
+                with run.autocast():
+                    loss = run.objective(batch.images, batch.ids, EVAL_EPOCH)
+                sums += torch.stack(
+                    [loss.double() * len(batch.ids), loss.new_tensor(len(batch.ids)).double()]
+                )
+        run.beat(WAITING)
     total, count = run.world.sum(sums).tolist()
     _refuse_nothing(run, count)
     return total / count
@@ -55,3 +71,5 @@ def measure_target_scale(run: Run) -> None:
         run.world.sum(moments)
         _refuse_nothing(run, moments[0].item())
         run.objective.set_target_scale(moments)
+    else:
+        run.objective.target_scale.fill_(1.0)

@@ -2,6 +2,7 @@
 
 import json
 
+from fastalign.build import teacher_of
 from fastalign.data.bad_samples import FILE, BadSample, append_to_list, read_list, too_many
 from fastalign.engine.files import saying_where
 from fastalign.engine.metrics import Terminal, drop_later_lines
@@ -15,7 +16,7 @@ MOST_SKIPPED = 10
 """updates left out one after the other, after which a run ends: its weights no longer move"""
 
 
-def react(run: Run, terminal: Terminal, *, everything: bool = False) -> int:
+def react(run: Run, terminal: Terminal, *, everything: bool = False) -> tuple[int, bool]:
     """Act on what the ranks told one another; a collective where something is wrong.
 
     Args:
@@ -24,21 +25,21 @@ def react(run: Run, terminal: Terminal, *, everything: bool = False) -> int:
         everything: of the newest update too, which waits for the device.
 
     Returns:
-        The signal, or reason below zero, for the run to leave; 0 = none.
+        The signal, or reason below zero, for the run to leave, 0 = none; and whether a checkpoint is overdue.
 
     Raises:
         SharedError: bad numbers or samples, too many or not to be borne; on every rank.
     """
-    signal = 0
+    signal, overdue = 0, False
     for seen in run.status.read(everything=everything):
-        signal = signal or seen.signal
+        signal, overdue = signal or seen.signal, overdue or seen.overdue
         if seen.bad:
             bad_samples(run, seen, terminal)
         if seen.skipped:
             bad_numbers(run, seen, terminal)
         else:
             run.skipped_in_a_row = 0
-    return signal
+    return signal, overdue
 
 
 def bad_samples(run: Run, seen: Seen, terminal: Terminal) -> None:
@@ -83,16 +84,25 @@ def bad_validation_samples(run: Run, terminal: Terminal) -> None:
 
 
 def look_back(run: Run, terminal: Terminal) -> None:
-    """At the start: what was written down and will come again is dropped; damaged tar shards are told and listed."""
+    """At the start: what was written down and will come again is dropped; told is what is wrong already.
+
+    That is a teacher that has learned nothing, and what cannot be read, which is listed too.
+    """
     if not run.world.main:
         return
+    if teacher_of(run.config)[1] == "random":
+        key = "teacher.weights" if run.config.teacher.weights else "student.weights"
+        terminal.say(
+            f"warning: {key}=random: the teacher has random weights, so that the student learns nothing of use; set "
+            "it to pretrained, a weights file or a run folder"
+        )
     if (run.folder / NONFINITE).exists():
         drop_later_lines(run.folder / NONFINITE, run.step)
     for loader, name in ((run.train, FILE), (run.val, VALIDATION_FILE)):
         damaged = loader.source.damaged if loader is not None else ()
-        for shard, reason in damaged:
-            terminal.say(on_one_line(f"tar shard {shard!r} is used up to its damage: {reason}"))
-        write_down(run, name, [BadSample(None, shard, reason) for shard, reason in damaged])
+        for part, reason in damaged:
+            terminal.say(on_one_line(f"the data set is incomplete: {part!r}, {reason}"))
+        write_down(run, name, [BadSample(None, part, reason) for part, reason in damaged])
 
 
 def bad_numbers(run: Run, seen: Seen, terminal: Terminal) -> None:
@@ -110,7 +120,7 @@ def bad_numbers(run: Run, seen: Seen, terminal: Terminal) -> None:
     what = f"the loss of rank {ranks}" if len(seen.ranks) == 1 else f"the losses of ranks {ranks}"
     what = f"{what if seen.ranks else 'the gradient'} at step {seen.step}: not finite"
     where = f"the samples are in {path}"
-    remedy = "look at them, lower optim.lr, set optim.clip, or efficiency.precision=fp32"
+    remedy = "look at them; or lower optim.lr, set optim.clip or efficiency.precision=fp32, with resume=force"
     if run.config.faults["nonfinite"] == "stop":
         raise SharedError(
             f"{what}; {where}; the weights were left as they were, and the last checkpoint is from before: {remedy}, "

@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-import safetensors.torch
-
-from fastalign.engine.files import write_atomically
+from fastalign.engine.files import write_atomically, write_tensors
+from fastalign.models.stored import facts_within
 
 
 def publish_backbone(folder: Path, state: dict) -> None:
@@ -18,24 +17,13 @@ def publish_backbone(folder: Path, state: dict) -> None:
     if text is None:
         return
     place, beside = folder / "backbone.safetensors", folder / "backbone.json"
-    if _facts_within(place) != text:
+    if facts_within(place) != text:
         source = state["average"] or state["student"]
         weights = {
             name.removeprefix("encoder."): value.contiguous().float()
             for name, value in source.items()
             if name.startswith("encoder.") and not name.startswith("encoder.head.")
         }
-        metadata = {"format": "pt", "softcap": str(json.loads(text)["softcap"]), "facts": text}
-        content = safetensors.torch.save(weights, metadata)
-        write_atomically(place, lambda file: file.write(content))
+        write_tensors(place, weights, softcap=str(json.loads(text)["softcap"]), facts=text)
     if not beside.exists() or beside.read_text() != text:
         write_atomically(beside, lambda file: file.write(text.encode()))
-
-
-def _facts_within(path: Path) -> str | None:
-    """The facts that a weights file carries; None where it is missing or cannot be read."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("facts")
-    except (OSError, safetensors.SafetensorError):
-        return None

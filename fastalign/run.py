@@ -1,6 +1,7 @@
 """A run: what it consists of, how it is saved and how it continues."""
 
 import math
+import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,8 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastalign import build
 from fastalign.config import Config
+from fastalign.continuation import changed_settings, contents, other_contents
 from fastalign.data.bad_samples import BadSample
 from fastalign.engine import sharding
+from fastalign.engine.changes import Change
 from fastalign.engine.checkpoint import Checkpoints
 from fastalign.engine.files import remove_leftovers
 from fastalign.engine.optim import MovingAverage, class_name, make_optimizer
@@ -25,40 +28,32 @@ from fastalign.ranks.preemption import Preemption
 from fastalign.ranks.status import Status
 from fastalign.ranks.watchdog import Watchdog
 
-DECISIVE = ("objective", "seed", "student", "teacher", "decoder", "masks", "loss.name", "data.train")
-DECISIVE += ("optim.name", "optim.batch_size", "optim.epochs")
-"""What may not change between a checkpoint and its continuation."""
-
-VALIDATION = "validation loss"
+MOST_LOST = 15 * 60
+"""seconds of training that a run may lose where `checkpoint.every_steps` is null, however long its epochs are"""
 
 
 class Run:
     """Everything that a run consists of, between its configuration and its folder."""
 
-    def __init__(self, config: Config, world: World):
+    def __init__(self, config: Config, world: World, also: dict | None = None):
+        """`also`: fingerprints of what else the configuration names, by key; rank 0's count."""
         self.config, self.world, self.folder = config, world, Path(config.output)
         self.sharded = sharded(config, world)
         """Whether the student is split among the ranks; every rank must then take part in `state`."""
         objective, self.backbone = build.build_objective(config)
-        self.dtype = build.precision(config, world.device)
-        if not world.agree(self.dtype == torch.bfloat16):
-            raise UserError(
-                "efficiency.precision=auto: not every rank's CPU has bf16 instructions; set bf16 or fp32"
-            )
+        self.dtype = self._precision()
         if self.dtype == torch.bfloat16:
             objective.teacher.store_as(build.teacher_dtype(config, world.device))
         self.objective = objective.to(world.device)
         attention = build.choose_attention(config, objective, world.device)
         self.train, self.val = build.build_loaders(config, world, self.backbone)
         if self.sharded:
-            sharding.from_first_rank(objective)
-            blocks = [part for part in objective.student.modules() if isinstance(part, Block)]
-            sharding.shard(objective.student, blocks, world)
+            self._shard()
         self.trained = [p for p in objective.parameters() if p.requires_grad]
         optim = config.optim
-        options = {"lr": optim.lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
-        self.optimizer, note = make_optimizer(optim.name, self.trained, world.device, **options)
-        # What was chosen for the user, said at the start.
+        self.optimizer, note = make_optimizer(
+            optim.name, self.trained, world.device, lr=optim.lr, **self._options()
+        )
         precision = config.efficiency.precision
         precision = str(self.dtype).removeprefix("torch.") if precision == "auto" else precision
         self.notes = [f"precision: {precision}", attention, *([note] if note else [])]
@@ -67,7 +62,8 @@ class Run:
         self.average = MovingAverage(objective.student, optim.ema) if optim.ema else None
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
         self.step, self.best, self.val_loss = 0, None, None
-        self.best_by = f"probes of {config.probe.data}" if config.probe.best else VALIDATION
+        self.saved_at = time.monotonic()
+        """of the newest checkpoint, or of the start"""
         self.probed: dict[str, float] | None = None
         """the newest probe: step, macro_recall, map, loss"""
         self.judged_at = 0
@@ -86,7 +82,12 @@ class Run:
         self.epoch_steps = len(self.train) // optim.accumulate
         self.total_steps = optim.epochs * self.epoch_steps
         self.last_step = min(config.max_steps or self.total_steps, self.total_steps)
-        self.resume()
+        self.contents = on_first_rank(world, lambda: contents(config, self.train, self.val) | (also or {}))
+        """fingerprints of what lies at the paths of the configuration, by key"""
+        self.changes: list[dict] = []
+        """what `resume=force` ever changed: step, key, before, now"""
+        self.forced = self.resume()
+        """what it changed at this start"""
         if config.efficiency.compile:
             objective.compile(blocks=config.efficiency.compile == "blocks")
         self.model: nn.Module = objective
@@ -94,6 +95,19 @@ class Run:
             self.model = DistributedDataParallel(
                 objective, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+
+    def _precision(self) -> torch.dtype:
+        dtype = build.precision(self.config, self.world.device)
+        if not self.world.agree(dtype == torch.bfloat16):
+            raise UserError(
+                "efficiency.precision=auto: not every rank's CPU has bf16 instructions; set bf16 or fp32"
+            )
+        return dtype
+
+    def _shard(self) -> None:
+        sharding.from_first_rank(self.objective)
+        student = self.objective.student
+        sharding.shard(student, [part for part in student.modules() if isinstance(part, Block)], self.world)
 
     def autocast(self):
         """bf16 autocast, or nothing in fp32."""
@@ -134,6 +148,12 @@ class Run:
         return self.watchdog.paused() if self.watchdog else nullcontext()
 
     @property
+    def overdue(self) -> bool:
+        """Whether rank 0, whose clock counts, wants a checkpoint inside an epoch for the time that has gone by."""
+        whole_epochs = self.config.checkpoint.every_steps is None
+        return self.world.main and whole_epochs and time.monotonic() - self.saved_at > MOST_LOST
+
+    @property
     def reason_to_leave(self) -> int:
         """What this rank knows: a signal came, or -1, a checkpoint could not be written; 0 = nothing."""
         if self.checkpoints.failed:
@@ -163,18 +183,21 @@ class Run:
             "average": self.average.state if self.average else None,
             "step": self.step,
             "best": self.best,
-            "best_by": self.best_by,
             "val_loss": self.val_loss,
             "probed": self.probed,
             "judged_at": self.judged_at,
             "skipped_in_a_row": self.skipped_in_a_row,
             "bad": sorted(self.bad),
-            "images": self.train.source.fingerprint(),
+            "contents": self.contents,
+            "changes": self.changes,
             "config": self.config.model_dump(mode="json"),
         }
 
-    def resume(self) -> None:
+    def resume(self) -> list[Change]:
         """Continue from the newest undamaged checkpoint of the folder, if there is one.
+
+        Returns:
+            The settings that `resume=force` changes here.
 
         Raises:
             UserError: it is of another run, or none can be read; SharedError where every rank knows.
@@ -182,33 +205,41 @@ class Run:
         step, state, notes = self.checkpoints.resume(self.world)
         self.notes += notes
         if step is None:
-            return
+            return []
         path = self.checkpoints.path(step)
-        self._same_run(state, path)
+        if not isinstance(state, dict) or not self.state().keys() <= state.keys():
+            raise UserError(
+                f"{path} is not a checkpoint of a run of this version: remove it, or choose another output"
+            )
+        self.step, self.judged_at = state["step"], state["judged_at"]
+        forced, notes = on_first_rank(self.world, lambda: self._changes(state, path))
+        self.notes += notes
+        self._same_optimizer(state, path)
         try:
             sharding.load_module(self.objective.student, state["student"])
             sharding.load_optimizer(self.optimizer, state["optimizer"])
             if self.average:
-                self.average.load(state["average"])
+                # Where the average is new it begins here.
+                self.average.load(state["average"] or state["student"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path} is a checkpoint of another model: choose another output than {self.folder} "
                 f"({str(error).splitlines()[-1].strip()})"
             ) from error
+        for group in self.optimizer.param_groups:
+            group.update(self._options())  # the checkpoint has its own
         self.objective.target_scale.fill_(state["target_scale"])
-        self.step, self.best, self.val_loss = state["step"], state["best"], state["val_loss"]
-        self.probed = state.get("probed")
-        self.judged_at = state.get("judged_at", self.step)
-        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
-        self.bad = set(state.get("bad", ()))
-        before = state.get("best_by", VALIDATION)
-        if before != self.best_by:
-            # Their scores do not compare, and what an earlier probe would have chosen is no longer there.
-            self.best = None
+        self.best, self.val_loss, self.probed = state["best"], state["val_loss"], state["probed"]
+        self.skipped_in_a_row, self.bad = state["skipped_in_a_row"], set(state["bad"])
+        self.changes = state["changes"] + [{"step": self.step, **each._asdict()} for each in forced]
+        if forced:
+            self.best = None  # what was measured then does not compare with what will be
+            self.notes += [f"resume=force: from step {self.step} on {each}" for each in forced]
             self.notes.append(
-                f"the best checkpoint is chosen anew from here on: by {self.best_by}, not {before}"
+                "the target scale is measured again, and the best checkpoint is chosen anew from here on"
             )
         on_first_rank(self.world, lambda: self._catch_up(state))
+        return forced
 
     def _catch_up(self, state: dict) -> None:
         """What a writer that was killed had still to do after the checkpoint itself."""
@@ -217,27 +248,22 @@ class Run:
         publish_backbone(self.folder, state)
         self.checkpoints.prune()
 
-    def _same_run(self, state: dict, path: Path) -> None:
-        """Refuse a checkpoint of another run: what decides the losses must be as it was."""
-        if not isinstance(state, dict) or not {"student", "optimizer", "step", "config"} <= state.keys():
-            raise UserError(f"{path} is not a checkpoint of a run: remove it, or choose another output")
-        before, now = state["config"], self.config.model_dump(mode="json")
-        for key in DECISIVE:
-            section, _, name = key.partition(".")
-            old, new = ((tree[section].get(name) if name else tree[section]) for tree in (before, now))
-            if old != new:
-                raise UserError(
-                    f"{path} is a checkpoint of another model or run: {key} was {old}, is {new}; "
-                    "set it back, or choose another output"
-                )
-        images = self.train.source.fingerprint()
-        if state.get("images", images) != images:
-            raise UserError(
-                f"data.train={self.config.data.train} has other images than when {path} was written, so that every "
-                "sample would be another: set it back, or choose another output"
-            )
-        old, new = state.get("optimizer_class"), class_name(self.optimizer)
-        if old not in (None, new):
+    def _options(self) -> dict:
+        """What the optimiser is told of the configuration; the learning rate comes with each update."""
+        return {"betas": self.config.optim.betas, "weight_decay": self.config.optim.weight_decay}
+
+    def _changes(self, state: dict, path: Path) -> tuple[list[Change], list[str]]:
+        places = other_contents(state["contents"], self.contents, self.train, self.val)
+        return changed_settings(state, path, self.config, places, finished=self.finished)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to train or to judge."""
+        return self.step >= self.last_step and not self.owes_judgement
+
+    def _same_optimizer(self, state: dict, path: Path) -> None:
+        old, new = state["optimizer_class"], class_name(self.optimizer)
+        if old != new:
             raise UserError(
                 f"{path} holds the state of {old}, and optim.name={self.config.optim.name} means {new} here: go on "
                 "where apex is as it was, or choose another output"

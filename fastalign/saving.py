@@ -2,15 +2,24 @@
 
 import json
 import math
+import time
 from typing import NoReturn
 
 from fastalign import __version__
+from fastalign.build import teacher_of
+from fastalign.config import to_yaml
+from fastalign.engine.changes import Kind
 from fastalign.engine.checkpoint import snapshot
+from fastalign.engine.files import saying_where, write_atomically
+from fastalign.engine.sections import only
 from fastalign.publish import publish_backbone
 from fastalign.ranks.distributed import on_first_rank
 from fastalign.ranks.preemption import preempted
 from fastalign.ranks.standing import WAITING
 from fastalign.run import Run
+
+CHANGES = "changes.jsonl"
+"""in the run folder: what `resume=force` changed, a line each: step, key, before, now"""
 
 
 def improves(run: Run, *, evaluated: bool = False) -> bool:
@@ -43,6 +52,7 @@ def save(run: Run, *, evaluated: bool = False) -> None:
         SharedError: the checkpoint before this one could not be written; on every rank.
     """
     finish(run)  # one copy in memory at a time
+    run.saved_at = time.monotonic()
     best, by_probe = improves(run, evaluated=evaluated), run.config.probe.best
     if best:
         run.best = _score(run) if by_probe else run.val_loss
@@ -60,6 +70,24 @@ def save(run: Run, *, evaluated: bool = False) -> None:
             copied=True,
             publish=lambda written: publish_backbone(run.folder, written),
         )
+
+
+def save_settings(run: Run) -> None:
+    """Write `config.yaml`, and what `resume=force` ever changed; of rank 0, before the first update of a start.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    config = run.config.model_copy(update={"resume": "auto"})  # which is of this start, not of the run
+    lines = "".join(json.dumps(change) + "\n" for change in run.changes)
+    for name, text in (("config.yaml", to_yaml(config)), (CHANGES, lines)):
+        path = run.folder / name
+        with saying_where(path):
+            if text:
+                write_atomically(path, lambda file, text=text: file.write(text.encode()))
+            else:
+                path.unlink(missing_ok=True)
 
 
 def finish(run: Run) -> None:
@@ -90,6 +118,7 @@ def backbone_facts(run: Run, *, evaluated: bool) -> str:
     kwargs = {**run.backbone.recipe["kwargs"], "num_classes": 0}
     if run.backbone.spec.pool == "map":
         kwargs["global_pool"] = ""  # the student has no pooling to save
+    teacher, weights, _ = teacher_of(run.config)
     facts = {
         "name": run.backbone.recipe["name"],
         "kwargs": kwargs,
@@ -98,9 +127,12 @@ def backbone_facts(run: Run, *, evaluated: bool) -> str:
         **run.backbone.data,
         "features": "the tokens after the final norm; prefix tokens first",
         "objective": run.config.objective,
+        "teacher": {"name": teacher, "weights": weights},
         "step": run.step,
         "val_loss": _number(run.val_loss) if evaluated else None,
         "fastalign": __version__,
+        "settings": only(run.config, Kind.RESULT),
+        "changes": run.changes,
     }
     if probed_now(run):
         facts["probe"] = {name: _number(value) for name, value in probed_now(run).items()}

@@ -25,6 +25,7 @@ from fastalign.data.source import SyntheticSource
 from fastalign.data.sources import open_source
 from fastalign.engine.files import temporary_name, write_atomically
 from fastalign.errors import UserError
+from fastalign.paths import path_argument
 from fastalign.ranks.command import guarded
 
 CHUNK = 64
@@ -93,7 +94,7 @@ def scan(data: str, workers: int, console: Console) -> tuple[int, list[BadSample
         console: to tell on.
 
     Returns:
-        How many images there are, and the bad ones in source order; damaged tar shards come first.
+        How many images there are, and the bad ones in source order; what else cannot be read comes first.
 
     Raises:
         UserError: nothing usable there.
@@ -103,7 +104,8 @@ def scan(data: str, workers: int, console: Console) -> tuple[int, list[BadSample
         raise UserError(f"{data} is made on the device: there is no file to check")
     load_dali()
     total, seen, told = len(source), 0, 0.0
-    bad = [BadSample(None, name, reason) for name, reason in source.damaged]
+    bad: list[BadSample] = []
+    parts = [BadSample(None, name, reason) for name, reason in source.damaged]
     source.close()
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -115,13 +117,13 @@ def scan(data: str, workers: int, console: Console) -> tuple[int, list[BadSample
             if not console.is_terminal and seen / total >= told + _TOLD_EVERY:
                 told = seen / total
                 print(f"{seen} of {total} images checked, {len(bad)} bad", file=console.file, flush=True)
-    return total, sorted(bad, key=lambda sample: -1 if sample.id is None else sample.id)
+    return total, parts + sorted(bad, key=lambda sample: sample.id)
 
 
 def summary(data: str, total: int, bad: list[BadSample], output: Path | None) -> list[str]:
     """The lines at the end: how many, why, where they are listed."""
     images = [sample for sample in bad if sample.id is not None]
-    shards = [sample for sample in bad if sample.id is None]
+    parts = [sample for sample in bad if sample.id is None]
     lines = [f"{data}: {total} images, {len(images)} bad ({len(images) / total:.2%})"]
     kinds: dict[str, list[BadSample]] = {}
     for sample in images:
@@ -129,7 +131,7 @@ def summary(data: str, total: int, bad: list[BadSample], output: Path | None) ->
         kinds.setdefault(re.sub(r"\d+", "N", sample.reason), []).append(sample)
     for alike in sorted(kinds.values(), key=len, reverse=True):
         lines.append(f"  {len(alike)} x {alike[0].reason} (such as {alike[0].name!r})")
-    lines += [f"  shard {sample.name!r} {sample.reason}" for sample in shards]
+    lines += [f"  incomplete: {sample.name!r}, {sample.reason}" for sample in parts]
     if output:
         lines.append(f"quarantine list: {output}; train with faults.quarantine={output}")
     elif bad:
@@ -171,8 +173,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastalign.scan", description="Check every image of a data set, as training would."
     )
-    parser.add_argument("data", help="a folder of images, tar shards or a pattern of them, as data.train")
-    parser.add_argument("--output", metavar="FILE", help="write the bad ones here, for faults.quarantine")
+    parser.add_argument(
+        "data", type=path_argument, help="a folder of images, tar shards or a pattern of them, as data.train"
+    )
+    parser.add_argument(
+        "--output", type=path_argument, metavar="FILE", help="write the bad ones here, for faults.quarantine"
+    )
     parser.add_argument(
         "--workers",
         type=int,

@@ -23,13 +23,14 @@ from fastalign.evaluation import evaluate, measure_target_scale
 from fastalign.faults import bad_validation_samples, look_back, react
 from fastalign.flops import flops_per_image
 from fastalign.labelled.pairs import LabelledImages
-from fastalign.probe.training import due, open_splits, probe_student
+from fastalign.paths import path_argument
+from fastalign.probe.training import contents, due, open_splits, probe_student
 from fastalign.ranks import distributed
 from fastalign.ranks.command import guarded, telling
 from fastalign.ranks.preemption import Preemption, unmark
 from fastalign.ranks.watchdog import Watchdog, patience
 from fastalign.run import Run
-from fastalign.saving import finish, improves, leave, save
+from fastalign.saving import finish, improves, leave, save, save_settings
 
 Splits = dict[str, LabelledImages]
 
@@ -61,7 +62,7 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
                     loss = run.model(batch.images, sample_ids, epoch) / optim.accumulate
                 loss.backward()
             total += loss.detach()
-    loss = run.status.share(total, signal=run.reason_to_leave, bad=len(found))
+    loss = run.status.share(total, signal=run.reason_to_leave, bad=len(found), overdue=run.overdue)
     norm = run.clip()
     skip = run.status.judge(norm)
     step_unless(run.optimizer, skip)
@@ -84,12 +85,11 @@ def train(config: Config, world: distributed.World) -> None:
     with Preemption() as preemption:
         if world.main:
             unmark(Path(config.output))
-        run = Run(config, world)
+        splits = open_splits(config, world)
+        run = Run(config, world, also=contents(splits))
         run.preemption = preemption
-        splits = open_splits(run)
-        if world.main:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            (run.folder / "config.yaml").write_text(to_yaml(config))
+        if world.main and not run.finished:
+            save_settings(run)
         timeout, checkpoints = config.faults["timeout"], run.checkpoints
         with Watchdog(world, timeout, run.step, saved=lambda: checkpoints.newest_step) as run.watchdog:
             follow(run, splits)
@@ -113,8 +113,14 @@ def follow(run: Run, splits: Splits) -> None:
             look_back(run, terminal)
             if run.step == 0:
                 begin(run, splits, log, terminal)
+            elif run.finished:
+                terminal.say(
+                    f"{run.folder} is finished: step {run.step} of {run.last_step}, nothing to train"
+                )
             else:
                 terminal.say(f"resuming {run.folder} at step {run.step} of {run.last_step}")
+            if run.forced:
+                measure_target_scale(run)
             loop(run, splits, log, terminal)
             finish(run)
             if (run.folder / "backbone.json").exists():
@@ -168,6 +174,7 @@ def loop(run: Run, splits: Splits, log: MetricLog, terminal: Terminal) -> None:
     )
     spikes = Spikes()
     terminal.begin()
+    run.preemption.hold_interrupts()
     run.model.train()
     while run.owes_judgement or run.step < run.last_step:
         if not run.owes_judgement:
@@ -203,11 +210,13 @@ def train_epoch(
             saving = inside and run.step % (config.checkpoint.every_steps or run.last_step + 1) == 0
             probing = inside and due(run)
             # Before saving: no checkpoint has more behind it than what was told and written down.
-            signal = react(run, terminal, everything=saving or probing or not inside)
+            signal, overdue = react(run, terminal, everything=saving or probing or not inside)
+            if signal or overdue:
+                react(run, terminal, everything=True)
+            saving = saving or (inside and overdue)
             if saving or probing or signal or not inside or run.step % config.log.every_steps == 0:
                 report(log.flush(speed), terminal, spikes)
             if signal:
-                react(run, terminal, everything=True)
                 leave(run, signal)
             if probing:
                 probe(run, splits, log, terminal, epoch)
@@ -235,6 +244,10 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
             raise UserError(
                 "--world-size goes with --reference-config: a recipe's optim.batch_size is over all GPUs"
             )
+        if "=" in options.config and not Path(options.config).exists():
+            raise UserError(
+                f"{options.config}: the recipe comes first, as in configs/demo.yaml {options.config}"
+            )
         return load_config(options.config, options.overrides), []
     if options.world_size is not None and options.world_size < 1:
         raise UserError(f"--world-size must be at least 1, got {options.world_size}")
@@ -245,17 +258,20 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns the exit code: 0, 2 for bad input, 70 for a lost or hung rank, 75 where a signal came."""
+    """The command's exit code: 0, 2 for bad input, 70 for a lost or hung rank, 75 for a signal, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m fastalign.train", description="Align a backbone with MaskEmbed."
     )
-    parser.add_argument("config", nargs="?", help="a recipe, such as configs/demo.yaml")
+    parser.add_argument("config", nargs="?", type=path_argument, help="a recipe, such as configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change keys of the recipe")
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and stop"
     )
     parser.add_argument(
-        "--reference-config", metavar="FILE", help="a YAML file of the authors' code, instead of a recipe"
+        "--reference-config",
+        type=path_argument,
+        metavar="FILE",
+        help="a YAML file of the authors' code, instead of a recipe",
     )
     parser.add_argument(
         "--world-size", type=int, metavar="N", help="GPUs that FILE's batch is for (torchrun's, else 4)"

@@ -64,7 +64,7 @@ def write_folder(root: Path, files: dict[str, np.ndarray]) -> Path:
 def age(root: Path, seconds: float = 60) -> None:
     then = time.time() - seconds
     for path in [root, *root.rglob("*")]:
-        os.utime(path, (then, then))
+        os.utime(path, (then, then), follow_symlinks=False)
 
 
 class Scripted:

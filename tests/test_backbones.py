@@ -1,14 +1,24 @@
 """Backbones against timm's on random weights, weights in and out, and bad input."""
 
+import copy
+import json
+import time
+
+import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
 
 import fastalign as fa
 from benchmarks.parity import BACKBONES, measure
+from fastalign.classify.model import Classifier
 from fastalign.models.zoo import MOCO
+from fastalign.probe.features import probed_backbone
 from tests.numerics import randomise, relative_error
 
 BOUND = 1e-5
@@ -156,14 +166,69 @@ def test_weights_are_resampled_to_another_image_size_as_timm_does(tmp_path, name
     assert relative_error(vit.forward_features(images), small.eval().forward_features(images)) < BOUND
 
 
+def test_a_frozen_backbone_stays_in_evaluation_mode_whatever_its_parents_mode():
+    """No stochastic depth: two passes of the same images give the same tokens, those of the backbone itself."""
+    vit = fa.create_backbone("vit_tiny_patch16_224", img_size=32, depth=3, drop_path_rate=0.5)
+    student = fa.MaskEmbedStudent.from_backbone(vit, freeze_encoder=True, softcap=None)
+    teacher, classifier = (
+        fa.MaskedTeacher(vit, skip_blocks=0),
+        Classifier(vit, "attention", 3, unfreeze=False),
+    )
+    parent = nn.ModuleList([student, teacher, classifier, probed := copy.deepcopy(vit)])
+    probed_backbone(probed)
+    images = torch.randn(4, 3, 32, 32)
+    wanted = vit.eval().forward_features(images)
+    for _ in range(2):
+        parent.train()
+        assert student.decoder.training
+        for encoder in (student.encoder, teacher.vit, classifier.backbone, probed):
+            assert torch.equal(encoder.forward_features(images), wanted)
+            assert not any(p.requires_grad for p in encoder.parameters())
+        parent.eval()
+    trained = fa.MaskEmbedStudent.from_backbone(student.encoder).train().encoder
+    assert all(module.training for module in trained.modules())
+    assert all(parameter.requires_grad for parameter in trained.parameters())
+
+
+def test_timm_reads_the_preprocessing_of_a_backbone(tmp_path):
+    """Constants of the weights, not of ImageNet, and the image size that was asked for."""
+    name, kwargs = "vit_base_patch16_clip_quickgelu_224.openai", {"depth": 1, "img_size": (48, 80)}
+    theirs = timm.create_model(name, num_classes=0, **kwargs)
+    save_file(theirs.state_dict(), tmp_path / "backbone.safetensors")
+    facts = {"name": name, "kwargs": {"num_classes": 0, **kwargs}, "softcap": None}
+    (tmp_path / "backbone.json").write_text(json.dumps(facts))
+    vit = fa.load_backbone(tmp_path)
+    assert not any(module.training for module in vit.modules())
+    wanted = timm.data.resolve_model_data_config(theirs) | {"input_size": (3, 48, 80)}
+    found = timm.data.resolve_model_data_config(vit)
+    assert {key: tuple(v) if isinstance(v, list) else v for key, v in found.items()} == wanted
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8))
+    pixels = fa.transform(vit)(image)
+    assert torch.equal(pixels, timm.data.create_transform(**wanted, is_training=False)(image))
+    assert vit(pixels[None]).shape == (1, 768)
+    for call in (vit, vit.forward_features, lambda x: vit.embed_masked(x, torch.ones(1, 1, 15))):
+        with pytest.raises(
+            ValueError, match=r"images are \[1, 3, 80, 48\], .* takes \[B, 3, 48, 80\]: .*img_size"
+        ):
+            call(pixels.mT[None])
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda p: fa.create_backbone("vit_base_patch61_224"), ["unknown backbone", "vit_base_patch16_224"]),
         (lambda p: fa.create_backbone("resnet50"), ["ResNet", "VisionTransformer"]),
-        (lambda p: fa.create_backbone("vit_tiny_patch16_224", depht=3), ["depht"]),
+        (lambda p: fa.create_backbone("vit_tiny"), ["names are vit_tiny_patch16_224, vit_tiny_patch16_384"]),
+        (lambda p: fa.create_backbone("vit_tiny_patch16_224", depht=3), ["depht", "did you mean depth?"]),
+        (
+            lambda p: fa.create_backbone("vit_tiny_patch16_224", imgsize=64),
+            ["imgsize; did you mean img_size?"],
+        ),
         (lambda p: fa.create_backbone("vit_tiny_patch16_224", checkpoint=p / "none.pth"), ["none.pth"]),
-        (lambda p: fa.create_backbone("vit_tiny_patch16_224", checkpoint=p / "other.pth"), ["another model"]),
+        (
+            lambda p: fa.create_backbone("vit_tiny_patch16_224", checkpoint=p / "other.pth"),
+            ["not read", "timm"],
+        ),
         (
             lambda p: fa.create_backbone("vit_tiny_patch16_224", checkpoint=p / "text.pth"),
             ["text.pth", "safely"],
@@ -172,7 +237,10 @@ def test_weights_are_resampled_to_another_image_size_as_timm_does(tmp_path, name
             lambda p: fa.create_backbone("vit_tiny_patch16_224", checkpoint=p / "code.pth"),
             ["code.pth", "safely"],
         ),
-        (lambda p: fa.create_backbone("vit_base_patch16_18x2_224"), ["fastalign has not got"]),
+        (
+            lambda p: fa.create_backbone("vit_base_patch16_18x2_224"),
+            ["vit_base_patch16_18x2_224", "ParallelThingsBlock is not supported"],
+        ),
         (lambda p: fa.load_backbone(p), ["backbone.json"]),
         (lambda p: fa.create_backbone("vit_tiny_patch16_224", img_size=50), ["img_size 50", "48 or 64"]),
     ],
@@ -191,3 +259,27 @@ def test_bad_input_is_one_clear_line(tmp_path, make, words):
 
 class _Arguments:
     """A pickled object that is not a tensor: it must not be unpickled."""
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, monkeypatch):
+    """Its client tries each file six times, in a minute. What it has in its cache is used."""
+    for name, value in {
+        "HF_HUB_OFFLINE": False,
+        "ENDPOINT": "http://127.0.0.1:9",
+        "HF_HUB_CACHE": tmp_path,
+    }.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    cached, commit = tmp_path / "models--timm--vit_tiny_patch16_224.augreg_in21k_ft_in1k", "0" * 40
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    (cached / "snapshots" / commit).mkdir(parents=True)
+    weights = fa.create_backbone("vit_tiny_patch16_224", num_classes=1000).state_dict()
+    save_file(weights, cached / "snapshots" / commit / "model.safetensors")
+    started = time.monotonic()
+    vit = fa.create_backbone("vit_tiny_patch16_224.augreg_in21k_ft_in1k", pretrained=True)
+    assert torch.equal(vit.cls_token, weights["cls_token"])
+    with pytest.raises(
+        fa.UserError, match=r"http://127\.0\.0\.1:9 cannot be reached.*student\.weights=FILE or random"
+    ):
+        fa.create_backbone("vit_tiny_patch16_224.augreg_in21k", pretrained=True)
+    assert time.monotonic() - started < 15

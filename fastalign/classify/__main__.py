@@ -17,6 +17,7 @@ from fastalign.classify.options import HEADS, Options
 from fastalign.classify.scores import FIGURES
 from fastalign.engine.memory import keep_freed_memory
 from fastalign.errors import UserError
+from fastalign.paths import path_argument
 from fastalign.ranks import distributed
 from fastalign.ranks.command import guarded
 
@@ -36,17 +37,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.error = _refuse
     add = parser.add_argument
-    add(
-        "--backbone",
-        required=True,
-        metavar="NAME_OR_RUN",
-        help="the folder of a finished run, or a timm name",
-    )
-    add("--data", required=True, metavar="ROOT", help="a folder with train/ and val/, and perhaps test/")
-    add("--weights", metavar="FILE", help="of a timm name: pretrained (default), random, or a file")
+    for name, stands_for, text in (
+        ("backbone", "NAME_OR_RUN", "the folder of a finished run, or a timm name"),
+        ("data", "ROOT", "a folder with train/ and val/, and perhaps test/"),
+        ("weights", "FILE", "of a timm name: pretrained (default), random, or a file"),
+        ("output", "DIR", "default RUN, or runs/classify-NAME"),
+    ):
+        required = name in ("backbone", "data")
+        add(f"--{name}", required=required, type=path_argument, metavar=stands_for, help=text)
     add("--kwargs", default="{}", metavar="YAML", help="timm's arguments, as in '{drop_path_rate: 0.1}'")
     add("--softcap", type=float, metavar="CAP", help="of a timm name's attention logits; default none")
-    add("--output", metavar="DIR", help="default RUN, or runs/classify-NAME")
     add("--head", default="linear", help=" | ".join(HEADS))
     add("--unfreeze", action="store_true", help="train the backbone too, on augmented images")
     add("--augment", action="store_true", help="frozen backbone, but new crops and flips each epoch")

@@ -1,5 +1,6 @@
 """The splits of a labelled image folder, and the classes that they share."""
 
+import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fastalign.data.sources import Source, open_source
 from fastalign.errors import UserError
+from fastalign.paths import user_path
 from fastalign.ranks.distributed import World
 
 _NAMED_AT_MOST = 3
@@ -46,12 +48,15 @@ def open_splits(
         UserError: a split that is missing or has images without a label, a class that the training split lacks, or
             less than two classes.
     """
-    root = Path(root).expanduser()
+    root = Path(user_path(root))
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder; give one that holds train/ and val/")
     for name in ("train", "val"):
         if not (root / name).is_dir():
             raise UserError(f"--data {root} has no folder {name}/; it must hold train/ and val/ (and test/)")
+    test = root / "test"
+    if os.path.lexists(test) and not test.is_dir():
+        raise UserError(f"--data {root}: {test} is no folder; mount what it leads to, or remove it")
     sources = {name: _open(root / name, name) for name in ("train", "val", "test") if (root / name).is_dir()}
     written = {name: _written(source, root / name) for name, source in sources.items()}
     classes = _sorted(set(written["train"]))

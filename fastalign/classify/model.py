@@ -19,16 +19,8 @@ class Classifier(nn.Module):
     def __init__(self, vit: ViT, head: str, classes: int, *, unfreeze: bool):
         super().__init__()
         self.head_name, self.unfreeze = head, unfreeze
-        self.backbone = reading_copy(vit, head).requires_grad_(unfreeze)
-        if unfreeze and vit.pos_embed is not None and vit.spec.position_fixed:
-            self.backbone.pos_embed.requires_grad_(False)
+        self.backbone = reading_copy(vit, head).freeze(not unfreeze)
         self.head = make_head(head, vit, classes)
-
-    def train(self, mode: bool = True) -> "Classifier":
-        """Training mode; a frozen backbone stays in evaluation mode."""
-        super().train(mode)
-        self.backbone.train(mode and self.unfreeze)
-        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, height, width], normalised -> logits [B, C]"""

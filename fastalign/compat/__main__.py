@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastalign.compat import shims
 from fastalign.errors import UserError
+from fastalign.paths import user_path
 
 NAME = "locality_alignment"
 USAGE = "usage: python -m fastalign.compat run SCRIPT [arguments of the script]"
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> int:
     try:
         if len(arguments) < 2 or arguments[0] != "run":
             raise UserError(USAGE)
-        run(arguments[1], arguments[2:])
+        run(user_path(arguments[1]), arguments[2:])
     except UserError as error:
         print(f"fastalign.compat: {error}", file=sys.stderr)
         return 2

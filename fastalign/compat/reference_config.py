@@ -11,13 +11,14 @@ from fastalign.compat.reference_options import FINETUNE, MIM_DEFAULTS, NOT_MIM, 
 from fastalign.config import Config, resolve
 from fastalign.engine.yaml_files import read_yaml
 from fastalign.errors import UserError
+from fastalign.paths import user_path
 
 AUTHORS_WORLD = 4
 """GPUs of the authors' own command, with which each of their files comes to 1024 images an update."""
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation")}
 _KINDS = {
-    str: "a text", int: "a whole number", float: "a number", list: "a list of numbers", dict: "a mapping",
-    bool: "true or false, without quotes",
+    str: "a text", Path: "a path", int: "a whole number", float: "a number", list: "a list of numbers",
+    dict: "a mapping", bool: "true or false, without quotes",
 }  # fmt: skip
 
 
@@ -81,7 +82,7 @@ def _check_names(path: Path, given: dict) -> None:
     for name in given:
         if name in FINETUNE:
             raise UserError(
-                f"{path}: {name} is an option of the authors' finetune.py: fastalign does not fine-tune on labels; "
+                f"{path}: {name} is an option of the authors' finetune.py: python -m fastalign.classify does that; "
                 "give a file of their train.py or mim.py"
             )
         if name not in OPTIONS:
@@ -110,6 +111,8 @@ def _value(path: Path, name: str, value: Any) -> Any:
             converted = _convert(option.kind, value)
         except (TypeError, ValueError, OverflowError):
             raise UserError(f"{path}: {name} must be {_KINDS[option.kind]}, got {value!r}") from None
+        except UserError as error:
+            raise UserError(f"{path}: {name}: {error}") from None
     if option.choices and converted not in option.choices:
         takes = " or ".join("nothing" if choice in (None, "") else str(choice) for choice in option.choices)
         why = f": {option.note}" if option.fate == "refused" else ""
@@ -127,6 +130,8 @@ def _convert(kind: type, value: Any) -> Any:
         return [float(item) for item in value] if kind is list else value
     if isinstance(value, (bool, dict, list)) or value is None:
         raise TypeError
+    if kind is Path:
+        return user_path(str(value))
     if kind is int and float(value) != int(float(value)):
         raise ValueError
     return kind(float(value)) if kind is int else kind(value)
@@ -260,8 +265,6 @@ def _sinks(v: dict, notes: list[str]) -> list[str]:
     if not v["log_wandb"]:
         return []
     if importlib.util.find_spec("wandb") is None:
-        notes.append(
-            'log_wandb: wandb is not installed, metrics go to metrics.jsonl only; pip install "fastalign[wandb]"'
-        )
+        notes.append("log_wandb: wandb is not installed, metrics go to metrics.jsonl only; pip install wandb")
         return []
     return [f"wandb:{v['project'] or 'uncategorized'}"]

@@ -1,6 +1,6 @@
 """Bad samples: what is known of them, their list on disk, and how many are too many.
 
-A list has one JSON object a line: `id` (null for a whole tar shard), `name` (portable, without the place of the
+A list has one JSON object a line: `id` (null for a tar shard or a folder), `name` (portable, without the place of the
 data set) and `reason`. A run's `bad_samples.jsonl` and the quarantine list of `fastalign.scan` are of this form.
 """
 
@@ -26,7 +26,7 @@ class BadSample:
     """A sample that cannot be used."""
 
     id: int | None
-    "index in the source; None for a damaged tar shard"
+    "index in the source; None for what `Source.damaged` names"
     name: str
     "portable; bytes that are not UTF-8 as surrogates, as Python spells file names"
     reason: str
@@ -57,7 +57,7 @@ def too_many(bad: int, drawn: int, share: float) -> bool:
     """Whether a run must stop: more than 10 bad samples, and more than `share` of the images drawn so far.
 
     Args:
-        bad: different bad samples found in training, without quarantined ones and tar shards.
+        bad: different bad samples found in training, without quarantined ones, tar shards and folders.
         drawn: images drawn by all ranks since the first step.
         share: `faults.bad_samples`, 0..1; 0 stops at the first.
     """
@@ -132,7 +132,7 @@ def match(samples: Iterable[BadSample], source: Source) -> dict[int, BadSample]:
     """A list's samples by their ids in a source, whose ids may have shifted since: the name counts.
 
     Args:
-        samples: of a list; tar shards are left out.
+        samples: of a list; tar shards and folders are left out.
         source: the data set.
 
     Returns:

@@ -1,24 +1,40 @@
-"""Indices on disk: named arrays in one file, written atomically, memory-mapped when read."""
+"""Indices on disk: named arrays in one file, written atomically, memory-mapped when read; locks.
+
+A cache saves time and is never needed: whatever keeps it from being used is an OSError, and then there is none.
+"""
 
 import contextlib
 import fcntl
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-_FORMAT = "fastalign-index-1"
+from fastalign.engine.files import write_atomically
+from fastalign.paths import home_folder
+
+_FORMAT = "fastalign-index-2"
+"""Another number for other content: a list that an earlier version made is then made anew."""
 _ALIGN = 64
 _DTYPES = {"|u1", "<i8"}
 
 
 def cache_folder() -> Path:
-    """Where indices are kept: $XDG_CACHE_HOME/fastalign, else ~/.cache/fastalign."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
+    """Where indices are kept: $XDG_CACHE_HOME/fastalign, else ~/.cache/fastalign.
+
+    Raises:
+        OSError: there is no home folder.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    if not base:
+        home = home_folder()
+        if home is None:
+            raise FileNotFoundError("no home folder")
+        base = f"{home}/.cache"
     return Path(base) / "fastalign"
 
 
@@ -30,7 +46,7 @@ def save_index(kind: str, key: str, arrays: dict[str, np.ndarray]) -> bool:
     """Writes one-dimensional arrays to the cache, atomically.
 
     Returns:
-        False when the cache cannot be written (read-only home, full disk): the caller goes on without it.
+        False when the cache cannot be written (no home, a read-only one, full disk): the caller goes on without it.
     """
     layout, position = {}, 0
     for name, array in arrays.items():
@@ -39,20 +55,17 @@ def save_index(kind: str, key: str, arrays: dict[str, np.ndarray]) -> bool:
         position += array.nbytes
     header = json.dumps({"format": _FORMAT, "key": key, "arrays": layout, "bytes": position}).encode() + b"\n"
     body = -(-len(header) // _ALIGN) * _ALIGN
-    target, temporary = _cache_file(kind, key), None
+
+    def write(file: BinaryIO) -> None:
+        file.write(header)
+        for name, array in arrays.items():
+            file.seek(body + layout[name][2])
+            file.write(memoryview(np.ascontiguousarray(array)))
+        file.truncate(body + position)
+
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".writing-")
-        with os.fdopen(handle, "wb") as file:
-            file.write(header)
-            for name, array in arrays.items():
-                file.seek(body + layout[name][2])
-                file.write(memoryview(np.ascontiguousarray(array)))
-            file.truncate(body + position)
-        Path(temporary).replace(target)
+        write_atomically(_cache_file(kind, key), write)
     except (OSError, UnicodeEncodeError):
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         return False
     return True
 
@@ -69,9 +82,8 @@ def load_index(kind: str, key: str) -> dict[str, np.ndarray] | None:
     Returns:
         One-dimensional uint8 and int64 arrays by name.
     """
-    path = _cache_file(kind, key)
     try:
-        with path.open("rb") as file:
+        with _cache_file(kind, key).open("rb") as file:
             line = file.readline(1 << 20)
             header = json.loads(line)
             body = -(-len(line) // _ALIGN) * _ALIGN
@@ -99,10 +111,25 @@ def one_scanner(kind: str, key: str) -> Iterator[None]:
     """Let one process of a machine scan while the others wait for the list it makes; without a cache, all scan."""
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
-        lock = _cache_file(kind, key).with_suffix(".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        opened = _cache_file(kind, key).with_suffix(".lock").open("w")
     except OSError:
         yield
         return
-    with lock:
+    with opened:
+        lock(opened.fileno(), wait=True)
         yield
+
+
+def lock(descriptor: int, *, wait: bool) -> bool:
+    """Locks an open file or folder for this process, until it is closed.
+
+    Returns:
+        False where another process has it and `wait` is not asked for. A disk that knows no locks keeps nobody out.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # ENOSYS, ENOTSUP, ENOLCK
+        return True
+    return True

@@ -4,8 +4,8 @@ The format is told by content, whatever the file is called. A header that claims
 a decoder would reserve the memory first. Whether the data between header and end are sound is the decoder's to say.
 
 What DALI's parser lets through but has no sample type for (a JPEG of 40 bits, a BMP of an unknown kind) must be
-refused here: DALI 2.4 leaves such a batch while its threads still work on it, and the process crashes. Its parser
-also fills as much memory as an Exif chunk claims, up to 4 GiB.
+refused here: DALI 2.4 leaves such a batch while its threads still work on it, and the process crashes. Exif in a
+WebP is kept from it altogether, see `without_exif`.
 """
 
 import re
@@ -19,7 +19,8 @@ MAX_SIDE = 65_500
 # A JPEG's segments lie before its picture: colour profiles and Exif need hundreds at most. PNGs have kilobytes a
 # chunk.
 _MOST_SEGMENTS, _MOST_CHUNKS = 2_000, 1_000_000
-_END_OF_JPEG, _WEBP_EXIF = re.compile(b"\xff\xd9"), re.compile(b"EXIF")
+_END_OF_JPEG = re.compile(b"\xff\xd9")
+_WEBP_FLAGS, _WEBP_EXIF = 20, 0x08
 # Start of frame, by the way of compression; C4, C8 and CC are other segments.
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SCAN = 0xDA
@@ -106,10 +107,6 @@ def _webp(view: memoryview) -> tuple[int, int] | str:
         (bits,) = struct.unpack_from("<I", view, 21)
         return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
     if kind == b"VP8X":
-        for found in _WEBP_EXIF.finditer(view, 30) if view[20] & 8 else ():
-            (size,) = struct.unpack_from("<I", view, found.end())
-            if size > len(view):
-                return f"broken WebP: {size} bytes of Exif"
         low, high = struct.unpack_from("<IH", view, 24)
         return (low >> 24 | high << 8) + 1, (low & 0xFFFFFF) + 1
     return "broken WebP header"
@@ -158,6 +155,26 @@ def _claimed(view: memoryview) -> tuple[int, int] | str:
     if head.startswith(b"BM"):
         return _bmp(view)
     return _foreign(head)
+
+
+def without_exif(encoded: np.ndarray) -> np.ndarray:
+    """The same picture for DALI: a WebP's header no longer says that there is Exif.
+
+    DALI 2.4 looks for it although no orientation is applied. On its way it forgets the padding of chunks of odd size,
+    and ends beside or behind the file; it also fills as much memory as the chunk claims, up to 4 GiB.
+
+    Args:
+        encoded: [bytes] uint8.
+
+    Returns:
+        `encoded`, or a copy of it where that flag was set.
+    """
+    head = encoded[: _WEBP_FLAGS + 1].tobytes()
+    if head[:4] + head[8:16] != b"RIFFWEBPVP8X" or not head[_WEBP_FLAGS] & _WEBP_EXIF:
+        return encoded
+    encoded = encoded.copy()
+    encoded[_WEBP_FLAGS] &= ~np.uint8(_WEBP_EXIF)
+    return encoded
 
 
 def inspect(encoded: np.ndarray | bytes) -> tuple[int, int] | str:

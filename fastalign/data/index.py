@@ -4,8 +4,10 @@ Names live in one blob of bytes with int64 offsets, memory-mapped from the cache
 strings would cost every process more than a gigabyte.
 """
 
+import errno
 import os
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,10 @@ class Names:
             return False
         return bool((offsets[1:] >= offsets[:-1]).all())
 
+    def crc(self, start: int = 0) -> int:
+        """CRC-32 of all names, going on from another one."""
+        return zlib.crc32(self.blob, zlib.crc32(self.offsets, start))
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -63,30 +69,55 @@ class Names:
 
 
 def is_image(name: bytes) -> bool:
-    """Whether a file name ends in one of IMAGE_EXTENSIONS (any case) and is not hidden."""
-    base = name.rsplit(b"/", 1)[-1]
-    return base.lower().endswith(_SUFFIXES) and not base.startswith(b".")
+    """Whether a path ends in one of IMAGE_EXTENSIONS (any case) and no part of it is hidden."""
+    if not name.lower().endswith(_SUFFIXES):
+        return False
+    return not any(part.startswith(b".") and part not in (b".", b"..") for part in name.split(b"/"))
 
 
-def _list_directory(path: bytes) -> tuple[list[bytes], list[bytes], int]:
-    """Sorted image names, sorted sub-directory names, number of other files. Links are followed."""
-    images, folders, others = [], [], 0
+DEAD_LINK = "a link that leads nowhere"
+
+
+def is_dead_link(path: str | os.DirEntry) -> bool:
+    """Whether a path is a link to nothing, or one of a circle of links.
+
+    Raises:
+        OSError: that cannot be told now, as where a disk fails.
+    """
+    try:
+        path.stat() if isinstance(path, os.DirEntry) else os.stat(path)  # noqa: PTH116, an entry keeps the answer
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        return os.path.islink(path)  # noqa: PTH114
+    return False
+
+
+def _list_directory(path: bytes) -> tuple[list[bytes], list[bytes], list[bytes], int]:
+    """Sorted names of images, of sub-directories, and of other links that lead nowhere; number of other files.
+
+    Whatever is called an image and is no directory is one: that it cannot be read is for whoever reads it to say.
+    """
+    images, folders, lost, others = [], [], [], 0
     with os.scandir(path) as entries:
         for entry in entries:
             if entry.name.startswith(b"."):
                 continue
-            if entry.is_dir():
+            dead = entry.is_symlink() and is_dead_link(entry)
+            if not dead and entry.is_dir():
                 folders.append(entry.name)
-            elif is_image(entry.name) and entry.is_file():
+            elif is_image(entry.name):
                 images.append(entry.name)
+            elif dead:
+                lost.append(entry.name)
             else:
                 others += 1
-    return sorted(images), sorted(folders), others
+    return sorted(images), sorted(folders), sorted(lost), others
 
 
 def _scan_folder(root: str) -> tuple[dict[str, np.ndarray], int, bool]:
     """Walks a folder depth first. Returns the index arrays, the number of other files, and whether it is settled."""
-    blob, lengths, directories, mtimes = bytearray(), [], [], []
+    blob, lengths, directories, mtimes, missing = bytearray(), [], [], [], []
     others, settled = 0, True
     base = os.fsencode(root)
     stack: list[tuple[bytes, tuple]] = [(b"", ())]
@@ -100,42 +131,44 @@ def _scan_folder(root: str) -> tuple[dict[str, np.ndarray], int, bool]:
         settled &= time.time_ns() - status.st_mtime_ns > SETTLE_NS
         directories.append(relative)
         mtimes.append(status.st_mtime_ns)
-        images, folders, other = _list_directory(path)
+        images, folders, lost, other = _list_directory(path)
         others += other
         prefix = relative + b"/" if relative else b""
+        missing += [prefix + name for name in lost]
         for name in images:
             blob += prefix + name
         lengths.append(np.array([len(prefix) + len(name) for name in images], dtype=np.int64))
         stack += [(prefix + name, (*ancestors, identity)) for name in reversed(folders)]
     names = Names._from_parts(blob, np.concatenate(lengths))
-    tree = Names.pack(directories)
-    arrays = {"names": names.blob, "offsets": names.offsets, "tree": tree.blob, "tree_offsets": tree.offsets}
+    arrays = {}
+    for key, packed in (("", names), ("tree_", Names.pack(directories)), ("missing_", Names.pack(missing))):
+        arrays |= {f"{key}names": packed.blob, f"{key}offsets": packed.offsets}
     return arrays | {"mtimes": np.array(mtimes, dtype=np.int64)}, others, settled
 
 
 def _sound(arrays: dict[str, np.ndarray]) -> bool:
     """Whether a cached index is safe to use: what it points to lies within it."""
-    if not Names.sound(arrays.get("names"), arrays.get("offsets")):
-        return False
-    if not Names.sound(arrays.get("tree"), arrays.get("tree_offsets")):
-        return False
+    for key in ("", "tree_", "missing_"):
+        if not Names.sound(arrays.get(f"{key}names"), arrays.get(f"{key}offsets")):
+            return False
     mtimes = arrays.get("mtimes")
     return mtimes is not None and mtimes.dtype == np.int64 and len(mtimes) == len(arrays["tree_offsets"]) - 1
 
 
 def _unchanged(root: str, arrays: dict[str, np.ndarray]) -> bool:
-    """Whether every directory of a cached index still has the mtime it was listed at."""
-    tree = Names(arrays["tree"], arrays["tree_offsets"])
+    """Whether every directory of a cached index still has the mtime it was listed at, and what was missing is."""
+    tree = Names(arrays["tree_names"], arrays["tree_offsets"])
+    missing = Names(arrays["missing_names"], arrays["missing_offsets"])
     try:
         return all(
             (Path(root) / tree[i]).stat().st_mtime_ns == mtime
             for i, mtime in enumerate(arrays["mtimes"].tolist())
-        )
+        ) and all(is_dead_link(f"{root}/{missing[i]}") for i in range(len(missing)))
     except (OSError, ValueError):  # a damaged index may name a folder that no file system can have
         return False
 
 
-def index_folder(root: str) -> tuple[Names, Names, int]:
+def index_folder(root: str) -> tuple[Names, Names, Names, int]:
     """The images below a folder, from the cache where no directory changed since.
 
     Order: depth first, the files of a directory before its sub-directories, each sorted by bytes; hidden
@@ -145,8 +178,8 @@ def index_folder(root: str) -> tuple[Names, Names, int]:
         root: resolved path of the folder.
 
     Returns:
-        Image names relative to `root`; directory names relative to `root` ("" is the root); how many other
-        files were seen (0 when read from the cache).
+        Names relative to `root`: of the images, of directories ("" is the root), and of other links that lead
+        nowhere; how many other files were seen (0 when read from the cache).
 
     Raises:
         UserError: a folder that cannot be read.
@@ -164,4 +197,5 @@ def index_folder(root: str) -> tuple[Names, Names, int]:
             if settled and len(arrays["offsets"]) > 1 and save_index("folder", root, arrays):
                 # Mapped pages are shared by all processes of a machine, this process's copy is not.
                 arrays = load_index("folder", root) or arrays
-    return Names(arrays["names"], arrays["offsets"]), Names(arrays["tree"], arrays["tree_offsets"]), others
+    found = (Names(arrays[f"{key}names"], arrays[f"{key}offsets"]) for key in ("", "tree_", "missing_"))
+    return *found, others

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.data.headers import MAX_PIXELS
+from fastalign.data.headers import MAX_PIXELS, without_exif
 from fastalign.data.transforms import BICUBIC, BILINEAR, Geometry
 from fastalign.errors import UserError
 
@@ -30,7 +30,7 @@ def load_dali() -> SimpleNamespace:
     Raises:
         UserError: it is missing, or another project's package of that name is installed.
     """
-    remedy = 'pip install "fastalign[dali]" (CUDA 12: "fastalign[dali-cuda12]"), or train on `synthetic` data'
+    remedy = "pip install nvidia-dali-cuda130 (CUDA 12: nvidia-dali-cuda120), or train on `synthetic` data"
     try:
         import nvidia.dali
     except ImportError as error:
@@ -147,6 +147,7 @@ class Decoder:
         """
         try:
             self._peek = self._peek or self._open_peek()
+            encoded = [without_exif(each) for each in encoded]
             self._peek.feed_input("encoded", encoded)
             shapes = np.array(self._peek.run()[0].as_array())[:, :2]
         except RuntimeError as error:
@@ -160,10 +161,11 @@ class Decoder:
         """Starts decoding a batch.
 
         Args:
-            encoded: B arrays of [bytes] uint8; kept alive until `collect`.
+            encoded: B arrays of [bytes] uint8; what DALI reads is kept alive until `collect`.
             sampling: the batch's geometry.
         """
         self._decode = self._decode or self._open_decode()
+        encoded = [without_exif(each) for each in encoded]
         self._decode.feed_input("encoded", encoded)
         self._decode.feed_input("roi_start", sampling.roi_start)
         self._decode.feed_input("roi_end", sampling.roi_end)

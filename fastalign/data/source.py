@@ -4,6 +4,8 @@ A source is a list: a sample's id is its index in the source's stable order, the
 """
 
 import zlib
+from collections.abc import Iterable
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from fastalign.errors import UserError
 from fastalign.random import Stream, random_uniform
 
 SYNTHETIC_LENGTH = 50_000
+_SAMPLED = 8
 
 
 class Unreadable(UserError):
@@ -30,7 +33,8 @@ class Source:
     root: str | None = None
     """the folder that names are relative to, where there is one"""
     damaged: tuple[tuple[str, str], ...] = ()
-    """tar shards of which only the images before some damage are in the list: (file name, what is wrong)"""
+    """what else belongs to it and cannot be read: (portable name, what is wrong) of tar shards of which only the
+    images before some damage are in the list, and of links in the place of folders that lead nowhere"""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -62,11 +66,43 @@ class Source:
     def fingerprint(self) -> int:
         """A CRC-32 over the length and the first, middle and last names: ranks that see the same data agree on it.
 
-        Where the data set lies does not count, so that nodes may have copies at different paths.
+        Where the data set lies does not count, so that nodes may have copies at different paths. `identity` tells
+        more, and takes longer.
         """
         total = len(self)
-        names = [self.portable_name(index) for index in (0, total // 2, total - 1)]
-        return zlib.crc32("\0".join([str(total), *names]).encode("utf-8", "surrogateescape"))
+        return self._crc_of_names((0, total // 2, total - 1), str(total))
+
+    @cached_property
+    def identity(self) -> dict[str, int | list[int]]:
+        """Which data set it is, wherever it lies: CRC-32 of all names, and of the bytes of nine samples.
+
+        Plain values, for a checkpoint; 0 stands for a sample that cannot be read. `differs_from` compares.
+        """
+        spread = sorted({i * (len(self) - 1) // _SAMPLED for i in range(_SAMPLED + 1)})
+        return {"names": self._crc_of_all_names(), "samples": [self._crc_of(index) for index in spread]}
+
+    def differs_from(self, identity: dict[str, int | list[int]]) -> str | None:
+        """How this data set differs from one whose `identity` was kept, in a few words; None: it is the same.
+
+        Of the samples half may differ: bad ones were mended since. Of another data set all do.
+        """
+        if self.identity["names"] != identity["names"]:
+            return "other names"
+        same = sum(a == b for a, b in zip(self.identity["samples"], identity["samples"], strict=True))
+        return "other images of the same names" if 2 * same < len(identity["samples"]) else None
+
+    def _crc_of(self, index: int) -> int:
+        try:
+            return zlib.crc32(self.read(index))
+        except UserError:
+            return 0
+
+    def _crc_of_names(self, indices: Iterable[int], *before: str) -> int:
+        names = (*before, *(self.portable_name(index) for index in indices))
+        return zlib.crc32("\0".join(names).encode("utf-8", "surrogateescape"))
+
+    def _crc_of_all_names(self) -> int:
+        return self._crc_of_names(range(len(self)))
 
     def portable_name(self, index: int) -> str:
         """The sample's name without the place where the data set lies."""
@@ -95,6 +131,11 @@ class SyntheticSource(Source):
 
     def name(self, index: int) -> str:
         return f"synthetic:{index}"
+
+    @cached_property
+    def identity(self) -> dict[str, int | list[int]]:
+        """Its length says it all."""
+        return {"names": self._length, "samples": []}
 
     def images(self, ids: Tensor, size: tuple[int, int], *, seed: int, dtype: torch.dtype) -> Tensor:
         """Normalised images, a pure function of (seed, id): mean 0, variance 1, values in -3..3.

@@ -1,21 +1,30 @@
 """Where samples come from: `open_source` tells folders, tar shards and `synthetic` apart."""
 
-import csv
 import hashlib
 import os
 import re
 import stat
 import threading
+import zlib
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from fastalign.data.index import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Names, index_folder, is_image
-from fastalign.data.shard_labels import read_classes, sample_key
+from fastalign.data.index import (
+    DEAD_LINK,
+    IMAGE_EXTENSIONS,
+    MAX_IMAGE_BYTES,
+    Names,
+    index_folder,
+    is_dead_link,
+    is_image,
+)
+from fastalign.data.label_files import class_of, read_classes, read_table
 from fastalign.data.source import SYNTHETIC_LENGTH, Source, SyntheticSource, Unreadable
 from fastalign.data.tars import expand_shards, index_tars, is_tar
 from fastalign.errors import UserError
+from fastalign.paths import user_path
 
 _OPEN_SHARDS = 256
 _LOOKED_FOR = " ".join(IMAGE_EXTENSIONS)
@@ -44,19 +53,23 @@ class FolderSource(Source):
 
     Args:
         root: the folder.
+        damaged: links to folders that are not there are named in `damaged`; else they are refused.
 
     Raises:
-        UserError: no such folder, or no image in it.
+        UserError: no such folder, no image in it, or a link in it that leads nowhere.
     """
 
     kind = "folder"
 
-    def __init__(self, root: str):
-        path = Path(root).expanduser()
+    def __init__(self, root: str, *, damaged: bool = False):
+        path = Path(root)
         if not path.is_dir():
             raise UserError(f"no such folder: {root}; check the path of the data set")
         self.root = str(path.resolve())
-        self._names, self._folders, others = index_folder(self.root)
+        self._names, self._folders, missing, others = index_folder(self.root)
+        self.damaged = tuple((missing[index], DEAD_LINK) for index in range(len(missing)))
+        if self.damaged and not damaged:
+            raise UserError(f"{path / missing[0]} is {DEAD_LINK}; mount what it leads to, or remove it")
         if len(self._names) == 0:
             found = f"none of the {others} files is one" if others else "it is empty"
             raise UserError(f"no images in {root}: {found}; looked for {_LOOKED_FOR} in all sub-folders")
@@ -80,6 +93,11 @@ class FolderSource(Source):
             finally:
                 os.close(descriptor)
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and is_dead_link(path):
+                # Not caused by a disk: it is not tried again.
+                raise Unreadable(
+                    f"{path} is {DEAD_LINK}; mount what it leads to, or remove it", DEAD_LINK
+                ) from None
             reason = getattr(error, "strerror", None) or str(error)
             raise Unreadable(
                 f"cannot read {path}: {reason}; the data set changed since the start", reason
@@ -88,24 +106,15 @@ class FolderSource(Source):
     @cached_property
     def _labels(self) -> dict[str, int] | None:
         path = Path(self.root) / "labels.csv"
-        if not path.is_file():
-            return None
-        # Spreadsheets begin a UTF-8 file with a byte order mark.
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            try:
-                if reader.fieldnames != ["name", "label"]:
-                    raise UserError(f"{path} has no header `name,label`; its first line must be that")
-                return {row["name"]: int(row["label"]) for row in reader}
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path} is not UTF-8 ({error.reason}); save it in that encoding") from error
-            except (TypeError, ValueError, csv.Error) as error:
-                raise UserError(f"{path} line {reader.line_num}: {error}; a label is an integer") from error
+        return read_table(path) if path.is_file() else None
 
     @cached_property
     def _classes(self) -> dict[str, int]:
         tree = (self._folders[i] for i in range(len(self._folders)))
         return {name: i for i, name in enumerate(sorted({d.split("/", 1)[0] for d in tree if d}))}
+
+    def _crc_of_all_names(self) -> int:
+        return self._names.crc()
 
     def label(self, index: int) -> int | None:
         name = self._names[index]
@@ -126,7 +135,8 @@ class FolderSource(Source):
 class TarSource(Source):
     """The image members of plain tar files (WebDataset layout), read in place and never extracted.
 
-    Labels: the member of the image's name with `.cls` for all that follows its first dot, in the same shard.
+    Labels: the member with the image's name and `.cls` for its suffix, else for all that follows its first dot, in
+    the same shard.
 
     Args:
         spec: one .tar, a folder of .tar files, or a pattern (`shards/{000..009}.tar`, `shards/*.tar`).
@@ -146,9 +156,12 @@ class TarSource(Source):
         arrays = index_tars(key, self.shards)
         self._names = Names(arrays["names"], arrays["offsets"])
         self._shard, self._start, self._size = arrays["shard"], arrays["start"], arrays["size"]
+        # Below their common folder: many data sets have a 00000.tar.
+        common = os.path.commonpath([os.path.dirname(shard) for shard in self.shards])  # noqa: PTH120
+        self._portable = [os.path.relpath(shard, common) for shard in self.shards]
         damage = Names(arrays["damage"], arrays["damage_offsets"])
         self.damaged = tuple(
-            (Path(shard).name, damage[number]) for number, shard in enumerate(self.shards) if damage[number]
+            (name, damage[number]) for number, name in enumerate(self._portable) if damage[number]
         )
         if self.damaged and not (damaged and len(self._names)):
             shard = next(shard for number, shard in enumerate(self.shards) if damage[number])
@@ -168,12 +181,15 @@ class TarSource(Source):
         return f"{self.shards[self._shard[index]]}:{self._names[index]}"
 
     def portable_name(self, index: int) -> str:
-        return f"{Path(self.shards[self._shard[index]]).name}:{self._names[index]}"
+        return f"{self._portable[self._shard[index]]}:{self._names[index]}"
+
+    def _crc_of_all_names(self) -> int:
+        shards = zlib.crc32("\0".join(self._portable).encode("utf-8", "surrogateescape"))
+        return self._names.crc(zlib.crc32(self._shard, shards))
 
     def class_names(self) -> list[str | None]:
         found = [read_classes(shard) for shard in self.shards]
-        keys = (sample_key(self._names[index]) for index in range(len(self)))
-        return [found[shard].get(key) for shard, key in zip(self._shard.tolist(), keys, strict=True)]
+        return [class_of(self._names[i], found[shard]) for i, shard in enumerate(self._shard.tolist())]
 
     def read(self, index: int) -> np.ndarray:
         shard = int(self._shard[index])
@@ -240,7 +256,7 @@ def open_source(spec: str, *, damaged: bool = False) -> Source:
     Args:
         spec: `synthetic` or `synthetic:N`; a .tar file, a folder of .tar files or a pattern of them; else a
             folder of images.
-        damaged: use what comes before the damage of a broken tar shard, see `TarSource`; else refuse it.
+        damaged: use what there is of a broken data set, see `TarSource` and `FolderSource`; else refuse it.
 
     Returns:
         The source.
@@ -253,18 +269,20 @@ def open_source(spec: str, *, damaged: bool = False) -> Source:
     if not spec:
         raise UserError("no data set given; name a folder of images, a .tar pattern or `synthetic`")
     try:
-        return _open_path(spec, damaged)
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot open {spec}: {reason}; check the path and its permissions") from error
+        return _open_path(user_path(spec), damaged)
+    except OSError as error:
+        raise UserError(
+            f"cannot open {spec}: {error.strerror or error}; check the path and its permissions"
+        ) from error
 
 
 def _open_path(spec: str, damaged: bool) -> Source:
-    path = Path(spec).expanduser()
+    path = Path(spec)
     if path.is_dir():
-        return TarSource(spec, damaged=damaged) if _holds_tars(path, spec) else FolderSource(spec)
+        source = TarSource if _holds_tars(path, spec) else FolderSource
+        return source(spec, damaged=damaged)
     if path.is_file() and path.suffix.lower() != ".tar":
         raise UserError(f"{spec} is a file; name a folder of images, a .tar file or `synthetic`")
     if path.suffix.lower() == ".tar" or any(c in spec for c in "*?[{"):
         return TarSource(spec, damaged=damaged)
-    return FolderSource(spec)
+    return FolderSource(spec, damaged=damaged)

@@ -6,6 +6,8 @@ import os
 import re
 import tarfile
 import time
+from collections import Counter
+from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
 
@@ -32,40 +34,81 @@ class _Headers:
         return self._file.read(size)
 
 
-def _scan_shard(path: str) -> tuple[list[bytes], list[tuple[int, int]], str]:
-    """The images in one tar, which is read to its end mark or to its damage.
+class Damaged(Exception):
+    """A tar is damaged; the message says where and how. The members that came before it are good."""
 
-    Returns:
-        Names; (offset, size) of each; what is wrong with the shard, "" for nothing.
+
+def members(path: str) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar, or of several that were joined end to end, as `tar --ignore-zeros` lists them.
 
     Raises:
+        Damaged: after the last good member.
         UserError: the disk fails; a shard cut there would change the order of the data.
     """
-    names, places, position = [], [], 0
+    begin, position = 0, 0
     try:
-        with Path(path).open("rb") as file, tarfile.open(fileobj=_Headers(file), mode="r:") as tar:
+        with Path(path).open("rb") as file:
             total = os.fstat(file.fileno()).st_size
-            while (member := tar.next()) is not None:
-                # A crafted header can send the reader backwards, for ever.
-                if member.size < 0 or tar.offset <= member.offset or member.offset_data + member.size > total:
-                    raise tarfile.ReadError(f"member {member.name!r} runs past the end of the file")
-                position = tar.offset
-                tar.members.clear()
-                name = os.fsencode(member.name)
-                if member.isreg() and not member.issparse() and is_image(name):
-                    names.append(name)
-                    places.append((member.offset_data, member.size))
-            file.seek(tar.offset)
-            # tarfile stops without a word at a broken header; only a zero block is a proper end.
-            if file.read(_BLOCK) != bytes(_BLOCK):
-                raise tarfile.ReadError("no member and no end mark")
+            while begin is not None:
+                position = file.seek(begin)
+                with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:
+                    while (member := tar.next()) is not None:
+                        end = member.offset_data + member.size
+                        # A crafted header can send the reader backwards, for ever.
+                        if member.size < 0 or tar.offset <= member.offset or end > total:
+                            raise tarfile.ReadError(f"member {member.name!r} runs past the end of the file")
+                        position = tar.offset
+                        tar.members.clear()
+                        yield member
+                    file.seek(tar.offset)
+                    # tarfile stops without a word at a broken header; only a zero block is a proper end.
+                    if file.read(_BLOCK) != bytes(_BLOCK):
+                        raise tarfile.ReadError("no member and no end mark")
+                    begin = _behind_zeros(file, tar.offset)
     except Exception as error:  # tarfile lets a bad header raise nearly anything, too deep recursion included
         # EINVAL: a header sends the reader to a place before the file's beginning.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise UserError(f"cannot read {path}: {error.strerror}; is the disk there?") from error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        return names, places, f"damaged at byte {position}: {reason}"
-    return names, places, ""
+        raise Damaged(f"damaged at byte {position}: {reason}") from error
+
+
+def _behind_zeros(file, position: int) -> int | None:
+    """Where the block begins that ends a row of zero blocks; None: zeros are all that follows."""
+    file.seek(position)
+    while chunk := file.read(_MOST_HEADER_BYTES):
+        if rest := chunk.lstrip(b"\0"):
+            return (position + len(chunk) - len(rest)) // _BLOCK * _BLOCK
+        position += len(chunk)
+    return None
+
+
+def _scan_shard(path: str) -> tuple[list[bytes], list[tuple[int, int]], str]:
+    """The images in one tar, up to its damage where it has some.
+
+    Returns:
+        Names; (offset, size) of each; what is wrong with the shard, "" for nothing.
+
+    Raises:
+        UserError: the disk fails, or two images have one name.
+    """
+    names, places, damage = [], [], ""
+    try:
+        for member in members(path):
+            name = os.fsencode(member.name)
+            if member.isreg() and not member.issparse() and is_image(name):
+                names.append(name)
+                places.append((member.offset_data, member.size))
+    except Damaged as error:
+        damage = str(error)
+    if len(set(names)) < len(names):
+        (name, _), *_ = Counter(names).most_common(1)
+        first, second, *_ = (begin for each, (begin, _) in zip(names, places, strict=True) if each == name)
+        raise UserError(
+            f"{path} has two images called {os.fsdecode(name)!r}, at bytes {first} and {second}: names tell samples "
+            "apart; rename or remove one"
+        )
+    return names, places, damage
 
 
 def index_tars(key: str, shards: list[str]) -> dict[str, np.ndarray]:
@@ -167,7 +210,7 @@ def expand_shards(spec: str) -> list[str]:
     Raises:
         UserError: nothing matches, or a named file is missing.
     """
-    path = Path(spec).expanduser()
+    path = Path(spec)
     if path.is_dir():
         found = [str(p) for p in path.iterdir() if is_tar(p.name)]
     elif path.is_file():

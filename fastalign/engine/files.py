@@ -4,13 +4,17 @@ import errno
 import os
 import pickle
 import re
+import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import safetensors.torch
 import torch
+from torch import Tensor
 
 from fastalign.errors import UserError, first_line
 
@@ -20,7 +24,7 @@ _TEMPORARY = re.compile(r"\..+\.(\d+)$")
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file under a temporary name, flush it to the disk, then rename it: nobody ever sees half of it.
 
-    When this returns, a power failure does not undo it.
+    When this returns, a power failure does not undo it. The file's mode follows the umask.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
@@ -33,6 +37,18 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
+    """Write a safetensors file as `write_atomically` does: safetensors' own writer gives it mode 0600.
+
+    Args:
+        path: the file.
+        tensors: by name, contiguous.
+        **metadata: texts for its header, beside the format.
+    """
+    content = safetensors.torch.save(tensors, {"format": "pt", **metadata})
+    write_atomically(path, lambda file: file.write(content))
 
 
 def temporary_name(path: Path) -> Path:
@@ -53,7 +69,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of `write_atomically` whose writer was killed; call it before the first write.
+    """Remove files and folders of `temporary_name` whose writer was killed; call it before the first write.
 
     Those of another process that is alive stay, also where it has only the same number. This process's own number is
     a dead one's: in a container every start may have the same.
@@ -64,7 +80,10 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(".*"):
         match = _TEMPORARY.fullmatch(path.name)
         if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _alive(process: int) -> bool:
@@ -91,6 +110,16 @@ def saying_where(path: Path) -> Iterator[None]:
             f"{path} cannot be written ({reason(error)}): free some space, or make its folder one that "
             "can be written, and run the same command again"
         ) from error
+
+
+def checksum_of(paths: Iterable[Path]) -> int:
+    """A CRC-32 over the bytes of files, one after the other."""
+    code = 0
+    for path in paths:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 22):
+                code = zlib.crc32(piece, code)
+    return code
 
 
 def damage(path: Path) -> str | None:

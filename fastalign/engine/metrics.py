@@ -273,9 +273,7 @@ def _tensorboard(folder: Path, step: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError(
-            'log.to=[tensorboard] needs a package: pip install "fastalign[tensorboard]"'
-        ) from None
+        raise UserError("log.to=[tensorboard] needs a package: pip install tensorboard") from None
     writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(values: dict, step: int) -> None:
@@ -290,7 +288,7 @@ def _wandb(folder: Path, project: str):
     try:
         import wandb
     except ImportError:
-        raise UserError('log.to=[wandb:...] needs a package: pip install "fastalign[wandb]"') from None
+        raise UserError("log.to=[wandb:...] needs a package: pip install wandb") from None
     # The same folder continues the same run; two folders of one name are two runs.
     identity = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"
     run = wandb.init(project=project, name=folder.name, id=identity, dir=str(folder), resume="allow")

@@ -1,7 +1,7 @@
 """YAML files and single keys: read, laid over each other, explained where they are wrong, written."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from fastalign.errors import UserError
+from fastalign.paths import user_path
 
 LONGEST = 1 << 20
 """characters of a YAML text; ours have some hundred"""
@@ -24,7 +25,9 @@ def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict:
         raise UserError(f"{path}: its bases form a circle")
     tree = read_yaml(path)
     base = tree.pop("base", None)
-    return _merge(read_with_bases(path.parent / str(base), (*seen, path.resolve())), tree) if base else tree
+    if not base:
+        return tree
+    return merge(read_with_bases(path.parent / user_path(str(base)), (*seen, path.resolve())), tree)
 
 
 def read_yaml(path: Path) -> dict:
@@ -65,27 +68,21 @@ def put(tree: dict, path: list[str], value: Any, override: str) -> None:
     tree[path[-1]] = value
 
 
-def explain(
-    error: ValidationError, where: str | Path, names: Iterable[str], renamed: Mapping[str, str]
-) -> str:
-    """What is wrong with a tree, about its first bad key.
+def explain(error: ValidationError, names: Iterable[str]) -> tuple[str, str]:
+    """What is wrong with a tree: its first bad key, empty where it is no single one, and a text about it.
 
     Args:
         error: pydantic's.
-        where: the file.
         names: of all keys, dotted; the one nearest to an unknown key is told.
-        renamed: former key -> what to do instead.
     """
     first = error.errors()[0]
     parts = [part for part in first["loc"] if isinstance(part, str)]
     key = ".".join(part for part in parts if not part.startswith(("float", "literal")))
-    if first["type"] == "extra_forbidden" and key in renamed:
-        return f"{where}: the key {key} is gone: {renamed[key]} instead"
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
-        return f"{where}: unknown key {key}; the nearest is {near[0]}"
+        return key, f"unknown key {key}; the nearest is {near[0]}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {key}: {message}, got {first['input']!r}" if key else f"{where}: {message}"
+    return key, f"{key}: {message}, got {first['input']!r}" if key else message
 
 
 def write_yaml(tree: dict) -> str:
@@ -113,9 +110,10 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(list, _Dumper.represent_list)
 
 
-def _merge(base: dict, top: dict) -> dict:
+def merge(base: dict, top: dict) -> dict:
+    """A tree with another laid over it."""
     merged = dict(base)
     for key, value in top.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merge(base[key], value) if both else value
+        merged[key] = merge(base[key], value) if both else value
     return merged

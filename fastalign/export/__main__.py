@@ -8,6 +8,7 @@ from typing import Any
 from fastalign.errors import UserError, first_line
 from fastalign.export.targets import TARGETS
 from fastalign.export.write import export
+from fastalign.paths import path_argument
 
 
 def push(folder: Path, name: str) -> None:
@@ -19,7 +20,7 @@ def push(folder: Path, name: str) -> None:
     try:
         from huggingface_hub import HfApi
     except ImportError:
-        raise UserError("--push-to-hub needs huggingface_hub: pip install 'fastalign[export]'") from None
+        raise UserError("--push-to-hub needs a package: pip install huggingface_hub") from None
     try:
         api = HfApi()
         api.create_repo(name, exist_ok=True)
@@ -51,14 +52,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastalign.export", description="Export an aligned backbone."
     )
-    parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="the folder of a finished run")
     parser.add_argument("--to", required=True, choices=TARGETS, help="the library")
-    parser.add_argument("--output", help="the folder to write; default RUN/exports/TARGET")
+    parser.add_argument(
+        "--output", type=path_argument, help="the folder to write; default RUN/exports/TARGET"
+    )
     parser.add_argument(
         "--drop-softcap", action="store_true", help="export without the cap; what it changes is measured"
     )
     parser.add_argument(
-        "--images", help="image folder or tar shards to measure features on; default validation data"
+        "--images",
+        type=path_argument,
+        help="image folder or tar shards to measure features on; default validation data",
     )
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it to the model hub")
     options = parser.parse_args(arguments)

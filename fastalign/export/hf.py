@@ -34,6 +34,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
 
 from fastalign.attention import attention
 from fastalign.errors import UserError
@@ -42,14 +43,25 @@ SOFTCAP = "fastalign_softcap"
 """The name of our attention in transformers' registry."""
 
 
-def softcap_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **_) -> tuple:
-    """transformers' attention interface: [B, H, T, d] -> [B, T, H, d]; the cap is the module's `config.softcap`."""
+def softcap_attention(
+    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, output_attentions: bool = False, **_
+) -> tuple:
+    """transformers' attention interface: [B, H, T, d] -> [B, T, H, d]; the cap is the module's `config.softcap`.
+
+    It computes no attention weights, and says so where they are asked for, as transformers' sdpa does.
+    """
+    if output_attentions:
+        logger.warning_once(
+            "fastalign's soft-capped attention does not support `output_attentions=True`: `attentions` will be None. "
+            "Export with --drop-softcap to get the weights of plain attention, which are other ones."
+        )
     if attention_mask is not None:
         raise ValueError("fastalign's soft-capped attention takes no attention mask")
     out = attention(query, key, value, softcap=module.config.softcap)
     return out.transpose(1, 2).contiguous(), None
 
 
+logger = logging.get_logger(__name__)
 AttentionInterface.register(SOFTCAP, softcap_attention)
 
 
@@ -76,7 +88,7 @@ class AlignedModel:
         out = super().forward(pixel_values, return_dict=True, **kwargs)
         tokens = self.normed(out.last_hidden_state)
         hidden = out.hidden_states and (*out.hidden_states[:-1], tokens)
-        out = BaseModelOutputWithPooling(tokens, tokens[:, 0], hidden, out.attentions)
+        out = BaseModelOutputWithPooling(tokens, tokens[:, 0], hidden, out.attentions or None)
         return out.to_tuple() if return_dict is False else out
 
     def normed(self, tokens: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"RUN {folder}: there is no such folder; give the folder of a finished run")
-    vit = load_backbone(folder).eval()
+    vit = load_backbone(folder)
     bad = [name for name, value in vit.state_dict().items() if not torch.isfinite(value).all()]
     if bad:
         raise UserError(f"{folder / 'backbone.safetensors'}: {bad[0]} is not finite; export an earlier run")
@@ -97,7 +97,7 @@ def _read_decoder(run: Run) -> None:
     if state is None:
         run.notes.append(f"no checkpoint of step {run.facts.get('step')} is left: no decoder")
         return
-    student = (state.get("average") if run.config.optim.ema else None) or state["student"]
+    student = state.get("average") or state["student"]
     path = state["path"]
     for name, value in run.vit.state_dict().items():
         other = student.get(f"encoder.{name}")

@@ -34,6 +34,10 @@ class Target:
         """Load the files as a user would."""
         raise NotImplementedError
 
+    def notes(self, run: Run) -> list[str]:
+        """What else its user must know, a sentence each."""
+        return []
+
     def usage(self, run: Run) -> str:
         """Lines of Python for the model card."""
         raise NotImplementedError

@@ -27,7 +27,9 @@ def find_target(name: str, run: Run) -> Target:
     """
     target = TARGETS[name]
     if find_spec(target.package) is None:
-        raise UserError(f"--to {name} needs {target.package}: pip install 'fastalign[export]'")
+        raise UserError(
+            f"--to {name} needs {target.package}: pip install 'transformers>=5.20' 'open_clip_torch>=3.3'"
+        )
     problems = target.misfits(run.vit.spec)
     if problems:
         fitting = ", ".join(other for other in TARGETS if not TARGETS[other].misfits(run.vit.spec))

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from fastalign.engine.files import write_tensors
 from fastalign.export import convert
 from fastalign.export.source import Run
 from fastalign.export.target import Target, Tokens
@@ -37,7 +38,7 @@ class OpenClip(Target):
     def write(self, run: Run, folder: Path) -> None:
         text = json.dumps(_config(run.vit), indent=2) + "\n"
         (folder / "visual.json").write_text(text)
-        save_file(convert.open_clip_state(run.vit), folder / "visual.safetensors", metadata={"format": "pt"})
+        write_tensors(folder / "visual.safetensors", convert.open_clip_state(run.vit))
 
     def read(self, folder: Path) -> Tokens:
         import open_clip

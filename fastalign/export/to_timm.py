@@ -5,9 +5,9 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastalign.engine.files import write_tensors
 from fastalign.export.source import Run
 from fastalign.export.target import Target, Tokens
 from fastalign.export.timm_model import ARCHITECTURE
@@ -47,7 +47,7 @@ class Timm(Target):
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         weights = {name: value.contiguous() for name, value in run.vit.state_dict().items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(folder / "model.safetensors", weights)
 
     def read(self, folder: Path) -> Tokens:
         return self.load(folder).forward_features

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from fastalign.engine.files import write_tensors
 from fastalign.export import convert
 from fastalign.export.source import Run
 from fastalign.export.target import Target, Tokens
@@ -53,7 +53,7 @@ class Transformers(Target):
             settings["softcap"] = vit.softcap
         config = model.config_class(architectures=[model.__name__], dtype="float32", **settings)
         config.save_pretrained(folder)
-        save_file(self.state(vit), folder / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(folder / "model.safetensors", self.state(vit))
         (folder / "preprocessor_config.json").write_text(json.dumps(_processor(vit), indent=2) + "\n")
 
     def read(self, folder: Path) -> Tokens:
@@ -77,6 +77,20 @@ class Transformers(Target):
             return model.post_layernorm(last) if bare_clip else last
 
         return tokens
+
+    def notes(self, run: Run) -> list[str]:
+        """transformers' crop has no setting that rounds as timm's does."""
+        size, short = run.vit.spec.image_size[0], _short_side(run.vit)
+        which = (
+            f"every image (short side {short}, crop {size})"
+            if (short - size) % 4 == 3
+            else f"images whose longer side is resized to {size} + 3, 7, 11, ... pixels"
+        )
+        return [
+            "Image processor: transformers rounds the offset of a centre crop down, timm to the nearest even number. "
+            f"Its crop lies one pixel further left or up than timm's on {which}; timm's own transform gives "
+            "the pixels of training and evaluation."
+        ]
 
     def usage(self, run: Run) -> str:
         lines = [
@@ -124,7 +138,7 @@ class Siglip(Transformers):
         return {**super().settings(vit), "vision_use_head": False}
 
     def state(self, vit: ViT) -> dict[str, Tensor]:
-        return convert.siglip_state(vit)
+        return convert.clip_state(vit)
 
 
 class Dinov2(Transformers):
@@ -149,13 +163,18 @@ class Dinov2(Transformers):
         return convert.dinov2_state(vit)
 
 
+def _short_side(vit: ViT) -> int:
+    """What an image's short side is resized to before it is cropped."""
+    return int(vit.spec.image_size[0] / vit.data["crop_pct"])
+
+
 def _processor(vit: ViT) -> dict[str, Any]:
     """The backbone's evaluation transform, as transformers' image processor of CLIP."""
     height, width = vit.spec.image_size
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": int(height / vit.data["crop_pct"])},
+        "size": {"shortest_edge": _short_side(vit)},
         "resample": {"lanczos": 1, "bilinear": 2, "bicubic": 3}[vit.data["interpolation"]],
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from fastalign import __version__
+from fastalign.engine.files import temporary_name, write_tensors
+from fastalign.engine.yaml_files import merge
 from fastalign.errors import UserError
 from fastalign.export import card, decoder, measure
 from fastalign.export.source import Run, read_run
@@ -56,15 +55,15 @@ def export(
     if drop_softcap and run.vit.softcap is not None:
         softcap["dropped"] = measure.without_softcap(run.vit, found)
         run.vit.softcap = None
-    facts = _facts(run, to, softcap)
+    facts = _facts(run, to, softcap) | {"notes": [*run.notes, *target.notes(run)]}
     facts["features"] = (measure.moments(run.vit, found) if found else {"mean": None, "std": None}) | {
         "of": where
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".export-", dir=output.parent))
+    temporary = temporary_name(output)
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
+        temporary.mkdir(parents=True)
         _write(run, target, facts, temporary)
-        temporary.chmod(0o755)  # mkdtemp's are private
         if output.exists():
             shutil.rmtree(output)
         temporary.replace(output)
@@ -84,7 +83,7 @@ def _write(run: Run, target: Target, facts: dict[str, Any], folder: Path) -> Non
         )
     facts["parity"] = {"largest_relative_error": error, "of": "any token, fp32, 4 images of noise"}
     if run.decoder:
-        save_file(run.decoder_weights, folder / decoder.WEIGHTS, metadata={"format": "pt"})
+        write_tensors(folder / decoder.WEIGHTS, run.decoder_weights)
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
     (folder / "README.md").write_text(card.model_card(facts, target.usage(run)))
 
@@ -110,7 +109,8 @@ def _facts(run: Run, to: str, softcap: dict[str, Any]) -> dict[str, Any]:
         },
         "images": {"size": list(spec.image_size), **run.vit.data},
         "data": {"train": config.data.train, "val": config.data.val} if config else None,
-        "recipe": config.model_dump(mode="json") if config else None,
+        # config.yaml may be of a later start, with other settings by force than those that trained this backbone.
+        "recipe": merge(config.model_dump(mode="json"), run.facts.get("settings", {})) if config else None,
+        "changes": run.facts.get("changes"),
         "decoder": run.decoder,
-        "notes": run.notes,
     }

@@ -26,6 +26,7 @@ from fastalign.labelled.maps import (
     read_panoptic,
 )
 from fastalign.labelled.pairs import LabelledImages, pair, stem
+from fastalign.paths import user_path
 
 __all__ = ["SPLITS", "VOID", "LabelledImages", "open_labelled"]
 
@@ -62,7 +63,7 @@ def open_labelled(data: str, split: str) -> LabelledImages:
             f"no labelled data given; name a folder, or one of {' '.join(f'{k}:ROOT' for k in KINDS)}"
         )
     try:
-        kind, root = _parse(data)
+        kind, root = _parse(user_path(data))
         if kind == "ade20k":
             return _open_ade20k(root, split)
         if kind:
@@ -77,14 +78,14 @@ def open_labelled(data: str, split: str) -> LabelledImages:
 def _parse(data: str) -> tuple[str, Path]:
     """The kind of data set ("" is a folder of one's own) and its folder, which exists."""
     kind, colon, rest = data.partition(":")
-    if not (colon and re.fullmatch(r"[\w-]+", kind)) or Path(data).expanduser().exists():
+    if not (colon and re.fullmatch(r"[\w-]+", kind)) or Path(data).exists():
         kind, rest = "", data
     elif kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
         raise UserError(
             f"{data}: no data set is called {kind!r}; there are {' '.join(KINDS)}, nearest {near}"
         )
-    root = Path(rest).expanduser()
+    root = Path(rest)
     if not rest or not root.is_dir():
         raise UserError(f"{data}: no such folder: {rest or '(none)'}; check the path of the data set")
     return kind, root

@@ -7,7 +7,6 @@ download left in ROOT/checksums.json.
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
@@ -17,10 +16,13 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from fastalign.data.cache import lock
+from fastalign.engine.files import write_atomically
 from fastalign.errors import UserError
 from fastalign.labelled.archives import Archive, Piece, archives
 from fastalign.labelled.datasets import SPLITS
 from fastalign.labelled.transfer import fetch, require_space
+from fastalign.paths import path_argument
 
 _CHUNK = 1 << 20
 RECORD = "checksums.json"
@@ -77,11 +79,9 @@ def download(
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
     """Keeps a second command out of the folder; the lock goes with the process."""
-    with (root / ".download.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--to {root}: another download is writing there; wait for it") from None
+    with (root / ".download.lock").open("a") as file:
+        if not lock(file.fileno(), wait=False):
+            raise UserError(f"--to {root}: another download is writing there; wait for it")
         yield
 
 
@@ -99,9 +99,8 @@ def _read_record(root: Path) -> dict[str, dict]:
 
 
 def _write_record(root: Path, record: dict[str, dict]) -> None:
-    temporary = root / f".{RECORD}"
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(root / RECORD)
+    text = json.dumps(record, indent=1) + "\n"
+    write_atomically(root / RECORD, lambda file: file.write(text.encode()))
 
 
 def _is_there(root: Path, piece: Piece, done: dict[str, int]) -> bool:
@@ -220,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m fastalign.labelled.download", description="Fetch COCO 2017 or ADE20K for the probes."
     )
     parser.add_argument("data", choices=("coco", "ade20k"))
-    parser.add_argument("--to", required=True, metavar="ROOT", help="the folder to write")
+    parser.add_argument("--to", required=True, type=path_argument, metavar="ROOT", help="the folder to write")
     parser.add_argument(
         "--splits", default="train,val,test", help="default train,val,test; train and val come together"
     )
@@ -237,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError("--panoptic: only coco has panoptic maps; leave it out")
         download(
             options.data,
-            Path(options.to).expanduser(),
+            Path(options.to),
             splits=_splits(options.splits),
             panoptic=options.panoptic,
             keep_archives=options.keep_archives,

@@ -177,7 +177,10 @@ def _parse_panoptic(path: str, _version: tuple[int, ...]) -> Panoptic:
         spans, ids, labels = {}, [], []
         for entry in content["annotations"]:
             segments = sorted((int(s["id"]), of_category[s["category_id"]]) for s in entry["segments_info"])
-            spans[str(entry["file_name"]).rpartition(".")[0]] = (len(ids), len(ids) + len(segments) + 1)
+            name = str(entry["file_name"]).rpartition(".")[0]
+            if name in spans or len(dict(segments)) < len(segments):
+                raise ValueError(f"{name}.png or a segment of it is there twice")
+            spans[name] = (len(ids), len(ids) + len(segments) + 1)
             ids += [0, *(number for number, _ in segments)]
             labels += [0, *(label for _, label in segments)]
         return Panoptic(path, classes, spans, np.array(ids, np.int32), np.array(labels, np.int16))

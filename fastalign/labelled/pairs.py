@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
+from fastalign.data.label_files import stem
 from fastalign.data.source import Source, Subset
 from fastalign.errors import UserError
 
@@ -87,11 +88,6 @@ class LabelledImages:
 def place(source: Source, index: int) -> str:
     """Where a sample is, for messages."""
     return f"{source.root}/{source.name(index)}" if source.root else source.name(index)
-
-
-def stem(name: str) -> str:
-    """A name without its suffix: what an image and its label map have in common."""
-    return name.rpartition(".")[0]
 
 
 def _stems(source: Source, of: str) -> dict[str, int]:

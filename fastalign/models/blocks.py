@@ -40,11 +40,17 @@ class PatchEmbed(nn.Module):
     def __init__(self, spec: ViTSpec):
         super().__init__()
         size, width = spec.patch_size, spec.block.width
+        self.image_shape = (spec.channels, *spec.image_size)
         self.proj = nn.Conv2d(spec.channels, width, size, size, bias=spec.patch_bias)
         self.norm = make_norm(spec.block, present=spec.patch_norm)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, height, width] -> [B, N, D]"""
+        if images.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"images are {list(images.shape)}, the backbone takes [B, {', '.join(map(str, self.image_shape))}]: "
+                f"resize them (fastalign.transform), or build it with img_size={tuple(images.shape[-2:])}"
+            )
         if images.is_cuda:  # channels last, so that a patch's embedding comes out contiguous
             images = images.contiguous(memory_format=torch.channels_last)
         return self.norm(self.proj(images).flatten(2).transpose(1, 2))

@@ -21,9 +21,7 @@ def student_encoder(vit: ViT, out: int, *, head: str = "linear", softcap: float 
         head: "linear" or "mlp".
         softcap: of the attention logits; None = plain attention.
     """
-    encoder = copy.deepcopy(vit).requires_grad_(True)
-    if encoder.pos_embed is not None and vit.spec.position_fixed:
-        encoder.pos_embed.requires_grad_(False)
+    encoder = copy.deepcopy(vit).freeze(False)
     for name in ("norm", "fc_norm"):
         if not isinstance(getattr(encoder, name), nn.Identity):
             setattr(encoder, name, nn.LayerNorm(vit.embed_dim, eps=vit.spec.fresh_norm_eps))
@@ -38,16 +36,16 @@ def student_encoder(vit: ViT, out: int, *, head: str = "linear", softcap: float 
         raise ValueError(f"student head must be 'linear' or 'mlp', got {head!r}")
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
-    return encoder.train()
+    return encoder
 
 
 def frozen_encoder(vit: ViT, softcap: float | None) -> ViT:
     """A frozen copy of the backbone that returns its own normed tokens: no head, norms as they are."""
-    encoder = copy.deepcopy(vit).requires_grad_(False)
+    encoder = copy.deepcopy(vit)
     encoder.head, encoder.fc_norm = nn.Identity(), nn.Identity()
     encoder.pool, encoder.attn_pool = "none", None
     encoder.softcap = softcap
-    return encoder
+    return encoder.freeze()
 
 
 class MaskEmbedStudent(nn.Module):

@@ -37,7 +37,7 @@ class MaskedTeacher(nn.Module):
             raise ValueError(
                 f"MaskedTeacher: skip_blocks must lie in 0..{vit.spec.depth - 1}, got {skip_blocks}"
             )
-        self.vit = copy.deepcopy(vit).requires_grad_(False)
+        self.vit = copy.deepcopy(vit).freeze()
         self.vit.head = nn.Identity()
         self.vit.grad_checkpointing = False
         self.vit.blocks = self.vit.blocks[: vit.spec.depth - skip_blocks]
@@ -45,11 +45,6 @@ class MaskedTeacher(nn.Module):
             self.vit.attn_pool, self.vit.fc_norm = None, nn.Identity()
         self.skip_blocks, self.masking, self.prefix_only = skip_blocks, masking, prefix_only
         self.spec, self.embed_dim = vit.spec, vit.embed_dim
-        self.eval()
-
-    def train(self, mode: bool = True) -> "MaskedTeacher":
-        """A teacher is never trained: it stays in evaluation mode."""
-        return super().train(False)
 
     def store_as(self, dtype: torch.dtype) -> "MaskedTeacher":
         """Keep the matrices in a lower precision. From then on the teacher runs under bf16 autocast only.

@@ -1,7 +1,7 @@
 """timm's modules with another `forward`: attention and blocks with stochastic depth on our parts.
 
 Each class is a subclass of timm's without anything new in its state: `fastalign.accelerate` gives it to modules that
-exist. It is written against timm's public attributes, releases from 1.0.16 on.
+exist. It is written against timm's public attributes.
 
 Left to timm, because a swap would gain nothing: GELU and tanh-GELU, which torch does in one pass each way, with the
 bias for free at the end of the product; gated MLPs; LayerScale and norms, which torch.compile fuses.

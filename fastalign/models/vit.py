@@ -18,11 +18,20 @@ from fastalign.reference import Packing, with_prefix
 
 
 class ViT(nn.Module):
-    """A vision transformer backbone. Build one with `fastalign.create_backbone`."""
+    """A vision transformer backbone. Build one with `fastalign.create_backbone`.
 
-    def __init__(self, spec: ViTSpec, *, drop_path: float = 0.0):
+    Args:
+        spec: its shape.
+        drop_path: the rate of stochastic depth in the last block; it falls linearly to 0 in the first.
+        data: how images become its input: "mean", "std", "interpolation", "crop_pct".
+        recipe: the "name" and "kwargs" that `fastalign.create_backbone` makes it again from.
+    """
+
+    def __init__(
+        self, spec: ViTSpec, *, drop_path: float = 0.0, data: dict | None = None, recipe: dict | None = None
+    ):
         super().__init__()
-        self.spec = spec
+        self.spec, self.data, self.recipe, self.frozen = spec, data, recipe, False
         width = spec.block.width
         self.patch_embed = PatchEmbed(spec)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if spec.class_token else None
@@ -45,6 +54,23 @@ class ViT(nn.Module):
         self.grad_checkpointing = False
         # The rotary table or the relative position index: not a parameter, not stored.
         self.register_buffer("position", None, persistent=False)
+
+    def freeze(self, frozen: bool = True) -> "ViT":
+        """Fix the weights and stay in evaluation mode, whatever mode a parent is put in; False: train them again."""
+        self.frozen = frozen
+        self.requires_grad_(not frozen)
+        if self.pos_embed is not None and self.spec.position_fixed:
+            self.pos_embed.requires_grad_(False)
+        return self.train(not frozen)
+
+    def train(self, mode: bool = True) -> "ViT":
+        """Training or evaluation mode; a frozen backbone stays in evaluation mode."""
+        return super().train(mode and not self.frozen)
+
+    @property
+    def pretrained_cfg(self) -> dict:
+        """What `timm.data.resolve_model_data_config` reads."""
+        return {"input_size": (self.spec.channels, *self.spec.image_size), **(self.data or {})}
 
     @property
     def embed_dim(self) -> int:
@@ -207,7 +233,4 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, height, width] -> the head's output: [B, classes], or [B, T, out] with pool "none"."""
-        height, width = images.shape[-2:]
-        if (height, width) != tuple(self.spec.image_size):
-            raise ValueError(f"images are {height}x{width}, the model wants {self.spec.image_size}")
         return self.forward_head(self.forward_features(images))

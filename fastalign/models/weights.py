@@ -1,76 +1,112 @@
-"""Weights into a backbone: other layouts, other sizes, with and without LayerScale."""
+"""Weights into a timm model: other layouts, tables of unknown grids, with and without LayerScale."""
 
+import copy
+import math
 import re
 from collections.abc import Container
 
 import torch
-from timm.models import beit, eva, vision_transformer
 from torch import Tensor, nn
 
-from fastalign.errors import UserError
-from fastalign.models.checkpoint import Checkpoint
-from fastalign.models.vit import ViT
+from fastalign.errors import UserError, first_line
+from fastalign.models.checkpoint import Checkpoint, misfit
+from fastalign.models.describe import MODELS
+from fastalign.models.spec import ViTSpec
 
-_NOT_BACKBONE = ("head.", "head_dist.", "decoder.")
-_FILTERS = {
-    "VisionTransformer": vision_transformer.checkpoint_filter_fn,
-    "Beit": beit.checkpoint_filter_fn,
-    "Eva": eva.checkpoint_filter_fn,
-}
+_NOT_BACKBONE = ("head.", "head_dist.", "decoder.", "decoder_")
+_RELATIVE = ".relative_position_bias_table"
 _LAYER_SCALE = re.compile(r"(blocks\.\d+\.)(?:ls([12])\.gamma|gamma_([12]))")
 
 
-def load_weights(vit: ViT, source: nn.Module, checkpoint: Checkpoint, path: str) -> None:
-    """Load timm-keyed weights into a backbone; position embeddings of another size are resampled by timm.
-
-    LayerScale that the backbone has not got goes into the projections before it; one that the file has not got
-    is 1. Both are exact. The pooling that a student has not got is taken off the backbone; the soft-cap that the
-    file was trained with is set.
+def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[str, Tensor]:
+    """The weights with timm's keys. Position tables are as the file has them, whatever grid they are of.
 
     Args:
-        vit: the backbone.
-        source: the timm model that it was built from.
         checkpoint: the weights; a student's decoder and head are left out.
+        template: the timm model that they are for, on any device.
         path: where they came from, for messages.
+
+    Raises:
+        UserError: timm cannot read them as this model's.
+    """
+    wanted, state = template.state_dict(), checkpoint.state
+    heads = {key: state[key] for key in wanted if key.startswith("head.") and key in state}
+    state = {key: value for key, value in state.items() if not key.startswith(_NOT_BACKBONE)}
+    state |= {} if checkpoint.student else heads
+    tables = {key: state.pop(key) for key in [key for key in state if key.endswith(_RELATIVE)]}
+    # timm's function reads other layouts of the same weights. It resamples the tables that the model has, and takes
+    # every table for a square one: it is shown a model without any.
+    bare = copy.deepcopy(template)
+    bare.pos_embed = None
+    try:
+        return MODELS[type(template)](state, bare) | tables
+    except Exception as error:
+        raise misfit(checkpoint, path, f"timm says {first_line(error)}") from error
+
+
+def table_grid(state: dict[str, Tensor], spec: ViTSpec, path: str) -> tuple[int, int]:
+    """The patches along height and width that position tables are of, where nothing but their length is known.
+
+    A square where there is one, else the backbone's own grid; without tables, too.
+
+    Args:
+        state: of `timm_state`.
+        spec: of the backbone that they are for.
+        path: where they came from, for messages.
+
+    Raises:
+        UserError: neither fits.
+    """
+    relative = next((value for key, value in state.items() if key.endswith(_RELATIVE)), None)
+    if (
+        relative is not None
+    ):  # displacements from -(side - 1) to side - 1 each way, and three of the class token
+        found, wanted = len(relative) - 3, (2 * spec.grid[0] - 1) * (2 * spec.grid[1] - 1)
+        side = (math.isqrt(max(found, 0)) + 1) // 2
+        square = (2 * side - 1) ** 2
+    elif spec.position and "pos_embed" in state:
+        found, wanted = state["pos_embed"].shape[-2] - spec.prefix * spec.position_prefix, spec.patches
+        side = math.isqrt(max(found, 0))
+        square = side**2
+    else:
+        return spec.grid
+    if side and found == square:
+        return side, side
+    if found == wanted:
+        return spec.grid
+    raise UserError(
+        f"{path}: its position tables have {found} entries, which is no square grid and not the "
+        f"{spec.grid[0]}x{spec.grid[1]} patches asked for; give img_size as it was trained, or the run's folder"
+    )
+
+
+def load_weights(source: nn.Module, state: dict[str, Tensor], checkpoint: Checkpoint, path: str) -> None:
+    """Load weights into a timm model of their own grid.
+
+    LayerScale that the model has not got goes into the projections before it; one that the file has not got is 1.
+    Both are exact.
+
+    Args:
+        source: the timm model.
+        state: of `timm_state`.
+        checkpoint: what the file tells of the model, for messages.
+        path: where the weights came from, for messages.
 
     Raises:
         UserError: the weights of another model.
     """
-    wanted, state = vit.state_dict(), checkpoint.state
-    heads = {key: state[key] for key in wanted if key.startswith("head.") and key in state}
-    state = {key: value for key, value in state.items() if not key.startswith(_NOT_BACKBONE)}
-    state |= {} if checkpoint.student else heads
-    another = f"{path} holds the weights of another model"
-    another += f" ({checkpoint.arch})" if checkpoint.arch else ""
-    try:
-        # timm's filter: other layouts of the same weights, and position tables of another size.
-        state = _FILTERS[type(source).__name__](dict(state), source)
-    except Exception as error:
-        raise UserError(f"{another}: timm says {error}; give the name that it was made with") from error
-    if vit.spec.position_fixed:
-        state["pos_embed"] = wanted["pos_embed"]
+    wanted = source.state_dict()
     state = _fit_layer_scale(state, wanted)
-    if (
-        checkpoint.student
-        and vit.attn_pool is not None
-        and not any(key.startswith("attn_pool.") for key in state)
-    ):
-        vit.pool, vit.attn_pool = "none", None
-        wanted = vit.state_dict()
     missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     other = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     if missing:
-        raise UserError(f"{another}: it lacks {missing[0]}; give the name that it was made with")
+        raise misfit(checkpoint, path, f"it lacks {missing[0]}")
     if extra:
-        raise UserError(f"{another}: it has {extra[0]} too; give the name that it was made with")
+        raise misfit(checkpoint, path, f"it has {extra[0]} too")
     if other:
         found, shape = list(state[other[0]].shape), list(wanted[other[0]].shape)
-        raise UserError(
-            f"{another}: {other[0]} is {found}, wanted {shape}; give the name that it was made with"
-        )
-    vit.load_state_dict(state)
-    if checkpoint.softcap is not None:
-        vit.softcap = checkpoint.softcap
+        raise misfit(checkpoint, path, f"{other[0]} is {found}, wanted {shape}")
+    source.load_state_dict(state)
 
 
 def fold_layer_scale(state: dict[str, Tensor], wanted: Container[str]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from fastalign.engine.memory import keep_freed_memory
 from fastalign.errors import UserError
 from fastalign.labelled.datasets import open_labelled
 from fastalign.models.precision import compute_dtype
+from fastalign.paths import path_argument
 from fastalign.probe.features import Probed, probed_backbone
 from fastalign.probe.fit import METRICS, Recipe, check_options
 from fastalign.probe.heads import HEADS, LABELS
@@ -39,14 +40,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.error = _refuse
     add = parser.add_argument
-    add("--backbone", required=True, metavar="NAME_OR_RUN", help="timm's name, or the folder of a run")
+    add(
+        "--backbone",
+        required=True,
+        type=path_argument,
+        metavar="NAME_OR_RUN",
+        help="timm's name, or a run's folder",
+    )
     add(
         "--data",
         required=True,
+        type=path_argument,
         help="coco:ROOT, coco-things:ROOT, coco-panoptic:ROOT, ade20k:ROOT, or a folder",
     )
     add("--before", action="store_true", help="also probe the backbone that the run started from")
-    add("--weights", help="of a timm name: pretrained (default), random, or a file")
+    add("--weights", type=path_argument, help="of a timm name: pretrained (default), random, or a file")
     add("--kwargs", default="{}", help="timm's arguments, as YAML: {img_size: 336}")
     add("--softcap", type=float, help="of a timm name's attention logits; default none")
     add("--heads", nargs="+", choices=HEADS, default=list(plan.heads))
@@ -70,15 +78,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--layers", type=int, default=plan.layers, help="blocks of the transformer heads")
     add("--forward-batch", type=int, default=64, help="images a forward pass of the backbone")
     add("--threads", type=int, default=4, help="reading and decoding threads a rank")
-    add(
-        "--precision",
-        choices=("auto", "bf16", "fp32"),
-        default="auto",
-        help="auto: bf16 where the hardware has it",
-    )
-    add("--cache", type=Path, help="folder for the features; default OUTPUT's folder/features")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is fast")
+    add("--cache", type=path_argument, help="folder for the features; default OUTPUT's folder/features")
     add("--keep-features", action="store_true", help="do not delete at the end what was read")
-    add("--output", type=Path, help="default RUN/probe.json, or runs/probe-NAME.json")
+    add("--output", type=path_argument, help="default RUN/probe.json, or runs/probe-NAME.json")
     return parser.parse_args(arguments)
 
 
@@ -133,9 +136,8 @@ def run(options: argparse.Namespace, world: distributed.World, arguments: list[s
     )
     splits = {name: open_labelled(options.data, name) for name in ("train", "val", "test")}
     models, folder = _models(options, world.device)
-    output = options.output or (
-        folder / "probe.json" if folder else Path("runs") / f"probe-{options.backbone}.json"
-    )
+    default = folder / "probe.json" if folder else Path("runs") / f"probe-{options.backbone}.json"
+    output = Path(options.output or default)
     about = {
         "data": {
             "path": options.data,
@@ -146,7 +148,7 @@ def run(options: argparse.Namespace, world: distributed.World, arguments: list[s
         "settings": asdict(plan),
     }
     check_output(output, about)
-    cache = options.cache or output.parent / "features"
+    cache = Path(options.cache or output.parent / "features")
     rows = probe(
         models,
         splits,

@@ -1,7 +1,6 @@
 """Memory-mapped files of what was read: a folder for each backbone and split, whole once `complete.json` is there."""
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastalign.data.cache import lock
 from fastalign.engine.files import write_atomically
 from fastalign.errors import UserError
 
@@ -140,13 +140,6 @@ def _locked(place: Path) -> Iterator[bool]:
     """Whether the folder was free to lock; the lock ends with the block, or with the process."""
     handle = os.open(place, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = True
-        except BlockingIOError:
-            mine = False
-        except OSError:  # a disk that knows no locks
-            mine = True
-        yield mine
+        yield lock(handle, wait=False)
     finally:
         os.close(handle)

@@ -59,7 +59,7 @@ def probed_backbone(vit: ViT, skip_blocks: Sequence[int] = (0,)) -> Probed:
             f"--skip-blocks {' '.join(map(str, skip_blocks))}: the backbone has {len(vit.blocks)} blocks; "
             f"give numbers from 0 to {len(vit.blocks)}"
         )
-    vit = vit.eval().requires_grad_(False)
+    vit = vit.freeze()
     spec = vit.spec
     return Probed(
         encode=lambda images: vit.forward_layers(images, skip_blocks),

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import torch
 
+from fastalign.config import Config
 from fastalign.errors import UserError
 from fastalign.labelled.datasets import LabelledImages, open_labelled
 from fastalign.models.vit import ViT
@@ -20,7 +21,7 @@ EPOCHS = 3
 REPORTED = ("macro_recall", "map", "loss")
 
 
-def open_splits(run: Run) -> dict[str, LabelledImages]:
+def open_splits(config: Config, world: World) -> dict[str, LabelledImages]:
     """The images that `probe.data` is probed with: on rank 0 parts of its train and val splits, elsewhere nothing.
 
     The test split stays closed: what chooses a checkpoint must not have seen it.
@@ -33,13 +34,19 @@ def open_splits(run: Run) -> dict[str, LabelledImages]:
     def opened() -> None:
         for split, most in IMAGES.items():
             try:
-                found[split] = _evenly(open_labelled(run.config.probe.data, split), most)
+                found[split] = _evenly(open_labelled(config.probe.data, split), most)
             except UserError as error:
                 raise UserError(f"probe.data: {error}") from error
 
-    if run.config.probe.data is not None:
-        on_first_rank(run.world, opened)
+    if config.probe.data is not None:
+        on_first_rank(world, opened)
     return found
+
+
+def contents(splits: dict[str, LabelledImages]) -> dict[str, str]:
+    """What `probe.data` names, as `continuation.contents` has it of the other paths."""
+    marks = " ".join(f"{split.fingerprint():08x}" for split in splits.values())
+    return {"probe.data": marks} if marks else {}
 
 
 def due(run: Run) -> bool:

@@ -1,15 +1,18 @@
 """What every command does about bad input, alone and under torchrun."""
 
+import getpass
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fastalign.errors import SharedError, UserError, of_the_system
+from fastalign.paths import home_folder
 from fastalign.ranks import distributed
 from fastalign.ranks.distributed import LostConnection, connection_lost
-from fastalign.ranks.preemption import PREEMPTED, Preempted
+from fastalign.ranks.preemption import INTERRUPTED, Preempted
 from fastalign.ranks.watchdog import BROKEN
 
 
@@ -17,9 +20,11 @@ def guarded(body: Callable[[], object]) -> int:
     """Run a command's body, and leave the ranks at its end.
 
     Returns:
-        The exit code: 0, 2 for bad input, 70 where another rank was lost, 75 where the run saved and left as asked.
+        The exit code: 0, 2 for bad input, 70 where another rank was lost, 75 where the run saved and left as asked,
+        130 where it was interrupted (and saved, where there was something to save).
     """
     rank = os.environ.get("RANK", "0")
+    _place_caches()
     try:
         body()
     except UserError as error:
@@ -27,7 +32,9 @@ def guarded(body: Callable[[], object]) -> int:
     except OSError as error:
         return _refuse(of_the_system(error))
     except Preempted as error:
-        return _leave(PREEMPTED, str(error) if rank == "0" else "")
+        return _leave(error.code, str(error) if rank == "0" else "")
+    except KeyboardInterrupt:
+        return _leave(INTERRUPTED, "interrupted" if rank == "0" else "")
     except LostConnection as error:
         return _leave(BROKEN, str(error))
     except RuntimeError as error:
@@ -39,6 +46,19 @@ def guarded(body: Callable[[], object]) -> int:
     finally:
         distributed.stop()
     return 0
+
+
+def _place_caches() -> None:
+    """In a container that runs as a number: tell compilers whose caches they keep, and where.
+
+    torch's asks for the user's name and ends with a traceback; Triton would make a folder called `~`.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # OSError from Python 3.13 on
+        os.environ["USER"] = str(os.getuid())
+    if home_folder() is None:
+        os.environ.setdefault("TRITON_HOME", f"{tempfile.gettempdir()}/fastalign-{os.getuid()}")
 
 
 def _refuse(message: str) -> int:

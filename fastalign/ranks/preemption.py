@@ -12,18 +12,34 @@ MARKER = "preempted"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
+
+
 class Preempted(Exception):
-    """The run was asked to leave, and its checkpoint is on the disk. The message is one line for the user."""
+    """The run was asked to leave, and its checkpoint is on the disk.
+
+    Args:
+        message: one line for the user.
+        code: what the process exits with.
+    """
+
+    def __init__(self, message: str, code: int = PREEMPTED):
+        super().__init__(message)
+        self.code = code
 
 
 class Preemption:
     """Around a run, in the main thread: SIGTERM and SIGUSR1 end nothing, they are remembered here.
 
-    In another thread, which no signal reaches, nothing is installed.
-
     However often they come: a rank that is saving is not to be killed by the second one. Afterwards the old handlers
     are back; only after `Preempted` the signals are ignored from then on, because the process is about to end with
     its own exit code, and torchrun sends SIGTERM to all ranks as soon as the first one has ended.
+
+    From `hold_interrupts` on the first SIGINT is remembered, too. The system's own handler waits for the second one,
+    which ends the process at once, also inside a collective or a kernel.
+
+    In another thread, which no signal reaches, nothing is installed.
 
     A handler of Python's runs between two instructions: while the main thread is inside a collective or a kernel, the
     signal is noticed when that returns.
@@ -44,8 +60,19 @@ class Preemption:
     ) -> None:
         leaving = isinstance(error, Preempted)
         for number, handler in self._before.items():
+            if leaving and number == signal.SIGINT:
+                continue
             # None is a handler that was not installed from Python: it cannot be put back.
             signal.signal(number, signal.SIG_IGN if leaving else handler or signal.SIG_DFL)
+
+    def hold_interrupts(self) -> None:
+        """From here on there is something to save: the first SIGINT is remembered, a second one ends the process."""
+        if threading.current_thread() is threading.main_thread():
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._remember(number, frame)
+        signal.signal(number, signal.SIG_DFL)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.number = self.number or number
@@ -68,7 +95,10 @@ def preempted(folder: Path, number: int, step: int, *, main: bool) -> Preempted:
     name = name_of(number)
     if main:
         (folder / MARKER).write_text(f"{name} at step {step}\n")
-    return Preempted(f"{name}: saved {folder} at step {step}; run the same command again to go on from there")
+    return Preempted(
+        f"{name}: saved {folder} at step {step}; run the same command again to go on from there",
+        INTERRUPTED if number == signal.SIGINT else PREEMPTED,
+    )
 
 
 def unmark(folder: Path) -> None:

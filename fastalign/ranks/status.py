@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastalign.ranks.distributed import World
 
-_LOSS, _BAD, _RANKS = range(3)
+_LOSS, _BAD, _OVERDUE, _RANKS = range(4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +28,8 @@ class Seen:
     """whose loss was not finite; empty where only the gradient was not"""
     signal: int
     """that asks the run to leave and that a rank received, or its own reason below zero; 0 = none"""
+    overdue: bool
+    """a rank asks for a checkpoint, because the newest one is old"""
     bad: int
     """samples found bad in making the update's batches, over all ranks"""
     ids: np.ndarray
@@ -52,13 +54,14 @@ class Status:
         self._shared: Tensor | None = None
         self._waiting: deque[tuple[int, Tensor, torch.cuda.Event | None, np.ndarray, tuple]] = deque()
 
-    def share(self, loss: Tensor, *, signal: int = 0, bad: int = 0) -> Tensor:
+    def share(self, loss: Tensor, *, signal: int = 0, bad: int = 0, overdue: bool = False) -> Tensor:
         """Exchange an update's status; a collective.
 
         Args:
             loss: [] this rank's, on the device.
             signal: that this rank received, or another reason to leave, below zero; 0 = none.
             bad: samples that this rank found bad.
+            overdue: this rank asks for a checkpoint.
 
         Returns:
             [] fp32, the mean loss over ranks.
@@ -70,6 +73,7 @@ class Status:
         # Filled, not copied: a copy from the host would wait for the device.
         values[_RANKS + size + rank].fill_(float(signal))
         values[_BAD].fill_(float(bad))
+        values[_OVERDUE].fill_(float(overdue))
         self._shared = self._world.sum(values)
         return self._shared[_LOSS] / self._world.size
 
@@ -108,8 +112,8 @@ class Status:
             step, values, event, ids, found = self._waiting.popleft()
             if event is not None:
                 event.synchronize()  # of the update before the newest: the device still has work
-            bad, *flags, skipped = values.tolist()
+            bad, overdue, *flags, skipped = values.tolist()
             ranks = tuple(rank for rank in range(self._world.size) if flags[rank])
             signal = next((int(number) for number in flags[self._world.size :] if number), 0)
-            seen.append(Seen(step, bool(skipped), ranks, signal, int(bad), ids, found))
+            seen.append(Seen(step, bool(skipped), ranks, signal, bool(overdue), int(bad), ids, found))
         return seen

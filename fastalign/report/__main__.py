@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastalign.engine.files import write_atomically
 from fastalign.errors import UserError
+from fastalign.paths import path_argument
 from fastalign.report.features import Maps, compare
 from fastalign.report.page import page
 from fastalign.report.pictures import Pictures, pick
@@ -79,16 +80,20 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m fastalign.report",
         description="A page about a run: one HTML file that needs nothing else.",
     )
-    parser.add_argument("run", metavar="RUN", help="the folder of a run, finished or not")
-    parser.add_argument("--output", metavar="FILE.html", help="the page; default RUN/report.html")
-    parser.add_argument(
+    add = parser.add_argument
+    add("run", type=path_argument, metavar="RUN", help="the folder of a run, finished or not")
+    add("--output", type=path_argument, metavar="FILE.html", help="the page; default RUN/report.html")
+    add(
         "--images",
         nargs="+",
+        type=path_argument,
         metavar="N",
         help=f"how many pictures of the run's validation data (default {IMAGES}; 0 = none), or image files",
     )
-    parser.add_argument("--probe", metavar="FILE", help="results of a probe; default RUN/probe.json")
-    parser.add_argument("--pngs", metavar="DIR", help="also write pictures for a README; needs matplotlib")
+    add("--probe", type=path_argument, metavar="FILE", help="results of a probe; default RUN/probe.json")
+    add(
+        "--pngs", type=path_argument, metavar="DIR", help="also write pictures for a README; needs matplotlib"
+    )
     options = parser.parse_args(arguments)
     try:
         print("\n".join(report(options)))

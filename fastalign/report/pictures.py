@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
 from torch import Tensor
 
 from fastalign.data.index import IMAGE_EXTENSIONS
@@ -16,6 +15,7 @@ from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform, geometry
 from fastalign.errors import UserError
 from fastalign.models.vit import ViT
+from fastalign.models.zoo import transform
 
 SHOWN = 256
 """Pixels of a shown picture's longer side, at least."""
@@ -83,16 +83,16 @@ def _decode(data: bytes, name: str) -> Image.Image:
 
 
 def _prepared(names: list[str], images: list[Image.Image], vit: ViT) -> Pictures:
-    transform = create_transform((3, *vit.spec.image_size), is_training=False, **vit.data)
-    inputs = torch.stack([transform(image) for image in images])
+    read = transform(vit)
+    inputs = torch.stack([read(image) for image in images])
     return Pictures([_short(name) for name in names], inputs, [_larger(image, vit) for image in images])
 
 
 def _larger(image: Image.Image, vit: ViT) -> Image.Image:
     """What the backbone sees of an image, with more pixels."""
-    transform = Transform(vit.spec.image_size, crop="eval", **vit.data)
+    crop = Transform(vit.spec.image_size, crop="eval", **vit.data)
     shape = np.array([[image.height, image.width]])
-    place = geometry(transform, shape, np.zeros(1, np.int64), seed=0, epoch=0)
+    place = geometry(crop, shape, np.zeros(1, np.int64), seed=0, epoch=0)
     size = np.array(vit.spec.image_size)
     # A remainder that is no whole patch is not read, and not shown.
     read = np.array(vit.spec.grid) * vit.spec.patch_size

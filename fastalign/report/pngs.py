@@ -16,7 +16,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.patches import Ellipse, Rectangle
 except ImportError:
-    raise UserError("--pngs needs matplotlib: pip install 'fastalign[demo]'") from None
+    raise UserError("--pngs needs a package: pip install matplotlib") from None
 
 COLOURS = {"before": "#b45309", "aligned": "#1d4ed8", "third": "#0f766e"}
 CURVES = ("Loss", "Patch probe during training", "Throughput")

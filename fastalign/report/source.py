@@ -92,7 +92,7 @@ def backbones(run: Run) -> dict[str, ViT]:
             found[BEFORE] = starting_backbone(run.config).eval()
         except UserError as error:
             run.notes.append(f"Features before are not shown, their weights could not be had: {error}")
-    found[ALIGNED] = load_backbone(run.folder).eval()
+    found[ALIGNED] = load_backbone(run.folder)
     if BEFORE in found and found[BEFORE].spec.grid != found[ALIGNED].spec.grid:
         del found[BEFORE]
         run.notes.append("Features before are not shown: that backbone has another grid of patches.")

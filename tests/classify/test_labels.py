@@ -65,6 +65,44 @@ def test_labels_in_shards(tmp_path):
         labels_of(tmp_path)
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_labels_of_names_with_dots(tmp_path, joined):
+    """Each image has the `.cls` of its own name before that of its key, also behind a tar's end mark."""
+    files = {
+        "2020.01.05.jpg": b"i",
+        "2020.01.05.cls": b"cat",
+        "2020.01.06.jpg": b"i",
+        "2020.01.06.cls": b"dog",
+    }
+    files |= {
+        "2021.left.jpg": b"i",
+        "2021.right.jpg": b"i",
+        "2021.cls": b"cow",
+        "2022.07.cls": b"pig",
+        "2022.08.jpg": b"i",
+    }
+    path, content = tmp_path / "t.tar", b""
+    for group in ([item] for item in files.items()) if joined else [list(files.items())]:
+        content += write_tar(path, group).read_bytes()
+    path.write_bytes(content)
+    assert open_source(str(path)).class_names() == ["cat", "dog", "cow", "cow", None]
+
+
+def test_labels_that_contradict_one_another_are_refused(tmp_path):
+    members = [("a.jpg", b"i"), ("a.cls", b"cat"), ("b.cls", b"cat"), ("b.cls", b"cat"), ("a.cls", b"dog")]
+    path = write_tar(tmp_path / "t.tar", members)
+    with pytest.raises(fa.UserError, match=r"t.tar:a.cls is in the shard twice and says 'cat' and 'dog'"):
+        open_source(str(path)).class_names()
+
+
+def test_a_split_that_is_not_mounted_is_refused(tmp_path):
+    for split in ("train", "val"):
+        made(tmp_path, split, {"a/0.png": 0, "b/0.png": 0})
+    (tmp_path / "test").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(fa.UserError, match="test is no folder"):
+        labels_of(tmp_path)
+
+
 def test_a_part_of_a_source_has_its_classes(tmp_path):
     whole = open_source(str(made(tmp_path, "all", {"a/0.png": 0, "b/0.png": 1, "c/0.png": 2}) / "all"))
     part = Subset(whole, np.array([2, 0, 2]))

@@ -198,21 +198,21 @@ def test_a_hundred_in_a_row_are_no_accident(tmp_path):
 def test_unreadable_files_are_bad_and_hold_nobody_up(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "_WAITS", (0.01, 0.01))
     root = write_folder(tmp_path / "a", {f"{i}.jpg": p for i, p in enumerate(small_photos(6))})
-    os.mkfifo(root / "pipe.jpg")  # in the folder from the start: not in the list
-    (root / "gone.jpg").symlink_to(root / "nowhere")
+    os.mkfifo(root / "6.jpg")
+    (root / "7.jpg").symlink_to(root / "nowhere")
     source = open_source(str(root))
-    assert len(source) == 6
+    assert len(source) == 8
     for name in ("0", "1", "2", "3"):
         (root / f"{name}.jpg").unlink()
     os.mkfifo(root / "0.jpg")
     (root / "1.jpg").mkdir()
     (root / "2.jpg").symlink_to(root / "nowhere")
     fetcher = fetch.Fetcher(source, (bad := BadSamples()), replace=True)
-    assert [fetcher.fetch(i).id for i in range(6)] == [4, 4, 4, 4, 4, 5]
-    missing = "No such file or directory"
-    reasons = {0: "no regular file", 1: "no regular file", 2: missing, 3: missing}
+    assert [fetcher.fetch(i).id for i in range(8)] == [4, 4, 4, 4, 4, 5, 4, 4]
+    dead, other = "a link that leads nowhere", "no regular file"
+    reasons = {0: other, 1: other, 2: dead, 3: "No such file or directory", 6: other, 7: dead}
     assert {i: s.reason for i, s in bad.found.items()} == reasons
-    for index in range(4):
+    for index in reasons:
         with pytest.raises(UserError, match=rf"{index}\.jpg"):
             fetch.Fetcher(source, None, replace=True).fetch(index)
 

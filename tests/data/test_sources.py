@@ -1,6 +1,8 @@
 """Folders and synthetic data, their cached index, labels, and what a user is told when something is wrong."""
 
+import json
 import os
+import shutil
 import time
 
 import numpy as np
@@ -112,10 +114,29 @@ def test_links_are_followed_and_loops_end(tmp_path):
     (root / "b/again").symlink_to(root, target_is_directory=True)
     outside = write_folder(tmp_path / "outside", {"o.jpg": files["top.webp"]})
     (root / "linked").symlink_to(outside, target_is_directory=True)
-    (root / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
     found = names(open_source(str(root)))
     assert "linked/o.jpg" in found
     assert len(found) == 7
+
+
+def test_what_is_not_mounted_is_told(tmp_path, scans):
+    """Links to images are samples that cannot be read; a link to a folder is named, until it leads somewhere."""
+    root, _ = nested(tmp_path / "data")
+    (root / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (root / "b/circle.png").symlink_to(root / "b/circle.png")
+    source = open_source(str(root))
+    assert len(source) == 8
+    for name in ("gone.jpg", "b/circle.png"):
+        with pytest.raises(UserError, match=f"{name} is a link that leads nowhere; mount"):
+            source.read(names(source).index(name))
+    (root / "cat").symlink_to(tmp_path / "mount/cat")
+    age(root)
+    for _ in range(2):
+        assert open_source(str(root), damaged=True).damaged == (("cat", "a link that leads nowhere"),)
+    assert f"{root}/cat is a link that leads nowhere; mount what it leads to" in message(root)
+    assert len(scans) == 2
+    shutil.copytree(root / "b", tmp_path / "mount/cat", symlinks=True)
+    assert {"cat/z.jpg", "cat/circle.png"} < set(names(open_source(str(root))))
 
 
 def test_packed_names_hold_many():
@@ -140,6 +161,9 @@ def test_labels(tmp_path):
     (root / "labels.csv").write_text("name,label\ntop.webp,1")
     with pytest.raises(UserError, match=r"labels.csv has no line for a/"):
         open_source(str(root)).label(1)
+    (root / "labels.csv").write_text("name,label\ntop.webp,0\nb/z.jpg,1\ntop.webp,0\ntop.webp,1\n")
+    with pytest.raises(UserError, match=r"labels.csv line 5: top.webp is 1, and 0 in a line before; remove"):
+        open_source(str(root)).label(0)
     (root / "labels.csv").write_text("name,label\ntop.webp,7", encoding="utf-8-sig")
     assert open_source(str(root)).label(0) == 7
     for wrong in ("name,label\na/ä.jpg,1", "nämé,label\n"):
@@ -176,7 +200,7 @@ def test_messages_name_the_path_and_the_remedy(tmp_path):
 
 def test_paths_that_cannot_be_looked_at(tmp_path, monkeypatch):
     assert "File name too long; check the path" in message(tmp_path / ("x" * 300))
-    assert "cannot open ~nobody-at-all/x: " in message("~nobody-at-all/x")
+    assert "the home folder of ~nobody-at-all is not known" in message("~nobody-at-all/x")
 
     def denied(*_):
         raise PermissionError(13, "Permission denied")
@@ -198,6 +222,31 @@ def test_fingerprint_tells_data_sets_apart(tmp_path):
         marks.append(open_source(str(tmp_path / place)).fingerprint())
     assert marks[-1] == marks[-2]
     assert len({mark, *marks}) == 5
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_identity_knows_a_copy_and_mended_images_but_no_other_data(tmp_path, kind):
+    files = {f"{i // 4}/{i}.jpg": p for i, p in enumerate(small_photos(12))}
+    others = dict(zip(files, small_photos(12, seed=1), strict=True))
+    mended = {**files, "0/0.jpg": others["0/0.jpg"]}
+    moved = {name: files[name] for name in files if name != "1/6.jpg"} | {"1/6-7.jpg": files["1/6.jpg"]}
+
+    def made(name, content):
+        if kind == "folder":
+            return open_source(str(write_folder(tmp_path / name, content)))
+        for shard in range(3):
+            write_tar(
+                tmp_path / f"{name}/{shard}/0.tar",
+                [(n[2:], p) for n, p in sorted(content.items()) if n[0] == str(shard)],
+            )
+        return open_source(str(tmp_path / f"{name}/*/0.tar"))
+
+    kept = made("a", files).identity
+    assert kept == json.loads(json.dumps(kept))
+    assert made("elsewhere/b", files).differs_from(kept) is None
+    assert made("mended", mended).differs_from(kept) is None
+    assert made("others", others).differs_from(kept) == "other images of the same names"
+    assert made("moved", moved).differs_from(kept) == "other names"
 
 
 def test_files_that_change_while_in_use(tmp_path):

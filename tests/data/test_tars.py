@@ -2,6 +2,7 @@
 
 import io
 import os
+import subprocess
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from fastalign.data import sources, tars
+from fastalign.data.bad_samples import BadSample, append_to_list, read_quarantine
 from fastalign.data.cache import cache_folder
 from fastalign.data.sources import open_source
 from fastalign.errors import UserError
@@ -87,6 +89,82 @@ def test_tar_takes_regular_files_only(tmp_path):
     source = open_source(str(path))
     assert len(source) == 1
     np.testing.assert_array_equal(source.read(0), photo)
+
+
+def test_tars_joined_end_to_end_are_read_as_tar_lists_them(tmp_path):
+    """`cat a.tar b.tar` has an end mark in its middle; what follows it may be zeros, members or damage."""
+    photos, parts = small_photos(6), []
+    for part in range(3):
+        members = [(f"{part}{i}.jpg", photos[2 * part + i]) for i in range(2)]
+        parts.append(write_tar(tmp_path / f"{part}.tar", members).read_bytes())
+    joined = tmp_path / "t" / "joined.tar"
+    joined.parent.mkdir()
+    joined.write_bytes(parts[0] + bytes(3 << 20) + parts[1] + parts[2].rstrip(b"\0") + bytes(512 + 100))
+    listed = subprocess.run(["tar", "itf", str(joined)], capture_output=True, text=True, check=True)
+    source = open_source(str(joined))
+    assert [source.portable_name(i) for i in range(6)] == [f"joined.tar:{n}" for n in listed.stdout.split()]
+    for i, photo in enumerate(photos):
+        np.testing.assert_array_equal(source.read(i), photo)
+    joined.write_bytes(parts[0] + b"what is this" + parts[1])
+    assert f"joined.tar: damaged at byte {len(parts[0])}: no member and no end mark" in message(joined)
+    assert len(open_source(str(joined), damaged=True)) == 2
+
+
+def test_a_tar_has_the_images_of_the_tree_that_it_holds(tmp_path):
+    photo = small_photos(1)[0]
+    names = [
+        "./a/x.jpg",
+        "./.ipynb_checkpoints/x.jpg",
+        "./a/.git/deep/y.png",
+        "./a/.z.jpg",
+        "./a/b.c/..w.webp",
+    ]
+    path = write_tar(tmp_path / "t/t.tar", [(name, photo) for name in names])
+    with tarfile.open(path) as tar:
+        tar.extractall(tmp_path / "tree", filter="data")
+    tree, source = open_source(str(tmp_path / "tree")), open_source(str(path))
+    assert [source.portable_name(i) for i in range(len(source))] == ["t.tar:./a/x.jpg"]
+    assert [tree.name(i) for i in range(len(tree))] == ["a/x.jpg"]
+
+
+def test_names_tell_shards_of_different_folders_apart(tmp_path):
+    """img2dataset calls the first shard of every data set 00000.tar, and its first image 000000000.jpg."""
+    photos = dict(zip(("cc0", "cc12m", "cc3m"), small_photos(3), strict=True))
+    for name, photo in photos.items():
+        write_tar(tmp_path / f"{name}/00000.tar", [("000000000.jpg", photo)])
+    two, three = (
+        open_source(f"{tmp_path}/{{{sets}}}/00000.tar") for sets in ("cc3m,cc12m", "cc0,cc12m,cc3m")
+    )
+    assert two.portable_name(0) == "cc12m/00000.tar:000000000.jpg"
+    append_to_list(tmp_path / "q.jsonl", [BadSample(i, two.portable_name(i), "GIF") for i in range(2)])
+    found = read_quarantine(tmp_path / "q.jsonl", three)
+    assert {three.read(i).tobytes() for i in found} == {photos[n].tobytes() for n in ("cc12m", "cc3m")}
+    assert two.fingerprint() != three.fingerprint()
+    assert open_source(str(tmp_path / "cc0/00000.tar")).portable_name(0) == "00000.tar:000000000.jpg"
+    for name in photos:
+        path = tmp_path / f"{name}/00000.tar"
+        path.write_bytes(path.read_bytes().rstrip(b"\0") + b"damaged")
+    broken = open_source(f"{tmp_path}/*/00000.tar", damaged=True)
+    assert [name for name, _ in broken.damaged] == [f"{name}/00000.tar" for name in photos]
+
+
+def test_two_images_of_one_name_are_refused(tmp_path):
+    photos = small_photos(3)
+    path = write_tar(tmp_path / "t.tar", [("a.jpg", photos[0]), ("b.jpg", photos[1]), ("a.jpg", photos[2])])
+    with tarfile.open(path) as tar:
+        first, _, second = (member.offset_data for member in tar)
+    assert f"t.tar has two images called 'a.jpg', at bytes {first} and {second}" in message(path)
+
+
+def test_a_list_of_an_earlier_version_is_made_anew(tmp_path, scans):
+    shards(tmp_path / "t", count=1)
+    open_source(str(tmp_path / "t"))
+    (file,) = cache_folder().glob("*.idx")
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"fastalign-index-2", b"fastalign-index-1"))
+    open_source(str(tmp_path / "t"))
+    assert len(scans) == 2
+    assert file.read_bytes() == content
 
 
 def test_broken_tars_are_named(tmp_path):

@@ -1,15 +1,19 @@
 """The command: what it refuses, replaces and publishes."""
 
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import fastalign as fa
+from fastalign.data.cache import save_index
 from fastalign.export import convert, hf, targets
 from fastalign.export.__main__ import main
+from fastalign.publish import publish_backbone
 from tests.export.helpers import SMALL, facts
 
 
@@ -112,7 +116,7 @@ def test_bad_input_is_one_line_and_exit_code_2(damaged, capsys, case):
 def test_a_library_that_is_not_installed(runs, capsys, monkeypatch):
     monkeypatch.setattr(targets, "find_spec", lambda name: None)
     assert main([str(runs("clip")), "--to", "hf-clip"]) == 2
-    assert "pip install 'fastalign[export]'" in capsys.readouterr().err
+    assert "pip install 'transformers>=5.20'" in capsys.readouterr().err
 
 
 def test_loading_what_is_no_export(tmp_path):
@@ -130,6 +134,25 @@ def test_an_earlier_export_is_replaced(runs, tmp_path):
     assert not (output / "preprocessor_config.json").exists()
     assert facts(output)["target"] == "timm"
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_follow_the_umask(runs, tmp_path, monkeypatch, umask):
+    """An export of every kind, the facts of a run, and an index in the cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = os.umask(umask)
+    try:
+        for target in ("timm", "hf-clip", "open-clip"):
+            assert main([str(runs("clip", None)), "--to", target, "--output", str(tmp_path / target)]) == 0
+        state = torch.load(runs("clip") / "checkpoints" / "best.pt", weights_only=True)
+        publish_backbone(tmp_path, state)
+        assert save_index("kind", "key", {"offsets": np.arange(3)})
+    finally:
+        os.umask(before)
+    written = [path for path in tmp_path.rglob("*") if path.name != "__pycache__"]
+    assert {path.suffix for path in written} >= {".safetensors", ".json", ".idx", ".md"}
+    for path in written:
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
 
 
 def test_push_to_hub(runs, tmp_path, capsys, monkeypatch):

@@ -65,6 +65,22 @@ def test_what_must_be_known_is_written(runs, tmp_path, monkeypatch):
         assert words in card
 
 
+def test_the_recipe_is_the_one_that_trained_the_backbone(damaged):
+    """`config.yaml` is that of the newest start, which may have other settings by force."""
+    path = damaged / "config.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    recipe["optim"] |= {"lr": 9.0, "ema": 0.5}
+    path.write_text(yaml.safe_dump(recipe))
+    assert main([str(damaged), "--to", "timm"]) == 0
+    found = facts(damaged / "exports" / "timm")
+    assert (found["recipe"]["optim"]["lr"], found["recipe"]["optim"]["ema"], found["changes"]) == (
+        0.05,
+        None,
+        [],
+    )
+    assert found["decoder"] is not None
+
+
 @pytest.mark.parametrize(
     ("name", "licence"),
     [

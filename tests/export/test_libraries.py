@@ -61,6 +61,11 @@ def test_each_library_gives_our_features(runs, tmp_path, capsys, family, target,
     assert 0 <= facts(output)["parity"]["largest_relative_error"] < 1e-5
     assert "largest relative error" in capsys.readouterr().out
     assert f"for `{target}`" in (output / "README.md").read_text()
+    weights = output / "visual.safetensors" if target == "open-clip" else output
+    kwargs = json.loads((folder / "backbone.json").read_text())["kwargs"]
+    again = fa.create_backbone(FAMILIES[family], checkpoint=weights, **kwargs).eval()
+    assert again.softcap == (0.5 if softcap == "applied" else None)
+    assert relative_error(again.forward_features(images(family)), wanted) < 1e-5
 
 
 def test_the_file_alone_for_timm(runs, tmp_path):

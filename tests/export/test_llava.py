@@ -1,5 +1,6 @@
 """A VLM that uses the tower."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -95,11 +96,57 @@ def test_the_tower_trains(runs, tmp_path):
         assert relative_error(ours.grad, gradient) < 1e-4
 
 
-def test_the_image_processor_is_the_evaluation_transform(runs, tmp_path, pictures):
+SIZES = [(64, 48), (48, 64), (62, 40), (61, 40), (63, 40), (50, 37), (64, 43), (40, 41), (90, 33), (32, 32)]
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "case"),
+    [
+        ("openclip", "hf-clip", "longer side is resized to 32 + 3, 7, 11, ..."),
+        ("vit", "hf-dinov2", "on every image (short side 35, crop 32)"),
+        ("dinov2", "hf-dinov2", "longer side is resized to 28 + 3, 7, 11, ..."),
+    ],
+)
+def test_the_image_processor_is_the_evaluation_transform(runs, tmp_path, family, target, case):
+    """timm on PIL's pixels, but for the crop's offset in the cases that the card names."""
     output = tmp_path / "export"
-    assert main([str(runs("openclip")), "--to", "hf-clip", "--output", str(output)]) == 0
+    assert main([str(runs(family)), "--to", target, "--output", str(output)]) == 0
+    assert case in (output / "README.md").read_text()
     processor = transformers.AutoImageProcessor.from_pretrained(output)
-    picture = Image.open(pictures / "0.png")
-    wanted = evaluation_transform("openclip")(picture)
-    found = processor(picture, return_tensors="pt")["pixel_values"][0]
-    assert relative_error(found, wanted) < 0.02, "the bicubic of two libraries"
+    resize, crop, *rest = evaluation_transform(family).transforms
+    shifted = []
+    for size in SIZES:
+        small = np.random.default_rng(0).integers(0, 255, (7, 9, 3), dtype=np.uint8)
+        picture = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+        resized = resize(picture)
+        offsets = [(side - cropped) % 4 == 3 for side, cropped in zip(resized.size, crop.size, strict=True)]
+        shifted.append(any(offsets))
+        wanted = resized.transform(
+            resized.size, Image.Transform.AFFINE, (1, 0, -offsets[0], 0, 1, -offsets[1])
+        )
+        for step in (crop, *rest):
+            wanted = step(wanted)
+        found = processor(picture, return_tensors="pt")["pixel_values"][0]
+        assert relative_error(found, wanted) < 0.02, "the bicubic of two libraries"
+    assert any(shifted)
+    assert all(shifted) == ("every image" in case)
+
+
+@torch.no_grad()
+def test_attention_weights_of_a_capped_tower_are_refused_as_sdpa_refuses_them(runs, tmp_path, monkeypatch):
+    """transformers warns of the argument and refuses the setting, for sdpa; eager gives them."""
+    output, said = tmp_path / "export", []
+    assert main([str(runs("clip")), "--to", "hf-clip", "--output", str(output)]) == 0
+    monkeypatch.setattr(hf.logger, "warning_once", said.append)
+    capped = hf.load_tower(output).eval()
+    assert capped(images("clip")).attentions is None
+    assert not said
+    assert capped(images("clip"), output_attentions=True).attentions is None
+    assert "does not support `output_attentions=True`" in said[0]
+    with pytest.raises(ValueError, match="output_attentions"):
+        capped.config.output_attentions = True
+    assert main([str(runs("clip")), "--to", "hf-clip", "--output", str(output), "--drop-softcap"]) == 0
+    plain = hf.load_tower(output).eval()
+    plain.set_attn_implementation("eager")
+    weights = plain(images("clip"), output_attentions=True).attentions
+    assert [layer.sum(-1).allclose(torch.ones(2, 3, 5)) for layer in weights] == [True, True]

@@ -186,6 +186,10 @@ def test_bad_panoptic_is_one_line(coco):
         "no 77": lambda c: c["annotations"][1]["segments_info"][0].update(category_id=77),
         "no 'segments_info'": lambda c: c["annotations"][1].pop("segments_info"),
         "twice": lambda c: c["categories"].append(c["categories"][0]),
+        "139.png or a segment of it is there twice": lambda c: c["annotations"].append(c["annotations"][0]),
+        "285.png or a segment of it": lambda c: c["annotations"][1].update(
+            segments_info=c["annotations"][1]["segments_info"] * 2
+        ),
         "says nothing of 1 maps": lambda c: c["annotations"].pop(),
     }.items():
         write(change)

@@ -5,8 +5,9 @@ import math
 
 import pytest
 
+from fastalign.errors import UserError
 from fastalign.probe.__main__ import main
-from fastalign.probe.results import percent, summarise, write_results
+from fastalign.probe.results import check_output, percent, summarise, write_results
 from tests.probe.helpers import command, results, row, shown
 
 
@@ -47,6 +48,16 @@ def test_numbers_that_are_none_are_written_as_null(tmp_path):
     write_results(tmp_path / "a" / "p.json", {"a": math.nan, "b": [math.inf, 1.5, {"c": (-math.inf, 2)}]})
     assert results(tmp_path / "a" / "p.json") == {"a": None, "b": [None, 1.5, {"c": [None, 2]}]}
     assert percent({"mean": math.nan, "std": None}) == "-"
+
+
+def test_results_of_the_same_data_elsewhere_are_overwritten(tmp_path):
+    about = {"data": {"path": "coco:/a", "fingerprints": {"test": "12345678"}}, "settings": {"lr": 1e-3}}
+    write_results(tmp_path / "p.json", about)
+    about["data"]["path"] = "coco:/b"
+    check_output(tmp_path / "p.json", about)
+    about["data"]["fingerprints"] = {"test": "12345679"}
+    with pytest.raises(UserError, match="it holds results of another probe"):
+        check_output(tmp_path / "p.json", about)
 
 
 def test_results_of_another_probe_are_not_overwritten(data, tmp_path, capsys):

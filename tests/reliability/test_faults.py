@@ -148,6 +148,17 @@ def test_a_signal_is_acted_on_an_update_later_where_the_host_reads_later(recipe,
     assert not (folder / "preempted").exists()
 
 
+def test_a_long_epoch_is_saved_by_the_clock(recipe, host, monkeypatch):
+    whole = recipe("data.val=null", name="whole")
+    monkeypatch.setattr("fastalign.run.MOST_LOST", 0.0)
+    folder = recipe("data.val=null", "max_steps=4", "checkpoint.keep=9")
+    saved = {int(path.stem[-8:]) for path in (folder / "checkpoints").glob("step-*.pt")}
+    assert saved in ({1, 2, 3, 4}, {2, 4})  # at once, or where the host reads later
+    monkeypatch.undo()
+    recipe("data.val=null")
+    assert losses(folder) == losses(whole)
+
+
 def test_a_stale_mark_of_a_preemption_does_not_outlive_an_error(recipe, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/preempted").touch()
@@ -301,7 +312,7 @@ def test_damaged_shards_are_told_and_listed(recipe, images, tmp_path, capsys):
         )
         said = capsys.readouterr().out
         for split, name in (("train", "bad_samples.jsonl"), ("val", "validation_bad_samples.jsonl")):
-            assert f"tar shard '{split}.tar' is used up to its damage: " in said
+            assert f"the data set is incomplete: '{split}.tar', damaged at byte " in said
             assert names(folder / name) == [f"{split}.tar"]
 
 
@@ -309,10 +320,16 @@ def test_damaged_shards_are_told_and_listed(recipe, images, tmp_path, capsys):
 def test_a_run_goes_on_with_the_images_that_it_began_with(recipe, images, tmp_path, capsys):
     shutil.copytree(images / "train", tmp_path / "train")
     recipe(f"data.train={tmp_path / 'train'}", "data.val=null", "max_steps=1")
-    first = min((tmp_path / "train").glob("*/*.jpg"))
+    first, *_, last = sorted((tmp_path / "train").glob("*/*.jpg"))
     shutil.copy(first, first.with_name("0-new.jpg"))
     recipe(f"data.train={tmp_path / 'train'}", "data.val=null", expect=2)
-    assert "has other images than when " in capsys.readouterr().err
+    assert f'data.train "{tmp_path}/train" has other names than before' in capsys.readouterr().err
+    first.with_name("0-new.jpg").unlink()
+    recipe(f"data.train={tmp_path / 'train'}", "data.val=null", "max_steps=2")
+    for path in (tmp_path / "train").glob("*/*.jpg"):
+        path.write_bytes(last.read_bytes() + b" ")
+    recipe(f"data.train={tmp_path / 'train'}", "data.val=null", expect=2)
+    assert "has other images of the same names than before" in capsys.readouterr().err
 
 
 @needs_dali

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from fastalign import run as runs
 from fastalign.objectives import MaskEmbed
 from tests.data_helpers import needs_dali
 from tests.reliability.crash import Ranks, finish, lines_of, losses, write_recipe
@@ -67,8 +68,11 @@ def stop(rank: int, update: int) -> None:
     replace_forward(still)
 
 
-@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGUSR1), (1, signal.SIGTERM)])
-def test_a_signal_to_one_rank_leads_both_to_one_checkpoint(recipe, tmp_path, whole, rank, number):
+@pytest.mark.parametrize(
+    ("told", "number", "code"),
+    [([0], signal.SIGUSR1, 75), ([1], signal.SIGTERM, 75), ([0, 1], signal.SIGINT, 130)],
+)
+def test_a_signal_leads_both_ranks_to_one_checkpoint(recipe, tmp_path, whole, told, number, code):
     """And the run that goes on has the losses of the one that was left alone."""
     run = tmp_path / "run"
     arguments = [recipe, f"output={run}", "optim.epochs=3"]
@@ -77,8 +81,10 @@ def test_a_signal_to_one_rank_leads_both_to_one_checkpoint(recipe, tmp_path, who
         ranks.until(
             lambda: (run / "metrics.jsonl").exists() and '"loss"' in (run / "metrics.jsonl").read_text()
         )
-        ranks.send(rank, number)
-        assert ranks.wait() == [75, 75]
+        for rank in told:
+            ranks.send(rank, number)
+        assert ranks.wait() == [code, code]
+        assert "Traceback" not in ranks.said()
         (line,) = (line for line in ranks.said(0).splitlines() if line.startswith("fastalign: "))
     step = losses_so_far = len(losses(run))
     assert line == (
@@ -89,6 +95,42 @@ def test_a_signal_to_one_rank_leads_both_to_one_checkpoint(recipe, tmp_path, who
     assert 3 <= losses_so_far < 18
     finish(arguments, 2, folder=tmp_path)
     assert not (run / "preempted").exists()
+    assert lines_of(run) == lines_of(whole)
+
+
+def test_a_second_interrupt_ends_the_run_at_once(recipe, tmp_path):
+    """Also one that hangs; the first one alone would wait for the update."""
+    run = tmp_path / "run"
+    arguments = [recipe, f"output={run}", "faults.timeout=1000"]
+    with Ranks(arguments, 1, folder=tmp_path, prepare=functools.partial(stop, 0, 3)) as ranks:
+        ranks.until(lambda: "step 0: validation loss" in ranks.said())
+        time.sleep(1)
+        ranks.send(0, signal.SIGINT)
+        time.sleep(0.5)
+        assert ranks.running()
+        ranks.send(0, signal.SIGINT)
+        assert ranks.wait(10) == [-signal.SIGINT]
+        assert "Traceback" not in ranks.said()
+
+
+def impatient() -> None:
+    """Rank 0 finds each checkpoint old at once; the other one never does."""
+    runs.MOST_LOST = 0.0 if os.environ["RANK"] == "0" else 1e9
+
+
+def test_the_clock_of_one_rank_leads_both_to_checkpoints(recipe, tmp_path, whole):
+    run = tmp_path / "run"
+    arguments = [
+        recipe,
+        f"output={run}",
+        "optim.epochs=3",
+        "checkpoint.every_steps=null",
+        "checkpoint.keep=99",
+    ]
+    finish([*arguments, "max_steps=6"], 2, folder=tmp_path, prepare=impatient)
+    assert len(list((run / "checkpoints").glob("step-*.pt"))) == 6
+    finish(arguments, 2, folder=tmp_path)
+    assert len(list((run / "checkpoints").glob("step-*.pt"))) == 8, "of the clock, then of two epochs"
     assert lines_of(run) == lines_of(whole)
 
 

@@ -25,7 +25,7 @@ PRELOAD = ["tests.reliability.test_preemption", "tests.reliability.test_watchdog
 
 @pytest.fixture(autouse=True)
 def _old_handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -44,6 +44,33 @@ def test_signals_are_remembered_and_kill_nothing(number):
     assert heard == []
     os.kill(os.getpid(), number)
     assert heard == ["the old handler"]
+
+
+def test_an_interrupt_is_remembered_once_and_only_while_there_is_something_to_save(tmp_path):
+    with Preemption() as preemption:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert preemption.number == 0
+        preemption.hold_interrupts()
+        signal.raise_signal(signal.SIGINT)
+        assert preemption.number == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL, (
+            "a second one needs no Python to end the process"
+        )
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert preempted(tmp_path, signal.SIGINT, 3, main=False).code == 130
+    assert preempted(tmp_path, signal.SIGTERM, 3, main=False).code == PREEMPTED == 75
+
+
+def test_an_interrupted_command_is_one_line(capsys, monkeypatch):
+    def body():
+        signal.raise_signal(signal.SIGINT)
+
+    assert guarded(body) == 130
+    assert capsys.readouterr().err == "fastalign: interrupted\n"
+    monkeypatch.setenv("RANK", "1")
+    assert guarded(body) == 130
+    assert capsys.readouterr().err == ""
 
 
 def test_other_errors_bring_the_old_handlers_back_and_preempted_does_not(tmp_path):

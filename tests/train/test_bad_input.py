@@ -5,6 +5,8 @@ import sys
 import pytest
 import torch
 
+from fastalign import train
+
 BAD = {
     "no such folder": (["data.train=/no/such/folder"], ["/no/such/folder"]),
     "no data": (["data.train=null"], ["data.train"]),
@@ -17,7 +19,18 @@ BAD = {
         ["teacher.weights=random", "teacher.name=vit_tiny_patch16_224", "teacher.kwargs.img_size=64"],
         ["different patch grids"],
     ),
-    "batch larger than the data": (["optim.batch_size=64"], ["40", "64"]),
+    "batch larger than the data": (
+        ["optim.batch_size=66", "optim.accumulate=3"],
+        [
+            "optim.batch_size=66",
+            "data.train has 40 images",
+            "at most 39, a multiple of optim.accumulate x ranks = 3",
+        ],
+    ),
+    "more passes than images": (
+        ["optim.batch_size=80", "optim.accumulate=80"],
+        ["data.train has 40 images", "optim.accumulate x ranks = 80", "lower optim.accumulate"],
+    ),
     "no dropping with a position bias": (
         ["student.name=beit_base_patch16_224", "student.kwargs={img_size: 32, depth: 2}", "masks.mode=drop"],
         ["relative position bias", "'zero'"],
@@ -71,17 +84,15 @@ def test_bad_input_is_one_line_and_exit_code_2(recipe, tmp_path, capsys, case):
         assert word in error[0]
 
 
-@pytest.mark.parametrize(
-    "change",
-    ["student.kwargs.depth=3", "student.softcap=null", "seed=5", "optim.epochs=3", "optim.name=apex_adam"],
-)
-def test_checkpoint_of_another_model_or_run(recipe, capsys, change):
+def test_an_override_in_place_of_the_recipe(capsys):
+    assert train.main(["optim.lr=3", "recipe.yaml"]) == 2
+    assert "optim.lr=3: the recipe comes first" in capsys.readouterr().err
+
+
+def test_a_checkpoint_does_not_fit_another_model_by_force(recipe, capsys):
     recipe("max_steps=1")
-    capsys.readouterr()
-    recipe("max_steps=2", change, expect=2)
-    error = capsys.readouterr().err
-    assert "checkpoint of another model or run" in error
-    assert change.split("=")[0].removesuffix(".kwargs.depth").removesuffix(".softcap") in error
+    recipe("max_steps=2", "student.kwargs.depth=3", "resume=force", expect=2)
+    assert "is a checkpoint of another model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"step": 3}, {"weights": torch.zeros(1)}])
@@ -115,4 +126,4 @@ def test_missing_dali_is_one_line(recipe, monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     recipe(expect=2)
-    assert "fastalign[dali]" in capsys.readouterr().err
+    assert "pip install nvidia-dali-cuda130" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The command as users run it: the files of a run, resuming, accumulation, every variant of the objective."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,11 +9,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import nn
 
 import fastalign as fa
 from fastalign import build, train
 from fastalign.build import build_backbones
 from fastalign.config import Config
+from fastalign.engine.optim import MovingAverage
+from fastalign.evaluation import evaluate
+from fastalign.ranks.distributed import World
 from tests.run_helpers import MODEL, losses, metrics, weights
 from tests.test_gpu import run_of_batches
 
@@ -142,11 +147,12 @@ def test_variants_train(recipe, options):
     assert (folder / "backbone.json").exists() != ("student.freeze=true" in options)
 
 
-def test_target_scale_is_stored_and_not_measured_again(recipe):
+def test_target_scale_is_stored_and_not_measured_again(recipe, monkeypatch):
     folder = recipe("max_steps=1", "loss.target_scale=auto:1")
     state = torch.load(folder / "checkpoints" / "step-00000001.pt", weights_only=True)
     assert state["target_scale"] != 1.0
-    recipe("max_steps=2", "loss.target_scale=auto")
+    monkeypatch.setattr("fastalign.train.measure_target_scale", lambda run: 1 / 0)
+    recipe("max_steps=2", "loss.target_scale=auto:1")
     again = torch.load(folder / "checkpoints" / "step-00000002.pt", weights_only=True)
     assert again["target_scale"] == state["target_scale"]
 
@@ -196,6 +202,32 @@ def test_the_teacher_has_the_students_weights_unless_told_otherwise(tmp_path):
         assert torch.equal(pair(**teacher)[1], other.blocks[0].attn.qkv.weight)
     with pytest.raises(fa.UserError, match=r"teacher\.weights=random_ "):
         pair(weights="random_ ")
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_validation_leaves_weights_and_modes_as_they_were(error):
+    """Also where it is interrupted; a part that is frozen in eval mode stays so."""
+    student = nn.Sequential(nn.Dropout().eval(), nn.Linear(2, 2), nn.Dropout())
+    average = MovingAverage(student, 0.9)
+    nn.init.ones_(student[1].weight)
+    before, seen = {name: value.clone() for name, value in student.state_dict().items()}, []
+
+    def batches():
+        seen.append((student[1].weight.clone(), [part.training for part in student]))
+        if error:
+            raise error
+        yield SimpleNamespace(images=None, ids=torch.zeros(1))
+
+    run = SimpleNamespace(average=average, val=SimpleNamespace(batches=batches))
+    run.objective = type("Objective", (), {"student": student, "__call__": lambda *_: torch.ones(())})()
+    run.world, run.beat = World(0, 1, torch.device("cpu")), lambda _: None
+    run.alone = run.fixed_weights = run.autocast = nullcontext
+    with pytest.raises(error) if error else nullcontext():
+        assert evaluate(run) == 1.0
+    assert torch.equal(seen[0][0], average.state["1.weight"])
+    assert seen[0][1] == [False, False, False]
+    assert [part.training for part in student] == [False, True, True]
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
 def test_large_seeds(recipe):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fastalign.compat.errors import NoCheckpointError, NumpyCheckpointError
 from fastalign.compat.locality_alignment.model_utils import MaskEmbedStudent, softcap_of
 from fastalign.errors import UserError
-from fastalign.models.checkpoint import read_file, trained_as
+from fastalign.models.checkpoint import trained_as
+from fastalign.models.weight_files import read_file
 from fastalign.models.weights import fold_layer_scale
 
 _logger = logging.getLogger(__name__)

@@ -1,0 +1,244 @@
+"""Layouts of weights: how libraries name the parameters of a vision transformer, as tables that are read both ways.
+
+`find` says which layout a file has, `to_timm` gives its weights timm's keys; `from_timm` is what the export writes.
+"""
+
+import math
+import re
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """Names in a library, as pairs of timm's name and theirs; what is not named has the same name in both."""
+
+    name: str
+    """for messages"""
+    root: dict[str, str]
+    """outside of the blocks: a key, or its beginning"""
+    blocks: str
+    """what stands before a block's number"""
+    block: dict[str, str]
+    """the same as `root` within a block; `attn.q.`, `attn.k.`, `attn.v.` where these are apart"""
+    flat: bool = False
+    """class token [D] and positions [T, D]; timm's begin with an axis of 1"""
+    unread: tuple[str, ...] = ()
+    """beginnings of what the backbone has not got"""
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """The names by which the layout is told; the patch embedding comes first."""
+        first = [key for key in ("norm1.", "attn.q.", "attn.qkv.") if key in self.block]
+        patch = self.root.get("patch_embed.proj.", "patch_embed.proj.")
+        return (f"{patch}weight", *(f"{self.blocks}.0.{self.block[key]}weight" for key in first))
+
+
+_HF_QKV = {f"attn.{part[0]}.": f"attention.attention.{part}." for part in ("query", "key", "value")}
+_HF_NEW_ATTENTION = {f"attn.{part}.": f"attention.{part}_proj." for part in "qkv"} | {
+    "attn.proj.": "attention.o_proj."
+}
+
+TIMM = Layout("timm (and training checkpoints of DINO, DINOv2, MAE, MoCo-v3 and Lightning)", {}, "blocks", {})
+OPEN_CLIP = Layout(
+    "open_clip",
+    {
+        "cls_token": "class_embedding",
+        "pos_embed": "positional_embedding",
+        "patch_embed.proj.": "conv1.",
+        "norm_pre.": "ln_pre.",
+        "norm.": "ln_post.",
+    },
+    "transformer.resblocks",
+    {
+        "norm1.": "ln_1.",
+        "norm2.": "ln_2.",
+        "attn.qkv.": "attn.in_proj_",
+        "attn.proj.": "attn.out_proj.",
+        "mlp.fc1.": "mlp.c_fc.",
+        "mlp.fc2.": "mlp.c_proj.",
+        "ls1.": "ls_1.",
+        "ls2.": "ls_2.",
+    },
+    flat=True,
+    unread=("proj",),
+)
+HF_CLIP = Layout(
+    "transformers' CLIP and SigLIP",
+    {
+        "cls_token": "embeddings.class_embedding",
+        "pos_embed": "embeddings.position_embedding.weight",
+        "patch_embed.proj.": "embeddings.patch_embedding.",
+        "norm_pre.": "pre_layrnorm.",
+        "norm.": "post_layernorm.",
+        "attn_pool.latent": "head.probe",
+        "attn_pool.in_proj.": "head.attention.in_proj_",
+        "attn_pool.proj.": "head.attention.out_proj.",
+        "attn_pool.norm.": "head.layernorm.",
+        "attn_pool.mlp.": "head.mlp.",
+    },
+    "encoder.layers",
+    {
+        "norm1.": "layer_norm1.",
+        "norm2.": "layer_norm2.",
+        "attn.q.": "self_attn.q_proj.",
+        "attn.k.": "self_attn.k_proj.",
+        "attn.v.": "self_attn.v_proj.",
+        "attn.proj.": "self_attn.out_proj.",
+    },
+    flat=True,
+    unread=("embeddings.position_ids",),
+)
+HF_VIT = Layout(
+    "transformers' ViT",
+    {
+        "cls_token": "embeddings.cls_token",
+        "pos_embed": "embeddings.position_embeddings",
+        "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
+        "norm.": "layernorm.",
+    },
+    "encoder.layer",
+    {
+        **_HF_QKV,
+        "norm1.": "layernorm_before.",
+        "norm2.": "layernorm_after.",
+        "attn.proj.": "attention.output.dense.",
+        "mlp.fc1.": "intermediate.dense.",
+        "mlp.fc2.": "output.dense.",
+    },
+    unread=("embeddings.mask_token", "pooler."),
+)
+HF_DINOV2 = Layout(
+    "transformers' DINOv2",
+    {**HF_VIT.root, "register_tokens": "embeddings.register_tokens", "mask_token": "embeddings.mask_token"},
+    "encoder.layer",
+    {
+        **_HF_QKV,
+        "norm1.": "norm1.",
+        "attn.proj.": "attention.output.dense.",
+        "ls1.gamma": "layer_scale1.lambda1",
+        "ls2.gamma": "layer_scale2.lambda1",
+    },
+)
+LAYOUTS = (
+    TIMM,
+    OPEN_CLIP,
+    HF_CLIP,
+    HF_VIT,
+    HF_DINOV2,
+    # The names that models of transformers 5 have in memory; its files have those above.
+    HF_VIT._replace(
+        blocks="layers",
+        block={"norm1.": "layernorm_before.", "norm2.": "layernorm_after.", **_HF_NEW_ATTENTION},
+    ),
+    HF_DINOV2._replace(block={**HF_DINOV2.block, **_HF_NEW_ATTENTION}),
+)
+HF_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+    "relu": "relu",
+}
+"""timm's names of activations, and transformers'."""
+READ = ", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))
+"""The layouts that are read, for messages."""
+
+_OTHERS = {
+    "transformers' DINOv3": r"embeddings\.patch_embeddings\.weight",
+    "transformers' Swin": r"encoder\.layers\.0\.blocks\.0\.",
+    "torchvision's ViT": r"conv_proj\.weight",
+    "OpenMMLab's or SAM's": r"patch_embed\.projection\.weight",
+    "a ResNet": r"layer1\.0\.conv1\.weight",
+    "adapters of peft": r"lora_[AB]\.",
+    "a text model": r"(token_embedding|embed_tokens|word_embeddings)\.weight",
+}
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_CHUNKED = re.compile(r"blocks\.\d+\.(\d+\.)")
+
+
+def plain(name: str) -> str:
+    """A key without what torch's wrappers (DDP, compile, FSDP) put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def find(names: Collection[str]) -> list[tuple[Layout, str]]:
+    """Every backbone among plain keys: its layout, and the prefix before its keys."""
+    found = []
+    for layout in LAYOUTS:
+        first, *others = layout.marks
+        prefixes = [name.removesuffix(first) for name in names if f".{name}".endswith(f".{first}")]
+        found += [(layout, p) for p in prefixes if all(p + other in names for other in others)]
+    return found
+
+
+def looks_like(names: Collection[str]) -> str | None:
+    """A layout that is not read, by its name; None = an unknown one."""
+    return next((name for name, mark in _OTHERS.items() if any(re.search(mark, n) for n in names)), None)
+
+
+def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Weights of a layout, without a prefix before them, by timm's keys.
+
+    Raises:
+        KeyError, IndexError, RuntimeError: what belongs together is not there, or has shapes that do not fit.
+    """
+    inverse = layout._replace(
+        root={theirs: ours for ours, theirs in layout.root.items()},
+        block={theirs: ours for ours, theirs in layout.block.items()},
+    )
+    state = {
+        _renamed(key, inverse, layout.blocks, "blocks"): value
+        for key, value in state.items()
+        if not key.startswith(layout.unread)
+    }
+    for key in ("cls_token", "pos_embed"):
+        if key in state:
+            state[key] = state[key].reshape(1, -1, state[key].shape[-1])
+    for key in [key for key in state if ".attn.q." in key]:
+        parts = [key.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if all(part in state for part in parts):
+            state[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat([state.pop(part) for part in parts])
+    if layout is HF_CLIP:
+        _fit_siglip(state)
+    if "register_tokens" in state:  # beside them timm's models have no position for the class token
+        state["reg_token"] = state.pop("register_tokens")
+        state["cls_token"] = state["cls_token"].float() + state["pos_embed"][:, :1].float()
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    return {_CHUNKED.sub(r"blocks.\1", key): value for key, value in state.items()}
+
+
+def _fit_siglip(state: dict[str, Tensor]) -> None:
+    """SigLIP 2 flattens its patches, channels last; the pooling has one matrix for query, key and value."""
+    patch = state["patch_embed.proj.weight"]
+    if patch.ndim == 2:
+        side = math.isqrt(patch.shape[1] // 3)
+        state["patch_embed.proj.weight"] = patch.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)
+    for kind in ("weight", "bias"):
+        if (joint := state.pop(f"attn_pool.in_proj.{kind}", None)) is not None:
+            width = len(joint) // 3
+            state[f"attn_pool.q.{kind}"], state[f"attn_pool.kv.{kind}"] = joint[:width], joint[width:]
+
+
+def from_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Weights with timm's keys by the names of a layout; the inverse of `to_timm`, but for registers and pooling."""
+    state = dict(state)
+    if "attn.q." in layout.block:
+        for key in [key for key in state if ".attn.qkv." in key]:
+            names = [key.replace(".attn.qkv.", f".attn.{part}.") for part in "qkv"]
+            state |= dict(zip(names, state.pop(key).chunk(3), strict=True))
+    if layout.flat:
+        state |= {"pos_embed": state["pos_embed"][0]}
+        state |= {"cls_token": state["cls_token"][0, 0]} if "cls_token" in state else {}
+    return {_renamed(key, layout, "blocks", layout.blocks): value for key, value in state.items()}
+
+
+def _renamed(key: str, names: Layout, old: str, new: str) -> str:
+    """A key by the tables of `names`; `old` and `new` stand before a block's number."""
+    block = re.fullmatch(rf"{re.escape(old)}\.(\d+)\.(.+)", key)
+    table, rest = (names.block, block[2]) if block else (names.root, key)
+    start = next((start for start in table if rest.startswith(start)), "")
+    rest = table.get(start, "") + rest.removeprefix(start)
+    return f"{new}.{block[1]}.{rest}" if block else rest

@@ -1,0 +1,243 @@
+"""A run that goes on with other settings: refused by name, free, or forced, told and recorded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import fastalign as fa
+from fastalign.config import keys, resolve
+from fastalign.continuation import changed_settings
+from fastalign.errors import UserError
+from tests.run_helpers import MODEL, losses, weights
+from tests.test_config import FREE
+
+OTHER = {
+    "output": "b", "resume": "force", "seed": 5, "max_steps": 2, "objective": "mim",
+    "student.name": "a", "student.weights": "random", "student.kwargs": {"depth": 3}, "student.softcap": None,
+    "student.head": "mlp", "student.freeze": True,
+    "teacher.name": "a", "teacher.weights": "random", "teacher.kwargs": {"depth": 3}, "teacher.skip_blocks": 2,
+    "teacher.prefix_only": True,
+    "decoder.layers": 3, "decoder.kwargs": {"heads": 2},
+    "masks.distribution": "bernoulli", "masks.ratio": 0.3, "masks.complement": False, "masks.full": False,
+    "masks.mode": "drop",
+    "loss.name": "l1", "loss.target_scale": 2.0,
+    "data.train": "b", "data.val": "b", "data.crop": "rrc", "data.scale": [0.5, 1.0], "data.ratio": [0.5, 2.0],
+    "data.hflip": 0.1, "data.color_jitter": 0.1, "data.randaugment": "rand-m9", "data.mixup": 0.1, "data.cutmix": 0.1,
+    "data.threads": 2, "data.hw_decoder_load": 0.1,
+    "optim.name": "apex_adam", "optim.batch_size": 512, "optim.accumulate": 2, "optim.epochs": 9, "optim.lr": 0.1,
+    "optim.min_lr": 0.1, "optim.warmup_epochs": 1.0, "optim.weight_decay": 0.1, "optim.betas": [0.5, 0.6],
+    "optim.clip": None, "optim.ema": 0.9,
+    "checkpoint.every_steps": 7, "checkpoint.keep": 7,
+    "probe.data": "b", "probe.every_steps": 7, "probe.best": True,
+    "log.every_steps": 7, "log.to": ["tensorboard"],
+    "efficiency.precision": "fp32", "efficiency.compile": True, "efficiency.grad_checkpointing": True,
+    "efficiency.shard": True, "efficiency.attention": "eager",
+    "faults": {"bad_samples": 0.5, "quarantine": "q", "nonfinite": "stop", "timeout": 5.0},
+}  # fmt: skip
+NEEDS = {
+    "teacher.prefix_only": "teacher.skip_blocks=0",
+    "masks.ratio": "masks.distribution=bernoulli",
+    "probe.best": "probe.data=a",
+}
+"""What must hold before and after, for a value to be possible at all."""
+
+
+def went_on(before: list[str], now: list[str], *, finished=False, **places: str | None):
+    """The changes and the lines of a run that was begun with some overrides and goes on with others."""
+    state = {"config": resolve({}, before, "then").model_dump(mode="json"), "step": 3}
+    places = {key.replace("_", "."): other for key, other in places.items()}
+    return changed_settings(state, Path("c.pt"), resolve({}, now, "now"), places, finished=finished)
+
+
+@pytest.mark.parametrize("key", sorted(keys()))
+def test_every_key_is_free_or_refused_by_name(key):
+    before, value = [NEEDS[key]] if key in NEEDS else [], json.dumps(OTHER[key])
+    now = [*before, f"{key}={value}"]
+    if key in FREE.split():
+        assert went_on(before, now) == ([], [])
+        return
+    with pytest.raises(UserError) as caught:
+        went_on(before, now)
+    name = f"{key}.{next(iter(OTHER[key]))}" if isinstance(OTHER[key], dict) else key
+    for words in (
+        f"stands at step 3 with other settings: {name} was ",
+        "resume=force",
+        "choose another output",
+    ):
+        assert words in str(caught.value)
+    (change,), notes = went_on(before, [*now, "resume=force"])
+    assert (change.key, notes) == (name, [])
+    with pytest.raises(UserError, match="it is finished"):
+        went_on(before, [*now, "resume=force"], finished=True)
+
+
+def test_what_may_grow_may_not_shrink_below_what_is_done():
+    for before, now in (("3", "4"), ("3", "null"), ("null", "4"), ("4", "3")):
+        assert went_on([f"max_steps={before}"], [f"max_steps={now}"]) == ([], [])
+    for before in ("4", "null"):
+        with pytest.raises(UserError, match=f"max_steps was {before}, is 2;"):
+            went_on([f"max_steps={before}"], ["max_steps=2"])
+
+
+def test_a_value_that_says_the_same_is_the_same():
+    assert went_on(["decoder.kwargs={qk_norm: null}"], ["optim.betas=[0.9, 0.95]"]) == ([], [])
+    with pytest.raises(UserError, match=r"optim\.lr was 0\.0003, is 0\.1; optim\.betas was \[0\.9, 0\.95\]"):
+        went_on([], ["optim.lr=0.1", "optim.betas=[0.1, 0.2]"])
+
+
+@pytest.mark.parametrize(
+    "key", ["data.train", "data.val", "student.weights", "teacher.weights", "probe.data"]
+)
+def test_of_a_place_its_contents_decide(key):
+    here, there = ([f"{key}={place}"] for place in ("/here", "/there"))
+    same, other = ({key.replace(".", "_"): what} for what in (None, "other names"))
+    told = f'{key} was "/here", is "/there"'
+    assert went_on(here, there, **same) == ([], [f"{told}: the contents are the same"])
+    with pytest.raises(UserError, match=f"{told} with other names;"):
+        went_on(here, there, **other)
+    with pytest.raises(UserError, match=f'{key} "/here" has other names than before;'):
+        went_on(here, here, **other)
+
+
+SWEEP = ["optim.lr=0.01", "optim.weight_decay=0.3", "data.randaugment=rand-m9-mstd0.5-inc1"]
+
+
+@pytest.mark.parametrize("force", [[], ["resume=force"]])
+def test_a_finished_run_is_one_model_under_one_label(recipe, capsys, force):
+    """What a sweep with one `output` does."""
+    folder = recipe("max_steps=2")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    capsys.readouterr()
+    recipe("max_steps=2", *SWEEP, *force, expect=2)
+    said = capsys.readouterr().err
+    for words in ("optim.lr was 0.001, is 0.01", "optim.weight_decay was 0.01, is 0.3", "it is finished"):
+        assert words in said
+    recipe("max_steps=2", "data.threads=2", "log.every_steps=1", *force)
+    assert "is finished: step 2 of 2, nothing to train" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    facts = json.loads(before["backbone.json"])
+    assert (facts["settings"]["optim"]["lr"], facts["changes"]) == (0.001, [])
+    assert "threads" not in facts["settings"]["data"]
+
+
+def optimizer_step(before: dict, after: dict, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight after an update, and what AdamW makes of the checkpoints by hand, for betas 0.5, 0.6 and decay 0.3."""
+    (index, moments), *_ = before["optimizer"]["state"].items()
+    name = list(before["student"])[index]
+    old, new = after["optimizer"]["state"][index], before["student"][name].double() * (1 - lr * 0.3)
+    t = int(old["step"])
+    first, second = old["exp_avg"].double() / (1 - 0.5**t), old["exp_avg_sq"].double() / (1 - 0.6**t)
+    assert moments["step"] + 1 == t
+    return after["student"][name].double(), new - lr * first / (second.sqrt() + 1e-8)
+
+
+def test_a_forced_change_takes_effect_and_is_recorded(recipe, capsys):
+    """In the optimiser, the schedule and the average; told with its step, and kept by what comes after."""
+    every = ["checkpoint.every_steps=1", "checkpoint.keep=20"]
+    folder = recipe("max_steps=3", *every)
+    new = ["optim.lr=0.01", "optim.weight_decay=0.3", "optim.betas=[0.5, 0.6]", "optim.ema=0.9"]
+    recipe("max_steps=4", *every, *new, expect=2)
+    capsys.readouterr()
+    recipe("max_steps=4", *every, *new, "resume=force")
+    said = capsys.readouterr().out
+    assert "resume=force: from step 3 on optim.weight_decay was 0.01, is 0.3" in said
+    before, after = (
+        torch.load(folder / "checkpoints" / f"step-0000000{step}.pt", weights_only=True) for step in (3, 4)
+    )
+    lr = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-2])["lr"]
+    assert lr > 0.005  # of ten steps, cosine from 0.01
+    found, wanted = optimizer_step(before, after, lr)
+    assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-7)
+    name = next(name for name, value in after["student"].items() if value.is_floating_point())
+    average = 0.9 * before["student"][name] + 0.1 * after["student"][name]
+    assert torch.allclose(after["average"][name], average, rtol=1e-5, atol=1e-7)
+    lines = [json.loads(line) for line in (folder / "changes.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["key"], line["now"]) for line in lines] == [
+        (3, "optim.lr", 0.01), (3, "optim.weight_decay", 0.3), (3, "optim.betas", [0.5, 0.6]), (3, "optim.ema", 0.9)
+    ]  # fmt: skip
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (config["optim"]["lr"], config["resume"]) == (0.01, "auto")
+    recipe("max_steps=5", *every, expect=2)  # the values of the beginning are no longer those of the run
+    recipe("max_steps=5", *every, *new[:3], "resume=force")  # and the average off again
+    facts = json.loads((folder / "backbone.json").read_text())
+    assert facts["settings"]["optim"]["weight_decay"] == 0.3
+    assert [change["step"] for change in facts["changes"]] == [3, 3, 3, 3, 4]
+    weight = next(iter(load_file(folder / "backbone.safetensors").items()))
+    assert torch.equal(weight[1], weights(folder)[f"encoder.{weight[0]}"])
+
+
+def test_a_change_that_no_checkpoint_holds_is_not_on_record(recipe, monkeypatch):
+    """A forced start that was killed before it saved has changed nothing."""
+    folder = recipe("max_steps=2")
+    monkeypatch.setattr("fastalign.train.loop", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        recipe("max_steps=4", "optim.lr=0.01", "resume=force")
+    assert (folder / "changes.jsonl").exists()
+    monkeypatch.undo()
+    recipe("max_steps=4")
+    assert not (folder / "changes.jsonl").exists()
+
+
+def test_a_forced_loss_is_measured_and_chosen_anew(recipe):
+    """The scale of the targets is the mean squared error's alone, and losses of two kinds do not compare."""
+    folder = recipe("max_steps=1")
+    recipe("max_steps=2", "loss.name=l1", "resume=force")
+    state = torch.load(folder / "checkpoints" / "best.pt", weights_only=True)
+    assert (state["step"], state["target_scale"], state["config"]["loss"]["name"]) == (2, 1.0, "l1")
+
+
+def test_a_data_set_and_weights_that_moved_are_the_same(recipe, images, tmp_path, monkeypatch, capsys):
+    """By a relative path, or on another mount; and not where a weight or an image is another."""
+    torch.manual_seed(0)
+    vit = fa.create_backbone(MODEL["name"], **MODEL["kwargs"])
+    for place in ("here", "there"):
+        shutil.copytree(images / "train", tmp_path / place / "train")
+        save_file(vit.state_dict(), tmp_path / place / "weights.safetensors")
+
+    def at(place, **more):
+        return [f"data.train={place}/train", f"student.weights={place}/weights.safetensors", "max_steps=5"]
+
+    whole = recipe(*at(tmp_path / "here"), name="whole")
+    folder = recipe(*at(tmp_path / "here"), "max_steps=2")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    recipe(*at("there"))
+    said = capsys.readouterr().out
+    assert f'data.train was "{tmp_path}/here/train", is "there/train": the contents are the same' in said
+    assert losses(folder) == losses(whole)
+    weights = vit.state_dict() | {"cls_token": vit.cls_token + 1}
+    save_file(weights, tmp_path / "there" / "weights.safetensors")
+    recipe(*at("there"), "max_steps=6", expect=2)
+    assert (
+        'student.weights "there/weights.safetensors" has other contents than before'
+        in capsys.readouterr().err
+    )
+
+
+def test_a_random_teacher_is_told_and_noted(recipe, capsys, tmp_path):
+    folder = recipe("max_steps=1")
+    assert "warning: student.weights=random: the teacher has random weights" in capsys.readouterr().out
+    teacher = {"name": MODEL["name"], "weights": "random"}
+    assert json.loads((folder / "backbone.json").read_text())["teacher"] == teacher
+    path = tmp_path / "weights.safetensors"
+    save_file(fa.create_backbone(MODEL["name"], **MODEL["kwargs"]).state_dict(), path)
+    recipe("max_steps=1", f"teacher.weights={path}", name="taught")
+    assert "warning" not in capsys.readouterr().out
+    recipe("max_steps=1", f"student.weights={path}", "teacher.weights=random", name="second")
+    assert "warning: teacher.weights=random" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_other_keys_is_refused(recipe, capsys):
+    folder = recipe("max_steps=1")
+    path = folder / "checkpoints" / "step-00000001.pt"
+    state = torch.load(path, weights_only=True)
+    state["config"]["optim"]["momentum"] = 0.9
+    torch.save(state, path)
+    capsys.readouterr()
+    recipe(expect=2)
+    assert "step-00000001.pt: unknown key optim.momentum" in capsys.readouterr().err
