@@ -226,6 +226,7 @@ def write_recipe(root: Path) -> Path:
         },
         "checkpoint": {"every_steps": 4},
         "log": {"every_steps": 3},
+        "efficiency": {"precision": "fp32"},
     }
     tree["data"] |= {"color_jitter": 0.4, "randaugment": "rand-m9-mstd0.5-inc1"}
     (root / "recipe.yaml").write_text(yaml.safe_dump(tree))

@@ -63,7 +63,7 @@ def tree(folder: Path) -> dict:
         "data": {"train": "synthetic:40", "val": "synthetic:9", "threads": 1},
         "optim": {"batch_size": 8, "epochs": 2, "lr": 1e-3, "ema": 0.9, "accumulate": 2, "clip": 0.5},
         "checkpoint": {"every_steps": 1, "keep": 9},
-        "efficiency": {"grad_checkpointing": True},
+        "efficiency": {"grad_checkpointing": True, "precision": "fp32"},
         "log": {"every_steps": 2},
     }
 
