@@ -22,6 +22,7 @@ TREE = {
     "data": {"train": "synthetic:40", "val": "synthetic:8", "threads": 1},
     "optim": {"batch_size": 8, "epochs": 2, "lr": 1e-3, "ema": 0.9},
     "checkpoint": {"every_steps": 2},
+    "efficiency": {"precision": "fp32"},
 }
 
 
