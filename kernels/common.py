@@ -39,15 +39,18 @@ def register(name: str, schema: str, implementation: Callable, fake: Callable):
 
     def on_its_device(*arguments):
         device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-        if device.type == "cpu" and not INTERPRETED:
-            raise ValueError(
-                f"fastalign.kernels take tensors on a GPU, got {device}: call the function of the same name in "
-                "fastalign.ops, which runs on any device unless FASTALIGN_KERNELS=1 is set"
-            )
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):  # Triton launches on the current device
                 return implementation(*arguments)
-        return implementation(*arguments)
+        try:
+            return implementation(*arguments)
+        except (RuntimeError, ValueError) as error:  # Triton's: no driver, or a pointer that no GPU can read
+            if device.type != "cpu" or INTERPRETED:
+                raise
+            raise ValueError(
+                "fastalign.kernels take tensors on a GPU, got cpu: call the function of the same name in "
+                "fastalign.ops, which runs on any device unless FASTALIGN_KERNELS=1 is set"
+            ) from error
 
     LIBRARY.define(name + schema)
     LIBRARY.impl(name, on_its_device, "CompositeExplicitAutograd")
