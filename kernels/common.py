@@ -1,4 +1,4 @@
-"""What every kernel file needs: registration, casts that round alike everywhere, and the hyperbolic tangent.
+"""What every kernel file needs: registration, casts that round alike everywhere, exp2 and tanh.
 
 Names inside kernels: `i_` an index, `o_` a vector of offsets, `m_` a mask, `p_` a pointer, `b_` a block of
 values; constants of compilation in capitals. Program numbers are widened to int64 before they are multiplied.
@@ -39,15 +39,18 @@ def register(name: str, schema: str, implementation: Callable, fake: Callable):
 
     def on_its_device(*arguments):
         device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-        if device.type == "cpu" and not INTERPRETED:
-            raise ValueError(
-                f"fastalign.kernels take tensors on a GPU, got {device}: call the function of the same name in "
-                "fastalign.ops, which runs on any device unless FASTALIGN_KERNELS=1 is set"
-            )
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):  # Triton launches on the current device
                 return implementation(*arguments)
-        return implementation(*arguments)
+        try:
+            return implementation(*arguments)
+        except (RuntimeError, ValueError) as error:  # Triton's: no driver, or a pointer that no GPU can read
+            if device.type != "cpu" or INTERPRETED:
+                raise
+            raise ValueError(
+                "fastalign.kernels take tensors on a GPU, got cpu: call the function of the same name in "
+                "fastalign.ops, which runs on any device unless FASTALIGN_KERNELS=1 is set"
+            ) from error
 
     LIBRARY.define(name + schema)
     LIBRARY.impl(name, on_its_device, "CompositeExplicitAutograd")
@@ -121,9 +124,19 @@ def store(p_x, x, mask):
 
 
 @triton.jit
+def exp2(x):
+    """2^x of fp32 in one instruction, which takes results below 2^-126 for zero. tl.exp2 adds three for those."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def tanh(x, APPROXIMATE: tl.constexpr):
     """The hyperbolic tangent of fp32. APPROXIMATE: the hardware's, with a relative error of 2^-11."""
-    if APPROXIMATE:
+    if APPROXIMATE and not INTERPRETED:
         return tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
