@@ -183,9 +183,13 @@ def loss_and_gradient(objective, images, ids):
 def test_objectives_on_kernels_equal_eager(name, monkeypatch):
     """The whole step, forward and backward, with every operation in Triton, against float64."""
     both, images, ids = objectives(name)
+    launched, kernel = [], ops._mask_tokens
+    monkeypatch.setattr(ops, "_mask_tokens", lambda *inputs: launched.append(1) or kernel(*inputs))
     for objective in both:
         monkeypatch.setattr(ops, "MODE", "1")
+        launched.clear()
         loss, gradient = loss_and_gradient(objective, images, ids)
+        assert launched == [1]  # the teacher's copies, or the masked student's
         monkeypatch.setattr(ops, "MODE", "0")
         wanted, wanted_gradient = loss_and_gradient(objective.double(), images.double(), ids)
         assert relative_error(loss, wanted) < 1e-5
