@@ -7,6 +7,7 @@ values; constants of compilation in capitals. Program numbers are widened to int
 import os
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import triton
@@ -14,6 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 LIBRARY = torch.library.Library("fastalign", "FRAGMENT")
+# torch.compile sets this variable to the CUDA toolkit's assembler, in the middle of a process. Kernels compiled before
+# and after that would differ, and `benchmarks.aot` checks the code of Triton's own.
+_PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+if _PTXAS.exists():
+    os.environ.setdefault("TRITON_PTXAS_PATH", str(_PTXAS))
+
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Kernels run in Triton's interpreter, on the CPU: how they are tested where there is no GPU."""
 
@@ -39,15 +46,18 @@ def register(name: str, schema: str, implementation: Callable, fake: Callable):
 
     def on_its_device(*arguments):
         device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-        if device.type == "cpu" and not INTERPRETED:
-            raise ValueError(
-                f"fastalign.kernels take tensors on a GPU, got {device}: call the function of the same name in "
-                "fastalign.ops, which runs on any device unless FASTALIGN_KERNELS=1 is set"
-            )
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):  # Triton launches on the current device
                 return implementation(*arguments)
-        return implementation(*arguments)
+        try:
+            return implementation(*arguments)
+        except (RuntimeError, ValueError) as error:  # Triton's: no driver, or a pointer that no GPU can read
+            if device.type != "cpu" or INTERPRETED:
+                raise
+            raise ValueError(
+                "fastalign.kernels take tensors on a GPU, got cpu: call the function of the same name in "
+                "fastalign.ops, which runs on any device unless FASTALIGN_KERNELS=1 is set"
+            ) from error
 
     LIBRARY.define(name + schema)
     LIBRARY.impl(name, on_its_device, "CompositeExplicitAutograd")

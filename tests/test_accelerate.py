@@ -1,6 +1,7 @@
 """`fa.accelerate` against timm's own modules: outputs, gradients, the cap, everything a model goes through."""
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -381,12 +382,23 @@ for name in ("pack", "nothing"):
     except (ImportError, AttributeError) as error:
         print(f"{type(error).__name__}: {error}")
 print([name for name in sys.modules if name.startswith("nvidia.dali")])
+try:
+    fa.kernels.softcap_attention.softcap_attention(q, q, q)
+except (ImportError, ValueError) as error:
+    print(error)
 """
 
 
 @pytest.mark.parametrize("triton", ["with", "without"])
 def test_kernels_and_masks_alone(triton):
-    result = subprocess.run([sys.executable, "-c", ALONE, triton], capture_output=True, text=True, check=True)
+    """On the CPU and without Triton's interpreter, where a kernel says where to go."""
+    result = subprocess.run(
+        [sys.executable, "-c", ALONE, triton],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
     lines = result.stdout.splitlines()
     assert lines[:2] == ["[2, 3, 4]", "[1, 2, 5, 8]"]
     if triton == "with":
@@ -398,3 +410,6 @@ def test_kernels_and_masks_alone(triton):
         )
     assert lines[3].startswith("AttributeError")
     assert lines[4] == "[]"
+    missing = "softcap_attention needs the package triton"
+    wanted = "take tensors on a GPU, got cpu: call the function of the same name in fastalign.ops"
+    assert (wanted if triton == "with" else missing) in lines[5]

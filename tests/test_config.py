@@ -158,6 +158,7 @@ def test_yaml_out_is_yaml_in(tmp_path):
         ("a: [", None, ["not YAML"]),
         ("base: none.yaml", None, ["none.yaml"]),
         ("base: c.yaml", None, ["circle"]),
+        ("base: {a: b}", None, ["base must be the path"]),
     ],
 )
 def test_bad_configuration_is_one_line_that_names_the_key(tmp_path, text, override, words):

@@ -7,13 +7,8 @@ from hypothesis import strategies as st
 
 import fastalign as fa
 from fastalign import reference
-from fastalign.kernels import common
 from fastalign.kernels.expand_masked import expand_masked
 from fastalign.kernels.mask_tokens import backward_op, forward_op, mask_tokens
-from fastalign.kernels.pack import pack
-from fastalign.kernels.reconstruction_loss import reconstruction_loss
-from fastalign.kernels.softcap_attention import softcap_attention
-from fastalign.kernels.unpack import unpack
 from tests.kernels.helpers import mask, some
 from tests.numerics import DEVICE, check_kernel, randomise
 from tests.truth import blank_pixels
@@ -28,27 +23,6 @@ SHAPES = [
     (0, 3, 4, 1, 8),
     (2, 3, 0, 1, 8),
 ]
-
-
-def test_a_cpu_without_the_interpreter_is_told_where_to_go(monkeypatch):
-    """Of every kernel."""
-    monkeypatch.setattr(common, "INTERPRETED", False)
-    x, visible, qkv = torch.ones(2, 3, 4), torch.ones(2, 1, 3, dtype=torch.bool), torch.ones(2, 1, 3, 16)
-    slots, bounds = (
-        torch.arange(6, dtype=torch.int32).view(2, 1, 3),
-        torch.tensor([0, 3, 6], dtype=torch.int32),
-    )
-    calls = [
-        lambda: expand_masked(x, visible, x[:1]),
-        lambda: mask_tokens(x, x[0, 0], visible, None, x[0]),
-        lambda: pack(x, slots, bounds, 6),
-        lambda: unpack(torch.ones(6, 4), slots),
-        lambda: reconstruction_loss(x[:, None], x[:, None], visible),
-        lambda: softcap_attention(qkv, qkv, qkv, softcap=30.0),
-    ]
-    for call in calls:
-        with pytest.raises(ValueError, match=r"got cpu: call .* in fastalign\.ops"):
-            call()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -29,7 +29,7 @@ BAD = {
     ),
     "more passes than images": (
         ["optim.batch_size=80", "optim.accumulate=80"],
-        ["data.train has 40 images", "optim.accumulate x ranks = 80", "lower optim.accumulate"],
+        ["optim.batch_size=80", "data.train has 40 images", "lower optim.accumulate"],
     ),
     "no dropping with a position bias": (
         ["student.name=beit_base_patch16_224", "student.kwargs={img_size: 32, depth: 2}", "masks.mode=drop"],
