@@ -7,6 +7,7 @@ values; constants of compilation in capitals. Program numbers are widened to int
 import os
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import triton
@@ -14,6 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 LIBRARY = torch.library.Library("fastalign", "FRAGMENT")
+# torch.compile sets this variable to the CUDA toolkit's assembler, in the middle of a process. Kernels compiled before
+# and after that would differ, and `benchmarks.aot` checks the code of Triton's own.
+_PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+if _PTXAS.exists():
+    os.environ.setdefault("TRITON_PTXAS_PATH", str(_PTXAS))
+
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Kernels run in Triton's interpreter, on the CPU: how they are tested where there is no GPU."""
 
