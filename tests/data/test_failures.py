@@ -66,7 +66,7 @@ def test_a_vanished_file_reaches_the_consumer(folder, tmp_path):
 def test_a_missing_dali_is_explained(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     loader = Loader(open_source(str(folder)), EVAL, device="cpu", batch_size=2)
-    with pytest.raises(UserError, match=r'is not installed: pip install "fastalign\[dali\]"'):
+    with pytest.raises(UserError, match="is not installed: pip install nvidia-dali-cuda130"):
         next(loader.batches())
     loader.close()
 

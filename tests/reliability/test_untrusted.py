@@ -68,7 +68,7 @@ BOMB = "\n".join(
         ("x: " + "a" * (LONGEST + 1), ["bytes", "at most"]),
         ("? [1, 2]\n: 3", ["not YAML"]),
         ("1: 2", ["Keys should be strings"]),
-        ("base: [c.yaml]", ["no configuration file"]),
+        ("base: [c.yaml]", ["base must be the path of another recipe"]),
         ("base: c.yaml", ["circle"]),
         ("base: /", ["no configuration file at /"]),
         ("student: {name: {a: b}}", ["student.name", "string"]),
