@@ -70,10 +70,7 @@ def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
     Raises:
         UserError: no such weights, or another backbone's.
     """
-    from fastalign.models.zoo import (
-        create_backbone,
-        load_backbone,
-    )  # with timm, which takes a second to import
+    from fastalign.models.zoo import create_backbone, load_backbone  # with timm, a second's import
 
     if weights in ("pretrained", "random"):
         return create_backbone(name, pretrained=weights == "pretrained", **kwargs)
@@ -266,11 +263,7 @@ def _check_batch_size(config: Config, world: World, images: int) -> None:
         raise UserError(f"optim.batch_size={size}: it must be {multiple}")
     if size > images:
         most = images // parts * parts
-        remedy = (
-            f"set it to at most {most}, {multiple}"
-            if most
-            else f"lower optim.accumulate: it must be {multiple}"
-        )
+        remedy = f"set it to at most {most}, {multiple}" if most else "lower optim.accumulate"
         raise UserError(
             f"optim.batch_size={size}: data.train has {images} images, fewer than an update; {remedy}"
         )

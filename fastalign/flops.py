@@ -1,7 +1,6 @@
 """Floating-point operations of a step, by formula.
 
-A multiply-add counts as two; training as three forward passes; the frozen teacher as one. Every token of every copy
-counts: what the teacher's first block computes once for all copies (half a percent of a step) is not taken off.
+A multiply-add counts as two; training as three forward passes; the frozen teacher as one.
 """
 
 import torch

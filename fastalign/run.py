@@ -41,11 +41,7 @@ class Run:
         self.sharded = sharded(config, world)
         """Whether the student is split among the ranks; every rank must then take part in `state`."""
         objective, self.backbone = build.build_objective(config)
-        self.dtype = build.precision(config, world.device)
-        if not world.agree(self.dtype == torch.bfloat16):
-            raise UserError(
-                "efficiency.precision=auto: not every rank's CPU has bf16 instructions; set bf16 or fp32"
-            )
+        self.dtype = self._precision()
         if self.dtype == torch.bfloat16:
             objective.teacher.store_as(build.teacher_dtype(config, world.device))
         self.objective = objective.to(world.device)
@@ -58,7 +54,6 @@ class Run:
         self.optimizer, note = make_optimizer(
             optim.name, self.trained, world.device, lr=optim.lr, **self._options()
         )
-        # What was chosen for the user, said at the start.
         precision = config.efficiency.precision
         precision = str(self.dtype).removeprefix("torch.") if precision == "auto" else precision
         self.notes = [f"precision: {precision}", attention, *([note] if note else [])]
@@ -100,6 +95,14 @@ class Run:
             self.model = DistributedDataParallel(
                 objective, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+
+    def _precision(self) -> torch.dtype:
+        dtype = build.precision(self.config, self.world.device)
+        if not self.world.agree(dtype == torch.bfloat16):
+            raise UserError(
+                "efficiency.precision=auto: not every rank's CPU has bf16 instructions; set bf16 or fp32"
+            )
+        return dtype
 
     def _shard(self) -> None:
         sharding.from_first_rank(self.objective)

@@ -104,7 +104,8 @@ def scan(data: str, workers: int, console: Console) -> tuple[int, list[BadSample
         raise UserError(f"{data} is made on the device: there is no file to check")
     load_dali()
     total, seen, told = len(source), 0, 0.0
-    bad = [BadSample(None, name, reason) for name, reason in source.damaged]
+    bad: list[BadSample] = []
+    parts = [BadSample(None, name, reason) for name, reason in source.damaged]
     source.close()
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -116,7 +117,7 @@ def scan(data: str, workers: int, console: Console) -> tuple[int, list[BadSample
             if not console.is_terminal and seen / total >= told + _TOLD_EVERY:
                 told = seen / total
                 print(f"{seen} of {total} images checked, {len(bad)} bad", file=console.file, flush=True)
-    return total, sorted(bad, key=lambda sample: -1 if sample.id is None else sample.id)
+    return total, parts + sorted(bad, key=lambda sample: sample.id)
 
 
 def summary(data: str, total: int, bad: list[BadSample], output: Path | None) -> list[str]:

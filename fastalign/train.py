@@ -24,7 +24,7 @@ from fastalign.faults import bad_validation_samples, look_back, react
 from fastalign.flops import flops_per_image
 from fastalign.labelled.pairs import LabelledImages
 from fastalign.paths import path_argument
-from fastalign.probe.training import due, open_splits, probe_student
+from fastalign.probe.training import contents, due, open_splits, probe_student
 from fastalign.ranks import distributed
 from fastalign.ranks.command import guarded, telling
 from fastalign.ranks.preemption import Preemption, unmark
@@ -86,8 +86,7 @@ def train(config: Config, world: distributed.World) -> None:
         if world.main:
             unmark(Path(config.output))
         splits = open_splits(config, world)
-        marks = " ".join(f"{split.fingerprint():08x}" for split in splits.values())
-        run = Run(config, world, also={"probe.data": marks} if marks else None)
+        run = Run(config, world, also=contents(splits))
         run.preemption = preemption
         if world.main and not run.finished:
             save_settings(run)
@@ -245,6 +244,10 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
             raise UserError(
                 "--world-size goes with --reference-config: a recipe's optim.batch_size is over all GPUs"
             )
+        if "=" in options.config and not Path(options.config).exists():
+            raise UserError(
+                f"{options.config}: the recipe comes first, as in configs/demo.yaml {options.config}"
+            )
         return load_config(options.config, options.overrides), []
     if options.world_size is not None and options.world_size < 1:
         raise UserError(f"--world-size must be at least 1, got {options.world_size}")
@@ -255,11 +258,7 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command.
-
-    Returns:
-        The exit code: 0, 2 for bad input, 70 for a lost or hung rank, 75 where a signal came, 130 after Ctrl-C.
-    """
+    """The command's exit code: 0, 2 for bad input, 70 for a lost or hung rank, 75 for a signal, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m fastalign.train", description="Align a backbone with MaskEmbed."
     )

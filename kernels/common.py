@@ -1,4 +1,4 @@
-"""What every kernel file needs: registration, casts that round alike everywhere, and the hyperbolic tangent.
+"""What every kernel file needs: registration, casts that round alike everywhere, exp2 and tanh.
 
 Names inside kernels: `i_` an index, `o_` a vector of offsets, `m_` a mask, `p_` a pointer, `b_` a block of
 values; constants of compilation in capitals. Program numbers are widened to int64 before they are multiplied.
@@ -7,6 +7,7 @@ values; constants of compilation in capitals. Program numbers are widened to int
 import os
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import triton
@@ -14,6 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 LIBRARY = torch.library.Library("fastalign", "FRAGMENT")
+# torch.compile sets this variable to the CUDA toolkit's assembler, in the middle of a process. Kernels compiled before
+# and after that would differ, and `benchmarks.aot` checks the code of Triton's own.
+_PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+if _PTXAS.exists():
+    os.environ.setdefault("TRITON_PTXAS_PATH", str(_PTXAS))
+
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Kernels run in Triton's interpreter, on the CPU: how they are tested where there is no GPU."""
 
@@ -124,9 +131,19 @@ def store(p_x, x, mask):
 
 
 @triton.jit
+def exp2(x):
+    """2^x of fp32 in one instruction, which takes results below 2^-126 for zero. tl.exp2 adds three for those."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def tanh(x, APPROXIMATE: tl.constexpr):
     """The hyperbolic tangent of fp32. APPROXIMATE: the hardware's, with a relative error of 2^-11."""
-    if APPROXIMATE:
+    if APPROXIMATE and not INTERPRETED:
         return tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )

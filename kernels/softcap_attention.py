@@ -12,11 +12,13 @@ mask and then in steps of 16 rows, and a head of 72, 80 or 96 channels is two ti
 A cap bounds the logits, so for caps up to 41 the softmax needs no running maximum and no rescaling.
 """
 
+import math
+
 import torch
 import triton
 from torch import Tensor
 
-from fastalign.kernels.common import INTERPRETED, architecture, register, with_unit_stride
+from fastalign.kernels.common import architecture, register, with_unit_stride
 from fastalign.kernels.softcap_attention_backward import dkdv_kernel, dq_kernel
 from fastalign.kernels.softcap_attention_forward import forward_kernel
 
@@ -50,8 +52,8 @@ def _tile(kernel: str, length: int, width: int, itemsize: int, arch: int) -> dic
     elif kernel == "dq":
         walked, warps = 32 if wide and arch < 100 else 64, 8 if wide and arch != 90 else 4
     else:
-        walked = 64 if arch == 90 and not wide else 16 if crowded else 32
-        warps = 8 if wide and (arch >= 90 or width > 96) else 4
+        walked = 64 if arch >= 90 and not wide else 16 if crowded else 32
+        warps = 8 if wide and (arch >= 90 or width > 80) else 4
     # With two stages a step's rows are fetched while nothing else is left to do; on Blackwell three spill.
     stages = 2 if crowded or arch >= 100 else 3
     return {"BLOCK": rows, "WALK": walked, "num_warps": warps, "num_stages": stages}
@@ -64,6 +66,7 @@ def _arguments(
     heads, width = q.shape[1], q.shape[-1]
     first, second = _head_split(width)
     scale = width**-0.5
+    fast = q.element_size() == 2
     static = softcap is not None and softcap <= _LARGEST_STATIC_CAP and q.dtype != torch.float16
     tile = _tile(kernel, length, width, q.element_size(), architecture())
     blocks = max(1, triton.cdiv(length, tile["BLOCK"]))
@@ -76,7 +79,7 @@ def _arguments(
         "SEQUENCES": sequences,
         "T": max(1, length),
         "to_tanh": scale / softcap if softcap is not None else 1.0,
-        "to_logit": float(softcap) if softcap is not None else scale,
+        "to_logit": (scale if softcap is None else softcap) * (math.log2(math.e) if fast else 1.0),
         "scale": scale,
         "H": heads,
         "D": width,
@@ -85,7 +88,7 @@ def _arguments(
         "CAP": softcap is not None,
         "STATIC": static,
         "WIDEST": triton.next_power_of_2(width),
-        "FAST": q.element_size() == 2 and not INTERPRETED,
+        "FAST": fast,
         **tile,
     }
 
@@ -146,12 +149,12 @@ def _backward(
     gradient, q, k, v = (_readable(x, max_seqlen, packed) for x in (gradient, q, k, v))
     dq, dk, dv = (_rows_first(x, packed) for x in (q, k, v))
     if dq.numel():
-        delta = torch.empty_like(lse)
+        rows = lse.new_empty((*lse.shape, 2))
         strides, unit = _strides((q, k, v, gradient), packed)
         programs, arguments = _arguments("dq", q, softcap, cu_seqlens, max_seqlen)
-        dq_kernel[(programs,)](q, k, v, gradient, out, lse, delta, dq, *strides, UNIT=unit, **arguments)
+        dq_kernel[(programs,)](q, k, v, gradient, out, lse, rows, dq, *strides, UNIT=unit, **arguments)
         programs, arguments = _arguments("dkdv", q, softcap, cu_seqlens, max_seqlen)
-        dkdv_kernel[(programs,)](q, k, v, gradient, lse, delta, dk, dv, *strides, UNIT=unit, **arguments)
+        dkdv_kernel[(programs,)](q, k, v, gradient, rows, dk, dv, *strides, UNIT=unit, **arguments)
     return dq, dk, dv
 
 

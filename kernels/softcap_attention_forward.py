@@ -2,14 +2,19 @@
 
 Each program owns BLOCK rows of one head of one sequence, queries (forward, dq) or keys (dkdv), and walks over the
 other side: whole blocks of WALK rows without a mask, then the rest in steps of 16. Channels stand in two tiles
-of D0 and D1 (or none). Logits stay in natural units: a change to log 2 before the maximum is taken off would
-cost fp32 a digit where logits are large.
+of D0 and D1 (or none).
+
+In 16 bits (FAST) logits are multiplied by log2(e), within `to_logit`, and exponentiated by the hardware's base-2
+instruction. In fp32 they stay in natural units: the factor would cost a digit where logits are large. The `lse`
+that leaves the forward kernel is natural in both; dq converts it once a row.
 """
 
 import triton
 import triton.language as tl
 
-from fastalign.kernels.common import INTERPRETED, narrow, store, tanh
+from fastalign.kernels.common import INTERPRETED, exp2, narrow, store, tanh
+
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -117,11 +122,19 @@ def clear(
 
 @triton.jit
 def logits(b_s, to_tanh, to_logit, CAP: tl.constexpr, FAST: tl.constexpr):
-    """Logits, and the tanh (the product itself where there is no cap)."""
+    """Logits, as `exponential` takes them, and the tanh (the product itself where there is no cap)."""
     if CAP:
         b_tanh = tanh(b_s * to_tanh, FAST)
         return b_tanh * to_logit, b_tanh
     return b_s * to_logit, b_s
+
+
+@triton.jit
+def exponential(b_x, FAST: tl.constexpr):
+    """e to the power of logits."""
+    if FAST:
+        return exp2(b_x)
+    return tl.exp(b_x)
 
 
 @triton.jit
@@ -137,11 +150,11 @@ def _attend(
     if MASK:
         b_x = tl.where((o_n < length)[None, :], b_x, -float("inf"))
     if STATIC:
-        b_p = tl.exp(b_x)
+        b_p = exponential(b_x, FAST)
     else:
         b_higher = tl.maximum(b_max, tl.max(b_x, 1))
-        b_shrink = tl.exp(b_max - b_higher)
-        b_p = tl.exp(b_x - b_higher[:, None])
+        b_shrink = exponential(b_max - b_higher, FAST)
+        b_p = exponential(b_x - b_higher[:, None], FAST)
         b_sum, b_max = b_sum * b_shrink, b_higher
         b_acc0 *= b_shrink[:, None]
         if D1 > 0:
@@ -197,5 +210,5 @@ def forward_kernel(
     store2(p_out, H * D, o_t, b_acc0 * b_over, b_acc1 * b_over, length, D, D0, D1)
     b_lse = tl.log(b_sum)
     if not STATIC:
-        b_lse += b_max
+        b_lse += b_max / LOG2_E if FAST else b_max
     tl.store(p_lse + i_lse + o_t, b_lse, mask=o_t < length)

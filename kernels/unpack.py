@@ -51,7 +51,9 @@ def _backward(gradient: Tensor, slots: Tensor, length: int) -> Tensor:
 
 
 def _launch(packed: Tensor, slots: Tensor, dense: Tensor, reverse: bool) -> Tensor:
-    rows, width, tile = slots.numel(), packed.shape[-1], row_tile(packed.shape[-1])
+    rows, width = slots.numel(), packed.shape[-1]
+    # A row cannot be read before its slot is known: four rows a thread wait for four slots at once.
+    tile = row_tile(width) | {"BLOCK_T": 16}
     if rows * width:
         _kernel[(row_tiles(rows, width, tile),)](
             packed, slots.contiguous(), dense, rows, width, REVERSE=reverse, **tile

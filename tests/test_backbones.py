@@ -2,7 +2,9 @@
 
 import copy
 import json
+import time
 
+import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.torch
@@ -257,3 +259,27 @@ def test_bad_input_is_one_clear_line(tmp_path, make, words):
 
 class _Arguments:
     """A pickled object that is not a tensor: it must not be unpickled."""
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, monkeypatch):
+    """Its client tries each file six times, in a minute. What it has in its cache is used."""
+    for name, value in {
+        "HF_HUB_OFFLINE": False,
+        "ENDPOINT": "http://127.0.0.1:9",
+        "HF_HUB_CACHE": tmp_path,
+    }.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    cached, commit = tmp_path / "models--timm--vit_tiny_patch16_224.augreg_in21k_ft_in1k", "0" * 40
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    (cached / "snapshots" / commit).mkdir(parents=True)
+    weights = fa.create_backbone("vit_tiny_patch16_224", num_classes=1000).state_dict()
+    save_file(weights, cached / "snapshots" / commit / "model.safetensors")
+    started = time.monotonic()
+    vit = fa.create_backbone("vit_tiny_patch16_224.augreg_in21k_ft_in1k", pretrained=True)
+    assert torch.equal(vit.cls_token, weights["cls_token"])
+    with pytest.raises(
+        fa.UserError, match=r"http://127\.0\.0\.1:9 cannot be reached.*student\.weights=FILE or random"
+    ):
+        fa.create_backbone("vit_tiny_patch16_224.augreg_in21k", pretrained=True)
+    assert time.monotonic() - started < 15

@@ -158,6 +158,7 @@ def test_yaml_out_is_yaml_in(tmp_path):
         ("a: [", None, ["not YAML"]),
         ("base: none.yaml", None, ["none.yaml"]),
         ("base: c.yaml", None, ["circle"]),
+        ("base: {a: b}", None, ["base must be the path"]),
     ],
 )
 def test_bad_configuration_is_one_line_that_names_the_key(tmp_path, text, override, words):
@@ -167,6 +168,24 @@ def test_bad_configuration_is_one_line_that_names_the_key(tmp_path, text, overri
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "at_fault"),
+    [
+        ("", "optim.lrr=3", "command line: unknown key optim.lrr"),
+        ("", "student={nam: a}", "command line: unknown key student.nam"),
+        ("optim: {lr: 1e-4}", "optim.lr=fast", "command line: optim.lr: "),
+        ("", "optim.accumulate=7", "command line: optim.batch_size 1024"),
+        ("optim: {accumulate: 7}", "seed=1", "c.yaml: optim.batch_size 1024"),
+        ("optim: {lrr: 3}", "optim.lr=3", "c.yaml: unknown key optim.lrr"),
+        ("optim: {lr: fast}", "optim.accumulate=7", "c.yaml: optim.lr: "),
+    ],
+)
+def test_a_mistake_is_blamed_on_who_made_it(tmp_path, text, override, at_fault):
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, text), [override])
+    assert str(caught.value).removeprefix(f"{tmp_path}/").startswith(at_fault)
 
 
 def test_no_file(tmp_path):

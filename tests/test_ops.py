@@ -1,5 +1,6 @@
 """The door to the kernels: what it refuses, what it picks, and that whole models are right on kernels."""
 
+import os
 import re
 import subprocess
 import sys
@@ -86,6 +87,21 @@ def test_wrong_arguments_are_named_in_one_line(case):
         call()
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_torch_compile_leaves_the_assembler_alone():
+    """The one that Triton brings, and `benchmarks.aot` checks, also after Inductor has named another."""
+    code = """
+from fastalign.kernels import common
+from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
+from triton import knobs
+_set_triton_ptxas_path()
+print(knobs.nvidia.ptxas.path)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_PTXAS_PATH"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip().endswith("triton/backends/nvidia/bin/ptxas")
 
 
 def test_what_runs_where(monkeypatch):
@@ -183,9 +199,13 @@ def loss_and_gradient(objective, images, ids):
 def test_objectives_on_kernels_equal_eager(name, monkeypatch):
     """The whole step, forward and backward, with every operation in Triton, against float64."""
     both, images, ids = objectives(name)
+    launched, kernel = [], ops._mask_tokens
+    monkeypatch.setattr(ops, "_mask_tokens", lambda *inputs: launched.append(1) or kernel(*inputs))
     for objective in both:
         monkeypatch.setattr(ops, "MODE", "1")
+        launched.clear()
         loss, gradient = loss_and_gradient(objective, images, ids)
+        assert launched == [1]  # the teacher's copies, or the masked student's
         monkeypatch.setattr(ops, "MODE", "0")
         wanted, wanted_gradient = loss_and_gradient(objective.double(), images.double(), ids)
         assert relative_error(loss, wanted) < 1e-5

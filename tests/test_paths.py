@@ -7,6 +7,7 @@ import os
 import pwd
 import subprocess
 import tempfile
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
@@ -19,7 +20,6 @@ from fastalign.data import cache
 from fastalign.data.sources import open_source
 from fastalign.errors import UserError
 from fastalign.export import __main__ as export
-from fastalign.labelled import download
 from fastalign.labelled.datasets import open_labelled
 from fastalign.paths import UserPath, path_argument, user_path
 from fastalign.probe import __main__ as probe
@@ -34,7 +34,6 @@ NOT_PATHS = {
     "probe": {"kwargs"},
     "report": set(),
     "export": {"push_to_hub"},
-    "download": {"splits", "base_url"},
 }
 """Arguments of the commands that take a text which is no path."""
 TEXT_KEYS = {
@@ -53,7 +52,6 @@ COMMANDS = {
     "probe": probe.parse,
     "report": report.main,
     "export": export.main,
-    "download": download.main,
 }
 
 
@@ -109,16 +107,22 @@ def annotated(section=config.Config, prefix=""):
             yield prefix + name, kind
 
 
+def is_path(kind) -> bool:
+    """Whether a type is `UserPath`, alone, with a mark of the key's kind, or optional."""
+    marks = [mark for part in (kind, *get_args(kind)) for mark in getattr(part, "__metadata__", ())]
+    return any(mark in UserPath.__metadata__ for mark in marks)
+
+
 def test_every_key_that_holds_a_text_is_a_path_or_known_not_to_be(home):
     texts = {key for key, kind in annotated() if "str" in str(kind) and "Literal" not in str(kind)}
-    paths = {key for key, kind in annotated() if kind == UserPath or kind == UserPath | None}
+    paths = {key for key, kind in annotated() if is_path(kind)}
     assert texts - paths - TEXT_KEYS == {"student.kwargs", "teacher.kwargs"}
     for key in paths:
         made = config.resolve({}, [f"{key}=~/x"], "FILE").model_dump()
         for part in key.split("."):
             made = made[part]
         assert made == f"{home}/x"
-        with pytest.raises(UserError, match=rf"^FILE: {key}: .*variable NONE is not set"):
+        with pytest.raises(UserError, match=rf"^command line: {key}: .*variable NONE is not set"):
             config.resolve({}, [f"{key}=$NONE/x"], "FILE")
 
 
@@ -173,8 +177,6 @@ def test_neither_home_nor_user_nor_locks_are_needed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "data")
     monkeypatch.setattr(fcntl, "flock", fails(OSError(errno.ENOSYS, "Function not implemented")))
     assert len(open_source(".")) == 1  # with a cache, which the tests have
-    with download._alone(tmp_path):
-        pass
     for name in ("XDG_CACHE_HOME", "HOME", "LOGNAME", "USER", "LNAME", "USERNAME", "TRITON_HOME"):
         monkeypatch.setenv(name, "")  # what is set below is undone
         monkeypatch.delenv(name)

@@ -17,8 +17,8 @@ AUTHORS_WORLD = 4
 """GPUs of the authors' own command, with which each of their files comes to 1024 images an update."""
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation")}
 _KINDS = {
-    str: "a text", int: "a whole number", float: "a number", list: "a list of numbers", dict: "a mapping",
-    bool: "true or false, without quotes",
+    str: "a text", Path: "a path", int: "a whole number", float: "a number", list: "a list of numbers",
+    dict: "a mapping", bool: "true or false, without quotes",
 }  # fmt: skip
 
 
@@ -111,6 +111,8 @@ def _value(path: Path, name: str, value: Any) -> Any:
             converted = _convert(option.kind, value)
         except (TypeError, ValueError, OverflowError):
             raise UserError(f"{path}: {name} must be {_KINDS[option.kind]}, got {value!r}") from None
+        except UserError as error:
+            raise UserError(f"{path}: {name}: {error}") from None
     if option.choices and converted not in option.choices:
         takes = " or ".join("nothing" if choice in (None, "") else str(choice) for choice in option.choices)
         why = f": {option.note}" if option.fate == "refused" else ""
@@ -128,6 +130,8 @@ def _convert(kind: type, value: Any) -> Any:
         return [float(item) for item in value] if kind is list else value
     if isinstance(value, (bool, dict, list)) or value is None:
         raise TypeError
+    if kind is Path:
+        return user_path(str(value))
     if kind is int and float(value) != int(float(value)):
         raise ValueError
     return kind(float(value)) if kind is int else kind(value)
@@ -200,7 +204,6 @@ def _place(v: dict, split: str, kind: str) -> str | None:
     root, dataset = v["data_dir"], (v["dataset"] or "").lower()
     if root is None:
         return None
-    root = user_path(root)
     if dataset.startswith("wds/"):
         if ".tar" not in split:
             raise UserError(

@@ -4,6 +4,7 @@ mapped: to a key of ours. ignored: it changes nothing that is computed. refused:
 mean "as here" ends the command with a line. docs/reference-configs.md is this table; a test compares them.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -39,7 +40,7 @@ _IN1K = "vit_base_patch16_224.augreg_in21k_ft_in1k"
 _BACKBONE = "images are read, cropped and normalised as the backbone's published ones"
 
 DATA = {
-    "data_dir": _to(str, None, "data.train, data.val: with the split"),
+    "data_dir": _to(Path, None, "data.train, data.val: with the split"),
     "dataset": _to(
         str, "", "data.train: a folder or tar file; wds/ = tar shards, the split is their pattern"
     ),
@@ -57,11 +58,11 @@ MODEL = {
     "student_model": _to(str, _IN1K, "student.name; svit_* = vit_* with student.softcap, any other without"),
     "student_head": _to(str, "linear", "student.head", "linear", "mlp"),
     "student_pretrained": _to(bool, True, "student.weights: pretrained or random"),
-    "student_checkpoint": _to(str, "", "student.weights"),
+    "student_checkpoint": _to(Path, "", "student.weights"),
     "freeze_student": _to(bool, False, "student.freeze"),
     "teacher_model": _to(str, _IN1K, "teacher.name, unless it is the student's"),
     "teacher_pretrained": _to(bool, True, "teacher.weights: pretrained"),
-    "teacher_checkpoint": _to(str, "", "teacher.weights"),
+    "teacher_checkpoint": _to(Path, "", "teacher.weights"),
     "skip_blocks": _to(int, 1, "teacher.skip_blocks; 0 for mim.py, which has no use for it"),
     "prefix_only": _to(bool, False, "teacher.prefix_only"),
     "loss_function": _to(str, "mse", "loss.name", "mse", "cosine", "l1", "masked_mse", "unmasked_mse"),
@@ -180,14 +181,14 @@ OUTPUT = {
     "seed": _to(int, 42, "seed"),
     "worker_seeding": _same(str, "all", "what is drawn does not depend on workers"),
     "log_interval": _to(int, 100, "log.every_steps"),
-    "recovery_interval": _to(int, 0, "checkpoint.every_steps; 0 = each epoch"),
+    "recovery_interval": _to(int, 0, "checkpoint.every_steps; 0 = its default"),
     "checkpoint_hist": _to(int, 10, "checkpoint.keep: the newest, and the best beside them"),
     "checkpoint_retain_interval": _same(int, 50, "no older checkpoint is kept but the best"),
     "workers": _same(int, 4, "decoding threads, not processes: data.threads"),
     "save_images": _no(bool, False, "no images are saved"),
     "pin_mem": _same(bool, False, _SPEED),
     "no_prefetcher": _same(bool, False, _SPEED),
-    "output": _to(str, "", "output, with experiment behind it; empty = output/train"),
+    "output": _to(Path, "", "output, with experiment behind it; empty = output/train"),
     "experiment": _to(str, "", "output; empty = the student's name, no date, so that it resumes"),
     "project": _to(str, None, "log.to: wandb:PROJECT, with log_wandb"),
     "wandb_id": _same(str, None, "an output folder has its own"),

@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import re
+import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -68,7 +69,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of `write_atomically` whose writer was killed; call it before the first write.
+    """Remove files and folders of `temporary_name` whose writer was killed; call it before the first write.
 
     Those of another process that is alive stay, also where it has only the same number. This process's own number is
     a dead one's: in a container every start may have the same.
@@ -79,7 +80,10 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(".*"):
         match = _TEMPORARY.fullmatch(path.name)
         if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _alive(process: int) -> bool:

@@ -25,9 +25,11 @@ def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict:
         raise UserError(f"{path}: its bases form a circle")
     tree = read_yaml(path)
     base = tree.pop("base", None)
-    if not base:
+    if base is None:
         return tree
-    return merge(read_with_bases(path.parent / user_path(str(base)), (*seen, path.resolve())), tree)
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base must be the path of another recipe, got {base!r:.80}")
+    return merge(read_with_bases(path.parent / user_path(base), (*seen, path.resolve())), tree)
 
 
 def read_yaml(path: Path) -> dict:

@@ -1,1 +1,1 @@
-"""Images with label maps: COCO, ADE20K, folders, tar shards, and their download (docs/probe.md)."""
+"""Images with label maps: COCO, ADE20K, folders, tar shards (docs/probe.md)."""

@@ -129,11 +129,14 @@ def _published(images: Path, maps: Path, split: str, held_out: int) -> tuple[Sou
     return Subset(pictures, chosen), Subset(labels, chosen)
 
 
+def _fetched(data: str, root: Path) -> str:
+    return f"`bash examples/download.sh {data} {root}` in a clone of fastalign fetches it"
+
+
 def _open_coco(kind: str, root: Path, split: str) -> LabelledImages:
     year = "val2017" if split == "test" else "train2017"
     panoptic = kind == "coco-panoptic"
-    option = " --panoptic" if panoptic else ""
-    remedy = f"`python -m fastalign.labelled.download coco{option} --to {root}` fetches it"
+    remedy = _fetched(kind if panoptic else "coco", root)
     name = f"panoptic_{year}" if panoptic else year
     other = root / name if panoptic else root / "stuffthingmaps" / name
     images = _folder(kind, [root / "images" / year, root / year], remedy)
@@ -155,7 +158,7 @@ def _open_coco(kind: str, root: Path, split: str) -> LabelledImages:
 
 def _open_ade20k(root: Path, split: str) -> LabelledImages:
     part = "validation" if split == "test" else "training"
-    remedy = f"`python -m fastalign.labelled.download ade20k --to {root}` fetches it"
+    remedy = _fetched("ade20k", root)
     nested = root / "ADEChallengeData2016"
     images, maps = (
         _folder("ade20k", [root / kind / part, nested / kind / part], remedy)

@@ -158,7 +158,7 @@ def read_panoptic(path: Path) -> Panoptic:
         return _parse_panoptic(str(path), (status.st_mtime_ns, status.st_size, status.st_ino))
     except FileNotFoundError:
         raise UserError(
-            f"no such file: {path}; `python -m fastalign.labelled.download coco --panoptic --to ROOT` fetches it"
+            f"no such file: {path}; `bash examples/download.sh coco-panoptic ROOT` in a clone of fastalign fetches it"
         ) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from error

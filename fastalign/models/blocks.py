@@ -121,7 +121,6 @@ class Attention(nn.Module):
         x: Tensor,
         position: Tensor | None = None,
         sequences: Sequences | None = None,
-        index: Tensor | None = None,
     ) -> Tensor:
         """Attention of each sequence over itself.
 
@@ -129,12 +128,9 @@ class Attention(nn.Module):
             x: [B, T, D], or with `sequences` packed, [L, D].
             position: the rotary table [N, 2d] (packed: [L, 2d], a row a token) or the relative index [T, T].
             sequences: the bounds of packed sequences.
-            index: [B, T]: x is [R, D], and this says which row each token is; not packed.
         """
         q, k, v = self.project(x)
         q, k = self.q_norm(q), self.k_norm(k)
-        if index is not None:
-            q, k, v = q[index], k[index], v[index]
         if sequences is not None:
             if position is not None:
                 q, k = (rotate(part, position.unsqueeze(1)).type_as(v) for part in (q, k))
@@ -229,15 +225,10 @@ class Block(nn.Module):
         x: Tensor,
         position: Tensor | None = None,
         sequences: Sequences | None = None,
-        index: Tensor | None = None,
     ) -> Tensor:
-        """[B, T, D] -> [B, T, D], or [L, D] -> [L, D] packed. Arguments as for `Attention`.
-
-        With `index` [R, D] -> [B, T, D]: rows that occur often are normed and projected once.
-        """
+        """[B, T, D] -> [B, T, D], or [L, D] -> [L, D] packed. Arguments as for `Attention`."""
         scales = self.layer_scales()
-        branch = self.attn(self.norm1(x), position, sequences, index)
-        x = x if index is None else x[index]
+        branch = self.attn(self.norm1(x), position, sequences)
         x = x + self.drop_path(branch if scales is None else branch * scales[0])
         branch = self.mlp(self.norm2(x))
         return x + self.drop_path(branch if scales is None else branch * scales[1])

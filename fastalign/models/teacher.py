@@ -81,8 +81,7 @@ class MaskedTeacher(nn.Module):
         if visible is None:
             tokens = self.vit.forward_features(images)
         else:
-            rows, index = self.vit.embed_rows(images, visible)
-            tokens = self.vit.encode(rows, index=index)
+            tokens = self.vit.encode(self.vit.embed_masked(images, visible))
         if self.prefix_only:
             tokens = self.vit.pooled(tokens).unsqueeze(1)
         return tokens.unflatten(0, (len(images), -1))

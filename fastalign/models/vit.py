@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from fastalign import ops
@@ -124,13 +123,9 @@ class ViT(nn.Module):
         Returns:
             [B M, T, D]; the patch embedding runs once an image.
         """
-        tokens = ops.mask_tokens(
-            self.patch_embed(images),
-            self.patch_embed.blank(),
-            visible,
-            self.prefix_rows(),
-            self.patch_position(),
-        )
+        patches = self.patch_embed(images)
+        blank = self.patch_embed.blank().to(patches.dtype)
+        tokens = ops.mask_tokens(patches, blank, visible, self.prefix_rows(), self.patch_position())
         return self.norm_pre(tokens.flatten(0, 1))
 
     def embed_packed(self, images: Tensor, packing: Packing) -> Tensor:
@@ -146,44 +141,17 @@ class ViT(nn.Module):
         tokens = ops.pack(self.patch_embed(images), packing, self.prefix_rows(), self.patch_position())
         return self.norm_pre(tokens)
 
-    def embed_rows(self, images: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-        """What the first block's input for masked copies of images consists of, each token once.
-
-        In all copies of an image a place holds one of two tokens: the image's own, or a blank patch's, which is the
-        same for all images. Until attention mixes them they need to be computed once, not once a copy.
-
-        Args:
-            images: [B, C, height, width], normalised.
-            visible: [B, M, N] bool; hidden patches are blank.
-
-        Returns:
-            [(B + 1) T, D], the tokens of the images and of a blank one, and [B M, T] int64, the row of each token
-            of the copies: `embed_masked` in two parts.
-        """
-        patches = self.patch_embed(images)
-        ops.check_masks(visible, *patches.shape[:2])
-        blank = self.patch_embed.blank().to(patches.dtype).expand(1, *patches.shape[1:])
-        rows = self.add_position(torch.cat([patches, blank]))
-        images, tokens = rows.shape[0] - 1, torch.arange(rows.shape[1], device=rows.device)
-        keep = functional.pad(visible, (self.num_prefix_tokens, 0), value=True)
-        source = torch.arange(images, device=rows.device)[:, None, None].where(keep, images)
-        return rows.flatten(0, 1), (source * len(tokens) + tokens).flatten(0, 1)
-
-    def encode(self, tokens: Tensor, packing: Packing | None = None, index: Tensor | None = None) -> Tensor:
-        """The blocks and the final norm: [B, T, D] -> [B, T, D], or packed, [L, D] -> [L, D].
-
-        With `index` [B, T] the tokens are rows [R, D], and it says which row each token of the first block is.
-        """
+    def encode(self, tokens: Tensor, packing: Packing | None = None) -> Tensor:
+        """The blocks and the final norm: [B, T, D] -> [B, T, D], or packed, [L, D] -> [L, D]."""
         position, sequences = self.position, None
         if packing is not None:
             sequences = Sequences(packing.cu_seqlens, packing.slots.shape[2])
             position = self._packed_position(packing)
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, position, sequences, index, use_reentrant=False)
+                tokens = checkpoint(block, tokens, position, sequences, use_reentrant=False)
             else:
-                tokens = block(tokens, position, sequences, index)
-            index = None
+                tokens = block(tokens, position, sequences)
         return self.norm(tokens)
 
     def _packed_position(self, packing: Packing) -> Tensor | None:

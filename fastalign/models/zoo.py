@@ -7,6 +7,7 @@ the positions to the grid that was asked for. `describe.from_timm` then makes ou
 import difflib
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import timm
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.errors import UserError, first_line
+from fastalign.models import hub
 from fastalign.models.checkpoint import Checkpoint, check_config, interpret, read_checkpoint
 from fastalign.models.describe import MODELS, describe, drop_path_rate, from_timm, pair
 from fastalign.models.spec import ViTSpec
@@ -33,6 +35,8 @@ _MOCO_DATA = {
     "interpolation": "bicubic",
     "crop_pct": 0.875,
 }
+_OTHERS = "or give a file or random weights: student.weights=FILE or random (in Python checkpoint=FILE)"
+"""What to do without published weights."""
 _MODULES = ("vision_transformer", "deit", "beit", "eva")
 """timm's files of the architectures that fastalign supports."""
 
@@ -83,7 +87,7 @@ def load_backbone(path: str | Path, **kwargs) -> ViT:
     path = Path(user_path(path))
     path = path / "backbone.json" if path.is_dir() else path
     facts, place = read_facts(path), path.with_suffix(".safetensors")
-    name, kwargs = facts["name"], {**facts["kwargs"], **kwargs}
+    name, kwargs = facts["name"], {"num_classes": 0, **facts["kwargs"], **kwargs}
     template = _template(name, kwargs)
     found = _as_told(read_checkpoint(place), facts)
     return _from_weights(name, kwargs, template, found, str(place), None).eval()
@@ -148,9 +152,7 @@ def _download(url: str) -> Checkpoint:
     try:
         content = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(
-            f"cannot load {url} ({error}): check the network, or give checkpoint=FILE (recipe: student.weights=FILE)"
-        ) from error
+        raise UserError(f"cannot load {url} ({first_line(error)}): check the network, {_OTHERS}") from error
     return interpret(content, url)
 
 
@@ -206,14 +208,14 @@ def _create_timm(name: str, kwargs: dict, pretrained: bool = False) -> nn.Module
     if _is_moco(name):
         name, options = "vit_base_patch16_224", {"pretrained_cfg_overlay": _MOCO_DATA}
     try:
-        return timm.create_model(name, pretrained=pretrained, **options, **kwargs)
+        with hub.asked_once() if pretrained else nullcontext():
+            return timm.create_model(name, pretrained=pretrained, **options, **kwargs)
     except TypeError as error:
         raise UserError(f"backbone {name}: {_wrong_argument(kwargs) or error}") from error
     except Exception as error:
         if pretrained:
             raise UserError(
-                f"cannot load the published weights of {name!r} ({first_line(error)}): check the name and the "
-                "network, or give a local file, checkpoint=FILE (recipe: student.weights=FILE)"
+                f"cannot load the published weights of {name!r} ({hub.reason(error)}): check the network, {_OTHERS}"
             ) from error
         near = timm.list_pretrained(name.split(".")[0] + ".*")[:4]
         raise UserError(

@@ -78,12 +78,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--layers", type=int, default=plan.layers, help="blocks of the transformer heads")
     add("--forward-batch", type=int, default=64, help="images a forward pass of the backbone")
     add("--threads", type=int, default=4, help="reading and decoding threads a rank")
-    add(
-        "--precision",
-        choices=("auto", "bf16", "fp32"),
-        default="auto",
-        help="auto: bf16 where the hardware has it",
-    )
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is fast")
     add("--cache", type=path_argument, help="folder for the features; default OUTPUT's folder/features")
     add("--keep-features", action="store_true", help="do not delete at the end what was read")
     add("--output", type=path_argument, help="default RUN/probe.json, or runs/probe-NAME.json")

@@ -43,6 +43,12 @@ def open_splits(config: Config, world: World) -> dict[str, LabelledImages]:
     return found
 
 
+def contents(splits: dict[str, LabelledImages]) -> dict[str, str]:
+    """What `probe.data` names, as `continuation.contents` has it of the other paths."""
+    marks = " ".join(f"{split.fingerprint():08x}" for split in splits.values())
+    return {"probe.data": marks} if marks else {}
+
+
 def due(run: Run) -> bool:
     """Whether the student is probed at the step where the run stands."""
     if run.config.probe.data is None:

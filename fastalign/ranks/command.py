@@ -26,6 +26,13 @@ def guarded(body: Callable[[], object]) -> int:
     rank = os.environ.get("RANK", "0")
     _place_caches()
     try:
+        return _outcome(body, rank)
+    except KeyboardInterrupt:  # wherever it comes, also while the ranks are left
+        return _leave(INTERRUPTED, "interrupted" if rank == "0" else "")
+
+
+def _outcome(body: Callable[[], object], rank: str) -> int:
+    try:
         body()
     except UserError as error:
         return _refuse(str(error))
@@ -33,8 +40,6 @@ def guarded(body: Callable[[], object]) -> int:
         return _refuse(of_the_system(error))
     except Preempted as error:
         return _leave(error.code, str(error) if rank == "0" else "")
-    except KeyboardInterrupt:
-        return _leave(INTERRUPTED, "interrupted" if rank == "0" else "")
     except LostConnection as error:
         return _leave(BROKEN, str(error))
     except RuntimeError as error:

@@ -33,7 +33,7 @@ class Preemption:
     """Around a run, in the main thread: SIGTERM and SIGUSR1 end nothing, they are remembered here.
 
     However often they come: a rank that is saving is not to be killed by the second one. Afterwards the old handlers
-    are back; only after `Preempted` the signals are ignored from then on, because the process is about to end with
+    are back; only after `Preempted` these two are ignored from then on, because the process is about to end with
     its own exit code, and torchrun sends SIGTERM to all ranks as soon as the first one has ended.
 
     From `hold_interrupts` on the first SIGINT is remembered, too. The system's own handler waits for the second one,
@@ -60,10 +60,9 @@ class Preemption:
     ) -> None:
         leaving = isinstance(error, Preempted)
         for number, handler in self._before.items():
-            if leaving and number == signal.SIGINT:
-                continue
+            ignored = leaving and number in SIGNALS
             # None is a handler that was not installed from Python: it cannot be put back.
-            signal.signal(number, signal.SIG_IGN if leaving else handler or signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN if ignored else handler or signal.SIG_DFL)
 
     def hold_interrupts(self) -> None:
         """From here on there is something to save: the first SIGINT is remembered, a second one ends the process."""

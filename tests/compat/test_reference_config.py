@@ -341,6 +341,27 @@ def test_splits_are_found_under_their_other_names(tmp_path):
     assert config.data.val == str(tmp_path / "val")
 
 
+def test_paths_are_read_as_a_shell_reads_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("NONE", raising=False)
+    (tmp_path / "data/validation").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/backbone.json").touch()
+    theirs = {
+        "data_dir": "~/data",
+        "student_checkpoint": "$HOME/run/last.pth",
+        "output": "~/out",
+        "experiment": "a",
+    }
+    config = make_config(write(tmp_path, LEAST | theirs))
+    made = [config.data.val, config.student.weights, config.output]
+    assert made == [f"{tmp_path}/data/validation", f"{tmp_path}/run", f"{tmp_path}/out/a"]
+    with pytest.raises(
+        UserError, match=r"their.yaml: output: \$NONE/x: the environment variable NONE is not"
+    ):
+        make_config(write(tmp_path, LEAST | {"output": "$NONE/x"}))
+
+
 def test_a_file_of_mim(tmp_path):
     options = LEAST | {"teacher_pretrained": True}
     config = make_config(write(tmp_path, options, "configs-mim/a.yaml"))

@@ -3,7 +3,7 @@
 import os
 
 from fastalign import scan
-from fastalign.data.bad_samples import BadSamples, read_list, read_quarantine
+from fastalign.data.bad_samples import BadSample, BadSamples, read_list, read_quarantine
 from fastalign.data.loader import Loader
 from fastalign.data.sources import open_source
 from fastalign.scan import main
@@ -22,21 +22,27 @@ def test_scan_lists_what_training_finds(tmp_path, capsys):
     }
     files |= {"050.jpg": damaged(photos[50]), "060.jpg": damaged(photos[60]), "070.jpg": damaged(photos[70])}
     root, output = write_folder(tmp_path / "a", files), tmp_path / "q.jsonl"
+    for name in ("080.jpg", "class"):  # not mounted
+        (root / name).unlink(missing_ok=True)
+        (root / name).symlink_to(tmp_path / "mount" / name)
     assert main([str(root), "--output", str(output), "--workers", "1"]) == 0
     said = capsys.readouterr()
-    source, known = open_source(str(root)), BadSamples()
+    source, known = open_source(str(root), damaged=True), BadSamples()
     loader = Loader(source, EVAL, device="cpu", batch_size=16, train=False, threads=2, bad=known)
     seen = [int(i) for batch in loader.batches() for i in batch.ids_host]
     loader.close()
-    assert [known.found[index] for index in sorted(known.found)] == read_list(output)
+    incomplete = [BadSample(None, "class", "a link that leads nowhere")]
+    assert incomplete + [known.found[index] for index in sorted(known.found)] == read_list(output)
     assert read_quarantine(output, source) == set(range(101)) - set(seen)
-    assert len(seen) == 95
-    assert "101 images, 6 bad (5.94%)" in said.out
+    assert len(seen) == 94
+    assert "101 images, 7 bad (6.93%)" in said.out
+    assert "1 x a link that leads nowhere (such as '080.jpg')" in said.out
+    assert "incomplete: 'class', a link that leads nowhere" in said.out
     assert "3 x damaged: DALI cannot decode it (such as '050.jpg')" in said.out
     assert "2 x truncated: a JPEG without its end (such as '004.jpg')" in said.out
     assert "1 x GIF, not JPEG, PNG, WebP or BMP (such as 'a\\nb.jpg')" in said.out
     assert f"faults.quarantine={output}" in said.out
-    assert "101 of 101 images checked, 6 bad" in said.err  # no terminal here
+    assert "101 of 101 images checked, 7 bad" in said.err  # no terminal here
 
 
 @needs_dali

@@ -26,9 +26,40 @@ def qkv(*shape, dtype=torch.float32, scale=2.0):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("softcap", CAPS)
-@pytest.mark.parametrize("length", [2, 50, 145])
+@pytest.mark.parametrize("length", [50, 145])
 def test_dense(length, softcap, dtype, poison):
     check(*qkv(2, 2, length, 32, dtype=dtype), softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", CAPS)
+def test_two_tokens(softcap, dtype, poison):
+    """Bounds by hand, element by element, in place of the error of eager PyTorch.
+
+    With two keys one weight is often almost 1, and the gradient of its logit the difference of two almost equal
+    numbers. Which kernel rounds the difference better is luck: exact arithmetic breaks the usual rule in 2 to 8 %
+    of the draws. So rounding is compared with the size of what is subtracted.
+    """
+    width = 32
+    inputs = [x.requires_grad_() for x in qkv(8, 1, 2, width, dtype=dtype)]
+    cotangent = some(8, 1, 2, width, dtype=dtype)
+    found = softcap_attention(*inputs, softcap=softcap)
+    found = [found, *torch.autograd.grad(found, inputs, cotangent)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    wanted = reference.softcap_attention(*exact, softcap=softcap)
+    wanted = [wanted, *torch.autograd.grad(wanted, exact, cotangent.double())]
+
+    q, k, v, d = (x.detach().double() for x in (*inputs, cotangent))
+    logits = q @ k.mT / width**0.5
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    weights = logits.softmax(-1)
+    slopes = weights * ((d @ v.mT).abs() + (weights @ v.abs() * d.abs()).sum(-1, keepdim=True)) / width**0.5
+    sizes = [weights @ v.abs(), slopes @ k.abs(), slopes.mT @ q.abs(), weights.mT @ d.abs()]
+    eps = torch.finfo(dtype).eps
+    hardware_tanh = 2**-11 if dtype.itemsize == 2 else eps
+    allowed = 4 * eps + 2 * hardware_tanh * logits.abs().max()
+    for name, a, b, size in zip(["out", "dq", "dk", "dv"], found, wanted, sizes, strict=True):
+        assert ((a.double() - b).abs() <= allowed * size).all(), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -158,7 +158,7 @@ def test_bad_coco_is_one_line(coco):
     assert "000000000285.jpg" in refused(f"coco:{coco}", "test")
     shutil.rmtree(coco / "annotations/train2017")
     message = refused(f"coco:{coco}", "train")
-    assert "fastalign.labelled.download" in message
+    assert f"examples/download.sh coco {coco}`" in message
     assert str(coco / "annotations/train2017") in message
     shutil.rmtree(coco / "images/val2017")
     assert str(coco / "images/val2017") in refused(f"coco:{coco}", "test")
@@ -200,7 +200,7 @@ def test_bad_panoptic_is_one_line(coco):
         path.write_text(text)
         assert "not a panoptic JSON" in message()
     path.unlink()
-    assert "--panoptic" in message()
+    assert "download.sh coco-panoptic" in message()
     write(lambda c: None)
     put(png, grey(7))
     assert "RGB" in message(0)

@@ -306,6 +306,8 @@ def test_only_leftovers_of_the_dead_are_removed(tmp_path):
     }
     for name in names | kept:
         (tmp_path / name).write_text("half")
+    (tmp_path / f".timm.{dead.pid}").mkdir()
+    (tmp_path / f".timm.{dead.pid}" / "model.safetensors").write_text("half")  # of an export
     Checkpoints(tmp_path, keep=1).clean()
     assert {path.name for path in tmp_path.iterdir()} == kept
     sleeping.communicate()

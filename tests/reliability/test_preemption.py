@@ -58,7 +58,19 @@ def test_an_interrupt_is_remembered_once_and_only_while_there_is_something_to_sa
             "a second one needs no Python to end the process"
         )
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-    assert preempted(tmp_path, signal.SIGINT, 3, main=False).code == 130
+
+    def leave() -> None:
+        with Preemption() as preemption:
+            preemption.hold_interrupts()
+            signal.raise_signal(signal.SIGINT)
+            raise preempted(tmp_path, preemption.number, 3, main=False)
+
+    with pytest.raises(Preempted) as caught:
+        leave()
+    assert caught.value.code == 130
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler, (
+        "a program that called the command goes on"
+    )
     assert preempted(tmp_path, signal.SIGTERM, 3, main=False).code == PREEMPTED == 75
 
 

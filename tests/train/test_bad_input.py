@@ -5,6 +5,8 @@ import sys
 import pytest
 import torch
 
+from fastalign import train
+
 BAD = {
     "no such folder": (["data.train=/no/such/folder"], ["/no/such/folder"]),
     "no data": (["data.train=null"], ["data.train"]),
@@ -27,7 +29,7 @@ BAD = {
     ),
     "more passes than images": (
         ["optim.batch_size=80", "optim.accumulate=80"],
-        ["data.train has 40 images", "optim.accumulate x ranks = 80", "lower optim.accumulate"],
+        ["optim.batch_size=80", "data.train has 40 images", "lower optim.accumulate"],
     ),
     "no dropping with a position bias": (
         ["student.name=beit_base_patch16_224", "student.kwargs={img_size: 32, depth: 2}", "masks.mode=drop"],
@@ -80,6 +82,11 @@ def test_bad_input_is_one_line_and_exit_code_2(recipe, tmp_path, capsys, case):
     assert len(error) == 1
     for word in words:
         assert word in error[0]
+
+
+def test_an_override_in_place_of_the_recipe(capsys):
+    assert train.main(["optim.lr=3", "recipe.yaml"]) == 2
+    assert "optim.lr=3: the recipe comes first" in capsys.readouterr().err
 
 
 def test_a_checkpoint_does_not_fit_another_model_by_force(recipe, capsys):
