@@ -232,6 +232,7 @@ def _cases() -> Iterator[Case]:
     for softcap in (30.0, None):
         yield attention_case("B/14-224", 128, 257, 12, 64, softcap)
         yield attention_case("B/16-224", 512, 197, 12, 64, softcap, packed=True)
+        yield attention_case("L/14-336", 64, 577, 16, 64, softcap, packed=True)
     for width in (32, 80, 96, 128):
         for softcap in (30.0, None):
             yield attention_case("other widths", 64, 257, 12, width, softcap)

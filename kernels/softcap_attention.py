@@ -38,17 +38,18 @@ def _tile(kernel: str, length: int, width: int, itemsize: int, arch: int) -> dic
     """Rows of the program's own block, of the block it walks over, warps and stages.
 
     128 rows only where two blocks of 64 would not stand fuller. The rest keeps everything in registers, which
-    `benchmarks.aot` checks: wide heads and the kernel with the most accumulators walk in shorter steps, and
-    without Hopper's matrix instructions more of it stands in registers.
+    `benchmarks.aot` checks (with Triton 3.6 and 3.8): wide heads and the kernel with the most accumulators walk in
+    shorter steps, and without Hopper's matrix instructions more of it stands in registers.
     """
     if itemsize > 2:
-        return {"BLOCK": 16 if width > 64 else 32, "WALK": 16, "num_warps": 8, "num_stages": 1}
+        rows = 32 if width <= (32 if kernel == "dkdv" else 64) else 16
+        return {"BLOCK": rows, "WALK": 16, "num_warps": 8, "num_stages": 2 if arch >= 100 else 1}
     wide = width > 64
     fits = triton.cdiv(length, 128) * 128 <= triton.cdiv(length, 64) * 64
     rows = 128 if kernel == "forward" and fits and not wide else 64
     crowded = kernel == "dkdv" and arch < 90 and 80 < width < 128
     if kernel == "forward":
-        walked, warps = 64, 8 if rows == 128 else 4
+        walked, warps = 32 if width <= 32 and arch >= 100 else 64, 8 if rows == 128 else 4
     elif kernel == "dq":
         walked, warps = 32 if wide and arch < 100 else 64, 8 if wide and arch != 90 else 4
     else:
