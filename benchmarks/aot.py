@@ -7,7 +7,7 @@ assembler serializes are errors.
 
 ``--cache DIR`` fills DIR with what a GPU of that architecture (default sm_90) compiles at batches of 16 and its
 multiples. The GPU's machine finds it with TRITON_CACHE_DIR set to the same absolute path, the same version of
-Triton, the same sources, and TRITON_PTXAS_PATH either unset or Triton's own: torch.compile sets it otherwise.
+Triton and the same sources; `kernels/common.py` keeps Triton's own assembler on both.
 """
 
 import argparse
@@ -151,7 +151,6 @@ def main(arguments: list[str] | None = None) -> int:
         "--cache", type=Path, metavar="DIR", help="a cache for a machine with a GPU; see above"
     )
     options = parser.parse_args(arguments)
-    os.environ["TRITON_PTXAS_PATH"] = str(_TOOLS / "ptxas")
     if options.cache:
         os.environ["TRITON_CACHE_DIR"] = str(options.cache.resolve())  # the cache names its files absolutely
     archs = options.arch or ([90] if options.cache else ARCHITECTURES)

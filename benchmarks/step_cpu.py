@@ -39,7 +39,7 @@ def ratios(tiny: bool) -> list[dict]:
         rows = [row for row in rows if row.compiled == "eager"]
     try:
         peak = {name: matmul_rate(dtype, 64 if tiny else 1536) for name, dtype in PRECISIONS.items()}
-        found = measure(rows, 2 if tiny else 8, device, kwargs, *((1, 1) if tiny else (5, 2)))
+        found = measure(rows, 2 if tiny else 8, device, kwargs, *((1, 1) if tiny else (3, 2)))
     finally:
         torch.set_num_threads(threads)
     results, reference = [], found[0]["ms"]

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 LIBRARY = torch.library.Library("fastalign", "FRAGMENT")
-# torch.compile sets this variable to the CUDA toolkit's assembler, in the middle of a process. Kernels compiled before
-# and after that would differ, and `benchmarks.aot` checks the code of Triton's own.
+# torch.compile sets this variable to the CUDA toolkit's assembler, in the middle of a process. Kernels compiled
+# before and after would differ, and `benchmarks.aot` checks the code of Triton's own.
 _PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 if _PTXAS.exists():
     os.environ.setdefault("TRITON_PTXAS_PATH", str(_PTXAS))

@@ -46,7 +46,6 @@ def test_a_fault_ends_in_an_error(monkeypatch, capsys):
     row = {"kernel": "k", "arch": 90, "case": "c", **aot.read_log(SERIAL)}
     monkeypatch.setattr(aot, "compile_all", lambda *arguments: [row])
     monkeypatch.setattr(aot, "ProcessPoolExecutor", InThisProcess)
-    monkeypatch.setenv("TRITON_PTXAS_PATH", "")
     assert aot.main(["--no-write"]) == 1
     assert "3 faults in 3 kernels: k on sm_90 (c) has serialized" in capsys.readouterr().err
 
