@@ -42,8 +42,9 @@ def _tile(kernel: str, length: int, width: int, itemsize: int, arch: int) -> dic
     shorter steps, and without Hopper's matrix instructions more of it stands in registers.
     """
     if itemsize > 2:
-        rows = 32 if width <= (32 if kernel == "dkdv" else 64) else 16
-        return {"BLOCK": rows, "WALK": 16, "num_warps": 8, "num_stages": 2 if arch >= 100 else 1}
+        widest = {"forward": 64 if arch < 100 else 128, "dq": 64, "dkdv": 32}[kernel]
+        rows = 32 if width <= widest else 16
+        return {"BLOCK": rows, "WALK": 16, "num_warps": 8, "num_stages": 1}
     wide = width > 64
     fits = triton.cdiv(length, 128) * 128 <= triton.cdiv(length, 64) * 64
     rows = 128 if kernel == "forward" and fits and not wide else 64
