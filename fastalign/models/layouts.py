@@ -149,6 +149,8 @@ READ = ", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))
 _OTHERS = {
     "transformers' DINOv3": r"embeddings\.patch_embeddings\.weight",
     "transformers' Swin": r"encoder\.layers\.0\.blocks\.0\.",
+    "transformers' BEiT": r"\.lambda_1$",
+    "transformers' distilled DeiT": r"embeddings\.distillation_token",
     "torchvision's ViT": r"conv_proj\.weight",
     "OpenMMLab's or SAM's": r"patch_embed\.projection\.weight",
     "a ResNet": r"layer1\.0\.conv1\.weight",
