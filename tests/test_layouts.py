@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import fastalign as fa
 from fastalign.build import make_backbone
+from fastalign.models.layouts import HF_DEFAULTS
 from tests.numerics import randomise, relative_error
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}
@@ -115,6 +116,16 @@ def test_a_siglip_tower_without_its_pooling_head(tmp_path):
     vit = fa.create_backbone(SIGLIP, checkpoint=tmp_path, **SMALL).eval()
     assert (vit.pool, vit.attn_pool) == ("none", None)
     assert relative_error(vit.forward_features(IMAGES), model(IMAGES).last_hidden_state.double()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", HF_DEFAULTS)
+def test_defaults_of_transformers_hold_where_config_json_is_silent(tmp_path, kind):
+    config = transformers.AutoConfig.for_model(kind)
+    assert HF_DEFAULTS[kind] == {key: getattr(config, key) for key in HF_DEFAULTS[kind]}
+    saved(tmp_path, timm.create_model(VIT, num_classes=0, **SMALL).state_dict())
+    edited(tmp_path, json.dumps({"model_type": "x", "vision_config": {"model_type": kind}}))
+    with pytest.raises(fa.UserError, match="num_attention_heads=12, the backbone has 3"):
+        fa.create_backbone(VIT, checkpoint=tmp_path / "a.pth", **SMALL)
 
 
 @torch.no_grad()

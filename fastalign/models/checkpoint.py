@@ -204,4 +204,7 @@ def _vision_config(path: Path) -> dict[str, Any]:
     config = read_json(path) if path.is_file() else {}
     config = config if isinstance(config, dict) and "model_type" in config else {}
     vision = config.get("vision_config", config)
-    return vision if isinstance(vision, dict) else {}
+    if not isinstance(vision, dict):
+        return {}
+    kind = vision.get("model_type", f"{config.get('model_type')}_vision_model")
+    return layouts.HF_DEFAULTS.get(kind, {}) | vision

@@ -25,13 +25,11 @@ _FOLDER = (
 )
 """Weights in a folder; the first that is there is read, whole or in the pieces that its `.index.json` lists."""
 _INDEX = ".index.json"
-_NUMPY = "numpy._core.multiarray" if hasattr(np, "_core") else "numpy.core.multiarray"
 HARMLESS = [
     argparse.Namespace,
     np.dtype,
     *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.bool_)),
-    (np.float64(0).__reduce__()[0], f"{_NUMPY}.scalar"),
-    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
 ]
 """What training scripts pickle beside tensors, numbers, texts and containers: their arguments, a NumPy metric.
 
