@@ -36,7 +36,7 @@ def facts_of(path: Path) -> dict | None:
     """The facts that a weights file carries, or those of timm's `config.json` beside it; None where there are none.
 
     Args:
-        path: a file, or a folder in timm's format.
+        path: the file.
 
     Raises:
         UserError: they are damaged.
@@ -44,8 +44,8 @@ def facts_of(path: Path) -> dict | None:
     text = facts_within(path) if path.suffix == ".safetensors" else None
     if text is not None:
         return _parsed(text, str(path))
-    folder = path.parent if path.name in _TIMM_FILES else path
-    return _of_timm(folder / "config.json") if (folder / "config.json").is_file() else None
+    config = path.with_name("config.json")
+    return _of_timm(config) if path.name in _TIMM_FILES and config.is_file() else None
 
 
 def _parsed(text: str | bytes, where: str) -> dict:

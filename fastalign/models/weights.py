@@ -67,9 +67,8 @@ def table_grid(state: dict[str, Tensor], spec: ViTSpec, path: str) -> tuple[int,
         UserError: neither fits.
     """
     relative = next((value for key, value in state.items() if key.endswith(_RELATIVE)), None)
-    if (
-        relative is not None
-    ):  # displacements from -(side - 1) to side - 1 each way, and three of the class token
+    if relative is not None:
+        # Displacements from -(side - 1) to side - 1 each way, and three of the class token.
         found, wanted = len(relative) - 3, (2 * spec.grid[0] - 1) * (2 * spec.grid[1] - 1)
         side = (math.isqrt(max(found, 0)) + 1) // 2
         square = (2 * side - 1) ** 2
