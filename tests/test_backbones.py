@@ -231,7 +231,7 @@ def test_timm_reads_the_preprocessing_of_a_backbone(tmp_path):
         ),
         (
             lambda p: fa.create_backbone("vit_tiny_patch16_224", checkpoint=p / "text.pth"),
-            ["text.pth", "safely"],
+            ["text.pth", "not a weights file; copy it again"],
         ),
         (
             lambda p: fa.create_backbone("vit_tiny_patch16_224", checkpoint=p / "code.pth"),
@@ -243,6 +243,15 @@ def test_timm_reads_the_preprocessing_of_a_backbone(tmp_path):
         ),
         (lambda p: fa.load_backbone(p), ["backbone.json"]),
         (lambda p: fa.create_backbone("vit_tiny_patch16_224", img_size=50), ["img_size 50", "48 or 64"]),
+        (
+            lambda p: fa.create_backbone("vit_tiny_patch16_224", img_size=[48, 50]),
+            ["img_size 50", "48 or 64"],
+        ),
+        (
+            lambda p: fa.create_backbone("vit_tiny_patch16_224", img_size="48"),
+            ["correct its arguments", "'img_size': '48'"],
+        ),
+        (lambda p: fa.create_backbone("vit_tiny_patch16_224.foo"), ["foo", "weights known for it: vit_tiny"]),
     ],
 )
 def test_bad_input_is_one_clear_line(tmp_path, make, words):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import fastalign as fa
 from fastalign.build import make_backbone
+from fastalign.models.layouts import HF_DEFAULTS
 from tests.numerics import randomise, relative_error
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}
@@ -117,6 +118,28 @@ def test_a_siglip_tower_without_its_pooling_head(tmp_path):
     assert relative_error(vit.forward_features(IMAGES), model(IMAGES).last_hidden_state.double()) < 1e-5
 
 
+@pytest.mark.parametrize("kind", HF_DEFAULTS)
+def test_defaults_of_transformers_hold_where_config_json_is_silent(tmp_path, kind):
+    config = transformers.AutoConfig.for_model(kind)
+    assert HF_DEFAULTS[kind] == {key: getattr(config, key) for key in HF_DEFAULTS[kind]}
+    saved(tmp_path, timm.create_model(VIT, num_classes=0, **SMALL).state_dict())
+    edited(tmp_path, json.dumps({"model_type": "x", "vision_config": {"model_type": kind}}))
+    with pytest.raises(fa.UserError, match="num_attention_heads=12, the backbone has 3"):
+        fa.create_backbone(VIT, checkpoint=tmp_path / "a.pth", **SMALL)
+
+
+@torch.no_grad()
+def test_a_wide_table_has_the_sizes_in_config_json(tmp_path):
+    """2x8 patches, whose number is a square's."""
+    config = transformers.ViTConfig(**{**HF, "image_size": (32, 128)}, layer_norm_eps=1e-6)
+    model = transformers.ViTModel(config).eval()
+    randomise(model, 0.2)
+    model.save_pretrained(tmp_path)
+    vit = fa.create_backbone(VIT, checkpoint=tmp_path, **{**SMALL, "img_size": (32, 128)}).eval()
+    images = torch.randn(2, 3, 32, 128)
+    assert relative_error(vit.forward_features(images), model(images).last_hidden_state.double()) < 1e-5
+
+
 @torch.no_grad()
 def test_siglip_2_of_any_size(tmp_path):
     """Its patches come flat, [height, width, channel], and so does its patch embedding."""
@@ -133,7 +156,7 @@ def test_siglip_2_of_any_size(tmp_path):
     assert relative_error(vit.forward_features(IMAGES), wanted.double()) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["state dict", "checkpoint of training", "folder"])
+@pytest.mark.parametrize("kind", ["state dict", "checkpoint of training", "folder", "tower"])
 @torch.no_grad()
 def test_open_clip(tmp_path, kind):
     vision = {
@@ -152,12 +175,14 @@ def test_open_clip(tmp_path, kind):
     state = model.state_dict() | {"visual.proj": torch.randn(48, 24)}
     if kind == "folder":
         save_file(state, tmp_path / "open_clip_model.safetensors")
+    elif kind == "tower":  # as fastalign.export writes it
+        save_file(model.visual.state_dict(), tmp_path / "visual.safetensors")
     elif kind == "state dict":
         torch.save(state, tmp_path / "a.pt")
     else:
         state = {f"module.{key}": value for key, value in state.items()}
         torch.save({"epoch": 1, "name": "run", "state_dict": state, "optimizer": {}}, tmp_path / "a.pt")
-    path = tmp_path if kind == "folder" else tmp_path / "a.pt"
+    path = tmp_path if kind in ("folder", "tower") else tmp_path / "a.pt"
     vit = fa.create_backbone(CLIP, checkpoint=path, **SMALL).eval()
     assert (
         relative_error(vit.forward_features(IMAGES), torch.cat([first[:, None], patches], 1).double()) < 1e-5
@@ -298,6 +323,10 @@ def pieces(folder: Path, weight_map) -> Path:
     return folder
 
 
+def timm_config(**changes) -> str:
+    return json.dumps({"architecture": CLIP, "pretrained_cfg": {"input_size": [3, 32, 32]}, **changes})
+
+
 def saved(folder: Path, content) -> Path:
     torch.save(content, folder / "a.pth")
     return folder / "a.pth"
@@ -308,6 +337,30 @@ REFUSED = {
     "other heads": (
         lambda p: edited(hf_folder(p), '{"model_type": "x", "num_attention_heads": 6}'),
         ["num_attention_heads=6", "num_heads=6"],
+    ),
+    "a convolutional network, by keys and not by its config": (
+        lambda p: saved(edited(p, '{"model_type": "resnet", "hidden_act": "relu"}'), {"a.weight": ONE}),
+        ["has a layout that is not read", "lacks"],
+    ),
+    "a key that is missing, and positions of no square": (
+        lambda p: saved(p, {"patch_embed.proj.weight": torch.ones(48, 3, 16, 16), "pos_embed": torch.ones(1, 4, 48)}),
+        ["another model", "lacks blocks.0"],
+    ),
+    "transformers' BEiT": (
+        lambda p: transformers.BeitModel(transformers.BeitConfig(**HF)).save_pretrained(p) or p,
+        ["looks like transformers' BEiT"],
+    ),
+    "timm's config of another library's model": (
+        lambda p: edited(hf_folder(p), timm_config(architecture="resnet50")),
+        ["{path}: backbone resnet50", "img_size"],
+    ),
+    "timm's config with a wrong cap": (
+        lambda p: edited(hf_folder(p), timm_config(model_args={"softcap": "x"})),
+        ["config.json: softcap must be a positive number", "'x'"],
+    ),
+    "timm's config with a wrong name": (
+        lambda p: edited(hf_folder(p), timm_config(architecture=3)),
+        ["config.json is damaged (name 3"],
     ),
     "a damaged config": (
         lambda p: edited(hf_folder(p), "{"),
@@ -357,4 +410,4 @@ def test_what_is_not_read_is_refused_in_one_line(tmp_path, case):
         fa.create_backbone(CLIP, checkpoint=make(tmp_path), **SMALL)
     assert "\n" not in str(caught.value)
     for word in words:
-        assert word in str(caught.value)
+        assert word.format(path=tmp_path) in str(caught.value)

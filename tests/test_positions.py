@@ -75,7 +75,7 @@ def test_a_run_is_read_at_another_image_size(tmp_path, family, before, after):
         make_backbone("student.weights", name, str(run), wanted),
     ]
     assert all(same(vit, model, after) for vit in found)
-    assert same(fa.load_backbone(run), timm_model(name, before, **kwargs), before)
+    assert same(fa.load_backbone(run / "backbone.safetensors"), timm_model(name, before, **kwargs), before)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

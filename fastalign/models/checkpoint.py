@@ -52,7 +52,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     config = _vision_config(path.with_name("config.json"))
     # A capped export to transformers says its cap there.
     softcap = _checked_softcap(config.get("softcap", checkpoint.softcap), path)
-    return checkpoint._replace(softcap=softcap, config=config)
+    return checkpoint._replace(softcap=softcap, config=config, grid=_grid(config))
 
 
 def interpret(content: Any, path: str) -> Checkpoint:
@@ -145,15 +145,16 @@ def check_config(spec: ViTSpec, config: Mapping[str, Any], path: str) -> None:
 
 def misfit(checkpoint: Checkpoint, path: str, problem: str) -> UserError:
     """The error for weights that do not fit a backbone."""
-    if checkpoint.layout is None:
-        like = layouts.looks_like(checkpoint.state)
+    like = layouts.looks_like(checkpoint.state)
+    if like or checkpoint.layout is None:
         return UserError(
             f"{path} has a layout that is not read{f', it looks like {like}' if like else ''} ({problem}): convert "
             f"it to the names of {layouts.READ}"
         )
     arch = f" ({checkpoint.arch})" if checkpoint.arch else ""
     return UserError(
-        f"{path} holds the weights of another model{arch}: {problem}; give the name that it was made with"
+        f"{path} holds the weights of another model{arch}: {problem}; give the name and arguments that it was made "
+        "with"
     )
 
 
@@ -190,8 +191,20 @@ def _arguments(content: dict) -> dict:
     return vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
 
 
+def _grid(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The patches along height and width of transformers' position tables; SigLIP 2 tells of no image size."""
+    sizes = [config.get(key) for key in ("image_size", "patch_size")]
+    sizes = [[size, size] if isinstance(size, int) else size for size in sizes]
+    if not all(isinstance(size, list) and len(size) == 2 for size in sizes):
+        return None
+    return sizes[0][0] // sizes[1][0], sizes[0][1] // sizes[1][1]
+
+
 def _vision_config(path: Path) -> dict[str, Any]:
     config = read_json(path) if path.is_file() else {}
     config = config if isinstance(config, dict) and "model_type" in config else {}
     vision = config.get("vision_config", config)
-    return vision if isinstance(vision, dict) else {}
+    if not isinstance(vision, dict):
+        return {}
+    kind = vision.get("model_type", f"{config.get('model_type')}_vision_model")
+    return layouts.HF_DEFAULTS.get(kind, {}) | vision

@@ -143,12 +143,26 @@ HF_ACTIVATIONS = {
     "relu": "relu",
 }
 """timm's names of activations, and transformers'."""
+HF_DEFAULTS = {
+    kind: {"hidden_act": activation, "num_attention_heads": 12}
+    for kind, activation in (
+        ("clip_vision_model", "quick_gelu"),
+        ("siglip_vision_model", "gelu_pytorch_tanh"),
+        ("siglip2_vision_model", "gelu_pytorch_tanh"),
+        ("vit", "gelu"),
+        ("dinov2", "gelu"),
+        ("dinov2_with_registers", "gelu"),
+    )
+}
+"""By model type: what transformers takes for keys that a config.json leaves out, as google/siglip-base's does."""
 READ = ", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))
 """The layouts that are read, for messages."""
 
 _OTHERS = {
     "transformers' DINOv3": r"embeddings\.patch_embeddings\.weight",
     "transformers' Swin": r"encoder\.layers\.0\.blocks\.0\.",
+    "transformers' BEiT": r"\.lambda_1$",
+    "transformers' distilled DeiT": r"embeddings\.distillation_token",
     "torchvision's ViT": r"conv_proj\.weight",
     "OpenMMLab's or SAM's": r"patch_embed\.projection\.weight",
     "a ResNet": r"layer1\.0\.conv1\.weight",

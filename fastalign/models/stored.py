@@ -36,7 +36,7 @@ def facts_of(path: Path) -> dict | None:
     """The facts that a weights file carries, or those of timm's `config.json` beside it; None where there are none.
 
     Args:
-        path: a file, or a folder in timm's format.
+        path: the file.
 
     Raises:
         UserError: they are damaged.
@@ -44,20 +44,23 @@ def facts_of(path: Path) -> dict | None:
     text = facts_within(path) if path.suffix == ".safetensors" else None
     if text is not None:
         return _parsed(text, str(path))
-    folder = path.parent if path.name in _TIMM_FILES else path
-    return _of_timm(folder / "config.json") if (folder / "config.json").is_file() else None
+    config = path.with_name("config.json")
+    return _of_timm(config) if path.name in _TIMM_FILES and config.is_file() else None
 
 
 def _parsed(text: str | bytes, where: str) -> dict:
     try:
         facts = json.loads(text)
-        name, kwargs, softcap = facts["name"], facts["kwargs"], facts["softcap"]
+        facts["name"], facts["kwargs"], facts["softcap"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{where} is damaged ({type(error).__name__}: {error}): take the run's own"
-        ) from error
+        raise UserError(f"{where} is damaged ({type(error).__name__}: {error}): copy it again") from error
+    return _checked(facts, where)
+
+
+def _checked(facts: dict, where: str) -> dict:
+    name, kwargs, softcap = facts["name"], facts["kwargs"], facts["softcap"]
     if not isinstance(name, str) or not isinstance(kwargs, dict):
-        raise UserError(f"{where} is damaged (name {name!r}, kwargs {kwargs!r}): take the run's own")
+        raise UserError(f"{where} is damaged (name {name!r}, kwargs {kwargs!r}): copy it again")
     if softcap is not None and not is_cap(softcap):
         raise UserError(f"{where}: softcap must be a positive number or null, got {softcap!r}: correct it")
     return facts
@@ -72,4 +75,4 @@ def _of_timm(path: Path) -> dict | None:
         name, softcap = kwargs.pop("architecture", config["architecture"]), kwargs.pop("softcap", None)
     except (ValueError, KeyError, TypeError):
         return None
-    return {"name": name, "kwargs": kwargs, "softcap": softcap}
+    return _checked({"name": name, "kwargs": kwargs, "softcap": softcap}, str(path))

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from fastalign.errors import UserError
+from fastalign.errors import UserError, first_line
 from fastalign.models import layouts
 from fastalign.paths import user_path
 
@@ -21,17 +20,16 @@ _FOLDER = (
     "pytorch_model.bin",
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
+    "visual.safetensors",
     "backbone.safetensors",
 )
 """Weights in a folder; the first that is there is read, whole or in the pieces that its `.index.json` lists."""
 _INDEX = ".index.json"
-_NUMPY = "numpy._core.multiarray" if hasattr(np, "_core") else "numpy.core.multiarray"
 HARMLESS = [
     argparse.Namespace,
     np.dtype,
     *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.bool_)),
-    (np.float64(0).__reduce__()[0], f"{_NUMPY}.scalar"),
-    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
 ]
 """What training scripts pickle beside tensors, numbers, texts and containers: their arguments, a NumPy metric.
 
@@ -43,33 +41,25 @@ def read_file(path: Path, device: str | torch.device = "cpu") -> Any:
     """What a file holds, read without running code from it.
 
     Raises:
-        UserError: damaged, or it pickles what is not `HARMLESS`.
+        UserError: it cannot be opened, is damaged, or pickles what is not `HARMLESS`.
     """
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path, device=str(device))
         with torch.serialization.safe_globals(HARMLESS):
             return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, safetensors.SafetensorError) as error:
-        if "TorchScript" in str(error):
-            raise UserError(
-                f"{path} is a program of TorchScript, as OpenAI publishes CLIP: give a file of its state_dict()"
-            ) from None
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path} cannot be read safely: damaged, cut short or not a weights file ({reason}); copy it again"
-        ) from error
-    except Exception as error:
-        found = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if found:
-            reason = f"it pickles {found[1]}, which is no part of a checkpoint; nothing of it was run"
-        elif isinstance(error, pickle.UnpicklingError):  # torch's own message is about its arguments
-            reason = "damaged, or not written by torch"
+    except Exception as error:  # what torch's unpickler raises over other files has no common class
+        if isinstance(error, OSError):
+            problem, remedy = f"cannot be read ({error.strerror or first_line(error)})", "see that it can"
+        elif "TorchScript" in str(error):
+            problem = "is a program of TorchScript, as OpenAI publishes CLIP"
+            remedy = "give a file of its state_dict()"
+        elif found := re.search(r"GLOBAL (\S+)", str(error)):
+            problem = f"cannot be read safely: it pickles {found[1]}, which is no part of a checkpoint"
+            remedy = "nothing of it was run; give a file of tensors only"
         else:
-            reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path} is not a weights file that can be read safely: {reason}; give a file of tensors only"
-        ) from error
+            problem, remedy = "cannot be read: damaged, cut short or not a weights file", "copy it again"
+        raise UserError(f"{path} {problem}; {remedy}") from error
 
 
 def locate(path: str | Path) -> Path:
@@ -82,7 +72,7 @@ def locate(path: str | Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"no weights file at {path}")
+        raise UserError(f"no weights file at {path}: give a file, or a folder that holds one")
     files = (path / f"{name}{end}" for name in _FOLDER for end in ("", _INDEX))
     if (found := next((file for file in files if file.is_file()), None)) is None:
         raise UserError(

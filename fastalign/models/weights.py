@@ -19,7 +19,10 @@ _LAYER_SCALE = re.compile(r"(blocks\.\d+\.)(?:ls([12])\.gamma|gamma_([12]))")
 
 
 def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[str, Tensor]:
-    """The weights with timm's keys. Position tables are as the file has them, whatever grid they are of.
+    """The weights by this model's keys. Position tables are as the file has them, whatever grid they are of.
+
+    LayerScale that the model has not got goes into the projections before it; one that the file has not got is 1.
+    Both are exact.
 
     Args:
         checkpoint: the weights; a student's decoder and head are left out.
@@ -27,7 +30,7 @@ def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[s
         path: where they came from, for messages.
 
     Raises:
-        UserError: timm cannot read them as this model's.
+        UserError: they lack a key of the model's, or have another one.
     """
     wanted, state = template.state_dict(), checkpoint.state
     heads = {key: state[key] for key in wanted if key.startswith("head.") and key in state}
@@ -39,9 +42,15 @@ def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[s
     bare = copy.deepcopy(template)
     bare.pos_embed = None
     try:
-        return MODELS[type(template)](state, bare) | tables
+        state = MODELS[type(template)](state, bare) | tables
     except Exception as error:
         raise misfit(checkpoint, path, f"timm says {first_line(error)}") from error
+    state = _fit_layer_scale(state, wanted)
+    if missing := sorted(set(wanted) - set(state)):
+        raise misfit(checkpoint, path, f"it lacks {missing[0]}")
+    if extra := sorted(set(state) - set(wanted)):
+        raise misfit(checkpoint, path, f"it has {extra[0]} too")
+    return state
 
 
 def table_grid(state: dict[str, Tensor], spec: ViTSpec, path: str) -> tuple[int, int]:
@@ -82,9 +91,6 @@ def table_grid(state: dict[str, Tensor], spec: ViTSpec, path: str) -> tuple[int,
 def load_weights(source: nn.Module, state: dict[str, Tensor], checkpoint: Checkpoint, path: str) -> None:
     """Load weights into a timm model of their own grid.
 
-    LayerScale that the model has not got goes into the projections before it; one that the file has not got is 1.
-    Both are exact.
-
     Args:
         source: the timm model.
         state: of `timm_state`.
@@ -92,19 +98,11 @@ def load_weights(source: nn.Module, state: dict[str, Tensor], checkpoint: Checkp
         path: where the weights came from, for messages.
 
     Raises:
-        UserError: the weights of another model.
+        UserError: the weights of another model, by their shapes.
     """
-    wanted = source.state_dict()
-    state = _fit_layer_scale(state, wanted)
-    missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
-    other = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
-    if missing:
-        raise misfit(checkpoint, path, f"it lacks {missing[0]}")
-    if extra:
-        raise misfit(checkpoint, path, f"it has {extra[0]} too")
-    if other:
-        found, shape = list(state[other[0]].shape), list(wanted[other[0]].shape)
-        raise misfit(checkpoint, path, f"{other[0]} is {found}, wanted {shape}")
+    for key, wanted in source.state_dict().items():
+        if state[key].shape != wanted.shape:
+            raise misfit(checkpoint, path, f"{key} is {list(state[key].shape)}, wanted {list(wanted.shape)}")
     source.load_state_dict(state)
 
 
@@ -132,5 +130,5 @@ def _fit_layer_scale(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dic
     if any(_LAYER_SCALE.fullmatch(key) for key in state):
         return fold_layer_scale(state, wanted)
     return state | {
-        key: torch.ones_like(value) for key, value in wanted.items() if _LAYER_SCALE.fullmatch(key)
+        key: torch.ones(value.shape) for key, value in wanted.items() if _LAYER_SCALE.fullmatch(key)
     }

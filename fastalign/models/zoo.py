@@ -67,7 +67,7 @@ def create_backbone(
     template = _template(name, kwargs)
     if checkpoint is not None:
         found, facts = read_checkpoint(checkpoint), facts_of(locate(checkpoint))
-        found = found if facts is None else _as_told(found, facts)
+        found = found if facts is None else _as_told(found, facts, str(checkpoint))
         return _from_weights(name, kwargs, template, found, str(checkpoint), softcap)
     if pretrained and _is_moco(name):
         return _from_weights(name, kwargs, template, _download(MOCO_URL), MOCO_URL, softcap)
@@ -80,21 +80,27 @@ def load_backbone(path: str | Path, **kwargs) -> ViT:
     """The backbone that a run saved, soft-cap included, in evaluation mode: `backbone.json`, `backbone.safetensors`.
 
     Args:
-        path: the run's folder, or the `.json` file.
+        path: the run's folder, or one of the two files.
         **kwargs: timm's arguments that the weights do not depend on: `drop_path_rate`, or `img_size`, for which
             position tables are resampled from the run's grid.
     """
     path = Path(user_path(path))
-    path = path / "backbone.json" if path.is_dir() else path
+    if path.is_dir():
+        path = path / "backbone.json"
+    elif path.suffix == ".safetensors":
+        path = path.with_suffix(".json")
     facts, place = read_facts(path), path.with_suffix(".safetensors")
     name, kwargs = facts["name"], {"num_classes": 0, **facts["kwargs"], **kwargs}
     template = _template(name, kwargs)
-    found = _as_told(read_checkpoint(place), facts)
+    found = _as_told(read_checkpoint(place), facts, str(path))
     return _from_weights(name, kwargs, template, found, str(place), None).eval()
 
 
 def transform(vit: ViT) -> Callable:
-    """timm's evaluation transform for a backbone: a PIL image -> its normalised input, [3, height, width]."""
+    """timm's evaluation transform for a backbone: a PIL image -> its normalised input, [3, height, width].
+
+    It crops the centre, as runs do, also for the few backbones that timm evaluates on squashed images.
+    """
     return timm.data.create_transform(**timm.data.resolve_model_data_config(vit), is_training=False)
 
 
@@ -102,10 +108,12 @@ def _from_weights(
     name: str, kwargs: dict, template: nn.Module, found: Checkpoint, path: str, softcap: float | None
 ) -> ViT:
     """A backbone with the weights of a file, whose positions are resampled where the file's grid is another one."""
+    attn_pool = any(key.startswith("attn_pool.") for key in found.state)
+    if found.student and describe(template).pool == "map" and not attn_pool:
+        kwargs = {**kwargs, "global_pool": ""}  # a student has no pooling
+        template = _template(name, kwargs)
     state, spec = timm_state(found, template, path), describe(template)
     check_config(spec, found.config, path)
-    if found.student and spec.pool == "map" and not any(key.startswith("attn_pool.") for key in state):
-        kwargs = {**kwargs, "global_pool": ""}  # a student has no pooling
     if _is_moco(name):  # whatever the file says, its table is computed
         state["pos_embed"] = torch.zeros(template.pos_embed.shape)
         grid = spec.grid
@@ -138,13 +146,17 @@ def _finish(name: str, kwargs: dict, spec: ViTSpec, source: nn.Module, softcap: 
     return vit
 
 
-def _as_told(found: Checkpoint, facts: dict) -> Checkpoint:
-    """A checkpoint with what is written beside its weights."""
+def _as_told(found: Checkpoint, facts: dict, path: str) -> Checkpoint:
+    """A checkpoint with what is written beside its weights, at `path`."""
+    try:
+        grid = describe(_template(facts["name"], facts["kwargs"])).grid
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return found._replace(
         softcap=facts["softcap"],
         norm_eps=facts.get("norm_eps"),
         student=found.student or facts["kwargs"].get("global_pool") == "",
-        grid=describe(_template(facts["name"], facts["kwargs"])).grid,
+        grid=grid,
     )
 
 
@@ -195,11 +207,12 @@ def _check_arguments(name: str, source: nn.Module) -> None:
     # A remainder of the image is ignored where the backbone was made so (384 / 14); asked for, it is a slip.
     native = source.pretrained_cfg.get("input_size", (3, 0, 0))[-2:]
     size, patch = pair(source.patch_embed.img_size), pair(source.patch_embed.patch_size)
-    if size != tuple(native) and (size[0] % patch[0] or size[1] % patch[1]):
-        below = max(size[0] // patch[0], 1) * patch[0]
+    wrong = [(side, step) for side, step in zip(size, patch, strict=True) if side % step]
+    if wrong and size != tuple(native):
+        side, step = wrong[0]
+        below = max(side // step, 1) * step
         raise UserError(
-            f"{name}: img_size {size[0]} is not a multiple of the patch size {patch[0]}: "
-            f"use {below} or {below + patch[0]}"
+            f"{name}: img_size {side} is not a multiple of the patch size {step}: use {below} or {below + step}"
         )
 
 
@@ -210,17 +223,19 @@ def _create_timm(name: str, kwargs: dict, pretrained: bool = False) -> nn.Module
     try:
         with hub.asked_once() if pretrained else nullcontext():
             return timm.create_model(name, pretrained=pretrained, **options, **kwargs)
-    except TypeError as error:
-        raise UserError(f"backbone {name}: {_wrong_argument(kwargs) or error}") from error
     except Exception as error:
+        if isinstance(error, TypeError) and (wrong := _wrong_argument(kwargs)):
+            raise UserError(f"backbone {name}: {wrong}") from error
         if pretrained:
             raise UserError(
                 f"cannot load the published weights of {name!r} ({hub.reason(error)}): check the network, {_OTHERS}"
             ) from error
-        near = timm.list_pretrained(name.split(".")[0] + ".*")[:4]
-        raise UserError(
-            f"backbone {name!r}: {error}; weights known for it: {', '.join(near) or 'none'}"
-        ) from error
+        known = timm.list_pretrained(name.split(".")[0] + ".*")
+        if "." in name and name not in known:
+            remedy = f"weights known for it: {', '.join(known[:4]) or 'none'}"
+        else:
+            remedy = f"correct its arguments {kwargs}"
+        raise UserError(f"backbone {name}: {first_line(error)}; {remedy}") from error
 
 
 def _wrong_argument(kwargs: dict) -> str | None:

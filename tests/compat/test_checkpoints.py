@@ -116,7 +116,7 @@ def test_bad_checkpoints(tmp_path):
     with pytest.raises(NotImplementedError, match="NumPy"):
         la.load_checkpoint(model, str(tmp_path / "x.npz"))
     (tmp_path / "broken.pth").write_bytes(b"no zip")
-    with pytest.raises(UserError, match="damaged, or not written by torch"):
+    with pytest.raises(UserError, match="damaged, cut short or not a weights file"):
         la.load_checkpoint(model, str(tmp_path / "broken.pth"))
     torch.save({"state_dict": model.state_dict(), "code": SimpleNamespace(a=1)}, tmp_path / "code.pth")
     with pytest.raises(UserError, match=r"pickles types.SimpleNamespace.*nothing of it was run"):
