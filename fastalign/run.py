@@ -232,6 +232,8 @@ class Run:
         self.best, self.val_loss, self.probed = state["best"], state["val_loss"], state["probed"]
         self.skipped_in_a_row, self.bad = state["skipped_in_a_row"], set(state["bad"])
         self.changes = state["changes"] + [{"step": self.step, **each._asdict()} for each in forced]
+        if any(change.key == "data.train" for change in forced):
+            self.bad = set()  # numbers of samples in the data set before
         if forced:
             self.best = None  # what was measured then does not compare with what will be
             self.notes += [f"resume=force: from step {self.step} on {each}" for each in forced]
