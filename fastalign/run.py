@@ -222,9 +222,9 @@ class Run:
                 # Where the average is new it begins here.
                 self.average.load(state["average"] or state["student"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            reason = "; ".join(map(str, forced)) or str(error).splitlines()[-1].strip()
             raise UserError(
-                f"{path} is a checkpoint of another model: choose another output than {self.folder} "
-                f"({str(error).splitlines()[-1].strip()})"
+                f"{path} is a checkpoint of another model ({reason}): choose another output than {self.folder}"
             ) from error
         for group in self.optimizer.param_groups:
             group.update(self._options())  # the checkpoint has its own
