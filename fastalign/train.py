@@ -84,7 +84,7 @@ def train(config: Config, world: distributed.World) -> None:
         UserError: bad input.
     """
     with Preemption() as preemption:
-        can_be_folder("output", config.output)
+        can_be_folder(f"output={config.output}", config.output)
         if world.main:
             unmark(Path(config.output))
         splits = open_splits(config, world)
