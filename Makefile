@@ -1,5 +1,8 @@
 # make install | demo | test | lint | gpu
-FASTALIGN_VENV := $(or $(FASTALIGN_VENV),.venv)
+override FASTALIGN_VENV := $(or $(FASTALIGN_VENV),.venv)
+ifneq ($(words $(FASTALIGN_VENV)),1)
+$(error FASTALIGN_VENV=$(FASTALIGN_VENV) has a space in it, which make takes for the end of a path: name another folder)
+endif
 PYTHON ?= python3
 PY := $(FASTALIGN_VENV)/bin/python
 DALI ?= dali
@@ -9,9 +12,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 install: $(FASTALIGN_VENV)/.installed
 
-# What is cleared and removed is a virtual environment, never a folder that has something else in it.
+# What is cleared and removed is a virtual environment, never a folder that has something else in it. No quotes: the
+# shell must read the path here as it does where it clears, `~` included.
 own-venv:
-	@test -e "$(FASTALIGN_VENV)/pyvenv.cfg" || test -z "$$(ls -A "$(FASTALIGN_VENV)" 2>/dev/null)" || \
+	@test -e $(FASTALIGN_VENV)/pyvenv.cfg || test -z "$$(ls -A $(FASTALIGN_VENV) 2>/dev/null)" || \
 		{ echo "FASTALIGN_VENV=$(FASTALIGN_VENV) is no virtual environment and not empty: name another folder" >&2; exit 2; }
 
 # torch first, then ours without build isolation: a build must see the torch that will run.

@@ -10,6 +10,7 @@ from fastalign.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
 from fastalign.models.student import MaskEmbedStudent, MIMStudent
 from fastalign.models.teacher import MaskedTeacher
 from fastalign.objectives import MaskedImageModeling, MaskEmbed
+from fastalign.paths import place_caches
 
 if TYPE_CHECKING:
     from fastalign.models.zoo import create_backbone, load_backbone, transform
@@ -57,6 +58,8 @@ def _needs_triton(name: str):
         f"fastalign.kernels.{name} needs the package triton: pip install triton; fastalign.ops works without it"
     )
 
+
+place_caches()  # before anybody imports timm
 
 if not ops.TRITON:
     kernels.__getattr__ = _needs_triton

@@ -1,8 +1,13 @@
-"""Paths that a user gives: one function for all of them, a type for configuration keys and one for arguments."""
+"""Paths that a user gives: one function for all of them, a type for configuration keys and one for arguments.
+
+And the home folder, which a container may not have.
+"""
 
 import argparse
+import getpass
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +24,20 @@ def home_folder() -> str | None:
     """The user's; None where neither HOME nor the list of users tells, as in a container that runs as a number."""
     home = os.path.expanduser("~")  # noqa: PTH111, it tells by leaving the text as it is
     return None if home == "~" else home
+
+
+def place_caches() -> None:
+    """In a container that runs as a number: tell compilers whose caches they keep, and where.
+
+    The import of torch's, which timm needs, asks for the user's name and ends with a traceback; Triton would make a
+    folder called `~`.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # OSError from Python 3.13 on
+        os.environ["USER"] = str(os.getuid())
+    if home_folder() is None:
+        os.environ.setdefault("TRITON_HOME", f"{tempfile.gettempdir()}/fastalign-{os.getuid()}")
 
 
 def user_path(text: str | Path) -> str:

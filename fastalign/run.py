@@ -222,9 +222,9 @@ class Run:
                 # Where the average is new it begins here.
                 self.average.load(state["average"] or state["student"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            reason = "; ".join(map(str, forced)) or str(error).splitlines()[-1].strip()
             raise UserError(
-                f"{path} is a checkpoint of another model: choose another output than {self.folder} "
-                f"({str(error).splitlines()[-1].strip()})"
+                f"{path} is a checkpoint of another model ({reason}): choose another output than {self.folder}"
             ) from error
         for group in self.optimizer.param_groups:
             group.update(self._options())  # the checkpoint has its own
@@ -232,6 +232,8 @@ class Run:
         self.best, self.val_loss, self.probed = state["best"], state["val_loss"], state["probed"]
         self.skipped_in_a_row, self.bad = state["skipped_in_a_row"], set(state["bad"])
         self.changes = state["changes"] + [{"step": self.step, **each._asdict()} for each in forced]
+        if any(change.key == "data.train" for change in forced):
+            self.bad = set()  # numbers of samples in the data set before
         if forced:
             self.best = None  # what was measured then does not compare with what will be
             self.notes += [f"resume=force: from step {self.step} on {each}" for each in forced]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastalign.config import Config, load_config, to_yaml
+from fastalign.engine.files import can_be_folder
 from fastalign.engine.memory import keep_freed_memory
 from fastalign.engine.metrics import MetricLog, Speed, Terminal
 from fastalign.engine.optim import learning_rate, seed_update, step_unless
@@ -83,6 +84,7 @@ def train(config: Config, world: distributed.World) -> None:
         UserError: bad input.
     """
     with Preemption() as preemption:
+        can_be_folder(f"output={config.output}", config.output)
         if world.main:
             unmark(Path(config.output))
         splits = open_splits(config, world)

@@ -119,6 +119,7 @@ def test_yaml_out_is_yaml_in(tmp_path):
         ("", "optim.lrr=3", ["optim.lrr", "nearest is optim.lr"]),
         ("", "mask.full=false", ["mask", "nearest is masks"]),
         ("trainer: {}", None, ["unknown key trainer"]),
+        ("", "output=off", ["output: YAML reads this value as False, not as text; put it in quotes"]),
         ("", "decoder.kwargs.heads=0", ["decoder.kwargs.heads", "greater than 0"]),
         ("", "faults.nonfinite=pray", ["faults.nonfinite", "'skip' or 'stop'", "pray"]),
         ("", "faults.timeout=0", ["faults.timeout", "greater than 0"]),
@@ -168,6 +169,16 @@ def test_bad_configuration_is_one_line_that_names_the_key(tmp_path, text, overri
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("name", ["2026-11-30", "'2026'", "'off'"])
+def test_a_folder_may_be_called_after_a_date(tmp_path, name):
+    path = tmp_path / "c.yaml"
+    path.write_text("seed: 1")
+    config = load_config(path, [f"output={name}"])
+    assert config.output == name.strip("'")
+    path.write_text(to_yaml(config))
+    assert load_config(path) == config
 
 
 @pytest.mark.parametrize(

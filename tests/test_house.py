@@ -139,6 +139,11 @@ def test_make_clears_nothing_but_a_virtual_environment(tmp_path, target):
     assert refused.stderr.splitlines()[0] == (
         f"FASTALIGN_VENV={venv} is no virtual environment and not empty: name another folder"
     )
+    for spelling in ("~/venv", f"{venv} 2"):
+        refused = make(FASTALIGN_VENV=spelling, HOME=str(tmp_path))
+        assert refused.returncode
+        assert f"FASTALIGN_VENV={spelling} " in refused.stderr
+        assert "name another folder" in refused.stderr
     assert (venv / "thesis").exists()
     assert not told.exists()
     make(VENV=str(venv))  # a name that others use too

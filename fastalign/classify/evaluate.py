@@ -19,7 +19,7 @@ from fastalign.classify.modes import Job, check_batch, train_on_features, train_
 from fastalign.classify.options import Options
 from fastalign.classify.scores import summarise
 from fastalign.engine.checkpoint import checksum
-from fastalign.engine.files import write_atomically
+from fastalign.engine.files import can_be_folder, write_atomically
 from fastalign.errors import UserError
 from fastalign.models.vit import ViT
 from fastalign.ranks.command import telling
@@ -69,6 +69,7 @@ def classify(
         check_batch(chosen, len(splits["train"].source), world)
         report = _begin(backbone, data, splits, classes, chosen, command)
         folder = Path(output or world.gather(stack.enter_context(tempfile.TemporaryDirectory()))[0])
+        can_be_folder(f"--output {folder}", folder)
         _same_settings(folder / REPORT, report)
         folder.mkdir(parents=True, exist_ok=True)
         identity = _identity(report) | {"ranks": world.size} if output else None

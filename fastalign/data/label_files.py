@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from pathlib import Path
 
 from fastalign.data.tars import Damaged, members
@@ -77,6 +78,11 @@ def read_table(path: Path) -> dict[str, int]:
             if reader.fieldnames != ["name", "label"]:
                 raise UserError(f"{path} has no header `name,label`; its first line must be that")
             for row in reader:
+                if not re.fullmatch(r"\s*[+-]?\d+\s*", row["label"] or ""):
+                    label = row["label"] or ""
+                    raise UserError(
+                        f"{path} line {reader.line_num}: {row['name']} has the label {label!r}; write an integer"
+                    )
                 label = int(row["label"])
                 if (other := labels.setdefault(row["name"], label)) != label:
                     raise UserError(
@@ -85,6 +91,6 @@ def read_table(path: Path) -> dict[str, int]:
                     )
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 ({error.reason}); save it in that encoding") from error
-        except (TypeError, ValueError, csv.Error) as error:
-            raise UserError(f"{path} line {reader.line_num}: {error}; a label is an integer") from error
+        except csv.Error as error:
+            raise UserError(f"{path} line {reader.line_num}: {error}; mend that line") from error
     return labels

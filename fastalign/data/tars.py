@@ -7,7 +7,7 @@ import re
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from glob import glob
 from pathlib import Path
 
@@ -202,10 +202,12 @@ def is_tar(name: str) -> bool:
 
 
 def expand_shards(spec: str) -> list[str]:
-    """The tar files of a path or pattern: sorted, resolved, each once.
+    """The tar files of a path or pattern: absolute paths, sorted, each file once.
+
+    Links keep the names that they have in the data set, whatever their targets are called.
 
     Args:
-        spec: a .tar file, a folder of them, or a pattern with {000..009}, {a,b}, * or ?.
+        spec: a .tar file, a folder of them, or a pattern with {000..009}, {a,b}, *, ** or ?.
 
     Raises:
         UserError: nothing matches, or a named file is missing.
@@ -218,11 +220,19 @@ def expand_shards(spec: str) -> list[str]:
     else:
         found = []
         for pattern in _expand_braces(str(path)):
-            found += glob(pattern) if any(c in pattern for c in "*?[") else [pattern]  # noqa: PTH207
+            found += glob(pattern, recursive=True) if any(c in pattern for c in "*?[") else [pattern]  # noqa: PTH207
     missing = next((name for name in found if not Path(name).is_file()), None)
     if not found or missing is not None:
         what = (
             f"no tar file matches {spec}" if missing is None else f"no such tar file: {missing} (of {spec})"
         )
         raise UserError(f"{what}; check the pattern, a range is written {{000..009}}")
-    return sorted({str(Path(name).resolve()) for name in found})
+    return each_once(found)
+
+
+def each_once(paths: Iterable[str | Path]) -> list[str]:
+    """Absolute paths, sorted; of several that lead to one file the first."""
+    files: dict[Path, str] = {}
+    for path in sorted(str(Path(each).absolute()) for each in paths):
+        files.setdefault(Path(path).resolve(), path)
+    return list(files.values())

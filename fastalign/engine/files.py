@@ -112,6 +112,14 @@ def saying_where(path: Path) -> Iterator[None]:
         ) from error
 
 
+def can_be_folder(given: str, path: str | Path) -> None:
+    """Raises UserError where a file is in the place of a folder to write, or of one above it; `given`: as it was named."""
+    path = Path(path)
+    place = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not place.is_dir():
+        raise UserError(f"{given}: {place} is no folder; name another output")
+
+
 def checksum_of(paths: Iterable[Path]) -> int:
     """A CRC-32 over the bytes of files, one after the other."""
     code = 0

@@ -83,6 +83,11 @@ def explain(error: ValidationError, names: Iterable[str]) -> tuple[str, str]:
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
         return key, f"unknown key {key}; the nearest is {near[0]}"
+    if first["type"] == "string_type" and first["input"] is not None:
+        return key, (
+            f"{key}: YAML reads this value as {first['input']!r}, not as text; put it in quotes (in a shell: "
+            f"\"{key}='...'\")"
+        )
     message = first["msg"].removeprefix("Value error, ")
     return key, f"{key}: {message}, got {first['input']!r}" if key else message
 
@@ -100,6 +105,13 @@ class _Loader(yaml.SafeLoader):
             mark = self.peek_event().start_mark
             raise yaml.YAMLError(f"an alias in line {mark.line + 1}: write the value out")
         return super().compose_node(parent, index)
+
+
+# No key is a date, and a run folder may be called after one.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 class _Dumper(yaml.SafeDumper):

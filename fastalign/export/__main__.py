@@ -9,6 +9,7 @@ from fastalign.errors import UserError, first_line
 from fastalign.export.targets import TARGETS
 from fastalign.export.write import export
 from fastalign.paths import path_argument
+from fastalign.ranks.command import guarded
 
 
 def push(folder: Path, name: str) -> None:
@@ -67,28 +68,21 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it to the model hub")
     options = parser.parse_args(arguments)
-    try:
-        folder, facts = export(
-            options.run,
-            options.to,
-            output=options.output,
-            drop_softcap=options.drop_softcap,
-            images=options.images,
-        )
-        print("\n".join(report(folder, facts)))
-        if options.push_to_hub:
-            push(folder, options.push_to_hub)
-            print(f"uploaded: {options.push_to_hub}")
-    except UserError as error:
-        print(f"fastalign: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(
-            f"fastalign: {error.filename}: {error.strerror}" if error.filename else f"fastalign: {error}",
-            file=sys.stderr,
-        )
-        return 2
-    return 0
+    return guarded(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    folder, facts = export(
+        options.run,
+        options.to,
+        output=options.output,
+        drop_softcap=options.drop_softcap,
+        images=options.images,
+    )
+    print("\n".join(report(folder, facts)))
+    if options.push_to_hub:
+        push(folder, options.push_to_hub)
+        print(f"uploaded: {options.push_to_hub}")
 
 
 if __name__ == "__main__":

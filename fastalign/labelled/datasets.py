@@ -15,6 +15,7 @@ import numpy as np
 
 from fastalign.data.source import Source, Subset
 from fastalign.data.sources import FolderSource, TarSource
+from fastalign.data.tars import each_once
 from fastalign.errors import UserError
 from fastalign.labelled.maps import (
     VOID,
@@ -180,7 +181,7 @@ def _ids(encoded: np.ndarray, name: str, _stem: str, *, classes: int) -> np.ndar
 
 def _open_own(root: Path, split: str) -> LabelledImages:
     """A folder of folders or of tar shards, with classes.txt."""
-    shards = sorted(str(path.resolve()) for path in root.glob(f"{split}-*.tar"))
+    shards = each_once(root.glob(f"{split}-*.tar"))
     folder = root / split
     if shards and folder.exists():
         raise UserError(

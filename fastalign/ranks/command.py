@@ -1,15 +1,12 @@
 """What every command does about bad input, alone and under torchrun."""
 
-import getpass
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fastalign.errors import SharedError, UserError, of_the_system
-from fastalign.paths import home_folder
 from fastalign.ranks import distributed
 from fastalign.ranks.distributed import LostConnection, connection_lost
 from fastalign.ranks.preemption import INTERRUPTED, Preempted
@@ -24,7 +21,6 @@ def guarded(body: Callable[[], object]) -> int:
         130 where it was interrupted (and saved, where there was something to save).
     """
     rank = os.environ.get("RANK", "0")
-    _place_caches()
     try:
         return _outcome(body, rank)
     except KeyboardInterrupt:  # wherever it comes, also while the ranks are left
@@ -51,19 +47,6 @@ def _outcome(body: Callable[[], object], rank: str) -> int:
     finally:
         distributed.stop()
     return 0
-
-
-def _place_caches() -> None:
-    """In a container that runs as a number: tell compilers whose caches they keep, and where.
-
-    torch's asks for the user's name and ends with a traceback; Triton would make a folder called `~`.
-    """
-    try:
-        getpass.getuser()
-    except (KeyError, OSError):  # OSError from Python 3.13 on
-        os.environ["USER"] = str(os.getuid())
-    if home_folder() is None:
-        os.environ.setdefault("TRITON_HOME", f"{tempfile.gettempdir()}/fastalign-{os.getuid()}")
 
 
 def _refuse(message: str) -> int:

@@ -65,8 +65,14 @@ class Preemption:
             signal.signal(number, signal.SIG_IGN if ignored else handler or signal.SIG_DFL)
 
     def hold_interrupts(self) -> None:
-        """From here on there is something to save: the first SIGINT is remembered, a second one ends the process."""
-        if threading.current_thread() is threading.main_thread():
+        """From here on there is something to save: the first SIGINT is remembered, a second one ends the process.
+
+        Where SIGINT is ignored it stays so: a shell script starts a command in the background (`&`) like that, and
+        the Ctrl-C that ends the script must not end the run.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from fastalign.engine.files import write_atomically
 from fastalign.errors import UserError
 from fastalign.paths import path_argument
+from fastalign.ranks.command import guarded
 from fastalign.report.features import Maps, compare
 from fastalign.report.page import page
 from fastalign.report.pictures import Pictures, pick
@@ -95,16 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--pngs", type=path_argument, metavar="DIR", help="also write pictures for a README; needs matplotlib"
     )
     options = parser.parse_args(arguments)
-    try:
-        print("\n".join(report(options)))
-    except UserError as error:
-        print(f"fastalign: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        where = f"{error.filename}: {error.strerror}" if error.filename else error
-        print(f"fastalign: {where}", file=sys.stderr)
-        return 2
-    return 0
+    return guarded(lambda: print("\n".join(report(options))))
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def test_the_command_on_a_run(images, tmp_path, vit, capsys):
         (["--softcap", "-3"], "--softcap -3: it must be a positive number"),
         (["--kwargs", "[1"], "--kwargs [1:"),
         (["--kwargs", "3"], "--kwargs 3: give a mapping"),
+        (["--output", "/dev/null/x"], "--output /dev/null/x: /dev/null is no folder; name another output"),
         (["--data", "/no/such"], "--data /no/such: no such folder"),
         (["--backbone", "/no/run", "--softcap", "3"], "--weights goes with a timm name"),
         (["--weights", "/no/file.pth"], "--weights=/no/file.pth: there is no such file"),

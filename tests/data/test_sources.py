@@ -155,9 +155,11 @@ def test_labels(tmp_path):
     lines = ["name,label", *(f"{name},{i * 10}" for i, name in enumerate(names(source)))]
     (root / "labels.csv").write_text("\n".join(lines), encoding="utf-8")
     assert [open_source(str(root)).label(i) for i in range(6)] == [0, 10, 20, 30, 40, 50]
-    (root / "labels.csv").write_text("name,label\ntop.webp,one")
-    with pytest.raises(UserError, match=r"labels.csv line 2.*an integer"):
-        open_source(str(root)).label(0)
+    for wrong in (",one", ",", "", ",0.5"):
+        (root / "labels.csv").write_text(f"name,label\ntop.webp{wrong}")
+        told = rf"labels.csv line 2: top.webp has the label '{wrong[1:]}'; write an integer"
+        with pytest.raises(UserError, match=told):
+            open_source(str(root)).label(0)
     (root / "labels.csv").write_text("name,label\ntop.webp,1")
     with pytest.raises(UserError, match=r"labels.csv has no line for a/"):
         open_source(str(root)).label(1)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import tarfile
 import time
@@ -146,6 +147,21 @@ def test_names_tell_shards_of_different_folders_apart(tmp_path):
         path.write_bytes(path.read_bytes().rstrip(b"\0") + b"damaged")
     broken = open_source(f"{tmp_path}/*/00000.tar", damaged=True)
     assert [name for name, _ in broken.damaged] == [f"{name}/00000.tar" for name in photos]
+
+
+def test_links_to_shards_are_what_they_are_called(tmp_path):
+    """`cp -L` to a local disk makes the same data set; a store's names for its files say nothing."""
+    photos = small_photos(2)
+    (tmp_path / "links/deep").mkdir(parents=True)
+    for name, stored, photo in zip(("0.tar", "deep/1.tar"), ("f/9f.tar", "0a"), photos, strict=True):
+        (tmp_path / "links" / name).symlink_to(write_tar(tmp_path / "store" / stored, [("a.jpg", photo)]))
+    shutil.copytree(tmp_path / "links", tmp_path / "local")
+    links, local = (open_source(f"{tmp_path}/{place}/**/*.tar") for place in ("links", "local"))
+    assert [links.portable_name(i) for i in range(2)] == ["0.tar:a.jpg", "deep/1.tar:a.jpg"]
+    assert [links.read(i).tobytes() for i in range(2)] == [photo.tobytes() for photo in photos]
+    assert links.differs_from(local.identity) is None
+    (tmp_path / "links/again.tar").symlink_to("0.tar")
+    assert len(open_source(f"{tmp_path}/links/*.tar")) == 1, "a file counts once"
 
 
 def test_two_images_of_one_name_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from functools import partial
@@ -272,6 +273,16 @@ def test_bad_samples_are_listed_once_and_change_nothing_that_follows(recipe, dam
     listed = recipe(*data, f"faults.quarantine={whole / 'bad_samples.jsonl'}", name="listed")
     assert not (listed / "bad_samples.jsonl").exists()
     assert losses(parts) == losses(whole) == losses(listed)
+    shutil.copytree(root / "train", root / "other")  # the same numbers, other names
+    for path in [*(root / "other").rglob("*.jpg")]:
+        path.rename(path.with_stem(f"other-{path.stem}"))
+    recipe(
+        f"data.train={root / 'other'}", *data[1:2], "optim.epochs=4", data[3], "resume=force", name="parts"
+    )
+    found = names(parts / "bad_samples.jsonl")
+    assert sorted(found) == sorted(
+        [*bad["train"], *(re.sub(r"([^/]+)$", r"other-\1", name) for name in bad["train"])]
+    )
 
 
 @needs_dali

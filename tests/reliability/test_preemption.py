@@ -72,6 +72,12 @@ def test_an_interrupt_is_remembered_once_and_only_while_there_is_something_to_sa
         "a program that called the command goes on"
     )
     assert preempted(tmp_path, signal.SIGTERM, 3, main=False).code == PREEMPTED == 75
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's `command &` has it
+    with Preemption() as preemption:
+        preemption.hold_interrupts()
+        signal.raise_signal(signal.SIGINT)
+        assert preemption.number == 0
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 def test_an_interrupted_command_is_one_line(capsys, monkeypatch):

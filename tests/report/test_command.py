@@ -111,4 +111,6 @@ def test_bad_arguments(run, tmp_path, capsys, monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.delattr(fastalign.report, "pngs", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install matplotlib" in refused(capsys, run, "--pngs", tmp_path / "out")
+    assert "--pngs needs a package: pip install matplotlib" in refused(
+        capsys, run, "--pngs", tmp_path / "out"
+    )

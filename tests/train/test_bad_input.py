@@ -42,7 +42,11 @@ BAD = {
     "ranks": (["optim.batch_size=9", "optim.accumulate=2"], ["optim.batch_size"]),
     "a file for a folder": (["data.train=OTHER"], ["OTHER"]),
     "no such validation folder": (["data.val=/no/such/val"], ["/no/such/val"]),
-    "output is no folder": (["output=/dev/null/x"], ["/dev/null"]),
+    "output is no folder": (
+        ["output=/dev/null/x"],
+        ["output=/dev/null/x: /dev/null is no folder; name another"],
+    ),
+    "output is a file": (["output=OTHER"], ["OTHER.pth is no folder; name another"]),
     "depth": (["student.kwargs.depth=0"], ["depth"]),
     "stochastic depth": (["student.kwargs.drop_path_rate=1.5"], ["drop_path_rate"]),
     "channels": (["student.kwargs.in_chans=1"], ["in_chans"]),
@@ -92,7 +96,10 @@ def test_an_override_in_place_of_the_recipe(capsys):
 def test_a_checkpoint_does_not_fit_another_model_by_force(recipe, capsys):
     recipe("max_steps=1")
     recipe("max_steps=2", "student.kwargs.depth=3", "resume=force", expect=2)
-    assert "is a checkpoint of another model" in capsys.readouterr().err
+    assert (
+        "is a checkpoint of another model (student.kwargs.depth was 2, is 3): choose"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"step": 3}, {"weights": torch.zeros(1)}])
