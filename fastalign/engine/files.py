@@ -113,7 +113,11 @@ def saying_where(path: Path) -> Iterator[None]:
 
 
 def can_be_folder(given: str, path: str | Path) -> None:
-    """Raises UserError where a file is in the place of a folder to write, or of one above it; `given`: as it was named."""
+    """Check that no file is in the place of a folder to write, or of one above it.
+
+    Raises:
+        UserError: there is one; `given` is how the user named the folder.
+    """
     path = Path(path)
     place = next(each for each in (path, *path.absolute().parents) if each.exists())
     if not place.is_dir():
