@@ -90,7 +90,7 @@ def test_run_refuses_in_one_line(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("broken.pth", "broken.pth is not a weights file"),
+        ("broken.pth", "broken.pth cannot be read: damaged, cut short or not a weights file"),
         ("gone.pth", "no checkpoint at"),
         ("x.npz", "NumPy's files"),
     ],
