@@ -43,9 +43,7 @@ def test_a_disk_that_fails_is_no_damage_to_a_shard(tmp_path):
     """Else the images behind would leave the order of the data without a word. The file linked to gives EIO."""
     write_tar(tmp_path / "t/0.tar", [("a.jpg", small_photos(1)[0])])
     (tmp_path / "t/1.tar").symlink_to("/proc/self/mem")
-    with pytest.raises(
-        UserError, match=r"cannot read .*t/1\.tar: Input/output error; is the disk there\?"
-    ):
+    with pytest.raises(UserError, match=r"cannot read .*t/1\.tar: Input/output error; is the disk there\?"):
         open_source(str(tmp_path / "t"), damaged=True)
 
 
