@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -21,6 +22,11 @@ hypothesis.settings.load_profile("repeatable")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: the real kernels, on the CPU
+
+
+# A shell's background job ignores interrupts, and so would the commands that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
