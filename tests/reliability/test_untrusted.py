@@ -63,7 +63,7 @@ BOMB = "\n".join(
         ('!!python/object/apply:os.mkdir ["HERE"]', ["not YAML", "python/object"]),
         ('seed: !!python/object/new:os.mkdir ["HERE"]', ["not YAML", "python/object"]),
         ("seed: " + "9" * 5000, ["not YAML", "digits"]),
-        ("seed: 2001-13-41", ["not YAML", "month"]),
+        ("seed: 2001-13-41", ["seed", "integer"]),
         ("a\x00b: 1", ["not YAML"]),
         ("x: " + "a" * (LONGEST + 1), ["bytes", "at most"]),
         ("? [1, 2]\n: 3", ["not YAML"]),
@@ -71,7 +71,7 @@ BOMB = "\n".join(
         ("base: [c.yaml]", ["base must be the path of another recipe"]),
         ("base: c.yaml", ["circle"]),
         ("base: /", ["no configuration file at /"]),
-        ("student: {name: {a: b}}", ["student.name", "string"]),
+        ("student: {name: {a: b}}", ["student.name", "not as text"]),
         ("optim: {lr: 1e999}", ["optim.lr", "finite"]),
     ],
 )
