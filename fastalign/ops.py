@@ -54,7 +54,7 @@ def _check_devices(**tensors: Tensor | None) -> None:
         raise ValueError(f"all arguments must be on one device, got {places}")
 
 
-def check_masks(visible: Tensor, images: int, patches: int | None = None) -> None:
+def _check_masks(visible: Tensor, images: int, patches: int | None = None) -> None:
     """Refuse masks that are not bool [B, M, N] of so many images and patches."""
     right = visible.dtype == torch.bool and visible.dim() == 3 and visible.shape[0] == images
     right = right and patches in (None, visible.shape[2])
@@ -80,7 +80,7 @@ def mask_tokens(
     """The first block's input for M masked copies of each image: see `reference.mask_tokens`."""
     _check(patches.dim() == 3 and patches.is_floating_point(), "patches", "floating point [B, N, D]", patches)
     images, count, width = patches.shape
-    check_masks(visible, images, count)
+    _check_masks(visible, images, count)
     _check(hidden.shape == (width,), "hidden", f"[D = {width}]", hidden)
     _check_rows(prefix, position, count, width)
     _check_devices(patches=patches, hidden=hidden, visible=visible, prefix=prefix, position=position)
@@ -92,7 +92,7 @@ def expand_masked(tokens: Tensor, visible: Tensor, position: Tensor) -> Tensor:
     """The decoder's input: see `reference.expand_masked`."""
     _check(tokens.dim() == 3 and tokens.is_floating_point(), "tokens", "floating point [B, T, D]", tokens)
     images, count, width = tokens.shape
-    check_masks(visible, images)
+    _check_masks(visible, images)
     _check(visible.shape[2] <= count, "visible", f"[B, M, N] with N <= T = {count}", visible)
     _check(position.shape == (1, count, width), "position", f"[1, T = {count}, D = {width}]", position)
     _check_devices(tokens=tokens, visible=visible, position=position)
@@ -109,7 +109,7 @@ def pack_masks(visible: Tensor, prefix: int, length: int | None = None) -> Packi
         length: rows; default the tokens present, rounded up to one of sixteen lengths so that shapes stay few,
             which waits for a GPU. A length that is too small is an error, on a GPU an asynchronous one.
     """
-    check_masks(visible, len(visible))
+    _check_masks(visible, len(visible))
     if length is None:
         length = packed_length(
             int(visible.sum()) + visible.shape[0] * visible.shape[1] * prefix, visible, prefix

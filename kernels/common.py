@@ -79,11 +79,6 @@ def with_unit_stride(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def as_rows(tensor: Tensor) -> Tensor:
-    """[..., D] -> [R, D], copied only where it must be."""
-    return with_unit_stride(tensor.reshape(-1, tensor.shape[-1]))
-
-
 def architecture() -> int:
     """80, 90, 100...: the current GPU's compute capability, for tables of tiles. The interpreter is like a 90."""
     return 90 if INTERPRETED else _architecture(triton.runtime.driver.active.get_current_device())
