@@ -2,7 +2,8 @@
 
 Every variant differs from the demo's recipe (configs/demo.yaml) in the keys of `VARIANTS`, trains half as long by
 `fastalign.train`, and is probed as `demo.evidence` probes, on the **validation** split, because what is chosen here
-are defaults; the test split is not read. The cost is counted by formula (`fastalign.flops`), operations an image of a
+are defaults; the test split is not read. The cost is counted by formula (`fastalign.method.flops`), operations an
+image of a
 training step, forward and backward. Writes `benchmarks/results/ablation.json` and the table, `ablation.md`, beside
 it; trials that are finished are found again in their folder.
 """
@@ -17,13 +18,13 @@ import torch
 
 from benchmarks import record
 from demo.trials import CORES, Trial, run_trials, score
-from fastalign.build import build_objective
 from fastalign.config import load_config
-from fastalign.engine.metrics import mean_and_spread
-from fastalign.errors import UserError
-from fastalign.flops import flops_per_image
+from fastalign.method.flops import flops_per_image
 from fastalign.probe.results import percent
-from fastalign.ranks.command import guarded
+from fastalign.training.build import build_objective
+from fastalign.training.command import guarded
+from fastalign.training.metrics import mean_and_spread
+from fastalign.utils.errors import UserError
 
 RECIPE = "configs/demo.yaml"
 LENGTH = ("optim.epochs=1",)

@@ -2,7 +2,7 @@
 
 The lengths, head widths, caps and layouts of vision transformers; how is in `benchmarks.compare`. In capped cases
 `UNCAPPED` are timed too, without the cap: what the cap may cost. On a GPU it also writes the table by which `auto`
-chooses on this architecture, `fastalign/attention/table.json`; ``--table`` writes it anew from
+chooses on this architecture, `fastalign/ops/attention/table.json`; ``--table`` writes it anew from
 `benchmarks/results/attention.json`, which needs no GPU.
 """
 
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from benchmarks import compare, record
 from benchmarks.cases import TINY_CASES, Built, Case, attention_case
-from fastalign.attention import BACKENDS, Sequences, choice
-from fastalign.attention import Case as Call
+from fastalign.ops.attention import BACKENDS, Sequences, choice
+from fastalign.ops.attention import Case as Call
 
 TOKENS = 49_152
 """Of a batch: 256 sequences of 192."""
@@ -66,7 +66,7 @@ def _run(
 
 def _flex(built: Built) -> Callable:
     """FlexAttention of packed sequences; its mask exists already, as in a model, which makes one for all layers."""
-    from fastalign.attention import flex  # loads Inductor
+    from fastalign.ops.attention import flex  # loads Inductor
 
     mask = flex.block_mask(built.inputs["cu_seqlens"], len(built.inputs["q"]))
     return lambda q, k, v, softcap, **_: flex.masked(q, k, v, softcap, mask)

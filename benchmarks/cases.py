@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastalign import reference
 from fastalign.kernels.expand_masked import expand_masked
 from fastalign.kernels.mask_tokens import mask_tokens
 from fastalign.kernels.pack import pack
 from fastalign.kernels.reconstruction_loss import reconstruction_loss
 from fastalign.kernels.softcap_attention import softcap_attention
 from fastalign.kernels.unpack import unpack
+from fastalign.ops import reference
 
 MODELS = {
     "B/16-224": {"batch": 256, "patches": 196, "prefix": 1, "width": 768, "heads": 12},

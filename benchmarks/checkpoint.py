@@ -18,10 +18,10 @@ import torch
 
 from benchmarks import record
 from fastalign.config import Config
-from fastalign.ranks.distributed import World
-from fastalign.run import Run
-from fastalign.saving import finish, save
 from fastalign.train import update
+from fastalign.training.distributed import World
+from fastalign.training.run import Run
+from fastalign.training.saving import finish, save
 
 DEMO = {"img_size": 48, "patch_size": 8, "embed_dim": 64, "depth": 10, "num_heads": 4}
 MODELS = {

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import record
+from fastalign.backbones.zoo import create_backbone
 from fastalign.export import export
 from fastalign.export.targets import TARGETS
-from fastalign.models.zoo import create_backbone
 
 BACKBONES = [
     "vit_base_patch16_clip_quickgelu_224.openai",

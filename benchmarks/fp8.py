@@ -16,10 +16,10 @@ from torch import Tensor
 
 import fastalign as fa
 from benchmarks import record
-from fastalign.build import build_backbones, evaluation_loader
+from fastalign.backbones.vit import ViT
 from fastalign.config import load_config
-from fastalign.models.vit import ViT
-from fastalign.ranks.distributed import World
+from fastalign.training.build import build_backbones, evaluation_loader
+from fastalign.training.distributed import World
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "configs" / "demo.yaml"

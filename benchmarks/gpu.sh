@@ -32,7 +32,7 @@ finish() {
   jobs -p | xargs -r kill 2>/dev/null
   wait
   { echo; "$PY" -m benchmarks.summary; } >"$LOGS/table.txt" 2>&1
-  cp benchmarks/results/*.json fastalign/attention/table.json "$LOGS" 2>/dev/null
+  cp benchmarks/results/*.json fastalign/ops/attention/table.json "$LOGS" 2>/dev/null
   [ $PART = tiny ] && rm -f "$LOGS"/*.json
   tar czf "$OUT/gpu.tgz" -C "$LOGS" .
   cat "$LOGS/table.txt"
@@ -84,7 +84,7 @@ prepare() {
   # An extension that was built elsewhere is used where it loads: its ABI is torch's stable one.
   "$PY" -c "
 import torch
-from fastalign import extension
+from fastalign.ops import extension
 raise SystemExit(not extension.available(torch.device('cuda' if torch.cuda.is_available() else 'cpu')))" 2>/dev/null ||
     step extension 120 "$PY" setup.py -q build_ext --inplace
   step doctor 30 "$PY" -m fastalign.doctor
@@ -92,12 +92,12 @@ raise SystemExit(not extension.available(torch.device('cuda' if torch.cuda.is_av
 
 first() {
   if [ $PART = tiny ]; then
-    tests tests 60 tests/test_random.py
+    tests tests 60 tests/utils/test_random.py
     measure warm 60 step --warm
   else
     # Inductor's disk cache fills while the tests run; nothing is timed meanwhile.
-    tests tests 130 tests/kernels tests/test_ops.py tests/test_drop.py tests/test_attention.py \
-      tests/test_extension.py tests/test_gpu.py -k "not without_a_gpu" &
+    tests tests 130 tests/kernels tests/ops/test_ops.py tests/method/test_drop.py tests/ops/test_attention.py \
+      tests/ops/test_extension.py tests/test_gpu.py -k "not without_a_gpu" &
     measure warm-b 130 step --warm --only B/16-224 &
     measure warm-l 130 step --warm --only L/14-336 &
     wait

@@ -16,7 +16,7 @@ import torch
 
 import fastalign as fa
 from benchmarks import record
-from fastalign import extension
+from fastalign.ops import extension
 
 KINDS = {"uniform": fa.UniformMasks(), "bernoulli": fa.BernoulliMasks(), "blockwise": fa.BlockwiseMasks()}
 IMAGES, GRID, PREFIX = 256, (14, 14), 1

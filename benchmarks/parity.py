@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import record
-from fastalign.models.zoo import MOCO, create_backbone, from_timm
+from fastalign.backbones.zoo import MOCO, create_backbone, from_timm
 
 BACKBONES = [
     "vit_tiny_patch16_224.augreg_in21k_ft_in1k",

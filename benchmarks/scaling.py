@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import record
 from benchmarks.step_bench import BACKBONES, SMALL, TINY_KWARGS, WARM_UP, Row, StepBench, timed
-from fastalign.ranks import distributed
+from fastalign.training import distributed
 
 STEPS = 20
 

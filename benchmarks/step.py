@@ -3,7 +3,8 @@
 Forward, backward and AdamW on random images, in bf16 autocast with fp32 trained weights and bf16 frozen ones: our
 step in mode zero and drop, and zero with an FP8 teacher, against `benchmarks.baseline`, compiled and eager. All rows
 of one backbone and soft-cap run in one process with one batch, in rounds of alternating order. Images a second, model
-FLOPs utilization by `fastalign.flops`, peak memory. `benchmarks/results/step.json` is written after each round.
+FLOPs utilization by `fastalign.method.flops`, peak memory. `benchmarks/results/step.json` is written after each
+round.
 
 ``--missing`` measures only rows that have no figure of this GPU yet; ``--warm`` compiles each row's graphs with one
 step, for Inductor's disk cache, and measures nothing. Exit code 1 if a row fails.

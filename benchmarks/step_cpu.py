@@ -7,8 +7,8 @@ import torch
 
 from benchmarks import record
 from benchmarks.step_bench import KEY, PRECISIONS, TINY_KWARGS, Row, measure
-from fastalign.engine.memory import keep_freed_memory
-from fastalign.models.precision import compute_dtype
+from fastalign.backbones.precision import compute_dtype
+from fastalign.training.memory import keep_freed_memory
 
 ROWS = [
     *(Row("S/16-224", "baseline", 30.0, "eager", precision) for precision in PRECISIONS),

@@ -1,7 +1,7 @@
 // What the CPU and the CUDA code share: the parameters of a draw, the arithmetic of a rectangle, the entry points.
 //
 // Shapes as in Python: B images, M masks an image, N patches, P prefix tokens, T = P + N, L rows of the packed row.
-// `fastalign/masks.py` is the definition; everything here gives its bits.
+// `fastalign/method/masks.py` is the definition; everything here gives its bits.
 #pragma once
 
 #include <algorithm>
@@ -45,7 +45,7 @@ inline void require(bool condition, const std::string& message) {
   if (!condition) throw std::runtime_error(message);
 }
 
-// The parameters of a draw, in the arithmetic of fastalign/masks.py. seed: the bits of the unsigned one.
+// The parameters of a draw, in the arithmetic of fastalign/method/masks.py. seed: the bits of the unsigned one.
 inline Draw make_draw(int64_t rows, int64_t columns, int64_t kind, double ratio, int64_t seed, int64_t epoch,
                       bool complement, bool full) {
   constexpr int64_t LIMIT = std::numeric_limits<int32_t>::max() / 4;  // M * N + 1 must fit too

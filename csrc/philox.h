@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon et al., SC 2011), the generator of fastalign/random.py, for host and device.
+// Philox4x32-10 (Salmon et al., SC 2011), the generator of fastalign/utils/random.py, for host and device.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace fastalign {
 
-constexpr uint32_t MASKS_STREAM = 1;  // Stream.MASKS of fastalign/random.py
+constexpr uint32_t MASKS_STREAM = 1;  // Stream.MASKS of fastalign/utils/random.py
 
 // LANES counters side by side, word by word: a compiler turns the inner loop into vector instructions.
 template <int LANES>

@@ -17,10 +17,10 @@ from rich.table import Table
 from demo.trials import CORES, Trial, pictures, run_trials, score
 from fastalign import __version__
 from fastalign.config import load_config
-from fastalign.engine.files import write_atomically
-from fastalign.errors import UserError
-from fastalign.labelled.datasets import open_labelled
+from fastalign.evaluation.datasets import open_labelled
 from fastalign.probe.results import percent, summarise, write_results
+from fastalign.utils.errors import UserError
+from fastalign.utils.files import write_atomically
 
 RECIPE = "configs/demo.yaml"
 SEEDS = (0, 1, 2)

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
 
 PHOTOS = {
     "astronaut": ("skimage", "data/astronaut.png"),

@@ -16,8 +16,8 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
-from fastalign.engine.metrics import read_metrics, series
-from fastalign.errors import UserError
+from fastalign.training.metrics import read_metrics, series
+from fastalign.utils.errors import UserError
 
 
 def _median(lines: list[dict], key: str) -> float | None:

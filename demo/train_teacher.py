@@ -23,8 +23,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastalign.engine.files import write_tensors
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
+from fastalign.utils.files import write_tensors
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 48, "patch_size": 8, "embed_dim": 64, "depth": 10, "num_heads": 4, "num_classes": 10}

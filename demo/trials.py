@@ -22,18 +22,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastalign import build
+from fastalign.backbones.zoo import load_backbone
 from fastalign.config import Config, load_config
-from fastalign.engine.files import write_atomically
-from fastalign.engine.metrics import mean_and_spread
-from fastalign.errors import UserError
-from fastalign.labelled.datasets import open_labelled
-from fastalign.models.zoo import load_backbone
+from fastalign.evaluation.datasets import open_labelled
 from fastalign.probe.features import Probed, probed_backbone
 from fastalign.probe.fit import Recipe
 from fastalign.probe.run import Plan, probe
-from fastalign.ranks.distributed import World
 from fastalign.train import train
+from fastalign.training import build
+from fastalign.training.distributed import World
+from fastalign.training.metrics import mean_and_spread
+from fastalign.utils.errors import UserError
+from fastalign.utils.files import write_atomically
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

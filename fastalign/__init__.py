@@ -3,17 +3,18 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastalign import kernels, masks, ops
-from fastalign.accelerate import accelerate, accelerated
-from fastalign.errors import UserError
-from fastalign.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
-from fastalign.models.student import MaskEmbedStudent, MIMStudent
-from fastalign.models.teacher import MaskedTeacher
-from fastalign.objectives import MaskedImageModeling, MaskEmbed
-from fastalign.paths import place_caches
+from fastalign import kernels, ops
+from fastalign.backbones.accelerate import accelerate, accelerated
+from fastalign.method import masks
+from fastalign.method.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
+from fastalign.method.objectives import MaskedImageModeling, MaskEmbed
+from fastalign.method.student import MaskEmbedStudent, MIMStudent
+from fastalign.method.teacher import MaskedTeacher
+from fastalign.utils.errors import UserError
+from fastalign.utils.paths import place_caches
 
 if TYPE_CHECKING:
-    from fastalign.models.zoo import create_backbone, load_backbone, transform
+    from fastalign.backbones.zoo import create_backbone, load_backbone, transform
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,7 +42,7 @@ def __getattr__(name: str):
     """The names of `zoo`, which imports timm: that takes longer than all the rest, and `--help` needs no model."""
     if name not in __all__:
         raise AttributeError(f"module 'fastalign' has no attribute {name!r}")
-    from fastalign.models import zoo
+    from fastalign.backbones import zoo
 
     return getattr(zoo, name)
 

@@ -15,12 +15,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 from typing_extensions import TypedDict  # typing's own is refused by pydantic before Python 3.12
 
-from fastalign.engine import sections
-from fastalign.engine.changes import Kind
-from fastalign.engine.sections import Section, to_yaml
-from fastalign.engine.yaml_files import read_with_bases
-from fastalign.models.svit import check_recipe
-from fastalign.paths import UserPath
+from fastalign.backbones.svit import check_recipe
+from fastalign.utils import sections
+from fastalign.utils.changes import Kind
+from fastalign.utils.paths import UserPath
+from fastalign.utils.sections import Section, to_yaml
+from fastalign.utils.yaml_files import read_with_bases
 
 __all__ = ["Config", "keys", "kinds", "load_config", "resolve", "to_yaml"]
 

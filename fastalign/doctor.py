@@ -12,14 +12,15 @@ from importlib.metadata import PackageNotFoundError, distribution, packages_dist
 
 import torch
 
-from fastalign import extension, ops
-from fastalign.attention import BACKENDS, Case, choice, choose
-from fastalign.masks import UniformMasks
-from fastalign.models.precision import autocast, compute_dtype, has_bf16
-from fastalign.models.student import MaskEmbedStudent
-from fastalign.models.teacher import MaskedTeacher
-from fastalign.models.zoo import create_backbone
-from fastalign.objectives import MaskEmbed
+from fastalign import ops
+from fastalign.backbones.precision import autocast, compute_dtype, has_bf16
+from fastalign.backbones.zoo import create_backbone
+from fastalign.method.masks import UniformMasks
+from fastalign.method.objectives import MaskEmbed
+from fastalign.method.student import MaskEmbedStudent
+from fastalign.method.teacher import MaskedTeacher
+from fastalign.ops import extension
+from fastalign.ops.attention import BACKENDS, Case, choice, choose
 
 DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 PARTS = {

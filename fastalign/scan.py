@@ -23,10 +23,10 @@ from fastalign.data.fetch import Fetcher
 from fastalign.data.pipeline import Examiner, load_dali
 from fastalign.data.source import SyntheticSource
 from fastalign.data.sources import open_source
-from fastalign.engine.files import temporary_name, write_atomically
-from fastalign.errors import UserError
-from fastalign.paths import path_argument
-from fastalign.ranks.command import guarded
+from fastalign.training.command import guarded
+from fastalign.utils.errors import UserError
+from fastalign.utils.files import temporary_name, write_atomically
+from fastalign.utils.paths import path_argument
 
 CHUNK = 64
 """Images a task."""

@@ -14,24 +14,24 @@ import torch
 from torch import Tensor
 
 from fastalign.config import Config, load_config, to_yaml
-from fastalign.engine.files import can_be_folder
-from fastalign.engine.memory import keep_freed_memory
-from fastalign.engine.metrics import MetricLog, Speed, Terminal
-from fastalign.engine.optim import learning_rate, seed_update, step_unless
-from fastalign.engine.spikes import Spikes
-from fastalign.errors import UserError
-from fastalign.evaluation import evaluate, measure_target_scale
-from fastalign.faults import bad_validation_samples, look_back, react
-from fastalign.flops import flops_per_image
-from fastalign.labelled.pairs import LabelledImages
-from fastalign.paths import path_argument
+from fastalign.evaluation.pairs import LabelledImages
+from fastalign.method.flops import flops_per_image
 from fastalign.probe.training import contents, due, open_splits, probe_student
-from fastalign.ranks import distributed
-from fastalign.ranks.command import guarded, telling
-from fastalign.ranks.preemption import Preemption, unmark
-from fastalign.ranks.watchdog import Watchdog, patience
-from fastalign.run import Run
-from fastalign.saving import finish, improves, leave, save, save_settings
+from fastalign.training import distributed
+from fastalign.training.command import guarded, telling
+from fastalign.training.faults import bad_validation_samples, look_back, react
+from fastalign.training.memory import keep_freed_memory
+from fastalign.training.metrics import MetricLog, Speed, Terminal
+from fastalign.training.optim import learning_rate, seed_update, step_unless
+from fastalign.training.preemption import Preemption, unmark
+from fastalign.training.run import Run
+from fastalign.training.saving import finish, improves, leave, save, save_settings
+from fastalign.training.spikes import Spikes
+from fastalign.training.validation import evaluate, measure_target_scale
+from fastalign.training.watchdog import Watchdog, patience
+from fastalign.utils.errors import UserError
+from fastalign.utils.files import can_be_folder
+from fastalign.utils.paths import path_argument
 
 Splits = dict[str, LabelledImages]
 

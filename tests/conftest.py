@@ -47,7 +47,7 @@ def _fixed_seed():
 @pytest.fixture(autouse=True)
 def _same_precision(monkeypatch):
     """A CPU with bf16 instructions computes in fp32 too where nothing else is asked for."""
-    monkeypatch.setattr("fastalign.models.precision.NATIVE_BF16", ())
+    monkeypatch.setattr("fastalign.backbones.precision.NATIVE_BF16", ())
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from fastalign.data.pipeline import load_dali
 from fastalign.data.prefetch import Batch
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

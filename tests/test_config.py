@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from fastalign.config import Config, keys, kinds, load_config, to_yaml
-from fastalign.engine.changes import Kind
-from fastalign.errors import UserError
+from fastalign.utils.changes import Kind
+from fastalign.utils.errors import UserError
 
 KEYS = """
 output resume seed max_steps objective

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastalign import doctor, extension, ops
-from fastalign.attention import choice
+from fastalign import doctor, ops
+from fastalign.ops import extension
+from fastalign.ops.attention import choice
 
 
 def test_the_report_says_what_is_here(capsys):

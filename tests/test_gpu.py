@@ -12,16 +12,16 @@ import pytest
 import torch
 
 import fastalign as fa
-from fastalign import build
+from fastalign.backbones.precision import FP8_CAPABILITY, FP8Linear
 from fastalign.config import load_config
 from fastalign.data.prefetch import Batch
-from fastalign.models.precision import FP8_CAPABILITY, FP8Linear
 from fastalign.probe.features import Features
 from fastalign.probe.fit import Recipe, Task, evaluate, fit
 from fastalign.probe.heads import TokenShape, make_head
-from fastalign.ranks.distributed import World
-from fastalign.run import Run
 from fastalign.train import update
+from fastalign.training import build
+from fastalign.training.distributed import World
+from fastalign.training.run import Run
 from tests.numerics import DEVICE, gradient_error, randomise, relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastalign.build import build_objective
+from fastalign.backbones.zoo import create_backbone
 from fastalign.config import Config, load_config
-from fastalign.engine.optim import adamw
-from fastalign.flops import flops_per_image
-from fastalign.models.zoo import create_backbone
-from fastalign.objectives import MaskedImageModeling, MaskEmbed
+from fastalign.method.flops import flops_per_image
+from fastalign.method.objectives import MaskedImageModeling, MaskEmbed
+from fastalign.training.build import build_objective
+from fastalign.training.optim import adamw
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

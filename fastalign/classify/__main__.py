@@ -11,15 +11,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastalign.build import named_backbone
 from fastalign.classify.evaluate import REPORT, classify
 from fastalign.classify.options import HEADS, Options
 from fastalign.classify.scores import FIGURES
-from fastalign.engine.memory import keep_freed_memory
-from fastalign.errors import UserError
-from fastalign.paths import path_argument
-from fastalign.ranks import distributed
-from fastalign.ranks.command import guarded
+from fastalign.training import distributed
+from fastalign.training.build import named_backbone
+from fastalign.training.command import guarded
+from fastalign.training.memory import keep_freed_memory
+from fastalign.utils.errors import UserError
+from fastalign.utils.paths import path_argument
 
 _TITLES = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class", "loss": "loss"}
 

@@ -12,18 +12,18 @@ import numpy as np
 import torch
 
 from fastalign import __version__
+from fastalign.backbones.vit import ViT
 from fastalign.classify.fit import difference
 from fastalign.classify.heads import reads
 from fastalign.classify.labels import Split, describe, open_splits
 from fastalign.classify.modes import Job, check_batch, train_on_features, train_on_images
 from fastalign.classify.options import Options
 from fastalign.classify.scores import summarise
-from fastalign.engine.checkpoint import checksum
-from fastalign.engine.files import can_be_folder, write_atomically
-from fastalign.errors import UserError
-from fastalign.models.vit import ViT
-from fastalign.ranks.command import telling
-from fastalign.ranks.distributed import World
+from fastalign.training.checkpoint import checksum
+from fastalign.training.command import telling
+from fastalign.training.distributed import World
+from fastalign.utils.errors import UserError
+from fastalign.utils.files import can_be_folder, write_atomically
 
 REPORT = "classify.json"
 

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastalign.backbones.precision import autocast
+from fastalign.backbones.vit import ViT
 from fastalign.classify.heads import represent
 from fastalign.data.loader import Loader
 from fastalign.data.prefetch import Batch
-from fastalign.engine.memory import free_memory
-from fastalign.errors import SharedError
-from fastalign.models.precision import autocast
-from fastalign.models.vit import ViT
-from fastalign.random import permutation
-from fastalign.ranks.distributed import World
+from fastalign.training.distributed import World
+from fastalign.training.memory import free_memory
+from fastalign.utils.errors import SharedError
+from fastalign.utils.random import permutation
 
 _CHUNK = 2**26  # bytes sent between ranks at a time
 

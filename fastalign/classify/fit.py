@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from fastalign.backbones.precision import autocast
 from fastalign.classify.features import FeatureLoader
 from fastalign.classify.model import parameter_groups
 from fastalign.classify.options import Options
 from fastalign.classify.scores import Tally, select
 from fastalign.data.loader import Loader
-from fastalign.engine.checkpoint import Checkpoints
-from fastalign.engine.metrics import MetricLog, Speed
-from fastalign.engine.optim import learning_rate, seed_update
-from fastalign.errors import UserError
-from fastalign.models.precision import autocast
-from fastalign.ranks.distributed import World, on_first_rank
+from fastalign.training.checkpoint import Checkpoints
+from fastalign.training.distributed import World, on_first_rank
+from fastalign.training.metrics import MetricLog, Speed
+from fastalign.training.optim import learning_rate, seed_update
+from fastalign.utils.errors import UserError
 
 _BETAS = (0.9, 0.999)
 _SAY_EVERY = 30.0

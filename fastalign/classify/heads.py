@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastalign.models.blocks import Block
-from fastalign.models.spec import BlockSpec
-from fastalign.models.vit import ViT
+from fastalign.backbones.blocks import Block
+from fastalign.backbones.spec import BlockSpec
+from fastalign.backbones.vit import ViT
 
 _HEAD_WIDTH = 64
 _BLOCKS = 2

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastalign.data.sources import Source, open_source
-from fastalign.errors import UserError
-from fastalign.paths import user_path
-from fastalign.ranks.distributed import World
+from fastalign.training.distributed import World
+from fastalign.utils.errors import UserError
+from fastalign.utils.paths import user_path
 
 _NAMED_AT_MOST = 3
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastalign.build import image_constants
+from fastalign.backbones.precision import compute_dtype
+from fastalign.backbones.vit import ViT
 from fastalign.classify.features import FeatureLoader, extract, fits
 from fastalign.classify.fit import Fit, Task
 from fastalign.classify.heads import LinearHead, make_head
@@ -17,10 +18,9 @@ from fastalign.classify.model import Classifier, reading_copy
 from fastalign.classify.options import Options
 from fastalign.data.loader import Loader
 from fastalign.data.transforms import Transform
-from fastalign.errors import UserError
-from fastalign.models.precision import compute_dtype
-from fastalign.models.vit import ViT
-from fastalign.ranks.distributed import World
+from fastalign.training.build import image_constants
+from fastalign.training.distributed import World
+from fastalign.utils.errors import UserError
 
 _READ_AT_ONCE = 256
 """Images a rank and pass, where features are computed once."""

@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict, dataclass, fields, replace
 
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
 
 HEADS = ("linear", "attention", "transformer")
 _FROZEN_LINEAR = {"epochs": 50, "lr": 1e-3, "warmup_epochs": 0, "weight_decay": 0.01}

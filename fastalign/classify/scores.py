@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastalign.engine.metrics import mean_and_spread
-from fastalign.ranks.distributed import World
+from fastalign.training.distributed import World
+from fastalign.training.metrics import mean_and_spread
 
 FIGURES = ("top1", "top5", "mean_per_class", "loss")
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from fastalign.compat import shims
-from fastalign.errors import UserError
-from fastalign.paths import user_path
+from fastalign.utils.errors import UserError
+from fastalign.utils.paths import user_path
 
 NAME = "locality_alignment"
 USAGE = "usage: python -m fastalign.compat run SCRIPT [arguments of the script]"

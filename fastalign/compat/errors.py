@@ -1,6 +1,6 @@
 """Bad input to the authors' names: the exceptions that their callers know, and one line under `run`."""
 
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
 
 
 class ArgumentError(UserError, ValueError):

@@ -9,9 +9,9 @@ from typing import Any
 from fastalign.compat.reference_models import backbones
 from fastalign.compat.reference_options import FINETUNE, MIM_DEFAULTS, NOT_MIM, NULLABLE, OPTIONS
 from fastalign.config import Config, resolve
-from fastalign.engine.yaml_files import read_yaml
-from fastalign.errors import UserError
-from fastalign.paths import user_path
+from fastalign.utils.errors import UserError
+from fastalign.utils.paths import user_path
+from fastalign.utils.yaml_files import read_yaml
 
 AUTHORS_WORLD = 4
 """GPUs of the authors' own command, with which each of their files comes to 1024 images an update."""

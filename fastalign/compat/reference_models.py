@@ -4,9 +4,9 @@ from pathlib import Path
 
 import timm
 
-from fastalign.errors import UserError
-from fastalign.models.svit import uncapped
-from fastalign.models.zoo import MOCO
+from fastalign.backbones.svit import uncapped
+from fastalign.backbones.zoo import MOCO
+from fastalign.utils.errors import UserError
 
 
 def backbones(v: dict, notes: list[str]) -> tuple[dict, dict]:

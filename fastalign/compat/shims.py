@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
 
 
 def install() -> None:

@@ -19,7 +19,7 @@ from fastalign.data.randaugment import (
     rand_augment,
 )
 from fastalign.data.transforms import Transform
-from fastalign.random import Stream, random_uniform, random_words
+from fastalign.utils.random import Stream, random_uniform, random_words
 
 _JITTER_DRAWS = 4
 _ORDERS = list(itertools.permutations(range(3)))

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fastalign.data.source import Source
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
 
 ALWAYS_ALLOWED = 10
 """So many bad samples never stop a run (unless the limit is 0): a share of a few images says nothing."""

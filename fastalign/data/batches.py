@@ -9,7 +9,7 @@ from torch import Tensor
 from fastalign.data.fetch import Fetched, Fetcher
 from fastalign.data.pipeline import DecodeError, Decoder, Examiner
 from fastalign.data.transforms import Geometry, Transform, geometry
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
 
 _NAMED_AT_MOST = 5
 

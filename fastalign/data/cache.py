@@ -14,8 +14,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fastalign.engine.files import write_atomically
-from fastalign.paths import home_folder
+from fastalign.utils.files import write_atomically
+from fastalign.utils.paths import home_folder
 
 _FORMAT = "fastalign-index-2"
 """Another number for other content: a list that an earlier version made is then made anew."""

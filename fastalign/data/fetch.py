@@ -14,7 +14,7 @@ import numpy as np
 from fastalign.data.bad_samples import BadSample, BadSamples
 from fastalign.data.headers import inspect
 from fastalign.data.source import Source, Unreadable
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
 
 IN_A_ROW = 100
 """So many bad samples one after the other are no accident."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fastalign.data.cache import load_index, one_scanner, save_index
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MAX_IMAGE_BYTES = 256 * 1024 * 1024

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from fastalign.data.tars import Damaged, members
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
 
 _LONGEST = 4096
 

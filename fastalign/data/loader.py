@@ -20,8 +20,8 @@ from fastalign.data.fetch import Fetched, Fetcher, refuse_rows
 from fastalign.data.prefetch import Batch, Prefetcher
 from fastalign.data.sources import Source, SyntheticSource
 from fastalign.data.transforms import Transform, normalize, reflect
-from fastalign.errors import UserError
-from fastalign.random import EVAL_EPOCH, permutation
+from fastalign.utils.errors import UserError
+from fastalign.utils.random import EVAL_EPOCH, permutation
 
 _READ_AHEAD = 2
 

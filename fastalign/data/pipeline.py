@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastalign.data.headers import MAX_PIXELS, without_exif
 from fastalign.data.transforms import BICUBIC, BILINEAR, Geometry
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
 
 
 class DecodeError(Exception):

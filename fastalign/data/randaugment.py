@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
 
 DRAWS_PER_LAYER = 6
 _MAX_LEVEL = 10.0

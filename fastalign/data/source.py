@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.errors import UserError
-from fastalign.random import Stream, random_uniform
+from fastalign.utils.errors import UserError
+from fastalign.utils.random import Stream, random_uniform
 
 SYNTHETIC_LENGTH = 50_000
 _SAMPLED = 8

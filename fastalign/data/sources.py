@@ -23,8 +23,8 @@ from fastalign.data.index import (
 from fastalign.data.label_files import class_of, read_classes, read_table
 from fastalign.data.source import SYNTHETIC_LENGTH, Source, SyntheticSource, Unreadable
 from fastalign.data.tars import expand_shards, index_tars, is_tar
-from fastalign.errors import UserError
-from fastalign.paths import user_path
+from fastalign.utils.errors import UserError
+from fastalign.utils.paths import user_path
 
 _OPEN_SHARDS = 256
 _LOOKED_FOR = " ".join(IMAGE_EXTENSIONS)

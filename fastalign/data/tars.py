@@ -15,7 +15,7 @@ import numpy as np
 
 from fastalign.data.cache import load_index, one_scanner, save_index
 from fastalign.data.index import SETTLE_NS, Names, is_image
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
 
 _BLOCK = 512
 _MOST_HEADER_BYTES = 1 << 20

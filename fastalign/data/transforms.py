@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastalign.data.randaugment import parse_randaugment
-from fastalign.errors import UserError
-from fastalign.random import Stream, random_uniform
+from fastalign.utils.errors import UserError
+from fastalign.utils.random import Stream, random_uniform
 
 BILINEAR, BICUBIC = 0, 1
 _INTERPOLATIONS = {"bilinear": BILINEAR, "bicubic": BICUBIC}

@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastalign.errors import UserError, first_line
 from fastalign.export.targets import TARGETS
 from fastalign.export.write import export
-from fastalign.paths import path_argument
-from fastalign.ranks.command import guarded
+from fastalign.training.command import guarded
+from fastalign.utils.errors import UserError, first_line
+from fastalign.utils.paths import path_argument
 
 
 def push(folder: Path, name: str) -> None:

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.models.layouts import HF_ACTIVATIONS, HF_CLIP, HF_DINOV2, OPEN_CLIP, Layout, from_timm
-from fastalign.models.spec import ViTSpec
-from fastalign.models.vit import ViT
+from fastalign.backbones.layouts import HF_ACTIVATIONS, HF_CLIP, HF_DINOV2, OPEN_CLIP, Layout, from_timm
+from fastalign.backbones.spec import ViTSpec
+from fastalign.backbones.vit import ViT
 
 PLAIN = {
     "channels": 3,

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastalign.backbones.blocks import MLP
+from fastalign.backbones.spec import BlockSpec
+from fastalign.backbones.vit import ViT
 from fastalign.config import Config
-from fastalign.errors import UserError
-from fastalign.models.blocks import MLP
-from fastalign.models.decoder import MaskEmbedDecoder, decoder_block_spec
-from fastalign.models.spec import BlockSpec
-from fastalign.models.vit import ViT
+from fastalign.method.decoder import MaskEmbedDecoder, decoder_block_spec
+from fastalign.utils.errors import UserError
 
 WEIGHTS = "decoder.safetensors"
 

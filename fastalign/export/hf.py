@@ -36,8 +36,8 @@ from transformers.conversion_mapping import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
-from fastalign.attention import attention
-from fastalign.errors import UserError
+from fastalign.ops.attention import attention
+from fastalign.utils.errors import UserError
 
 SOFTCAP = "fastalign_softcap"
 """The name of our attention in transformers' registry."""

@@ -11,10 +11,10 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
+from fastalign.backbones.vit import ViT
 from fastalign.data.source import SyntheticSource
 from fastalign.data.sources import open_source
-from fastalign.errors import UserError
-from fastalign.models.vit import ViT
+from fastalign.utils.errors import UserError
 
 PARITY = 1e-4
 """The largest relative error that an export may have: no weight that went astray stays below it."""

@@ -9,11 +9,11 @@ import timm
 import torch
 from torch import Tensor
 
+from fastalign.backbones.vit import ViT
+from fastalign.backbones.zoo import MOCO, load_backbone
 from fastalign.config import Config, load_config
-from fastalign.errors import UserError, first_line
 from fastalign.export import decoder
-from fastalign.models.vit import ViT
-from fastalign.models.zoo import MOCO, load_backbone
+from fastalign.utils.errors import UserError, first_line
 
 MOCO_LICENCE = "cc-by-nc-4.0"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fastalign.backbones.spec import ViTSpec
 from fastalign.export.source import Run
-from fastalign.models.spec import ViTSpec
 
 Tokens = Callable[[Tensor], Tensor]
 """From images to our features: every token, prefix first."""

@@ -2,12 +2,12 @@
 
 from importlib.util import find_spec
 
-from fastalign.errors import UserError
 from fastalign.export.source import Run
 from fastalign.export.target import Target
 from fastalign.export.to_open_clip import OpenClip
 from fastalign.export.to_timm import Prismatic, Timm
 from fastalign.export.to_transformers import Clip, Dinov2, Siglip
+from fastalign.utils.errors import UserError
 
 TARGETS: dict[str, Target] = {
     "timm": Timm(),

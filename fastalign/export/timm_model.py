@@ -2,15 +2,15 @@
 
 Import it before ``timm.create_model("local-dir:FOLDER", pretrained=True)`` of a folder that
 ``python -m fastalign.export --to timm`` (or prismatic) wrote with a cap: its architecture is `fastalign_softcap`,
-timm's own after `fastalign.accelerate`. Without the import timm refuses it, as a model it does not know, instead of
-dropping the cap in silence.
+timm's own after `fastalign.backbones.accelerate`. Without the import timm refuses it,
+as a model it does not know, instead of dropping the cap in silence.
 """
 
 import timm
 from timm.models import register_model
 from torch import nn
 
-from fastalign.accelerate import accelerate
+from fastalign.backbones.accelerate import accelerate
 
 ARCHITECTURE = "fastalign_softcap"
 

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastalign.engine.files import write_tensors
+from fastalign.backbones.spec import ViTSpec
+from fastalign.backbones.vit import ViT
 from fastalign.export import convert
 from fastalign.export.source import Run
 from fastalign.export.target import Target, Tokens
-from fastalign.models.spec import ViTSpec
-from fastalign.models.vit import ViT
+from fastalign.utils.files import write_tensors
 
 NO_TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 """The smallest text tower: open_clip builds no vision tower without one."""

@@ -7,11 +7,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fastalign.engine.files import write_tensors
+from fastalign.backbones.spec import ViTSpec
 from fastalign.export.source import Run
 from fastalign.export.target import Target, Tokens
 from fastalign.export.timm_model import ARCHITECTURE
-from fastalign.models.spec import ViTSpec
+from fastalign.utils.files import write_tensors
 
 
 class Timm(Target):

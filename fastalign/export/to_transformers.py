@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.engine.files import write_tensors
+from fastalign.backbones.spec import ViTSpec
+from fastalign.backbones.vit import ViT
 from fastalign.export import convert
 from fastalign.export.source import Run
 from fastalign.export.target import Target, Tokens
-from fastalign.models.spec import ViTSpec
-from fastalign.models.vit import ViT
+from fastalign.utils.files import write_tensors
 
 
 class Transformers(Target):

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from fastalign import __version__
-from fastalign.engine.files import temporary_name, write_tensors
-from fastalign.engine.yaml_files import merge
-from fastalign.errors import UserError
 from fastalign.export import card, decoder, measure
 from fastalign.export.source import Run, read_run
 from fastalign.export.target import Target
 from fastalign.export.targets import find_target
+from fastalign.utils.errors import UserError
+from fastalign.utils.files import temporary_name, write_tensors
+from fastalign.utils.yaml_files import merge
 
 FACTS = "fastalign.json"
 

@@ -11,20 +11,20 @@ import torch
 from rich.console import Console
 
 from fastalign import __version__
-from fastalign.build import named_backbone, starting_backbone
+from fastalign.backbones.precision import compute_dtype
 from fastalign.config import load_config
-from fastalign.engine.memory import keep_freed_memory
-from fastalign.errors import UserError
-from fastalign.labelled.datasets import open_labelled
-from fastalign.models.precision import compute_dtype
-from fastalign.paths import path_argument
+from fastalign.evaluation.datasets import open_labelled
 from fastalign.probe.features import Probed, probed_backbone
 from fastalign.probe.fit import METRICS, Recipe, check_options
 from fastalign.probe.heads import HEADS, LABELS
 from fastalign.probe.results import check_output, summarise, table_of, write_results
 from fastalign.probe.run import Plan, probe
-from fastalign.ranks import distributed
-from fastalign.ranks.command import guarded
+from fastalign.training import distributed
+from fastalign.training.build import named_backbone, starting_backbone
+from fastalign.training.command import guarded
+from fastalign.training.memory import keep_freed_memory
+from fastalign.utils.errors import UserError
+from fastalign.utils.paths import path_argument
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from fastalign.data.cache import lock
-from fastalign.engine.files import write_atomically
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
+from fastalign.utils.files import write_atomically
 
 _DONE = "complete.json"
 

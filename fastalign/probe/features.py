@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from fastalign import __version__
+from fastalign.backbones.precision import autocast
+from fastalign.backbones.vit import ViT
 from fastalign.data.loader import Loader
 from fastalign.data.transforms import Transform
-from fastalign.engine.checkpoint import checksum
-from fastalign.errors import UserError
-from fastalign.labelled.datasets import LabelledImages
-from fastalign.models.precision import autocast
-from fastalign.models.vit import ViT
+from fastalign.evaluation.datasets import LabelledImages
 from fastalign.probe.cache import Files
 from fastalign.probe.heads import TokenShape
 from fastalign.probe.labels import patch_labels
-from fastalign.ranks.command import telling
-from fastalign.ranks.distributed import World
+from fastalign.training.checkpoint import checksum
+from fastalign.training.command import telling
+from fastalign.training.distributed import World
+from fastalign.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastalign.engine.optim import adamw, learning_rate
-from fastalign.errors import UserError
-from fastalign.models.precision import autocast
+from fastalign.backbones.precision import autocast
 from fastalign.probe.features import Features
 from fastalign.probe.metrics import MultiClassCounts, MultiLabelCounts
+from fastalign.training.optim import adamw, learning_rate
+from fastalign.utils.errors import UserError
 
 METRICS = ("macro_recall", "macro_precision", "macro_f1", "macro_accuracy", "accuracy", "map", "loss")
 _EVALUATION_BATCH = 256

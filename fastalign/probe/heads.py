@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastalign.models.blocks import Block
-from fastalign.models.spec import BlockSpec
+from fastalign.backbones.blocks import Block
+from fastalign.backbones.spec import BlockSpec
 
 HEADS = ("linear", "mlp", "transformer", "latent", "latent-global")
 LABELS = ("union", "majority", "global-union", "global-in-patch")

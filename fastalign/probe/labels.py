@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastalign.labelled.maps import VOID
+from fastalign.evaluation.maps import VOID
 
 
 class PatchLabels(NamedTuple):

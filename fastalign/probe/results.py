@@ -7,10 +7,10 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from fastalign.engine.files import write_atomically
-from fastalign.engine.metrics import mean_and_spread
-from fastalign.errors import UserError
 from fastalign.probe.fit import METRICS
+from fastalign.training.metrics import mean_and_spread
+from fastalign.utils.errors import UserError
+from fastalign.utils.files import write_atomically
 
 GROUP = ("model", "labels", "head", "skip_blocks")
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from fastalign.errors import UserError
-from fastalign.labelled.datasets import LabelledImages
+from fastalign.evaluation.datasets import LabelledImages
 from fastalign.probe.cache import Files, check_room
 from fastalign.probe.features import Features, Probed, feature_files, read_features
 from fastalign.probe.fit import Recipe, Task, check_options, evaluate, fit
 from fastalign.probe.heads import HEADS, LABELS, goes_with, make_head
-from fastalign.ranks.command import telling
-from fastalign.ranks.distributed import World
+from fastalign.training.command import telling
+from fastalign.training.distributed import World
+from fastalign.utils.errors import UserError
 
 
 @dataclass(frozen=True)

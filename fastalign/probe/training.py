@@ -5,15 +5,15 @@ import copy
 import numpy as np
 import torch
 
+from fastalign.backbones.vit import ViT
 from fastalign.config import Config
-from fastalign.errors import UserError
-from fastalign.labelled.datasets import LabelledImages, open_labelled
-from fastalign.models.vit import ViT
+from fastalign.evaluation.datasets import LabelledImages, open_labelled
 from fastalign.probe.features import probed_backbone, read_features
 from fastalign.probe.fit import Recipe, Task, evaluate, fit
 from fastalign.probe.heads import make_head
-from fastalign.ranks.distributed import World, on_first_rank
-from fastalign.run import Run
+from fastalign.training.distributed import World, on_first_rank
+from fastalign.training.run import Run
+from fastalign.utils.errors import UserError
 
 IMAGES = {"train": 2_000, "val": 1_000}
 """At most so many of each split, evenly chosen."""

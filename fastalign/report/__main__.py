@@ -5,14 +5,14 @@ import re
 import sys
 from pathlib import Path
 
-from fastalign.engine.files import write_atomically
-from fastalign.errors import UserError
-from fastalign.paths import path_argument
-from fastalign.ranks.command import guarded
 from fastalign.report.features import Maps, compare
 from fastalign.report.page import page
 from fastalign.report.pictures import Pictures, pick
 from fastalign.report.source import Run, backbones, read_run
+from fastalign.training.command import guarded
+from fastalign.utils.errors import UserError
+from fastalign.utils.files import write_atomically
+from fastalign.utils.paths import path_argument
 
 IMAGES = 6
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.errors import UserError
-from fastalign.models.vit import ViT
+from fastalign.backbones.vit import ViT
+from fastalign.utils.errors import UserError
 
 COMPONENTS = 3
 _RAMP = ((16, 20, 56), (48, 66, 134), (40, 122, 146), (66, 172, 122), (172, 206, 72), (253, 240, 152))

@@ -5,7 +5,6 @@ from pathlib import Path
 from statistics import median
 
 from fastalign.config import to_yaml
-from fastalign.engine.metrics import series
 from fastalign.report.charts import Line, line_chart
 from fastalign.report.features import Maps
 from fastalign.report.pictures import Pictures
@@ -13,6 +12,7 @@ from fastalign.report.probe import ALIGNED, BEFORE, METRICS, Score
 from fastalign.report.probe_section import probe_section, score_text, setting_text
 from fastalign.report.source import Run
 from fastalign.report.tiles import pictures_section
+from fastalign.training.metrics import series
 
 GIB = 2**30
 OBJECTIVES = {"maskembed": "MaskEmbed", "mim": "masked image modeling"}

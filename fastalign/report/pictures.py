@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastalign.backbones.vit import ViT
+from fastalign.backbones.zoo import transform
 from fastalign.data.index import IMAGE_EXTENSIONS
 from fastalign.data.source import Source, SyntheticSource
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform, geometry
-from fastalign.errors import UserError
-from fastalign.models.vit import ViT
-from fastalign.models.zoo import transform
+from fastalign.utils.errors import UserError
 
 SHOWN = 256
 """Pixels of a shown picture's longer side, at least."""

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fastalign.errors import UserError
 from fastalign.report.features import Maps, ramp_colours
 from fastalign.report.page import curves
 from fastalign.report.pictures import Pictures
 from fastalign.report.probe import Probe
 from fastalign.report.probe_section import setting_text
 from fastalign.report.source import Run
+from fastalign.utils.errors import UserError
 
 try:
     from matplotlib.figure import Figure

@@ -5,7 +5,7 @@ from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
 
 BEFORE, ALIGNED = "before", "aligned"
 METRICS = {"macro_recall": "Macro recall", "map": "mAP", "macro_f1": "Macro F1", "accuracy": "Accuracy"}

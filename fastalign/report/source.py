@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastalign.build import starting_backbone
+from fastalign.backbones.vit import ViT
+from fastalign.backbones.zoo import load_backbone
 from fastalign.config import Config, load_config
-from fastalign.engine.metrics import read_metrics
-from fastalign.errors import UserError
-from fastalign.models.vit import ViT
-from fastalign.models.zoo import load_backbone
 from fastalign.report.probe import ALIGNED, BEFORE, Probe, read_probe
+from fastalign.training.build import starting_backbone
+from fastalign.training.metrics import read_metrics
+from fastalign.utils.errors import UserError
 
 
 @dataclass

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import fastalign as fa
 from fastalign.classify import classify
-from fastalign.ranks import distributed
+from fastalign.training import distributed
 from tests.classify.helpers import KWARGS, NAME, QUICK, made, run
 
 

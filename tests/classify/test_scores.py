@@ -9,7 +9,7 @@ from sklearn import metrics
 
 from fastalign.classify.evaluate import alone
 from fastalign.classify.scores import Tally, select, summarise
-from fastalign.engine.metrics import mean_and_spread
+from fastalign.training.metrics import mean_and_spread
 
 
 def test_figures_by_hand():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastalign.compat.locality_alignment.backbones import moco, svit
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
 from tests import truth
 from tests.compat.helpers import ONE, batch, make
 from tests.numerics import relative_error

@@ -13,7 +13,7 @@ from torch import nn
 
 import fastalign.compat.locality_alignment as la
 from fastalign.compat.locality_alignment import model_utils, train_utils
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
 from tests.compat.helpers import ONE, batch, make, student
 from tests.numerics import randomise, relative_error
 

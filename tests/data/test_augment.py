@@ -19,7 +19,7 @@ from fastalign.data.augment import (
 )
 from fastalign.data.randaugment import OPS, RandAugment, apply_op, parse_randaugment, rand_augment
 from fastalign.data.transforms import Transform
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
 from tests.data_helpers import CLIP_MEAN, CLIP_STD, Scripted, photo
 
 FILL = (122, 116, 104)

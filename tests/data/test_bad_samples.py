@@ -19,8 +19,8 @@ from fastalign.data.bad_samples import (
 )
 from fastalign.data.pipeline import DecodeError, Decoder
 from fastalign.data.sources import open_source
-from fastalign.errors import UserError
-from fastalign.random import permutation
+from fastalign.utils.errors import UserError
+from fastalign.utils.random import permutation
 from tests.data.odd_images import SMALL, damaged
 from tests.data_helpers import EVAL, TRAIN, age, batches_of, encode, needs_dali, small_photos, write_folder
 

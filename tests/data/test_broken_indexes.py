@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from fastalign.data import tars
 from fastalign.data.cache import cache_folder, load_index, save_index
 from fastalign.data.sources import open_source
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
 from tests.data_helpers import age, small_photos, write_folder, write_tar
 
 

@@ -15,7 +15,7 @@ from fastalign.data import batches as batches_module
 from fastalign.data.loader import Loader
 from fastalign.data.prefetch import Prefetcher
 from fastalign.data.sources import open_source
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
 from tests.data_helpers import EVAL, TRAIN, has_dali, needs_dali, small_photos, write_folder
 
 

@@ -10,8 +10,8 @@ import torch
 from fastalign.data.loader import Loader
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
-from fastalign.errors import UserError
-from fastalign.random import permutation
+from fastalign.utils.errors import UserError
+from fastalign.utils.random import permutation
 from tests.data_helpers import (
     CLIP_MEAN,
     CLIP_STD,

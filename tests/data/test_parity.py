@@ -9,7 +9,7 @@ from torchvision.transforms import functional as vision
 
 from fastalign.data.pipeline import DecodeError, Decoder, Examiner
 from fastalign.data.transforms import Transform, geometry, normalize, reflect
-from fastalign.random import Stream, random_uniform
+from fastalign.utils.random import Stream, random_uniform
 from tests.data_helpers import CLIP_MEAN, CLIP_STD, Scripted, decode, encode, photo
 
 pytest.importorskip("nvidia.dali.fn")

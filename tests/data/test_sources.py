@@ -12,7 +12,7 @@ import torch
 from fastalign.data import index, sources
 from fastalign.data.index import Names
 from fastalign.data.sources import open_source
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
 from tests.data_helpers import age, count_calls, message, shards, small_photos, write_folder, write_tar
 
 

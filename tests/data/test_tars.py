@@ -16,7 +16,7 @@ from fastalign.data import sources, tars
 from fastalign.data.bad_samples import BadSample, append_to_list, read_quarantine
 from fastalign.data.cache import cache_folder
 from fastalign.data.sources import open_source
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
 from tests.data_helpers import count_calls, message, shards, small_photos, write_tar
 
 

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastalign as fa
-from fastalign import reference
 from fastalign.kernels.expand_masked import expand_masked
 from fastalign.kernels.mask_tokens import backward_op, forward_op, mask_tokens
+from fastalign.ops import reference
 from tests.kernels.helpers import mask, some
 from tests.numerics import DEVICE, check_kernel, randomise
 from tests.truth import blank_pixels

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastalign import reference
 from fastalign.kernels.pack import backward_op, forward_op, pack
 from fastalign.kernels.unpack import backward_op as unpack_backward_op
 from fastalign.kernels.unpack import forward_op as unpack_op
 from fastalign.kernels.unpack import unpack
+from fastalign.ops import reference
 from tests.kernels.helpers import mask, some
 from tests.numerics import DEVICE, check_kernel
 

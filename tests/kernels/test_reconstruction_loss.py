@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from fastalign import reference
 from fastalign.kernels.reconstruction_loss import forward_op, reconstruction_loss, scale_op
-from fastalign.reference import LOSSES
+from fastalign.ops import reference
+from fastalign.ops.reference import LOSSES
 from tests.kernels.helpers import mask, some
 from tests.numerics import DEVICE, check_kernel, needs_compiler
 

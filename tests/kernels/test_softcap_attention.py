@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from fastalign import reference
 from fastalign.kernels.softcap_attention import _head_split, backward_op, forward_op, softcap_attention
+from fastalign.ops import reference
 from tests.kernels.helpers import some
 from tests.numerics import DEVICE, check_kernel, needs_compiler, relative_error
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastalign.models.vit import ViT
+from fastalign.backbones.vit import ViT
 from tests.probe.helpers import CLASSES, COUNTS, scene
 
 

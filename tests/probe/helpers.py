@@ -15,7 +15,7 @@ from fastalign.probe.__main__ import main
 from fastalign.probe.features import Features
 from fastalign.probe.heads import TokenShape
 from fastalign.probe.results import summarise, table_of
-from fastalign.ranks.distributed import World
+from fastalign.training.distributed import World
 
 ROOT = Path(__file__).parents[2]
 NAME = "vit_tiny_patch16_224"

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastalign.build import named_backbone
-from fastalign.labelled.datasets import open_labelled
+from fastalign.evaluation.datasets import open_labelled
 from fastalign.probe import features as features_module
 from fastalign.probe.__main__ import main
 from fastalign.probe.features import feature_files, probed_backbone, read_features
 from fastalign.probe.heads import LABELS
+from fastalign.training.build import named_backbone
 from tests.data_helpers import needs_dali
 from tests.probe.helpers import ALONE, COUNTS, KWARGS, NAME, command, models, refused, results
 

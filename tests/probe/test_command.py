@@ -13,7 +13,7 @@ from PIL import Image
 
 import fastalign as fa
 from fastalign import train
-from fastalign.labelled.datasets import open_labelled
+from fastalign.evaluation.datasets import open_labelled
 from fastalign.probe.__main__ import main
 from fastalign.probe.features import probed_backbone, read_features
 from fastalign.probe.heads import HEADS, LABELS

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from fastalign.errors import UserError
 from fastalign.probe.__main__ import main
 from fastalign.probe.results import check_output, percent, summarise, write_results
+from fastalign.utils.errors import UserError
 from tests.probe.helpers import command, results, row, shown
 
 

@@ -22,15 +22,15 @@ import fastalign as fa
 from fastalign import train
 from fastalign.config import load_config
 from fastalign.data.source import Subset
-from fastalign.engine import metrics
-from fastalign.labelled.datasets import open_labelled
+from fastalign.evaluation.datasets import open_labelled
 from fastalign.probe import fit as fitting
 from fastalign.probe import training
 from fastalign.probe.features import probed_backbone, read_features
 from fastalign.probe.heads import TokenShape, make_head
-from fastalign.ranks.distributed import World
 from fastalign.report import __main__ as report
-from fastalign.run import Run
+from fastalign.training import metrics
+from fastalign.training.distributed import World
+from fastalign.training.run import Run
 
 ROOT = Path(__file__).parents[2]
 MODEL = {"name": "vit_tiny_patch16_224", "weights": "random", "kwargs": {"img_size": 32, "depth": 2}}

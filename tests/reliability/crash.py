@@ -34,7 +34,7 @@ import yaml
 
 import fastalign as fa
 from fastalign import train
-from fastalign.engine.memory import keep_freed_memory
+from fastalign.training.memory import keep_freed_memory
 from tests.data_helpers import small_photos, write_folder
 from tests.numerics import randomise
 

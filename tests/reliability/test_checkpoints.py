@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastalign.engine import checkpoint, files
-from fastalign.engine.checkpoint import Checkpoints, snapshot
-from fastalign.engine.optim import MovingAverage
-from fastalign.errors import UserError
-from fastalign.ranks.distributed import World
+from fastalign.training import checkpoint
+from fastalign.training.checkpoint import Checkpoints, snapshot
+from fastalign.training.distributed import World
+from fastalign.training.optim import MovingAverage
+from fastalign.utils import files
+from fastalign.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -187,8 +188,8 @@ def script(code: str, *arguments) -> subprocess.CompletedProcess:
 CLOSED = """
 import os, sys, torch
 from pathlib import Path
-from fastalign.engine.checkpoint import Checkpoints
-from fastalign.errors import UserError
+from fastalign.training.checkpoint import Checkpoints
+from fastalign.utils.errors import UserError
 folder = Path(sys.argv[1])
 checkpoints = Checkpoints(folder, keep=1)
 if os.getuid() == 0:
@@ -226,8 +227,9 @@ def test_a_folder_that_becomes_read_only(tmp_path):
 KILLED = """
 import json, os, signal, sys, torch
 from pathlib import Path
-from fastalign.engine import checkpoint, files
-from fastalign.engine.checkpoint import Checkpoints
+from fastalign.training import checkpoint
+from fastalign.utils import files
+from fastalign.training.checkpoint import Checkpoints
 save, fsync, die = torch.save, os.fsync, lambda *a: os.kill(os.getpid(), signal.SIGKILL)
 
 class Mortal:

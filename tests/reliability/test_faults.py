@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastalign.engine.metrics import MetricLog
-from fastalign.engine.optim import step_unless
-from fastalign.engine.spikes import Spikes
-from fastalign.objectives import MaskEmbed
-from fastalign.ranks.status import Status
+from fastalign.method.objectives import MaskEmbed
+from fastalign.training.metrics import MetricLog
+from fastalign.training.optim import step_unless
+from fastalign.training.spikes import Spikes
+from fastalign.training.status import Status
 from tests.data_helpers import needs_dali, write_tar
 from tests.run_helpers import losses, metrics
 
@@ -66,7 +66,7 @@ def same(one, other) -> bool:
 def host(request, monkeypatch):
     """When the host reads a status: at once on a CPU, an update later on a GPU."""
     if request.param != "at once":
-        monkeypatch.setattr("fastalign.run.Status", partial(Status, lag=1))
+        monkeypatch.setattr("fastalign.training.run.Status", partial(Status, lag=1))
 
 
 @pytest.mark.parametrize("what", ["nan", "inf", "gradient"])
@@ -151,7 +151,7 @@ def test_a_signal_is_acted_on_an_update_later_where_the_host_reads_later(recipe,
 
 def test_a_long_epoch_is_saved_by_the_clock(recipe, host, monkeypatch):
     whole = recipe("data.val=null", name="whole")
-    monkeypatch.setattr("fastalign.run.MOST_LOST", 0.0)
+    monkeypatch.setattr("fastalign.training.run.MOST_LOST", 0.0)
     folder = recipe("data.val=null", "max_steps=4", "checkpoint.keep=9")
     saved = {int(path.stem[-8:]) for path in (folder / "checkpoints").glob("step-*.pt")}
     assert saved in ({1, 2, 3, 4}, {2, 4})  # at once, or where the host reads later

@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from fastalign import run as runs
-from fastalign.objectives import MaskEmbed
+from fastalign.method.objectives import MaskEmbed
+from fastalign.training import run as runs
 from tests.data_helpers import needs_dali
 from tests.reliability.crash import Ranks, finish, lines_of, losses, write_recipe
 

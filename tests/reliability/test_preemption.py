@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastalign.ranks import distributed
-from fastalign.ranks.command import guarded
-from fastalign.ranks.preemption import MARKER, PREEMPTED, Preempted, Preemption, name_of, preempted, unmark
+from fastalign.training import distributed
+from fastalign.training.command import guarded
+from fastalign.training.preemption import MARKER, PREEMPTED, Preempted, Preemption, name_of, preempted, unmark
 
 ROOT = Path(__file__).parents[2]
 PRELOAD = ["tests.reliability.test_preemption", "tests.reliability.test_watchdog"]
@@ -184,9 +184,9 @@ PROGRAM = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from fastalign.ranks import distributed
-from fastalign.ranks.command import guarded
-from fastalign.ranks.preemption import Preemption, unmark
+from fastalign.training import distributed
+from fastalign.training.command import guarded
+from fastalign.training.preemption import Preemption, unmark
 from tests.reliability.test_preemption import loop
 folder = Path(sys.argv[1])
 def body():

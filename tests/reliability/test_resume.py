@@ -12,7 +12,7 @@ import safetensors
 import torch
 
 from fastalign import MaskEmbed, train
-from fastalign.random import EVAL_EPOCH
+from fastalign.utils.random import EVAL_EPOCH
 from tests.data_helpers import needs_dali
 from tests.reliability.crash import Ranks, finish, lines_of, losses, write_recipe
 

@@ -109,8 +109,8 @@ KILLS = {
     "publish.write_atomically = lambda *a: once(*a) if a[0].suffix == '.safetensors' else die()",
 }
 DIE = """
-from fastalign import publish, saving
-from fastalign.engine import checkpoint
+from fastalign.training import publish, saving
+from fastalign.training import checkpoint
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 """
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import fastalign as fa
 from fastalign.config import keys, resolve
-from fastalign.continuation import changed_settings
-from fastalign.errors import UserError
+from fastalign.training.continuation import changed_settings
+from fastalign.utils.errors import UserError
 from tests.run_helpers import MODEL, losses, weights
 from tests.test_config import FREE
 

@@ -12,9 +12,9 @@ import yaml
 
 from fastalign import train
 from fastalign.config import Config
-from fastalign.errors import UserError
-from fastalign.ranks.distributed import World
-from fastalign.run import sharded
+from fastalign.training.distributed import World
+from fastalign.training.run import sharded
+from fastalign.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -31,9 +31,9 @@ PROGRAM = """
 import sys, yaml
 from pathlib import Path
 from fastalign.config import load_config
-from fastalign.ranks import distributed
-from fastalign.engine.checkpoint import Checkpoints
-from fastalign.errors import SharedError
+from fastalign.training import distributed
+from fastalign.training.checkpoint import Checkpoints
+from fastalign.utils.errors import SharedError
 from fastalign.train import train
 
 world, root = distributed.start(), Path(sys.argv[1])

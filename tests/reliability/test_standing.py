@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from fastalign.ranks.standing import (
+from fastalign.training.standing import (
     BACKWARD,
     COLLECTIVE,
     FREE,

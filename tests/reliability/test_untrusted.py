@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastalign.config import Config, keys, load_config
-from fastalign.engine.yaml_files import LONGEST
-from fastalign.errors import UserError
+from fastalign.utils.errors import UserError
+from fastalign.utils.yaml_files import LONGEST
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,13 +13,13 @@ import time
 import pytest
 import torch
 
-from fastalign.ranks import distributed
-from fastalign.ranks.command import guarded
-from fastalign.ranks.distributed import connection_lost
-from fastalign.ranks.standing import (
+from fastalign.training import distributed
+from fastalign.training.command import guarded
+from fastalign.training.distributed import connection_lost
+from fastalign.training.standing import (
     WAITING,
 )
-from fastalign.ranks.watchdog import BROKEN, Watchdog, patience
+from fastalign.training.watchdog import BROKEN, Watchdog, patience
 from tests.reliability.test_preemption import PRELOAD
 
 TIMEOUT = 2.0

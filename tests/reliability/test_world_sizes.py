@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import fastalign as fa
-from fastalign import objectives
-from fastalign.random import EVAL_EPOCH
-from fastalign.reference import LOSSES
+from fastalign.method import objectives
+from fastalign.ops.reference import LOSSES
+from fastalign.utils.random import EVAL_EPOCH
 from tests.data_helpers import needs_dali
 from tests.numerics import randomise, relative_error
 from tests.reliability.crash import MODEL, finish, losses, write_recipe

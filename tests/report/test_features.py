@@ -9,10 +9,10 @@ import torch
 
 import fastalign as fa
 import fastalign.report
-from fastalign.build import build_objective
 from fastalign.config import load_config
 from fastalign.report import features
 from fastalign.report.source import backbones, read_run
+from fastalign.training.build import build_objective
 from tests.report.helpers import GRID
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastalign.compat.errors import ArgumentError
-from fastalign.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
-from fastalign.random import EVAL_EPOCH
+from fastalign.method.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
+from fastalign.utils.random import EVAL_EPOCH
 
 
 class _Sampler:
@@ -20,7 +20,7 @@ class _Sampler:
         self._drawn = 0
 
     def _distribution(self, **options):
-        """The distribution of `fastalign.masks`."""
+        """The distribution of `fastalign.method.masks`."""
         raise NotImplementedError
 
     def _seeded(self, rows: int, seed: int) -> Tensor | None:

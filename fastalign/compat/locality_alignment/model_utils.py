@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastalign import ops
+from fastalign.backbones.svit import is_cap
+from fastalign.backbones.timm_parts import FAST, FastAttention, FastSelfAttention
 from fastalign.compat.errors import ArgumentError
-from fastalign.models.svit import is_cap
-from fastalign.models.timm_parts import FAST, FastAttention, FastSelfAttention
 
 
 class Attention(FastAttention):
-    """timm's attention module, run by `fastalign.attention`.
+    """timm's attention module, run by `fastalign.ops.attention`.
 
     Args:
         max_attn_val: cap of the logits, ``cap * tanh(logit / cap)``; None = plain attention.
@@ -64,7 +64,7 @@ def softcap_of(model: nn.Module) -> float | None:
 
 
 def use_our_attention(model: nn.Module) -> nn.Module:
-    """Let timm's attention modules compute by `fastalign.attention`. Parameters, keys and objects stay."""
+    """Let timm's attention modules compute by `fastalign.ops.attention`. Parameters, keys and objects stay."""
     for module in model.modules():
         fast = FAST.get(type(module), object)
         if issubclass(fast, FastSelfAttention):

@@ -11,9 +11,9 @@ from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from fastalign.backbones.zoo import MOCO, MOCO_URL, sincos_position
 from fastalign.compat.errors import ArgumentError
-from fastalign.errors import UserError
-from fastalign.models.zoo import MOCO, MOCO_URL, sincos_position
+from fastalign.utils.errors import UserError
 
 
 class VisionTransformerMoCo(VisionTransformer):

@@ -1,0 +1,234 @@
+"""The parts of a vision transformer, written once for every backbone family, with timm's state-dict keys.
+
+Shapes: B images, N patches, P prefix tokens (class, registers), T = P + N tokens, D width, H heads, d head width.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastalign.backbones.spec import BlockSpec, ViTSpec
+from fastalign.ops.attention import Sequences, attention
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "quick_gelu": QuickGELU,
+    "silu": nn.SiLU,
+    "relu": nn.ReLU,
+}
+
+
+def make_norm(spec: BlockSpec, width: int | None = None, *, present: bool = True) -> nn.Module:
+    """The block's kind of norm over `width` channels, or nothing."""
+    if not present or spec.norm == "identity":
+        return nn.Identity()
+    return nn.LayerNorm(width or spec.width, eps=spec.norm_eps)
+
+
+class PatchEmbed(nn.Module):
+    """Convolution of each patch to a token, keys `proj`, `norm`."""
+
+    def __init__(self, spec: ViTSpec):
+        super().__init__()
+        size, width = spec.patch_size, spec.block.width
+        self.image_shape = (spec.channels, *spec.image_size)
+        self.proj = nn.Conv2d(spec.channels, width, size, size, bias=spec.patch_bias)
+        self.norm = make_norm(spec.block, present=spec.patch_norm)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, height, width] -> [B, N, D]"""
+        if images.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"images are {list(images.shape)}, the backbone takes [B, {', '.join(map(str, self.image_shape))}]: "
+                f"resize them (fastalign.transform), or build it with img_size={tuple(images.shape[-2:])}"
+            )
+        if images.is_cuda:  # channels last, so that a patch's embedding comes out contiguous
+            images = images.contiguous(memory_format=torch.channels_last)
+        return self.norm(self.proj(images).flatten(2).transpose(1, 2))
+
+    def blank(self) -> Tensor:
+        """[D]: the embedding of a patch whose pixels are zero, in whatever dtype embeddings come out."""
+        weight, bias = self.proj.weight, self.proj.bias
+        return self.norm(weight.new_zeros(len(weight)) if bias is None else bias)
+
+
+class LayerScale(nn.Module):
+    """A factor per channel, key `gamma`."""
+
+    def __init__(self, width: int, value: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), float(value)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with every variation of the zoo."""
+
+    def __init__(self, spec: BlockSpec, *, prefix: int = 0, window: tuple[int, int] | None = None):
+        super().__init__()
+        self.spec, self.prefix, self.softcap, self.backend = spec, prefix, None, "auto"
+        width, head_width = spec.width, spec.width // spec.heads
+        if spec.qkv == "split":
+            self.q_proj = nn.Linear(width, width, bias=spec.qkv_bias)
+            self.k_proj = nn.Linear(width, width, bias=False)
+            self.v_proj = nn.Linear(width, width, bias=spec.qkv_bias)
+        else:
+            self.qkv = nn.Linear(width, 3 * width, bias=spec.qkv_bias and spec.qkv == "fused")
+            if spec.qkv == "no_k_bias" and spec.qkv_bias:
+                self.q_bias = nn.Parameter(torch.zeros(width))
+                self.v_bias = nn.Parameter(torch.zeros(width))
+        if window is not None:
+            entries = (2 * window[0] - 1) * (2 * window[1] - 1) + 3
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(entries, spec.heads))
+        self.q_norm = make_norm(spec, head_width, present=spec.qk_norm)
+        self.k_norm = make_norm(spec, head_width, present=spec.qk_norm)
+        self.norm = make_norm(spec, present=spec.attention_norm)
+        self.proj = nn.Linear(width, width)
+
+    @property
+    def biased(self) -> bool:
+        """Whether a relative position bias is added to the logits."""
+        return hasattr(self, "relative_position_bias_table")
+
+    def qkv_bias(self) -> Tensor:
+        """[3 D]: BEiT's biases as one of qkv; the keys have none."""
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[..., D] -> q, k, v, each [..., H, d], before their norms."""
+        if self.spec.qkv == "split":
+            parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            return tuple(part.unflatten(-1, (self.spec.heads, -1)) for part in parts)
+        if self.spec.qkv == "no_k_bias" and self.spec.qkv_bias:
+            qkv = functional.linear(x, self.qkv.weight, self.qkv_bias())
+        else:
+            qkv = self.qkv(x)
+        return qkv.unflatten(-1, (3, self.spec.heads, -1)).unbind(-3)
+
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor | None = None,
+        sequences: Sequences | None = None,
+    ) -> Tensor:
+        """Attention of each sequence over itself.
+
+        Args:
+            x: [B, T, D], or with `sequences` packed, [L, D].
+            position: the rotary table [N, 2d] (packed: [L, 2d], a row a token) or the relative index [T, T].
+            sequences: the bounds of packed sequences.
+        """
+        q, k, v = self.project(x)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if sequences is not None:
+            if position is not None:
+                q, k = (rotate(part, position.unsqueeze(1)).type_as(v) for part in (q, k))
+            x = attention(q, k, v, softcap=self.softcap, sequences=sequences, backend=self.backend)
+            return self.proj(self.norm(x.flatten(1)))
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        bias = None
+        if self.biased:
+            bias = self.relative_position_bias_table[position].permute(2, 0, 1).unsqueeze(0)
+        elif position is not None:
+            q, k = (
+                torch.cat(
+                    [part[:, :, : self.prefix], rotate(part[:, :, self.prefix :], position)], 2
+                ).type_as(v)
+                for part in (q, k)
+            )
+        x = attention(q, k, v, softcap=self.softcap, bias=bias, backend=self.backend)
+        return self.proj(self.norm(x.transpose(1, 2).flatten(2)))
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotary position embedding.
+
+    Args:
+        x: [..., N, d].
+        table: broadcastable to [..., N, 2d], the sines then the cosines, each repeated for its pair of channels.
+    """
+    sine, cosine = table.chunk(2, -1)
+    turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    return (x * cosine + turned * sine).to(x.dtype)
+
+
+class MLP(nn.Module):
+    """Two layers with an activation, or gated (`swiglu`), with an optional norm before the last."""
+
+    def __init__(self, spec: BlockSpec, out: int | None = None):
+        super().__init__()
+        self.gated = spec.mlp == "swiglu"
+        if self.gated:
+            self.fc1_g = nn.Linear(spec.width, spec.mlp_hidden)
+            self.fc1_x = nn.Linear(spec.width, spec.mlp_hidden)
+        else:
+            self.fc1 = nn.Linear(spec.width, spec.mlp_hidden)
+        self.act = ACTIVATIONS[spec.activation]()
+        self.norm = make_norm(spec, spec.mlp_hidden, present=spec.mlp_norm)
+        self.fc2 = nn.Linear(spec.mlp_hidden, out or spec.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.fc1_g(x)) * self.fc1_x(x) if self.gated else self.act(self.fc1(x))
+        return self.fc2(self.norm(x))
+
+
+def _drop_path(rate: float) -> nn.Module:
+    from timm.layers import DropPath  # here, because importing timm takes a second
+
+    return DropPath(rate)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(
+        self,
+        spec: BlockSpec,
+        *,
+        drop_path: float = 0.0,
+        prefix: int = 0,
+        window: tuple[int, int] | None = None,
+    ):
+        super().__init__()
+        self.norm1 = make_norm(spec)
+        self.attn = Attention(spec, prefix=prefix, window=window)
+        self.norm2 = make_norm(spec)
+        self.mlp = MLP(spec)
+        self.drop_path = _drop_path(drop_path) if drop_path > 0 else nn.Identity()
+        self.scale_keys = spec.layer_scale_keys if spec.layer_scale else "none"
+        if self.scale_keys == "ls":
+            self.ls1 = LayerScale(spec.width, spec.layer_scale)
+            self.ls2 = LayerScale(spec.width, spec.layer_scale)
+        elif self.scale_keys == "gamma":
+            self.gamma_1 = nn.Parameter(torch.full((spec.width,), float(spec.layer_scale)))
+            self.gamma_2 = nn.Parameter(torch.full((spec.width,), float(spec.layer_scale)))
+
+    def layer_scales(self) -> tuple[Tensor, Tensor] | None:
+        """The two LayerScale vectors, under whichever key they are stored."""
+        if self.scale_keys == "ls":
+            return self.ls1.gamma, self.ls2.gamma
+        return (self.gamma_1, self.gamma_2) if self.scale_keys == "gamma" else None
+
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor | None = None,
+        sequences: Sequences | None = None,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D], or [L, D] -> [L, D] packed. Arguments as for `Attention`."""
+        scales = self.layer_scales()
+        branch = self.attn(self.norm1(x), position, sequences)
+        x = x + self.drop_path(branch if scales is None else branch * scales[0])
+        branch = self.mlp(self.norm2(x))
+        return x + self.drop_path(branch if scales is None else branch * scales[1])

@@ -1,0 +1,215 @@
+"""From a timm model to our `ViT`: its shape read off its modules, its parameters taken over without a copy.
+
+What fastalign does not support is refused: a module of another type than `_MODULES`, an option that has no module, or
+a state dict with other keys or shapes than ours.
+"""
+
+from dataclasses import replace
+
+import timm
+import torch
+from timm import layers
+from timm.layers import activations
+from timm.models import beit, eva, vision_transformer
+from torch import Tensor, nn
+
+from fastalign.backbones.spec import BlockSpec, ViTSpec
+from fastalign.backbones.vit import ViT
+from fastalign.utils.errors import UserError
+
+MODELS = {
+    vision_transformer.VisionTransformer: vision_transformer.checkpoint_filter_fn,
+    beit.Beit: beit.checkpoint_filter_fn,
+    eva.Eva: eva.checkpoint_filter_fn,
+}
+"""timm's classes that are read, each with timm's function that brings other layouts of its weights to timm's keys."""
+_ACTIVATIONS = {
+    nn.GELU: "gelu",
+    activations.GELU: "gelu",
+    activations.GELUTanh: "gelu_tanh",
+    activations.QuickGELU: "quick_gelu",
+    nn.SiLU: "silu",
+    activations.Swish: "silu",
+    nn.ReLU: "relu",
+}
+_MODULES = {
+    *MODELS,
+    *_ACTIVATIONS,
+    *(nn.ModuleList, nn.Sequential, nn.Identity, nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Dropout),
+    *(vision_transformer.Block, beit.Block, eva.EvaBlock),
+    *(layers.Attention, beit.Attention, eva.EvaAttention),
+    *(layers.PatchEmbed, layers.LayerNorm, layers.LayerScale, layers.DropPath, layers.Mlp, layers.SwiGLU),
+    layers.RotaryEmbeddingCat,
+}
+
+
+def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
+    """Our backbone from a timm VisionTransformer, Beit or Eva, whose parameters it takes over (no copy).
+
+    Args:
+        source: the timm model, on any device.
+        recipe: the name and arguments of `fastalign.create_backbone` that make it again, where they are known.
+        **changes: fields of `ViTSpec` that timm's modules do not tell.
+
+    Raises:
+        UserError: an architecture that fastalign does not support.
+    """
+    spec = replace(describe(source), **changes)
+    with torch.device("meta"):
+        vit = ViT(spec, drop_path=drop_path_rate(source), data=_data(source), recipe=recipe)
+    classes = getattr(source.head, "out_features", 0)
+    vit.head = nn.Linear(spec.block.width, classes, device="meta") if classes else nn.Identity()
+    vit.attn_pool = getattr(source, "attn_pool", None)
+    theirs, ours = source.state_dict(), vit.state_dict()
+    other = [key for key, value in ours.items() if key in theirs and value.shape != theirs[key].shape]
+    if wrong := sorted(set(theirs) ^ set(ours)) + other:
+        raise _unsupported(source, wrong)
+    vit.load_state_dict(theirs, assign=True)
+    if spec.rotary:
+        vit.position = source.rope.get_embed().detach().clone()
+    elif spec.relative_position:
+        vit.position = relative_index(spec.grid)
+    return vit
+
+
+def _data(source: nn.Module) -> dict:
+    """How images become the backbone's input, as timm records it."""
+    found = timm.data.resolve_model_data_config(source)
+    return {
+        "mean": list(found["mean"]),
+        "std": list(found["std"]),
+        "interpolation": found["interpolation"],
+        "crop_pct": found["crop_pct"],
+    }
+
+
+def describe(source: nn.Module) -> ViTSpec:
+    """Read the shape of a timm model off its modules.
+
+    Raises:
+        UserError: a part that fastalign does not support.
+    """
+    if type(source) not in MODELS:
+        supported = ", ".join(model.__name__ for model in MODELS)
+        raise UserError(
+            f"{type(source).__name__} is not supported: choose a backbone that is one of timm's {supported}"
+        )
+    if not len(source.blocks):
+        raise UserError("depth must be at least 1")
+    if found := _unknown_parts(source):
+        raise _unsupported(source, found)
+    embed = source.patch_embed
+    return ViTSpec(
+        block=_describe_block(source.blocks[0], source),
+        depth=len(source.blocks),
+        image_size=pair(embed.img_size),
+        patch_size=pair(embed.patch_size),
+        channels=embed.proj.in_channels,
+        class_token=source.cls_token is not None,
+        registers=0 if getattr(source, "reg_token", None) is None else source.reg_token.shape[1],
+        position=source.pos_embed is not None,
+        position_prefix=not getattr(source, "no_embed_class", False),
+        relative_position=isinstance(source, beit.Beit),
+        rotary=getattr(source, "rope", None) is not None,
+        patch_bias=embed.proj.bias is not None,
+        patch_norm=_has_norm(embed.norm),
+        pre_norm=_has_norm(getattr(source, "norm_pre", None)),
+        final_norm=_has_norm(source.norm),
+        pooled_norm=_has_norm(source.fc_norm),
+        pool=source.global_pool or "none",
+        pool_prefix=bool(getattr(source, "pool_include_prefix", False)),
+        fresh_norm_eps=_fresh_eps(source),
+    )
+
+
+def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
+    attention, mlp = block.attn, block.mlp
+    width = source.embed_dim
+    bare_beit = isinstance(source, beit.Beit) or (
+        isinstance(block, eva.EvaBlock) and attention.qkv is not None
+    )
+    qkv = "no_k_bias" if bare_beit else "split" if getattr(attention, "qkv", None) is None else "fused"
+    if qkv == "no_k_bias":
+        has_bias = attention.q_bias is not None
+    else:
+        has_bias = (attention.q_proj if qkv == "split" else attention.qkv).bias is not None
+    gamma = getattr(block, "gamma_1", None)
+    scale = getattr(getattr(block, "ls1", None), "gamma", gamma)
+    gated = hasattr(mlp, "fc1_g")
+    return BlockSpec(
+        width=width,
+        heads=attention.num_heads,
+        mlp_hidden=(mlp.fc1_g if gated else mlp.fc1).out_features,
+        mlp="swiglu" if gated else "mlp",
+        activation=_activation(mlp.act),
+        mlp_norm=_has_norm(mlp.norm),
+        qkv=qkv,
+        qkv_bias=has_bias,
+        qk_norm=_has_norm(getattr(attention, "q_norm", None)),
+        attention_norm=_has_norm(getattr(attention, "norm", None)),
+        layer_scale=None if scale is None else 1.0,
+        layer_scale_keys="gamma" if gamma is not None else "ls",
+        norm_eps=block.norm1.eps,
+    )
+
+
+def _unknown_parts(source: nn.Module) -> list[str]:
+    """What fastalign does not support, each once. Attention pooling is timm's own module, whatever it consists of."""
+    parts = [
+        (name, module) for name, module in source.named_modules() if not f"{name}.".startswith("attn_pool.")
+    ]
+    found = [type(module).__name__ for _, module in parts if type(module) not in _MODULES]
+    dropout = any(
+        isinstance(module, nn.Dropout) and module.p > 0 and name != "head_drop" for name, module in parts
+    )
+    found += ["dropout"] if dropout else []
+    found += ["dynamic image sizes"] if getattr(source, "dynamic_img_size", False) else []
+    turned = any(getattr(module, "rotate_half", False) for _, module in parts)
+    found += ["half-rotated rotary embeddings"] if turned else []
+    return list(dict.fromkeys(found))
+
+
+def _unsupported(source: nn.Module, parts: list[str]) -> UserError:
+    return UserError(
+        f"{type(source).__name__} with {', '.join(parts[:3])} is not supported: choose another backbone or argument"
+    )
+
+
+def _activation(module: nn.Module) -> str:
+    return "gelu_tanh" if getattr(module, "approximate", "none") == "tanh" else _ACTIVATIONS[type(module)]
+
+
+def _fresh_eps(source: nn.Module) -> float:
+    norms = [norm for norm in (source.norm, source.fc_norm) if _has_norm(norm)]
+    return type(norms[0])(8).eps if norms else 1e-6
+
+
+def _has_norm(module: nn.Module | None) -> bool:
+    return module is not None and not isinstance(module, nn.Identity)
+
+
+def drop_path_rate(source: nn.Module) -> float:
+    """Of a timm model: the rate of stochastic depth, that of its last block."""
+    return max((getattr(m, "drop_prob", None) or 0.0) for m in source.modules())
+
+
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a size that may be one number."""
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def relative_index(grid: tuple[int, int]) -> Tensor:
+    """[1 + N, 1 + N] int64: for each pair of tokens, its row in BEiT's table of relative position biases.
+
+    Rows are the (2h - 1)(2w - 1) displacements, then class-to-patch, patch-to-class, class-to-class.
+    """
+    height, width = grid
+    entries = (2 * height - 1) * (2 * width - 1)
+    row = torch.arange(height).repeat_interleave(width)
+    column = torch.arange(width).repeat(height)
+    rows = row[:, None] - row[None, :] + height - 1
+    columns = column[:, None] - column[None, :] + width - 1
+    index = torch.empty(1 + height * width, 1 + height * width, dtype=torch.int64)
+    index[1:, 1:] = rows * (2 * width - 1) + columns
+    index[0, :], index[:, 0], index[0, 0] = entries, entries + 1, entries + 2
+    return index

@@ -1,0 +1,130 @@
+"""The dtype that a model computes in, and how a frozen one keeps its weights and multiplies by them in bf16."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fastalign.backbones.blocks import MLP, Attention
+
+E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
+FP8_CAPABILITY = (8, 9)
+"""The first GPUs that multiply in FP8: Ada, then Hopper and Blackwell."""
+NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
+"""torch's names for the instructions that multiply in bf16: two of x86, one of Arm."""
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """float32 for "fp32", bfloat16 for "bf16" and "fp8"; for "auto" bfloat16 where the hardware has it."""
+    if precision == "auto":
+        return torch.bfloat16 if has_bf16(device) else torch.float32
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies in bf16: a GPU, or a CPU with instructions for it and a torch that uses them.
+
+    oneDNN's own answer (`torch.ops.mkldnn._is_mkldnn_bf16_supported`) is yes for every CPU with AVX-512. Without
+    AVX512-BF16 or AMX it converts to fp32 and back, which is slower than fp32.
+    """
+    if device.type == "cuda":
+        return True
+    capabilities = torch.cpu.get_capabilities() if torch.backends.mkldnn.is_available() else {}
+    return any(capabilities.get(name, False) for name in NATIVE_BF16)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """bf16 autocast, or nothing in fp32."""
+    return torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
+
+
+def store_as(module: nn.Module, dtype: torch.dtype) -> None:
+    """Keep in `dtype` what autocast would cast at every use: weights and biases of products and convolutions.
+
+    Under autocast of that dtype the output keeps its bits. Norms, positions, tokens and LayerScale stay as they are.
+
+    Args:
+        module: changed in place; it must not be trained.
+        dtype: autocast's.
+    """
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            part.to(dtype)
+        elif isinstance(part, Attention) and hasattr(part, "q_bias"):  # BEiT's, which become a bias of qkv
+            part.q_bias.data, part.v_bias.data = part.q_bias.data.to(dtype), part.v_bias.data.to(dtype)
+
+
+def quantize(module: nn.Module) -> None:
+    """Replace the linear layers of the blocks within `module` by `FP8Linear`, in place; it must not be trained.
+
+    Layers whose widths are not multiples of 16 stay, because no GPU's FP8 product takes them.
+    """
+    for part in list(module.modules()):
+        if not isinstance(part, (Attention, MLP)):
+            continue
+        if hasattr(part, "q_bias"):  # BEiT's: folded into qkv's own
+            part.qkv.bias = nn.Parameter(part.qkv_bias(), requires_grad=False)
+            part.spec = replace(part.spec, qkv="fused")
+            del part.q_bias, part.v_bias
+        for name, layer in list(part.named_children()):
+            if isinstance(layer, nn.Linear) and not (layer.in_features % 16 or layer.out_features % 16):
+                setattr(part, name, FP8Linear(layer))
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row as FP8 numbers times a scale, such that its largest magnitude becomes the largest of FP8.
+
+    Args:
+        x: [R, K].
+
+    Returns:
+        [R, K] float8_e4m3fn, and [R, 1] fp32, whose product is x but for rounding.
+    """
+    scale = x.abs().amax(1, keepdim=True).float().clamp_min(1e-12) / E4M3_MAX
+    # Beyond the largest number the cast gives NaN, and the division's own rounding may lead there.
+    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
+class FP8Linear(nn.Module):
+    """A frozen linear layer that multiplies in FP8: a scale for each output channel, and for each token as it comes.
+
+    On a GPU `torch._scaled_mm` multiplies; elsewhere the same FP8 numbers are multiplied in fp32, which shows the
+    error and costs time.
+
+    Args:
+        layer: what it replaces; widths are multiples of 16.
+    """
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        weight, scale = quantize_rows(layer.weight.detach())
+        # As bytes, which every back end of torch.distributed can send.
+        self.register_buffer("weight", weight.view(torch.uint8))
+        self.register_buffer("scale", scale.reshape(1, -1))
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().bfloat16())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] bf16."""
+        rows, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
+        weight = self.weight.view(torch.float8_e4m3fn).t()
+        if x.is_cuda:
+            out = torch._scaled_mm(
+                rows,
+                weight,
+                scale_a=scale,
+                scale_b=self.scale,
+                bias=self.bias,
+                out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )
+        else:
+            out = _scaled_product(rows, weight, scale * self.scale, self.bias)
+        return out.unflatten(0, x.shape[:-1])
+
+
+def _scaled_product(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """What `torch._scaled_mm` computes with scales of rows and columns, accumulated in fp32."""
+    with torch.autocast(rows.device.type, enabled=False):
+        out = rows.float() @ weight.float() * scale
+        return (out if bias is None else out + bias.float()).bfloat16()

@@ -1,0 +1,204 @@
+"""The vision transformer backbone. `fastalign.backbones.zoo` builds it from a timm name.
+
+Shapes: B images, N patches, P prefix tokens (class, registers), T = P + N tokens, D width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastalign import ops
+from fastalign.backbones.blocks import Block, PatchEmbed, make_norm
+from fastalign.backbones.spec import ViTSpec
+from fastalign.ops.attention import Sequences
+from fastalign.ops.reference import Packing, with_prefix
+
+
+class ViT(nn.Module):
+    """A vision transformer backbone. Build one with `fastalign.create_backbone`.
+
+    Args:
+        spec: its shape.
+        drop_path: the rate of stochastic depth in the last block; it falls linearly to 0 in the first.
+        data: how images become its input: "mean", "std", "interpolation", "crop_pct".
+        recipe: the "name" and "kwargs" that `fastalign.create_backbone` makes it again from.
+    """
+
+    def __init__(
+        self, spec: ViTSpec, *, drop_path: float = 0.0, data: dict | None = None, recipe: dict | None = None
+    ):
+        super().__init__()
+        self.spec, self.data, self.recipe, self.frozen = spec, data, recipe, False
+        width = spec.block.width
+        self.patch_embed = PatchEmbed(spec)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if spec.class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, spec.registers, width)) if spec.registers else None
+        entries = spec.patches + (spec.prefix if spec.position_prefix else 0)
+        self.pos_embed = (
+            nn.Parameter(torch.zeros(1, entries, width), not spec.position_fixed) if spec.position else None
+        )
+        self.norm_pre = make_norm(spec.block, present=spec.pre_norm)
+        window = spec.grid if spec.relative_position else None
+        rates = torch.linspace(0, drop_path, spec.depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(
+            Block(spec.block, drop_path=rate, prefix=spec.prefix, window=window) for rate in rates
+        )
+        self.norm = make_norm(spec.block, present=spec.final_norm)
+        self.attn_pool = None
+        self.fc_norm = make_norm(spec.block, present=spec.pooled_norm)
+        self.head = nn.Identity()
+        self.pool = spec.pool
+        self.grad_checkpointing = False
+        # The rotary table or the relative position index: not a parameter, not stored.
+        self.register_buffer("position", None, persistent=False)
+
+    def freeze(self, frozen: bool = True) -> "ViT":
+        """Fix the weights and stay in evaluation mode, whatever mode a parent is put in; False: train them again."""
+        self.frozen = frozen
+        self.requires_grad_(not frozen)
+        if self.pos_embed is not None and self.spec.position_fixed:
+            self.pos_embed.requires_grad_(False)
+        return self.train(not frozen)
+
+    def train(self, mode: bool = True) -> "ViT":
+        """Training or evaluation mode; a frozen backbone stays in evaluation mode."""
+        return super().train(mode and not self.frozen)
+
+    @property
+    def pretrained_cfg(self) -> dict:
+        """What `timm.data.resolve_model_data_config` reads."""
+        return {"input_size": (self.spec.channels, *self.spec.image_size), **(self.data or {})}
+
+    @property
+    def embed_dim(self) -> int:
+        """D"""
+        return self.spec.block.width
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """P"""
+        return self.spec.prefix
+
+    @property
+    def softcap(self) -> float | None:
+        """The cap of every block's attention logits; None = plain attention."""
+        return self.blocks[0].attn.softcap
+
+    @softcap.setter
+    def softcap(self, value: float | None) -> None:
+        if value is not None and not value > 0:
+            raise ValueError(f"softcap must be a positive number or None, got {value}")
+        for block in self.blocks:
+            block.attn.softcap = value
+
+    def prefix_rows(self) -> Tensor | None:
+        """[P, D]: the prefix tokens with their position; None = no prefix."""
+        tokens = [token[0] for token in (self.cls_token, self.reg_token) if token is not None]
+        if not tokens:
+            return None
+        prefix = torch.cat(tokens)
+        if self.pos_embed is not None and self.spec.position_prefix:
+            prefix = prefix + self.pos_embed[0, : self.num_prefix_tokens]
+        return prefix
+
+    def patch_position(self) -> Tensor | None:
+        """[N, D]: the position embedding of the patches; None where there is none."""
+        if self.pos_embed is None:
+            return None
+        return self.pos_embed[0, self.num_prefix_tokens if self.spec.position_prefix else 0 :]
+
+    def add_position(self, patches: Tensor) -> Tensor:
+        """Patch embeddings [B, N, D] -> the first block's input [B, T, D]: prefix, position, norm."""
+        return self.norm_pre(with_prefix(patches, self.prefix_rows(), self.patch_position()))
+
+    def embed_masked(self, images: Tensor, visible: Tensor) -> Tensor:
+        """The first block's input for masked copies of images, whose hidden patches are blank.
+
+        Args:
+            images: [B, C, height, width], normalised.
+            visible: [B, M, N] bool.
+
+        Returns:
+            [B M, T, D]; the patch embedding runs once an image.
+        """
+        patches = self.patch_embed(images)
+        blank = self.patch_embed.blank().to(patches.dtype)
+        tokens = ops.mask_tokens(patches, blank, visible, self.prefix_rows(), self.patch_position())
+        return self.norm_pre(tokens.flatten(0, 1))
+
+    def embed_packed(self, images: Tensor, packing: Packing) -> Tensor:
+        """The first block's input for masked copies of images, whose hidden patches are left out.
+
+        Args:
+            images: [B, C, height, width], normalised.
+            packing: of `fastalign.ops.pack_masks` with P prefix tokens.
+
+        Returns:
+            [L, D].
+        """
+        tokens = ops.pack(self.patch_embed(images), packing, self.prefix_rows(), self.patch_position())
+        return self.norm_pre(tokens)
+
+    def encode(self, tokens: Tensor, packing: Packing | None = None) -> Tensor:
+        """The blocks and the final norm: [B, T, D] -> [B, T, D], or packed, [L, D] -> [L, D]."""
+        position, sequences = self.position, None
+        if packing is not None:
+            sequences = Sequences(packing.cu_seqlens, packing.slots.shape[2])
+            position = self._packed_position(packing)
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training:
+                tokens = checkpoint(block, tokens, position, sequences, use_reentrant=False)
+            else:
+                tokens = block(tokens, position, sequences)
+        return self.norm(tokens)
+
+    def _packed_position(self, packing: Packing) -> Tensor | None:
+        """[L, 2d]: each packed token's row of the rotary table; prefix tokens are not turned."""
+        if self.position is None:
+            return None
+        still = torch.zeros_like(self.position[:1]).expand(self.num_prefix_tokens, -1).clone()
+        still[:, still.shape[1] // 2 :] = 1  # the cosines
+        return torch.cat([still, self.position])[packing.indices % packing.slots.shape[2]]
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Normalised images [B, C, height, width] -> tokens [B, T, D]."""
+        return self.encode(self.add_position(self.patch_embed(images)))
+
+    def forward_layers(self, images: Tensor, skip_blocks: Sequence[int]) -> list[Tensor]:
+        """Normalised images -> for each entry, the tokens [B, T, D] with that many last blocks left out, normed."""
+        wanted = [len(self.blocks) - skip for skip in skip_blocks]
+        if not wanted or min(wanted) < 0 or max(wanted) > len(self.blocks):
+            raise ValueError(f"skip_blocks must lie in 0..{len(self.blocks)}, got {list(skip_blocks)}")
+        tokens, found = self.add_position(self.patch_embed(images)), {}
+        for depth in range(max(wanted) + 1):
+            if depth:
+                tokens = self.blocks[depth - 1](tokens, self.position)
+            if depth in wanted:
+                found[depth] = self.norm(tokens)
+        return [found[depth] for depth in wanted]
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """[B, T, D] -> [B, D], pooled and normed; with pool "none" every token, [B, T, D]."""
+        if self.pool != "none":
+            suffix = tokens if self.spec.pool_prefix else tokens[:, self.num_prefix_tokens :]
+            if self.pool == "map":
+                tokens = self.attn_pool(suffix)
+            elif self.pool == "token":
+                tokens = tokens[:, 0]
+            elif self.pool == "avg":
+                tokens = suffix.mean(1)
+            elif self.pool == "max":
+                tokens = suffix.amax(1)
+            else:
+                tokens = 0.5 * (suffix.mean(1) + suffix.amax(1))
+        return self.fc_norm(tokens)
+
+    def forward_head(self, tokens: Tensor) -> Tensor:
+        """Pooling, norm and the output layer."""
+        return self.head(self.pooled(tokens))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, height, width] -> the head's output: [B, classes], or [B, T, out] with pool "none"."""
+        return self.forward_head(self.forward_features(images))

@@ -1,0 +1,99 @@
+"""The MaskEmbed decoder: from masked student tokens to the teacher's view of the masked image."""
+
+import torch
+from torch import Tensor, nn
+
+from fastalign import ops
+from fastalign.backbones.blocks import Block
+from fastalign.backbones.spec import BlockSpec, ViTSpec
+from fastalign.ops.attention import Sequences
+from fastalign.ops.reference import Packing
+
+
+def decoder_block_spec(
+    student: ViTSpec,
+    *,
+    width: int,
+    heads: int | None = None,
+    qk_norm: bool | None = None,
+    qkv_bias: bool | None = None,
+    init_values: float | None = 1e-6,
+) -> BlockSpec:
+    """The decoder's block: heads, biases, norms, activation and MLP kind inherited from the student's."""
+    block = student.block
+    return BlockSpec(
+        width=width,
+        heads=heads or block.heads,
+        mlp_hidden=4 * width,
+        mlp=block.mlp,
+        activation=block.activation,
+        qkv_bias=block.qkv_bias if qkv_bias is None else qkv_bias,
+        qk_norm=block.qk_norm if qk_norm is None else qk_norm,
+        layer_scale=init_values or None,
+        # The norm class is that of the student's final norm: a BEiT, which has none, decodes without norms.
+        norm=block.norm if student.final_norm else "identity",
+        norm_eps=student.fresh_norm_eps,
+    )
+
+
+class MaskEmbedDecoder(nn.Module):
+    """Masks the student's tokens, adds a position embedding, runs a few blocks, predicts the teacher's tokens.
+
+    Args:
+        block: the shape of its blocks.
+        tokens: T, prefix tokens included.
+        out: D, the teacher's width.
+        layers: number of blocks.
+        prefix_only: predict one vector, from the first prefix token (from the mean of all tokens where
+            the backbone has no prefix token).
+    """
+
+    def __init__(
+        self,
+        block: BlockSpec,
+        *,
+        tokens: int,
+        prefix: int,
+        out: int,
+        layers: int = 2,
+        prefix_only: bool = False,
+    ):
+        super().__init__()
+        self.prefix, self.prefix_only = prefix, prefix_only
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, tokens, block.width))
+        self.blocks = nn.ModuleList(Block(block) for _ in range(layers))
+        self.norm = nn.LayerNorm(block.width)
+        self.head = nn.Linear(block.width, out)
+
+    def forward(self, tokens: Tensor, visible: Tensor, packing: Packing | None = None) -> Tensor:
+        """Predict the teacher's tokens for each mask.
+
+        Args:
+            tokens: [B, T, width], the student's output for the unmasked image.
+            visible: [B, M, N] bool.
+            packing: hidden patches leave the sequence, and tokens are packed like this.
+
+        Returns:
+            [B, M, T, D], or [B, M, 1, D] with prefix_only; with `packing` [L, D].
+        """
+        if packing is not None:
+            return self._forward_packed(tokens, packing)
+        x = ops.expand_masked(tokens, visible, self.pos_embed).flatten(0, 1)
+        for block in self.blocks:
+            x = block(x)
+        if self.prefix_only and self.prefix:
+            x = x[:, :1]
+        x = self.head(self.norm(x))
+        if self.prefix_only and not self.prefix:
+            x = x.mean(1, keepdim=True)
+        return x.unflatten(0, visible.shape[:2])
+
+    def _forward_packed(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """Prefix tokens are zeroed as ever: their slots hold the position embedding alone."""
+        position = self.pos_embed[0]
+        prefix = position[: self.prefix] if self.prefix else None
+        x = ops.pack(tokens[:, self.prefix :], packing, prefix, position[self.prefix :])
+        sequences = Sequences(packing.cu_seqlens, packing.slots.shape[2])
+        for block in self.blocks:
+            x = block(x, sequences=sequences)
+        return self.head(self.norm(x))

@@ -1,0 +1,152 @@
+"""The students: a copy of the backbone with a new head, and for MaskEmbed a decoder behind it."""
+
+import copy
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from fastalign.backbones.blocks import MLP
+from fastalign.backbones.vit import ViT
+from fastalign.method.decoder import MaskEmbedDecoder, decoder_block_spec
+from fastalign.method.teacher import check_masking
+from fastalign.ops.reference import Packing
+
+
+def student_encoder(vit: ViT, out: int, *, head: str = "linear", softcap: float | None = 30.0) -> ViT:
+    """A copy of the backbone, ready to be trained: norms reset, pooling removed, a new head that starts at zero.
+
+    Args:
+        vit: the backbone.
+        out: the head's width.
+        head: "linear" or "mlp".
+        softcap: of the attention logits; None = plain attention.
+    """
+    encoder = copy.deepcopy(vit).freeze(False)
+    for name in ("norm", "fc_norm"):
+        if not isinstance(getattr(encoder, name), nn.Identity):
+            setattr(encoder, name, nn.LayerNorm(vit.embed_dim, eps=vit.spec.fresh_norm_eps))
+    encoder.pool, encoder.attn_pool = "none", None
+    encoder.softcap = softcap
+    if head == "linear":
+        encoder.head = last = nn.Linear(vit.embed_dim, out)
+    elif head == "mlp":
+        encoder.head = MLP(replace(vit.spec.block, mlp="mlp", mlp_norm=False), out)
+        last = encoder.head.fc2
+    else:
+        raise ValueError(f"student head must be 'linear' or 'mlp', got {head!r}")
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return encoder
+
+
+def frozen_encoder(vit: ViT, softcap: float | None) -> ViT:
+    """A frozen copy of the backbone that returns its own normed tokens: no head, norms as they are."""
+    encoder = copy.deepcopy(vit)
+    encoder.head, encoder.fc_norm = nn.Identity(), nn.Identity()
+    encoder.pool, encoder.attn_pool = "none", None
+    encoder.softcap = softcap
+    return encoder.freeze()
+
+
+class MaskEmbedStudent(nn.Module):
+    """`encoder` reads the unmasked image once; `decoder` predicts the teacher's view for each mask of its output."""
+
+    def __init__(self, encoder: ViT, decoder: MaskEmbedDecoder):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    @classmethod
+    def from_backbone(
+        cls,
+        vit: ViT,
+        *,
+        softcap: float | None = 30.0,
+        target_dim: int | None = None,
+        head: str = "linear",
+        freeze_encoder: bool = False,
+        prefix_only: bool = False,
+        decoder_layers: int = 2,
+        decoder_width: int | None = None,
+        decoder_heads: int | None = None,
+        decoder_qk_norm: bool | None = None,
+        decoder_qkv_bias: bool | None = None,
+        decoder_init_values: float | None = 1e-6,
+    ) -> "MaskEmbedStudent":
+        """A student that starts as a copy of `vit`.
+
+        Args:
+            vit: the backbone; it is copied.
+            softcap: cap of the encoder's attention logits, 30 as in the paper; None = plain attention.
+            target_dim: the teacher's width; default the backbone's.
+            head: "linear" or "mlp", from the backbone's width to the decoder's.
+            freeze_encoder: train the decoder only, on the backbone's own tokens.
+            prefix_only: predict the teacher's pooled output only.
+            decoder_layers, decoder_init_values: number of blocks, their LayerScale at the start (None = none).
+            decoder_width: default `target_dim`, or the backbone's width where the encoder is frozen.
+            decoder_heads, decoder_qk_norm, decoder_qkv_bias: default as in the backbone.
+        """
+        target_dim = target_dim or vit.embed_dim
+        width = decoder_width or (vit.embed_dim if freeze_encoder else target_dim)
+        if freeze_encoder and width != vit.embed_dim:
+            raise ValueError(
+                f"decoder_width must be {vit.embed_dim}, the backbone's, when the encoder is frozen"
+            )
+        heads = decoder_heads or vit.spec.block.heads
+        if width % heads:
+            raise ValueError(f"decoder_width {width} is not a multiple of decoder_heads {heads}")
+        block = decoder_block_spec(
+            vit.spec,
+            width=width,
+            heads=heads,
+            qk_norm=decoder_qk_norm,
+            qkv_bias=decoder_qkv_bias,
+            init_values=decoder_init_values,
+        )
+        decoder = MaskEmbedDecoder(
+            block,
+            tokens=vit.spec.prefix + vit.spec.patches,
+            prefix=vit.spec.prefix,
+            out=target_dim,
+            layers=decoder_layers,
+            prefix_only=prefix_only,
+        )
+        encoder = (
+            frozen_encoder(vit, softcap)
+            if freeze_encoder
+            else student_encoder(vit, width, head=head, softcap=softcap)
+        )
+        return cls(encoder, decoder)
+
+    def forward(self, images: Tensor, visible: Tensor, packing: Packing | None = None) -> Tensor:
+        """images [B, C, height, width], visible [B, M, N] bool -> predictions [B, M, T, D]; packed [L, D]."""
+        return self.decoder(self.encoder(images), visible, packing)
+
+
+class MIMStudent(nn.Module):
+    """The student of masked image modeling: `encoder` reads the masked image and predicts every token it sees."""
+
+    def __init__(self, encoder: ViT, masking: str = "zero"):
+        super().__init__()
+        check_masking("MIMStudent", masking, encoder.spec)
+        self.encoder, self.masking = encoder, masking
+
+    @classmethod
+    def from_backbone(
+        cls,
+        vit: ViT,
+        *,
+        softcap: float | None = 30.0,
+        target_dim: int | None = None,
+        head: str = "linear",
+        masking: str = "zero",
+    ) -> "MIMStudent":
+        """Arguments as for `MaskEmbedStudent.from_backbone`; `masking` as for `MaskedTeacher`."""
+        return cls(student_encoder(vit, target_dim or vit.embed_dim, head=head, softcap=softcap), masking)
+
+    def forward(self, images: Tensor, visible: Tensor, packing: Packing | None = None) -> Tensor:
+        """images [B, C, height, width], visible [B, M, N] bool -> predictions [B, M, T, D]; packed [L, D]."""
+        if packing is not None:
+            tokens = self.encoder.encode(self.encoder.embed_packed(images, packing), packing)
+            return self.encoder.forward_head(tokens)
+        tokens = self.encoder.encode(self.encoder.embed_masked(images, visible))
+        return self.encoder.forward_head(tokens).unflatten(0, visible.shape[:2])

@@ -1,0 +1,63 @@
+"""Attention: one function over the implementations that a device offers.
+
+`backends` holds the implementations, `choice` says which one does what and why.
+"""
+
+import torch
+from torch import Tensor
+
+from fastalign.ops.attention.backends import BACKENDS, Case, Sequences
+from fastalign.ops.attention.choice import choose
+
+__all__ = ["BACKENDS", "Case", "Sequences", "attention", "choose"]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sequences: Sequences | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Full (non-causal) multi-head attention with the 1 / sqrt(d) scale.
+
+    Args:
+        q, k, v: [B, H, T, d], one dtype; with `sequences` packed, [L, H, d].
+        softcap: logits s become ``softcap * tanh(s / softcap)`` before the bias and the softmax; None = plain.
+        bias: [1 or B, 1 or H, T, T], added to the logits (relative position bias); dense only.
+        sequences: each attends to itself alone.
+        backend: a name of `BACKENDS`, used where it can do the case; "auto" = the fastest that can.
+
+    Returns:
+        The shape of q. Padding rows are finite.
+    """
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast their norm may have left them in fp32
+    if bias is not None:
+        bias = bias.to(v.dtype)  # the same for a parameter
+    longest = q.shape[2] if sequences is None else sequences.longest
+    gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    name = _name(
+        backend,
+        q.device.type,
+        v.dtype,
+        softcap is not None,
+        bias is not None,
+        sequences is not None,
+        int(longest),
+        int(q.shape[-1]),
+        gradient,
+        torch.compiler.is_compiling(),
+    )
+    return BACKENDS[name].run(q, k, v, softcap, bias, sequences)
+
+
+def _name(backend: str, *facts) -> str:
+    """The choice, which a compiled graph takes for granted: it depends on what is compiled in anyway."""
+    return choose(Case(*facts), backend).backend
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo here.
+_name._dynamo_marked_constant = True

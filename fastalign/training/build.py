@@ -1,0 +1,295 @@
+"""From a configuration to the objects of a run."""
+
+import itertools
+from pathlib import Path
+
+import torch
+
+from fastalign.backbones.precision import FP8_CAPABILITY, compute_dtype
+from fastalign.backbones.svit import uncapped
+from fastalign.backbones.vit import ViT
+from fastalign.config import Config, Teacher
+from fastalign.data.bad_samples import BadSamples, read_quarantine
+from fastalign.data.loader import Loader
+from fastalign.data.sources import open_source
+from fastalign.data.transforms import Transform
+from fastalign.method.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
+from fastalign.method.objectives import MaskedImageModeling, MaskEmbed
+from fastalign.method.student import MaskEmbedStudent, MIMStudent
+from fastalign.method.teacher import MaskedTeacher
+from fastalign.ops.attention.choice import check as check_attention
+from fastalign.ops.attention.choice import choose
+from fastalign.training.distributed import World
+from fastalign.utils.errors import UserError
+from fastalign.utils.yaml_files import parse_yaml
+
+_RANDOM_SEED = 0
+"""Random weights that a command line asks for are the same each time."""
+SCALE_BATCHES = 50
+"""Batches a rank that the target scale is measured on where there is no validation set."""
+
+
+def build_masks(config: Config):
+    """The mask distribution."""
+    options = {"complement": config.masks.complement, "full": config.masks.full, "seed": config.seed}
+    if config.masks.ratio is not None:
+        options["ratio"] = config.masks.ratio
+    kinds = {"uniform": UniformMasks, "bernoulli": BernoulliMasks, "blockwise": BlockwiseMasks}
+    try:
+        return kinds[config.masks.distribution](**options)
+    except ValueError as error:
+        raise UserError(f"masks.ratio: {error}") from None
+
+
+def build_backbones(config: Config) -> tuple[ViT, ViT]:
+    """The student's backbone and the teacher's, one and the same object where they do not differ."""
+    student = config.student
+    first, second = (student.name, student.weights, student.kwargs), teacher_of(config)
+    backbone = make_backbone("student.weights", *first)
+    return backbone, backbone if second == first else make_backbone("teacher.weights", *second)
+
+
+def teacher_of(config: Config) -> tuple[str, str, dict]:
+    """The teacher's name, weights and arguments, which are the student's where it has none of its own."""
+    student, teacher = config.student, config.teacher
+    if teacher.name is None:
+        return student.name, teacher.weights or student.weights, {**student.kwargs, **teacher.kwargs}
+    return teacher.name, teacher.weights or "pretrained", teacher.kwargs
+
+
+def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
+    """A backbone by name, with the weights that were asked for.
+
+    Args:
+        key: what the user calls `weights`, for messages.
+        name: timm's name.
+        weights: "pretrained", "random", a weights file, a folder that holds one, or the folder of a run that
+            aligned this backbone.
+        kwargs: timm's arguments.
+
+    Raises:
+        UserError: no such weights, or another backbone's.
+    """
+    from fastalign.backbones.zoo import create_backbone, load_backbone  # with timm, a second's import
+
+    if weights in ("pretrained", "random"):
+        return create_backbone(name, pretrained=weights == "pretrained", **kwargs)
+    if not Path(weights).exists():
+        raise UserError(
+            f"{key}={weights}: there is no such file or folder; give a weights file, a run folder, "
+            "pretrained or random"
+        )
+    if not (Path(weights) / "backbone.json").is_file() and Path(weights).suffix != ".json":
+        return create_backbone(name, checkpoint=weights, **kwargs)
+    name, kwargs, _ = uncapped(name, kwargs)  # the run recorded its soft-cap
+    free = {key: value for key, value in kwargs.items() if key in ("drop_path_rate", "img_size")}
+    vit = load_backbone(weights, **free)
+    if vit.recipe["name"].split(".")[0] != name.split(".")[0]:
+        raise UserError(f"the run at {weights} aligned {vit.recipe['name']}, not {name}: set the same name")
+    made = vit.recipe["kwargs"]
+    for key, value in kwargs.items():
+        if key not in made or made[key] != value:
+            raise UserError(f"the run at {weights} was made with {made}: kwargs.{key}={value} does not fit")
+    return vit
+
+
+def starting_backbone(config: Config) -> ViT:
+    """The backbone that a run's student starts from, without the run's soft-cap; the teacher is not built.
+
+    Raises:
+        UserError: its weights cannot be had.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)  # random weights are drawn as training draws them
+        return build_backbones(config.model_copy(update={"teacher": Teacher()}))[0]
+
+
+def named_backbone(
+    place: str, *, weights: str | None = None, kwargs: str = "{}", softcap: float | None = None
+) -> tuple[ViT, Path | None]:
+    """The backbone that a command line names, and its run's folder where it is a run's.
+
+    Args:
+        place: the folder of a run or its backbone.json, or a timm name.
+        weights: of a timm name: "pretrained" (None too), "random" (the same each time), or a file.
+        kwargs: YAML, timm's arguments.
+        softcap: of a timm name.
+
+    Raises:
+        UserError: nothing there, or an argument that does not go with it.
+    """
+    from fastalign.backbones.zoo import load_backbone
+
+    arguments = parse_yaml(kwargs, f"--kwargs {kwargs}")
+    if not isinstance(arguments, dict):
+        raise UserError(f"--kwargs {kwargs}: give a mapping in YAML, as in '{{depth: 6}}'")
+    path = Path(place)
+    if path.exists() or "/" in place or path.suffix == ".json":
+        for flag, value in (("--weights", weights), ("--softcap", softcap)):
+            if value is not None:
+                raise UserError(f"{flag} goes with a timm name; the run {place} has its own: remove it")
+        return load_backbone(path, **arguments), path if path.is_dir() else path.parent
+    if softcap is not None and not softcap > 0:
+        raise UserError(f"--softcap {softcap:g}: it must be a positive number, or left out for none")
+    torch.manual_seed(_RANDOM_SEED)
+    vit = make_backbone("--weights", place, weights or "pretrained", arguments)
+    vit.softcap = softcap or vit.softcap
+    return vit, None
+
+
+def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, ViT]:
+    """The objective, freshly initialised, and the backbone that its student started from."""
+    # Weights that are not loaded are the same on every rank and after a resume; the decoder's, seeded apart, do not
+    # depend on whether the backbone's were drawn or loaded.
+    torch.manual_seed(config.seed)
+    backbone, taught = build_backbones(config)
+    torch.manual_seed(config.seed)
+    try:
+        teacher = MaskedTeacher(
+            taught,
+            skip_blocks=config.teacher.skip_blocks,
+            masking="zero" if config.objective == "mim" else config.masks.mode,
+            prefix_only=config.teacher.prefix_only,
+        )
+        common = {
+            "softcap": config.student.softcap,
+            "target_dim": taught.embed_dim,
+            "head": config.student.head,
+        }
+        if config.objective == "mim":
+            student = MIMStudent.from_backbone(backbone, **common, masking=config.masks.mode)
+            objective = MaskedImageModeling(teacher, student, build_masks(config), config.loss.name)
+        else:
+            decoder = config.decoder.model_dump()
+            decoder |= decoder.pop("kwargs")
+            student = MaskEmbedStudent.from_backbone(
+                backbone,
+                **common,
+                freeze_encoder=config.student.freeze,
+                prefix_only=config.teacher.prefix_only,
+                **{f"decoder_{key}": value for key, value in decoder.items()},
+            )
+            objective = MaskEmbed(teacher, student, build_masks(config), config.loss.name)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    student.encoder.grad_checkpointing = config.efficiency.grad_checkpointing
+    return objective, backbone
+
+
+def choose_attention(config: Config, objective, device: torch.device) -> str:
+    """Hand `efficiency.attention` to the objective. Returns a line that says what each part will use."""
+    wanted = config.efficiency.attention
+    try:
+        check_attention(wanted)
+    except ValueError as error:
+        raise UserError(f"efficiency.attention: {error}") from None
+    cases = objective.attention_cases(device, precision(config, device))
+    if config.efficiency.compile:
+        cases = {part: case._replace(compiled=True) for part, case in cases.items()}
+    choices = {part: choose(case, wanted) for part, case in cases.items()}
+    if wanted != "auto" and wanted not in {choice.backend for choice in choices.values()}:
+        reason = next(iter(choices.values())).reason.partition(";")[0]
+        raise UserError(f"efficiency.attention: {reason}, nor can it do another part of this run; set auto")
+    objective.set_attention(wanted)
+    return "attention: " + ", ".join(f"{part} {choice.backend}" for part, choice in choices.items())
+
+
+def precision(config: Config, device: torch.device) -> torch.dtype:
+    """The dtype of autocast and of the images."""
+    return compute_dtype(config.efficiency.precision, device)
+
+
+def teacher_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The dtype of the teacher's matrices."""
+    if config.efficiency.precision != "fp8":
+        return precision(config, device)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise UserError(
+            f"efficiency.precision=fp8: {torch.cuda.get_device_name(device)} does not multiply in FP8, which "
+            "needs compute capability 8.9 or more; set efficiency.precision=bf16"
+        )
+    return torch.float8_e4m3fn
+
+
+def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, Loader | None]:
+    """The training and the validation loader; both go on where a sample is bad."""
+    data, optim = config.data, config.optim
+    if backbone.spec.channels != 3:
+        raise UserError(f"kwargs.in_chans={backbone.spec.channels}: images come with 3 channels; remove it")
+    if data.train is None:
+        raise UserError("data.train is not set: give it an image folder or tar shards, data.train=PATH")
+    source, quarantine = open_source(data.train, damaged=True), config.faults["quarantine"]
+    _check_batch_size(config, world, len(source))
+    train = Loader(
+        source,
+        Transform(
+            crop=data.crop,
+            scale=data.scale,
+            ratio=data.ratio,
+            hflip=data.hflip,
+            color_jitter=data.color_jitter,
+            randaugment=data.randaugment,
+            **image_constants(backbone),
+        ),
+        accumulate=optim.accumulate,
+        mixup=data.mixup,
+        cutmix=data.cutmix,
+        bad=BadSamples(read_quarantine(quarantine, source) if quarantine else ()),
+        **_common(config, world),
+    )
+    val = evaluation_loader(config, world, backbone, data.val) if data.val is not None else None
+    for key, loader in (("data.train", train), ("data.val", val)):
+        if loader is not None and not world.agree(loader.source.fingerprint()):
+            raise UserError(f"{key}: the ranks see different files; give every machine the same data set")
+    return train, val
+
+
+def evaluation_loader(config: Config, world: World, backbone: ViT, path: str) -> Loader:
+    """Every image once, in order, without augmentation; bad ones are left out."""
+    transform = Transform(crop="eval", **image_constants(backbone))
+    source = open_source(path, damaged=True)
+    return Loader(source, transform, train=False, bad=BadSamples(), **_common(config, world))
+
+
+def image_constants(backbone: ViT) -> dict:
+    """Size, mean, std, interpolation and crop_pct of a backbone's input: arguments of `Transform`."""
+    return {"size": backbone.spec.image_size, **backbone.data}
+
+
+def _check_batch_size(config: Config, world: World, images: int) -> None:
+    size, parts = config.optim.batch_size, config.optim.accumulate * world.size
+    multiple = f"a multiple of optim.accumulate x ranks = {parts}"
+    if size % parts:
+        raise UserError(f"optim.batch_size={size}: it must be {multiple}")
+    if size > images:
+        most = images // parts * parts
+        remedy = f"set it to at most {most}, {multiple}" if most else "lower optim.accumulate"
+        raise UserError(
+            f"optim.batch_size={size}: data.train has {images} images, fewer than an update; {remedy}"
+        )
+
+
+def _common(config: Config, world: World) -> dict:
+    parts = config.optim.accumulate * world.size
+    return {
+        "batch_size": config.optim.batch_size // parts,
+        "device": world.device,
+        "dtype": precision(config, world.device),
+        "seed": config.seed,
+        "rank": world.rank,
+        "world_size": world.size,
+        "threads": config.data.threads,
+        "hw_decoder_load": config.data.hw_decoder_load,
+    }
+
+
+def scale_batches(config: Config, world: World, backbone: ViT, val: Loader | None):
+    """The batches that the target scale is measured on: validation, else training images without augmentation."""
+    told = str(config.loss.target_scale).partition(":")[2]
+    limit = int(told) if told else SCALE_BATCHES if val is None else None
+    loader = evaluation_loader(config, world, backbone, config.data.train) if val is None else val
+    try:
+        yield from itertools.islice(loader.batches(), limit)
+    finally:
+        if val is None:
+            loader.close()

@@ -1,0 +1,75 @@
+"""Passes over the validation set: its loss, and the scale of the targets."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fastalign.training import build
+from fastalign.training.run import Run
+from fastalign.training.standing import WAITING
+from fastalign.utils.errors import SharedError
+from fastalign.utils.random import EVAL_EPOCH
+
+
+@contextmanager
+def judged(run: Run) -> Iterator[None]:
+    """The student in eval mode, with the averaged weights where there are some; afterwards as it was before."""
+    student = run.objective.student
+    modes = {part: part.training for part in student.modules()}
+    live = {name: value.clone() for name, value in student.state_dict().items()} if run.average else None
+    try:
+        if live is not None:
+            student.load_state_dict(run.average.state)
+        student.eval()
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+        if live is not None:
+            student.load_state_dict(live)
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> float:
+    """The loss over the validation set with its fixed masks; of the averaged weights where there are some."""
+    sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
+    with judged(run):
+        with run.alone(), run.fixed_weights():
+            for batch in run.val.batches():
+                run.beat("validating")
+                with run.autocast():
+                    loss = run.objective(batch.images, batch.ids, EVAL_EPOCH)
+                sums += torch.stack(
+                    [loss.double() * len(batch.ids), loss.new_tensor(len(batch.ids)).double()]
+                )
+        run.beat(WAITING)
+    total, count = run.world.sum(sums).tolist()
+    _refuse_nothing(run, count)
+    return total / count
+
+
+def _refuse_nothing(run: Run, count: float) -> None:
+    if not count:
+        key = "train" if run.val is None else "val"
+        place = getattr(run.config.data, key)
+        raise SharedError(f"data.{key}={place}: none of its images can be used; name other ones")
+
+
+def measure_target_scale(run: Run) -> None:
+    """Set the objective's target scale: measured, given, or none, by the configuration."""
+    scale = run.config.loss.target_scale
+    if not isinstance(scale, str):
+        run.objective.target_scale.fill_(scale)
+    elif run.config.loss.name == "mse":
+        moments = torch.zeros(3, dtype=torch.float64, device=run.world.device)
+        for batch in build.scale_batches(run.config, run.world, run.backbone, run.val):
+            run.beat("measuring the target scale")
+            with run.autocast():
+                moments += run.objective.target_moments(batch.images, batch.ids, EVAL_EPOCH)
+        run.beat(WAITING)
+        run.world.sum(moments)
+        _refuse_nothing(run, moments[0].item())
+        run.objective.set_target_scale(moments)
+    else:
+        run.objective.target_scale.fill_(1.0)

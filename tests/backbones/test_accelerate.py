@@ -1,0 +1,415 @@
+"""`fa.accelerate` against timm's own modules: outputs, gradients, the cap, everything a model goes through."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from timm.layers import Attention, AttentionRope
+from timm.models.eva import EvaAttention
+from torch import nn
+from torch.nn import functional
+
+import fastalign as fa
+from benchmarks.parity import BACKBONES
+from fastalign.backbones.zoo import MOCO
+from tests.numerics import gradient_error, needs_compiler, randomise, relative_error
+
+NARROW = {"depth": 2, "embed_dim": 48, "num_heads": 2, "num_classes": 5}
+EXACT = 1e-12
+"""In float64."""
+
+
+def tiny(name: str = "vit_tiny_patch16_224", **kwargs) -> nn.Module:
+    """timm's model, narrow, two patches high and three wide, every parameter moved."""
+    kwargs = NARROW | kwargs
+    patch = 14 if "patch14" in name else 16
+    if not {"img_size", "unsized"} & kwargs.keys():
+        kwargs["img_size"] = (2 * patch, 3 * patch)
+    kwargs.pop("unsized", None)
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs).double()
+    randomise(model, 0.1)
+    return model
+
+
+def run(model: nn.Module, images: torch.Tensor, seed: int = 1) -> tuple[torch.Tensor, dict]:
+    """The output, and every gradient for a random cotangent."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    out = model(images)
+    torch.manual_seed(2)
+    out.backward(torch.randn(out.shape, dtype=torch.float64).to(out.dtype))
+    return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def pixels(model: nn.Module, count: int = 4) -> torch.Tensor:
+    torch.manual_seed(3)
+    return torch.randn(count, 3, *model.patch_embed.img_size, dtype=torch.float64)
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module, images: torch.Tensor, bound: float = EXACT) -> None:
+    (out, gradients), (wanted, their_gradients) = run(ours, images), run(theirs, images)
+    assert out.dtype == wanted.dtype
+    assert relative_error(out, wanted) < bound
+    assert gradient_error(gradients, their_gradients) < bound
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_family_equals_timm(name):
+    theirs = tiny("vit_base_patch16_224" if name == MOCO else name)
+    ours = copy.deepcopy(theirs)
+    assert fa.accelerate(ours) is ours
+    assert sum(kind.endswith("Attention") for kind in fa.accelerated(ours).values()) == 2
+    for training in (False, True):
+        assert_same(ours.train(training), theirs.train(training), pixels(theirs))
+    assert_same(ours.float(), theirs.float(), pixels(theirs).float(), 1e-5)
+
+
+VIT, EVA, BEIT = "vit_tiny_patch16_224", "eva02_base_patch16_clip_224", "beit_base_patch16_224"
+VARIANTS = {
+    "stochastic depth": (VIT, {"drop_path_rate": 0.6}),
+    "stochastic depth, beit": (BEIT, {"drop_path_rate": 0.6}),
+    "stochastic depth, eva": (EVA, {"drop_path_rate": 0.6}),
+    "stochastic depth and layer scale": (VIT, {"drop_path_rate": 0.6, "init_values": 0.1}),
+    "dropped attention weights": (VIT, {"attn_drop_rate": 0.3, "proj_drop_rate": 0.2, "drop_rate": 0.1}),
+    "dropped attention weights, eva": (EVA, {"attn_drop_rate": 0.3, "proj_drop_rate": 0.2}),
+    "dropped attention weights, beit": (BEIT, {"attn_drop_rate": 0.3, "proj_drop_rate": 0.2}),
+    "dropped patches": (VIT, {"patch_drop_rate": 0.5}),
+    "dropped patches and depth, rotary": (EVA, {"patch_drop_rate": 0.5, "drop_path_rate": 0.6}),
+    "qk norm": (VIT, {"qk_norm": True}),
+    "norms inside": (VIT, {"scale_attn_norm": True, "scale_mlp_norm": True}),
+    "no qkv bias": (VIT, {"qkv_bias": False}),
+    "registers, no position of theirs": (VIT, {"reg_tokens": 3, "no_embed_class": True}),
+    "any image size": (VIT, {"dynamic_img_size": True}),
+    "distilled": ("deit_tiny_distilled_patch16_224", {}),
+    "parallel branches": ("vit_small_patch16_18x2_224", {}),
+    "SO150M": ("vit_so150m_patch16_reg4_map_256", {}),
+    "rotary": ("vit_base_patch16_rope_224", {}),
+    "rotary, mixed": ("vit_base_patch16_rope_mixed_224", {"drop_path_rate": 0.6}),
+    "DINOv3": ("vit_small_patch16_dinov3", {}),
+    "perception encoder": ("vit_pe_core_tiny_patch16_384", {}),
+    "eva, fused": (EVA, {"qkv_fused": True}),
+    "eva, grouped heads": (EVA, {"attn_type": "rope", "num_kv_heads": 1, "scale_attn_inner": False}),
+    "eva, giant": ("eva_giant_patch14_224", {}),
+    "beit, one bias for all": (BEIT, {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}),
+    "beit, both biases": (BEIT, {"use_shared_rel_pos_bias": True}),
+    "beit, no bias": (BEIT, {"use_rel_pos_bias": False, "qkv_bias": False}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_equal_timm(variant):
+    name, kwargs = VARIANTS[variant]
+    theirs = tiny(name, **kwargs)
+    ours = fa.accelerate(copy.deepcopy(theirs))
+    for training in (False, True):
+        images = pixels(theirs, 6)
+        assert_same(ours.train(training), theirs.train(training), images)
+
+
+def capped(cap: float):
+    """torch's function with the cap by its definition; a bias or mask is added to capped logits."""
+
+    def function(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+        logits = torch.einsum("bhqd,bhkd->bhqk", q, k) / q.shape[-1] ** 0.5
+        logits = cap * torch.tanh(logits / cap)
+        if attn_mask is not None:
+            added = attn_mask.dtype != torch.bool
+            logits = logits + attn_mask if added else logits.masked_fill(~attn_mask, -torch.inf)
+        return torch.einsum("bhqk,bhkd->bhqd", logits.softmax(-1), v)
+
+    return function
+
+
+@pytest.mark.parametrize("name", [VIT, BEIT, EVA, "vit_base_patch16_rope_224", "vit_base_patch16_siglip_224"])
+def test_softcap_equals_timm_with_a_capped_function(name, monkeypatch):
+    theirs = tiny(name, global_pool="avg") if "siglip" in name else tiny(name)
+    randomise(theirs, 0.3)
+    ours, images = fa.accelerate(copy.deepcopy(theirs), softcap=0.5), pixels(theirs)
+    plain = run(theirs, images)[0]
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", capped(0.5))
+    assert_same(ours, theirs, images)
+    assert relative_error(run(ours, images)[0], plain) > 1e-4
+
+
+def test_pooling_by_attention_has_no_cap():
+    theirs = tiny("vit_base_patch16_siglip_224")
+    ours = fa.accelerate(copy.deepcopy(theirs), softcap=0.5)
+    tokens = torch.randn(2, 6, 48, dtype=torch.float64)
+    assert torch.equal(ours.attn_pool(tokens), theirs.attn_pool(tokens))
+
+
+MASKS = {
+    "bool [T, T]": lambda: torch.rand(7, 7) > 0.4,
+    "bool [B, 1, T, T]": lambda: torch.rand(3, 1, 7, 7) > 0.4,
+    "bool [B, 1, 1, T]": lambda: torch.rand(3, 1, 1, 7) > 0.4,
+    "added [T, T]": lambda: torch.randn(7, 7).double(),
+    "added [B, H, T, T]": lambda: torch.randn(3, 2, 7, 7).double(),
+}
+
+
+@pytest.mark.parametrize("kind", [Attention, AttentionRope, EvaAttention], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_masks(kind, softcap, monkeypatch):
+    theirs = nn.Sequential(kind(48, num_heads=2, norm_layer=nn.LayerNorm, qk_norm=True, gated=True)).double()
+    randomise(theirs, 0.3)
+    ours = fa.accelerate(copy.deepcopy(theirs), softcap=softcap)
+    x = torch.randn(3, 7, 48, dtype=torch.float64)
+    if softcap:
+        monkeypatch.setattr(functional, "scaled_dot_product_attention", capped(softcap))
+    else:
+        assert relative_error(ours[0](x, is_causal=True), theirs[0](x, is_causal=True)) < EXACT
+    for name, draw in MASKS.items():
+        mask = draw()
+        mask = mask | torch.eye(7, dtype=torch.bool) if mask.dtype == torch.bool else mask
+        assert relative_error(ours[0](x, attn_mask=mask), theirs[0](x, attn_mask=mask)) < EXACT, name
+
+
+def test_a_causal_mask_goes_with_a_cap(monkeypatch):
+    theirs = nn.Sequential(Attention(48, num_heads=2)).double()
+    ours, x = fa.accelerate(copy.deepcopy(theirs), softcap=0.5), torch.randn(2, 7, 48, dtype=torch.float64)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", capped(0.5))
+    wanted = theirs[0](x, attn_mask=torch.ones(7, 7, dtype=torch.bool).tril())
+    assert relative_error(ours[0](x, is_causal=True), wanted) < EXACT
+
+
+def test_state_dict_copies_pickles_and_modes(tmp_path):
+    theirs = tiny(EVA, drop_path_rate=0.3)
+    before = dict(theirs.state_dict(keep_vars=True))
+    fa.accelerate(theirs, softcap=0.5)
+    after = theirs.state_dict(keep_vars=True)
+    assert list(before) == list(after)
+    assert all(before[name] is after[name] for name in before)
+    tiny(EVA).load_state_dict(theirs.state_dict())
+    torch.save(theirs, tmp_path / "model.pt")
+    images = pixels(theirs)
+    out = theirs.eval()(images)
+    for other in (
+        copy.deepcopy(theirs),
+        pickle.loads(pickle.dumps(theirs)),
+        torch.load(tmp_path / "model.pt", weights_only=False),
+    ):
+        assert torch.equal(other.eval()(images), out)
+        assert fa.accelerated(other) == fa.accelerated(theirs)
+        assert other.blocks[0].attn.softcap == 0.5
+    assert relative_error(copy.deepcopy(theirs).float()(images.float()), out) < 1e-5
+    assert isinstance(theirs.blocks[0].attn, EvaAttention)
+    assert "softcap=0.5" in repr(theirs)
+
+
+def test_twice_with_another_cap_and_back():
+    model = tiny("vit_base_patch16_clip_quickgelu_224.openai", drop_path_rate=0.3).eval()
+    kinds, images = [type(part) for part in model.modules()], pixels(model)
+    plain = model(images)
+    fa.accelerate(model, softcap=0.5)
+    swapped = {
+        "blocks.0.attn": "Attention",
+        "blocks.1": "Block",  # the first block's rate is zero
+        "blocks.1.attn": "Attention",
+    }
+    assert fa.accelerated(model) == swapped
+    first = model(images)
+    fa.accelerate(model, softcap=0.2)
+    assert not torch.equal(model(images), first)
+    fa.accelerate(model, softcap=0.5)
+    assert torch.equal(model(images), first)
+    fa.accelerate(model)
+    assert relative_error(model(images), plain) < EXACT
+    fa.accelerate(model, undo=True)
+    assert [type(part) for part in model.modules()] == kinds
+    assert fa.accelerated(model) == {}
+
+
+def test_a_backend_is_used_where_it_can():
+    model = tiny().eval()
+    images = pixels(model)
+    wanted = model(images)
+    assert relative_error(fa.accelerate(model, backend="eager")(images), wanted) < EXACT
+    assert model.blocks[0].attn.backend == "eager"
+
+
+@needs_compiler
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_torch_compile_without_a_break(softcap):
+    model = fa.accelerate(tiny("vit_base_patch16_clip_quickgelu_224", drop_path_rate=0.3), softcap=softcap)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    images = pixels(model)
+    for training in (False, True):
+        model.train(training)
+        out = compiled(images)
+        out.sum().backward()
+        assert training or relative_error(out, model(images)) < EXACT
+
+
+@pytest.mark.parametrize("name", [VIT, BEIT, EVA])
+def test_gradient_checkpointing(name):
+    ours = fa.accelerate(tiny(name, drop_path_rate=0.6), softcap=0.5).train()
+    images = pixels(ours)
+    out, gradients = run(ours, images)
+    gradients = {name: gradient.clone() for name, gradient in gradients.items()}
+    ours.set_grad_checkpointing()
+    again, recomputed = run(ours, images)
+    assert torch.equal(out, again)
+    assert gradient_error(recomputed, gradients) < EXACT
+
+
+@pytest.mark.parametrize("name", [VIT, BEIT, EVA, "vit_base_patch16_clip_quickgelu_224"])
+def test_autocast(name):
+    theirs = tiny(name, drop_path_rate=0.3, **({"qk_norm": True} if name == VIT else {})).float()
+    ours, images = fa.accelerate(copy.deepcopy(theirs)), pixels(theirs).float()
+    exact = theirs.double().eval()(images.double()).float()
+    theirs.float()
+    for training in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            wanted, out = theirs.train(training)(images), ours.train(training)(images)
+        assert out.dtype == wanted.dtype
+        out.float().sum().backward()
+    assert relative_error(out, exact) < 2 * relative_error(wanted, exact) + 2**-8
+
+
+def test_stochastic_depth_computes_only_what_is_kept():
+    model = fa.accelerate(tiny(drop_path_rate=0.5)).train()
+    block, seen = model.blocks[1], []
+    block.attn.register_forward_hook(lambda module, arguments, out: seen.append(len(out)))
+    x = torch.randn(1, 7, 48, dtype=torch.float64).expand(4000, -1, -1)
+    out = block(x)
+    assert seen[0] / 4000 == pytest.approx(0.5, abs=0.04)
+    assert ((out - x).abs().sum((1, 2)) > 0).double().mean().item() == pytest.approx(0.75, abs=0.04)
+    # The mean over draws is the branch itself, not its half.
+    whole = model.eval().blocks[1](x[:1])
+    attention = x[:1] + block.attn(block.norm1(x[:1]))
+    halves = [x[0], x[0] + 2 * (attention - x[:1])[0]]
+    expected = 0.5 * sum(half + block.mlp(block.norm2(half[None]))[0] for half in halves)
+    assert relative_error(out.mean(0), expected) < 0.05
+    assert whole.shape == (1, 7, 48)
+
+
+@pytest.mark.parametrize("name", [VIT, BEIT, EVA])
+def test_every_parameter_has_a_gradient_when_no_sample_is_kept(name):
+    theirs = tiny(name, drop_path_rate=0.9)
+    for block in theirs.blocks:
+        if hasattr(block.drop_path1, "drop_prob"):
+            block.drop_path1.drop_prob = block.drop_path2.drop_prob = 1.0
+    ours = fa.accelerate(copy.deepcopy(theirs)).train()
+    assert_same(ours, theirs.train(), pixels(theirs, 2))
+    assert all(parameter.grad is not None for parameter in ours.blocks.parameters())
+
+
+def test_stochastic_depth_that_was_taken_away():
+    theirs = tiny(drop_path_rate=0.5)
+    ours = fa.accelerate(copy.deepcopy(theirs))
+    for model in (ours, theirs):
+        model.blocks[1].drop_path1 = nn.Identity()
+    assert_same(ours, theirs, pixels(theirs))
+
+
+def test_distributed_data_parallel(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = fa.accelerate(tiny(drop_path_rate=0.9)).train()
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for _ in range(4):  # it stops where a parameter had no gradient
+            parallel(pixels(model, 1)).sum().backward()
+        assert len(fa.accelerated(parallel)) == 3
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def refused(match: str, *args, **kwargs) -> None:
+    with pytest.raises(fa.UserError, match=match) as error:
+        fa.accelerate(*args, **kwargs)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("softcap", [0, -1.0, float("nan"), float("inf"), "30", True])
+def test_a_wrong_cap_is_refused(softcap):
+    refused("softcap must be a positive number or None", tiny(), softcap=softcap)
+
+
+def test_what_is_not_known_is_refused_and_nothing_changed():
+    refused("must be a module such as timm.create_model makes, got 'vit'", "vit")
+    refused("backend: there is no 'sdp'; the nearest is sdpa", tiny(), backend="sdp")
+    refused("Linear has no attention of a timm", nn.Linear(2, 2))
+    refused("ViT is ours and has it all", fa.create_backbone(VIT, img_size=32, depth=1))
+    refused("blocks.0.attn is timm.*diff_attention.DiffAttention, an", tiny(attn_layer="diff"))
+    refused(
+        "layers.0.blocks.0.attn is timm.*WindowAttention, an",
+        timm.create_model("swin_tiny_patch4_window7_224"),
+    )
+
+    class Mine(Attention):
+        pass
+
+    model = tiny()
+    model.blocks[1].attn = Mine(48, num_heads=2)
+    refused("blocks.1.attn is .*Mine, an attention that fastalign has not got", model, softcap=3.0)
+    assert fa.accelerated(model) == {}
+    model = tiny()
+    model.blocks[1].attn.forward = model.blocks[0].attn.forward
+    refused("the forward of blocks.1.attn was replaced", model)
+    assert fa.accelerated(model) == {}
+
+
+def test_a_cap_and_dropped_weights_are_refused():
+    model = tiny(attn_drop_rate=0.2)
+    refused(
+        "blocks.0.attn drops attention weights .* make the model with attn_drop_rate=0", model, softcap=30.0
+    )
+    model = fa.accelerate(tiny(), softcap=30.0)
+    model.blocks[0].attn.attn_drop.p = 0.1
+    with pytest.raises(fa.UserError, match="drops attention weights"):
+        model.train()(pixels(model))
+
+
+ALONE = """
+import sys
+if sys.argv[1] == "without":
+    sys.modules["triton"] = None
+import torch
+import fastalign as fa
+print(list(fa.masks.UniformMasks(seed=0)(torch.arange(2), 4).shape))
+q = torch.randn(1, 2, 5, 8)
+print(list(fa.ops.softcap_attention(q, q, q, softcap=3.0).shape))
+for name in ("pack", "nothing"):
+    try:
+        print(getattr(getattr(fa.kernels, name), name).__module__)
+    except (ImportError, AttributeError) as error:
+        print(f"{type(error).__name__}: {error}")
+print([name for name in sys.modules if name.startswith("nvidia.dali")])
+try:
+    fa.kernels.softcap_attention.softcap_attention(q, q, q)
+except (ImportError, ValueError) as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("triton", ["with", "without"])
+def test_kernels_and_masks_alone(triton):
+    """On the CPU and without Triton's interpreter, where a kernel says where to go."""
+    result = subprocess.run(
+        [sys.executable, "-c", ALONE, triton],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
+    lines = result.stdout.splitlines()
+    assert lines[:2] == ["[2, 3, 4]", "[1, 2, 5, 8]"]
+    if triton == "with":
+        assert lines[2] == "fastalign.kernels.pack"
+    else:
+        assert lines[2] == (
+            "ImportError: fastalign.kernels.pack needs the package triton: pip install triton; "
+            "fastalign.ops works without it"
+        )
+    assert lines[3].startswith("AttributeError")
+    assert lines[4] == "[]"
+    missing = "softcap_attention needs the package triton"
+    wanted = "take tensors on a GPU, got cpu: call the function of the same name in fastalign.ops"
+    assert (wanted if triton == "with" else missing) in lines[5]

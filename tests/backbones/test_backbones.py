@@ -1,0 +1,294 @@
+"""Backbones against timm's on random weights, weights in and out, and bad input."""
+
+import copy
+import json
+import time
+
+import huggingface_hub
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+import fastalign as fa
+from benchmarks.parity import BACKBONES, measure
+from fastalign.backbones.zoo import MOCO
+from fastalign.classify.model import Classifier
+from fastalign.probe.features import probed_backbone
+from tests.numerics import randomise, relative_error
+
+BOUND = 1e-5
+SHALLOW = {"depth": 3}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_forward_and_gradient_equal_timm(name):
+    errors = measure(name, **SHALLOW)
+    assert max(errors.values()) < BOUND, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in BACKBONES if "base" in name])
+def test_full_depth_equals_timm(name):
+    errors = measure(name)
+    assert max(errors.values()) < BOUND, errors
+
+
+VARIANTS = {
+    "smaller image": ("vit_base_patch16_clip_quickgelu_224.openai", {"img_size": 96}),
+    "oblong image": ("vit_tiny_patch16_224", {"img_size": (64, 96)}),
+    "registers": ("vit_tiny_patch16_224", {"img_size": 64, "reg_tokens": 3}),
+    "registers without position": (
+        "vit_tiny_patch16_224",
+        {"img_size": 64, "reg_tokens": 3, "no_embed_class": True},
+    ),
+    "qk norm": ("vit_tiny_patch16_224", {"img_size": 64, "qk_norm": True}),
+    "layer scale": ("vit_tiny_patch16_224", {"img_size": 64, "init_values": 0.1}),
+    "no qkv bias": ("vit_tiny_patch16_224", {"img_size": 64, "qkv_bias": False}),
+    "average pooling": ("vit_tiny_patch16_224", {"img_size": 64, "global_pool": "avg"}),
+    "maximum pooling": ("vit_tiny_patch16_224", {"img_size": 64, "global_pool": "max"}),
+    "no class token": ("vit_tiny_patch16_224", {"img_size": 64, "class_token": False, "global_pool": "avg"}),
+    "beit, smaller": ("beit_base_patch16_224", {"img_size": 64}),
+    "eva, smaller": ("eva02_base_patch16_clip_224", {"img_size": 64}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_equal_timm(variant):
+    name, kwargs = VARIANTS[variant]
+    errors = measure(name, images=2, **SHALLOW, **kwargs)
+    assert max(errors.values()) < BOUND, errors
+
+
+def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
+    vit = fa.create_backbone("vit_tiny_patch16_224", img_size=32, depth=2, drop_path_rate=0.5)
+    assert [getattr(block.drop_path, "drop_prob", 0.0) for block in vit.blocks] == pytest.approx([0.0, 0.5])
+    block, x = vit.blocks[1].train(), torch.randn(1, 5, 192).expand(4000, -1, -1)
+    kept = (block(x) - x).flatten(1).abs().sum(1) > 0
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.04)  # either branch kept: 1 - 0.5^2
+    assert torch.equal(block.eval()(x[:2]), block(x[:2]))
+
+
+def test_softcap_changes_logits_as_defined():
+    vit = fa.create_backbone("vit_tiny_patch16_224", img_size=32, depth=1).double().eval()
+    randomise(vit, 0.3)
+    vit.softcap = 2.0
+    x = torch.randn(2, 5, 192, dtype=torch.float64)
+    attention = vit.blocks[0].attn
+    q, k, v = (part.unflatten(-1, (3, 64)).transpose(1, 2) for part in attention.qkv(x).chunk(3, -1))
+    logits = torch.einsum("bhqd,bhkd->bhqk", q, k) / 8
+    wanted = torch.einsum("bhqk,bhkd->bqhd", (2 * torch.tanh(logits / 2)).softmax(-1), v).flatten(2)
+    assert relative_error(attention(x), attention.proj(wanted)) < 1e-12
+    vit.softcap = None
+    assert relative_error(attention(x), attention.proj(wanted)) > 1e-3
+
+
+def test_moco_position_table_is_the_published_formula():
+    vit = fa.create_backbone(MOCO, depth=1)
+    assert not vit.pos_embed.requires_grad
+    table = np.zeros((197, 768))
+    for patch in range(196):
+        first, second = divmod(patch, 14)
+        omega = 1 / 10000 ** (np.arange(192) / 192)
+        angles = np.concatenate([first * omega, first * omega, second * omega, second * omega])
+        table[1 + patch] = np.where(np.arange(768) // 192 % 2 == 0, np.sin(angles), np.cos(angles))
+    assert relative_error(vit.pos_embed[0], torch.from_numpy(table)) < 1e-6
+
+
+def test_state_dict_goes_to_timm_and_back(tmp_path):
+    name, kwargs = "vit_base_patch14_reg4_dinov2.lvd142m", {"img_size": 56, "depth": 2}
+    vit = fa.create_backbone(name, **kwargs)
+    randomise(vit)
+    theirs = timm.create_model(name, num_classes=0, **kwargs)
+    theirs.load_state_dict(vit.state_dict())
+    images = torch.randn(1, 3, 56, 56)
+    assert torch.equal(theirs.eval()(images), vit.eval()(images))
+
+
+@pytest.mark.parametrize("wrap", ["safetensors", "pth", "module prefix", "encoder of a student"])
+def test_local_weights_files(tmp_path, wrap):
+    kwargs = {"img_size": 32, "depth": 2}
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, **kwargs).eval()
+    state = theirs.state_dict()
+    path = tmp_path / ("w.safetensors" if wrap == "safetensors" else "w.pth.tar")
+    if wrap == "safetensors":
+        safetensors.torch.save_file(state, path)
+    elif wrap == "pth":
+        torch.save(state, path)
+    elif wrap == "module prefix":
+        torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
+    else:
+        extra = {"encoder.head.weight": torch.zeros(3, 192), "decoder.norm.weight": torch.ones(3)}
+        torch.save({"state_dict": {f"encoder.{k}": v for k, v in state.items()} | extra}, path)
+    vit = fa.create_backbone("vit_tiny_patch16_224", checkpoint=path, **kwargs).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(vit(images), theirs(images))
+
+
+def test_a_fresh_norm_has_the_default_epsilon_of_the_backbones_norm_class():
+    """As the authors' `type(norm)(width)` gives it: timm's is 1e-6, torch's, which MoCo-v3 is made of, 1e-5."""
+    small = {"img_size": 32, "depth": 1}
+    wanted = {"vit_base_patch16_mocov3_224": 1e-5, "vit_base_patch16_clip_quickgelu_224": 1e-6}
+    for name, eps in wanted.items():
+        student = fa.MaskEmbedStudent.from_backbone(fa.create_backbone(name, **small))
+        assert student.encoder.norm.eps == eps
+
+
+def test_moco_checkpoints_are_read_as_their_authors_wrote_them(tmp_path):
+    """Keys under `module.base_encoder.`, a projector as head, and the momentum encoder beside it."""
+    truth = timm.create_model("vit_base_patch16_224", num_classes=0, depth=1)
+    state = {f"module.base_encoder.{name}": value for name, value in truth.state_dict().items()}
+    state |= {
+        "module.base_encoder.head.0.weight": torch.zeros(2),
+        "module.momentum_encoder.norm.weight": torch.ones(3),
+    }
+    torch.save({"epoch": 300, "arch": "vit_base", "state_dict": state}, tmp_path / "vit-b-300ep.pth.tar")
+    vit = fa.create_backbone(MOCO, checkpoint=tmp_path / "vit-b-300ep.pth.tar", depth=1)
+    assert torch.equal(vit.blocks[0].attn.qkv.weight, truth.blocks[0].attn.qkv.weight)
+    assert not torch.equal(vit.pos_embed, truth.pos_embed), "the table is fixed, whatever the file says"
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "beit_base_patch16_224", "eva02_base_patch16_clip_224"]
+)
+def test_weights_are_resampled_to_another_image_size_as_timm_does(tmp_path, name):
+    small = timm.create_model(name, num_classes=0, img_size=64, depth=1)
+    randomise(small)
+    path = tmp_path / "w.safetensors"
+    safetensors.torch.save_file(small.state_dict(), path)
+    small.set_input_size(img_size=(96, 96))
+    vit = fa.create_backbone(name, checkpoint=path, img_size=96, depth=1).eval()
+    images = torch.randn(1, 3, 96, 96)
+    assert relative_error(vit.forward_features(images), small.eval().forward_features(images)) < BOUND
+
+
+def test_a_frozen_backbone_stays_in_evaluation_mode_whatever_its_parents_mode():
+    """No stochastic depth: two passes of the same images give the same tokens, those of the backbone itself."""
+    vit = fa.create_backbone("vit_tiny_patch16_224", img_size=32, depth=3, drop_path_rate=0.5)
+    student = fa.MaskEmbedStudent.from_backbone(vit, freeze_encoder=True, softcap=None)
+    teacher, classifier = (
+        fa.MaskedTeacher(vit, skip_blocks=0),
+        Classifier(vit, "attention", 3, unfreeze=False),
+    )
+    parent = nn.ModuleList([student, teacher, classifier, probed := copy.deepcopy(vit)])
+    probed_backbone(probed)
+    images = torch.randn(4, 3, 32, 32)
+    wanted = vit.eval().forward_features(images)
+    for _ in range(2):
+        parent.train()
+        assert student.decoder.training
+        for encoder in (student.encoder, teacher.vit, classifier.backbone, probed):
+            assert torch.equal(encoder.forward_features(images), wanted)
+            assert not any(p.requires_grad for p in encoder.parameters())
+        parent.eval()
+    trained = fa.MaskEmbedStudent.from_backbone(student.encoder).train().encoder
+    assert all(module.training for module in trained.modules())
+    assert all(parameter.requires_grad for parameter in trained.parameters())
+
+
+def test_timm_reads_the_preprocessing_of_a_backbone(tmp_path):
+    """Constants of the weights, not of ImageNet, and the image size that was asked for."""
+    name, kwargs = "vit_base_patch16_clip_quickgelu_224.openai", {"depth": 1, "img_size": (48, 80)}
+    theirs = timm.create_model(name, num_classes=0, **kwargs)
+    save_file(theirs.state_dict(), tmp_path / "backbone.safetensors")
+    facts = {"name": name, "kwargs": {"num_classes": 0, **kwargs}, "softcap": None}
+    (tmp_path / "backbone.json").write_text(json.dumps(facts))
+    vit = fa.load_backbone(tmp_path)
+    assert not any(module.training for module in vit.modules())
+    wanted = timm.data.resolve_model_data_config(theirs) | {"input_size": (3, 48, 80)}
+    found = timm.data.resolve_model_data_config(vit)
+    assert {key: tuple(v) if isinstance(v, list) else v for key, v in found.items()} == wanted
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8))
+    pixels = fa.transform(vit)(image)
+    assert torch.equal(pixels, timm.data.create_transform(**wanted, is_training=False)(image))
+    assert vit(pixels[None]).shape == (1, 768)
+    for call in (vit, vit.forward_features, lambda x: vit.embed_masked(x, torch.ones(1, 1, 15))):
+        with pytest.raises(
+            ValueError, match=r"images are \[1, 3, 80, 48\], .* takes \[B, 3, 48, 80\]: .*img_size"
+        ):
+            call(pixels.mT[None])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: fa.create_backbone("vit_base_patch61_224"), ["unknown backbone", "vit_base_patch16_224"]),
+        (lambda p: fa.create_backbone("resnet50"), ["ResNet", "VisionTransformer"]),
+        (lambda p: fa.create_backbone("vit_tiny"), ["names are vit_tiny_patch16_224, vit_tiny_patch16_384"]),
+        (lambda p: fa.create_backbone("vit_tiny_patch16_224", depht=3), ["depht", "did you mean depth?"]),
+        (
+            lambda p: fa.create_backbone("vit_tiny_patch16_224", imgsize=64),
+            ["imgsize; did you mean img_size?"],
+        ),
+        (lambda p: fa.create_backbone("vit_tiny_patch16_224", checkpoint=p / "none.pth"), ["none.pth"]),
+        (
+            lambda p: fa.create_backbone("vit_tiny_patch16_224", checkpoint=p / "other.pth"),
+            ["not read", "timm"],
+        ),
+        (
+            lambda p: fa.create_backbone("vit_tiny_patch16_224", checkpoint=p / "text.pth"),
+            ["text.pth", "not a weights file; copy it again"],
+        ),
+        (
+            lambda p: fa.create_backbone("vit_tiny_patch16_224", checkpoint=p / "code.pth"),
+            ["code.pth", "safely"],
+        ),
+        (
+            lambda p: fa.create_backbone("vit_base_patch16_18x2_224"),
+            ["vit_base_patch16_18x2_224", "ParallelThingsBlock is not supported"],
+        ),
+        (lambda p: fa.load_backbone(p), ["backbone.json"]),
+        (lambda p: fa.create_backbone("vit_tiny_patch16_224", img_size=50), ["img_size 50", "48 or 64"]),
+        (
+            lambda p: fa.create_backbone("vit_tiny_patch16_224", img_size=[48, 50]),
+            ["img_size 50", "48 or 64"],
+        ),
+        (
+            lambda p: fa.create_backbone("vit_tiny_patch16_224", img_size="48"),
+            ["correct its arguments", "'img_size': '48'"],
+        ),
+        (lambda p: fa.create_backbone("vit_tiny_patch16_224.foo"), ["foo", "weights known for it: vit_tiny"]),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path, make, words):
+    torch.save({"blocks.0.norm1.weight": torch.ones(3)}, tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("not weights")
+    torch.save({"state_dict": {}, "args": _Arguments()}, tmp_path / "code.pth")
+    with pytest.raises(fa.UserError) as caught:
+        make(tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+class _Arguments:
+    """A pickled object that is not a tensor: it must not be unpickled."""
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, monkeypatch):
+    """Its client tries each file six times, in a minute. What it has in its cache is used."""
+    for name, value in {
+        "HF_HUB_OFFLINE": False,
+        "ENDPOINT": "http://127.0.0.1:9",
+        "HF_HUB_CACHE": tmp_path,
+    }.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    cached, commit = tmp_path / "models--timm--vit_tiny_patch16_224.augreg_in21k_ft_in1k", "0" * 40
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    (cached / "snapshots" / commit).mkdir(parents=True)
+    weights = fa.create_backbone("vit_tiny_patch16_224", num_classes=1000).state_dict()
+    save_file(weights, cached / "snapshots" / commit / "model.safetensors")
+    started = time.monotonic()
+    vit = fa.create_backbone("vit_tiny_patch16_224.augreg_in21k_ft_in1k", pretrained=True)
+    assert torch.equal(vit.cls_token, weights["cls_token"])
+    with pytest.raises(
+        fa.UserError, match=r"http://127\.0\.0\.1:9 cannot be reached.*student\.weights=FILE or random"
+    ):
+        fa.create_backbone("vit_tiny_patch16_224.augreg_in21k", pretrained=True)
+    assert time.monotonic() - started < 15

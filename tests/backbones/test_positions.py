@@ -1,0 +1,152 @@
+"""Position tables brought from the grid they were trained on to another, against timm's `set_input_size`."""
+
+import json
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+import fastalign as fa
+from fastalign.backbones.zoo import MOCO
+from fastalign.training.build import make_backbone, named_backbone
+from tests.numerics import randomise, relative_error
+
+NARROW = {"depth": 1, "embed_dim": 64, "num_heads": 2}
+FAMILIES = {
+    "absolute": ("vit_tiny_patch16_224", {}),
+    "CLIP": ("vit_base_patch16_clip_quickgelu_224", {}),
+    "SigLIP": ("vit_base_patch16_siglip_224", {"global_pool": ""}),
+    "DINOv2 with registers": ("vit_base_patch14_reg4_dinov2", {"patch_size": 16}),
+    "relative": ("beit_base_patch16_224", {}),
+    "rotary": ("eva02_base_patch16_clip_224", {}),
+}
+GRIDS = [((2, 8), (4, 2)), ((2, 8), (6, 6)), ((2, 8), (4, 4)), ((2, 4), (4, 4)), ((4, 4), (2, 8))]
+"""From, to: fewer patches, more, as many in another shape, a number that is no square's, and back."""
+BOUND = 1e-6
+
+
+def pixels(grid: tuple[int, int]) -> tuple[int, int]:
+    return grid[0] * 16, grid[1] * 16
+
+
+def timm_model(name: str, grid: tuple[int, int], **kwargs):
+    torch.manual_seed(grid[0])
+    model = timm.create_model(name, img_size=pixels(grid), **{"num_classes": 0, **NARROW, **kwargs}).eval()
+    randomise(model, 0.1)
+    return model
+
+
+def same(vit, model, grid: tuple[int, int]) -> bool:
+    """Whether our tokens are those of timm's model, resized by timm."""
+    model.set_input_size(img_size=pixels(grid))
+    images = torch.randn(2, 3, *pixels(grid))
+    found, wanted = vit.eval().forward_features(images), model.forward_features(images)
+    return relative_error(found, wanted) < BOUND
+
+
+def save_run(folder, model, name: str, kwargs: dict):
+    """As a run leaves it, without what is not read here."""
+    folder.mkdir()
+    facts = {
+        "name": name,
+        "kwargs": {"num_classes": 0, **NARROW, **kwargs},
+        "softcap": None,
+        "norm_eps": None,
+    }
+    (folder / "backbone.json").write_text(json.dumps(facts))
+    metadata = {"format": "pt", "facts": json.dumps(facts)}
+    safetensors.torch.save_file(model.state_dict(), folder / "backbone.safetensors", metadata)
+    return folder
+
+
+@pytest.mark.parametrize(("before", "after"), GRIDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_is_read_at_another_image_size(tmp_path, family, before, after):
+    name, kwargs = FAMILIES[family]
+    model = timm_model(name, before, **kwargs)
+    run = save_run(tmp_path / "run", model, name, {**kwargs, "img_size": pixels(before)})
+    wanted = {"img_size": list(pixels(after))}
+    patch = {key: value for key, value in kwargs.items() if key == "patch_size"}
+    found = [
+        fa.load_backbone(run, **wanted),
+        fa.create_backbone(name, checkpoint=run / "backbone.safetensors", **NARROW, **patch, **wanted),
+        named_backbone(str(run), kwargs=str(wanted))[0],
+        make_backbone("student.weights", name, str(run), wanted),
+    ]
+    assert all(same(vit, model, after) for vit in found)
+    assert same(fa.load_backbone(run / "backbone.safetensors"), timm_model(name, before, **kwargs), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bare_file_is_of_a_square_grid(tmp_path, family):
+    """As many patches in another shape are resampled too; where there is no square, the grid is the one asked for."""
+    name, kwargs = FAMILIES[family]
+    for before, after in (((4, 4), (2, 8)), ((4, 4), (3, 5)), ((2, 4), (2, 4))):
+        model = timm_model(name, before, **kwargs)
+        torch.save(model.state_dict(), tmp_path / "w.pth")
+        options = {**NARROW, **kwargs, "img_size": pixels(after)}
+        assert same(fa.create_backbone(name, checkpoint=tmp_path / "w.pth", **options), model, after)
+    if family != "rotary":
+        with pytest.raises(
+            fa.UserError, match="no square grid and not the 4x4 patches asked for; give img_size"
+        ):
+            fa.create_backbone(name, checkpoint=tmp_path / "w.pth", **{**options, "img_size": 64})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_weights_are_resampled_from_their_native_grid(tmp_path, monkeypatch, family):
+    """timm reads the file in the place of its download."""
+    name, kwargs = FAMILIES[family]
+    options = {**NARROW, **{key: value for key, value in kwargs.items() if key != "patch_size"}}
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=0, **options).eval()
+    randomise(model, 0.1)
+    torch.save(model.state_dict(), tmp_path / "published.pth")
+    create = timm.create_model
+
+    def local(*args, **given):
+        overlay = {"file": str(tmp_path / "published.pth"), "custom_load": False, "num_classes": 0}
+        return create(*args, **given, pretrained_cfg_overlay=overlay)
+
+    monkeypatch.setattr(timm, "create_model", local)
+    native = fa.create_backbone(name, pretrained=True, **options)
+    assert native.spec.image_size == model.patch_embed.img_size
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in native.state_dict().items())
+    vit = fa.create_backbone(name, pretrained=True, **options, img_size=(112, 448))
+    model.set_input_size(img_size=(112, 448))
+    images = torch.randn(1, 3, 112, 448)
+    assert relative_error(vit.eval().forward_features(images), model.forward_features(images)) < BOUND
+
+
+def test_an_export_to_timm_knows_its_grid_and_cap(tmp_path):
+    from fastalign.export import export
+
+    name = "vit_tiny_patch16_224"
+    model = timm_model(name, (2, 8))
+    run = save_run(tmp_path / "run", model, name, {"img_size": pixels((2, 8))})
+    facts = json.loads((run / "backbone.json").read_text()) | {"softcap": 7.0}
+    (run / "backbone.json").write_text(json.dumps(facts))
+    folder, _ = export(run, "timm", images="synthetic:4")
+    vit = fa.create_backbone(name, checkpoint=folder / "model.safetensors", **NARROW, img_size=64)
+    assert vit.softcap == 7.0
+    vit.softcap = None
+    assert same(vit, model, (4, 4))
+
+
+def test_a_patch_size_is_resampled_too(tmp_path):
+    model = timm_model("vit_tiny_patch16_224", (2, 8))
+    run = save_run(tmp_path / "run", model, "vit_tiny_patch16_224", {"img_size": pixels((2, 8))})
+    vit = fa.load_backbone(run, patch_size=8, img_size=(32, 64))
+    model.set_input_size(img_size=(32, 64), patch_size=8)
+    images = torch.randn(2, 3, 32, 64)
+    assert relative_error(vit.forward_features(images), model.forward_features(images)) < BOUND
+
+
+def test_a_fixed_table_is_computed_for_the_new_grid(tmp_path):
+    model = timm_model("vit_base_patch16_224", (2, 8))
+    run = save_run(tmp_path / "run", model, MOCO, {"img_size": pixels((2, 8))})
+    vit, fresh = fa.load_backbone(run, img_size=96), fa.create_backbone(MOCO, img_size=96, **NARROW)
+    assert torch.equal(vit.pos_embed, fresh.pos_embed)
+    assert not vit.pos_embed.requires_grad
+    assert torch.equal(vit.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)

@@ -1,0 +1,72 @@
+"""Labelled data sets in small, as users and the download leave them."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastalign.evaluation import datasets
+from tests.data_helpers import encode, write_tar
+from tests.evaluation.label_maps import COCO_TRAIN, COCO_VAL, SIZE, grey, picture, put
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder as users have it: two training images, one of them nested, one image in val and in test."""
+    root = tmp_path / "own"
+    for name in ("train/{}/a", "train/{}/deep/er/b", "val/{}/c", "test/{}/d"):
+        put(root / f"{name.format('images')}.jpg", picture(ord(name[-1])))
+        put(root / f"{name.format('labels')}.png", grey(1, 2, 255))
+    (root / "classes.txt").write_text("unlabeled\ncat\ndog\n")
+    return root
+
+
+@pytest.fixture
+def coco(tmp_path, monkeypatch):
+    """COCO in small, as the download leaves it: COCO-Stuff's maps and panoptic ones."""
+    monkeypatch.setitem(datasets.HELD_OUT, "coco", 2)
+    root = tmp_path / "coco"
+    categories = [{"id": 200, "name": "rug", "isthing": 0}, {"id": 1, "name": "person", "isthing": 1}]
+    for split, numbers in (("train", COCO_TRAIN), ("val", COCO_VAL)):
+        annotations = []
+        for number in numbers:
+            put(root / f"images/{split}2017/{number}.jpg", picture(int(number)))
+            put(root / f"annotations/{split}2017/{number}.png", grey(255, 0, 90, 91, 181))
+            pixels = np.zeros((*SIZE[::-1], 3), dtype=np.uint8)
+            pixels[0, :3] = (7, 0, 0), (1, 2, 3), (0, 0, 200)
+            put(root / f"annotations/panoptic_{split}2017/{number}.png", Image.fromarray(pixels))
+            # 1 + 2 * 256 + 3 * 65536 = 197121; 200 * 65536 = 13107200
+            ids = {13107200: 1, 7: 200, 197121: 1}
+            segments = [{"id": i, "category_id": c, "iscrowd": 0, "area": 1} for i, c in ids.items()]
+            annotations.append(
+                {"file_name": f"{number}.png", "image_id": int(number), "segments_info": segments}
+            )
+        content = {"info": {}, "images": [], "annotations": annotations, "categories": categories}
+        (root / f"annotations/panoptic_{split}2017.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture
+def ade(tmp_path, monkeypatch):
+    monkeypatch.setitem(datasets.HELD_OUT, "ade20k", 1)
+    root = tmp_path / "ade"
+    for part, short, count in (("training", "train", 3), ("validation", "val", 2)):
+        for number in range(1, count + 1):
+            put(root / f"images/{part}/ADE_{short}_{number:08d}.jpg", picture(number))
+            put(root / f"annotations/{part}/ADE_{short}_{number:08d}.png", grey(0, 1, 150))
+    return root
+
+
+@pytest.fixture
+def tars(tmp_path):
+    """Two training shards with the same keys, one shard each for val and test."""
+    root = tmp_path / "tars"
+    for name, first in (("train-000", 0), ("train-001", 2), ("val-000", 4), ("test-000", 6)):
+        members = []
+        for i in range(2):
+            members += [(f"{i:04d}.json", b"{}"), (f"{i:04d}.png", encode(grey(i, 255), "PNG"))]
+            members += [(f"{i:04d}.jpg", encode(picture(first + i)))]
+        write_tar(root / f"{name}.tar", members)
+    (root / "classes.txt").write_text("sea\nland\n")
+    return root

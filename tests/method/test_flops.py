@@ -1,0 +1,71 @@
+"""The formula of operations against torch's own counter of the matrix products that really run."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastalign as fa
+from fastalign.method.flops import flops_per_image
+from fastalign.utils.flops import peak_flops
+
+SMALL = {"img_size": 64, "depth": 3}
+
+
+def build(name="vit_tiny_patch16_224", mim=False, teacher=None, **options):
+    """A small objective."""
+    vit = fa.create_backbone(name, **SMALL)
+    if mim:
+        student = fa.MIMStudent.from_backbone(vit)
+        return fa.MaskedImageModeling(fa.MaskedTeacher(vit, 0), student, fa.UniformMasks())
+    student = fa.MaskEmbedStudent.from_backbone(vit, **options)
+    return fa.MaskEmbed(fa.MaskedTeacher(vit, **(teacher or {})), student, fa.UniformMasks(full=False))
+
+
+CASES = {
+    "maskembed": {},
+    "swiglu": {"name": "eva02_base_patch16_clip_224", "softcap": None},
+    "no prefix": {"name": "vit_base_patch16_siglip_224"},
+    "mlp head": {"head": "mlp"},
+    "narrow decoder": {"decoder_width": 96, "decoder_layers": 3},
+    "frozen": {"freeze_encoder": True},
+    "prefix only": {"prefix_only": True, "teacher": {"prefix_only": True, "skip_blocks": 0}},
+    "masked image modeling": {"mim": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_formula_equals_the_counted_matrix_products(case):
+    objective = build(**CASES[case])
+    images = torch.randn(2, 3, 64, 64)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        objective(images, torch.arange(2)).backward()
+    assert flops_per_image(objective) == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
+
+
+@pytest.mark.slow
+def test_full_size_agrees_with_the_cost_model():
+    """CLIP B/16 at 224 pixels, 3 masks: 105.8 student + 96.7 teacher + 54.4 decoder = 256.9 GFLOP."""
+    vit = fa.create_backbone("vit_base_patch16_clip_quickgelu_224")
+    student = fa.MaskEmbedStudent.from_backbone(vit)
+    objective = fa.MaskEmbed(fa.MaskedTeacher(vit), student, fa.UniformMasks())
+    assert flops_per_image(objective) == pytest.approx(256.9e9, rel=0.003)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("vit_base_patch16_clip_quickgelu_224", 205.9e9), ("vit_so400m_patch14_siglip_384", 3580e9)],
+)
+def test_dropping_costs_what_the_cost_model_says(name, wanted):
+    """Packed lengths 2N + 3P, and the squares of uniformly many visible patches."""
+    with torch.device("meta"):
+        vit = fa.create_backbone(name)
+        student = fa.MaskEmbedStudent.from_backbone(vit)
+        objective = fa.MaskEmbed(fa.MaskedTeacher(vit, masking="drop"), student, fa.UniformMasks())
+    assert flops_per_image(objective) == pytest.approx(wanted, rel=0.005)
+
+
+def test_peaks_are_found_by_name():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989.5e12
+    assert peak_flops("some other device") is None

@@ -1,0 +1,358 @@
+"""The attention adapter: every implementation here against the definition, and a choice that gives its reason."""
+
+import inspect
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastalign as fa
+from fastalign import ops
+from fastalign.ops import reference
+from fastalign.ops.attention import BACKENDS, Case, Sequences, attention, backends, choice, choose
+from tests.numerics import DEVICE, assert_as_exact, needs_compiler, relative_error
+
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+TIMES = 5 if DEVICE == "cuda" else 1
+"""Below 128 rows FlexAttention takes its decoding kernel; the interpreter has no time for more rows."""
+BOUNDS = [TIMES * bound for bound in (0, 5, 5, 22, 40)]
+"""One sequence is empty; the last seven rows are padding."""
+LENGTH, ROWS, LONGEST = 33 * TIMES, BOUNDS[-1] + 7, 18 * TIMES
+CALL = Case("cuda", torch.bfloat16, False, False, False, 577, 64, True)
+
+
+WIDTH = 16
+
+
+def case(softcap, packed):
+    return Case(DEVICE, DTYPE, softcap is not None, False, packed, LONGEST if packed else LENGTH, WIDTH, True)
+
+
+def tensors(packed):
+    """q, k, v as the projection gives them, and the sequences."""
+    torch.manual_seed(0)
+    shape = (ROWS, 3, 4, WIDTH) if packed else (2, LENGTH, 3, 4, WIDTH)
+    qkv = torch.randn(shape, device=DEVICE, dtype=DTYPE) * 2
+    q, k, v = (x.clone() for x in qkv.unbind(-3))
+    if not packed:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    sequences = None
+    if packed:
+        sequences = Sequences(torch.tensor(BOUNDS, dtype=torch.int32, device=DEVICE), LONGEST)
+    return [x.detach().requires_grad_() for x in (q, k, v)], sequences
+
+
+def truth(q, k, v, softcap, sequences):
+    bounds = None if sequences is None else sequences.bounds
+    return reference.softcap_attention(q, k, v, softcap=softcap, cu_seqlens=bounds)
+
+
+def compare(run, softcap, packed):
+    """Outputs and gradients of `run(q, k, v, softcap, sequences)`; padding is finite and gets none."""
+    inputs, sequences = tensors(packed)
+    cotangent = torch.randn_like(inputs[0])
+    if packed:
+        cotangent[BOUNDS[-1] :] = 0  # as the loss gives it
+    results = []
+    for function, dtype in ((run, DTYPE), (truth, DTYPE), (truth, torch.float64)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        out = function(*leaves, softcap, sequences)
+        gradients = torch.autograd.grad(out, leaves, cotangent.to(dtype))
+        results.append([out.detach(), *gradients])
+    found, eager, exact = results
+    assert all(torch.isfinite(x).all() for x in found)
+    if packed:
+        assert all(not x[BOUNDS[-1] :].any() for x in found[1:])
+        found, eager, exact = ([x[: BOUNDS[-1]] for x in results] for results in (found, eager, exact))
+    for name, *parts in zip(("out", "dq", "dk", "dv"), found, eager, exact, strict=True):
+        assert_as_exact(name, *parts)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("softcap", [None, 30.0], ids=["plain", "capped"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_implementation_here_equals_the_definition(name, softcap, packed):
+    refusal = BACKENDS[name].refuses(case(softcap, packed), choice.architecture())
+    if refusal:
+        pytest.skip(f"{name} {refusal}")
+    compare(
+        lambda q, k, v, cap, s: attention(q, k, v, softcap=cap, sequences=s, backend=name),
+        softcap,
+        packed,
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("name", ["auto", "sdpa_flash", "sdpa_math"])
+def test_torch_compile_sees_through(name, packed):
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True)
+    for softcap in (None, 30.0):
+        compare(
+            lambda q, k, v, cap, s: compiled(q, k, v, softcap=cap, sequences=s, backend=name),
+            softcap,
+            packed,
+        )
+
+
+def _library(with_lse):
+    """A library as flash-attn documents itself: [B, T, H, d] and packed [L, H, d]; what is no sequence is garbage."""
+
+    def finish(out):
+        return (out, None) if with_lse else out
+
+    def flash_attn_func(q, k, v, softcap=0.0):
+        out = reference.softcap_attention(*(x.transpose(1, 2) for x in (q, k, v)), softcap=softcap or None)
+        return finish(out.transpose(1, 2))
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, softcap=0.0
+    ):
+        assert cu_seqlens_q.diff().max() <= max_seqlen_q == max_seqlen_k
+        out = reference.softcap_attention(q, k, v, softcap=softcap or None, cu_seqlens=cu_seqlens_k)
+        return finish(torch.where((torch.arange(len(q)) < cu_seqlens_q[-1])[:, None, None], out, torch.nan))
+
+    return SimpleNamespace(
+        flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func, __path__=[]
+    )
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the real ones are tested where they are")
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("softcap", [None, 30.0], ids=["plain", "capped"])
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("flash_attn_2", "flash_attn"),
+        ("flash_attn_3", "flash_attn_interface"),
+        ("flash_attn_4", "flash_attn.cute"),
+    ],
+)
+def test_libraries_that_are_not_here_are_called_as_they_document(name, module, softcap, packed, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", _library(False))
+    monkeypatch.setitem(sys.modules, module, _library(name == "flash_attn_3"))
+    compare(lambda q, k, v, cap, s: BACKENDS[name].run(q, k, v, cap, None, s), softcap, packed)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the real one is tested where it is")
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_xformers_is_called_as_it_documents(packed, monkeypatch):
+    def memory_efficient_attention(q, k, v, attn_bias=None):
+        if attn_bias is None:
+            return reference.softcap_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        bounds = torch.tensor([0, *attn_bias]).cumsum(0).int()
+        assert bounds[-1] == q.shape[1]
+        return reference.softcap_attention(q[0], k[0], v[0], cu_seqlens=bounds)[None]
+
+    mask = SimpleNamespace(from_seqlens=lambda lengths, device: lengths)
+    library = SimpleNamespace(
+        fmha=SimpleNamespace(BlockDiagonalMask=mask), memory_efficient_attention=memory_efficient_attention
+    )
+    monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace(__path__=[]))
+    monkeypatch.setitem(sys.modules, "xformers.ops", library)
+    compare(lambda q, k, v, cap, s: BACKENDS["xformers"].run(q, k, v, cap, None, s), None, packed)
+
+
+SIGNATURES = {
+    "2.10": "q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None",
+    "2.11": "q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)",
+    "2.12": "q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), "
+    "enable_gqa=False, seqused_k=None, block_table=None, num_splits=None",
+}
+
+
+@pytest.mark.parametrize("release", SIGNATURES)
+def test_varlen_attn_with_the_signature_of_every_release(release, monkeypatch):
+    from torch.nn.attention import varlen
+
+    signature = inspect.signature(eval(f"lambda {SIGNATURES[release]}: None"))
+
+    def varlen_attn(*arguments, **options):
+        given = signature.bind(*arguments, **options).arguments
+        assert given["cu_seq_q"].diff().max() <= given["max_q"] == given["max_k"]
+        q, k, v = (given[name] for name in "qkv")
+        return reference.softcap_attention(q, k, v, cu_seqlens=given["cu_seq_k"])
+
+    if torch.__version__.startswith(release):
+        real = list(inspect.signature(varlen.varlen_attn).parameters)
+        assert real[3:] == list(signature.parameters)[3:]
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    compare(lambda q, k, v, cap, s: BACKENDS["varlen_attn"].run(q, k, v, cap, None, s), None, True)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "longest", "length", "wanted"),
+    [
+        ([0, 3, 7], 4, 7, [0, 3, 7, 7, 7]),
+        ([0, 3, 7], 4, 17, [0, 3, 7, 11, 15, 17, 17, 17]),
+        ([0, 0], 2, 3, [0, 0, 2, 3]),
+    ],
+)
+def test_padding_becomes_sequences_of_its_own(bounds, longest, length, wanted):
+    found = backends.covering(Sequences(torch.tensor(bounds, dtype=torch.int32), longest), length)
+    assert found.dtype == torch.int32
+    assert found.tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "arch", "words"),
+    [
+        ("triton", {"device": "cpu"}, 0, "needs a GPU"),
+        ("varlen_attn", {}, 90, "packed sequences only"),
+        ("varlen_attn", {"packed": True, "capped": True}, 90, "has no soft-cap"),
+        ("sdpa_flash", {"packed": True}, 90, "takes no packed sequences"),
+        ("sdpa_flash", {"dtype": torch.float32}, 90, "takes no float32"),
+        ("sdpa_flash", {"width": 68}, 90, "takes no heads of 68"),
+        ("triton", {"width": 160}, 90, "takes no heads of 160"),
+        ("triton", {"biased": True}, 90, "takes no bias"),
+        ("triton", {"dtype": torch.float64}, 90, "takes no float64"),
+        ("sdpa_flash", {}, 75, "does not run on sm_75"),
+        ("flash_attn_3", {}, 100, "does not run on sm_100"),
+        ("flash_attn_4", {"capped": True}, 100, "may hang with a cap on sm_100"),
+        ("flash_attn_4", {"compiled": True}, 90, "breaks the graph"),
+        ("sdpa_cudnn", {"device": "cpu"}, 0, "no implementation for this device"),
+        ("eager", {"capped": True, "packed": True, "dtype": torch.float64}, 70, None),
+        ("sdpa", {"biased": True}, 70, None),
+    ],
+)
+def test_refusals(name, changes, arch, words, monkeypatch):
+    monkeypatch.setattr(ops, "MODE", "auto")
+    found = BACKENDS[name].refuses(CALL._replace(**changes), arch)
+    assert found is None if words is None else words in found
+
+
+def test_what_is_not_installed_says_so():
+    assert backends.Backend(None, "no_such_package:f").missing().startswith("ModuleNotFoundError")
+    assert backends.Backend(None, "torch:no_such").missing() == "torch has no no_such"
+    assert all(BACKENDS[name].missing() is None for name in ("sdpa_flash", "flex", "varlen_attn"))
+
+
+@pytest.fixture
+def hopper(tmp_path, monkeypatch):
+    """A machine with an sm_90 and a table that a benchmark wrote there."""
+
+    def row(ms, length=577, width=64, **kind):
+        return (
+            {"capped": False, "packed": False, "gradient": True, "length": length, "width": width}
+            | kind
+            | {"ms": ms}
+        )
+
+    rows = [
+        row({"sdpa_cudnn": 1.0, "sdpa_flash": 1.5, "triton": 2.0, "xformers": 0.1}),
+        row({"sdpa_cudnn": 2.0, "sdpa_flash": 1.0}, length=197),
+        row({"sdpa_flash": 3.0, "triton": 2.0}, width=72),
+        row({"flash_attn_3": 1.0, "triton": 1.3, "flex": 4.0}, capped=True),
+        row({"sdpa_math": 0.1, "sdpa_flash": 1.0}, gradient=False),
+    ]
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"sm_90": {"environment": {}, "rows": rows}}))
+    monkeypatch.setattr(choice, "TABLE", table)
+    monkeypatch.setattr(choice, "architecture", lambda: 90)
+    monkeypatch.setattr(ops, "MODE", "auto")
+    libraries = ("flash_attn", "xformers")  # as if they were not installed
+    missing = backends._missing
+    monkeypatch.setattr(
+        backends, "_missing", lambda needs: "no such thing" if needs.startswith(libraries) else missing(needs)
+    )
+    choice._choose.cache_clear(), choice._table.cache_clear()
+    yield
+    choice._choose.cache_clear(), choice._table.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted", "name", "words"),
+    [
+        ({}, "auto", "sdpa_cudnn", "fastest here of 4 measured at T 577, d 64 on sm_90"),
+        ({"length": 600}, "auto", "sdpa_cudnn", "T 577"),
+        ({"length": 201}, "auto", "sdpa_flash", "T 197"),
+        ({"width": 80}, "auto", "triton", "d 72"),
+        ({"gradient": False}, "auto", "sdpa_flash", "fastest"),
+        ({"capped": True}, "auto", "triton", "fastest here of 3"),
+        ({"packed": True}, "auto", "triton", "the rule for packed attention; nothing was measured on sm_90"),
+        ({"biased": True}, "auto", "sdpa", "the rule for biased"),
+        ({"dtype": torch.float32}, "auto", "sdpa", "the rule for plain"),
+        ({"dtype": torch.float64, "capped": True}, "auto", "eager", "the rule for capped"),
+        ({}, "sdpa_flash", "sdpa_flash", "asked for"),
+        ({"capped": True}, "sdpa_flash", "triton", "sdpa_flash has no soft-cap; the fastest here"),
+        ({"device": "cpu"}, "auto", "sdpa", "what a CPU has"),
+        ({"device": "cpu", "capped": True}, "auto", "eager", "what a CPU has"),
+    ],
+)
+def test_the_choice_and_its_reason(hopper, changes, wanted, name, words):
+    found = choose(CALL._replace(**changes), wanted)
+    assert found.backend == name
+    assert words in found.reason
+
+
+def test_what_would_be_faster(hopper):
+    assert [(found.backend, found.times) for found in choice.faster(CALL)] == [("xformers", 10.0)]
+    assert choice.faster(CALL._replace(length=197)) == []
+    (known,) = choice.faster(CALL._replace(gradient=False))
+    assert "when asked for, efficiency.attention=sdpa_math" in known.refusal
+    (found,) = choice.faster(CALL._replace(capped=True))
+    assert found.backend == "flash_attn_3"
+    assert found.times == pytest.approx(1.3)
+    assert "not installed" in found.refusal
+    assert "source" in found.get
+
+
+def test_what_cannot_be_is_one_line():
+    (q, k, v), sequences = tensors(packed=True)
+    with pytest.raises(ValueError, match="a bias is for dense input"):
+        attention(q, k, v, sequences=sequences, bias=torch.zeros(1, 1, 1, 1, device=DEVICE))
+    with pytest.raises(ValueError, match="there is no 'sdpaa'; the nearest is sdpa"):
+        attention(q, k, v, sequences=sequences, backend="sdpaa")
+
+
+def test_names():
+    choice.check("auto"), choice.check("eager")
+    with pytest.raises(
+        ValueError, match="no 'flash_atn_2'; the nearest is flash_attn_2, all are auto, triton"
+    ):
+        choice.check("flash_atn_2")
+    if BACKENDS["flash_attn_3"].missing():
+        with pytest.raises(ValueError, match=r"flash_attn_3 is not installed .*; build it from its source"):
+            choice.check("flash_attn_3")
+
+
+@pytest.mark.parametrize("masking", ["zero", "drop"])
+@pytest.mark.parametrize("objective", ["maskembed", "mim", "beit"])
+def test_a_step_calls_what_the_plan_says(objective, masking, monkeypatch):
+    if objective == "beit" and masking == "drop":
+        pytest.skip("drop goes with no relative position bias")
+    name = "beit_base_patch16_224" if objective == "beit" else "vit_tiny_patch16_224"
+    sizes = {"embed_dim": 48, "num_heads": 3, "img_size": 32, "depth": 2}
+    vit = fa.create_backbone(name, **sizes)
+    if objective == "mim":
+        student = fa.MIMStudent.from_backbone(vit, masking=masking)
+        step = fa.MaskedImageModeling(fa.MaskedTeacher(vit), student, fa.UniformMasks())
+    else:
+        student = fa.MaskEmbedStudent.from_backbone(vit)
+        step = fa.MaskEmbed(fa.MaskedTeacher(vit, masking=masking), student, fa.UniformMasks())
+    step.to(DEVICE)
+    called = []
+    monkeypatch.setattr(
+        "fastalign.ops.attention.choose", lambda c, wanted: called.append((c, wanted)) or choose(c)
+    )
+    step.set_attention("eager")
+    step(torch.randn(2, 3, 32, 32, device=DEVICE), torch.arange(2, device=DEVICE))
+    planned = step.attention_cases(torch.device(DEVICE), torch.float32)
+    assert set(planned) == {"teacher", "student"} | ({"decoder"} if objective != "mim" else set())
+    assert {c for c, _ in called} == set(planned.values())
+    assert {wanted for _, wanted in called} == {"eager"}
+
+
+def test_another_implementation_gives_the_same_step():
+    vit = fa.create_backbone("vit_tiny_patch16_224", img_size=32, depth=2)
+    step = fa.MaskEmbed(fa.MaskedTeacher(vit), fa.MaskEmbedStudent.from_backbone(vit), fa.UniformMasks())
+    step.to(DEVICE)
+    images, ids, losses = torch.randn(2, 3, 32, 32, device=DEVICE), torch.arange(2, device=DEVICE), {}
+    for name in ("auto", "eager", "sdpa_math"):
+        step.set_attention(name)
+        losses[name] = step(images, ids)
+    for name in ("eager", "sdpa_math"):
+        assert relative_error(losses[name], losses["auto"]) < 1e-5

@@ -1,0 +1,299 @@
+"""The extension: the bits of the PyTorch path, packing against a loop, what callers may rely on, the install."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastalign as fa
+from fastalign.ops import extension
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+needs = pytest.mark.skipif(not extension.available(CPU), reason=f"extension {extension.status()}")
+no_gpu = pytest.mark.skipif(
+    not (torch.cuda.is_available() and extension.available(torch.device("cuda"))), reason="needs a GPU"
+)
+on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])])
+
+KINDS = {"uniform": fa.UniformMasks, "bernoulli": fa.BernoulliMasks, "blockwise": fa.BlockwiseMasks}
+GRIDS = [(1, 1), (1, 7), (14, 14), (16, 16), (27, 27), (8, 20)]
+COPIES = [(False, False), (False, True), (True, False), (True, True)]
+EXTREME_IDS = [0, 1, -1, 2**31, 2**32 - 1, 2**32, 2**40 + 3, 2**63 - 1, -(2**63)]
+DRAW = {"kind": "uniform", "ratio": 0.5, "seed": 3, "complement": True, "full": True}
+
+
+def packed_by_loop(visible: np.ndarray, prefix: int, length: int) -> list[list]:
+    """indices, slots, cu_seqlens, counts, one token at a time."""
+    images, copies, patches = visible.shape
+    tokens = prefix + patches
+    indices, starts, slots = [], [0], np.full((images, copies, tokens), -1)
+    for image in range(images):
+        for copy in range(copies):
+            for token in range(tokens):
+                if token < prefix or visible[image, copy, token - prefix]:
+                    slots[image, copy, token] = len(indices)
+                    indices.append(image * tokens + token)
+            starts.append(len(indices))
+    counts = np.diff(starts).tolist()
+    return [indices + [-1] * (length - len(indices)), slots.tolist(), starts, counts]
+
+
+def test_it_is_built_where_there_is_a_compiler():
+    if "0" in (os.environ.get("FASTALIGN_BUILD_EXT"), os.environ.get("FASTALIGN_EXTENSION")):
+        pytest.skip("switched off in the environment")
+    if not shutil.which("c++"):
+        pytest.skip("no C++ compiler")
+    assert not extension.status().startswith("absent"), extension.status()
+    if shutil.which("nvcc") and torch.version.cuda:
+        assert extension.status() == "C++ and CUDA"
+
+
+@needs
+@on_devices
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_are_the_bits_of_the_pytorch_path(kind, grid, device):
+    ids = torch.tensor(EXTREME_IDS + list(range(100, 150)))
+    for complement, full in COPIES:
+        for seed, epoch in ((0, 0), (2**64 - 1, 3), (2**63 + 5, 2**32 - 1), (7 << 32, 2**31)):
+            masks = KINDS[kind](complement=complement, full=full, seed=seed)
+            assert torch.equal(masks(ids.to(device), grid, epoch).cpu(), masks.eager(ids, grid, epoch))
+
+
+@needs
+@on_devices
+@pytest.mark.parametrize("ratio", [1e-12, 0.07, 0.4, 0.5, 1 / 3, 0.999])
+@pytest.mark.parametrize("kind", ["bernoulli", "blockwise"])
+def test_many_ids_at_every_ratio(kind, ratio, device):
+    ids = torch.arange(1500)
+    masks = KINDS[kind](seed=1, ratio=ratio)
+    for grid in ((14, 14), (5, 9)):
+        assert torch.equal(masks(ids.to(device), grid).cpu(), masks.eager(ids, grid))
+
+
+@needs
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_bernoulli_ends(ratio):
+    masks = fa.BernoulliMasks(ratio=ratio, complement=False, full=False)
+    assert torch.equal(masks(torch.arange(500), 64), torch.full((500, 1, 64), bool(ratio)))
+
+
+@needs
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    ids=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=5),
+    seed=st.integers(0, 2**64 - 1),
+    epoch=st.integers(0, 2**32 - 1),
+    grid=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+)
+def test_masks_of_any_seed_epoch_and_id(kind, ids, seed, epoch, grid):
+    masks = KINDS[kind](seed=seed)
+    ids = torch.tensor(ids, dtype=torch.int64)
+    if len(ids):  # the PyTorch path of blockwise masks has no empty batch
+        assert torch.equal(masks(ids, grid, epoch), masks.eager(ids, grid, epoch))
+    else:
+        assert masks(ids, grid, epoch).shape == (0, 3, grid[0] * grid[1])
+
+
+@needs
+@on_devices
+def test_packing_worked_by_hand(device):
+    visible = torch.tensor([[[1, 0, 1], [0, 1, 0]], [[0, 0, 0], [1, 1, 1]]], dtype=torch.bool, device=device)
+    indices, slots, starts, counts = (t.tolist() for t in extension.pack_masks(visible, 1, 12))
+    assert indices == [0, 1, 3, 0, 2, 4, 4, 5, 6, 7, -1, -1]
+    assert slots == [[[0, 1, -1, 2], [3, -1, 4, -1]], [[5, -1, -1, -1], [6, 7, 8, 9]]]
+    assert starts == [0, 3, 5, 6, 10]
+    assert counts == [3, 2, 1, 4]
+
+
+@pytest.fixture
+def poisoned():
+    """Every torch.empty comes back full of the largest number."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@needs
+@on_devices
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "shape", [(3, 2, 7), (70, 3, 33), (2, 1, 300), (1, 1, 1), (0, 3, 4), (2, 3, 0)], ids=str
+)
+def test_packing_is_what_a_loop_gives(shape, share, prefix, device, poisoned):
+    visible = torch.rand(shape) < share
+    length = int(visible.sum()) + shape[0] * shape[1] * prefix
+    for padding in (0, 1, 1000):
+        found = extension.pack_masks(visible.to(device), prefix, length + padding)
+        assert all(tensor.dtype == torch.int32 for tensor in found)
+        assert [tensor.tolist() for tensor in found] == packed_by_loop(
+            visible.numpy(), prefix, length + padding
+        )
+
+
+@needs
+@on_devices
+@pytest.mark.parametrize("grid", [(1, 1), (14, 14), (8, 20), (27, 27)], ids=str)
+@pytest.mark.parametrize(("complement", "full"), COPIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_draw_and_pack_in_one_go(kind, complement, full, grid, device, poisoned):
+    options = {"kind": kind, "ratio": 0.4, "seed": 9, "epoch": 2, "complement": complement, "full": full}
+    ids = torch.arange(40, device=device)
+    copies, patches = 1 + complement + full, grid[0] * grid[1]
+    for prefix in (0, 5):
+        length = 40 * copies * (prefix + patches) + 3
+        visible, *packing = extension.draw_packed_masks(ids, grid, **options, prefix=prefix, length=length)
+        assert torch.equal(visible, extension.draw_masks(ids, grid, **options))
+        assert [tensor.tolist() for tensor in packing] == packed_by_loop(
+            visible.cpu().numpy(), prefix, length
+        )
+
+
+@needs
+def test_inputs_need_not_be_contiguous():
+    ids = torch.arange(20)[::2]
+    assert torch.equal(fa.UniformMasks()(ids, 9), fa.UniformMasks()(ids.contiguous(), 9))
+    visible = (torch.rand(5, 3, 4) < 0.5).transpose(0, 2)
+    found, wanted = extension.pack_masks(visible, 1, 200), extension.pack_masks(visible.contiguous(), 1, 200)
+    assert all(map(torch.equal, found, wanted))
+
+
+@needs
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_do_not_depend_on_the_number_of_threads(kind):
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        options = {**DRAW, "kind": kind, "prefix": 2, "length": 200 * (2 * 3 + 2 * 60)}
+        results.append(extension.draw_packed_masks(torch.arange(200), (6, 10), **options))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@needs
+@on_devices
+@pytest.mark.parametrize("name", ["draw_masks", "pack_masks", "draw_packed_masks"])
+def test_opcheck(name, device):
+    ids, visible = torch.arange(6, device=device), torch.rand(2, 3, 5, device=device) < 0.5
+    draw = (ids, 3, 4, 2, 0.4, -5, 1, True, False)
+    arguments = {"draw_masks": draw, "pack_masks": (visible, 1, 40), "draw_packed_masks": (*draw, 1, 90)}[
+        name
+    ]
+    torch.library.opcheck(getattr(torch.ops.fastalign, name).default, arguments)
+
+
+@needs
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_in_one_graph_for_all_epochs(kind):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    masks, ids = KINDS[kind](seed=4), torch.arange(30)
+    compiled = torch.compile(
+        lambda ids, epoch: masks(ids, 49, epoch).sum(-1), backend=counter, fullgraph=True
+    )
+    for epoch in range(5):
+        assert torch.equal(compiled(ids, epoch), masks(ids, 49, epoch).sum(-1))
+    assert counter.frame_count <= 3  # epochs 0 and 1 are special to torch.compile, all others are one graph
+
+
+@needs
+def test_masks_use_it_except_where_a_subclass_draws_itself(monkeypatch):
+    calls = []
+    monkeypatch.setattr(extension, "draw_masks", lambda *args, **options: calls.append(options["kind"]))
+    for kind in KINDS.values():
+        kind()(torch.arange(2), 16)
+    assert calls == list(KINDS)
+
+    class AllHidden(fa.UniformMasks):
+        def sample(self, sample_ids, grid, epoch):
+            return torch.zeros(len(sample_ids), grid[0] * grid[1], dtype=torch.bool)
+
+    assert not AllHidden(complement=False, full=False)(torch.arange(2), 16).any()
+
+
+@needs
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: extension.draw_masks(torch.zeros(2), (2, 2), **DRAW), "sample_ids must be torch.int64"),
+        (lambda: extension.draw_masks(torch.arange(4).view(2, 2), (2, 2), **DRAW), "sample_ids must have 1"),
+        (
+            lambda: extension.draw_masks(torch.arange(4, device="meta"), (2, 2), **DRAW),
+            "sample_ids is on meta",
+        ),
+        (lambda: extension.draw_masks(torch.arange(4), (-2, 2), **DRAW), "grid"),
+        (lambda: extension.draw_masks(torch.arange(4), (2, 2), **{**DRAW, "kind": "x"}), "kind"),
+        (lambda: extension.draw_masks(torch.arange(4), (2, 2), **{**DRAW, "ratio": 2.0}), "ratio"),
+        (lambda: extension.pack_masks(torch.ones(1, 1, 2), 0, 2), "visible must be torch.bool"),
+        (lambda: extension.pack_masks(torch.ones(1, 2) > 0, 0, 2), "visible must have 3"),
+        (lambda: extension.pack_masks(torch.ones(1, 1, 2) > 0, -1, 2), "prefix"),
+        (lambda: extension.pack_masks(torch.ones(1, 1, 2) > 0, 0, -2), "length"),
+    ],
+)
+def test_bad_arguments_are_named(call, words):
+    with pytest.raises(ValueError, match=words) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+@needs
+def test_a_length_that_is_too_small_is_refused():
+    with pytest.raises(RuntimeError, match="length is 5, but 6 tokens are visible") as error:
+        extension.pack_masks(torch.ones(1, 2, 2, dtype=torch.bool), 1, 5)
+    assert "\n" not in str(error.value)
+
+
+def test_the_status_says_why_it_is_absent(monkeypatch, tmp_path):
+    monkeypatch.delenv("FASTALIGN_EXTENSION", raising=False)
+    monkeypatch.setattr(extension, "_LIBRARY", tmp_path / "none.so")
+    assert extension._load() == ("absent: it was not built at install (see setup.py)", frozenset())
+    (tmp_path / "none.so").write_text("no library")
+    assert extension._load()[0].startswith("absent: ")
+    monkeypatch.setenv("FASTALIGN_EXTENSION", "0")
+    assert extension._load()[0] == "absent: FASTALIGN_EXTENSION=0"
+
+
+def run_setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """setup.py in the source tree, with variables of the environment."""
+    command = [sys.executable, "setup.py", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_without_the_extension_the_package_works(tmp_path, monkeypatch):
+    monkeypatch.delenv("FASTALIGN_EXTENSION", raising=False)
+    places = ["build", "--build-base", str(tmp_path), "--build-lib", str(tmp_path / "lib")]
+    result = run_setup(*places, FASTALIGN_BUILD_EXT="0")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("no C++/CUDA extension, because FASTALIGN_BUILD_EXT=0") == 1
+    assert not list(tmp_path.rglob("*.so"))
+    code = (
+        "import torch, fastalign as fa; from fastalign.ops import extension\n"
+        "print(extension.__file__, extension.status(), fa.UniformMasks()(torch.arange(2), 16).shape)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "lib", capture_output=True, text=True
+    )
+    assert str(tmp_path) in result.stdout, result.stderr
+    assert "absent: it was not built at install" in result.stdout
+    assert "[2, 3, 16]" in result.stdout
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+def test_a_compile_error_names_the_remedy(tmp_path):
+    places = ["build_ext", "--build-temp", str(tmp_path), "--build-lib", str(tmp_path)]
+    result = run_setup(*places, CXX="false", CC="false")
+    assert result.returncode != 0
+    assert "FASTALIGN_BUILD_EXT=0 installs without the extension" in result.stderr

@@ -1,0 +1,212 @@
+"""The structure: imports go downwards, the table in CONTRIBUTING is true, files and functions stay short."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fastalign"
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+FILES = sorted(PACKAGE.rglob("*.py")) + sorted((PACKAGE / "kernels").glob("*.py"))  # rglob follows no link
+
+# Each package may import from the packages after it, and from itself.
+LAYERS = [
+    {"train"},
+    {"probe", "classify", "report", "doctor", "scan"},
+    {"compat", "evaluation", "export"},
+    {"training"},
+    {"config"},
+    {"method", "data"},
+    {"backbones"},
+    {"ops"},
+    {"kernels", "utils"},
+]
+LONG_FILES = {"config.py": "every key of a run stands in one place"}
+MAX_LINES, MAX_LINES_EXCEPTION, MAX_FUNCTION = 300, 340, 60
+LONG_FUNCTIONS: set[str] = set()
+
+
+def package(module: str) -> str:
+    """fastalign.data.loader -> data"""
+    return module.split(".")[1]
+
+
+def layer(name: str) -> int:
+    return next(index for index, packages in enumerate(LAYERS) if name in packages)
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of fastalign that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "fastalign":
+            found |= {f"fastalign.{alias.name}" for alias in node.names if not alias.name.startswith("__")}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastalign."):
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("fastalign.")}
+    return found
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p != PACKAGE / "__init__.py"], ids=module_of)
+def test_imports_go_downwards(path):
+    if path.name == "__init__.py" and not path.read_text().strip():
+        return
+    here = package(module_of(path))
+    for module in imported(path):
+        there = package(module)
+        assert there == here or layer(there) > layer(here), f"{module_of(path)} must not import {module}"
+
+
+def test_the_table_of_packages_is_true():
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## Architecture")[2].partition("## Rules")[0]
+    named = set(re.findall(r"^\| `([^`]+)`", table, re.M))
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    packages = set()
+    for path in map(Path, tracked):
+        if path.parts[0] == "fastalign" and path.suffix == ".py" and path.name != "__init__.py":
+            packages.add("/".join(path.parts[:2]) + ("/" if len(path.parts) > 2 else ""))
+        elif len(path.parts) > 1 and path.parts[0] != "fastalign" and not path.parts[0].startswith("."):
+            packages.add(path.parts[0] + "/")
+    assert named == packages
+
+
+def test_the_files_that_documents_name_are_there():
+    named = r"(?<![\w/.])((?:tests|examples|configs|docs|benchmarks)/[\w./-]+\.\w+)"
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("demo/*.md")]:
+        missing = [
+            name
+            for name in re.findall(named, page.read_text())
+            if not (ROOT / name).exists() and "NAME" not in name
+        ]
+        assert not missing, f"{page.name} names {missing}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_files_and_functions_are_short(path):
+    source = path.read_text()
+    limit = MAX_LINES_EXCEPTION if path.name in LONG_FILES else MAX_LINES
+    assert len(source.splitlines()) <= limit
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and node.name not in LONG_FUNCTIONS:
+            assert node.end_lineno - node.lineno < MAX_FUNCTION, f"{path.name}: {node.name} is long"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_public_functions_and_classes_have_docstrings(path):
+    tree = ast.parse(path.read_text())
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node) or isinstance(node, ast.ClassDef), f"{path.name}: {node.name}"
+
+
+@pytest.mark.parametrize("target", ["install", "demo", "clean"])
+def test_make_clears_nothing_but_a_virtual_environment(tmp_path, target):
+    """Where its Python does not start, `install` makes a virtual environment anew; `python` notes what it is told."""
+    python, told = tmp_path / "python", tmp_path / "told"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {told}\nexit 1\n')
+    python.chmod(0o755)
+    venv = tmp_path / "venv"
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "setup.py", "constraints.txt"):
+        (tmp_path / name).touch()
+    venv.mkdir()
+    (venv / "thesis").touch()
+
+    def make(**environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["make", "-s", target, f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True,
+            env={"PATH": os.environ["PATH"], **environment}, check=False,
+        )  # fmt: skip
+
+    refused = make(FASTALIGN_VENV=str(venv))
+    assert refused.returncode
+    assert refused.stderr.splitlines()[0] == (
+        f"FASTALIGN_VENV={venv} is no virtual environment and not empty: name another folder"
+    )
+    for spelling in ("~/venv", f"{venv} 2"):
+        refused = make(FASTALIGN_VENV=spelling, HOME=str(tmp_path))
+        assert refused.returncode
+        assert f"FASTALIGN_VENV={spelling} " in refused.stderr
+        assert "name another folder" in refused.stderr
+    assert (venv / "thesis").exists()
+    assert not told.exists()
+    make(VENV=str(venv))  # a name that others use too
+    assert (venv / "thesis").exists()
+    (venv / "pyvenv.cfg").touch()
+    make(FASTALIGN_VENV=str(venv))
+    if target == "clean":
+        assert not venv.exists()
+    else:
+        assert told.read_text().splitlines() == ["-m venv --clear .venv", f"-m venv --clear {venv}"]
+
+
+def test_nobody_is_told_to_install_fastalign_from_an_index():
+    """It is on none: an extra works from a clone (`pip install -e '.[dali]'`), or its packages are named."""
+    for path in [*FILES, *ROOT.glob("demo/*.py"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        assert not re.search(r"fastalign\[\w", path.read_text()), path.name
+
+
+HEAVY = {
+    "timm": "imports torchvision and the client of the model hub: where a model is built",
+    "torchvision": "imports torch._dynamo",
+    "torch._dynamo": "as much as the rest of torch: torch itself imports it where it is used",
+    "torch.distributed.tensor": "imports SymPy: where a model is split among ranks",
+    "nvidia.dali": "optional: where images are read",
+    "tensorboard": "optional: where it is asked for",
+    "transformers": "optional: where a model is exported",
+    "matplotlib": "optional: benchmarks only",
+}
+"""Modules that take long to import, why, and where to import them instead."""
+HELP = """
+import runpy, sys
+for command in ("train", "probe", "classify", "scan"):
+    sys.argv = ["fastalign", "--help"]
+    try:
+        runpy.run_module(f"fastalign.{command}", run_name="__main__")
+    except SystemExit as end:
+        assert end.code == 0
+print(*sys.modules)
+"""
+
+
+def test_help_imports_nothing_heavy():
+    result = subprocess.run(
+        [sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    found = result.stdout.splitlines()[-1].split()
+    assert "torch" in found
+    assert not set(HEAVY) & set(found)
+
+
+def test_no_package_hides_another_projects_kernels():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (PACKAGE / "kernels").is_symlink()
+    assert (PACKAGE / "kernels").resolve() == ROOT / "kernels"
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_kernels_need_only_torch_and_triton(path):
+    """Anyone can take a kernel alone: it imports no other package."""
+    for module in imported(path):
+        assert package(module) == "kernels", f"{path.name} must not import {module}"
+
+
+def test_readme_names_only_what_exists():
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target
+    for name in re.findall(r"configs/[\w/-]+\.yaml", text):
+        assert (ROOT / name).exists(), name

@@ -1,0 +1,217 @@
+"""The parts of the engine, each against an independent truth."""
+
+import importlib
+import json
+import math
+import sys
+import time
+
+import pytest
+import torch
+from timm.scheduler import CosineLRScheduler
+
+from fastalign.training.checkpoint import Checkpoints, write_atomically
+from fastalign.training.compilation import Compilation
+from fastalign.training.metrics import MetricLog, Speed
+from fastalign.training.optim import MovingAverage, class_name, learning_rate, make_optimizer
+from fastalign.utils.errors import UserError
+
+
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_learning_rate_is_timms_cosine_per_update(warmup):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-4)
+    truth = CosineLRScheduler(
+        optimizer, t_initial=50, lr_min=3e-5, warmup_t=warmup, warmup_lr_init=3e-5, t_in_epochs=False
+    )
+    for step in range(50):
+        truth.step_update(step)
+        rate = learning_rate(step, total=50, warmup=warmup, lr=3e-4, min_lr=3e-5)
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+    assert learning_rate(50, total=50, warmup=warmup, lr=3e-4, min_lr=3e-5) == pytest.approx(3e-5)
+
+
+def test_moving_average_by_hand():
+    module = torch.nn.Linear(1, 1, bias=False)
+    module.weight.data.fill_(1.0)
+    average = MovingAverage(module, decay=0.9)
+    for value in (2.0, 3.0):
+        module.weight.data.fill_(value)
+        average.update()
+    assert average.state["weight"].item() == pytest.approx(0.9 * (0.9 * 1 + 0.1 * 2) + 0.1 * 3)
+
+
+def test_checkpoints_keep_the_newest_and_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    assert checkpoints.choose() == (None, [])
+    for step in (1, 2, 3, 4):
+        checkpoints.save({"step": step, "x": torch.tensor([step])}, step, best=step == 2)
+    checkpoints.wait()
+    assert checkpoints.steps() == [3, 4]
+    assert checkpoints.load(4)["x"].item() == 4
+    assert torch.load(tmp_path / "c" / "best.pt", weights_only=True)["step"] == 2
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
+        "best.pt",
+        "step-00000003.pt",
+        "step-00000004.pt",
+    ]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a" / "file"
+    write_atomically(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half of the ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_a_torn_checkpoint_is_named(tmp_path):
+    (tmp_path / "step-00000007.pt").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"step-00000007\.pt"):
+        Checkpoints(tmp_path, keep=1).choose()
+
+
+def test_metrics_continue_after_an_interruption(tmp_path):
+    log = MetricLog(tmp_path)
+    for step in (1, 2, 3):
+        log.add(step=step, loss=torch.tensor(0.5 * step))
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    log = MetricLog(tmp_path, step=2)
+    log.add(step=3, loss=9.0)
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, 1.0), (3, 9.0)]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    log = MetricLog(tmp_path, main=False)
+    log.add(step=1, loss=1.0)
+    assert log.flush() == []
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_events_are_written(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricLog(tmp_path, sinks=["tensorboard"])
+    log.add(step=5, loss=1.25)
+    log.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    (event,) = events.Scalars("loss")
+    assert (event.step, event.value) == (5, 1.25)
+
+
+def test_missing_wandb_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        MetricLog(tmp_path, sinks=["wandb:project"])
+
+
+def test_compilation_is_told_once_and_left_out_of_the_speed():
+    """A compiler that takes half a second, and a step that takes a fifth of one."""
+    torch._dynamo.reset()
+
+    def slow(graph, inputs):
+        time.sleep(0.5)
+        return graph.forward
+
+    torch.compile(torch.cos, backend=slow)(torch.zeros(3))  # imports the compiler
+    compilation = Compilation()
+    assert compilation.news() == {}
+    speed = Speed(images=10, ranks=1, flops=1.0, device=torch.device("cpu"))
+    torch.compile(lambda x: x.sin() + 1, backend=slow)(torch.zeros(3))
+    time.sleep(0.2)
+    speed.tick(0.0)
+    rate = speed.measure()["images_per_second"]
+    assert 10 / 0.4 < rate <= 10 / 0.2
+    news = compilation.news()
+    assert 0.5 <= news.pop("compile_seconds") < 10
+    assert news == {"compile_cache_hits": 0, "compile_cache_misses": 0}
+    assert compilation.news() == {}
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+OPTIONS = {"lr": 1e-3, "betas": (0.8, 0.9), "weight_decay": 0.1}
+# The constructors as NVIDIA's repository has them, but for arguments that nobody passes.
+FAKE_APEX = """
+import torch
+class FusedAdam(torch.optim.SGD):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.):
+        super().__init__(params, lr)
+        self.given = dict(lr=lr, betas=betas, adam_w_mode=adam_w_mode, weight_decay=weight_decay)
+class FusedLAMB(torch.optim.SGD):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, max_grad_norm=1.0):
+        super().__init__(params, lr)
+        self.given = dict(lr=lr, betas=betas, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+"""
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Puts modules where they can be imported, for one test."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("apex", "amp_C")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(files):
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        importlib.invalidate_caches()
+
+    yield write
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("apex", "amp_C")]:
+        del sys.modules[name]
+
+
+def parameters():
+    return [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2), requires_grad=False)]
+
+
+APEX = {"apex/__init__.py": "", "apex/optimizers/__init__.py": FAKE_APEX, "amp_C.py": ""}
+
+
+def test_apex_is_used_where_it_is(install):
+    install(APEX)
+    adam, note = make_optimizer("apex_adam", parameters(), CUDA, **OPTIONS)
+    assert (class_name(adam), note) == ("apex.FusedAdam", None)
+    assert adam.given == {**OPTIONS, "adam_w_mode": True}
+    lamb, note = make_optimizer("apex_lamb", parameters(), CUDA, **OPTIONS)
+    assert (class_name(lamb), note) == ("apex.FusedLAMB", None)
+    assert lamb.given == {**OPTIONS, "max_grad_norm": math.inf}, "the trainer clips, with its own norm"
+    for optimizer in (adam, lamb):
+        assert len(optimizer.param_groups[0]["params"]) == 1, "what is frozen is left out"
+
+
+@pytest.mark.parametrize(
+    ("files", "device", "words"),
+    [
+        ({}, CUDA, "NVIDIA's apex is not installed"),
+        ({"apex/__init__.py": ""}, CUDA, "NVIDIA's apex is not installed"),  # the other project of that name
+        ({"apex/__init__.py": "raise OSError"}, CUDA, "NVIDIA's apex is not installed"),
+        ({"apex/__init__.py": "", "apex/optimizers.py": ""}, CUDA, "NVIDIA's apex is not installed"),
+        ({name: APEX[name] for name in APEX if name != "amp_C.py"}, CUDA, "without its CUDA extensions"),
+        (APEX, CPU, "not on a CPU"),
+    ],
+)
+def test_without_apex(install, files, device, words):
+    install(files)
+    optimizer, note = make_optimizer("apex_adam", parameters(), device, **OPTIONS)
+    assert class_name(optimizer) == "torch.AdamW"
+    assert words in note
+    assert "\n" not in note
+    assert {key: optimizer.defaults[key] for key in OPTIONS} == OPTIONS
+    with pytest.raises(
+        UserError, match=r"optim.name=apex_lamb: .*NVIDIA's repository.*optim.name=adamw"
+    ) as caught:
+        make_optimizer("apex_lamb", parameters(), device, **OPTIONS)
+    assert words in str(caught.value)

@@ -1,0 +1,242 @@
+"""The command as users run it: the files of a run, resuming, accumulation, every variant of the objective."""
+
+import json
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import nn
+
+import fastalign as fa
+from fastalign import train
+from fastalign.config import Config
+from fastalign.training import build
+from fastalign.training.build import build_backbones
+from fastalign.training.distributed import World
+from fastalign.training.optim import MovingAverage
+from fastalign.training.validation import evaluate
+from tests.run_helpers import MODEL, losses, metrics, weights
+from tests.test_gpu import run_of_batches
+
+
+@pytest.mark.parametrize("mode", ["zero", "drop"])
+def test_the_run_of_the_gpus_tests_is_a_run_here_too(tmp_path, mode):
+    """Without a GPU those tests are left out whole, and what is wrong with them would be seen by nobody."""
+    run, batches = run_of_batches(tmp_path, f"masks.mode={mode}", "efficiency.grad_checkpointing=true")
+    assert torch.isfinite(train.update(run, batches, 0)["loss"])
+
+
+def test_a_loaded_backbone_gives_the_students_tokens(recipe):
+    """To the bit: with the cap, and with the epsilon of the norm that was trained, which is not CLIP's."""
+    name, sizes = "vit_base_patch16_clip_quickgelu_224", {"embed_dim": 48, "num_heads": 3}
+    folder = recipe(
+        f"student.name={name}", *(f"student.kwargs.{k}={v}" for k, v in sizes.items()), "max_steps=2"
+    )
+    student = fa.MaskEmbedStudent.from_backbone(fa.create_backbone(name, img_size=32, depth=2, **sizes))
+    student.load_state_dict(weights(folder))
+    images = torch.randn(2, 3, 32, 32)
+    encoder = student.encoder.eval()
+    assert torch.equal(fa.load_backbone(folder).forward_features(images), encoder.forward_features(images))
+
+
+def test_a_run_leaves_what_is_promised(recipe):
+    folder = recipe()
+    lines, validation = metrics(folder)
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "data_wait", "memory"} <= lines[
+        0
+    ].keys()
+    assert [line["step"] for line in validation] == [0, 5, 10]
+    assert validation[-1]["val_loss"] < validation[0]["val_loss"]
+    assert validation[0]["val_loss"] == pytest.approx(4 / 3, abs=0.15)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["optim"]["betas"] == [0.9, 0.95]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "best.pt",
+        "step-00000005.pt",
+        "step-00000010.pt",
+    ]
+    facts = json.loads((folder / "backbone.json").read_text())
+    assert facts["softcap"] == 30.0
+    vit = fa.load_backbone(folder)
+    assert vit.softcap == 30.0
+    best = torch.load(folder / "checkpoints" / "best.pt", weights_only=True)["student"]
+    for name, value in vit.state_dict().items():
+        assert torch.equal(value, best[f"encoder.{name}"])
+    assert load_file(folder / "backbone.safetensors").keys() == vit.state_dict().keys()
+
+
+@pytest.mark.slow
+def test_resuming_gives_the_same_bits(recipe):
+    """Stopped inside an epoch and started again, with stochastic depth, EMA and accumulation."""
+    options = [
+        "student.kwargs.drop_path_rate=0.3",
+        "optim.ema=0.9",
+        "optim.accumulate=2",
+        "data.color_jitter=0.4",
+    ]
+    whole = recipe(*options, name="whole")
+    recipe(*options, "max_steps=3", name="parts")
+    assert len(losses(whole.parent / "parts")) == 3
+    parts = recipe(*options, name="parts")
+    assert losses(parts) == losses(whole)
+    ours, theirs = weights(parts), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_without_apex_its_adam_is_torchs(recipe, capsys):
+    """The same losses, one line about it; a checkpoint that apex wrote is not continued by torch."""
+    usual = losses(recipe("max_steps=3", name="usual"))
+    capsys.readouterr()
+    folder = recipe("max_steps=3", "optim.name=apex_adam", name="apex")
+    said = [line for line in capsys.readouterr().out.splitlines() if "apex" in line]
+    assert len([line for line in said if "torch's fused AdamW, the same update" in line]) == 1
+    assert losses(folder) == usual
+    path = folder / "checkpoints" / "step-00000003.pt"
+    state = torch.load(path, weights_only=True)
+    assert state["optimizer_class"] == "torch.AdamW"
+    torch.save({**state, "optimizer_class": "apex.FusedAdam"}, path)
+    recipe("optim.name=apex_adam", name="apex", expect=2)
+    assert "holds the state of apex.FusedAdam" in capsys.readouterr().err
+
+
+def test_running_a_finished_run_again_does_nothing(recipe, capsys):
+    folder = recipe("max_steps=2")
+    before = (folder / "metrics.jsonl").read_text()
+    capsys.readouterr()
+    recipe("max_steps=2")
+    assert "step 2 of 2" in capsys.readouterr().out
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_accumulation_gives_the_same_losses(recipe):
+    once = losses(recipe(name="once"))
+    assert losses(recipe("optim.accumulate=4", name="accumulated")) == pytest.approx(once, rel=1e-4)
+
+
+def test_accumulation_with_an_epoch_that_does_not_divide(recipe):
+    """40 images in updates of 12: 3 updates an epoch, each over exactly 12 images."""
+    folder = recipe("optim.batch_size=12", "optim.accumulate=3")
+    assert [line["step"] for line in metrics(folder)[0]] == list(range(1, 7))
+    plain = recipe("optim.batch_size=12", name="plain")
+    assert losses(folder) == pytest.approx(losses(plain), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["objective=mim", "teacher.skip_blocks=0"],
+        ["masks.mode=drop"],
+        ["masks.mode=drop", "masks.distribution=bernoulli", "masks.complement=false", "loss.name=l1"],
+        ["masks.mode=drop", "objective=mim", "efficiency.grad_checkpointing=true"],
+        ["loss.name=cosine"],
+        ["teacher.skip_blocks=0", "teacher.prefix_only=true"],
+        ["student.freeze=true"],
+        ["masks.distribution=bernoulli", "masks.ratio=0.25", "masks.complement=false", "masks.full=false"],
+        ["data.randaugment=rand-m9-mstd0.5-inc1", "data.mixup=0.5", "data.cutmix=1.0", "data.crop=rrc"],
+        ["loss.target_scale=auto:1", "data.val=null"],
+        ["data.train=synthetic:40", "data.val=synthetic:10"],
+    ],
+    ids=lambda options: " ".join(options[:2]),
+)
+def test_variants_train(recipe, options):
+    folder = recipe(*options, "max_steps=2")
+    assert np.isfinite(losses(folder)).all()
+    assert (folder / "backbone.json").exists() != ("student.freeze=true" in options)
+
+
+def test_target_scale_is_stored_and_not_measured_again(recipe, monkeypatch):
+    folder = recipe("max_steps=1", "loss.target_scale=auto:1")
+    state = torch.load(folder / "checkpoints" / "step-00000001.pt", weights_only=True)
+    assert state["target_scale"] != 1.0
+    monkeypatch.setattr("fastalign.train.measure_target_scale", lambda run: 1 / 0)
+    recipe("max_steps=2", "loss.target_scale=auto:1")
+    again = torch.load(folder / "checkpoints" / "step-00000002.pt", weights_only=True)
+    assert again["target_scale"] == state["target_scale"]
+
+
+def test_parts_of_the_decoder_and_batches_of_the_scale_arrive():
+    """In numbers of parameters and batches, by hand."""
+    parts = {"qk_norm": True, "qkv_bias": False, "init_values": None}
+    for kwargs in ({}, parts):
+        config = Config.model_validate({"student": MODEL, "decoder": {"layers": 1, "kwargs": kwargs}})
+        block = build.build_objective(config)[0].student.decoder.blocks[0]
+        assert {name for name, _ in block.named_parameters() if "qkv.bias" in name or "_norm" in name} == (
+            {f"attn.{q}_norm.{p}" for q in "qk" for p in ("weight", "bias")} if kwargs else {"attn.qkv.bias"}
+        )
+        gammas = [value for name, value in block.named_parameters() if name.endswith("gamma")]
+        assert [set(gamma.tolist()) == {torch.tensor(1e-6).item()} for gamma in gammas] == (
+            [] if kwargs else [True, True]
+        )
+    val = SimpleNamespace(batches=lambda: iter(range(9)))
+    for scale, count in (("auto", 9), ("auto:4", 4), ("auto:20", 9)):
+        config = Config.model_validate({"loss": {"target_scale": scale}})
+        assert list(build.scale_batches(config, None, None, val)) == list(range(count))
+
+
+def test_a_student_may_start_from_an_earlier_run(recipe):
+    first = recipe("max_steps=1", name="first")
+    second = recipe("max_steps=1", f"student.weights={first}", f"teacher.weights={first}", name="second")
+    assert fa.load_backbone(second).softcap == 30.0
+
+
+def test_the_teacher_has_the_students_weights_unless_told_otherwise(tmp_path):
+    """Random weights are drawn anew for each backbone, so that equal ones are the same object."""
+    tree = {"student": MODEL, "output": str(tmp_path)}
+
+    def pair(**teacher) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        backbones = build_backbones(Config.model_validate({**tree, "teacher": teacher}))
+        return [backbone.blocks[0].attn.qkv.weight for backbone in backbones]
+
+    for same in ({}, {"weights": "random"}, {"kwargs": {"depth": 2}}):
+        assert torch.equal(*pair(**same))
+    student, teacher = pair(kwargs={"drop_path_rate": 0.1})
+    assert not torch.equal(student, teacher)
+    path = tmp_path / "other.pth"
+    other = fa.create_backbone(MODEL["name"], **MODEL["kwargs"])
+    torch.save(other.state_dict(), path)
+    for teacher in ({"weights": str(path)}, {**MODEL, "weights": str(path)}):
+        assert torch.equal(pair(**teacher)[1], other.blocks[0].attn.qkv.weight)
+    with pytest.raises(fa.UserError, match=r"teacher\.weights=random_ "):
+        pair(weights="random_ ")
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_validation_leaves_weights_and_modes_as_they_were(error):
+    """Also where it is interrupted; a part that is frozen in eval mode stays so."""
+    student = nn.Sequential(nn.Dropout().eval(), nn.Linear(2, 2), nn.Dropout())
+    average = MovingAverage(student, 0.9)
+    nn.init.ones_(student[1].weight)
+    before, seen = {name: value.clone() for name, value in student.state_dict().items()}, []
+
+    def batches():
+        seen.append((student[1].weight.clone(), [part.training for part in student]))
+        if error:
+            raise error
+        yield SimpleNamespace(images=None, ids=torch.zeros(1))
+
+    run = SimpleNamespace(average=average, val=SimpleNamespace(batches=batches))
+    run.objective = type("Objective", (), {"student": student, "__call__": lambda *_: torch.ones(())})()
+    run.world, run.beat = World(0, 1, torch.device("cpu")), lambda _: None
+    run.alone = run.fixed_weights = run.autocast = nullcontext
+    with pytest.raises(error) if error else nullcontext():
+        assert evaluate(run) == 1.0
+    assert torch.equal(seen[0][0], average.state["1.weight"])
+    assert seen[0][1] == [False, False, False]
+    assert [part.training for part in student] == [False, True, True]
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_large_seeds(recipe):
+    recipe("max_steps=1", f"seed={2**62 + 5}")
+
+
+def test_print_config(recipe, tmp_path, capsys):
+    recipe("--print-config", "optim.lr=0.5")
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["optim"]["lr"] == 0.5
+    assert not (tmp_path / "run").exists()

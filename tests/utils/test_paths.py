@@ -1,0 +1,205 @@
+"""Every path that a user gives is read as a shell reads it, and what is needed for that may be missing."""
+
+import argparse
+import errno
+import fcntl
+import os
+import pwd
+import subprocess
+import sys
+import tempfile
+from typing import get_args
+
+import pytest
+from pydantic import BaseModel
+
+from fastalign import config, scan, train
+from fastalign.classify import __main__ as classify
+from fastalign.data import cache
+from fastalign.data.sources import open_source
+from fastalign.evaluation.datasets import open_labelled
+from fastalign.export import __main__ as export
+from fastalign.probe import __main__ as probe
+from fastalign.report import __main__ as report
+from fastalign.utils.errors import UserError
+from fastalign.utils.paths import UserPath, path_argument, user_path
+from tests.data_helpers import small_photos, write_folder
+
+NOT_PATHS = {
+    "train": {"overrides"},
+    "scan": set(),
+    "classify": {"kwargs", "head", "precision", "crop", "randaugment"},
+    "probe": {"kwargs"},
+    "report": set(),
+    "export": {"push_to_hub"},
+}
+"""Arguments of the commands that take a text which is no path."""
+TEXT_KEYS = {
+    "student.name",
+    "teacher.name",
+    "loss.target_scale",
+    "data.randaugment",
+    "log.to",
+    "efficiency.attention",
+}
+"""Keys of the same kind."""
+COMMANDS = {
+    "train": train.main,
+    "scan": scan.main,
+    "classify": classify.parse,
+    "probe": probe.parse,
+    "report": report.main,
+    "export": export.main,
+}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PART", "a part")
+    monkeypatch.delenv("NONE", raising=False)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "~",
+        "~/a/b",
+        "~root/a",
+        "/$PART/b",
+        "${PART}s/$HOME",
+        "a~b/~",
+        "$",
+        "a$/b",
+        "../x",
+        "random",
+        "synthetic:100",
+    ],
+)
+def test_a_path_is_what_bash_makes_of_it(home, text):
+    bash = subprocess.run(
+        ["bash", "-c", f"IFS=; printf %s {text}"], capture_output=True, text=True, check=True
+    ).stdout
+    assert user_path(text) == bash
+
+
+def test_what_stands_for_nothing_is_refused(home):
+    assert user_path("coco:~/coco") == f"coco:{home}/coco"
+    for text, reason in (
+        ("~nobody-at-all/x", "the home folder of ~nobody-at-all is not known"),
+        ("/data/${NONE}/x", "the environment variable NONE is not set"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            user_path(text)
+
+
+def annotated(section=config.Config, prefix=""):
+    """Every key with its annotation as it is written."""
+    for name, kind in section.__annotations__.items():
+        if isinstance(kind, type) and (issubclass(kind, BaseModel) or hasattr(kind, "__total__")):
+            yield from annotated(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name, kind
+
+
+def is_path(kind) -> bool:
+    """Whether a type is `UserPath`, alone, with a mark of the key's kind, or optional."""
+    marks = [mark for part in (kind, *get_args(kind)) for mark in getattr(part, "__metadata__", ())]
+    return any(mark in UserPath.__metadata__ for mark in marks)
+
+
+def test_every_key_that_holds_a_text_is_a_path_or_known_not_to_be(home):
+    texts = {key for key, kind in annotated() if "str" in str(kind) and "Literal" not in str(kind)}
+    paths = {key for key, kind in annotated() if is_path(kind)}
+    assert texts - paths - TEXT_KEYS == {"student.kwargs", "teacher.kwargs"}
+    for key in paths:
+        made = config.resolve({}, [f"{key}=~/x"], "FILE").model_dump()
+        for part in key.split("."):
+            made = made[part]
+        assert made == f"{home}/x"
+        with pytest.raises(UserError, match=rf"^command line: {key}: .*variable NONE is not set"):
+            config.resolve({}, [f"{key}=$NONE/x"], "FILE")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_argument_that_takes_a_text_is_a_path_or_known_not_to_be(command, monkeypatch):
+    class Met(Exception):
+        pass
+
+    def meet(parser, *_):
+        raise Met(parser)
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, meet)
+    with pytest.raises(Met) as met:
+        COMMANDS[command]([])
+    takes_text = {
+        action.dest: action.type
+        for action in met.value.args[0]._actions
+        if action.nargs != 0 and action.type not in (int, float) and not action.choices
+    }
+    assert {name for name, kind in takes_text.items() if kind is not path_argument} == NOT_PATHS[command]
+    assert path_argument in takes_text.values()
+
+
+def test_a_command_writes_where_the_user_means(home, monkeypatch, capsys):
+    write_folder(home / "data", {"a.jpg": small_photos(1)[0]})
+    monkeypatch.setattr(scan, "scan", lambda data, *_: (len(open_source(data)), []))
+    assert scan.main(["~/data", "--output", "$HOME/lists/q.jsonl"]) == 0
+    assert (home / "lists/q.jsonl").is_file()
+    with pytest.raises(SystemExit) as left:
+        scan.main(["~/data", "--output", "$NONE/q.jsonl"])
+    assert left.value.code == 2
+    assert (
+        "argument --output: $NONE/q.jsonl: the environment variable NONE is not set"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(UserError, match=f"no such folder: {home}/coco"):
+        open_labelled("coco:~/coco", "val")
+    assert not list((home.parent / "elsewhere").iterdir())
+
+
+NOBODY = """
+import pwd
+pwd.getpwuid = {}.__getitem__
+import fastalign.doctor, fastalign.export.__main__, fastalign.report.__main__
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from triton import knobs
+print(default_cache_dir(), knobs.cache.home_dir)
+"""
+
+
+def test_neither_home_nor_user_nor_locks_are_needed(tmp_path, monkeypatch):
+    """As in a container that runs as a number, on a file system without `flock`."""
+
+    def fails(error):
+        def call(*_):
+            raise error
+
+        return call
+
+    write_folder(tmp_path / "data", {"a.jpg": small_photos(1)[0]})
+    monkeypatch.chdir(tmp_path / "data")
+    monkeypatch.setattr(fcntl, "flock", fails(OSError(errno.ENOSYS, "Function not implemented")))
+    assert len(open_source(".")) == 1  # with a cache, which the tests have
+    for name in ("XDG_CACHE_HOME", "HOME", "LOGNAME", "USER", "LNAME", "USERNAME", "TRITON_HOME"):
+        monkeypatch.setenv(name, "")  # what is set below is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(pwd, "getpwuid", fails(KeyError("uid not found")))
+    with pytest.raises(OSError, match="no home folder"):
+        cache.cache_folder()
+    assert len(open_source(".")) == 1
+    with pytest.raises(UserError, match=r"the home folder of ~ is not known; write the path out"):
+        open_source("~/data")
+    # What imports timm, and so torch's compiler, at once.
+    ran = subprocess.run([sys.executable, "-c", NOBODY], capture_output=True, text=True, check=False)
+    assert ran.stderr == ""
+    folder = tempfile.gettempdir()
+    assert ran.stdout.split() == [
+        f"{folder}/torchinductor_{os.getuid()}",
+        f"{folder}/fastalign-{os.getuid()}",
+    ]
+    assert [path.name for path in tmp_path.joinpath("data").iterdir()] == ["a.jpg"]
