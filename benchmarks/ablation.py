@@ -22,7 +22,7 @@ from fastalign.config import load_config
 from fastalign.method.flops import flops_per_image
 from fastalign.probe.results import percent
 from fastalign.training.build import build_objective
-from fastalign.training.command import guarded
+from fastalign.training.command import run_command
 from fastalign.training.metrics import mean_and_spread
 from fastalign.utils.errors import UserError
 
@@ -182,4 +182,4 @@ def main(arguments: list[str] | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(run_command(main))

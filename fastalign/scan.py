@@ -23,7 +23,7 @@ from fastalign.data.fetch import Fetcher
 from fastalign.data.pipeline import Examiner, load_dali
 from fastalign.data.source import SyntheticSource
 from fastalign.data.sources import open_source
-from fastalign.training.command import guarded
+from fastalign.training.command import run_command
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import temporary_name, write_atomically
 from fastalign.utils.paths import path_argument
@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="processes (one a core)",
     )
     options = parser.parse_args(arguments)
-    return guarded(lambda: _run(options))
+    return run_command(lambda: _run(options))
 
 
 if __name__ == "__main__":

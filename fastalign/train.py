@@ -18,12 +18,12 @@ from fastalign.evaluation.pairs import LabelledImages
 from fastalign.method.flops import flops_per_image
 from fastalign.probe.training import contents, due, open_splits, probe_student
 from fastalign.training import distributed
-from fastalign.training.command import guarded, telling
+from fastalign.training.command import report_rank_error, run_command
 from fastalign.training.faults import bad_validation_samples, look_back, react
 from fastalign.training.memory import keep_freed_memory
 from fastalign.training.metrics import MetricLog, Speed, Terminal
 from fastalign.training.optim import learning_rate, seed_update, step_unless
-from fastalign.training.preemption import Preemption, unmark
+from fastalign.training.preemption import Preemption, clear_marker
 from fastalign.training.run import Run
 from fastalign.training.saving import finish, improves, leave, save, save_settings
 from fastalign.training.spikes import Spikes
@@ -86,7 +86,7 @@ def train(config: Config, world: distributed.World) -> None:
     with Preemption() as preemption:
         can_be_folder(f"output={config.output}", config.output)
         if world.main:
-            unmark(Path(config.output))
+            clear_marker(Path(config.output))
         splits = open_splits(config, world)
         run = Run(config, world, also=contents(splits))
         run.preemption = preemption
@@ -109,7 +109,7 @@ def follow(run: Run, splits: Splits) -> None:
     )
     terminal = Terminal(total=run.last_step, step=run.step, main=world.main)
     try:
-        with telling(world.rank):
+        with report_rank_error(world.rank):
             for note in run.notes:
                 terminal.say(note)
             look_back(run, terminal)
@@ -281,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     if not options.config and not options.reference_config:
         parser.error("give a recipe, or --reference-config FILE")
-    return guarded(lambda: _run(options))
+    return run_command(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:

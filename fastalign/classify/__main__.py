@@ -16,7 +16,7 @@ from fastalign.classify.options import HEADS, Options
 from fastalign.classify.scores import FIGURES
 from fastalign.training import distributed
 from fastalign.training.build import named_backbone
-from fastalign.training.command import guarded
+from fastalign.training.command import run_command
 from fastalign.training.memory import keep_freed_memory
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import path_argument
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 for bad input."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python", "-m", "fastalign.classify", *arguments])
-    return guarded(lambda: _run(parse(arguments), command))
+    return run_command(lambda: _run(parse(arguments), command))
 
 
 if __name__ == "__main__":

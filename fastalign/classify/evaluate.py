@@ -20,7 +20,7 @@ from fastalign.classify.modes import Job, check_batch, train_on_features, train_
 from fastalign.classify.options import Options
 from fastalign.classify.scores import summarise
 from fastalign.training.checkpoint import checksum
-from fastalign.training.command import telling
+from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import can_be_folder, write_atomically
@@ -74,7 +74,7 @@ def classify(
         folder.mkdir(parents=True, exist_ok=True)
         identity = _identity(report) | {"ranks": world.size} if output else None
         job = Job(backbone, splits, len(classes), chosen, world, say, folder, identity)
-        with telling(world.rank):
+        with report_rank_error(world.rank):
             results = (train_on_images if chosen.live else train_on_features)(job)
     mean, std = summarise(results, report["reported"])
     report |= {"mean": mean, "std": std, "seeds": results, "ranks": world.size, "versions": _versions(world)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastalign.export.targets import TARGETS
 from fastalign.export.write import export
-from fastalign.training.command import guarded
+from fastalign.training.command import run_command
 from fastalign.utils.errors import UserError, first_line
 from fastalign.utils.paths import path_argument
 
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it to the model hub")
     options = parser.parse_args(arguments)
-    return guarded(lambda: _run(options))
+    return run_command(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from fastalign.probe.results import check_output, summarise, table_of, write_res
 from fastalign.probe.run import Plan, probe
 from fastalign.training import distributed
 from fastalign.training.build import named_backbone, starting_backbone
-from fastalign.training.command import guarded
+from fastalign.training.command import run_command
 from fastalign.training.memory import keep_freed_memory
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import path_argument
@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
         # A rank that has no head left waits for those that train, hours perhaps.
         run(options, distributed.start(patience=timedelta(days=30)), arguments)
 
-    return guarded(body)
+    return run_command(body)
 
 
 def _refuse(message: str) -> None:

@@ -25,7 +25,7 @@ from fastalign.probe.cache import Files
 from fastalign.probe.heads import TokenShape
 from fastalign.probe.labels import patch_labels
 from fastalign.training.checkpoint import checksum
-from fastalign.training.command import telling
+from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError
 
@@ -156,7 +156,7 @@ def read_features(
     here = files.complete()
     # Nobody may begin to write while somebody still looks, so all look first.
     if not (world.agree(int(here)) and here):
-        with ExitStack() as stack, telling(world.rank):
+        with ExitStack() as stack, report_rank_error(world.rank):
             if world.main:
                 stack.enter_context(files.claimed())
                 files.make()

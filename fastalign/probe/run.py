@@ -14,7 +14,7 @@ from fastalign.probe.cache import Files, check_room
 from fastalign.probe.features import Features, Probed, feature_files, read_features
 from fastalign.probe.fit import Recipe, Task, check_options, evaluate, fit
 from fastalign.probe.heads import HEADS, LABELS, goes_with, make_head
-from fastalign.training.command import telling
+from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError
 
@@ -103,7 +103,7 @@ def probe(
     for number in range(world.rank, len(tasks), world.size):
         model, plan, task = tasks[number]
         features = {split: read[model, split] for split in splits}
-        with telling(world.rank):
+        with report_rank_error(world.rank):
             row = _one(task, models[model], features, plan, judge, world.device, dtype)
         about = f"{task.labels} {task.head}, {task.skip_blocks} blocks skipped, seed {task.seed}"
         say(f"{model}: {about}: macro recall {row[judge[-1]]['macro_recall']:.4f}")

@@ -9,7 +9,7 @@ from fastalign.report.features import Maps, compare
 from fastalign.report.page import page
 from fastalign.report.pictures import Pictures, pick
 from fastalign.report.source import Run, backbones, read_run
-from fastalign.training.command import guarded
+from fastalign.training.command import run_command
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import write_atomically
 from fastalign.utils.paths import path_argument
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--pngs", type=path_argument, metavar="DIR", help="also write pictures for a README; needs matplotlib"
     )
     options = parser.parse_args(arguments)
-    return guarded(lambda: print("\n".join(report(options))))
+    return run_command(lambda: print("\n".join(report(options))))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from fastalign.training import distributed
 from fastalign.training.distributed import LostConnection, connection_lost
 from fastalign.training.preemption import INTERRUPTED, Preempted
 from fastalign.training.watchdog import BROKEN
-from fastalign.utils.errors import SharedError, UserError, of_the_system
+from fastalign.utils.errors import SharedError, UserError, describe_os_error
 
 
-def guarded(body: Callable[[], object]) -> int:
+def run_command(body: Callable[[], object]) -> int:
     """Run a command's body, and leave the ranks at its end.
 
     Returns:
@@ -33,7 +33,7 @@ def _outcome(body: Callable[[], object], rank: str) -> int:
     except UserError as error:
         return _refuse(str(error))
     except OSError as error:
-        return _refuse(of_the_system(error))
+        return _refuse(describe_os_error(error))
     except Preempted as error:
         return _leave(error.code, str(error) if rank == "0" else "")
     except LostConnection as error:
@@ -65,8 +65,8 @@ def _leave(code: int, message: str) -> int:
 
 
 @contextmanager
-def telling(rank: int) -> Iterator[None]:
-    """Around what may go wrong on one rank only: ranks that `guarded` keeps silent say it here."""
+def report_rank_error(rank: int) -> Iterator[None]:
+    """Around what may go wrong on one rank only: ranks that `run_command` keeps silent say it here."""
     try:
         yield
     except SharedError:

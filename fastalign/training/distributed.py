@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fastalign.utils.errors import SharedError, UserError, of_the_system
+from fastalign.utils.errors import SharedError, UserError, describe_os_error
 
 _Result = TypeVar("_Result")
 _meshes: list[DeviceMesh] = []
@@ -189,7 +189,7 @@ def on_first_rank(world: World, work: Callable[[], _Result]) -> _Result:
         except UserError as error:
             outcome = None, str(error)
         except OSError as error:
-            outcome = None, of_the_system(error)
+            outcome = None, describe_os_error(error)
     result, failure = world.share(outcome)
     if failure is not None:
         raise SharedError(failure)

@@ -8,7 +8,7 @@ from fastalign.training.metrics import Terminal, drop_later_lines
 from fastalign.training.run import Run
 from fastalign.training.status import Seen
 from fastalign.utils.errors import SharedError, on_one_line
-from fastalign.utils.files import saying_where
+from fastalign.utils.files import wrap_io_errors
 
 NONFINITE = "nonfinite.jsonl"
 VALIDATION_FILE = f"validation_{FILE}"
@@ -70,7 +70,7 @@ def write_down(run: Run, name: str, samples: list[BadSample]) -> None:
     if run.world.main and samples:
         if name not in run.listed:
             run.listed[name] = {sample.name for sample in read_list(path)} if path.exists() else set()
-        with saying_where(path):
+        with wrap_io_errors(path):
             append_to_list(path, [sample for sample in samples if sample.name not in run.listed[name]])
         run.listed[name] |= {sample.name for sample in samples}
 
@@ -114,7 +114,7 @@ def bad_numbers(run: Run, seen: Seen, terminal: Terminal) -> None:
     lines = [line for line in run.world.gather(line) if line["names"]]
     path = run.folder / NONFINITE
     if run.world.main:
-        with saying_where(path), path.open("a") as file:
+        with wrap_io_errors(path), path.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
     ranks = ", ".join(map(str, seen.ranks))
     what = f"the loss of rank {ranks}" if len(seen.ranks) == 1 else f"the losses of ranks {ranks}"

@@ -26,7 +26,7 @@ from rich.progress import (
 
 from fastalign.training.compilation import Compilation, compile_seconds
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import saying_where, write_atomically
+from fastalign.utils.files import wrap_io_errors, write_atomically
 from fastalign.utils.flops import peak_flops
 
 
@@ -80,12 +80,12 @@ class MetricLog:
         for line in lines:
             if "loss" in line:
                 line |= common
-            with saying_where(self._path):
+            with wrap_io_errors(self._path):
                 self._file.write(json.dumps(line) + "\n")
             for sink in self._sinks:
                 sink({k: v for k, v in line.items() if k != "step" and v is not None}, line["step"])
         if lines:
-            with saying_where(self._path):
+            with wrap_io_errors(self._path):
                 self._file.flush()
         return lines
 
@@ -93,7 +93,7 @@ class MetricLog:
         """Write what is pending."""
         if self._file:
             self.flush()
-            with saying_where(self._path):
+            with wrap_io_errors(self._path):
                 os.fsync(self._file.fileno())
                 self._file.close()
 

@@ -106,6 +106,6 @@ def preempted(folder: Path, number: int, step: int, *, main: bool) -> Preempted:
     )
 
 
-def unmark(folder: Path) -> None:
+def clear_marker(folder: Path) -> None:
     """The run goes on: remove the marker, if there is one."""
     (folder / MARKER).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from fastalign.training.publish import publish_backbone
 from fastalign.training.run import Run
 from fastalign.training.standing import WAITING
 from fastalign.utils.changes import Kind
-from fastalign.utils.files import saying_where, write_atomically
+from fastalign.utils.files import wrap_io_errors, write_atomically
 from fastalign.utils.sections import only
 
 CHANGES = "changes.jsonl"
@@ -83,7 +83,7 @@ def save_settings(run: Run) -> None:
     lines = "".join(json.dumps(change) + "\n" for change in run.changes)
     for name, text in (("config.yaml", to_yaml(config)), (CHANGES, lines)):
         path = run.folder / name
-        with saying_where(path):
+        with wrap_io_errors(path):
             if text:
                 write_atomically(path, lambda file, text=text: file.write(text.encode()))
             else:

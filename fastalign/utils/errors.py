@@ -12,7 +12,7 @@ def on_one_line(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
-def of_the_system(error: OSError) -> str:
+def describe_os_error(error: OSError) -> str:
     """An error of the operating system for a user: the file, where it names one, and what is wrong with it."""
     return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 

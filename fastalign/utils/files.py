@@ -97,7 +97,7 @@ def _alive(process: int) -> bool:
 
 
 @contextmanager
-def saying_where(path: Path) -> Iterator[None]:
+def wrap_io_errors(path: Path) -> Iterator[None]:
     """Around writing a file of a run.
 
     Raises:

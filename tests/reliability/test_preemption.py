@@ -15,8 +15,16 @@ import pytest
 import torch
 
 from fastalign.training import distributed
-from fastalign.training.command import guarded
-from fastalign.training.preemption import MARKER, PREEMPTED, Preempted, Preemption, name_of, preempted, unmark
+from fastalign.training.command import run_command
+from fastalign.training.preemption import (
+    MARKER,
+    PREEMPTED,
+    Preempted,
+    Preemption,
+    clear_marker,
+    name_of,
+    preempted,
+)
 
 ROOT = Path(__file__).parents[2]
 PRELOAD = ["tests.reliability.test_preemption", "tests.reliability.test_watchdog"]
@@ -84,10 +92,10 @@ def test_an_interrupted_command_is_one_line(capsys, monkeypatch):
     def body():
         signal.raise_signal(signal.SIGINT)
 
-    assert guarded(body) == 130
+    assert run_command(body) == 130
     assert capsys.readouterr().err == "fastalign: interrupted\n"
     monkeypatch.setenv("RANK", "1")
-    assert guarded(body) == 130
+    assert run_command(body) == 130
     assert capsys.readouterr().err == ""
 
 
@@ -106,8 +114,8 @@ def test_the_marker_is_there_from_leaving_to_going_on(tmp_path):
         rf"SIGUSR1: saved {re.escape(str(tmp_path))} at step 7; run the same command .*", str(error)
     )
     assert (tmp_path / MARKER).read_text() == "SIGUSR1 at step 7\n"
-    unmark(tmp_path)
-    unmark(tmp_path)
+    clear_marker(tmp_path)
+    clear_marker(tmp_path)
     preempted(tmp_path, signal.SIGUSR1, 8, main=False)
     assert list(tmp_path.iterdir()) == []
     assert name_of(0) is None
@@ -143,7 +151,7 @@ def rank_of_two(rank: int, port: int, folder: Path) -> None:
         with Preemption() as kept:
             loop(folder, kept, world)
 
-    code = guarded(body)
+    code = run_command(body)
     os.kill(os.getpid(), signal.SIGTERM)  # does no more harm on the way out
     sys.exit(code)
 
@@ -185,14 +193,14 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from fastalign.training import distributed
-from fastalign.training.command import guarded
-from fastalign.training.preemption import Preemption, unmark
+from fastalign.training.command import run_command
+from fastalign.training.preemption import Preemption, clear_marker
 from tests.reliability.test_preemption import loop
 folder = Path(sys.argv[1])
 def body():
     world = distributed.start()
     if world.main:
-        unmark(folder)
+        clear_marker(folder)
     attempt, newest = os.environ["TORCHELASTIC_RESTART_COUNT"], folder / "checkpoint"
     (folder / f"start-{attempt}-{world.rank}").write_text(newest.read_text() if newest.exists() else "none")
     world.barrier()
@@ -201,7 +209,7 @@ def body():
             newest.write_text("12")
             os.kill(os.getpid(), signal.SIGKILL)
         loop(folder, kept, world)
-sys.exit(guarded(body))
+sys.exit(run_command(body))
 """
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastalign.training import distributed
-from fastalign.training.command import guarded
+from fastalign.training.command import run_command
 from fastalign.training.distributed import connection_lost
 from fastalign.training.standing import (
     WAITING,
@@ -206,7 +206,7 @@ def play(scene, rank, size, port, stderr):
         left = [thread.name for thread in threading.enumerate() if "watchdog" in thread.name]
         assert not left, left
 
-    sys.exit(guarded(body))
+    sys.exit(run_command(body))
 
 
 @pytest.fixture(scope="module")
