@@ -20,6 +20,7 @@ from fastalign.probe.training import contents, due, open_splits, probe_student
 from fastalign.training import distributed
 from fastalign.training.command import report_rank_error, run_command
 from fastalign.training.faults import bad_validation_samples, look_back, react
+from fastalign.training.hang import WAITING, HangTimer, collective_timeout
 from fastalign.training.memory import keep_freed_memory
 from fastalign.training.metrics import MetricLog, Speed, Terminal
 from fastalign.training.optim import learning_rate, seed_update, step_unless
@@ -28,7 +29,6 @@ from fastalign.training.run import Run
 from fastalign.training.saving import finish, improves, leave, save, save_settings
 from fastalign.training.spikes import Spikes
 from fastalign.training.validation import evaluate, measure_target_scale
-from fastalign.training.watchdog import Watchdog, patience
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import can_be_folder
 from fastalign.utils.paths import path_argument
@@ -80,7 +80,6 @@ def train(config: Config, world: distributed.World) -> None:
 
     Raises:
         Preempted: a signal asked the run to leave, and it has saved.
-        LostConnection: another rank is gone.
         UserError: bad input.
     """
     with Preemption() as preemption:
@@ -93,7 +92,7 @@ def train(config: Config, world: distributed.World) -> None:
         if world.main and not run.finished:
             save_settings(run)
         timeout, checkpoints = config.faults["timeout"], run.checkpoints
-        with Watchdog(world, timeout, run.step, saved=lambda: checkpoints.newest_step) as run.watchdog:
+        with HangTimer(world, timeout, run.step, saved=lambda: checkpoints.newest_step) as run.hang_timer:
             follow(run, splits)
 
 
@@ -211,6 +210,7 @@ def train_epoch(
             inside = run.step != end
             saving = inside and run.step % (config.checkpoint.every_steps or run.last_step + 1) == 0
             probing = inside and due(run)
+            run.beat(WAITING)
             # Before saving: no checkpoint has more behind it than what was told and written down.
             signal, overdue = react(run, terminal, everything=saving or probing or not inside)
             if signal or overdue:
@@ -291,7 +291,7 @@ def _run(options: argparse.Namespace) -> None:
         return
     if int(os.environ.get("RANK", 0)) == 0:
         print("".join(f"{note}\n" for note in notes), end="", flush=True)
-    train(config, distributed.start(patience(config.faults["timeout"])))
+    train(config, distributed.start(collective_timeout(config.faults["timeout"])))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fastalign.training import distributed
-from fastalign.training.distributed import LostConnection, connection_lost
+from fastalign.training.distributed import connection_lost
+from fastalign.training.hang import RANK_FAILED
 from fastalign.training.preemption import INTERRUPTED, Preempted
-from fastalign.training.watchdog import BROKEN
 from fastalign.utils.errors import SharedError, UserError, describe_os_error
 
 
@@ -36,14 +36,12 @@ def _outcome(body: Callable[[], object], rank: str) -> int:
         return _refuse(describe_os_error(error))
     except Preempted as error:
         return _leave(error.code, str(error) if rank == "0" else "")
-    except LostConnection as error:
-        return _leave(BROKEN, str(error))
     except RuntimeError as error:
         if not connection_lost(error):
             raise
         first = str(error).splitlines()[0]
         line = f"rank {rank}: lost the connection to another rank: run again to resume ({first})"
-        return _leave(BROKEN, line)
+        return _leave(RANK_FAILED, line)
     finally:
         distributed.stop()
     return 0

@@ -89,6 +89,9 @@ def start(patience: timedelta | None = None) -> World:
         # Before there is a group: some of its functions have it as the default of an argument, which would keep it
         # alive after `stop` if torch._dynamo imported them later.
         importlib.import_module("torch.distributed.fsdp")
+        # NCCL's flight recorder keeps the last collectives; a rank that hangs writes them.
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         options = {"device_id": device} if device.type == "cuda" else {}
         options |= _store_of_this_attempt(rank, size, patience)
         distributed.init_process_group(
@@ -129,10 +132,6 @@ def open_store(patience: timedelta) -> distributed.TCPStore:
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return distributed.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
-
-
-class LostConnection(Exception):
-    """Another rank is gone, or cannot be reached. The message is one line for the user, empty where another tells."""
 
 
 _GLOO = ("connection closed", "connection reset", "broken pipe", "timed out")

@@ -10,10 +10,10 @@ from fastalign.config import to_yaml
 from fastalign.training.build import teacher_of
 from fastalign.training.checkpoint import snapshot
 from fastalign.training.distributed import on_first_rank
+from fastalign.training.hang import WAITING
 from fastalign.training.preemption import preempted
 from fastalign.training.publish import publish_backbone
 from fastalign.training.run import Run
-from fastalign.training.standing import WAITING
 from fastalign.utils.changes import Kind
 from fastalign.utils.files import wrap_io_errors, write_atomically
 from fastalign.utils.sections import only

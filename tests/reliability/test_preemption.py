@@ -27,7 +27,7 @@ from fastalign.training.preemption import (
 )
 
 ROOT = Path(__file__).parents[2]
-PRELOAD = ["tests.reliability.test_preemption", "tests.reliability.test_watchdog"]
+PRELOAD = ["tests.reliability.test_preemption"]
 """what the server of forks imports once for all processes"""
 
 
