@@ -21,7 +21,6 @@ from fastalign.training import distributed
 from fastalign.training.command import report_rank_error, run_command
 from fastalign.training.faults import bad_validation_samples, look_back, react
 from fastalign.training.hang import WAITING, HangTimer, collective_timeout
-from fastalign.training.memory import keep_freed_memory
 from fastalign.training.metrics import MetricLog, Speed, Terminal
 from fastalign.training.optim import learning_rate, seed_update, step_unless
 from fastalign.training.preemption import Preemption, clear_marker
@@ -63,15 +62,15 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
                     loss = run.model(batch.images, sample_ids, epoch) / optim.accumulate
                 loss.backward()
             total += loss.detach()
-    loss = run.status.share(total, signal=run.reason_to_leave, bad=len(found), overdue=run.overdue)
     norm = run.clip()
-    skip = run.status.judge(norm)
+    own = {"ids": np.concatenate(ids), "found": tuple(found)}
+    own |= {"stop": run.stop_reason, "overdue": run.overdue}
+    loss, skip = run.status.exchange(run.step + 1, total, norm, **own)
     step_unless(run.optimizer, skip)
     run.optimizer.zero_grad()
     if run.average:
         run.average.update()
     run.step += 1
-    run.status.post(run.step, skip, np.concatenate(ids), tuple(found))
     return {"loss": loss, "grad_norm": norm, "lr": lr, "waited": waited}
 
 
@@ -212,14 +211,14 @@ def train_epoch(
             probing = inside and due(run)
             run.beat(WAITING)
             # Before saving: no checkpoint has more behind it than what was told and written down.
-            signal, overdue = react(run, terminal, everything=saving or probing or not inside)
-            if signal or overdue:
+            stop, overdue = react(run, terminal, everything=saving or probing or not inside)
+            if stop or overdue:
                 react(run, terminal, everything=True)
             saving = saving or (inside and overdue)
-            if saving or probing or signal or not inside or run.step % config.log.every_steps == 0:
+            if saving or probing or stop or not inside or run.step % config.log.every_steps == 0:
                 report(log.flush(speed), terminal, spikes)
-            if signal:
-                leave(run, signal)
+            if stop:
+                leave(run, stop)
             if probing:
                 probe(run, splits, log, terminal, epoch)
             if saving or (probing and improves(run)):
@@ -295,6 +294,4 @@ def _run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        keep_freed_memory()
     sys.exit(main())

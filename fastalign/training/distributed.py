@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fastalign.training.memory import keep_freed_memory
 from fastalign.utils.errors import SharedError, UserError, describe_os_error
 
 _Result = TypeVar("_Result")
@@ -85,6 +86,7 @@ def start(patience: timedelta | None = None) -> World:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        keep_freed_memory()
     if size > 1:
         # Before there is a group: some of its functions have it as the default of an argument, which would keep it
         # alive after `stop` if torch._dynamo imported them later.

@@ -20,7 +20,7 @@ from fastalign.training.continuation import changed_settings, contents, other_co
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.hang import HangTimer
 from fastalign.training.optim import MovingAverage, class_name, make_optimizer
-from fastalign.training.preemption import Preemption
+from fastalign.training.preemption import Preemption, StopReason
 from fastalign.training.publish import publish_backbone
 from fastalign.training.status import Status
 from fastalign.utils.changes import Change
@@ -153,11 +153,11 @@ class Run:
         return self.world.main and whole_epochs and time.monotonic() - self.saved_at > MOST_LOST
 
     @property
-    def reason_to_leave(self) -> int:
-        """What this rank knows: a signal came, or -1, a checkpoint could not be written; 0 = nothing."""
+    def stop_reason(self) -> StopReason:
+        """Why this rank wants the run to stop."""
         if self.checkpoints.failed:
-            return -1
-        return self.preemption.number if self.preemption else 0
+            return StopReason.SAVE_FAILED
+        return self.preemption.reason if self.preemption else StopReason.NONE
 
     def known_bad(self, samples: Iterable[BadSample]) -> list[BadSample]:
         """Take in what ranks found, as all of them do at the same update. Returns what is new, each once."""

@@ -21,8 +21,8 @@ from fastalign.training.preemption import (
     PREEMPTED,
     Preempted,
     Preemption,
+    StopReason,
     clear_marker,
-    name_of,
     preempted,
 )
 
@@ -44,11 +44,11 @@ def test_signals_are_remembered_and_kill_nothing(number):
     heard = []
     signal.signal(number, lambda *_: heard.append("the old handler"))
     with Preemption() as preemption:
-        assert preemption.number == 0
+        assert preemption.reason == 0
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.number == number
+        assert preemption.reason == number
     assert heard == []
     os.kill(os.getpid(), number)
     assert heard == ["the old handler"]
@@ -58,10 +58,10 @@ def test_an_interrupt_is_remembered_once_and_only_while_there_is_something_to_sa
     with Preemption() as preemption:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        assert preemption.number == 0
+        assert preemption.reason == 0
         preemption.hold_interrupts()
         signal.raise_signal(signal.SIGINT)
-        assert preemption.number == signal.SIGINT
+        assert preemption.reason == signal.SIGINT
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL, (
             "a second one needs no Python to end the process"
         )
@@ -71,7 +71,7 @@ def test_an_interrupt_is_remembered_once_and_only_while_there_is_something_to_sa
         with Preemption() as preemption:
             preemption.hold_interrupts()
             signal.raise_signal(signal.SIGINT)
-            raise preempted(tmp_path, preemption.number, 3, main=False)
+            raise preempted(tmp_path, preemption.reason, 3, main=False)
 
     with pytest.raises(Preempted) as caught:
         leave()
@@ -79,12 +79,12 @@ def test_an_interrupt_is_remembered_once_and_only_while_there_is_something_to_sa
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler, (
         "a program that called the command goes on"
     )
-    assert preempted(tmp_path, signal.SIGTERM, 3, main=False).code == PREEMPTED == 75
+    assert preempted(tmp_path, StopReason.SIGTERM, 3, main=False).code == PREEMPTED == 75
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's `command &` has it
     with Preemption() as preemption:
         preemption.hold_interrupts()
         signal.raise_signal(signal.SIGINT)
-        assert preemption.number == 0
+        assert preemption.reason == 0
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
@@ -100,7 +100,7 @@ def test_an_interrupted_command_is_one_line(capsys, monkeypatch):
 
 
 def test_other_errors_bring_the_old_handlers_back_and_preempted_does_not(tmp_path):
-    for error in (ValueError("x"), preempted(tmp_path, signal.SIGTERM, 3, main=False)):
+    for error in (ValueError("x"), preempted(tmp_path, StopReason.SIGTERM, 3, main=False)):
         with pytest.raises(type(error)), Preemption():
             raise error
         leaving = isinstance(error, Preempted)
@@ -109,23 +109,22 @@ def test_other_errors_bring_the_old_handlers_back_and_preempted_does_not(tmp_pat
 
 
 def test_the_marker_is_there_from_leaving_to_going_on(tmp_path):
-    error = preempted(tmp_path, signal.SIGUSR1, 7, main=True)
+    error = preempted(tmp_path, StopReason.SIGUSR1, 7, main=True)
     assert re.fullmatch(
         rf"SIGUSR1: saved {re.escape(str(tmp_path))} at step 7; run the same command .*", str(error)
     )
     assert (tmp_path / MARKER).read_text() == "SIGUSR1 at step 7\n"
     clear_marker(tmp_path)
     clear_marker(tmp_path)
-    preempted(tmp_path, signal.SIGUSR1, 8, main=False)
+    preempted(tmp_path, StopReason.SIGUSR1, 8, main=False)
     assert list(tmp_path.iterdir()) == []
-    assert name_of(0) is None
 
 
 def loop(folder: Path, kept: Preemption, world: distributed.World) -> None:
     """A run whose ranks share the signal in each step, and whose checkpoint takes a second."""
     step = torch.zeros(1)
     while True:
-        number = torch.tensor([kept.number])
+        number = torch.tensor([kept.reason])
         step += 1
         if world.size > 1:
             torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
@@ -136,7 +135,7 @@ def loop(folder: Path, kept: Preemption, world: distributed.World) -> None:
                 time.sleep(1)
                 (folder / "checkpoint").write_text(f"{int(step)}")
             world.barrier()
-            raise preempted(folder, int(number), int(step), main=world.main)
+            raise preempted(folder, StopReason(int(number)), int(step), main=world.main)
         time.sleep(0.02)
 
 
