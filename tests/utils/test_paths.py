@@ -65,7 +65,19 @@ def home(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "text",
-    "~ ~/a/b ~root/a /$PART/b ${PART}s/$HOME a~b/~ $ a$/b ../x random synthetic:100".split(),
+    [
+        "~",
+        "~/a/b",
+        "~root/a",
+        "/$PART/b",
+        "${PART}s/$HOME",
+        "a~b/~",
+        "$",
+        "a$/b",
+        "../x",
+        "random",
+        "synthetic:100",
+    ],
 )
 def test_paths_expand_as_in_bash(home, text):
     bash = subprocess.run(
