@@ -113,7 +113,7 @@ def _run(given: argparse.Namespace, command: str) -> None:
     chosen["seeds"] = tuple(given.seeds)
     Options(**chosen).resolved()  # before anything is loaded
     # A rank that has no seed left waits for those that train, hours perhaps.
-    world = distributed.start(patience=timedelta(days=30))
+    world = distributed.start(timeout=timedelta(days=30))
     vit, run = named_backbone(
         given.backbone, weights=given.weights, kwargs=given.kwargs, softcap=given.softcap
     )

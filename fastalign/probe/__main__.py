@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     def body() -> None:
         options = parse(arguments)
         # A rank that has no head left waits for those that train, hours perhaps.
-        run(options, distributed.start(patience=timedelta(days=30)), arguments)
+        run(options, distributed.start(timeout=timedelta(days=30)), arguments)
 
     return run_command(body)
 
