@@ -15,6 +15,7 @@ from fastalign.method.flops import flops_per_image
 from fastalign.method.objectives import MaskedImageModeling, MaskEmbed
 from fastalign.training.build import build_objective
 from fastalign.training.optim import adamw
+from fastalign.utils.yaml_files import set_key
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -24,7 +25,7 @@ RECIPES = {path.stem: path for path in ALL if path.stem != "demo"}
 CLIP_B = "vit_base_patch16_clip_quickgelu_224.openai"
 IN1K_B = "vit_base_patch16_224.augreg_in21k_ft_in1k"
 LARGE = {"lr": 2e-4, "min_lr": 2e-5}
-PLAIN_BLOCKS = {"softcap": None, "decoder.kwargs": {"qkv_bias": True, "qk_norm": False}}
+PLAIN_BLOCKS = {"softcap": None, "decoder.kwargs.qkv_bias": True, "decoder.kwargs.qk_norm": False}
 ONE_MASK = {"masks.complement": False, "masks.full": False}
 MIM = {"objective": "mim", "teacher.skip_blocks": 0}
 
@@ -184,8 +185,7 @@ def set_keys(keys: dict) -> Config:
     """A configuration of the defaults and these dotted keys."""
     tree = {}
     for key, value in keys.items():
-        *sections, name = ["", *key.split(".")]
-        (tree.setdefault(sections[1], {}) if len(sections) > 1 else tree)[name] = value
+        set_key(tree, key.split("."), value)
     return Config.model_validate(tree)
 
 

@@ -68,7 +68,7 @@ def describe(
     }
     position, last = student["decoder.pos_embed"], student["decoder.head.weight"]
     # The width is that of the weights, whatever was asked for.
-    block = decoder_block_spec(vit.spec, **{**config.decoder.kwargs, "width": position.shape[2]})
+    block = decoder_block_spec(vit.spec, **{**config.decoder.kwargs.model_dump(), "width": position.shape[2]})
     facts = {
         "block": asdict(block),
         "tokens": position.shape[1],

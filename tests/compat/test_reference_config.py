@@ -298,7 +298,7 @@ def test_the_documentation_is_the_table():
         ),
         (
             {"decoder_init_values": 0, "decoder_num_heads": 4},
-            {"decoder.kwargs": {"init_values": None, "heads": 4}},
+            {"decoder.kwargs.init_values": None, "decoder.kwargs.heads": 4},
         ),
         ({"img_size": 224, "input_size": [3, 224, 224], "in_chans": 3}, {"student.kwargs": {}}),
         ({"freeze_student": True}, {"student.freeze": True}),
@@ -490,7 +490,7 @@ def test_the_command_prints_ours(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["--reference-config", "none.yaml"], "none.yaml"),
-        (["configs/demo.yaml", "--world-size", "4"], "--world-size goes with --reference-config"),
+        (["configs/demo.yaml", "--world-size", "4"], "--world-size requires --reference-config"),
         (["--reference-config", "none.yaml", "--world-size", "0"], "--world-size must be at least 1"),
     ],
 )
