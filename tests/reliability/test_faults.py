@@ -106,7 +106,7 @@ def test_a_run_that_no_longer_learns_ends(recipe, poisoned, capsys):
     poisoned(set(range(1, 99)), "nan")
     recipe("optim.epochs=4", "data.val=null", expect=2)
     said = capsys.readouterr()
-    assert "at step 10: not finite, the 10th update left out in a row" in said.err
+    assert "at step 10: not finite, the 10th skipped update in a row" in said.err
     assert said.out.count("this update was skipped") == 9
 
 
