@@ -128,9 +128,6 @@ def _token_cases(model: str, batch: int, patches: int, prefix: int, width: int, 
         one = b * width * (2 * patches + 4 * present)
         return one, one
 
-    def call_pack(patches, packing, prefix, position):
-        return pack(patches, packing.slots, packing.cu_seqlens, len(packing.indices), prefix, position)
-
     common = {"label": model, "batch": batch}
     yield Case(
         name="mask_tokens", inputs=masked, kernel=mask_tokens, reference=reference.mask_tokens,
@@ -141,11 +138,11 @@ def _token_cases(model: str, batch: int, patches: int, prefix: int, width: int, 
         leaves=("tokens", "position"), bytes=copied, **common,
     )  # fmt: skip
     yield Case(
-        name="pack", inputs=packed, kernel=call_pack, reference=reference.pack, leaves=("patches", "position"),
+        name="pack", inputs=packed, kernel=pack, reference=reference.pack, leaves=("patches", "position"),
         bytes=moved, **common,
     )  # fmt: skip
     yield Case(
-        name="unpack", inputs=unpacked, kernel=lambda packed, packing: unpack(packed, packing.slots),
+        name="unpack", inputs=unpacked, kernel=unpack,
         reference=reference.unpack, leaves=("packed",),
         bytes=lambda b: (2 * b * width * (present + COPIES * tokens), 4 * b * width * present), **common,
     )  # fmt: skip
