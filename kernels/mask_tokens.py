@@ -32,15 +32,9 @@ def _forward_kernel(
     p_position,  # [N, D] or None, contiguous
     p_visible,  # [B, M, N] contiguous
     p_out,  # [B, M, T, D] contiguous
-    stride_b,
-    stride_n,
-    N,
-    P,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    stride_b, stride_n, N, P,
+    M: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     tiles = tl.cdiv(P + N, BLOCK_T) * tl.cdiv(D, BLOCK_D)
     i_b, i_tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     o_t = i_tile // tl.cdiv(D, BLOCK_D) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -81,19 +75,10 @@ def _backward_kernel(
     p_patches,  # out: [B, N, D], or [B, T, D] with zeros for the prefix (WHOLE)
     p_rows,  # out: [chunks, T, D] fp32, the sum over the copies of each chunk of images
     p_hidden,  # out: [chunks, T, D] fp32, the same over hidden patches only
-    B,
-    N,
-    P,
-    IMAGES,  # images a chunk
-    M: tl.constexpr,
-    D: tl.constexpr,
-    WHOLE: tl.constexpr,
-    PATCHES: tl.constexpr,
-    ROWS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    B, N, P, IMAGES,  # images per chunk
+    M: tl.constexpr, D: tl.constexpr, WHOLE: tl.constexpr, PATCHES: tl.constexpr, ROWS: tl.constexpr,
+    HIDDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     i_chunk = tl.program_id(1).to(tl.int64)
     i_t, i_d = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)

@@ -32,17 +32,9 @@ def _forward_kernel(
     p_slots,  # [B, M, T]
     p_end,  # [1], the first padding row
     p_out,  # [L, D]
-    stride_b,
-    stride_n,
-    B,
-    T,
-    P,
-    L,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    stride_b, stride_n, B, T, P, L,
+    M: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     tiles = tl.cdiv(T, BLOCK_T) * tl.cdiv(D, BLOCK_D)
     i_b, i_tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     i_t = i_tile // tl.cdiv(D, BLOCK_D)
@@ -76,17 +68,10 @@ def _backward_kernel(
     p_slots,  # [B, M, T]
     p_patches,  # out: [B, N, D]
     p_rows,  # out: [chunks, T, D] fp32, the sum over the copies of each chunk of images
-    B,
-    T,
-    P,
-    IMAGES,  # images a chunk
-    M: tl.constexpr,
-    D: tl.constexpr,
-    PATCHES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    B, T, P, IMAGES,  # images per chunk
+    M: tl.constexpr, D: tl.constexpr, PATCHES: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     i_chunk = tl.program_id(1).to(tl.int64)
     i_t, i_d = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)

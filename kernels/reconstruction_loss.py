@@ -73,28 +73,17 @@ def _distance(b_difference, per_element, LOSS: tl.constexpr):
 @triton.jit
 def _forward_kernel(
     p_prediction,  # [R, D] contiguous
-    p_target,  # [B, M, T, D] with any strides, or [L, D], or [B T, D]
+    p_target,  # [B, M, T, D] with any strides, or packed: [L, D], or [B T, D] with GATHER
     p_visible,  # [B, M, N] contiguous
     p_scale,  # [] fp32
     p_indices,  # [L] or None
     p_end,  # [1], the number of packed tokens, or None
     p_gradient,  # out: [R, D] or None
     p_loss,  # out: [programs] fp32
-    stride_b,
-    stride_m,
-    stride_t,
-    R,
-    T,
-    P,
-    N,
-    M,
-    D: tl.constexpr,
-    LOSS: tl.constexpr,
-    PREFIX_COUNTS: tl.constexpr,
-    GATHER: tl.constexpr,  # packed, and the target is [B T, D]
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    stride_b, stride_m, stride_t, R, T, P, N, M,
+    D: tl.constexpr, LOSS: tl.constexpr, PREFIX_COUNTS: tl.constexpr, GATHER: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     o_target, m_count, per_row = _rows(
         p_visible, p_indices, p_end, stride_b, stride_m, stride_t, o_row, R, T, P, N, M,

@@ -20,11 +20,8 @@ def _kernel(
     p_slots,  # [R], R = B M T
     p_dense,  # [R, D] contiguous; read with REVERSE
     R,
-    D: tl.constexpr,
-    REVERSE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    D: tl.constexpr, REVERSE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     i_row, i_d = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
     o_row = i_row.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
