@@ -69,7 +69,7 @@ def _flex(built: Built) -> Callable:
     from fastalign.ops.attention import flex  # loads Inductor
 
     mask = flex.block_mask(built.inputs["cu_seqlens"], len(built.inputs["q"]))
-    return lambda q, k, v, softcap, **_: flex.masked(q, k, v, softcap, mask)
+    return lambda q, k, v, softcap, **_: flex.flex(q, k, v, softcap, mask)
 
 
 def implementations(case: Case, built: Built, tiny: bool) -> tuple[dict[str, Callable], set[str]]:
@@ -88,7 +88,7 @@ def implementations(case: Case, built: Built, tiny: bool) -> tuple[dict[str, Cal
     )
     for name, backend in BACKENDS.items():
         refusal = backend.refuses(call, choice.architecture())
-        if refusal == "has no soft-cap" and name in UNCAPPED:
+        if refusal == "does not support a soft-cap" and name in UNCAPPED:
             refusal = backend.refuses(call._replace(capped=False), choice.architecture())
             uncapped |= set() if refusal else {name}
         if refusal or name in ("triton", "eager"):
