@@ -48,7 +48,8 @@ def test_masks_have_the_bits_of_pytorch(kind, grid, device):
         for seed, epoch in ((0, 0), (2**64 - 1, 3), (2**63 + 5, 2**32 - 1), (7 << 32, 2**31)):
             masks = KINDS[kind](complement=complement, full=full, seed=seed)
             assert torch.equal(masks(ids.to(device), grid, epoch).cpu(), masks.eager(ids, grid, epoch))
-    for ratio in () if kind == "uniform" else (0.0, 1e-12, 0.07, 0.4, 0.5, 1 / 3, 0.999, 1.0):
+    ends = (0.0, 1.0) if kind == "bernoulli" else ()
+    for ratio in () if kind == "uniform" else (1e-12, 0.07, 0.4, 0.5, 1 / 3, 0.999, *ends):
         masks, ids = KINDS[kind](ratio=ratio), torch.arange(500)
         assert torch.equal(masks(ids.to(device), grid).cpu(), masks.eager(ids, grid))
 
