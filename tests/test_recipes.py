@@ -165,7 +165,7 @@ def command(path: Path) -> list[str]:
 
 
 def gigaflop(text: str) -> float:
-    return float(re.search(r"([\d.]+) GFLOP an image", text).group(1))
+    return float(re.search(r"([\d.]+) GFLOP per image", text).group(1))
 
 
 def distinct() -> dict[str, list[str]]:
@@ -220,7 +220,7 @@ def test_header(stem):
     assert words[6:] == [f"data.train=/path/to/{data}/train", f"data.val=/path/to/{data}/val"]
     config = load_config(path, words[6:])
     share = config.optim.batch_size // (4 * config.optim.accumulate)
-    assert f"4 GPUs, {share} images a GPU" in header(path)
+    assert f"4 GPUs, {share} images per GPU" in header(path)
     assert "Time and final loss: not measured yet." in header(path)
     for other in (config.student.weights, config.teacher.weights):
         run = f"Train configs/{Path(other or '').name}.yaml first"
