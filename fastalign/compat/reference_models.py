@@ -4,7 +4,7 @@ from pathlib import Path
 
 import timm
 
-from fastalign.backbones.svit import uncapped
+from fastalign.backbones.spec import split_svit
 from fastalign.backbones.zoo import MOCO
 from fastalign.utils.errors import UserError
 
@@ -28,7 +28,7 @@ def backbones(v: dict, notes: list[str]) -> tuple[dict, dict]:
         raise UserError("a teacher needs weights: set teacher_pretrained or teacher_checkpoint")
     plain, arguments, cap = {}, {}, {}
     for side in ("student", "teacher"):
-        name, arguments[side], cap[side] = uncapped(v[f"{side}_model"], kwargs[side])
+        name, arguments[side], cap[side] = split_svit(v[f"{side}_model"], kwargs[side])
         if "max_attn_val" in arguments[side]:
             raise UserError(f"max_attn_val is for svit_* models, {side}_model is {name}: remove it")
         plain[side] = _spelt_out(name, v[f"{side}_pretrained"], notes)

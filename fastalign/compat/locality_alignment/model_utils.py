@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastalign import ops
-from fastalign.backbones.svit import is_cap
+from fastalign.backbones.spec import is_softcap
 from fastalign.backbones.timm_parts import FAST, FastAttention, FastSelfAttention
 from fastalign.compat.errors import ArgumentError
 
@@ -52,7 +52,7 @@ class Attention(FastAttention):
 
 def check_cap(value: float) -> float:
     """The cap of the logits, which must be positive."""
-    if not is_cap(value):
+    if not is_softcap(value):
         raise ArgumentError(f"max_attn_val must be a positive number, got {value!r}")
     return value
 
