@@ -57,7 +57,7 @@ def header(stem: str) -> str:
 
 
 def gigaflop(stem: str) -> float:
-    return float(re.search(r"([\d.]+) GFLOP an image", header(stem)).group(1))
+    return float(re.search(r"([\d.]+) GFLOP per image", header(stem)).group(1))
 
 
 def distinct() -> dict[str, list[str]]:
@@ -131,7 +131,7 @@ def test_header(stem):
     config = load_config(path, words[6:])
     assert words[6:] == [f"data.{split}=/path/to/{data_of(stem)}/{split}" for split in ("train", "val")]
     share = config.optim.batch_size // (4 * config.optim.accumulate)
-    assert f"4 GPUs, {share} images a GPU" in text
+    assert f"4 GPUs, {share} images per GPU" in text
     assert "Time and final loss: not measured yet." in text
     for other in (config.student.weights, config.teacher.weights):
         run = f"Train configs/{Path(other or '').name}.yaml first"

@@ -62,9 +62,7 @@ def read_reference(
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     batch, passes = values["batch_size"], values["grad_accum_steps"]
-    line = (
-        f"{batch} images a GPU x {passes} passes x {world} GPUs = {batch * passes * world} images an update; "
-    )
+    line = f"{batch} images per GPU x {passes} passes x {world} GPUs = {batch * passes * world} images per update; "
     return resolve(tree, overrides, path), [line + "--world-size=N for other GPUs", *notes]
 
 

@@ -138,7 +138,7 @@ def test_the_batch_is_a_gpus_times_the_gpus(write, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     config, notes = read_reference(path)
     assert (config.optim.batch_size, config.optim.accumulate) == (2048, 8)
-    assert "32 images a GPU x 8 passes x 8 GPUs = 2048 images an update" in notes[0]
+    assert "32 images per GPU x 8 passes x 8 GPUs = 2048 images per update" in notes[0]
     assert make_config(path, world_size=2).optim.batch_size == 512
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(UserError, match=r"WORLD_SIZE=many .*--world-size=N"):
@@ -265,7 +265,7 @@ def test_the_command_prints_ours(write, tmp_path, capsys):
     path = write(reference_options("clip-vit-b"))
     assert train.main(["--reference-config", str(path), "--print-config", "seed=3", "optim.epochs=2"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("# 256 images a GPU x 1 passes x 4 GPUs = 1024 images an update")
+    assert text.startswith("# 256 images per GPU x 1 passes x 4 GPUs = 1024 images per update")
     (tmp_path / "ours.yaml").write_text(text)
     assert load_config(tmp_path / "ours.yaml") == make_config(path, ["seed=3", "optim.epochs=2"])
 
@@ -292,4 +292,4 @@ def test_a_file_of_theirs_trains(write, tmp_path, images, monkeypatch, capsys):
     tiny += ["efficiency.compile=false", "optim.batch_size=8", "data.threads=1", "max_steps=2", "log.to=[]"]
     assert train.main(["--reference-config", str(path), *tiny]) == 0
     assert len(losses(tmp_path / "output" / "in1k-vit-t")) == 2
-    assert "images an update" in capsys.readouterr().out
+    assert "images per update" in capsys.readouterr().out
