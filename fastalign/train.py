@@ -20,7 +20,7 @@ from fastalign.probe.training import contents, due, open_splits, probe_student
 from fastalign.training import distributed
 from fastalign.training.command import report_rank_error, run_command
 from fastalign.training.faults import bad_validation_samples, look_back, react
-from fastalign.training.memory import keep_freed_memory
+from fastalign.training.hang import WAITING, HangTimer, collective_timeout
 from fastalign.training.metrics import MetricLog, Speed, Terminal
 from fastalign.training.optim import learning_rate, seed_update, step_unless
 from fastalign.training.preemption import Preemption, clear_marker
@@ -28,7 +28,6 @@ from fastalign.training.run import Run
 from fastalign.training.saving import finish, improves, leave, save, save_settings
 from fastalign.training.spikes import Spikes
 from fastalign.training.validation import evaluate, measure_target_scale
-from fastalign.training.watchdog import Watchdog, patience
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import can_be_folder
 from fastalign.utils.paths import path_argument
@@ -62,15 +61,15 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
                     loss = run.model(batch.images, sample_ids, epoch) / optim.accumulate
                 loss.backward()
             total += loss.detach()
-    loss = run.status.share(total, signal=run.reason_to_leave, bad=len(found), overdue=run.overdue)
     norm = run.clip()
-    skip = run.status.judge(norm)
+    own = {"ids": np.concatenate(ids), "found": tuple(found)}
+    own |= {"stop": run.stop_reason, "overdue": run.overdue}
+    loss, skip = run.status.exchange(run.step + 1, total, norm, **own)
     step_unless(run.optimizer, skip)
     run.optimizer.zero_grad()
     if run.average:
         run.average.update()
     run.step += 1
-    run.status.post(run.step, skip, np.concatenate(ids), tuple(found))
     return {"loss": loss, "grad_norm": norm, "lr": lr, "waited": waited}
 
 
@@ -79,7 +78,6 @@ def train(config: Config, world: distributed.World) -> None:
 
     Raises:
         Preempted: a signal asked the run to leave, and it has saved.
-        LostConnection: another rank is gone.
         UserError: bad input.
     """
     with Preemption() as preemption:
@@ -92,7 +90,7 @@ def train(config: Config, world: distributed.World) -> None:
         if world.main and not run.finished:
             save_settings(run)
         timeout, checkpoints = config.faults["timeout"], run.checkpoints
-        with Watchdog(world, timeout, run.step, saved=lambda: checkpoints.newest_step) as run.watchdog:
+        with HangTimer(world, timeout, run.step, saved=lambda: checkpoints.newest_step) as run.hang_timer:
             follow(run, splits)
 
 
@@ -210,15 +208,16 @@ def train_epoch(
             inside = run.step != end
             saving = inside and run.step % (config.checkpoint.every_steps or run.last_step + 1) == 0
             probing = inside and due(run)
+            run.beat(WAITING)
             # Before saving: no checkpoint has more behind it than what was told and written down.
-            signal, overdue = react(run, terminal, everything=saving or probing or not inside)
-            if signal or overdue:
+            stop, overdue = react(run, terminal, everything=saving or probing or not inside)
+            if stop or overdue:
                 react(run, terminal, everything=True)
             saving = saving or (inside and overdue)
-            if saving or probing or signal or not inside or run.step % config.log.every_steps == 0:
+            if saving or probing or stop or not inside or run.step % config.log.every_steps == 0:
                 report(log.flush(speed), terminal, spikes)
-            if signal:
-                leave(run, signal)
+            if stop:
+                leave(run, stop)
             if probing:
                 probe(run, splits, log, terminal, epoch)
             if saving or (probing and improves(run)):
@@ -290,10 +289,8 @@ def _run(options: argparse.Namespace) -> None:
         return
     if int(os.environ.get("RANK", 0)) == 0:
         print("".join(f"{note}\n" for note in notes), end="", flush=True)
-    train(config, distributed.start(patience(config.faults["timeout"])))
+    train(config, distributed.start(collective_timeout(config.faults["timeout"])))
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        keep_freed_memory()
     sys.exit(main())

@@ -1,6 +1,7 @@
 """A small probe of a run's student while it trains; `docs/probe.md`, "During training", says what it measures."""
 
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -73,7 +74,8 @@ def probe_student(run: Run, splits: dict[str, LabelledImages]) -> dict[str, floa
     Raises:
         SharedError: a bad image or label map; on every rank.
     """
-    return on_first_rank(run.world, lambda: _probe(run, splits))
+    with nullcontext() if run.world.main else run.unwatched():
+        return on_first_rank(run.world, lambda: _probe(run, splits))
 
 
 def student_tokens(run: Run) -> ViT:

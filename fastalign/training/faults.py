@@ -5,8 +5,9 @@ import json
 from fastalign.data.bad_samples import FILE, BadSample, append_to_list, read_list, too_many
 from fastalign.training.build import teacher_of
 from fastalign.training.metrics import Terminal, drop_later_lines
+from fastalign.training.preemption import StopReason
 from fastalign.training.run import Run
-from fastalign.training.status import Seen
+from fastalign.training.status import StepStatus
 from fastalign.utils.errors import SharedError, on_one_line
 from fastalign.utils.files import wrap_io_errors
 
@@ -16,7 +17,7 @@ MOST_SKIPPED = 10
 """updates left out one after the other, after which a run ends: its weights no longer move"""
 
 
-def react(run: Run, terminal: Terminal, *, everything: bool = False) -> tuple[int, bool]:
+def react(run: Run, terminal: Terminal, *, everything: bool = False) -> tuple[StopReason, bool]:
     """Act on what the ranks told one another; a collective where something is wrong.
 
     Args:
@@ -25,24 +26,24 @@ def react(run: Run, terminal: Terminal, *, everything: bool = False) -> tuple[in
         everything: of the newest update too, which waits for the device.
 
     Returns:
-        The signal, or reason below zero, for the run to leave, 0 = none; and whether a checkpoint is overdue.
+        Why the run is to stop, and whether a checkpoint is overdue.
 
     Raises:
         SharedError: bad numbers or samples, too many or not to be borne; on every rank.
     """
-    signal, overdue = 0, False
+    stop, overdue = StopReason.NONE, False
     for seen in run.status.read(everything=everything):
-        signal, overdue = signal or seen.signal, overdue or seen.overdue
+        stop, overdue = stop or seen.stop, overdue or seen.overdue
         if seen.bad:
             bad_samples(run, seen, terminal)
         if seen.skipped:
             bad_numbers(run, seen, terminal)
         else:
             run.skipped_in_a_row = 0
-    return signal, overdue
+    return stop, overdue
 
 
-def bad_samples(run: Run, seen: Seen, terminal: Terminal) -> None:
+def bad_samples(run: Run, seen: StepStatus, terminal: Terminal) -> None:
     """Tell every rank what each found, write it down, and stop the run where it is too much."""
     found = [sample for part in run.world.gather(seen.found) for sample in part]
     new = run.known_bad(found)
@@ -105,7 +106,7 @@ def look_back(run: Run, terminal: Terminal) -> None:
         write_down(run, name, [BadSample(None, part, reason) for part, reason in damaged])
 
 
-def bad_numbers(run: Run, seen: Seen, terminal: Terminal) -> None:
+def bad_numbers(run: Run, seen: StepStatus, terminal: Terminal) -> None:
     """Write down the samples of an update that was left out, and stop the run where that is asked for."""
     guilty = run.world.rank in seen.ranks or not seen.ranks
     source = run.train.source

@@ -18,11 +18,11 @@ from fastalign.training import build, sharding
 from fastalign.training.checkpoint import Checkpoints
 from fastalign.training.continuation import changed_settings, contents, other_contents
 from fastalign.training.distributed import World, on_first_rank
+from fastalign.training.hang import HangTimer
 from fastalign.training.optim import MovingAverage, class_name, make_optimizer
-from fastalign.training.preemption import Preemption
+from fastalign.training.preemption import Preemption, StopReason
 from fastalign.training.publish import publish_backbone
 from fastalign.training.status import Status
-from fastalign.training.watchdog import Watchdog
 from fastalign.utils.changes import Change
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import remove_leftovers
@@ -70,7 +70,7 @@ class Run:
         self.status = Status(world, sticky=config.faults["nonfinite"] == "stop")
         self.skipped_in_a_row = 0
         self.preemption: Preemption | None = None
-        self.watchdog: Watchdog | None = None
+        self.hang_timer: HangTimer | None = None
         self.listed: dict[str, set[str]] = {}
         """names of bad samples in each list of the run folder, once it was read"""
         self.bad: set[int] = set()
@@ -138,13 +138,13 @@ class Run:
         return sharding.whole(nn.utils.clip_grad_norm_(self.trained, limit))
 
     def beat(self, doing: str) -> None:
-        """Tell the watchdog, where there is one, what this rank does next."""
-        if self.watchdog is not None:
-            self.watchdog.beat(self.step, doing)
+        """Restart the hang timer: what this rank does next."""
+        if self.hang_timer is not None:
+            self.hang_timer.beat(self.step, doing)
 
     def unwatched(self) -> AbstractContextManager:
         """Around what may take longer than `faults.timeout`."""
-        return self.watchdog.paused() if self.watchdog else nullcontext()
+        return self.hang_timer.paused() if self.hang_timer else nullcontext()
 
     @property
     def overdue(self) -> bool:
@@ -153,11 +153,11 @@ class Run:
         return self.world.main and whole_epochs and time.monotonic() - self.saved_at > MOST_LOST
 
     @property
-    def reason_to_leave(self) -> int:
-        """What this rank knows: a signal came, or -1, a checkpoint could not be written; 0 = nothing."""
+    def stop_reason(self) -> StopReason:
+        """Why this rank wants the run to stop."""
         if self.checkpoints.failed:
-            return -1
-        return self.preemption.number if self.preemption else 0
+            return StopReason.SAVE_FAILED
+        return self.preemption.reason if self.preemption else StopReason.NONE
 
     def known_bad(self, samples: Iterable[BadSample]) -> list[BadSample]:
         """Take in what ranks found, as all of them do at the same update. Returns what is new, each once."""

@@ -10,10 +10,10 @@ from fastalign.config import to_yaml
 from fastalign.training.build import teacher_of
 from fastalign.training.checkpoint import snapshot
 from fastalign.training.distributed import on_first_rank
-from fastalign.training.preemption import preempted
+from fastalign.training.hang import WAITING
+from fastalign.training.preemption import StopReason, preempted
 from fastalign.training.publish import publish_backbone
 from fastalign.training.run import Run
-from fastalign.training.standing import WAITING
 from fastalign.utils.changes import Kind
 from fastalign.utils.files import wrap_io_errors, write_atomically
 from fastalign.utils.sections import only
@@ -101,8 +101,8 @@ def finish(run: Run) -> None:
         on_first_rank(run.world, run.checkpoints.wait)
 
 
-def leave(run: Run, signal: int) -> NoReturn:
-    """Save, and end the run as a signal asked; every rank calls this at the same step.
+def leave(run: Run, reason: StopReason) -> NoReturn:
+    """Save, and end the run as it was asked to; every rank calls this at the same step.
 
     Raises:
         Preempted: it is saved.
@@ -110,7 +110,7 @@ def leave(run: Run, signal: int) -> NoReturn:
     """
     save(run)
     finish(run)
-    raise preempted(run.folder, signal, run.step, main=run.world.main)
+    raise preempted(run.folder, reason, run.step, main=run.world.main)
 
 
 def backbone_facts(run: Run, *, evaluated: bool) -> str:

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 
 from fastalign.training import build
+from fastalign.training.hang import WAITING
 from fastalign.training.run import Run
-from fastalign.training.standing import WAITING
 from fastalign.utils.errors import SharedError
 from fastalign.utils.random import EVAL_EPOCH
 
@@ -44,7 +44,8 @@ def evaluate(run: Run) -> float:
                     [loss.double() * len(batch.ids), loss.new_tensor(len(batch.ids)).double()]
                 )
         run.beat(WAITING)
-    total, count = run.world.sum(sums).tolist()
+    with run.unwatched():  # another rank may validate for longer
+        total, count = run.world.sum(sums).tolist()
     _refuse_nothing(run, count)
     return total / count
 
@@ -68,8 +69,9 @@ def measure_target_scale(run: Run) -> None:
             with run.autocast():
                 moments += run.objective.target_moments(batch.images, batch.ids, EVAL_EPOCH)
         run.beat(WAITING)
-        run.world.sum(moments)
-        _refuse_nothing(run, moments[0].item())
+        with run.unwatched():
+            run.world.sum(moments)
+            _refuse_nothing(run, moments[0].item())
         run.objective.set_target_scale(moments)
     else:
         run.objective.target_scale.fill_(1.0)
