@@ -45,17 +45,9 @@ def open_splits(config: Config, world: World) -> dict[str, LabelledImages]:
 
 
 def contents(splits: dict[str, LabelledImages]) -> dict[str, str]:
-    """What `probe.data` names, as `continuation.contents` has it of the other paths."""
+    """What `probe.data` names, as `settings.contents` has it of the other paths."""
     marks = " ".join(f"{split.fingerprint():08x}" for split in splits.values())
     return {"probe.data": marks} if marks else {}
-
-
-def due(run: Run) -> bool:
-    """Whether the student is probed at the step where the run stands."""
-    if run.config.probe.data is None:
-        return False
-    every = run.config.probe.every_steps or run.epoch_steps
-    return run.step % every == 0 or run.step == run.last_step
 
 
 def probe_student(run: Run, splits: dict[str, LabelledImages]) -> dict[str, float]:
@@ -74,7 +66,7 @@ def probe_student(run: Run, splits: dict[str, LabelledImages]) -> dict[str, floa
     Raises:
         SharedError: a bad image or label map; on every rank.
     """
-    with nullcontext() if run.world.main else run.unwatched():
+    with nullcontext() if run.world.main else run.hang_timer.paused():
         return on_first_rank(run.world, lambda: _probe(run, splits))
 
 

@@ -99,7 +99,7 @@ def test_a_second_interrupt_ends_a_hanging_run_at_once(recipe, tmp_path):
 
 def checkpoint_always() -> None:
     """Rank 0 finds each checkpoint old at once; rank 1 never does."""
-    runs.MOST_LOST = 0.0 if os.environ["RANK"] == "0" else 1e9
+    runs.MAX_CHECKPOINT_AGE = 0.0 if os.environ["RANK"] == "0" else 1e9
 
 
 def test_the_clock_of_rank_0_decides_when_all_save(recipe, tmp_path, whole):
@@ -135,7 +135,7 @@ def test_a_bad_number_on_one_rank_changes_no_weight_on_any(recipe, tmp_path, sha
     arguments = [recipe, f"output={run}", "max_steps=6", "checkpoint.every_steps=1", "checkpoint.keep=9"]
     arguments += [f"efficiency.shard={shard}", "data.val=null"]
     text = finish(arguments, 2, folder=tmp_path, prepare=functools.partial(break_forward, "nan", 1, 3))
-    assert "the loss of rank 1 at step 3: not finite: this update was left out" in text
+    assert "the loss of rank 1 at step 3: not finite: this update was skipped" in text
     (line,) = map(json.loads, (run / "nonfinite.jsonl").read_text().splitlines())
     assert (line["step"], line["rank"], len(line["ids"]), len(line["names"])) == (3, 1, 4, 4)
     before, after = (
