@@ -12,7 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fastalign.backbones.svit import check_recipe
+from fastalign.backbones.spec import check_svit
+from fastalign.method.masks import MASKS
 from fastalign.utils import sections
 from fastalign.utils.paths import UserPath
 from fastalign.utils.sections import Kind, Section, to_yaml
@@ -74,7 +75,7 @@ class Decoder(Section):
 
 
 class Masks(Section):
-    distribution: Literal["uniform", "bernoulli", "blockwise"] = "uniform"
+    distribution: Literal[tuple(MASKS)] = "uniform"
     """how the visible patches are drawn"""
     ratio: float | None = Field(None, ge=0, le=1)
     """visible share; null = 0.5 for bernoulli, 0.4 for blockwise; uniform has none"""
@@ -239,7 +240,7 @@ class Config(Section):
             for own, key in KEYS_OF_KWARGS.items():
                 if own in kwargs:
                     raise ValueError(f"{name}.kwargs.{own}: write {name}.{key} instead")
-        check_recipe(student.name, student.kwargs, teacher.name, teacher.kwargs)
+        check_svit(student.name, student.kwargs, teacher.name, teacher.kwargs)
         if optim.batch_size % optim.accumulate:
             raise ValueError(f"optim.batch_size {optim.batch_size} is not a multiple of optim.accumulate")
         if not all(0 <= beta < 1 for beta in optim.betas):

@@ -58,7 +58,7 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
             waited += batch.wait
             ids.append(batch.ids_host)
             bad += (sample for sample in batch.bad if sample.id not in state.bad)
-            sample_ids = batch.ids if run.objective.fixed_lengths else torch.from_numpy(batch.ids_host)
+            sample_ids = torch.from_numpy(batch.ids_host)
             with run.grad_sync(part == accumulate - 1):
                 with run.autocast():
                     loss = run.model(batch.images, sample_ids, epoch) / accumulate

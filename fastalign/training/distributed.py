@@ -41,10 +41,7 @@ class World:
 
     def agree(self, value: int) -> bool:
         """Whether every rank has the same number."""
-        bounds = torch.tensor([value, -value], dtype=torch.int64, device=self.device)
-        if self.size > 1:
-            distributed.all_reduce(bounds, distributed.ReduceOp.MAX)
-        return bool(bounds[0] == -bounds[1])
+        return len(set(self.gather(value))) == 1
 
     def gather(self, value) -> list:
         """Every rank's value (anything that pickles), by rank, on each rank."""
@@ -102,8 +99,8 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Non
     options = {"device_id": device} if device.type == "cuda" else {}
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun's store still has the addresses of the ranks before the restart: use other keys. The ranks of several
-        # machines count restarts differently; there torchrun must not share its store (examples/elastic.sh).
+        # torchrun's store still has the addresses of the ranks before the restart: use other keys. Several machines
+        # count restarts differently; there torchrun must not share its store (examples/elastic.sh).
         store, *_ = next(distributed.rendezvous("env://", timeout=timeout))
         options |= {"store": distributed.PrefixStore(attempt, store), "rank": rank, "world_size": size}
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -152,15 +149,15 @@ def on_first_rank(world: World, work: Callable[[], _Result]) -> _Result:
     Raises:
         SharedError: `work` raised a `UserError` or an `OSError`; on every rank, so that none is left waiting.
     """
-    outcome = None, None
+    result = failure = None
     if world.main:
         try:
-            outcome = work(), None
+            result = work()
         except UserError as error:
-            outcome = None, str(error)
+            failure = str(error)
         except OSError as error:
-            outcome = None, describe_os_error(error)
-    result, failure = world.share(outcome)
+            failure = describe_os_error(error)
+    result, failure = world.share((result, failure))
     if failure is not None:
         raise SharedError(failure)
     return result

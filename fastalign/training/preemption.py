@@ -4,7 +4,7 @@ import signal
 import threading
 from enum import IntEnum
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 
 PREEMPTED = 75
 """exit code of a run that was asked to stop and has saved: EX_TEMPFAIL, try again later"""
@@ -25,12 +25,7 @@ class StopReason(IntEnum):
 
 
 class Preempted(Exception):
-    """The run was asked to stop, and its checkpoint is on disk.
-
-    Args:
-        message: one line for the user.
-        code: exit code of the process.
-    """
+    """The run was asked to stop, and its checkpoint is on disk; `code` is the exit code."""
 
     def __init__(self, message: str, code: int = PREEMPTED):
         super().__init__(message)
@@ -48,8 +43,7 @@ class Preemption:
     """
 
     def __init__(self) -> None:
-        self.reason = StopReason.NONE
-        """the first signal that came"""
+        self.reason = StopReason.NONE  # the first signal
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Preemption":
@@ -58,9 +52,7 @@ class Preemption:
                 self._before[number] = signal.signal(number, self._remember)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
         for number, handler in self._before.items():
             ignored = isinstance(error, Preempted) and number != signal.SIGINT
             # None is a handler that was not installed from Python: it cannot be put back.
@@ -83,14 +75,7 @@ class Preemption:
 
 
 def preempted(folder: Path, reason: StopReason, step: int, *, main: bool) -> Preempted:
-    """The exception that every rank raises after the checkpoint is on disk; `main` writes the marker.
-
-    Args:
-        folder: of the run; exists.
-        reason: the signal, as the ranks agreed on it.
-        step: of the checkpoint.
-        main: whether this is rank 0.
-    """
+    """What every rank raises after the checkpoint of `step` is on disk; rank 0 (`main`) writes the marker."""
     if main:
         (folder / MARKER).write_text(f"{reason.name} at step {step}\n")
     return Preempted(
