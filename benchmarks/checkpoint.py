@@ -18,9 +18,9 @@ import torch
 from benchmarks import record
 from fastalign.config import Config
 from fastalign.train import update
+from fastalign.training.checkpoint import save, wait_for_checkpoint
 from fastalign.training.distributed import World
 from fastalign.training.run import Run
-from fastalign.training.saving import finish, save
 
 DEMO = {"img_size": 48, "patch_size": 8, "embed_dim": 64, "depth": 10, "num_heads": 4}
 TINY = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -71,9 +71,9 @@ def once(run: Run, batches: itertools.repeat, quiet: int) -> dict[str, float]:
     beside = []
     while any(thread.name == "checkpoint" for thread in threading.enumerate()) or not beside:
         beside.append(step())
-    finish(run)
+    wait_for_checkpoint(run)
     alone += [step() for _ in range(quiet)]
-    waited = timed(device, lambda: (save(run), finish(run)))
+    waited = timed(device, lambda: (save(run), wait_for_checkpoint(run)))
     step_seconds = statistics.median(alone)
     return {
         "step_seconds": step_seconds,
