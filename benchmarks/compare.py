@@ -202,12 +202,12 @@ def time_modes(
         for name, function in functions.items():
             if (name, "forward") in failed:
                 continue
-            timed, why = attempt(call, case, inputs, function, mode, cotangents)
-            why = why or attempt(timed)[1]  # compiles, selects algorithms, may run out of memory
+            run, why = attempt(call, case, inputs, function, mode, cotangents)
+            why = why or attempt(run)[1]  # compiles, selects algorithms, may run out of memory
             if why:
                 failed[name, mode] = why
             else:
-                calls[name] = timed
+                calls[name] = run
         times[mode] = interleaved(calls, clock, rounds)
         calls.clear()
         free(cotangents[0].device.type)
@@ -279,8 +279,8 @@ def measure_case(
         if row["implementation"] in uncapped:
             row["computes"] = "without the cap"
         elif row["mode"] == "full" and not tiny:
-            timed = call(case, inputs, functions[row["implementation"]], "full", cotangents)
-            row |= {"host_ms": host_ms(timed), "peak_mib": peak_mib(timed)}
+            run = call(case, inputs, functions[row["implementation"]], "full", cotangents)
+            row |= {"host_ms": host_ms(run), "peak_mib": peak_mib(run)}
     rows += [base | {"implementation": name, "failed": why} for name, why in refused.items()]
     return rows + [base | {"implementation": n, "mode": m, "failed": why} for (n, m), why in failed.items()]
 
