@@ -55,16 +55,15 @@ class Loader:
         device: of the batches. On CUDA, JPEGs are decoded there.
         dtype: of the images.
         seed: of the run; decides order and augmentation.
-        rank: of this process.
-        world_size: number of ranks.
+        rank, world_size: of this process.
         train: shuffle and drop the remainder, or go through the source once in order.
         accumulate: micro-batches per update.
         threads: for reading, and as many for decoding.
         prefetch: finished batches kept ready.
-        hw_decoder_load: see `Decoder`.
-        mixup: alpha, 0 is off; training only, as is cutmix. Both pair the samples of this rank's batch, so that their
-            pixels depend on batch_size and world_size.
-        cutmix: alpha, 0 is off.
+        hw_decoder_load: share of JPEGs for the GPU's hardware decoder. Between 0 and 1 two decoders share a batch,
+            and their pixels may differ by a level.
+        mixup, cutmix: alpha, 0 is off; training only. They pair the samples of this rank's batch, so that pixels
+            depend on batch_size and world_size.
         bad: the known bad samples, to which it adds. Training replaces them (see `bad_samples`), evaluation leaves
             them out; 100 in a row raise an error. None: the first bad sample raises an error.
 

@@ -21,11 +21,7 @@ class DecodeError(Exception):
 
 
 def load_dali() -> SimpleNamespace:
-    """NVIDIA DALI's `fn`, `types` and `Pipeline`.
-
-    Raises:
-        UserError: it is missing, or another project's package of that name is installed.
-    """
+    """NVIDIA DALI's `fn`, `types` and `Pipeline`; a UserError if it is missing or another project's package."""
     remedy = "pip install nvidia-dali-cuda130 (CUDA 12: nvidia-dali-cuda120), or train on `synthetic` data"
     try:
         import nvidia.dali
@@ -34,31 +30,21 @@ def load_dali() -> SimpleNamespace:
     try:
         import nvidia.dali.fn as fn
         from nvidia.dali import Pipeline, types
-
-        fn.decoders.image  # noqa: B018
-    except (ImportError, AttributeError) as error:
-        place = getattr(nvidia.dali, "__file__", None)
-        raise UserError(
-            f"NVIDIA DALI is not installed: {place} is another package; remove it, {remedy}"
-        ) from error
+    except ImportError as error:
+        other = f"{nvidia.dali.__file__} is another package; remove it"
+        raise UserError(f"NVIDIA DALI is not installed: {other}, {remedy}") from error
     return SimpleNamespace(fn=fn, types=types, Pipeline=Pipeline)
 
 
 class Decoder:
     """A DALI pipeline with at most one batch in flight: `submit`, then `collect`. Use it from one thread.
 
-    A sample that DALI cannot decode ends a DALI pipeline for good; the next batch gets a new one.
-
     Args:
         size: output (height, width).
         batch_size: largest batch.
         device: where the images come out, with its index; on CUDA, the GPU decodes JPEG too.
         threads: DALI's worker threads.
-        hw_decoder_load: share of a batch's JPEGs for the GPU's hardware decoder. Between 0 and 1 two GPU decoders
-            share a batch, and their pixels may differ by a level.
-
-    Raises:
-        UserError: DALI is not installed.
+        hw_decoder_load: share of a batch's JPEGs for the GPU's hardware decoder.
     """
 
     def __init__(
@@ -73,10 +59,10 @@ class Decoder:
         self._dali = load_dali()
         self._size, self._batch_size, self._device = size, batch_size, device
         self._threads, self._hw_decoder_load = threads, hw_decoder_load
-        self._interpolations = np.zeros(2, dtype=np.int32)
-        self._interpolations[BILINEAR] = int(self._dali.types.INTERP_LINEAR)
-        self._interpolations[BICUBIC] = int(self._dali.types.INTERP_CUBIC)
-        self._pipeline = self._build()
+        types = self._dali.types
+        kinds = {BILINEAR: types.INTERP_LINEAR, BICUBIC: types.INTERP_CUBIC}
+        self._interpolations = np.array([int(kinds[key]) for key in sorted(kinds)], dtype=np.int32)
+        self._pipeline = None
         self._in_flight: tuple | None = None
 
     def _build(self):
@@ -117,7 +103,7 @@ class Decoder:
 
     def submit(self, encoded: list[np.ndarray], sampling: Geometry) -> None:
         """Starts decoding B images, [bytes] uint8 each."""
-        self._pipeline = self._pipeline or self._build()
+        self._pipeline = self._pipeline or self._build()  # a failure ends a DALI pipeline for good
         encoded = [without_exif(each) for each in encoded]
         self._pipeline.feed_input("encoded", encoded)
         self._pipeline.feed_input("roi_start", sampling.roi_start)

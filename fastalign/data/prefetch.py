@@ -60,12 +60,9 @@ def _produce(
 
 
 class Prefetcher:
-    """Iterates over batches that a background thread makes; the thread does not refer to this object.
+    """Iterates over batches that a background thread makes, on CUDA on a side stream, `depth` ahead.
 
-    Args:
-        batches: made in the thread, on CUDA on a side stream; its exceptions are raised by `next` here.
-        device: of the batches.
-        depth: finished batches kept ready.
+    Exceptions of the thread are raised by `next`. The thread does not refer to this object.
     """
 
     def __init__(self, batches: Iterator[Batch], device: torch.device, depth: int):

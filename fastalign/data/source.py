@@ -30,7 +30,11 @@ def crc_of_texts(*texts: str) -> int:
 
 
 class Source:
-    """A list of encoded images. `kind` is "folder", "tar" or "synthetic"."""
+    """A list of encoded images. `kind` is "folder", "tar" or "synthetic".
+
+    Subclasses define `__len__`; `name(index)`, for messages and label files; and `read(index)`: [bytes] uint8,
+    thread-safe, which raises `Unreadable` if a file is missing, not regular, empty or larger than 256 MiB.
+    """
 
     kind: str
     root: str | None = None
@@ -38,24 +42,9 @@ class Source:
     damaged: tuple[tuple[str, str], ...] = ()
     "(portable name, reason) of damaged tar shards and of dangling links to folders"
 
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def name(self, index: int) -> str:
-        """The sample's name, for messages and label files."""
-        raise NotImplementedError
-
     def portable_name(self, index: int) -> str:
         """The sample's name without the location of the data set."""
         return self.name(index)
-
-    def read(self, index: int) -> np.ndarray:
-        """The encoded image: [bytes] uint8. Thread-safe.
-
-        Raises:
-            Unreadable: the file is missing, not a regular file, empty or larger than 256 MiB.
-        """
-        raise NotImplementedError
 
     def class_names(self) -> list[str | None]:
         """The class of each sample as the data set writes it; None for a sample without one."""

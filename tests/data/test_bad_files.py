@@ -12,7 +12,7 @@ from fastalign.data.bad_samples import BadSamples
 from fastalign.data.loader import Loader
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
-from tests.data.odd_images import GOOD, REFUSED, SIXTEEN_BITS, bomb, mutate, webp_claiming_exif
+from tests.data.odd_images import GOOD, SIXTEEN_BITS, bomb, mutate, webp_claiming_exif
 from tests.data_helpers import EVAL, batches_of, decode, needs_dali, small_photos, write_folder
 
 pytestmark = needs_dali
@@ -81,16 +81,3 @@ def test_two_thousand_mutations(tmp_path, kind):
     # The same loader once more.
     assert [int(i) for batch in loader.batches() for i in batch.ids_host] == delivered
     loader.close()
-
-
-@pytest.mark.parametrize("reason", ["a JPEG of 40 bits", "compression 7143424"])
-def test_what_crashes_dali_never_reaches_it(tmp_path, reason):
-    """In a batch of more than four images per thread, DALI 2.4 ends the process on these."""
-    data = next(data for name, data in REFUSED.items() if reason in name)
-    files = {f"{i:02d}.jpg": p for i, p in enumerate(small_photos(40))}
-    for index in (5, 20, 39):
-        files[f"{index:02d}.jpg"] = np.frombuffer(data, np.uint8)
-    source = open_source(str(write_folder(tmp_path / "a", files)))
-    (batch,) = batches_of(source, EVAL, batch_size=40, train=False, bad=BadSamples())
-    assert [sample.id for sample in batch.bad] == [5, 20, 39]
-    assert len(batch.ids) == 37

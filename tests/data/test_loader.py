@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastalign.data import loader as loader_module
 from fastalign.data.loader import Loader
-from fastalign.data.prefetch import Prefetcher
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
 from fastalign.utils.errors import UserError
@@ -124,13 +122,6 @@ def test_an_epoch_is_whole_updates(total, world, batch, accumulate, steps):
     assert len(set(np.concatenate(seen).tolist())) == steps * batch * world
 
 
-def test_every_sample_is_seen_in_some_epoch():
-    loader = Loader(open_source("synthetic:10"), EVAL, device="cpu", batch_size=8)
-    seen = {int(i) for epoch in range(20) for b in loader.batches(epoch) for i in b.ids_host}
-    loader.close()
-    assert seen == set(range(10))
-
-
 @pytest.mark.parametrize(
     ("total", "world", "batch"), [(50, 1, 16), (50, 4, 8), (50, 3, 40), (7, 4, 2), (3, 4, 2)]
 )
@@ -227,25 +218,6 @@ def test_bad_files_are_named_after_the_batches_before_them(tmp_path, damage):
     loader.close()
 
 
-@needs_dali
-def test_batches_before_any_failure_are_delivered(folder, monkeypatch):
-    geometry, calls = loader_module.geometry, []
-
-    def fails_at_the_third(*arguments, **options):
-        calls.append(0)
-        if len(calls) == 3:
-            raise ValueError("third")
-        return geometry(*arguments, **options)
-
-    monkeypatch.setattr(loader_module, "geometry", fails_at_the_third)
-    loader = Loader(open_source(str(folder)), EVAL, device="cpu", batch_size=5, train=False)
-    batches = loader.batches()
-    assert [next(batches).ids_host[0] for _ in range(2)] == [0, 5]
-    with pytest.raises(ValueError, match="third"):
-        next(batches)
-    loader.close()
-
-
 def test_a_missing_dali_is_explained(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     loader = Loader(open_source(str(folder)), EVAL, device="cpu", batch_size=2)
@@ -318,12 +290,3 @@ print("left")
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "left\n", "")
-
-
-def test_a_gpu_that_fails_in_the_thread_is_reported(monkeypatch):
-    def no_gpu(device):
-        raise RuntimeError(f"no such GPU: {device}")
-
-    monkeypatch.setattr(torch.cuda, "Stream", no_gpu)
-    with pytest.raises(RuntimeError, match="no such GPU: cuda:7"):
-        next(Prefetcher((batch for batch in ()), torch.device("cuda:7"), 1))

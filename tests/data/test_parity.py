@@ -8,10 +8,9 @@ from timm.data import transforms as timm_transforms
 from torchvision.transforms import functional as vision
 
 from fastalign.data.headers import read_size
-from fastalign.data.pipeline import DecodeError, Decoder
+from fastalign.data.pipeline import Decoder
 from fastalign.data.transforms import Transform, geometry, normalize, reflect
 from fastalign.utils.random import Stream, random_uniform
-from tests.data.odd_images import damaged
 from tests.data_helpers import CLIP_MEAN, CLIP_STD, Scripted, decode, encode, photo
 
 pytest.importorskip("nvidia.dali.fn")
@@ -176,12 +175,3 @@ def test_reflection_matches_numpy():
         expected = np.pad(valid, [(before[0], after[0]), (before[1], after[1]), (0, 0)], mode="reflect")
         expected = expected[:, ::-1] if flipped[i] else expected
         np.testing.assert_array_equal(filled[i].numpy(), expected)
-
-
-def test_undecodable_files_are_found():
-    good, broken = encode(photo("coffee")), np.frombuffer(b"this is not an image at all", dtype=np.uint8)
-    examiner = Decoder((1, 1), batch_size=1, device=CPU)
-    files = [good, broken, good[: len(good) // 2], good, good[:100]]
-    assert [i for i, data in enumerate(files) if examiner.error_of(data)] == [1, 2, 4]
-    with pytest.raises(DecodeError):
-        dali_pixels(Transform((8, 8), CLIP_MEAN, CLIP_STD), [good, damaged(good)], np.arange(2))

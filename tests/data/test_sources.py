@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastalign.data import index, sources
-from fastalign.data.index import Names, cache_folder, load_index, save_index
+from fastalign.data.index import cache_folder, load_index, save_index
 from fastalign.data.sources import open_source
 from fastalign.utils.errors import UserError
 from tests.data_helpers import age, count_calls, message, shards, small_photos, write_folder, write_tar
@@ -136,15 +136,6 @@ def test_dangling_links_are_named(tmp_path, scans):
     assert len(scans) == 2
     shutil.copytree(root / "b", tmp_path / "mount/cat", symlinks=True)
     assert {"cat/z.jpg", "cat/circle.png"} < set(names(open_source(str(root))))
-
-
-def test_packed_names_hold_many():
-    many = [b"folder/%08d.jpg" % i for i in range(200_000)]
-    packed = Names.pack(many)
-    assert packed.blob.nbytes + packed.offsets.nbytes < 30 * len(many)
-    assert packed[123_456] == "folder/00123456.jpg"
-    with pytest.raises(IndexError):
-        packed[200_000]
 
 
 def test_class_names(tmp_path):

@@ -1,7 +1,6 @@
 """Tar shards: the ways to name them, their index, damaged and malicious ones."""
 
 import io
-import os
 import shutil
 import subprocess
 import tarfile
@@ -14,7 +13,6 @@ import pytest
 
 from fastalign.data import sources, tars
 from fastalign.data.bad_samples import BadSample, append_to_list, read_quarantine
-from fastalign.data.index import cache_folder
 from fastalign.data.sources import open_source
 from fastalign.utils.errors import UserError
 from tests.data_helpers import age, count_calls, message, shards, small_photos, write_tar
@@ -65,18 +63,6 @@ def test_tar_index_notices_a_changed_shard(tmp_path, scans):
     write_tar(tmp_path / "t/001.tar", [("new.jpg", small_photos(1)[0])])
     assert len(open_source(str(tmp_path / "t"))) == 9
     assert len(scans) == 6
-
-
-def test_a_long_list_of_shards_is_cached(tmp_path, scans):
-    shards(tmp_path / "t", count=1, each=1)
-    for i in range(50):
-        os.link(tmp_path / "t/000.tar", tmp_path / "t" / f"{'x' * 200}{i}.tar")
-    for _ in range(2):
-        assert len(open_source(str(tmp_path / "t"))) == 51
-    assert len(scans) == 51
-    (file,) = cache_folder().glob("*.idx")
-    # `load_index` reads a header of at most 1 MiB: it must not grow with the list.
-    assert len(file.read_bytes().split(b"\n", 1)[0]) < 2000
 
 
 def test_only_regular_visible_members_are_images(tmp_path):
