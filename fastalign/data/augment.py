@@ -153,14 +153,7 @@ OPS = (
 def rand_augment(
     image: Tensor, policy: RandAugment, draws: list[float], fill: tuple[int, int, int]
 ) -> Tensor:
-    """One image through a policy.
-
-    Args:
-        image: [3, h, w] uint8.
-        policy: the policy.
-        draws: 6 numbers in [0, 1) per layer: op, application, two for the magnitude, sign, interpolation.
-        fill: RGB outside the image.
-    """
+    """One image [3, h, w] uint8 through a policy; `draws`: 6 numbers in [0, 1) per layer; `fill`: RGB outside."""
     for layer in range(policy.layers):
         which, apply, first, second, sign, sampling = draws[layer * _LAYER_DRAWS :][:_LAYER_DRAWS]
         if apply >= policy.probability:
@@ -185,17 +178,13 @@ def rand_augment(
 
 
 def color_jitter(images: Tensor, strength: float, draws: np.ndarray) -> Tensor:
-    """Brightness, contrast and saturation in a random order, each by a factor of U(1 - strength, 1 + strength).
+    """Brightness, contrast and saturation of [B, 3, h, w] uint8, each by a factor of U(1 - strength, 1 + strength).
 
-    Args:
-        images: [B, 3, h, w] uint8.
-        strength: > 0; factors are not negative.
-        draws: [B, 4] float64 in [0, 1): the order, then a factor per op.
+    draws: [B, 4] float64 in [0, 1): the order, then a factor for each of the three.
     """
     lowest = max(0.0, 1 - strength)
-    factors = torch.from_numpy(lowest + (1 + strength - lowest) * draws[:, 1:4]).to(
-        images.device, torch.float32
-    )
+    factors = torch.from_numpy(lowest + (1 + strength - lowest) * draws[:, 1:4])
+    factors = factors.to(images.device, torch.float32)
     orders = np.array(list(itertools.permutations(range(3))))[(draws[:, 0] * 6).astype(np.int64)]
     images = images.clone()
     for position, (op, other) in itertools.product(range(3), enumerate((lambda _: 0, _mean_gray, _gray))):

@@ -38,11 +38,9 @@ class BadSample:
 
 
 class BadSamples:
-    """The bad samples of one source that are known; thread-safe.
+    """The known bad samples of one source; thread-safe.
 
-    Args:
-        quarantined: ids to skip without reporting them.
-        found: bad samples found so far, which are skipped, and reported by each batch that meets them.
+    `quarantined` ids are skipped silently; `found` samples are skipped and reported by each batch that meets them.
     """
 
     def __init__(self, quarantined: Iterable[int] = (), found: Iterable[BadSample] = ()):
@@ -74,23 +72,16 @@ class Sample:
 
 
 class SampleReader:
-    """Reads samples and checks their headers. Thread-safe.
+    """Reads samples and checks their headers; adds to `bad`. Thread-safe.
 
-    Args:
-        source: the data set.
-        bad: the known bad samples, to which it adds.
-        replace: use the next good sample for a bad one, else leave it out.
+    `replace`: use the next good sample in place of a bad one, else leave it out.
     """
 
     def __init__(self, source: Source, bad: BadSamples, *, replace: bool):
         self.source, self._bad, self._replace = source, bad, replace
 
     def read(self, wanted: int) -> Sample:
-        """A sample or its replacement.
-
-        Raises:
-            UserError: 100 bad ones in a row, or none that is good.
-        """
+        """A sample or its replacement; a UserError if 100 in a row are bad, or all."""
         sample, total = Sample(wanted, wanted), len(self.source)
         for step in range(total if self._replace else 1):
             sample.id = (wanted + step) % total
@@ -173,11 +164,7 @@ def _parse(line: bytes) -> BadSample | None:
 
 
 def read_list(path: Path) -> list[BadSample]:
-    """The samples of a list. An incomplete last line, from a process that was killed, is skipped.
-
-    Raises:
-        UserError: the file cannot be read, or another line is invalid.
-    """
+    """The samples of a list. An incomplete last line, from a process that was killed, is skipped."""
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
@@ -210,11 +197,7 @@ def append_to_list(path: Path, samples: Iterable[BadSample]) -> None:
 
 
 def read_quarantine(path: str | Path, source: Source) -> set[int]:
-    """The ids of a source that a quarantine list names. Names count, because ids may have shifted.
-
-    Raises:
-        UserError: the list cannot be read, or none of its names is in the data set.
-    """
+    """The ids of a source that a quarantine list names. Names count, because ids may have shifted."""
     samples = [sample for sample in read_list(Path(path)) if sample.id is not None]
     ids = {s.id for s in samples if s.id < len(source) and source.portable_name(s.id) == s.name}
     moved = {sample.name for sample in samples if sample.id not in ids}

@@ -3,6 +3,7 @@
 Which rank gets which sample is decided here and is a function of (seed, epoch, micro-step, rank).
 """
 
+import itertools
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -186,28 +187,26 @@ class Loader:
             self._decoder.drain()  # a consumer that stops early leaves a batch in flight
 
     def _read_ahead(self, epoch: int, start: int) -> Iterator[list[Sample]]:
-        waiting: deque[Iterator[Sample]] = deque()
+        def read(part: np.ndarray) -> list[Sample]:
+            return [self._reader.read(index) for index in part.tolist()]
+
+        waiting: deque[Iterator[list[Sample]]] = deque()
         remaining = self._ids(epoch, start)
         while True:
             while len(waiting) <= _READ_AHEAD and (ids := next(remaining, None)) is not None:
-                waiting.append(self._pool.map(self._reader.read, ids.tolist()))
+                parts = np.array_split(ids, min(self._threads, len(ids)))
+                waiting.append(self._pool.map(read, parts))
             if not waiting:
                 return
-            yield list(waiting.popleft())
+            yield [sample for part in waiting.popleft() for sample in part]
 
     def _decode(self, reads: Iterator[list[Sample]], epoch: int) -> Iterator[Batch]:
         """While DALI decodes a batch, the previous one is finished and delivered."""
         running: _Work | None = None
-        failure: Exception | None = None
         in_a_row: list[BadSample] = []
         bad: list[BadSample] = []
-        while True:
-            work = None
-            try:
-                samples = next(reads, None)
-                work = self._plan(samples, epoch) if samples else None
-            except Exception as error:
-                failure = error  # the batches before the bad one are delivered first
+        for samples in itertools.chain(reads, [None]):
+            work = self._plan(samples, epoch) if samples else None
             if running:
                 running, pixels = self._collect(running, epoch)
             if work:
@@ -221,10 +220,6 @@ class Loader:
                     yield self._finish(running, pixels, epoch, tuple(dict.fromkeys(bad)))
                     bad = []
             running = work
-            if running is None:
-                break
-        if failure:
-            raise failure
 
     def _plan(self, samples: list[Sample], epoch: int) -> _Work:
         bad = [each for sample in samples for each in sample.bad]

@@ -35,14 +35,10 @@ def _read(descriptor: int, size: int, offset: int, name: str) -> np.ndarray:
 
 
 class FolderSource(Source):
-    """Every image below a folder.
+    """Every image below the folder `root`.
 
-    Classes: `labels.csv` in the folder, with the header `name,label` (name relative to the folder, label an
-    integer), else the first-level sub-folders.
-
-    Args:
-        root: the folder.
-        damaged: list dangling links to folders in `damaged`, instead of raising.
+    `damaged`: list dangling links to folders in `damaged`, instead of raising. Classes: `labels.csv` in the folder
+    with the header `name,label` (name relative to it, label an integer), else the first-level sub-folders.
     """
 
     kind = "folder"
@@ -120,12 +116,12 @@ def _read_labels(path: Path) -> dict[str, str]:
 class TarSource(Source):
     """The image members of plain tar files (WebDataset layout), read in place.
 
-    Classes: the `.cls` member with the image's stem, else with its WebDataset key, in the same shard.
-
     Args:
         spec: see `expand_shards`.
         shards: paths of the .tar files, if they are known already; `spec` is then used in messages only.
         damaged: use the images before the damage of a shard and list it in `damaged`, instead of raising.
+
+    Classes: the `.cls` member with the image's stem, else with its WebDataset key, in the same shard.
     """
 
     kind = "tar"

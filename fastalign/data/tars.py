@@ -198,9 +198,8 @@ def read_classes(shard: str) -> dict[str, str]:
                     raise UserError(f"{where} has {member.size} bytes; a class is a line of text")
                 text = os.pread(file.fileno(), member.size, member.offset_data).decode().strip()
                 if (other := found.setdefault(stem(member.name), text)) != text:
-                    raise UserError(
-                        f"{where} is in the shard twice and says {other!r} and {text!r}; remove one"
-                    )
+                    what = f"says {other!r} and {text!r}"
+                    raise UserError(f"{where} is in the shard twice and {what}; remove one")
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8; a class is a line of text") from error
     except (DamagedTar, OSError) as error:

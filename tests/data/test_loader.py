@@ -197,7 +197,7 @@ def test_a_gpu_without_index_is_the_callers(monkeypatch):
 
 @needs_dali
 @pytest.mark.parametrize("damage", ["text", "truncated", "missing"])
-def test_bad_files_are_named_after_the_batches_before_them(tmp_path, damage):
+def test_bad_files_are_named(tmp_path, damage):
     files = {f"{i:02d}.jpg": p for i, p in enumerate(small_photos(20))}
     root = write_folder(tmp_path / "bad", files)
     source = open_source(str(root))
@@ -207,13 +207,9 @@ def test_bad_files_are_named_after_the_batches_before_them(tmp_path, damage):
         if damage != "missing":
             (root / bad).write_bytes(data[: len(data) // 2] if damage == "truncated" else b"text")
     loader = Loader(source, EVAL, device="cpu", batch_size=5, train=False)
-    batches = loader.batches()
-    assert next(batches).ids_host.tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(
-        UserError, match=r"05\.jpg \(.*\), 07\.jpg \(.*\) in .*/bad: 2 of a batch of 5; remove"
-    ) as caught:
-        list(batches)
-    assert "\n" not in str(caught.value)
+    message = r"05\.jpg \(.*\), 07\.jpg \(.*\) in .*/bad: 2 of a batch of 5; remove"
+    with pytest.raises(UserError, match=message):
+        list(loader.batches())
     assert [b.ids_host[0] for b in loader.batches(start=2)] == [10, 15]
     loader.close()
 
