@@ -15,7 +15,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 from typing_extensions import TypedDict  # typing's own is refused by pydantic before Python 3.12
 
-from fastalign.backbones.svit import check_recipe
+from fastalign.backbones.spec import check_svit
+from fastalign.method.masks import MASKS
 from fastalign.utils import sections
 from fastalign.utils.changes import Kind
 from fastalign.utils.paths import UserPath
@@ -75,7 +76,7 @@ class Decoder(Section):
 
 
 class Masks(Section):
-    distribution: Literal["uniform", "bernoulli", "blockwise"] = "uniform"
+    distribution: Literal[tuple(MASKS)] = "uniform"
     """how the visible patches are drawn"""
     ratio: float | None = Field(None, ge=0, le=1)
     """visible share; null = 0.5 for bernoulli, 0.4 for blockwise; uniform has none"""
@@ -249,7 +250,7 @@ class Config(Section):
             for own, key in KEYS_OF_KWARGS.items():
                 if own in kwargs:
                     raise ValueError(f"{name}.kwargs.{own}: write {name}.{key} instead")
-        check_recipe(student.name, student.kwargs, teacher.name, teacher.kwargs)
+        check_svit(student.name, student.kwargs, teacher.name, teacher.kwargs)
         if self.optim.warmup_epochs > self.optim.epochs:
             raise ValueError("optim.warmup_epochs must not exceed optim.epochs")
         if self.teacher.prefix_only and self.teacher.skip_blocks:

@@ -55,8 +55,7 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
             waited += batch.wait
             ids.append(batch.ids_host)
             found += (sample for sample in batch.bad if sample.id not in run.bad)
-            lengths_known = run.objective.fixed_lengths
-            sample_ids = batch.ids if lengths_known else torch.from_numpy(batch.ids_host)
+            sample_ids = torch.from_numpy(batch.ids_host)
             last = part == optim.accumulate - 1
             with run.accumulating(last):
                 with run.autocast():

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 
 from fastalign.backbones.precision import FP8_CAPABILITY, compute_dtype
-from fastalign.backbones.svit import uncapped
+from fastalign.backbones.spec import split_svit
 from fastalign.backbones.vit import ViT
 from fastalign.config import Config, Teacher
 from fastalign.data.bad_samples import BadSamples, read_quarantine
 from fastalign.data.loader import Loader
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
-from fastalign.method.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
+from fastalign.method.masks import MASKS
 from fastalign.method.objectives import MaskedImageModeling, MaskEmbed
 from fastalign.method.student import MaskEmbedStudent, MIMStudent
 from fastalign.method.teacher import MaskedTeacher
@@ -34,9 +34,8 @@ def build_masks(config: Config):
     options = {"complement": config.masks.complement, "full": config.masks.full, "seed": config.seed}
     if config.masks.ratio is not None:
         options["ratio"] = config.masks.ratio
-    kinds = {"uniform": UniformMasks, "bernoulli": BernoulliMasks, "blockwise": BlockwiseMasks}
     try:
-        return kinds[config.masks.distribution](**options)
+        return MASKS[config.masks.distribution](**options)
     except ValueError as error:
         raise UserError(f"masks.ratio: {error}") from None
 
@@ -81,7 +80,7 @@ def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
         )
     if not (Path(weights) / "backbone.json").is_file() and Path(weights).suffix != ".json":
         return create_backbone(name, checkpoint=weights, **kwargs)
-    name, kwargs, _ = uncapped(name, kwargs)  # the run recorded its soft-cap
+    name, kwargs, _ = split_svit(name, kwargs)  # the run recorded its soft-cap
     free = {key: value for key, value in kwargs.items() if key in ("drop_path_rate", "img_size")}
     vit = load_backbone(weights, **free)
     if vit.recipe["name"].split(".")[0] != name.split(".")[0]:
