@@ -140,10 +140,9 @@ def _tree(v: Options, mim: bool, world: int, notes: list[str]) -> dict:
         },
     }
     for name, key in KEYS.items():
-        value = getattr(v, name)
-        inherited = key.startswith("decoder.kwargs.") and value == Options.model_fields[name].default
-        if inherited or (mim and name in NOT_MIM):
+        if mim and name in NOT_MIM:
             continue
+        value = getattr(v, name)
         if name == "decoder_init_values":
             value = value or None
         for part in reversed(key.split(".")):

@@ -135,7 +135,7 @@ def describe_decoder(
         if name.startswith(theirs)
     }
     position = weights["decoder.pos_embed"]
-    block = decoder_block_spec(vit.spec, **{**config.decoder.kwargs, "width": position.shape[2]})
+    block = decoder_block_spec(vit.spec, **{**config.decoder.kwargs.model_dump(), "width": position.shape[2]})
     facts = {
         "block": asdict(block),
         "tokens": position.shape[1],

@@ -13,7 +13,7 @@ import fastalign as fa
 from fastalign.data.cache import save_index
 from fastalign.export import hf, targets, towers
 from fastalign.export.__main__ import main
-from fastalign.training.publish import publish_backbone
+from fastalign.training.checkpoint import publish_backbone
 from tests.export.helpers import SMALL, facts
 
 
