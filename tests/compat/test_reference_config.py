@@ -115,7 +115,7 @@ teacher_model_kwargs: {depth: 2} -> student.kwargs: {}, teacher.kwargs: {depth: 
 student_model: svit_a.b, student_model_kwargs: {max_attn_val: 20} -> student.name: vit_a.b, student.softcap: 20.0
 teacher_model: svit_a.b -> teacher.name: svit_a.b, teacher.kwargs: {}, student.softcap: null
 teacher_model: svit_a.b, teacher_model_kwargs: {max_attn_val: 2} -> teacher.kwargs: {max_attn_val: 2}
-decoder_init_values: 0, decoder_num_heads: 4 -> decoder.kwargs: {init_values: null, heads: 4}
+decoder_init_values: 0, decoder_num_heads: 4 -> decoder.kwargs.init_values: null, decoder.kwargs.heads: 4
 img_size: 224, input_size: [3, 224, 224], in_chans: 3 -> student.kwargs: {}
 freeze_student: true -> student.freeze: true
 experiment: null, output: null -> output: output/train/vit_base_patch16_224.augreg_in21k_ft_in1k
