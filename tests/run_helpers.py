@@ -45,16 +45,11 @@ def middle_of_weights(path: Path) -> int:
     return part.header_offset + 30 + lengths + part.file_size // 2
 
 
-def torchrun(*arguments: str | Path) -> str:
-    """Run a program or `-m` module on two ranks, which must succeed. Returns what they print on stderr."""
-    result = start_torchrun(*arguments)
-    assert result.returncode == 0, result.stderr
-    return result.stderr
-
-
-def start_torchrun(*arguments: str | Path) -> subprocess.CompletedProcess:
-    """The same, with any exit code."""
+def torchrun(*arguments: str | Path, expect: int = 0) -> str:
+    """Run a program or `-m` module on two ranks. Returns what they print on stderr."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command += map(str, arguments)
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == expect, result.stderr
+    return result.stderr

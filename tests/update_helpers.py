@@ -12,15 +12,8 @@ from tests.numerics import DEVICE
 
 def run_of_batches(tmp_path, *overrides):
     """A run, and finished batches for six updates of two parts."""
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"output: {tmp_path / 'run'}\n"
-        "student: {name: vit_tiny_patch16_224, weights: random, kwargs: {img_size: 64, drop_path_rate: 0.1}}\n"
-        "data: {train: 'synthetic:256'}\n"
-        "optim: {batch_size: 8, epochs: 2, lr: 1.0e-3, accumulate: 2, clip: 1.0, ema: 0.9}\n"
-    )
     device = torch.device(DEVICE, 0 if DEVICE == "cuda" else None)
-    run = Run(load_config(str(recipe), list(overrides)), World(0, 1, device))
+    run = Run(load_config(write_recipe(tmp_path), list(overrides)), World(0, 1, device))
     run.model.train()
     dtype, batches = build.precision(run.config, device), []
     for first in range(0, 48, 4):
