@@ -17,7 +17,7 @@ from fastalign.probe.fit import Recipe, Task, evaluate, fit
 from fastalign.probe.heads import TokenShape, make_head
 from fastalign.train import update
 from tests.numerics import gradient_error, randomise, relative_error
-from tests.update_helpers import run_of_batches
+from tests.update_helpers import run_of_batches, write_recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 ROOT = Path(__file__).parent.parent
@@ -71,16 +71,6 @@ def test_bf16_stays_close(compiled, masking):
     with torch.autocast("cuda", torch.bfloat16):
         found, _ = loss_and_gradient(step, images.bfloat16(), ids)
     assert relative_error(found, loss) < 0.02
-
-
-def write_recipe(tmp_path):
-    (tmp_path / "recipe.yaml").write_text(
-        f"output: {tmp_path / 'run'}\n"
-        "student: {name: vit_tiny_patch16_224, weights: random, kwargs: {img_size: 64, drop_path_rate: 0.1}}\n"
-        "data: {train: 'synthetic:256', val: 'synthetic:64'}\n"
-        "optim: {batch_size: 8, epochs: 2, lr: 1.0e-3, accumulate: 2, clip: 1.0, ema: 0.9}\n"
-    )
-    return str(tmp_path / "recipe.yaml")
 
 
 def check_no_synchronization(run, batches):

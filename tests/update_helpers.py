@@ -10,6 +10,16 @@ from fastalign.training.run import Run
 from tests.numerics import DEVICE
 
 
+def write_recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        f"output: {tmp_path / 'run'}\n"
+        "student: {name: vit_tiny_patch16_224, weights: random, kwargs: {img_size: 64, drop_path_rate: 0.1}}\n"
+        "data: {train: 'synthetic:256', val: 'synthetic:64'}\n"
+        "optim: {batch_size: 8, epochs: 2, lr: 1.0e-3, accumulate: 2, clip: 1.0, ema: 0.9}\n"
+    )
+    return str(tmp_path / "recipe.yaml")
+
+
 def run_of_batches(tmp_path, *overrides):
     """A run, and finished batches for six updates of two parts."""
     device = torch.device(DEVICE, 0 if DEVICE == "cuda" else None)
