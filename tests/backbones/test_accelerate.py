@@ -411,5 +411,5 @@ def test_kernels_and_masks_alone(triton):
     assert lines[3].startswith("AttributeError")
     assert lines[4] == "[]"
     missing = "softcap_attention needs the package triton"
-    wanted = "take tensors on a GPU, got cpu: call the function of the same name in fastalign.ops"
+    wanted = "takes tensors on a GPU, got cpu: use fastalign.ops on other devices"
     assert (wanted if triton == "with" else missing) in lines[5]
