@@ -255,7 +255,8 @@ class Checkpoints:
                 loaded["state"] = read_state(self.path(step))
             except (UserError, DamagedFile) as error:
                 cause = reason(error.__cause__ or error)
-                failure = f"rank {world.rank} cannot read {self.path(step)} ({cause}): give every machine the same output"
+                failure = f"rank {world.rank} cannot read {self.path(step)} ({cause})"
+                failure += ": give every machine the same output"
         for message in world.gather(failure):
             if message is not None:
                 raise SharedError(message)
