@@ -36,7 +36,7 @@ class Target(NamedTuple):
     usage: Callable[[Run], str]
     """lines of Python for the model card"""
     can_cap: bool = True
-    notes: Callable[[Run], list[str]] = lambda run: []
+    notes: tuple[str, ...] = ()
     """sentences for the user"""
 
     def misfits(self, spec: ViTSpec) -> list[str]:
@@ -196,9 +196,8 @@ def _open_clip_usage(run: Run) -> str:
 
 
 def _transformers(tower: towers.Tower) -> Target:
-    return Target(
-        "transformers", tower.wanted, tower.write, towers.read, tower.usage, notes=towers.processor_notes
-    )
+    notes = (towers.PROCESSOR_NOTE,)
+    return Target("transformers", tower.wanted, tower.write, towers.read, tower.usage, notes=notes)
 
 
 TARGETS = {

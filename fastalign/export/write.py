@@ -55,7 +55,7 @@ def export(
     if cap is not None and drop_softcap:
         softcap["dropped"] = measure.without_softcap(run.vit, found)
         run.vit.softcap = None
-    facts = _facts(run, to, softcap) | {"notes": [*run.notes, *target.notes(run)]}
+    facts = _facts(run, to, softcap) | {"notes": [*run.notes, *target.notes]}
     facts["features"] = measure.moments(run.vit, found) if found else {"mean": None, "std": None}
     facts["features"]["of"] = where
     temporary = temporary_name(output)
