@@ -103,10 +103,8 @@ def test_a_student_fits_itself_and_averages_are_preferred(tmp_path):
 
 def test_bad_checkpoints(tmp_path):
     model = nn.Linear(2, 2)
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*gone"):
+    with pytest.raises(UserError, match=r"gone.pth cannot be read \(No such file"):
         la.load_checkpoint(model, str(tmp_path / "gone.pth"))
-    with pytest.raises(NotImplementedError, match="NumPy"):
-        la.load_checkpoint(model, str(tmp_path / "x.npz"))
     (tmp_path / "broken.pth").write_bytes(b"no zip")
     with pytest.raises(UserError, match="damaged, cut short or not a weights file"):
         la.load_checkpoint(model, str(tmp_path / "broken.pth"))
