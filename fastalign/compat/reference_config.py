@@ -10,7 +10,6 @@ from pydantic import ValidationError
 
 from fastalign.compat.reference_models import backbones
 from fastalign.compat.reference_options import (
-    FINETUNE,
     IGNORED,
     KEYS,
     MIM_DEFAULTS,
@@ -71,12 +70,9 @@ def _mapped(given: dict, mim: bool) -> dict:
     """The options that decide our keys; an error for those that are unknown or refused."""
     ignored = {name for names in IGNORED.values() for name in names.split()}
     known = {*Options.model_fields, *ignored, *REFUSED}
+    if "model" in given:
+        raise UserError("a file of the authors' finetune.py (option model): use python -m fastalign.classify")
     for name, value in given.items():
-        if name in FINETUNE:
-            raise UserError(
-                f"{name} is an option of the authors' finetune.py: use python -m fastalign.classify, or give a file "
-                "of their train.py or mim.py"
-            )
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
             raise UserError(

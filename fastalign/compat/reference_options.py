@@ -168,16 +168,3 @@ REFUSED: dict[str, tuple] = {
 MIM_DEFAULTS = {"student_pretrained": False, "teacher_pretrained": False, "skip_blocks": 0}
 NOT_MIM = ("freeze_student", *(name for name in Options.model_fields if name.startswith("decoder_")))
 """Options that mim.py does not have."""
-FINETUNE = {
-    *(
-        "model",
-        "pretrained",
-        "output_head",
-        "freeze_backbone",
-        "initial_checkpoint",
-        "num_classes",
-        "smoothing",
-    ),
-    *("jsd_loss", "bce_loss", "bce_sum", "bce_target_thresh", "bce_pos_weight"),
-}
-"""Options that only finetune.py has."""

@@ -214,7 +214,7 @@ def test_other_values_are_refused_by_name(write, name):
 BAD = """
 bach_size: 3 -> unknown option bach_size | nearest is batch_size
 data-dir: /d -> unknown option data-dir | nearest is data_dir
-num_classes: 1000 -> num_classes | finetune.py
+model: vit, num_classes: 1000 -> finetune.py | fastalign.classify
 prefix_only: "False" -> prefix_only: Input should be a valid boolean, got 'False'
 antithetical_sampling: 0 -> antithetical_sampling: Input should be a valid boolean
 batch_size: 1.5 -> batch_size: Input should be a valid integer | got 1.5
