@@ -176,19 +176,6 @@ def test_a_full_disk_is_reported_once_and_costs_nothing(tmp_path, later):
     assert written(tmp_path, 3, keep=1).steps() == [3], "with space again"
 
 
-def test_an_error_of_the_disk_while_flushing(tmp_path, monkeypatch):
-    checkpoints = written(tmp_path, 1)
-
-    def fail(handle):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, "fsync", fail)
-    checkpoints.save(state_of(2), 2)
-    with pytest.raises(UserError, match=r"step-00000002\.pt could not be written \(Input/output error\)"):
-        checkpoints.wait()
-    assert checkpoints.steps() == [1]
-
-
 KILLED = """
 import json, os, signal, sys, torch
 from pathlib import Path

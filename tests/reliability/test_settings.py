@@ -49,11 +49,10 @@ NEEDS = {
 """What must hold before and after, for a value to be possible at all."""
 
 
-def compare(before: list[str], now: list[str], *, finished=False, **places: str | None):
+def compare(before: list[str], now: list[str], *, finished=False):
     """The changes and notes of a run that started with some overrides and resumes with others."""
     state = {"config": resolve({}, before, "then").model_dump(mode="json"), "step": 3}
-    places = {key.replace("_", "."): other for key, other in places.items()}
-    return changed_settings(state, Path("c.pt"), resolve({}, now, "now"), places, finished=finished)
+    return changed_settings(state, Path("c.pt"), resolve({}, now, "now"), {}, finished=finished)
 
 
 @pytest.mark.parametrize("key", sorted(kinds()))
@@ -80,18 +79,6 @@ def test_max_steps_may_grow_but_not_below_the_steps_done():
         assert compare([f"max_steps={before}"], [f"max_steps={now}"]) == ([], [])
     with pytest.raises(UserError, match="max_steps was 4, is 2;"):
         compare(["max_steps=4"], ["max_steps=2"])
-
-
-def test_the_contents_of_a_path_count():
-    for key in ("data.train", "student.weights", "probe.data"):
-        here, there = ([f"{key}={place}"] for place in ("/here", "/there"))
-        same, other = ({key.replace(".", "_"): what} for what in (None, "other names"))
-        text = f'{key} was "/here", is "/there"'
-        assert compare(here, there, **same) == ([], [f"{text}: the contents are the same"])
-        with pytest.raises(UserError, match=f"{text} with other names;"):
-            compare(here, there, **other)
-        with pytest.raises(UserError, match=f'{key} "/here" has other names than before;'):
-            compare(here, here, **other)
 
 
 SWEEP = ["optim.lr=0.01", "optim.weight_decay=0.3", "data.randaugment=rand-m9-mstd0.5-inc1"]
