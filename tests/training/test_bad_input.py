@@ -50,7 +50,7 @@ BAD = {
     "attention not installed": (["efficiency.attention=flash_attn_3"], ["not installed", "build it"]),
     "attention of another device": (
         ["efficiency.attention=sdpa_cudnn"],
-        ["efficiency.attention: sdpa_cudnn has no implementation for this device", "set auto"],
+        ["efficiency.attention: sdpa_cudnn does not support this device", "set auto"],
     ),
     "unknown argument": (["student.kwargs.dept=3"], ["dept"]),
     "too many blocks skipped": (["teacher.skip_blocks=2"], ["skip_blocks"]),
