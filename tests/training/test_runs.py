@@ -43,8 +43,8 @@ def test_a_loaded_backbone_gives_the_students_tokens(recipe):
 
 
 CHECKPOINT_KEYS = """
-student optimizer optimizer_class average target_scale step best val_loss probed judged_at skipped_in_a_row bad contents
-changes config is_best backbone
+student optimizer optimizer_class average target_scale step best val_loss probed judged_at skipped_in_a_row bad
+contents changes config is_best backbone
 """
 
 
