@@ -25,9 +25,9 @@ import torch
 from fastalign.backbones.zoo import load_backbone
 from fastalign.config import Config, load_config
 from fastalign.evaluation.datasets import open_labelled
-from fastalign.probe.features import Probed, probed_backbone
-from fastalign.probe.fit import Recipe
-from fastalign.probe.run import Plan, probe
+from fastalign.evaluation.features import Probed, probed_backbone
+from fastalign.evaluation.fit import Recipe
+from fastalign.evaluation.patches import Plan, probe
 from fastalign.train import train
 from fastalign.training import build
 from fastalign.training.distributed import World

@@ -15,9 +15,9 @@ import fastalign as fa
 from fastalign.backbones.precision import FP8_CAPABILITY, FP8Linear
 from fastalign.config import load_config
 from fastalign.data.prefetch import Batch
-from fastalign.probe.features import Features
-from fastalign.probe.fit import Recipe, Task, evaluate, fit
-from fastalign.probe.heads import TokenShape, make_head
+from fastalign.evaluation.features import Features
+from fastalign.evaluation.fit import Recipe, Task, evaluate, fit
+from fastalign.evaluation.heads import TokenShape, make_head
 from fastalign.train import update
 from fastalign.training import build
 from fastalign.training.distributed import World

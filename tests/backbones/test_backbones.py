@@ -17,8 +17,8 @@ from torch import nn
 import fastalign as fa
 from benchmarks.parity import BACKBONES, measure
 from fastalign.backbones.zoo import MOCO
-from fastalign.classify.model import Classifier
-from fastalign.probe.features import probed_backbone
+from fastalign.evaluation.classifier import Classifier
+from fastalign.evaluation.features import probed_backbone
 from tests.numerics import randomise, relative_error
 
 BOUND = 1e-5

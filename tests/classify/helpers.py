@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastalign.classify.__main__ import main
+from fastalign.classify import main
 
 ROOT = Path(__file__).parents[2]
 NAME = "vit_tiny_patch16_224"

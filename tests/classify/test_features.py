@@ -10,11 +10,11 @@ import torch
 
 import fastalign as fa
 from fastalign.classify import classify
-from fastalign.classify.evaluate import alone
-from fastalign.classify.features import FeatureLoader, _file, _mapped, extract
 from fastalign.data.loader import Loader
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
+from fastalign.evaluation.image_features import FeatureLoader, _file, _mapped, extract
+from fastalign.evaluation.images import alone
 from tests.classify.helpers import QUICK, same_figures
 
 

@@ -9,7 +9,7 @@ from sklearn import preprocessing
 from torch import nn
 
 import fastalign as fa
-from fastalign.classify.heads import AttentionHead, LinearHead, TransformerHead, represent
+from fastalign.evaluation.image_heads import AttentionHead, LinearHead, TransformerHead, represent
 from tests.classify.helpers import KWARGS, NAME
 
 

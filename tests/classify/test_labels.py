@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import fastalign as fa
-from fastalign.classify.evaluate import alone
-from fastalign.classify.labels import open_splits
 from fastalign.data.source import Subset
 from fastalign.data.sources import open_source
+from fastalign.evaluation.image_labels import open_splits
+from fastalign.evaluation.images import alone
 from tests.classify.helpers import made, picture
 from tests.data_helpers import encode, write_tar
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from sklearn import metrics
 
-from fastalign.classify.evaluate import alone
-from fastalign.classify.scores import Tally, select, summarise
+from fastalign.evaluation.image_scores import Tally, select, summarise
+from fastalign.evaluation.images import alone
 from fastalign.training.metrics import mean_and_spread
 
 

@@ -17,18 +17,18 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 
 import fastalign as fa
-from fastalign.classify import classify, fit
-from fastalign.classify.__main__ import main
-from fastalign.classify.evaluate import alone
-from fastalign.classify.features import FeatureLoader
-from fastalign.classify.fit import Fit, Task, mixed_loss
-from fastalign.classify.heads import LinearHead
-from fastalign.classify.model import Classifier, learning_rate_factor, parameter_groups
-from fastalign.classify.options import Options
+from fastalign.classify import classify, main
 from fastalign.data.loader import Loader
 from fastalign.data.prefetch import Batch
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
+from fastalign.evaluation import image_fit as fit
+from fastalign.evaluation.classifier import Classifier, learning_rate_factor, parameter_groups
+from fastalign.evaluation.image_features import FeatureLoader
+from fastalign.evaluation.image_fit import Fit, Task, mixed_loss
+from fastalign.evaluation.image_heads import LinearHead
+from fastalign.evaluation.images import alone
+from fastalign.evaluation.options import Options
 from fastalign.training.checkpoint import checksum
 from tests.classify.helpers import FIGURES, KWARGS, NAME, QUICK, ROOT, same_figures, without_test
 

@@ -11,10 +11,10 @@ from PIL import Image
 from rich.console import Console
 
 import fastalign as fa
-from fastalign.probe.__main__ import main
-from fastalign.probe.features import Features
-from fastalign.probe.heads import TokenShape
-from fastalign.probe.results import summarise, table_of
+from fastalign.evaluation.features import Features
+from fastalign.evaluation.heads import TokenShape
+from fastalign.evaluation.results import summarise, table_of
+from fastalign.probe import main
 from fastalign.training.distributed import World
 
 ROOT = Path(__file__).parents[2]

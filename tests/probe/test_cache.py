@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from fastalign.evaluation import features as features_module
 from fastalign.evaluation.datasets import open_labelled
-from fastalign.probe import features as features_module
-from fastalign.probe.__main__ import main
-from fastalign.probe.features import feature_files, probed_backbone, read_features
-from fastalign.probe.heads import LABELS
+from fastalign.evaluation.features import feature_files, probed_backbone, read_features
+from fastalign.evaluation.heads import LABELS
+from fastalign.probe import main
 from fastalign.training.build import named_backbone
 from tests.data_helpers import needs_dali
 from tests.probe.helpers import ALONE, COUNTS, KWARGS, NAME, command, models, refused, results

@@ -14,9 +14,9 @@ from PIL import Image
 import fastalign as fa
 from fastalign import train
 from fastalign.evaluation.datasets import open_labelled
-from fastalign.probe.__main__ import main
-from fastalign.probe.features import probed_backbone, read_features
-from fastalign.probe.heads import HEADS, LABELS
+from fastalign.evaluation.features import probed_backbone, read_features
+from fastalign.evaluation.heads import HEADS, LABELS
+from fastalign.probe import main
 from fastalign.report.probe import read_probe
 from tests.data_helpers import needs_dali
 from tests.probe.helpers import ALONE, CLASSES, COUNTS, KWARGS, NAME, ROOT, command, models, refused, results

@@ -9,7 +9,7 @@ from PIL import Image
 
 from fastalign.data.transforms import Transform, geometry
 from fastalign.evaluation.datasets import open_labelled
-from fastalign.probe.features import probed_backbone, read_features
+from fastalign.evaluation.features import probed_backbone, read_features
 from tests.data_helpers import needs_dali
 from tests.probe.helpers import ALONE, COUNTS, models
 

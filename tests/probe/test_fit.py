@@ -10,10 +10,10 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.nn import functional
 
-from fastalign.probe import run as run_module
-from fastalign.probe.fit import Recipe, Task, evaluate, fit, head_loss
-from fastalign.probe.heads import make_head
-from fastalign.probe.run import Plan, probe
+from fastalign.evaluation import patches as run_module
+from fastalign.evaluation.fit import Recipe, Task, evaluate, fit, head_loss
+from fastalign.evaluation.heads import make_head
+from fastalign.evaluation.patches import Plan, probe
 from tests.probe.helpers import ALONE, SHAPE, Named, made_features
 
 
@@ -129,7 +129,7 @@ def test_void_patches_teach_nothing():
 
 def test_the_loss_of_a_split_is_over_all_patches(monkeypatch):
     """Not over batches, of which one has less to say than another."""
-    monkeypatch.setattr("fastalign.probe.fit._EVALUATION_BATCH", 3)
+    monkeypatch.setattr("fastalign.evaluation.fit._EVALUATION_BATCH", 3)
     split = made_features(11, 4)
     split.majority[3:6] = -1
     for labels in ("majority", "union"):

@@ -8,9 +8,9 @@ from PIL import Image
 from sklearn import metrics as sklearn_metrics
 from torch import nn
 
-from fastalign.probe.heads import TokenShape, make_head
-from fastalign.probe.labels import VOID, crop_and_resize, patch_labels
-from fastalign.probe.metrics import MultiClassCounts, MultiLabelCounts
+from fastalign.evaluation.heads import TokenShape, make_head
+from fastalign.evaluation.metrics import MultiClassCounts, MultiLabelCounts
+from fastalign.evaluation.patch_labels import VOID, crop_and_resize, patch_labels
 
 SHAPE = TokenShape(patches=9, prefix=2, width=24, heads=3)
 

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from fastalign.probe.__main__ import main
-from fastalign.probe.results import check_output, percent, summarise, write_results
+from fastalign.evaluation.results import check_output, percent, summarise, write_results
+from fastalign.probe import main
 from fastalign.utils.errors import UserError
 from tests.probe.helpers import command, results, row, shown
 

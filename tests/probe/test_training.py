@@ -22,11 +22,11 @@ import fastalign as fa
 from fastalign import train
 from fastalign.config import load_config
 from fastalign.data.source import Subset
+from fastalign.evaluation import during_training as training
+from fastalign.evaluation import fit as fitting
 from fastalign.evaluation.datasets import open_labelled
-from fastalign.probe import fit as fitting
-from fastalign.probe import training
-from fastalign.probe.features import probed_backbone, read_features
-from fastalign.probe.heads import TokenShape, make_head
+from fastalign.evaluation.features import probed_backbone, read_features
+from fastalign.evaluation.heads import TokenShape, make_head
 from fastalign.report import __main__ as report
 from fastalign.training import metrics
 from fastalign.training.distributed import World

@@ -14,11 +14,11 @@ from fastalign import __version__
 from fastalign.backbones.precision import compute_dtype
 from fastalign.config import load_config
 from fastalign.evaluation.datasets import open_labelled
-from fastalign.probe.features import Probed, probed_backbone
-from fastalign.probe.fit import METRICS, Recipe, check_options
-from fastalign.probe.heads import HEADS, LABELS
-from fastalign.probe.results import check_output, summarise, table_of, write_results
-from fastalign.probe.run import Plan, probe
+from fastalign.evaluation.features import Probed, probed_backbone
+from fastalign.evaluation.fit import METRICS, Recipe, check_options
+from fastalign.evaluation.heads import HEADS, LABELS
+from fastalign.evaluation.patches import Plan, probe
+from fastalign.evaluation.results import check_output, summarise, table_of, write_results
 from fastalign.training import distributed
 from fastalign.training.build import named_backbone, starting_backbone
 from fastalign.training.command import run_command

@@ -20,10 +20,10 @@ from fastalign.backbones.precision import autocast
 from fastalign.backbones.vit import ViT
 from fastalign.data.loader import Loader
 from fastalign.data.transforms import Transform
+from fastalign.evaluation.cache import Files
 from fastalign.evaluation.datasets import LabelledImages
-from fastalign.probe.cache import Files
-from fastalign.probe.heads import TokenShape
-from fastalign.probe.labels import patch_labels
+from fastalign.evaluation.heads import TokenShape
+from fastalign.evaluation.patch_labels import patch_labels
 from fastalign.training.checkpoint import checksum
 from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World

@@ -8,9 +8,9 @@ import torch
 from fastalign.backbones.vit import ViT
 from fastalign.config import Config
 from fastalign.evaluation.datasets import LabelledImages, open_labelled
-from fastalign.probe.features import probed_backbone, read_features
-from fastalign.probe.fit import Recipe, Task, evaluate, fit
-from fastalign.probe.heads import make_head
+from fastalign.evaluation.features import probed_backbone, read_features
+from fastalign.evaluation.fit import Recipe, Task, evaluate, fit
+from fastalign.evaluation.heads import make_head
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.run import Run
 from fastalign.utils.errors import UserError

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from fastalign.probe.fit import METRICS
+from fastalign.evaluation.fit import METRICS
 from fastalign.training.metrics import mean_and_spread
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import write_atomically

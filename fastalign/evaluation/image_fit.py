@@ -13,11 +13,11 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from fastalign.backbones.precision import autocast
-from fastalign.classify.features import FeatureLoader
-from fastalign.classify.model import parameter_groups
-from fastalign.classify.options import Options
-from fastalign.classify.scores import Tally, select
 from fastalign.data.loader import Loader
+from fastalign.evaluation.classifier import parameter_groups
+from fastalign.evaluation.image_features import FeatureLoader
+from fastalign.evaluation.image_scores import Tally, select
+from fastalign.evaluation.options import Options
 from fastalign.training.checkpoint import Checkpoints
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.metrics import MetricLog, Speed

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+from fastalign.evaluation.cache import Files, check_room
 from fastalign.evaluation.datasets import LabelledImages
-from fastalign.probe.cache import Files, check_room
-from fastalign.probe.features import Features, Probed, feature_files, read_features
-from fastalign.probe.fit import Recipe, Task, check_options, evaluate, fit
-from fastalign.probe.heads import HEADS, LABELS, goes_with, make_head
+from fastalign.evaluation.features import Features, Probed, feature_files, read_features
+from fastalign.evaluation.fit import Recipe, Task, check_options, evaluate, fit
+from fastalign.evaluation.heads import HEADS, LABELS, goes_with, make_head
 from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastalign.classify.evaluate import REPORT, classify
-from fastalign.classify.options import HEADS, Options
-from fastalign.classify.scores import FIGURES
+from fastalign.evaluation.image_scores import FIGURES
+from fastalign.evaluation.images import REPORT, classify
+from fastalign.evaluation.options import HEADS, Options
 from fastalign.training import distributed
 from fastalign.training.build import named_backbone
 from fastalign.training.command import run_command

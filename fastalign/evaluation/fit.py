@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastalign.backbones.precision import autocast
-from fastalign.probe.features import Features
-from fastalign.probe.metrics import MultiClassCounts, MultiLabelCounts
+from fastalign.evaluation.features import Features
+from fastalign.evaluation.metrics import MultiClassCounts, MultiLabelCounts
 from fastalign.training.optim import adamw, learning_rate
 from fastalign.utils.errors import UserError
 
@@ -166,7 +166,7 @@ def evaluate(
     dtype: torch.dtype,
     by_size: bool = True,
 ) -> dict:
-    """The metrics of a head on a split (see `fastalign.probe.metrics`), and its `loss`.
+    """The metrics of a head on a split (see `fastalign.evaluation.metrics`), and its `loss`.
 
     The loss is the mean over all answers: of patches (or images) and classes, for `majority` of labelled patches.
     """

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from fastalign.backbones.precision import compute_dtype
 from fastalign.backbones.vit import ViT
-from fastalign.classify.features import FeatureLoader, extract, fits
-from fastalign.classify.fit import Fit, Task
-from fastalign.classify.heads import LinearHead, make_head
-from fastalign.classify.labels import Split
-from fastalign.classify.model import Classifier, reading_copy
-from fastalign.classify.options import Options
 from fastalign.data.loader import Loader
 from fastalign.data.transforms import Transform
+from fastalign.evaluation.classifier import Classifier, reading_copy
+from fastalign.evaluation.image_features import FeatureLoader, extract, fits
+from fastalign.evaluation.image_fit import Fit, Task
+from fastalign.evaluation.image_heads import LinearHead, make_head
+from fastalign.evaluation.image_labels import Split
+from fastalign.evaluation.options import Options
 from fastalign.training.build import image_constants
 from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.backbones.vit import ViT
-from fastalign.classify.heads import make_head, represent
+from fastalign.evaluation.image_heads import make_head, represent
 
 _BLOCK = re.compile(r"backbone\.blocks\.(\d+)\.")
 _BEFORE_BLOCKS = ("patch_embed.", "cls_token", "reg_token", "pos_embed", "norm_pre.")

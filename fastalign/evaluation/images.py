@@ -13,12 +13,12 @@ import torch
 
 from fastalign import __version__
 from fastalign.backbones.vit import ViT
-from fastalign.classify.fit import difference
-from fastalign.classify.heads import reads
-from fastalign.classify.labels import Split, describe, open_splits
-from fastalign.classify.modes import Job, check_batch, train_on_features, train_on_images
-from fastalign.classify.options import Options
-from fastalign.classify.scores import summarise
+from fastalign.evaluation.image_fit import difference
+from fastalign.evaluation.image_heads import reads
+from fastalign.evaluation.image_labels import Split, describe, open_splits
+from fastalign.evaluation.image_modes import Job, check_batch, train_on_features, train_on_images
+from fastalign.evaluation.image_scores import summarise
+from fastalign.evaluation.options import Options
 from fastalign.training.checkpoint import checksum
 from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World
@@ -49,7 +49,7 @@ def classify(
         world: the ranks that share the work; None = this process alone.
         say: told what is going on.
         command: kept in the result, for whoever wants to repeat it.
-        **options: fields of `fastalign.classify.options.Options`: head, seeds, unfreeze, epochs, lr...
+        **options: fields of `fastalign.evaluation.options.Options`: head, seeds, unfreeze, epochs, lr...
 
     Returns:
         What classify.json says (docs/classify.md).

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fastalign.backbones.precision import autocast
 from fastalign.backbones.vit import ViT
-from fastalign.classify.heads import represent
 from fastalign.data.loader import Loader
 from fastalign.data.prefetch import Batch
+from fastalign.evaluation.image_heads import represent
 from fastalign.training.distributed import World
 from fastalign.training.memory import free_memory
 from fastalign.utils.errors import SharedError
