@@ -18,7 +18,7 @@ from demo.trials import CORES, Trial, pictures, run_trials, score
 from fastalign import __version__
 from fastalign.config import load_config
 from fastalign.evaluation.datasets import open_labelled
-from fastalign.probe.results import percent, summarise, write_results
+from fastalign.evaluation.results import percent, summarise, write_results
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import write_atomically
 

@@ -25,9 +25,9 @@ import torch
 from fastalign.backbones.zoo import load_backbone
 from fastalign.config import Config, load_config
 from fastalign.evaluation.datasets import open_labelled
-from fastalign.probe.features import Probed, probed_backbone
-from fastalign.probe.fit import Recipe
-from fastalign.probe.run import Plan, probe
+from fastalign.evaluation.patch_features import Encoder, frozen_encoder
+from fastalign.evaluation.patches import Recipe
+from fastalign.evaluation.probing import Plan, probe
 from fastalign.train import train
 from fastalign.training import build
 from fastalign.training.distributed import World
@@ -175,15 +175,15 @@ def _start(trial: Trial, root: Path) -> None:
     spec.unlink()
 
 
-def _probed(trial: Trial, folder: Path, device: torch.device) -> Probed:
+def _probed(trial: Trial, folder: Path, device: torch.device) -> Encoder:
     """What the trial's heads read."""
     if trial.read == "student":
-        return probed_backbone(load_backbone(folder).to(device))
+        return frozen_encoder(load_backbone(folder).to(device))
     config = trial.config(folder)
     if trial.read == "teacher":
-        return probed_backbone(build.starting_backbone(config).to(device))
+        return frozen_encoder(build.starting_backbone(config).to(device))
     objective, backbone = build.build_objective(config)
-    probed, decoder = probed_backbone(backbone.to(device)), objective.student.decoder.to(device).eval()
+    probed, decoder = frozen_encoder(backbone.to(device)), objective.student.decoder.to(device).eval()
     # Blocks as they are drawn, but in earnest: LayerScale 1 where training begins with 1e-6; the norm behind them,
     # not the layer that maps to the teacher's width.
     for block in decoder.blocks:
@@ -197,7 +197,9 @@ def _probed(trial: Trial, folder: Path, device: torch.device) -> Probed:
         visible = tokens.new_ones(len(tokens), 1, shape.patches, dtype=torch.bool)
         return [decoder(tokens, visible)[:, 0]]
 
-    return Probed(**{**vars(probed), "encode": encode, "identity": f"{probed.identity} decoder {trial.seed}"})
+    return Encoder(
+        **{**vars(probed), "encode": encode, "identity": f"{probed.identity} decoder {trial.seed}"}
+    )
 
 
 def run_trial(trial: Trial, root: Path) -> None:
@@ -222,7 +224,7 @@ def run_trial(trial: Trial, root: Path) -> None:
         splits,
         plans,
         world,
-        judge=trial.splits,
+        report_on=trial.splits,
         threads=1,
         say=lambda text: print(text, flush=True),
     )
