@@ -316,8 +316,8 @@ def test_the_report_draws_it(recipe, data):
     folder = recipe(f"probe.data={data}", "probe.every_steps=5")
     assert report.main([str(folder)]) == 0
     page = (folder / "report.html").read_text()
-    assert 'data-name="macro recall"' in page
-    assert 'data-name="mAP"' in page
+    assert "Patch probe during training. macro recall: " in page
+    assert "; mAP: " in page
 
 
 def spoil(root: Path, kind: str) -> None:
