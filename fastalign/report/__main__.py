@@ -54,7 +54,7 @@ def write_report(options: argparse.Namespace) -> list[str]:
     if options.pngs:
         place = Path(options.pngs)
         place.mkdir(parents=True, exist_ok=True)
-        paths = [place / f"{name}.png" for name in ("curves", "patches", "probe")]
+        paths = [place / name for name in ("curves.png", "patches.png", "probe.png")]
         written = [
             charts.write_curves(paths[0], run.metrics, (charts.LOSS, charts.PROBE, charts.THROUGHPUT)),
             pictures is not None and charts.write_patches(paths[1], pictures, maps),

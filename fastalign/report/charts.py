@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -82,16 +82,16 @@ def draw_curves(axes: Axes, title: str, lines: list[Curve]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
-def draw_bars(axes: Axes, names: list[str], groups: dict[str, list], errors: dict | None = None) -> None:
+def draw_bars(axes: Axes, names: Sequence[str], groups: dict[str, list], errors: dict | None = None) -> None:
     """Draw bars in percent: of each model a share in 0..1 for each name, None = no bar; `errors` likewise."""
-    width = 0.8 / len(groups)
+    width = 0.8 / max(len(groups), 1)
     for order, (model, shares) in enumerate(groups.items()):
         places = [place for place, share in enumerate(shares) if share is not None]
         bars = axes.bar(
             [place + (order - (len(groups) - 1) / 2) * width for place in places],
             [100 * shares[place] for place in places],
             width,
-            yerr=[100 * errors[model][place] for place in places] if errors else None,
+            yerr=[100 * (errors[model][place] or 0) for place in places] if errors else None,
             color=THEME[colours_of(groups)[model]],
             label=model,
         )
@@ -134,7 +134,7 @@ def size_chart(edges: list[float], recall: dict[str, list]) -> Markup:
 
 @matplotlib.rc_context(STYLE)
 def _inline_svg(draw: Callable[[Axes], None], description: str) -> Markup:
-    """One chart; its colours are variables of page.css, and nothing in it has an id that another chart has, too."""
+    """A chart whose colours are variables of page.css; its ids differ from those of other charts."""
     figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
     axes = figure.add_subplot()
     draw(axes)
@@ -154,13 +154,12 @@ def _inline_svg(draw: Callable[[Axes], None], description: str) -> Markup:
 @matplotlib.rc_context(STYLE)
 def write_curves(path: Path, metrics: list[dict], titles: Container[str]) -> bool:
     """Write a PNG of those of some charts of which the run has values. Returns whether there is any."""
-    found = {title: lines for title, lines in curves(metrics).items() if title in titles}
+    found = [(title, lines) for title, lines in curves(metrics).items() if title in titles]
     if not found:
         return False
     figure = Figure(figsize=(4 * len(found), 3.2))
-    for axes, (title, lines) in zip(
-        figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
-    ):
+    places = figure.subplots(1, len(found), squeeze=False)[0]
+    for axes, (title, lines) in zip(places, found, strict=True):
         draw_curves(axes, title, lines)
         axes.set_title(title)
         if len(lines) > 1:
@@ -177,25 +176,19 @@ def write_patches(path: Path, pictures: Pictures, maps: PatchMaps) -> bool:
     titles += [f"cosine with {letter},\n{model}" for letter in "AB" for model in models]
     rows, columns = maps.grid
     figure = Figure(figsize=(1.45 * len(titles), 1.45 * rows / columns * len(pictures.names) + 0.5))
-    every = figure.subplots(len(pictures.names), len(titles), squeeze=False)
-    for index, line in enumerate(every):
+    places = figure.subplots(len(pictures.names), len(titles), squeeze=False)
+    for index, row in enumerate(places):
         tiles = [(pictures.shown[index], (0, 1)), *((maps.colours[model][index], ()) for model in models)]
-        for query in range(2):
-            tiles += [(cosine_colours(maps, model, index, query), (query,)) for model in models]
-        for axes, (tile, marks) in zip(line, tiles, strict=True):
-            axes.imshow(
-                tile, extent=(0, columns, rows, 0), interpolation="nearest"
-            )  # in patches, as the marks
+        tiles += [(cosine_colours(maps, model, index, q), (q,)) for q in range(2) for model in models]
+        for axes, (tile, marks) in zip(row, tiles, strict=True):
+            axes.imshow(tile, extent=(0, columns, rows, 0), interpolation="nearest")  # units of patches
             axes.set_axis_off()
             for query, (colour, width) in product(marks, (("black", 3), ("white", 1.5))):
-                row, column = divmod(maps.queries[index][query], columns)
-                style = {"fill": False, "edgecolor": colour, "linewidth": width}
-                square, circle = (
-                    Rectangle((column, row), 1, 1, **style),
-                    Circle((column + 0.5, row + 0.5), 0.5, **style),
-                )
-                axes.add_patch(circle if query else square)
-    for axes, title in zip(every[0], titles, strict=True):
+                y, x = divmod(maps.queries[index][query], columns)
+                circle, square = Circle((x + 0.5, y + 0.5), 0.5), Rectangle((x, y), 1, 1)
+                mark = axes.add_patch(circle if query else square)
+                mark.set(fill=False, edgecolor=colour, linewidth=width)
+    for axes, title in zip(places[0], titles, strict=True):
         axes.set_title(title, fontsize=8)
     figure.savefig(path, **PNG)
     return True
@@ -205,23 +198,21 @@ def write_patches(path: Path, pictures: Pictures, maps: PatchMaps) -> bool:
 def write_probe(path: Path, probe: Probe) -> bool:
     """Write a PNG of scores and recall by size in the first setting. Returns whether there is any score."""
     setting = probe.settings()[0]
-    models, names = probe.models(setting), {"macro_recall": "macro recall", "map": "mAP"}
-    scores = {model: [probe.score(model, setting, metric) or {} for metric in names] for model in models}
-    means = {model: [score.get("mean") for score in row] for model, row in scores.items()}
+    names, models = ("macro recall", "mAP"), probe.models(setting)
+    keys = ("macro_recall", "map")
+    scores = {model: [probe.score(model, setting, key) or {} for key in keys] for model in models}
+    means, spreads = ({m: [s.get(key) for s in row] for m, row in scores.items()} for key in ("mean", "std"))
     if not any(mean is not None for row in means.values() for mean in row):
         return False
-    spreads = {model: [score.get("std") or 0 for score in row] for model, row in scores.items()}
-    edges, recall = probe.by_size(setting)
-    figure = Figure(figsize=(8 if recall else 4, 3.2))
-    left, *right = figure.subplots(
-        1, 1 + bool(recall), squeeze=False, width_ratios=[1, 2][: 1 + bool(recall)]
-    )[0]
-    draw_bars(left, list(names.values()), means, spreads)
+    figure = Figure(figsize=(8, 3.2))
+    left, right = figure.subplots(1, 2, width_ratios=[1, 2])
+    draw_bars(left, names, means, spreads)
     left.set_title(f"Patch probe (%)\n{setting_text(setting)}", fontsize=9)
     left.legend(fontsize=8)
-    for axes in right:
-        draw_sizes(axes, edges, recall)
-        axes.set_title("Recall by size (%)", fontsize=9)
+    edges, recall = probe.by_size(setting)
+    right.set_visible(bool(recall))
+    draw_sizes(right, edges, recall)
+    right.set_title("Recall by size (%)", fontsize=9)
     figure.savefig(path, **PNG)
     return True
 

@@ -48,26 +48,22 @@ def _key_numbers(run: Run) -> list[tuple[str, str]]:
     found = []
     steps, losses = series(run.metrics, "val_loss")
     if losses:
-        ends = [0, -1] if len(losses) > 1 else [0]
-        place = " → ".join(str(steps[end]) for end in ends)
-        found.append((f"Validation loss, step {place}", " → ".join(f"{losses[end]:.4f}" for end in ends)))
-    if run.facts and run.facts.get("step") is not None:
+        ends = (0, -1)[: len(losses)]
+        about = f"Validation loss, step {' → '.join(str(steps[end]) for end in ends)}"
+        found.append((about, " → ".join(f"{losses[end]:.4f}" for end in ends)))
+    if run.facts and "step" in run.facts:
         found.append(("Backbone of step", str(run.facts["step"])))
     if run.probe:
         setting = run.probe.settings()[0]
-        for metric, title in (("macro_recall", "macro recall"), ("map", "mAP")):
-            scores = {model: run.probe.score(model, setting, metric) for model in (BEFORE, ALIGNED)}
-            scores = {model: score for model, score in scores.items() if score}
+        for key, title in (("macro_recall", "macro recall"), ("map", "mAP")):
+            scores = {m: score for m in (BEFORE, ALIGNED) if (score := run.probe.score(m, setting, key))}
             if scores:
                 about = f"Patch probe, {title}, % {' → '.join(scores)}, {setting_text(setting)}"
                 found.append((about, " → ".join(map(score_text, scores.values()))))
-    for key, title, form in (
-        ("images_per_second", "Images a second, median", "{:.0f}"),
-        ("data_wait", "Time spent waiting for data, median", "{:.1%}"),
-    ):
-        values = series(run.metrics, key)[1]
-        if values:
-            found.append((title, form.format(median(values))))
+    if values := series(run.metrics, "images_per_second")[1]:
+        found.append(("Images a second, median", f"{median(values):.0f}"))
+    if values := series(run.metrics, "data_wait")[1]:
+        found.append(("Time spent waiting for data, median", f"{median(values):.1%}"))
     return found
 
 

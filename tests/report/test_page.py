@@ -110,45 +110,40 @@ def test_scores_classes_and_sizes_of_a_probe(run):
     assert "probe it" in page.text
 
 
-def test_a_run_that_was_not_probed_says_so(run):
-    assert "has not been probed" in render(run, "--images", "0").text
+MISSING = {
+    "backbone": (lambda run: (run / "backbone.json").unlink(), "saved no backbone (it is unfinished)", 0),
+    "config": (lambda run: (run / "config.yaml").unlink(), "config.yaml is missing", 0),
+    "metrics": (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl is missing or empty", 14),
+    "weights": (
+        lambda run: edit_config(run, "student", weights="/nowhere/teacher.safetensors"),
+        "Features before are not shown, their weights are not available: ",
+        8,
+    ),
+    "data": (
+        lambda run: edit_config(run, "data", val="/nowhere/val"),
+        "No pictures are shown: no such folder: /nowhere/val",
+        0,
+    ),
+}
 
 
-def test_an_unfinished_run_has_curves_only(run, capsys):
-    (run / "backbone.json").unlink()
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "lo')
-    page = render(run)
-    assert "saved no backbone (it is unfinished)" in page.text
-    assert "saved no backbone (it is unfinished)" in capsys.readouterr().out
-    assert page.all("svg")
-    assert not page.all("img")
-
-
-@pytest.mark.parametrize("missing", ["config.yaml", "metrics.jsonl"])
-def test_what_is_missing_is_named_and_the_rest_is_shown(run, trained, missing):
-    (run / missing).unlink()
-    page = render(run, "--images", str(trained.parent / "val" / "0.jpg"))
-    assert f"{missing} is missing" in page.text
-    assert len(page.all("img")) == (4 if missing == "config.yaml" else 7)
-    assert bool(page.all("svg")) == (missing != "metrics.jsonl")
-
-
-def test_without_the_weights_before_only_the_aligned_ones_are_shown(run):
-    edit_config(run, "student", weights="/nowhere/teacher.safetensors")
+@pytest.mark.parametrize("case", MISSING)
+def test_what_is_missing_is_named_and_the_rest_is_shown(run, capsys, case):
+    change, note, images = MISSING[case]
+    change(run)
     page = render(run, "--images", "2")
-    assert "Features before are not shown" in page.text
-    assert "/nowhere/teacher.safetensors" in page.text
-    assert len(page.all("img")) == 2 * 4
+    assert note in page.text
+    assert note in capsys.readouterr().out
+    assert "has not been probed" in page.text
+    assert len(page.all("img")) == images
+    assert bool(page.all("svg")) == (case != "metrics")
+
+
+def test_files_are_shown_by_the_aligned_backbone_alone_where_the_other_is_unknown(run, trained):
+    (run / "config.yaml").unlink()
+    page = render(run, "--images", str(trained.parent / "val" / "0.jpg"))
+    assert len(page.all("img")) == 4
     assert not any("before" in attrs["alt"] for attrs in page.all("img"))
-
-
-def test_data_that_moved_away_costs_the_pictures_only(run):
-    edit_config(run, "data", val="/nowhere/val")
-    page = render(run)
-    assert "No pictures are shown: no such folder: /nowhere/val" in page.text
-    assert page.all("svg")
-    assert not page.all("img")
 
 
 def test_a_synthetic_data_set_has_pictures_too(run):
@@ -173,6 +168,8 @@ def test_a_remainder_of_the_image_is_not_shown(tmp_path):
 def test_a_run_that_trains_the_decoder_only_says_so(run):
     (run / "backbone.json").unlink()
     edit_config(run, "student", freeze=True)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # torn by an interruption
     assert "saved no backbone (it trains the decoder only)" in render(run).text
 
 
