@@ -229,16 +229,14 @@ def render(out: Path, settings: Settings, workers: int = 2) -> bool:
         raise UserError(f"mosaics: --out {out} holds something other than mosaics; name another folder")
     for name in CLASSES:
         photo_path(name)  # an error in a worker would come with a long trace
-    temporary, old = (out.with_name(f"{out.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
+    temporary = out.with_name(f"{out.name}.partial-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
         _write_all(temporary, settings, workers)
-        if out.exists():
-            out.rename(old)
+        shutil.rmtree(out, ignore_errors=True)
         temporary.rename(out)
     finally:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return True
 
 

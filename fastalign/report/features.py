@@ -92,38 +92,24 @@ def _enlarge(image: Image.Image, vit: ViT) -> np.ndarray:
 
 @torch.no_grad()
 def patch_tokens(vit: ViT, images: Tensor) -> np.ndarray:
-    """The patch tokens after the final norm: [B, 3, height, width] normalised -> [B, N, D] float64.
-
-    Raises:
-        UserError: tokens that are not finite.
-    """
+    """The patch tokens after the final norm: [B, 3, height, width] normalised -> [B, N, D] float64."""
     tokens = [vit.forward_features(image[None])[0, vit.num_prefix_tokens :] for image in images]
-    found = torch.stack(tokens).double().numpy()
-    if not np.isfinite(found).all():
-        raise UserError(
-            f"{vit.recipe['name']} gives features that are not finite: show curves only, --images 0"
-        )
-    return found
+    return torch.stack(tokens).double().numpy()
 
 
 def principal_components(tokens: np.ndarray) -> tuple[np.ndarray, float]:
     """The first three principal components of all patches of all images, signed for a positive third moment.
 
-    Args:
-        tokens: [B, N, D] float64.
-
     Returns:
-        [B, N, 3] values, zeros for components that do not exist, and the share of the variance they hold.
+        Of tokens [B, N, D] the values, [B, N, 3], and the share of the variance that they hold.
     """
     rows = tokens.reshape(-1, tokens.shape[-1])
     rows = rows - rows.mean(0)
     variances, vectors = np.linalg.eigh(rows.T @ rows)
     values = rows @ vectors[:, ::-1][:, :COMPONENTS]
-    values = np.pad(values, ((0, 0), (0, COMPONENTS - values.shape[1])))
     values = values * np.where((values**3).sum(0) < 0, -1.0, 1.0)
-    total = variances.sum()
-    share = float(variances[::-1][:COMPONENTS].sum() / total) if total > 0 else 1.0
-    return values.reshape(*tokens.shape[:2], COMPONENTS), share
+    share = variances[-COMPONENTS:].sum() / max(variances.sum(), 1e-300)
+    return values.reshape(*tokens.shape[:2], COMPONENTS), float(share)
 
 
 def match_components(values: np.ndarray, anchor: np.ndarray) -> np.ndarray:
