@@ -15,7 +15,7 @@ from timm.data import create_transform
 
 import fastalign as fa
 from fastalign.config import load_config
-from fastalign.report import features
+from fastalign.report import charts, features
 from tests.report.helpers import GRID, edit_config, probe_facts, render
 
 CSS = Path(features.__file__).with_name("page.css").read_text()
@@ -187,6 +187,7 @@ def test_text_and_bars_stand_out_in_both_themes(theme):
     ]
     assert len(colours) == 2
     assert colours[0].keys() == colours[1].keys()
+    assert charts.THEME.items() <= colours[0].items()
 
     def contrast(a, b):
         light, dark = sorted((luminance(colours[theme][a]), luminance(colours[theme][b])), reverse=True)
