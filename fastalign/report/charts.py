@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -41,6 +42,7 @@ STYLE = {
 WIDTH, HEIGHT = 420, 250
 """Of inline SVG, in points."""
 PNG = {"dpi": 110, "metadata": {"Software": None}}
+COLOUR_MAP = matplotlib.colormaps["viridis"]
 LOSS, PROBE, THROUGHPUT = "Loss", "Patch probe during training (%)", "Throughput (images a second)"
 CURVES = [
     (LOSS, "training", "loss", 1, "aligned", "-"),
@@ -168,28 +170,55 @@ def write_curves(path: Path, metrics: list[dict], titles: Container[str]) -> boo
     return True
 
 
+@dataclass(frozen=True)
+class Tile:
+    """A picture or a map of it."""
+
+    title: str
+    model: str
+    text: str
+    """its alternative text"""
+    pixels: np.ndarray
+    """[h, w, 3] uint8"""
+    queries: tuple[int, ...] = ()
+    """which of the query patches are marked"""
+    caption: str = ""
+
+
+def tiles(pictures: Pictures, maps: PatchMaps, index: int) -> list[Tile]:
+    """A picture, its components and its cosines, the latter from dark (`maps.low`) to light (1)."""
+    name = pictures.names[index]
+    found = [Tile("Picture", "", f"{name}, with patches A and B marked", pictures.shown[index], (0, 1))]
+    for model, colours in maps.colours.items():
+        text = f"Principal components of {name}, {model}"
+        found.append(Tile("Principal components", model, text, colours[index], caption=model))
+    for query, (model, maps_of) in product(range(2), maps.cosines.items()):
+        values, title = maps_of[index, query], f"patch {'AB'[query]}"
+        mean = f"mean {round(values.mean(), 2) + 0.0:.2f}"  # no -0.00
+        text = f"Cosines with {name}, {title}, {model}: {mean}, lowest {values.min():.2f}"
+        pixels = COLOUR_MAP((values - maps.low) / (1 - maps.low), bytes=True)[..., :3]
+        found.append(Tile(f"Cosine with {title}", model, text, pixels, (query,), f"{model}, {mean}"))
+    return found
+
+
 @matplotlib.rc_context(STYLE)
 def write_patches(path: Path, pictures: Pictures, maps: PatchMaps) -> bool:
-    """Write a PNG of pictures, their components and their cosines, a row a picture. Returns True."""
-    models = list(maps.colours)
-    titles = ["picture", *(f"components,\n{model}" for model in models)]
-    titles += [f"cosine with {letter},\n{model}" for letter in "AB" for model in models]
-    rows, columns = maps.grid
-    figure = Figure(figsize=(1.45 * len(titles), 1.45 * rows / columns * len(pictures.names) + 0.5))
-    places = figure.subplots(len(pictures.names), len(titles), squeeze=False)
-    for index, row in enumerate(places):
-        tiles = [(pictures.shown[index], (0, 1)), *((maps.colours[model][index], ()) for model in models)]
-        tiles += [(cosine_colours(maps, model, index, q), (q,)) for q in range(2) for model in models]
-        for axes, (tile, marks) in zip(row, tiles, strict=True):
-            axes.imshow(tile, extent=(0, columns, rows, 0), interpolation="nearest")  # units of patches
-            axes.set_axis_off()
-            for query, (colour, width) in product(marks, (("black", 3), ("white", 1.5))):
-                y, x = divmod(maps.queries[index][query], columns)
-                circle, square = Circle((x + 0.5, y + 0.5), 0.5), Rectangle((x, y), 1, 1)
-                mark = axes.add_patch(circle if query else square)
-                mark.set(fill=False, edgecolor=colour, linewidth=width)
-    for axes, title in zip(places[0], titles, strict=True):
-        axes.set_title(title, fontsize=8)
+    """Write a PNG of the tiles of all pictures, a row a picture. Returns True."""
+    lines = [tiles(pictures, maps, index) for index in range(len(pictures.names))]
+    (rows, columns), count = maps.grid, len(lines[0])
+    figure = Figure(figsize=(1.45 * count, 1.45 * rows / columns * len(lines) + 0.5))
+    places = figure.subplots(len(lines), count, squeeze=False)
+    for index, tile_index in np.ndindex(places.shape):
+        axes, tile = places[index, tile_index], lines[index][tile_index]
+        axes.imshow(tile.pixels, extent=(0, columns, rows, 0), interpolation="nearest")  # units of patches
+        axes.set_axis_off()
+        if index == 0:
+            axes.set_title(f"{tile.title}\n{tile.model}", fontsize=8)
+        for query, (colour, width) in product(tile.queries, (("black", 3), ("white", 1.5))):
+            y, x = divmod(maps.queries[index][query], columns)
+            circle, square = Circle((x + 0.5, y + 0.5), 0.5), Rectangle((x, y), 1, 1)
+            mark = axes.add_patch(circle if query else square)
+            mark.set(fill=False, edgecolor=colour, linewidth=width)
     figure.savefig(path, **PNG)
     return True
 
@@ -217,12 +246,6 @@ def write_probe(path: Path, probe: Probe) -> bool:
     return True
 
 
-def cosine_colours(maps: PatchMaps, model: str, index: int, query: int) -> np.ndarray:
-    """A map of cosines as uint8 RGB, dark (`maps.low`) to light (1): [R, C, 3]."""
-    place = (maps.cosines[model][index, query] - maps.low) / (1 - maps.low)
-    return matplotlib.colormaps["viridis"](place, bytes=True)[..., :3]
-
-
 def ramp() -> str:
-    """The same colours for a CSS gradient, dark to light."""
-    return ",".join(map(matplotlib.colors.to_hex, matplotlib.colormaps["viridis"](np.linspace(0, 1, 9))))
+    """The colours of cosines for a CSS gradient, dark to light."""
+    return ",".join(map(matplotlib.colors.to_hex, COLOUR_MAP(np.linspace(0, 1, 9))))

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from fastalign.config import to_yaml
-from fastalign.report.charts import colours_of, cosine_colours, curves, line_chart, ramp, size_chart
+from fastalign.report.charts import colours_of, curves, line_chart, ramp, size_chart, tiles
 from fastalign.report.features import PatchMaps, Pictures
 from fastalign.report.probe import ALIGNED, BEFORE, METRICS, Probe, Setting, score_text, setting_text
 from fastalign.report.run import Run
@@ -68,30 +69,26 @@ def _key_numbers(run: Run) -> list[tuple[str, str]]:
 
 
 def _picture(pictures: Pictures, maps: PatchMaps, index: int) -> dict:
-    """A picture and its groups of tiles: (title, [(image, alternative text, marks, caption)])."""
-    name = pictures.names[index]
+    """A picture, and its maps by title: tiles with their data URIs and their marks (class, row, column)."""
     marks = [("ab"[query], *divmod(patch, maps.grid[1])) for query, patch in enumerate(maps.queries[index])]
-    components = [
-        (_image(maps.colours[model][index]), f"Principal components of {name}, {model}", [], model)
-        for model in maps.colours
-    ]
-    groups = [("Principal components", components)]
-    for query, letter in enumerate("AB"):
-        tiles = []
-        for model, values in maps.cosines.items():
-            cosines = values[index, query]
-            mean = f"mean {round(cosines.mean(), 2) + 0.0:.2f}"  # no -0.00
-            text = f"Cosines with {name}, patch {letter}, {model}: {mean}, lowest {cosines.min():.2f}"
-            image = _image(cosine_colours(maps, model, index, query))
-            tiles.append((image, text, [marks[query]], f"{model}, {mean}"))
-        groups.append((f"Cosine with patch {letter}", tiles))
-    shown = _image(pictures.shown[index], "jpeg", quality=QUALITY)
-    return {"name": name, "image": shown, "marks": marks, "groups": groups}
+    shown, *rest = (
+        (
+            tile,
+            _image(tile.pixels, "jpeg" if tile.title == "Picture" else "png"),
+            [marks[q] for q in tile.queries],
+        )
+        for tile in tiles(pictures, maps, index)
+    )
+    return {
+        "name": pictures.names[index],
+        "shown": shown,
+        "groups": groupby(rest, lambda found: found[0].title),
+    }
 
 
-def _image(pixels: np.ndarray, kind: str = "png", **options) -> str:
+def _image(pixels: np.ndarray, kind: str) -> str:
     """A data URI of uint8 RGB, [h, w, 3]."""
-    Image.fromarray(pixels).save(file := io.BytesIO(), kind, **options)
+    Image.fromarray(pixels).save(file := io.BytesIO(), kind, quality=QUALITY)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
