@@ -53,12 +53,7 @@ COLUMNS = {
 def compare(run: Path, root: Path, seeds: list[int], split: str, workers: int) -> dict[str, dict[str, dict]]:
     """Run the trials, write `evidence-SPLIT.json` and, of the test split, the `probe.json` that a report shows.
 
-    Args:
-        run: the demo's finished run; it is the aligned student of its own seed.
-        root: the folder of the other trials.
-        seeds: of every row.
-        split: what finished heads are evaluated on.
-        workers: trials at once.
+    The demo's finished run is the aligned student of its own seed; `root` is the folder of the other trials.
 
     Returns:
         Row -> column -> mean and spread over the seeds.

@@ -212,15 +212,13 @@ def _rendered_key(folder: Path) -> dict | None:
 
 
 def render(out: Path, settings: Settings, workers: int = 2) -> bool:
-    """Render the mosaics into a folder, which appears only when complete.
-
-    Args:
-        out: the folder; other mosaics in it are replaced, anything else is refused.
-        settings: what to render.
-        workers: processes; the result is the same for any number.
+    """Render the mosaics into a folder, which appears only when complete; other mosaics in it are replaced.
 
     Returns:
         Whether anything was rendered; False if the folder has the same settings.
+
+    Raises:
+        UserError: the folder holds something else.
     """
     found = _rendered_key(out)
     if found == settings.key:

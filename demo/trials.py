@@ -104,14 +104,7 @@ def run_trials(
     workers: int = CORES,
     minutes: float | None = None,
 ) -> list[list[dict] | None]:
-    """Run the trials that are not finished yet.
-
-    Args:
-        trials: what to run.
-        root: the folder of all.
-        say: gets a line when a trial is done.
-        workers: how many at once.
-        minutes: start no trial later than that; None = run all.
+    """Run the trials that are not finished yet, `workers` at once; start none after so many `minutes`.
 
     Returns:
         For each trial its rows as in `probe.json`; None for one that was not started.

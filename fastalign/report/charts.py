@@ -176,12 +176,9 @@ class Tile:
 
     title: str
     model: str
-    text: str
-    """its alternative text"""
-    pixels: np.ndarray
-    """[h, w, 3] uint8"""
-    queries: tuple[int, ...] = ()
-    """which of the query patches are marked"""
+    alt: str
+    pixels: np.ndarray  # [h, w, 3] uint8
+    queries: tuple[int, ...] = ()  # which of the query patches are marked
     caption: str = ""
 
 
@@ -190,14 +187,14 @@ def tiles(pictures: Pictures, maps: PatchMaps, index: int) -> list[Tile]:
     name = pictures.names[index]
     found = [Tile("Picture", "", f"{name}, with patches A and B marked", pictures.shown[index], (0, 1))]
     for model, colours in maps.colours.items():
-        text = f"Principal components of {name}, {model}"
-        found.append(Tile("Principal components", model, text, colours[index], caption=model))
+        alt = f"Principal components of {name}, {model}"
+        found.append(Tile("Principal components", model, alt, colours[index], caption=model))
     for query, (model, maps_of) in product(range(2), maps.cosines.items()):
         values, title = maps_of[index, query], f"patch {'AB'[query]}"
         mean = f"mean {round(values.mean(), 2) + 0.0:.2f}"  # no -0.00
-        text = f"Cosines with {name}, {title}, {model}: {mean}, lowest {values.min():.2f}"
+        alt = f"Cosines with {name}, {title}, {model}: {mean}, lowest {values.min():.2f}"
         pixels = COLOUR_MAP((values - maps.low) / (1 - maps.low), bytes=True)[..., :3]
-        found.append(Tile(f"Cosine with {title}", model, text, pixels, (query,), f"{model}, {mean}"))
+        found.append(Tile(f"Cosine with {title}", model, alt, pixels, (query,), f"{model}, {mean}"))
     return found
 
 

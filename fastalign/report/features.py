@@ -34,12 +34,7 @@ class Pictures:
 
 
 def load_pictures(wanted: int | list[str], data: str | None, vit: ViT) -> Pictures:
-    """The pictures of a report.
-
-    Args:
-        wanted: how many of `data`, evenly spread; or image files.
-        data: image folder, tar shards or `synthetic:COUNT`; not read if files are given.
-        vit: its size and normalisation apply.
+    """So many pictures of a data set, evenly spread, or image files, as inputs of a backbone.
 
     Raises:
         UserError: data or a picture that cannot be read.
@@ -78,7 +73,7 @@ def _prepare(names: list[str], images: list[Image.Image], vit: ViT) -> Pictures:
 
 
 def _enlarge(image: Image.Image, vit: ViT) -> np.ndarray:
-    """The part of an image that the backbone's patches cover, with more pixels than its input has."""
+    """The part of an image that the patches cover, with more pixels than the input has."""
     shape, size = np.array([image.height, image.width]), np.array(vit.spec.image_size)
     cut = Transform(vit.spec.image_size, crop="eval", **vit.data)
     place = geometry(cut, shape[None], np.zeros(1, np.int64), seed=0, epoch=0)
@@ -113,10 +108,7 @@ def principal_components(tokens: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def match_components(values: np.ndarray, anchor: np.ndarray) -> np.ndarray:
-    """Components in the order and with the signs that correlate best with another model's; all are [B, N, 3].
-
-    Of all orders, the one with the largest sum of absolute correlations.
-    """
+    """Components [B, N, 3] in the order, and with the signs, that correlate best with those of another model."""
     pair = np.concatenate([anchor, values], -1).reshape(-1, 2 * COMPONENTS)
     with np.errstate(invalid="ignore"):  # constant components
         correlation = np.nan_to_num(np.corrcoef(pair.T)[:COMPONENTS, COMPONENTS:])
@@ -164,10 +156,7 @@ class PatchMaps:
 
 
 def compute_maps(models: dict[str, ViT], images: Tensor) -> PatchMaps:
-    """Maps of normalised images, [B, 3, height, width], for one or two models of the same grid.
-
-    Query patches and the order of the components are the first model's.
-    """
+    """Maps of normalised images, [B, 3, height, width]; the first model sets query patches and component order."""
     grid = next(iter(models.values())).spec.grid
     tokens = {name: patch_tokens(vit, images) for name, vit in models.items()}
     queries = [query_patches(picture, grid) for picture in next(iter(tokens.values()))]

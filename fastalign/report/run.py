@@ -29,11 +29,7 @@ class Run:
 
 
 def read_run(folder: Path, probe: Path | None = None) -> Run:
-    """Read a run.
-
-    Args:
-        folder: the run folder.
-        probe: results of a probe; None = the run's own `probe.json`, if it exists.
+    """Read a run folder; without `probe` its own `probe.json`, if it exists.
 
     Raises:
         UserError: not a run folder, or a damaged file.
@@ -62,10 +58,7 @@ def read_run(folder: Path, probe: Path | None = None) -> Run:
 
 
 def load_backbones(run: Run) -> dict[str, ViT]:
-    """The aligned backbone and, first, the one before alignment, if its weights are available.
-
-    The one before has not the run's soft-cap; random weights are drawn as training draws them.
-    """
+    """The aligned backbone and, first, the one before alignment (without the run's soft-cap), if it is available."""
     found = {}
     if run.config is not None:
         try:
