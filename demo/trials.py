@@ -25,9 +25,9 @@ import torch
 from fastalign.backbones.zoo import load_backbone
 from fastalign.config import Config, load_config
 from fastalign.evaluation.datasets import open_labelled
-from fastalign.evaluation.features import Probed, probed_backbone
-from fastalign.evaluation.fit import Recipe
-from fastalign.evaluation.patches import Plan, probe
+from fastalign.evaluation.patch_features import Encoder, frozen_encoder
+from fastalign.evaluation.patches import Recipe
+from fastalign.evaluation.probing import Plan, probe
 from fastalign.train import train
 from fastalign.training import build
 from fastalign.training.command import run_command
@@ -158,15 +158,15 @@ def start_trial(trial: Trial, root: Path) -> None:
     spec.unlink()
 
 
-def encoder_of(trial: Trial, folder: Path, device: torch.device) -> Probed:
+def encoder_of(trial: Trial, folder: Path, device: torch.device) -> Encoder:
     """What the trial's heads read."""
     if trial.read == "student":
-        return probed_backbone(load_backbone(folder).to(device))
+        return frozen_encoder(load_backbone(folder).to(device))
     config = trial.config(folder)
     if trial.read == "teacher":
-        return probed_backbone(build.starting_backbone(config).to(device))
+        return frozen_encoder(build.starting_backbone(config).to(device))
     objective, backbone = build.build_objective(config)
-    probed, decoder = probed_backbone(backbone.to(device)), objective.student.decoder.to(device).eval()
+    encoder, decoder = frozen_encoder(backbone.to(device)), objective.student.decoder.to(device).eval()
     # LayerScale begins at 1e-6, with which an untrained decoder does nothing. The heads read its last norm.
     for block in decoder.blocks:
         for scale in block.layer_scales() or ():
@@ -174,11 +174,11 @@ def encoder_of(trial: Trial, folder: Path, device: torch.device) -> Probed:
     decoder.head = torch.nn.Identity()
 
     def encode(images: torch.Tensor) -> list[torch.Tensor]:
-        tokens = probed.encode(images)[0]
-        visible = tokens.new_ones(len(tokens), 1, probed.shape.patches, dtype=torch.bool)
+        tokens = encoder.encode(images)[0]
+        visible = tokens.new_ones(len(tokens), 1, encoder.shape.patches, dtype=torch.bool)
         return [decoder(tokens, visible)[:, 0]]
 
-    return replace(probed, encode=encode, identity=f"{probed.identity} decoder {trial.seed}")
+    return replace(encoder, encode=encode, identity=f"{encoder.identity} decoder {trial.seed}")
 
 
 def run_trial(trial: Trial, root: Path) -> None:
@@ -200,7 +200,7 @@ def run_trial(trial: Trial, root: Path) -> None:
         splits,
         plans,
         world,
-        judge=trial.splits,
+        report_on=trial.splits,
         threads=1,
         say=lambda text: print(text, flush=True),
     )

@@ -15,9 +15,9 @@ import fastalign as fa
 from fastalign.backbones.precision import FP8_CAPABILITY, FP8Linear
 from fastalign.config import load_config
 from fastalign.data.prefetch import Batch
-from fastalign.evaluation.features import Features
-from fastalign.evaluation.fit import Recipe, Task, evaluate, fit
-from fastalign.evaluation.heads import TokenShape, make_head
+from fastalign.evaluation.heads import TokenShape, make_patch_head
+from fastalign.evaluation.patch_features import PatchFeatures
+from fastalign.evaluation.patches import Recipe, Task, evaluate_head, fit_head
 from fastalign.train import update
 from fastalign.training import build
 from fastalign.training.distributed import World
@@ -228,7 +228,7 @@ def test_a_probe_counts_and_learns_as_on_the_cpu(labels):
     tokens = torch.randn(images, 17, 32)
     tokens[:, 1:, :5] += 3 * union
     tokens[:, 0, :5] += 3 * union.any(1)
-    features = Features(
+    features = PatchFeatures(
         {0: tokens.bfloat16()},
         np.packbits(union.numpy(), axis=-1),
         union.int().argmax(-1).numpy().astype(np.int16),
@@ -238,10 +238,10 @@ def test_a_probe_counts_and_learns_as_on_the_cpu(labels):
     found = {}
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
         torch.manual_seed(0)
-        head, task = make_head("transformer", labels, shape, 5), Task("transformer", labels, 0, 0)
+        head, task = make_patch_head("transformer", labels, shape, 5), Task("transformer", labels, 0, 0)
         where = {"device": torch.device(device), "dtype": dtype}
-        head, _, _ = fit(head, task, features, None, Recipe(epochs=40, lr=3e-3), **where)
-        found[device, dtype] = evaluate(head, task, features, **where)["macro_f1"]
+        head, _, _ = fit_head(head, task, features, None, Recipe(epochs=40, lr=3e-3), **where)
+        found[device, dtype] = evaluate_head(head, task, features, **where)["macro_f1"]
     reference = found["cpu", torch.float32]
     assert reference > 0.5
     assert found["cuda", torch.float32] == pytest.approx(reference, abs=0.02)

@@ -1,18 +1,19 @@
-"""A small probe of a run's student while it trains; `docs/probe.md`, "During training", says what it measures."""
+"""A small probe of the student while it trains; docs/probe.md, "During training", describes it."""
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from fastalign.backbones.vit import ViT
 from fastalign.config import Config
-from fastalign.evaluation.datasets import LabelledImages, open_labelled
-from fastalign.evaluation.features import probed_backbone, read_features
-from fastalign.evaluation.fit import Recipe, Task, evaluate, fit
-from fastalign.evaluation.heads import make_head
+from fastalign.evaluation.datasets import open_labelled
+from fastalign.evaluation.heads import make_patch_head
+from fastalign.evaluation.pairs import LabelledImages
+from fastalign.evaluation.patch_features import frozen_encoder, read_patch_features
+from fastalign.evaluation.patches import Recipe, Task, evaluate_head, fit_head
 from fastalign.training.distributed import World, on_first_rank
-from fastalign.training.run import Run
 from fastalign.utils.errors import UserError
 
 IMAGES = {"train": 2_000, "val": 1_000}
@@ -22,96 +23,103 @@ REPORTED = ("macro_recall", "map", "loss")
 
 
 def open_splits(config: Config, world: World) -> dict[str, LabelledImages]:
-    """The images that `probe.data` is probed with: on rank 0 parts of its train and val splits, elsewhere nothing.
-
-    The test split stays closed: what chooses a checkpoint must not have seen it.
+    """Parts of the train and val splits of `probe.data` on rank 0, nothing elsewhere; `test` is not opened.
 
     Raises:
         SharedError: the data cannot be opened; on every rank.
     """
     found = {}
 
-    def opened() -> None:
+    def open_parts() -> None:
         for split, most in IMAGES.items():
             try:
-                found[split] = _evenly(open_labelled(config.probe.data, split), most)
+                data = open_labelled(config.probe.data, split)
             except UserError as error:
                 raise UserError(f"probe.data: {error}") from error
+            found[split] = data.subset(np.arange(most) * len(data) // most) if len(data) > most else data
 
     if config.probe.data is not None:
-        on_first_rank(world, opened)
+        on_first_rank(world, open_parts)
     return found
 
 
 def contents(splits: dict[str, LabelledImages]) -> dict[str, str]:
-    """What `probe.data` names, as `continuation.contents` has it of the other paths."""
+    """What identifies the images of `probe.data` to a run that resumes."""
     marks = " ".join(f"{split.fingerprint():08x}" for split in splits.values())
     return {"probe.data": marks} if marks else {}
 
 
-def due(run: Run) -> bool:
-    """Whether the student is probed at the step where the run stands."""
+def due(run) -> bool:
+    """Whether a run probes its student at the present step."""
     if run.config.probe.data is None:
         return False
     every = run.config.probe.every_steps or run.epoch_steps
     return run.step % every == 0 or run.step == run.last_step
 
 
-def probe_student(run: Run, splits: dict[str, LabelledImages]) -> dict[str, float]:
-    """Teaches a fresh head on the student's tokens and judges it.
+def probe_student(run, splits: dict[str, LabelledImages]) -> dict[str, float]:
+    """Probes the encoder of a run's student, with the averaged weights where there are some."""
+    encoder = run.objective.student.encoder
 
-    Rank 0 probes alone, since features in memory are one rank's; the others wait. The run is left as it is: what is
-    probed is a copy of the encoder (of the averaged weights where there are some), and random states are restored.
+    def probe() -> dict[str, float]:
+        vit = copy.deepcopy(encoder)  # a copy is not compiled, so no graph of training is compiled again
+        if run.average:
+            average = run.average.state
+            vit.load_state_dict({name: average[f"encoder.{name}"] for name in vit.state_dict()})
+        return probe_encoder(
+            vit,
+            splits,
+            run.world.device,
+            seed=run.config.seed,
+            threads=run.config.data.threads,
+            dtype=run.dtype,
+            on_forward=lambda: run.beat("probing"),
+        )
+
+    return on_first_rank(run.world, probe)
+
+
+def probe_encoder(
+    vit: ViT,
+    splits: dict[str, LabelledImages],
+    device: torch.device,
+    *,
+    seed: int,
+    threads: int,
+    dtype: torch.dtype,
+    on_forward: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Trains a fresh head on a backbone's tokens, in memory and on one rank, and evaluates it.
+
+    Random states stay as they are; the backbone is frozen.
 
     Args:
-        run: with a student that is trained.
+        vit: on the device.
         splits: of `open_splits`.
+        device: where.
+        seed: of the head and its training.
+        threads: that read images.
+        dtype: of autocast.
+        on_forward: called at each forward pass.
 
     Returns:
-        On every rank, of the val split after the last epoch: macro_recall, map and loss.
+        Of the val split after the last epoch: macro_recall, map and loss.
 
     Raises:
-        SharedError: a bad image or label map; on every rank.
+        UserError: a bad image or label map.
     """
-    return on_first_rank(run.world, lambda: _probe(run, splits))
-
-
-def student_tokens(run: Run) -> ViT:
-    """A copy of the student's encoder as `backbone.safetensors` would have it now.
-
-    A copy of a module is not compiled, so that whatever batch it reads, no graph of training is made anew.
-    """
-    vit = copy.deepcopy(run.objective.student.encoder)
-    if run.average:
-        average = run.average.state.items()
-        vit.load_state_dict(
-            {name.removeprefix("encoder."): value for name, value in average if name.startswith("encoder.")}
-        )
-    return vit
-
-
-def _probe(run: Run, splits: dict[str, LabelledImages]) -> dict[str, float]:
-    device, seed = run.world.device, run.config.seed
-    alone = World(rank=0, size=1, device=device)
-    where = {"device": device, "dtype": run.dtype}
+    where = {"device": device, "dtype": dtype}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        vit = student_tokens(run)
-        vit.patch_embed.register_forward_hook(lambda *_: run.beat("probing"))
-        probed = probed_backbone(vit)
-        features = {
-            split: read_features(probed, data, alone, threads=run.config.data.threads, dtype=run.dtype)
-            for split, data in splits.items()
+        vit.patch_embed.register_forward_hook(lambda *_: on_forward())
+        encoder, world = frozen_encoder(vit), World(0, 1, device)
+        read = {
+            n: read_patch_features(encoder, s, world, threads=threads, dtype=dtype) for n, s in splits.items()
         }
         task = Task("transformer", "union", skip_blocks=0, seed=seed)
-        recipe = Recipe(epochs=EPOCHS, batch_size=min(Recipe.batch_size, len(features["train"])))
+        recipe = Recipe(epochs=EPOCHS, batch_size=min(Recipe().batch_size, len(read["train"])))
         torch.manual_seed(seed)
-        head = make_head(task.head, task.labels, probed.shape, features["train"].classes)
-        head.register_forward_hook(lambda *_: run.beat("probing"))
-        head, _, _ = fit(head, task, features["train"], None, recipe, **where)
-        found = evaluate(head, task, features["val"], by_size=False, **where)
+        head = make_patch_head(task.head, task.labels, encoder.shape, read["train"].classes)
+        head.register_forward_hook(lambda *_: on_forward())
+        head, _, _ = fit_head(head, task, read["train"], None, recipe, **where)
+        found = evaluate_head(head, task, read["val"], by_size=False, **where)
     return {name: found[name] for name in REPORTED}
-
-
-def _evenly(data: LabelledImages, most: int) -> LabelledImages:
-    count = len(data)
-    return data if count <= most else data.subset(np.arange(most) * count // most)

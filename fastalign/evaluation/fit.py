@@ -1,200 +1,167 @@
-"""Training a head on frozen tokens, and judging it."""
+"""The training loop of heads and classifiers, and their evaluation."""
 
-import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from fastalign.backbones.precision import autocast
-from fastalign.evaluation.features import Features
-from fastalign.evaluation.metrics import MultiClassCounts, MultiLabelCounts
-from fastalign.training.optim import adamw, learning_rate
-from fastalign.utils.errors import UserError
-
-METRICS = ("macro_recall", "macro_precision", "macro_f1", "macro_accuracy", "accuracy", "map", "loss")
-_EVALUATION_BATCH = 256
+from fastalign.data.prefetch import Batch
+from fastalign.training.distributed import World
+from fastalign.training.optim import seed_update
 
 
-def check_options(options: object, checks: Iterable[tuple[str, bool, str]]) -> None:
-    """Refuses the first option that is not right: (field, whether it is right, what it must be).
-
-    Raises:
-        UserError: it names the field as the command line does.
-    """
-    for name, right, rule in checks:
-        if not right:
-            value = getattr(options, name)
-            shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else value
-            raise UserError(f"--{name.replace('_', '-')} {shown}: it must be {rule}")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a head is trained; the defaults are the paper's."""
-
-    epochs: int = 5
-    batch_size: int = 32
-    lr: float = 1e-3
-    min_lr: float = 1e-4
-    warmup_steps: int = 500
-    """at most a tenth of all steps"""
-    weight_decay: float = 0.01
-    select: str = "macro_recall"
-    """the metric on the validation split that chooses the epoch; macro recall where the labels have no such metric"""
-
-    def __post_init__(self):
-        checks = (
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("lr", 0 < self.lr < math.inf, "a positive number"),
-            ("min_lr", 0 <= self.min_lr <= self.lr, f"from 0 to --lr, which is {self.lr:g}"),
-            ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
-            ("select", self.select in METRICS, f"one of {' '.join(METRICS)}"),
-        )
-        check_options(self, checks)
-
-    def check_images(self, count: int) -> None:
-        """Refuses a training split that does not fill a batch."""
-        if count < self.batch_size:
-            raise UserError(
-                f"--batch-size {self.batch_size}: the training split has {count} images; lower it"
-            )
-
-
-@dataclass(frozen=True)
-class Task:
-    """One head on one set of tokens."""
-
-    head: str
-    labels: str
-    skip_blocks: int
-    """which set of tokens: how many of the last blocks are left out"""
-    seed: int
-
-
-def head_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy for `majority` targets [b, N] int64 (-1 = void), else binary cross-entropy, both means, fp32.
-
-    Without a labelled patch the cross-entropy is 0, not a number that is none.
-    """
-    if targets.dtype == torch.int64:
-        logits, targets = logits.float().flatten(0, 1), targets.flatten()
-        total = functional.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-        return total / (targets >= 0).sum().clamp(min=1)
-    return functional.binary_cross_entropy_with_logits(logits.float(), targets.float())
-
-
-def fit(
-    head: nn.Module,
-    task: Task,
-    train: Features,
-    select: Features | None,
-    recipe: Recipe,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[nn.Module, int, dict]:
-    """Trains a head and keeps the epoch that is best on `select` by `recipe.select`, or the last one without.
+class FeatureLoader:
+    """Batches of features on one rank, in the form of a `Loader`'s.
 
     Args:
-        head: fresh, tokens [b, T, D] -> logits; it is moved to the device.
-        task: names the labels and tokens; the seed decides the order of the images.
-        train: what it learns from; what does not fill a batch is left out, other images each epoch.
-        select: what the epoch is chosen on; None = nothing is chosen, the last epoch stays.
-        recipe: how.
-        device: where.
-        dtype: bf16 for autocast, or fp32.
-
-    Returns:
-        The head, the epoch (from 1), and the metrics on `select`, without it none.
-
-    Raises:
-        UserError: fewer images than a batch.
+        features: [n, ...].
+        batch_size: b.
+        device: of the batches.
+        order: epoch -> [n] row numbers, of which an incomplete last batch is dropped; None = all rows in order.
+        dtype: of the batches; None = the features'.
     """
-    recipe.check_images(len(train))
-    head = head.to(device)
-    optimizer = adamw(head.parameters(), lr=recipe.lr, betas=(0.9, 0.999), weight_decay=recipe.weight_decay)
-    steps = len(train) // recipe.batch_size
-    total, step, best = steps * recipe.epochs, 0, None
-    warmup = min(recipe.warmup_steps, total // 10)
-    rate = partial(learning_rate, total=total, warmup=warmup, lr=recipe.lr, min_lr=recipe.min_lr, start=0.0)
-    for epoch in range(1, recipe.epochs + 1):
-        head.train()
-        order = np.random.default_rng([task.seed, epoch]).permutation(len(train))
-        for first in range(0, steps * recipe.batch_size, recipe.batch_size):
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step)
-            rows = np.sort(order[first : first + recipe.batch_size])
-            loss = head_loss(*_answers(head, task, train, rows, device, dtype))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            step += 1
-        if select is None:
-            continue
-        found = evaluate(head, task, select, device=device, dtype=dtype, by_size=False)
-        score = _score(found, recipe.select)
-        if best is None or score > best[0]:
-            best = score, epoch, copy.deepcopy(head.state_dict()), found
-    if best is None:
-        return head, recipe.epochs, {}
-    _, epoch, state, found = best
-    head.load_state_dict(state)
-    return head, epoch, found
+
+    def __init__(
+        self,
+        features: Tensor,
+        *,
+        batch_size: int,
+        device: torch.device,
+        order: Callable[[int], np.ndarray] | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        self.features, self.batch_size, self.device, self.order = features, batch_size, device, order
+        self.dtype = dtype or features.dtype
+
+    def __len__(self) -> int:
+        count = len(self.features)
+        return count // self.batch_size if self.order else -(-count // self.batch_size)
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from batch `start` on; `images` holds features."""
+        order = self.order(epoch) if self.order else np.arange(len(self.features))
+        for step in range(start, len(self)):
+            rows = order[step * self.batch_size : (step + 1) * self.batch_size]
+            ids = torch.from_numpy(rows)
+            features = self.features[ids.to(self.features.device)].to(self.device, non_blocking=True)
+            yield Batch(features.to(self.dtype), ids.to(self.device), rows, 0.0)
+
+    def close(self) -> None:
+        """Does nothing: a `Loader` has threads to stop, this has none."""
 
 
-def _score(found: dict, select: str) -> float:
-    """Higher is better; a metric that is not a number never wins."""
-    score = found.get(select, found["macro_recall"])
-    return -math.inf if math.isnan(score) else -score if select == "loss" else score
+@dataclass
+class Fit:
+    """Trains a module with AdamW; its owner evaluates after each epoch."""
+
+    module: nn.Module
+    """on the device: a batch's `images` -> logits"""
+    groups: list[dict]
+    """AdamW's parameter groups, each with the "factor" of its learning rate"""
+    loss: Callable[[Tensor, Batch], Tensor]
+    """(logits, batch) -> scalar"""
+    rate: Callable[[int], float]
+    """update, from 0 -> learning rate"""
+    epochs: int
+    epoch_steps: int
+    """updates"""
+    world: World
+    """ranks that share each batch"""
+    dtype: torch.dtype
+    """of autocast"""
+    seed: int = 0
+    """of stochastic depth"""
+    accumulate: int = 1
+    """batches per update"""
+    clip: float = 0.0
+    """largest gradient norm; 0 = any"""
+    step: int = 0
+
+    def __post_init__(self):
+        self.parameters = [parameter for group in self.groups for parameter in group["params"]]
+        self.optimizer = torch.optim.AdamW(self.groups, betas=(0.9, 0.999), fused=True)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        self.model = self.module
+        if self.world.size > 1:
+            self.model = DistributedDataParallel(
+                self.module, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    @property
+    def total(self) -> int:
+        """Updates in all."""
+        return self.epochs * self.epoch_steps
+
+    def run(
+        self,
+        batches: Callable[[int, int], Iterator[Batch]],
+        after_update: Callable[[int, dict], None] | None = None,
+    ) -> Iterator[tuple[int, float]]:
+        """Trains from the present step to the end.
+
+        Args:
+            batches: (epoch from 0, first batch) -> the epoch's batches from there on.
+            after_update: gets the epoch, and the update's measurements that are still on the device.
+
+        Yields:
+            After each epoch its number, from 1, and its mean loss.
+        """
+        while self.step < self.total:
+            epoch, done = divmod(self.step, self.epoch_steps)
+            self.module.train()
+            with closing(batches(epoch, done * self.accumulate)) as parts:
+                while self.step < (epoch + 1) * self.epoch_steps:
+                    measured = self.update(parts)
+                    if after_update:
+                        after_update(epoch, measured)
+            loss = self.loss_sum.item() / self.epoch_steps
+            self.loss_sum.zero_()
+            yield epoch + 1, loss
+
+    def update(self, batches: Iterator[Batch]) -> dict[str, Tensor | float]:
+        """One update of the weights. Returns measurements that are still on the device."""
+        lr = self.rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["factor"]
+        seed_update(self.seed, self.step, self.world.rank)
+        total, waited = torch.zeros((), device=self.world.device), 0.0
+        for part in range(self.accumulate):
+            batch = next(batches)
+            waited += batch.wait
+            last = part == self.accumulate - 1
+            with nullcontext() if last or self.world.size == 1 else self.model.no_sync():
+                with autocast(self.world.device, self.dtype):
+                    logits = self.model(batch.images)
+                loss = self.loss(logits, batch) / self.accumulate
+                loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        loss = self.world.sum(total) / self.world.size
+        self.loss_sum += loss
+        self.step += 1
+        return {"loss": loss, "grad_norm": norm, "lr": lr, "waited": waited}
 
 
 @torch.no_grad()
 def evaluate(
-    head: nn.Module,
-    task: Task,
-    features: Features,
-    *,
+    module: nn.Module,
+    batches: Iterator[Batch],
+    add: Callable[[Tensor, Batch], None],
     device: torch.device,
     dtype: torch.dtype,
-    by_size: bool = True,
-) -> dict:
-    """The metrics of a head on a split (see `fastalign.evaluation.metrics`), and its `loss`.
-
-    The loss is the mean over all answers: of patches (or images) and classes, for `majority` of labelled patches.
-    """
-    head.eval()
-    if task.labels == "majority":
-        counts = MultiClassCounts(features.classes, device)
-    else:
-        counts = MultiLabelCounts(features.classes, device, by_size=by_size and task.labels == "union")
-    total, weights = torch.zeros(2, dtype=torch.float64, device=device)
-    for first in range(0, len(features), _EVALUATION_BATCH):
-        rows = np.arange(first, min(first + _EVALUATION_BATCH, len(features)))
-        logits, targets = _answers(head, task, features, rows, device, dtype)
-        weight = (targets >= 0).sum() if task.labels == "majority" else len(rows)
-        total += head_loss(logits, targets).double() * weight
-        weights += weight
-        counts.add(logits, targets)
-    return {"loss": (total / weights).item()} | counts.results()
-
-
-def _answers(
-    head: nn.Module,
-    task: Task,
-    features: Features,
-    rows: np.ndarray,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    tokens = features.tokens[task.skip_blocks][torch.from_numpy(rows)].to(device, non_blocking=True).float()
-    targets = features.labels(rows, task.labels).to(device, non_blocking=True)
-    with autocast(device, dtype):
-        return head(tokens), targets
+) -> None:
+    """Passes the logits of every batch to `add`, in evaluation mode and under autocast of `dtype`."""
+    module.eval()
+    with closing(batches):
+        for batch in batches:
+            with autocast(device, dtype):
+                logits = module(batch.images)
+            add(logits, batch)

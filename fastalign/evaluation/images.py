@@ -1,6 +1,5 @@
-"""From a backbone and a labelled image folder to figures."""
+"""Image classification: from a backbone and a labelled image folder to `classify.json`."""
 
-import json
 import platform
 import tempfile
 from collections.abc import Callable
@@ -13,19 +12,19 @@ import torch
 
 from fastalign import __version__
 from fastalign.backbones.vit import ViT
-from fastalign.evaluation.image_fit import difference
-from fastalign.evaluation.image_heads import reads
-from fastalign.evaluation.image_labels import Split, describe, open_splits
-from fastalign.evaluation.image_modes import Job, check_batch, train_on_features, train_on_images
-from fastalign.evaluation.image_scores import summarise
-from fastalign.evaluation.options import Options
+from fastalign.evaluation.image_folders import open_image_splits
+from fastalign.evaluation.image_options import ImageOptions
+from fastalign.evaluation.image_training import Job, train_on_features, train_on_images
+from fastalign.evaluation.metrics import IMAGE_METRICS
+from fastalign.evaluation.results import check_output, write_results
 from fastalign.training.checkpoint import checksum
 from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World
+from fastalign.training.metrics import mean_and_spread
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import can_be_folder, write_atomically
+from fastalign.utils.files import can_be_folder
 
-REPORT = "classify.json"
+RESULTS = "classify.json"
 
 
 def classify(
@@ -38,118 +37,117 @@ def classify(
     command: str | None = None,
     **options,
 ) -> dict:
-    """Train classifiers on a backbone, one a seed, and say how good they are.
+    """Trains classifiers on a backbone, one for each seed, and evaluates them.
 
     Args:
-        backbone: any of ours; it is copied, and stays as it is.
+        backbone: it is copied and stays unchanged.
         data: a folder with ``train`` and ``val``, and perhaps ``test``: class folders, images with ``labels.csv``,
             or tar shards with ``.cls`` members.
-        output: the folder for classify.json, checkpoints, and features that memory has no room for; None = nothing
-            is kept, and nothing can be resumed.
+        output: the folder for classify.json and checkpoints; None = nothing is written, nothing can be resumed.
         world: the ranks that share the work; None = this process alone.
-        say: told what is going on.
-        command: kept in the result, for whoever wants to repeat it.
-        **options: fields of `fastalign.evaluation.options.Options`: head, seeds, unfreeze, epochs, lr...
+        say: gets lines about the progress.
+        command: kept in the result.
+        **options: fields of `fastalign.evaluation.image_options.ImageOptions`: head, seeds, unfreeze, epochs, lr...
 
     Returns:
-        What classify.json says (docs/classify.md).
+        The content of classify.json (docs/classify.md).
 
     Raises:
         UserError: bad data or options; the message names the command's flag.
-        TypeError: an option that there is not.
     """
-    chosen = Options(**options).resolved()
-    world = world or alone()
+    chosen = ImageOptions(**options).resolved()
+    world = world or single_process()
     if backbone.spec.channels != 3:
-        raise UserError(f"--kwargs in_chans={backbone.spec.channels}: images come with 3 channels; remove it")
+        raise UserError(f"--kwargs in_chans={backbone.spec.channels}: images have 3 channels; remove it")
     with ExitStack() as stack:
-        splits, classes = open_splits(data, world, say)
+        splits, classes = open_image_splits(data, world, say)
         for split in splits.values():
             stack.callback(split.source.close)
-        check_batch(chosen, len(splits["train"].source), world)
-        report = _begin(backbone, data, splits, classes, chosen, command)
-        folder = Path(output or world.gather(stack.enter_context(tempfile.TemporaryDirectory()))[0])
+        _check_batch_size(chosen, len(splits["train"].source), world)
+        described = {name: split.facts() for name, split in splits.items()}
+        about = {"root": str(data), "splits": described, "classes": classes}
+        facts = _facts(backbone, chosen, command, about)
+        folder = Path(output or world.share(stack.enter_context(tempfile.TemporaryDirectory())))
         can_be_folder(f"--output {folder}", folder)
-        _same_settings(folder / REPORT, report)
+        identity = _identity(facts)
+        # Figures of the same settings on older weights are out of date and may be replaced.
+        check_output(
+            folder / RESULTS, lambda old: _identity(old) | {"backbone": identity["backbone"]}, identity
+        )
         folder.mkdir(parents=True, exist_ok=True)
-        identity = _identity(report) | {"ranks": world.size} if output else None
-        job = Job(backbone, splits, len(classes), chosen, world, say, folder, identity)
+        shared = identity | {"ranks": world.size} if output else None
+        job = Job(backbone, splits, len(classes), chosen, world, say, folder, shared)
         with report_rank_error(world.rank):
             results = (train_on_images if chosen.live else train_on_features)(job)
-    mean, std = summarise(results, report["reported"])
-    report |= {"mean": mean, "std": std, "seeds": results, "ranks": world.size, "versions": _versions(world)}
+    facts |= {**_over_seeds(results, facts["reported"]), "seeds": results}
+    facts |= {"ranks": world.size, "versions": _versions(world.device)}
     if output and world.main:
-        text = json.dumps(report, indent=2) + "\n"
-        write_atomically(folder / REPORT, lambda file: file.write(text.encode()))
+        write_results(folder / RESULTS, facts)
     world.barrier()
-    return report
+    return facts
 
 
-def alone() -> World:
+def single_process() -> World:
     """This process without others, on the GPU where there is one."""
-    return World(
-        0,
-        1,
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu"),
-    )
+    gpu = torch.cuda.is_available()
+    return World(0, 1, torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu"))
 
 
-def _begin(
-    vit: ViT,
-    data: str | Path,
-    splits: dict[str, Split],
-    classes: list[str],
-    options: Options,
-    command: str | None,
-) -> dict:
-    """What of the report is known before any training."""
+def _check_batch_size(options: ImageOptions, images: int, world: World) -> None:
+    parts = options.accumulate * world.size if options.live else 1
+    size = options.batch_size
+    if size % parts:
+        raise UserError(
+            f"--batch-size {size} must be a multiple of --accumulate x ranks = {parts}: change it"
+        )
+    if size > images:
+        raise UserError(f"--batch-size {size} is more than the {images} images of train/: lower it")
+
+
+def _facts(vit: ViT, options: ImageOptions, command: str | None, data: dict) -> dict:
+    """The part of the results that is known before training."""
+    reads = "the class token" if vit.spec.class_token else "the mean of the patches"
     recipe = getattr(vit, "recipe", {"name": None, "kwargs": {}})
-    facts = {"softcap": vit.softcap, "weights": f"{checksum(vit):08x}", "reads": reads(vit, options.head)}
     reported, selection = "val", "none, the last epoch: there is no test split to report a chosen one on"
-    if "test" in splits:
+    if "test" in data["splits"]:
         reported, selection = "test", "the epoch with the best validation top-1, the first of equals"
     return {
         "command": command,
         "settings": options.settings(),
-        "backbone": {**recipe, **facts},
-        "data": {"root": str(data), "splits": describe(splits), "classes": classes},
+        "backbone": {
+            **recipe,
+            "softcap": vit.softcap,
+            "weights": f"{checksum(vit):08x}",
+            "reads": reads if options.head == "linear" else "all tokens",
+        },
+        "data": data,
         "reported": reported,
         "selection": selection,
     }
 
 
-def _identity(report: dict) -> dict:
-    """What a checkpoint must share."""
-    return {
-        "settings": report["settings"],
-        "backbone": report["backbone"],
-        "data": report["data"]["splits"],
-    }
+def _identity(facts: dict) -> dict:
+    """What results and checkpoints must share to continue one another."""
+    return {**{key: facts[key] for key in ("settings", "backbone")}, "data": facts["data"]["splits"]}
 
 
-def _same_settings(path: Path, report: dict) -> None:
-    """Refuse to replace the figures of other settings or data; those of older weights are out of date."""
-    try:
-        old = _identity(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # none, or none that anybody could read
-    new = _identity(json.loads(json.dumps(report)))
-    old["backbone"] = new["backbone"]
-    if old != new:
-        raise UserError(
-            f"{path} has the figures of {difference(old, new)}: remove it, or choose another --output"
-        )
+def _over_seeds(results: list[dict], split: str) -> dict[str, dict]:
+    """Mean and sample standard deviation (None for one seed) of each metric; None where a seed has none."""
+    figures = {"mean": {}, "std": {}}
+    for name in IMAGE_METRICS:
+        values = [result[split][name] for result in results]
+        found = {"mean": None, "std": None} if None in values else mean_and_spread(values)
+        for key in figures:
+            figures[key][name] = found[key]
+    return figures
 
 
-def _versions(world: World) -> dict[str, str]:
-    cuda = world.device.type == "cuda"
+def _versions(device: torch.device) -> dict[str, str]:
     return {
         "fastalign": __version__,
         "torch": torch.__version__,
         "timm": version("timm"),
         "numpy": np.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(world.device) if cuda else "CPU",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
     }

@@ -26,7 +26,7 @@ from tests.data_helpers import small_photos, write_folder
 NOT_PATHS = {
     "train": {"overrides"},
     "scan": set(),
-    "classify": {"kwargs", "head", "precision", "crop", "randaugment"},
+    "classify": {"kwargs", "randaugment"},
     "probe": {"kwargs"},
     "report": set(),
     "export": {"push_to_hub"},

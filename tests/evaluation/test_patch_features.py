@@ -9,9 +9,9 @@ from PIL import Image
 
 from fastalign.data.transforms import Transform, geometry
 from fastalign.evaluation.datasets import open_labelled
-from fastalign.evaluation.features import probed_backbone, read_features
+from fastalign.evaluation.patch_features import frozen_encoder, read_patch_features
 from tests.data_helpers import needs_dali
-from tests.probe.helpers import ALONE, COUNTS, models
+from tests.evaluation.helpers import COUNTS, SINGLE, models
 
 
 def pil_input(path: Path, vit) -> torch.Tensor:
@@ -25,12 +25,14 @@ def pil_input(path: Path, vit) -> torch.Tensor:
 
 
 @needs_dali
-def test_features_are_timms_of_pils_pixels(data):
+def test_features_are_timms_of_pils_pixels(scenes):
     vit, model = models()
-    probed = probed_backbone(vit, (0, 1))
+    encoder = frozen_encoder(vit, (0, 1))
     for split in ("val", "test"):
-        read = read_features(probed, open_labelled(str(data), split), ALONE, batch_size=3, threads=1)
-        files = sorted((data / split / "images").iterdir())
+        read = read_patch_features(
+            encoder, open_labelled(str(scenes), split), SINGLE, batch_size=3, threads=1
+        )
+        files = sorted((scenes / split / "images").iterdir())
         images = torch.stack([pil_input(path, vit) for path in files])
         with torch.no_grad():
             expected = model.forward_features(images)
@@ -42,7 +44,7 @@ def test_features_are_timms_of_pils_pixels(data):
         assert error.mean() < 0.015
         assert error.max() < 0.06, "each token of each image in its place"
         for index, path in enumerate(files):
-            labels = Image.open(data / split / "labels" / path.name)
+            labels = Image.open(scenes / split / "labels" / path.name)
             side = min(labels.size)
             left, top = (labels.width - side) // 2, (labels.height - side) // 2
             cut = labels.crop((left, top, left + side, top + side)).resize((32, 32), Image.Resampling.NEAREST)
@@ -75,7 +77,7 @@ def test_skipped_blocks_are_pruned_and_the_final_norm_stays(skip):
     vit, model = models()
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
-        found = probed_backbone(vit, (2, 0, 1, 0)).encode(images)
+        found = frozen_encoder(vit, (2, 0, 1, 0)).encode(images)
         model.blocks = model.blocks[: 2 - skip]
         torch.testing.assert_close(found[(2, 0, 1).index(skip)], model.forward_features(images))
     assert len(found) == 3, "asked for twice, read once"

@@ -1,4 +1,4 @@
-"""How heads are trained and chosen, against plain loops."""
+"""How patch heads are trained and selected, against plain loops."""
 
 from types import SimpleNamespace
 
@@ -10,11 +10,12 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.nn import functional
 
-from fastalign.evaluation import patches as run_module
-from fastalign.evaluation.fit import Recipe, Task, evaluate, fit, head_loss
-from fastalign.evaluation.heads import make_head
-from fastalign.evaluation.patches import Plan, probe
-from tests.probe.helpers import ALONE, SHAPE, Named, made_features
+from fastalign.evaluation import patches, probing
+from fastalign.evaluation.heads import make_patch_head
+from fastalign.evaluation.metrics import patch_loss
+from fastalign.evaluation.patches import Recipe, Task, evaluate_head, fit_head
+from fastalign.evaluation.probing import Plan, probe
+from tests.evaluation.helpers import CPU, SHAPE, SINGLE, patch_features
 
 
 def eager_loss(logits, targets):
@@ -66,7 +67,7 @@ def eager_fit(labels, train_split, val, recipe, seed, linear):
 @pytest.mark.parametrize("select", ["macro_recall", "loss"])
 @pytest.mark.parametrize("labels", ["union", "majority", "global-union"])
 def test_a_linear_head_is_trained_as_a_plain_loop_trains_it(labels, select, monkeypatch):
-    train_split, val = made_features(26, 1), made_features(17, 2)
+    train_split, val = patch_features(26, 1), patch_features(17, 2)
     recipe = Recipe(epochs=8, batch_size=4, lr=0.3, min_lr=0.02, warmup_steps=3, select=select)
     used, step = [], torch.optim.AdamW.step
 
@@ -76,12 +77,11 @@ def test_a_linear_head_is_trained_as_a_plain_loop_trains_it(labels, select, monk
 
     torch.manual_seed(5)
     linear = nn.Linear(6, 3)
-    head = nn.Sequential(make_head("linear", labels, SHAPE, 3)[0], nn.Linear(6, 3))
+    head = nn.Sequential(make_patch_head("linear", labels, SHAPE, 3)[0], nn.Linear(6, 3))
     head[1].load_state_dict(linear.state_dict())
     rates, epochs = eager_fit(labels, train_split, val, recipe, 7, linear)
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
-    where = {"device": torch.device("cpu"), "dtype": torch.float32}
-    head, epoch, found = fit(head, Task("linear", labels, 0, 7), train_split, val, recipe, **where)
+    head, epoch, found = fit_head(head, Task("linear", labels, 0, 7), train_split, val, recipe, **CPU)
     assert used == pytest.approx(rates, rel=1e-12, abs=1e-15)
     assert rates[0] == 0.0
     recalls, losses = [one[0] for one in epochs], [one[1] for one in epochs]
@@ -98,19 +98,18 @@ def test_a_linear_head_is_trained_as_a_plain_loop_trains_it(labels, select, monk
 
 def test_the_warm_up_is_at_most_a_tenth():
     with_all, cut = (Recipe(epochs=10, batch_size=4, warmup_steps=steps) for steps in (500, 5))
-    train_split, val = made_features(20, 1), made_features(8, 2)
+    train_split, val = patch_features(20, 1), patch_features(8, 2)
     ends = []
     for recipe in (with_all, cut):  # 50 updates
         torch.manual_seed(0)
-        head = make_head("mlp", "union", SHAPE, 3, hidden=4)
-        head, _, found = fit(
+        head = make_patch_head("mlp", "union", SHAPE, 3, hidden=4)
+        head, _, found = fit_head(
             head,
             Task("mlp", "union", 0, 0),
             train_split,
             val,
             recipe,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
+            **CPU,
         )
         ends.append(found["loss"])
     assert ends[0] == ends[1]
@@ -120,8 +119,8 @@ def test_void_patches_teach_nothing():
     logits = torch.randn(2, 3, 4, requires_grad=True)
     targets = torch.tensor([[1, -1, 3], [-1, -1, 0]])
     kept = functional.cross_entropy(logits[[0, 0, 1], [0, 2, 2]], torch.tensor([1, 3, 0]))
-    assert head_loss(logits, targets).item() == pytest.approx(kept.item(), rel=1e-6)
-    loss = head_loss(logits, torch.full((2, 3), -1))
+    assert patch_loss(logits, targets).item() == pytest.approx(kept.item(), rel=1e-6)
+    loss = patch_loss(logits, torch.full((2, 3), -1))
     loss.backward()
     assert loss.item() == 0
     assert not logits.grad.any()
@@ -129,24 +128,30 @@ def test_void_patches_teach_nothing():
 
 def test_the_loss_of_a_split_is_over_all_patches(monkeypatch):
     """Not over batches, of which one has less to say than another."""
-    monkeypatch.setattr("fastalign.evaluation.fit._EVALUATION_BATCH", 3)
-    split = made_features(11, 4)
+    monkeypatch.setattr(patches, "_EVALUATION_BATCH", 3)
+    split = patch_features(11, 4)
     split.majority[3:6] = -1
     for labels in ("majority", "union"):
-        head = make_head("linear", labels, SHAPE, 3)
+        head = make_patch_head("linear", labels, SHAPE, 3)
         with torch.no_grad():
             expected = eager_loss(head(split.tokens[0].float()), split.labels(np.arange(11), labels))
-        found = evaluate(
-            head, Task("linear", labels, 0, 0), split, device=torch.device("cpu"), dtype=torch.float32
-        )
+        found = evaluate_head(head, Task("linear", labels, 0, 0), split, **CPU)
         assert found["loss"] == pytest.approx(expected.item(), rel=1e-6)
         assert ("by_size" in found) == (labels == "union")
 
 
-def test_the_test_split_is_looked_at_last(monkeypatch):
-    """And once a head, when its epoch has been chosen."""
+class Named(list):
+    """Sixteen images by name, that nobody opens."""
+
+    def __init__(self, name):
+        super().__init__(range(16))
+        self.name = name
+
+
+def test_the_test_split_is_read_last(monkeypatch):
+    """And once for each head, when its epoch has been selected."""
     looked = []
-    splits = {name: made_features(16, seed) for seed, name in enumerate(("train", "val", "test"))}
+    splits = {name: patch_features(16, seed) for seed, name in enumerate(("train", "val", "test"))}
     for name, split in splits.items():
 
         def spy(rows, kind, name=name, original=split.labels):
@@ -154,10 +159,10 @@ def test_the_test_split_is_looked_at_last(monkeypatch):
             return original(rows, kind)
 
         object.__setattr__(split, "labels", spy)
-    monkeypatch.setattr(run_module, "read_features", lambda probed, data, *args, **kwargs: splits[data.name])
+    monkeypatch.setattr(probing, "read_patch_features", lambda encoder, data, *_, **__: splits[data.name])
     data = {name: Named(name) for name in splits}
-    probed = SimpleNamespace(sets=(0,), shape=SHAPE)
+    encoder = SimpleNamespace(skip_blocks=(0,), shape=SHAPE)
     plan = Plan(heads=("linear",), seeds=(0, 1), recipe=Recipe(epochs=3, batch_size=8))
-    rows = probe({"m": probed}, data, [plan], ALONE)
+    rows = probe({"m": encoder}, data, [plan], SINGLE)
     assert "".join(name[1] for name in looked) == 2 * (3 * "rra" + "e")
     assert [row["seed"] for row in rows] == [0, 1]

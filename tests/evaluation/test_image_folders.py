@@ -1,4 +1,4 @@
-"""Labels from folders, tables and shards."""
+"""Classes from folders, tables and shards."""
 
 from pathlib import Path
 
@@ -6,24 +6,22 @@ import numpy as np
 import pytest
 
 import fastalign as fa
-from fastalign.data.source import Subset
 from fastalign.data.sources import open_source
-from fastalign.evaluation.image_labels import open_splits
-from fastalign.evaluation.images import alone
-from tests.classify.helpers import made, picture
+from fastalign.evaluation.image_folders import open_image_splits
 from tests.data_helpers import encode, write_tar
+from tests.evaluation.helpers import SINGLE, coloured, write_split
 
 
 def labels_of(root: Path):
     said = []
-    splits, classes = open_splits(root, alone(), said.append)
+    splits, classes = open_image_splits(root, SINGLE, said.append)
     return {name: split.labels.tolist() for name, split in splits.items()}, classes, said
 
 
 def test_classes_are_matched_by_name(tmp_path):
     """Validation lacks the middle one: its images must not slide into the gap."""
-    made(tmp_path, "train", {"a/0.png": 0, "b/0.png": 0, "c/x/0.png": 0})
-    made(tmp_path, "val", {"c/0.png": 0, "a/0.png": 0})
+    write_split(tmp_path, "train", {"a/0.png": 0, "b/0.png": 0, "c/x/0.png": 0})
+    write_split(tmp_path, "val", {"c/0.png": 0, "a/0.png": 0})
     labels, classes, said = labels_of(tmp_path)
     assert (labels, classes) == ({"train": [0, 1, 2], "val": [0, 2]}, ["a", "b", "c"])
     assert said == ["val/ has no image of class b: mean per class is over the other classes"]
@@ -32,8 +30,8 @@ def test_classes_are_matched_by_name(tmp_path):
 def test_labels_in_a_table(tmp_path):
     """Integers sort by value; pictures beside images/ are none of ours."""
     for split in ("train", "val"):
-        made(tmp_path / split, "images", {"0.png": 10, "1.png": 9, "2.png": 100}, table=True)
-        made(tmp_path / split, "masks", {"0.png": 0})
+        write_split(tmp_path / split, "images", {"0.png": 10, "1.png": 9, "2.png": 100}, table=True)
+        write_split(tmp_path / split, "masks", {"0.png": 0})
     labels, classes, said = labels_of(tmp_path)
     assert (labels["val"], classes, said) == ([1, 0, 2], ["9", "10", "100"], [])
 
@@ -51,15 +49,15 @@ def test_labels_in_shards(tmp_path):
             for number in range(2):
                 key = f"dir.x/{shard}{number}"  # a dot in a folder's name ends no key
                 members.append((f"{key}.cls", text(f"{2 - number}\n")))
-                members.append((f"{key}.crop.png", encode(picture(number, draw), "PNG")))
+                members.append((f"{key}.crop.png", encode(coloured(number, draw), "PNG")))
             write_tar(tmp_path / split / f"{shard}.tar", members)
     labels, classes, _ = labels_of(tmp_path)
     assert (labels["train"], classes) == ([1, 0, 1, 0], ["1", "2"])
-    write_tar(tmp_path / "val" / "1.tar", [("a.png", encode(picture(0, draw), "PNG"))])
+    write_tar(tmp_path / "val" / "1.tar", [("a.png", encode(coloured(0, draw), "PNG"))])
     with pytest.raises(fa.UserError, match=r"1 of 3 images have no label, the first is .*1.tar:a.png"):
         labels_of(tmp_path)
     write_tar(
-        tmp_path / "val" / "1.tar", [("a.png", encode(picture(0, draw), "PNG")), ("a.cls", text("x" * 5000))]
+        tmp_path / "val" / "1.tar", [("a.png", encode(coloured(0, draw), "PNG")), ("a.cls", text("x" * 5000))]
     )
     with pytest.raises(fa.UserError, match=r"1.tar:a.cls has 5000 bytes"):
         labels_of(tmp_path)
@@ -97,14 +95,7 @@ def test_labels_that_contradict_one_another_are_refused(tmp_path):
 
 def test_a_split_that_is_not_mounted_is_refused(tmp_path):
     for split in ("train", "val"):
-        made(tmp_path, split, {"a/0.png": 0, "b/0.png": 0})
+        write_split(tmp_path, split, {"a/0.png": 0, "b/0.png": 0})
     (tmp_path / "test").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(fa.UserError, match="test is no folder"):
+    with pytest.raises(fa.UserError, match="test is not a folder"):
         labels_of(tmp_path)
-
-
-def test_a_part_of_a_source_has_its_classes(tmp_path):
-    whole = open_source(str(made(tmp_path, "all", {"a/0.png": 0, "b/0.png": 1, "c/0.png": 2}) / "all"))
-    part = Subset(whole, np.array([2, 0, 2]))
-    assert part.class_names() == ["c", "a", "c"]
-    assert [part.portable_name(index)[0] for index in range(3)] == ["c", "a", "c"]

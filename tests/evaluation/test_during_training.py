@@ -1,4 +1,4 @@
-"""The probe in training: its score, what it leaves alone, what it chooses, and what survives a resume."""
+"""The probe during training: its score, what it must not change, what it selects, and resuming."""
 
 import json
 import os
@@ -22,21 +22,18 @@ import fastalign as fa
 from fastalign import train
 from fastalign.config import load_config
 from fastalign.data.source import Subset
-from fastalign.evaluation import during_training as training
-from fastalign.evaluation import fit as fitting
+from fastalign.evaluation import during_training, patches
 from fastalign.evaluation.datasets import open_labelled
-from fastalign.evaluation.features import probed_backbone, read_features
-from fastalign.evaluation.heads import TokenShape, make_head
+from fastalign.evaluation.heads import TokenShape, make_patch_head
+from fastalign.evaluation.patch_features import frozen_encoder, read_patch_features
+from fastalign.evaluation.patches import Recipe, Task, evaluate_head, fit_head
 from fastalign.report import __main__ as report
 from fastalign.training import metrics
-from fastalign.training.distributed import World
 from fastalign.training.run import Run
+from tests.evaluation.helpers import CPU, ROOT, SINGLE
 
-ROOT = Path(__file__).parents[2]
 MODEL = {"name": "vit_tiny_patch16_224", "weights": "random", "kwargs": {"img_size": 32, "depth": 2}}
 MODEL["kwargs"] |= {"embed_dim": 48, "num_heads": 3}
-ALONE = World(0, 1, torch.device("cpu"))
-CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
 @pytest.fixture(scope="module")
@@ -115,20 +112,20 @@ def scripted(monkeypatch):
 @pytest.mark.parametrize("options", [[], ["optim.ema=0.5"]], ids=["live", "averaged"])
 def test_the_score_is_that_of_the_saved_backbone(recipe, data, monkeypatch, options):
     """Read again from the run folder, with 24 and 8 images that are chosen here."""
-    monkeypatch.setattr(training, "IMAGES", {"train": 24, "val": 8})
+    monkeypatch.setattr(during_training, "IMAGES", {"train": 24, "val": 8})
     folder = recipe(f"probe.data={data}", "data.val=null", "seed=3", *options)
-    vit, features = probed_backbone(fa.load_backbone(folder)), {}
+    vit, features = frozen_encoder(fa.load_backbone(folder)), {}
     for split, total, most in (("train", 40, 24), ("val", 12, 8)):
         whole = open_labelled(str(data), split)
         chosen = np.array([total * i // most for i in range(most)])
         part = replace(whole, source=Subset(whole.source, chosen), maps=Subset(whole.maps, chosen))
-        features[split] = read_features(vit, part, ALONE, threads=1)
-    task = fitting.Task("transformer", "union", 0, 3)
+        features[split] = read_patch_features(vit, part, SINGLE, threads=1)
+    task = Task("transformer", "union", 0, 3)
     torch.manual_seed(3)
-    head = make_head("transformer", "union", vit.shape, 2)
-    recipe_of_head = fitting.Recipe(epochs=3, batch_size=24)
-    head, *_ = fitting.fit(head, task, features["train"], None, recipe_of_head, **CPU)
-    wanted = fitting.evaluate(head, task, features["val"], **CPU)
+    head = make_patch_head("transformer", "union", vit.shape, 2)
+    recipe_of_head = Recipe(epochs=3, batch_size=24)
+    head, *_ = fit_head(head, task, features["train"], None, recipe_of_head, **CPU)
+    wanted = evaluate_head(head, task, features["val"], **CPU)
     found = lines(folder, "probe_map")[-1]
     assert found["step"] == 10
     for name in ("macro_recall", "map", "loss"):
@@ -141,16 +138,16 @@ def test_the_score_is_that_of_the_saved_backbone(recipe, data, monkeypatch, opti
 def test_without_selection_the_last_epoch_stays(data, monkeypatch):
     """The same weights as where the last epoch always looks best."""
     images = open_labelled(str(data), "train")
-    features = read_features(
-        probed_backbone(fa.create_backbone(MODEL["name"], **MODEL["kwargs"])), images, ALONE
+    features = read_patch_features(
+        frozen_encoder(fa.create_backbone(MODEL["name"], **MODEL["kwargs"])), images, SINGLE
     )
-    heads, task = [], fitting.Task("linear", "union", 0, 0)
+    heads, task = [], Task("linear", "union", 0, 0)
     scores = iter((0.1, 0.2, 0.3))
-    monkeypatch.setattr(fitting, "evaluate", lambda *a, **k: {"macro_recall": next(scores)})
+    monkeypatch.setattr(patches, "evaluate_head", lambda *a, **k: {"macro_recall": next(scores)})
     for select in (features, None):
         torch.manual_seed(0)
-        head = make_head("linear", "union", TokenShape(4, 1, 48, 3), 2)
-        head, epoch, found = fitting.fit(head, task, features, select, fitting.Recipe(epochs=3), **CPU)
+        head = make_patch_head("linear", "union", TokenShape(4, 1, 48, 3), 2)
+        head, epoch, found = fit_head(head, task, features, select, Recipe(epochs=3), **CPU)
         assert epoch == 3
         heads.append(head)
     assert found == {}
@@ -190,15 +187,15 @@ def test_a_probe_leaves_the_run_alone(recipe, data, tmp_path, options):
         "student.kwargs.drop_path_rate=0.3",
         *options,
     ]
-    run = Run(load_config(recipe.path, overrides), ALONE)
-    splits = training.open_splits(run.config, ALONE)
-    training.probe_student(run, splits)  # threads of torch's own are started once and stay
+    run = Run(load_config(recipe.path, overrides), SINGLE)
+    splits = during_training.open_splits(run.config, SINGLE)
+    during_training.probe_student(run, splits)  # threads of torch's own are started once and stay
     student = run.objective.student
     before = {name: value.clone() for name, value in student.state_dict().items()}
     needed = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     torch.manual_seed(77)  # no seed that a probe sets
     random, threads = torch.get_rng_state(), threading.active_count()
-    training.probe_student(run, splits)
+    during_training.probe_student(run, splits)
     assert torch.equal(torch.get_rng_state(), random)
     assert threading.active_count() == threads
     assert student.training
