@@ -54,13 +54,15 @@ def write_report(options: argparse.Namespace) -> list[str]:
     if options.pngs:
         place = Path(options.pngs)
         place.mkdir(parents=True, exist_ok=True)
-        paths = [place / name for name in ("curves.png", "patches.png", "probe.png")]
-        written = [
-            charts.write_curves(paths[0], run.metrics, (charts.LOSS, charts.PROBE, charts.THROUGHPUT)),
-            pictures is not None and charts.write_patches(paths[1], pictures, maps),
-            run.probe is not None and charts.write_probe(paths[2], run.probe),
-        ]
-        lines += [f"picture: {path}" for path, done in zip(paths, written, strict=True) if done]
+        figures = {
+            "curves": charts.curves_figure(run.metrics, (charts.LOSS, charts.PROBE, charts.THROUGHPUT)),
+            "patches": charts.patches_figure(pictures, maps) if pictures else None,
+            "probe": charts.probe_figure(run.probe) if run.probe else None,
+        }
+        for name, figure in figures.items():
+            if figure:
+                figure.savefig(place / f"{name}.png", **charts.PNG)
+                lines.append(f"picture: {place / name}.png")
     return lines
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -154,11 +153,11 @@ def _inline_svg(draw: Callable[[Axes], None], description: str) -> Markup:
 
 
 @matplotlib.rc_context(STYLE)
-def write_curves(path: Path, metrics: list[dict], titles: Container[str]) -> bool:
-    """Write a PNG of those of some charts of which the run has values. Returns whether there is any."""
+def curves_figure(metrics: list[dict], titles: Container[str]) -> Figure | None:
+    """Those of some charts of which the run has values, in a row; None if it has none."""
     found = [(title, lines) for title, lines in curves(metrics).items() if title in titles]
     if not found:
-        return False
+        return None
     figure = Figure(figsize=(4 * len(found), 3.2))
     places = figure.subplots(1, len(found), squeeze=False)[0]
     for axes, (title, lines) in zip(places, found, strict=True):
@@ -166,8 +165,7 @@ def write_curves(path: Path, metrics: list[dict], titles: Container[str]) -> boo
         axes.set_title(title)
         if len(lines) > 1:
             axes.legend()
-    figure.savefig(path, **PNG)
-    return True
+    return figure
 
 
 @dataclass(frozen=True)
@@ -199,8 +197,8 @@ def tiles(pictures: Pictures, maps: PatchMaps, index: int) -> list[Tile]:
 
 
 @matplotlib.rc_context(STYLE)
-def write_patches(path: Path, pictures: Pictures, maps: PatchMaps) -> bool:
-    """Write a PNG of the tiles of all pictures, a row a picture. Returns True."""
+def patches_figure(pictures: Pictures, maps: PatchMaps) -> Figure:
+    """The tiles of all pictures, a row a picture."""
     lines = [tiles(pictures, maps, index) for index in range(len(pictures.names))]
     (rows, columns), count = maps.grid, len(lines[0])
     figure = Figure(figsize=(1.45 * count, 1.45 * rows / columns * len(lines) + 0.5))
@@ -216,20 +214,19 @@ def write_patches(path: Path, pictures: Pictures, maps: PatchMaps) -> bool:
             circle, square = Circle((x + 0.5, y + 0.5), 0.5), Rectangle((x, y), 1, 1)
             mark = axes.add_patch(circle if query else square)
             mark.set(fill=False, edgecolor=colour, linewidth=width)
-    figure.savefig(path, **PNG)
-    return True
+    return figure
 
 
 @matplotlib.rc_context(STYLE)
-def write_probe(path: Path, probe: Probe) -> bool:
-    """Write a PNG of scores and recall by size in the first setting. Returns whether there is any score."""
+def probe_figure(probe: Probe) -> Figure | None:
+    """Scores and recall by size in the first setting; None if there is no score."""
     setting = probe.settings()[0]
     names, models = ("macro recall", "mAP"), probe.models(setting)
     keys = ("macro_recall", "map")
     scores = {model: [probe.score(model, setting, key) or {} for key in keys] for model in models}
     means, spreads = ({m: [s.get(key) for s in row] for m, row in scores.items()} for key in ("mean", "std"))
     if not any(mean is not None for row in means.values() for mean in row):
-        return False
+        return None
     figure = Figure(figsize=(8, 3.2))
     left, right = figure.subplots(1, 2, width_ratios=[1, 2])
     draw_bars(left, names, means, spreads)
@@ -239,8 +236,7 @@ def write_probe(path: Path, probe: Probe) -> bool:
     right.set_visible(bool(recall))
     draw_sizes(right, edges, recall)
     right.set_title("Recall by size (%)", fontsize=9)
-    figure.savefig(path, **PNG)
-    return True
+    return figure
 
 
 def ramp() -> str:
