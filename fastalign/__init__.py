@@ -62,5 +62,5 @@ def _needs_triton(name: str):
 
 place_caches()  # before anybody imports timm
 
-if not ops.TRITON:
+if not ops.KERNELS:
     kernels.__getattr__ = _needs_triton

@@ -6,7 +6,6 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from fastalign.evaluation.image_options import ImageOptions
@@ -16,7 +15,6 @@ from fastalign.evaluation.results import image_table
 from fastalign.training import distributed
 from fastalign.training.build import named_backbone
 from fastalign.training.command import run_command
-from fastalign.training.memory import keep_freed_memory
 
 __all__ = ["classify", "main"]
 
@@ -43,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = from_flags(ImageOptions, given)
         options.resolved()  # refused before anything is loaded
         # Ranks without a seed of their own wait while others train.
-        world = distributed.start(patience=timedelta(days=30))
+        world = distributed.start(timeout=timedelta(days=30))
         vit, run_folder = named_backbone(
             given.backbone, weights=given.weights, kwargs=given.kwargs, softcap=given.softcap
         )
@@ -63,6 +61,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        keep_freed_memory()
     sys.exit(main())

@@ -27,7 +27,6 @@ from fastalign.evaluation.results import check_output, patch_table, summarise, w
 from fastalign.training import distributed
 from fastalign.training.build import named_backbone, starting_backbone
 from fastalign.training.command import run_command
-from fastalign.training.memory import keep_freed_memory
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import path_argument
 
@@ -136,11 +135,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # Ranks without a head of their own wait while others train.
     return run_command(
-        lambda: run(parse(arguments), distributed.start(patience=timedelta(days=30)), arguments)
+        lambda: run(parse(arguments), distributed.start(timeout=timedelta(days=30)), arguments)
     )
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        keep_freed_memory()
     sys.exit(main())

@@ -8,7 +8,7 @@ The parts subclass timm's, so they are imported where they are used: importing t
 
 from torch import nn
 
-from fastalign.backbones.svit import is_cap
+from fastalign.backbones.spec import check_softcap
 from fastalign.ops.attention.choice import check
 from fastalign.utils.errors import UserError
 
@@ -61,8 +61,7 @@ def _check(model: nn.Module, softcap: float | None, backend: str) -> None:
 
     if not isinstance(model, nn.Module):
         raise UserError(f"accelerate: model must be a module such as timm.create_model makes, got {model!r}")
-    if softcap is not None and not is_cap(softcap):
-        raise UserError(f"accelerate: softcap must be a positive number or None, got {softcap!r}")
+    check_softcap(softcap, "accelerate: ")
     try:
         check(backend)
     except ValueError as error:

@@ -77,7 +77,7 @@ class Attention(nn.Module):
 
     def __init__(self, spec: BlockSpec, *, prefix: int = 0, window: tuple[int, int] | None = None):
         super().__init__()
-        self.spec, self.prefix, self.softcap, self.backend = spec, prefix, None, "auto"
+        self.spec, self.prefix, self.backend = spec, prefix, "auto"
         width, head_width = spec.width, spec.width // spec.heads
         if spec.qkv == "split":
             self.q_proj = nn.Linear(width, width, bias=spec.qkv_bias)
@@ -134,7 +134,7 @@ class Attention(nn.Module):
         if sequences is not None:
             if position is not None:
                 q, k = (rotate(part, position.unsqueeze(1)).type_as(v) for part in (q, k))
-            x = attention(q, k, v, softcap=self.softcap, sequences=sequences, backend=self.backend)
+            x = attention(q, k, v, softcap=self.spec.softcap, sequences=sequences, backend=self.backend)
             return self.proj(self.norm(x.flatten(1)))
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         bias = None
@@ -147,7 +147,7 @@ class Attention(nn.Module):
                 ).type_as(v)
                 for part in (q, k)
             )
-        x = attention(q, k, v, softcap=self.softcap, bias=bias, backend=self.backend)
+        x = attention(q, k, v, softcap=self.spec.softcap, bias=bias, backend=self.backend)
         return self.proj(self.norm(x.transpose(1, 2).flatten(2)))
 
 

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastalign.backbones import layouts
-from fastalign.backbones.spec import ViTSpec
-from fastalign.backbones.svit import is_cap, uncapped
+from fastalign.backbones.spec import ViTSpec, check_softcap, split_svit
 from fastalign.backbones.weight_files import locate, read_json, read_weights
 from fastalign.utils.errors import UserError, first_line
 
@@ -51,7 +50,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     checkpoint = interpret(read_weights(path), str(path))
     config = _vision_config(path.with_name("config.json"))
     # A capped export to transformers says its cap there.
-    softcap = _checked_softcap(config.get("softcap", checkpoint.softcap), path)
+    softcap = check_softcap(config.get("softcap", checkpoint.softcap), f"{path}: ")
     return checkpoint._replace(softcap=softcap, config=config, grid=_grid(config))
 
 
@@ -168,21 +167,13 @@ def trained_as(content: dict, path: str) -> tuple[str | None, float | None]:
     names = (args.get("student_model"), args.get("model"), content.get("arch"))
     arch = next((name for name in names if isinstance(name, str) and name), None)
     if "softcap" in content:
-        return arch, _checked_softcap(content["softcap"], path)
+        return arch, check_softcap(content["softcap"], f"{path}: ")
     given = (args.get("model_kwargs"), args.get("student_model_kwargs"))
     kwargs = {key: value for part in given if isinstance(part, dict) for key, value in part.items()}
     try:
-        return arch, uncapped(arch or "", kwargs)[2]
+        return arch, split_svit(arch or "", kwargs)[2]
     except UserError as error:
         raise UserError(f"{path}: its arguments: {error}") from None
-
-
-def _checked_softcap(softcap: Any, path: str | Path) -> float | None:
-    if softcap is not None and not is_cap(softcap):
-        raise UserError(
-            f"{path}: its softcap must be a positive number or None, got {softcap!r}: put it right there"
-        )
-    return softcap
 
 
 def _arguments(content: dict) -> dict:

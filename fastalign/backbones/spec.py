@@ -1,6 +1,28 @@
-"""The shapes of blocks and backbones: everything that decides parameters and forward pass."""
+"""The shapes of blocks and backbones, soft-cap included, and the authors' names `svit_X` for capped ones."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
+
+from fastalign.utils.errors import UserError
+
+AUTHORS_SOFTCAP = 30.0
+
+
+def is_softcap(value: Any) -> bool:
+    """Whether attention logits can be capped at a value: a positive finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def check_softcap(value: Any, where: str = "") -> float | None:
+    """The value itself, a cap or None; `where` precedes the message.
+
+    Raises:
+        UserError: neither a positive finite number nor None.
+    """
+    if value is not None and not is_softcap(value):
+        raise UserError(f"{where}softcap must be a positive number or None, got {value!r}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -26,6 +48,11 @@ class BlockSpec:
     norm: str = "layer_norm"
     """layer_norm | identity"""
     norm_eps: float = 1e-6
+    softcap: float | None = None
+    """attention logits s become softcap * tanh(s / softcap); None = plain attention"""
+
+    def __post_init__(self):
+        check_softcap(self.softcap)
 
 
 @dataclass(frozen=True)
@@ -74,3 +101,37 @@ class ViTSpec:
     def prefix(self) -> int:
         """P"""
         return int(self.class_token) + self.registers
+
+
+def split_svit(name: str, kwargs: dict) -> tuple[str, dict, float | None]:
+    """timm's name and arguments for a name that may be one of the authors': `svit_X` is `vit_X` with a soft-cap.
+
+    Args:
+        name: timm's, or `svit_...`, whose argument `max_attn_val` is the cap, 30 by default.
+        kwargs: arguments of the model.
+
+    Returns:
+        timm's name, the arguments without `max_attn_val`, and the soft-cap; None for timm's names.
+    """
+    if not name.startswith("svit_"):
+        return name, kwargs, None
+    cap = kwargs.get("max_attn_val", AUTHORS_SOFTCAP)
+    if not is_softcap(cap):
+        raise UserError(f"max_attn_val must be a positive number, got {cap!r}: give one, or omit it for 30")
+    rest = {key: value for key, value in kwargs.items() if key != "max_attn_val"}
+    return name.removeprefix("s"), rest, float(cap)
+
+
+def check_svit(student: str, student_kwargs: dict, teacher: str | None, teacher_kwargs: dict) -> None:
+    """Only `teacher.name` may be `svit_...`: the cap of the student has a key of its own.
+
+    Raises:
+        ValueError: a cap that the run would ignore, or apply to both.
+    """
+    if student.startswith("svit_"):
+        name = student.removeprefix("s")
+        raise ValueError(f"student.name={student}: write {name} and student.softcap={AUTHORS_SOFTCAP:g}")
+    if "max_attn_val" in student_kwargs:
+        raise ValueError("student.kwargs.max_attn_val: write student.softcap instead")
+    if "max_attn_val" in teacher_kwargs and not (teacher or "").startswith("svit_"):
+        raise ValueError("teacher.kwargs.max_attn_val is for teacher.name=svit_... only: remove it")

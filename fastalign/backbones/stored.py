@@ -5,7 +5,7 @@ from pathlib import Path
 
 import safetensors
 
-from fastalign.backbones.svit import is_cap
+from fastalign.backbones.spec import check_softcap
 from fastalign.utils.errors import UserError
 
 _TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -58,11 +58,10 @@ def _parsed(text: str | bytes, where: str) -> dict:
 
 
 def _checked(facts: dict, where: str) -> dict:
-    name, kwargs, softcap = facts["name"], facts["kwargs"], facts["softcap"]
+    name, kwargs = facts["name"], facts["kwargs"]
     if not isinstance(name, str) or not isinstance(kwargs, dict):
         raise UserError(f"{where} is damaged (name {name!r}, kwargs {kwargs!r}): copy it again")
-    if softcap is not None and not is_cap(softcap):
-        raise UserError(f"{where}: softcap must be a positive number or null, got {softcap!r}: correct it")
+    check_softcap(facts["softcap"], f"{where}: ")
     return facts
 
 

@@ -4,6 +4,7 @@ Shapes: B images, N patches, P prefix tokens (class, registers), T = P + N token
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -84,14 +85,13 @@ class ViT(nn.Module):
     @property
     def softcap(self) -> float | None:
         """The cap of every block's attention logits; None = plain attention."""
-        return self.blocks[0].attn.softcap
+        return self.spec.block.softcap
 
     @softcap.setter
     def softcap(self, value: float | None) -> None:
-        if value is not None and not value > 0:
-            raise ValueError(f"softcap must be a positive number or None, got {value}")
+        self.spec = replace(self.spec, block=replace(self.spec.block, softcap=value))
         for block in self.blocks:
-            block.attn.softcap = value
+            block.attn.spec = replace(block.attn.spec, softcap=value)
 
     def prefix_rows(self) -> Tensor | None:
         """[P, D]: the prefix tokens with their position; None = no prefix."""

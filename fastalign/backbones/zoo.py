@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from fastalign.backbones import hub
 from fastalign.backbones.checkpoint import Checkpoint, check_config, interpret, read_checkpoint
 from fastalign.backbones.describe import MODELS, describe, drop_path_rate, from_timm, pair
-from fastalign.backbones.spec import ViTSpec
+from fastalign.backbones.spec import ViTSpec, split_svit
 from fastalign.backbones.stored import facts_of, read_facts
-from fastalign.backbones.svit import uncapped
 from fastalign.backbones.vit import ViT
 from fastalign.backbones.weight_files import locate
 from fastalign.backbones.weights import load_weights, table_grid, timm_state
@@ -63,7 +62,7 @@ def create_backbone(
         UserError: unknown name (with the nearest ones), unreachable or unfitting weights, or an
             architecture that fastalign does not support, which is said before any weights are read.
     """
-    name, kwargs, softcap = uncapped(name, {"num_classes": 0, **kwargs})
+    name, kwargs, softcap = split_svit(name, {"num_classes": 0, **kwargs})
     template = _template(name, kwargs)
     if checkpoint is not None:
         found, facts = read_checkpoint(checkpoint), facts_of(locate(checkpoint))

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastalign.data.label_files import stem
 from fastalign.data.source import Source, Subset
 from fastalign.data.sources import FolderSource, TarSource
-from fastalign.data.tars import each_once
+from fastalign.data.tars import each_once, stem
 from fastalign.evaluation.maps import (
     VOID,
     ade20k_table,

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -49,14 +50,6 @@ def contents(splits: dict[str, LabelledImages]) -> dict[str, str]:
     return {"probe.data": marks} if marks else {}
 
 
-def due(run) -> bool:
-    """Whether a run probes its student at the present step."""
-    if run.config.probe.data is None:
-        return False
-    every = run.config.probe.every_steps or run.epoch_steps
-    return run.step % every == 0 or run.step == run.last_step
-
-
 def probe_student(run, splits: dict[str, LabelledImages]) -> dict[str, float]:
     """Probes the encoder of a run's student, with the averaged weights where there are some."""
     encoder = run.objective.student.encoder
@@ -76,7 +69,8 @@ def probe_student(run, splits: dict[str, LabelledImages]) -> dict[str, float]:
             on_forward=lambda: run.beat("probing"),
         )
 
-    return on_first_rank(run.world, probe)
+    with nullcontext() if run.world.main else run.hang_timer.paused():
+        return on_first_rank(run.world, probe)
 
 
 def probe_encoder(

@@ -17,7 +17,7 @@ from fastalign.evaluation.image_options import ImageOptions
 from fastalign.evaluation.image_training import Job, train_on_features, train_on_images
 from fastalign.evaluation.metrics import IMAGE_METRICS
 from fastalign.evaluation.results import check_output, write_results
-from fastalign.training.checkpoint import checksum
+from fastalign.training.checkpoint_files import checksum
 from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World
 from fastalign.training.metrics import mean_and_spread

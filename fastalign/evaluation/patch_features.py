@@ -20,7 +20,7 @@ from fastalign.evaluation.features import as_tensor, open_loader, read_features
 from fastalign.evaluation.heads import TokenShape
 from fastalign.evaluation.pairs import LabelledImages
 from fastalign.evaluation.patch_labels import patch_labels
-from fastalign.training.checkpoint import checksum
+from fastalign.training.checkpoint_files import checksum
 from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any
 from fastalign.evaluation.fit import Fit
 from fastalign.evaluation.image_options import ImageOptions
 from fastalign.evaluation.results import difference
-from fastalign.training.checkpoint import Checkpoints
+from fastalign.training.checkpoint_files import Checkpoints, snapshot
 from fastalign.training.distributed import on_first_rank
 from fastalign.training.metrics import MetricLog, Speed
 from fastalign.utils.errors import UserError
@@ -81,7 +81,7 @@ class RunFolder:
             weights = {name: value for name, value in fit.module.state_dict().items() if name not in frozen}
             state = {"weights": weights, "optimizer": fit.optimizer.state_dict(), "step": fit.step}
             state |= {"loss": fit.loss_sum.item(), "identity": self.identity, **self.progress}
-            self.checkpoints.save(state, fit.step)
+            self.checkpoints.save(snapshot(state), fit.step)
         self.speed.start()
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ def flops_per_image(objective: MaskEmbed | MaskedImageModeling) -> float:
 
 def _dropped(objective: MaskEmbed | MaskedImageModeling) -> tuple[float, float]:
     """Tokens of an image's copies without their hidden patches, and the sum of their squares: means of many masks."""
-    visible = objective.masks(torch.arange(4096), objective.num_patches)
+    visible = objective.masks(torch.arange(4096), objective.teacher.spec.grid)
     lengths = (visible.sum(-1) + objective.teacher.spec.prefix).double()
     return lengths.sum(1).mean().item(), lengths.square().sum(1).mean().item()
 

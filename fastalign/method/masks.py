@@ -101,14 +101,19 @@ class _Masks:
         return images * (grid[0] * grid[1] * (self.copies - 1) + self.copies * prefix)
 
     def _in_extension(self, sample_ids: Tensor) -> bool:
-        return type(self) in _KERNELS and extension.available(sample_ids.device)
+        return self._kind in extension.KINDS and extension.available(sample_ids.device)
+
+    @property
+    def _kind(self) -> str | None:
+        """The name in `MASKS`; None for a subclass, which may have a `sample` of its own."""
+        return next((name for name, kind in MASKS.items() if kind is type(self)), None)
 
     def _arguments(self, sample_ids: Tensor, grid: tuple[int, int], epoch: int) -> dict:
         """What the extension wants to know."""
         return {
             "sample_ids": sample_ids.to(torch.int64),
             "grid": grid,
-            "kind": _KERNELS[type(self)],
+            "kind": self._kind,
             "ratio": getattr(self, "ratio", 0.0),
             "seed": self.seed,
             "epoch": epoch,
@@ -216,5 +221,5 @@ class BlockwiseMasks(_Masks):
         return torch.where(inside, index, MAX_BLOCKS).amin(1)
 
 
-# By exact class: a subclass with a `sample` of its own draws what it says.
-_KERNELS = {UniformMasks: "uniform", BernoulliMasks: "bernoulli", BlockwiseMasks: "blockwise"}
+MASKS = {"uniform": UniformMasks, "bernoulli": BernoulliMasks, "blockwise": BlockwiseMasks}
+"""Every distribution by its name in a configuration, which is also its name in the extension."""

@@ -334,7 +334,7 @@ def test_a_wrong_cap_is_refused(softcap):
 
 def test_what_is_not_known_is_refused_and_nothing_changed():
     refused("must be a module such as timm.create_model makes, got 'vit'", "vit")
-    refused("backend: there is no 'sdp'; the nearest is sdpa", tiny(), backend="sdp")
+    refused("backend: unknown backend 'sdp'; did you mean sdpa", tiny(), backend="sdp")
     refused("Linear has no attention of a timm", nn.Linear(2, 2))
     refused("ViT is ours and has it all", fa.create_backbone(VIT, img_size=32, depth=1))
     refused("blocks.0.attn is timm.*diff_attention.DiffAttention, an", tiny(attn_layer="diff"))
@@ -411,5 +411,5 @@ def test_kernels_and_masks_alone(triton):
     assert lines[3].startswith("AttributeError")
     assert lines[4] == "[]"
     missing = "softcap_attention needs the package triton"
-    wanted = "take tensors on a GPU, got cpu: call the function of the same name in fastalign.ops"
+    wanted = "takes tensors on a GPU, got cpu: use fastalign.ops on other devices"
     assert (wanted if triton == "with" else missing) in lines[5]

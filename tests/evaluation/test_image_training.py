@@ -25,7 +25,7 @@ from fastalign.evaluation.heads import StandardizedLinear
 from fastalign.evaluation.image_options import ImageOptions
 from fastalign.evaluation.image_training import make_fit, mixed_loss, update_best
 from fastalign.evaluation.metrics import ImageCounts
-from fastalign.training.checkpoint import checksum
+from fastalign.training.checkpoint_files import checksum
 from tests.evaluation.helpers import (
     CPU,
     FIGURES,

@@ -84,7 +84,7 @@ def test_targets_tokens_predictions_loss_and_gradients(case):
     objective, backbone, truth, teacher_options = build(case, scale=1.7)
     size = objective.teacher.spec.image_size
     images, ids = torch.randn(2, 3, *size, dtype=torch.float64), torch.tensor([3, 8])
-    visible = objective.masks(ids, objective.num_patches, 0)
+    visible = objective.masks(ids, objective.teacher.spec.grid, 0)
     if teacher_options.get("prefix_only"):
         wanted = teacher_targets_pooled(backbone, images, visible)
     else:
@@ -117,7 +117,7 @@ def teacher_targets_pooled(backbone, images, visible):
 def test_losses_of_maskembed(loss):
     objective, backbone, truth, _ = build("plain", loss=loss)
     images, ids = torch.randn(2, 3, 48, 48, dtype=torch.float64), torch.tensor([0, 5])
-    visible = objective.masks(ids, objective.num_patches, 0)
+    visible = objective.masks(ids, objective.teacher.spec.grid, 0)
     wanted = loss_truth(loss, truth(images, visible), teacher_targets(backbone, images, visible, 1), visible)
     found = objective(images, ids)
     assert relative_error(found, wanted) < EXACT
@@ -138,7 +138,7 @@ def test_masked_image_modeling(loss, softcap):
     teacher = fa.MaskedTeacher(vit, skip_blocks=0)
     objective = fa.MaskedImageModeling(teacher, student, fa.UniformMasks(), loss).double()
     images, ids = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 4])
-    visible = objective.masks(ids, objective.num_patches, 0)
+    visible = objective.masks(ids, objective.teacher.spec.grid, 0)
     truth = copy.deepcopy(backbone)
     truth.norm, truth.head, truth.global_pool = (
         type(truth.norm)(192).double(),
@@ -204,7 +204,7 @@ def test_one_patch_embedding_for_all_copies_equals_every_copy_by_itself(case):
         teacher.vit.patch_embed.norm = torch.nn.LayerNorm(teacher.embed_dim).double()
         randomise(teacher.vit.patch_embed)
     images, ids = torch.randn(2, 3, *teacher.spec.image_size, dtype=torch.float64), torch.tensor([3, 8])
-    visible = objective.masks(ids, objective.num_patches, 0)
+    visible = objective.masks(ids, objective.teacher.spec.grid, 0)
     visible[1, 1] = False
     found = teacher(images, visible)
     for image, masks, targets in zip(images, visible, found, strict=True):

@@ -44,9 +44,9 @@ BAD = {
     "no such validation folder": (["data.val=/no/such/val"], ["/no/such/val"]),
     "output is no folder": (
         ["output=/dev/null/x"],
-        ["output=/dev/null/x: /dev/null is no folder; name another"],
+        ["output=/dev/null/x: /dev/null is not a directory; name another"],
     ),
-    "output is a file": (["output=OTHER"], ["OTHER.pth is no folder; name another"]),
+    "output is a file": (["output=OTHER"], ["OTHER.pth is not a directory; name another"]),
     "depth": (["student.kwargs.depth=0"], ["depth"]),
     "stochastic depth": (["student.kwargs.drop_path_rate=1.5"], ["drop_path_rate"]),
     "channels": (["student.kwargs.in_chans=1"], ["in_chans"]),
@@ -54,7 +54,7 @@ BAD = {
     "attention not installed": (["efficiency.attention=flash_attn_3"], ["not installed", "build it"]),
     "attention of another device": (
         ["efficiency.attention=sdpa_cudnn"],
-        ["efficiency.attention: sdpa_cudnn has no implementation for this device", "set auto"],
+        ["efficiency.attention: sdpa_cudnn does not support this device", "set auto"],
     ),
     "a key of its own": (["student.kwargs.pretrained=true"], ["student.weights"]),
     "betas": (["optim.betas=[1.5, 2]"], ["optim.betas"]),
