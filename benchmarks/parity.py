@@ -1,12 +1,11 @@
 """How far our backbones are from timm's on random weights: ``python -m benchmarks.parity [NAME ...]``.
 
 fp32, each backbone of the method at its native size and full depth, forward pass and every gradient with a
-random cotangent. Writes `benchmarks/results/parity.json` and the table of `docs/backbones.md`.
+random cotangent. Writes `benchmarks/results/parity.json`.
 """
 
 import copy
 import sys
-from pathlib import Path
 
 import timm
 import torch
@@ -36,7 +35,6 @@ BACKBONES = [
     "eva02_base_patch16_clip_224.merged2b",
     MOCO,
 ]
-TABLE = Path(__file__).parent.parent / "docs" / "backbones.md"
 
 
 def measure(name: str, images: int = 1, **kwargs) -> dict[str, float]:
@@ -98,15 +96,6 @@ def main(names: list[str]) -> None:
         )
     if not names:
         record.write("parity", rows)
-        lines = [
-            "| {backbone} | {tokens:.1e} | {pooled:.1e} | {gradient:.1e} |".format(**row) for row in rows
-        ]
-        head, _, _ = TABLE.read_text().partition("| backbone |")
-        TABLE.write_text(
-            head
-            + "\n".join(["| backbone | tokens | pooled | gradient |", "|---|---|---|---|", *lines])
-            + "\n"
-        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """fastalign: locality alignment of vision transformers by MaskEmbed, exact and fast."""
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastalign import kernels, ops
-from fastalign.backbones.accelerate import accelerate, accelerated
 from fastalign.method import masks
 from fastalign.method.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
 from fastalign.method.objectives import MaskedImageModeling, MaskEmbed
@@ -14,6 +14,7 @@ from fastalign.utils.errors import UserError
 from fastalign.utils.paths import place_caches
 
 if TYPE_CHECKING:
+    from fastalign.backbones.accelerate import accelerate, accelerated
     from fastalign.backbones.zoo import create_backbone, load_backbone, transform
 
 __version__ = "0.1.0"
@@ -39,12 +40,11 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """The names of `zoo`, which imports timm: that takes longer than all the rest, and `--help` needs no model."""
+    """What imports timm, which takes longer than all the rest, when it is first used."""
     if name not in __all__:
         raise AttributeError(f"module 'fastalign' has no attribute {name!r}")
-    from fastalign.backbones import zoo
-
-    return getattr(zoo, name)
+    module = "accelerate" if name.startswith("accelerate") else "zoo"
+    return getattr(importlib.import_module(f"fastalign.backbones.{module}"), name)
 
 
 def __dir__() -> list[str]:

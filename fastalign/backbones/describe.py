@@ -11,7 +11,7 @@ import torch
 from timm import layers
 from timm.layers import activations
 from timm.models import beit, eva, vision_transformer
-from torch import Tensor, nn
+from torch import nn
 
 from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
@@ -55,8 +55,9 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
         UserError: an architecture that fastalign does not support.
     """
     spec = replace(describe(source), **changes)
+    rate = max((getattr(part, "drop_prob", None) or 0.0) for part in source.modules())
     with torch.device("meta"):
-        vit = ViT(spec, drop_path=drop_path_rate(source), data=_data(source), recipe=recipe)
+        vit = ViT(spec, drop_path=rate, data=_data(source), recipe=recipe)
     classes = getattr(source.head, "out_features", 0)
     vit.head = nn.Linear(spec.block.width, classes, device="meta") if classes else nn.Identity()
     vit.attn_pool = getattr(source, "attn_pool", None)
@@ -68,7 +69,7 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
     if spec.rotary:
         vit.position = source.rope.get_embed().detach().clone()
     elif spec.relative_position:
-        vit.position = relative_index(spec.grid)
+        vit.position = source.blocks[0].attn.relative_position_index.clone()
     return vit
 
 
@@ -188,28 +189,6 @@ def _has_norm(module: nn.Module | None) -> bool:
     return module is not None and not isinstance(module, nn.Identity)
 
 
-def drop_path_rate(source: nn.Module) -> float:
-    """Of a timm model: the rate of stochastic depth, that of its last block."""
-    return max((getattr(m, "drop_prob", None) or 0.0) for m in source.modules())
-
-
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of a size that may be one number."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
-def relative_index(grid: tuple[int, int]) -> Tensor:
-    """[1 + N, 1 + N] int64: for each pair of tokens, its row in BEiT's table of relative position biases.
-
-    Rows are the (2h - 1)(2w - 1) displacements, then class-to-patch, patch-to-class, class-to-class.
-    """
-    height, width = grid
-    entries = (2 * height - 1) * (2 * width - 1)
-    row = torch.arange(height).repeat_interleave(width)
-    column = torch.arange(width).repeat(height)
-    rows = row[:, None] - row[None, :] + height - 1
-    columns = column[:, None] - column[None, :] + width - 1
-    index = torch.empty(1 + height * width, 1 + height * width, dtype=torch.int64)
-    index[1:, 1:] = rows * (2 * width - 1) + columns
-    index[0, :], index[:, 0], index[0, 0] = entries, entries + 1, entries + 2
-    return index

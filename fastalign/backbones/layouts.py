@@ -158,17 +158,6 @@ HF_DEFAULTS = {
 READ = ", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))
 """The layouts that are read, for messages."""
 
-_OTHERS = {
-    "transformers' DINOv3": r"embeddings\.patch_embeddings\.weight",
-    "transformers' Swin": r"encoder\.layers\.0\.blocks\.0\.",
-    "transformers' BEiT": r"\.lambda_1$",
-    "transformers' distilled DeiT": r"embeddings\.distillation_token",
-    "torchvision's ViT": r"conv_proj\.weight",
-    "OpenMMLab's or SAM's": r"patch_embed\.projection\.weight",
-    "a ResNet": r"layer1\.0\.conv1\.weight",
-    "adapters of peft": r"lora_[AB]\.",
-    "a text model": r"(token_embedding|embed_tokens|word_embeddings)\.weight",
-}
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _CHUNKED = re.compile(r"blocks\.\d+\.(\d+\.)")
 
@@ -186,11 +175,6 @@ def find(names: Collection[str]) -> list[tuple[Layout, str]]:
         prefixes = [name.removesuffix(first) for name in names if f".{name}".endswith(f".{first}")]
         found += [(layout, p) for p in prefixes if all(p + other in names for other in others)]
     return found
-
-
-def looks_like(names: Collection[str]) -> str | None:
-    """A layout that is not read, by its name; None = an unknown one."""
-    return next((name for name, mark in _OTHERS.items() if any(re.search(mark, n) for n in names)), None)
 
 
 def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:

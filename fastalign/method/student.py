@@ -1,4 +1,4 @@
-"""The students: a copy of the backbone with a new head, and for MaskEmbed a decoder behind it."""
+"""The students: a copy of the backbone with a new head, and for MaskEmbed a decoder after it."""
 
 import copy
 from dataclasses import replace
@@ -13,7 +13,7 @@ from fastalign.ops.reference import Packing
 
 
 def student_encoder(vit: ViT, out: int, *, head: str = "linear", softcap: float | None = 30.0) -> ViT:
-    """A copy of the backbone, ready to be trained: norms reset, pooling removed, a new head that starts at zero.
+    """A trainable copy of the backbone: norms re-initialised, pooling removed, a new head initialised to zero.
 
     Args:
         vit: the backbone.
@@ -40,7 +40,7 @@ def student_encoder(vit: ViT, out: int, *, head: str = "linear", softcap: float 
 
 
 def frozen_encoder(vit: ViT, softcap: float | None) -> ViT:
-    """A frozen copy of the backbone that returns its own normed tokens: no head, norms as they are."""
+    """A frozen copy of the backbone that returns its own normed tokens."""
     encoder = copy.deepcopy(vit)
     encoder.head, encoder.fc_norm = nn.Identity(), nn.Identity()
     encoder.pool, encoder.attn_pool = "none", None
@@ -49,7 +49,7 @@ def frozen_encoder(vit: ViT, softcap: float | None) -> ViT:
 
 
 class MaskEmbedStudent(nn.Module):
-    """`encoder` reads the unmasked image once; `decoder` predicts the teacher's view for each mask of its output."""
+    """`encoder` reads the unmasked image once; `decoder` predicts the teacher's view for each mask."""
 
     def __init__(self, encoder: ViT, decoder: MaskEmbedDecoder):
         super().__init__()
@@ -81,8 +81,8 @@ class MaskEmbedStudent(nn.Module):
             head: "linear" or "mlp", from the backbone's width to the decoder's.
             freeze_encoder: train the decoder only, on the backbone's own tokens.
             prefix_only: predict the teacher's pooled output only.
-            decoder_layers, decoder_init_values: number of blocks, their LayerScale at the start (None = none).
-            decoder_width: default `target_dim`, or the backbone's width where the encoder is frozen.
+            decoder_layers, decoder_init_values: number of blocks, initial LayerScale (None = no LayerScale).
+            decoder_width: default `target_dim`, or the backbone's width with a frozen encoder.
             decoder_heads, decoder_qk_norm, decoder_qkv_bias: default as in the backbone.
         """
         target_dim = target_dim or vit.embed_dim
@@ -91,31 +91,20 @@ class MaskEmbedStudent(nn.Module):
             raise ValueError(
                 f"decoder_width must be {vit.embed_dim}, the backbone's, when the encoder is frozen"
             )
-        heads = decoder_heads or vit.spec.block.heads
-        if width % heads:
-            raise ValueError(f"decoder_width {width} is not a multiple of decoder_heads {heads}")
         block = decoder_block_spec(
             vit.spec,
             width=width,
-            heads=heads,
+            heads=decoder_heads,
             qk_norm=decoder_qk_norm,
             qkv_bias=decoder_qkv_bias,
             init_values=decoder_init_values,
         )
-        decoder = MaskEmbedDecoder(
-            block,
-            tokens=vit.spec.prefix + vit.spec.patches,
-            prefix=vit.spec.prefix,
-            out=target_dim,
-            layers=decoder_layers,
-            prefix_only=prefix_only,
-        )
-        encoder = (
-            frozen_encoder(vit, softcap)
-            if freeze_encoder
-            else student_encoder(vit, width, head=head, softcap=softcap)
-        )
-        return cls(encoder, decoder)
+        prefix, tokens = vit.spec.prefix, vit.spec.prefix + vit.spec.patches
+        shape = {"tokens": tokens, "prefix": prefix, "out": target_dim, "prefix_only": prefix_only}
+        decoder = MaskEmbedDecoder(block, layers=decoder_layers, **shape)
+        if freeze_encoder:
+            return cls(frozen_encoder(vit, softcap), decoder)
+        return cls(student_encoder(vit, width, head=head, softcap=softcap), decoder)
 
     def forward(self, images: Tensor, visible: Tensor, packing: Packing | None = None) -> Tensor:
         """images [B, C, height, width], visible [B, M, N] bool -> predictions [B, M, T, D]; packed [L, D]."""

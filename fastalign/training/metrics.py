@@ -24,10 +24,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fastalign.method.flops import peak_flops
 from fastalign.training.compilation import Compilation, compile_seconds
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import wrap_io_errors, write_atomically
-from fastalign.utils.flops import peak_flops
 
 
 class MetricLog:

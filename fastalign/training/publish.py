@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from fastalign.backbones.stored import facts_within
+from fastalign.backbones.weight_files import embedded_facts
 from fastalign.utils.files import write_atomically, write_tensors
 
 
@@ -17,7 +17,7 @@ def publish_backbone(folder: Path, state: dict) -> None:
     if text is None:
         return
     place, beside = folder / "backbone.safetensors", folder / "backbone.json"
-    if facts_within(place) != text:
+    if embedded_facts(place) != text:
         source = state["average"] or state["student"]
         weights = {
             name.removeprefix("encoder."): value.contiguous().float()

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastalign import ops
+from fastalign.backbones.accelerate import FAST, FastAttention, FastSelfAttention
 from fastalign.backbones.spec import is_softcap
-from fastalign.backbones.timm_parts import FAST, FastAttention, FastSelfAttention
 from fastalign.compat.errors import ArgumentError
 
 
