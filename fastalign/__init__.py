@@ -1,7 +1,6 @@
 """fastalign: locality alignment of vision transformers by MaskEmbed, exact and fast."""
 
 import importlib
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastalign import kernels, ops
@@ -51,16 +50,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def _needs_triton(name: str):
-    """What a kernel's name leads to where triton is missing: a reason, in place of a missing attribute."""
-    if not any((Path(folder) / f"{name}.py").is_file() for folder in kernels.__path__):
-        raise AttributeError(f"fastalign.kernels has no {name}")
-    raise ImportError(
-        f"fastalign.kernels.{name} needs the package triton: pip install triton; fastalign.ops works without it"
-    )
-
-
 place_caches()  # before anybody imports timm
-
-if not ops.TRITON:
-    kernels.__getattr__ = _needs_triton

@@ -5,7 +5,6 @@ the positions to the grid asked for. `describe.from_timm` then makes our `ViT` o
 """
 
 import difflib
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fastalign.backbones.describe import MODELS, describe, from_timm, pair
+from fastalign.backbones.describe import describe, from_timm, pair
 from fastalign.backbones.spec import split_svit
 from fastalign.backbones.vit import ViT
 from fastalign.backbones.weight_files import find_facts, locate, read_facts
@@ -194,18 +193,9 @@ def _template(name: str, kwargs: dict) -> nn.Module:
     with torch.device("meta"):
         template = _create_timm(name, kwargs)
     try:
-        vit = from_timm(template)
+        from_timm(template)
     except UserError as error:
         raise UserError(f"backbone {name}: {error}") from error
-    # timm ignores a remainder of the image. That is meant for native sizes (384 / 14), not for a size asked for.
-    native = tuple(template.pretrained_cfg.get("input_size", (3, 0, 0))[-2:])
-    for side, patch in zip(vit.spec.image_size, vit.spec.patch_size, strict=True):
-        if side % patch and vit.spec.image_size != native:
-            below = max(side // patch, 1) * patch
-            raise UserError(
-                f"{name}: img_size {side} is not a multiple of the patch size {patch}: "
-                f"use {below} or {below + patch}"
-            )
     return template
 
 
@@ -216,8 +206,6 @@ def _create_timm(name: str, kwargs: dict, pretrained: bool = False) -> nn.Module
     try:
         return timm.create_model(name, pretrained=pretrained, **options, **kwargs)
     except Exception as error:
-        if isinstance(error, TypeError) and (wrong := _wrong_argument(kwargs)):
-            raise UserError(f"backbone {name}: {wrong}") from error
         if pretrained:
             raise UserError(
                 f"cannot load the published weights of {name!r} ({first_line(error)}): check the network, "
@@ -229,16 +217,6 @@ def _create_timm(name: str, kwargs: dict, pretrained: bool = False) -> nn.Module
         else:
             remedy = f"correct its arguments {kwargs}"
         raise UserError(f"backbone {name}: {first_line(error)}; {remedy}") from error
-
-
-def _wrong_argument(kwargs: dict) -> str | None:
-    """Which argument timm does not know, and the nearest that it does; None if it knows all of them."""
-    known = sorted({key for model in MODELS for key in inspect.signature(model).parameters})
-    for key in kwargs:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            return f"timm knows no argument {key}" + (f"; did you mean {near[0]}?" if near else ": remove it")
-    return None
 
 
 def sincos_position(grid: tuple[int, int], width: int, prefix: int) -> Tensor:

@@ -63,37 +63,29 @@ class _Masks:
         return torch.stack(stack, dim=1)
 
     def packed(
-        self,
-        sample_ids: Tensor,
-        num_patches: int | tuple[int, int],
-        prefix: int,
-        epoch: int = 0,
-        length: int | None = None,
+        self, sample_ids: Tensor, num_patches: int | tuple[int, int], prefix: int, epoch: int = 0
     ) -> tuple[Tensor, Packing]:
-        """Masks, and the position of their visible tokens in one packed row; one launch on a GPU with complements.
+        """Masks, and the position of their visible tokens in one packed row.
+
+        With complements the row's length is fixed, and on a GPU this is one launch. Otherwise it is that of
+        `fastalign.ops.pack_masks`, which waits for a GPU.
 
         Args:
             sample_ids, num_patches, epoch: as for the masks alone.
             prefix: P, tokens that every copy keeps.
-            length: of the row. Default: with complements the number of tokens, which is fixed; otherwise that of
-                `fastalign.ops.pack_masks`, which waits for a GPU.
 
         Returns:
             [B, M, N] bool, and the `fastalign.ops.reference.Packing`.
         """
-        grid, fixed = self._grid(num_patches), None
+        grid, length = self._grid(num_patches), None
         if self.complement:  # a sample and its complement have N visible patches, and so has a full mask
-            fixed = len(sample_ids) * (grid[0] * grid[1] * (self.copies - 1) + self.copies * prefix)
-        length = fixed if length is None else length
+            length = len(sample_ids) * (grid[0] * grid[1] * (self.copies - 1) + self.copies * prefix)
         arguments = self._for_extension(sample_ids, grid, epoch)
         if length is None or arguments is None:
             visible = self(sample_ids, grid, epoch)
             return visible, ops.pack_masks(visible, prefix, length)
         visible, *packing = extension.draw_packed_masks(**arguments, prefix=prefix, length=length)
-        packing = Packing(*packing)
-        if length != fixed:
-            ops.check_length(packing)
-        return visible, packing
+        return visible, Packing(*packing)
 
     def _for_extension(self, sample_ids: Tensor, grid: tuple[int, int], epoch: int) -> dict | None:
         """The extension's arguments; None = it does not draw these masks."""

@@ -12,7 +12,9 @@ from fastalign.method.teacher import check_masking
 from fastalign.ops.reference import Packing
 
 
-def student_encoder(vit: ViT, out: int, *, head: str = "linear", softcap: float | None = 30.0) -> ViT:
+def student_encoder(
+    vit: ViT, out: int, *, head: str = "linear", softcap: float | None = 30.0, frozen: bool = False
+) -> ViT:
     """A trainable copy of the backbone: norms re-initialised, pooling removed, a new head initialised to zero.
 
     Args:
@@ -20,13 +22,18 @@ def student_encoder(vit: ViT, out: int, *, head: str = "linear", softcap: float 
         out: the head's width.
         head: "linear" or "mlp".
         softcap: of the attention logits; None = plain attention.
+        frozen: no head and the backbone's own norm instead, and nothing is trained.
     """
-    encoder = copy.deepcopy(vit).freeze(False)
+    encoder = copy.deepcopy(vit)
+    encoder.pool, encoder.attn_pool = "none", None
+    encoder.softcap = softcap
+    if frozen:
+        encoder.head, encoder.fc_norm = nn.Identity(), nn.Identity()
+        return encoder.freeze()
+    encoder.freeze(False)
     for name in ("norm", "fc_norm"):
         if not isinstance(getattr(encoder, name), nn.Identity):
             setattr(encoder, name, nn.LayerNorm(vit.embed_dim, eps=vit.spec.fresh_norm_eps))
-    encoder.pool, encoder.attn_pool = "none", None
-    encoder.softcap = softcap
     if head == "linear":
         encoder.head = last = nn.Linear(vit.embed_dim, out)
     elif head == "mlp":
@@ -37,15 +44,6 @@ def student_encoder(vit: ViT, out: int, *, head: str = "linear", softcap: float 
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     return encoder
-
-
-def frozen_encoder(vit: ViT, softcap: float | None) -> ViT:
-    """A frozen copy of the backbone that returns its own normed tokens."""
-    encoder = copy.deepcopy(vit)
-    encoder.head, encoder.fc_norm = nn.Identity(), nn.Identity()
-    encoder.pool, encoder.attn_pool = "none", None
-    encoder.softcap = softcap
-    return encoder.freeze()
 
 
 class MaskEmbedStudent(nn.Module):
@@ -102,9 +100,8 @@ class MaskEmbedStudent(nn.Module):
         prefix, tokens = vit.spec.prefix, vit.spec.prefix + vit.spec.patches
         shape = {"tokens": tokens, "prefix": prefix, "out": target_dim, "prefix_only": prefix_only}
         decoder = MaskEmbedDecoder(block, layers=decoder_layers, **shape)
-        if freeze_encoder:
-            return cls(frozen_encoder(vit, softcap), decoder)
-        return cls(student_encoder(vit, width, head=head, softcap=softcap), decoder)
+        encoder = student_encoder(vit, width, head=head, softcap=softcap, frozen=freeze_encoder)
+        return cls(encoder, decoder)
 
     def forward(self, images: Tensor, visible: Tensor, packing: Packing | None = None) -> Tensor:
         """images [B, C, height, width], visible [B, M, N] bool -> predictions [B, M, T, D]; packed [L, D]."""

@@ -158,8 +158,6 @@ def test_a_row_that_is_too_short_is_an_error(there, monkeypatch):
         monkeypatch.setattr(extension, "available", lambda device: False)
     with pytest.raises(RuntimeError, match="pack_masks"):
         ops.pack_masks(VISIBLE.cpu(), 1, 29)
-    with pytest.raises(RuntimeError, match="pack_masks"):
-        fa.UniformMasks().packed(torch.arange(2), 4, 1, length=7)
 
 
 BACKBONES = {
