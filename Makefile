@@ -1,7 +1,7 @@
 # make install | demo | test | lint | gpu
 override FASTALIGN_VENV := $(or $(FASTALIGN_VENV),.venv)
 ifneq ($(words $(FASTALIGN_VENV)),1)
-$(error FASTALIGN_VENV=$(FASTALIGN_VENV) has a space in it, which make takes for the end of a path: name another folder)
+$(error FASTALIGN_VENV=$(FASTALIGN_VENV) has a space in it, which make does not support: name another directory)
 endif
 PYTHON ?= python3
 PY := $(FASTALIGN_VENV)/bin/python
@@ -12,13 +12,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 install: $(FASTALIGN_VENV)/.installed
 
-# What is cleared and removed is a virtual environment, never a folder that has something else in it. No quotes: the
-# shell must read the path here as it does where it clears, `~` included.
+# Only a virtual environment may be cleared or removed. Unquoted, so that the shell expands `~` here as it does below.
 own-venv:
 	@test -e $(FASTALIGN_VENV)/pyvenv.cfg || test -z "$$(ls -A $(FASTALIGN_VENV) 2>/dev/null)" || \
-		{ echo "FASTALIGN_VENV=$(FASTALIGN_VENV) is no virtual environment and not empty: name another folder" >&2; exit 2; }
+		{ echo "FASTALIGN_VENV=$(FASTALIGN_VENV) is neither empty nor a virtual environment: name another directory" >&2; exit 2; }
 
-# torch first, then ours without build isolation: a build must see the torch that will run.
+# torch first, without build isolation: the extension must be built against the torch that will run.
 $(FASTALIGN_VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*) | own-venv
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(FASTALIGN_VENV)
 	$(PY) -m pip install -q -c constraints.txt setuptools wheel
@@ -26,7 +25,7 @@ $(FASTALIGN_VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard
 	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[$(DALI),demo,dev]"
 	touch $@
 
-# What breaks runs on purpose waits for timeouts of seconds, so nothing else runs beside it; of the rest two files at once.
+# tests/reliability depends on timeouts of seconds, so it runs alone; the rest runs two files at once.
 test: test-style test-rest test-reliability
 
 test-style: install
@@ -55,7 +54,7 @@ demo: install
 	$(PY) -m demo.evidence runs/demo
 	$(PY) -m fastalign.report runs/demo
 
-# Everything that needs a GPU: tests, then measurements; benchmarks/README.md. Works offline, without `make install`.
+# GPU tests and measurements, see benchmarks/README.md. Works offline and without `make install`.
 gpu:
 	bash benchmarks/gpu.sh --all
 

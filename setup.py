@@ -1,8 +1,8 @@
-"""Build script. All metadata is in pyproject.toml; here is only the C++/CUDA extension of `csrc/`.
+"""Builds the optional C++/CUDA extension in `csrc/`. All metadata is in pyproject.toml.
 
-FASTALIGN_BUILD_EXT=0    leaves the extension out: everything works without it, in PyTorch.
-TORCH_CUDA_ARCH_LIST     GPU architectures, by default 8.0;9.0;10.0+PTX. Never asked of a visible GPU.
-CUDA_HOME                the CUDA toolkit, where nvcc is not on the PATH.
+FASTALIGN_BUILD_EXT=0    skips the extension; everything then works in PyTorch alone.
+TORCH_CUDA_ARCH_LIST     GPU architectures, 8.0;9.0;10.0+PTX by default, whatever GPU is visible.
+CUDA_HOME                the CUDA toolkit, if nvcc is not on the PATH.
 """
 
 import os
@@ -14,19 +14,19 @@ from setuptools import setup
 
 SWITCH = "FASTALIGN_BUILD_EXT"
 HEADERS = ["csrc/masks.h", "csrc/philox.h"]
-# No fused multiply-adds: they round once where PyTorch rounds twice, and masks would differ in rare patches.
+# No fused multiply-adds: they round once where PyTorch rounds twice, which would change masks in rare cases.
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "--threads=2", "-Xcompiler=-fvisibility=hidden"]
 MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030A0000")]
 
 
 def say(text: str) -> None:
-    """The one line about the extension."""
+    """Report what happens to the extension, in one line."""
     print(f"fastalign: {text}", flush=True)
 
 
 def toolkit() -> str | None:
-    """The folder of the CUDA toolkit: one with nvcc and the headers (an nvcc on the PATH may be a wrapper)."""
+    """The directory of a CUDA toolkit with nvcc and headers; an nvcc on the PATH may be a wrapper."""
     nvcc = shutil.which("nvcc")
     named = [
         os.environ.get("CUDA_HOME"),
@@ -40,7 +40,7 @@ def toolkit() -> str | None:
 
 
 def cuda_version(torch, home: str | None) -> int:
-    """The toolkit's, as 13000 for 13.0, where it is of the major version that torch was built for; else 0."""
+    """The toolkit's version, such as 13000 for 13.0; 0 unless it matches the major version torch was built with."""
     if not (torch.version.cuda and home):
         return 0
     header = Path(home, "include/cuda_runtime_api.h").read_text(errors="replace")
@@ -49,7 +49,7 @@ def cuda_version(torch, home: str | None) -> int:
 
 
 def extension() -> dict:
-    """Arguments of `setup` for the extension; none where it is not built."""
+    """Arguments of `setup` for the extension; empty if it is not built."""
     if os.environ.get(SWITCH, "1") == "0":
         say(f"no C++/CUDA extension, because {SWITCH}=0")
         return {}
@@ -57,7 +57,7 @@ def extension() -> dict:
         say("no C++/CUDA extension, because there is no C++ compiler (CXX or c++)")
         return {}
     if home := toolkit():
-        os.environ["CUDA_HOME"] = home  # torch would take the folder above the wrapper's
+        os.environ["CUDA_HOME"] = home  # torch would use the wrapper's parent directory
     try:
         import torch
         from torch.utils import cpp_extension
@@ -81,7 +81,7 @@ def extension() -> dict:
     sources = ["csrc/ops.cpp", "csrc/masks_cpu.cpp"]
     options = {"define_macros": list(MACROS), "extra_compile_args": {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}}
     if cuda:
-        blackwell = cuda >= 12080  # the first nvcc that knows it
+        blackwell = cuda >= 12080  # the first nvcc that supports it
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if blackwell else "8.0;9.0+PTX")
         sources.append("csrc/masks_cuda.cu")
         options["define_macros"] += [("USE_CUDA", None), ("FASTALIGN_CUDA", None)]
@@ -90,7 +90,7 @@ def extension() -> dict:
     say(f"building the extension in {'C++ and CUDA' if cuda else 'C++ only'}")
     return {
         "ext_modules": [module],
-        # Without ninja, so that every machine takes the same path; there are three files.
+        # Without ninja, so that every machine builds the same way; there are only three files.
         "cmdclass": {"build_ext": Build.with_options(use_ninja=False)},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }

@@ -1,16 +1,13 @@
 """What each choice of the method does, in miniature: ``python -m benchmarks.ablation [--seeds 0 1 2]``.
 
-Every variant differs from the demo's recipe (configs/demo.yaml) in the keys of `VARIANTS`, trains half as long by
-`fastalign.train`, and is probed as `demo.evidence` probes, on the **validation** split, because what is chosen here
-are defaults; the test split is not read. The cost is counted by formula (`fastalign.method.flops`), operations an
-image of a
-training step, forward and backward. Writes `benchmarks/results/ablation.json` and the table, `ablation.md`, beside
-it; trials that are finished are found again in their folder.
+Every variant differs from the demo's recipe (configs/demo.yaml) in the keys of `VARIANTS`, trains half as long, and
+is probed as `demo.evidence` probes, on the validation split, because the result decides defaults; the test split is
+not read. The cost is by formula (`fastalign.method.flops`), operations per image of a training step, forward and
+backward. Writes `benchmarks/results/ablation.json` and the table `ablation.md`; finished trials are reused from
+their folder.
 """
 
-import argparse
 import sys
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +25,7 @@ from fastalign.utils.errors import UserError
 
 RECIPE = "configs/demo.yaml"
 LENGTH = ("optim.epochs=1",)
-"""What all variants differ in from the recipe: half its length, so that many fit into a day."""
+"""Keys of all variants: half the recipe's length, so that many fit into a day."""
 BASE = "as the recipe"
 VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "": {BASE: ()},
@@ -59,7 +56,7 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "decoder": {"1 block": ("decoder.layers=1",), "4 blocks": ("decoder.layers=4",)},
     "training": {"twice as long": ("optim.epochs=2",)},
 }
-"""Group -> variant -> keys that differ."""
+"""Group -> variant -> changed keys."""
 
 COLUMNS = {
     "linear": ("union", "linear", "map"),
@@ -70,37 +67,32 @@ COLUMNS = {
 """Column -> (labels, head, metric)."""
 
 
-def gigaflops(overrides: Iterable[str], recipe: str = RECIPE) -> float:
-    """10^9 operations an image of a training step."""
+def gigaflops(overrides: tuple[str, ...], recipe: str = RECIPE) -> float:
+    """10^9 operations per image of a training step."""
     objective, _ = build_objective(load_config(recipe, list(overrides)))
     return flops_per_image(objective) / 1e9
-
-
-def trials_of(name: str, overrides: tuple[str, ...], seeds: list[int], common: dict) -> list[Trial]:
-    """A variant, once a seed."""
-    return [Trial(name, seed, overrides=(*LENGTH, *overrides), **common) for seed in seeds]
 
 
 def row_of(
     group: str, name: str, overrides: tuple[str, ...], results: dict[int, list[dict]], recipe: str
 ) -> dict:
-    """A variant's scores, and its cost.
+    """A variant's scores and its cost.
 
     Args:
         group, name, overrides: of `VARIANTS`.
-        results: seed -> its rows, as `probe.json` has them.
+        results: seed -> rows of its `probe.json`.
         recipe: the file.
     """
     row = {"group": group, "variant": name, "overrides": list(overrides), "seeds": sorted(results)}
     row["gflop_per_image"] = gigaflops(overrides, recipe)
-    for column, asked_of in COLUMNS.items():
-        values = [score(results[seed], "val", *asked_of)["mean"] for seed in row["seeds"]]
+    for column, wanted in COLUMNS.items():
+        values = [score(results[seed], "val", *wanted)["mean"] for seed in row["seeds"]]
         row[column] = {"values": values, **mean_and_spread(values)}
     return row
 
 
 def gain(row: dict, base: dict, column: str) -> dict[str, float | None] | None:
-    """What a variant gains on the recipe: mean and spread of the differences, each within a seed that both have."""
+    """Mean and spread of a variant's gain over the recipe, by seed; None without a common seed."""
     before = dict(zip(base["seeds"], base[column]["values"], strict=True))
     pairs = zip(row["seeds"], row[column]["values"], strict=True)
     differences = [value - before[seed] for seed, value in pairs if seed in before]
@@ -108,75 +100,64 @@ def gain(row: dict, base: dict, column: str) -> dict[str, float | None] | None:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as Markdown, percent: the recipe's scores, and what each variant gains on them."""
-    lines = [
-        "Percent, validation split. First the recipe's scores, then what each variant gains on them, seed by seed.",
-        "",
-        f"| | variant | seeds | {' | '.join(COLUMNS)} | GFLOP an image |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    base = next((row for row in rows if row["variant"] == BASE), None)
+    """The rows as Markdown, percent: the recipe's scores, and each variant's gain."""
+    base, cells = next((row for row in rows if row["variant"] == BASE), None), []
     for row in rows:
         if base in (None, row):
             scores = [percent(row[column]) for column in COLUMNS]
         else:
             scores = [percent(gain(row, base, column), sign="+") for column in COLUMNS]
-        cells = [row["group"], row["variant"], str(len(row["seeds"])), *scores]
-        lines.append(f"| {' | '.join(cells)} | {row['gflop_per_image']:.3f} |")
-    return "\n".join(lines) + "\n"
+        cost = f"{row['gflop_per_image']:.3f}"
+        cells.append([row["group"], row["variant"], str(len(row["seeds"])), *scores, cost])
+    head = "Percent, validation split. First the recipe's scores, then what each variant gains on them, seed by seed."
+    header = f"| | variant | seeds | {' | '.join(COLUMNS)} | GFLOP an image |"
+    return f"{head}\n\n{record.markdown(header, cells)}"
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     """Train, probe, print, write."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ablation", description=__doc__.splitlines()[0]
-    )
+    parser = record.parser("ablation", __doc__, "two steps of two variants")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="some of the variants")
     parser.add_argument("--root", type=Path, default=Path("runs/ablation"), help="folder of the trials")
     parser.add_argument("--recipe", default=RECIPE)
     parser.add_argument("--workers", type=int, default=CORES, help="trials at once")
-    parser.add_argument("--minutes", type=float, help="begin no trial later; the table has what is finished")
-    parser.add_argument("--tiny", action="store_true", help="two steps of two variants: checks that it runs")
+    parser.add_argument(
+        "--minutes", type=float, help="start no trial after this; the table has what is finished"
+    )
     options = parser.parse_args(arguments)
     common = {"recipe": options.recipe}
     if options.tiny:
         common |= {"images": 64, "epochs": 1, "heads": ("linear", "mlp", "transformer")}
-    variants = [
-        (group, name, overrides)
-        for group, members in VARIANTS.items()
-        for name, overrides in members.items()
-        if options.only is None or name in options.only
-    ]
-    known = {name for members in VARIANTS.values() for name in members}
-    strange = next((name for name in options.only or () if name not in known), None)
-    if strange is not None:
-        raise UserError(f"--only {strange}: the variants are {', '.join(sorted(known))}")
+    variants = [(group, name, keys) for group, members in VARIANTS.items() for name, keys in members.items()]
+    known = sorted(name for _, name, _ in variants)
+    for name in options.only or ():
+        if name not in known:
+            raise UserError(f"--only {name}: choose from {', '.join(known)}")
+    variants = [variant for variant in variants if options.only is None or variant[1] in options.only]
     if options.tiny:
         variants = [(group, name, (*overrides, "max_steps=2")) for group, name, overrides in variants[:2]]
-    asked = [(variant, trials_of(variant[1], variant[2], options.seeds, common)) for variant in variants]
     # Seed by seed, so that an interrupted measurement has all variants of the first seeds.
-    order = [trials[place] for place in range(len(options.seeds)) for _, trials in asked]
+    order = [
+        Trial(name, seed, overrides=(*LENGTH, *overrides), **common)
+        for seed in options.seeds
+        for _, name, overrides in variants
+    ]
     say = partial(print, flush=True)
     results = run_trials(order, options.root, say, options.workers, options.minutes)
-    finished = {trial: rows for trial, rows in zip(order, results, strict=True) if rows is not None}
-    found = [
-        (variant, {trial.seed: finished[trial] for trial in trials if trial in finished})
-        for variant, trials in asked
+    finished: dict[str, dict[int, list[dict]]] = {}
+    for trial, found in zip(order, results, strict=True):
+        if found is not None:
+            finished.setdefault(trial.name, {})[trial.seed] = found
+    rows = [
+        row_of(*variant, finished[variant[1]], options.recipe)
+        for variant in variants
+        if variant[1] in finished
     ]
-    rows = [row_of(*variant, results, options.recipe) for variant, results in found if results]
     print(table(rows))
     if not options.tiny and options.only is None:
-        record.write(
-            "ablation",
-            rows,
-            {
-                "split": "val",
-                "recipe": options.recipe,
-                "common": list(LENGTH),
-                "gpu": torch.cuda.is_available(),
-            },
-        )
+        facts = {"split": "val", "recipe": options.recipe, "common": list(LENGTH)}
+        record.write("ablation", rows, facts | {"gpu": torch.cuda.is_available()})
         record.replace(record.RESULTS / "ablation.md", table(rows))
     return rows
 

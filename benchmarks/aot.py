@@ -1,13 +1,12 @@
-"""Every Triton kernel compiled ahead of time: ``python -m benchmarks.aot [--arch 80 90 100]``, no GPU needed.
+"""Compile every Triton kernel ahead of time: ``python -m benchmarks.aot [--arch 80 90 100]``, no GPU needed.
 
-The launchers run as they do in training, on CPU tensors, with Triton's driver replaced by one that only names an
-architecture; what would be launched is compiled to a cubin instead. Prints registers, shared memory and spills
-of each kernel and writes `benchmarks/results/aot.json`. Registers that spill and matrix instructions that the
-assembler serializes are errors.
+The launchers run as in training, on CPU tensors, with a driver that only names an architecture; kernels are compiled
+instead of launched. Prints registers, shared memory and spills of each kernel and writes the result `aot.json`.
+Spilled registers and matrix instructions that the assembler serializes are errors.
 
-``--cache DIR`` fills DIR with what a GPU of that architecture (default sm_90) compiles at batches of 16 and its
-multiples. The GPU's machine finds it with TRITON_CACHE_DIR set to the same absolute path, the same version of
-Triton and the same sources; `kernels/common.py` keeps Triton's own assembler on both.
+``--cache DIR`` fills DIR with what a GPU of that architecture (default sm_90) compiles for batches divisible by 16.
+The GPU's machine uses it with TRITON_CACHE_DIR set to the same absolute path, the same version of Triton and the same
+sources.
 """
 
 import argparse
@@ -36,11 +35,11 @@ from benchmarks.cases import CASES, DEGENERATE_CASES
 ARCHITECTURES = (80, 90, 100)
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _CACHED_BATCH = 16
-"""Triton compiles integers that 16 divides apart from others, and so finds one kernel for all its multiples."""
+"""Triton specializes on divisibility by 16, so one kernel serves all multiples."""
 
 
 class _Driver:
-    """What Triton asks its driver before it compiles."""
+    """The driver functions that Triton calls before it compiles."""
 
     def __init__(self, arch: int):
         self.arch = arch
@@ -49,44 +48,35 @@ class _Driver:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return self.arch  # Triton keeps compiled kernels by device
+        return self.arch  # Triton caches kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
 def read_log(text: str) -> dict:
-    """Registers, spilled bytes, and whether matrix instructions wait for each other, from the assembler's words."""
+    """Registers, spilled bytes, and whether matrix instructions are serialized, from the assembler's log."""
     return {
         "registers": int(re.search(r"Used (\d+) registers", text).group(1)),
         "spilled_bytes": sum(int(count) for count in re.findall(r"(\d+) bytes spill", text)),
-        # Each cause has a code of its own (C7510 to C7515); the words are the same.
+        # The causes have codes C7510 to C7515 and the same text.
         "serialized": "wgmma.mma_async instructions are serialized" in text,
     }
 
 
 def assembled(ptx: str) -> dict:
-    """What Triton's own assembler says about PTX; Triton keeps no log of it."""
+    """The log of Triton's own assembler for PTX; Triton does not keep it."""
     target = re.search(r"\.target (sm_(\d+)\w*)", ptx)
     assembler = _TOOLS / ("ptxas-blackwell" if int(target.group(2)) >= 100 else "ptxas")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "kernel.ptx").write_text(ptx)
-        command = [
-            assembler,
-            "-v",
-            "-lineinfo",
-            f"-arch={target.group(1)}",
-            "kernel.ptx",
-            "-o",
-            "kernel.cubin",
-        ]
-        return read_log(
-            subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
-        )
+        options = ["-v", "-lineinfo", f"-arch={target.group(1)}", "kernel.ptx", "-o", "kernel.cubin"]
+        done = subprocess.run([assembler, *options], cwd=folder, capture_output=True, text=True, check=True)
+        return read_log(done.stderr)
 
 
 def faults(rows: list[dict]) -> list[str]:
-    """What is wrong with which kernel; empty if nothing is."""
+    """A message for each spill and each serialized kernel."""
     found = []
     for row in rows:
         where = f"{row['kernel']} on sm_{row['arch']} ({row['case']})"
@@ -99,7 +89,7 @@ def faults(rows: list[dict]) -> list[str]:
 
 @contextmanager
 def compiling(arch: int) -> Iterator[list]:
-    """Kernels that are launched inside are compiled for an architecture instead, and listed with their names."""
+    """Compile kernels for an architecture instead of launching them; yields their names and results."""
     triton.runtime.driver.set_active(_Driver(arch))
     launched, original = [], JITFunction.run
 
@@ -116,7 +106,7 @@ def compiling(arch: int) -> Iterator[list]:
 
 
 def compile_all(arch: int, names: list[str] | None = None, batch: int = 2) -> list[dict]:
-    """Compile what the cases launch for one architecture; a row a kernel variant."""
+    """Compile the kernels that the cases launch for one architecture; one row per variant."""
     torch.set_num_threads(1)
     rows, seen = [], set()
     with compiling(arch) as launched:
@@ -124,7 +114,7 @@ def compile_all(arch: int, names: list[str] | None = None, batch: int = 2) -> li
             if names and case.name not in names:
                 continue
             launched.clear()
-            case.build("cpu", min(batch, case.batch)).run()
+            case.run("cpu", min(batch, case.batch))
             for name, kernel in launched:
                 if kernel.hash in seen:
                     continue
@@ -142,17 +132,15 @@ def compile_all(arch: int, names: list[str] | None = None, batch: int = 2) -> li
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compile, print, write; 1 if something is wrong with a kernel."""
+    """Compile, print, write; 1 if a kernel has a fault."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", type=int, help="default 80 90 100, with --cache 90")
     parser.add_argument("--ops", nargs="+", help="only these operations; nothing is written")
-    parser.add_argument("--no-write", action="store_true", help="leave the file of results alone")
-    parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="a cache for a machine with a GPU; see above"
-    )
+    parser.add_argument("--no-write", action="store_true", help="do not write the results")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="fill a cache for a machine with a GPU")
     options = parser.parse_args(arguments)
     if options.cache:
-        os.environ["TRITON_CACHE_DIR"] = str(options.cache.resolve())  # the cache names its files absolutely
+        os.environ["TRITON_CACHE_DIR"] = str(options.cache.resolve())  # the cache contains absolute paths
     archs = options.arch or ([90] if options.cache else ARCHITECTURES)
     processes = min(len(archs), os.cpu_count() or 1)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:

@@ -1,9 +1,9 @@
-"""Attention by every implementation here: ``python -m benchmarks.attention [--cases LABEL ...] [--table]``.
+"""Speed of attention by every installed implementation: ``python -m benchmarks.attention [--cases LABEL ...]``.
 
-The lengths, head widths, caps and layouts of vision transformers; how is in `benchmarks.compare`. In capped cases
-`UNCAPPED` are timed too, without the cap: what the cap may cost. On a GPU it also writes the table by which `auto`
-chooses on this architecture, `fastalign/ops/attention/table.json`; ``--table`` writes it anew from
-`benchmarks/results/attention.json`, which needs no GPU.
+Cases are lengths, head widths, caps and layouts of vision transformers, compared as `benchmarks.compare` describes.
+In capped cases the `UNCAPPED` implementations are timed without the cap, as an upper bound of its cost. On a GPU it
+also writes the table by which `auto` chooses on this architecture, `fastalign/ops/attention/table.json`;
+``--table`` writes the table from `benchmarks/results/attention.json`, without a GPU.
 """
 
 import json
@@ -19,90 +19,70 @@ if "--tiny" in sys.argv:
 from torch import Tensor
 
 from benchmarks import compare, record
-from benchmarks.cases import TINY_CASES, Built, Case, attention_case
+from benchmarks.cases import TINY_CASES, Case, attention_case
 from fastalign.ops.attention import BACKENDS, Sequences, choice
 from fastalign.ops.attention import Case as Call
 
-TOKENS = 49_152
-"""Of a batch: 256 sequences of 192."""
+TOKENS = 49_152  # of a batch: 256 sequences of 192
 LENGTHS = (197, 577, 257, 729, 196, 256, 576)
-"""The most important first: a time limit may end the run before the last."""
+"""The most important first, because a time limit may end the run."""
 FLEX_LENGTHS = (197, 577)
-"""FlexAttention compiles for every shape, ten seconds or more."""
+"""FlexAttention compiles each shape for ten seconds or more."""
 UNCAPPED = ("sdpa_flash", "sdpa_cudnn", "varlen_attn")
 FACTS = ("capped", "packed", "gradient", "length", "width")
 """Columns that identify a row of the table."""
 
 
-def _grid() -> list[Case]:
-    cases = []
-    for length in LENGTHS:
-        for width in (64, 72, 80):
-            for softcap, packed in ((30.0, False), (None, False), (30.0, True), (None, True)):
-                heads = 12 if width == 64 else 16
-                case = attention_case("", TOKENS // length, length, heads, width, softcap, packed)
-                cases.append(replace(case, backward_alone=False))  # full - forward: two timings, not three
-    return cases
+def _case(length: int, width: int, softcap: float | None, packed: bool) -> Case:
+    heads = 12 if width == 64 else 16
+    case = attention_case("", TOKENS // length, length, heads, width, softcap, packed)
+    return replace(case, backward_alone=False)  # full - forward: two timings instead of three
 
 
-CASES = _grid()
+KINDS = ((30.0, False), (None, False), (30.0, True), (None, True))
+CASES = [_case(length, width, *kind) for length in LENGTHS for width in (64, 72, 80) for kind in KINDS]
 TINY = [case for case in TINY_CASES if case.name == "softcap_attention"]
 
 
 def _run(
-    backend: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    softcap: float | None,
-    cu_seqlens: Tensor | None = None,
+    backend: str, q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None, cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
-    uncapped: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     sequences = None if cu_seqlens is None else Sequences(cu_seqlens, max_seqlen)
-    return BACKENDS[backend].run(q, k, v, None if uncapped else softcap, None, sequences)
+    return BACKENDS[backend].run(q, k, v, softcap, None, sequences)
 
 
-def _flex(built: Built) -> Callable:
-    """FlexAttention of packed sequences; its mask exists already, as in a model, which makes one for all layers."""
+def _uncapped(backend: str, *, softcap: float | None, **inputs) -> Tensor:
+    return _run(backend, softcap=None, **inputs)
+
+
+def _packed_flex(inputs: dict) -> Callable:
+    """FlexAttention of packed sequences with an existing mask, because a model makes one for all layers."""
     from fastalign.ops.attention import flex  # loads Inductor
 
-    mask = flex.block_mask(built.inputs["cu_seqlens"], len(built.inputs["q"]))
-    return lambda q, k, v, softcap, **_: flex.masked(q, k, v, softcap, mask)
+    mask = flex.block_mask(inputs["cu_seqlens"], len(inputs["q"]))
+    return lambda q, k, v, softcap, **_: flex.flex(q, k, v, softcap, mask)
 
 
-def implementations(case: Case, built: Built, tiny: bool) -> tuple[dict[str, Callable], set[str]]:
-    """Every implementation that can do the case, and which of them leave out its soft-cap."""
-    q, options = built.inputs["q"], case.options
+def implementations(case: Case, inputs: dict, tiny: bool) -> tuple[dict[str, Callable], set[str]]:
+    """Every implementation that supports the case, and those of them without its soft-cap."""
+    q, options, arch = inputs["q"], case.options, choice.architecture()
     functions, uncapped = {"ours": case.kernel, "eager": case.reference}, set()
-    call = Call(
-        device=q.device.type,
-        dtype=q.dtype,
-        capped=options["softcap"] is not None,
-        biased=False,
-        packed=options["packed"],
-        length=options["length"],
-        width=q.shape[-1],
-        gradient=True,
-    )
+    capped, packed = options["softcap"] is not None, options["packed"]
+    call = Call(q.device.type, q.dtype, capped, False, packed, options["length"], q.shape[-1], gradient=True)
     for name, backend in BACKENDS.items():
-        refusal = backend.refuses(call, choice.architecture())
-        if refusal == "has no soft-cap" and name in UNCAPPED:
-            refusal = backend.refuses(call._replace(capped=False), choice.architecture())
-            uncapped |= set() if refusal else {name}
-        if refusal or name in ("triton", "eager"):
+        if name in ("triton", "eager") or (name == "flex" and not tiny and call.length not in FLEX_LENGTHS):
             continue
-        if name == "flex" and not tiny and call.length not in FLEX_LENGTHS:
-            continue
-        functions[name] = partial(_run, name, uncapped=name in uncapped)
-        if name == "flex" and call.packed:
-            functions[name] = _flex(built)
+        if backend.refuses(call, arch) is None:
+            functions[name] = _packed_flex(inputs) if name == "flex" and packed else partial(_run, name)
+        elif name in UNCAPPED and backend.refuses(call._replace(capped=False), arch) is None:
+            functions[name] = partial(_uncapped, name)
+            uncapped.add(name)
     return functions, uncapped
 
 
 def table(rows: list[dict]) -> list[dict]:
-    """The choice's rows: milliseconds by implementation, forward alone and with its backward pass."""
+    """The rows of the choice's table: milliseconds by implementation, with and without a backward pass."""
     found: dict[tuple, dict] = {}
     for row in rows:
         name = "triton" if row["implementation"] == "ours" else row["implementation"]
@@ -121,7 +101,7 @@ def table(rows: list[dict]) -> list[dict]:
 
 
 def write_table(rows: list[dict], environment: dict) -> None:
-    """Put rows into the table that `auto` reads; those of other cases and other architectures stay."""
+    """Update the table that `auto` reads; rows of other cases and architectures stay."""
     tables = json.loads(choice.TABLE.read_text()) if choice.TABLE.exists() else {}
     earlier = tables.get(environment["architecture"], {}).get("rows", [])
     merged = {tuple(row[key] for key in FACTS): row for row in (*earlier, *table(rows))}
@@ -130,11 +110,11 @@ def write_table(rows: list[dict], environment: dict) -> None:
     print(f"auto chooses by {choice.TABLE}")
 
 
-def _table_anew() -> int:
-    """The table from what was measured; the exit code."""
+def _rewrite_table() -> int:
+    """The table from the results file; the exit code."""
     result = record.read("attention")
     if "architecture" not in result.get("environment", {}):
-        print("benchmarks/results/attention.json has not been measured on a GPU", file=sys.stderr)
+        print("benchmarks/results/attention.json was not measured on a GPU", file=sys.stderr)
         return 2
     write_table(result["rows"], result["environment"])
     return 0
@@ -143,10 +123,10 @@ def _table_anew() -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; the exit code."""
     if "--table" in (arguments or sys.argv):
-        return _table_anew()
+        return _rewrite_table()
     for name, backend in BACKENDS.items():
         if backend.missing():
-            print(f"no {name}: {backend.missing()}")
+            print(f"not installed: {name} ({backend.missing()})")
     code, rows = compare.main("attention", __doc__, CASES, TINY, implementations, arguments)
     if "--tiny" not in (arguments or sys.argv) and any("ms" in row for row in rows):
         write_table(rows, record.environment())

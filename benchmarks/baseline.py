@@ -1,8 +1,8 @@
-"""MaskEmbed with timm's modules, written as the authors' script is: what `benchmarks.step` compares with.
+"""MaskEmbed with timm's modules, as the authors' script does it: the baseline of `benchmarks.step`.
 
-Soft-capped attention materialises its scores, every image is copied once a mask and blanked, masks are drawn on
-the CPU, and the decoder's input is made of copies too. Autocast, the teacher's dtype, torch.compile's options and the
-optimiser are the caller's, the same for both sides. The loss is that of `fastalign.MaskEmbed`.
+Soft-capped attention materializes its scores, every image is copied and blanked once per mask, masks are drawn on the
+CPU, and the decoder's input is made of copies too. Autocast, the teacher's dtype, torch.compile's options and the
+optimizer are the caller's, the same for both sides. The loss is that of `fastalign.MaskEmbed`.
 """
 
 import copy
@@ -39,7 +39,7 @@ class Teacher(nn.Module):
         self.backbone = copy.deepcopy(backbone).requires_grad_(False).eval()
         self.backbone.blocks = self.backbone.blocks[:-1]
 
-    # Not `backbone.forward_features` from outside: a compiled module compiles its own call only.
+    # In a method of its own, because a compiled module compiles only its own call.
     def forward(self, images: Tensor) -> Tensor:
         """[B M, 3, h, w] -> [B M, T, D]"""
         with torch.no_grad():
@@ -77,13 +77,7 @@ class Student(nn.Module):
 
 
 class Baseline(nn.Module):
-    """MaskEmbed's loss of a batch.
-
-    Args:
-        name: timm's name of the backbone, random weights.
-        softcap: of the student; None = plain attention.
-        **kwargs: timm's arguments.
-    """
+    """MaskEmbed's loss for a timm backbone with random weights and a student with a soft-cap (None = plain)."""
 
     def __init__(self, name: str, softcap: float | None, **kwargs):
         super().__init__()
@@ -98,12 +92,12 @@ class Baseline(nn.Module):
         return torch.stack([sample, 1 - sample, torch.ones_like(sample)], 1).flatten(0, 1)
 
     def targets(self, images: Tensor, masks: Tensor) -> Tensor:
-        """[B M, T, D], of copies of the images with their hidden patches blanked."""
+        """[B M, T, D], from copies of the images with hidden patches blanked."""
         copies = images.repeat_interleave(len(masks) // len(images), 0)
         pixels = masks.unflatten(1, self.grid).unsqueeze(1)
         pixels = pixels.repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3)
         rows, columns = pixels.shape[2:]
-        # What no patch covers, where the side is not a multiple of the patch, changes nothing.
+        # Pixels outside of all patches, where the side is not a multiple of the patch, have no effect.
         pixels = functional.pad(pixels, (0, copies.shape[3] - columns, 0, copies.shape[2] - rows))
         return self.teacher(copies * pixels)
 

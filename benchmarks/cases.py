@@ -1,8 +1,8 @@
-"""The kernels at the shapes of training: what `benchmarks.kernels` times and `benchmarks.aot` compiles.
+"""The kernels at the shapes of training, for `benchmarks.kernels`, `benchmarks.attention` and `benchmarks.aot`.
 
-A case knows its inputs, the kernel and its reference (both called with the inputs as keyword arguments), and the
-least bytes and operations of a forward and a backward pass, from the formulas of the kernel's file. Dtypes are
-those of training under autocast: activations in bf16, parameters, targets and the residual stream in fp32.
+A case has inputs, the kernel and its reference (both called with the inputs as keyword arguments), and the least
+bytes and operations of a forward and a backward pass, from the formulas in the kernel's file. Dtypes are those of
+training under autocast: activations in bf16; parameters, targets and the residual stream in fp32.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,47 +39,36 @@ class Case:
     kernel: Callable
     reference: Callable
     leaves: tuple[str, ...]
-    """The inputs that get a gradient."""
+    """The inputs with a gradient."""
     bytes: Callable[[int], tuple[int, int]]
     """batch -> the least bytes moved forward and backward."""
     operations: Callable[[int], tuple[int, int]] = lambda batch: (0, 0)
     backward_alone: bool = True
-    """Backward can run again on the same graph."""
+    """Backward can run repeatedly on the same graph."""
     compiles: bool = True
-    """torch.compile takes the reference as one graph."""
+    """torch.compile makes one graph of the reference."""
     options: dict = field(default_factory=dict)
-    """What the case is about, for other implementations: the cap, the packing, the length."""
+    """For other implementations: the cap, the packing, the length."""
 
-    def build(self, device: str, batch: int = 2) -> "Built":
-        """Inputs on a device, ready to run."""
+    def build(self, device: str, batch: int = 2) -> dict:
+        """Inputs on a device."""
         inputs = self.inputs(batch, device)
         for name in self.leaves:
             inputs[name].requires_grad_()
-        return Built(self, inputs)
+        return inputs
 
+    def backward(
+        self, inputs: dict, outputs: Tensor, cotangents: list[Tensor], **options
+    ) -> tuple[Tensor, ...]:
+        """The gradients of the leaves."""
+        return torch.autograd.grad([outputs], [inputs[name] for name in self.leaves], cotangents, **options)
 
-@dataclass
-class Built:
-    """A case with its inputs."""
-
-    case: Case
-    inputs: dict
-
-    def forward(self, function: Callable | None = None) -> Tensor | tuple[Tensor, ...]:
-        """One forward pass of the kernel, or of another function."""
-        return (function or self.case.kernel)(**self.inputs)
-
-    def backward(self, outputs, cotangents: list[Tensor] | None = None, **options) -> tuple[Tensor, ...]:
-        """The gradients of the leaves; the cotangents default to ones."""
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        cotangents = cotangents or [torch.ones_like(output) for output in outputs]
-        return torch.autograd.grad(outputs, [self.inputs[n] for n in self.case.leaves], cotangents, **options)
-
-    def run(self) -> None:
-        """Forward and backward of the kernel."""
-        outputs = self.forward()
-        if self.case.leaves:
-            self.backward(outputs)
+    def run(self, device: str, batch: int = 2) -> None:
+        """One forward and backward pass of the kernel, with cotangents of ones."""
+        inputs = self.build(device, batch)
+        outputs = self.kernel(**inputs)
+        if self.leaves:
+            self.backward(inputs, outputs, [torch.ones_like(outputs)])
 
 
 def _random(*shape: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -120,17 +109,10 @@ def _token_cases(model: str, batch: int, patches: int, prefix: int, width: int, 
         packing = packed(b, device)["packing"]
         return {"packed": _random(b * present, width, device=device), "packing": packing}
 
-    def copied(b: int) -> tuple[int, int]:
-        one = b * width * (2 * patches + 4 * COPIES * tokens)
-        return one, one
+    def moved(rows: int) -> Callable[[int], tuple[int, int]]:
+        return lambda b: (b * width * (2 * patches + 4 * rows),) * 2
 
-    def moved(b: int) -> tuple[int, int]:
-        one = b * width * (2 * patches + 4 * present)
-        return one, one
-
-    def call_pack(patches, packing, prefix, position):
-        return pack(patches, packing.slots, packing.cu_seqlens, len(packing.indices), prefix, position)
-
+    copied = moved(COPIES * tokens)
     common = {"label": model, "batch": batch}
     yield Case(
         name="mask_tokens", inputs=masked, kernel=mask_tokens, reference=reference.mask_tokens,
@@ -141,11 +123,11 @@ def _token_cases(model: str, batch: int, patches: int, prefix: int, width: int, 
         leaves=("tokens", "position"), bytes=copied, **common,
     )  # fmt: skip
     yield Case(
-        name="pack", inputs=packed, kernel=call_pack, reference=reference.pack, leaves=("patches", "position"),
-        bytes=moved, **common,
+        name="pack", inputs=packed, kernel=pack, reference=reference.pack, leaves=("patches", "position"),
+        bytes=moved(present), **common,
     )  # fmt: skip
     yield Case(
-        name="unpack", inputs=unpacked, kernel=lambda packed, packing: unpack(packed, packing.slots),
+        name="unpack", inputs=unpacked, kernel=unpack,
         reference=reference.unpack, leaves=("packed",),
         bytes=lambda b: (2 * b * width * (present + COPIES * tokens), 4 * b * width * present), **common,
     )  # fmt: skip
@@ -167,33 +149,26 @@ def _loss_cases(model: str, batch: int, patches: int, prefix: int, width: int, h
         yield Case(
             "reconstruction_loss", f"{model} {loss}", batch, inputs(loss), reconstruction_loss,
             reference.reconstruction_loss, ("prediction",), backward_alone=False,
-            # The gradient is written in the forward pass; the backward pass has nothing left to do.
+            # The forward pass writes the gradient; the backward pass has nothing left to do.
             bytes=lambda b: (8 * b * COPIES * (prefix + patches) * width, 0),
         )  # fmt: skip
 
 
 def attention_case(
-    label: str,
-    batch: int,
-    length: int,
-    heads: int,
-    width: int,
-    softcap: float | None,
-    packed: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Case:
-    """Attention over [batch, heads, length, width], q, k and v as the projection gives them."""
+    label: str, batch: int, length: int, heads: int, width: int, softcap: float | None,
+    packed: bool = False, dtype: torch.dtype = torch.bfloat16,
+) -> Case:  # fmt: skip
+    """Attention over [batch, heads, length, width], with q, k and v in the layout of the projection."""
 
     def inputs(b: int, device: str) -> dict:
         q, k, v = _random(b, length, 3, heads, width, device=device, dtype=dtype).permute(2, 0, 3, 1, 4)
-        q.mul_(4)  # logits up to about 20, so that a cap that is left out shows
+        q.mul_(4)  # logits up to about 20, so that a missing cap is detected
         options = {"softcap": softcap}
-        if packed:  # every sequence cut somewhere, as a mask and its complement cut an image
-            cuts = torch.randint(0, length + 1, (b,), device=device)
-            bounds = torch.stack([cuts, torch.full_like(cuts, length)], 1) + length * torch.arange(
-                b, device=device
-            ).unsqueeze(1)
-            bounds = torch.nn.functional.pad(bounds.flatten(), (1, 0)).int()
+        if packed:  # each sequence is cut in two, as a mask and its complement cut an image
+            starts = length * torch.arange(b, device=device)
+            cuts = starts + torch.randint(0, length + 1, (b,), device=device)
+            bounds = torch.stack([starts, cuts], 1).flatten()
+            bounds = torch.nn.functional.pad(bounds, (0, 1), value=b * length).int()
             options |= {"cu_seqlens": bounds, "max_seqlen": length}
             q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         return {"q": q.detach(), "k": k.detach(), "v": v.detach(), **options}
@@ -201,30 +176,25 @@ def attention_case(
     # Two random parts of a sequence of length T have 2/3 of its squared length.
     share = 2 / 3 if packed else 1.0
     square = share * heads * width * length * length
+    kind = ("cap" if softcap else "plain") + (" packed" if packed else "")
     return Case(
-        "softcap_attention",
-        f"{label} T {length} d {width} {'cap' if softcap else 'plain'}{' packed' if packed else ''}".lstrip(),
-        batch,
-        inputs,
-        softcap_attention,
-        reference.softcap_attention,
-        ("q", "k", "v"),
+        "softcap_attention", f"{label} T {length} d {width} {kind}".lstrip(), batch, inputs,
+        softcap_attention, reference.softcap_attention, ("q", "k", "v"),
         # q, k, v and out; then those, the gradient of out and the three of q, k and v.
         bytes=lambda b: tuple(n * dtype.itemsize * b * heads * length * width for n in (4, 8)),
         operations=lambda b: (int(4 * b * square), int(10 * b * square)),
         compiles=not packed,  # a loop over sequences whose lengths are data
         options={"softcap": softcap, "packed": packed, "length": length, "width": width},
-    )
+    )  # fmt: skip
 
 
-def _row_cases(models: dict[str, dict]) -> Iterator[Case]:
-    for model, shape in models.items():
-        for make in (_token_cases, _loss_cases):
-            yield from make(model, **shape)
+def _row_cases(model: str, shape: dict) -> list[Case]:
+    return [*_token_cases(model, **shape), *_loss_cases(model, **shape)]
 
 
 def _cases() -> Iterator[Case]:
-    yield from _row_cases(MODELS)
+    for model, shape in MODELS.items():
+        yield from _row_cases(model, shape)
     for model, shape in MODELS.items():
         length, width = shape["prefix"] + shape["patches"], shape["width"] // shape["heads"]
         for softcap in (30.0, None):
@@ -243,16 +213,14 @@ def _cases() -> Iterator[Case]:
 
 CASES = list(_cases())
 
-_TINY = {"tiny": {"batch": 2, "patches": 5, "prefix": 1, "width": 24, "heads": 2}}
 TINY_CASES = [
-    *_row_cases(_TINY),
+    *_row_cases("tiny", {"batch": 2, "patches": 5, "prefix": 1, "width": 24, "heads": 2}),
     attention_case("tiny", 2, 18, 2, 16, 30.0),
     attention_case("tiny", 2, 18, 2, 16, None, packed=True),
 ]
-"""Every operation where speed means nothing: for checks without a GPU."""
-_ONE = {"one": {"batch": 1, "patches": 1, "prefix": 0, "width": 1, "heads": 1}}
+"""Every operation at a tiny size, for checks without a GPU."""
 DEGENERATE_CASES = [
-    *_row_cases(_ONE),
+    *_row_cases("one", {"batch": 1, "patches": 1, "prefix": 0, "width": 1, "heads": 1}),
     attention_case("one", 1, 1, 1, 1, 30.0),
     attention_case("one", 1, 1, 1, 1, None, packed=True),
     Case(
@@ -265,4 +233,4 @@ DEGENERATE_CASES = [
         backward_alone=False,
     ),
 ]  # fmt: skip
-"""Sizes of one, which Triton compiles as constants: for `benchmarks.aot`."""
+"""Sizes of one, which Triton compiles as constants, for `benchmarks.aot`."""

@@ -1,12 +1,11 @@
 """What a checkpoint costs in training time: ``python -m benchmarks.checkpoint [--models demo vit_b] [--tiny]``.
 
-For each model: how long the step loop stands still while the snapshot is taken, and how much longer the steps take
-that run beside the writer, in steps; against a write that the loop waits for. The sum as a share of training time at
-the default interval (an epoch) and for a checkpoint every 1,000 steps. Each checkpoint writes the backbone too, as
-the best one does. Writes `benchmarks/results/checkpoint.json`; milliseconds on a GPU only.
+In steps, for each model: how long the step loop stops for the snapshot, how much longer the steps beside the writer
+take, and a write that the loop waits for; and the cost as a share of training time at the default interval (an
+epoch) and every 1,000 steps. Each checkpoint writes the backbone too, as the best one does. Writes
+`benchmarks/results/checkpoint.json`; milliseconds on a GPU only.
 """
 
-import argparse
 import itertools
 import statistics
 import tempfile
@@ -19,27 +18,22 @@ import torch
 from benchmarks import record
 from fastalign.config import Config
 from fastalign.train import update
+from fastalign.training.checkpoint import save, wait_for_checkpoint
 from fastalign.training.distributed import World
 from fastalign.training.run import Run
-from fastalign.training.saving import finish, save
 
 DEMO = {"img_size": 48, "patch_size": 8, "embed_dim": 64, "depth": 10, "num_heads": 4}
+TINY = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
 MODELS = {
-    # name, kwargs, images a step on the CPU and on a GPU, steps of an epoch
+    # name, kwargs, images per step on the CPU and on a GPU, steps per epoch
     "demo": ("vit_tiny_patch16_224", DEMO, 64, 64, 125),
     "vit_b": ("vit_base_patch16_224", {}, 1, 64, 1_281_167 // 1024),  # ImageNet-1k in the recipes' batches
-    "tiny": (
-        "vit_tiny_patch16_224",
-        {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3},
-        4,
-        4,
-        100,
-    ),
+    "tiny": ("vit_tiny_patch16_224", TINY, 4, 4, 100),
 }
 
 
 def make_run(model: str, folder: Path, device: torch.device) -> tuple[Run, itertools.repeat]:
-    """A run with random weights, and the same batch again and again."""
+    """A run with random weights, and the same batch repeatedly."""
     name, kwargs, on_cpu, on_gpu, _ = MODELS[model]
     batch = on_gpu if device.type == "cuda" else on_cpu
     tree = {
@@ -53,39 +47,33 @@ def make_run(model: str, folder: Path, device: torch.device) -> tuple[Run, itert
     return run, itertools.repeat(next(iter(run.train.batches(0))))
 
 
-class Clock:
-    """Seconds of one thing after another, the device's work included."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def of(self, function, *arguments) -> float:
-        before = self.now()
-        function(*arguments)
-        return self.now() - before
+def timed(device: torch.device, function, *arguments) -> float:
+    """Seconds of a call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    before = time.perf_counter()
+    function(*arguments)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - before
 
 
 def once(run: Run, batches: itertools.repeat, quiet: int) -> dict[str, float]:
-    """One checkpoint in the background and one that is waited for, among steps of which nothing is written."""
-    clock = Clock(run.world.device)
+    """One checkpoint in the background and one that the loop waits for, between steps without a checkpoint."""
+    device = run.world.device
 
     def step() -> float:
-        return clock.of(update, run, batches, 0)
+        return timed(device, update, run, batches, 0)
 
     step()
     alone = [step() for _ in range(quiet)]
-    blocked = clock.of(save, run)
+    blocked = timed(device, save, run)
     beside = []
     while any(thread.name == "checkpoint" for thread in threading.enumerate()) or not beside:
         beside.append(step())
-    finish(run)
+    wait_for_checkpoint(run)
     alone += [step() for _ in range(quiet)]
-    waited = clock.of(lambda: (save(run), finish(run)))
+    waited = timed(device, lambda: (save(run), wait_for_checkpoint(run)))
     step_seconds = statistics.median(alone)
     return {
         "step_seconds": step_seconds,
@@ -97,7 +85,7 @@ def once(run: Run, batches: itertools.repeat, quiet: int) -> dict[str, float]:
 
 
 def measure(model: str, repeats: int, quiet: int, device: torch.device) -> dict:
-    """One row: the median of each figure over `repeats` checkpoints after one for warm-up, in steps."""
+    """One row: medians in steps over `repeats` checkpoints after one for warm-up."""
     with tempfile.TemporaryDirectory() as folder:
         run, batches = make_run(model, Path(folder), device)
         try:
@@ -128,32 +116,22 @@ def measure(model: str, repeats: int, quiet: int, device: torch.device) -> dict:
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.checkpoint", description=__doc__.splitlines()[0]
-    )
+    parser = record.parser("checkpoint", __doc__, "a tiny model, one checkpoint")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["demo", "vit_b"])
     parser.add_argument("--repeats", type=int, default=3, help="checkpoints measured after one for warm-up")
-    parser.add_argument(
-        "--tiny", action="store_true", help="a tiny model, one checkpoint: checks that it runs"
-    )
     options = parser.parse_args(arguments)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     rows = []
     for model in ["tiny"] if options.tiny else options.models:
         large = model == "vit_b" and device.type == "cpu"
-        repeats, quiet = (
-            (0, 1) if options.tiny else (min(1, options.repeats), 2) if large else (options.repeats, 20)
+        repeats, quiet = (min(1, options.repeats), 2) if large else (options.repeats, 20)
+        rows.append(measure(model, *((0, 1) if options.tiny else (repeats, quiet)), device))
+        line = (
+            "{model:6} {checkpoint_mib:7.0f} MiB: blocks {blocked_steps:.2f} steps, slows {slowed_steps:.2f} steps "
+            "beside the writer ({steps_beside_the_writer:.0f} steps); synchronous {synchronous_steps:.2f} steps; "
+            "{share_each_epoch:.3%} of an epoch, {share_each_1000_steps:.3%} of 1,000 steps"
         )
-        rows.append(measure(model, repeats, quiet, device))
-        print(
-            "{model:6} {checkpoint_mib:7.0f} MiB: stands still {blocked_steps:.2f} steps, slowed by "
-            "{slowed_steps:.2f} steps beside the writer ({steps_beside_the_writer:.0f} steps); waited for, "
-            "{synchronous_steps:.2f} steps; "
-            "{share_each_epoch:.3%} of an epoch, {share_each_1000_steps:.3%} of 1,000 steps".format(
-                **rows[-1]
-            ),
-            flush=True,
-        )
+        print(line.format(**rows[-1]), flush=True)
     if not options.tiny:
         record.write("checkpoint", rows)
     return rows

@@ -1,58 +1,202 @@
-"""Ours against others, case by case: what `benchmarks.kernels` and `benchmarks.attention` have in common.
+"""Our kernels against other implementations: shared by `benchmarks.kernels` and `benchmarks.attention`.
 
 For each case ours is compared with its reference, in the same dtype and in float64, and not timed if it is wrong
-(exit code 1). Forward, backward and full (forward and backward) of every implementation are timed between device
-events, L2 flushed, in rounds of alternating order, with random inputs and cotangents. Bandwidth and rate are also
-given as shares of the GPU's own copy bandwidth and matmul rate, which are measured first. The result is written after
-every case. Without a GPU: exit code 2, or ``--tiny``, which shows that everything runs.
+(exit code 1). Forward, backward and full (both) passes of every implementation are timed between device events, L2
+flushed, in rounds of alternating order, with random inputs and cotangents. Bandwidth and rate are also given as
+shares of the GPU's own copy bandwidth and matmul rate, which are measured first. Results are written after each
+case. Without a GPU: exit code 2, or ``--tiny``, which shows that everything runs.
 """
 
-import argparse
+import gc
+import statistics
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch._functorch.config
+from torch import Tensor
 
-from benchmarks import measure, record
-from benchmarks.cases import Built, Case
+from benchmarks import record
+from benchmarks.cases import Case
+from benchmarks.tolerance import allowed, errors, evaluate
 from fastalign.kernels.common import INTERPRETED
 
 KEY = ("op", "label", "implementation", "mode")
-Implementations = Callable[[Case, Built, bool], tuple[dict[str, Callable], set[str]]]
-"""(case, built, tiny) -> functions by name, "ours" and "eager" among them; names of those without the soft-cap."""
+MODES = ("forward", "backward", "full")
+NO_MEMORY = "out of memory"
+ROUNDS, WARM_UP_MS, REPEAT_MS = 3, 10, 40
+LARGEST_ERROR = 0.05
+"""An implementation with a larger error computes another function and is not timed."""
+Implementations = Callable[[Case, dict, bool], tuple[dict[str, Callable], set[str]]]
+"""(case, inputs, tiny) -> functions by name, "ours" and "eager" among them; names of those without the soft-cap."""
+
+
+def free(device: str) -> None:
+    """Release unused memory."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def attempt(function: Callable, *arguments) -> tuple[object, str | None]:
+    """The result, or None and the reason in one line; no traceback keeps memory alive."""
+    try:
+        return function(*arguments), None
+    except torch.OutOfMemoryError:
+        return None, NO_MEMORY
+    except Exception as error:  # a library may raise anything
+        return None, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
+
+
+def _compare(results: dict[str, Tensor], truths: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, truth in truths.items():
+        if results[name].shape != truth.shape:
+            raise ValueError(f"{name} is {list(results[name].shape)}, not {list(truth.shape)}")
+    return {name: errors(results[name], truth) for name, truth in truths.items()}
+
+
+def check(
+    case: Case, inputs: dict, functions: dict[str, Callable], uncapped: set[str]
+) -> tuple[dict[str, float], dict[str, str], list[Tensor]]:
+    """Compare every implementation, forward and backward, with the reference in float64.
+
+    Args:
+        case, inputs: the operation.
+        functions: implementations by name; `ours` and `eager` are among them.
+        uncapped: those without the soft-cap, which only have to run.
+
+    Returns:
+        The largest relative errors and the reasons for not timing, by implementation; random cotangents.
+    """
+    # Ours runs first, so that memory that it forgets to write does not hold correct values by chance.
+    ours, cotangents = evaluate(functions["ours"], inputs, case.leaves)
+    dtypes = {name: value.dtype for name, value in ours.items()}
+    truths, _ = evaluate(case.reference, inputs, case.leaves, cotangents, torch.float64)
+    found = {"ours": _compare(ours, truths)}
+    del ours
+    found["eager"] = _compare(evaluate(functions["eager"], inputs, case.leaves, cotangents)[0], truths)
+    largest, refused = {}, {}
+    for name, error in found["ours"].items():
+        bound = allowed(found["eager"][name], dtypes[name])
+        if not bool((error <= bound).all()):  # NaN is wrong as well
+            refused["ours"] = f"wrong: {name} has error {error.tolist()}, allowed {bound.tolist()}"
+            break
+    for name in [] if refused else [name for name in functions if name not in found]:
+        results, why = attempt(evaluate, functions[name], inputs, case.leaves, cotangents)
+        if why is None and name not in uncapped:
+            found[name], why = attempt(_compare, results[0], truths)
+        if why:
+            refused[name] = why
+        del results
+    for name, by_tensor in found.items():
+        if by_tensor:
+            worst = torch.stack(list(by_tensor.values()))
+            largest[name] = worst[:, 0].max().item() if not worst.isnan().any() else float("nan")
+            if name not in ("ours", "eager") and not largest[name] <= LARGEST_ERROR:
+                refused[name] = f"computes another function: error {largest[name]:.3g}"
+    return largest, refused, cotangents
+
+
+def call(case: Case, inputs: dict, function: Callable, mode: str, cotangents: list[Tensor]) -> Callable:
+    """The function that is timed."""
+    if mode == "forward":
+        return lambda: function(**inputs)
+    if mode == "full":
+        return lambda: case.backward(inputs, function(**inputs), cotangents)
+    outputs = function(**inputs)
+    return lambda: case.backward(inputs, outputs, cotangents, retain_graph=True)
+
+
+def device_times(function: Callable[[], object]) -> list[float]:
+    """Milliseconds on the GPU, between events, the L2 cache flushed before each call."""
+    from triton.testing import do_bench
+
+    return do_bench(function, warmup=WARM_UP_MS, rep=REPEAT_MS, return_mode="all")
+
+
+def one_time(function: Callable[[], object]) -> list[float]:
+    """Milliseconds of one call on the CPU, for --tiny."""
+    before = time.perf_counter()
+    function()
+    return [1e3 * (time.perf_counter() - before)]
+
+
+def interleaved(calls: dict[str, Callable], clock: Callable, rounds: int) -> dict[str, list[float]]:
+    """The times of each, from rounds in which all take turns, every second round in reverse order."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(rounds):
+        for name in list(calls)[:: -1 if index % 2 else 1]:
+            times[name] += clock(calls[name])
+    return times
+
+
+def quantiles(times: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile in milliseconds."""
+    tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
+    return {"ms": statistics.median(times), "ms_p20": tenths[1], "ms_p80": tenths[7]}
+
+
+def host_ms(function: Callable[[], object], calls: int = 5) -> float:
+    """CPU time of a call; if it exceeds the time on the GPU, the GPU is idle."""
+    torch.cuda.synchronize()
+    before = time.perf_counter()
+    for _ in range(calls):
+        function()
+    taken = time.perf_counter() - before
+    torch.cuda.synchronize()
+    return 1e3 * taken / calls
+
+
+def peak_mib(function: Callable[[], object]) -> float:
+    """Peak memory of a call above what was allocated before."""
+    function()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def machine() -> dict[str, float]:
+    """The GPU's own copy bandwidth (bytes read and written) and bf16 matmul rate, random data."""
+    source = torch.randn(2**29, device="cuda", dtype=torch.bfloat16)
+    copy = statistics.median(device_times(partial(torch.empty_like(source).copy_, source)))
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    product = statistics.median(device_times(lambda: a @ b))
+    return {"copy_gbps": 4 * 2**29 / copy / 1e6, "matmul_tflops": 2 * 8192**3 / product / 1e9}
 
 
 def time_modes(
-    built: Built, functions: dict, given: list[torch.Tensor], clock: Callable, rounds: int
+    case: Case, inputs: dict, functions: dict, cotangents: list[Tensor], clock: Callable, rounds: int
 ) -> tuple[dict[str, dict], dict[tuple[str, str], str]]:
-    """Times by mode and implementation, and why some have none, by implementation and mode."""
+    """Times by mode and implementation, and reasons for missing times by implementation and mode."""
     times, failed = {}, {}
-    for mode in measure.MODES:
-        if mode == "backward" and not built.case.backward_alone:
+    for mode in MODES:
+        if mode == "backward" and not case.backward_alone:
             continue
         calls = {}
         for name, function in functions.items():
             if (name, "forward") in failed:
                 continue
-            timed, why = measure.attempt(measure.call, built, function, mode, given)
-            why = why or measure.attempt(timed)[1]  # compiles, chooses algorithms, may not fit
+            timed, why = attempt(call, case, inputs, function, mode, cotangents)
+            why = why or attempt(timed)[1]  # compiles, selects algorithms, may run out of memory
             if why:
                 failed[name, mode] = why
             else:
                 calls[name] = timed
-        times[mode] = measure.interleaved(calls, clock, rounds)
+        times[mode] = interleaved(calls, clock, rounds)
         calls.clear()
-        measure.free(given[0].device.type)
+        free(cotangents[0].device.type)
     return times, failed
 
 
 def figures(case: Case, mode: str, found: dict, limits: dict) -> dict:
-    """What follows from a time: bandwidth, rate and their shares of what the GPU can do."""
-    forward, backward = case.bytes(case.batch)
-    moved = {"forward": forward, "backward": backward, "full": forward + backward}[mode]
-    forward, backward = case.operations(case.batch)
-    operations = {"forward": forward, "backward": backward, "full": forward + backward}[mode]
+    """Bandwidth and rate, and their shares of the GPU's."""
+    part = {"forward": slice(1), "backward": slice(1, 2), "full": slice(2)}[mode]
+    moved, operations = (sum(each(case.batch)[part]) for each in (case.bytes, case.operations))
     row = {"bytes": moved}
     if not limits or not found["ms"] > 0:
         return row
@@ -65,55 +209,58 @@ def figures(case: Case, mode: str, found: dict, limits: dict) -> dict:
     return row
 
 
-def rows_of(case: Case, times: dict, verdict: measure.Verdict, limits: dict) -> list[dict]:
-    """One row an implementation and mode."""
-    medians = {mode: {n: measure.quantiles(t) for n, t in by_name.items()} for mode, by_name in times.items()}
+def rows_of(case: Case, times: dict, largest: dict[str, float], limits: dict) -> list[dict]:
+    """One row per implementation and mode."""
+    medians = {mode: {n: quantiles(t) for n, t in by_name.items()} for mode, by_name in times.items()}
     if "backward" not in medians:
         medians["backward"] = {
             name: {"ms": full["ms"] - medians["forward"][name]["ms"], "derived": "full - forward"}
             for name, full in medians["full"].items()
         }
     rows = []
-    for mode in measure.MODES:
+    for mode in MODES:
         for name, found in medians[mode].items():
             row = {"op": case.name, "label": case.label, "batch": case.batch, **case.options}
             row |= {"implementation": name, "mode": mode, **found, **figures(case, mode, found, limits)}
             others = {other: value["ms"] for other, value in medians[mode].items() if other != name}
-            # Times in the interpreter, where there are no limits, compare nothing.
-            compares = limits and found["ms"] > 0
+            compares = limits and found["ms"] > 0  # not in the interpreter
             row["times_faster_than"] = {n: ms / found["ms"] for n, ms in others.items()} if compares else {}
-            rows.append(row | {"error": verdict.errors.get(name)})
+            rows.append(row | {"error": largest.get(name)})
     return rows
 
 
 def measure_case(
     case: Case, device: str, limits: dict, implementations: Implementations, tiny: bool
 ) -> list[dict]:
-    """All rows of a case; those that have no time say why."""
+    """All rows of a case; a row without a time has the reason."""
     torch._dynamo.reset()
-    measure.free(device)
+    free(device)
     base = {"op": case.name, "label": case.label, "batch": case.batch, **case.options}
-    built, why = measure.attempt(case.build, device, case.batch)
+    inputs, why = attempt(case.build, device, case.batch)
     if why:
         return [base | {"implementation": "ours", "failed": why}]
-    functions, uncapped = implementations(case, built, tiny)
-    verdict, why = measure.attempt(measure.check, built, functions, uncapped)
-    verdict = verdict or measure.Verdict(refused={"ours": why})
-    if why := verdict.refused.get("ours"):
-        row = {"implementation": "ours", "failed": why, "error": verdict.errors.get("ours")}
-        return [base | row | {"wrong": why != measure.NO_ROOM}]
-    functions = {name: function for name, function in functions.items() if name not in verdict.refused}
-    given = measure.cotangents(built)
-    clock, rounds = (measure.one_time, 1) if tiny else (measure.device_times, measure.ROUNDS)
-    times, failed = time_modes(built, functions, given, clock, rounds)
-    rows = rows_of(case, times, verdict, limits)
+    functions, uncapped = implementations(case, inputs, tiny)
+    checked, why = attempt(check, case, inputs, functions, uncapped)
+    largest, refused, cotangents = checked or ({}, {"ours": why}, [])
+    if why := refused.get("ours"):
+        row = {
+            "implementation": "ours",
+            "failed": why,
+            "error": largest.get("ours"),
+            "wrong": why != NO_MEMORY,
+        }
+        return [base | row]
+    functions = {name: function for name, function in functions.items() if name not in refused}
+    clock, rounds = (one_time, 1) if tiny else (device_times, ROUNDS)
+    times, failed = time_modes(case, inputs, functions, cotangents, clock, rounds)
+    rows = rows_of(case, times, largest, limits)
     for row in rows:
         if row["implementation"] in uncapped:
             row["computes"] = "without the cap"
         elif row["mode"] == "full" and not tiny:
-            timed = measure.call(built, functions[row["implementation"]], "full", given)
-            row |= {"host_ms": measure.host_ms(timed), "peak_mib": measure.peak_mib(timed)}
-    rows += [base | {"implementation": name, "failed": why} for name, why in verdict.refused.items()]
+            timed = call(case, inputs, functions[row["implementation"]], "full", cotangents)
+            row |= {"host_ms": host_ms(timed), "peak_mib": peak_mib(timed)}
+    rows += [base | {"implementation": name, "failed": why} for name, why in refused.items()]
     return rows + [base | {"implementation": n, "mode": m, "failed": why} for (n, m), why in failed.items()]
 
 
@@ -135,43 +282,31 @@ def show(rows: list[dict]) -> None:
 
 
 def select(cases: list[Case], ops: list[str] | None, labels: list[str] | None) -> list[Case]:
-    """The cases asked for: by operation, and by how their labels start."""
+    """The cases of operations by name, and with labels by how they start."""
+    names, all_labels = {case.name for case in cases}, {case.label for case in cases}
     for name in ops or ():
-        if name not in {case.name for case in cases}:
-            raise SystemExit(
-                f"--ops: no operation {name}; there are {', '.join(sorted({c.name for c in cases}))}"
-            )
+        if name not in names:
+            raise SystemExit(f"--ops: unknown operation {name}; choose from {', '.join(sorted(names))}")
     for start in labels or ():
-        if not any(case.label.startswith(start) for case in cases):
-            known = ", ".join(sorted({case.label for case in cases}))
-            raise SystemExit(f"--cases: no case starts with {start!r}; there are {known}")
-    return [
-        case
-        for case in cases
-        if (not ops or case.name in ops) and (not labels or case.label.startswith(tuple(labels)))
-    ]
+        if not any(label.startswith(start) for label in all_labels):
+            raise SystemExit(
+                f"--cases: no case starts with {start!r}; choose from {', '.join(sorted(all_labels))}"
+            )
+    chosen = [case for case in cases if not ops or case.name in ops]
+    return [case for case in chosen if not labels or case.label.startswith(tuple(labels))]
 
 
 def main(
-    name: str,
-    description: str,
-    cases: list[Case],
-    tiny_cases: list[Case],
-    implementations: Implementations,
+    name: str, description: str, cases: list[Case], tiny_cases: list[Case], implementations: Implementations,
     arguments: list[str] | None,
-) -> tuple[int, list[dict]]:
+) -> tuple[int, list[dict]]:  # fmt: skip
     """Measure, print, write `NAME.json`. Returns the exit code (1: ours is wrong, 2: no GPU) and the rows."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{name}", description=description.splitlines()[0]
-    )
+    parser = record.parser(name, description, "tiny shapes in the interpreter")
     parser.add_argument("--ops", nargs="+", metavar="NAME", help="only these operations")
-    parser.add_argument(
-        "--cases", nargs="+", metavar="LABEL", help="only cases whose label starts so: B/16-224"
-    )
+    parser.add_argument("--cases", nargs="+", metavar="LABEL", help="only labels that start so: B/16-224")
     parser.add_argument(
         "--once", action="store_true", help="run each case once, for a profiler; measures nothing"
     )
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes in the interpreter, nothing written")
     options = parser.parse_args(arguments)
     cases = select(tiny_cases if options.tiny else cases, options.ops, options.cases)
     if not options.tiny and not torch.cuda.is_available():
@@ -181,9 +316,9 @@ def main(
     device = "cpu" if INTERPRETED else "cuda"
     if options.once:
         for case in cases:
-            case.build(device, case.batch).run()
+            case.run(device, case.batch)
         return 0, []
-    limits = {} if options.tiny else measure.machine()
+    limits = {} if options.tiny else machine()
     if limits:
         print("copy {copy_gbps:.0f} GB/s, bf16 matmul {matmul_tflops:.0f} TFLOP/s".format(**limits))
     rows = []

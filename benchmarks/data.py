@@ -1,12 +1,11 @@
 """The data pipeline against a torch DataLoader: ``python -m benchmarks.data [FOLDER] [--threads 1 2 4] [--tiny]``.
 
-The DataLoader decodes with Pillow and transforms with timm. Both read the same JPEGs (of FOLDER; by default 500 x 375
-pixels, made for the purpose), crop, flip and normalize alike, run on the same number of cores with as many threads or
-workers, and deliver batches on the training device. They take turns for several rounds; the ratio is the median of
-the rounds. Writes `benchmarks/results/data.json`, on a CPU `data_cpu.json` with ratios only.
+The DataLoader decodes with Pillow and transforms with timm. Both read the same JPEGs (of FOLDER; by default
+generated, 500 x 375 pixels), crop, flip and normalize alike, run on the same number of cores with as many threads
+or workers, and deliver batches on the training device. They take turns; the ratio is the median of the rounds.
+Writes `benchmarks/results/data.json`, on a CPU `data_cpu.json` with ratios only.
 """
 
-import argparse
 import itertools
 import os
 import statistics
@@ -57,14 +56,8 @@ class Images(Dataset):
 
     def __init__(self, paths: list[Path], crop: str):
         self.paths = paths
-        self.transform = create_transform(
-            SIZE,
-            is_training=True,
-            train_crop_mode=crop,
-            interpolation="random",
-            color_jitter=None,
-            **TRANSFORM,
-        )
+        options = {"train_crop_mode": crop, "interpolation": "random", "color_jitter": None}
+        self.transform = create_transform(SIZE, is_training=True, **options, **TRANSFORM)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -75,16 +68,11 @@ class Images(Dataset):
 
 
 def plain(folder: Path, crop: str, batch: int, threads: int, device: torch.device) -> Iterator[Tensor]:
-    """Batches of a DataLoader with a worker process a thread, epoch after epoch."""
+    """Batches of a DataLoader with one worker process per thread, epoch after epoch."""
     loader = DataLoader(
-        Images(sorted(folder.rglob("*.jpg")), crop),
-        batch,
-        shuffle=True,
-        drop_last=True,
-        num_workers=threads,
-        persistent_workers=True,
-        pin_memory=device.type == "cuda",
-    )
+        Images(sorted(folder.rglob("*.jpg")), crop), batch, shuffle=True, drop_last=True, num_workers=threads,
+        persistent_workers=True, pin_memory=device.type == "cuda",
+    )  # fmt: skip
     while True:
         for images in loader:
             yield images.to(device, non_blocking=True)
@@ -94,14 +82,9 @@ def ours(
     folder: Path, crop: str, batch: int, threads: int, device: torch.device, hw_decoder_load: float
 ) -> Iterator[Tensor]:
     """Batches of our loader, epoch after epoch."""
-    loader = Loader(
-        open_source(str(folder)),
-        Transform(size=(SIZE, SIZE), crop=crop, **TRANSFORM),
-        batch_size=batch,
-        device=device,
-        threads=threads,
-        hw_decoder_load=hw_decoder_load,
-    )
+    source, transform = open_source(str(folder)), Transform(size=(SIZE, SIZE), crop=crop, **TRANSFORM)
+    options = {"threads": threads, "hw_decoder_load": hw_decoder_load}
+    loader = Loader(source, transform, batch_size=batch, device=device, **options)
     with closing(loader):
         for epoch in itertools.count():
             for each in loader.batches(epoch):
@@ -110,7 +93,7 @@ def ours(
 
 @contextmanager
 def cores(count: int) -> Iterator[None]:
-    """Keep this process, and what it starts within, to some of its cores."""
+    """Restrict this process and its children to some of its cores."""
     before, threads = os.sched_getaffinity(0), torch.get_num_threads()
     os.sched_setaffinity(0, sorted(before)[:count])
     torch.set_num_threads(count)
@@ -122,7 +105,7 @@ def cores(count: int) -> Iterator[None]:
 
 
 def rate(batches: Iterator[Tensor], threads: int, count: int, device: torch.device) -> float:
-    """Images a second of `count` batches a thread: workers finish together, so that whole turns are counted."""
+    """Images per second over `count` batches per thread; workers finish together, so whole turns are counted."""
     with closing(batches):
         for _ in range(2 * threads + 2):  # while workers start
             images = next(batches)
@@ -145,9 +128,9 @@ def measure(folder: Path, crop: str, threads: int, load: float, sizes: tuple[int
     Args:
         folder: of JPEGs.
         crop: "rkrc" or "rrc".
-        threads: cores, reading and decoding threads of ours, workers of the DataLoader.
-        load: the share of JPEGs that a GPU's hardware decoder gets, where there is one.
-        sizes: images a batch, batches a thread and round, rounds.
+        threads: cores, our threads, and workers of the DataLoader.
+        load: the share of JPEGs for a GPU's hardware decoder.
+        sizes: images per batch, batches per thread and round, rounds.
     """
     batch, count, rounds = sizes
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -169,12 +152,11 @@ def measure(folder: Path, crop: str, threads: int, load: float, sizes: tuple[int
 def main(arguments: list[str] | None = None) -> list[dict]:
     """Measure, print, write."""
     cuda, available = torch.cuda.is_available(), len(os.sched_getaffinity(0))
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, help="JPEGs; default: made for it")
+    parser = record.parser("data", __doc__, "a few images")
+    parser.add_argument("folder", nargs="?", type=Path, help="JPEGs; generated by default")
     parser.add_argument("--threads", nargs="+", type=int, help="default 1, 2, 4... up to the cores")
     parser.add_argument("--crop", choices=("rkrc", "rrc"), default="rkrc")
     parser.add_argument("--hw-decoder-load", nargs="+", type=float, default=[0.9], help="on a GPU")
-    parser.add_argument("--tiny", action="store_true", help="a few images: checks that it runs")
     options = parser.parse_args(arguments)
     powers = [2**n for n in range(available.bit_length()) if 2**n < available]
     threads = [1] if options.tiny else options.threads or [*powers, available]
@@ -189,10 +171,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         for number, load in itertools.product(threads, options.hw_decoder_load if cuda else [0.0]):
             rows.append(measure(folder, options.crop, number, load, sizes))
             spread = f"{min(rows[-1]['ratios']):.2f} to {max(rows[-1]['ratios']):.2f}"
-            print(
-                f"{number} threads, {options.crop}: {rows[-1]['ratio']:.2f}x the DataLoader ({spread})",
-                flush=True,
-            )
+            ratio = f"{rows[-1]['ratio']:.2f}x the DataLoader ({spread})"
+            print(f"{number} threads, {options.crop}: {ratio}", flush=True)
             if not options.tiny:
                 record.write("data" if cuda else "data_cpu", rows, facts)
     return rows

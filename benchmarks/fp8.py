@@ -1,15 +1,13 @@
-"""What lower precision does to the teacher's targets: ``python -m benchmarks.fp8 [--backbones NAME ...]``.
+"""Errors of the teacher's targets in lower precision: ``python -m benchmarks.fp8 [--backbones NAME ...]``.
 
-Targets with the matrices in bf16 and in FP8 (`MaskedTeacher.store_as`) against fp32, in mode zero and drop: the
-relative error in the Euclidean norm, and the mean square error over the variance of the targets, which is what it
-adds to a loss that starts at 1.33. The demo's trained teacher on its validation pictures (rendered by ``make
-demo``), and backbones with random weights on random images. Writes `benchmarks/results/fp8.json`. On a GPU the FP8
-products are its own, elsewhere the reference's.
+Targets with matrices in bf16 and in FP8 (`MaskedTeacher.store_as`) against fp32, in modes zero and drop: the
+relative error in the Euclidean norm, and the mean square error over the variance of the targets, which it adds to a
+loss that starts at 1.33. Backbones: the demo's trained teacher on its validation images (rendered by ``make
+demo``), and random weights on random images. Writes `benchmarks/results/fp8.json`. FP8 products are the GPU's own,
+or the reference's.
 """
 
-import argparse
 import copy
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,16 +19,15 @@ from fastalign.config import load_config
 from fastalign.training.build import build_backbones, evaluation_loader
 from fastalign.training.distributed import World
 
-ROOT = Path(__file__).parent.parent
+ROOT = record.ROOT
 DEMO = ROOT / "configs" / "demo.yaml"
 PRECISIONS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
 def demo_batch(device: torch.device, images: int) -> tuple[ViT, Tensor]:
-    """The demo's trained teacher and pictures of its validation set."""
-    config = load_config(
-        DEMO, [f"student.weights={ROOT / 'demo' / 'teacher.safetensors'}", f"optim.batch_size={images}"]
-    )
+    """The demo's trained teacher and images of its validation set."""
+    weights = ROOT / "demo" / "teacher.safetensors"
+    config = load_config(DEMO, [f"student.weights={weights}", f"optim.batch_size={images}"])
     backbone, _ = build_backbones(config)
     loader = evaluation_loader(config, World(0, 1, device), backbone, str(ROOT / config.data.val))
     batches = loader.batches()
@@ -51,30 +48,24 @@ def errors(vit: ViT, images: Tensor, masking: str) -> list[dict]:
     teacher = fa.MaskedTeacher(vit, masking=masking).to(images.device)
     ids, masks = torch.arange(len(images), device=images.device), fa.UniformMasks(seed=0)
     visible, packing = masks.packed(ids, vit.spec.grid, vit.spec.prefix)
-    # Padding is no target. In mode zero there is none.
+    # Padding is not a target; mode zero has none.
     chosen = packing.indices >= 0 if masking == "drop" else slice(None)
     exact, rows = teacher(images, visible, packing)[chosen].double(), []
     for name, dtype in PRECISIONS.items():
         stored = copy.deepcopy(teacher).store_as(dtype)
         with torch.autocast(images.device.type, torch.bfloat16):
             difference = stored(images, visible, packing)[chosen].double() - exact
-        rows.append(
-            {
-                "masking": masking,
-                "precision": name,
-                "relative_error": (difference.norm() / exact.norm()).item(),
-                "error_over_variance": (difference.square().mean() / exact.var()).item(),
-            }
-        )
+        row = {"masking": masking, "precision": name}
+        row["relative_error"] = (difference.norm() / exact.norm()).item()
+        rows.append(row | {"error_over_variance": (difference.square().mean() / exact.var()).item()})
     return rows
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fp8", description=__doc__.splitlines()[0])
+    parser = record.parser("fp8", __doc__, "a tiny model")
     parser.add_argument("--backbones", nargs="*", default=["vit_small_patch16_224"], help="timm names")
     parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--tiny", action="store_true", help="a tiny model: checks that it runs")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False
@@ -86,17 +77,15 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             batches["demo/teacher.safetensors"] = demo_batch(device, options.images)
         except fa.UserError as error:
             print(
-                f"without the demo's teacher: {error}; python -m demo.mosaics --out demo/data renders its pictures"
+                f"skipping the demo's teacher: {error}; python -m demo.mosaics --out demo/data renders its images"
             )
     rows = []
     for name, (vit, images) in batches.items():
         for masking in ("zero", "drop"):
             rows += [{"backbone": name, "images": len(images), **row} for row in errors(vit, images, masking)]
+    line = "{backbone:26} {masking:5} {precision:5} relative error {relative_error:.2e}  over variance "
     for row in rows:
-        print(
-            f"{row['backbone']:26} {row['masking']:5} {row['precision']:5} relative error "
-            f"{row['relative_error']:.2e}  over variance {row['error_over_variance']:.2e}"
-        )
+        print((line + "{error_over_variance:.2e}").format(**row))
     if not options.tiny:
         record.write("fp8", rows)
     return rows

@@ -1,7 +1,7 @@
 """Speed of every kernel at the shapes of training: ``python -m benchmarks.kernels [--ops NAME ...] [--cases LABEL]``.
 
-The cases of `benchmarks.cases`: the kernel, eager PyTorch and torch.compile of it; how is in `benchmarks.compare`.
-Attention against other implementations is `benchmarks.attention`.
+Compares each kernel with eager PyTorch and torch.compile, as `benchmarks.compare` describes. `benchmarks.attention`
+compares attention with other implementations.
 """
 
 import os
@@ -14,11 +14,11 @@ if "--tiny" in sys.argv:
 import torch
 
 from benchmarks import compare
-from benchmarks.cases import CASES, TINY_CASES, Built, Case
+from benchmarks.cases import CASES, TINY_CASES, Case
 
 
-def implementations(case: Case, built: Built, tiny: bool) -> tuple[dict[str, Callable], set[str]]:
-    """The kernel, its reference, and torch.compile of that."""
+def implementations(case: Case, inputs: dict, tiny: bool) -> tuple[dict[str, Callable], set[str]]:
+    """The kernel, its reference, and the compiled reference."""
     functions = {"ours": case.kernel, "eager": case.reference}
     if case.compiles:
         options = {"backend": "aot_eager"} if tiny else {}

@@ -1,12 +1,10 @@
 """Speed of drawing and packing masks, extension against PyTorch: ``python -m benchmarks.masks [--tiny]``.
 
-256 images of 14 x 14 patches, sample + complement + full, one prefix token. On the CPU, ratios (PyTorch's time
-over the extension's) with one thread and with all; on a GPU, microseconds a call as well, between CUDA events:
-nothing else runs, so that they include what the host spends on a call. PyTorch only draws, also in the ratio
-of draw and pack. Writes `benchmarks/results/masks.json`.
+256 images of 14 x 14 patches, sample + complement + full, one prefix token. On the CPU, ratios (PyTorch's time over
+the extension's) with one thread and with all; on a GPU also microseconds per call between CUDA events, host time
+included. PyTorch only draws, also in the ratio of draw and pack. Writes `benchmarks/results/masks.json`.
 """
 
-import argparse
 import itertools
 import statistics
 import time
@@ -34,7 +32,7 @@ def cpu_seconds(function: Callable[[], object], repeats: int) -> float:
 
 
 def cuda_seconds(function: Callable[[], object], repeats: int) -> float:
-    """Median time of one call between CUDA events, the calls queued behind one another."""
+    """Median time of one call between CUDA events, with queued calls."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 6)]
     for mark in marks[:-1]:
         mark.record()
@@ -46,27 +44,21 @@ def cuda_seconds(function: Callable[[], object], repeats: int) -> float:
 
 
 def functions(kind: str, device: str, images: int) -> dict[str, Callable[[], object]]:
-    """What is timed: PyTorch's draw, the extension's, and draw and packing in one go."""
+    """The timed functions: drawing in PyTorch, in the extension, and drawing and packing in one call."""
     masks, ids = KINDS[kind], torch.arange(images, device=device)
     rows = images * (2 * GRID[0] * GRID[1] + masks.copies * PREFIX)
-    options = {
-        "kind": kind,
-        "ratio": getattr(masks, "ratio", 0.0),
-        "seed": 0,
-        "complement": True,
-        "full": True,
-    }
+    ratio = getattr(masks, "ratio", 0.0)
+    options = {"kind": kind, "ratio": ratio, "seed": 0, "complement": True, "full": True}
+    packing = options | {"prefix": PREFIX, "length": rows}
     return {
         "pytorch": lambda: masks.eager(ids, GRID),
         "draw": lambda: extension.draw_masks(ids, GRID, **options),
-        "draw_and_pack": lambda: extension.draw_packed_masks(
-            ids, GRID, **options, prefix=PREFIX, length=rows
-        ),
+        "draw_and_pack": lambda: extension.draw_packed_masks(ids, GRID, **packing),
     }
 
 
 def measure(kind: str, device: str, threads: int, images: int, repeats: int) -> dict:
-    """One row: times of the three functions on a GPU, on the CPU PyTorch's over the extension's."""
+    """One row: ratios of times, and on a GPU the times."""
     torch.set_num_threads(threads)
     clock = cuda_seconds if device == "cuda" else cpu_seconds
     seconds = {name: clock(function, repeats) for name, function in functions(kind, device, images).items()}
@@ -79,10 +71,8 @@ def measure(kind: str, device: str, threads: int, images: int, repeats: int) -> 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.masks", description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="eight images, two calls: checks that it runs")
-    options = parser.parse_args(arguments)
-    tiny, all_threads, rows = options.tiny, torch.get_num_threads(), []
+    tiny = record.parser("masks", __doc__, "eight images, two calls").parse_args(arguments).tiny
+    all_threads, rows = torch.get_num_threads(), []
     places = [("cpu", threads) for threads in sorted({1, all_threads})]
     if torch.cuda.is_available():
         places.append(("cuda", all_threads))
@@ -93,12 +83,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         for kind in KINDS:
             rows.append(measure(kind, device, threads, 8 if tiny else IMAGES, 2 if tiny else REPEATS))
             times = "".join(f"  {key[:-3]} {rows[-1][key]:.1f} us" for key in rows[-1] if key.endswith("_us"))
-            print(
-                "{device:5} {threads:3} threads {kind:10} draw {draw_speedup:6.1f}x  draw and pack "
-                "{draw_and_pack_speedup:6.1f}x".format(**rows[-1])
-                + times,
-                flush=True,
-            )
+            line = "{device:5} {threads:3} threads {kind:10} draw {draw_speedup:6.1f}x  draw and pack "
+            print((line + "{draw_and_pack_speedup:6.1f}x").format(**rows[-1]) + times, flush=True)
     torch.set_num_threads(all_threads)
     if rows and not tiny:
         record.write("masks", rows)

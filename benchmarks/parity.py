@@ -1,4 +1,4 @@
-"""How far our backbones are from timm's on random weights: ``python -m benchmarks.parity [NAME ...]``.
+"""Errors of our backbones relative to timm's on random weights: ``python -m benchmarks.parity [NAME ...]``.
 
 fp32, each backbone of the method at its native size and full depth, forward pass and every gradient with a
 random cotangent. Writes `benchmarks/results/parity.json`.
@@ -40,10 +40,7 @@ BACKBONES = [
 def measure(name: str, images: int = 1, **kwargs) -> dict[str, float]:
     """Relative errors, in the Euclidean norm, of the tokens, the pooled output and the gradient against timm's.
 
-    Args:
-        name: a backbone's name.
-        images: the batch.
-        **kwargs: timm's arguments.
+    `images` is the batch, `kwargs` are timm's arguments.
     """
     torch.manual_seed(0)
     theirs = timm.create_model("vit_base_patch16_224" if name == MOCO else name, num_classes=0, **kwargs)
@@ -51,9 +48,8 @@ def measure(name: str, images: int = 1, **kwargs) -> dict[str, float]:
         for parameter in theirs.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     if name == MOCO:
-        theirs.pos_embed = nn.Parameter(
-            create_backbone(name, **kwargs).pos_embed.detach().clone(), requires_grad=False
-        )
+        position = create_backbone(name, **kwargs).pos_embed.detach().clone()
+        theirs.pos_embed = nn.Parameter(position, requires_grad=False)
     ours = from_timm(copy.deepcopy(theirs))
     if name == MOCO:
         ours.pos_embed.requires_grad_(False)
@@ -89,11 +85,8 @@ def main(names: list[str]) -> None:
     rows = []
     for name in names or BACKBONES:
         rows.append({"backbone": name, **measure(name)})
-        print(
-            "{backbone:48} tokens {tokens:.1e}  pooled {pooled:.1e}  gradient {gradient:.1e}".format(
-                **rows[-1]
-            )
-        )
+        line = "{backbone:48} tokens {tokens:.1e}  pooled {pooled:.1e}  gradient {gradient:.1e}"
+        print(line.format(**rows[-1]))
     if not names:
         record.write("parity", rows)
 

@@ -1,12 +1,14 @@
-"""Where and with what a figure was taken, and how it is written down."""
+"""Result files: the environment of a measurement, rows in JSON, tables in Markdown; and the common options."""
 
+import argparse
 import json
 import platform
 import re
 import subprocess
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -15,9 +17,31 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 
 
+def parser(name: str, description: str, tiny: str) -> argparse.ArgumentParser:
+    """The options of ``python -m benchmarks.NAME``, with --tiny and its help."""
+    result = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}", description=description.splitlines()[0]
+    )
+    result.add_argument("--tiny", action="store_true", help=f"{tiny}: checks that it runs, writes nothing")
+    return result
+
+
+def markdown(header: str, rows: list[list[str]]) -> str:
+    """A table in Markdown, from its header line and its cells."""
+    separator = "|" + "---|" * (header.count("|") - 1)
+    return "\n".join([header, separator, *(f"| {' | '.join(cells)} |" for cells in rows)]) + "\n"
+
+
+def replace_table(page: Path, table: str) -> None:
+    """Replace the table at the end of a page, found by its first two columns."""
+    start = " |".join(table.split(" |")[:2])
+    page.write_text(page.read_text().partition(start)[0] + table)
+
+
 def environment() -> dict:
     """Machine, versions, commit and command of this measurement."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    spec = sys.modules["__main__"].__spec__
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
         "gpu": gpu,
@@ -25,11 +49,11 @@ def environment() -> dict:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _installed("triton"),
-        "timm": _installed("timm"),
+        "triton": version("triton") if find_spec("triton") else None,
+        "timm": version("timm"),
         "cuda": torch.version.cuda,
         "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
-        "command": "python -m " + " ".join([_module(), *sys.argv[1:]]),
+        "command": "python -m " + " ".join([spec.name if spec else sys.argv[0], *sys.argv[1:]]),
         **(_gpu_state() if gpu else {}),
     }
 
@@ -40,15 +64,8 @@ def _cpu() -> str:
     return named[1].strip() if named else platform.machine()
 
 
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def _output(*command: str) -> str | None:
-    """What a command prints; None where it is missing or fails."""
+    """The output of a command; None if it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
     except (OSError, subprocess.CalledProcessError):
@@ -65,20 +82,11 @@ def _gpu_state() -> dict:
     return {"architecture": architecture, "driver": found.pop("driver_version", None), "gpu_state": found}
 
 
-def _module() -> str:
-    spec = sys.modules["__main__"].__spec__
-    return spec.name if spec else sys.argv[0]
-
-
 def write(name: str, rows: list[dict], extra: dict | None = None, key: tuple[str, ...] = ()) -> Path:
-    """Write `benchmarks/results/NAME.json`: the environment, one record a row, and what else there is to say.
+    """Write `benchmarks/results/NAME.json`: the environment, `extra` entries, and the rows.
 
-    Args:
-        name: of the result.
-        rows: what was measured.
-        extra: more entries beside the environment.
-        key: columns that identify a row. Rows that an earlier command measured on the same GPU or CPU stay, unless
-            one of the new rows has the same key. Without a key the new rows replace all.
+    With a key, the columns that identify a row, earlier rows of the same GPU or CPU stay unless a new row has the
+    same key. Without a key the new rows replace all.
     """
     here, earlier = environment(), read(name)
     if key:
@@ -94,13 +102,13 @@ def write(name: str, rows: list[dict], extra: dict | None = None, key: tuple[str
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a file by rename: a command may be stopped at any moment."""
+    """Write a file by rename, because a command may be stopped at any moment."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     temporary.replace(path)
 
 
 def read(name: str) -> dict:
-    """What `write` wrote; empty if it has not."""
+    """The contents of a result file; empty if it does not exist."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else {}

@@ -1,35 +1,48 @@
 """Speed of a training step, without data: ``python -m benchmarks.step [--only BACKBONE[:MODE:CAP:COMPILED] ...]``.
 
 Forward, backward and AdamW on random images, in bf16 autocast with fp32 trained weights and bf16 frozen ones: our
-step in mode zero and drop, and zero with an FP8 teacher, against `benchmarks.baseline`, compiled and eager. All rows
-of one backbone and soft-cap run in one process with one batch, in rounds of alternating order. Images a second, model
-FLOPs utilization by `fastalign.method.flops`, peak memory. `benchmarks/results/step.json` is written after each
+step in modes zero and drop, and zero with an FP8 teacher, against `benchmarks.baseline`, compiled and eager. All
+rows of a backbone and soft-cap run in one process with one batch, in rounds of alternating order. Reports images
+per second, model FLOPs utilization by `fastalign.method.flops`, and peak memory; writes `step.json` after each
 round.
 
-``--missing`` measures only rows that have no figure of this GPU yet; ``--warm`` compiles each row's graphs with one
-step, for Inductor's disk cache, and measures nothing. Exit code 1 if a row fails.
+``--missing`` measures only rows without a figure of this GPU; ``--warm`` compiles each row with one step, for
+Inductor's disk cache, and measures nothing. Exit code 1 if a row fails.
 
-On a CPU, ``--ratios`` compares steps of a ViT-S in fp32 and bf16 by processor time on one thread, and writes ratios
-and shares of the machine's own matmul rate to `step_cpu.json`.
+On a CPU, ``--ratios`` compares steps of a ViT-S in fp32 and bf16 by CPU time on one thread, and writes ratios and
+shares of the machine's own matmul rate to `step_cpu.json`.
 """
 
-import argparse
 import itertools
+import statistics
 import sys
+import time
 from collections.abc import Iterable
 from functools import partial
 
 import torch
 
-from benchmarks import record, step_cpu
-from benchmarks.measure import attempt, free
-from benchmarks.step_bench import BACKBONES, KEY, MODES, SMALL, TINY_KWARGS, Measured, Row, measure
+from benchmarks import record
+from benchmarks.compare import attempt, free
+from benchmarks.step_bench import BACKBONES, KEY, MODES, PRECISIONS, SMALL, Measured, Row, measure
+from fastalign.backbones.precision import compute_dtype
+from fastalign.training.memory import keep_freed_memory
 
 COMPILED = ("compiled", "blocks", "eager")
+CPU_ROWS = [
+    *(Row("S/16-224", "baseline", 30.0, "eager", precision) for precision in PRECISIONS),
+    *(
+        Row("S/16-224", mode, 30.0, compiled, precision)
+        for precision in PRECISIONS
+        for compiled in ("eager", "compiled")
+        for mode in ("zero", "drop")
+    ),
+]
+"""Of --ratios; the first is the reference point."""
 
 
 def headline(backbone: str) -> list[Row]:
-    """The rows that decide, the most important first."""
+    """The main rows, the most important first."""
     compiled = [Row(backbone, mode) for mode in ("zero", "baseline", "drop")]
     return [*compiled, Row(backbone, "baseline", compiled="eager")]
 
@@ -37,11 +50,10 @@ def headline(backbone: str) -> list[Row]:
 def every_row(backbone: str) -> list[Row]:
     """All rows of a backbone."""
     capped = [Row(backbone, mode, 30.0, compiled) for compiled in COMPILED for mode in MODES]
-    capped = [row for row in capped if row.compiled == "compiled" or row.mode != "fp8"]
-    capped = [row for row in capped if (row.mode, row.compiled) != ("baseline", "blocks")]
-    plain = [
-        Row(backbone, mode, None, kind) for kind in ("compiled", "eager") for mode in MODES if mode != "fp8"
-    ]
+    absent = {("fp8", "blocks"), ("fp8", "eager"), ("baseline", "blocks")}
+    capped = [row for row in capped if (row.mode, row.compiled) not in absent]
+    modes = [mode for mode in MODES if mode != "fp8"]
+    plain = [Row(backbone, mode, None, compiled) for compiled in ("compiled", "eager") for mode in modes]
     return [*headline(backbone), *(row for row in capped if row not in headline(backbone)), *plain]
 
 
@@ -49,7 +61,7 @@ def parse(text: str) -> list[Row]:
     """Rows by their name: B/16-224 (its headline), or B/16-224:zero:30:compiled."""
     backbone, *rest = text.split(":")
     if backbone not in BACKBONES | SMALL:
-        raise SystemExit(f"--only: no backbone {backbone}; there are {', '.join(BACKBONES)}")
+        raise SystemExit(f"--only: unknown backbone {backbone}; choose from {', '.join(BACKBONES)}")
     if not rest:
         return headline(backbone)
     if len(rest) != 3 or rest[0] not in MODES or rest[2] not in COMPILED:
@@ -74,14 +86,11 @@ def show(row: dict) -> None:
     )
 
 
-def warm(rows: Iterable[Row], batch: int | None, device: torch.device, tiny: bool) -> list[dict]:
-    """One step of each row; a row with its seconds or why it failed."""
+def warm(rows: Iterable[Row], batch: int | None, device: torch.device) -> list[dict]:
+    """One step of each row; its seconds or the reason of a failure."""
     found = []
     for row in rows:
-        size = batch or (BACKBONES | SMALL)[row.backbone][1]
-        bench, why = attempt(
-            lambda row=row, size=size: Measured(row, size, device, **(TINY_KWARGS if tiny else {}))
-        )
+        bench, why = attempt(Measured, row, batch or row.default_batch, device)
         found.append({"row": str(row), **({"failed": why} if why else {"first_step_s": bench.first})})
         print(*found[-1].values(), flush=True)
         del bench
@@ -90,7 +99,7 @@ def warm(rows: Iterable[Row], batch: int | None, device: torch.device, tiny: boo
 
 
 def missing(rows: list[Row]) -> list[Row]:
-    """Those of which no figure of this GPU is written."""
+    """The rows without a figure of this GPU."""
     result = record.read("step")
     if result.get("environment", {}).get("gpu") != record.environment()["gpu"]:
         return rows
@@ -98,21 +107,64 @@ def missing(rows: list[Row]) -> list[Row]:
     return [row for row in rows if tuple(row) not in had]
 
 
+def ratios(tiny: bool) -> list[dict]:
+    """Steps of a ViT-S on one CPU thread, compared by CPU time, because other programs share the machine.
+
+    Freed memory is kept as in training, so that the order of allocations does not matter.
+    """
+    keep_freed_memory()
+    threads, device = torch.get_num_threads(), torch.device("cpu")
+    torch.set_num_threads(1)
+    rows = CPU_ROWS
+    if compute_dtype("auto", device) != torch.bfloat16:
+        print("this CPU has no bf16 instructions: skipping rows in bf16")
+        rows = [row for row in rows if row.precision == "fp32"]
+    if tiny:  # a CPU's compiler takes half a minute
+        rows = [row._replace(backbone="tiny") for row in rows if row.compiled == "eager"]
+    try:
+        peak = {name: matmul_rate(dtype, 64 if tiny else 1536) for name, dtype in PRECISIONS.items()}
+        found = measure(rows, rows[0].default_batch, device, *((1, 1) if tiny else (3, 2)))
+    finally:
+        torch.set_num_threads(threads)
+    results, reference = [], found[0]["ms"]
+    for row in found:
+        result = {key: row[key] for key in (*KEY, "batch", "failed", "steps") if key in row}
+        if "failed" not in row:
+            result["speedup"] = reference / row["ms"]
+            result["matmul_share"] = row["flops_per_second"] / peak[row["precision"]]
+            name = f"{row['mode']:9}{row['compiled']:9}{row['precision']}"
+            print(f"{name} {result['speedup']:6.2f}x  {result['matmul_share']:4.0%} of the matmul rate")
+        results.append(result)
+    if not tiny:
+        record.write("step_cpu", results, {"reference": str(rows[0]), "threads": 1})
+    return results
+
+
+def matmul_rate(dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of a square matrix product, in CPU time."""
+    a, b = torch.randn(2, size, size, dtype=dtype)
+    seconds = []
+    for _ in range(10):
+        before = time.process_time()
+        a @ b
+        seconds.append(time.process_time() - before)
+    return 2 * size**3 / statistics.median(seconds[2:])
+
+
 def main(arguments: list[str] | None = None) -> list[dict]:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
+    parser = record.parser("step", __doc__, "a tiny model, eager")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="B/16-224, or B/16-224:zero:30:compiled")
-    parser.add_argument("--batch", type=int, help="images a step; default by backbone")
+    parser.add_argument("--batch", type=int, help="images per step; default by backbone")
     parser.add_argument("--missing", action="store_true", help="only rows without a figure of this GPU")
     parser.add_argument("--warm", action="store_true", help="compile each row and take one step")
     parser.add_argument("--ratios", action="store_true", help="a ViT-S on a CPU, in ratios")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, eager: checks that it runs")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.ratios:
-        return step_cpu.ratios(options.tiny)
+        return ratios(options.tiny)
     if device.type == "cpu" and not options.tiny:
-        sys.exit("benchmarks.step needs a GPU: a CPU's absolute speed means nothing; --ratios compares there")
+        sys.exit("benchmarks.step needs a GPU; --ratios compares on a CPU")
     if options.tiny:
         rows = [Row("tiny", mode, compiled="eager") for mode in ("zero", "baseline", "drop")]
     elif options.only:
@@ -122,15 +174,13 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     if options.missing:
         rows = missing(rows)
     if options.warm:
-        return warm(rows, options.batch, device, options.tiny)
+        return warm(rows, options.batch, device)
     results = []
-    # One soft-cap at a time: a backbone's twelve rows would not fit into memory together.
-    for (backbone, _), group in itertools.groupby(rows, lambda row: (row.backbone, row.softcap)):
-        batch = options.batch or (BACKBONES | SMALL)[backbone][1]
-        if options.tiny:
-            found = measure(list(group), batch, device, TINY_KWARGS, 2, 1)
-        else:
-            found = measure(list(group), batch, device, save=partial(record.write, "step", key=KEY))
+    # One soft-cap at a time: the rows of a backbone do not fit into memory together.
+    for _, rows_of_cap in itertools.groupby(rows, lambda row: (row.backbone, row.softcap)):
+        group = list(rows_of_cap)
+        how = {"rounds": 2, "steps": 1} if options.tiny else {"save": partial(record.write, "step", key=KEY)}
+        found = measure(group, options.batch or group[0].default_batch, device, **how)
         for row in found:
             show(row)
         results += found

@@ -1,4 +1,4 @@
-"""A training step that can be timed, and rows of a table measured in turns: for `benchmarks.step` and others."""
+"""A training step that can be timed, and measurement of several in turns, for `benchmarks.step` and others."""
 
 import itertools
 import time
@@ -9,7 +9,7 @@ import torch
 
 import fastalign as fa
 from benchmarks.baseline import Baseline
-from benchmarks.measure import attempt, free, quantiles
+from benchmarks.compare import attempt, free, quantiles
 from fastalign.backbones.precision import autocast, store_as
 from fastalign.method.flops import flops_per_image, peak_flops
 from fastalign.training.optim import adamw
@@ -19,7 +19,7 @@ BACKBONES = {
     "L/14-336": ("vit_large_patch14_clip_quickgelu_336", 32),
     "SO400M/14-384": ("vit_so400m_patch14_siglip_384", 16),
 }
-"""timm's name, and images a step, on a GPU."""
+"""timm's name, and images per step, on a GPU."""
 SMALL = {"S/16-224": ("vit_small_patch16_224", 8), "tiny": ("vit_tiny_patch16_224", 2)}
 """The same on a CPU."""
 MODES = ("zero", "drop", "fp8", "baseline")
@@ -37,6 +37,11 @@ class Row(NamedTuple):
     compiled: str = "compiled"
     precision: str = "bf16"
 
+    @property
+    def default_batch(self) -> int:
+        """Images per step."""
+        return (BACKBONES | SMALL)[self.backbone][1]
+
     def __str__(self) -> str:
         return f"{self.backbone}:{self.mode}:{self.softcap or 'none'}:{self.compiled}"
 
@@ -45,17 +50,10 @@ KEY = Row._fields
 
 
 class StepBench:
-    """A model with its optimizer and a batch of random images, ready to step.
+    """A model with its optimizer and `batch` random images, ready to step."""
 
-    Args:
-        row: what is measured.
-        batch: images a step.
-        device: where.
-        **kwargs: timm's arguments.
-    """
-
-    def __init__(self, row: Row, batch: int, device: torch.device, **kwargs):
-        name, _ = (BACKBONES | SMALL)[row.backbone]
+    def __init__(self, row: Row, batch: int, device: torch.device):
+        name, kwargs = (BACKBONES | SMALL)[row.backbone][0], TINY_KWARGS if row.backbone == "tiny" else {}
         vit = fa.create_backbone(name, **kwargs)
         student = fa.MaskEmbedStudent.from_backbone(vit, softcap=row.softcap)
         teacher = fa.MaskedTeacher(vit, masking="drop" if row.mode == "drop" else "zero")
@@ -73,8 +71,7 @@ class StepBench:
             self.model.compile()
         elif row.compiled == "blocks":
             self.model.compile(blocks=True)
-        trained = self.model.student.parameters()
-        self.optimizer = adamw(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01)
+        self.optimizer = adamw(self.model.student.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01)
         self.images = torch.randn(batch, 3, *vit.spec.image_size, device=device)
         self.ids, self.epoch = torch.arange(batch, device=device), 0
 
@@ -89,7 +86,7 @@ class StepBench:
 
 
 def timed(bench: StepBench, steps: int) -> list[float]:
-    """Seconds of each of some steps: between events on a GPU, processor time on a CPU."""
+    """Seconds of each step: between events on a GPU, CPU time on a CPU."""
     cuda = bench.images.is_cuda
 
     def mark():
@@ -110,12 +107,12 @@ def timed(bench: StepBench, steps: int) -> list[float]:
 
 
 class Measured:
-    """A bench that stays in memory between its rounds, and what was found so far."""
+    """A bench that stays in memory between its rounds, with its times so far."""
 
-    def __init__(self, row: Row, batch: int, device: torch.device, **kwargs):
+    def __init__(self, row: Row, batch: int, device: torch.device):
         self.cuda, self.seconds, self.peak = device.type == "cuda", [], 0
         before = self._allocated()
-        self.bench = StepBench(row, batch, device, **kwargs)
+        self.bench = StepBench(row, batch, device)
         started = time.perf_counter()
         self.bench.step()
         if self.cuda:
@@ -133,7 +130,7 @@ class Measured:
         for _ in range(warm_up):
             self.bench.step()
         if self.cuda:
-            torch.cuda.reset_peak_memory_stats()  # compilation's is not the step's
+            torch.cuda.reset_peak_memory_stats()  # without compilation's
         self.seconds += timed(self.bench, steps)
         if self.cuda:
             self.peak = max(self.peak, torch.cuda.max_memory_allocated() - others)
@@ -156,33 +153,26 @@ class Measured:
 
 
 def measure(
-    rows: list[Row],
-    batch: int,
-    device: torch.device,
-    kwargs: dict | None = None,
-    rounds: int = ROUNDS,
-    steps: int = STEPS,
+    rows: list[Row], batch: int, device: torch.device, rounds: int = ROUNDS, steps: int = STEPS,
     save: Callable[[list[dict]], object] = lambda results: None,
-) -> list[dict]:
-    """Measure rows of one backbone in turns, every second round backwards.
+) -> list[dict]:  # fmt: skip
+    """Measure rows of one backbone in turns, every second round in reverse order.
 
     Args:
-        rows: what is measured; all stay in memory together.
-        batch: images a step.
-        device: where.
-        kwargs: timm's arguments.
-        rounds, steps: how often, and how many steps in turn.
+        rows: all stay in memory together.
+        batch: images per step.
+        device: for the models.
+        rounds, steps: the number of rounds, and of steps in each turn.
         save: called with the results after each round.
     """
     torch._dynamo.reset()
     measured, failed, results = {}, {}, []
 
     def advance(row: Row) -> None:
-        if row not in measured:
-            measured[row] = Measured(row, batch, device, **(kwargs or {}))
-            measured[row].round(steps, WARM_UP)
-        else:
-            measured[row].round(steps, 1)
+        first = row not in measured
+        if first:
+            measured[row] = Measured(row, batch, device)
+        measured[row].round(steps, WARM_UP if first else 1)
 
     for index in range(rounds):
         for row in rows[:: -1 if index % 2 else 1]:
@@ -191,11 +181,9 @@ def measure(
                 if why:
                     failed[row] = why
                     measured.pop(row, None)
-        results = [
-            row._asdict()
-            | (measured[row].figures() if row in measured else {"batch": batch, "failed": failed[row]})
-            for row in rows
-        ]
+        figures = {row: one.figures() for row, one in measured.items()}
+        figures |= {row: {"batch": batch, "failed": why} for row, why in failed.items()}
+        results = [row._asdict() | figures[row] for row in rows]
         save(results)
     measured.clear()
     free(device.type)

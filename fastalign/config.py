@@ -1,10 +1,8 @@
 """The configuration of a run: one typed tree, read from YAML and `key=value` overrides.
 
-Each key is of one of three kinds (`engine/changes.py`), which say what a run that goes on does about a new value.
-What bears no mark decides the result.
-
-A recipe may name another file as its `base`, relative to itself; its own keys win. Every key is listed here
-and nowhere else; a misspelt key or a value of the wrong type is an error that names the nearest right key.
+Every key is here, with its documentation and its kind (`utils/sections.py`): what a resumed run does about a new
+value. A recipe may name another file as its `base`, relative to itself; its own
+keys win.
 """
 
 import math
@@ -12,15 +10,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
-from typing_extensions import TypedDict  # typing's own is refused by pydantic before Python 3.12
+from pydantic import Field, field_validator, model_validator
 
 from fastalign.backbones.spec import check_svit
 from fastalign.method.masks import MASKS
 from fastalign.utils import sections
-from fastalign.utils.changes import Kind
 from fastalign.utils.paths import UserPath
-from fastalign.utils.sections import Section, to_yaml
+from fastalign.utils.sections import Kind, Section, to_yaml
 from fastalign.utils.yaml_files import read_with_bases
 
 __all__ = ["Config", "keys", "kinds", "load_config", "resolve", "to_yaml"]
@@ -33,7 +29,7 @@ class Student(Section):
     name: str = "vit_base_patch16_224.augreg_in21k_ft_in1k"
     """timm's name of the backbone to align"""
     weights: UserPath = "pretrained"
-    """where it starts: pretrained (published), random, or a PATH: weights file, Hugging Face or run folder"""
+    """pretrained (published), random, or a PATH: weights file, Hugging Face or run folder"""
     kwargs: dict[str, Any] = Field({})
     """timm's arguments: img_size, depth, drop_path_rate..."""
     softcap: float | None = Field(30.0, gt=0)
@@ -48,7 +44,7 @@ class Teacher(Section):
     name: str | None = None
     """timm's name; null = the student's backbone, weights and kwargs"""
     weights: UserPath | None = None
-    """as student.weights; null = the student's, or pretrained where teacher.name is set"""
+    """as student.weights; null = the student's, or pretrained if teacher.name is set"""
     kwargs: dict[str, Any] = Field({})
     """timm's arguments"""
     skip_blocks: int = Field(1, ge=0)
@@ -57,22 +53,25 @@ class Teacher(Section):
     """the target is the pooled output, one vector; needs skip_blocks: 0"""
 
 
-class DecoderKwargs(TypedDict, total=False):
-    """The decoder's shape, and parts of its blocks, as timm calls them."""
+class DecoderKwargs(Section):
+    """Parts of the decoder's blocks."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
-    width: Annotated[int, Field(gt=0)] | None
-    heads: Annotated[int, Field(gt=0)] | None
-    qk_norm: bool | None
-    qkv_bias: bool | None
-    init_values: float | None
+    width: int | None = Field(None, gt=0)
+    """null = the teacher's"""
+    heads: int | None = Field(None, gt=0)
+    """null = the student's"""
+    qk_norm: bool | None = None
+    """null = as the student"""
+    qkv_bias: bool | None = None
+    """null = as the student"""
+    init_values: float | None = 1e-6
+    """LayerScale at the start; null = none"""
 
 
 class Decoder(Section):
     layers: int = Field(2, ge=0)
     """transformer blocks"""
-    kwargs: DecoderKwargs = Field({})
-    """width (null: the teacher's), heads, qk_norm, qkv_bias (the student's), init_values (1e-6; null: none)"""
+    kwargs: DecoderKwargs = DecoderKwargs()
 
 
 class Masks(Section):
@@ -85,14 +84,14 @@ class Masks(Section):
     full: bool = True
     """add the mask that hides nothing"""
     mode: Literal["zero", "drop"] = "zero"
-    """zero: a hidden patch is blank; drop (ours): it leaves the sequence, which is faster, and another estimator"""
+    """zero: a hidden patch is blank; drop (ours): it leaves the sequence, a faster and different estimator"""
 
 
 class Loss(Section):
     name: Literal["mse", "cosine", "l1", "masked_mse", "unmasked_mse"] = "mse"
     """the reconstruction loss"""
     target_scale: float | str = "auto"
-    """targets are multiplied by it; auto = unit variance for mse, 1 otherwise; auto:BATCHES = over so many a rank"""
+    """factor of the targets; auto = unit variance for mse, else 1; auto:BATCHES = measured on so many per rank"""
 
     @field_validator("target_scale")
     @classmethod
@@ -100,14 +99,14 @@ class Loss(Section):
         try:
             return value if re.fullmatch(r"auto(:0*[1-9]\d*)?", str(value)) else _finite(value)
         except ValueError:
-            raise ValueError("write a number, auto, or auto:BATCHES (of validation images, a rank)") from None
+            raise ValueError("write a number, auto, or auto:BATCHES (validation batches per rank)") from None
 
 
 class Data(Section):
     train: UserPath | None = None
     """image folder, tar shards (folder, file or pattern), or synthetic[:COUNT]"""
     val: UserPath | None = None
-    """the same for validation; null = none"""
+    """as data.train, for validation; null = none"""
     crop: Literal["rkrc", "rrc"] = "rkrc"
     """resize-keep-ratio with centre crop, or random resized crop"""
     scale: tuple[float, float] = (0.08, 1.0)
@@ -125,20 +124,20 @@ class Data(Section):
     cutmix: float = Field(0.0, ge=0)
     """alpha; 0 = off"""
     threads: Annotated[int, Kind.FREE] = Field(4, gt=0)
-    """reading and decoding threads a rank"""
+    """reading and decoding threads per rank"""
     hw_decoder_load: Annotated[float, Kind.FREE] = Field(0.9, ge=0, le=1)
-    """share of JPEGs for the GPU's decoding engine, where it has one"""
+    """share of JPEGs decoded by the GPU's decoding engine"""
 
 
 class Optim(Section):
     name: Literal["adamw", "apex_adam", "apex_lamb"] = "adamw"
-    """adamw: torch's, fused; apex_adam: the same by NVIDIA's apex, torch's without it; apex_lamb: LAMB by apex"""
+    """adamw: torch's, fused; apex_adam: the same by NVIDIA's apex, or torch's without it; apex_lamb: LAMB by apex"""
     batch_size: int = Field(1024, gt=0)
-    """images an update, over all ranks and accumulation steps"""
+    """images per update, over all ranks and accumulation steps"""
     accumulate: Annotated[int, Kind.FREE] = Field(1, gt=0)
-    """forward and backward passes an update"""
+    """forward and backward passes per update"""
     epochs: int = Field(5, gt=0)
-    """passes over the data; the schedule's length"""
+    """passes over the data; length of the schedule"""
     lr: float = Field(3e-4, gt=0)
     """peak learning rate"""
     min_lr: float | None = Field(None, ge=0)
@@ -158,62 +157,63 @@ class Optim(Section):
 class Checkpoint(Section):
     kind: ClassVar[Kind] = Kind.FREE
     every_steps: int | None = Field(None, gt=0)
-    """also at the end of each epoch; null = within an epoch after 15 minutes without one"""
+    """in addition to the end of each epoch; null = 15 minutes after the last one"""
     keep: int = Field(2, gt=0)
-    """newest ones kept, beside the best"""
+    """newest ones kept, in addition to the best"""
 
 
 class Probe(Section):
     data: UserPath | None = None
-    """labelled data (docs/probe.md): its train split teaches a probe's head, its val split judges; null = no probe"""
+    """labelled data (docs/probe.md): a head is trained on its train split, tested on its val split; null = none"""
     every_steps: int | None = Field(None, gt=0)
-    """null = each epoch; in both cases also before the first step and after the last"""
+    """null = each epoch; always before the first step and after the last"""
     best: bool = False
-    """best.pt and the backbone are those of the best probe (by mAP), not of the lowest validation loss"""
+    """best.pt and the backbone are chosen by the best probe (mAP), not by the lowest validation loss"""
 
 
-class FaultRules(TypedDict, total=False):
-    """What a run does about what breaks; docs/reliability.md explains each."""
+class Faults(Section):
+    """docs/reliability.md explains each."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
-    bad_samples: Annotated[float, Field(ge=0, le=1)]
-    quarantine: UserPath | None
-    nonfinite: Literal["skip", "stop"]
-    timeout: Annotated[float, Field(gt=0)]
-
-
-FAULT_RULES: FaultRules = {"bad_samples": 0.01, "quarantine": None, "nonfinite": "skip", "timeout": 600.0}
+    kind: ClassVar[Kind] = Kind.FREE
+    bad_samples: float = Field(0.01, ge=0, le=1)
+    """largest share of bad samples among the images drawn"""
+    quarantine: UserPath | None = None
+    """fastalign.scan's list of samples to leave out"""
+    nonfinite: Literal["skip", "stop"] = "skip"
+    """what to do when the loss or the gradient is not finite: skip the update, or stop"""
+    timeout: float = Field(600.0, gt=0)
+    """seconds that a step may take before its rank counts as hung"""
 
 
 class Log(Section):
     kind: ClassVar[Kind] = Kind.FREE
     every_steps: int = Field(20, gt=0)
-    """metrics are fetched from the device, written and shown"""
+    """steps between fetching metrics from the device"""
     to: list[str] = Field([])
-    """besides metrics.jsonl: tensorboard (events in the run folder), wandb:PROJECT (Weights & Biases)"""
+    """in addition to metrics.jsonl: tensorboard (events in the run folder), wandb:PROJECT (Weights & Biases)"""
 
 
 class Efficiency(Section):
-    """Nothing here changes the loss beyond rounding, which is coarsest in fp8 (docs/precision.md)."""
+    """Nothing here changes the loss beyond rounding, coarsest in fp8 (docs/precision.md)."""
 
     kind: ClassVar[Kind] = Kind.FREE
     precision: Annotated[Literal["auto", "bf16", "fp32", "fp8"], Kind.RESULT] = "auto"
-    """bf16 autocast, weights fp32; fp8 = bf16, the teacher's products in FP8; auto = bf16 if the hardware has it"""
+    """bf16: autocast, fp32 weights; fp8: bf16, the teacher's matrix products in FP8; auto: bf16 if supported"""
     compile: bool | Literal["blocks"] = False
     """torch.compile the student and the teacher; blocks = block by block, which starts sooner"""
     grad_checkpointing: bool = False
     """recompute the student's blocks in the backward pass"""
     shard: bool = False
-    """FSDP: each rank keeps a part of the student's weights and of the optimiser's state; the same checkpoints"""
+    """FSDP: the student's weights and the optimizer's state are split among ranks; same checkpoints"""
     attention: str = "auto"
-    """auto = the fastest that was measured on this GPU; or a name that python -m fastalign.doctor lists"""
+    """auto = the fastest measured on this GPU; or a name that python -m fastalign.doctor lists"""
 
 
 class Config(Section):
     output: Annotated[UserPath, Kind.FREE] = "runs/default"
-    """the run folder; running again on it resumes"""
+    """the run folder; running again on the same folder resumes"""
     resume: Annotated[Literal["auto", "force"], Kind.FREE] = "auto"
-    """force: go on from a checkpoint of other settings; changes.jsonl in the run folder records what changed"""
+    """force: resume from a checkpoint of other settings; changes.jsonl in the run folder records them"""
     seed: int = Field(0, ge=0, lt=2**63)
     """of weights, data order, augmentation and masks"""
     max_steps: Annotated[int | None, Kind.GROWS] = Field(None, gt=0)
@@ -230,74 +230,64 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     probe: Probe = Probe()
     log: Log = Log()
-    faults: Annotated[FaultRules, Kind.FREE] = FAULT_RULES
-    """bad_samples (largest share), quarantine (fastalign.scan's list), nonfinite (skip or stop), timeout (seconds)"""
+    faults: Faults = Faults()
     efficiency: Efficiency = Efficiency()
-
-    @field_validator("faults")
-    @classmethod
-    def _rules(cls, value: FaultRules) -> FaultRules:
-        return {**FAULT_RULES, **value}
 
     @model_validator(mode="after")
     def _possible(self) -> "Config":
-        if self.optim.batch_size % self.optim.accumulate:
-            raise ValueError(f"optim.batch_size {self.optim.batch_size} is no multiple of optim.accumulate")
-        if not all(0 <= beta < 1 for beta in self.optim.betas):
-            raise ValueError(f"optim.betas must lie in 0..1, 1 excluded, got {list(self.optim.betas)}")
-        student, teacher = self.student, self.teacher
+        student, teacher, optim, masks = self.student, self.teacher, self.optim, self.masks
         for name, kwargs in (("student", student.kwargs), ("teacher", teacher.kwargs)):
             for own, key in KEYS_OF_KWARGS.items():
                 if own in kwargs:
                     raise ValueError(f"{name}.kwargs.{own}: write {name}.{key} instead")
         check_svit(student.name, student.kwargs, teacher.name, teacher.kwargs)
-        if self.optim.warmup_epochs > self.optim.epochs:
+        if optim.batch_size % optim.accumulate:
+            raise ValueError(f"optim.batch_size {optim.batch_size} is not a multiple of optim.accumulate")
+        if not all(0 <= beta < 1 for beta in optim.betas):
+            raise ValueError(f"optim.betas must be at least 0 and below 1, got {list(optim.betas)}")
+        if optim.warmup_epochs > optim.epochs:
             raise ValueError("optim.warmup_epochs must not exceed optim.epochs")
-        if self.teacher.prefix_only and self.teacher.skip_blocks:
-            raise ValueError("teacher.prefix_only reads the whole model: set teacher.skip_blocks=0")
-        if self.masks.distribution == "uniform" and self.masks.ratio is not None:
-            raise ValueError("masks.ratio means nothing for uniform masks: remove it")
+        if teacher.prefix_only and teacher.skip_blocks:
+            raise ValueError("teacher.prefix_only needs the whole model: set teacher.skip_blocks=0")
+        if masks.distribution == "uniform" and masks.ratio is not None:
+            raise ValueError("masks.ratio does not apply to uniform masks: remove it")
+        if masks.mode == "drop" and teacher.prefix_only:
+            raise ValueError("teacher.prefix_only requires masks.mode=zero")
+        if self.objective == "mim" and (teacher.prefix_only or student.freeze):
+            raise ValueError("objective=mim is incompatible with teacher.prefix_only and student.freeze")
         for sink in self.log.to:
             if sink != "tensorboard" and not sink.startswith("wandb:"):
                 raise ValueError(f"log.to: {sink!r} is neither tensorboard nor wandb:PROJECT")
-        if self.masks.mode == "drop" and self.teacher.prefix_only:
-            raise ValueError("teacher.prefix_only goes with masks.mode=zero only")
-        if self.objective == "mim" and (self.teacher.prefix_only or self.student.freeze):
-            raise ValueError("objective mim goes with neither teacher.prefix_only nor student.freeze")
         if self.probe.data is None and self.probe.best:
             raise ValueError("probe.best needs a probe: set probe.data, or probe.best=false")
         if self.probe.data is not None and student.freeze:
             raise ValueError(
-                "student.freeze leaves nothing to probe, the backbone stays as it is: remove probe.data"
+                "probe.data has no use with student.freeze, which keeps the backbone: remove one"
             )
         return self
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a recipe and apply overrides.
-
-    Args:
-        path: a YAML file.
-        overrides: "section.key=value" each, the value in YAML's spelling.
+    """Read a recipe and apply overrides, "section.key=value" each, with the value in YAML.
 
     Raises:
-        UserError: no such file, broken YAML, unknown key, wrong type, impossible combination.
+        UserError: missing file, broken YAML, unknown key, wrong type, or keys that contradict each other.
     """
     return resolve(read_with_bases(Path(path)), overrides or [], path)
 
 
 def resolve(tree: dict, overrides: list[str], where: str | Path) -> Config:
-    """The configuration of a tree with overrides; `where` is the tree's file, for errors."""
+    """The configuration of a tree with overrides; `where` is the tree's file, for error messages."""
     return sections.resolve(Config, tree, overrides, where)
 
 
 def keys() -> dict[str, str]:
-    """Every key, dotted, with its documentation."""
+    """Every dotted key with its documentation."""
     return {key: field.description or "" for key, field, _ in sections.fields(Config)}
 
 
 def kinds() -> dict[str, Kind]:
-    """Every key, dotted, with what it is to a run that goes on."""
+    """Every dotted key with its kind."""
     return {key: kind for key, _, kind in sections.fields(Config)}
 
 

@@ -16,19 +16,26 @@ from torch import Tensor
 from fastalign.config import Config, load_config, to_yaml
 from fastalign.evaluation.pairs import LabelledImages
 from fastalign.method.flops import flops_per_image
-from fastalign.probe.training import contents, due, open_splits, probe_student
+from fastalign.probe.training import contents, open_splits, probe_student
 from fastalign.training import distributed
+from fastalign.training.checkpoint import (
+    exit_preempted,
+    new_best,
+    resume,
+    save,
+    save_settings,
+    wait_for_checkpoint,
+)
 from fastalign.training.command import report_rank_error, run_command
-from fastalign.training.faults import bad_validation_samples, look_back, react
-from fastalign.training.memory import keep_freed_memory
-from fastalign.training.metrics import MetricLog, Speed, Terminal
+from fastalign.training.faults import handle_status, prepare_logs, report_bad_validation_samples
+from fastalign.training.hang import WAITING, collective_timeout
+from fastalign.training.metrics import MetricLog, Speed
 from fastalign.training.optim import learning_rate, seed_update, step_unless
 from fastalign.training.preemption import Preemption, clear_marker
+from fastalign.training.reporter import Reporter
 from fastalign.training.run import Run
-from fastalign.training.saving import finish, improves, leave, save, save_settings
-from fastalign.training.spikes import Spikes
+from fastalign.training.state import itstime
 from fastalign.training.validation import evaluate, measure_target_scale
-from fastalign.training.watchdog import Watchdog, patience
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import can_be_folder
 from fastalign.utils.paths import path_argument
@@ -37,49 +44,60 @@ Splits = dict[str, LabelledImages]
 
 
 def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
-    """One update of the weights. Returns measurements that are still on the device."""
-    optim = run.config.optim
-    min_lr = optim.lr / 10 if optim.min_lr is None else optim.min_lr
-    warmup = round(optim.warmup_epochs * run.epoch_steps)
-    lr = learning_rate(run.step, total=run.total_steps, warmup=warmup, lr=optim.lr, min_lr=min_lr)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    seed_update(run.config.seed, run.step, run.world.rank)
+    """One update of the weights. Returns metrics that are still on the device."""
+    state, accumulate = run.state, run.config.optim.accumulate
+    lr = set_learning_rate(run)
+    seed_update(run.config.seed, state.step, run.world.rank)
     total, waited = torch.zeros((), device=run.world.device), 0.0
-    ids, found = [], []
-    with run.fixed_weights():
-        for part in range(optim.accumulate):
+    ids, bad = [], []
+    with run.cached_autocast():
+        for part in range(accumulate):
             run.beat("waiting for data")
             batch = next(batches)
             run.beat("computing")
             waited += batch.wait
             ids.append(batch.ids_host)
-            found += (sample for sample in batch.bad if sample.id not in run.bad)
+            bad += (sample for sample in batch.bad if sample.id not in state.bad)
             sample_ids = torch.from_numpy(batch.ids_host)
-            last = part == optim.accumulate - 1
-            with run.accumulating(last):
+            with run.grad_sync(part == accumulate - 1):
                 with run.autocast():
-                    loss = run.model(batch.images, sample_ids, epoch) / optim.accumulate
+                    loss = run.model(batch.images, sample_ids, epoch) / accumulate
                 loss.backward()
             total += loss.detach()
-    loss = run.status.share(total, signal=run.reason_to_leave, bad=len(found), overdue=run.overdue)
-    norm = run.clip()
-    skip = run.status.judge(norm)
+    norm = run.clip_gradients()
+    loss, skip = run.status.exchange(
+        state.step + 1,
+        total,
+        norm,
+        ids=np.concatenate(ids),
+        found=tuple(bad),
+        stop=run.stop_reason,
+        overdue=run.checkpoint_overdue,
+    )
     step_unless(run.optimizer, skip)
     run.optimizer.zero_grad()
     if run.average:
         run.average.update()
-    run.step += 1
-    run.status.post(run.step, skip, np.concatenate(ids), tuple(found))
+    state.step += 1
     return {"loss": loss, "grad_norm": norm, "lr": lr, "waited": waited}
 
 
+def set_learning_rate(run: Run) -> float:
+    """Set and return the learning rate of the next update."""
+    optim = run.config.optim
+    min_lr = optim.lr / 10 if optim.min_lr is None else optim.min_lr
+    warmup = round(optim.warmup_epochs * run.epoch_steps)
+    lr = learning_rate(run.state.step, total=run.total_steps, warmup=warmup, lr=optim.lr, min_lr=min_lr)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
 def train(config: Config, world: distributed.World) -> None:
-    """Run a configuration to its end, from wherever its folder stands.
+    """Train to the end of the run, from wherever its folder stands.
 
     Raises:
-        Preempted: a signal asked the run to leave, and it has saved.
-        LostConnection: another rank is gone.
+        Preempted: a signal asked the run to stop, and it has saved.
         UserError: bad input.
     """
     with Preemption() as preemption:
@@ -87,164 +105,145 @@ def train(config: Config, world: distributed.World) -> None:
         if world.main:
             clear_marker(Path(config.output))
         splits = open_splits(config, world)
-        run = Run(config, world, also=contents(splits))
-        run.preemption = preemption
+        run = Run(config, world, preemption=preemption, labelled=contents(splits))
+        changes, notes = resume(run)
         if world.main and not run.finished:
             save_settings(run)
-        timeout, checkpoints = config.faults["timeout"], run.checkpoints
-        with Watchdog(world, timeout, run.step, saved=lambda: checkpoints.newest_step) as run.watchdog:
-            follow(run, splits)
+        run.beat("starting")
+        with run.hang_timer:
+            run_training(run, splits, notes=run.notes + notes, new_scale=bool(changes))
 
 
-def follow(run: Run, splits: Splits) -> None:
-    """From the first line on the terminal to the last."""
-    config, world = run.config, run.world
+def run_training(run: Run, splits: Splits, *, notes: list[str], new_scale: bool) -> None:
+    """Evaluate, train, save, and report from the first line on the terminal to the last."""
+    config, world, state = run.config, run.world, run.state
+    evaluated = not run.eval_pending
     log = MetricLog(
-        run.folder,
-        step=run.step or -1,
-        judged=not run.owes_judgement,
-        main=world.main,
-        sinks=config.log.to,
+        run.folder, step=state.step or -1, evaluated=evaluated, main=world.main, sinks=config.log.to
     )
-    terminal = Terminal(total=run.last_step, step=run.step, main=world.main)
+    reporter = Reporter(log, total=run.last_step, step=state.step, main=world.main)
     try:
         with report_rank_error(world.rank):
-            for note in run.notes:
-                terminal.say(note)
-            look_back(run, terminal)
-            if run.step == 0:
-                begin(run, splits, log, terminal)
+            for note in notes:
+                reporter.say(note)
+            prepare_logs(run, reporter)
+            at = f"step {state.step} of {run.last_step}"
+            if state.step == 0:
+                initial_eval(run, splits, reporter)
             elif run.finished:
-                terminal.say(
-                    f"{run.folder} is finished: step {run.step} of {run.last_step}, nothing to train"
-                )
+                reporter.say(f"{run.folder} is finished: {at}, nothing to train")
             else:
-                terminal.say(f"resuming {run.folder} at step {run.step} of {run.last_step}")
-            if run.forced:
+                reporter.say(f"resuming {run.folder} at {at}")
+            if new_scale:
                 measure_target_scale(run)
-            loop(run, splits, log, terminal)
-            finish(run)
+            train_loop(run, splits, reporter)
+            wait_for_checkpoint(run)
             if (run.folder / "backbone.json").exists():
-                terminal.say(f"aligned backbone: {run.folder / 'backbone.safetensors'}")
+                reporter.say(f"aligned backbone: {run.folder / 'backbone.safetensors'}")
     finally:
         with contextlib.suppress(UserError):
-            run.checkpoints.wait()  # a run that ends badly still has what it was writing
-        terminal.close()
-        log.close()
+            run.checkpoints.wait()  # a checkpoint that is being written is completed
+        reporter.close()
         for loader in (run.train, run.val):
             if loader is not None:
                 loader.close()
 
 
-def begin(run: Run, splits: Splits, log: MetricLog, terminal: Terminal) -> None:
-    """Before the first step: the target scale, and the loss and the probe of the untrained student."""
+def initial_eval(run: Run, splits: Splits, reporter: Reporter) -> None:
+    """The target scale, and the loss and the probe of the untrained student."""
     measure_target_scale(run)
-    terminal.say(f"target scale {run.objective.target_scale.item():.4g}")
+    reporter.say(f"target scale {run.objective.target_scale.item():.4g}")
     if run.val is not None:
-        validate(run, log, terminal, epoch=0)
-    if due(run):
-        probe(run, splits, log, terminal, epoch=0)
+        validate(run, reporter, epoch=0)
+    if should_probe(run):
+        probe(run, splits, reporter, epoch=0)
 
 
-def validate(run: Run, log: MetricLog, terminal: Terminal, epoch: int) -> None:
-    """Evaluate and tell."""
-    run.val_loss = evaluate(run)
-    bad_validation_samples(run, terminal)
-    log.add(step=run.step, epoch=epoch, val_loss=run.val_loss)
-    terminal.say_compiled(log.flush())
-    terminal.say(f"step {run.step}: validation loss {run.val_loss:.4f}")
-
-
-def probe(run: Run, splits: Splits, log: MetricLog, terminal: Terminal, epoch: int) -> None:
-    """Probe and tell."""
-    found = probe_student(run, splits)
-    run.probed = {"step": run.step, **found}
-    log.add(step=run.step, epoch=epoch, **{f"probe_{name}": value for name, value in found.items()})
-    terminal.say_compiled(log.flush())  # what was compiled before the first step, without validation
-    recall, precision = (f"{100 * found[name]:.1f}" for name in ("macro_recall", "map"))
-    terminal.say(f"step {run.step}: probe macro recall {recall}, mAP {precision}, loss {found['loss']:.4f}")
-
-
-def loop(run: Run, splits: Splits, log: MetricLog, terminal: Terminal) -> None:
-    """Train epoch by epoch, and judge each."""
+def train_loop(run: Run, splits: Splits, reporter: Reporter) -> None:
+    """Train epoch by epoch, with an evaluation and a checkpoint after each."""
     speed = Speed(
         images=run.config.optim.batch_size,
         ranks=run.world.size,
         flops=flops_per_image(run.objective),
         device=run.world.device,
     )
-    spikes = Spikes()
-    terminal.begin()
+    reporter.start_clock()
     run.preemption.hold_interrupts()
     run.model.train()
-    while run.owes_judgement or run.step < run.last_step:
-        if not run.owes_judgement:
-            train_epoch(run, splits, log, terminal, speed, spikes)
-        judge(run, splits, log, terminal)
+    while not run.finished:
+        if not run.eval_pending:
+            train_epoch(run, splits, reporter, speed)
+        epoch = (run.state.step - 1) // run.epoch_steps
+        if run.val is not None:
+            validate(run, reporter, epoch)
+        if should_probe(run):
+            probe(run, splits, reporter, epoch)
+        run.state.last_eval_step = run.state.step
+        save(run, evaluated=run.val is not None)
 
 
-def judge(run: Run, splits: Splits, log: MetricLog, terminal: Terminal) -> None:
-    """At the end of an epoch or of the run: validate, probe, save."""
-    epoch = (run.step - 1) // run.epoch_steps
-    if run.val is not None:
-        validate(run, log, terminal, epoch)
-    if due(run):
-        probe(run, splits, log, terminal, epoch)
-    run.judged_at = run.step
-    save(run, evaluated=run.val is not None)
-
-
-def train_epoch(
-    run: Run, splits: Splits, log: MetricLog, terminal: Terminal, speed: Speed, spikes: Spikes
-) -> None:
-    """From where the run stands to the end of the epoch: update, report, probe, save."""
-    config = run.config
-    epoch, position = divmod(run.step, run.epoch_steps)
+def train_epoch(run: Run, splits: Splits, reporter: Reporter, speed: Speed) -> None:
+    """From the run's step to the end of its epoch: update, log, probe, save."""
+    config, state = run.config, run.state
+    epoch, position = divmod(state.step, run.epoch_steps)
     end = min(run.last_step, (epoch + 1) * run.epoch_steps)
     with contextlib.closing(run.train.batches(epoch, start=position * config.optim.accumulate)) as batches:
         speed.start()
-        while run.step < end:
+        while state.step < end:
             metrics = update(run, batches, epoch)
             speed.tick(metrics.pop("waited"))
-            log.add(step=run.step, epoch=epoch, **metrics)
-            inside = run.step != end
-            saving = inside and run.step % (config.checkpoint.every_steps or run.last_step + 1) == 0
-            probing = inside and due(run)
-            # Before saving: no checkpoint has more behind it than what was told and written down.
-            signal, overdue = react(run, terminal, everything=saving or probing or not inside)
-            if signal or overdue:
-                react(run, terminal, everything=True)
-            saving = saving or (inside and overdue)
-            if saving or probing or signal or not inside or run.step % config.log.every_steps == 0:
-                report(log.flush(speed), terminal, spikes)
-            if signal:
-                leave(run, signal)
+            reporter.log.add(step=state.step, epoch=epoch, **metrics)
+            at_end = state.step == end
+            saving = itstime(state.step, config.checkpoint.every_steps) and not at_end
+            probing = should_probe(run) and not at_end
+            run.beat(WAITING)
+            # Before saving: what a checkpoint includes is reported and on record.
+            stop, overdue = handle_status(run, reporter, everything=saving or probing or at_end)
+            if stop or overdue:
+                handle_status(run, reporter, everything=True)
+            saving = saving or (overdue and not at_end)
+            if saving or probing or stop or at_end or itstime(state.step, config.log.every_steps):
+                reporter.flush(speed)
+            if stop:
+                exit_preempted(run, stop)
             if probing:
-                probe(run, splits, log, terminal, epoch)
-            if saving or (probing and improves(run)):
+                probe(run, splits, reporter, epoch)
+            if saving or (probing and new_best(run) is not None):
                 save(run)
             if saving or probing:
                 speed.start()
 
 
-def report(lines: list[dict], terminal: Terminal, spikes: Spikes) -> None:
-    """Show the newest line, and every loss that leaps up."""
-    terminal.say_compiled(lines)
-    for line in lines:
-        usual = None if line["loss"] is None else spikes.told(line["loss"])
-        if usual is not None:
-            terminal.say(f"step {line['step']}: the loss leapt to {line['loss']:.4f}, from about {usual:.4f}")
-    if lines:
-        terminal.show(lines[-1])
+def should_probe(run: Run) -> bool:
+    """Whether the student is probed at the run's step."""
+    every = run.config.probe.every_steps or run.epoch_steps
+    return run.config.probe.data is not None and itstime(run.state.step, every, run.last_step)
+
+
+def validate(run: Run, reporter: Reporter, epoch: int) -> None:
+    """Evaluate on the validation set and report the loss."""
+    loss = run.state.val_loss = evaluate(run)
+    report_bad_validation_samples(run, reporter)
+    reporter.log.add(step=run.state.step, epoch=epoch, val_loss=loss)
+    reporter.flush()
+    reporter.say(f"step {run.state.step}: validation loss {loss:.4f}")
+
+
+def probe(run: Run, splits: Splits, reporter: Reporter, epoch: int) -> None:
+    """Probe the student and report the scores."""
+    step, scores = run.state.step, probe_student(run, splits)
+    run.state.probed = {"step": step, **scores}
+    reporter.log.add(step=step, epoch=epoch, **{f"probe_{name}": value for name, value in scores.items()})
+    reporter.flush()
+    recall, precision = (f"{100 * scores[name]:.1f}" for name in ("macro_recall", "map"))
+    reporter.say(f"step {step}: probe macro recall {recall}, mAP {precision}, loss {scores['loss']:.4f}")
 
 
 def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
-    """The configuration that the command asks for, and what one should know about it."""
+    """The configuration that the command line asks for, and lines for the user."""
     if options.reference_config is None:
         if options.world_size is not None:
-            raise UserError(
-                "--world-size goes with --reference-config: a recipe's optim.batch_size is over all GPUs"
-            )
+            raise UserError("--world-size requires --reference-config; in a recipe set optim.batch_size")
         if "=" in options.config and not Path(options.config).exists():
             raise UserError(
                 f"{options.config}: the recipe comes first, as in configs/demo.yaml {options.config}"
@@ -252,7 +251,7 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
         return load_config(options.config, options.overrides), []
     if options.world_size is not None and options.world_size < 1:
         raise UserError(f"--world-size must be at least 1, got {options.world_size}")
-    from fastalign.compat.reference_config import read_reference  # with timm, a second's import
+    from fastalign.compat.reference_config import read_reference  # imports timm, which takes a second
 
     overrides = [*([options.config] if options.config else []), *options.overrides]
     return read_reference(options.reference_config, overrides, world_size=options.world_size)
@@ -285,15 +284,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     config, notes = _configuration(options)
+    comments = "".join(f"# {note}\n" for note in notes)
     if options.print_config:
-        print("".join(f"# {note}\n" for note in notes) + to_yaml(config, comments=True), end="")
+        print(comments + to_yaml(config, comments=True), end="")
         return
     if int(os.environ.get("RANK", 0)) == 0:
         print("".join(f"{note}\n" for note in notes), end="", flush=True)
-    train(config, distributed.start(patience(config.faults["timeout"])))
+    train(config, distributed.start(collective_timeout(config.faults.timeout)))
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        keep_freed_memory()
     sys.exit(main())

@@ -1,12 +1,12 @@
 """What every kernel file needs: registration, casts that round alike everywhere, exp2 and tanh.
 
-Names inside kernels: `i_` an index, `o_` a vector of offsets, `m_` a mask, `p_` a pointer, `b_` a block of
-values; constants of compilation in capitals. Program numbers are widened to int64 before they are multiplied.
+Names inside kernels: `i_` an index, `o_` offsets, `m_` a mask, `p_` a pointer, `b_` a block of values; compile-time
+constants in capitals. Program numbers are widened to int64 before they are multiplied.
 """
 
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 
 import torch
@@ -15,14 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 LIBRARY = torch.library.Library("fastalign", "FRAGMENT")
-# torch.compile sets this variable to the CUDA toolkit's assembler, in the middle of a process. Kernels compiled
-# before and after would differ, and `benchmarks.aot` checks the code of Triton's own.
+# torch.compile sets this variable to the CUDA toolkit's assembler in the middle of a process. `benchmarks.aot` checks
+# the code of Triton's own assembler, so every kernel must use that one.
 _PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 if _PTXAS.exists():
     os.environ.setdefault("TRITON_PTXAS_PATH", str(_PTXAS))
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-"""Kernels run in Triton's interpreter, on the CPU: how they are tested where there is no GPU."""
+"""Kernels run in Triton's interpreter on the CPU, for tests without a GPU."""
 
 if INTERPRETED:
     # Triton 3.6's interpreter reads a loop bound with int(array of one element), which numpy 2.4 refuses.
@@ -37,41 +37,44 @@ if INTERPRETED:
     interpreter._patch_lang_tensor = _patch_tensor_index
 
 
-def register(name: str, schema: str, implementation: Callable, fake: Callable):
-    """Register ``fastalign::NAME``; returns the operator.
+def register(name: str, schema: str, allocate: Callable, launch: Callable):
+    """Register ``fastalign::NAME`` and return the operator.
 
-    The operator is private and has no gradient of its own: each operation's `autograd.Function` calls forward and
-    backward operators, which costs about half of the host time of `torch.library.custom_op`.
+    The operator is private and has no gradient: each operation's `autograd.Function` calls forward and backward
+    operators, which costs about half of the host time of `torch.library.custom_op`.
+
+    Args:
+        name, schema: of the operator.
+        allocate: (*arguments) -> the outputs, empty; also what torch.compile traces.
+        launch: (outputs, *arguments) writes the outputs.
     """
 
-    def on_its_device(*arguments):
+    def implementation(*arguments):
         device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):  # Triton launches on the current device
-                return implementation(*arguments)
+        out = allocate(*arguments)
         try:
-            return implementation(*arguments)
+            if device.type == "cuda" and device.index != torch.cuda.current_device():
+                with torch.cuda.device(device):  # Triton launches on the current device
+                    launch(out, *arguments)
+            else:
+                launch(out, *arguments)
         except (RuntimeError, ValueError) as error:  # Triton's: no driver, or a pointer that no GPU can read
             if device.type != "cpu" or INTERPRETED:
                 raise
             raise ValueError(
-                "fastalign.kernels take tensors on a GPU, got cpu: call the function of the same name in "
-                "fastalign.ops, which runs on any device unless FASTALIGN_KERNELS=1 is set"
+                f"fastalign.kernels.{name} takes tensors on a GPU, got cpu: use fastalign.ops on other devices"
             ) from error
+        return out
 
     LIBRARY.define(name + schema)
-    LIBRARY.impl(name, on_its_device, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastalign::{name}", fake, lib=LIBRARY)
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastalign::{name}", allocate, lib=LIBRARY)
     return getattr(torch.ops.fastalign, name).default
 
 
 def promoted(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype of the sum of the given tensors, as eager PyTorch has it."""
-    dtypes = [tensor.dtype for tensor in tensors if tensor is not None]
-    result = dtypes[0]
-    for dtype in dtypes[1:]:
-        result = torch.promote_types(result, dtype)
-    return result
+    """The dtype of the sum of the given tensors, as in eager PyTorch."""
+    return reduce(torch.promote_types, [tensor.dtype for tensor in tensors if tensor is not None])
 
 
 def with_unit_stride(tensor: Tensor | None) -> Tensor | None:
@@ -80,7 +83,7 @@ def with_unit_stride(tensor: Tensor | None) -> Tensor | None:
 
 
 def architecture() -> int:
-    """80, 90, 100...: the current GPU's compute capability, for tables of tiles. The interpreter is like a 90."""
+    """80, 90, 100...: the current GPU's compute capability, for tables of tiles; 90 in the interpreter."""
     return 90 if INTERPRETED else _architecture(triton.runtime.driver.active.get_current_device())
 
 
@@ -101,9 +104,9 @@ def row_tiles(rows: int, width: int, tile: dict[str, int]) -> int:
 
 
 def image_chunks(images: int, tiles: int) -> tuple[int, int]:
-    """For sums over images in two stages: images a chunk, and the number of chunks.
+    """Images per chunk and number of chunks for sums over images in two stages.
 
-    Programs enough to fill a GPU, and the same number on every GPU, so that the order of addition is fixed.
+    Enough programs to fill a GPU, and the same number on every GPU, so that the order of addition is fixed.
     """
     per_chunk = triton.cdiv(images, max(1, min(images, triton.cdiv(2048, max(tiles, 1)))))
     return per_chunk, triton.cdiv(images, max(per_chunk, 1))
@@ -127,7 +130,7 @@ def store(p_x, x, mask):
 
 @triton.jit
 def exp2(x):
-    """2^x of fp32 in one instruction, which takes results below 2^-126 for zero. tl.exp2 adds three for those."""
+    """2^x of fp32 in one instruction; results below 2^-126 become zero. tl.exp2 adds three instructions for those."""
     if INTERPRETED:
         return tl.exp2(x)
     return tl.inline_asm_elementwise(

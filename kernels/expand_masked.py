@@ -3,9 +3,8 @@
     out[b, m, t] = position[t]                                                   t < P: prefix tokens are zeroed
     out[b, m, P + n] = visible[b, m, n] * tokens[b, P + n] + position[P + n]
 
-It is `mask_tokens` with zeros for hidden patches and prefix tokens, so it runs on the same kernels. Shapes and
-bytes as there; the backward sums over M for the tokens and over B M for the position in one read of the
-gradient, without a temporary of the output's size.
+It runs on the kernels of `mask_tokens`, with zeros for hidden patches and prefix tokens; shapes and bytes as there.
+The backward sums over M for the tokens and over B M for the position in one read of the gradient.
 """
 
 import torch
@@ -27,25 +26,12 @@ class _ExpandMasked(torch.autograd.Function):
     def backward(ctx, gradient):
         (visible,) = ctx.saved_tensors
         need_tokens, _, need_position = ctx.needs_input_grad
-        tokens, rows, _ = backward_op(
-            gradient, visible, ctx.dtypes[0], True, need_tokens, need_position, False
-        )
-        return (
-            tokens if need_tokens else None,
-            None,
-            rows.to(ctx.dtypes[1]).unsqueeze(0) if need_position else None,
-        )
+        flags = (True, need_tokens, need_position, False)
+        tokens, rows, _ = backward_op(gradient, visible, ctx.dtypes[0], *flags)
+        position = rows.to(ctx.dtypes[1]).unsqueeze(0) if need_position else None
+        return tokens if need_tokens else None, None, position
 
 
 def expand_masked(tokens: Tensor, visible: Tensor, position: Tensor) -> Tensor:
-    """Decoder input: tokens of visible patches, zeros for hidden patches and prefix tokens, plus position.
-
-    Args:
-        tokens: [B, T, D] fp32, bf16 or fp16.
-        visible: [B, M, N] bool; the P = T - N prefix tokens are always zeroed.
-        position: [1, T, D].
-
-    Returns:
-        [B, M, T, D], the promoted dtype of tokens and position.
-    """
+    """[B, T, D], bool [B, M, N], [1, T, D] -> [B, M, T, D]; fp32, bf16 or fp16. As `fastalign.ops.expand_masked`."""
     return _ExpandMasked.apply(tokens, visible, position)

@@ -3,9 +3,8 @@
     out[b, m, t] = prefix[t]                                                     t < P
     out[b, m, P + n] = (patches[b, n] if visible[b, m, n] else hidden) + position[n]
 
-Shapes: B images, M masks, N patches, P prefix tokens, T = P + N, D width. Bytes moved, forward: the patches and
-masks once, the output once, ``s (BND + BMTD) + BMN`` for s bytes an element; backward: the output's gradient
-once and the patches' gradient once. The sums over images are taken in two stages, so results repeat.
+Shapes: B images, M masks, N patches, P prefix tokens, T = P + N, D width. Bytes moved at s bytes per element:
+``s (BND + BMTD) + BMN`` forward and backward. Sums over images take two stages, so results are reproducible.
 """
 
 import torch
@@ -33,15 +32,9 @@ def _forward_kernel(
     p_position,  # [N, D] or None, contiguous
     p_visible,  # [B, M, N] contiguous
     p_out,  # [B, M, T, D] contiguous
-    stride_b,
-    stride_n,
-    N,
-    P,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    stride_b, stride_n, N, P,
+    M: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     tiles = tl.cdiv(P + N, BLOCK_T) * tl.cdiv(D, BLOCK_D)
     i_b, i_tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     o_t = i_tile // tl.cdiv(D, BLOCK_D) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -82,19 +75,10 @@ def _backward_kernel(
     p_patches,  # out: [B, N, D], or [B, T, D] with zeros for the prefix (WHOLE)
     p_rows,  # out: [chunks, T, D] fp32, the sum over the copies of each chunk of images
     p_hidden,  # out: [chunks, T, D] fp32, the same over hidden patches only
-    B,
-    N,
-    P,
-    IMAGES,  # images a chunk
-    M: tl.constexpr,
-    D: tl.constexpr,
-    WHOLE: tl.constexpr,
-    PATCHES: tl.constexpr,
-    ROWS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    B, N, P, IMAGES,  # images per chunk
+    M: tl.constexpr, D: tl.constexpr, WHOLE: tl.constexpr, PATCHES: tl.constexpr, ROWS: tl.constexpr,
+    HIDDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     i_chunk = tl.program_id(1).to(tl.int64)
     i_t, i_d = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -128,80 +112,66 @@ def _backward_kernel(
         tl.store(p_hidden + p_sum, b_hidden, mask=m_out)
 
 
-def _forward(
-    patches: Tensor, hidden: Tensor | None, visible: Tensor, prefix: Tensor | None, position: Tensor | None
-) -> Tensor:
-    images, copies, count = visible.shape
-    width, before = patches.shape[-1], 0 if prefix is None else prefix.shape[0]
-    shape = (images, copies, before + count, width)
-    out = torch.empty(shape, dtype=promoted(patches, prefix, position), device=patches.device)
-    if out.numel() == 0:
-        return out
-    patches, tile = with_unit_stride(patches), row_tile(width)
-    rows = [None if row is None else row.contiguous() for row in (hidden, prefix, position)]
-    _forward_kernel[(row_tiles(before + count, width, tile) * images,)](
-        patches, *rows, visible.contiguous(), out, patches.stride(0), patches.stride(1),
-        count, before, copies, width, **tile,
-    )  # fmt: skip
-    return out
-
-
-def _backward(
-    gradient: Tensor,
-    visible: Tensor,
-    dtype: torch.dtype,
-    whole: bool,
-    patches: bool,
-    rows: bool,
-    hidden: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    images, copies, tokens, width = gradient.shape
-    count, tile = visible.shape[2], row_tile(width)
-    tiles = row_tiles(tokens, width, tile)
-    per_chunk, chunks = image_chunks(images, tiles)
-    out = gradient.new_empty((images, tokens if whole else count, width) if patches else (0,), dtype=dtype)
-    sums = [
-        gradient.new_empty((chunks, tokens, width) if wanted else (0,), dtype=torch.float32)
-        for wanted in (rows, hidden)
-    ]
-    if images * tokens * width:  # also without a copy, where the sums are zero
-        _backward_kernel[(tiles, chunks)](
-            gradient.contiguous(), visible.contiguous(), out, *sums,
-            images, count, tokens - count, per_chunk, copies,
-            D=width, WHOLE=whole, PATCHES=patches, ROWS=rows, HIDDEN=hidden, **tile,
-        )  # fmt: skip
-    return out, sums[0].sum(0) if rows else sums[0], sums[1].sum((0, 1)) if hidden else sums[1]
-
-
-def _forward_fake(patches, hidden, visible, prefix, position):
-    before = 0 if prefix is None else prefix.shape[0]
-    shape = (*visible.shape[:2], before + visible.shape[2], patches.shape[-1])
+def _allocate(patches, hidden, visible, prefix, position):
+    tokens = visible.shape[2] + (0 if prefix is None else prefix.shape[0])
+    shape = (*visible.shape[:2], tokens, patches.shape[-1])
     return patches.new_empty(shape, dtype=promoted(patches, prefix, position))
 
 
-def _backward_fake(gradient, visible, dtype, whole, patches, rows, hidden):
+def _forward(out, patches, hidden, visible, prefix, position) -> None:
+    images, copies, tokens, width = out.shape
+    count, tile = visible.shape[2], row_tile(width)
+    if out.numel() == 0:
+        return
+    patches = with_unit_stride(patches)
+    rows = [None if row is None else row.contiguous() for row in (hidden, prefix, position)]
+    _forward_kernel[(row_tiles(tokens, width, tile) * images,)](
+        patches, *rows, visible.contiguous(), out, patches.stride(0), patches.stride(1),
+        count, tokens - count, copies, width, **tile,
+    )  # fmt: skip
+
+
+def _allocate_gradients(gradient, visible, dtype, whole, patches, rows, hidden):
     images, _, tokens, width = gradient.shape
+    shape = (images, tokens if whole else visible.shape[2], width) if patches else (0,)
     return (
-        gradient.new_empty(
-            (images, tokens if whole else visible.shape[2], width) if patches else (0,), dtype=dtype
-        ),
+        gradient.new_empty(shape, dtype=dtype),
         gradient.new_empty((tokens, width) if rows else (0,), dtype=torch.float32),
         gradient.new_empty((width,) if hidden else (0,), dtype=torch.float32),
     )
 
 
+def _backward(out, gradient, visible, dtype, whole, patches, rows, hidden) -> None:
+    images, copies, tokens, width = gradient.shape
+    count, tile = visible.shape[2], row_tile(width)
+    tiles = row_tiles(tokens, width, tile)
+    per_chunk, chunks = image_chunks(images, tiles)
+    shapes = [(chunks, tokens, width) if wanted else (0,) for wanted in (rows, hidden)]
+    sums = [gradient.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    if images * tokens * width:  # also without a copy, where the sums are zero
+        _backward_kernel[(tiles, chunks)](
+            gradient.contiguous(), visible.contiguous(), out[0], *sums,
+            images, count, tokens - count, per_chunk, copies,
+            D=width, WHOLE=whole, PATCHES=patches, ROWS=rows, HIDDEN=hidden, **tile,
+        )  # fmt: skip
+    if rows:
+        torch.sum(sums[0], 0, out=out[1])
+    if hidden:
+        torch.sum(sums[1], (0, 1), out=out[2])
+
+
 forward_op = register(
     "mask_tokens",
     "(Tensor patches, Tensor? hidden, Tensor visible, Tensor? prefix, Tensor? position) -> Tensor",
+    _allocate,
     _forward,
-    _forward_fake,
 )
 backward_op = register(
     "mask_tokens_backward",
     "(Tensor gradient, Tensor visible, ScalarType dtype, bool whole, bool patches, bool rows, bool hidden) "
     "-> (Tensor, Tensor, Tensor)",
+    _allocate_gradients,
     _backward,
-    _backward_fake,
 )
 
 
@@ -236,16 +206,5 @@ def mask_tokens(
     prefix: Tensor | None = None,
     position: Tensor | None = None,
 ) -> Tensor:
-    """The first block's input for M masked copies of each image, in one pass.
-
-    Args:
-        patches: [B, N, D] fp32, bf16 or fp16; the embeddings of the whole image.
-        hidden: [D], the embedding of a blank patch.
-        visible: [B, M, N] bool.
-        prefix: [P, D], the prefix tokens, their position already added.
-        position: [N, D], added to every patch, hidden or not.
-
-    Returns:
-        [B, M, P + N, D], the promoted dtype of patches, prefix and position.
-    """
+    """As `fastalign.ops.mask_tokens`, for fp32, bf16 and fp16 on a GPU, without argument checks."""
     return _MaskTokens.apply(patches, hidden, visible, prefix, position)

@@ -3,9 +3,9 @@
     packed[slots[b, m, t]] = prefix[t]                              t < P
     packed[slots[b, m, P + n]] = patches[b, n] + position[n]        visible patches; padding rows are zero
 
-Shapes: B images, M masks, N patches, P prefix tokens, T = P + N, D width, L rows. Bytes moved for s bytes an
-element: forward ``s (B N D + L D)``, backward the same. A program of the backward owns a token of an image and
-adds up its copies, so there are no atomics, and the sums over images are taken in two stages: results repeat.
+Shapes: B images, M masks, N patches, P prefix tokens, T = P + N, D width, L rows. Bytes moved at s bytes per
+element: ``s (B N D + L D)`` forward and backward. A backward program owns a token of an image and sums over its
+copies without atomics; sums over images take two stages. So results are reproducible.
 """
 
 import torch
@@ -32,17 +32,9 @@ def _forward_kernel(
     p_slots,  # [B, M, T]
     p_end,  # [1], the first padding row
     p_out,  # [L, D]
-    stride_b,
-    stride_n,
-    B,
-    T,
-    P,
-    L,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    stride_b, stride_n, B, T, P, L,
+    M: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     tiles = tl.cdiv(T, BLOCK_T) * tl.cdiv(D, BLOCK_D)
     i_b, i_tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     i_t = i_tile // tl.cdiv(D, BLOCK_D)
@@ -76,17 +68,10 @@ def _backward_kernel(
     p_slots,  # [B, M, T]
     p_patches,  # out: [B, N, D]
     p_rows,  # out: [chunks, T, D] fp32, the sum over the copies of each chunk of images
-    B,
-    T,
-    P,
-    IMAGES,  # images a chunk
-    M: tl.constexpr,
-    D: tl.constexpr,
-    PATCHES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    B, T, P, IMAGES,  # images per chunk
+    M: tl.constexpr, D: tl.constexpr, PATCHES: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     i_chunk = tl.program_id(1).to(tl.int64)
     i_t, i_d = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -108,69 +93,58 @@ def _backward_kernel(
         tl.store(p_rows + (i_chunk * T + o_t[:, None]) * D + o_d[None, :], b_rows, mask=m_t)
 
 
-def _forward(
-    patches: Tensor,
-    slots: Tensor,
-    cu_seqlens: Tensor,
-    length: int,
-    prefix: Tensor | None,
-    position: Tensor | None,
-) -> Tensor:
+def _allocate(patches, slots, cu_seqlens, length, prefix, position):
+    return patches.new_empty((length, patches.shape[-1]), dtype=promoted(patches, prefix, position))
+
+
+def _forward(out, patches, slots, cu_seqlens, length, prefix, position) -> None:
     images, copies, tokens = slots.shape
     width, tile = patches.shape[-1], row_tile(patches.shape[-1])
-    out = torch.empty((length, width), dtype=promoted(patches, prefix, position), device=patches.device)
     if out.numel() == 0 or tokens == 0:
-        return out.zero_()
+        out.zero_()
+        return
     patches = with_unit_stride(patches)
     rows = [None if row is None else row.contiguous() for row in (prefix, position)]
     _forward_kernel[(row_tiles(tokens, width, tile) * (images + 1),)](
         patches, *rows, slots.contiguous(), cu_seqlens[-1:], out, patches.stride(0), patches.stride(1),
         images, tokens, tokens - patches.shape[1], length, copies, width, **tile,
     )  # fmt: skip
-    return out
 
 
-def _backward(
-    gradient: Tensor, slots: Tensor, count: int, dtype: torch.dtype, patches: bool, rows: bool
-) -> tuple[Tensor, Tensor]:
+def _allocate_gradients(gradient, slots, count, dtype, patches, rows):
+    width = gradient.shape[-1]
+    return (
+        gradient.new_empty((slots.shape[0], count, width) if patches else (0,), dtype=dtype),
+        gradient.new_empty((slots.shape[2], width) if rows else (0,), dtype=torch.float32),
+    )
+
+
+def _backward(out, gradient, slots, count, dtype, patches, rows) -> None:
     images, copies, tokens = slots.shape
     width, tile = gradient.shape[-1], row_tile(gradient.shape[-1])
     tiles = row_tiles(tokens, width, tile)
     per_chunk, chunks = image_chunks(images, tiles)
-    out = gradient.new_empty((images, count, width) if patches else (0,), dtype=dtype)
     sums = gradient.new_empty((chunks, tokens, width) if rows else (0,), dtype=torch.float32)
     if images * tokens * width:
         _backward_kernel[(tiles, chunks)](
-            gradient.contiguous(), slots.contiguous(), out, sums, images, tokens, tokens - count, per_chunk,
+            gradient.contiguous(), slots.contiguous(), out[0], sums, images, tokens, tokens - count, per_chunk,
             copies, width, PATCHES=patches, ROWS=rows, **tile,
         )  # fmt: skip
-    return out, sums.sum(0) if rows else sums
-
-
-def _forward_fake(patches, slots, cu_seqlens, length, prefix, position):
-    return patches.new_empty((length, patches.shape[-1]), dtype=promoted(patches, prefix, position))
-
-
-def _backward_fake(gradient, slots, count, dtype, patches, rows):
-    images, _, tokens = slots.shape
-    width = gradient.shape[-1]
-    return (
-        gradient.new_empty((images, count, width) if patches else (0,), dtype=dtype),
-        gradient.new_empty((tokens, width) if rows else (0,), dtype=torch.float32),
-    )
+    if rows:
+        torch.sum(sums, 0, out=out[1])
 
 
 forward_op = register(
     "pack",
     "(Tensor patches, Tensor slots, Tensor cu_seqlens, SymInt length, Tensor? prefix, Tensor? position) -> Tensor",
+    _allocate,
     _forward,
-    _forward_fake,
 )
 backward_op = register(
     "pack_backward",
     "(Tensor gradient, Tensor slots, SymInt count, ScalarType dtype, bool patches, bool rows) -> (Tensor, Tensor)",
+    _allocate_gradients,
     _backward,
-    _backward_fake,
 )
 
 
@@ -190,35 +164,20 @@ class _Pack(torch.autograd.Function):
             gradient, slots, ctx.count, ctx.dtypes[0], need_patches, need_prefix or need_position
         )
         before = slots.shape[2] - ctx.count
-        return (
-            patches if need_patches else None,
-            None,
-            None,
-            None,
-            rows[:before].to(ctx.dtypes[1]) if need_prefix else None,
-            rows[before:].to(ctx.dtypes[2]) if need_position else None,
-        )
+        prefix = rows[:before].to(ctx.dtypes[1]) if need_prefix else None
+        position = rows[before:].to(ctx.dtypes[2]) if need_position else None
+        return patches if need_patches else None, None, None, None, prefix, position
 
 
 def pack(
     patches: Tensor,
-    slots: Tensor,
-    cu_seqlens: Tensor,
-    length: int,
+    packing: tuple[Tensor, Tensor, Tensor, Tensor],
     prefix: Tensor | None = None,
     position: Tensor | None = None,
 ) -> Tensor:
-    """The visible tokens of every masked copy in one row.
+    """As `fastalign.ops.pack`, for fp32, bf16 and fp16 on a GPU, without argument checks.
 
-    Args:
-        patches: [B, N, D] fp32, bf16 or fp16.
-        slots: [B, M, P + N] int32, the row of each token, -1 = hidden.
-        cu_seqlens: [B M + 1] int32; the rows from its last entry on are padding.
-        length: L, rows of the result.
-        prefix: [P, D], the prefix tokens, their position already added; None = P is 0.
-        position: [N, D], added to every patch.
-
-    Returns:
-        [L, D], the promoted dtype of patches, prefix and position; padding rows are zero.
+    `packing` is (indices, slots, cu_seqlens, counts); rows from cu_seqlens[-1] on are padding.
     """
-    return _Pack.apply(patches, slots, cu_seqlens, length, prefix, position)
+    indices, slots, cu_seqlens, _ = packing
+    return _Pack.apply(patches, slots, cu_seqlens, len(indices), prefix, position)

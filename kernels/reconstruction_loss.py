@@ -2,10 +2,9 @@
 
     loss = sum over rows r of w[r] * distance(prediction[r], scale * target[r]) / count
 
-A row is a token of width D; w is 1 for the tokens that count (`reference.reconstruction_loss` says which), and
-rows that do not count are not read. Rows are [B, M, T] (B images, M masks, T tokens) or the L rows of a packed
-row. Bytes moved for s bytes an element: ``3 s BMTD``, the prediction and target once, the gradient once; a
-training step without this kernel moves five. Accumulates in fp32 (partial sums in float64), in a fixed order.
+A row is a token of width D; w is 1 for the tokens that count, and other rows are not read. Rows are [B, M, T] (B
+images, M masks, T tokens) or L packed rows. Bytes moved at s bytes per element: ``3 s BMTD``, prediction, target
+and gradient once each, five without this kernel. Accumulates in fp32, partial sums in float64, in a fixed order.
 """
 
 import torch
@@ -74,28 +73,17 @@ def _distance(b_difference, per_element, LOSS: tl.constexpr):
 @triton.jit
 def _forward_kernel(
     p_prediction,  # [R, D] contiguous
-    p_target,  # [B, M, T, D] with any strides, or [L, D], or [B T, D]
+    p_target,  # [B, M, T, D] with any strides, or packed: [L, D], or [B T, D] with GATHER
     p_visible,  # [B, M, N] contiguous
     p_scale,  # [] fp32
     p_indices,  # [L] or None
     p_end,  # [1], the number of packed tokens, or None
     p_gradient,  # out: [R, D] or None
     p_loss,  # out: [programs] fp32
-    stride_b,
-    stride_m,
-    stride_t,
-    R,
-    T,
-    P,
-    N,
-    M,
-    D: tl.constexpr,
-    LOSS: tl.constexpr,
-    PREFIX_COUNTS: tl.constexpr,
-    GATHER: tl.constexpr,  # packed, and the target is [B T, D]
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    stride_b, stride_m, stride_t, R, T, P, N, M,
+    D: tl.constexpr, LOSS: tl.constexpr, PREFIX_COUNTS: tl.constexpr, GATHER: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     o_target, m_count, per_row = _rows(
         p_visible, p_indices, p_end, stride_b, stride_m, stride_t, o_row, R, T, P, N, M,
@@ -143,52 +131,43 @@ def _tile(loss: str, width: int) -> dict[str, int]:
     return {"BLOCK_R": 4, "BLOCK_D": min(256, whole), "num_warps": 4}
 
 
+def _allocate(
+    prediction, target, visible, scale, indices, cu_seqlens, tokens, loss, prefix_visible, with_gradient
+):
+    gradient = prediction.new_empty(prediction.shape if with_gradient else (0,))
+    return prediction.new_empty((), dtype=torch.float32), gradient
+
+
 def _forward(
-    prediction: Tensor,
-    target: Tensor,
-    visible: Tensor,
-    scale: Tensor,
-    indices: Tensor | None,
-    cu_seqlens: Tensor | None,
-    tokens: int,
-    loss: str,
-    prefix_visible: bool,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    width, rows = prediction.shape[-1], prediction.numel() // max(prediction.shape[-1], 1)
-    prediction = prediction.contiguous()
-    indices = None if indices is None else indices.contiguous()
-    # With prefix_only the one predicted token is a prefix token.
+    out, prediction, target, visible, scale, indices, cu_seqlens, tokens, loss, prefix_visible, with_gradient
+) -> None:
+    total, gradient = out
+    if prediction.numel() == 0:
+        total.fill_(float("nan"))  # the mean of nothing, as in eager PyTorch
+        return
+    width, rows = prediction.shape[-1], prediction.numel() // prediction.shape[-1]
     patches = visible.shape[2]
-    prefix = tokens - patches if tokens >= patches else tokens
-    gather = indices is not None and target.dim() == 3
+    prefix = (
+        tokens - patches if tokens >= patches else tokens
+    )  # with prefix_only all tokens are prefix tokens
+    gather, strides = indices is not None and target.dim() == 3, (0, 0, 0)
     if indices is None:
         target = with_unit_stride(target).expand(prediction.shape)
         strides = target.stride()[:3]
     else:
-        target, strides = target.contiguous(), (0, 0, 0)
+        indices, cu_seqlens, target = indices.contiguous(), cu_seqlens[-1:], target.contiguous()
     tile = _tile(loss, width)
     programs = triton.cdiv(rows, tile["BLOCK_R"])
-    partial = torch.empty(programs, dtype=torch.float32, device=prediction.device)
-    gradient = torch.empty_like(prediction) if with_gradient else prediction.new_empty(0)
-    if prediction.numel() == 0:
-        return partial.new_full((), float("nan")), gradient  # the mean of nothing, as in eager PyTorch
+    partial = prediction.new_empty(programs, dtype=torch.float32)
     _forward_kernel[(programs,)](
-        prediction, target, visible.contiguous(), scale, indices, None if cu_seqlens is None else cu_seqlens[-1:],
+        prediction.contiguous(), target, visible.contiguous(), scale, indices, cu_seqlens,
         gradient if with_gradient else None, partial, *strides, rows, tokens, prefix, patches, visible.shape[1],
         width, LOSS=loss, PREFIX_COUNTS=not (loss == "masked_mse" and prefix_visible), GATHER=gather, **tile,
     )  # fmt: skip
-    return partial.sum(dtype=torch.float64).float(), gradient
+    total.copy_(partial.sum(dtype=torch.float64))
 
 
-def _forward_fake(
-    prediction, target, visible, scale, indices, cu_seqlens, tokens, loss, prefix_visible, with_gradient
-):
-    gradient = torch.empty_like(prediction.contiguous()) if with_gradient else prediction.new_empty(0)
-    return prediction.new_empty((), dtype=torch.float32), gradient
-
-
-def _scale(gradient: Tensor, factor: Tensor) -> None:
+def _scale(_, gradient, factor) -> None:
     if gradient.numel():
         grid = (min(1024, triton.cdiv(gradient.numel(), 2048)),)  # a few for each processor of a GPU
         _scale_kernel[grid](gradient, factor, gradient.numel(), BLOCK=2048, num_warps=8)
@@ -198,11 +177,11 @@ forward_op = register(
     "reconstruction_loss",
     "(Tensor prediction, Tensor target, Tensor visible, Tensor scale, Tensor? indices, Tensor? cu_seqlens, "
     "SymInt tokens, str loss, bool prefix_visible, bool with_gradient) -> (Tensor, Tensor)",
+    _allocate,
     _forward,
-    _forward_fake,
 )
 scale_op = register(
-    "scale_gradient_", "(Tensor(a!) gradient, Tensor factor) -> ()", _scale, lambda gradient, factor: None
+    "scale_gradient_", "(Tensor(a!) gradient, Tensor factor) -> ()", lambda gradient, factor: None, _scale
 )
 
 
@@ -234,20 +213,9 @@ def reconstruction_loss(
     prefix_visible: bool = False,
     packing: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The reconstruction loss, a mean over all elements (over all tokens for `cosine`).
+    """As `fastalign.ops.reconstruction_loss`, for fp32 and bf16 on a GPU, without argument checks.
 
-    Args:
-        prediction: [B, M, T, D] fp32 or bf16; with `packing`, [L, D].
-        target: [B, M, T, D] or broadcastable to it; with `packing`, [L, D], or [B, T, D] from which each row's
-            token is taken. It gets no gradient.
-        visible: [B, M, N] bool.
-        loss: mse | cosine | l1 | masked_mse | unmasked_mse.
-        scale: the target is multiplied by it; one number, which gets no gradient.
-        prefix_visible: `masked_mse` leaves prefix tokens out.
-        packing: indices, slots, cu_seqlens and counts of packed tokens; the mean goes over the tokens present.
-
-    Returns:
-        Scalar, fp32. Backward may run once: it writes into the stored gradient.
+    `packing` is (indices, slots, cu_seqlens, counts). Target and scale get no gradient; backward can run only once.
     """
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, device=prediction.device)

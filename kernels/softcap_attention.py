@@ -2,14 +2,13 @@
 
     out = softmax(cap * tanh(q k^T / (sqrt(d) cap))) v
 
-Shapes: q, k, v [B, H, T, d] with any strides, or packed [L, H, d] with the sequences' bounds; T of 50 to 1025
-and d of 32 to 128 are what tiles are made for. No score reaches memory: forward moves ``4 s BHTd`` bytes and
-computes ``4 BHT^2 d`` operations, backward ``8 s BHTd`` and ``14 BHT^2 d`` (dq, and dk with dv, each in a kernel
-that computes the scores again, so nothing is added up atomically and results repeat).
+Shapes: q, k, v [B, H, T, d] with any strides, or packed [L, H, d] with the bounds of the sequences; tiles are made
+for T of 50 to 1025 and d of 32 to 128. No score reaches memory: forward moves ``4 s BHTd`` bytes and computes
+``4 BHT^2 d`` operations, backward ``8 s BHTd`` and ``14 BHT^2 d``: dq, and dk with dv, each in a kernel that
+recomputes the scores, so there are no atomics and results are reproducible.
 
-At these lengths general kernels lose most in half-filled tiles. Here keys are walked in whole blocks without any
-mask and then in steps of 16 rows, and a head of 72, 80 or 96 channels is two tiles (64 and 16 or 32), not 128.
-A cap bounds the logits, so for caps up to 41 the softmax needs no running maximum and no rescaling.
+Keys are walked in whole blocks without a mask, then in steps of 16 rows; a head of 72, 80 or 96 channels is two tiles
+(64 and 16 or 32), not 128. A cap bounds the logits, so up to 41 the softmax needs no running maximum or rescaling.
 """
 
 import math
@@ -35,11 +34,10 @@ def _head_split(width: int) -> tuple[int, int]:
 
 
 def _tile(kernel: str, length: int, width: int, itemsize: int, arch: int) -> dict[str, int]:
-    """Rows of the program's own block, of the block it walks over, warps and stages.
+    """Rows of the program's own block and of the block it walks over, warps and stages.
 
-    128 rows only where two blocks of 64 would not stand fuller. The rest keeps everything in registers, which
-    `benchmarks.aot` checks (with Triton 3.6 and 3.8): wide heads and the kernel with the most accumulators walk in
-    shorter steps, and without Hopper's matrix instructions more of it stands in registers.
+    128 rows only if two blocks of 64 would not be fuller. The rest avoids register spills, which `benchmarks.aot`
+    checks (Triton 3.6 and 3.8): wide heads and dkdv walk in shorter steps; before sm_90 registers hold more.
     """
     if itemsize > 2:
         widest = {"forward": 64 if arch < 100 else 128, "dq": 64, "dkdv": 32}[kernel]
@@ -56,7 +54,7 @@ def _tile(kernel: str, length: int, width: int, itemsize: int, arch: int) -> dic
     else:
         walked = 64 if arch >= 90 and not wide else 16 if crowded else 32
         warps = 8 if wide and (arch >= 90 or width > 80) else 4
-    # With two stages a step's rows are fetched while nothing else is left to do; on Blackwell three spill.
+    # Three stages hide the fetch of a step's rows better than two; on Blackwell three spill.
     stages = 2 if crowded or arch >= 100 else 3
     return {"BLOCK": rows, "WALK": walked, "num_warps": warps, "num_stages": stages}
 
@@ -64,7 +62,7 @@ def _tile(kernel: str, length: int, width: int, itemsize: int, arch: int) -> dic
 def _arguments(
     kernel: str, q: Tensor, softcap: float | None, cu_seqlens: Tensor | None, length: int
 ) -> tuple[int, dict]:
-    """Number of programs and what all kernels share: the sequences, the cap, the tile."""
+    """Number of programs, and the arguments that all kernels share: sequences, cap, tile."""
     heads, width = q.shape[1], q.shape[-1]
     first, second = _head_split(width)
     scale = width**-0.5
@@ -73,7 +71,7 @@ def _arguments(
     tile = _tile(kernel, length, width, q.element_size(), architecture())
     blocks = max(1, triton.cdiv(length, tile["BLOCK"]))
     sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    # Packed rows after the last sequence belong to one more "sequence", whose programs clear them.
+    # Packed rows after the last sequence form one more sequence, whose programs clear them.
     programs = blocks * heads * (sequences + (cu_seqlens is not None))
     return programs, {
         "p_bounds": None if cu_seqlens is None else cu_seqlens.contiguous(),
@@ -98,8 +96,7 @@ def _arguments(
 def _strides(tensors: tuple[Tensor, ...], packed: bool) -> tuple[list[int], int]:
     """Strides over sequences, heads and tokens in units of eight elements, or of one, and the unit.
 
-    Triton sees that a number is a multiple of 16, not of 8: without this, heads of 72 channels would be read
-    element by element.
+    Triton specializes on multiples of 16, not of 8: without the unit, heads of 72 channels are read by element.
     """
     strides = []
     for x in tensors:
@@ -109,78 +106,61 @@ def _strides(tensors: tuple[Tensor, ...], packed: bool) -> tuple[list[int], int]
 
 
 def _readable(x: Tensor, length: int, packed: bool) -> Tensor:
-    """The tensor, copied where its channels are not contiguous or a sequence spans more than 32 bits can count."""
+    """The tensor, copied if its channels are not contiguous or offsets in a sequence exceed 32 bits."""
     x = with_unit_stride(x)
     return x.contiguous() if length * x.stride(0 if packed else 2) >= 2**31 else x
 
 
 def _rows_first(like: Tensor, packed: bool) -> Tensor:
-    """An empty tensor of this shape whose memory is [B, T, H, d]: what the output projection reads."""
+    """An empty tensor of this shape in memory order [B, T, H, d], which the output projection reads."""
     if packed:
-        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        return like.new_empty(like.shape)
     images, heads, length, width = like.shape
-    return torch.empty((images, length, heads, width), dtype=like.dtype, device=like.device).transpose(1, 2)
+    return like.new_empty((images, length, heads, width)).transpose(1, 2)
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, softcap: float | None, cu_seqlens: Tensor | None, max_seqlen: int
-) -> tuple[Tensor, Tensor]:
-    packed = cu_seqlens is not None
-    q, k, v = (_readable(x, max_seqlen, packed) for x in (q, k, v))
-    out = _rows_first(q, packed)
-    lse = torch.empty(q.shape[1::-1] if packed else q.shape[:3], dtype=torch.float32, device=q.device)
+def _allocate(q, k, v, softcap, cu_seqlens, max_seqlen):
+    shape = q.shape[:3] if cu_seqlens is None else (q.shape[1], q.shape[0])
+    return _rows_first(q, cu_seqlens is not None), q.new_empty(shape, dtype=torch.float32)
+
+
+def _forward(outputs, q, k, v, softcap, cu_seqlens, max_seqlen) -> None:
+    out, packed = outputs[0], cu_seqlens is not None
     if out.numel():
+        q, k, v = (_readable(x, max_seqlen, packed) for x in (q, k, v))
         programs, arguments = _arguments("forward", q, softcap, cu_seqlens, max_seqlen)
         strides, unit = _strides((q, k, v), packed)
-        forward_kernel[(programs,)](q, k, v, out, lse, *strides, UNIT=unit, **arguments)
-    return out, lse
+        forward_kernel[(programs,)](q, k, v, *outputs, *strides, UNIT=unit, **arguments)
 
 
-def _backward(
-    gradient: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    softcap: float | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    packed = cu_seqlens is not None
-    gradient, q, k, v = (_readable(x, max_seqlen, packed) for x in (gradient, q, k, v))
-    dq, dk, dv = (_rows_first(x, packed) for x in (q, k, v))
+def _allocate_gradients(gradient, q, k, v, out, lse, softcap, cu_seqlens, max_seqlen):
+    return tuple(_rows_first(x, cu_seqlens is not None) for x in (q, k, v))
+
+
+def _backward(gradients, gradient, q, k, v, out, lse, softcap, cu_seqlens, max_seqlen) -> None:
+    (dq, dk, dv), packed = gradients, cu_seqlens is not None
     if dq.numel():
+        gradient, q, k, v = (_readable(x, max_seqlen, packed) for x in (gradient, q, k, v))
         rows = lse.new_empty((*lse.shape, 2))
         strides, unit = _strides((q, k, v, gradient), packed)
         programs, arguments = _arguments("dq", q, softcap, cu_seqlens, max_seqlen)
         dq_kernel[(programs,)](q, k, v, gradient, out, lse, rows, dq, *strides, UNIT=unit, **arguments)
         programs, arguments = _arguments("dkdv", q, softcap, cu_seqlens, max_seqlen)
         dkdv_kernel[(programs,)](q, k, v, gradient, rows, dk, dv, *strides, UNIT=unit, **arguments)
-    return dq, dk, dv
-
-
-def _forward_fake(q, k, v, softcap, cu_seqlens, max_seqlen):
-    shape = q.shape[:3] if cu_seqlens is None else (q.shape[1], q.shape[0])
-    return _rows_first(q, cu_seqlens is not None), q.new_empty(shape, dtype=torch.float32)
-
-
-def _backward_fake(gradient, q, k, v, out, lse, softcap, cu_seqlens, max_seqlen):
-    return tuple(_rows_first(x, cu_seqlens is not None) for x in (q, k, v))
 
 
 forward_op = register(
     "softcap_attention",
     "(Tensor q, Tensor k, Tensor v, float? softcap, Tensor? cu_seqlens, SymInt max_seqlen) -> (Tensor, Tensor)",
+    _allocate,
     _forward,
-    _forward_fake,
 )
 backward_op = register(
     "softcap_attention_backward",
     "(Tensor gradient, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float? softcap, Tensor? cu_seqlens, "
     "SymInt max_seqlen) -> (Tensor, Tensor, Tensor)",
+    _allocate_gradients,
     _backward,
-    _backward_fake,
 )
 
 
@@ -207,18 +187,7 @@ def softcap_attention(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> Tensor:
-    """Attention whose scaled logits s become ``softcap * tanh(s / softcap)``.
-
-    Args:
-        q, k, v: [B, H, T, d]; with `cu_seqlens` packed, [L, H, d]. One dtype of fp32, bf16 and fp16; d <= 128.
-        softcap: None = plain attention.
-        cu_seqlens: [sequences + 1] int32, the bounds of the packed sequences; rows after the last give zeros.
-        max_seqlen: of the longest sequence; needed with `cu_seqlens`. Where it is too small, the rows beyond it
-            come back as not a number: nobody waits for the GPU to find out.
-
-    Returns:
-        The shape and dtype of q. In 16 bits a GPU's own tanh is used, with a relative error of 2^-11.
-    """
+    """As `fastalign.ops.softcap_attention` without a bias, for fp32, bf16 and fp16 and d <= 128, on a GPU."""
     if cu_seqlens is None:
         max_seqlen = q.shape[2]
     elif max_seqlen is None:

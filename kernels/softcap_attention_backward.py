@@ -20,7 +20,7 @@ from fastalign.kernels.softcap_attention_forward import (
 
 @triton.jit
 def _rows(p_rows, o_t):
-    """Pointers [rows, 2] to the pairs that dq writes: one load brings both."""
+    """Pointers [rows, 2] to the pairs that dq writes, so that one load reads both."""
     return p_rows + 2 * o_t[:, None] + tl.arange(0, 2)[None, :]
 
 
@@ -35,7 +35,7 @@ def _dq_step(
     b_v0, b_v1 = load2(p_v, stride_v, o_n, length, D, D0, D1, MASK)
     b_x, b_tanh = logits(dot2(b_q0, b_q1, b_k0, b_k1, D1), to_tanh, to_logit, CAP, FAST)
     if MASK:
-        # A zero key adds nothing, but its logit of zero may be far above all others: infinite, and times zero.
+        # A masked key is zero, but its logit of zero may exceed all others: inf * 0.
         b_x = tl.where((o_n < length)[None, :], b_x, -float("inf"))
     b_ds = exponential(b_x - b_lse[:, None], FAST) * (dot2(b_do0, b_do1, b_v0, b_v1, D1) - b_delta[:, None])
     if CAP:
@@ -57,7 +57,7 @@ def dq_kernel(
     STATIC: tl.constexpr, FAST: tl.constexpr, WIDEST: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
     WALK: tl.constexpr,
 ):  # fmt: skip
-    """dq for a block of queries, and what dkdv reads of each: [lse, sum(out * do)], lse in the logits' units."""
+    """dq for a block of queries, and for dkdv [lse, sum(out * do)] of each, lse in the units of the logits."""
     i_s, i_h, i_row, start, length, i_lse = place(p_bounds, ROWS, SEQUENCES, T, H, BLOCK)
     if i_row >= length:
         clear(p_dq, 0.0, i_h, i_row, start, -length, T, D, H, BLOCK, WIDEST)

@@ -1,12 +1,10 @@
 """The forward kernel of `softcap_attention`, and the parts it shares with the backward.
 
 Each program owns BLOCK rows of one head of one sequence, queries (forward, dq) or keys (dkdv), and walks over the
-other side: whole blocks of WALK rows without a mask, then the rest in steps of 16. Channels stand in two tiles
-of D0 and D1 (or none).
+other side in blocks of WALK rows without a mask, then in steps of 16. Channels are two tiles, D0 and D1 (0 = none).
 
-In 16 bits (FAST) logits are multiplied by log2(e), within `to_logit`, and exponentiated by the hardware's base-2
-instruction. In fp32 they stay in natural units: the factor would cost a digit where logits are large. The `lse`
-that leaves the forward kernel is natural in both; dq converts it once a row.
+In 16 bits (FAST) `to_logit` includes log2(e), and the hardware's base-2 exponential is used. In fp32 logits stay in
+natural units, because the factor costs a digit of large logits. The forward's `lse` is natural in both.
 """
 
 import triton
@@ -51,7 +49,7 @@ def _load(p_x, stride_t, o_t, o_d, length, D: tl.constexpr, MASK_T: tl.constexpr
 def load2(
     p_x, stride_t, o_t, length, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASK_T: tl.constexpr
 ):
-    """Both tiles of channels; the second is a copy of the first, never used, where there is none."""
+    """Both tiles of channels; without a second tile the second result is unused."""
     b_0 = _load(p_x, stride_t, o_t, tl.arange(0, D0), length, D, MASK_T, D0 > D)
     b_1 = b_0
     if D1 > 0:
@@ -61,7 +59,7 @@ def load2(
 
 @triton.jit
 def store2(p_x, stride_t, o_t, b_0, b_1, length, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Rows of a head over both tiles of channels, what lies beyond left out."""
+    """Store rows of a head, both tiles of channels, without those beyond the length and D."""
     o_d = tl.arange(0, D0)
     store(p_x + o_t[:, None] * stride_t + o_d[None, :], b_0, (o_t < length)[:, None] & (o_d < D)[None, :])
     if D1 > 0:
@@ -71,7 +69,7 @@ def store2(p_x, stride_t, o_t, b_0, b_1, length, D: tl.constexpr, D0: tl.constex
 
 @triton.jit
 def place(p_bounds, ROWS, SEQUENCES, T, H: tl.constexpr, BLOCK: tl.constexpr):
-    """Sequence, head, first row in the block, first row in memory, length and place in `lse` of this program.
+    """Sequence, head, first row in the block, first row in memory, length and offset in `lse` of this program.
 
     After the last packed sequence the length is minus the number of padding rows.
     """
@@ -100,19 +98,10 @@ def head(p_x, stride_b, stride_h, stride_t, i_s, i_h, start, UNIT: tl.constexpr,
 
 @triton.jit
 def clear(
-    p_x,
-    value,
-    i_h,
-    i_row,
-    start,
-    rows,
-    T,
-    D: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDEST: tl.constexpr,
-):
-    """A value for all channels of the given rows of one head, shared by its programs."""
+    p_x, value, i_h, i_row, start, rows, T,
+    D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, WIDEST: tl.constexpr,
+):  # fmt: skip
+    """Fill all channels of the given rows of one head; the programs of the head share the rows."""
     o_d = tl.arange(0, WIDEST)
     for i_first in range(i_row, rows, tl.cdiv(T, BLOCK) * BLOCK):
         o_t = i_first + tl.arange(0, BLOCK)
@@ -122,7 +111,7 @@ def clear(
 
 @triton.jit
 def logits(b_s, to_tanh, to_logit, CAP: tl.constexpr, FAST: tl.constexpr):
-    """Logits, as `exponential` takes them, and the tanh (the product itself where there is no cap)."""
+    """Logits in the units of `exponential`, and the tanh (without a cap the product itself)."""
     if CAP:
         b_tanh = tanh(b_s * to_tanh, FAST)
         return b_tanh * to_logit, b_tanh
@@ -176,13 +165,13 @@ def forward_kernel(
     STATIC: tl.constexpr, FAST: tl.constexpr, WIDEST: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
     WALK: tl.constexpr,
 ):  # fmt: skip
-    """out and the logarithm of each row's sum, for a block of queries."""
+    """out and lse, the logarithm of each row's sum, for a block of queries."""
     i_s, i_h, i_row, start, length, i_lse = place(p_bounds, ROWS, SEQUENCES, T, H, BLOCK)
     if i_row >= length:
         clear(p_out, 0.0, i_h, i_row, start, -length, T, D, H, BLOCK, WIDEST)
         return
     if p_bounds is not None:
-        # Longer than the caller said: what no program reaches must not look like a result.
+        # Rows beyond max_seqlen, which no program reaches, become NaN.
         clear(p_out, float("nan"), i_h, i_row, start + T, length - T, T, D, H, BLOCK, WIDEST)
     PACKED: tl.constexpr = p_bounds is not None
     p_q, stride_qt = head(p_q, stride_qb, stride_qh, stride_qt, i_s, i_h, start, UNIT, PACKED)

@@ -2,8 +2,8 @@
 
     out[b, m, t] = packed[slots[b, m, t]], or 0 where the slot is -1
 
-Shapes: B images, M masks, T tokens, D width, L rows. Bytes moved for s bytes an element: forward
-``s (L D + B M T D)``; backward reads the gradient of the visible tokens only and clears the row first.
+Shapes: B images, M masks, T tokens, D width, L rows. Bytes moved at s bytes per element: forward
+``s (L D + B M T D)``; backward clears the rows and reads the gradient of the visible tokens only.
 """
 
 import torch
@@ -20,11 +20,8 @@ def _kernel(
     p_slots,  # [R], R = B M T
     p_dense,  # [R, D] contiguous; read with REVERSE
     R,
-    D: tl.constexpr,
-    REVERSE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    D: tl.constexpr, REVERSE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     i_row, i_d = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
     o_row = i_row.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -39,39 +36,40 @@ def _kernel(
         tl.store(p_dense_row, b_row, mask=(o_row < R)[:, None] & (o_d < D)[None, :])
 
 
-def _forward(packed: Tensor, slots: Tensor) -> Tensor:
-    out = packed.new_empty((*slots.shape, packed.shape[-1]))
-    return _launch(packed.contiguous(), slots, out, False) if len(packed) else out.zero_()
+def _allocate(packed, slots):
+    return packed.new_empty((*slots.shape, packed.shape[-1]))
 
 
-def _backward(gradient: Tensor, slots: Tensor, length: int) -> Tensor:
-    packed = gradient.new_zeros((length, gradient.shape[-1]))  # padding rows have no gradient
+def _forward(dense, packed, slots) -> None:
+    if len(packed):
+        _launch(packed.contiguous(), slots, dense, False)
+    else:
+        dense.zero_()
+
+
+def _allocate_gradient(gradient, slots, length):
+    return gradient.new_zeros((length, gradient.shape[-1]))  # padding rows have no gradient
+
+
+def _backward(packed, gradient, slots, length) -> None:
     _launch(packed, slots, gradient.contiguous(), True)
-    return packed
 
 
-def _launch(packed: Tensor, slots: Tensor, dense: Tensor, reverse: bool) -> Tensor:
+def _launch(packed, slots, dense, reverse) -> None:
     rows, width = slots.numel(), packed.shape[-1]
-    # A row cannot be read before its slot is known: four rows a thread wait for four slots at once.
+    # A row cannot be read before its slot is known: four rows per thread wait for four slots at once.
     tile = row_tile(width) | {"BLOCK_T": 16}
     if rows * width:
-        _kernel[(row_tiles(rows, width, tile),)](
-            packed, slots.contiguous(), dense, rows, width, REVERSE=reverse, **tile
-        )
-    return dense
+        grid = (row_tiles(rows, width, tile),)
+        _kernel[grid](packed, slots.contiguous(), dense, rows, width, REVERSE=reverse, **tile)
 
 
-forward_op = register(
-    "unpack",
-    "(Tensor packed, Tensor slots) -> Tensor",
-    _forward,
-    lambda packed, slots: packed.new_empty((*slots.shape, packed.shape[-1])),
-)
+forward_op = register("unpack", "(Tensor packed, Tensor slots) -> Tensor", _allocate, _forward)
 backward_op = register(
     "unpack_backward",
     "(Tensor gradient, Tensor slots, SymInt length) -> Tensor",
+    _allocate_gradient,
     _backward,
-    lambda gradient, slots, length: gradient.new_empty((length, gradient.shape[-1])),
 )
 
 
@@ -87,14 +85,9 @@ class _Unpack(torch.autograd.Function):
         return backward_op(gradient, ctx.saved_tensors[0], ctx.length), None
 
 
-def unpack(packed: Tensor, slots: Tensor) -> Tensor:
-    """Each token back in its place, zeros where a patch is hidden.
+def unpack(packed: Tensor, packing: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    """As `fastalign.ops.unpack`, for fp32, bf16 and fp16 on a GPU, without argument checks.
 
-    Args:
-        packed: [L, D] fp32, bf16 or fp16.
-        slots: [B, M, T] int32, the row of each token, -1 = hidden.
-
-    Returns:
-        [B, M, T, D], the dtype of packed.
+    `packing` is (indices, slots, cu_seqlens, counts).
     """
-    return _Unpack.apply(packed, slots)
+    return _Unpack.apply(packed, packing[1])

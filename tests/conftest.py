@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, so that a figure of one machine holds on another; no network."""
+"""Fixtures for all tests: one thread, fixed seeds, no network."""
 
 import os
 
@@ -16,43 +16,43 @@ from PIL import Image
 
 from tests.run_helpers import MODEL
 
-# The same examples everywhere: rounding is compared, and a suite that fails one time in fifty helps nobody.
+# The same examples in every run: rounding is compared, and a flaky suite helps nobody.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: the real kernels, on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported; runs the real kernels on the CPU
 
 
-# A shell's background job ignores interrupts, and so would the commands that tests start and interrupt.
+# A background job of a shell ignores SIGINT, and its children would too.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
-    """Nothing is read from or left in the user's cache."""
+    """Tests never touch the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(autouse=True)
 def _fixed_seed():
-    # Models are so small that two threads wait for one another; files run side by side instead.
+    # The models are too small for two threads; test files run in parallel instead.
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    # fp32 means fp32 in every comparison, also in a GPU's convolutions.
+    # fp32 means fp32, also in convolutions on a GPU.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @pytest.fixture(autouse=True)
 def _same_precision(monkeypatch):
-    """A CPU with bf16 instructions computes in fp32 too where nothing else is asked for."""
+    """`precision=auto` is fp32 on every CPU."""
     monkeypatch.setattr("fastalign.backbones.precision.NATIVE_BF16", ())
 
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Memory that a kernel's launcher allocates comes full of NaN: what it forgets to write is seen."""
+    """Fills every new allocation with NaN, so that a kernel that leaves elements unwritten fails."""
 
     def poisoned(allocate):
         def call(*args, **kwargs):
@@ -68,7 +68,7 @@ def poison(monkeypatch):
 
 @pytest.fixture
 def capturing(monkeypatch):
-    """Compilation short of the processor's code, which takes most of the time. Returns each graph's inputs."""
+    """Replaces Inductor by `aot_eager`, which compiles faster. Returns the inputs of each graph."""
     from torch._dynamo.backends.registry import lookup_backend
 
     from fastalign import MaskEmbed
@@ -99,7 +99,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def recipe(tmp_path, images):
-    """Runs the command in this process; returns the run folder."""
+    """Runs the training command in this process and returns the run folder."""
     from fastalign import train
 
     def run(*overrides, name="run", expect=0) -> Path:

@@ -1,6 +1,7 @@
 """A tiny ViT to train, and what is read of a run's folder."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import torch
@@ -21,3 +22,20 @@ def losses(folder: Path) -> list[float]:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     newest = max((folder / "checkpoints").glob("step-*.pt"))
     return torch.load(newest, weights_only=True)["student"]
+
+
+def flip(path: Path, position: int) -> None:
+    """Flip a bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0x10
+    path.write_bytes(content)
+
+
+def middle_of_weights(path: Path) -> int:
+    """The position of a byte among the numbers of a checkpoint's largest tensor."""
+    with zipfile.ZipFile(path) as file:
+        part = max(file.infolist(), key=lambda each: each.file_size)
+    # Its header has 30 bytes and two fields of variable length before the content.
+    header = path.read_bytes()[part.header_offset : part.header_offset + 30]
+    lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    return part.header_offset + 30 + lengths + part.file_size // 2

@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastalign"
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
-FILES = sorted(PACKAGE.rglob("*.py")) + sorted((PACKAGE / "kernels").glob("*.py"))  # rglob follows no link
+FILES = sorted(PACKAGE.rglob("*.py")) + sorted(
+    (PACKAGE / "kernels").glob("*.py")
+)  # rglob does not follow links
 
 # Each package may import from the packages after it, and from itself.
 LAYERS = [
@@ -27,9 +29,8 @@ LAYERS = [
     {"ops"},
     {"kernels", "utils"},
 ]
-LONG_FILES = {"config.py": "every key of a run stands in one place"}
+LONG_FILES = {"config.py": "every key of a run in one place"}
 MAX_LINES, MAX_LINES_EXCEPTION, MAX_FUNCTION = 300, 340, 60
-LONG_FUNCTIONS: set[str] = set()
 
 
 def package(module: str) -> str:
@@ -68,7 +69,7 @@ def test_imports_go_downwards(path):
         assert there == here or layer(there) > layer(here), f"{module_of(path)} must not import {module}"
 
 
-def test_the_table_of_packages_is_true():
+def test_contributing_lists_every_package():
     table = (ROOT / "CONTRIBUTING.md").read_text().partition("## Architecture")[2].partition("## Rules")[0]
     named = set(re.findall(r"^\| `([^`]+)`", table, re.M))
     tracked = subprocess.run(
@@ -100,7 +101,7 @@ def test_files_and_functions_are_short(path):
     limit = MAX_LINES_EXCEPTION if path.name in LONG_FILES else MAX_LINES
     assert len(source.splitlines()) <= limit
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef) and node.name not in LONG_FUNCTIONS:
+        if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < MAX_FUNCTION, f"{path.name}: {node.name} is long"
 
 
@@ -113,48 +114,41 @@ def test_public_functions_and_classes_have_docstrings(path):
 
 
 @pytest.mark.parametrize("target", ["install", "demo", "clean"])
-def test_make_clears_nothing_but_a_virtual_environment(tmp_path, target):
-    """Where its Python does not start, `install` makes a virtual environment anew; `python` notes what it is told."""
-    python, told = tmp_path / "python", tmp_path / "told"
-    python.write_text(f'#!/bin/sh\necho "$@" >> {told}\nexit 1\n')
+def test_make_only_clears_a_virtual_environment(tmp_path, target):
+    """`install` recreates the virtual environment when its Python does not start; the fake Python logs its calls."""
+    python, calls, venv = tmp_path / "python", tmp_path / "calls", tmp_path / "venv"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexit 1\n')
     python.chmod(0o755)
-    venv = tmp_path / "venv"
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in ("pyproject.toml", "setup.py", "constraints.txt"):
         (tmp_path / name).touch()
     venv.mkdir()
     (venv / "thesis").touch()
 
-    def make(**environment: str) -> subprocess.CompletedProcess:
+    def make(venv: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            ["make", "-s", target, f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True,
-            env={"PATH": os.environ["PATH"], **environment}, check=False,
+            ["make", "-s", target, f"PYTHON={python}", f"FASTALIGN_VENV={venv}"],
+            cwd=tmp_path, capture_output=True, text=True, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+            check=False,
         )  # fmt: skip
 
-    refused = make(FASTALIGN_VENV=str(venv))
-    assert refused.returncode
-    assert refused.stderr.splitlines()[0] == (
-        f"FASTALIGN_VENV={venv} is no virtual environment and not empty: name another folder"
-    )
-    for spelling in ("~/venv", f"{venv} 2"):
-        refused = make(FASTALIGN_VENV=spelling, HOME=str(tmp_path))
+    for spelling in (str(venv), "~/venv", f"{venv} 2"):
+        refused = make(spelling)
         assert refused.returncode
         assert f"FASTALIGN_VENV={spelling} " in refused.stderr
-        assert "name another folder" in refused.stderr
+        assert "name another" in refused.stderr
     assert (venv / "thesis").exists()
-    assert not told.exists()
-    make(VENV=str(venv))  # a name that others use too
-    assert (venv / "thesis").exists()
+    assert not calls.exists()
     (venv / "pyvenv.cfg").touch()
-    make(FASTALIGN_VENV=str(venv))
+    make(str(venv))
     if target == "clean":
         assert not venv.exists()
     else:
-        assert told.read_text().splitlines() == ["-m venv --clear .venv", f"-m venv --clear {venv}"]
+        assert calls.read_text() == f"-m venv --clear {venv}\n"
 
 
-def test_nobody_is_told_to_install_fastalign_from_an_index():
-    """It is on none: an extra works from a clone (`pip install -e '.[dali]'`), or its packages are named."""
+def test_no_message_or_page_installs_fastalign_from_an_index():
+    """It is not published: extras need a clone (`pip install -e '.[dali]'`)."""
     for path in [*FILES, *ROOT.glob("demo/*.py"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
         assert not re.search(r"fastalign\[\w", path.read_text()), path.name
 
@@ -169,7 +163,7 @@ HEAVY = {
     "transformers": "optional: where a model is exported",
     "matplotlib": "optional: benchmarks only",
 }
-"""Modules that take long to import, why, and where to import them instead."""
+"""Slow imports, with the reason or the place where to import them instead."""
 HELP = """
 import runpy, sys
 for command in ("train", "probe", "classify", "scan"):
@@ -199,7 +193,7 @@ def test_no_package_hides_another_projects_kernels():
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
 def test_kernels_need_only_torch_and_triton(path):
-    """Anyone can take a kernel alone: it imports no other package."""
+    """A kernel file can be copied into another project."""
     for module in imported(path):
         assert package(module) == "kernels", f"{path.name} must not import {module}"
 

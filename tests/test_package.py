@@ -18,12 +18,12 @@ print(list(fa.ops.softcap_attention(q, q, q, softcap=3.0).shape))
 for name in ("pack", "nothing"):
     try:
         print(getattr(getattr(fa.kernels, name), name).__module__)
-    except (ImportError, AttributeError) as error:
+    except AttributeError as error:
         print(f"{type(error).__name__}: {error}")
 print([name for name in sys.modules if name.startswith(("nvidia.dali", "timm"))])
 try:
     fa.kernels.softcap_attention.softcap_attention(q, q, q)
-except (ImportError, ValueError) as error:
+except (AttributeError, ValueError) as error:
     print(error)
 """
 
@@ -43,6 +43,6 @@ def test_kernels_and_masks_alone(triton):
     assert nothing.startswith("AttributeError")
     if triton == "with":
         assert pack == "fastalign.kernels.pack"
-        assert "call the function of the same name in fastalign.ops" in refusal
+        assert "use fastalign.ops" in refusal
     else:
         assert pack.startswith("AttributeError")

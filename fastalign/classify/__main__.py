@@ -7,7 +7,6 @@ from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -17,7 +16,6 @@ from fastalign.classify.scores import FIGURES
 from fastalign.training import distributed
 from fastalign.training.build import named_backbone
 from fastalign.training.command import run_command
-from fastalign.training.memory import keep_freed_memory
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import path_argument
 
@@ -115,7 +113,7 @@ def _run(given: argparse.Namespace, command: str) -> None:
     chosen["seeds"] = tuple(given.seeds)
     Options(**chosen).resolved()  # before anything is loaded
     # A rank that has no seed left waits for those that train, hours perhaps.
-    world = distributed.start(patience=timedelta(days=30))
+    world = distributed.start(timeout=timedelta(days=30))
     vit, run = named_backbone(
         given.backbone, weights=given.weights, kwargs=given.kwargs, softcap=given.softcap
     )
@@ -137,6 +135,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        keep_freed_memory()
     sys.exit(main())

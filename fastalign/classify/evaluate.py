@@ -19,7 +19,7 @@ from fastalign.classify.labels import Split, describe, open_splits
 from fastalign.classify.modes import Job, check_batch, train_on_features, train_on_images
 from fastalign.classify.options import Options
 from fastalign.classify.scores import summarise
-from fastalign.training.checkpoint import checksum
+from fastalign.training.checkpoint_files import checksum
 from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError

@@ -18,7 +18,7 @@ from fastalign.classify.model import parameter_groups
 from fastalign.classify.options import Options
 from fastalign.classify.scores import Tally, select
 from fastalign.data.loader import Loader
-from fastalign.training.checkpoint import Checkpoints
+from fastalign.training.checkpoint_files import Checkpoints, snapshot
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.metrics import MetricLog, Speed
 from fastalign.training.optim import learning_rate, seed_update
@@ -226,7 +226,7 @@ class Fit:
                 "curve": self.curve,
                 "identity": self.identity,
             }
-            self.checkpoints.save(state, self.step)
+            self.checkpoints.save(snapshot(state), self.step)
 
     def _resume(self) -> None:
         if self.world.main:

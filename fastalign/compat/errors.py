@@ -1,15 +1,15 @@
-"""Bad input to the authors' names: the exceptions that their callers know, and one line under `run`."""
+"""Bad input to the authors' names: exceptions that their callers expect, printed in one line under `run`."""
 
 from fastalign.utils.errors import UserError
 
 
 class ArgumentError(UserError, ValueError):
-    """An argument that cannot be."""
+    """A wrong argument."""
 
 
 class NoCheckpointError(UserError, FileNotFoundError):
-    """There is no such file."""
+    """No such file."""
 
 
 class NumpyCheckpointError(UserError, NotImplementedError):
-    """A kind of file that is not read."""
+    """A NumPy file, which is not supported."""

@@ -1,6 +1,6 @@
 """Export of aligned backbones to other libraries: ``python -m fastalign.export RUN --to TARGET``."""
 
-from fastalign.export.decoder import load_decoder
+from fastalign.export.run import load_decoder
 from fastalign.export.write import export
 
 __all__ = ["export", "load_decoder"]

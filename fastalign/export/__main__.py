@@ -3,7 +3,6 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from fastalign.export.targets import TARGETS
 from fastalign.export.write import export
@@ -16,36 +15,19 @@ def push(folder: Path, name: str) -> None:
     """Upload an export to the model hub, with the credentials that its client finds.
 
     Raises:
-        UserError: the client is not installed, or refuses.
+        UserError: the client is not installed, or the upload fails.
     """
     try:
         from huggingface_hub import HfApi
-    except ImportError:
-        raise UserError("--push-to-hub needs a package: pip install huggingface_hub") from None
-    try:
+
         api = HfApi()
         api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=str(folder))
-    except Exception as error:  # the network, the credentials, the name: each has its own class
+    except Exception as error:  # the package, the network, the credentials, the name: no common class
         raise UserError(
-            f"--push-to-hub {name}: {first_line(error)}; the export is in {folder}, "
-            "check the name, the network and the login"
+            f"--push-to-hub {name}: {first_line(error)}; the export is in {folder}: check the name, the network, "
+            "the login, and that huggingface_hub is installed"
         ) from error
-
-
-def report(folder: Path, facts: dict[str, Any]) -> list[str]:
-    """The lines that the command prints."""
-    lines = [
-        f"parity: largest relative error {facts['parity']['largest_relative_error']:.1e} of {facts['parity']['of']}"
-    ]
-    for name, change in facts["softcap"].get("dropped", {}).items():
-        lines.append(
-            f"soft-cap dropped: features on {name} change by {100 * change['relative_change']:.3g}%, "
-            f"lowest cosine of a token {change['lowest_cosine']:.4f}"
-        )
-    if facts["features"]["mean"] is None:
-        lines.append(f"feature mean and std {facts['features']['of']}")
-    return [*lines, *facts["notes"], f"exported: {folder}"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--output", type=path_argument, help="the folder to write; default RUN/exports/TARGET"
     )
     parser.add_argument(
-        "--drop-softcap", action="store_true", help="export without the cap; what it changes is measured"
+        "--drop-softcap", action="store_true", help="export without the cap, and measure the effect"
     )
     parser.add_argument(
         "--images",
@@ -79,7 +61,16 @@ def _run(options: argparse.Namespace) -> None:
         drop_softcap=options.drop_softcap,
         images=options.images,
     )
-    print("\n".join(report(folder, facts)))
+    parity = facts["parity"]
+    print(f"parity: largest relative error {parity['largest_relative_error']:.1e} of {parity['of']}")
+    for name, change in facts["softcap"].get("dropped", {}).items():
+        print(
+            f"soft-cap dropped: features on {name} change by {100 * change['relative_change']:.3g}%, "
+            f"lowest cosine of a token {change['lowest_cosine']:.4f}"
+        )
+    if facts["features"]["mean"] is None:
+        print(f"feature mean and std {facts['features']['of']}")
+    print("\n".join([*facts["notes"], f"exported: {folder}"]))
     if options.push_to_hub:
         push(folder, options.push_to_hub)
         print(f"uploaded: {options.push_to_hub}")

@@ -2,22 +2,40 @@
 
 from typing import Any
 
+LIBRARIES = {"timm": "timm", "prismatic": "timm", "open-clip": "open_clip"}
+
 
 def model_card(facts: dict[str, Any], usage: str) -> str:
-    """README.md.
+    """README.md of an export.
 
     Args:
-        facts: what fastalign.json holds.
+        facts: the content of fastalign.json.
         usage: lines of Python that load the export.
     """
-    source, read, images = facts["source"], facts["read"], facts["images"]
-    library = {"timm": "timm", "prismatic": "timm", "open-clip": "open_clip"}.get(
-        facts["target"], "transformers"
-    )
+    source, read, images, data = facts["source"], facts["read"], facts["images"], facts["data"]
+    licence, parity = source["licence"], facts["parity"]
+    loss = "not measured" if facts["val_loss"] is None else f"{facts['val_loss']:.4f}"
+    rows = {
+        "backbone": f"`{source['name']}`, weights: {source['weights'] or 'unknown'}",
+        "licence of its weights": f"{licence}, as timm records it; see the source's own page"
+        if licence
+        else "unknown: that of the weights it started from",
+        "soft-cap": _softcap(facts["softcap"]),
+        "tokens to read": f"the last layer's{', normed' if read['normed'] else ''}: {read['prefix_tokens']} prefix "
+        f"tokens, then {read['patch_grid'][0]} x {read['patch_grid'][1]} patches of width {read['width']}",
+        "images": f"{images['size'][0]} x {images['size'][1]}, mean {_list(images['mean'])}, std "
+        f"{_list(images['std'])}, {images['interpolation']}, crop {images['crop_pct']}",
+        "data": f"train `{data['train']}`, validation `{data['val']}`" if data else "unknown",
+        "trained": f"{facts['objective']}, {facts['step']} updates, validation loss {loss}",
+        "patch probe": facts["probe"] if facts["probe"] is not None else "not measured",
+        "feature mean and std": _features(facts["features"]),
+        "difference from fastalign's own model": f"{parity['largest_relative_error']:.1e} ({parity['of']})",
+        "MaskEmbed decoder": "`fastalign.export.load_decoder(FOLDER)`" if facts["decoder"] else "none",
+    }
     lines = [
         "---",
-        f"license: {source['licence'] or 'unknown'}",
-        f"library_name: {library}",
+        f"license: {licence or 'unknown'}",
+        f"library_name: {LIBRARIES.get(facts['target'], 'transformers')}",
         "pipeline_tag: image-feature-extraction",
         "tags: [locality-alignment, fastalign]",
         "---",
@@ -32,45 +50,23 @@ def model_card(facts: dict[str, Any], usage: str) -> str:
         "",
         "| | |",
         "|---|---|",
-        f"| backbone | `{source['name']}`, weights: {source['weights'] or 'unknown'} |",
-        f"| licence of its weights | {_licence(source)} |",
-        f"| soft-cap | {_softcap(facts['softcap'])} |",
-        f"| tokens to read | the last layer's{', normed' if read['normed'] else ''}: {read['prefix_tokens']} prefix "
-        f"tokens, then {read['patch_grid'][0]} x {read['patch_grid'][1]} patches of width {read['width']} |",
-        f"| images | {images['size'][0]} x {images['size'][1]}, mean {_list(images['mean'])}, std "
-        f"{_list(images['std'])}, {images['interpolation']}, crop {images['crop_pct']} |",
-        f"| data | {_data(facts['data'])} |",
-        f"| trained | {facts['objective']}, {facts['step']} updates, validation loss {_number(facts['val_loss'])} |",
-        f"| patch probe | {facts['probe'] if facts['probe'] is not None else 'not measured'} |",
-        f"| feature mean and std | {_features(facts['features'])} |",
-        f"| difference from fastalign's own model | {facts['parity']['largest_relative_error']:.1e} "
-        f"({facts['parity']['of']}) |",
-        f"| MaskEmbed decoder | {'`fastalign.export.load_decoder(FOLDER)`' if facts['decoder'] else 'none'} |",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
         "",
         "`fastalign.json` has all of this, the whole recipe and the features' mean and std by channel.",
+        *(["", *facts["notes"]] if facts["notes"] else []),
     ]
-    return "\n".join([*lines, *(["", *facts["notes"]] if facts["notes"] else [])]) + "\n"
-
-
-def _licence(source: dict[str, Any]) -> str:
-    if source["licence"]:
-        return f"{source['licence']}, as timm records it; see the source's own page"
-    return "unknown: that of the weights it started from"
+    return "\n".join(lines) + "\n"
 
 
 def _softcap(softcap: dict[str, Any]) -> str:
     if softcap["value"] is None:
         return "none: trained with plain attention"
     if softcap["applied"]:
-        return f"{softcap['value']:g}, applied by the import above; without it these are other features"
+        return f"{softcap['value']:g}, applied by the import above; without it the features differ"
     changes = ", ".join(
         f"{100 * v['relative_change']:.2g}% on {name}" for name, v in softcap["dropped"].items()
     )
     return f"**dropped**: trained with {softcap['value']:g}; relative change of the features {changes}"
-
-
-def _data(data: dict[str, Any] | None) -> str:
-    return f"train `{data['train']}`, validation `{data['val']}`" if data else "unknown"
 
 
 def _features(features: dict[str, Any]) -> str:
@@ -84,7 +80,3 @@ def _features(features: dict[str, Any]) -> str:
 
 def _list(values: list[float]) -> str:
     return ", ".join(f"{value:.3g}" for value in values)
-
-
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4f}"

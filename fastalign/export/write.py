@@ -1,4 +1,4 @@
-"""Writing an export: the target's files, what one must know, the decoder, the model card; or nothing at all."""
+"""Writing an export: the target's files, `fastalign.json`, the decoder and the model card; all of them or nothing."""
 
 import json
 import shutil
@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from fastalign import __version__
-from fastalign.export import card, decoder, measure
-from fastalign.export.source import Run, read_run
-from fastalign.export.target import Target
-from fastalign.export.targets import find_target
+from fastalign.export import measure
+from fastalign.export.card import model_card
+from fastalign.export.run import DECODER, Run, read_run
+from fastalign.export.targets import Target, find_target
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import temporary_name, write_tensors
 from fastalign.utils.yaml_files import merge
@@ -31,41 +31,39 @@ def export(
         folder: of the run.
         to: a name of `fastalign.export.targets.TARGETS`.
         output: the folder to write; None = ``exports/TARGET`` in the run's. An earlier export there is replaced.
-        drop_softcap: export without the cap, for the library's own classes; what that changes is measured.
+        drop_softcap: export without the cap, for the library's own classes, and measure the effect.
         images: folder, tar shards or ``synthetic:COUNT`` that features are measured on; None = validation data.
 
     Returns:
-        The folder and what its fastalign.json says.
+        The folder and the content of its fastalign.json.
 
     Raises:
         UserError: a damaged run, a target that does not fit or cannot cap, or an export that is not exact.
     """
     run = read_run(folder)
-    target = find_target(to, run)
+    target, cap = find_target(to, run), run.vit.softcap
     output = Path(output) if output else run.folder / "exports" / to
     if output.exists() and not (output / FACTS).is_file():
         raise UserError(f"--output {output} exists and is not an export: choose another folder")
-    if run.vit.softcap is not None and not drop_softcap and not target.can_cap(run.vit.spec):
+    if cap is not None and not drop_softcap and not target.can_cap:
         raise UserError(
-            f"--to {to} cannot apply the soft-cap of {run.vit.softcap:g} that {run.folder} was trained with; another "
-            "target can, or give --drop-softcap, which changes the features and measures by how much"
+            f"--to {to} cannot apply the soft-cap of {cap:g} that {run.folder} was trained with: choose another "
+            "target, or give --drop-softcap, which changes the features and measures by how much"
         )
-    found, where = measure.find_images(images, run.config.data.val if run.config else None, run.vit)
-    softcap = {"value": run.vit.softcap, "applied": run.vit.softcap is not None and not drop_softcap}
-    if drop_softcap and run.vit.softcap is not None:
+    found, where = measure.find_images(images, run.config.data.val if run.config else None)
+    softcap = {"value": cap, "applied": cap is not None and not drop_softcap}
+    if cap is not None and drop_softcap:
         softcap["dropped"] = measure.without_softcap(run.vit, found)
         run.vit.softcap = None
     facts = _facts(run, to, softcap) | {"notes": [*run.notes, *target.notes(run)]}
-    facts["features"] = (measure.moments(run.vit, found) if found else {"mean": None, "std": None}) | {
-        "of": where
-    }
+    facts["features"] = measure.moments(run.vit, found) if found else {"mean": None, "std": None}
+    facts["features"]["of"] = where
     temporary = temporary_name(output)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         _write(run, target, facts, temporary)
-        if output.exists():
-            shutil.rmtree(output)
+        shutil.rmtree(output, ignore_errors=True)
         temporary.replace(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -73,7 +71,7 @@ def export(
 
 
 def _write(run: Run, target: Target, facts: dict[str, Any], folder: Path) -> None:
-    """All files, once the library's own model, loaded from them, has given our features."""
+    """All files, if the library's own model, loaded from them, gives our features."""
     target.write(run, folder)
     error = measure.parity(run.vit, target.read(folder))
     if error > measure.PARITY:
@@ -83,13 +81,12 @@ def _write(run: Run, target: Target, facts: dict[str, Any], folder: Path) -> Non
         )
     facts["parity"] = {"largest_relative_error": error, "of": "any token, fp32, 4 images of noise"}
     if run.decoder:
-        write_tensors(folder / decoder.WEIGHTS, run.decoder_weights)
+        write_tensors(folder / DECODER, run.decoder_weights)
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
-    (folder / "README.md").write_text(card.model_card(facts, target.usage(run)))
+    (folder / "README.md").write_text(model_card(facts, target.usage(run)))
 
 
 def _facts(run: Run, to: str, softcap: dict[str, Any]) -> dict[str, Any]:
-    """What one must know to use the export."""
     config, spec = run.config, run.vit.spec
     return {
         "target": to,
@@ -109,7 +106,7 @@ def _facts(run: Run, to: str, softcap: dict[str, Any]) -> dict[str, Any]:
         },
         "images": {"size": list(spec.image_size), **run.vit.data},
         "data": {"train": config.data.train, "val": config.data.val} if config else None,
-        # config.yaml may be of a later start, with other settings by force than those that trained this backbone.
+        # config.yaml is of the newest start, which may have forced other settings than those of this backbone.
         "recipe": merge(config.model_dump(mode="json"), run.facts.get("settings", {})) if config else None,
         "changes": run.facts.get("changes"),
         "decoder": run.decoder,

@@ -1,10 +1,9 @@
-"""The C++/CUDA extension of `csrc/`: mask drawing and packing in one pass, with the bits of `fastalign.method.masks`.
+"""The optional C++/CUDA extension of `csrc/`: drawing and packing masks, with the bits of `fastalign.method.masks`.
 
-It is optional. `status` says whether it is there and why not; FASTALIGN_EXTENSION=0 in the environment leaves
-it unused, so that a run with and without it can be compared.
+FASTALIGN_EXTENSION=0 in the environment disables it.
 
-Shapes: B images, M = 1 + complement + full masks an image, N = rows * columns patches, P prefix tokens,
-T = P + N, L rows of the packed row.
+Shapes: B images, M = 1 + complement + full masks per image, N = rows * columns patches, P prefix tokens, T = P + N,
+L packed rows.
 """
 
 import os
@@ -36,7 +35,7 @@ _STATUS, _DEVICES = _load()
 
 
 def status() -> str:
-    """ "C++ and CUDA", "C++ only", or "absent: " and the reason."""
+    """'C++ and CUDA', 'C++ only', or 'absent: ' and the reason."""
     return _STATUS
 
 
@@ -56,7 +55,7 @@ def draw_masks(
     complement: bool,
     full: bool,
 ) -> Tensor:
-    """Masks, the same bits as `fastalign.method.masks`' PyTorch path gives.
+    """Masks, the same bits as those of `fastalign.method.masks` in PyTorch.
 
     Args:
         sample_ids: [B] int64.
@@ -65,7 +64,7 @@ def draw_masks(
         ratio: of Bernoulli and blockwise masks.
         seed: 64-bit.
         epoch: 0..2^32-1.
-        complement, full: which masks follow the sample.
+        complement, full: which masks follow the sampled one.
 
     Returns:
         [B, M, N] bool, True = visible, on the device of `sample_ids`.
@@ -73,89 +72,60 @@ def draw_masks(
     Raises:
         ValueError: a wrong argument, named.
     """
-    arguments = _draw_arguments("draw_masks", sample_ids, grid, kind, ratio, seed, epoch, complement, full)
+    arguments = _draw_arguments(sample_ids, grid, kind, ratio, seed, epoch, complement, full)
     return torch.ops.fastalign.draw_masks(*arguments)
 
 
 def pack_masks(visible: Tensor, prefix: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where the visible tokens of all masked copies stand when they are laid one after another.
-
-    Sequence s = b * M + m holds its P prefix tokens and then its visible patches, ascending.
+    """The fields of `fastalign.ops.reference.Packing`.
 
     Args:
         visible: [B, M, N] bool.
         prefix: P.
-        length: L, at least the number of visible tokens. On the CPU a smaller one is a RuntimeError; a GPU
-            drops the rows from L on and gives them slot -1, because nobody waits for it to find out.
-
-    Returns:
-        indices [L] int32: b * T + t of the token in each row, -1 in the padding at the end;
-        slots [B, M, T] int32: each token's row, -1 where it is hidden;
-        cu_seqlens [B * M + 1] int32: the first row of each sequence, and the end;
-        counts [B * M] int32: tokens of each sequence, its prefix included.
+        length: L. If it is less than the number of visible tokens, the CPU raises a RuntimeError; a GPU, which does
+            not wait for the number, drops the rows from L on and gives their tokens slot -1.
 
     Raises:
         ValueError: a wrong argument, named.
     """
-    _check_tensor("pack_masks", "visible", visible, torch.bool, 3)
-    _check_packing("pack_masks", prefix, length)
+    _check_tensor("visible", visible, torch.bool, 3)
+    _check(prefix >= 0 and length >= 0, f"prefix and length must not be negative, got {prefix} and {length}")
     return torch.ops.fastalign.pack_masks(visible, prefix, length)
 
 
 def draw_packed_masks(
-    sample_ids: Tensor,
-    grid: tuple[int, int],
-    *,
-    kind: str,
-    ratio: float,
-    seed: int,
-    epoch: int = 0,
-    complement: bool,
-    full: bool,
-    prefix: int,
-    length: int,
+    sample_ids: Tensor, grid: tuple[int, int], *, prefix: int, length: int, epoch: int = 0, **options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`draw_masks` and `pack_masks` in one go: (visible, indices, slots, cu_seqlens, counts).
+    """`draw_masks` and `pack_masks` in one call: (visible, indices, slots, cu_seqlens, counts).
 
-    On a GPU this is one launch with `complement`, because then every image has the same number of visible
-    tokens, 2P + N, and P + N more with `full`; else two. Arguments and errors as of the two functions.
+    On a GPU this is one launch with `complement`, because then every image has the same number of visible tokens,
+    2P + N, or 3P + 2N with `full`; else two. Arguments and errors as of the two functions.
     """
-    name = "draw_packed_masks"
-    arguments = _draw_arguments(name, sample_ids, grid, kind, ratio, seed, epoch, complement, full)
-    _check_packing(name, prefix, length)
+    arguments = _draw_arguments(sample_ids, grid, epoch=epoch, **options)
+    _check(prefix >= 0 and length >= 0, f"prefix and length must not be negative, got {prefix} and {length}")
     return torch.ops.fastalign.draw_packed_masks(*arguments, prefix, length)
 
 
-def _draw_arguments(name, sample_ids, grid, kind, ratio, seed, epoch, complement, full) -> tuple:
+def _draw_arguments(sample_ids, grid, kind, ratio, seed, epoch, complement, full) -> tuple:
     """The operator's arguments: the kind as its number, the seed as the signed integer of the same bits."""
-    _check_tensor(name, "sample_ids", sample_ids, torch.int64, 1)
-    if kind not in KINDS:
-        raise ValueError(f"{name}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    _check_tensor("sample_ids", sample_ids, torch.int64, 1)
+    _check(kind in KINDS, f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     rows, columns = grid
-    if rows < 0 or columns < 0:
-        raise ValueError(f"{name}: grid must not be negative, got {rows} x {columns}")
-    if not 0.0 <= ratio <= 1.0:
-        raise ValueError(f"{name}: ratio must lie in 0..1, got {ratio}")
+    _check(rows >= 0 and columns >= 0, f"grid must not be negative, got {rows} x {columns}")
+    _check(0.0 <= ratio <= 1.0, f"ratio must be in 0..1, got {ratio}")
     signed = ((seed + 2**63) & (2**64 - 1)) - 2**63
     return sample_ids, rows, columns, KINDS.index(kind), ratio, signed, epoch, complement, full
 
 
-def _check_tensor(name: str, argument: str, tensor: Tensor, dtype: torch.dtype, dimensions: int) -> None:
-    if tensor.dtype != dtype:
-        raise ValueError(f"{name}: {argument} must be {dtype}, got {tensor.dtype}")
-    if tensor.dim() != dimensions:
-        raise ValueError(f"{name}: {argument} must have {dimensions} dimension(s), got {tuple(tensor.shape)}")
-    if not available(tensor.device):
-        raise ValueError(
-            f"{name}: {argument} is on {tensor.device}, where the extension ({_STATUS}) has no kernel"
-        )
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(f"masks: {message}")
 
 
-def _check_packing(name: str, prefix: int, length: int) -> None:
-    if prefix < 0:
-        raise ValueError(f"{name}: prefix must not be negative, got {prefix}")
-    if length < 0:
-        raise ValueError(f"{name}: length must not be negative, got {length}")
+def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, dimensions: int) -> None:
+    wanted, found = f"{dtype} with {dimensions} dimension(s)", f"{tensor.dtype} {list(tensor.shape)}"
+    _check(tensor.dtype == dtype and tensor.dim() == dimensions, f"{name} must be {wanted}, got {found}")
+    _check(available(tensor.device), f"{name}: the extension ({_STATUS}) does not support {tensor.device}")
 
 
 def _draw_fake(sample_ids, rows, columns, kind, ratio, seed, epoch, complement, full):

@@ -1,7 +1,7 @@
 """Eager PyTorch for every operation: any device, any dtype, with autograd. The definition of correct.
 
-Shapes: B images, M masks an image, N patches, P prefix tokens, T = P + N, D width, H heads, d head width,
-L rows of a packed row of tokens.
+Shapes: B images, M masks per image, N patches, P prefix tokens, T = P + N, D width, H heads, d head width,
+L rows of packed tokens.
 """
 
 from itertools import pairwise
@@ -15,18 +15,18 @@ LOSSES = ("mse", "cosine", "l1", "masked_mse", "unmasked_mse")
 
 
 class Packing(NamedTuple):
-    """Where each token of B M masked copies stands when the hidden patches leave the sequence.
+    """The position of each token of B M masked copies when hidden patches leave the sequence.
 
-    Copy s = b M + m is its P prefix tokens and then its visible patches, ascending; all copies stand one after
-    another in one row of L tokens, the rest of which is padding.
+    Copy s = b M + m holds its P prefix tokens, then its visible patches in ascending order. The copies follow one
+    another in L rows; the remaining rows are padding.
     """
 
     indices: Tensor
-    """[L] int32: row r holds token t of image b, as b T + t; -1 = padding."""
+    """[L] int32: b T + t for the row of token t of image b; -1 = padding."""
     slots: Tensor
     """[B, M, T] int32: the row of each token; -1 = hidden."""
     cu_seqlens: Tensor
-    """[B M + 1] int32: where each copy starts, and the end of the last."""
+    """[B M + 1] int32: the first row of each copy, and the end of the last."""
     counts: Tensor
     """[B M] int32: the length of each copy."""
 
@@ -38,16 +38,15 @@ def mask_tokens(
     prefix: Tensor | None = None,
     position: Tensor | None = None,
 ) -> Tensor:
-    """The first block's input for M masked copies of each image, from the embeddings of the whole image.
+    """The first block's input for M masked copies of each image, from the patch embeddings of the whole image.
 
-    Blanking a patch's pixels before the patch embedding gives a constant token, because each patch is
-    embedded on its own; so the embedding runs once an image, and a copy costs one select.
+    Each patch is embedded on its own, so blanking its pixels before the embedding equals selecting a constant token.
 
     Args:
         patches: [B, N, D], the patch embeddings of the unmasked image.
         hidden: [D], the embedding of a blank patch.
         visible: [B, M, N] bool.
-        prefix: [P, D], the prefix tokens, their position already added; None = P is 0.
+        prefix: [P, D], the prefix tokens with their position; None = P is 0.
         position: [N, D], added to every patch, hidden or not.
 
     Returns:
@@ -58,7 +57,7 @@ def mask_tokens(
 
 
 def with_prefix(tokens: Tensor, prefix: Tensor | None, position: Tensor | None) -> Tensor:
-    """Add the position to the patches [..., N, D], and put the prefix before them."""
+    """Patches [..., N, D] plus their position, after the prefix: [..., P + N, D]."""
     if position is not None:
         tokens = tokens + position
     if prefix is None:
@@ -82,7 +81,7 @@ def expand_masked(tokens: Tensor, visible: Tensor, position: Tensor) -> Tensor:
 
 
 def pack_masks(visible: Tensor, prefix: int, length: int) -> Packing:
-    """The packing of the visible patches of [B, M, N] bool behind `prefix` tokens each, in `length` rows."""
+    """The packing in `length` rows of masks [B, M, N] bool, with `prefix` tokens before each copy."""
     images, copies, _ = visible.shape
     keep = functional.pad(visible, (prefix, 0), value=True)
     tokens = keep.shape[2]
@@ -90,7 +89,7 @@ def pack_masks(visible: Tensor, prefix: int, length: int) -> Packing:
     rows = keep.flatten().cumsum(0) - 1
     source = torch.arange(images, device=visible.device)[:, None, None] * tokens
     source = (source + torch.arange(tokens, device=visible.device)).expand(-1, copies, -1).flatten()
-    # Hidden tokens, and those beyond the length, go to a spare row that is cut off.
+    # Hidden tokens and those beyond the length go to a spare row, which is cut off.
     fits = keep.flatten() & (rows < length)
     indices = torch.full((length + 1,), -1, dtype=torch.int32, device=visible.device)
     indices.scatter_(0, rows.where(fits, length), source.int())
@@ -110,18 +109,18 @@ def pack(
     Args:
         patches: [B, N, D].
         packing: of `pack_masks`.
-        prefix: [P, D], the prefix tokens, their position already added; None = P is 0.
+        prefix: [P, D], the prefix tokens with their position; None = P is 0.
         position: [N, D], added to every patch.
 
     Returns:
         [L, D], the promoted dtype of patches, prefix and position; padding rows are zero.
     """
-    # The index -1 finds the row of zeros at the end.
+    # Index -1 selects the row of zeros at the end.
     return functional.pad(with_prefix(patches, prefix, position).flatten(0, 1), (0, 0, 0, 1))[packing.indices]
 
 
 def unpack(packed: Tensor, packing: Packing) -> Tensor:
-    """[L, D] -> [B, M, T, D]: each token back in its place, zeros where a patch is hidden."""
+    """Packed tokens [L, D] back in their places, [B, M, T, D], with zeros for hidden patches."""
     return functional.pad(packed, (0, 0, 0, 1))[packing.slots]
 
 
@@ -141,11 +140,11 @@ def softcap_attention(
         q, k, v: [B, H, T, d]; with `cu_seqlens` packed, [L, H, d].
         softcap: None = plain attention.
         bias: [1 or B, 1 or H, T, T], added to the capped logits; dense only.
-        cu_seqlens: [sequences + 1] int32, the bounds of the packed sequences; rows after the last give zeros.
-        max_seqlen: of the longest sequence; for kernels, not used here.
+        cu_seqlens: [S + 1] int32, the bounds of the packed sequences; rows after the last give zeros.
+        max_seqlen: the length of the longest packed sequence. Only the kernel uses it: rows beyond it are NaN.
 
     Returns:
-        The shape and dtype of q.
+        The shape and dtype of q. In 16 bits the kernel uses the GPU's tanh, with a relative error of 2^-11.
     """
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
@@ -176,18 +175,18 @@ def reconstruction_loss(
 
     Args:
         prediction: [B, M, T, D]; with `packing`, [L, D].
-        target: [B, M, T, D] or broadcastable to it; with `packing`, [L, D], or [B, T, D] from which each row's
-            token is taken.
+        target: [B, M, T, D] or broadcastable to it; with `packing`, [L, D], or [B, T, D] to gather from.
         visible: [B, M, N] bool, with N <= T: the T - N leading tokens are prefix tokens.
         loss: mse | cosine | l1 | masked_mse (only hidden tokens count) | unmasked_mse (only visible ones);
-            the last two divide by all elements, as the reference does.
-        scale: the target is multiplied by it.
+            the last two divide by all elements, as the authors do.
+        scale: a factor of the target, one number.
         prefix_visible: `masked_mse` leaves prefix tokens out. They are hidden from the MaskEmbed decoder, but
-            the student of masked image modeling has them.
-        packing: tokens are packed: the mean goes over the tokens present.
+            visible to the student of masked image modeling.
+        packing: tokens are packed: the mean is over the tokens present.
 
     Returns:
-        Scalar, fp32 (float64 for float64 inputs).
+        Scalar, fp32 (float64 for float64 inputs). The kernel computes the gradient in the forward pass, so backward
+        can run only once.
     """
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     prediction, target = prediction.to(dtype), target.to(dtype)

@@ -22,7 +22,6 @@ from fastalign.probe.run import Plan, probe
 from fastalign.training import distributed
 from fastalign.training.build import named_backbone, starting_backbone
 from fastalign.training.command import run_command
-from fastalign.training.memory import keep_freed_memory
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import path_argument
 
@@ -107,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     def body() -> None:
         options = parse(arguments)
         # A rank that has no head left waits for those that train, hours perhaps.
-        run(options, distributed.start(patience=timedelta(days=30)), arguments)
+        run(options, distributed.start(timeout=timedelta(days=30)), arguments)
 
     return run_command(body)
 
@@ -176,6 +175,4 @@ def run(options: argparse.Namespace, world: distributed.World, arguments: list[s
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        keep_freed_memory()
     sys.exit(main())

@@ -24,7 +24,7 @@ from fastalign.evaluation.datasets import LabelledImages
 from fastalign.probe.cache import Files
 from fastalign.probe.heads import TokenShape
 from fastalign.probe.labels import patch_labels
-from fastalign.training.checkpoint import checksum
+from fastalign.training.checkpoint_files import checksum
 from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError

@@ -1,6 +1,7 @@
 """A small probe of a run's student while it trains; `docs/probe.md`, "During training", says what it measures."""
 
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -44,17 +45,9 @@ def open_splits(config: Config, world: World) -> dict[str, LabelledImages]:
 
 
 def contents(splits: dict[str, LabelledImages]) -> dict[str, str]:
-    """What `probe.data` names, as `continuation.contents` has it of the other paths."""
+    """What `probe.data` names, as `settings.contents` has it of the other paths."""
     marks = " ".join(f"{split.fingerprint():08x}" for split in splits.values())
     return {"probe.data": marks} if marks else {}
-
-
-def due(run: Run) -> bool:
-    """Whether the student is probed at the step where the run stands."""
-    if run.config.probe.data is None:
-        return False
-    every = run.config.probe.every_steps or run.epoch_steps
-    return run.step % every == 0 or run.step == run.last_step
 
 
 def probe_student(run: Run, splits: dict[str, LabelledImages]) -> dict[str, float]:
@@ -73,7 +66,8 @@ def probe_student(run: Run, splits: dict[str, LabelledImages]) -> dict[str, floa
     Raises:
         SharedError: a bad image or label map; on every rank.
     """
-    return on_first_rank(run.world, lambda: _probe(run, splits))
+    with nullcontext() if run.world.main else run.hang_timer.paused():
+        return on_first_rank(run.world, lambda: _probe(run, splits))
 
 
 def student_tokens(run: Run) -> ViT:

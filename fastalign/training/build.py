@@ -24,9 +24,9 @@ from fastalign.utils.errors import UserError
 from fastalign.utils.yaml_files import parse_yaml
 
 _RANDOM_SEED = 0
-"""Random weights that a command line asks for are the same each time."""
+"""Of random weights that a command line asks for."""
 SCALE_BATCHES = 50
-"""Batches a rank that the target scale is measured on where there is no validation set."""
+"""Batches per rank for measuring the target scale without a validation set."""
 
 
 def build_masks(config: Config):
@@ -41,7 +41,7 @@ def build_masks(config: Config):
 
 
 def build_backbones(config: Config) -> tuple[ViT, ViT]:
-    """The student's backbone and the teacher's, one and the same object where they do not differ."""
+    """The student's backbone and the teacher's: the same object if they do not differ."""
     student = config.student
     first, second = (student.name, student.weights, student.kwargs), teacher_of(config)
     backbone = make_backbone("student.weights", *first)
@@ -49,7 +49,7 @@ def build_backbones(config: Config) -> tuple[ViT, ViT]:
 
 
 def teacher_of(config: Config) -> tuple[str, str, dict]:
-    """The teacher's name, weights and arguments, which are the student's where it has none of its own."""
+    """The teacher's name, weights and arguments; by default the student's."""
     student, teacher = config.student, config.teacher
     if teacher.name is None:
         return student.name, teacher.weights or student.weights, {**student.kwargs, **teacher.kwargs}
@@ -57,26 +57,24 @@ def teacher_of(config: Config) -> tuple[str, str, dict]:
 
 
 def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
-    """A backbone by name, with the weights that were asked for.
+    """A backbone by timm's name and arguments, with weights.
 
     Args:
         key: what the user calls `weights`, for messages.
         name: timm's name.
-        weights: "pretrained", "random", a weights file, a folder that holds one, or the folder of a run that
-            aligned this backbone.
+        weights: "pretrained", "random", a weights file or a folder with one, or the folder of a run.
         kwargs: timm's arguments.
 
     Raises:
-        UserError: no such weights, or another backbone's.
+        UserError: no such weights, or they are another backbone's.
     """
-    from fastalign.backbones.zoo import create_backbone, load_backbone  # with timm, a second's import
+    from fastalign.backbones.zoo import create_backbone, load_backbone  # imports timm, which takes a second
 
     if weights in ("pretrained", "random"):
         return create_backbone(name, pretrained=weights == "pretrained", **kwargs)
     if not Path(weights).exists():
         raise UserError(
-            f"{key}={weights}: there is no such file or folder; give a weights file, a run folder, "
-            "pretrained or random"
+            f"{key}={weights}: no such file or folder; give a weights file, a run folder, pretrained or random"
         )
     if not (Path(weights) / "backbone.json").is_file() and Path(weights).suffix != ".json":
         return create_backbone(name, checkpoint=weights, **kwargs)
@@ -93,29 +91,25 @@ def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
 
 
 def starting_backbone(config: Config) -> ViT:
-    """The backbone that a run's student starts from, without the run's soft-cap; the teacher is not built.
-
-    Raises:
-        UserError: its weights cannot be had.
-    """
+    """The backbone that a run's student starts from, without the run's soft-cap."""
     with torch.random.fork_rng():
-        torch.manual_seed(config.seed)  # random weights are drawn as training draws them
+        torch.manual_seed(config.seed)  # the same random weights as in training
         return build_backbones(config.model_copy(update={"teacher": Teacher()}))[0]
 
 
 def named_backbone(
     place: str, *, weights: str | None = None, kwargs: str = "{}", softcap: float | None = None
 ) -> tuple[ViT, Path | None]:
-    """The backbone that a command line names, and its run's folder where it is a run's.
+    """The backbone that a command line names, and the run's folder if it is a run's.
 
     Args:
-        place: the folder of a run or its backbone.json, or a timm name.
-        weights: of a timm name: "pretrained" (None too), "random" (the same each time), or a file.
-        kwargs: YAML, timm's arguments.
+        place: a timm name, the folder of a run, or its backbone.json.
+        weights: of a timm name: "pretrained" (the default), "random" (the same each time), or a file.
+        kwargs: timm's arguments in YAML.
         softcap: of a timm name.
 
     Raises:
-        UserError: nothing there, or an argument that does not go with it.
+        UserError: no such backbone, or an argument that does not apply to it.
     """
     from fastalign.backbones.zoo import load_backbone
 
@@ -126,10 +120,10 @@ def named_backbone(
     if path.exists() or "/" in place or path.suffix == ".json":
         for flag, value in (("--weights", weights), ("--softcap", softcap)):
             if value is not None:
-                raise UserError(f"{flag} goes with a timm name; the run {place} has its own: remove it")
+                raise UserError(f"{flag} applies to a timm name only; the run {place} has its own: remove it")
         return load_backbone(path, **arguments), path if path.is_dir() else path.parent
     if softcap is not None and not softcap > 0:
-        raise UserError(f"--softcap {softcap:g}: it must be a positive number, or left out for none")
+        raise UserError(f"--softcap {softcap:g}: give a positive number, or leave it out for none")
     torch.manual_seed(_RANDOM_SEED)
     vit = make_backbone("--weights", place, weights or "pretrained", arguments)
     vit.softcap = softcap or vit.softcap
@@ -138,8 +132,8 @@ def named_backbone(
 
 def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, ViT]:
     """The objective, freshly initialised, and the backbone that its student started from."""
-    # Weights that are not loaded are the same on every rank and after a resume; the decoder's, seeded apart, do not
-    # depend on whether the backbone's were drawn or loaded.
+    # Random weights are the same on every rank and at every start; the decoder is seeded separately, so that its
+    # weights do not depend on whether the backbone's were drawn or loaded.
     torch.manual_seed(config.seed)
     backbone, taught = build_backbones(config)
     torch.manual_seed(config.seed)
@@ -159,14 +153,13 @@ def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, Vi
             student = MIMStudent.from_backbone(backbone, **common, masking=config.masks.mode)
             objective = MaskedImageModeling(teacher, student, build_masks(config), config.loss.name)
         else:
-            decoder = config.decoder.model_dump()
-            decoder |= decoder.pop("kwargs")
             student = MaskEmbedStudent.from_backbone(
                 backbone,
                 **common,
                 freeze_encoder=config.student.freeze,
                 prefix_only=config.teacher.prefix_only,
-                **{f"decoder_{key}": value for key, value in decoder.items()},
+                decoder_layers=config.decoder.layers,
+                **{f"decoder_{key}": value for key, value in config.decoder.kwargs.model_dump().items()},
             )
             objective = MaskEmbed(teacher, student, build_masks(config), config.loss.name)
     except ValueError as error:
@@ -176,7 +169,7 @@ def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, Vi
 
 
 def choose_attention(config: Config, objective, device: torch.device) -> str:
-    """Hand `efficiency.attention` to the objective. Returns a line that says what each part will use."""
+    """Set the objective's attention by `efficiency.attention`. Returns a line about what each part uses."""
     wanted = config.efficiency.attention
     try:
         check_attention(wanted)
@@ -188,7 +181,7 @@ def choose_attention(config: Config, objective, device: torch.device) -> str:
     choices = {part: choose(case, wanted) for part, case in cases.items()}
     if wanted != "auto" and wanted not in {choice.backend for choice in choices.values()}:
         reason = next(iter(choices.values())).reason.partition(";")[0]
-        raise UserError(f"efficiency.attention: {reason}, nor can it do another part of this run; set auto")
+        raise UserError(f"efficiency.attention: {reason}, and no part of this run can use it; set auto")
     objective.set_attention(wanted)
     return "attention: " + ", ".join(f"{part} {choice.backend}" for part, choice in choices.items())
 
@@ -204,20 +197,20 @@ def teacher_dtype(config: Config, device: torch.device) -> torch.dtype:
         return precision(config, device)
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         raise UserError(
-            f"efficiency.precision=fp8: {torch.cuda.get_device_name(device)} does not multiply in FP8, which "
-            "needs compute capability 8.9 or more; set efficiency.precision=bf16"
+            f"efficiency.precision=fp8: {torch.cuda.get_device_name(device)} does not support FP8, which needs "
+            "compute capability 8.9 or more; set efficiency.precision=bf16"
         )
     return torch.float8_e4m3fn
 
 
 def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, Loader | None]:
-    """The training and the validation loader; both go on where a sample is bad."""
+    """The training and the validation loader; both replace or leave out bad samples."""
     data, optim = config.data, config.optim
     if backbone.spec.channels != 3:
-        raise UserError(f"kwargs.in_chans={backbone.spec.channels}: images come with 3 channels; remove it")
+        raise UserError(f"kwargs.in_chans={backbone.spec.channels}: images have 3 channels; remove it")
     if data.train is None:
         raise UserError("data.train is not set: give it an image folder or tar shards, data.train=PATH")
-    source, quarantine = open_source(data.train, damaged=True), config.faults["quarantine"]
+    source, quarantine = open_source(data.train, damaged=True), config.faults.quarantine
     _check_batch_size(config, world, len(source))
     train = Loader(
         source,
@@ -244,14 +237,14 @@ def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, 
 
 
 def evaluation_loader(config: Config, world: World, backbone: ViT, path: str) -> Loader:
-    """Every image once, in order, without augmentation; bad ones are left out."""
+    """Loads every image once, in order, without augmentation, and leaves bad ones out."""
     transform = Transform(crop="eval", **image_constants(backbone))
     source = open_source(path, damaged=True)
     return Loader(source, transform, train=False, bad=BadSamples(), **_common(config, world))
 
 
 def image_constants(backbone: ViT) -> dict:
-    """Size, mean, std, interpolation and crop_pct of a backbone's input: arguments of `Transform`."""
+    """Arguments of `Transform` that the backbone fixes: size, mean, std, interpolation, crop_pct."""
     return {"size": backbone.spec.image_size, **backbone.data}
 
 
@@ -264,7 +257,7 @@ def _check_batch_size(config: Config, world: World, images: int) -> None:
         most = images // parts * parts
         remedy = f"set it to at most {most}, {multiple}" if most else "lower optim.accumulate"
         raise UserError(
-            f"optim.batch_size={size}: data.train has {images} images, fewer than an update; {remedy}"
+            f"optim.batch_size={size}: data.train has {images} images, too few for an update; {remedy}"
         )
 
 
@@ -283,9 +276,9 @@ def _common(config: Config, world: World) -> dict:
 
 
 def scale_batches(config: Config, world: World, backbone: ViT, val: Loader | None):
-    """The batches that the target scale is measured on: validation, else training images without augmentation."""
-    told = str(config.loss.target_scale).partition(":")[2]
-    limit = int(told) if told else SCALE_BATCHES if val is None else None
+    """The batches for measuring the target scale: validation images, else unaugmented training images."""
+    given = str(config.loss.target_scale).partition(":")[2]
+    limit = int(given) if given else SCALE_BATCHES if val is None else None
     loader = evaluation_loader(config, world, backbone, config.data.train) if val is None else val
     try:
         yield from itertools.islice(loader.batches(), limit)

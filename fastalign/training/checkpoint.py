@@ -1,258 +1,247 @@
-"""Checkpoints: written in the background, whole or not at all; the newest that is undamaged is found again."""
+"""Save and resume a run, and publish its aligned backbone."""
 
-import errno
-import os
-import re
-import shutil
-import threading
-import zlib
-from collections.abc import Callable
+import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
-from torch import Tensor, nn
+from fastalign import __version__
+from fastalign.backbones.weight_files import embedded_facts
+from fastalign.config import to_yaml
+from fastalign.training import sharding
+from fastalign.training.build import teacher_of
+from fastalign.training.checkpoint_files import snapshot
+from fastalign.training.distributed import on_first_rank
+from fastalign.training.hang import WAITING
+from fastalign.training.optim import class_name
+from fastalign.training.preemption import StopReason, preempted
+from fastalign.training.run import Run
+from fastalign.training.settings import Change, changed_contents, changed_settings
+from fastalign.utils.errors import UserError
+from fastalign.utils.files import wrap_io_errors, write_atomically, write_tensors
+from fastalign.utils.sections import Kind, select
 
-from fastalign.training.distributed import World, on_first_rank
-from fastalign.training.sharding import whole
-from fastalign.utils import files
-from fastalign.utils.errors import SharedError, UserError
-from fastalign.utils.files import flush_folder, remove_leftovers, temporary_name, write_atomically
-
-_NAME = re.compile(r"step-(\d+)\.pt$")
-_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space")
-_REMEDIES |= dict.fromkeys(
-    (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
-    "make the folder one that can be written",
-)
-
-
-def checksum(module: nn.Module) -> int:
-    """A CRC-32 over the bytes of a module's weights and buffers, in the order of their names; on any device."""
-    code = 0
-    for _, value in sorted(module.state_dict().items()):
-        code = zlib.crc32(value.detach().cpu().reshape(-1).view(torch.uint8).numpy(), code)
-    return code
+CHANGES = "changes.jsonl"
+"""In the run folder: what `resume=force` changed, a line each: step, key, before, now."""
 
 
-def snapshot(tree: Any, *, keep: bool = True) -> Any:
-    """A copy on the host that nobody else can change.
-
-    From a GPU through pinned memory, with one wait at the end. Tensors that ranks share (FSDP) are put together: then
-    every rank must call this.
-
-    Args:
-        tree: tensors and plain values in dictionaries, lists and tuples.
-        keep: False on ranks that only take part in putting tensors together; they get None for each tensor.
-    """
-    devices = set()
-
-    def copy(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            value = whole(value.detach())
-            if not keep:
-                return None
-            if value.device.type != "cuda":
-                return value.clone()
-            devices.add(value.device)
-            host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-            return host.copy_(value, non_blocking=True)
-        if isinstance(value, dict):
-            return {key: copy(each) for key, each in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(copy(each) for each in value)
-        return value
-
-    copied = copy(tree)
-    for device in devices:
-        torch.cuda.current_stream(device).synchronize()
-    return copied
+def checkpoint_state(run: Run) -> dict[str, Any]:
+    """What a checkpoint holds: the run's own tensors, not copies, and plain values."""
+    return {
+        "student": run.objective.student.state_dict(),
+        "target_scale": run.objective.target_scale.item(),
+        "optimizer": run.optimizer.state_dict(),
+        "optimizer_class": class_name(run.optimizer),
+        "average": run.average.state if run.average else None,
+        **run.state.state_dict(),
+        "contents": run.contents,
+        "config": run.config.model_dump(mode="json"),
+    }
 
 
-class Checkpoints:
-    """The checkpoints of a run. One process writes them, any number may read them.
+def new_best(run: Run, *, evaluated: bool = False) -> float | None:
+    """This step's score if it is the best so far: of the probe if `probe.best`, else the validation loss."""
+    state = run.state
+    none = state.best is None or math.isnan(state.best)
+    if not run.config.probe.best:
+        better = evaluated and math.isfinite(state.val_loss) and (none or state.val_loss < state.best)
+        return state.val_loss if better else None
+    if state.current_probe is None:
+        return None
+    score = -math.inf if math.isnan(state.probed["map"]) else state.probed["map"]
+    return score if none or score > state.best else None
+
+
+def save(run: Run, *, evaluated: bool = False) -> None:
+    """Write a checkpoint, and the backbone if it is the best so far (or the newest, if nothing selects).
+
+    A copy is written in the background: `wait_for_checkpoint` waits for it. Every rank must call this.
 
     Args:
-        folder: where they lie, as `step-00000100.pt` and `best.pt`.
-        keep: how many of the newest are kept.
+        run: the run.
+        evaluated: the state's `val_loss` is of this step.
+
+    Raises:
+        SharedError: the previous checkpoint could not be written; on every rank.
     """
-
-    def __init__(self, folder: Path, keep: int):
-        self.folder, self.keep = folder, keep
-        self._writer: threading.Thread | None = None
-        self._failure: UserError | None = None
-        self.newest_step: int | None = None
-        """of the checkpoint that was last written or read here"""
-
-    def clean(self) -> None:
-        """Remove what a killed writer left behind; call it before the first save."""
-        remove_leftovers(self.folder)
-
-    def steps(self) -> list[int]:
-        """The steps that have a checkpoint, ascending."""
-        names = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*.pt"))
-        return sorted(int(match[1]) for match in names if match)
-
-    def path(self, step: int) -> Path:
-        """The file of a step."""
-        return self.folder / f"step-{step:08d}.pt"
-
-    def save(
-        self,
-        state: dict,
-        step: int,
-        *,
-        best: bool = False,
-        publish: Callable[[dict], None] = lambda state: None,
-        copied: bool = False,
-    ) -> None:
-        """Take a snapshot and write it in the background; then remove the checkpoints too old to keep.
-
-        Args:
-            state: tensors and plain values; they may change as soon as this returns.
-            step: names the file.
-            best: it becomes `best.pt` too.
-            publish: called in the background with the snapshot once it is on the disk, before anything is removed.
-            copied: `state` is a `snapshot` already.
-
-        Raises:
-            UserError: the write before this one failed; it is waited for where it still runs.
-        """
-        self.wait()
-        state = state if copied else snapshot(state)
-        self._writer = threading.Thread(
-            target=self._write, args=(state, step, best, publish), name="checkpoint"
-        )
-        self._writer.start()
-
-    def wait(self) -> None:
-        """Return when the newest checkpoint is on the disk.
-
-        Raises:
-            UserError: it could not be written; told once.
-        """
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
-        if self.failed:
-            failure, self._failure = self._failure, None
-            raise failure
-
-    @property
-    def failed(self) -> bool:
-        """Whether a write is known to have failed, which `save` and `wait` will tell; nobody is waited for."""
-        return self._failure is not None
-
-    def _write(self, state: dict, step: int, best: bool, publish: Callable[[dict], None]) -> None:
-        try:
-            write_atomically(self.path(step), lambda file: torch.save(state, file))
-            self.newest_step = step
-            if best:
-                self.make_best(step)
-            publish(state)
-            self.prune()
-        except Exception as error:  # whatever it is, the step that comes next must hear of it
-            self._failure = self._explain(error, step)
-
-    def prune(self) -> None:
-        """Remove the checkpoints too old to keep."""
-        for old in self.steps()[: -self.keep]:
-            self.path(old).unlink(missing_ok=True)
-
-    def _explain(self, error: Exception, step: int) -> UserError:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__cause__ or cause.__context__
-        number = cause.errno if cause is not None else None
-        steps = self.steps()
-        good = f"the newest good checkpoint is {self.path(steps[-1])}" if steps else "there is none yet"
-        return UserError(
-            f"{self.path(step)} could not be written ({files.reason(cause or error)}); {good}: "
-            f"{_REMEDIES.get(number, 'see that the disk is well')} and run the same command again"
+    wait_for_checkpoint(run)  # one copy in memory at a time
+    score, best_by_probe = new_best(run, evaluated=evaluated), run.config.probe.best
+    if score is not None:
+        run.state.best = score
+    run.beat("saving")
+    if not (run.world.main or run.sharded):
+        return
+    best = score is not None
+    published = (best or (run.val is None and not best_by_probe)) and not run.config.student.freeze
+    facts = backbone_facts(run, evaluated=evaluated) if published else None
+    state = snapshot({**checkpoint_state(run), "is_best": best, "backbone": facts}, keep=run.world.main)
+    if run.world.main:
+        run.checkpoints.save(
+            state, run.state.step, best=best, publish=lambda saved: publish_backbone(run.folder, saved)
         )
 
-    def make_best(self, step: int) -> None:
-        """Let `best.pt` be the checkpoint of a step: the same file where the file system has links, else a copy."""
-        source, best = self.path(step), self.folder / "best.pt"
-        if best.exists() and best.samefile(source):
-            return
-        temporary = temporary_name(best)
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(source, temporary)
-        except OSError:
-            with source.open("rb") as file:
-                write_atomically(best, lambda copy: shutil.copyfileobj(file, copy))
-            return
-        temporary.replace(best)
-        flush_folder(self.folder)
 
-    def choose(self) -> tuple[int | None, list[str]]:
-        """The newest step whose file is undamaged; damaged ones newer than it are put aside as `.damaged`.
+def wait_for_checkpoint(run: Run) -> None:
+    """Return when the newest checkpoint and its backbone are on the disk. Every rank must call this.
 
-        Returns:
-            The step, None where there is no checkpoint; and a line for each that was put aside.
+    Raises:
+        SharedError: they could not be written; on every rank.
+    """
+    run.beat("writing a checkpoint" if run.world.main else WAITING)
+    with run.hang_timer.paused():  # a large checkpoint on a slow disk
+        on_first_rank(run.world, run.checkpoints.wait)
 
-        Raises:
-            UserError: there are checkpoints, and all are damaged; they stay where they are.
-        """
-        damaged: list[tuple[Path, str]] = []
-        for step in reversed(self.steps()):
-            reason = files.damage(self.path(step))
-            if reason is None:
-                return step, [self._put_aside(*each, step) for each in damaged]
-            damaged.append((self.path(step), reason))
-        if not damaged:
-            return None, []
-        path, reason = damaged[0]
-        others = f", nor can the {len(damaged) - 1} before it" if len(damaged) > 1 else ""
+
+def exit_preempted(run: Run, reason: StopReason) -> NoReturn:
+    """Save the run and end it; every rank calls this at the same step.
+
+    Raises:
+        Preempted: the checkpoint is on the disk.
+        SharedError: this checkpoint or the previous one could not be written.
+    """
+    save(run)
+    wait_for_checkpoint(run)
+    raise preempted(run.folder, reason, run.state.step, main=run.world.main)
+
+
+def save_settings(run: Run) -> None:
+    """Write `config.yaml` and what `resume=force` ever changed; on rank 0, before the first update of a start.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    config = run.config.model_copy(update={"resume": "auto"})  # a setting of this start, not of the run
+    lines = "".join(json.dumps(change) + "\n" for change in run.state.changes)
+    for name, text in (("config.yaml", to_yaml(config)), (CHANGES, lines)):
+        path = run.folder / name
+        with wrap_io_errors(path):
+            if text:
+                write_atomically(path, lambda file, text=text: file.write(text.encode()))
+            else:
+                path.unlink(missing_ok=True)
+
+
+def resume(run: Run) -> tuple[list[Change], list[str]]:
+    """Continue from the newest undamaged checkpoint of the run folder, if there is one.
+
+    Returns:
+        The settings that `resume=force` changes at this start, and lines for the user.
+
+    Raises:
+        UserError: it is of another run, or none can be read; SharedError if every rank knows.
+    """
+    step, saved, notes = run.checkpoints.resume(run.world)
+    if step is None:
+        return [], notes
+    path = run.checkpoints.path(step)
+    if not isinstance(saved, dict) or not checkpoint_state(run).keys() <= saved.keys():
         raise UserError(
-            f"{path} cannot be read ({reason}){others}: restore one, or remove {self.folder} to begin anew"
+            f"{path} is not a checkpoint of a run of this version: remove it, or choose another output"
         )
+    state = run.state
+    state.load_state_dict(saved)
 
-    def _put_aside(self, path: Path, reason: str, step: int) -> str:
-        aside = path.with_name(f"{path.name}.damaged")
-        path.replace(aside)
-        return f"{path} is damaged ({reason}) and now {aside.name}: going on from {self.path(step).name}"
+    def compare() -> tuple[list[Change], list[str]]:
+        places = changed_contents(saved["contents"], run.contents, run.sources)
+        return changed_settings(saved, path, run.config, places, finished=run.finished)
 
-    def load(self, step: int) -> dict:
-        """The state of a step, on the CPU.
+    changes, moved = on_first_rank(run.world, compare)
+    notes += moved
+    _load_tensors(run, saved, path, changes)
+    state.changes += [{"step": step, **change._asdict()} for change in changes]
+    if any(change.key == "data.train" for change in changes):
+        state.bad = set()  # sample ids of the previous data set
+    if changes:
+        state.best = None  # scores under different settings are not comparable
+        notes += [f"resume=force: from step {step} on {change}" for change in changes]
+        notes.append(
+            "the target scale is measured again, and the best checkpoint is chosen anew from here on"
+        )
+    on_first_rank(run.world, lambda: _complete_save(run, saved))
+    return changes, notes
 
-        Raises:
-            UserError: the file cannot be read.
-        """
-        path = self.path(step)
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise UserError(f"{path} cannot be read ({files.reason(error)}): see that it can") from error
 
-    def resume(self, world: World) -> tuple[int | None, dict, list[str]]:
-        """What a run goes on from, on every rank: rank 0 chooses the step, each rank reads its file.
+def _load_tensors(run: Run, saved: dict, path: Path, changes: list[Change]) -> None:
+    old, new = saved["optimizer_class"], class_name(run.optimizer)
+    if old != new:
+        raise UserError(
+            f"{path} holds the state of {old}, but optim.name={run.config.optim.name} means {new} here: resume "
+            "with the same apex installation, or choose another output"
+        )
+    options = [{key: group[key] for key in ("betas", "weight_decay")} for group in run.optimizer.param_groups]
+    try:
+        sharding.load_module(run.objective.student, saved["student"])
+        sharding.load_optimizer(run.optimizer, saved["optimizer"])
+        if run.average:
+            run.average.load(saved["average"] or saved["student"])  # a new average starts here
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = "; ".join(map(str, changes)) or str(error).splitlines()[-1].strip()
+        raise UserError(
+            f"{path} is a checkpoint of another model ({reason}): choose another output than {run.folder}"
+        ) from error
+    for group, current in zip(run.optimizer.param_groups, options, strict=True):
+        group.update(current)  # the configuration's, not the checkpoint's
+    run.objective.target_scale.fill_(saved["target_scale"])
 
-        Returns:
-            The step (None = there is no checkpoint), its state on the CPU, and lines about what was put aside.
 
-        Raises:
-            SharedError: no checkpoint can be read, or a rank cannot read the one that was chosen; on every rank.
-        """
-        step, notes = on_first_rank(world, self.choose)
-        if step is None:
-            return None, {}, []
-        state, failure = {}, None
-        try:
-            state = self.load(step)
-        except UserError as error:
-            path = self.path(step)
-            failure = (
-                str(error)
-                if world.main or path.exists()
-                else (
-                    f"rank {world.rank} does not see {path}, rank 0 does: give every machine the same output folder"
-                )
-            )
-        for told in world.gather(failure):
-            if told is not None:
-                raise SharedError(told)
-        self.newest_step = step
-        return step, state, notes
+def _complete_save(run: Run, saved: dict) -> None:
+    """Do what a killed writer left undone after writing the checkpoint itself."""
+    if saved.get("is_best"):
+        run.checkpoints.make_best(saved["step"])
+    publish_backbone(run.folder, saved)
+    run.checkpoints.prune()
+
+
+def backbone_facts(run: Run, *, evaluated: bool) -> str:
+    """The text of `backbone.json`: what a user of the aligned backbone must know."""
+    state, recipe = run.state, run.backbone.recipe
+    kwargs = {**recipe["kwargs"], "num_classes": 0}
+    if run.backbone.spec.pool == "map":
+        kwargs["global_pool"] = ""  # the student has no pooling to save
+    teacher, weights, _ = teacher_of(run.config)
+    facts = {
+        "name": recipe["name"],
+        "kwargs": kwargs,
+        "softcap": run.config.student.softcap,
+        "norm_eps": getattr(run.objective.student.encoder.norm, "eps", None),
+        **run.backbone.data,
+        "features": "the tokens after the final norm; prefix tokens first",
+        "objective": run.config.objective,
+        "teacher": {"name": teacher, "weights": weights},
+        "step": state.step,
+        "val_loss": _finite(state.val_loss) if evaluated else None,
+        "fastalign": __version__,
+        "settings": select(run.config, Kind.RESULT),
+        "changes": state.changes,
+    }
+    if state.current_probe:
+        facts["probe"] = {name: _finite(value) for name, value in state.current_probe.items()}
+    return json.dumps(facts, indent=2, allow_nan=False) + "\n"
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def publish_backbone(folder: Path, state: dict) -> None:
+    """Write a checkpoint's backbone with timm's keys, without the student's head, and its facts.
+
+    `backbone.safetensors` holds the text of `backbone.json` too, so that the next start notices if a kill left one
+    without the other. Nothing is written that is there already, or for a checkpoint that was not the best.
+    """
+    text = state.get("backbone")
+    if text is None:
+        return
+    weights_file, facts_file = folder / "backbone.safetensors", folder / "backbone.json"
+    if embedded_facts(weights_file) != text:
+        source = state["average"] or state["student"]
+        weights = {
+            name.removeprefix("encoder."): value.contiguous().float()
+            for name, value in source.items()
+            if name.startswith("encoder.") and not name.startswith("encoder.head.")
+        }
+        write_tensors(weights_file, weights, softcap=str(json.loads(text)["softcap"]), facts=text)
+    if not facts_file.exists() or facts_file.read_text() != text:
+        write_atomically(facts_file, lambda file: file.write(text.encode()))

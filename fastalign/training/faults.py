@@ -1,132 +1,128 @@
-"""What a run does about bad samples and bad numbers, once every rank knows of them."""
+"""What a run does about bad samples and numbers that are not finite, once every rank knows of them."""
 
 import json
 
 from fastalign.data.bad_samples import FILE, BadSample, append_to_list, read_list, too_many
 from fastalign.training.build import teacher_of
-from fastalign.training.metrics import Terminal, drop_later_lines
+from fastalign.training.metrics import drop_later_lines
+from fastalign.training.preemption import StopReason
+from fastalign.training.reporter import Reporter
 from fastalign.training.run import Run
-from fastalign.training.status import Seen
+from fastalign.training.status import StepStatus
 from fastalign.utils.errors import SharedError, on_one_line
 from fastalign.utils.files import wrap_io_errors
 
 NONFINITE = "nonfinite.jsonl"
 VALIDATION_FILE = f"validation_{FILE}"
-MOST_SKIPPED = 10
-"""updates left out one after the other, after which a run ends: its weights no longer move"""
+MAX_SKIPPED = 10
+"""Skipped updates in a row after which a run ends."""
 
 
-def react(run: Run, terminal: Terminal, *, everything: bool = False) -> tuple[int, bool]:
-    """Act on what the ranks told one another; a collective where something is wrong.
-
-    Args:
-        run: the run.
-        terminal: where it is told.
-        everything: of the newest update too, which waits for the device.
-
-    Returns:
-        The signal, or reason below zero, for the run to leave, 0 = none; and whether a checkpoint is overdue.
-
-    Raises:
-        SharedError: bad numbers or samples, too many or not to be borne; on every rank.
-    """
-    signal, overdue = 0, False
-    for seen in run.status.read(everything=everything):
-        signal, overdue = signal or seen.signal, overdue or seen.overdue
-        if seen.bad:
-            bad_samples(run, seen, terminal)
-        if seen.skipped:
-            bad_numbers(run, seen, terminal)
-        else:
-            run.skipped_in_a_row = 0
-    return signal, overdue
-
-
-def bad_samples(run: Run, seen: Seen, terminal: Terminal) -> None:
-    """Tell every rank what each found, write it down, and stop the run where it is too much."""
-    found = [sample for part in run.world.gather(seen.found) for sample in part]
-    new = run.known_bad(found)
-    if not new:
-        return  # told by the update before this one
-    write_down(run, FILE, new)
-    first, drawn = new[0], seen.step * run.config.optim.batch_size
-    more = f" and {len(new) - 1} more" if len(new) > 1 else ""
-    count = f"{len(run.bad)} bad samples in {drawn} images"
-    if too_many(len(run.bad), drawn, run.config.faults["bad_samples"]):
-        raise SharedError(
-            f"{count}, more than faults.bad_samples={run.config.faults['bad_samples']:g} allows; the newest is "
-            f"{first.name!r} ({first.reason}); all are in {run.folder / FILE}: mend the data set, or allow more"
-        )
-    terminal.say(on_one_line(f"step {seen.step}: left out {first.name!r} ({first.reason}){more}; {count}"))
-
-
-def write_down(run: Run, name: str, samples: list[BadSample]) -> None:
-    """Add to a list in the run folder what is not there yet; on the first rank.
-
-    Raises:
-        UserError: the list cannot be written.
-    """
-    path = run.folder / name
-    if run.world.main and samples:
-        if name not in run.listed:
-            run.listed[name] = {sample.name for sample in read_list(path)} if path.exists() else set()
-        with wrap_io_errors(path):
-            append_to_list(path, [sample for sample in samples if sample.name not in run.listed[name]])
-        run.listed[name] |= {sample.name for sample in samples}
-
-
-def bad_validation_samples(run: Run, terminal: Terminal) -> None:
-    """Write down what the validation set has lost so far; a collective."""
-    found = [sample for part in run.world.gather(tuple(run.val.bad.found.values())) for sample in part]
-    if found:
-        write_down(run, VALIDATION_FILE, found)
-        terminal.say(f"validation leaves out {len(found)} bad samples, see {run.folder / VALIDATION_FILE}")
-
-
-def look_back(run: Run, terminal: Terminal) -> None:
-    """At the start: what was written down and will come again is dropped; told is what is wrong already.
-
-    That is a teacher that has learned nothing, and what cannot be read, which is listed too.
-    """
+def prepare_logs(run: Run, reporter: Reporter) -> None:
+    """At the start, on rank 0: drop lines that will be written again, warn about a random teacher, list damage."""
     if not run.world.main:
         return
     if teacher_of(run.config)[1] == "random":
         key = "teacher.weights" if run.config.teacher.weights else "student.weights"
-        terminal.say(
-            f"warning: {key}=random: the teacher has random weights, so that the student learns nothing of use; set "
-            "it to pretrained, a weights file or a run folder"
+        reporter.say(
+            f"warning: {key}=random: the teacher has random weights, from which the student learns nothing useful; "
+            "set it to pretrained, a weights file or a run folder"
         )
     if (run.folder / NONFINITE).exists():
-        drop_later_lines(run.folder / NONFINITE, run.step)
+        drop_later_lines(run.folder / NONFINITE, run.state.step)
     for loader, name in ((run.train, FILE), (run.val, VALIDATION_FILE)):
         damaged = loader.source.damaged if loader is not None else ()
         for part, reason in damaged:
-            terminal.say(on_one_line(f"the data set is incomplete: {part!r}, {reason}"))
-        write_down(run, name, [BadSample(None, part, reason) for part, reason in damaged])
+            reporter.say(on_one_line(f"the data set is incomplete: {part!r}, {reason}"))
+        record_bad_samples(run, name, [BadSample(None, part, reason) for part, reason in damaged])
 
 
-def bad_numbers(run: Run, seen: Seen, terminal: Terminal) -> None:
-    """Write down the samples of an update that was left out, and stop the run where that is asked for."""
-    guilty = run.world.rank in seen.ranks or not seen.ranks
+def handle_status(run: Run, reporter: Reporter, *, everything: bool = False) -> tuple[StopReason, bool]:
+    """Act on the statuses of updates that are due; a collective if something is wrong.
+
+    Args:
+        run: the run.
+        reporter: for messages.
+        everything: include the newest update, for which the host waits.
+
+    Returns:
+        Why the run must stop, and whether a checkpoint is overdue.
+
+    Raises:
+        SharedError: too many bad samples, or numbers that are not finite; on every rank.
+    """
+    stop, overdue = StopReason.NONE, False
+    for status in run.status.read(everything=everything):
+        stop, overdue = stop or status.stop, overdue or status.overdue
+        if status.bad:
+            _handle_bad_samples(run, status, reporter)
+        if status.skipped:
+            _handle_skipped(run, status, reporter)
+        else:
+            run.state.skipped_in_a_row = 0
+    return stop, overdue
+
+
+def _handle_bad_samples(run: Run, status: StepStatus, reporter: Reporter) -> None:
+    """Tell every rank what each found, record it, and end the run if it is too much."""
+    known, limit = run.state.bad, run.config.faults.bad_samples
+    found = [sample for part in run.world.gather(status.found) for sample in part]
+    new = {sample.id: sample for sample in found if sample.id not in known}
+    if not new:
+        return  # found by the previous update too
+    known |= new.keys()
+    run.train.bad.add(new.values())
+    record_bad_samples(run, FILE, list(new.values()))
+    first, drawn = next(iter(new.values())), status.step * run.config.optim.batch_size
+    count = f"{len(known)} bad samples in {drawn} images"
+    if too_many(len(known), drawn, limit):
+        raise SharedError(
+            f"{count}, more than faults.bad_samples={limit:g} allows; the newest is {first.name!r} ({first.reason}); "
+            f"all are in {run.folder / FILE}: repair the data set, or allow more"
+        )
+    more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+    reporter.say(on_one_line(f"step {status.step}: left out {first.name!r} ({first.reason}){more}; {count}"))
+
+
+def record_bad_samples(run: Run, name: str, samples: list[BadSample]) -> None:
+    """Append new samples to a list in the run folder, on rank 0."""
+    path = run.folder / name
+    if run.world.main and samples:
+        listed = {sample.name for sample in read_list(path)} if path.exists() else set()
+        with wrap_io_errors(path):
+            append_to_list(path, [sample for sample in samples if sample.name not in listed])
+
+
+def report_bad_validation_samples(run: Run, reporter: Reporter) -> None:
+    """Record the bad samples of the validation set so far; a collective."""
+    found = [sample for part in run.world.gather(tuple(run.val.bad.found.values())) for sample in part]
+    if found:
+        record_bad_samples(run, VALIDATION_FILE, found)
+        reporter.say(f"validation leaves out {len(found)} bad samples, see {run.folder / VALIDATION_FILE}")
+
+
+def _handle_skipped(run: Run, status: StepStatus, reporter: Reporter) -> None:
+    """Record the samples of a skipped update, and end the run if the configuration says so or after too many."""
+    involved = run.world.rank in status.ranks or not status.ranks
     source = run.train.source
-    names = [source.portable_name(int(i)) for i in seen.ids] if guilty else []
-    line = {"step": seen.step, "rank": run.world.rank, "ids": seen.ids.tolist(), "names": names}
+    names = [source.portable_name(int(i)) for i in status.ids] if involved else []
+    line = {"step": status.step, "rank": run.world.rank, "ids": status.ids.tolist(), "names": names}
     lines = [line for line in run.world.gather(line) if line["names"]]
     path = run.folder / NONFINITE
     if run.world.main:
         with wrap_io_errors(path), path.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
-    ranks = ", ".join(map(str, seen.ranks))
-    what = f"the loss of rank {ranks}" if len(seen.ranks) == 1 else f"the losses of ranks {ranks}"
-    what = f"{what if seen.ranks else 'the gradient'} at step {seen.step}: not finite"
+    ranks = ", ".join(map(str, status.ranks))
+    what = f"the loss of rank {ranks}" if len(status.ranks) == 1 else f"the losses of ranks {ranks}"
+    what = f"{what if status.ranks else 'the gradient'} at step {status.step}: not finite"
     where = f"the samples are in {path}"
-    remedy = "look at them; or lower optim.lr, set optim.clip or efficiency.precision=fp32, with resume=force"
-    if run.config.faults["nonfinite"] == "stop":
+    remedy = "check them; or lower optim.lr, set optim.clip or efficiency.precision=fp32, with resume=force"
+    if run.config.faults.nonfinite == "stop":
         raise SharedError(
-            f"{what}; {where}; the weights were left as they were, and the last checkpoint is from before: {remedy}, "
-            "or faults.nonfinite=skip to leave such updates out"
+            f"{what}; {where}; the weights did not change, and the last checkpoint is from before: {remedy}, or set "
+            "faults.nonfinite=skip to skip such updates"
         )
-    run.skipped_in_a_row += 1
-    if run.skipped_in_a_row >= MOST_SKIPPED:
-        raise SharedError(f"{what}, the {MOST_SKIPPED}th update left out in a row; {where}: {remedy}")
-    terminal.say(f"{what}: this update was left out; {where}")
+    run.state.skipped_in_a_row += 1
+    if run.state.skipped_in_a_row >= MAX_SKIPPED:
+        raise SharedError(f"{what}, the {MAX_SKIPPED}th skipped update in a row; {where}: {remedy}")
+    reporter.say(f"{what}: this update was skipped; {where}")

@@ -1,4 +1,4 @@
-"""Metrics: a line of JSON a step, TensorBoard and Weights & Biases where asked for, and progress on the terminal.
+"""Metrics: a line of JSON per step, TensorBoard and Weights & Biases on request, and progress on the terminal.
 
 Values stay on the device until they are flushed, so that the host never waits for a step.
 """
@@ -8,35 +8,82 @@ import math
 import os
 import resource
 import statistics
-import sys
 import time
 import zlib
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from fastalign.method.flops import peak_flops
-from fastalign.training.compilation import Compilation, compile_seconds
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import wrap_io_errors, write_atomically
 
+_COMPILE_TIMES = ("_compile.compile_inner", "backward._backward_impl")
+"""torch's names for capturing a graph with its forward code, and for backward code that is generated later."""
+_WINDOW, _MIN_LOSSES, _MIN_DEVIATIONS, _MIN_RATIO = 200, 50, 8.0, 1.2
+_MAD_TO_STD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
+
+
+def compile_seconds() -> float:
+    """Seconds that torch.compile has taken in this process."""
+    times = dict(zip(*torch._dynamo.utils.compile_times(repr="csv", aggregate=True), strict=True))
+    return sum(float(times.get(name, 0)) for name in _COMPILE_TIMES)
+
+
+class CompileStats:
+    """What torch.compile did since the last `delta`. torch imports torch._dynamo on first use."""
+
+    def __init__(self):
+        self._graphs, self._before = self._count(), self._totals()
+
+    def delta(self) -> dict[str, float]:
+        """Seconds, and graphs found and not found in torch's cache; empty if nothing was compiled."""
+        if self._count() == self._graphs:
+            return {}
+        now = self._totals()
+        found = {name: now[name] - before for name, before in self._before.items()}
+        self._graphs, self._before = self._count(), now
+        return found
+
+    def _count(self) -> int:
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    def _totals(self) -> dict[str, float]:
+        cache = torch._dynamo.utils.counters["inductor"]
+        return {
+            "compile_seconds": compile_seconds(),
+            "compile_cache_hits": cache["fxgraph_cache_hit"],
+            "compile_cache_misses": cache["fxgraph_cache_miss"],
+        }
+
+
+class SpikeDetector:
+    """Finds losses above the median of the last 200 by 8 robust standard deviations and by a fifth."""
+
+    def __init__(self):
+        self._losses: deque[float] = deque(maxlen=_WINDOW)
+
+    def update(self, loss: float) -> float | None:
+        """The median of the earlier losses if this one is a spike, else None (always for the first 50)."""
+        spike_over = None
+        if len(self._losses) >= _MIN_LOSSES:
+            median = statistics.median(self._losses)
+            spread = _MAD_TO_STD * statistics.median(abs(value - median) for value in self._losses)
+            if loss > median + _MIN_DEVIATIONS * spread and loss > _MIN_RATIO * median:
+                spike_over = median
+        self._losses.append(loss)
+        return spike_over
+
 
 class MetricLog:
-    """Writes the metrics of a run on the main rank; on the others it does nothing.
+    """Writes a run's metrics on the main rank; does nothing on the others.
 
     Args:
         folder: the run folder; lines go to its `metrics.jsonl`.
-        step: the step to continue from: lines of later steps, from before an interruption, are dropped.
-        judged: that step was validated and probed; else its lines about that are dropped too.
+        step: the step to continue from: lines of later steps, written before an interruption, are dropped.
+        evaluated: that step was validated and probed; else those lines of it are dropped too.
         main: whether this rank writes.
         sinks: also log to "tensorboard" (events in `folder`) and "wandb:PROJECT".
     """
@@ -46,18 +93,18 @@ class MetricLog:
         folder: Path,
         *,
         step: int = 0,
-        judged: bool = True,
+        evaluated: bool = True,
         main: bool = True,
         sinks: Sequence[str] = (),
     ):
         self._pending: list[dict] = []
-        self._compilation = Compilation()
+        self._compile_stats = CompileStats()
         self._file, self._sinks = None, []
         if not main:
             return
         self._path = path = folder / "metrics.jsonl"
         if path.exists():
-            drop_later_lines(path, step, judged=judged)
+            drop_later_lines(path, step, evaluated=evaluated)
         self._file = path.open("a")
         for sink in sinks:
             kind, _, project = sink.partition(":")
@@ -66,17 +113,13 @@ class MetricLog:
     def add(self, **values) -> None:
         """Keep a line until the next flush, with what was compiled for it; values may be tensors on the device."""
         if self._file:
-            self._pending.append(values | self._compilation.news())
+            self._pending.append(values | self._compile_stats.delta())
 
     def flush(self, speed: "Speed | None" = None) -> list[dict]:
-        """Fetch what is pending from the device and write it, training lines with the interval's speed.
-
-        Returns:
-            The lines.
-        """
+        """Fetch the pending lines, add the interval's speed to training lines, write and return them."""
         lines = [{key: _plain(value) for key, value in line.items()} for line in self._pending]
         self._pending.clear()
-        common = speed.measure() if speed else {}  # after the fetch, so that the device has done the work
+        common = speed.measure() if speed else {}  # after the fetch, when the device has done the work
         for line in lines:
             if "loss" in line:
                 line |= common
@@ -99,16 +142,15 @@ class MetricLog:
 
 
 class Speed:
-    """Images a second, the share of time spent waiting for data, and model FLOPs utilisation, by interval.
+    """Images per second, share of time spent waiting for data, and model FLOPs utilisation, by interval.
 
-    On a GPU the wait is the host's, and an upper bound of the GPU's, which may still be at work on earlier steps.
-    The time that compilation takes is left out.
+    Compilation time is left out. On a GPU the wait is the host's, an upper bound of the device's.
 
     Args:
-        images: an update, over all ranks.
+        images: per update, over all ranks.
         ranks: number of ranks.
         flops: of one image, forward and backward.
-        device: this rank's; its peak is looked up by name.
+        device: this rank's.
     """
 
     def __init__(self, *, images: int, ranks: int, flops: float, device: torch.device):
@@ -122,12 +164,12 @@ class Speed:
         self._since, self._steps, self._waited = time.perf_counter() - compile_seconds(), 0, 0.0
 
     def tick(self, waited: float) -> None:
-        """An update was made, `waited` seconds of which went into waiting for data."""
+        """Count an update, which waited so many seconds for data."""
         self._steps += 1
         self._waited += waited
 
     def measure(self) -> dict[str, float]:
-        """The interval's figures; a new one begins."""
+        """The interval's figures; a new interval begins."""
         seconds = time.perf_counter() - compile_seconds() - self._since
         rate = self._steps * self.images / seconds
         figures = {
@@ -141,64 +183,34 @@ class Speed:
         return figures
 
 
-class Terminal:
-    """Progress on the terminal: a bar where there is one, plain lines where there is none."""
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the largest GPU memory allocated, or resident memory of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def __init__(self, *, total: int, step: int, main: bool):
-        self.main, self.total, self.first, self._bar = main, total, step, None
-        self.begin()
-        if main and sys.stderr.isatty():
-            # Fits 80 columns: bar, steps, figures, time left.
-            columns = [BarColumn(bar_width=12), MofNCompleteColumn(), TextColumn("{task.fields[text]}")]
-            columns += [TimeRemainingColumn(compact=True), TextColumn("left")]
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("training", total=total, completed=step, text="")
-            self._bar.start()
 
-    def begin(self) -> None:
-        """Training begins: the time left is reckoned from here."""
-        self.started = time.monotonic()
+def _plain(value):
+    """A number for JSON, where infinity and NaN become null."""
+    value = value.item() if isinstance(value, torch.Tensor) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        if self._bar:
-            self._bar.console.print(text, highlight=False)
-        elif self.main:
-            print(text, flush=True)
 
-    def say_compiled(self, lines: list[dict]) -> None:
-        """What compilation cost, for lines that have it."""
-        for line in lines:
-            if "compile_seconds" in line:
-                hits, misses = line["compile_cache_hits"], line["compile_cache_misses"]
-                text = f"compiled in {line['compile_seconds']:.1f} s"
-                self.say(f"{text}, {hits} of {hits + misses} graphs from torch's cache")
-
-    def show(self, line: dict) -> None:
-        """The newest training metrics."""
-        if not self.main:
-            return
-        speed, wait = f"{line['images_per_second']:.0f} images/s", f"{100 * line['data_wait']:.1f}%"
-        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
-        text = f"loss {loss}  {speed}  data wait {wait}"
-        if self._bar:
-            self._bar.update(self._task, completed=line["step"], text=text)
-            return
-        done = line["step"] - self.first
-        left = (time.monotonic() - self.started) / max(done, 1) * (self.total - line["step"])
-        print(
-            f"step {line['step']}/{self.total}  epoch {line['epoch']}  {text}  {left / 60:.1f} min left",
-            flush=True,
-        )
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        if self._bar:
-            self._bar.stop()
+def drop_later_lines(path: Path, step: int, *, evaluated: bool = True) -> None:
+    """Keep the lines of a file up to a step, without that step's validation and probe unless `evaluated`."""
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            found = json.loads(line)
+            if found["step"] < step or (found["step"] == step and (evaluated or "loss" in found)):
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue  # a line that an interruption cut short
+    write_atomically(path, lambda file: file.write("".join(kept).encode()))
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics file; a last line that was cut short by a killed run is left out.
+    """The lines of a metrics file, without a last line that an interruption cut short.
 
     Raises:
         UserError: no such file, or a damaged line before the last one.
@@ -215,58 +227,26 @@ def read_metrics(path: Path) -> list[dict]:
             if number == len(lines):
                 break
             raise UserError(
-                f"{path}, line {number} is no JSON object with a step; remove that line"
+                f"{path}, line {number} is not a JSON object with a step; remove that line"
             ) from None
         found.append(entry)
     return found
 
 
 def series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
-    """Steps, ascending, and values of a key, over the lines that have a number there.
-
-    After a resume a step may occur twice; the later line counts.
-    """
+    """Ascending steps and values of a key, over the lines that have a number there; a later line of a step wins."""
     kept = {line["step"]: line[key] for line in lines if type(line.get(key)) in (int, float)}
     return sorted(kept), [kept[step] for step in sorted(kept)]
 
 
 def mean_and_spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean of one or more values, and their sample standard deviation (n - 1).
-
-    One value has no spread, and neither have values of which one is not finite; their mean is not finite either.
-    """
+    """Mean and sample standard deviation (n - 1; None for one value or if any is not finite)."""
     if not all(map(math.isfinite, values)):
         return {"mean": sum(values) / len(values), "std": None}
     return {
         "mean": statistics.fmean(values),
         "std": statistics.stdev(values) if len(values) > 1 else None,
     }
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the GPU memory taken at most, or the resident memory of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _plain(value):
-    """A number for JSON, which has none for infinity and NaN: null."""
-    value = value.item() if isinstance(value, torch.Tensor) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def drop_later_lines(path: Path, step: int, *, judged: bool = True) -> None:
-    """Keep the lines of a file up to a step, without that step's validation and probe where it is not `judged`."""
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            found = json.loads(line)
-            if found["step"] < step or (found["step"] == step and (judged or "loss" in found)):
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue  # the line that an interruption tore
-    write_atomically(path, lambda file: file.write("".join(kept).encode()))
 
 
 def _tensorboard(folder: Path, step: int):
@@ -289,7 +269,7 @@ def _wandb(folder: Path, project: str):
         import wandb
     except ImportError:
         raise UserError("log.to=[wandb:...] needs a package: pip install wandb") from None
-    # The same folder continues the same run; two folders of one name are two runs.
+    # Resuming in the same folder continues the same run; two folders of one name are two runs.
     identity = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"
     run = wandb.init(project=project, name=folder.name, id=identity, dir=str(folder), resume="allow")
     return lambda values, step: run.log(values, step=step)

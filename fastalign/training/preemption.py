@@ -1,28 +1,31 @@
-"""A run that is asked to leave: the signal is remembered, the run saves, and its folder says that it goes on."""
+"""Preemption: a signal is remembered, the run saves and stops, and a marker in its folder says that it can go on."""
 
 import signal
 import threading
+from enum import IntEnum
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 
 PREEMPTED = 75
-"""The exit code of a run that was asked to leave and has saved: EX_TEMPFAIL, try again later."""
-MARKER = "preempted"
-"""The file in the run folder that tells a script to start the same command again."""
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-
+"""exit code of a run that was asked to stop and has saved: EX_TEMPFAIL, try again later"""
 INTERRUPTED = 130
-"""The exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
+"""exit code after Ctrl-C: 128 + SIGINT, as in shells"""
+MARKER = "preempted"
+"""the file in the run folder that tells a script to start the same command again"""
+
+
+class StopReason(IntEnum):
+    """Why a run is to stop before its last step; signals by their number."""
+
+    SAVE_FAILED = -1
+    NONE = 0
+    SIGINT = signal.SIGINT
+    SIGUSR1 = signal.SIGUSR1
+    SIGTERM = signal.SIGTERM
 
 
 class Preempted(Exception):
-    """The run was asked to leave, and its checkpoint is on the disk.
-
-    Args:
-        message: one line for the user.
-        code: what the process exits with.
-    """
+    """The run was asked to stop, and its checkpoint is on disk; `code` is the exit code."""
 
     def __init__(self, message: str, code: int = PREEMPTED):
         super().__init__(message)
@@ -30,82 +33,57 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Around a run, in the main thread: SIGTERM and SIGUSR1 end nothing, they are remembered here.
+    """A context around a run: remembers SIGTERM and SIGUSR1 instead of ending the process.
 
-    However often they come: a rank that is saving is not to be killed by the second one. Afterwards the old handlers
-    are back; only after `Preempted` these two are ignored from then on, because the process is about to end with
-    its own exit code, and torchrun sends SIGTERM to all ranks as soon as the first one has ended.
+    On exit the old handlers come back. Only after `Preempted` both signals stay ignored: the process is about to end
+    with its own exit code, while torchrun sends SIGTERM to all ranks as soon as the first one has ended.
 
-    From `hold_interrupts` on the first SIGINT is remembered, too. The system's own handler waits for the second one,
-    which ends the process at once, also inside a collective or a kernel.
-
-    In another thread, which no signal reaches, nothing is installed.
-
-    A handler of Python's runs between two instructions: while the main thread is inside a collective or a kernel, the
-    signal is noticed when that returns.
+    Python runs a handler between two instructions, so after a collective or a kernel that runs when the signal comes.
+    Outside of the main thread, which alone receives signals, nothing is installed.
     """
 
     def __init__(self) -> None:
-        self.number = 0
-        """the first signal that came, 0 before: a number, so that ranks can share it by a maximum"""
+        self.reason = StopReason.NONE  # the first signal
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Preemption":
-        for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
-            self._before[number] = signal.signal(number, self._remember)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, self._remember)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        leaving = isinstance(error, Preempted)
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
         for number, handler in self._before.items():
-            ignored = leaving and number in SIGNALS
+            ignored = isinstance(error, Preempted) and number != signal.SIGINT
             # None is a handler that was not installed from Python: it cannot be put back.
             signal.signal(number, signal.SIG_IGN if ignored else handler or signal.SIG_DFL)
 
     def hold_interrupts(self) -> None:
-        """From here on there is something to save: the first SIGINT is remembered, a second one ends the process.
+        """From here on there is something to save: remember the first SIGINT; a second one ends the process at once.
 
-        Where SIGINT is ignored it stays so: a shell script starts a command in the background (`&`) like that, and
-        the Ctrl-C that ends the script must not end the run.
+        An ignored SIGINT stays ignored: a shell script starts `command &` so, and a Ctrl-C for the script must not
+        stop the run.
         """
-        if threading.current_thread() is not threading.main_thread():
-            return
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self._remember(number, frame)
-        signal.signal(number, signal.SIG_DFL)
+        main = threading.current_thread() is threading.main_thread()
+        if main and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.number = self.number or number
+        self.reason = self.reason or StopReason(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)  # which also ends a process inside a collective or a kernel
 
 
-def name_of(number: int) -> str | None:
-    """The name of a signal's number; None for 0."""
-    return signal.Signals(number).name if number else None
-
-
-def preempted(folder: Path, number: int, step: int, *, main: bool) -> Preempted:
-    """What every rank raises after the checkpoint is on the disk; one of them leaves the marker in the run folder.
-
-    Args:
-        folder: of the run; exists.
-        number: the signal, as the ranks agreed on it.
-        step: of the checkpoint.
-        main: whether this rank writes the marker.
-    """
-    name = name_of(number)
+def preempted(folder: Path, reason: StopReason, step: int, *, main: bool) -> Preempted:
+    """What every rank raises after the checkpoint of `step` is on disk; rank 0 (`main`) writes the marker."""
     if main:
-        (folder / MARKER).write_text(f"{name} at step {step}\n")
+        (folder / MARKER).write_text(f"{reason.name} at step {step}\n")
     return Preempted(
-        f"{name}: saved {folder} at step {step}; run the same command again to go on from there",
-        INTERRUPTED if number == signal.SIGINT else PREEMPTED,
+        f"{reason.name}: saved {folder} at step {step}; run the same command again to go on from there",
+        INTERRUPTED if reason == StopReason.SIGINT else PREEMPTED,
     )
 
 
 def clear_marker(folder: Path) -> None:
-    """The run goes on: remove the marker, if there is one."""
+    """Remove the marker, if there is one."""
     (folder / MARKER).unlink(missing_ok=True)

@@ -1,8 +1,6 @@
-"""A run: what it consists of, how it is saved and how it continues."""
+"""A run: its configuration, the objects built from it, and its state."""
 
 import math
-import time
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -13,80 +11,83 @@ from torch.nn.parallel import DistributedDataParallel
 from fastalign.backbones.blocks import Block
 from fastalign.backbones.precision import autocast
 from fastalign.config import Config
-from fastalign.data.bad_samples import BadSample
 from fastalign.training import build, sharding
-from fastalign.training.checkpoint import Checkpoints
-from fastalign.training.continuation import changed_settings, contents, other_contents
+from fastalign.training.checkpoint_files import Checkpoints
 from fastalign.training.distributed import World, on_first_rank
-from fastalign.training.optim import MovingAverage, class_name, make_optimizer
-from fastalign.training.preemption import Preemption
-from fastalign.training.publish import publish_backbone
+from fastalign.training.hang import HangTimer
+from fastalign.training.optim import MovingAverage, make_optimizer
+from fastalign.training.preemption import Preemption, StopReason
+from fastalign.training.settings import contents
+from fastalign.training.state import TrainState, itstime
 from fastalign.training.status import Status
-from fastalign.training.watchdog import Watchdog
-from fastalign.utils.changes import Change
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import remove_leftovers
 
-MOST_LOST = 15 * 60
-"""seconds of training that a run may lose where `checkpoint.every_steps` is null, however long its epochs are"""
+MAX_CHECKPOINT_AGE = 15 * 60
+"""Seconds of training between checkpoints at most if `checkpoint.every_steps` is null."""
 
 
 class Run:
-    """Everything that a run consists of, between its configuration and its folder."""
+    """A run before its first step; `checkpoint.resume` continues from its folder.
 
-    def __init__(self, config: Config, world: World, also: dict | None = None):
-        """`also`: fingerprints of what else the configuration names, by key; rank 0's count."""
+    Args:
+        config: the configuration.
+        world: the ranks.
+        preemption: asks the run to stop; default: nothing does.
+        labelled: fingerprints of other data that the configuration names, by key; rank 0's count.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        *,
+        preemption: Preemption | None = None,
+        labelled: dict | None = None,
+    ):
         self.config, self.world, self.folder = config, world, Path(config.output)
-        self.sharded = sharded(config, world)
-        """Whether the student is split among the ranks; every rank must then take part in `state`."""
+        self.state = TrainState()
+        self.sharded = is_sharded(config, world)
         objective, self.backbone = build.build_objective(config)
-        self.dtype = self._precision()
+        self.dtype = build.precision(config, world.device)
+        if not world.agree(self.dtype == torch.bfloat16):
+            raise UserError(
+                "efficiency.precision=auto: not every rank's CPU has bf16 instructions; set bf16 or fp32"
+            )
         if self.dtype == torch.bfloat16:
             objective.teacher.store_as(build.teacher_dtype(config, world.device))
         self.objective = objective.to(world.device)
         attention = build.choose_attention(config, objective, world.device)
         self.train, self.val = build.build_loaders(config, world, self.backbone)
         if self.sharded:
-            self._shard()
+            sharding.broadcast_module(objective)
+            blocks = [part for part in objective.student.modules() if isinstance(part, Block)]
+            sharding.shard(objective.student, blocks, world)
         self.trained = [p for p in objective.parameters() if p.requires_grad]
         optim = config.optim
-        self.optimizer, note = make_optimizer(
-            optim.name, self.trained, world.device, lr=optim.lr, **self._options()
-        )
+        options = {"lr": optim.lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
+        self.optimizer, notes = make_optimizer(optim.name, self.trained, world.device, **options)
         precision = config.efficiency.precision
         precision = str(self.dtype).removeprefix("torch.") if precision == "auto" else precision
-        self.notes = [f"precision: {precision}", attention, *([note] if note else [])]
+        self.notes = [f"precision: {precision}", attention, *notes]
+        """Lines for the user."""
         if config.efficiency.shard and not self.sharded:
-            self.notes.append("efficiency.shard: one process shares with nobody, its student stays whole")
+            self.notes.append("efficiency.shard: one process has nothing to shard, the student stays whole")
         self.average = MovingAverage(objective.student, optim.ema) if optim.ema else None
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
-        self.step, self.best, self.val_loss = 0, None, None
-        self.saved_at = time.monotonic()
-        """of the newest checkpoint, or of the start"""
-        self.probed: dict[str, float] | None = None
-        """the newest probe: step, macro_recall, map, loss"""
-        self.judged_at = 0
-        """the step up to which validation and probes at the ends of epochs are done"""
-        self.status = Status(world, sticky=config.faults["nonfinite"] == "stop")
-        self.skipped_in_a_row = 0
-        self.preemption: Preemption | None = None
-        self.watchdog: Watchdog | None = None
-        self.listed: dict[str, set[str]] = {}
-        """names of bad samples in each list of the run folder, once it was read"""
-        self.bad: set[int] = set()
-        """the training samples that every rank knows to be bad, but for the quarantined"""
         if world.main:
             self.checkpoints.clean()
             remove_leftovers(self.folder)
         self.epoch_steps = len(self.train) // optim.accumulate
         self.total_steps = optim.epochs * self.epoch_steps
         self.last_step = min(config.max_steps or self.total_steps, self.total_steps)
-        self.contents = on_first_rank(world, lambda: contents(config, self.train, self.val) | (also or {}))
-        """fingerprints of what lies at the paths of the configuration, by key"""
-        self.changes: list[dict] = []
-        """what `resume=force` ever changed: step, key, before, now"""
-        self.forced = self.resume()
-        """what it changed at this start"""
+        self.sources = {"data.train": self.train.source} | ({"data.val": self.val.source} if self.val else {})
+        self.contents = on_first_rank(world, lambda: contents(config, self.sources) | (labelled or {}))
+        """Fingerprints of what the paths of the configuration hold, by key."""
+        self.status = Status(world, sticky=config.faults.nonfinite == "stop")
+        self.preemption = preemption or Preemption()
+        checkpoints = self.checkpoints
+        self.hang_timer = HangTimer(world, config.faults.timeout, saved=lambda: checkpoints.newest_step)
         if config.efficiency.compile:
             objective.compile(blocks=config.efficiency.compile == "blocks")
         self.model: nn.Module = objective
@@ -95,197 +96,74 @@ class Run:
                 objective, broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
-    def _precision(self) -> torch.dtype:
-        dtype = build.precision(self.config, self.world.device)
-        if not self.world.agree(dtype == torch.bfloat16):
-            raise UserError(
-                "efficiency.precision=auto: not every rank's CPU has bf16 instructions; set bf16 or fp32"
-            )
-        return dtype
-
-    def _shard(self) -> None:
-        sharding.from_first_rank(self.objective)
-        student = self.objective.student
-        sharding.shard(student, [part for part in student.modules() if isinstance(part, Block)], self.world)
-
-    def autocast(self):
+    def autocast(self) -> AbstractContextManager:
         """bf16 autocast, or nothing in fp32."""
         return autocast(self.world.device, self.dtype)
 
-    def fixed_weights(self):
-        """Around passes between which no weight changes: autocast casts each weight once, not once a pass.
+    def cached_autocast(self) -> AbstractContextManager:
+        """Around passes with the same weights: each weight is cast once, not once per pass.
 
-        An outer autocast, itself off, keeps the cache of those within it until its own end.
+        A disabled outer autocast keeps the cache of those inside it until it ends. Sharded weights are gathered for
+        each pass, so that their casts would be kept in vain.
         """
-        reduced = self.dtype == torch.bfloat16
-        # Split weights are put together anew for each pass: what was cast of them before would be kept in vain.
-        kept = reduced and not self.sharded
-        return torch.autocast(self.world.device.type, enabled=False) if kept else nullcontext()
+        reduced = self.dtype == torch.bfloat16 and not self.sharded
+        return torch.autocast(self.world.device.type, enabled=False) if reduced else nullcontext()
 
-    def accumulating(self, last: bool) -> AbstractContextManager:
-        """Around one backward pass of an update: ranks add their gradients up in the last one only."""
+    def grad_sync(self, last: bool) -> AbstractContextManager:
+        """Around one pass of an update: ranks add up their gradients in the last one only."""
         if self.sharded:
             self.objective.student.set_requires_gradient_sync(last)
         return nullcontext() if last or self.world.size == 1 or self.sharded else self.model.no_sync()
 
-    def alone(self) -> AbstractContextManager:
-        """Around passes without gradient of which ranks may have different numbers; every rank must enter."""
-        return sharding.gathered(self.objective.student) if self.sharded else nullcontext()
+    def unsharded(self) -> AbstractContextManager:
+        """Around passes without gradient that ranks may have different numbers of; every rank must enter."""
+        return sharding.unsharded(self.objective.student) if self.sharded else nullcontext()
 
-    def clip(self) -> Tensor:
-        """Clip the gradients by `optim.clip`. Returns their norm before, a scalar, the same on every rank."""
+    def clip_gradients(self) -> Tensor:
+        """Clip by `optim.clip`. Returns the norm before, [] on the device, the same on every rank."""
         limit = self.config.optim.clip or math.inf
-        return sharding.whole(nn.utils.clip_grad_norm_(self.trained, limit))
+        return sharding.full_tensor(nn.utils.clip_grad_norm_(self.trained, limit))
 
     def beat(self, doing: str) -> None:
-        """Tell the watchdog, where there is one, what this rank does next."""
-        if self.watchdog is not None:
-            self.watchdog.beat(self.step, doing)
-
-    def unwatched(self) -> AbstractContextManager:
-        """Around what may take longer than `faults.timeout`."""
-        return self.watchdog.paused() if self.watchdog else nullcontext()
+        """Restart the hang timer: what this rank does next."""
+        self.hang_timer.beat(self.state.step, doing)
 
     @property
-    def overdue(self) -> bool:
-        """Whether rank 0, whose clock counts, wants a checkpoint inside an epoch for the time that has gone by."""
-        whole_epochs = self.config.checkpoint.every_steps is None
-        return self.world.main and whole_epochs and time.monotonic() - self.saved_at > MOST_LOST
+    def stop_reason(self) -> StopReason:
+        """Why this rank wants the run to stop."""
+        return StopReason.SAVE_FAILED if self.checkpoints.failed else self.preemption.reason
 
     @property
-    def reason_to_leave(self) -> int:
-        """What this rank knows: a signal came, or -1, a checkpoint could not be written; 0 = nothing."""
-        if self.checkpoints.failed:
-            return -1
-        return self.preemption.number if self.preemption else 0
-
-    def known_bad(self, samples: Iterable[BadSample]) -> list[BadSample]:
-        """Take in what ranks found, as all of them do at the same update. Returns what is new, each once."""
-        new = {sample.id: sample for sample in samples if sample.id not in self.bad}
-        self.bad |= new.keys()
-        self.train.bad.add(new.values())
-        return list(new.values())
+    def checkpoint_overdue(self) -> bool:
+        """Whether rank 0, whose clock counts, asks for a checkpoint within an epoch."""
+        by_time = self.config.checkpoint.every_steps is None
+        return self.world.main and by_time and self.checkpoints.age > MAX_CHECKPOINT_AGE
 
     @property
-    def owes_judgement(self) -> bool:
-        """Whether an epoch or the run has ended at this step, and its validation and probe are still to be done."""
-        ended = self.step % self.epoch_steps == 0 or self.step == self.last_step
-        return ended and self.judged_at != self.step
-
-    def state(self) -> dict:
-        """What a checkpoint holds: tensors and plain values only. Nothing is copied, see `checkpoint.snapshot`."""
-        return {
-            "student": self.objective.student.state_dict(),
-            "target_scale": self.objective.target_scale.item(),
-            "optimizer": self.optimizer.state_dict(),
-            "optimizer_class": class_name(self.optimizer),
-            "average": self.average.state if self.average else None,
-            "step": self.step,
-            "best": self.best,
-            "val_loss": self.val_loss,
-            "probed": self.probed,
-            "judged_at": self.judged_at,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "bad": sorted(self.bad),
-            "contents": self.contents,
-            "changes": self.changes,
-            "config": self.config.model_dump(mode="json"),
-        }
-
-    def resume(self) -> list[Change]:
-        """Continue from the newest undamaged checkpoint of the folder, if there is one.
-
-        Returns:
-            The settings that `resume=force` changes here.
-
-        Raises:
-            UserError: it is of another run, or none can be read; SharedError where every rank knows.
-        """
-        step, state, notes = self.checkpoints.resume(self.world)
-        self.notes += notes
-        if step is None:
-            return []
-        path = self.checkpoints.path(step)
-        if not isinstance(state, dict) or not self.state().keys() <= state.keys():
-            raise UserError(
-                f"{path} is not a checkpoint of a run of this version: remove it, or choose another output"
-            )
-        self.step, self.judged_at = state["step"], state["judged_at"]
-        forced, notes = on_first_rank(self.world, lambda: self._changes(state, path))
-        self.notes += notes
-        self._same_optimizer(state, path)
-        try:
-            sharding.load_module(self.objective.student, state["student"])
-            sharding.load_optimizer(self.optimizer, state["optimizer"])
-            if self.average:
-                # Where the average is new it begins here.
-                self.average.load(state["average"] or state["student"])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            reason = "; ".join(map(str, forced)) or str(error).splitlines()[-1].strip()
-            raise UserError(
-                f"{path} is a checkpoint of another model ({reason}): choose another output than {self.folder}"
-            ) from error
-        for group in self.optimizer.param_groups:
-            group.update(self._options())  # the checkpoint has its own
-        self.objective.target_scale.fill_(state["target_scale"])
-        self.best, self.val_loss, self.probed = state["best"], state["val_loss"], state["probed"]
-        self.skipped_in_a_row, self.bad = state["skipped_in_a_row"], set(state["bad"])
-        self.changes = state["changes"] + [{"step": self.step, **each._asdict()} for each in forced]
-        if any(change.key == "data.train" for change in forced):
-            self.bad = set()  # numbers of samples in the data set before
-        if forced:
-            self.best = None  # what was measured then does not compare with what will be
-            self.notes += [f"resume=force: from step {self.step} on {each}" for each in forced]
-            self.notes.append(
-                "the target scale is measured again, and the best checkpoint is chosen anew from here on"
-            )
-        on_first_rank(self.world, lambda: self._catch_up(state))
-        return forced
-
-    def _catch_up(self, state: dict) -> None:
-        """What a writer that was killed had still to do after the checkpoint itself."""
-        if state.get("is_best"):
-            self.checkpoints.make_best(state["step"])
-        publish_backbone(self.folder, state)
-        self.checkpoints.prune()
-
-    def _options(self) -> dict:
-        """What the optimiser is told of the configuration; the learning rate comes with each update."""
-        return {"betas": self.config.optim.betas, "weight_decay": self.config.optim.weight_decay}
-
-    def _changes(self, state: dict, path: Path) -> tuple[list[Change], list[str]]:
-        places = other_contents(state["contents"], self.contents, self.train, self.val)
-        return changed_settings(state, path, self.config, places, finished=self.finished)
+    def eval_pending(self) -> bool:
+        """Whether an epoch or the run has ended at this step and is not yet evaluated."""
+        step = self.state.step
+        return itstime(step, self.epoch_steps, self.last_step) and self.state.last_eval_step != step
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to train or to judge."""
-        return self.step >= self.last_step and not self.owes_judgement
-
-    def _same_optimizer(self, state: dict, path: Path) -> None:
-        old, new = state["optimizer_class"], class_name(self.optimizer)
-        if old != new:
-            raise UserError(
-                f"{path} holds the state of {old}, and optim.name={self.config.optim.name} means {new} here: go on "
-                "where apex is as it was, or choose another output"
-            )
+        """Whether nothing is left to train or to evaluate."""
+        return self.state.step >= self.last_step and not self.eval_pending
 
 
-def sharded(config: Config, world: World) -> bool:
-    """Whether `efficiency.shard` splits the student, which takes several ranks.
+def is_sharded(config: Config, world: World) -> bool:
+    """Whether `efficiency.shard` shards the student, which takes several ranks.
 
     Raises:
-        UserError: a setting that does not go with it.
+        UserError: a setting that is incompatible with it.
     """
     if not config.efficiency.shard:
         return False
-    others = {
-        "efficiency.compile": config.efficiency.compile
-        and "its passes exchange weights, which no graph holds",
-        "probe.data": config.probe.data is not None and "a probe copies the whole student on one rank",
-        "optim.name": config.optim.name != "adamw" and "apex updates whole tensors only",
-    }
-    for key, reason in others.items():
-        if reason:
-            raise UserError(f"efficiency.shard goes not with {key} ({reason}): remove one of them")
+    for key, incompatible, reason in (
+        ("efficiency.compile", config.efficiency.compile, "graphs cannot hold the exchange of weights"),
+        ("probe.data", config.probe.data is not None, "a probe copies the whole student on one rank"),
+        ("optim.name", config.optim.name != "adamw", "apex updates whole tensors only"),
+    ):
+        if incompatible:
+            raise UserError(f"efficiency.shard is incompatible with {key} ({reason}): remove one of them")
     return world.size > 1

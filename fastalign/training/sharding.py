@@ -1,6 +1,6 @@
-"""FSDP: each rank keeps a part of every trained tensor; checkpoints and everything written hold whole ones.
+"""FSDP: each rank keeps a shard of every trained tensor; checkpoints hold full tensors.
 
-torch's FSDP is imported where something is split: few runs do that, and all of them pass through here.
+Imports of torch.distributed.fsdp and .tensor are local: they are slow, and few runs shard.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,11 +13,11 @@ from fastalign.training.distributed import World, open_mesh
 
 
 def shard(module: nn.Module, parts: Iterable[nn.Module], world: World) -> None:
-    """Split a module's parameters among the ranks, in place, after which optimisers may be made.
+    """Shard a module's parameters in place, before optimizers are made.
 
     Args:
-        module: on the device; its forward, called as a module, puts together what it needs.
-        parts: modules within it that are put together one at a time, called as modules too.
+        module: on the device.
+        parts: submodules that are unsharded one at a time.
         world: several ranks.
     """
     from torch.distributed.fsdp import fully_shard
@@ -25,74 +25,72 @@ def shard(module: nn.Module, parts: Iterable[nn.Module], world: World) -> None:
     mesh = open_mesh(world)
     for part in parts:
         fully_shard(part, mesh=mesh)
-    # The root too gives its weights back after each pass: what is loaded between two passes is never passed over.
+    # The root reshards too: weights loaded between two passes must take effect.
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
-def from_first_rank(module: nn.Module) -> None:
-    """Send rank 0's parameters and buffers to every rank, as DDP does at its start."""
+def broadcast_module(module: nn.Module) -> None:
+    """Send rank 0's parameters and buffers to every rank, as DDP does."""
     with torch.no_grad():
         for value in (*module.parameters(), *module.buffers()):
             distributed.broadcast(value, src=0)
 
 
-def _is_split(value: Tensor) -> bool:
-    """Whether this is a DTensor, the only kind that has a mesh."""
-    return hasattr(value, "device_mesh")
+def _is_sharded(value: Tensor) -> bool:
+    return hasattr(value, "device_mesh")  # a DTensor
 
 
-def whole(value: Tensor) -> Tensor:
-    """The whole of a tensor that ranks share: every rank must call this. Other tensors as they are."""
-    return value.full_tensor() if _is_split(value) else value
+def full_tensor(value: Tensor) -> Tensor:
+    """The gathered tensor, for which every rank must call this; other tensors as they are."""
+    return value.full_tensor() if _is_sharded(value) else value
 
 
-def local(value: Tensor) -> Tensor:
-    """This rank's part of a tensor that ranks share, in the same memory. Other tensors as they are."""
-    return value.to_local() if _is_split(value) else value
+def to_local(value: Tensor) -> Tensor:
+    """This rank's shard, in the same memory; other tensors as they are."""
+    return value.to_local() if _is_sharded(value) else value
 
 
-def like(value: Tensor, live: Tensor) -> Tensor:
-    """A whole tensor, the same on every rank, split as `live` is; as it is where `live` is not split."""
-    if not _is_split(live):
+def shard_like(value: Tensor, live: Tensor) -> Tensor:
+    """A full tensor, the same on every rank, sharded as `live` is."""
+    if not _is_sharded(live):
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    # Each rank takes its part of its own copy, nothing is sent.
+    # src_data_rank=None: each rank takes its shard of its own copy, nothing is sent.
     return distribute_tensor(value.to(live.device), live.device_mesh, live.placements, src_data_rank=None)
 
 
 def load_module(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """`load_state_dict` of whole tensors into a module that may be split; errors are its own."""
+    """`load_state_dict` of full tensors into a module that may be sharded, with its errors."""
     live = module.state_dict()
-    fitting = {
-        name: live[name] for name, value in state.items() if name in live and value.shape == live[name].shape
-    }
-    module.load_state_dict({name: like(value, fitting.get(name, value)) for name, value in state.items()})
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """`load_state_dict` of whole tensors into an optimiser whose parameters may be split; errors are its own."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-    def split(index: int, values: dict) -> dict:
-        live = parameters[index] if index < len(parameters) else None
-        shape = getattr(live, "shape", None)
-        return {
-            key: like(each, live) if getattr(each, "shape", ()) == shape else each
-            for key, each in values.items()
+    module.load_state_dict(
+        {
+            name: shard_like(value, live[name]) if name in live and value.shape == live[name].shape else value
+            for name, value in state.items()
         }
-
-    optimizer.load_state_dict(
-        {**state, "state": {index: split(index, values) for index, values in state["state"].items()}}
     )
 
 
-@contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """Passes within, without gradient, need no other rank: they may be more on one rank than on another.
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """`load_state_dict` of full tensors into an optimizer whose parameters may be sharded, with its errors."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    Every rank must enter; each holds the whole module meanwhile. Nothing for a module that is not split.
-    """
+    def sharded(values: dict, live: Tensor) -> dict:
+        return {
+            key: shard_like(value, live) if getattr(value, "shape", ()) == live.shape else value
+            for key, value in values.items()
+        }
+
+    moments = {
+        index: sharded(values, parameters[index]) if index < len(parameters) else values
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": moments})
+
+
+@contextmanager
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """Inside, forward passes without gradient need no other rank; every rank must enter and hold the full module."""
     from torch.distributed.fsdp import FSDPModule
 
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]

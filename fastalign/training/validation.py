@@ -4,23 +4,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from fastalign.training import build
+from fastalign.training.hang import WAITING
+from fastalign.training.optim import MovingAverage
 from fastalign.training.run import Run
-from fastalign.training.standing import WAITING
 from fastalign.utils.errors import SharedError
 from fastalign.utils.random import EVAL_EPOCH
 
 
 @contextmanager
-def judged(run: Run) -> Iterator[None]:
-    """The student in eval mode, with the averaged weights where there are some; afterwards as it was before."""
-    student = run.objective.student
+def eval_mode(student: nn.Module, average: MovingAverage | None) -> Iterator[None]:
+    """The student in eval mode, with the averaged weights if there are any; restored afterwards."""
     modes = {part: part.training for part in student.modules()}
-    live = {name: value.clone() for name, value in student.state_dict().items()} if run.average else None
+    live = {name: value.clone() for name, value in student.state_dict().items()} if average else None
     try:
-        if live is not None:
-            student.load_state_dict(run.average.state)
+        if average:
+            student.load_state_dict(average.state)
         student.eval()
         yield
     finally:
@@ -32,32 +33,30 @@ def judged(run: Run) -> Iterator[None]:
 
 @torch.no_grad()
 def evaluate(run: Run) -> float:
-    """The loss over the validation set with its fixed masks; of the averaged weights where there are some."""
+    """The loss over the validation set with its fixed masks, of the averaged weights if there are any."""
     sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
-    with judged(run):
-        with run.alone(), run.fixed_weights():
-            for batch in run.val.batches():
-                run.beat("validating")
-                with run.autocast():
-                    loss = run.objective(batch.images, batch.ids, EVAL_EPOCH)
-                sums += torch.stack(
-                    [loss.double() * len(batch.ids), loss.new_tensor(len(batch.ids)).double()]
-                )
-        run.beat(WAITING)
-    total, count = run.world.sum(sums).tolist()
-    _refuse_nothing(run, count)
+    with eval_mode(run.objective.student, run.average), run.unsharded(), run.cached_autocast():
+        for batch in run.val.batches():
+            run.beat("validating")
+            with run.autocast():
+                loss = run.objective(batch.images, batch.ids, EVAL_EPOCH)
+            sums += torch.stack([loss.double() * len(batch.ids), loss.new_tensor(len(batch.ids)).double()])
+    run.beat(WAITING)
+    with run.hang_timer.paused():  # another rank may validate for longer
+        total, count = run.world.sum(sums).tolist()
+    _check_count(run, count)
     return total / count
 
 
-def _refuse_nothing(run: Run, count: float) -> None:
+def _check_count(run: Run, count: float) -> None:
     if not count:
         key = "train" if run.val is None else "val"
         place = getattr(run.config.data, key)
-        raise SharedError(f"data.{key}={place}: none of its images can be used; name other ones")
+        raise SharedError(f"data.{key}={place}: none of its images can be used; name another data set")
 
 
 def measure_target_scale(run: Run) -> None:
-    """Set the objective's target scale: measured, given, or none, by the configuration."""
+    """Set the objective's target scale: measured, given, or 1, by the configuration."""
     scale = run.config.loss.target_scale
     if not isinstance(scale, str):
         run.objective.target_scale.fill_(scale)
@@ -68,8 +67,9 @@ def measure_target_scale(run: Run) -> None:
             with run.autocast():
                 moments += run.objective.target_moments(batch.images, batch.ids, EVAL_EPOCH)
         run.beat(WAITING)
-        run.world.sum(moments)
-        _refuse_nothing(run, moments[0].item())
+        with run.hang_timer.paused():
+            run.world.sum(moments)
+            _check_count(run, moments[0].item())
         run.objective.set_target_scale(moments)
     else:
         run.objective.target_scale.fill_(1.0)

@@ -1,7 +1,4 @@
-"""Paths that a user gives: one function for all of them, a type for configuration keys and one for arguments.
-
-And the home folder, which a container may not have.
-"""
+"""Paths that users give, in configuration keys and arguments; and the home folder, which a container may lack."""
 
 import argparse
 import getpass
@@ -15,22 +12,21 @@ from pydantic import AfterValidator
 
 from fastalign.utils.errors import UserError
 
-# At the beginning, or behind the kind of a data set, as in `coco:~/coco`.
+# At the beginning, or after the kind of a data set: `coco:~/coco`.
 _HOME = re.compile(r"((?:[\w-]+:)?)(~[^/]*)")
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
 
 
 def home_folder() -> str | None:
-    """The user's; None where neither HOME nor the list of users tells, as in a container that runs as a number."""
-    home = os.path.expanduser("~")  # noqa: PTH111, it tells by leaving the text as it is
+    """The user's home folder; None if neither HOME nor the user database has it."""
+    home = os.path.expanduser("~")  # noqa: PTH111, which raises instead of leaving the text as it is
     return None if home == "~" else home
 
 
 def place_caches() -> None:
-    """In a container that runs as a number: tell compilers whose caches they keep, and where.
+    """Make the compilers' caches work for a user without a name or a home folder, as in a container.
 
-    The import of torch's, which timm needs, asks for the user's name and ends with a traceback; Triton would make a
-    folder called `~`.
+    torch._dynamo's import needs a user name, and Triton would create a folder called `~`.
     """
     try:
         getpass.getuser()
@@ -41,17 +37,14 @@ def place_caches() -> None:
 
 
 def user_path(text: str | Path) -> str:
-    """A path as a shell reads it: `~` and `~name` are home folders, `$NAME` and `${NAME}` the environment's.
-
-    What stands for something other than a path (`random`, `synthetic:100`, a timm name) comes back as it is.
+    """A path with `~`, `~name`, `$NAME` and `${NAME}` expanded; anything else (a timm name) is returned as it is.
 
     Raises:
-        UserError: no such user, no home folder, or a variable that is not set: a folder of that name would be
-            made, or looked for, instead of what was meant.
+        UserError: no such user, no home folder, or the variable is not set.
     """
     text, home = os.fspath(text), ""
     if match := _HOME.match(text):
-        home = match[1] + os.path.expanduser(match[2])  # noqa: PTH111, it tells when there is no home folder
+        home = match[1] + os.path.expanduser(match[2])  # noqa: PTH111, as above
         if home == match[0]:
             raise UserError(f"{text}: the home folder of {match[2]} is not known; write the path out")
 
@@ -67,7 +60,7 @@ def user_path(text: str | Path) -> str:
 
 
 def path_argument(text: str) -> str:
-    """`user_path` as the `type` of an argument: argparse names the argument in front of what is wrong."""
+    """`user_path` as the `type` of an argparse argument."""
     try:
         return user_path(text)
     except UserError as error:
@@ -82,4 +75,4 @@ def _path_key(text: str) -> str:
 
 
 UserPath = Annotated[str, AfterValidator(_path_key)]
-"""The type of a configuration key that may hold a path: pydantic names the key in front of what is wrong."""
+"""The type of a configuration key that may hold a path."""

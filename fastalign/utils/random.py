@@ -1,10 +1,8 @@
 """Counter-based random numbers (Philox4x32-10): a draw is a pure function of (seed, stream, epoch, id, index).
 
-Masks, crops, flips and augmentations all draw from here, so that a run sees the same numbers on every
-device, for every number of ranks, in every batch composition and after every resume.
-
-Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Words are 32-bit unsigned
-integers held in int64 tensors, because torch has no unsigned 32-bit arithmetic on every device.
+Masks, crops, flips and augmentations draw from here: the same numbers on every device, for every number of ranks and
+after every resume. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Words are unsigned
+32-bit integers in int64 tensors, because torch lacks unsigned 32-bit arithmetic on some devices.
 """
 
 from enum import IntEnum
@@ -18,11 +16,11 @@ _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
 EVAL_EPOCH = _WORD
-"""The epoch whose draws evaluation uses: validation masks never change and never meet a training epoch's."""
+"""The epoch of evaluation: its masks never change and differ from those of every training epoch."""
 
 
 class Stream(IntEnum):
-    """Who draws. Different streams of one seed are independent."""
+    """What the numbers are for. The streams of one seed are independent."""
 
     MASKS = 1
     GEOMETRY = 2
@@ -44,15 +42,7 @@ def _multiply_high_low(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10.
-
-    Args:
-        counter: four int64 tensors of one shape (or broadcastable), words in 0..2^32-1.
-        key: two words.
-
-    Returns:
-        Four int64 tensors of words.
-    """
+    """Philox4x32-10: four broadcastable int64 tensors of words and a key of two words -> four tensors of words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -64,18 +54,18 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def _key(seed: int, stream: Stream) -> tuple[int, int]:
-    # The stream goes into the upper key word, times the golden ratio, so that seeds stay apart from streams.
+    # Times the golden ratio, so that neighbouring seeds and streams do not meet.
     return seed & _WORD, ((seed >> 32) ^ (int(stream) * 0x9E3779B1)) & _WORD
 
 
 def random_words(ids: Tensor, count: int, *, seed: int, stream: Stream, epoch: int = 0) -> Tensor:
-    """Random 32-bit words, one row an id.
+    """Random words, one row per sample id.
 
     Args:
-        ids: [B] int64, sample ids (>= 0), on the device that the words are wanted on.
-        count: words a row.
-        seed: 64-bit seed of the run.
-        stream: which consumer draws.
+        ids: [B] int64, >= 0, on the device where the words are wanted.
+        count: words per row.
+        seed: 64 bits.
+        stream: what the words are for.
         epoch: 0..2^32-1.
 
     Returns:
@@ -91,7 +81,7 @@ def random_words(ids: Tensor, count: int, *, seed: int, stream: Stream, epoch: i
 
 
 def random_uniform(ids: Tensor, count: int, *, seed: int, stream: Stream, epoch: int = 0) -> Tensor:
-    """[B, count] float64, each a multiple of 2^-32, uniform on [0, 1). Arguments as in `random_words`."""
+    """[B, count] float64 multiples of 2^-32, uniform on [0, 1). Arguments as for `random_words`."""
     return random_words(ids, count, seed=seed, stream=stream, epoch=epoch).double() * 2.0**-32
 
 

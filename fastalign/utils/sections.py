@@ -1,59 +1,67 @@
-"""Typed trees of keys: declared as classes, read from YAML and `key=value` overrides, written with documentation."""
+"""Typed configuration sections: declared as classes, read from YAML and overrides, written with documentation."""
 
 import copy
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
-from typing_extensions import is_typeddict
 
-from fastalign.utils.changes import Kind
 from fastalign.utils.errors import UserError
-from fastalign.utils.yaml_files import explain, parse_yaml, put, write_yaml
+from fastalign.utils.yaml_files import explain, parse_yaml, set_key, write_yaml
 
 _Tree = TypeVar("_Tree", bound="Section")
 
 
+class Kind(Enum):
+    """What a new value of a key means to a resumed run. The value is a remark for the key's documentation."""
+
+    RESULT = "decides the result"
+    FREE = "may change when a run resumes"
+    GROWS = "may change when a run resumes, but not below the steps done"
+
+
 class Section(BaseModel):
-    """A group of keys, each with its kind as a mark (`Annotated[int, Kind.FREE]`), else the section's."""
+    """A group of keys; a key's kind is its annotation (`Annotated[int, Kind.FREE]`), else the section's."""
 
     kind: ClassVar[Kind] = Kind.RESULT
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo, Kind]]:
-    """Every key, dotted, with its field and its kind."""
+    """Every dotted key with its field and its kind."""
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             yield from fields(field.annotation, f"{prefix}{name}.")
         else:
-            marks = (mark for mark in field.metadata if isinstance(mark, Kind))
-            yield prefix + name, field, next(marks, section.kind)
+            kinds = (each for each in field.metadata if isinstance(each, Kind))
+            yield prefix + name, field, next(kinds, section.kind)
 
 
 def resolve(section: type[_Tree], tree: dict, overrides: list[str], where: str | Path) -> _Tree:
-    """The typed tree of a plain one with overrides, which stays as it is.
+    """The typed tree of a plain one, with `key=value` overrides applied to a copy.
 
     Raises:
-        UserError: about the file `where`, or the command line where the mistake is in an override.
+        UserError: about the file `where`, or about the command line if an override is wrong.
     """
-    whole = copy.deepcopy(tree)
+    merged = copy.deepcopy(tree)
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:
             raise UserError(f"override {override!r} is not of the form section.key=value")
-        put(whole, key.split("."), parse_yaml(value, f"override {override!r}"), override)
+        set_key(merged, key.split("."), parse_yaml(value, f"override {override!r}"), override)
     try:
-        return section.model_validate(whole)
+        return section.model_validate(merged)
     except ValidationError as error:
-        key, text = explain(error, _names(section))
+        key, text = explain(error, [*section.model_fields, *(name for name, _, _ in fields(section))])
         given = [override.partition("=")[0] for override in overrides]
-        ours = any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in given)
-        # Keys that contradict each other have no single place: the file's, if it is wrong alone.
-        at_fault = ours if key else given and _is_valid(section, tree)
-        raise UserError(f"{'command line' if at_fault else where}: {text}") from None
+        overridden = any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in given)
+        # A conflict between keys has no single place: blame the overrides if the file alone is valid.
+        if overridden if key else given and _is_valid(section, tree):
+            where = "command line"
+        raise UserError(f"{where}: {text}") from None
 
 
 def _is_valid(section: type[Section], tree: dict) -> bool:
@@ -64,43 +72,36 @@ def _is_valid(section: type[Section], tree: dict) -> bool:
     return True
 
 
-def _names(section: type[Section]) -> list[str]:
-    """Whatever may be written before a colon or an equals sign, dotted."""
-    names = list(section.model_fields)
-    for key, field, _ in fields(section):
-        names.append(key)
-        if is_typeddict(field.annotation):
-            names += [f"{key}.{name}" for name in field.annotation.__annotations__]
-    return names
+def get_key(tree: dict, key: str) -> Any:
+    """The value of a dotted key in nested dictionaries."""
+    for name in key.split("."):
+        tree = tree[name]
+    return tree
 
 
-def only(tree: Section, kind: Kind) -> dict[str, Any]:
-    """The keys of one kind, as a plain tree."""
-    found: dict[str, Any] = {}
-    whole = tree.model_dump(mode="json")
-    for key, _, each in fields(type(tree)):
+def select(config: Section, kind: Kind) -> dict[str, Any]:
+    """The keys of one kind, as nested dictionaries."""
+    selected: dict[str, Any] = {}
+    plain = config.model_dump(mode="json")
+    for key, _, each in fields(type(config)):
         if each is kind:
-            *path, name = key.split(".")
-            source, target = whole, found
-            for part in path:
-                source, target = source[part], target.setdefault(part, {})
-            target[name] = source[name]
-    return found
+            set_key(selected, key.split("."), get_key(plain, key))
+    return selected
 
 
-def to_yaml(tree: Section, *, comments: bool = False) -> str:
-    """A tree of sections, one level deep, as YAML; with the documentation of each key behind it where asked for."""
-    text = write_yaml(tree.model_dump(mode="json"))
+def to_yaml(config: Section, *, comments: bool = False) -> str:
+    """The configuration as YAML; with `comments`, each key's documentation stands after its value."""
+    text = write_yaml(config.model_dump(mode="json"))
     if not comments:
         return text
     documentation = {
         key: f"{field.description}{'' if kind is Kind.RESULT else f' ({kind.value})'}"
-        for key, field, kind in fields(type(tree))
+        for key, field, kind in fields(type(config))
     }
-    lines, section = [], ""
+    lines, path = [], []
     for line in text.splitlines():
-        name = line.strip().split(":")[0]
-        section = section if line.startswith(" ") else f"{name}."
-        key = section + name if line.startswith(" ") else name
+        depth = (len(line) - len(line.lstrip())) // 2
+        path[depth:] = [line.strip().split(":")[0]]
+        key = ".".join(path)
         lines.append(f"{line}  # {documentation[key]}" if key in documentation else line)
     return "\n".join(lines) + "\n"

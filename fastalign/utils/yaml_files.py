@@ -1,4 +1,4 @@
-"""YAML files and single keys: read, laid over each other, explained where they are wrong, written."""
+"""YAML files: read, merged, written; and what is wrong with them as one line."""
 
 import difflib
 from collections.abc import Iterable
@@ -12,17 +12,17 @@ from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
 
 LONGEST = 1 << 20
-"""characters of a YAML text; ours have some hundred"""
+"""Characters of a YAML text at most."""
 
 
 def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict:
-    """The mapping in a YAML file, laid over the one in the file that it names as its `base`, if any.
+    """The mapping in a YAML file, merged over that of the file that it names as its `base`.
 
     Raises:
-        UserError: no such file, no mapping, or bases that form a circle.
+        UserError: a file is missing or not a mapping, or the bases form a cycle.
     """
     if path.resolve() in seen:
-        raise UserError(f"{path}: its bases form a circle")
+        raise UserError(f"{path}: its bases form a cycle")
     tree = read_yaml(path)
     base = tree.pop("base", None)
     if base is None:
@@ -33,7 +33,7 @@ def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict:
 
 
 def read_yaml(path: Path) -> dict:
-    """The mapping in a YAML file; UserError where there is none."""
+    """The mapping in a YAML file; UserError if there is none."""
     if not path.is_file():
         raise UserError(f"no configuration file at {path}")
     if path.stat().st_size > LONGEST:
@@ -48,21 +48,20 @@ def read_yaml(path: Path) -> dict:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value that a text spells; UserError about `where` if it is no YAML."""
+    """The value of a YAML text; UserError about `where` if it is not YAML."""
+    where = where[:80]
     if len(text) > LONGEST:
-        raise UserError(f"{where[:80]}...: {len(text)} characters, at most {LONGEST} are read")
+        raise UserError(f"{where}...: {len(text)} characters, at most {LONGEST} are read")
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
-        raise UserError(f"{where[:80]}: nested too deeply") from None
-    except ValueError as error:  # a number of thousands of digits, a date that does not exist
-        raise UserError(f"{where[:80]}: not YAML: {error}") from None
+        raise UserError(f"{where}: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an integer of thousands of digits
+        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
 
-def put(tree: dict, path: list[str], value: Any, override: str) -> None:
-    """Sets a key of a tree in place; UserError about `override` where a part of the path holds a plain value."""
+def set_key(tree: dict, path: list[str], value: Any, override: str = "") -> None:
+    """Set a key of nested dictionaries; UserError about `override` if part of the path is not a section."""
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
@@ -71,18 +70,18 @@ def put(tree: dict, path: list[str], value: Any, override: str) -> None:
 
 
 def explain(error: ValidationError, names: Iterable[str]) -> tuple[str, str]:
-    """What is wrong with a tree: its first bad key, empty where it is no single one, and a text about it.
+    """The first wrong key of a tree ("" for a conflict between keys) and what is wrong with it.
 
     Args:
         error: pydantic's.
-        names: of all keys, dotted; the one nearest to an unknown key is told.
+        names: all dotted keys; the nearest to an unknown key is suggested.
     """
     first = error.errors()[0]
     parts = [part for part in first["loc"] if isinstance(part, str)]
     key = ".".join(part for part in parts if not part.startswith(("float", "literal")))
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
-        return key, f"unknown key {key}; the nearest is {near[0]}"
+        (near,) = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
+        return key, f"unknown key {key}; the nearest is {near}"
     if first["type"] == "string_type" and first["input"] is not None:
         return key, (
             f"{key}: YAML reads this value as {first['input']!r}, not as text; put it in quotes (in a shell: "
@@ -93,21 +92,20 @@ def explain(error: ValidationError, names: Iterable[str]) -> tuple[str, str]:
 
 
 def write_yaml(tree: dict) -> str:
-    """A tree as YAML."""
+    """A tree as YAML: sections in blocks, lists on one line."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only. A text without aliases is as large as what it says, and no part of it holds itself."""
+    """Plain values only: no aliases, which let a short text grow without bound, and no dates."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.YAMLError(f"an alias in line {mark.line + 1}: write the value out")
+            line = self.peek_event().start_mark.line + 1
+            raise yaml.YAMLError(f"an alias in line {line}: write the value out")
         return super().compose_node(parent, index)
 
 
-# No key is a date, and a run folder may be called after one.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -115,17 +113,16 @@ _Loader.yaml_implicit_resolvers = {
 
 
 class _Dumper(yaml.SafeDumper):
-    """Lists on one line, sections in blocks, so that each key has a line for its comment."""
-
-    def represent_list(self, data: list) -> yaml.Node:
-        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+    pass
 
 
-_Dumper.add_representer(list, _Dumper.represent_list)
+_Dumper.add_representer(
+    list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+)
 
 
 def merge(base: dict, top: dict) -> dict:
-    """A tree with another laid over it."""
+    """A tree merged over another one."""
     merged = dict(base)
     for key, value in top.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)

@@ -115,7 +115,7 @@ def test_a_weight_is_cast_once_an_update_and_nothing_else_changes(tmp_path, monk
         return casts.count, state
 
     count, state = trained("once")
-    monkeypatch.setattr(Run, "fixed_weights", lambda run: nullcontext())
+    monkeypatch.setattr(Run, "cached_autocast", lambda run: nullcontext())
     usual, wanted = trained("usual")
     for part in ("student", "average"):
         assert all(torch.equal(state[part][name], value) for name, value in wanted[part].items())

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.sh`: every step at a tiny size; limits, failures and signals with a stand-in for Python."""
+"""`benchmarks/gpu.sh`: every step at a tiny size; limits, failures and signals with a fake Python."""
 
 import os
 import re
@@ -26,12 +26,8 @@ def test_the_gpu_script_runs_every_step(tmp_path):
     out, _ = process.communicate()
     assert process.returncode == 0, out
     with tarfile.open(tmp_path / "gpu.tgz") as archive:
-        files = {
-            member.name.removeprefix("./"): archive.extractfile(member)
-            for member in archive
-            if member.isfile()
-        }
-        logs = {name: file.read().decode() for name, file in files.items()}
+        members = [member for member in archive if member.isfile()]
+        logs = {m.name.removeprefix("./"): archive.extractfile(m).read().decode() for m in members}
     steps = dict(re.findall(r"^(\S+): exit (\d+) after", logs["steps.txt"], re.M))
     assert {"doctor", "tests", "warm", "step-b", "attention", "kernels", "fp8", "profile"} <= steps.keys()
     assert set(steps.values()) == {"0"}
@@ -45,7 +41,7 @@ def test_the_gpu_script_runs_every_step(tmp_path):
 
 
 def fake_python(folder, body):
-    """A program in Python's place, so that only the script itself is tested."""
+    """A program in place of Python, so that only the script is tested."""
     path = folder / "python"
     path.write_text(f"#!/bin/bash\n{body}\n")
     path.chmod(0o755)
@@ -67,7 +63,7 @@ def test_a_step_ends_in_time_and_a_signal_leaves_the_archive(tmp_path):
     python = fake_python(tmp_path, 'case "$*" in *doctor*|*summary*) ;; -m*) exec sleep 60;; esac')
     process = run_gpu_script(
         tmp_path, "16", PYTHON=python
-    )  # ten seconds for what begins, the rest has no time
+    )  # ten seconds for the first steps, none for the rest
     before = time.monotonic()
     out, _ = process.communicate(timeout=60)
     assert time.monotonic() - before < 30

@@ -81,8 +81,8 @@ def test_ranks_wait_for_those_that_train(images, monkeypatch):
     """Longer than torch's ten minutes: three seeds on two ranks leave one idle for a whole training."""
     asked = []
 
-    def start(patience=None):
-        asked.append(patience)
+    def start(timeout=None):
+        asked.append(timeout)
         raise fa.UserError("enough")
 
     monkeypatch.setattr(distributed, "start", start)

@@ -29,7 +29,7 @@ from fastalign.data.loader import Loader
 from fastalign.data.prefetch import Batch
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
-from fastalign.training.checkpoint import checksum
+from fastalign.training.checkpoint_files import checksum
 from tests.classify.helpers import FIGURES, KWARGS, NAME, QUICK, ROOT, same_figures, without_test
 
 

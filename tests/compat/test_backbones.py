@@ -5,7 +5,6 @@ import math
 import pytest
 import timm
 import torch
-from torch import nn
 
 from fastalign.compat.locality_alignment.backbones import moco, svit
 from fastalign.utils.errors import UserError
@@ -13,32 +12,26 @@ from tests import truth
 from tests.compat.helpers import ONE, batch, make
 from tests.numerics import relative_error
 
-STABLE = [
-    *(f"{size}_patch16_224" for size in ("tiny", "small", "base", "large")),
-    *(f"base_patch16_{kind}_224" for kind in ("mocov3", "clip", "clip_quickgelu", "siglip")),
-    *(f"large_patch14_clip_quickgelu_{size}" for size in (224, 336)),
-    *(f"base_patch14_{kind}" for kind in ("dinov2", "reg4_dinov2")),
-    *(f"so400m_patch14_siglip_{size}" for size in (224, 384)),
-]
 
-
-@pytest.mark.parametrize("name", STABLE)
+@pytest.mark.parametrize("name", svit.NAMES)
 def test_svit_models(name):
     with torch.device("meta"):
-        model = timm.create_model(f"svit_{name}", depth=1, num_classes=0, max_attn_val=7.0)
-        plain = timm.create_model(f"vit_{name}", depth=1, num_classes=0)
-    assert timm.is_model(f"svit_{name}")
-    assert model.blocks[0].attn.max_attn_val == 7.0
+        model = timm.create_model(f"s{name}", depth=1, num_classes=0, max_attn_val=7.0)
+        plain = timm.create_model(name, depth=1, num_classes=0)
+    assert len(svit.NAMES) == 14
+    assert model.blocks[0].attn.softcap == 7.0
     shapes = [{key: value.shape for key, value in m.state_dict().items()} for m in (model, plain)]
     assert shapes[0] == shapes[1]
-    assert getattr(svit, f"svit_{name}").__name__ == f"svit_{name}"
+    assert getattr(svit, f"s{name}").__name__ == f"s{name}"
 
 
 def test_svit_takes_timms_tags():
     with torch.device("meta"):
         model = timm.create_model("svit_base_patch16_clip_quickgelu_224.openai", depth=1)
     assert model.pretrained_cfg["tag"] == "openai"
-    assert model.blocks[0].attn.max_attn_val == 30.0
+    assert model.blocks[0].attn.softcap == 30.0
+    with pytest.raises(ValueError, match="max_attn_val"):
+        timm.create_model("svit_base_patch16_224", max_attn_val=0.0)
 
 
 def test_capped_features_differ_from_plain_ones_and_equal_the_truth():
@@ -78,11 +71,3 @@ def test_moco_is_registered():
     model = timm.create_model("vit_base_patch16_mocov3_224", img_size=32, depth=1, num_classes=0)
     assert model.pretrained_cfg["crop_pct"] == 0.875
     assert timm.data.resolve_model_data_config(model)["mean"] == (0.485, 0.456, 0.406)
-
-
-def test_conv_stem():
-    stem = moco.ConvStem(img_size=32, embed_dim=16)
-    assert stem(torch.randn(2, 3, 32, 32)).shape == (2, stem.num_patches, 16)
-    assert [layer.out_channels for layer in stem.proj if isinstance(layer, nn.Conv2d)] == [2, 4, 8, 16, 16]
-    with pytest.raises(ValueError, match="patch_size 16"):
-        moco.ConvStem(patch_size=8)

@@ -12,28 +12,20 @@ import torch
 from torch import nn
 
 import fastalign.compat.locality_alignment as la
-from fastalign.compat.locality_alignment import model_utils, train_utils
+from fastalign.compat.locality_alignment import train_utils
 from fastalign.utils.errors import UserError
 from tests.compat.helpers import ONE, batch, make, student
 from tests.numerics import randomise, relative_error
 
 
-def save(folder, model, epochs=1, metrics=None, **options):
+def save(folder, model, metrics=(None,), **options):
     args = argparse.Namespace(
         model="svit_tiny_patch16_224", betas=(0.9, 0.95), folder=Path("x"), extra={"a": 1}
     )
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    saver = la.CheckpointSaver(
-        model,
-        optimizer,
-        args,
-        checkpoint_dir=str(folder),
-        recovery_dir=str(folder),
-        decreasing=True,
-        **options,
-    )
-    best = [saver.save_checkpoint(e, None if metrics is None else metrics[e]) for e in range(epochs)]
-    return saver, best
+    places = {"checkpoint_dir": str(folder), "recovery_dir": str(folder)}
+    saver = la.CheckpointSaver(model, optimizer, args, decreasing=True, **places, **options)
+    return saver, [saver.save_checkpoint(epoch, metric) for epoch, metric in enumerate(metrics)]
 
 
 def test_a_checkpoint_is_plain_and_resumes(tmp_path):
@@ -56,7 +48,7 @@ def test_a_checkpoint_is_plain_and_resumes(tmp_path):
 def test_the_best_and_every_third_checkpoint_stay(tmp_path):
     model = nn.Linear(2, 2)
     metrics = [0.9, 0.5, 0.7, 0.6, 0.4, 0.8]
-    _, best = save(tmp_path, model, 6, metrics, max_history=2, retain_interval=3)
+    _, best = save(tmp_path, model, metrics, max_history=2, retain_interval=3)
     assert best[-1] == (0.4, 4)
     # the two best are 1 and 4; epoch 2 is a third one, epoch 5 was never among the best
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [
@@ -122,4 +114,3 @@ def test_bad_checkpoints(tmp_path):
     with pytest.raises(UserError, match=r"pickles types.SimpleNamespace.*nothing of it was run"):
         la.load_checkpoint(model, str(tmp_path / "code.pth"))
     assert train_utils.clean_state_dict({"module._orig_mod.module.a.module.b": 1}) == {"a.module.b": 1}
-    assert model_utils.Scale(2)(torch.ones(1)).item() == 2

@@ -8,7 +8,6 @@ from torch import nn
 
 import fastalign.compat.locality_alignment as la
 from fastalign.compat.locality_alignment import loss_utils
-from fastalign.compat.locality_alignment.backbones import svit
 from tests import truth
 from tests.numerics import randomise, relative_error
 
@@ -90,20 +89,3 @@ def test_transformer_pooling():
     assert relative_error(head(x), wanted) < 1e-12
     with pytest.raises(ValueError, match="pool_include_prefix"):
         head(x[:, 1:])
-
-
-def test_attention_dropout_and_masks():
-    block = svit.StableBlock(32, 4, attn_drop=0.5, max_attn_val=2.0).double()
-    x = torch.randn(2, 5, 32, dtype=torch.float64)
-    whole = block.eval()(x)
-    torch.manual_seed(0)
-    dropped = block.train()(x)
-    assert relative_error(dropped, whole) > 1e-3
-    block.attn.attn_drop.p = 1e-12
-    block.attn.attn_drop.forward = lambda weights: weights  # the path that drops, dropping nothing
-    assert relative_error(block(x), whole) < 1e-12
-    causal = block.eval()(x, is_causal=True)
-    assert relative_error(causal[:, -1], whole[:, -1]) < 1e-12  # the last token sees all
-    assert relative_error(causal[:, :1], block(x[:, :1])) < 1e-12
-    with pytest.raises(ValueError, match="max_attn_val"):
-        svit.StableAttention(32, 4, max_attn_val=0.0)

@@ -53,7 +53,7 @@ def test_student_and_its_gradients(name, cap):
     assert gradient_error(*gradients) < 1e-8
 
 
-def test_norms_are_renewed_and_the_mlp_head_starts_at_zero():
+def test_norms_are_new_and_the_mlp_head_starts_at_zero():
     model = make()
     encoder = la.convert_to_student_model(model, 24, output_head="mlp")
     assert encoder is model

@@ -92,7 +92,7 @@ def test_the_recipe_is_the_one_that_trained_the_backbone(damaged):
 )
 def test_the_licence_of_published_weights(tmp_path, name, licence):
     from fastalign.config import Config
-    from fastalign.export.source import Run
+    from fastalign.export.run import Run
 
     run = Run(tmp_path, None, {"name": name}, Config())
     assert run.source() == {"name": name, "weights": "pretrained", "licence": licence}

@@ -1,4 +1,4 @@
-"""FlexAttention's parts: the operator, the graph of its gradient, the mask of packed sequences."""
+"""FlexAttention's parts: the tanh operator, the graph of its gradient, the mask of packed sequences."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from fastalign.ops import reference
 from fastalign.ops.attention import flex
 
 
-def test_tanh_approx_is_tanh_where_there_is_no_instruction():
+def test_tanh_approx_is_tanh_on_a_cpu():
     operator = flex.tanh_approx
     x = torch.randn(7, dtype=torch.float64, requires_grad=True)
     assert torch.equal(operator(x), torch.tanh(x))
@@ -18,7 +18,7 @@ def test_tanh_approx_is_tanh_where_there_is_no_instruction():
 
 
 def test_flex_attention_differentiates_the_capped_logit():
-    """The graph that FlexAttention makes of a score_mod for its backward pass, with the operator in it."""
+    """The graph that FlexAttention makes of a score_mod for its backward pass contains the operator."""
     from torch._higher_order_ops.flex_attention import create_fw_bw_graph
     from torch._inductor.lowering import lowerings
 
@@ -52,7 +52,7 @@ def test_flex_attention_of_packed_sequences(bounds):
     torch.testing.assert_close(out[0].transpose(0, 1), truth.float())
 
 
-def test_the_operator_stands_in_a_compiled_graph(monkeypatch):
+def test_the_operator_compiles(monkeypatch):
     monkeypatch.setattr(flex, "_approximate", lambda q: True)
     torch._dynamo.reset()
     q, k, v = torch.randn(3, 2, 3, 20, 16)
@@ -63,7 +63,7 @@ def test_the_operator_stands_in_a_compiled_graph(monkeypatch):
 
 @pytest.mark.slow
 def test_lengths_may_vary(monkeypatch):
-    """More shapes than torch compiles of one function by itself, by the path of an eager run."""
+    """More shapes than torch.compile's limit, called without torch.compile."""
     limit = torch._dynamo.config.recompile_limit
     whole = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *a, **k: whole(*a, **k, backend="eager"))

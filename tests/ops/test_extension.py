@@ -1,4 +1,4 @@
-"""The extension: the bits of the PyTorch path, packing against a loop, what callers may rely on, the install."""
+"""The extension: the same bits as in PyTorch, packing against a loop, errors, threads, compilation, the install."""
 
 import os
 import shutil
@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -14,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastalign as fa
-from fastalign.ops import extension
+from fastalign.ops import extension, reference
+from tests.ops.helpers import COPIES, EXTREME_IDS, KINDS, packed_by_loop
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -24,32 +24,13 @@ no_gpu = pytest.mark.skipif(
 )
 on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])])
 
-KINDS = {"uniform": fa.UniformMasks, "bernoulli": fa.BernoulliMasks, "blockwise": fa.BlockwiseMasks}
 GRIDS = [(1, 1), (1, 7), (14, 14), (16, 16), (27, 27), (8, 20)]
-COPIES = [(False, False), (False, True), (True, False), (True, True)]
-EXTREME_IDS = [0, 1, -1, 2**31, 2**32 - 1, 2**32, 2**40 + 3, 2**63 - 1, -(2**63)]
 DRAW = {"kind": "uniform", "ratio": 0.5, "seed": 3, "complement": True, "full": True}
 
 
-def packed_by_loop(visible: np.ndarray, prefix: int, length: int) -> list[list]:
-    """indices, slots, cu_seqlens, counts, one token at a time."""
-    images, copies, patches = visible.shape
-    tokens = prefix + patches
-    indices, starts, slots = [], [0], np.full((images, copies, tokens), -1)
-    for image in range(images):
-        for copy in range(copies):
-            for token in range(tokens):
-                if token < prefix or visible[image, copy, token - prefix]:
-                    slots[image, copy, token] = len(indices)
-                    indices.append(image * tokens + token)
-            starts.append(len(indices))
-    counts = np.diff(starts).tolist()
-    return [indices + [-1] * (length - len(indices)), slots.tolist(), starts, counts]
-
-
-def test_it_is_built_where_there_is_a_compiler():
+def test_it_is_built_if_there_is_a_compiler():
     if "0" in (os.environ.get("FASTALIGN_BUILD_EXT"), os.environ.get("FASTALIGN_EXTENSION")):
-        pytest.skip("switched off in the environment")
+        pytest.skip("disabled in the environment")
     if not shutil.which("c++"):
         pytest.skip("no C++ compiler")
     assert not extension.status().startswith("absent"), extension.status()
@@ -61,30 +42,16 @@ def test_it_is_built_where_there_is_a_compiler():
 @on_devices
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_masks_are_the_bits_of_the_pytorch_path(kind, grid, device):
+def test_masks_have_the_bits_of_pytorch(kind, grid, device):
     ids = torch.tensor(EXTREME_IDS + list(range(100, 150)))
     for complement, full in COPIES:
         for seed, epoch in ((0, 0), (2**64 - 1, 3), (2**63 + 5, 2**32 - 1), (7 << 32, 2**31)):
             masks = KINDS[kind](complement=complement, full=full, seed=seed)
             assert torch.equal(masks(ids.to(device), grid, epoch).cpu(), masks.eager(ids, grid, epoch))
-
-
-@needs
-@on_devices
-@pytest.mark.parametrize("ratio", [1e-12, 0.07, 0.4, 0.5, 1 / 3, 0.999])
-@pytest.mark.parametrize("kind", ["bernoulli", "blockwise"])
-def test_many_ids_at_every_ratio(kind, ratio, device):
-    ids = torch.arange(1500)
-    masks = KINDS[kind](seed=1, ratio=ratio)
-    for grid in ((14, 14), (5, 9)):
+    ends = (0.0, 1.0) if kind == "bernoulli" else ()
+    for ratio in () if kind == "uniform" else (1e-12, 0.07, 0.4, 0.5, 1 / 3, 0.999, *ends):
+        masks, ids = KINDS[kind](ratio=ratio), torch.arange(500)
         assert torch.equal(masks(ids.to(device), grid).cpu(), masks.eager(ids, grid))
-
-
-@needs
-@pytest.mark.parametrize("ratio", [0.0, 1.0])
-def test_bernoulli_ends(ratio):
-    masks = fa.BernoulliMasks(ratio=ratio, complement=False, full=False)
-    assert torch.equal(masks(torch.arange(500), 64), torch.full((500, 1, 64), bool(ratio)))
 
 
 @needs
@@ -99,7 +66,7 @@ def test_bernoulli_ends(ratio):
 def test_masks_of_any_seed_epoch_and_id(kind, ids, seed, epoch, grid):
     masks = KINDS[kind](seed=seed)
     ids = torch.tensor(ids, dtype=torch.int64)
-    if len(ids):  # the PyTorch path of blockwise masks has no empty batch
+    if len(ids):  # in PyTorch blockwise masks need a sample
         assert torch.equal(masks(ids, grid, epoch), masks.eager(ids, grid, epoch))
     else:
         assert masks(ids, grid, epoch).shape == (0, 3, grid[0] * grid[1])
@@ -107,9 +74,10 @@ def test_masks_of_any_seed_epoch_and_id(kind, ids, seed, epoch, grid):
 
 @needs
 @on_devices
-def test_packing_worked_by_hand(device):
+@pytest.mark.parametrize("function", [extension.pack_masks, reference.pack_masks])
+def test_packing_worked_by_hand(function, device):
     visible = torch.tensor([[[1, 0, 1], [0, 1, 0]], [[0, 0, 0], [1, 1, 1]]], dtype=torch.bool, device=device)
-    indices, slots, starts, counts = (t.tolist() for t in extension.pack_masks(visible, 1, 12))
+    indices, slots, starts, counts = (t.tolist() for t in function(visible, 1, 12))
     assert indices == [0, 1, 3, 0, 2, 4, 4, 5, 6, 7, -1, -1]
     assert slots == [[[0, 1, -1, 2], [3, -1, 4, -1]], [[5, -1, -1, -1], [6, 7, 8, 9]]]
     assert starts == [0, 3, 5, 6, 10]
@@ -118,7 +86,7 @@ def test_packing_worked_by_hand(device):
 
 @pytest.fixture
 def poisoned():
-    """Every torch.empty comes back full of the largest number."""
+    """Every torch.empty returns the largest number."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -131,7 +99,7 @@ def poisoned():
 @pytest.mark.parametrize(
     "shape", [(3, 2, 7), (70, 3, 33), (2, 1, 300), (1, 1, 1), (0, 3, 4), (2, 3, 0)], ids=str
 )
-def test_packing_is_what_a_loop_gives(shape, share, prefix, device, poisoned):
+def test_packing_equals_a_loop(shape, share, prefix, device, poisoned):
     visible = torch.rand(shape) < share
     length = int(visible.sum()) + shape[0] * shape[1] * prefix
     for padding in (0, 1, 1000):
@@ -147,7 +115,7 @@ def test_packing_is_what_a_loop_gives(shape, share, prefix, device, poisoned):
 @pytest.mark.parametrize("grid", [(1, 1), (14, 14), (8, 20), (27, 27)], ids=str)
 @pytest.mark.parametrize(("complement", "full"), COPIES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_draw_and_pack_in_one_go(kind, complement, full, grid, device, poisoned):
+def test_draw_and_pack_in_one_call(kind, complement, full, grid, device, poisoned):
     options = {"kind": kind, "ratio": 0.4, "seed": 9, "epoch": 2, "complement": complement, "full": full}
     ids = torch.arange(40, device=device)
     copies, patches = 1 + complement + full, grid[0] * grid[1]
@@ -177,8 +145,7 @@ def test_results_do_not_depend_on_the_number_of_threads(kind):
         torch.set_num_threads(threads)
         options = {**DRAW, "kind": kind, "prefix": 2, "length": 200 * (2 * 3 + 2 * 60)}
         results.append(extension.draw_packed_masks(torch.arange(200), (6, 10), **options))
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 @needs
@@ -187,10 +154,8 @@ def test_results_do_not_depend_on_the_number_of_threads(kind):
 def test_opcheck(name, device):
     ids, visible = torch.arange(6, device=device), torch.rand(2, 3, 5, device=device) < 0.5
     draw = (ids, 3, 4, 2, 0.4, -5, 1, True, False)
-    arguments = {"draw_masks": draw, "pack_masks": (visible, 1, 40), "draw_packed_masks": (*draw, 1, 90)}[
-        name
-    ]
-    torch.library.opcheck(getattr(torch.ops.fastalign, name).default, arguments)
+    arguments = {"draw_masks": draw, "pack_masks": (visible, 1, 40), "draw_packed_masks": (*draw, 1, 90)}
+    torch.library.opcheck(getattr(torch.ops.fastalign, name).default, arguments[name])
 
 
 @needs
@@ -199,16 +164,14 @@ def test_compiled_in_one_graph_for_all_epochs(kind):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     masks, ids = KINDS[kind](seed=4), torch.arange(30)
-    compiled = torch.compile(
-        lambda ids, epoch: masks(ids, 49, epoch).sum(-1), backend=counter, fullgraph=True
-    )
+    compiled = torch.compile(lambda epoch: masks(ids, 49, epoch).sum(-1), backend=counter, fullgraph=True)
     for epoch in range(5):
-        assert torch.equal(compiled(ids, epoch), masks(ids, 49, epoch).sum(-1))
-    assert counter.frame_count <= 3  # epochs 0 and 1 are special to torch.compile, all others are one graph
+        assert torch.equal(compiled(epoch), masks(ids, 49, epoch).sum(-1))
+    assert counter.frame_count <= 3  # torch.compile specializes on 0 and 1; all other epochs are one graph
 
 
 @needs
-def test_masks_use_it_except_where_a_subclass_draws_itself(monkeypatch):
+def test_masks_use_it_unless_a_subclass_draws_itself(monkeypatch):
     calls = []
     monkeypatch.setattr(extension, "draw_masks", lambda *args, **options: calls.append(options["kind"]))
     for kind in KINDS.values():
@@ -226,19 +189,17 @@ def test_masks_use_it_except_where_a_subclass_draws_itself(monkeypatch):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: extension.draw_masks(torch.zeros(2), (2, 2), **DRAW), "sample_ids must be torch.int64"),
-        (lambda: extension.draw_masks(torch.arange(4).view(2, 2), (2, 2), **DRAW), "sample_ids must have 1"),
         (
-            lambda: extension.draw_masks(torch.arange(4, device="meta"), (2, 2), **DRAW),
-            "sample_ids is on meta",
+            lambda: extension.draw_masks(torch.zeros(2), (2, 2), **DRAW),
+            "sample_ids must be torch.int64 with 1",
         ),
+        (lambda: extension.draw_masks(torch.arange(4).view(2, 2), (2, 2), **DRAW), "sample_ids must be"),
+        (lambda: extension.draw_masks(torch.arange(4, device="meta"), (2, 2), **DRAW), "not support meta"),
         (lambda: extension.draw_masks(torch.arange(4), (-2, 2), **DRAW), "grid"),
         (lambda: extension.draw_masks(torch.arange(4), (2, 2), **{**DRAW, "kind": "x"}), "kind"),
         (lambda: extension.draw_masks(torch.arange(4), (2, 2), **{**DRAW, "ratio": 2.0}), "ratio"),
-        (lambda: extension.pack_masks(torch.ones(1, 1, 2), 0, 2), "visible must be torch.bool"),
-        (lambda: extension.pack_masks(torch.ones(1, 2) > 0, 0, 2), "visible must have 3"),
-        (lambda: extension.pack_masks(torch.ones(1, 1, 2) > 0, -1, 2), "prefix"),
-        (lambda: extension.pack_masks(torch.ones(1, 1, 2) > 0, 0, -2), "length"),
+        (lambda: extension.pack_masks(torch.ones(1, 1, 2), 0, 2), "visible must be torch.bool with 3"),
+        (lambda: extension.pack_masks(torch.ones(1, 1, 2) > 0, -1, 2), "prefix and length"),
     ],
 )
 def test_bad_arguments_are_named(call, words):
@@ -264,12 +225,10 @@ def test_the_status_says_why_it_is_absent(monkeypatch, tmp_path):
     assert extension._load()[0] == "absent: FASTALIGN_EXTENSION=0"
 
 
-def run_setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """setup.py in the source tree, with variables of the environment."""
-    command = [sys.executable, "setup.py", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
+def run_setup(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    """setup.py in the source tree, with environment variables."""
+    command, environment = [sys.executable, "setup.py", *arguments], {**os.environ, **variables}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_without_the_extension_the_package_works(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
-"""The CUDA kernels of `csrc/` run on the CPU by `tests/ops/emulated/`, without a GPU: logic, not the compiler.
+"""The logic of the CUDA kernels of `csrc/`, emulated on the CPU by `tests/ops/emulated/`.
 
-The threads of a block take turns between barriers, in ascending and in descending order; a missing barrier or a
-race gives different results.
+The threads of a block take turns between barriers, in ascending and in descending order; with a missing barrier or a
+race the results differ.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ops.test_extension import COPIES, EXTREME_IDS, KINDS, packed_by_loop
+from tests.ops.helpers import COPIES, EXTREME_IDS, KINDS, packed_by_loop
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
@@ -29,27 +29,26 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(params=[False, True], ids=["ascending", "descending"])
 def kernels(compiled, request):
-    """The same, with the order of its threads."""
+    """The library, for each order of threads."""
     compiled.set_order(request.param)
     return compiled
 
 
 def call(function, *arguments) -> None:
-    """Tensors as their addresses, integers with 64 bits."""
-    converted = []
-    for argument in arguments:
-        if isinstance(argument, torch.Tensor):
-            converted.append(ctypes.c_void_p(argument.data_ptr()))
-        elif isinstance(argument, bool):
-            converted.append(ctypes.c_bool(argument))
-        else:
-            kinds = {int: ctypes.c_int64, float: ctypes.c_double}
-            converted.append(kinds[type(argument)](argument))
-    function(*converted)
+    """Pass tensors as addresses and integers with 64 bits."""
+    kinds = {bool: ctypes.c_bool, int: ctypes.c_int64, float: ctypes.c_double}
+    function(
+        *(
+            ctypes.c_void_p(argument.data_ptr())
+            if isinstance(argument, torch.Tensor)
+            else kinds[type(argument)](argument)
+            for argument in arguments
+        )
+    )
 
 
 def outputs(images: int, copies: int, tokens: int, length: int) -> list[torch.Tensor]:
-    """indices, slots, cu_seqlens, counts, full of a number that no result has."""
+    """indices, slots, cu_seqlens, counts, filled with a number that no result has."""
     shapes = [(length,), (images, copies, tokens), (images * copies + 1,), (images * copies,)]
     return [torch.full(shape, -99, dtype=torch.int32) for shape in shapes]
 

@@ -1,5 +1,6 @@
-"""The door to the kernels: what it refuses, what it picks, and that whole models are right on kernels."""
+"""Dispatch: refused arguments, the selection of kernels, and whole models on kernels."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -23,75 +24,69 @@ def x(*shape, dtype=torch.float32):
 
 VISIBLE = torch.ones(2, 3, 4, dtype=torch.bool, device=DEVICE)
 PACKING = reference.pack_masks(VISIBLE, 1, 30)
-# The call, and what its one line must say.
-WRONG = {
-    "patches": (lambda: ops.mask_tokens(x(2, 4), x(8), VISIBLE), "patches must be floating point [B, N, D]"),
-    "hidden": (lambda: ops.mask_tokens(x(2, 4, 8), x(7), VISIBLE), "hidden must be [D = 8]"),
-    "images": (lambda: ops.mask_tokens(x(3, 4, 8), x(8), VISIBLE), "visible must be bool [B = 3, M, N = 4]"),
-    "patches of masks": (
-        lambda: ops.mask_tokens(x(2, 5, 8), x(8), VISIBLE),
-        "visible must be bool [B = 2, M, N = 5]",
+DENSE = x(2, 3, 5, 8)
+# The call, and a part of its message.
+WRONG = [
+    (
+        lambda: ops.mask_tokens(x(2, 4), x(8), VISIBLE),
+        "patches must be float [B, N, D], got torch.float32 [2, 4]",
     ),
-    "prefix": (lambda: ops.mask_tokens(x(2, 4, 8), x(8), VISIBLE, x(1, 7)), "prefix must be [P, D = 8]"),
-    "position": (
-        lambda: ops.expand_masked(x(2, 5, 8), VISIBLE, x(5, 8)),
-        "position must be [1, T = 5, D = 8]",
-    ),
-    "mask dtype": (lambda: ops.expand_masked(x(2, 5, 8), VISIBLE.int(), x(1, 5, 8)), "visible must be bool"),
-    "too few tokens": (lambda: ops.expand_masked(x(2, 3, 8), VISIBLE, x(1, 3, 8)), "with N <= T = 3"),
-    "slots": (lambda: ops.pack(x(2, 4, 8), PACKING), "packing.slots must be [B = 2, M, P + N = 4]"),
-    "packing": (
-        lambda: ops.pack(x(2, 4, 8), PACKING._replace(slots=PACKING.slots.long()), x(1, 8)),
+    (lambda: ops.mask_tokens(x(2, 4, 8), x(7), VISIBLE), "hidden must be float [D = 8]"),
+    (lambda: ops.mask_tokens(x(3, 4, 8), x(8), VISIBLE), "visible must be bool [B = 3, M, N = 4]"),
+    (lambda: ops.mask_tokens(x(2, 5, 8), x(8), VISIBLE), "visible must be bool [B = 2, M, N = 5]"),
+    (lambda: ops.mask_tokens(x(2, 4, 8), x(8), VISIBLE, x(1, 7)), "prefix must be float [P, D = 8]"),
+    (lambda: ops.expand_masked(x(2, 5, 8), VISIBLE, x(5, 8)), "position must be float [1, T = 5, D = 8]"),
+    (lambda: ops.expand_masked(x(2, 5, 8), VISIBLE.int(), x(1, 5, 8)), "visible must be bool"),
+    (lambda: ops.expand_masked(x(2, 3, 8), VISIBLE, x(1, 3, 8)), "with N <= T = 3"),
+    (lambda: ops.pack(x(2, 4, 8), PACKING), "packing.slots must be int32 [B, M, P + N = 4]"),
+    (
+        lambda: ops.unpack(x(30, 8), PACKING._replace(slots=PACKING.slots.long())),
         "packing.slots must be int32",
     ),
-    "packed": (lambda: ops.unpack(x(29, 8), PACKING), "packed must be floating point [L = 30, D]"),
-    "k": (lambda: ops.softcap_attention(x(1, 1, 4, 8), x(1, 1, 5, 8), x(1, 1, 4, 8)), "k must be as q"),
-    "v dtype": (
-        lambda: ops.softcap_attention(x(1, 1, 4, 8), x(1, 1, 4, 8), x(1, 1, 4, 8, dtype=torch.bfloat16)),
-        "v must be as q, torch.float32",
+    (lambda: ops.unpack(x(29, 8), PACKING), "packed must be float [L = 30, D]"),
+    (
+        lambda: ops.softcap_attention(x(1, 1, 4, 8), x(1, 1, 5, 8), x(1, 1, 4, 8)),
+        "k must be as q, torch.float32",
     ),
-    "softcap": (
-        lambda: ops.softcap_attention(*[x(1, 1, 4, 8)] * 3, softcap=-1.0),
-        "softcap must be a positive",
-    ),
-    "max_seqlen": (
+    (lambda: ops.softcap_attention(*[x(1, 1, 4, 8)] * 3, softcap=-1.0), "softcap must be a positive"),
+    (
         lambda: ops.softcap_attention(*[x(4, 1, 8)] * 3, cu_seqlens=x(2, dtype=torch.int32)),
         "needs max_seqlen",
     ),
-    "loss": (
-        lambda: ops.reconstruction_loss(x(2, 3, 5, 8), x(2, 3, 5, 8), VISIBLE, loss="l2"),
-        "loss must be one",
-    ),
-    "target": (
-        lambda: ops.reconstruction_loss(x(2, 3, 5, 8), x(2, 3, 8), VISIBLE),
-        "target must be broadcastable",
-    ),
-    "scale": (
-        lambda: ops.reconstruction_loss(x(2, 3, 5, 8), x(2, 3, 5, 8), VISIBLE, scale=x(8)),
-        "scale must be a single number",
-    ),
-    "packed target": (
+    (lambda: ops.reconstruction_loss(DENSE, DENSE, VISIBLE, loss="l2"), "loss must be one of mse, cosine"),
+    (lambda: ops.reconstruction_loss(DENSE, x(2, 3, 8), VISIBLE), "target must be broadcastable"),
+    (lambda: ops.reconstruction_loss(DENSE, DENSE, VISIBLE, scale=x(8)), "scale must be float []"),
+    (
         lambda: ops.reconstruction_loss(x(30, 8), x(31, 8), VISIBLE, packing=PACKING),
         "target must be [30, 8] or [2, 5, 8]",
     ),
-    "device": (
+    (
         lambda: ops.expand_masked(torch.zeros(2, 5, 8, device="meta"), VISIBLE, x(1, 5, 8)),
-        "all arguments must be on one device",
+        "expand_masked: all arguments must be on one device, got tokens on meta",
     ),
-}
+]
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_arguments_are_named_in_one_line(case):
-    call, words = WRONG[case]
+@pytest.mark.parametrize(("call", "words"), WRONG, ids=[words[:20] for _, words in WRONG])
+def test_wrong_arguments_are_named_in_one_line(call, words):
     with pytest.raises(ValueError) as caught:
         call()
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_torch_compile_leaves_the_assembler_alone():
-    """The one that Triton brings, and `benchmarks.aot` checks, also after Inductor has named another."""
+@pytest.mark.parametrize("name", ops.KERNELS)
+def test_the_reference_the_kernel_and_the_operation_have_one_signature(name):
+    wanted, kernel = inspect.signature(getattr(reference, name)), inspect.signature(ops.KERNELS[name])
+    assert inspect.signature(getattr(ops, name)) == wanted
+    assert list(kernel.parameters) == [parameter for parameter in wanted.parameters if parameter != "bias"]
+    text = inspect.getdoc(getattr(ops, name))
+    assert text.startswith(inspect.getdoc(getattr(reference, name)))
+    assert "ValueError" in text
+
+
+def test_torch_compile_does_not_change_the_assembler():
+    """All kernels use Triton's own, also after Inductor has set another."""
     code = """
 from fastalign.kernels import common
 from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
@@ -105,14 +100,15 @@ print(knobs.nvidia.ptxas.path)
     assert result.stdout.strip().endswith("triton/backends/nvidia/bin/ptxas")
 
 
-def test_what_runs_where(monkeypatch):
+def test_kernels_are_selected_by_device_dtype_and_environment(monkeypatch):
     monkeypatch.setattr(ops, "MODE", "auto")
-    assert ops.uses_kernels(x(2)) == (DEVICE == "cuda")
+    assert ops.kernels_on("cuda", torch.float32)
+    assert not ops.kernels_on("cpu", torch.float32)
     monkeypatch.setattr(ops, "MODE", "1")
-    assert ops.uses_kernels(x(2), None)
-    assert not ops.uses_kernels(x(2, dtype=torch.float64))
+    assert ops.kernels_on("cpu", torch.float32)
+    assert not ops.kernels_on("cuda", torch.float64)
     monkeypatch.setattr(ops, "MODE", "0")
-    assert not ops.uses_kernels(x(2))
+    assert not ops.kernels_on("cuda", torch.float32)
 
 
 @pytest.mark.parametrize("complement", [True, False])
@@ -144,7 +140,7 @@ def test_a_grid_without_patches():
     assert packing.cu_seqlens[-1] == len(packing.indices) == 2 * 3 * 2
 
 
-def test_a_scale_that_is_learned_gets_its_gradient(monkeypatch):
+def test_a_learned_scale_gets_its_gradient(monkeypatch):
     monkeypatch.setattr(ops, "MODE", "1")
     scale = torch.tensor(0.5, device=DEVICE, requires_grad=True)
     ops.reconstruction_loss(x(2, 3, 5, 8), x(2, 3, 5, 8) + 1, VISIBLE, scale=scale).backward()
@@ -152,9 +148,9 @@ def test_a_scale_that_is_learned_gets_its_gradient(monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU asserts asynchronously")
-@pytest.mark.parametrize("there", [True, False])
-def test_a_row_that_is_too_short_is_an_error(there, monkeypatch):
-    if not there:
+@pytest.mark.parametrize("with_extension", [True, False])
+def test_a_length_that_is_too_small_is_an_error(with_extension, monkeypatch):
+    if not with_extension:
         monkeypatch.setattr(extension, "available", lambda device: False)
     with pytest.raises(RuntimeError, match="pack_masks"):
         ops.pack_masks(VISIBLE.cpu(), 1, 29)
@@ -189,17 +185,16 @@ def loss_and_gradient(objective, images, ids):
     objective.zero_grad()
     loss = objective(images, ids)
     loss.backward()
-    return loss.detach(), {
-        n: p.grad.clone() for n, p in objective.student.named_parameters() if p.grad is not None
-    }
+    parameters = objective.student.named_parameters()
+    return loss.detach(), {n: p.grad.clone() for n, p in parameters if p.grad is not None}
 
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_objectives_on_kernels_equal_eager(name, monkeypatch):
     """The whole step, forward and backward, with every operation in Triton, against float64."""
     both, images, ids = objectives(name)
-    launched, kernel = [], ops._mask_tokens
-    monkeypatch.setattr(ops, "_mask_tokens", lambda *inputs: launched.append(1) or kernel(*inputs))
+    launched, kernel = [], ops.KERNELS["mask_tokens"]
+    monkeypatch.setitem(ops.KERNELS, "mask_tokens", lambda *inputs: launched.append(1) or kernel(*inputs))
     for objective in both:
         monkeypatch.setattr(ops, "MODE", "1")
         launched.clear()
@@ -226,17 +221,12 @@ def test_student_and_teacher_on_kernels_compile_as_one_graph(monkeypatch):
 
 @pytest.mark.slow
 def test_every_kernel_compiles_without_a_gpu_and_spills_nothing():
-    """Ahead of time for sm_80, sm_90 and sm_100: the interpreter accepts what the compiler does not."""
+    """Ahead of time for sm_80, sm_90 and sm_100: the interpreter accepts kernels that do not compile."""
     command = [sys.executable, "-m", "benchmarks.aot", "--no-write"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     for arch in (80, 90, 100):
         kernels = re.findall(rf"^sm_{arch} +(\S+)", result.stdout, re.M)
-        assert {kernel.partition(".")[0] for kernel in kernels} == {
-            "mask_tokens",  # and expand_masked, which runs on it
-            "pack",
-            "unpack",
-            "reconstruction_loss",
-            "softcap_attention_forward",
-            "softcap_attention_backward",
-        }
+        found = {kernel.partition(".")[0] for kernel in kernels}
+        attention = {"softcap_attention_forward", "softcap_attention_backward"}
+        assert found == attention | {"mask_tokens", "pack", "unpack", "reconstruction_loss"}

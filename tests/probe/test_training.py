@@ -103,8 +103,8 @@ def scripted(monkeypatch):
 
     def install(answers: dict[int, float]) -> list[int]:
         def probe_student(run, splits):
-            asked.append(run.step)
-            return {"macro_recall": 0.5, "map": answers[run.step], "loss": 0.7}
+            asked.append(run.state.step)
+            return {"macro_recall": 0.5, "map": answers[run.state.step], "loss": 0.7}
 
         monkeypatch.setattr(train, "probe_student", probe_student)
         return asked
@@ -275,7 +275,7 @@ def test_after_a_resume_the_same_one_is_best(recipe, data, scripted, monkeypatch
     update = train.update
 
     def killed(run, *rest):
-        if run.step == 7:
+        if run.state.step == 7:
             raise ZeroDivisionError
         return update(run, *rest)
 

@@ -34,7 +34,6 @@ import yaml
 
 import fastalign as fa
 from fastalign import train
-from fastalign.training.memory import keep_freed_memory
 from tests.data_helpers import small_photos, write_folder
 from tests.numerics import randomise
 
@@ -170,7 +169,6 @@ def _rank(arguments: list[str], environment: dict[str, str], output: Path, prepa
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
-    keep_freed_memory()  # as `python -m fastalign.train` does
     if prepare is not None:
         prepare()
     sys.exit(train.main(arguments))

@@ -124,7 +124,7 @@ def die_in_update(step: int) -> None:
     update = train.update
 
     def counting(run, batches, epoch):
-        if run.step == step:
+        if run.state.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
         return update(run, batches, epoch)
 

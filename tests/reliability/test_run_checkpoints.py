@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fastalign import train
-from tests.reliability.test_checkpoints import flip, middle_of_weights
+from tests.run_helpers import flip, middle_of_weights
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -77,7 +77,7 @@ FULL = """
 import resource
 keep = train.update
 def update(run, *rest):
-    if run.step == 3:
+    if run.state.step == 3:
         run.checkpoints.wait()  # that of the second update is good
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     return keep(run, *rest)
@@ -103,14 +103,13 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line(recipe, tmp_path):
 
 # In the write of step 5, the first that is the best: before best.pt, before the backbone, and between its two files.
 KILLS = {
-    "before the best": "checkpoint.Checkpoints.make_best = die",
-    "before the backbone": "saving.publish_backbone = die",
-    "between its files": "once = publish.write_atomically\n"
-    "publish.write_atomically = lambda *a: once(*a) if a[0].suffix == '.safetensors' else die()",
+    "before the best": "checkpoint_files.Checkpoints.make_best = die",
+    "before the backbone": "checkpoint.publish_backbone = die",
+    "between its files": "once = checkpoint.write_atomically\n"
+    "checkpoint.write_atomically = lambda *a: die() if a[0].name == 'backbone.json' else once(*a)",
 }
 DIE = """
-from fastalign.training import publish, saving
-from fastalign.training import checkpoint
+from fastalign.training import checkpoint, checkpoint_files
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -140,7 +139,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(recipe, capsys):
     assert_same(recipe("run"), whole)
     said = capsys.readouterr().out
     (line,) = [line for line in said.splitlines() if "damaged" in line]
-    assert "going on from step-00000006.pt" in line.replace("\n", " ")
+    assert "resuming from step-00000006.pt" in line.replace("\n", " ")
     assert (folder / "checkpoints" / "step-00000008.pt.damaged").exists()
 
 
@@ -151,4 +150,4 @@ def test_a_run_without_an_undamaged_checkpoint_is_refused(recipe, capsys):
     recipe("run", expect=2)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastalign:")]
     assert "step-00000002.pt cannot be read" in line
-    assert "begin anew" in line
+    assert "start over" in line

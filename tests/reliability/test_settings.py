@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import fastalign as fa
 from fastalign.config import keys, resolve
-from fastalign.training.continuation import changed_settings
+from fastalign.training.settings import changed_settings
 from fastalign.utils.errors import UserError
 from tests.run_helpers import MODEL, losses, weights
 from tests.test_config import FREE
@@ -22,7 +22,8 @@ OTHER = {
     "student.head": "mlp", "student.freeze": True,
     "teacher.name": "a", "teacher.weights": "random", "teacher.kwargs": {"depth": 3}, "teacher.skip_blocks": 2,
     "teacher.prefix_only": True,
-    "decoder.layers": 3, "decoder.kwargs": {"heads": 2},
+    "decoder.layers": 3, "decoder.kwargs.width": 8, "decoder.kwargs.heads": 2,
+    "decoder.kwargs.qk_norm": True, "decoder.kwargs.qkv_bias": True, "decoder.kwargs.init_values": None,
     "masks.distribution": "bernoulli", "masks.ratio": 0.3, "masks.complement": False, "masks.full": False,
     "masks.mode": "drop",
     "loss.name": "l1", "loss.target_scale": 2.0,
@@ -37,7 +38,7 @@ OTHER = {
     "log.every_steps": 7, "log.to": ["tensorboard"],
     "efficiency.precision": "fp32", "efficiency.compile": True, "efficiency.grad_checkpointing": True,
     "efficiency.shard": True, "efficiency.attention": "eager",
-    "faults": {"bad_samples": 0.5, "quarantine": "q", "nonfinite": "stop", "timeout": 5.0},
+    "faults.bad_samples": 0.5, "faults.quarantine": "q", "faults.nonfinite": "stop", "faults.timeout": 5.0,
 }  # fmt: skip
 NEEDS = {
     "teacher.prefix_only": "teacher.skip_blocks=0",
@@ -65,7 +66,7 @@ def test_every_key_is_free_or_refused_by_name(key):
         went_on(before, now)
     name = f"{key}.{next(iter(OTHER[key]))}" if isinstance(OTHER[key], dict) else key
     for words in (
-        f"stands at step 3 with other settings: {name} was ",
+        f"is at step 3 with other settings: {name} was ",
         "resume=force",
         "choose another output",
     ):
@@ -174,7 +175,7 @@ def test_a_forced_change_takes_effect_and_is_recorded(recipe, capsys):
 def test_a_change_that_no_checkpoint_holds_is_not_on_record(recipe, monkeypatch):
     """A forced start that was killed before it saved has changed nothing."""
     folder = recipe("max_steps=2")
-    monkeypatch.setattr("fastalign.train.loop", lambda *_: 1 / 0)
+    monkeypatch.setattr("fastalign.train.train_loop", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         recipe("max_steps=4", "optim.lr=0.01", "resume=force")
     assert (folder / "changes.jsonl").exists()

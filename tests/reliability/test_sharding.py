@@ -13,7 +13,7 @@ import yaml
 from fastalign import train
 from fastalign.config import Config
 from fastalign.training.distributed import World
-from fastalign.training.run import sharded
+from fastalign.training.run import is_sharded
 from fastalign.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,7 @@ import sys, yaml
 from pathlib import Path
 from fastalign.config import load_config
 from fastalign.training import distributed
-from fastalign.training.checkpoint import Checkpoints
+from fastalign.training.checkpoint_files import Checkpoints
 from fastalign.utils.errors import SharedError
 from fastalign.train import train
 
@@ -183,9 +183,9 @@ def test_no_thread_of_the_group_outlives_it(done):
 )
 def test_what_does_not_go_with_fsdp_is_refused_by_name(overrides, key):
     with pytest.raises(
-        UserError, match=rf"efficiency\.shard goes not with {key} \(.*\): remove one"
+        UserError, match=rf"efficiency\.shard is incompatible with {key} \(.*\): remove one"
     ) as caught:
-        sharded(Config.model_validate(overrides), World(0, 2, torch.device("cpu")))
+        is_sharded(Config.model_validate(overrides), World(0, 2, torch.device("cpu")))
     assert "\n" not in str(caught.value)
 
 

@@ -69,7 +69,7 @@ BOMB = "\n".join(
         ("? [1, 2]\n: 3", ["not YAML"]),
         ("1: 2", ["Keys should be strings"]),
         ("base: [c.yaml]", ["base must be the path of another recipe"]),
-        ("base: c.yaml", ["circle"]),
+        ("base: c.yaml", ["cycle"]),
         ("base: /", ["no configuration file at /"]),
         ("student: {name: {a: b}}", ["student.name", "not as text"]),
         ("optim: {lr: 1e999}", ["optim.lr", "finite"]),

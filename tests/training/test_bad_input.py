@@ -44,9 +44,9 @@ BAD = {
     "no such validation folder": (["data.val=/no/such/val"], ["/no/such/val"]),
     "output is no folder": (
         ["output=/dev/null/x"],
-        ["output=/dev/null/x: /dev/null is no folder; name another"],
+        ["output=/dev/null/x: /dev/null is not a directory; name another"],
     ),
-    "output is a file": (["output=OTHER"], ["OTHER.pth is no folder; name another"]),
+    "output is a file": (["output=OTHER"], ["OTHER.pth is not a directory; name another"]),
     "depth": (["student.kwargs.depth=0"], ["depth"]),
     "stochastic depth": (["student.kwargs.drop_path_rate=1.5"], ["drop_path_rate"]),
     "channels": (["student.kwargs.in_chans=1"], ["in_chans"]),

@@ -10,11 +10,11 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from fastalign.training.checkpoint import Checkpoints, write_atomically
-from fastalign.training.compilation import Compilation
-from fastalign.training.metrics import MetricLog, Speed
+from fastalign.training.checkpoint_files import Checkpoints
+from fastalign.training.metrics import CompileStats, MetricLog, Speed
 from fastalign.training.optim import MovingAverage, class_name, learning_rate, make_optimizer
 from fastalign.utils.errors import UserError
+from fastalign.utils.files import write_atomically
 
 
 @pytest.mark.parametrize("warmup", [0, 7])
@@ -42,12 +42,12 @@ def test_moving_average_by_hand():
 
 def test_checkpoints_keep_the_newest_and_the_best(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
-    assert checkpoints.choose() == (None, [])
+    assert checkpoints.load() == (None, {}, [])
     for step in (1, 2, 3, 4):
         checkpoints.save({"step": step, "x": torch.tensor([step])}, step, best=step == 2)
     checkpoints.wait()
     assert checkpoints.steps() == [3, 4]
-    assert checkpoints.load(4)["x"].item() == 4
+    assert checkpoints.load()[1]["x"].item() == 4
     assert torch.load(tmp_path / "c" / "best.pt", weights_only=True)["step"] == 2
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
         "best.pt",
@@ -73,7 +73,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 def test_a_torn_checkpoint_is_named(tmp_path):
     (tmp_path / "step-00000007.pt").write_bytes(b"half")
     with pytest.raises(UserError, match=r"step-00000007\.pt"):
-        Checkpoints(tmp_path, keep=1).choose()
+        Checkpoints(tmp_path, keep=1).load()
 
 
 def test_metrics_continue_after_an_interruption(tmp_path):
@@ -125,18 +125,18 @@ def test_compilation_is_told_once_and_left_out_of_the_speed():
         return graph.forward
 
     torch.compile(torch.cos, backend=slow)(torch.zeros(3))  # imports the compiler
-    compilation = Compilation()
-    assert compilation.news() == {}
+    compilation = CompileStats()
+    assert compilation.delta() == {}
     speed = Speed(images=10, ranks=1, flops=1.0, device=torch.device("cpu"))
     torch.compile(lambda x: x.sin() + 1, backend=slow)(torch.zeros(3))
     time.sleep(0.2)
     speed.tick(0.0)
     rate = speed.measure()["images_per_second"]
     assert 10 / 0.4 < rate <= 10 / 0.2
-    news = compilation.news()
+    news = compilation.delta()
     assert 0.5 <= news.pop("compile_seconds") < 10
     assert news == {"compile_cache_hits": 0, "compile_cache_misses": 0}
-    assert compilation.news() == {}
+    assert compilation.delta() == {}
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -182,11 +182,11 @@ APEX = {"apex/__init__.py": "", "apex/optimizers/__init__.py": FAKE_APEX, "amp_C
 
 def test_apex_is_used_where_it_is(install):
     install(APEX)
-    adam, note = make_optimizer("apex_adam", parameters(), CUDA, **OPTIONS)
-    assert (class_name(adam), note) == ("apex.FusedAdam", None)
+    adam, notes = make_optimizer("apex_adam", parameters(), CUDA, **OPTIONS)
+    assert (class_name(adam), notes) == ("apex.FusedAdam", [])
     assert adam.given == {**OPTIONS, "adam_w_mode": True}
-    lamb, note = make_optimizer("apex_lamb", parameters(), CUDA, **OPTIONS)
-    assert (class_name(lamb), note) == ("apex.FusedLAMB", None)
+    lamb, notes = make_optimizer("apex_lamb", parameters(), CUDA, **OPTIONS)
+    assert (class_name(lamb), notes) == ("apex.FusedLAMB", [])
     assert lamb.given == {**OPTIONS, "max_grad_norm": math.inf}, "the trainer clips, with its own norm"
     for optimizer in (adam, lamb):
         assert len(optimizer.param_groups[0]["params"]) == 1, "what is frozen is left out"
@@ -205,7 +205,7 @@ def test_apex_is_used_where_it_is(install):
 )
 def test_without_apex(install, files, device, words):
     install(files)
-    optimizer, note = make_optimizer("apex_adam", parameters(), device, **OPTIONS)
+    optimizer, (note,) = make_optimizer("apex_adam", parameters(), device, **OPTIONS)
     assert class_name(optimizer) == "torch.AdamW"
     assert words in note
     assert "\n" not in note

@@ -219,10 +219,12 @@ def test_validation_leaves_weights_and_modes_as_they_were(error):
             raise error
         yield SimpleNamespace(images=None, ids=torch.zeros(1))
 
-    run = SimpleNamespace(average=average, val=SimpleNamespace(batches=batches))
+    run = SimpleNamespace(
+        average=average, val=SimpleNamespace(batches=batches), hang_timer=SimpleNamespace(paused=nullcontext)
+    )
     run.objective = type("Objective", (), {"student": student, "__call__": lambda *_: torch.ones(())})()
     run.world, run.beat = World(0, 1, torch.device("cpu")), lambda _: None
-    run.alone = run.fixed_weights = run.autocast = nullcontext
+    run.unsharded = run.cached_autocast = run.autocast = nullcontext
     with pytest.raises(error) if error else nullcontext():
         assert evaluate(run) == 1.0
     assert torch.equal(seen[0][0], average.state["1.weight"])

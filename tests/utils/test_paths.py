@@ -1,4 +1,4 @@
-"""Every path that a user gives is read as a shell reads it, and what is needed for that may be missing."""
+"""User paths: `~` and `$VARIABLES` expand as in a shell, also without a home directory or a user name."""
 
 import argparse
 import errno
@@ -33,7 +33,7 @@ NOT_PATHS = {
     "report": set(),
     "export": {"push_to_hub"},
 }
-"""Arguments of the commands that take a text which is no path."""
+"""String arguments that are not paths."""
 TEXT_KEYS = {
     "student.name",
     "teacher.name",
@@ -42,7 +42,7 @@ TEXT_KEYS = {
     "log.to",
     "efficiency.attention",
 }
-"""Keys of the same kind."""
+"""String keys that are not paths."""
 COMMANDS = {
     "train": train.main,
     "scan": scan.main,
@@ -79,14 +79,14 @@ def home(tmp_path, monkeypatch):
         "synthetic:100",
     ],
 )
-def test_a_path_is_what_bash_makes_of_it(home, text):
+def test_paths_expand_as_in_bash(home, text):
     bash = subprocess.run(
         ["bash", "-c", f"IFS=; printf %s {text}"], capture_output=True, text=True, check=True
     ).stdout
     assert user_path(text) == bash
 
 
-def test_what_stands_for_nothing_is_refused(home):
+def test_unknown_users_and_variables_are_refused(home):
     assert user_path("coco:~/coco") == f"coco:{home}/coco"
     for text, reason in (
         ("~nobody-at-all/x", "the home folder of ~nobody-at-all is not known"),
@@ -97,7 +97,7 @@ def test_what_stands_for_nothing_is_refused(home):
 
 
 def annotated(section=config.Config, prefix=""):
-    """Every key with its annotation as it is written."""
+    """Every configuration key with its annotation."""
     for name, kind in section.__annotations__.items():
         if isinstance(kind, type) and (issubclass(kind, BaseModel) or hasattr(kind, "__total__")):
             yield from annotated(kind, f"{prefix}{name}.")
@@ -106,12 +106,12 @@ def annotated(section=config.Config, prefix=""):
 
 
 def is_path(kind) -> bool:
-    """Whether a type is `UserPath`, alone, with a mark of the key's kind, or optional."""
+    """Whether an annotation is or contains `UserPath`."""
     marks = [mark for part in (kind, *get_args(kind)) for mark in getattr(part, "__metadata__", ())]
     return any(mark in UserPath.__metadata__ for mark in marks)
 
 
-def test_every_key_that_holds_a_text_is_a_path_or_known_not_to_be(home):
+def test_every_string_key_is_a_path_or_listed(home):
     texts = {key for key, kind in annotated() if "str" in str(kind) and "Literal" not in str(kind)}
     paths = {key for key, kind in annotated() if is_path(kind)}
     assert texts - paths - TEXT_KEYS == {"student.kwargs", "teacher.kwargs"}
@@ -125,27 +125,27 @@ def test_every_key_that_holds_a_text_is_a_path_or_known_not_to_be(home):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_argument_that_takes_a_text_is_a_path_or_known_not_to_be(command, monkeypatch):
-    class Met(Exception):
+def test_every_string_argument_is_a_path_or_listed(command, monkeypatch):
+    class Parser(Exception):
         pass
 
-    def meet(parser, *_):
-        raise Met(parser)
+    def capture(parser, *_):
+        raise Parser(parser)
 
     for name in ("parse_args", "parse_intermixed_args"):
-        monkeypatch.setattr(argparse.ArgumentParser, name, meet)
-    with pytest.raises(Met) as met:
+        monkeypatch.setattr(argparse.ArgumentParser, name, capture)
+    with pytest.raises(Parser) as caught:
         COMMANDS[command]([])
-    takes_text = {
+    strings = {
         action.dest: action.type
-        for action in met.value.args[0]._actions
+        for action in caught.value.args[0]._actions
         if action.nargs != 0 and action.type not in (int, float) and not action.choices
     }
-    assert {name for name, kind in takes_text.items() if kind is not path_argument} == NOT_PATHS[command]
-    assert path_argument in takes_text.values()
+    assert {name for name, kind in strings.items() if kind is not path_argument} == NOT_PATHS[command]
+    assert path_argument in strings.values()
 
 
-def test_a_command_writes_where_the_user_means(home, monkeypatch, capsys):
+def test_commands_expand_their_paths(home, monkeypatch, capsys):
     write_folder(home / "data", {"a.jpg": small_photos(1)[0]})
     monkeypatch.setattr(scan, "scan", lambda data, *_: (len(open_source(data)), []))
     assert scan.main(["~/data", "--output", "$HOME/lists/q.jsonl"]) == 0
@@ -172,8 +172,8 @@ print(default_cache_dir(), knobs.cache.home_dir)
 """
 
 
-def test_neither_home_nor_user_nor_locks_are_needed(tmp_path, monkeypatch):
-    """As in a container that runs as a number, on a file system without `flock`."""
+def test_home_user_and_locks_are_optional(tmp_path, monkeypatch):
+    """As in a container with a numeric user, on a file system without `flock`."""
 
     def fails(error):
         def call(*_):
@@ -184,9 +184,9 @@ def test_neither_home_nor_user_nor_locks_are_needed(tmp_path, monkeypatch):
     write_folder(tmp_path / "data", {"a.jpg": small_photos(1)[0]})
     monkeypatch.chdir(tmp_path / "data")
     monkeypatch.setattr(fcntl, "flock", fails(OSError(errno.ENOSYS, "Function not implemented")))
-    assert len(open_source(".")) == 1  # with a cache, which the tests have
+    assert len(open_source(".")) == 1  # with a cache
     for name in ("XDG_CACHE_HOME", "HOME", "LOGNAME", "USER", "LNAME", "USERNAME", "TRITON_HOME"):
-        monkeypatch.setenv(name, "")  # what is set below is undone
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     monkeypatch.setattr(pwd, "getpwuid", fails(KeyError("uid not found")))
     with pytest.raises(OSError, match="no home folder"):
@@ -194,7 +194,7 @@ def test_neither_home_nor_user_nor_locks_are_needed(tmp_path, monkeypatch):
     assert len(open_source(".")) == 1
     with pytest.raises(UserError, match=r"the home folder of ~ is not known; write the path out"):
         open_source("~/data")
-    # What imports timm, and so torch's compiler, at once.
+    # These modules import timm, and with it torch's compiler.
     ran = subprocess.run([sys.executable, "-c", NOBODY], capture_output=True, text=True, check=False)
     assert ran.stderr == ""
     folder = tempfile.gettempdir()

@@ -1,9 +1,10 @@
 """The names of the authors' package `locality_alignment`, with their signatures, on fastalign's parts.
 
 Change ``import locality_alignment`` into ``import fastalign.compat.locality_alignment as locality_alignment``, or run
-a script as it is: ``python -m fastalign.compat run SCRIPT ...``. docs/compat.md lists what differs.
+an unchanged script: ``python -m fastalign.compat run SCRIPT ...``. docs/compat.md lists the differences.
 """
 
+# ruff: noqa: F401
 from fastalign.compat.locality_alignment import backbones
 from fastalign.compat.locality_alignment.loss_utils import (
     BernoulliMaskSampler,
@@ -29,21 +30,3 @@ from fastalign.compat.locality_alignment.train_utils import (
     load_checkpoint,
     load_checkpoint_auto,
 )
-
-__all__ = [
-    "BernoulliMaskSampler",
-    "BlockwiseMaskSampler",
-    "CheckpointSaver",
-    "MaskEmbedDecoder",
-    "MaskEmbedStudent",
-    "MaskLayer",
-    "TransformerPooling",
-    "UniformMaskSampler",
-    "backbones",
-    "convert_to_mim_student_model",
-    "convert_to_mim_teacher_model",
-    "convert_to_student_model",
-    "convert_to_teacher_model",
-    "load_checkpoint",
-    "load_checkpoint_auto",
-]

@@ -14,17 +14,15 @@ from fastalign.utils.random import EVAL_EPOCH
 class _Sampler:
     """Without a seed, masks follow `torch.manual_seed` and the images drawn so far; with one, the seed alone."""
 
-    def __init__(self, mask_size: int, antithetical_sampling: bool, include_null: bool):
+    def __init__(
+        self, distribution: type, mask_size: int, antithetical_sampling: bool, include_null: bool, **options
+    ):
         self.mask_size = mask_size
         self.antithetical_sampling, self.include_null = antithetical_sampling, include_null
-        self._drawn = 0
+        self._distribution, self._options, self._drawn = distribution, options, 0
 
-    def _distribution(self, **options):
-        """The distribution of `fastalign.method.masks`."""
-        raise NotImplementedError
-
-    def _seeded(self, rows: int, seed: int) -> Tensor | None:
-        """[rows, N] bool, of which every copies-th is used: NumPy's draws, as in the authors' runs; None = ours."""
+    def _seeded(self, rows: int, generator: np.random.Generator) -> np.ndarray | None:
+        """[rows, N] bool: NumPy's draws, as in the authors' runs; None = draw as without a seed."""
         return None
 
     def __call__(self, batch_size: int, seed: int | None = None) -> Tensor:
@@ -37,22 +35,25 @@ class _Sampler:
         Returns:
             [B (1 + a + b), N] fp32 of 0 and 1, where a = 1 with complements and b = 1 with the full mask.
         """
-        options = {"complement": bool(self.antithetical_sampling), "full": bool(self.include_null)}
+        masks = self._distribution(
+            complement=bool(self.antithetical_sampling),
+            full=bool(self.include_null),
+            seed=torch.initial_seed() % 2**63 if seed is None else seed,
+            **self._options,
+        )
         if seed is None:
-            masks = self._distribution(**options, seed=torch.initial_seed() % 2**63)
-            ids = torch.arange(self._drawn, self._drawn + batch_size)
+            ids, epoch = torch.arange(self._drawn, self._drawn + batch_size), 0
             self._drawn += batch_size
-            return masks(ids, self.mask_size).flatten(0, 1).float()
-        masks = self._distribution(**options, seed=seed)
-        sample = self._seeded(batch_size * masks.copies, seed)
-        if sample is None:
-            return masks(torch.arange(batch_size), self.mask_size, EVAL_EPOCH).flatten(0, 1).float()
-        stack = [sample[:: masks.copies]]
-        if masks.complement:
-            stack.append(~stack[0])
-        if masks.full:
-            stack.append(torch.ones_like(stack[0]))
-        return torch.stack(stack, 1).flatten(0, 1).float()
+        elif (rows := self._seeded(batch_size * masks.copies, np.random.default_rng(seed))) is not None:
+            sample = torch.from_numpy(rows)[:: masks.copies]
+            stack = [sample, ~sample, torch.ones_like(sample)]
+            kept = [True, masks.complement, masks.full]
+            return (
+                torch.stack([x for x, keep in zip(stack, kept, strict=True) if keep], 1).flatten(0, 1).float()
+            )
+        else:
+            ids, epoch = torch.arange(batch_size), EVAL_EPOCH
+        return masks(ids, self.mask_size, epoch).flatten(0, 1).float()
 
 
 class UniformMaskSampler(_Sampler):
@@ -65,18 +66,15 @@ class UniformMaskSampler(_Sampler):
     """
 
     def __init__(self, mask_size: int, antithetical_sampling: bool = True, include_null: bool = True):
-        super().__init__(mask_size, antithetical_sampling, include_null)
+        super().__init__(UniformMasks, mask_size, antithetical_sampling, include_null)
 
-    def _distribution(self, **options):
-        return UniformMasks(**options)
-
-    def _seeded(self, rows: int, seed: int) -> Tensor:
-        draws = np.random.default_rng(seed).uniform(size=(rows, self.mask_size + 1))
-        return torch.from_numpy(draws[:, 1:] > draws[:, :1])
+    def _seeded(self, rows: int, generator: np.random.Generator) -> np.ndarray:
+        draws = generator.uniform(size=(rows, self.mask_size + 1))
+        return draws[:, 1:] > draws[:, :1]
 
 
 class BernoulliMaskSampler(_Sampler):
-    """Each patch visible with probability `mask_ratio`. Other arguments as for `UniformMaskSampler`."""
+    """Each patch is visible with probability `mask_ratio`. Other arguments as for `UniformMaskSampler`."""
 
     def __init__(
         self,
@@ -85,24 +83,19 @@ class BernoulliMaskSampler(_Sampler):
         antithetical_sampling: bool = True,
         include_null: bool = True,
     ):
-        super().__init__(mask_size, antithetical_sampling, include_null)
-        self.mask_ratio = mask_ratio
         if not 0 <= mask_ratio <= 1:
             raise ArgumentError(f"BernoulliMaskSampler: mask_ratio must lie in 0..1, got {mask_ratio}")
+        super().__init__(BernoulliMasks, mask_size, antithetical_sampling, include_null, ratio=mask_ratio)
+        self.mask_ratio = mask_ratio
 
-    def _distribution(self, **options):
-        return BernoulliMasks(**options, ratio=self.mask_ratio)
-
-    def _seeded(self, rows: int, seed: int) -> Tensor:
-        return torch.from_numpy(
-            np.random.default_rng(seed).uniform(size=(rows, self.mask_size)) < self.mask_ratio
-        )
+    def _seeded(self, rows: int, generator: np.random.Generator) -> np.ndarray:
+        return generator.uniform(size=(rows, self.mask_size)) < self.mask_ratio
 
 
 class BlockwiseMaskSampler(_Sampler):
     """Visible rectangles until the visible share reaches `target_ratio`. Other arguments as for `UniformMaskSampler`.
 
-    Always drawn by `fastalign.BlockwiseMasks`: the authors' distribution, not their bits.
+    With a seed too it draws from `fastalign.BlockwiseMasks`: the authors' distribution, not their bits.
     """
 
     def __init__(
@@ -112,14 +105,11 @@ class BlockwiseMaskSampler(_Sampler):
         antithetical_sampling: bool = True,
         include_null: bool = True,
     ):
-        super().__init__(mask_size, antithetical_sampling, include_null)
-        self.target_ratio, self.mask_side = target_ratio, math.isqrt(mask_size)
-        if self.mask_side**2 != mask_size:
+        if math.isqrt(mask_size) ** 2 != mask_size:
             raise ArgumentError(f"BlockwiseMaskSampler: mask_size must be a square number, got {mask_size}")
         if not 0 < target_ratio < 1:
             raise ArgumentError(
                 f"BlockwiseMaskSampler: target_ratio must lie between 0 and 1, both excluded, got {target_ratio}"
             )
-
-    def _distribution(self, **options):
-        return BlockwiseMasks(**options, ratio=self.target_ratio)
+        super().__init__(BlockwiseMasks, mask_size, antithetical_sampling, include_null, ratio=target_ratio)
+        self.target_ratio, self.mask_side = target_ratio, math.isqrt(mask_size)

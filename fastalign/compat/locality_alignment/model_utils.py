@@ -1,7 +1,6 @@
 """The parts of teacher and student. n = B M masked copies of B images, N patches, P prefix tokens, T = P + N.
 
-Modules stay timm's, with timm's keys and attributes; what runs in them is fastalign's attention, which takes the
-fastest implementation that the device offers, and the operation that makes the decoder's input.
+Modules stay timm's, with timm's keys and attributes; they run fastalign's attention and mask operations.
 """
 
 import torch
@@ -11,64 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastalign import ops
-from fastalign.backbones.accelerate import FAST, FastAttention, FastSelfAttention
-from fastalign.backbones.spec import is_softcap
+from fastalign.backbones.accelerate import FAST, FastSelfAttention
 from fastalign.compat.errors import ArgumentError
 
 
-class Attention(FastAttention):
-    """timm's attention module, run by `fastalign.ops.attention`.
-
-    Args:
-        max_attn_val: cap of the logits, ``cap * tanh(logit / cap)``; None = plain attention.
-        *args, **kwargs: timm's.
-    """
-
-    def __init__(self, *args, max_attn_val: float | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.max_attn_val = max_attn_val
-
-    @property
-    def max_attn_val(self) -> float | None:
-        """The authors' name of the soft-cap."""
-        return self.softcap
-
-    @max_attn_val.setter
-    def max_attn_val(self, value: float | None) -> None:
-        self.softcap = None if value is None else check_cap(value)
-
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """[B, T, D] -> [B, T, D]; timm's arguments. Weights may be dropped under a cap too."""
-        return super().forward(x, *args, **kwargs) if self.softcap is None else self._fast(x, *args, **kwargs)
-
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        if not (self.training and self.attn_drop.p > 0):
-            return super()._mix(q, k, v, bias)
-        logits = self.softcap * torch.tanh(
-            q @ k.mT * self.scale / self.softcap
-        )  # no implementation drops weights
-        return self.attn_drop((logits if bias is None else logits + bias).softmax(-1)) @ v
-
-
-def check_cap(value: float) -> float:
-    """The cap of the logits, which must be positive."""
-    if not is_softcap(value):
-        raise ArgumentError(f"max_attn_val must be a positive number, got {value!r}")
-    return value
-
-
-def softcap_of(model: nn.Module) -> float | None:
-    """The cap of a model's attention logits; None = none is capped."""
-    caps = (module.max_attn_val for module in model.modules() if isinstance(module, Attention))
-    return next((cap for cap in caps if cap is not None), None)
-
-
-def use_our_attention(model: nn.Module) -> nn.Module:
-    """Let timm's attention modules compute by `fastalign.ops.attention`. Parameters, keys and objects stay."""
+def use_our_attention(model: nn.Module, softcap: float | None = None) -> nn.Module:
+    """Let timm's attention modules use `fastalign.ops.attention`. Parameters, keys and objects stay."""
     for module in model.modules():
         fast = FAST.get(type(module), object)
         if issubclass(fast, FastSelfAttention):
-            module.__class__ = Attention if fast is FastAttention else fast
+            module.__class__, module.softcap = fast, softcap
     return model
 
 
@@ -115,13 +66,13 @@ class Scale(nn.Module):
 
 
 class MaskEmbedDecoder(nn.Module):
-    """From masked student tokens to the teacher's view of the masked image.
+    """From masked student tokens to the teacher's tokens of the masked image.
 
     Args:
         embed_dim, num_heads, num_layers: of its blocks.
         num_patch_tokens, num_prefix_tokens: N and P.
         output_size: the teacher's width.
-        prefix_only: predict one vector, from the first prefix token (from the mean of all tokens where P = 0).
+        prefix_only: predict one vector, from the first prefix token (from the mean of all tokens if P = 0).
         qkv_bias, qk_norm, init_values, norm_layer, act_layer, mlp_layer: of timm's Block.
     """
 
@@ -144,21 +95,9 @@ class MaskEmbedDecoder(nn.Module):
         super().__init__()
         self.prefix_only, self.num_prefix_tokens = prefix_only, num_prefix_tokens
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, num_patch_tokens + num_prefix_tokens, embed_dim))
-        self.blocks = nn.Sequential(
-            *(
-                Block(
-                    embed_dim,
-                    num_heads,
-                    qkv_bias=qkv_bias,
-                    qk_norm=qk_norm,
-                    init_values=init_values,
-                    norm_layer=norm_layer,
-                    act_layer=act_layer,
-                    mlp_layer=mlp_layer,
-                )
-                for _ in range(num_layers)
-            )
-        )
+        options = {"qkv_bias": qkv_bias, "qk_norm": qk_norm, "init_values": init_values}
+        options |= {"norm_layer": norm_layer, "act_layer": act_layer, "mlp_layer": mlp_layer}
+        self.blocks = nn.Sequential(*(Block(embed_dim, num_heads, **options) for _ in range(num_layers)))
         self.norm = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, output_size)
         use_our_attention(self)
@@ -167,28 +106,24 @@ class MaskEmbedDecoder(nn.Module):
         """Predict the teacher's tokens.
 
         Args:
-            x: [n, T, embed_dim], or the B images' tokens once, [B, T, embed_dim].
+            x: [n, T, embed_dim], or the tokens of each image once, [B, T, embed_dim].
             mask: [n, N] of 0 and 1.
 
         Returns:
             [n, T, output_size], or [n, 1, output_size] with prefix_only.
         """
-        x = ops.expand_masked(x, _as_visible(mask, len(x)), self.pos_embed).flatten(0, 1)
+        if mask.dim() != 2 or len(mask) % len(x):
+            raise ArgumentError(
+                f"mask must be [n, N] with n a multiple of the {len(x)} images, got {list(mask.shape)}"
+            )
+        if mask.dtype != torch.bool:  # checked without waiting for the device
+            torch._assert_async(((mask == 0) | (mask == 1)).all(), "a mask must hold 0 and 1 only")
+        visible = mask.bool().view(len(x), -1, mask.shape[1])
+        x = ops.expand_masked(x, visible, self.pos_embed).flatten(0, 1)
         x = self.head(self.norm(self.blocks(x)))
         if self.prefix_only:
             x = x[:, :1] if self.num_prefix_tokens else x.mean(1, keepdim=True)
         return x
-
-
-def _as_visible(mask: Tensor, images: int) -> Tensor:
-    """[B M, N] of 0 and 1 -> [B, M, N] bool, without waiting for the device."""
-    if mask.dim() != 2 or len(mask) % images:
-        raise ArgumentError(
-            f"mask must be [n, N] with n a multiple of the {images} images, got {list(mask.shape)}"
-        )
-    if mask.dtype != torch.bool:
-        torch._assert_async(((mask == 0) | (mask == 1)).all(), "a mask must hold 0 and 1 only")
-    return mask.bool().view(images, -1, mask.shape[1])
 
 
 class MaskEmbedStudent(nn.Module):
@@ -199,7 +134,7 @@ class MaskEmbedStudent(nn.Module):
         self.encoder, self.decoder = encoder, decoder
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the encoder's blocks in the backward pass; the decoder's few are kept."""
+        """Recompute the encoder's blocks in the backward pass, not the decoder's."""
         self.encoder.set_grad_checkpointing(enable)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:

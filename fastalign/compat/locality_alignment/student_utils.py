@@ -1,4 +1,4 @@
-"""Students: a timm model, changed in place: norms renewed, pooling removed, a new head that starts at zero."""
+"""Students: a timm model, changed in place: new norms, no pooling, a new head that starts at zero."""
 
 import types
 

@@ -11,8 +11,8 @@ from fastalign.compat.locality_alignment.model_utils import Scale, mask_layer, u
 def convert_to_teacher_model(model: nn.Module, skip_blocks: int = 0, prefix_only: bool = False) -> nn.Module:
     """Let a timm model read masked images: ``teacher(x [n, C, h, w], mask [n, N])``.
 
-    Its output is its final norm of what its last `skip_blocks` blocks, which are removed, would have read: [n, T, D];
-    with `prefix_only` its pooled output, [n, 1, D]. Both times the buffer `output_scaling.scale`.
+    The output is the final norm of the last `skip_blocks` blocks' input [n, T, D]; these blocks are removed. With
+    `prefix_only` it is the pooled output [n, 1, D]. Both are multiplied by the buffer `output_scaling.scale`.
 
     Args:
         model: changed in place.
@@ -36,16 +36,9 @@ def convert_to_teacher_model(model: nn.Module, skip_blocks: int = 0, prefix_only
 
 
 def convert_to_mim_teacher_model(model: nn.Module) -> nn.Module:
-    """Let a timm model return all its tokens of the whole image, ``teacher(x [B, C, h, w])``: [B, T, D], scaled.
-
-    Args:
-        model: changed in place.
-
-    Returns:
-        The model.
-    """
+    """Let a timm model return all tokens of the whole image, ``teacher(x [B, C, h, w])``: [B, T, D], scaled."""
     model.output_scaling = Scale(1)
-    model.forward = types.MethodType(_whole, use_our_attention(model))
+    model.forward = types.MethodType(_unmasked, use_our_attention(model))
     return model
 
 
@@ -54,10 +47,10 @@ def _tokens(self: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _pooled(self: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
-    # One token, so that it meets the student's prediction [n, 1, D] and does not broadcast to [n, n, D].
+    # [n, 1, D] like the student's prediction: [n, D] would broadcast to [n, n, D] in the loss.
     x = self.forward_head(self.forward_features(self.mask_layer(x, mask)))
     return self.output_scaling(x).unsqueeze(1)
 
 
-def _whole(self: nn.Module, x: Tensor) -> Tensor:
+def _unmasked(self: nn.Module, x: Tensor) -> Tensor:
     return self.output_scaling(self.forward_features(x))

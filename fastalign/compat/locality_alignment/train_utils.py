@@ -1,22 +1,21 @@
 """Checkpoints with the authors' layout: `state_dict`, perhaps `state_dict_ema`, keys `encoder.*` and `decoder.*`."""
 
-import argparse
+import json
 import logging
-import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
-from timm.utils.model import get_state_dict, unwrap_model
+from timm.utils.model import get_state_dict
 from torch import Tensor, nn
 
 from fastalign.backbones.weight_files import read_file
 from fastalign.backbones.weights import fold_layer_scale, trained_as
 from fastalign.compat.errors import NoCheckpointError, NumpyCheckpointError
-from fastalign.compat.locality_alignment.model_utils import MaskEmbedStudent, softcap_of
+from fastalign.compat.locality_alignment.model_utils import MaskEmbedStudent
 from fastalign.utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -25,40 +24,11 @@ _logger = logging.getLogger(__name__)
 class CheckpointSaver(timm.utils.CheckpointSaver):
     """timm's saver of the best checkpoints, which also keeps every `retain_interval`-th epoch. Arguments are timm's.
 
-    A checkpoint holds tensors and plain values only, so that torch reads it without running code, and the student's
-    soft-cap under `softcap`.
+    A checkpoint holds tensors and plain values only, and the student's soft-cap under `softcap`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        args: argparse.Namespace | None = None,
-        model_ema: nn.Module | None = None,
-        amp_scaler=None,
-        checkpoint_prefix: str = "checkpoint",
-        recovery_prefix: str = "recovery",
-        checkpoint_dir: str = "",
-        recovery_dir: str = "",
-        decreasing: bool = False,
-        max_history: int = 10,
-        retain_interval: int | None = None,
-        unwrap_fn: Callable = unwrap_model,
-    ):
-        super().__init__(
-            model=model,
-            optimizer=optimizer,
-            args=args,
-            model_ema=model_ema,
-            amp_scaler=amp_scaler,
-            checkpoint_prefix=checkpoint_prefix,
-            recovery_prefix=recovery_prefix,
-            checkpoint_dir=checkpoint_dir,
-            recovery_dir=recovery_dir,
-            decreasing=decreasing,
-            max_history=max_history,
-            unwrap_fn=unwrap_fn,
-        )
+    def __init__(self, *args, retain_interval: int | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
         self.retain_interval = retain_interval
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
@@ -71,7 +41,10 @@ class CheckpointSaver(timm.utils.CheckpointSaver):
             "softcap": softcap_of(self.model),
         }
         if self.args is not None:
-            state["arch"], state["args"] = self.args.model, _plain(vars(self.args))
+            state["arch"], state["args"] = (
+                self.args.model,
+                json.loads(json.dumps(vars(self.args), default=str)),
+            )
         if self.amp_scaler is not None:
             state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
         if self.model_ema is not None:
@@ -89,13 +62,10 @@ class CheckpointSaver(timm.utils.CheckpointSaver):
         self.checkpoint_files = self.checkpoint_files[:keep]
 
 
-def _plain(value: Any) -> Any:
-    """Of dictionaries, lists and plain values; anything else by its text."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+def softcap_of(model: nn.Module) -> float | None:
+    """The cap of a model's attention logits; None = plain attention."""
+    caps = (getattr(module, "softcap", None) for module in model.modules())
+    return next((cap for cap in caps if cap is not None), None)
 
 
 def load_checkpoint(
@@ -111,7 +81,7 @@ def load_checkpoint(
     Args:
         model: changed in place.
         checkpoint_path: `.pth.tar`, `.pth` or `.safetensors`; no code in it is run.
-        use_ema: take the moving average where the checkpoint has one.
+        use_ema: take the moving average if the checkpoint has one.
         device: where it is read to.
         strict: refuse missing and unexpected keys.
         filter_fn: (state dict, model) -> the state dict to load.
@@ -120,11 +90,10 @@ def load_checkpoint(
         torch's record of missing and unexpected keys.
 
     Raises:
-        FileNotFoundError, NotImplementedError (NumPy's files), UserError: not a file that can be read safely.
+        FileNotFoundError, NotImplementedError (NumPy files), UserError: the file cannot be read safely.
     """
-    state, softcap = _read(checkpoint_path, use_ema, device)
+    state, softcap = _read(Path(checkpoint_path), use_ema, device)
     if softcap and softcap != softcap_of(model):
-        # The weights fit all the same, and give other features.
         warnings.warn(
             f"{checkpoint_path} was trained with attention logits capped at {softcap:g}, and {type(model).__name__} "
             f"does not cap them so: its features will differ; create it as svit_..., with max_attn_val={softcap:g}",
@@ -145,10 +114,10 @@ def load_checkpoint_auto(
 
 
 def auto_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Fit the weights of a `MaskEmbedStudent` to a plain backbone; leave everything else as it is.
+    """Fit the weights of a `MaskEmbedStudent` to a plain backbone; leave others unchanged.
 
-    The encoder's keys alone are kept; its LayerScale is folded into the layers before it where the backbone has none;
-    the backbone's pooling is removed.
+    Only the encoder is kept; its LayerScale is folded into the layers before it if the backbone has none; the
+    backbone's pooling is removed.
 
     Args:
         state_dict: keys `encoder.*` and `decoder.*`.
@@ -169,38 +138,23 @@ def auto_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str,
     return state
 
 
-def load_state_dict(
-    checkpoint_path: str, use_ema: bool = True, device: str | torch.device = "cpu"
-) -> dict[str, Tensor]:
-    """A checkpoint's weights without the prefixes of DDP and torch.compile. Errors as for `load_checkpoint`."""
-    return _read(checkpoint_path, use_ema, device)[0]
-
-
 def clean_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keys without leading `module.` and `_orig_mod.`, however many."""
-
-    def clean(key: str) -> str:
-        while key.startswith(("module.", "_orig_mod.")):
-            key = key.partition(".")[2]
-        return key
-
-    return {clean(key): value for key, value in state_dict.items()}
+    """Keys without the leading `module.` and `_orig_mod.` of DDP and torch.compile."""
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state_dict.items()}
 
 
-def _read(
-    path: str | os.PathLike, use_ema: bool, device: str | torch.device
-) -> tuple[dict[str, Tensor], float | None]:
-    """Weights, and the soft-cap that they were trained with as far as the checkpoint tells."""
-    path = Path(path)
+def _read(path: Path, use_ema: bool, device: str | torch.device) -> tuple[dict[str, Tensor], float | None]:
+    """Weights, and the soft-cap that they were trained with if the checkpoint says so."""
     if path.suffix.lower() in (".npz", ".npy"):
-        raise NumpyCheckpointError(f"{path}: NumPy's files are not read; give .pth.tar, .pth or .safetensors")
+        raise NumpyCheckpointError(
+            f"{path}: NumPy files are not supported; give .pth.tar, .pth or .safetensors"
+        )
     if not path.is_file():
         raise NoCheckpointError(f"no checkpoint at {path}")
     checkpoint = read_file(path, device)
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
-    averages = ["state_dict_ema", "model_ema"] if use_ema else []
-    names = [*averages, "state_dict", "model"]
+    names = [*(["state_dict_ema", "model_ema"] if use_ema else []), "state_dict", "model"]
     name = next((name for name in names if isinstance(checkpoint.get(name), dict)), None)
     _logger.info("read %s of %s", name or "the state dict", path)
     if not name:

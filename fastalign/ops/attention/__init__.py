@@ -1,7 +1,4 @@
-"""Attention: one function over the implementations that a device offers.
-
-`backends` holds the implementations, `choice` says which one does what and why.
-"""
+"""Attention: one function for all implementations. `backends` holds them, `choice` selects one and says why."""
 
 import torch
 from torch import Tensor
@@ -28,15 +25,15 @@ def attention(
         q, k, v: [B, H, T, d], one dtype; with `sequences` packed, [L, H, d].
         softcap: logits s become ``softcap * tanh(s / softcap)`` before the bias and the softmax; None = plain.
         bias: [1 or B, 1 or H, T, T], added to the logits (relative position bias); dense only.
-        sequences: each attends to itself alone.
-        backend: a name of `BACKENDS`, used where it can do the case; "auto" = the fastest that can.
+        sequences: the packed sequences; each attends only to itself.
+        backend: a name of `BACKENDS`, used if it supports the case; "auto" = the fastest that does.
 
     Returns:
         The shape of q. Padding rows are finite.
     """
-    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast their norm may have left them in fp32
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm may have returned fp32
     if bias is not None:
-        bias = bias.to(v.dtype)  # the same for a parameter
+        bias = bias.to(v.dtype)
     longest = q.shape[2] if sequences is None else sequences.longest
     gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     name = _name(
@@ -55,9 +52,9 @@ def attention(
 
 
 def _name(backend: str, *facts) -> str:
-    """The choice, which a compiled graph takes for granted: it depends on what is compiled in anyway."""
+    """The choice, a constant of a compiled graph: it depends only on what torch.compile guards anyway."""
     return choose(Case(*facts), backend).backend
 
 
-# What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo here.
+# As torch.compiler.assume_constant_result sets it, without importing torch._dynamo.
 _name._dynamo_marked_constant = True

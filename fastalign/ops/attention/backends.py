@@ -1,10 +1,11 @@
-"""Every implementation of attention, behind one signature, with the cases that it can do.
+"""Every implementation of attention behind one signature, with the cases that it supports.
 
-Libraries differ in layout, in what they support and in how they take packed sequences; nothing else knows. An
-import stands inside the function that needs it: what is not installed costs nothing.
+Libraries differ in layout, support and how they take packed sequences; only this file knows. Imports are inside the
+functions that need them, so that a library that is not installed costs nothing.
 """
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -25,16 +26,16 @@ ANY = (*SINGLE, torch.float64)
 
 
 class Sequences(NamedTuple):
-    """Where sequences stand in a packed row of L tokens."""
+    """Sequences packed in L rows."""
 
     bounds: Tensor
-    """[S + 1] int32: sequence s is rows bounds[s] to bounds[s + 1]; what follows the last is padding."""
+    """[S + 1] int32: sequence s is rows bounds[s] to bounds[s + 1]; rows after the last are padding."""
     longest: int
-    """No sequence is longer."""
+    """An upper bound of their lengths."""
 
 
 class Case(NamedTuple):
-    """What there is to know about a call before it is made."""
+    """The facts of a call that decide which implementations support it."""
 
     device: str
     """cpu or cuda"""
@@ -54,18 +55,18 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation and the cases that it can do.
+    """One implementation and the cases that it supports.
 
     Args:
         run: (q, k, v, softcap, bias, sequences) -> out, shapes as for `fastalign.ops.attention.attention`.
-        needs: "module:attribute" that must be there.
-        get: how to get it.
-        capped, biased, dense, packed: what it does beside plain attention.
-        dtypes: that a GPU takes.
-        cpu: runs on a CPU too, in any dtype.
-        step, widest: a head's width must be a multiple of the one, at most the other.
-        archs: first and last GPU architecture, such as 80 and 90; the cap up to `capped_arch` only.
-        compiles: torch.compile sees through it without a graph break.
+        needs: "module:attribute" that must be importable.
+        get: how to install it.
+        capped, biased, dense, packed: what it supports.
+        dtypes: supported on a GPU.
+        cpu: whether it runs on a CPU too, in any dtype.
+        step, widest: the head width must be a multiple of `step`, at most `widest`.
+        archs: first and last GPU architecture, such as 80 and 90; with a cap only up to `capped_arch`.
+        compiles: without a graph break under torch.compile.
         automatic: "auto" may choose it.
     """
 
@@ -86,33 +87,33 @@ class Backend:
     automatic: bool = True
 
     def missing(self) -> str | None:
-        """Why it cannot be used at all, or None."""
+        """Why it cannot be imported, or None."""
         return _missing(self.needs)
 
     def refuses(self, case: Case, arch: int = 0) -> str | None:
-        """Why it cannot do this case on a GPU of this architecture, or None."""
+        """Why it does not support this case on a GPU of this architecture, or None."""
         cuda = case.device == "cuda"
         refusals = {
-            "has no implementation for this device": not (cuda or self.cpu),
-            f"takes no {str(case.dtype).removeprefix('torch.')}": cuda and case.dtype not in self.dtypes,
-            "has no soft-cap": case.capped and not self.capped,
-            "takes no bias": case.biased and not self.biased,
-            "takes no packed sequences": case.packed and not self.packed,
-            "takes no bias with packed sequences": case.biased and case.packed,
-            "takes packed sequences only": not (case.packed or self.dense),
-            f"takes no heads of {case.width}": case.width % self.step != 0 or case.width > self.widest,
-            f"does not run on sm_{arch}": cuda and not self.archs[0] <= arch <= self.archs[1],
+            "does not support this device": not (cuda or self.cpu),
+            f"does not support {str(case.dtype).removeprefix('torch.')}": cuda
+            and case.dtype not in self.dtypes,
+            "does not support a soft-cap": case.capped and not self.capped,
+            "does not support a bias": case.biased and not self.biased,
+            "does not support packed sequences": case.packed and not self.packed,
+            "supports packed sequences only": not (case.packed or self.dense),
+            f"does not support heads of {case.width}": case.width % self.step or case.width > self.widest,
+            f"does not support sm_{arch}": cuda and not self.archs[0] <= arch <= self.archs[1],
             f"may hang with a cap on sm_{arch}": cuda and case.capped and arch > self.capped_arch,
             "breaks the graph of torch.compile": case.compiled and not self.compiles,
         }
         if reason := next((reason for reason, holds in refusals.items() if holds), None):
             return reason
         if self.run is _triton and not ops.kernels_on(case.device, case.dtype):
-            where = "needs a GPU" if case.device == "cpu" else "needs the package triton"
-            return "is switched off (FASTALIGN_KERNELS=0)" if ops.MODE == "0" else where
-        if (missing := self.missing()) is not None:
-            return f"is not installed ({missing})"
-        return None
+            if ops.MODE == "0":
+                return "is disabled by FASTALIGN_KERNELS=0"
+            return "needs a GPU" if case.device == "cpu" else "needs the package triton"
+        missing = self.missing()
+        return missing and f"is not installed ({missing})"
 
 
 @lru_cache
@@ -120,7 +121,7 @@ def _missing(needs: str) -> str | None:
     module, _, attribute = needs.partition(":")
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # a package built for another torch fails in any way it likes
+    except Exception as error:  # a package built for another torch may raise anything
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None if hasattr(found, attribute) else f"{module} has no {attribute}"
 
@@ -144,7 +145,7 @@ def _one_sdpa(backend: SDPBackend, q, k, v, softcap, bias, sequences):
 
 
 def _either(dense: Callable, q, k, v, softcap, bias, sequences):
-    """A dense implementation, for packed sequences too."""
+    """A dense implementation, extended to packed sequences."""
     if sequences is None:
         return dense(q, k, v, softcap, bias)
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -153,7 +154,7 @@ def _either(dense: Callable, q, k, v, softcap, bias, sequences):
 
 
 def _one_by_one(dense: Callable, q, k, v, softcap, sequences: Sequences) -> Tensor:
-    """Packed attention on a CPU, where the bounds can be read at no cost."""
+    """Packed attention on a CPU, where reading the bounds costs nothing."""
     bounds = sequences.bounds.tolist()
     lengths = [end - start for start, end in pairwise(bounds)] + [len(q) - bounds[-1]]
     *parts, padding = zip(*(x.transpose(0, 1).unsqueeze(0).split(lengths, 2) for x in (q, k, v)), strict=True)
@@ -162,12 +163,12 @@ def _one_by_one(dense: Callable, q, k, v, softcap, sequences: Sequences) -> Tens
 
 
 def _padded(dense: Callable, q, k, v, softcap, sequences: Sequences) -> Tensor:
-    """Packed attention without a packed kernel: every sequence padded to the longest, in fixed shapes."""
+    """Packed attention without a packed kernel: each sequence padded to the longest, in fixed shapes."""
     bounds, longest = sequences
     bounds, column = bounds.long(), torch.arange(longest, device=q.device)
     starts, lengths = bounds[:-1, None], bounds.diff()[:, None]
     place = (starts + column).clamp_max(len(q) - 1)
-    # An empty sequence keeps a key, so that its softmax, which nobody reads, is finite.
+    # An empty sequence keeps one key, so that its unused softmax is finite.
     seen = (column < lengths.clamp_min(1))[:, None, None, :]
     bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, float("-inf"))
     out = dense(*(x[place].transpose(1, 2) for x in (q, k, v)), softcap, bias)
@@ -177,10 +178,9 @@ def _padded(dense: Callable, q, k, v, softcap, sequences: Sequences) -> Tensor:
 
 
 def covering(sequences: Sequences, length: int) -> Tensor:
-    """Bounds that cover all `length` rows: the padding is cut into sequences of its own.
+    """Bounds that cover all `length` rows: the padding becomes sequences of its own.
 
-    Libraries leave rows outside of every sequence as they find them in memory, gradients too; a
-    NaN there would reach the weights.
+    Libraries leave rows outside of every sequence uninitialized, gradients too; a NaN there would reach the weights.
     """
     bounds, longest = sequences
     steps = torch.arange(1, -(-length // longest) + 1, device=bounds.device, dtype=bounds.dtype)
@@ -190,39 +190,22 @@ def covering(sequences: Sequences, length: int) -> Tensor:
 def _varlen(q, k, v, softcap, bias, sequences):
     from torch.nn.attention.varlen import varlen_attn
 
-    # The seven arguments that every release since 2.10 takes in these places; full attention is the default.
+    # These seven positional arguments are the same in every release since 2.10; full attention is the default.
     bounds, longest = covering(sequences, len(q)), sequences.longest
     return varlen_attn(q, k, v, bounds, bounds, longest, longest)
 
 
-def _flash(dense: Callable, packed: Callable, q, k, v, softcap, sequences):
+def _flash_attn(module: str, q, k, v, softcap, bias, sequences):
     """flash-attn 2, 3 and 4 share names and layout, [B, T, H, d]; some releases return (out, lse)."""
+    library = sys.modules[module]  # imported by `missing`; torch.compile cannot trace import_module
     options = {} if softcap is None else {"softcap": softcap}
     if sequences is None:
-        out = dense(*(x.transpose(1, 2) for x in (q, k, v)), **options)
+        out = library.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), **options)
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
     bounds, longest = covering(sequences, len(q)), sequences.longest
     options |= {f"cu_seqlens_{x}": bounds for x in "qk"} | {f"max_seqlen_{x}": longest for x in "qk"}
-    out = packed(q, k, v, **options)
+    out = library.flash_attn_varlen_func(q, k, v, **options)
     return out[0] if isinstance(out, tuple) else out
-
-
-def _flash_2(q, k, v, softcap, bias, sequences):
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
-
-    return _flash(flash_attn_func, flash_attn_varlen_func, q, k, v, softcap, sequences)
-
-
-def _flash_3(q, k, v, softcap, bias, sequences):
-    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
-
-    return _flash(flash_attn_func, flash_attn_varlen_func, q, k, v, softcap, sequences)
-
-
-def _flash_4(q, k, v, softcap, bias, sequences):
-    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
-
-    return _flash(flash_attn_func, flash_attn_varlen_func, q, k, v, softcap, sequences)
 
 
 def _xformers(q, k, v, softcap, bias, sequences):
@@ -230,31 +213,21 @@ def _xformers(q, k, v, softcap, bias, sequences):
 
     if sequences is None:
         return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-    lengths = covering(sequences, len(q)).diff().tolist()  # it wants them on the host: this waits for the GPU
+    lengths = covering(sequences, len(q)).diff().tolist()  # on the host: this waits for the GPU
     mask = fmha.BlockDiagonalMask.from_seqlens(lengths, device=q.device)
     return memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0]
 
 
 def _flex(q, k, v, softcap, bias, sequences):
-    from fastalign.ops.attention.flex import flex
+    from fastalign.ops.attention.flex import block_mask, flex
 
-    return flex(q, k, v, softcap, sequences)
-
-
-def _forced(backend: SDPBackend, **options) -> Backend:
-    return Backend(partial(_one_sdpa, backend), **options)
+    return flex(q, k, v, softcap, sequences and block_mask(sequences.bounds, len(q)))
 
 
 _SOURCE = "build it from its source, github:Dao-AILab/flash-attention"
 _WHOLE = {
-    "biased": True,
-    "packed": True,
-    "dtypes": ANY,
-    "cpu": True,
-    "step": 1,
-    "widest": 1 << 30,
-    "archs": (0, 999),
-}
+    "biased": True, "packed": True, "dtypes": ANY, "cpu": True, "step": 1, "widest": 1 << 30, "archs": (0, 999)
+}  # fmt: skip
 _FLASH = {"capped": True, "packed": True}
 BACKENDS = {
     "triton": Backend(
@@ -262,19 +235,20 @@ BACKENDS = {
         widest=128,
     ),
     "sdpa": Backend(partial(_either, _sdpa), **_WHOLE),
-    "sdpa_flash": _forced(SDPBackend.FLASH_ATTENTION, cpu=True),
-    "sdpa_cudnn": _forced(SDPBackend.CUDNN_ATTENTION, widest=128),
-    "sdpa_efficient": _forced(SDPBackend.EFFICIENT_ATTENTION, dtypes=SINGLE, archs=(0, 999)),
-    "sdpa_math": _forced(SDPBackend.MATH, **_WHOLE | {"packed": False}, automatic=False),
+    "sdpa_flash": Backend(partial(_one_sdpa, SDPBackend.FLASH_ATTENTION), cpu=True),
+    "sdpa_cudnn": Backend(partial(_one_sdpa, SDPBackend.CUDNN_ATTENTION), widest=128),
+    "sdpa_efficient": Backend(partial(_one_sdpa, SDPBackend.EFFICIENT_ATTENTION), dtypes=SINGLE, archs=(0, 999)),
+    "sdpa_math": Backend(partial(_one_sdpa, SDPBackend.MATH), **_WHOLE | {"packed": False}, automatic=False),
     "varlen_attn": Backend(_varlen, "torch.nn.attention.varlen:varlen_attn", dense=False, packed=True),
-    "flash_attn_2": Backend(_flash_2, "flash_attn:flash_attn_func", _SOURCE, **_FLASH),
+    "flash_attn_2": Backend(partial(_flash_attn, "flash_attn"), "flash_attn:flash_attn_func", _SOURCE, **_FLASH),
     "flash_attn_3": Backend(
-        _flash_3, "flash_attn_interface:flash_attn_func", f"{_SOURCE}/hopper", archs=(90, 90), **_FLASH
+        partial(_flash_attn, "flash_attn_interface"), "flash_attn_interface:flash_attn_func",
+        f"{_SOURCE}/hopper", archs=(90, 90), **_FLASH,
     ),
     "flash_attn_4": Backend(
-        # With a cap on Blackwell: issue 2466 of its repository. No time limit here could end it.
-        _flash_4, "flash_attn.cute:flash_attn_func", "pip install --pre flash-attn-4", archs=(90, 999),
-        capped_arch=90, compiles=False, **_FLASH,
+        # It may hang with a cap on Blackwell: issue 2466 of its repository.
+        partial(_flash_attn, "flash_attn.cute"), "flash_attn.cute:flash_attn_func",
+        "pip install --pre flash-attn-4", archs=(90, 999), capped_arch=90, compiles=False, **_FLASH,
     ),
     "xformers": Backend(
         _xformers, "xformers.ops:memory_efficient_attention", "pip install xformers==0.0.35", packed=True,
@@ -286,5 +260,5 @@ BACKENDS = {
     ),
     "eager": Backend(partial(_either, _eager), capped=True, **_WHOLE),
 }  # fmt: skip
-"""Beside ours (triton) and the definition (eager): torch's own choice (sdpa) and each of its implementations,
-torch's for packed sequences (varlen_attn), FlexAttention, and the libraries that are installed apart."""
+"""Our kernel (triton), the definition (eager), torch's own choice (sdpa) and each of its implementations, torch's for
+packed sequences (varlen_attn), FlexAttention, and libraries that are installed separately."""

@@ -10,9 +10,9 @@ from torch._inductor.virtualized import ops
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK = 128
-"""Rows and columns of a block of FlexAttention's masks, its default."""
+"""Rows and columns of a block of a mask, FlexAttention's default."""
 SHAPES = 256
-"""That may be compiled outside of torch.compile; torch's own limit of eight would end a run whose lengths vary."""
+"""Shapes that may be compiled; torch's limit of eight would end a run whose lengths vary."""
 
 
 @torch.library.custom_op("fastalign::flex_tanh_approx", mutates_args=())
@@ -30,40 +30,32 @@ def _backward(ctx, gradient):
     return gradient * (1 - y * y)
 
 
-# FlexAttention traces a score_mod for its gradient, and maps it over batch, heads and positions if not compiled.
+# FlexAttention traces a score_mod for its gradient, and without compilation maps it over batch, heads and positions.
 _operator.register_autograd(
     _backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output)
 )
 _operator.register_vmap(lambda info, in_dims, x: (_operator(x), in_dims[0]))
 tanh_approx = torch.ops.fastalign.flex_tanh_approx.default
-"""tanh as an operator that Inductor turns into the GPU's own instruction."""
+"""tanh as an operator that Inductor lowers to the GPU's instruction."""
 _INSTRUCTION = partial(
-    ops.inline_asm_elementwise,
-    asm="tanh.approx.f32 $0, $1;",
-    constraints="=f,f",
-    dtype=torch.float32,
+    ops.inline_asm_elementwise, asm="tanh.approx.f32 $0, $1;", constraints="=f,f", dtype=torch.float32
 )
 register_lowering(tanh_approx)(make_pointwise(_INSTRUCTION))
 
 
 def block_mask(bounds: Tensor, length: int) -> BlockMask:
-    """FlexAttention's mask of packed sequences; rows after the last sequence attend to one another.
+    """FlexAttention's mask of packed sequences [S + 1] int32 in `length` rows; padding attends to itself.
 
-    From the first and last sequence of each block: `create_block_mask` would write down every pair of rows,
-    which for 100,000 rows is ten gigabytes.
-
-    Args:
-        bounds: [S + 1] int32.
-        length: L, rows.
+    Built from the first and last sequence of each block: `create_block_mask` materializes every pair of rows, ten
+    gigabytes for 100,000 rows.
     """
     rows = torch.arange(length, device=bounds.device)
     sequence = torch.searchsorted(bounds.contiguous(), rows.int(), right=True).int()
     first = sequence[::BLOCK]
-    last = sequence[
-        (torch.arange(len(first), device=bounds.device) * BLOCK + BLOCK - 1).clamp_max(length - 1)
-    ]
+    ends = (torch.arange(len(first), device=bounds.device) + 1) * BLOCK
+    last = sequence[(ends - 1).clamp_max(length - 1)]
     touched = (first[:, None] <= last) & (first <= last[:, None])
-    single = (first == last) & ((torch.arange(len(first), device=bounds.device) + 1) * BLOCK <= length)
+    single = (first == last) & (ends <= length)
     full = touched & single & single[:, None]
 
     def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,24 +78,18 @@ def score_mod(softcap: float | None, tanh: Callable = torch.tanh) -> Callable | 
 
 @lru_cache
 def _compiled() -> Callable:
-    """FlexAttention alone materialises its scores; torch.compile makes a kernel of it, for each shape one."""
+    """FlexAttention as a kernel, one per shape; without torch.compile it would materialize the scores."""
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, SHAPES)
     return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, sequences) -> Tensor:
-    """Attention by FlexAttention; arguments as for `fastalign.ops.attention.attention`.
+def flex(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, mask: BlockMask | None) -> Tensor:
+    """Attention by FlexAttention: packed [L, H, d] with a `block_mask`, or dense [B, H, T, d] with None.
 
-    In 16 bits a GPU's own tanh is used, as in our kernel.
+    In 16 bits it uses the GPU's tanh, as our kernel does.
     """
-    mask = None if sequences is None else block_mask(sequences.bounds, len(q))
-    return masked(q, k, v, softcap, mask)
-
-
-def masked(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, mask: BlockMask | None) -> Tensor:
-    """`flex` with a `block_mask` that exists already: packed [L, H, d]; None = dense [B, H, T, d]."""
-    # On a CPU FlexAttention refuses inputs that ask for a gradient, even if nobody will take it.
+    # On a CPU FlexAttention refuses inputs that require a gradient, even under no_grad.
     if not torch.is_grad_enabled():
         q, k, v = (x.detach() for x in (q, k, v))
     modification = score_mod(softcap, tanh_approx if softcap and _approximate(q) else torch.tanh)

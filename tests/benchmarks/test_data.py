@@ -7,13 +7,12 @@ from itertools import islice
 import pytest
 import torch
 
-from benchmarks import data, record
+from benchmarks import data
 
 CPU = torch.device("cpu")
 
 
-def test_the_pipelines_take_turns(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "RESULTS", tmp_path)
+def test_the_pipelines_take_turns(capsys, tmp_path):
     (row,) = data.main(["--tiny"])
     assert row["threads"] == 1
     assert row["ratio"] > 0
@@ -23,7 +22,7 @@ def test_the_pipelines_take_turns(capsys, tmp_path, monkeypatch):
         data.main(["--threads", "100000"])
 
 
-def test_a_side_has_no_more_cores_than_it_was_given():
+def test_cores_are_restricted():
     before = os.sched_getaffinity(0)
     with data.cores(1):
         assert len(os.sched_getaffinity(0)) == 1
@@ -32,7 +31,7 @@ def test_a_side_has_no_more_cores_than_it_was_given():
 
 @pytest.mark.parametrize("crop", ["rkrc", "rrc"])
 def test_both_sides_deliver_the_same_images(tmp_path, monkeypatch, crop):
-    """Where nothing is drawn but the interpolation, in any order."""
+    """In any order, with the interpolation as the only random choice."""
     monkeypatch.setattr(data, "PIXELS", (60, 60))
     whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0}
     monkeypatch.setattr(data, "TRANSFORM", data.TRANSFORM | whole)

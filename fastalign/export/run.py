@@ -1,0 +1,168 @@
+"""What an export is made from: a run's backbone, the facts about it, and its MaskEmbed decoder."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastalign.backbones.blocks import MLP
+from fastalign.backbones.spec import BlockSpec
+from fastalign.backbones.vit import ViT
+from fastalign.backbones.weight_files import read_json
+from fastalign.backbones.zoo import MOCO, load_backbone
+from fastalign.config import Config, load_config
+from fastalign.method.decoder import MaskEmbedDecoder, decoder_block_spec
+from fastalign.utils.errors import UserError, first_line
+
+MOCO_LICENCE = "cc-by-nc-4.0"
+DECODER = "decoder.safetensors"
+
+
+@dataclass
+class Run:
+    """A finished run: its backbone and what is known about it."""
+
+    folder: Path
+    vit: ViT
+    facts: dict[str, Any]
+    """backbone.json"""
+    config: Config | None = None
+    """None where config.yaml is missing"""
+    decoder: dict[str, Any] | None = None
+    """the arguments of `AlignedDecoder`; None = no decoder, and `notes` says why"""
+    decoder_weights: dict[str, Tensor] = field(default_factory=dict)
+    probe: Any = None
+    """probe.json, if the run was probed"""
+    notes: list[str] = field(default_factory=list)
+
+    def source(self) -> dict[str, Any]:
+        """The backbone that was aligned and its licence, as timm records it; None = unknown."""
+        name, licence = self.facts["name"], None
+        weights = self.config.student.weights if self.config else None
+        if weights == "pretrained":
+            known = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+            licence = MOCO_LICENCE if name.startswith(MOCO) else getattr(known, "license", None)
+        return {"name": name, "weights": weights, "licence": licence}
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run.
+
+    Raises:
+        UserError: not a run, an unknown architecture, weights of another model, or damaged files.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"RUN {folder} is not a directory: give the folder of a finished run")
+    vit = load_backbone(folder)
+    bad = [name for name, value in vit.state_dict().items() if not torch.isfinite(value).all()]
+    if bad:
+        raise UserError(f"{folder / 'backbone.safetensors'}: {bad[0]} is not finite; export an earlier run")
+    run = Run(folder, vit, json.loads((folder / "backbone.json").read_text()))
+    if (folder / "probe.json").is_file():
+        run.probe = read_json(folder / "probe.json")
+    if not (folder / "config.yaml").is_file():
+        run.notes.append("config.yaml is missing: no recipe and no decoder")
+        return run
+    run.config = load_config(folder / "config.yaml")
+    if run.config.objective != "maskembed":
+        run.notes.append("masked image modeling has no decoder")
+    elif (student := _student(run)) is None:
+        run.notes.append(f"the checkpoint of step {run.facts.get('step')} is gone: no decoder")
+    else:
+        run.decoder, run.decoder_weights = describe_decoder(vit, run.config, student)
+    return run
+
+
+def _student(run: Run) -> dict[str, Tensor] | None:
+    """The student's weights in the checkpoint of the backbone's step; None if it is gone."""
+    checkpoints, step = run.folder / "checkpoints", run.facts.get("step", 0)
+    for path in (checkpoints / f"step-{step:08d}.pt", checkpoints / "best.pt"):
+        if not path.is_file():
+            continue
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            found, student = state["step"], state.get("average") or state["student"]
+        except Exception as error:  # torch's unpickler has no common class of errors
+            raise UserError(
+                f"{path} is damaged ({first_line(error)[:200]}): remove it to export without the decoder"
+            ) from error
+        if found == step:
+            return student
+    return None
+
+
+class AlignedDecoder(nn.Module):
+    """The student after its tokens: `norm` (of backbones that pool before it), `head`, `decoder`.
+
+    Args:
+        facts: from `describe_decoder`.
+    """
+
+    def __init__(self, facts: dict[str, Any]):
+        super().__init__()
+        block, width = BlockSpec(**facts["block"]), facts["backbone_width"]
+        self.norm = nn.LayerNorm(width, eps=facts["norm_eps"]) if facts["norm"] else nn.Identity()
+        if facts["mlp_hidden"]:
+            shape = {"width": width, "heads": 1, "mlp_hidden": facts["mlp_hidden"]}
+            self.head = MLP(BlockSpec(**shape, activation=facts["head_activation"]), block.width)
+        else:
+            self.head = nn.Linear(width, block.width)
+        names = ("tokens", "prefix", "out", "layers", "prefix_only")
+        self.decoder = MaskEmbedDecoder(block, **{name: facts[name] for name in names})
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The backbone's tokens [B, T, D] -> the teacher's tokens of the whole image [B, T, out]."""
+        patches = tokens.shape[1] - self.decoder.prefix
+        visible = torch.ones(len(tokens), 1, patches, dtype=torch.bool, device=tokens.device)
+        return self.decoder(self.head(self.norm(tokens)), visible)[:, 0]
+
+
+def describe_decoder(
+    vit: ViT, config: Config, student: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The argument of `AlignedDecoder` and its weights, from the weights `encoder.*`, `decoder.*` of a student."""
+    parts = {"decoder.": "decoder.", "encoder.head.": "head.", "encoder.fc_norm.": "norm."}
+    weights = {
+        ours + name.removeprefix(theirs): value.float().contiguous()
+        for theirs, ours in parts.items()
+        for name, value in student.items()
+        if name.startswith(theirs)
+    }
+    position = weights["decoder.pos_embed"]
+    block = decoder_block_spec(vit.spec, **{**config.decoder.kwargs.model_dump(), "width": position.shape[2]})
+    facts = {
+        "block": asdict(block),
+        "tokens": position.shape[1],
+        "prefix": vit.spec.prefix,
+        "out": weights["decoder.head.weight"].shape[0],
+        "layers": config.decoder.layers,
+        "prefix_only": config.teacher.prefix_only,
+        "backbone_width": vit.embed_dim,
+        "norm": "norm.weight" in weights,
+        "norm_eps": vit.spec.fresh_norm_eps,
+        "mlp_hidden": len(weights["head.fc1.weight"]) if "head.fc1.weight" in weights else None,
+        "head_activation": vit.spec.block.activation,
+    }
+    return facts, weights
+
+
+def load_decoder(folder: str | Path) -> AlignedDecoder:
+    """The MaskEmbed decoder in the folder of an export, ready for further training.
+
+    Raises:
+        UserError: the export has no decoder.
+    """
+    path = Path(folder)
+    if not (path / DECODER).is_file():
+        raise UserError(
+            f"no {DECODER} in {folder}: give an export of a MaskEmbed run that kept its checkpoints"
+        )
+    decoder = AlignedDecoder(json.loads((path / "fastalign.json").read_text())["decoder"])
+    decoder.load_state_dict(load_file(path / DECODER))
+    return decoder

@@ -1,0 +1,207 @@
+"""Files for transformers: towers of its own classes or, with a cap, of `fastalign.export.hf`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastalign.backbones.layouts import HF_ACTIVATIONS, HF_CLIP, HF_DINOV2, Layout, from_timm
+from fastalign.backbones.vit import ViT
+from fastalign.export.run import Run
+from fastalign.utils.files import write_tensors
+
+Tokens = Callable[[Tensor], Tensor]
+"""From images to our features: all tokens, prefix first."""
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a configuration."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def convert(state: dict[str, Tensor], layout: Layout, prefix: str = "") -> dict[str, Tensor]:
+    """Weights with timm's keys by the names of a layout, each with memory of its own."""
+    return {
+        prefix + key: value.clone(memory_format=torch.contiguous_format)
+        for key, value in from_timm(state, layout).items()
+    }
+
+
+def _clip_state(vit: ViT) -> dict[str, Tensor]:
+    # The prefix is the one that files have in all versions of transformers.
+    return convert(vit.state_dict(), HF_CLIP, "vision_model.")
+
+
+@torch.no_grad()
+def _dinov2_state(vit: ViT) -> dict[str, Tensor]:
+    """The positions of the prefix go into its tokens; without LayerScale its factors are one."""
+    prefix, patches = vit.prefix_rows(), vit.patch_position()
+    ones = torch.ones(vit.embed_dim)
+    state = {f"blocks.{i}.ls{number}.gamma": ones for i in range(len(vit.blocks)) for number in (1, 2)}
+    state |= {key: value for key, value in vit.state_dict().items() if key != "reg_token"} | {
+        "cls_token": prefix[None, :1],
+        "pos_embed": torch.cat([torch.zeros_like(patches[:1]), patches])[None],
+        "mask_token": torch.zeros(1, vit.embed_dim),
+    }
+    if vit.spec.registers:
+        state["register_tokens"] = prefix[None, 1:]
+    return convert(state, HF_DINOV2)
+
+
+class Tower(NamedTuple):
+    """A family of transformers' vision towers."""
+
+    wanted: dict[str, Any]
+    """the fields of `ViTSpec` that it can express"""
+    class_name: str
+    settings: Callable[[ViT], dict[str, Any]]
+    """of its configuration, besides the common ones"""
+    state: Callable[[ViT], dict[str, Tensor]]
+    """the weights by their names in files"""
+
+    def _class_name(self, vit: ViT) -> str:
+        return "Dinov2WithRegistersModel" if vit.spec.registers else self.class_name
+
+    def write(self, run: Run, folder: Path) -> None:
+        """Write a folder for `from_pretrained`."""
+        import transformers
+
+        from fastalign.export import hf
+
+        vit, block = run.vit, run.vit.spec.block
+        model = getattr(transformers, self._class_name(vit))
+        settings = {
+            "hidden_size": block.width,
+            "num_hidden_layers": vit.spec.depth,
+            "num_attention_heads": block.heads,
+            "image_size": vit.spec.image_size[0],
+            "patch_size": vit.spec.patch_size[0],
+            "num_channels": vit.spec.channels,
+            "hidden_act": HF_ACTIVATIONS[block.activation],
+            "layer_norm_eps": block.norm_eps,
+            **self.settings(vit),
+        }
+        if vit.softcap is not None:
+            model = hf.TOWERS[model.config_class.model_type]
+            settings["softcap"] = vit.softcap
+        config = model.config_class(architectures=[model.__name__], dtype="float32", **settings)
+        config.save_pretrained(folder)
+        write_tensors(folder / "model.safetensors", self.state(vit))
+        write_json(folder / "preprocessor_config.json", _processor(vit))
+
+    def usage(self, run: Run) -> str:
+        """Lines of Python for the model card."""
+        lines = [
+            "from transformers import LlavaForConditionalGeneration",
+            "from fastalign.export import hf",
+            "",
+            'tower = hf.load_tower("FOLDER").eval()',
+            "tokens = tower(images).last_hidden_state  # prefix tokens first; hidden_states[-1] is the same",
+            "",
+            'llava = LlavaForConditionalGeneration(hf.llava_config("FOLDER", text_config))',
+            "llava.model.vision_tower = tower",
+        ]
+        if run.vit.softcap is None:
+            name, last = self._class_name(run.vit), "tower(images).last_hidden_state"
+            lines += ["", "# or without fastalign:", f'tower = {name}.from_pretrained("FOLDER").eval()']
+            lines += [f"tokens = {f'tower.post_layernorm({last})' if name.startswith('CLIP') else last}"]
+        return "\n".join(lines)
+
+
+_PLAIN = {
+    "channels": 3,
+    "position": True,
+    "relative_position": False,
+    "rotary": False,
+    "patch_norm": False,
+    "final_norm": True,
+    "block.mlp": "mlp",
+    "block.mlp_norm": False,
+    "block.qkv": "fused",
+    "block.qkv_bias": True,
+    "block.qk_norm": False,
+    "block.attention_norm": False,
+    "block.norm": "layer_norm",
+}
+_NO_SCALE = _PLAIN | {"registers": 0, "block.layer_scale": None}
+CLIP = Tower(
+    _NO_SCALE | {"class_token": True, "position_prefix": True, "pre_norm": True, "patch_bias": False},
+    "CLIPVisionModel",
+    lambda vit: {"intermediate_size": vit.spec.block.mlp_hidden, "projection_dim": vit.embed_dim},
+    _clip_state,
+)
+SIGLIP = Tower(
+    _NO_SCALE | {"class_token": False, "pre_norm": False, "patch_bias": True},
+    "SiglipVisionModel",
+    lambda vit: {"intermediate_size": vit.spec.block.mlp_hidden, "vision_use_head": False},
+    _clip_state,
+)
+DINOV2 = Tower(
+    _PLAIN | {"class_token": True, "pre_norm": False, "patch_bias": True},
+    "Dinov2Model",
+    lambda vit: {
+        "mlp_ratio": vit.spec.block.mlp_hidden // vit.embed_dim,
+        **({"num_register_tokens": vit.spec.registers} if vit.spec.registers else {}),
+    },
+    _dinov2_state,
+)
+
+
+def read(folder: Path) -> Tokens:
+    """Load the class that the folder names. CLIP's own does not norm its tokens, so that is done here."""
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    from fastalign.export import hf  # noqa: F401  (registers the classes with a cap)
+
+    logging.disable_progress_bar()
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    bare_clip = model.config.model_type == "clip_vision_model"
+
+    def tokens(images: Tensor) -> Tensor:
+        last = model(pixel_values=images).last_hidden_state
+        return model.post_layernorm(last) if bare_clip else last
+
+    return tokens
+
+
+def _processor(vit: ViT) -> dict[str, Any]:
+    """The backbone's evaluation transform, as transformers' image processor of CLIP."""
+    height, width = vit.spec.image_size
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": _short_side(vit)},
+        "resample": {"lanczos": 1, "bilinear": 2, "bicubic": 3}[vit.data["interpolation"]],
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": vit.data["mean"],
+        "image_std": vit.data["std"],
+        "do_convert_rgb": True,
+    }
+
+
+def _short_side(vit: ViT) -> int:
+    """What an image's short side is resized to before it is cropped."""
+    return int(vit.spec.image_size[0] / vit.data["crop_pct"])
+
+
+def processor_notes(run: Run) -> list[str]:
+    """transformers' crop has no setting that rounds as timm's does."""
+    size, short = run.vit.spec.image_size[0], _short_side(run.vit)
+    which = (
+        f"every image (short side {short}, crop {size})"
+        if (short - size) % 4 == 3
+        else f"images whose longer side is resized to {size} + 3, 7, 11, ... pixels"
+    )
+    return [
+        "Image processor: transformers rounds the offset of a centre crop down, timm to the nearest even number. "
+        f"Its crop lies one pixel further left or up than timm's on {which}; timm's own transform gives "
+        "the pixels of training and evaluation."
+    ]

@@ -1,0 +1,279 @@
+"""Checkpoint files: written in the background and atomically, checked when read, pruned."""
+
+import errno
+import os
+import pickle
+import re
+import shutil
+import threading
+import time
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from fastalign.training.distributed import World, on_first_rank
+from fastalign.training.sharding import full_tensor
+from fastalign.utils.errors import SharedError, UserError
+from fastalign.utils.files import (
+    flush_folder,
+    reason,
+    remove_leftovers,
+    system_error,
+    temporary_name,
+    write_atomically,
+)
+
+_NAME = re.compile(r"step-(\d+)\.pt")
+_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space")
+_REMEDIES |= dict.fromkeys(
+    (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST), "make the directory writable"
+)
+
+
+def checksum(module: nn.Module) -> int:
+    """A CRC-32 over the bytes of a module's weights and buffers in the order of their names."""
+    code = 0
+    for _, value in sorted(module.state_dict().items()):
+        code = zlib.crc32(value.detach().cpu().reshape(-1).view(torch.uint8).numpy(), code)
+    return code
+
+
+def snapshot(tree: Any, *, keep: bool = True) -> Any:
+    """An independent copy, on the host, of tensors and plain values in dictionaries, lists and tuples.
+
+    Sharded tensors are gathered, for which every rank must call this; with `keep` false it returns no tensors.
+    """
+    devices = set()
+
+    def copy(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = full_tensor(value.detach())
+        if not keep:
+            return None
+        if value.device.type != "cuda":
+            return value.clone()
+        devices.add(value.device)
+        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        return host.copy_(value, non_blocking=True)
+
+    copied = tree_map(copy, tree)
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
+    return copied
+
+
+class DamagedFile(Exception):
+    """A checkpoint whose content is damaged."""
+
+
+def read_state(path: Path) -> dict:
+    """The state in a checkpoint, on the CPU, with the checksum of each part compared: torch.load does not do that.
+
+    Raises:
+        DamagedFile: the content is damaged.
+        UserError: it cannot be read for another reason, or holds something that must not be loaded.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            part = file.testzip()
+            # A flag that zipfile ignores; torch takes the part for a folder and leaves its numbers to chance.
+            part = part or next(
+                (each.filename for each in file.infolist() if each.external_attr & 0x10), None
+            )
+        if part is not None:
+            raise DamagedFile(f"its part {part} is damaged")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except DamagedFile:
+        raise
+    except Exception as error:  # zipfile and torch document no list of what they raise for damaged files
+        obstacle = error if isinstance(error, pickle.UnpicklingError) else system_error(error)
+        if obstacle is None:
+            raise DamagedFile(reason(error)) from error
+        raise UserError(
+            f"{path} cannot be read ({reason(obstacle)}): make it readable, and run the same command again"
+        ) from error
+
+
+class Checkpoints:
+    """The checkpoints of a run. One process writes them, any number may read them.
+
+    Args:
+        folder: holds them as `step-00000100.pt` and `best.pt`.
+        keep: how many of the newest are kept.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+        self._writer: threading.Thread | None = None
+        self._failure: UserError | None = None
+        self.newest_step: int | None = None
+        """of the checkpoint last written or read here"""
+        self._last_save = time.monotonic()
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last `save`, or since this object was made."""
+        return time.monotonic() - self._last_save
+
+    def clean(self) -> None:
+        """Remove what a killed writer left behind; call it before the first save."""
+        remove_leftovers(self.folder)
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, ascending."""
+        names = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*.pt"))
+        return sorted(int(match[1]) for match in names if match)
+
+    def path(self, step: int) -> Path:
+        """The file of a step."""
+        return self.folder / f"step-{step:08d}.pt"
+
+    def save(
+        self,
+        state: dict,
+        step: int,
+        *,
+        best: bool = False,
+        publish: Callable[[dict], None] = lambda state: None,
+    ) -> None:
+        """Write a checkpoint in the background; then remove those too old to keep.
+
+        Args:
+            state: a `snapshot`.
+            step: names the file.
+            best: it becomes `best.pt` too.
+            publish: called in the background with the state once it is on the disk, before anything is removed.
+
+        Raises:
+            UserError: the previous write failed; a write that is still running is waited for.
+        """
+        self.wait()
+        self._last_save = time.monotonic()
+        self._writer = threading.Thread(
+            target=self._write, args=(state, step, best, publish), name="checkpoint"
+        )
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Return when the newest checkpoint is on the disk.
+
+        Raises:
+            UserError: it could not be written; raised once.
+        """
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if self.failed:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    @property
+    def failed(self) -> bool:
+        """Whether a write has failed, which `save` and `wait` will raise; does not wait."""
+        return self._failure is not None
+
+    def _write(self, state: dict, step: int, best: bool, publish: Callable[[dict], None]) -> None:
+        try:
+            write_atomically(self.path(step), lambda file: torch.save(state, file))
+            self.newest_step = step
+            if best:
+                self.make_best(step)
+            publish(state)
+            self.prune()
+        except Exception as error:  # whatever it is, the next step must learn of it
+            cause, steps = system_error(error), self.steps()
+            good = f"the newest good checkpoint is {self.path(steps[-1])}" if steps else "there is none yet"
+            self._failure = UserError(
+                f"{self.path(step)} could not be written ({reason(cause or error)}); {good}: "
+                f"{_REMEDIES.get(getattr(cause, 'errno', None), 'check the disk')} and run the same command again"
+            )
+
+    def prune(self) -> None:
+        """Remove the checkpoints too old to keep."""
+        for old in self.steps()[: -self.keep]:
+            self.path(old).unlink(missing_ok=True)
+
+    def make_best(self, step: int) -> None:
+        """Make `best.pt` the checkpoint of a step: a hard link if the file system has them, else a copy."""
+        source, best = self.path(step), self.folder / "best.pt"
+        if best.exists() and best.samefile(source):
+            return
+        temporary = temporary_name(best)
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            with source.open("rb") as file:
+                write_atomically(best, lambda copy: shutil.copyfileobj(file, copy))
+            return
+        temporary.replace(best)
+        flush_folder(self.folder)
+
+    def load(self) -> tuple[int | None, dict, list[str]]:
+        """The newest undamaged checkpoint; damaged ones newer than it are renamed to `.damaged`.
+
+        Returns:
+            Its step (None if there is no checkpoint), its state on the CPU, and a line about each renamed file.
+
+        Raises:
+            UserError: all checkpoints are damaged (none is renamed), or one cannot be read.
+        """
+        damaged: list[tuple[Path, DamagedFile]] = []
+        for step in reversed(self.steps()):
+            try:
+                state = read_state(self.path(step))
+            except DamagedFile as error:
+                damaged.append((self.path(step), error))
+                continue
+            return step, state, [_set_aside(*each, self.path(step)) for each in damaged]
+        if not damaged:
+            return None, {}, []
+        path, error = damaged[0]
+        others = f", nor can the {len(damaged) - 1} before it" if len(damaged) > 1 else ""
+        raise UserError(
+            f"{path} cannot be read ({error}){others}: restore one, or remove {self.folder} to start over"
+        )
+
+    def resume(self, world: World) -> tuple[int | None, dict, list[str]]:
+        """`load` on every rank: rank 0 chooses the step, each rank reads its file.
+
+        Raises:
+            SharedError: no checkpoint can be read, or a rank cannot read the chosen one; on every rank.
+        """
+        state: dict = {}
+
+        def choose() -> tuple[int | None, list[str]]:
+            nonlocal state
+            step, state, notes = self.load()
+            return step, notes
+
+        step, notes = on_first_rank(world, choose)
+        failure = None
+        if step is not None and not world.main:
+            path = self.path(step)
+            try:
+                state = read_state(path)
+            except (UserError, DamagedFile) as error:
+                failure = (
+                    f"rank {world.rank}: {path}: {error}"
+                    if path.exists()
+                    else (f"rank {world.rank} does not see {path}: give every machine the same output folder")
+                )
+        for message in world.gather(failure):
+            if message is not None:
+                raise SharedError(message)
+        self.newest_step = step
+        return step, state, notes
+
+
+def _set_aside(path: Path, error: DamagedFile, good: Path) -> str:
+    aside = path.with_name(f"{path.name}.damaged")
+    path.replace(aside)
+    return f"{path} is damaged ({error}) and now {aside.name}: resuming from {good.name}"

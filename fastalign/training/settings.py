@@ -1,0 +1,115 @@
+"""What a resumed run compares with its checkpoint: the settings and files that decide the result."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastalign.config import Config, kinds, resolve
+from fastalign.data.source import Source
+from fastalign.utils.errors import UserError
+from fastalign.utils.files import checksum_of
+from fastalign.utils.sections import Kind, get_key
+
+_WEIGHTS = {".safetensors", ".pth", ".pt", ".bin", ".npz"}
+"""Suffixes of files of weights in a folder."""
+
+
+class Change(NamedTuple):
+    """A key whose value, or what its value names, has changed."""
+
+    key: str
+    before: Any
+    now: Any
+    contents: str | None = None
+    """of a path: what has changed there"""
+
+    def __str__(self) -> str:
+        before, now = (json.dumps(value, ensure_ascii=False) for value in (self.before, self.now))
+        if before == now:
+            return f"{self.key} {now} has {self.contents} than before"
+        return f"{self.key} was {before}, is {now}{f' with {self.contents}' if self.contents else ''}"
+
+
+def contents(config: Config, sources: Mapping[str, Source]) -> dict[str, Any]:
+    """Fingerprints of what the paths of a configuration hold, by key; `sources` are its opened data sets.
+
+    Raises:
+        OSError: weights cannot be read.
+    """
+    found: dict[str, Any] = {key: source.identity for key, source in sources.items()}
+    for section in ("student", "teacher"):
+        weights = getattr(config, section).weights
+        if weights not in (None, "pretrained", "random"):
+            place = Path(weights)
+            inside = sorted(path for path in place.glob("*") if path.suffix in _WEIGHTS)
+            found[f"{section}.weights"] = checksum_of(inside if place.is_dir() else [place])
+    return found
+
+
+def changed_contents(
+    before: dict[str, Any], now: dict[str, Any], sources: Mapping[str, Source]
+) -> dict[str, str | None]:
+    """For each path that two `contents` have: what has changed, None = nothing."""
+    changed = {
+        key: None if now[key] == before[key] else "other contents" for key in now.keys() & before.keys()
+    }
+    return changed | {key: sources[key].differs_from(before[key]) for key in sources.keys() & before.keys()}
+
+
+def changed_settings(
+    saved: dict, path: Path, config: Config, places: Mapping[str, str | None], *, finished: bool
+) -> tuple[list[Change], list[str]]:
+    """The changes among the keys that decide the result; only `resume=force` allows any.
+
+    Args:
+        saved: the checkpoint at `path`.
+        path: for messages.
+        config: of the resumed run.
+        places: of `changed_contents`. The contents count, not the path.
+        finished: nothing is left to train, so that no change is allowed.
+
+    Returns:
+        The changes, those of values before those of contents; and lines about paths whose contents have moved.
+
+    Raises:
+        UserError: there are changes that are not allowed.
+    """
+    before = resolve(saved["config"], [], path).model_dump(mode="json")
+    after = config.model_dump(mode="json")
+    values, inside, notes = [], [], []
+    for key, kind in kinds().items():
+        old, new = get_key(before, key), get_key(after, key)
+        if kind is Kind.FREE:
+            continue
+        if kind is Kind.GROWS:
+            if old != new and new is not None and new < saved["step"]:
+                values.append(Change(key, old, new))
+        elif key not in places:
+            values += _differences(key, old, new)
+        elif change := places[key]:
+            (values if old != new else inside).append(Change(key, old, new, change))
+        elif old != new:
+            notes.append(f"{Change(key, old, new)}: the contents are the same")
+    changes = values + inside
+    if changes and (finished or config.resume != "force"):
+        remedy = (
+            "it is finished, and nothing would be trained with the new ones: choose another output"
+            if finished
+            else "set it back, choose another output, or use the new ones from here on with resume=force, which "
+            "records the change"
+        )
+        differences = "; ".join(map(str, changes))
+        raise UserError(
+            f"{config.output} is at step {saved['step']} with other settings: {differences}; {remedy}"
+        )
+    return changes, notes
+
+
+def _differences(key: str, old: Any, new: Any) -> Iterator[Change]:
+    """The values that differ; a missing key of a mapping is the same as null."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in [*old, *(name for name in new if name not in old)]:
+            yield from _differences(f"{key}.{name}", old.get(name), new.get(name))
+    elif old != new:
+        yield Change(key, old, new)

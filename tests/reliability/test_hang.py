@@ -1,0 +1,130 @@
+"""A rank that hangs ends with exit code 70 and one line that says where: real processes, also under torchrun."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import DistBackendError
+
+from fastalign.training.distributed import World, connection_lost
+from fastalign.training.hang import RANK_FAILED, HangTimer, collective_timeout
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import os, sys, threading, time
+import torch
+from fastalign.training import distributed
+from fastalign.training.command import run_command
+from fastalign.training.hang import HangTimer, collective_timeout
+
+def body():
+    torch.set_num_threads(1)
+    world = distributed.start(collective_timeout(1))
+    model = torch.nn.Linear(3, 3)
+    if world.size > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    model(torch.ones(2, 3)).sum().backward()  # a first pass is slow
+    with HangTimer(world, 1.0, saved=lambda: 4) as timer:
+        for step in range(8):
+            timer.beat(step, "computing")
+            loss = model(torch.ones(2, 3)).sum()
+            if step == 5 and world.rank == world.size - 1:
+                ACTION
+            loss.backward()
+            world.sum(torch.ones(1))
+
+sys.exit(run_command(body))
+"""
+SLEEP = "time.sleep(99)"
+LOCK = "lock = threading.Lock(); lock.acquire(); lock.acquire()"
+SILENT = "timer._paused = 1; time.sleep(99)  # as a stopped process, or a machine that is gone"
+SUSPENDED = "os.system(f'(sleep 2.5; kill -CONT {os.getpid()}) & kill -STOP {os.getpid()}')"
+SLOW = "[(timer.beat(step, 'reading'), time.sleep(0.5)) for _ in range(4)]"
+PAUSED = "with timer.paused(): time.sleep(2)"
+
+
+def run(tmp_path: Path, action: str, ranks: int = 1) -> tuple[int, str]:
+    """Run a program of eight steps, whose last rank does `action` in step 5. Returns exit code and stderr."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.replace("ACTION", action))
+    command = [sys.executable, str(program)]
+    if ranks > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
+    return result.returncode, result.stderr
+
+
+def lines_in(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("fastalign: ")]
+
+
+@pytest.mark.parametrize("action", [SLEEP, LOCK], ids=["sleep", "lock"])
+def test_a_hang_ends_with_70_one_line_and_the_stack(tmp_path, action):
+    code, text = run(tmp_path, action)
+    assert code == RANK_FAILED == 70, text
+    (line,) = lines_in(text)
+    assert re.match(r"fastalign: rank 0 \(.*, pid \d+\) hangs at step 5: computing for \d s; ", line), line
+    assert "faults.timeout=1 s; the same command goes on from the checkpoint of step 4" in line
+    assert re.search(r'program.py", line \d+ in body', text)
+
+
+@pytest.mark.parametrize("action", [SUSPENDED, SLOW, PAUSED], ids=["suspended", "slow", "paused"])
+def test_progress_and_suspended_time_are_no_hang(tmp_path, action):
+    assert run(tmp_path, action) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("action", "expected"),
+    [
+        (SLEEP, "rank 1 (.*) hangs at step 5: computing for "),
+        (SILENT, "rank 0 (.*) hangs at step 5: computing, waiting for the device or the other ranks for "),
+    ],
+    ids=["sleep", "silent"],
+)
+def test_the_rank_that_hangs_reports_first_and_no_rank_waits_for_ever(tmp_path, action, expected):
+    code, text = run(tmp_path, action, ranks=2)
+    assert code == 1, "torchrun's own"
+    first, *others = lines_in(text)
+    assert re.search(expected, first), text
+    assert all("lost the connection" in line for line in others), text
+    assert re.search(rf"Root Cause[^$]*exitcode *: {RANK_FAILED} ", text), text
+
+
+def test_a_normal_end_leaves_no_thread():
+    before = set(threading.enumerate())
+    with HangTimer(World(0, 1, torch.device("cpu")), 600):
+        assert len(set(threading.enumerate()) - before) == 1
+    assert set(threading.enumerate()) == before
+
+
+GLOO, NCCL = (
+    "[/x/third_party/gloo/gloo/transport/tcp/pair.cc:547] ",
+    "NCCL error in: /x.cpp:94, NCCL version 2.27, ",
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError(f"{GLOO}Connection closed by peer [127.0.0.1]:7058"), True),
+        (RuntimeError(f"{GLOO}Timed out waiting 1800000ms for recv operation"), True),
+        (DistBackendError(f"{NCCL}remote process exited, ncclRemoteError"), True),
+        (DistBackendError(f"{NCCL}ncclInvalidUsage"), False),
+        (RuntimeError("[enforce fail at .../gloo/transport/tcp/pair.cc:456] 8000 vs 4000"), False),
+        (RuntimeError("Connection closed by peer"), False),  # not from torch.distributed
+        (ConnectionResetError("Connection reset by peer"), False),
+    ],
+)
+def test_lost_connections(error, lost):
+    assert connection_lost(error) == lost
+
+
+def test_collectives_wait_for_longer_than_the_timer():
+    assert [collective_timeout(seconds).total_seconds() for seconds in (2, 3600)] == [1800, 7260]
+    assert collective_timeout(1e300).total_seconds() > 1e8
