@@ -2,8 +2,7 @@
 
 Cases are lengths, head widths, caps and layouts of vision transformers, compared as `benchmarks.compare` describes.
 In capped cases the `UNCAPPED` implementations are timed without the cap, as an upper bound of its cost. On a GPU it
-also writes the table by which `auto` chooses on this architecture, `fastalign/ops/attention/table.json`;
-``--table`` writes the table from `benchmarks/results/attention.json`, without a GPU.
+also writes the table by which `auto` chooses on this architecture, `fastalign/ops/attention/table.json`.
 """
 
 import json
@@ -110,20 +109,8 @@ def write_table(rows: list[dict], environment: dict) -> None:
     print(f"auto chooses by {choice.TABLE}")
 
 
-def _rewrite_table() -> int:
-    """The table from the results file; the exit code."""
-    result = record.read("attention")
-    if "architecture" not in result.get("environment", {}):
-        print("benchmarks/results/attention.json was not measured on a GPU", file=sys.stderr)
-        return 2
-    write_table(result["rows"], result["environment"])
-    return 0
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; the exit code."""
-    if "--table" in (arguments or sys.argv):
-        return _rewrite_table()
     for name, backend in BACKENDS.items():
         if backend.missing():
             print(f"not installed: {name} ({backend.missing()})")

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch._functorch.config
@@ -118,9 +119,29 @@ def device_times(function: Callable[[], object]) -> list[float]:
 
 def one_time(function: Callable[[], object]) -> list[float]:
     """Milliseconds of one call on the CPU, for --tiny."""
-    before = time.perf_counter()
-    function()
-    return [1e3 * (time.perf_counter() - before)]
+    return [1e3 * seconds for seconds in timed(function, 1, False)]
+
+
+def timed(
+    function: Callable[[], object], calls: int, cuda: bool, clock: Callable[[], float] = time.process_time
+) -> list[float]:
+    """Seconds of each call: between events on a GPU, where calls are queued, by the clock on a CPU."""
+
+    def mark():
+        if not cuda:
+            return clock()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    marks = [mark()]
+    for _ in range(calls):
+        function()
+        marks.append(mark())
+    if not cuda:
+        return [after - before for before, after in pairwise(marks)]
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
 
 
 def interleaved(calls: dict[str, Callable], clock: Callable, rounds: int) -> dict[str, list[float]]:
@@ -181,12 +202,12 @@ def time_modes(
         for name, function in functions.items():
             if (name, "forward") in failed:
                 continue
-            timed, why = attempt(call, case, inputs, function, mode, cotangents)
-            why = why or attempt(timed)[1]  # compiles, selects algorithms, may run out of memory
+            run, why = attempt(call, case, inputs, function, mode, cotangents)
+            why = why or attempt(run)[1]  # compiles, selects algorithms, may run out of memory
             if why:
                 failed[name, mode] = why
             else:
-                calls[name] = timed
+                calls[name] = run
         times[mode] = interleaved(calls, clock, rounds)
         calls.clear()
         free(cotangents[0].device.type)
@@ -258,8 +279,8 @@ def measure_case(
         if row["implementation"] in uncapped:
             row["computes"] = "without the cap"
         elif row["mode"] == "full" and not tiny:
-            timed = call(case, inputs, functions[row["implementation"]], "full", cotangents)
-            row |= {"host_ms": host_ms(timed), "peak_mib": peak_mib(timed)}
+            run = call(case, inputs, functions[row["implementation"]], "full", cotangents)
+            row |= {"host_ms": host_ms(run), "peak_mib": peak_mib(run)}
     rows += [base | {"implementation": name, "failed": why} for name, why in refused.items()]
     return rows + [base | {"implementation": n, "mode": m, "failed": why} for (n, m), why in failed.items()]
 
@@ -281,34 +302,25 @@ def show(rows: list[dict]) -> None:
         print(line, flush=True)
 
 
-def select(cases: list[Case], ops: list[str] | None, labels: list[str] | None) -> list[Case]:
-    """The cases of operations by name, and with labels by how they start."""
-    names, all_labels = {case.name for case in cases}, {case.label for case in cases}
-    for name in ops or ():
-        if name not in names:
-            raise SystemExit(f"--ops: unknown operation {name}; choose from {', '.join(sorted(names))}")
-    for start in labels or ():
-        if not any(label.startswith(start) for label in all_labels):
-            raise SystemExit(
-                f"--cases: no case starts with {start!r}; choose from {', '.join(sorted(all_labels))}"
-            )
-    chosen = [case for case in cases if not ops or case.name in ops]
-    return [case for case in chosen if not labels or case.label.startswith(tuple(labels))]
-
-
 def main(
     name: str, description: str, cases: list[Case], tiny_cases: list[Case], implementations: Implementations,
     arguments: list[str] | None,
 ) -> tuple[int, list[dict]]:  # fmt: skip
     """Measure, print, write `NAME.json`. Returns the exit code (1: ours is wrong, 2: no GPU) and the rows."""
     parser = record.parser(name, description, "tiny shapes in the interpreter")
-    parser.add_argument("--ops", nargs="+", metavar="NAME", help="only these operations")
+    names = sorted({case.name for case in cases})
+    parser.add_argument("--ops", nargs="+", choices=names, default=names, help="only these operations")
     parser.add_argument("--cases", nargs="+", metavar="LABEL", help="only labels that start so: B/16-224")
     parser.add_argument(
         "--once", action="store_true", help="run each case once, for a profiler; measures nothing"
     )
     options = parser.parse_args(arguments)
-    cases = select(tiny_cases if options.tiny else cases, options.ops, options.cases)
+    cases = [case for case in (tiny_cases if options.tiny else cases) if case.name in options.ops]
+    for start in options.cases or ():
+        if not any(case.label.startswith(start) for case in cases):
+            labels = ", ".join(sorted({case.label for case in cases}))
+            parser.error(f"--cases: no case starts with {start!r}; choose from {labels}")
+    cases = [case for case in cases if case.label.startswith(tuple(options.cases or [""]))]
     if not options.tiny and not torch.cuda.is_available():
         print(f"benchmarks.{name} needs a GPU; --tiny shows on a CPU that it runs", file=sys.stderr)
         return 2, []

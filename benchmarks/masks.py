@@ -5,7 +5,6 @@ the extension's) with one thread and with all; on a GPU also microseconds per ca
 included. PyTorch only draws, also in the ratio of draw and pack. Writes `benchmarks/results/masks.json`.
 """
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -14,33 +13,12 @@ import torch
 
 import fastalign as fa
 from benchmarks import record
+from benchmarks.compare import timed
 from fastalign.ops import extension
 
 KINDS = {"uniform": fa.UniformMasks(), "bernoulli": fa.BernoulliMasks(), "blockwise": fa.BlockwiseMasks()}
 IMAGES, GRID, PREFIX = 256, (14, 14), 1
-REPEATS = 50
-
-
-def cpu_seconds(function: Callable[[], object], repeats: int) -> float:
-    """Median time of one call, after two for warm-up."""
-    taken = []
-    for _ in range(repeats + 2):
-        before = time.perf_counter()
-        function()
-        taken.append(time.perf_counter() - before)
-    return statistics.median(taken[2:])
-
-
-def cuda_seconds(function: Callable[[], object], repeats: int) -> float:
-    """Median time of one call between CUDA events, with queued calls."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 6)]
-    for mark in marks[:-1]:
-        mark.record()
-        function()
-    marks[-1].record()
-    torch.cuda.synchronize()
-    taken = [first.elapsed_time(then) for first, then in itertools.pairwise(marks[5:])]
-    return statistics.median(taken) * 1e-3
+REPEATS, WARM_UP = 50, 5
 
 
 def functions(kind: str, device: str, images: int) -> dict[str, Callable[[], object]]:
@@ -60,8 +38,10 @@ def functions(kind: str, device: str, images: int) -> dict[str, Callable[[], obj
 def measure(kind: str, device: str, threads: int, images: int, repeats: int) -> dict:
     """One row: ratios of times, and on a GPU the times."""
     torch.set_num_threads(threads)
-    clock = cuda_seconds if device == "cuda" else cpu_seconds
-    seconds = {name: clock(function, repeats) for name, function in functions(kind, device, images).items()}
+    seconds = {}
+    for name, function in functions(kind, device, images).items():
+        times = timed(function, repeats + WARM_UP, device == "cuda", time.perf_counter)
+        seconds[name] = statistics.median(times[WARM_UP:])
     row = {"kind": kind, "device": device, "threads": threads, "images": images, "patches": GRID[0] * GRID[1]}
     row |= {f"{name}_speedup": seconds["pytorch"] / seconds[name] for name in ("draw", "draw_and_pack")}
     if device == "cuda":

@@ -12,7 +12,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import record
-from benchmarks.step_bench import BACKBONES, WARM_UP, Row, StepBench, timed
+from benchmarks.compare import timed
+from benchmarks.step_bench import BACKBONES, WARM_UP, Row, StepBench
 from fastalign.training import distributed
 
 STEPS = 20
@@ -38,7 +39,9 @@ def main(arguments: list[str] | None = None) -> dict:
         for _ in range(1 if options.tiny else 1 + WARM_UP):
             bench.step()
         world.barrier()
-        seconds = statistics.median(timed(bench, 2 if options.tiny else STEPS))
+        seconds = statistics.median(
+            timed(bench.step, 2 if options.tiny else STEPS, world.device.type == "cuda")
+        )
     finally:
         distributed.stop()
     rate = world.size * batch / seconds

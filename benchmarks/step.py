@@ -16,14 +16,13 @@ shares of the machine's own matmul rate to `step_cpu.json`.
 import itertools
 import statistics
 import sys
-import time
 from collections.abc import Iterable
 from functools import partial
 
 import torch
 
 from benchmarks import record
-from benchmarks.compare import attempt, free
+from benchmarks.compare import attempt, free, timed
 from benchmarks.step_bench import BACKBONES, KEY, MODES, PRECISIONS, SMALL, Measured, Row, measure
 from fastalign.backbones.precision import compute_dtype
 from fastalign.training.memory import keep_freed_memory
@@ -126,11 +125,11 @@ def ratios(tiny: bool) -> list[dict]:
         found = measure(rows, rows[0].default_batch, device, *((1, 1) if tiny else (3, 2)))
     finally:
         torch.set_num_threads(threads)
-    results, reference = [], found[0]["ms"]
+    results, reference_point = [], found[0]["ms"]
     for row in found:
         result = {key: row[key] for key in (*KEY, "batch", "failed", "steps") if key in row}
         if "failed" not in row:
-            result["speedup"] = reference / row["ms"]
+            result["speedup"] = reference_point / row["ms"]
             result["matmul_share"] = row["flops_per_second"] / peak[row["precision"]]
             name = f"{row['mode']:9}{row['compiled']:9}{row['precision']}"
             print(f"{name} {result['speedup']:6.2f}x  {result['matmul_share']:4.0%} of the matmul rate")
@@ -143,12 +142,7 @@ def ratios(tiny: bool) -> list[dict]:
 def matmul_rate(dtype: torch.dtype, size: int) -> float:
     """FLOP/s of a square matrix product, in CPU time."""
     a, b = torch.randn(2, size, size, dtype=dtype)
-    seconds = []
-    for _ in range(10):
-        before = time.process_time()
-        a @ b
-        seconds.append(time.process_time() - before)
-    return 2 * size**3 / statistics.median(seconds[2:])
+    return 2 * size**3 / statistics.median(timed(lambda: a @ b, 10, cuda=False)[2:])
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:

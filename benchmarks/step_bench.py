@@ -1,6 +1,5 @@
 """A training step that can be timed, and measurement of several in turns, for `benchmarks.step` and others."""
 
-import itertools
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,7 +8,7 @@ import torch
 
 import fastalign as fa
 from benchmarks.baseline import Baseline
-from benchmarks.compare import attempt, free, quantiles
+from benchmarks.compare import attempt, free, quantiles, timed
 from fastalign.backbones.precision import autocast, store_as
 from fastalign.method.flops import flops_per_image, peak_flops
 from fastalign.training.optim import adamw
@@ -85,27 +84,6 @@ class StepBench:
         self.epoch += 1
 
 
-def timed(bench: StepBench, steps: int) -> list[float]:
-    """Seconds of each step: between events on a GPU, CPU time on a CPU."""
-    cuda = bench.images.is_cuda
-
-    def mark():
-        if not cuda:
-            return time.process_time()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    marks = [mark()]
-    for _ in range(steps):
-        bench.step()
-        marks.append(mark())
-    if not cuda:
-        return [after - before for before, after in itertools.pairwise(marks)]
-    torch.cuda.synchronize()
-    return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(marks)]
-
-
 class Measured:
     """A bench that stays in memory between its rounds, with its times so far."""
 
@@ -131,7 +109,7 @@ class Measured:
             self.bench.step()
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()  # without compilation's
-        self.seconds += timed(self.bench, steps)
+        self.seconds += timed(self.bench.step, steps, self.cuda)
         if self.cuda:
             self.peak = max(self.peak, torch.cuda.max_memory_allocated() - others)
 

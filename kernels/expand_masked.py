@@ -8,7 +8,6 @@ The backward sums over M for the tokens and over B M for the position in one rea
 """
 
 import torch
-from torch import Tensor
 
 from fastalign.kernels.mask_tokens import backward_op, forward_op
 
@@ -32,6 +31,6 @@ class _ExpandMasked(torch.autograd.Function):
         return tokens if need_tokens else None, None, position
 
 
-def expand_masked(tokens: Tensor, visible: Tensor, position: Tensor) -> Tensor:
-    """[B, T, D], bool [B, M, N], [1, T, D] -> [B, M, T, D]; fp32, bf16 or fp16. As `fastalign.ops.expand_masked`."""
+def expand_masked(tokens, visible, position):
+    """As `fastalign.ops.expand_masked`, for fp32, bf16 and fp16 on a GPU, without argument checks."""
     return _ExpandMasked.apply(tokens, visible, position)

@@ -10,7 +10,6 @@ Shapes: B images, M masks, N patches, P prefix tokens, T = P + N, D width. Bytes
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fastalign.kernels.common import (
     image_chunks,
@@ -199,12 +198,6 @@ class _MaskTokens(torch.autograd.Function):
         )
 
 
-def mask_tokens(
-    patches: Tensor,
-    hidden: Tensor,
-    visible: Tensor,
-    prefix: Tensor | None = None,
-    position: Tensor | None = None,
-) -> Tensor:
+def mask_tokens(patches, hidden, visible, prefix=None, position=None):
     """As `fastalign.ops.mask_tokens`, for fp32, bf16 and fp16 on a GPU, without argument checks."""
     return _MaskTokens.apply(patches, hidden, visible, prefix, position)

@@ -11,7 +11,6 @@ copies without atomics; sums over images take two stages. So results are reprodu
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fastalign.kernels.common import (
     image_chunks,
@@ -169,12 +168,7 @@ class _Pack(torch.autograd.Function):
         return patches if need_patches else None, None, None, None, prefix, position
 
 
-def pack(
-    patches: Tensor,
-    packing: tuple[Tensor, Tensor, Tensor, Tensor],
-    prefix: Tensor | None = None,
-    position: Tensor | None = None,
-) -> Tensor:
+def pack(patches, packing, prefix=None, position=None):
     """As `fastalign.ops.pack`, for fp32, bf16 and fp16 on a GPU, without argument checks.
 
     `packing` is (indices, slots, cu_seqlens, counts); rows from cu_seqlens[-1] on are padding.

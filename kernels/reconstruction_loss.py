@@ -204,15 +204,8 @@ class _ReconstructionLoss(torch.autograd.Function):
 
 
 def reconstruction_loss(
-    prediction: Tensor,
-    target: Tensor,
-    visible: Tensor,
-    *,
-    loss: str = "mse",
-    scale: Tensor | float = 1.0,
-    prefix_visible: bool = False,
-    packing: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-) -> Tensor:
+    prediction, target, visible, *, loss="mse", scale=1.0, prefix_visible=False, packing=None
+):
     """As `fastalign.ops.reconstruction_loss`, for fp32 and bf16 on a GPU, without argument checks.
 
     `packing` is (indices, slots, cu_seqlens, counts). Target and scale get no gradient; backward can run only once.

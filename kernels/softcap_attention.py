@@ -178,15 +178,7 @@ class _SoftcapAttention(torch.autograd.Function):
         return *backward_op(gradient, *tensors, ctx.softcap, cu_seqlens, ctx.max_seqlen), None, None, None
 
 
-def softcap_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    softcap: float | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-) -> Tensor:
+def softcap_attention(q, k, v, *, softcap=None, cu_seqlens=None, max_seqlen=None):
     """As `fastalign.ops.softcap_attention` without a bias, for fp32, bf16 and fp16 and d <= 128, on a GPU."""
     if cu_seqlens is None:
         max_seqlen = q.shape[2]

@@ -9,7 +9,6 @@ Shapes: B images, M masks, T tokens, D width, L rows. Bytes moved at s bytes per
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fastalign.kernels.common import register, row_tile, row_tiles
 
@@ -85,7 +84,7 @@ class _Unpack(torch.autograd.Function):
         return backward_op(gradient, ctx.saved_tensors[0], ctx.length), None
 
 
-def unpack(packed: Tensor, packing: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+def unpack(packed, packing):
     """As `fastalign.ops.unpack`, for fp32, bf16 and fp16 on a GPU, without argument checks.
 
     `packing` is (indices, slots, cu_seqlens, counts).

@@ -6,21 +6,25 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastalign.compat import reference_options as authors
+from pydantic import ValidationError
+
 from fastalign.compat.reference_models import backbones
-from fastalign.compat.reference_options import OPTIONS
+from fastalign.compat.reference_options import (
+    FINETUNE,
+    IGNORED,
+    KEYS,
+    MIM_DEFAULTS,
+    NOT_MIM,
+    REFUSED,
+    Options,
+)
 from fastalign.config import Config, resolve
 from fastalign.utils.errors import UserError
-from fastalign.utils.paths import user_path
-from fastalign.utils.yaml_files import merge, read_yaml
+from fastalign.utils.yaml_files import explain, merge, read_yaml
 
 AUTHORS_WORLD = 4
 """GPUs of the authors' own command, with which each of their files has 1024 images per update."""
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation")}
-_KINDS = {
-    str: "a text", Path: "a path", int: "a whole number", float: "a number", list: "a list of numbers",
-    dict: "a mapping", bool: "true or false, without quotes",
-}  # fmt: skip
 
 
 def make_config(
@@ -50,18 +54,14 @@ def read_reference(
     given, world = read_yaml(path), world_size or _world()
     notes = [f"{path.name} is in a folder configs-mim: objective=mim"] if mim and not chosen else []
     try:
-        _check_names(given, mim)
-        values = {
-            name: _value(name, given[name]) if name in given else option.default
-            for name, option in OPTIONS.items()
-        }
-        values |= {name: value for name, value in authors.MIM_DEFAULTS.items() if mim and name not in given}
-        for name in ("opt", "sched_on_updates"):  # their default is not supported
-            _check_choice(name, values[name], OPTIONS[name].choices)
+        given = _mapped(given, mim)
+        values = Options.model_validate((MIM_DEFAULTS | given) if mim else given)
         tree = _tree(values, mim, world, notes)
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, Options.model_fields)[1]}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    batch, passes = values["batch_size"], values["grad_accum_steps"]
+    batch, passes = values.batch_size, values.grad_accum_steps
     line = f"{batch} images per GPU x {passes} passes x {world} GPUs = {batch * passes * world} images per update; "
     return resolve(tree, overrides, path), [line + "--world-size=N for other GPUs", *notes]
 
@@ -76,14 +76,12 @@ def _world() -> int:
     return int(text)
 
 
-def _check_names(given: dict, mim: bool) -> None:
-    known = {
-        *OPTIONS,
-        *authors.REFUSED,
-        *(name for names in authors.IGNORED.values() for name in names.split()),
-    }
+def _mapped(given: dict, mim: bool) -> dict:
+    """The options that decide our keys; an error for those that are unknown or refused."""
+    ignored = {name for names in IGNORED.values() for name in names.split()}
+    known = {*Options.model_fields, *ignored, *REFUSED}
     for name, value in given.items():
-        if name in authors.FINETUNE:
+        if name in FINETUNE:
             raise UserError(
                 f"{name} is an option of the authors' finetune.py: use python -m fastalign.classify, or give a file "
                 "of their train.py or mim.py"
@@ -93,99 +91,69 @@ def _check_names(given: dict, mim: bool) -> None:
             raise UserError(
                 f"unknown option {name} (the authors' script ignores it); the nearest is {near[0]}"
             )
-        if mim and (name in authors.NOT_MIM or (name in ("skip_blocks", "prefix_only") and value)):
+        if mim and (name in NOT_MIM or (name in ("skip_blocks", "prefix_only") and value)):
             raise UserError(f"mim.py does not use {name}: remove it")
-        if name in authors.REFUSED:
-            reason, *accepted = authors.REFUSED[name]
-            _check_choice(name, value, accepted, f": {reason}")
+        if name in REFUSED:
+            _check_accepted(name, value, *REFUSED[name])
+    return {name: value for name, value in given.items() if name in Options.model_fields}
 
 
-def _check_choice(name: str, value: Any, choices: tuple | list, reason: str = "") -> None:
+def _check_accepted(name: str, value: Any, reason: str, *accepted: Any) -> None:
     try:
-        same = float(value) in choices  # YAML 1.1 reads 1e-8 as a text
+        same = float(value) in accepted  # YAML 1.1 reads 1e-8 as a text
     except (TypeError, ValueError):
-        same = value in choices or (value is None and "" in choices)
+        same = value in accepted or (value is None and "" in accepted)
     if not same:
-        takes = " or ".join(str(choice) for choice in choices if choice not in (None, ""))
-        remedy = f"set {name} to {takes}" if takes else f"remove {name}"
-        raise UserError(f"{name}={value} is not supported{reason}; {remedy}")
+        remedy = f"remove {name}" if accepted[-1] in (None, "") else f"set {name} to {accepted[-1]}"
+        raise UserError(f"{name}={value} is not supported: {reason}; {remedy}")
 
 
-def _value(name: str, value: Any) -> Any:
-    """The value with its option's type."""
-    option = OPTIONS[name]
-    if value is None and (option.default in (None, "") or name in authors.NULLABLE):
-        return None
-    try:
-        value = _convert(option.kind, value)
-    except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{name} must be {_KINDS[option.kind]}, got {value!r}") from None
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
-    if option.choices:
-        _check_choice(name, value, option.choices)
-    return value
-
-
-def _convert(kind: type, value: Any) -> Any:
-    """As argparse would, without its traps: a text in quotes is never a bool, a number never truncated."""
-    if kind in (bool, dict, list):
-        if not isinstance(value, kind):
-            raise TypeError
-        return [float(item) for item in value] if kind is list else value
-    if value is None or isinstance(value, (bool, dict, list)):
-        raise TypeError
-    if kind is Path:
-        return user_path(str(value))
-    if kind is int and float(value) != int(float(value)):
-        raise ValueError
-    return kind(float(value)) if kind is int else kind(value)
-
-
-def _tree(v: dict, mim: bool, world: int, notes: list[str]) -> dict:
+def _tree(v: Options, mim: bool, world: int, notes: list[str]) -> dict:
     """Our keys, by section."""
     student, teacher = backbones(v, notes)
-    batch = v["batch_size"] * v["grad_accum_steps"] * world
-    if v["amp"] and v["amp_dtype"] != "bfloat16":
-        raise UserError(f"amp_dtype={v['amp_dtype']} is not supported: set amp_dtype: bfloat16")
-    if v["aa"] and not v["aa"].startswith("rand"):
-        raise UserError(f"aa={v['aa']} is not supported: set aa to a policy rand-..., or to null")
+    if mim:
+        v = v.model_copy(update={"skip_blocks": 0})
+    batch = v.batch_size * v.grad_accum_steps * world
+    if v.amp and v.amp_dtype != "bfloat16":
+        raise UserError(f"amp_dtype={v.amp_dtype} is not supported: set amp_dtype: bfloat16")
+    if v.aa and not v.aa.startswith("rand"):
+        raise UserError(f"aa={v.aa} is not supported: set aa to a policy rand-..., or to null")
     tree = {
-        "output": f"{v['output'] or 'output/train'}/{v['experiment'] or v['student_model']}",
+        "output": f"{v.output or 'output/train'}/{v.experiment or v.student_model}",
         "objective": "mim" if mim else "maskembed",
         "student": student,
         "teacher": teacher,
-        "masks": {"ratio": v.get(f"{v['mask_sampling']}_mask_ratio")},
+        "masks": {"ratio": getattr(v, f"{v.mask_sampling}_mask_ratio", None)},
         "data": {
-            "train": _place(v, v["train_split"], "train"),
-            "val": _place(v, v["val_split"], "val") if v["val_split"] else None,
-            "crop": v["train_crop_mode"] or "rrc",
-            "color_jitter": 0.0 if v["aa"] else v["color_jitter"] or 0.0,
-            "randaugment": v["aa"] or "",
+            "train": _place(v, v.train_split, "train"),
+            "val": _place(v, v.val_split, "val") if v.val_split else None,
+            "crop": v.train_crop_mode or "rrc",
+            "color_jitter": 0.0 if v.aa else v.color_jitter or 0.0,
+            "randaugment": v.aa or "",
         },
         "optim": _optim(v, batch),
-        "checkpoint": {"every_steps": v["recovery_interval"] or None},
+        "checkpoint": {"every_steps": v.recovery_interval or None},
         "log": {"to": _sinks(v, notes)},
         "efficiency": {
-            "precision": "auto" if v["amp"] else "fp32",
-            "compile": v["torchcompile"] is not None,
+            "precision": "auto" if v.amp else "fp32",
+            "compile": v.torchcompile is not None,
         },
     }
-    for name, option in OPTIONS.items():
-        inherited = name.startswith("decoder_") and name != "decoder_layers" and v[name] == option.default
-        if option.key and not inherited and not (mim and name in authors.NOT_MIM):
-            value = 0 if mim and name == "skip_blocks" else v[name]
-            if name == "decoder_init_values":
-                value = value or None
-            for part in reversed(option.key.split(".")):
-                value = {part: value}
-            tree = merge(tree, value)
+    for name, key in KEYS.items():
+        if mim and name in NOT_MIM:
+            continue
+        value = getattr(v, name)
+        if name == "decoder_init_values":
+            value = value or None
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        tree = merge(tree, value)
     return tree
 
 
-def _place(v: dict, split: str, kind: str) -> str | None:
+def _place(v: Options, split: str, kind: str) -> str | None:
     """Where timm finds a split: its folder, under one of its usual names, or the tar shards that it names."""
-    root, dataset = v["data_dir"], (v["dataset"] or "").lower()
+    root, dataset = v.data_dir, (v.dataset or "").lower()
     if root is None:
         return None
     if dataset.startswith("wds/"):
@@ -205,33 +173,33 @@ def _place(v: dict, split: str, kind: str) -> str | None:
     return str(Path(root) / found)
 
 
-def _optim(v: dict, batch: int) -> dict:
-    unknown = set(v["opt_kwargs"]) - {"betas", "eps"}
-    if unknown or v["opt_kwargs"].get("eps", 1e-8) != 1e-8:
+def _optim(v: Options, batch: int) -> dict:
+    unknown = set(v.opt_kwargs) - {"betas", "eps"}
+    if unknown or v.opt_kwargs.get("eps", 1e-8) != 1e-8:
         raise UserError(
             f"opt_kwargs.{min(unknown or {'eps'}, key=str)} is not supported, only betas: remove it"
         )
-    if v["opt_betas"] and "betas" in v["opt_kwargs"]:
+    if v.opt_betas and "betas" in v.opt_kwargs:
         raise UserError("betas are in opt_betas and in opt_kwargs: remove one")
-    if v["warmup_epochs"] and v["warmup_lr"] != v["min_lr"]:
+    if v.warmup_epochs and v.warmup_lr != v.min_lr:
         raise UserError(
-            f"warmup_lr is {v['warmup_lr']}, and the warm-up starts at min_lr: set warmup_lr: {v['min_lr']}"
+            f"warmup_lr is {v.warmup_lr}, and the warm-up starts at min_lr: set warmup_lr: {v.min_lr}"
         )
-    if not v["lr"] and v["lr_base_size"] < 1:
-        raise UserError(f"lr_base_size must be at least 1, got {v['lr_base_size']}: correct it, or set lr")
-    power = 1.0 if v["lr_base_scale"] == "linear" else 0.5
+    if not v.lr and v.lr_base_size < 1:
+        raise UserError(f"lr_base_size must be at least 1, got {v.lr_base_size}: correct it, or set lr")
+    power = 1.0 if v.lr_base_scale == "linear" else 0.5
     return {
         "batch_size": batch,
-        "lr": v["lr"] or v["lr_base"] * (batch / v["lr_base_size"]) ** power,
-        "betas": v["opt_betas"] or v["opt_kwargs"].get("betas", [0.9, 0.999]),
-        "ema": v["model_ema_decay"] if v["model_ema"] else None,
+        "lr": v.lr or v.lr_base * (batch / v.lr_base_size) ** power,
+        "betas": v.opt_betas or v.opt_kwargs.get("betas", [0.9, 0.999]),
+        "ema": v.model_ema_decay if v.model_ema else None,
     }
 
 
-def _sinks(v: dict, notes: list[str]) -> list[str]:
-    if not v["log_wandb"]:
+def _sinks(v: Options, notes: list[str]) -> list[str]:
+    if not v.log_wandb:
         return []
     if importlib.util.find_spec("wandb") is None:
         notes.append("log_wandb: wandb is not installed, metrics go to metrics.jsonl only; pip install wandb")
         return []
-    return [f"wandb:{v['project'] or 'uncategorized'}"]
+    return [f"wandb:{v.project or 'uncategorized'}"]

@@ -1,99 +1,106 @@
-"""The 141 options of the authors' training scripts: read into one of our keys, ignored, or refused.
+"""The 141 options of the authors' training scripts: mapped to our keys, ignored, or refused.
 
 docs/reference-configs.md lists them; a test compares.
 """
 
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Literal
 
+from pydantic import BaseModel, ConfigDict, StrictBool
 
-class Option(NamedTuple):
-    """An option that decides one or more of our keys."""
-
-    kind: type
-    default: Any
-    """the authors'"""
-    key: str = ""
-    """our key for the same value; empty = `reference_config` computes with it"""
-    choices: tuple = ()
-    """the supported values; empty = any of the kind"""
-
+from fastalign.utils.paths import UserPath
 
 _IN1K = "vit_base_patch16_224.augreg_in21k_ft_in1k"
-_ROWS = {
-    "data_dir": (Path, None),
-    "dataset": (str, ""),
-    "train_split": (str, "train"),
-    "val_split": (str, "validation"),
-    "student_model": (str, _IN1K),
-    "student_head": (str, "linear", "student.head", ("linear", "mlp")),
-    "student_pretrained": (bool, True),
-    "student_checkpoint": (Path, ""),
-    "freeze_student": (bool, False, "student.freeze"),
-    "teacher_model": (str, _IN1K),
-    "teacher_pretrained": (bool, True),
-    "teacher_checkpoint": (Path, ""),
-    "skip_blocks": (int, 1, "teacher.skip_blocks"),
-    "prefix_only": (bool, False, "teacher.prefix_only"),
-    "loss_function": (str, "mse", "loss.name", ("mse", "cosine", "l1", "masked_mse", "unmasked_mse")),
-    "decoder_layers": (int, 2, "decoder.layers"),
-    "decoder_width": (int, None, "decoder.kwargs.width"),
-    "decoder_num_heads": (int, None, "decoder.kwargs.heads"),
-    "decoder_qk_norm": (bool, None, "decoder.kwargs.qk_norm"),
-    "decoder_qkv_bias": (bool, None, "decoder.kwargs.qkv_bias"),
-    "decoder_init_values": (float, 1e-6, "decoder.kwargs.init_values"),
-    "img_size": (int, None),
-    "input_size": (list, None),
-    "batch_size": (int, 128),
-    "grad_accum_steps": (int, 1, "optim.accumulate"),
-    "grad_checkpointing": (bool, False, "efficiency.grad_checkpointing"),
-    "model_kwargs": (dict, {}),
-    "student_model_kwargs": (dict, {}),
-    "teacher_model_kwargs": (dict, {}),
-    "torchcompile": (str, None, "", (None, "inductor")),
-    "amp": (bool, False),
-    "amp_dtype": (str, "float16"),
-    "opt": (str, "sgd", "optim.name", ("adamw",)),
-    "opt_betas": (list, None),
-    "weight_decay": (float, 0.01, "optim.weight_decay"),
-    "clip_grad": (float, None, "optim.clip"),
-    "opt_kwargs": (dict, {}),
-    "sched_on_updates": (bool, False, "", (True,)),
-    "lr": (float, None),
-    "lr_base": (float, 0.1),
-    "lr_base_size": (int, 256),
-    "lr_base_scale": (str, "", "", ("", "sqrt", "linear")),
-    "warmup_lr": (float, 1e-5),
-    "min_lr": (float, 0.0, "optim.min_lr"),
-    "epochs": (int, 300, "optim.epochs"),
-    "warmup_epochs": (int, 5, "optim.warmup_epochs"),
-    "train_crop_mode": (str, None, "", (None, "rrc", "rkrc")),
-    "scale": (list, [0.08, 1.0], "data.scale"),
-    "ratio": (list, [3 / 4, 4 / 3], "data.ratio"),
-    "hflip": (float, 0.5, "data.hflip"),
-    "color_jitter": (float, 0.4),
-    "aa": (str, None),
-    "mixup": (float, 0.0, "data.mixup"),
-    "cutmix": (float, 0.0, "data.cutmix"),
-    "drop_path": (float, None),
-    "model_ema": (bool, False),
-    "model_ema_decay": (float, 0.9998),
-    "seed": (int, 42, "seed"),
-    "log_interval": (int, 100, "log.every_steps"),
-    "recovery_interval": (int, 0),
-    "checkpoint_hist": (int, 10, "checkpoint.keep"),
-    "output": (Path, ""),
-    "experiment": (str, ""),
-    "project": (str, None),
-    "log_wandb": (bool, False),
-    "mask_sampling": (str, "uniform", "masks.distribution", ("uniform", "bernoulli", "blockwise")),
-    "bernoulli_mask_ratio": (float, 0.5),
-    "blockwise_mask_ratio": (float, 0.4),
-    "antithetical_sampling": (bool, True, "masks.complement"),
-    "include_null_mask": (bool, True, "masks.full"),
-}
-OPTIONS = {name: Option(*row) for name, row in _ROWS.items()}
 
+
+class Options(BaseModel):
+    """The options that decide our keys, with the authors' defaults.
+
+    The text in an annotation is our key for the same value; `reference_config` computes with the others.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+    data_dir: UserPath | None = None
+    dataset: str | None = ""
+    train_split: str = "train"
+    val_split: str | None = "validation"
+    student_model: str = _IN1K
+    student_head: Annotated[Literal["linear", "mlp"], "student.head"] = "linear"
+    student_pretrained: StrictBool = True
+    student_checkpoint: UserPath | None = ""
+    freeze_student: Annotated[StrictBool, "student.freeze"] = False
+    teacher_model: str = _IN1K
+    teacher_pretrained: StrictBool = True
+    teacher_checkpoint: UserPath | None = ""
+    skip_blocks: Annotated[int, "teacher.skip_blocks"] = 1
+    prefix_only: Annotated[StrictBool, "teacher.prefix_only"] = False
+    loss_function: Annotated[Literal["mse", "cosine", "l1", "masked_mse", "unmasked_mse"], "loss.name"] = (
+        "mse"
+    )
+    decoder_layers: Annotated[int, "decoder.layers"] = 2
+    decoder_width: Annotated[int | None, "decoder.kwargs.width"] = None
+    decoder_num_heads: Annotated[int | None, "decoder.kwargs.heads"] = None
+    decoder_qk_norm: Annotated[StrictBool | None, "decoder.kwargs.qk_norm"] = None
+    decoder_qkv_bias: Annotated[StrictBool | None, "decoder.kwargs.qkv_bias"] = None
+    decoder_init_values: Annotated[float | None, "decoder.kwargs.init_values"] = 1e-06
+    img_size: int | None = None
+    input_size: list[float] | None = None
+    batch_size: int = 128
+    grad_accum_steps: Annotated[int, "optim.accumulate"] = 1
+    grad_checkpointing: Annotated[StrictBool, "efficiency.grad_checkpointing"] = False
+    model_kwargs: dict = {}
+    student_model_kwargs: dict = {}
+    teacher_model_kwargs: dict = {}
+    torchcompile: Literal["inductor"] | None = None
+    amp: StrictBool = False
+    amp_dtype: str = "float16"
+    opt: Annotated[Literal["adamw"], "optim.name"] = "sgd"
+    opt_betas: list[float] | None = None
+    weight_decay: Annotated[float, "optim.weight_decay"] = 0.01
+    clip_grad: Annotated[float | None, "optim.clip"] = None
+    opt_kwargs: dict = {}
+    sched_on_updates: Literal[True] = False
+    lr: float | None = None
+    lr_base: float = 0.1
+    lr_base_size: int = 256
+    lr_base_scale: Literal["", "sqrt", "linear"] | None = ""
+    warmup_lr: float = 1e-05
+    min_lr: Annotated[float, "optim.min_lr"] = 0.0
+    epochs: Annotated[int, "optim.epochs"] = 300
+    warmup_epochs: Annotated[int, "optim.warmup_epochs"] = 5
+    train_crop_mode: Literal["rrc", "rkrc"] | None = None
+    scale: Annotated[list[float], "data.scale"] = [0.08, 1.0]
+    ratio: Annotated[list[float], "data.ratio"] = [3 / 4, 4 / 3]
+    hflip: Annotated[float, "data.hflip"] = 0.5
+    color_jitter: float | None = 0.4
+    aa: str | None = None
+    mixup: Annotated[float, "data.mixup"] = 0.0
+    cutmix: Annotated[float, "data.cutmix"] = 0.0
+    drop_path: float | None = None
+    model_ema: StrictBool = False
+    model_ema_decay: float = 0.9998
+    seed: Annotated[int, "seed"] = 42
+    log_interval: Annotated[int, "log.every_steps"] = 100
+    recovery_interval: int = 0
+    checkpoint_hist: Annotated[int, "checkpoint.keep"] = 10
+    output: UserPath | None = ""
+    experiment: str | None = ""
+    project: str | None = None
+    log_wandb: StrictBool = False
+    mask_sampling: Annotated[Literal["uniform", "bernoulli", "blockwise"], "masks.distribution"] = "uniform"
+    bernoulli_mask_ratio: float = 0.5
+    blockwise_mask_ratio: float = 0.4
+    antithetical_sampling: Annotated[StrictBool, "masks.complement"] = True
+    include_null_mask: Annotated[StrictBool, "masks.full"] = True
+
+
+KEYS = {
+    name: key
+    for name, field in Options.model_fields.items()
+    for key in field.metadata
+    if isinstance(key, str)
+}
+"""The options that become one of our keys as they are."""
 IGNORED = {
     "images are counted": "train_num_samples val_num_samples",
     "labels are not used": "class_map target_key",
@@ -158,10 +165,8 @@ REFUSED: dict[str, tuple] = {
 }
 """Options with the reason, the authors' default, and other values that mean the same; any other value is refused."""
 
-NULLABLE = ("color_jitter", "decoder_init_values", "val_split")
-"""Options whose default is a value and that null switches off."""
 MIM_DEFAULTS = {"student_pretrained": False, "teacher_pretrained": False}
-NOT_MIM = ("freeze_student", *(name for name in OPTIONS if name.startswith("decoder_")))
+NOT_MIM = ("freeze_student", *(name for name in Options.model_fields if name.startswith("decoder_")))
 """Options that mim.py does not have."""
 FINETUNE = {
     *(

@@ -7,33 +7,23 @@ import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Callable
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-
-from fastalign.utils.errors import UserError
 
 
 def install() -> None:
     """Install all corrections in this process."""
     # timm's own readers (--resume, checkpoint_path) then accept the authors' checkpoints: plain values, no code.
     torch.serialization.add_safe_globals([argparse.Namespace])
-    _wrap(argparse.ArgumentParser, "__init__", _init_parser)
-    _wrap(argparse.ArgumentParser, "set_defaults", _set_defaults)
-    _wrap(VisionTransformer, "pool", _pool_all)
-    _wrap(DistributedDataParallel, "__init__", _without_cpu_ids)
-    _wrap(torch.jit, "script", _refuse_models)
+    parser = argparse.ArgumentParser
+    parser.__init__ = _init_parser(parser.__init__)
+    parser.set_defaults = _set_defaults(parser.set_defaults)
+    VisionTransformer.pool = _pool_all(VisionTransformer.pool)
     if importlib.util.find_spec("torchinfo") is None:
         sys.modules["torchinfo"] = types.ModuleType("torchinfo", "A stand-in for the missing package.")
         sys.modules["torchinfo"].summary = summary
-
-
-def _wrap(owner: object, name: str, wrap: Callable[[Callable], Callable]) -> None:
-    original = getattr(owner, name)
-    setattr(owner, name, functools.wraps(original)(wrap(original)))
 
 
 def parse_bool(text: str) -> bool:
@@ -61,6 +51,7 @@ class _Switch(argparse.Action):
 
 
 def _init_parser(init):
+    @functools.wraps(init)
     def wrapped(self, *args, **kwargs):
         init(self, *args, **kwargs)
         self.register("type", bool, parse_bool)
@@ -70,6 +61,7 @@ def _init_parser(init):
 
 
 def _set_defaults(set_defaults):
+    @functools.wraps(set_defaults)
     def wrapped(self, **kwargs):
         for action in self._actions:
             if isinstance(action, _Switch) and kwargs.get(action.dest):
@@ -90,29 +82,9 @@ def _set_defaults(set_defaults):
 def _pool_all(pool):
     """timm's pooling layers used to read every token; now they leave prefix tokens out."""
 
+    @functools.wraps(pool)
     def wrapped(self, x, pool_type=None):
         return pool(self, x, pool_type) if self.attn_pool is None else self.attn_pool(x)
-
-    return wrapped
-
-
-def _without_cpu_ids(init):
-    """DDP accepts device ids of GPUs only; scripts pass whatever --device says."""
-
-    def wrapped(self, module, device_ids=None, *args, **kwargs):
-        ids = [device for device in device_ids or [] if torch.device(device).type != "cpu"]
-        init(self, module, ids or None, *args, **kwargs)
-
-    return wrapped
-
-
-def _refuse_models(script):
-    def wrapped(obj, *args, **kwargs):
-        if isinstance(obj, nn.Module):
-            raise UserError(
-                "TorchScript of models is not supported: leave out --torchscript, or use --torchcompile"
-            )
-        return script(obj, *args, **kwargs)
 
     return wrapped
 

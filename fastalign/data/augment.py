@@ -1,76 +1,206 @@
-"""Augmentation on the device: colour jitter and RandAugment on uint8 batches, mixup and cutmix on normalised ones.
+"""Augmentation on the device: RandAugment and colour jitter of uint8 batches, mixup and cutmix of normalised ones.
 
-Colour jitter and RandAugment are pure functions of (seed, epoch, sample id). Mixup and cutmix pair the samples of
-one batch, so they also depend on the batch, and hence on the number of ranks.
+RandAugment and colour jitter are functions of (seed, epoch, sample id). They use integer arithmetic and look-up
+tables where PIL does, so that an image comes out the same on every device and in every batch. Two things differ from
+PIL: bicubic sampling uses a = -0.75 (PIL: -1), and bilinear sampling may round to a neighbouring level.
+
+Mixup and cutmix pair the samples of a batch, and so depend on the batch and on the number of ranks.
 """
 
 import itertools
+import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from fastalign.data.randaugment import (
-    DRAWS_PER_LAYER,
-    blend,
-    gray,
-    mean_gray,
-    parse_randaugment,
-    rand_augment,
-)
-from fastalign.data.transforms import Transform
+from fastalign.data.transforms import MAX_LEVEL, RandAugment, Transform, parse_randaugment
 from fastalign.utils.random import Stream, random_uniform, random_words
 
-_JITTER_DRAWS = 4
-_ORDERS = list(itertools.permutations(range(3)))
-# What brightness, contrast and saturation blend with: black, the mean grey, the image without colour.
-_LESS_OF = (lambda _: 0, mean_gray, gray)
+_JITTER_DRAWS, _LAYER_DRAWS = 4, 6
+_TRANSLATE = 0.45
+
+
+def _gray(images: Tensor) -> Tensor:
+    """Luma of ITU-R 601-2 as PIL rounds it: [..., 3, h, w] uint8 -> [..., 1, h, w] int32."""
+    red, green, blue = images.to(torch.int32).unbind(-3)
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).unsqueeze(-3)
+
+
+def _mean_gray(images: Tensor) -> Tensor:
+    """Rounded mean luma of each image: [..., 3, h, w] uint8 -> [..., 1, 1, 1] int32."""
+    luma = _gray(images)
+    count = luma.shape[-1] * luma.shape[-2]
+    total = luma.sum(dim=(-3, -2, -1), keepdim=True, dtype=torch.int64)
+    return ((2 * total + count) // (2 * count)).to(torch.int32)
+
+
+def _blend(images: Tensor, other: Tensor | int, factor: Tensor | float) -> Tensor:
+    """other + factor * (images - other), truncated to uint8 as in PIL's enhancers."""
+    moved = (images.to(torch.int32) - other).to(torch.float32) * factor + other
+    return moved.clamp_(0, 255).to(torch.uint8)
+
+
+def _look_up(image: Tensor, table: Tensor) -> Tensor:
+    """table: [3, 256] uint8."""
+    return torch.gather(table, 1, image.flatten(1).to(torch.int64)).view_as(image)
+
+
+def _auto_contrast(image: Tensor, level: float, increasing: bool) -> Tensor:
+    flat = image.flatten(1).to(torch.float64)
+    low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
+    scale = 255.0 / (high - low).clamp(min=1)
+    levels = torch.arange(256, device=image.device, dtype=torch.float64)
+    stretched = (levels * scale - low * scale).trunc().clamp(0, 255)
+    return _look_up(image, torch.where(high > low, stretched, levels).to(torch.uint8))
+
+
+def _equalize(image: Tensor, level: float, increasing: bool) -> Tensor:
+    levels = torch.arange(256, device=image.device)
+    channel = torch.arange(3, device=image.device).view(3, 1) * 256
+    indices = (image.flatten(1).to(torch.int64) + channel).flatten()
+    counts = torch.bincount(indices, minlength=768).view(3, 256)
+    last = torch.where(counts > 0, levels, -1).amax(1, keepdim=True)
+    step = (counts.sum(1, keepdim=True) - counts.gather(1, last)) // 255
+    before = counts.cumsum(1) - counts
+    table = ((before + step // 2) // step.clamp(min=1)).clamp(max=255)
+    return _look_up(image, torch.where(step > 0, table, levels).to(torch.uint8))
+
+
+def _posterize(image: Tensor, level: float, increasing: bool) -> Tensor:
+    bits = 4 - int(4 * level) if increasing else int(4 * level)
+    return image if bits >= 8 else image & (0xFF & ~((1 << (8 - bits)) - 1))
+
+
+def _solarize(image: Tensor, level: float, increasing: bool) -> Tensor:
+    threshold = min(256, int(256 * level))
+    threshold = 256 - threshold if increasing else threshold
+    return torch.where(image.to(torch.int32) < threshold, image, 255 - image)
+
+
+def _solarize_add(image: Tensor, level: float, increasing: bool) -> Tensor:
+    wide = image.to(torch.int32)
+    return torch.where(wide < 128, (wide + min(128, int(110 * level))).clamp(max=255), wide).to(torch.uint8)
+
+
+def _sharpness(image: Tensor, factor: float) -> Tensor:
+    wide = image.to(torch.int32)
+    height, width = image.shape[-2:]
+    smooth = wide.clone()
+    if min(height, width) > 2:
+        total = 4 * wide[:, 1:-1, 1:-1]
+        for y, x in itertools.product(range(3), range(3)):
+            total = total + wide[:, y : height - 2 + y, x : width - 2 + x]
+        smooth[:, 1:-1, 1:-1] = (2 * total + 13) // 26
+    return _blend(image, smooth, factor)
+
+
+def _affine(image: Tensor, matrix: tuple[float, ...], fill: tuple[int, int, int], bicubic: bool) -> Tensor:
+    """Samples at (a x + b y + c, d x + e y + f), pixel centres at half integers; `fill` outside the image."""
+    height, width = image.shape[-2:]
+    options = {"device": image.device, "dtype": torch.float32}
+    y = torch.arange(height, **options)[:, None] + 0.5
+    x = torch.arange(width, **options)[None, :] + 0.5
+    a, b, c, d, e, f = matrix
+    source_x, source_y = a * x + b * y + c, d * x + e * y + f
+    grid = torch.stack([source_x * (2 / width) - 1, source_y * (2 / height) - 1], dim=-1)
+    mode = "bicubic" if bicubic else "bilinear"
+    wide = image[None].to(torch.float32)
+    sampled = functional.grid_sample(wide, grid[None], mode, padding_mode="border", align_corners=False)[0]
+    inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
+    color = torch.tensor(fill, **options).view(3, 1, 1)
+    return torch.where(inside, sampled.round_().clamp_(0, 255), color).to(torch.uint8)
+
+
+def _rotation(degrees: float, height: int, width: int) -> tuple[float, ...]:
+    """The sampling matrix of a counter-clockwise rotation about the centre."""
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    x, y = width / 2, height / 2
+    return cosine, -sine, x - cosine * x + sine * y, sine, cosine, y - sine * x - cosine * y
+
+
+# Sampling matrices by (signed level in -1..1, height, width).
+_GEOMETRIC: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
+    "Rotate": lambda level, height, width: _rotation(30 * level, height, width),
+    "ShearX": lambda level, height, width: (1, 0.3 * level, 0, 0, 1, 0),
+    "ShearY": lambda level, height, width: (1, 0, 0, 0.3 * level, 1, 0),
+    "TranslateXRel": lambda level, height, width: (1, 0, _TRANSLATE * level * width, 0, 1, 0),
+    "TranslateYRel": lambda level, height, width: (1, 0, 0, 0, 1, _TRANSLATE * level * height),
+}
+_ENHANCE: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "Color": lambda image, factor: _blend(image, _gray(image), factor),
+    "Contrast": lambda image, factor: _blend(image, _mean_gray(image), factor),
+    "Brightness": lambda image, factor: _blend(image, 0, factor),
+    "Sharpness": _sharpness,
+}
+_OTHER: dict[str, Callable[[Tensor, float, bool], Tensor]] = {
+    "AutoContrast": _auto_contrast,
+    "Equalize": _equalize,
+    "Invert": lambda image, level, increasing: 255 - image,
+    "Posterize": _posterize,
+    "Solarize": _solarize,
+    "SolarizeAdd": _solarize_add,
+}
+# In timm's order, because a draw chooses by index.
+OPS = (
+    *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color"),
+    *("Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"),
+)
+
+
+def rand_augment(
+    image: Tensor, policy: RandAugment, draws: list[float], fill: tuple[int, int, int]
+) -> Tensor:
+    """One image [3, h, w] uint8 through a policy; `draws`: 6 numbers in [0, 1) per layer; `fill`: RGB outside."""
+    for layer in range(policy.layers):
+        which, apply, first, second, sign, sampling = draws[layer * _LAYER_DRAWS :][:_LAYER_DRAWS]
+        if apply >= policy.probability:
+            continue
+        magnitude = policy.magnitude
+        if math.isinf(policy.magnitude_std):
+            magnitude *= first
+        elif policy.magnitude_std > 0:
+            normal = math.sqrt(-2 * math.log(1 - first)) * math.cos(2 * math.pi * second)
+            magnitude += policy.magnitude_std * normal
+        level = max(0.0, min(magnitude, policy.magnitude_max)) / MAX_LEVEL
+        name, signed = OPS[int(which * len(OPS))], -level if sign < 0.5 else level
+        if name in _GEOMETRIC:
+            matrix = _GEOMETRIC[name](signed, *image.shape[-2:])
+            image = _affine(image, matrix, fill, bicubic=sampling < 0.5)
+        elif name in _ENHANCE:
+            factor = max(0.1, 1 + 0.9 * signed) if policy.increasing else 1.8 * level + 0.1
+            image = _ENHANCE[name](image, factor)
+        else:
+            image = _OTHER[name](image, level, policy.increasing)
+    return image
 
 
 def color_jitter(images: Tensor, strength: float, draws: np.ndarray) -> Tensor:
-    """Brightness, contrast and saturation, in a random order, each by a factor of U(1 - strength, 1 + strength).
+    """Brightness, contrast and saturation of [B, 3, h, w] uint8, each by a factor of U(1 - strength, 1 + strength).
 
-    Args:
-        images: [B, 3, h, w] uint8.
-        strength: > 0; the factors' lower bound is 0.
-        draws: [B, 4] float64 in [0, 1): the order, then a factor an op.
-
-    Returns:
-        [B, 3, h, w] uint8.
+    draws: [B, 4] float64 in [0, 1): the order, then a factor for each of the three.
     """
     lowest = max(0.0, 1 - strength)
-    factors = torch.from_numpy(lowest + (1 + strength - lowest) * draws[:, 1:4]).to(
-        images.device, torch.float32
-    )
-    orders = np.array(_ORDERS)[(draws[:, 0] * len(_ORDERS)).astype(np.int64)]
+    factors = torch.from_numpy(lowest + (1 + strength - lowest) * draws[:, 1:4])
+    factors = factors.to(images.device, torch.float32)
+    orders = np.array(list(itertools.permutations(range(3))))[(draws[:, 0] * 6).astype(np.int64)]
     images = images.clone()
-    for position, op in itertools.product(range(3), range(3)):
+    for position, (op, other) in itertools.product(range(3), enumerate((lambda _: 0, _mean_gray, _gray))):
         chosen = torch.from_numpy(np.flatnonzero(orders[:, position] == op)).to(images.device)
-        if len(chosen) == 0:
-            continue
-        part = images[chosen]
-        other = _LESS_OF[op](part)
-        images[chosen] = blend(part, other, factors[chosen, op].view(-1, 1, 1, 1))
+        if len(chosen):
+            part = images[chosen]
+            images[chosen] = _blend(part, other(part), factors[chosen, op].view(-1, 1, 1, 1))
     return images
 
 
 def augment(images: Tensor, transform: Transform, ids: np.ndarray, *, seed: int, epoch: int) -> Tensor:
-    """Applies the transform's RandAugment, then its colour jitter.
-
-    Args:
-        images: [B, h, w, 3] uint8.
-        transform: the transform; with `crop="eval"` nothing is done.
-        ids: [B] int64, sample ids, on the host.
-        seed: of the run.
-        epoch: 0..2^32-1.
-
-    Returns:
-        [B, h, w, 3] uint8.
-    """
+    """RandAugment, then colour jitter, of [B, h, w, 3] uint8 with ids [B] on the host; nothing in evaluation."""
     if not transform.is_random or not (transform.randaugment or transform.color_jitter):
         return images
     policy = parse_randaugment(transform.randaugment) if transform.randaugment else None
-    count = _JITTER_DRAWS + (policy.layers * DRAWS_PER_LAYER if policy else 0)
+    count = _JITTER_DRAWS + (policy.layers * _LAYER_DRAWS if policy else 0)
     draws = random_uniform(
         torch.from_numpy(ids), count, seed=seed, stream=Stream.AUGMENT, epoch=epoch
     ).numpy()
@@ -85,66 +215,42 @@ def augment(images: Tensor, transform: Transform, ids: np.ndarray, *, seed: int,
     return planes.permute(0, 2, 3, 1)
 
 
-def _generator(ids: np.ndarray, seed: int, epoch: int) -> np.random.Generator:
-    first = torch.from_numpy(np.asarray(ids)[:1])
-    words = random_words(first, 4, seed=seed, stream=Stream.MIX, epoch=epoch)[0].numpy().astype(np.uint64)
-    key = np.array(
-        [words[0] | words[1] << np.uint64(32), words[2] | words[3] << np.uint64(32)], dtype=np.uint64
-    )
-    return np.random.Generator(np.random.Philox(key=key))
-
-
-def blend_pairs(images: Tensor, weight: float) -> Tensor:
-    """weight * images + (1 - weight) * the batch reversed. [B, 3, h, w], any float dtype."""
-    return torch.lerp(images.flip(0), images, weight)
-
-
-def cut_box(height: int, width: int, weight: float, center: tuple[int, int]) -> tuple[int, int, int, int]:
-    """timm's cutmix box: sides sqrt(1 - weight) of the image's, clipped at its border.
-
-    Returns:
-        (top, bottom, left, right), the ends exclusive.
-    """
+def cut_box(height: int, width: int, weight: float, center: tuple[int, int]) -> tuple[slice, slice]:
+    """Rows and columns of timm's cutmix box: sides sqrt(1 - weight) of the image's, clipped at its border."""
     side = (1 - weight) ** 0.5
     tall, wide = int(height * side), int(width * side)
     y, x = center
-    top, bottom = max(y - tall // 2, 0), min(y + (tall + 1) // 2, height)
-    return top, bottom, max(x - wide // 2, 0), min(x + (wide + 1) // 2, width)
-
-
-def paste_pairs(images: Tensor, box: tuple[int, int, int, int]) -> Tensor:
-    """A copy with the box of each image taken from the batch reversed. [B, 3, h, w]."""
-    top, bottom, left, right = box
-    mixed = images.clone()
-    mixed[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
-    return mixed
+    rows = slice(max(y - tall // 2, 0), min(y + (tall + 1) // 2, height))
+    return rows, slice(max(x - wide // 2, 0), min(x + (wide + 1) // 2, width))
 
 
 def mix(
     images: Tensor, ids: np.ndarray, *, mixup: float, cutmix: float, seed: int, epoch: int
 ) -> tuple[Tensor, float]:
-    """Mixup or cutmix of a batch with itself reversed, timm's batch mode; each with probability 1/2 when both are on.
+    """Mixup or cutmix of a batch with itself reversed, timm's batch mode; each with probability 1/2 if both are on.
 
     Args:
         images: [B, 3, h, w], normalised.
         ids: [B] int64 on the host; the first one decides the draws.
-        mixup: alpha of Beta(alpha, alpha); 0 is off.
-        cutmix: likewise.
-        seed: of the run.
-        epoch: 0..2^32-1.
+        mixup, cutmix: alpha of Beta(alpha, alpha); 0 is off.
+        seed, epoch: of the draws.
 
     Returns:
-        The mixed images, and the weight that the batch's own images kept (after clipping the box).
+        The mixed images, and the share of the batch's own images (after clipping the box).
     """
     if len(images) == 0 or not (mixup > 0 or cutmix > 0):
         return images, 1.0
-    draw = _generator(ids, seed, epoch)
+    words = random_words(torch.from_numpy(ids[:1]), 4, seed=seed, stream=Stream.MIX, epoch=epoch)[0]
+    low, high = words.numpy().astype(np.uint64).reshape(2, 2).T
+    draw = np.random.Generator(np.random.Philox(key=low | high << np.uint64(32)))
     use_cutmix = cutmix > 0 and (mixup <= 0 or draw.random() < 0.5)
     alpha = cutmix if use_cutmix else mixup
     weight = float(draw.beta(alpha, alpha))
     if not use_cutmix:
-        return blend_pairs(images, weight), weight
+        return torch.lerp(images.flip(0), images, weight), weight
     height, width = images.shape[-2:]
     center = (int(draw.integers(height)), int(draw.integers(width)))
-    top, bottom, left, right = box = cut_box(height, width, weight, center)
-    return paste_pairs(images, box), 1 - (bottom - top) * (right - left) / (height * width)
+    rows, columns = cut_box(height, width, weight, center)
+    mixed = images.clone()
+    mixed[:, :, rows, columns] = images.flip(0)[:, :, rows, columns]
+    return mixed, 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)

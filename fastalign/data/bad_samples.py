@@ -1,24 +1,29 @@
-"""Bad samples: what is known of them, their list on disk, and how many are too many.
+"""Bad samples: reading and replacing them, their list on disk, and how many are too many.
 
-A list has one JSON object a line: `id` (null for a tar shard or a folder), `name` (portable, without the place of the
-data set) and `reason`. A run's `bad_samples.jsonl` and the quarantine list of `fastalign.scan` are of this form.
+In training the next good sample in source order replaces a bad one. That depends on the files alone: not on ranks,
+resuming, a quarantine list, or when a sample was found to be bad. Evaluation leaves bad samples out.
+
+A list has one JSON object per line: `id` (null for a tar shard or folder), `name` (portable) and `reason`.
 """
 
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fastalign.data.source import Source
+import numpy as np
+
+from fastalign.data.headers import read_size
+from fastalign.data.source import Source, Unreadable
 from fastalign.utils.errors import UserError
 
-ALWAYS_ALLOWED = 10
-"""So many bad samples never stop a run (unless the limit is 0): a share of a few images says nothing."""
-
-
 FILE = "bad_samples.jsonl"
-"""What a run finds, in its folder."""
+ALWAYS_ALLOWED = 10
+"""So many bad samples never stop a run, unless the limit is 0."""
+MAX_IN_A_ROW = 100
+_RETRY_AFTER = (0.1, 0.4)
 
 
 @dataclass(frozen=True)
@@ -26,19 +31,16 @@ class BadSample:
     """A sample that cannot be used."""
 
     id: int | None
-    "index in the source; None for what `Source.damaged` names"
+    "index in the source; None for an entry of `Source.damaged`"
     name: str
     "portable; bytes that are not UTF-8 as surrogates, as Python spells file names"
     reason: str
-    "a few words"
 
 
 class BadSamples:
-    """The samples of one source that are known to be bad; all threads of a loader may use it.
+    """The known bad samples of one source; thread-safe.
 
-    Args:
-        quarantined: ids that were known before the run: passed over, never reported again.
-        found: what was found since: passed over and reported by each batch that meets them.
+    `quarantined` ids are skipped silently; `found` samples are skipped and reported by each batch that meets them.
     """
 
     def __init__(self, quarantined: Iterable[int] = (), found: Iterable[BadSample] = ()):
@@ -47,10 +49,92 @@ class BadSamples:
         self.add(found)
 
     def add(self, samples: Iterable[BadSample]) -> None:
-        """Remembers samples, such as another rank's; the first reason stays."""
+        """Adds samples, such as another rank's; the first reason stays."""
         for sample in samples:
             if sample.id is not None and sample.id not in self.quarantined:
-                self.found.setdefault(sample.id, sample)  # one step for the interpreter: no lock is needed
+                self.found.setdefault(sample.id, sample)
+
+
+@dataclass
+class Sample:
+    """What a sample of the epoch's order became."""
+
+    wanted: int
+    "id in the order"
+    id: int
+    "its own or its replacement's"
+    encoded: np.ndarray | None = None
+    "[bytes] uint8; None if it is left out or refused"
+    size: tuple[int, int] | None = None
+    "(height, width) of the image"
+    bad: list[BadSample] = field(default_factory=list)
+    "met while looking for a good one, without the quarantined"
+
+
+class SampleReader:
+    """Reads samples and checks their headers; adds to `bad`. Thread-safe.
+
+    `replace`: use the next good sample in place of a bad one, else leave it out.
+    """
+
+    def __init__(self, source: Source, bad: BadSamples, *, replace: bool):
+        self.source, self._bad, self._replace = source, bad, replace
+
+    def read(self, wanted: int) -> Sample:
+        """A sample or its replacement; a UserError if 100 in a row are bad, or all."""
+        sample, total = Sample(wanted, wanted), len(self.source)
+        for step in range(total if self._replace else 1):
+            sample.id = (wanted + step) % total
+            if sample.id in self._bad.quarantined:
+                continue
+            bad = self._bad.found.get(sample.id) or self._load(sample)
+            if bad is None:
+                return sample
+            sample.bad.append(bad)
+            check_in_a_row(sample.bad)
+        if self._replace:
+            raise UserError(
+                f"none of the {total} images can be used; is {self.source.root or 'the data'} available?"
+            )
+        return sample
+
+    def _load(self, sample: Sample) -> BadSample | None:
+        """Reads the bytes of a sample, or returns why it is bad."""
+        for wait in (*_RETRY_AFTER, None):
+            try:
+                encoded = self.source.read(sample.id)
+                found = read_size(encoded)
+                break
+            except UserError as error:
+                found = error.reason if isinstance(error, Unreadable) else str(error)
+                # A network disk may fail for a moment; an empty file stays empty.
+                if wait is None or not isinstance(error.__cause__, OSError):
+                    break
+                time.sleep(wait)
+        if isinstance(found, str):
+            return self._record(sample.id, found)
+        sample.encoded, sample.size = encoded, found
+        return None
+
+    def _record(self, index: int, reason: str) -> BadSample:
+        self._bad.add([BadSample(index, self.source.portable_name(index), reason)])
+        return self._bad.found[index]
+
+    def replace_undecodable(self, sample: Sample, error_of: Callable[[np.ndarray], str | None]) -> Sample:
+        """The sample, or its replacement if the decoder fails on it; `error_of` says why it does."""
+        while sample.encoded is not None and (reason := error_of(sample.encoded)):
+            self._record(sample.id, reason)
+            sample = self.read(sample.wanted)
+        return sample
+
+
+def check_in_a_row(bad: list[BadSample]) -> None:
+    """Raises a UserError if 100 bad samples follow one another."""
+    if len(bad) >= MAX_IN_A_ROW:
+        raise UserError(
+            f"{len(bad)} images in a row cannot be used, the last one is {bad[-1].name!r}: {bad[-1].reason}; is the "
+            "disk available, and is this a data set of images? python -m fastalign.scan lists what is bad"
+        )
 
 
 def too_many(bad: int, drawn: int, share: float) -> bool:
@@ -65,7 +149,7 @@ def too_many(bad: int, drawn: int, share: float) -> bool:
 
 
 def to_line(sample: BadSample) -> bytes:
-    """The line of a list, ASCII: odd bytes in a name are escaped, and survive."""
+    """The line of a list, in ASCII: other bytes in a name are escaped."""
     return json.dumps(asdict(sample)).encode() + b"\n"
 
 
@@ -73,105 +157,55 @@ def _parse(line: bytes) -> BadSample | None:
     try:
         row = json.loads(line)
         sample = BadSample(row["id"], row["name"], str(row.get("reason", "")))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return None
-    right = sample.id is None or (type(sample.id) is int and sample.id >= 0)
-    return sample if right and isinstance(sample.name, str) else None
+    valid = sample.id is None or (type(sample.id) is int and sample.id >= 0)
+    return sample if valid and isinstance(sample.name, str) else None
 
 
 def read_list(path: Path) -> list[BadSample]:
-    """The samples of a list. A last line that a kill tore is passed over.
-
-    Args:
-        path: of the list.
-
-    Raises:
-        UserError: it cannot be read, or another line is not one of such a list.
-    """
+    """The samples of a list. An incomplete last line, from a process that was killed, is skipped."""
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
-    samples = []
-    for number, line in enumerate(lines, 1):
-        sample = _parse(line) if line.strip() else None
-        if sample is not None:
-            samples.append(sample)
-        elif line.strip() and number < len(lines):
+    samples = [_parse(line) for line in lines]
+    for number, (line, sample) in enumerate(zip(lines[:-1], samples, strict=False), 1):
+        if sample is None and line.strip():
             raise UserError(
                 f'{path} line {number} is not {{"id": ..., "name": ..., "reason": ...}}; remove that line'
             )
-    return samples
+    return [sample for sample in samples if sample is not None]
 
 
 def append_to_list(path: Path, samples: Iterable[BadSample]) -> None:
-    """Adds samples to the end of a list, flushed to the disk; a line that a kill tore is removed first.
-
-    Args:
-        path: of the list; made where it is missing.
-        samples: to add; the caller sees to it that each comes once.
-    """
+    """Appends samples to a list and flushes it to the disk; an incomplete last line is removed first."""
     text = b"".join(to_line(sample) for sample in samples)
     if not text:
         return
     with path.open("a+b") as file:
         file.seek(0)
         old = file.read()
-        if old and not old.endswith(b"\n"):
-            begin = old.rfind(b"\n") + 1
-            if _parse(old[begin:]) is None:
-                file.truncate(begin)
-            else:
-                text = b"\n" + text
+        begin = old.rfind(b"\n") + 1
+        if _parse(old[begin:]) is None:
+            file.truncate(begin)
+        else:
+            text = b"\n" + text
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
-def match(samples: Iterable[BadSample], source: Source) -> dict[int, BadSample]:
-    """A list's samples by their ids in a source, whose ids may have shifted since: the name counts.
-
-    Args:
-        samples: of a list; tar shards and folders are left out.
-        source: the data set.
-
-    Returns:
-        id -> sample, for those that are still there.
-    """
-    found, elsewhere = {}, {}
-    for sample in samples:
-        if sample.id is None:
-            continue
-        if sample.id < len(source) and source.portable_name(sample.id) == sample.name:
-            found[sample.id] = sample
-        else:
-            elsewhere[sample.name] = sample
-    if elsewhere:
-        for index in range(len(source)):
-            sample = elsewhere.get(source.portable_name(index))
-            if sample is not None:
-                found[index] = BadSample(index, sample.name, sample.reason)
-    return found
-
-
 def read_quarantine(path: str | Path, source: Source) -> set[int]:
-    """The ids in a source that a quarantine list names.
-
-    Args:
-        path: the list, as `fastalign.scan` writes it.
-        source: the data set that it is of.
-
-    Returns:
-        Ids; names that are gone from the data set are passed over.
-
-    Raises:
-        UserError: no such list, not one, or one of another data set: none of its names is there.
-    """
+    """The ids of a source that a quarantine list names. Names count, because ids may have shifted."""
     samples = [sample for sample in read_list(Path(path)) if sample.id is not None]
-    found = match(samples, source)
-    if samples and not found:
+    ids = {s.id for s in samples if s.id < len(source) and source.portable_name(s.id) == s.name}
+    moved = {sample.name for sample in samples if sample.id not in ids}
+    if moved:
+        ids |= {index for index in range(len(source)) if source.portable_name(index) in moved}
+    if samples and not ids:
         raise UserError(
             f"faults.quarantine={path}: none of its {len(samples)} names, such as {samples[0].name!r}, is in the "
             "data set: make the list with python -m fastalign.scan, or leave the key out"
         )
-    return set(found)
+    return ids

@@ -1,11 +1,10 @@
-"""What an encoded image claims to be, read from its first bytes and its end before any decoder sees it.
+"""The size of an encoded image, read from its first bytes and its end before any decoder sees it.
 
-The format is told by content, whatever the file is called. A header that claims a huge picture costs nothing here;
-a decoder would reserve the memory first. Whether the data between header and end are sound is the decoder's to say.
+The format is recognised by content. Nothing is allocated, whatever size a header claims. Whether the data between
+header and end are sound is the decoder's to find out.
 
-What DALI's parser lets through but has no sample type for (a JPEG of 40 bits, a BMP of an unknown kind) must be
-refused here: DALI 2.4 leaves such a batch while its threads still work on it, and the process crashes. Exif in a
-WebP is kept from it altogether, see `without_exif`.
+Headers that DALI's parser refuses, or has no sample type for (a JPEG of 40 bits or 9 components, a BMP of an unknown
+kind), must be refused here: DALI 2.4 abandons such a batch while its threads work on it, and the process crashes.
 """
 
 import re
@@ -14,43 +13,29 @@ import struct
 import numpy as np
 
 MAX_PIXELS = 100_000_000
-MAX_SIDE = 65_500
-"""libjpeg's own limit."""
-# A JPEG's segments lie before its picture: colour profiles and Exif need hundreds at most. PNGs have kilobytes a
-# chunk.
-_MOST_SEGMENTS, _MOST_CHUNKS = 2_000, 1_000_000
+MAX_SIDE = 65_500  # libjpeg's limit
+_MAX_SEGMENTS, _MAX_CHUNKS = 2_000, 1_000_000  # of a JPEG before its scan, of a PNG
 _END_OF_JPEG = re.compile(b"\xff\xd9")
 _WEBP_FLAGS, _WEBP_EXIF = 20, 0x08
-# Start of frame, by the way of compression; C4, C8 and CC are other segments.
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SCAN = 0xDA
-# Markers that have no place before a scan, for DALI's parser too: restarts, start and end.
-_MISPLACED = frozenset(range(0xD0, 0xDA)) | {0x00, 0x01}
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_MISPLACED = frozenset(range(0xD0, 0xDA)) | {0x00, 0x01}  # restarts, start and end: not allowed before a scan
+_PNG_BITS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # by type of colour
 _BMP_HEADERS = (12, 40, 52, 56, 108, 124)
-_BMP_BITS = {0: (1, 4, 8, 24, 32), 3: (16, 32)}
-"""By the kind of compression: none, or none with masks."""
-
-# What files called .jpg turn out to be, by their first bytes.
-_OTHERS = (
-    (b"GIF8", "GIF"),
-    (b"II*\0", "TIFF"),
-    (b"MM\0*", "TIFF"),
-    (b"II+\0", "TIFF"),
-    (b"MM\0+", "TIFF"),
-    (b"\0\0\0\x0cjP  ", "JPEG 2000"),
-    (b"\xff\x4f\xff\x51", "JPEG 2000"),
-    (b"\0\0\0\x0cJXL ", "JPEG XL"),
-    (b"\xff\x0a", "JPEG XL"),
-    (b"8BPS", "Photoshop"),
-    (b"%PDF", "PDF"),
-    (b"PK\x03\x04", "ZIP"),
-    (b"\x1f\x8b", "gzip"),
-)
+_BMP_BITS = {0: (1, 4, 8, 24, 32), 3: (16, 32)}  # by compression: none, none with masks
+_FOREIGN = {
+    b"GIF8": "GIF",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"%PDF": "PDF",
+}
 
 
 def _jpeg(view: memoryview) -> tuple[int, int] | str:
     position, size = 2, None
-    for _ in range(_MOST_SEGMENTS):
+    for _ in range(_MAX_SEGMENTS):
         if view[position] != 0xFF:
             return f"broken JPEG header at byte {position}"
         marker = view[position + 1]
@@ -58,7 +43,7 @@ def _jpeg(view: memoryview) -> tuple[int, int] | str:
             position += 1
             continue
         if marker == _SCAN and size:
-            # Exif thumbnails are JPEGs with an end of their own, but they come before the picture.
+            # Exif thumbnails are JPEGs with an end of their own, but they come before the scan.
             if view[-2:] == b"\xff\xd9" or _END_OF_JPEG.search(view, position):
                 return size
             return "truncated: a JPEG without its end"
@@ -68,29 +53,29 @@ def _jpeg(view: memoryview) -> tuple[int, int] | str:
         if length < 2 or (marker == 0xE1 and length < 8):
             return f"broken JPEG header at byte {position}"
         if marker in _FRAMES:
-            if size:  # a parser may believe the second one
+            if size:  # a decoder may use the second one
                 return "broken JPEG header: two sizes"
-            bits, height, width = struct.unpack_from(">BHH", view, position + 4)
-            if bits != 8:
-                return f"a JPEG of {bits} bits"
+            bits, height, width, components = struct.unpack_from(">BHHB", view, position + 4)
+            if bits != 8 or components not in (1, 3, 4):
+                return f"a JPEG of {bits} bits and {components} components"
             size = height, width
         position += 2 + length
-    return f"broken JPEG header: more than {_MOST_SEGMENTS} segments"
+    return f"broken JPEG header: more than {_MAX_SEGMENTS} segments"
 
 
 def _png(view: memoryview) -> tuple[int, int] | str:
-    length, kind, width, height = struct.unpack_from(">I4sII", view, 8)
-    if (length, kind) != (13, b"IHDR"):
+    length, kind, width, height, bits, color = struct.unpack_from(">I4sIIBB", view, 8)
+    if (length, kind) != (13, b"IHDR") or bits not in _PNG_BITS.get(color, ()):
         return "broken PNG header"
-    position, total = 33, len(view)
-    for _ in range(_MOST_CHUNKS):
-        if position + 8 > total:
+    position = 33
+    for _ in range(_MAX_CHUNKS):
+        if position + 8 > len(view):
             return "truncated: a PNG without its end"
         length, kind = struct.unpack_from(">I4s", view, position)
         if kind == b"IEND":
             return height, width
         position += length + 12
-    return f"broken PNG: more than {_MOST_CHUNKS} chunks"
+    return f"broken PNG: more than {_MAX_CHUNKS} chunks"
 
 
 def _webp(view: memoryview) -> tuple[int, int] | str:
@@ -98,14 +83,13 @@ def _webp(view: memoryview) -> tuple[int, int] | str:
     if size + 8 > len(view):
         return f"truncated: a WebP of {size + 8} bytes ends after {len(view)}"
     kind = bytes(view[12:16])
-    if kind == b"VP8 ":
-        if view[23:26] != b"\x9d\x01\x2a":
-            return "broken WebP header"
+    if kind == b"VP8 " and view[23:26] == b"\x9d\x01\x2a":
         width, height = struct.unpack_from("<HH", view, 26)
         return height & 0x3FFF, width & 0x3FFF
     if kind == b"VP8L":
-        (bits,) = struct.unpack_from("<I", view, 21)
-        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+        signature, bits = struct.unpack_from("<BI", view, 20)
+        if signature == 0x2F and bits >> 29 == 0:
+            return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
     if kind == b"VP8X":
         low, high = struct.unpack_from("<IH", view, 24)
         return (low >> 24 | high << 8) + 1, (low & 0xFFFFFF) + 1
@@ -122,7 +106,7 @@ def _bmp(view: memoryview) -> tuple[int, int] | str:
     else:
         width, height, planes, bits, compression = struct.unpack_from("<iiHHI", view, 18)
         (colors,) = struct.unpack_from("<I", view, 46)
-        height = abs(height)  # below zero: rows from the top
+        height = abs(height)  # negative: rows from the top
     if bits not in _BMP_BITS.get(compression, ()):
         return f"a BMP of {bits} bits and compression {compression}"
     palette = (colors or 1 << bits if bits <= 8 else 0) * (3 if kind == 12 else 4)
@@ -134,17 +118,7 @@ def _bmp(view: memoryview) -> tuple[int, int] | str:
     return height, width
 
 
-def _foreign(head: bytes) -> str:
-    """What else it is, as far as it can be told."""
-    name = next((name for start, name in _OTHERS if head.startswith(start)), None)
-    if name is None and head[4:8] == b"ftyp":
-        name = "AVIF" if head[8:11] == b"avi" else "HEIF or video"
-    if name is None and head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
-        name = "HTML or XML"
-    return f"{name}, not JPEG, PNG, WebP or BMP" if name else "neither JPEG nor PNG, WebP or BMP"
-
-
-def _claimed(view: memoryview) -> tuple[int, int] | str:
+def _claimed_size(view: memoryview) -> tuple[int, int] | str:
     head = bytes(view[:32])
     if head.startswith(b"\xff\xd8"):
         return _jpeg(view)
@@ -154,20 +128,48 @@ def _claimed(view: memoryview) -> tuple[int, int] | str:
         return _webp(view)
     if head.startswith(b"BM"):
         return _bmp(view)
-    return _foreign(head)
+    name = next((name for start, name in _FOREIGN.items() if head.startswith(start)), None)
+    if head[4:8] == b"ftyp":
+        name = "AVIF" if head[8:11] == b"avi" else "HEIF or video"
+    elif head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
+        name = "HTML or XML"
+    return f"{name}, not JPEG, PNG, WebP or BMP" if name else "neither JPEG nor PNG, WebP or BMP"
+
+
+def read_size(encoded: np.ndarray | bytes) -> tuple[int, int] | str:
+    """The size of an encoded image, or why it is refused. Never raises.
+
+    Accepted are complete JPEG, PNG, WebP and BMP files of at most 100 million pixels and 65,500 a side. Bytes after
+    the end are allowed.
+
+    Args:
+        encoded: [bytes] uint8, or bytes.
+
+    Returns:
+        (height, width) in pixels, before any Exif rotation; or the reason.
+    """
+    view = memoryview(encoded)
+    if len(view) == 0:
+        return "zero bytes"
+    try:
+        size = _claimed_size(view)
+    except (struct.error, IndexError):
+        return "truncated: it ends within its header"
+    if isinstance(size, str):
+        return size
+    height, width = size
+    if height * width > MAX_PIXELS:
+        return f"{height} x {width} pixels, more than {MAX_PIXELS // 1_000_000} million"
+    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
+        return f"{height} x {width} pixels, a side must be 1 to {MAX_SIDE}"
+    return size
 
 
 def without_exif(encoded: np.ndarray) -> np.ndarray:
-    """The same picture for DALI: a WebP's header no longer says that there is Exif.
+    """The same image for DALI: the header of a WebP no longer announces Exif. [bytes] uint8, a copy if changed.
 
-    DALI 2.4 looks for it although no orientation is applied. On its way it forgets the padding of chunks of odd size,
-    and ends beside or behind the file; it also fills as much memory as the chunk claims, up to 4 GiB.
-
-    Args:
-        encoded: [bytes] uint8.
-
-    Returns:
-        `encoded`, or a copy of it where that flag was set.
+    DALI 2.4 looks for Exif even if no orientation is applied. It forgets the padding of chunks of odd size and reads
+    outside the file; it also allocates as much memory as the chunk claims, up to 4 GiB.
     """
     head = encoded[: _WEBP_FLAGS + 1].tobytes()
     if head[:4] + head[8:16] != b"RIFFWEBPVP8X" or not head[_WEBP_FLAGS] & _WEBP_EXIF:
@@ -175,32 +177,3 @@ def without_exif(encoded: np.ndarray) -> np.ndarray:
     encoded = encoded.copy()
     encoded[_WEBP_FLAGS] &= ~np.uint8(_WEBP_EXIF)
     return encoded
-
-
-def inspect(encoded: np.ndarray | bytes) -> tuple[int, int] | str:
-    """The size of an encoded image, or why it is refused. Never raises, and reserves no memory.
-
-    Accepted are JPEG, PNG, WebP and BMP, whole, of at most 100 million pixels and 65,500 a side. What follows the
-    end of a file is allowed.
-
-    Args:
-        encoded: [bytes] uint8, or bytes.
-
-    Returns:
-        (height, width) in pixels, before any Exif rotation; or the reason, a few words.
-    """
-    view = memoryview(encoded)
-    if len(view) == 0:
-        return "zero bytes"
-    try:
-        claimed = _claimed(view)
-    except (struct.error, IndexError):
-        return "truncated: it ends within its header"
-    if isinstance(claimed, str):
-        return claimed
-    height, width = claimed
-    if height * width > MAX_PIXELS:
-        return f"{height} x {width} pixels, more than {MAX_PIXELS // 1_000_000} million"
-    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
-        return f"{height} x {width} pixels, a side must be 1 to {MAX_SIDE}"
-    return claimed

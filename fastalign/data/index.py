@@ -1,26 +1,37 @@
-"""Lists of millions of images: packed names, and scans of folders; `tars.py` scans tar shards.
+"""Lists of images: packed names, scans of folders, and the cache of both on disk; `tars.py` scans tar shards.
 
-Names live in one blob of bytes with int64 offsets, memory-mapped from the cache, because 13 million Python
-strings would cost every process more than a gigabyte.
+Names are one blob of bytes with int64 offsets, memory-mapped from the cache: 13 million Python strings would cost
+every process more than a gigabyte.
 """
 
+import contextlib
 import errno
+import fcntl
+import hashlib
+import json
 import os
 import time
 import zlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from fastalign.data.cache import load_index, one_scanner, save_index
 from fastalign.utils.errors import UserError
+from fastalign.utils.files import write_atomically
+from fastalign.utils.paths import home_folder
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-MAX_IMAGE_BYTES = 256 * 1024 * 1024
+DANGLING = "a link that leads nowhere"
 _SUFFIXES = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
-# A directory that changes twice within one tick of its file system's clock keeps its mtime: a listing taken
-# this soon after the last change proves nothing, so it is not cached.
-SETTLE_NS = 2_000_000_000
+# A directory that changes twice within one tick of its file system's clock keeps its mtime, so a list made this soon
+# after a change is not cached.
+_SETTLE_NS = 2_000_000_000
+_FORMAT = "fastalign-index-2"
+_ALIGN = 64
+_ITEM_SIZES = {"|u1": 1, "<i8": 8}  # no other dtype is loaded: objects would turn bytes into pointers
 
 
 class Names:
@@ -28,35 +39,32 @@ class Names:
 
     Args:
         blob: [total] uint8, the names one after the other, as the file system spells them.
-        offsets: [n + 1] int64, where each name starts.
+        offsets: [n + 1] int64, the start of each name and the end of the last.
     """
 
     def __init__(self, blob: np.ndarray, offsets: np.ndarray):
         self.blob, self.offsets = blob, offsets
 
     @classmethod
-    def pack(cls, names: list[bytes]) -> "Names":
-        """Packs a list of byte strings."""
-        lengths = np.fromiter((len(name) for name in names), dtype=np.int64, count=len(names))
-        return cls._from_parts(b"".join(names), lengths)
+    def pack(cls, names: Iterable[bytes]) -> "Names":
+        """Packs byte strings."""
+        blob, offsets = bytearray(), array("q", [0])
+        for name in names:
+            blob += name
+            offsets.append(len(blob))
+        return cls(np.frombuffer(blob, np.uint8), np.frombuffer(offsets, np.int64))
 
     @classmethod
-    def _from_parts(cls, blob: bytes | bytearray, lengths: np.ndarray) -> "Names":
-        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        return cls(np.frombuffer(blob, dtype=np.uint8), offsets)
+    def of(cls, arrays: dict[str, np.ndarray], key: str = "") -> "Names":
+        """The inverse of `arrays`."""
+        return cls(arrays[f"{key}names"], arrays[f"{key}offsets"])
 
-    @staticmethod
-    def sound(blob: np.ndarray | None, offsets: np.ndarray | None) -> bool:
-        """Whether two arrays that were read from a file can be a list of names: every name lies in the blob."""
-        if blob is None or offsets is None or (blob.dtype, offsets.dtype) != (np.uint8, np.int64):
-            return False
-        if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(blob):
-            return False
-        return bool((offsets[1:] >= offsets[:-1]).all())
+    def arrays(self, key: str = "") -> dict[str, np.ndarray]:
+        """The arrays under the names that they have in an index."""
+        return {f"{key}names": self.blob, f"{key}offsets": self.offsets}
 
     def crc(self, start: int = 0) -> int:
-        """CRC-32 of all names, going on from another one."""
+        """CRC-32 of all names, continued from `start`."""
         return zlib.crc32(self.blob, zlib.crc32(self.offsets, start))
 
     def __len__(self) -> int:
@@ -69,23 +77,16 @@ class Names:
 
 
 def is_image(name: bytes) -> bool:
-    """Whether a path ends in one of IMAGE_EXTENSIONS (any case) and no part of it is hidden."""
+    """Whether a path ends in one of IMAGE_EXTENSIONS (in any case) and no part of it is hidden."""
     if not name.lower().endswith(_SUFFIXES):
         return False
     return not any(part.startswith(b".") and part not in (b".", b"..") for part in name.split(b"/"))
 
 
-DEAD_LINK = "a link that leads nowhere"
-
-
-def is_dead_link(path: str | os.DirEntry) -> bool:
-    """Whether a path is a link to nothing, or one of a circle of links.
-
-    Raises:
-        OSError: that cannot be told now, as where a disk fails.
-    """
+def is_dangling(path: str | bytes) -> bool:
+    """Whether a path is a link to nothing, or part of a cycle of links; raises OSError if the disk fails."""
     try:
-        path.stat() if isinstance(path, os.DirEntry) else os.stat(path)  # noqa: PTH116, an entry keeps the answer
+        os.stat(path)  # noqa: PTH116, names are bytes
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             raise
@@ -93,109 +94,180 @@ def is_dead_link(path: str | os.DirEntry) -> bool:
     return False
 
 
-def _list_directory(path: bytes) -> tuple[list[bytes], list[bytes], list[bytes], int]:
-    """Sorted names of images, of sub-directories, and of other links that lead nowhere; number of other files.
+def _walk(root: str) -> Iterator[tuple[bytes, int, list[bytes], list[bytes]]]:
+    """Each directory below `root`, depth first: name, mtime in ns, its images, its dangling links to other things.
 
-    Whatever is called an image and is no directory is one: that it cannot be read is for whoever reads it to say.
+    Names are relative to `root` and sorted. A dangling link whose name is an image's counts as an image.
     """
-    images, folders, lost, others = [], [], [], 0
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if entry.name.startswith(b"."):
-                continue
-            dead = entry.is_symlink() and is_dead_link(entry)
-            if not dead and entry.is_dir():
-                folders.append(entry.name)
-            elif is_image(entry.name):
-                images.append(entry.name)
-            elif dead:
-                lost.append(entry.name)
-            else:
-                others += 1
-    return sorted(images), sorted(folders), sorted(lost), others
-
-
-def _scan_folder(root: str) -> tuple[dict[str, np.ndarray], int, bool]:
-    """Walks a folder depth first. Returns the index arrays, the number of other files, and whether it is settled."""
-    blob, lengths, directories, mtimes, missing = bytearray(), [], [], [], []
-    others, settled = 0, True
-    base = os.fsencode(root)
     stack: list[tuple[bytes, tuple]] = [(b"", ())]
     while stack:
         relative, ancestors = stack.pop()
-        path = os.path.join(base, relative)  # noqa: PTH118, names are bytes
+        path = os.path.join(os.fsencode(root), relative)  # noqa: PTH118
         status = os.stat(path)  # noqa: PTH116
-        identity = (status.st_dev, status.st_ino)
-        if identity in ancestors:
-            continue
-        settled &= time.time_ns() - status.st_mtime_ns > SETTLE_NS
-        directories.append(relative)
-        mtimes.append(status.st_mtime_ns)
-        images, folders, lost, other = _list_directory(path)
-        others += other
+        inode = (status.st_dev, status.st_ino)
+        if inode in ancestors:
+            continue  # a link to a directory that contains it
         prefix = relative + b"/" if relative else b""
-        missing += [prefix + name for name in lost]
-        for name in images:
-            blob += prefix + name
-        lengths.append(np.array([len(prefix) + len(name) for name in images], dtype=np.int64))
-        stack += [(prefix + name, (*ancestors, identity)) for name in reversed(folders)]
-    names = Names._from_parts(blob, np.concatenate(lengths))
-    arrays = {}
-    for key, packed in (("", names), ("tree_", Names.pack(directories)), ("missing_", Names.pack(missing))):
-        arrays |= {f"{key}names": packed.blob, f"{key}offsets": packed.offsets}
-    return arrays | {"mtimes": np.array(mtimes, dtype=np.int64)}, others, settled
+        images, folders, dangling = [], [], []
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.startswith(b"."):
+                    continue
+                leads_nowhere = entry.is_symlink() and is_dangling(entry.path)
+                if not leads_nowhere and entry.is_dir():
+                    folders.append(prefix + entry.name)
+                elif is_image(entry.name):
+                    images.append(prefix + entry.name)
+                elif leads_nowhere:
+                    dangling.append(prefix + entry.name)
+        yield relative, status.st_mtime_ns, sorted(images), sorted(dangling)
+        stack += [(name, (*ancestors, inode)) for name in sorted(folders, reverse=True)]
 
 
-def _sound(arrays: dict[str, np.ndarray]) -> bool:
-    """Whether a cached index is safe to use: what it points to lies within it."""
-    for key in ("", "tree_", "missing_"):
-        if not Names.sound(arrays.get(f"{key}names"), arrays.get(f"{key}offsets")):
-            return False
-    mtimes = arrays.get("mtimes")
-    return mtimes is not None and mtimes.dtype == np.int64 and len(mtimes) == len(arrays["tree_offsets"]) - 1
+def _scan_folder(root: str) -> dict[str, np.ndarray]:
+    directories, mtimes, dangling = [], [], []
+
+    def images() -> Iterator[bytes]:
+        for directory, mtime, found, lost in _walk(root):
+            directories.append(directory)
+            mtimes.append(mtime)
+            dangling.extend(lost)
+            yield from found
+
+    try:
+        arrays = Names.pack(images()).arrays()
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename!r}: {error.strerror}; check its permissions") from error
+    arrays |= Names.pack(directories).arrays("tree_") | Names.pack(dangling).arrays("missing_")
+    return arrays | {"mtimes": np.array(mtimes, dtype=np.int64)}
 
 
-def _unchanged(root: str, arrays: dict[str, np.ndarray]) -> bool:
-    """Whether every directory of a cached index still has the mtime it was listed at, and what was missing is."""
-    tree = Names(arrays["tree_names"], arrays["tree_offsets"])
-    missing = Names(arrays["missing_names"], arrays["missing_offsets"])
+def _is_current(root: str, arrays: dict[str, np.ndarray]) -> bool:
+    """Whether all directories still have the mtimes of the index and its dangling links still lead nowhere."""
+    tree, dangling = Names.of(arrays, "tree_"), Names.of(arrays, "missing_")
     try:
         return all(
             (Path(root) / tree[i]).stat().st_mtime_ns == mtime
             for i, mtime in enumerate(arrays["mtimes"].tolist())
-        ) and all(is_dead_link(f"{root}/{missing[i]}") for i in range(len(missing)))
-    except (OSError, ValueError):  # a damaged index may name a folder that no file system can have
+        ) and all(is_dangling(f"{root}/{dangling[i]}") for i in range(len(dangling)))
+    except OSError:
         return False
 
 
-def index_folder(root: str) -> tuple[Names, Names, Names, int]:
-    """The images below a folder, from the cache where no directory changed since.
+def index_folder(root: str) -> tuple[Names, Names]:
+    """The images below a folder, and dangling links in it that are not named as images; names relative to `root`.
 
-    Order: depth first, the files of a directory before its sub-directories, each sorted by bytes; hidden
-    entries are left out. Adding, removing or renaming a file changes its directory's mtime, and so the index.
-
-    Args:
-        root: resolved path of the folder.
-
-    Returns:
-        Names relative to `root`: of the images, of directories ("" is the root), and of other links that lead
-        nowhere; how many other files were seen (0 when read from the cache).
-
-    Raises:
-        UserError: a folder that cannot be read.
+    Depth first, the files of a directory before its sub-directories, each sorted by bytes, without hidden entries.
     """
-    with one_scanner("folder", root):
-        arrays, others = load_index("folder", root), 0
-        if arrays is None or not (_sound(arrays) and _unchanged(root, arrays)):
-            try:
-                arrays, others, settled = _scan_folder(root)
-            except OSError as error:
-                raise UserError(
-                    f"cannot read {error.filename!r}: {error.strerror}; check its permissions"
-                ) from error
-            # An empty list is quick to make again, and only a scan can say which other files are there.
-            if settled and len(arrays["offsets"]) > 1 and save_index("folder", root, arrays):
-                # Mapped pages are shared by all processes of a machine, this process's copy is not.
-                arrays = load_index("folder", root) or arrays
-    found = (Names(arrays[f"{key}names"], arrays[f"{key}offsets"]) for key in ("", "tree_", "missing_"))
-    return *found, others
+    arrays = cached_index(
+        "folder", root, lambda index: _is_current(root, index), lambda: _scan_folder(root), "mtimes"
+    )
+    return Names.of(arrays), Names.of(arrays, "missing_")
+
+
+def cached_index(
+    kind: str,
+    key: str,
+    is_current: Callable[[dict[str, np.ndarray]], bool],
+    scan: Callable[[], dict[str, np.ndarray]],
+    mtimes: str,
+) -> dict[str, np.ndarray]:
+    """The index that `scan` makes, or the cached one if `is_current`.
+
+    `mtimes` names its array of modification times in ns: an index is cached if all of them are more than 2 s old.
+    """
+    with _scan_lock(kind, key):
+        arrays = load_index(kind, key)  # another process may have made it while this one waited
+        if arrays is None or not is_current(arrays):
+            start = time.time_ns()
+            arrays = scan()
+            settled = start - arrays[mtimes].max() > _SETTLE_NS
+            if settled and save_index(kind, key, arrays):
+                # Processes of a machine share mapped pages.
+                arrays = load_index(kind, key) or arrays
+    return arrays
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/fastalign, else ~/.cache/fastalign; raises OSError without a home folder."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    if not base:
+        home = home_folder()
+        if home is None:
+            raise FileNotFoundError("no home folder")
+        base = f"{home}/.cache"
+    return Path(base) / "fastalign"
+
+
+def _cache_file(kind: str, key: str) -> Path:
+    return cache_folder() / f"{kind}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.idx"
+
+
+def save_index(kind: str, key: str, arrays: dict[str, np.ndarray]) -> bool:
+    """Writes one-dimensional uint8 and int64 arrays to the cache, atomically; False if it cannot be written."""
+    layout, position = {}, 0
+    for name, values in arrays.items():
+        position = -(-position // _ALIGN) * _ALIGN
+        layout[name] = [values.dtype.str, len(values), position]
+        position += values.nbytes
+    header = json.dumps({"format": _FORMAT, "key": key, "arrays": layout, "bytes": position}).encode() + b"\n"
+    body = -(-len(header) // _ALIGN) * _ALIGN
+
+    def write(file: BinaryIO) -> None:
+        file.write(header)
+        for name, values in arrays.items():
+            file.seek(body + layout[name][2])
+            file.write(memoryview(np.ascontiguousarray(values)))
+        file.truncate(body + position)
+
+    try:
+        write_atomically(_cache_file(kind, key), write)
+    except (OSError, UnicodeEncodeError):
+        return False
+    return True
+
+
+def load_index(kind: str, key: str) -> dict[str, np.ndarray] | None:
+    """The arrays that `save_index` wrote, memory-mapped; None if there are none or the file is damaged."""
+    try:
+        file = np.memmap(_cache_file(kind, key), np.uint8, "r")
+        line = file[: 1 << 20].tobytes().partition(b"\n")[0]
+        header = json.loads(line)
+        body = -(-(len(line) + 1) // _ALIGN) * _ALIGN
+        if (header["format"], header["key"], body + header["bytes"]) != (_FORMAT, key, len(file)):
+            return None
+        arrays = {}
+        for name, (dtype, length, offset) in header["arrays"].items():
+            begin = body + offset
+            arrays[name] = file[begin : begin + length * _ITEM_SIZES[dtype]].view(dtype)
+        return arrays
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextlib.contextmanager
+def _scan_lock(kind: str, key: str) -> Iterator[None]:
+    """Lets one process of a machine scan while the others wait for its index; without a cache, all scan."""
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        file = _cache_file(kind, key).with_suffix(".lock").open("w")
+    except OSError:
+        yield
+        return
+    with file:
+        lock(file.fileno(), wait=True)
+        yield
+
+
+def lock(descriptor: int, *, wait: bool) -> bool:
+    """Locks an open file or folder until it is closed; False if another process has it and `wait` is false.
+
+    A file system without locks counts as locked.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # ENOSYS, ENOTSUP, ENOLCK
+        return True
+    return True

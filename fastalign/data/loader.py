@@ -1,61 +1,72 @@
 """Batches for one rank, made ahead of time by a background thread.
 
-Who gets what is decided here and is a pure function of (seed, epoch, micro-step, rank); DALI only decodes.
+Which rank gets which sample is decided here and is a function of (seed, epoch, micro-step, rank).
 """
 
-import contextlib
+import itertools
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastalign.data.augment import augment, mix
-from fastalign.data.bad_samples import BadSample, BadSamples
-from fastalign.data.batches import BatchDecoder, Work
-from fastalign.data.fetch import Fetched, Fetcher, refuse_rows
+from fastalign.data.bad_samples import BadSample, BadSamples, Sample, SampleReader, check_in_a_row
+from fastalign.data.pipeline import DecodeError, Decoder
 from fastalign.data.prefetch import Batch, Prefetcher
-from fastalign.data.sources import Source, SyntheticSource
-from fastalign.data.transforms import Transform, normalize, reflect
+from fastalign.data.source import Source, SyntheticSource
+from fastalign.data.transforms import Geometry, Transform, geometry, normalize, reflect
 from fastalign.utils.errors import UserError
 from fastalign.utils.random import EVAL_EPOCH, permutation
 
 _READ_AHEAD = 2
+_MAX_NAMED = 5
+
+
+class _Work(NamedTuple):
+    """A batch on its way through the decoder."""
+
+    samples: list[Sample]
+    good: list[Sample]
+    "of the samples those with bytes"
+    sampling: Geometry | None
+    "of the good ones, None if there are none"
+
+    @property
+    def ids(self) -> np.ndarray:
+        return np.array([sample.id for sample in self.good], dtype=np.int64)
 
 
 class Loader:
     """Micro-batches of a source for one rank.
 
     Training draws a new global permutation each epoch; of it, micro-step m of rank r takes the b samples from
-    (m * world_size + r) * b on. An epoch has (n // (world_size * b * accumulate)) * accumulate micro-steps: what
-    does not fill an update is left out, other samples each epoch. Evaluation goes through the source in order,
-    every sample once: the last batches are smaller, and ranks may have different numbers of them.
-
-    Bad samples (unreadable, refused by `headers.inspect`, not decodable by DALI) are an error, unless `bad` is given:
-    then training takes the next good sample in source order instead, with the crops and masks of that sample, and
-    evaluation leaves them out; a batch without a good one is not handed over. 100 in a row are an error.
+    (m * world_size + r) * b on. An epoch has (n // (world_size * b * accumulate)) * accumulate micro-steps: samples
+    that do not fill an update are left out, other ones each epoch. Evaluation goes through the source in order, every
+    sample once: the last batches are smaller, and ranks may have different numbers of them.
 
     Args:
         source: the data set.
         transform: image to input.
-        batch_size: b, samples a micro-batch of this rank.
-        device: where batches come out. On CUDA, JPEGs are decoded there.
+        batch_size: b, samples per micro-batch of this rank.
+        device: of the batches. On CUDA, JPEGs are decoded there.
         dtype: of the images.
         seed: of the run; decides order and augmentation.
-        rank: of this process.
-        world_size: number of ranks.
-        train: shuffle and drop the remainder, or go through once in order.
-        accumulate: micro-batches an update.
-        threads: reading threads, and as many for decoding.
+        rank, world_size: of this process.
+        train: shuffle and drop the remainder, or go through the source once in order.
+        accumulate: micro-batches per update.
+        threads: for reading, and as many for decoding.
         prefetch: finished batches kept ready.
-        hw_decoder_load: see `Decoder`.
-        mixup: alpha, 0 is off. Training only, as is cutmix. Both pair the samples of this rank's batch, so, unlike
-            the rest, their pixels depend on batch_size and world_size.
-        cutmix: alpha, 0 is off.
-        bad: what is known of bad samples; it grows. None: the first one is an error.
+        hw_decoder_load: share of JPEGs for the GPU's hardware decoder. Between 0 and 1 two decoders share a batch,
+            and their pixels may differ by a level.
+        mixup, cutmix: alpha, 0 is off; training only. They pair the samples of this rank's batch, so that pixels
+            depend on batch_size and world_size.
+        bad: the known bad samples, to which it adds. Training replaces them (see `bad_samples`), evaluation leaves
+            them out; 100 in a row raise an error. None: the first bad sample raises an error.
 
     Raises:
         UserError: a bad argument, or a training set smaller than one update.
@@ -81,44 +92,39 @@ class Loader:
         cutmix: float = 0.0,
         bad: BadSamples | None = None,
     ):
-        counts = {
-            "batch_size": batch_size,
-            "accumulate": accumulate,
-            "threads": threads,
-            "prefetch": prefetch,
-        }
-        for name, value in counts.items():
+        counts = {"batch_size": batch_size, "accumulate": accumulate, "threads": threads}
+        for name, value in (counts | {"prefetch": prefetch}).items():
             if value < 1:
                 raise UserError(f"{name}={value}: it must be at least 1")
         if not 0 <= rank < world_size:
             raise UserError(f"rank={rank} is not in 0..{world_size - 1} (world_size={world_size})")
-        if min(mixup, cutmix) < 0:
-            raise UserError(f"mixup={mixup}, cutmix={cutmix}: alpha must be 0 (off) or more")
-        if (mixup or cutmix) and not train:
-            raise UserError("mixup and cutmix are for training; set both to 0 for evaluation")
+        if min(mixup, cutmix) < 0 or (max(mixup, cutmix) > 0 and not train):
+            raise UserError(f"mixup={mixup}, cutmix={cutmix}: alpha must be at least 0, and 0 for evaluation")
         update = world_size * batch_size * accumulate
         if train and len(source) < update:
             raise UserError(
                 f"the data set has {len(source)} images, one update takes {update} ({world_size} ranks x "
                 f"batch size {batch_size} x accumulate {accumulate}); lower the batch size or add images"
             )
-        self.source, self.transform, self.train = source, transform, train
+        self.source, self.transform, self.train, self.bad = source, transform, train, bad
         self.device, self.dtype, self.seed = torch.device(device), dtype, seed
         if self.device.type == "cuda" and self.device.index is None:
-            # The current device is a thread's own: in the background thread it is GPU 0.
+            # The current device is a property of the thread: in the background thread it is GPU 0.
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._batch, self._rank, self._world, self._accumulate = batch_size, rank, world_size, accumulate
-        self._threads, self._prefetch, self._hw_decoder_load = threads, prefetch, hw_decoder_load
-        self._mixup, self._cutmix = mixup, cutmix
-        self.bad, self._fetcher = bad, Fetcher(source, bad, replace=train)
-        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(
-            threads, thread_name_prefix="fastalign-read"
+        self._threads, self._prefetch = threads, prefetch
+        self._decoder_options = {"device": self.device, "hw_decoder_load": hw_decoder_load}
+        self._mixing = {"mixup": mixup, "cutmix": cutmix, "seed": seed}
+        self._reader = SampleReader(
+            source, BadSamples() if bad is None else bad, replace=train and bad is not None
         )
-        self._decoder: BatchDecoder | None = None
-        self._active: weakref.ref[Prefetcher] | None = None
+        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(threads, "fastalign-read")
+        self._decoder: Decoder | None = None
+        self._examiner: Decoder | None = None
+        self._active = lambda: None
 
     def __len__(self) -> int:
-        """Micro-batches an epoch on this rank."""
+        """Micro-batches per epoch on this rank."""
         total, stride = len(self.source), self._world * self._batch
         if self.train:
             return total // (stride * self._accumulate) * self._accumulate
@@ -128,8 +134,8 @@ class Loader:
         """The micro-batches of an epoch. Work starts at once; an earlier iterator of this loader is closed.
 
         Args:
-            epoch: decides order and augmentation; without effect in evaluation.
-            start: first micro-batch, to resume inside an epoch: the tail is the same as in a whole epoch.
+            epoch: decides order and augmentation; ignored in evaluation.
+            start: first micro-batch, to resume inside an epoch.
 
         Returns:
             An iterator with a `close` method; dropping it stops the work too.
@@ -141,31 +147,21 @@ class Loader:
                 f"start={start} is not in 0..{len(self)}, or epoch={epoch} not in 0..{EVAL_EPOCH - 1}"
             )
         self._stop_active()
-        iterator = Prefetcher(
-            self._generate(epoch if self.train else EVAL_EPOCH, start), self.device, self._prefetch
-        )
+        batches = self._generate(epoch if self.train else EVAL_EPOCH, start)
+        iterator = Prefetcher(batches, self.device, self._prefetch)
         self._active = weakref.ref(iterator)
         return iterator
 
     def close(self) -> None:
-        """Stops all threads. The source stays open: it is the caller's."""
+        """Stops all threads. The source stays open."""
         self._stop_active()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
-        self._decoder = None
+        self._pool = self._decoder = self._examiner = None
 
     def _stop_active(self) -> None:
-        active = self._active() if self._active is not None else None
-        if active is not None:
+        if (active := self._active()) is not None:
             active.close()
-        self._active = None
-
-    def __del__(self):
-        # No work runs any more, it would hold this object. Joining is not possible where the last reference goes
-        # away in a thread of the pool, and an iterator that outlives its loader still has batches to hand over.
-        if getattr(self, "_pool", None) is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _ids(self, epoch: int, start: int) -> Iterator[np.ndarray]:
         total, stride = len(self.source), self._world * self._batch
@@ -180,90 +176,117 @@ class Loader:
             for ids in self._ids(epoch, start):
                 place, size = torch.from_numpy(ids).to(self.device), self.transform.size
                 images = self.source.images(place, size, seed=self.seed, dtype=self.dtype)
-                yield self._mixed(images, ids, epoch)
+                yield self._mix(images, ids, epoch, ())
             return
-        decoder = self._open_decoder()
+        self._decoder = self._decoder or Decoder(
+            self.transform.size, batch_size=self._batch, threads=self._threads, **self._decoder_options
+        )
         try:
-            with contextlib.closing(self._read_ahead(epoch, start)) as reads:
-                yield from self._decoded(decoder, reads, epoch)
+            yield from self._decode(self._read_ahead(epoch, start), epoch)
         finally:
-            # A consumer that leaves early leaves a batch in flight, which the next epoch must not find.
-            decoder.drain()
+            self._decoder.drain()  # a consumer that stops early leaves a batch in flight
 
-    def _decoded(self, decoder: BatchDecoder, reads: Iterator, epoch: int) -> Iterator[Batch]:
-        """While DALI works on a batch, the one before it is finished and handed over."""
-        running: Work | None = None
-        failure: Exception | None = None
-        row: list[BadSample] = []
-        bad: list[BadSample] = []
+    def _read_ahead(self, epoch: int, start: int) -> Iterator[list[Sample]]:
+        def read(part: np.ndarray) -> list[Sample]:
+            return [self._reader.read(index) for index in part.tolist()]
+
+        waiting: deque[Iterator[list[Sample]]] = deque()
+        remaining = self._ids(epoch, start)
         while True:
-            try:
-                fetched = next(reads, None)
-                work = decoder.prepare(fetched, epoch) if fetched else None
-            except Exception as error:
-                # The batches before the bad one are good: the consumer gets them first.
-                work, failure = None, error
+            while len(waiting) <= _READ_AHEAD and (ids := next(remaining, None)) is not None:
+                parts = np.array_split(ids, min(self._threads, len(ids)))
+                waiting.append(self._pool.map(read, parts))
+            if not waiting:
+                return
+            yield [sample for part in waiting.popleft() for sample in part]
+
+    def _decode(self, reads: Iterator[list[Sample]], epoch: int) -> Iterator[Batch]:
+        """While DALI decodes a batch, the previous one is finished and delivered."""
+        running: _Work | None = None
+        in_a_row: list[BadSample] = []
+        bad: list[BadSample] = []
+        for samples in itertools.chain(reads, [None]):
+            work = self._plan(samples, epoch) if samples else None
             if running:
-                running, pixels = decoder.collect(running)
+                running, pixels = self._collect(running, epoch)
             if work:
-                decoder.submit(work)
+                self._submit(work)
             if running:
-                for made in running.fetched:
-                    row = row + made.bad if made.encoded is None else []
-                    refuse_rows(row)
-                    bad += made.bad
-                if running.encoded:
+                for sample in running.samples:
+                    in_a_row = in_a_row + sample.bad if sample.encoded is None else []
+                    check_in_a_row(in_a_row)
+                    bad += sample.bad
+                if running.good:
                     yield self._finish(running, pixels, epoch, tuple(dict.fromkeys(bad)))
                     bad = []
             running = work
-            if running is None:
-                break
-        if failure:
-            raise failure
 
-    def _read_ahead(self, epoch: int, start: int) -> Iterator[list[Fetched]]:
-        waiting: deque[list[Future]] = deque()
-        remaining = self._ids(epoch, start)
-        try:
-            while True:
-                while len(waiting) <= _READ_AHEAD and (ids := next(remaining, None)) is not None:
-                    parts = np.array_split(ids, min(self._threads, len(ids)))
-                    waiting.append([self._pool.submit(self._read, part.tolist()) for part in parts])
-                if not waiting:
-                    return
-                yield [made for part in waiting.popleft() for made in part.result()]
-        finally:
-            for parts in waiting:
-                for part in parts:
-                    part.cancel()
-
-    def _read(self, ids: list[int]) -> list[Fetched]:
-        return [self._fetcher.fetch(i) for i in ids]
-
-    def _open_decoder(self) -> BatchDecoder:
-        if self._decoder is None:
-            self._decoder = BatchDecoder(
-                self.transform,
-                self._fetcher,
-                seed=self.seed,
-                tolerant=self.bad is not None,
-                batch_size=self._batch,
-                device=self.device,
-                threads=self._threads,
-                hw_decoder_load=self._hw_decoder_load,
+    def _plan(self, samples: list[Sample], epoch: int) -> _Work:
+        bad = [each for sample in samples for each in sample.bad]
+        if self.bad is None and bad:
+            names = ", ".join(f"{self.source.name(each.id)} ({each.reason})" for each in bad[:_MAX_NAMED])
+            more = f" and {len(bad) - _MAX_NAMED} more" if len(bad) > _MAX_NAMED else ""
+            root = f" in {self.source.root}" if self.source.root else ""
+            raise UserError(
+                f"cannot read or decode {names}{more}{root}: {len(bad)} of a batch of {len(samples)}; remove or "
+                "replace them"
             )
-        return self._decoder
+        work = _Work(samples, [sample for sample in samples if sample.encoded is not None], None)
+        if not work.good:
+            return work
+        shapes = np.array([sample.size for sample in work.good])
+        sampling = geometry(self.transform, shapes, work.ids, seed=self.seed, epoch=epoch)
+        return work._replace(sampling=sampling)
 
-    def _finish(self, work: Work, pixels: Tensor, epoch: int, bad: tuple[BadSample, ...]) -> Batch:
+    def _submit(self, work: _Work) -> None:
+        if work.good:
+            self._decoder.submit([sample.encoded for sample in work.good], work.sampling)
+
+    def _collect(self, work: _Work, epoch: int) -> tuple[_Work, Tensor | None]:
+        """The pixels of a submitted batch. If DALI fails on it, bad samples are found, replaced or left out."""
+        try:
+            return work, self._decoder.collect() if work.good else None
+        except DecodeError:
+            self._examiner = self._examiner or Decoder(
+                (1, 1), batch_size=1, threads=1, **self._decoder_options
+            )
+            error_of = self._examiner.error_of
+            samples = [self._reader.replace_undecodable(sample, error_of) for sample in work.samples]
+            work = self._plan(samples, epoch)
+        try:
+            self._submit(work)
+            return work, self._decoder.collect() if work.good else None
+        except DecodeError:
+            return work, self._decode_one_by_one(work, epoch)
+
+    def _decode_one_by_one(self, work: _Work, epoch: int) -> Tensor:
+        """The pixels of a batch on which DALI fails although it decodes each image, perhaps for lack of memory."""
+        pixels = []
+        try:
+            for sample in work.good:
+                self._submit(self._plan([sample], epoch))
+                pixels.append(self._decoder.collect().clone())
+                self._synchronize()
+        except DecodeError as error:
+            names = [self.source.name(sample.id) for sample in work.good]
+            raise UserError(
+                f"DALI fails on the batch from {names[0]} to {names[-1]}, but on none of its images alone "
+                f"({' '.join(str(error).split())[:200]}): is there enough memory? try smaller batches"
+            ) from error
+        return torch.cat(pixels)
+
+    def _finish(self, work: _Work, pixels: Tensor, epoch: int, bad: tuple[BadSample, ...]) -> Batch:
         pixels = reflect(pixels, work.sampling)
         pixels = augment(pixels, self.transform, work.ids, seed=self.seed, epoch=epoch)
-        return self._mixed(normalize(pixels, self.transform, self.dtype), work.ids, epoch, bad)
+        return self._mix(normalize(pixels, self.transform, self.dtype), work.ids, epoch, bad)
 
-    def _mixed(self, images: Tensor, ids: np.ndarray, epoch: int, bad: tuple[BadSample, ...] = ()) -> Batch:
-        mixed = {"mixup": self._mixup, "cutmix": self._cutmix, "seed": self.seed, "epoch": epoch}
-        images, weight = mix(images, ids, **mixed)
-        place = torch.from_numpy(ids).to(self.device)
+    def _mix(self, images: Tensor, ids: np.ndarray, epoch: int, bad: tuple[BadSample, ...]) -> Batch:
+        images, weight = mix(images, ids, epoch=epoch, **self._mixing)
+        batch = Batch(images, torch.from_numpy(ids).to(self.device), ids, weight=weight, bad=bad)
+        self._synchronize()
+        return batch
+
+    def _synchronize(self) -> None:
+        """Waits for the device, in the background thread: DALI reuses its buffers afterwards."""
         if self.device.type == "cuda":
-            # Waiting here, off the training thread, is what makes DALI's buffers safe to reuse.
             torch.cuda.current_stream(self.device).synchronize()
-        return Batch(images, place, ids, 0.0, weight, bad)

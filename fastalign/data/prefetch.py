@@ -1,4 +1,4 @@
-"""A background thread that keeps a few finished batches ready."""
+"""A background thread that makes batches ahead of time."""
 
 import contextlib
 import queue
@@ -26,12 +26,12 @@ class Batch:
     "[b] int64, sample ids, on the loader's device."
     ids_host: np.ndarray
     "[b] int64, the same on the host."
-    wait: float
+    wait: float = 0.0
     "Seconds that the consumer waited for it."
     weight: float = 1.0
-    "What the batch's own images kept in mixup or cutmix; the rest is the batch reversed."
+    "Share of the batch's own images in mixup or cutmix; the rest is the batch reversed."
     bad: tuple[BadSample, ...] = ()
-    "Bad samples met in making it, also where an earlier batch met them; quarantined ones are left aside."
+    "Bad samples met in making it, also if an earlier batch met them; without quarantined ones."
 
 
 def _produce(
@@ -40,7 +40,7 @@ def _produce(
     """The background thread. Puts batches, then None, or the exception that ended it."""
 
     def put(item) -> bool:
-        # An interpreter that exits waits for this thread, and nobody takes from the queue any more.
+        # An interpreter that exits waits for this thread, while nobody takes from the queue any more.
         while not stop.is_set() and threading.main_thread().is_alive():
             with contextlib.suppress(queue.Full):
                 ready.put(item, timeout=_POLL_SECONDS)
@@ -49,8 +49,8 @@ def _produce(
 
     try:
         on_gpu = device.type == "cuda"
-        side = torch.cuda.stream(torch.cuda.Stream(device)) if on_gpu else contextlib.nullcontext()
-        with side, contextlib.closing(batches):
+        stream = torch.cuda.stream(torch.cuda.Stream(device)) if on_gpu else contextlib.nullcontext()
+        with stream, contextlib.closing(batches):
             for batch in batches:
                 if not put(batch):
                     return
@@ -60,19 +60,13 @@ def _produce(
 
 
 class Prefetcher:
-    """Iterates over `batches` from a thread of its own, which does not hold on to this object.
+    """Iterates over batches that a background thread makes, on CUDA on a side stream, `depth` ahead.
 
-    Args:
-        batches: made in the thread; its exceptions come out of `next` here. On CUDA its work runs on a side stream
-            and must be finished there when it yields.
-        device: of the batches.
-        depth: finished batches kept ready.
+    Exceptions of the thread are raised by `next`. The thread does not refer to this object.
     """
 
     def __init__(self, batches: Iterator[Batch], device: torch.device, depth: int):
-        self._device = device
-        self._ready: queue.Queue = queue.Queue(depth)
-        self._stop = threading.Event()
+        self._device, self._ready, self._stop = device, queue.Queue(depth), threading.Event()
         arguments = (batches, device, self._ready, self._stop)
         self._thread = threading.Thread(target=_produce, args=arguments, name="fastalign-loader")
         self._thread.start()
@@ -82,26 +76,15 @@ class Prefetcher:
 
     def __next__(self) -> Batch:
         begin = time.perf_counter()
-        item = None if self._stop.is_set() else self._take()
-        if item is None or isinstance(item, BaseException):
+        item = None if self._stop.is_set() else self._ready.get()
+        if not isinstance(item, Batch):
             self.close()
-            if item is not None and not isinstance(item, Exception):
-                # SystemExit of a thread would end the program in silence, as if it had been done.
-                raise RuntimeError(f"a data worker ended with {type(item).__name__}: {item}") from item
             raise StopIteration if item is None else item
         if self._device.type == "cuda":
-            # The allocator must not hand this memory to the side stream before the consumer's work on it is done.
+            # The allocator must not give this memory to the side stream before the consumer's work on it is done.
             for tensor in (item.images, item.ids):
                 tensor.record_stream(torch.cuda.current_stream(self._device))
         return replace(item, wait=time.perf_counter() - begin)
-
-    def _take(self):
-        while True:
-            try:
-                return self._ready.get(timeout=_POLL_SECONDS)
-            except queue.Empty:
-                if not self._thread.is_alive() and self._ready.empty():
-                    raise RuntimeError("the loader's thread ended without a result") from None
 
     def close(self) -> None:
         """Stops the background thread and waits for it."""

@@ -1,36 +1,27 @@
-"""Where samples come from: `open_source` tells folders, tar shards and `synthetic` apart."""
+"""Images on disk: folders and tar shards; `open_source` opens what a specification names."""
 
+import csv
 import hashlib
 import os
 import re
 import stat
-import threading
 import zlib
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from fastalign.data.index import (
-    DEAD_LINK,
-    IMAGE_EXTENSIONS,
-    MAX_IMAGE_BYTES,
-    Names,
-    index_folder,
-    is_dead_link,
-    is_image,
-)
-from fastalign.data.label_files import class_of, read_classes, read_table
-from fastalign.data.source import SYNTHETIC_LENGTH, Source, SyntheticSource, Unreadable
-from fastalign.data.tars import expand_shards, index_tars, is_tar
+from fastalign.data.index import DANGLING, IMAGE_EXTENSIONS, Names, index_folder, is_dangling, is_image
+from fastalign.data.source import SYNTHETIC_LENGTH, Source, SyntheticSource, Unreadable, crc_of_texts
+from fastalign.data.tars import class_of, expand_shards, index_tars, is_tar, read_classes
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
 
-_OPEN_SHARDS = 256
-_LOOKED_FOR = " ".join(IMAGE_EXTENSIONS)
+MAX_IMAGE_BYTES = 256 * 1024 * 1024
+_MAX_OPEN_SHARDS = 256
+_EXTENSIONS = " ".join(IMAGE_EXTENSIONS)
 
 
-def _read_all(descriptor: int, size: int, offset: int, name: str) -> np.ndarray:
+def _read(descriptor: int, size: int, offset: int, name: str) -> np.ndarray:
     if not 0 < size <= MAX_IMAGE_BYTES:
         reason = f"{size} bytes, more than {MAX_IMAGE_BYTES}" if size else "zero bytes"
         raise Unreadable(
@@ -38,25 +29,16 @@ def _read_all(descriptor: int, size: int, offset: int, name: str) -> np.ndarray:
         )
     data = os.pread(descriptor, size, offset)
     if len(data) != size:
-        raise Unreadable(
-            f"{name} got shorter while in use ({len(data)} of {size} bytes); leave data sets unchanged",
-            f"it got shorter while in use, {len(data)} of {size} bytes",
-        )
+        reason = f"it became shorter while in use ({len(data)} of {size} bytes)"
+        raise Unreadable(f"{name}: {reason}; do not change data sets during a run", reason)
     return np.frombuffer(data, dtype=np.uint8)
 
 
 class FolderSource(Source):
-    """Every image below a folder, however deep.
+    """Every image below the folder `root`.
 
-    Labels: a file `labels.csv` at the root with the header `name,label` (name relative to the root, label an
-    integer), else the first-level sub-folders in sorted order, else none.
-
-    Args:
-        root: the folder.
-        damaged: links to folders that are not there are named in `damaged`; else they are refused.
-
-    Raises:
-        UserError: no such folder, no image in it, or a link in it that leads nowhere.
+    `damaged`: list dangling links to folders in `damaged`, instead of raising. Classes: `labels.csv` in the folder
+    with the header `name,label` (name relative to it, label an integer), else the first-level sub-folders.
     """
 
     kind = "folder"
@@ -66,13 +48,12 @@ class FolderSource(Source):
         if not path.is_dir():
             raise UserError(f"no such folder: {root}; check the path of the data set")
         self.root = str(path.resolve())
-        self._names, self._folders, missing, others = index_folder(self.root)
-        self.damaged = tuple((missing[index], DEAD_LINK) for index in range(len(missing)))
+        self._names, missing = index_folder(self.root)
+        self.damaged = tuple((missing[index], DANGLING) for index in range(len(missing)))
         if self.damaged and not damaged:
-            raise UserError(f"{path / missing[0]} is {DEAD_LINK}; mount what it leads to, or remove it")
+            raise UserError(f"{path / missing[0]} is {DANGLING}; mount its target or remove it")
         if len(self._names) == 0:
-            found = f"none of the {others} files is one" if others else "it is empty"
-            raise UserError(f"no images in {root}: {found}; looked for {_LOOKED_FOR} in all sub-folders")
+            raise UserError(f"no images in {root}; looked for {_EXTENSIONS} in all sub-folders")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -81,98 +62,92 @@ class FolderSource(Source):
         return self._names[index]
 
     def read(self, index: int) -> np.ndarray:
-        path = os.path.join(self.root, self._names[index])  # noqa: PTH118, the hot path
+        path = os.path.join(self.root, self._names[index])  # noqa: PTH118, faster
         try:
-            # A pipe that nobody writes to would be waited for: opened without waiting, it is told by its kind.
+            # O_NONBLOCK: opening a pipe would wait for a writer.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 status = os.fstat(descriptor)
                 if not stat.S_ISREG(status.st_mode):
-                    raise Unreadable(f"{path} is no regular file; remove it", "no regular file")
-                return _read_all(descriptor, status.st_size, 0, path)
+                    raise Unreadable(f"{path} is not a regular file; remove it", "not a regular file")
+                return _read(descriptor, status.st_size, 0, path)
             finally:
                 os.close(descriptor)
-        except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and is_dead_link(path):
-                # Not caused by a disk: it is not tried again.
-                raise Unreadable(
-                    f"{path} is {DEAD_LINK}; mount what it leads to, or remove it", DEAD_LINK
-                ) from None
-            reason = getattr(error, "strerror", None) or str(error)
-            raise Unreadable(
-                f"cannot read {path}: {reason}; the data set changed since the start", reason
-            ) from error
+        except OSError as error:
+            if is_dangling(path):
+                # Without a cause, so that it is not tried again.
+                raise Unreadable(f"{path} is {DANGLING}; mount its target or remove it", DANGLING) from None
+            reason = error.strerror or str(error)
+            message = f"cannot read {path}: {reason}; the data set changed since the start"
+            raise Unreadable(message, reason) from error
 
-    @cached_property
-    def _labels(self) -> dict[str, int] | None:
-        path = Path(self.root) / "labels.csv"
-        return read_table(path) if path.is_file() else None
-
-    @cached_property
-    def _classes(self) -> dict[str, int]:
-        tree = (self._folders[i] for i in range(len(self._folders)))
-        return {name: i for i, name in enumerate(sorted({d.split("/", 1)[0] for d in tree if d}))}
-
-    def _crc_of_all_names(self) -> int:
+    def _crc_of_names(self) -> int:
         return self._names.crc()
-
-    def label(self, index: int) -> int | None:
-        name = self._names[index]
-        if self._labels is None:
-            return self._classes.get(name.split("/", 1)[0]) if "/" in name else None
-        if name not in self._labels:
-            raise UserError(f"{self.root}/labels.csv has no line for {name}; add it or remove the image")
-        return self._labels[name]
 
     def class_names(self) -> list[str | None]:
         names = (self._names[index] for index in range(len(self)))
-        if self._labels is None:
-            return [name.split("/", 1)[0] if "/" in name else None for name in names]
-        found = (self._labels.get(name) for name in names)
-        return [None if label is None else str(label) for label in found]
+        table = Path(self.root) / "labels.csv"
+        if table.is_file():
+            labels = _read_labels(table)
+            return [labels.get(name) for name in names]
+        return [name.split("/", 1)[0] if "/" in name else None for name in names]
+
+
+def _read_labels(path: Path) -> dict[str, str]:
+    """The labels of a `labels.csv`, by image name."""
+    labels: dict[str, str] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
+            reader = csv.DictReader(file)
+            if reader.fieldnames != ["name", "label"]:
+                raise UserError(f"{path}: the first line must be `name,label`")
+            for row in reader:
+                where, label = f"{path} line {reader.line_num}: {row['name']}", row["label"] or ""
+                if not re.fullmatch(r"\s*[+-]?\d+\s*", label):
+                    raise UserError(f"{where} has the label {label!r}; write an integer")
+                label = str(int(label))
+                if (other := labels.setdefault(row["name"], label)) != label:
+                    raise UserError(f"{where} has two labels, {other} and {label}; remove one")
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from error
+    return labels
 
 
 class TarSource(Source):
-    """The image members of plain tar files (WebDataset layout), read in place and never extracted.
-
-    Labels: the member with the image's name and `.cls` for its suffix, else for all that follows its first dot, in
-    the same shard.
+    """The image members of plain tar files (WebDataset layout), read in place.
 
     Args:
-        spec: one .tar, a folder of .tar files, or a pattern (`shards/{000..009}.tar`, `shards/*.tar`).
-        shards: paths of the .tar files where they are known already; `spec` then only names them in messages.
-        damaged: use the images before the damage of a broken shard, and name it in `damaged`; else refuse it.
+        spec: see `expand_shards`.
+        shards: paths of the .tar files, if they are known already; `spec` is then used in messages only.
+        damaged: use the images before the damage of a shard and list it in `damaged`, instead of raising.
 
-    Raises:
-        UserError: no such shard, a broken one, or no image in any.
+    Classes: the `.cls` member with the image's stem, else with its WebDataset key, in the same shard.
     """
 
     kind = "tar"
 
     def __init__(self, spec: str, shards: list[str] | None = None, *, damaged: bool = False):
         self.shards = expand_shards(spec) if shards is None else shards
-        # The key goes into the cache file's header, which a list of thousands of paths would make too long.
+        # Hashed, because the header of a cache file holds the key.
         key = hashlib.sha256(os.fsencode("\n".join(self.shards))).hexdigest()
         arrays = index_tars(key, self.shards)
-        self._names = Names(arrays["names"], arrays["offsets"])
+        self._names = Names.of(arrays)
         self._shard, self._start, self._size = arrays["shard"], arrays["start"], arrays["size"]
-        # Below their common folder: many data sets have a 00000.tar.
+        # Relative to their common folder: many data sets have a 00000.tar.
         common = os.path.commonpath([os.path.dirname(shard) for shard in self.shards])  # noqa: PTH120
         self._portable = [os.path.relpath(shard, common) for shard in self.shards]
         damage = Names(arrays["damage"], arrays["damage_offsets"])
-        self.damaged = tuple(
-            (name, damage[number]) for number, name in enumerate(self._portable) if damage[number]
-        )
-        if self.damaged and not (damaged and len(self._names)):
-            shard = next(shard for number, shard in enumerate(self.shards) if damage[number])
+        broken = [number for number in range(len(self.shards)) if damage[number]]
+        self.damaged = tuple((self._portable[number], damage[number]) for number in broken)
+        if broken and not (damaged and len(self._names)):
             raise UserError(
-                f"broken tar shard {shard}: {self.damaged[0][1]}; fetch it again (plain .tar only, not compressed)"
+                f"broken tar shard {self.shards[broken[0]]}: {damage[broken[0]]}; fetch it again (plain .tar only, "
+                "not compressed)"
             )
         if len(self._names) == 0:
-            raise UserError(f"no images in the {len(self.shards)} shards of {spec}; looked for {_LOOKED_FOR}")
-        self._keep_open = len(self.shards) <= _OPEN_SHARDS
-        self._descriptors: dict[int, int] = {}
-        self._lock = threading.Lock()
+            raise UserError(f"no images in the {len(self.shards)} shards of {spec}; looked for {_EXTENSIONS}")
+        few = len(self.shards) <= _MAX_OPEN_SHARDS
+        self._files = [os.open(shard, os.O_RDONLY) for shard in self.shards] if few else []
 
     def __len__(self) -> int:
         return len(self._names)
@@ -183,9 +158,8 @@ class TarSource(Source):
     def portable_name(self, index: int) -> str:
         return f"{self._portable[self._shard[index]]}:{self._names[index]}"
 
-    def _crc_of_all_names(self) -> int:
-        shards = zlib.crc32("\0".join(self._portable).encode("utf-8", "surrogateescape"))
-        return self._names.crc(zlib.crc32(self._shard, shards))
+    def _crc_of_names(self) -> int:
+        return self._names.crc(zlib.crc32(self._shard, crc_of_texts(*self._portable)))
 
     def class_names(self) -> list[str | None]:
         found = [read_classes(shard) for shard in self.shards]
@@ -194,58 +168,38 @@ class TarSource(Source):
     def read(self, index: int) -> np.ndarray:
         shard = int(self._shard[index])
         try:
-            descriptor = self._open(shard)
+            descriptor = self._files[shard] if self._files else os.open(self.shards[shard], os.O_RDONLY)
             try:
-                return _read_all(
-                    descriptor, int(self._size[index]), int(self._start[index]), self.name(index)
-                )
+                return _read(descriptor, int(self._size[index]), int(self._start[index]), self.name(index))
             finally:
-                if not self._keep_open:
+                if not self._files:
                     os.close(descriptor)
         except OSError as error:
-            message = f"cannot read {self.shards[shard]}: {error.strerror}; is the disk there?"
+            message = f"cannot read {self.shards[shard]}: {error.strerror}; is the disk available?"
             raise Unreadable(message, error.strerror or str(error)) from error
 
-    def _open(self, shard: int) -> int:
-        if not self._keep_open:
-            return os.open(self.shards[shard], os.O_RDONLY)
-        with self._lock:
-            if shard not in self._descriptors:
-                self._descriptors[shard] = os.open(self.shards[shard], os.O_RDONLY)
-            return self._descriptors[shard]
-
     def close(self) -> None:
-        with self._lock:
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
+        while self._files:
+            os.close(self._files.pop())
 
     def __del__(self):
-        if hasattr(self, "_lock"):
+        if hasattr(self, "_files"):
             self.close()
 
 
-def _holds_tars(path: Path, spec: str) -> bool:
-    first: dict[str, str] = {}
+def _contains_tars(path: Path) -> bool:
+    """Whether a folder holds tar files; raises a UserError if it also holds images or folders."""
+    tar = other = None
     with os.scandir(path) as entries:
         for entry in entries:
-            name = entry.name
-            if name.startswith("."):
-                continue
-            if entry.is_dir():
-                kind = "folders"
-            elif is_tar(name):
-                kind = "tar files"
-            elif is_image(os.fsencode(name)):
-                kind = "images"
-            else:
-                continue
-            first[kind] = min(first.get(kind, name), name)
-    tar = first.pop("tar files", None)
-    if tar is not None and first:
-        others = " and ".join(f"{kind} ({name})" for kind, name in sorted(first.items()))
+            if is_tar(entry.name) and not entry.is_dir():
+                tar = entry.name
+            elif not entry.name.startswith(".") and (entry.is_dir() or is_image(os.fsencode(entry.name))):
+                other = entry.name
+    if tar and other:
         raise UserError(
-            f"{spec} holds both tar files ({tar}) and {others}; "
-            f"write {spec}/*.tar for the tar files, or move them elsewhere"
+            f"{path} has both tar files ({tar}) and images or folders ({other}); write {path}/*.tar for the tar "
+            "files, or move them elsewhere"
         )
     return tar is not None
 
@@ -254,35 +208,23 @@ def open_source(spec: str, *, damaged: bool = False) -> Source:
     """Opens a data set.
 
     Args:
-        spec: `synthetic` or `synthetic:N`; a .tar file, a folder of .tar files or a pattern of them; else a
-            folder of images.
-        damaged: use what there is of a broken data set, see `TarSource` and `FolderSource`; else refuse it.
-
-    Returns:
-        The source.
-
-    Raises:
-        UserError: nothing usable there; the message names the path and the remedy.
+        spec: `synthetic` or `synthetic:N`; a .tar file, a folder or a pattern of them; else a folder of images.
+        damaged: use what is left of a damaged data set (see `TarSource` and `FolderSource`), instead of raising.
     """
     if spec == "synthetic" or re.fullmatch(r"synthetic:\d+", spec):
         return SyntheticSource(int(spec.partition(":")[2] or SYNTHETIC_LENGTH))
     if not spec:
         raise UserError("no data set given; name a folder of images, a .tar pattern or `synthetic`")
+    spec = user_path(spec)
+    path, is_tar_file = Path(spec), spec.lower().endswith(".tar")
     try:
-        return _open_path(user_path(spec), damaged)
+        if path.is_dir():
+            tars = _contains_tars(path)
+        elif path.is_file() and not is_tar_file:
+            raise UserError(f"{spec} is a file; name a folder of images, a .tar file or `synthetic`")
+        else:
+            tars = is_tar_file or any(c in spec for c in "*?[{")
+        return (TarSource if tars else FolderSource)(spec, damaged=damaged)
     except OSError as error:
-        raise UserError(
-            f"cannot open {spec}: {error.strerror or error}; check the path and its permissions"
-        ) from error
-
-
-def _open_path(spec: str, damaged: bool) -> Source:
-    path = Path(spec)
-    if path.is_dir():
-        source = TarSource if _holds_tars(path, spec) else FolderSource
-        return source(spec, damaged=damaged)
-    if path.is_file() and path.suffix.lower() != ".tar":
-        raise UserError(f"{spec} is a file; name a folder of images, a .tar file or `synthetic`")
-    if path.suffix.lower() == ".tar" or any(c in spec for c in "*?[{"):
-        return TarSource(spec, damaged=damaged)
-    return FolderSource(spec, damaged=damaged)
+        reason = error.strerror or error
+        raise UserError(f"cannot open {spec}: {reason}; check the path and its permissions") from error

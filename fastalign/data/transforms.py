@@ -1,34 +1,66 @@
-"""Resize, crop and flip, as numbers: where each output pixel comes from, a pure function of (seed, epoch, id).
+"""Resize, crop and flip as numbers: where each output pixel comes from, a function of (seed, epoch, id).
 
-The modes follow timm's transforms to the rounding, so that a backbone sees at training and evaluation what its
-authors showed it. Nothing here touches pixels but `reflect` and `normalize`.
+The modes follow timm's transforms to the rounding, so that a backbone sees what it was trained on.
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.data.randaugment import parse_randaugment
 from fastalign.utils.errors import UserError
 from fastalign.utils.random import Stream, random_uniform
 
 BILINEAR, BICUBIC = 0, 1
+MAX_LEVEL = 10.0
+"""timm's largest magnitude of RandAugment."""
 _INTERPOLATIONS = {"bilinear": BILINEAR, "bicubic": BICUBIC}
-_CROPS = ("eval", "center", "rkrc", "rrc")
 _RRC_TRIES = 10
 _PROBABILITY = 0.5
 
 
-def _is_size(size: tuple) -> bool:
-    return len(size) == 2 and all(isinstance(n, int) and n >= 1 for n in size)
+@dataclass(frozen=True)
+class RandAugment:
+    """A RandAugment policy: `layers` ops per image, each applied with `probability`."""
+
+    magnitude: float = MAX_LEVEL
+    layers: int = 2
+    probability: float = 0.5
+    magnitude_std: float = 0.0
+    magnitude_max: float = MAX_LEVEL
+    increasing: bool = False
+
+
+def parse_randaugment(text: str) -> RandAugment:
+    """Reads timm's spelling, such as `rand-m9-mstd0.5-inc1`.
+
+    m: magnitude; n: layers; p: probability; mstd: standard deviation of the magnitude (above 100: uniform in 0..m);
+    mmax: its upper bound; inc1: ops whose severity grows with the magnitude.
+
+    Raises:
+        UserError: another spelling; timm's weighted sets (`t...`, `w...`) are not supported.
+    """
+    keys = {"m": "magnitude", "n": "layers", "p": "probability", "mstd": "magnitude_std"}
+    keys |= {"mmax": "magnitude_max", "inc": "increasing"}
+    head, *parts = text.split("-")
+    found = [re.fullmatch(r"(m|p|mstd|mmax)(\d+(?:\.\d+)?)|(n|inc)(\d+)", part) for part in parts]
+    if head != "rand" or None in found:
+        raise UserError(f"randaugment {text!r} cannot be read; write for example rand-m9-mstd0.5-inc1")
+    fields = {keys[match[1] or match[3]]: float(match[2] or match[4]) for match in found}
+    if fields.get("probability", 0) > 1:
+        raise UserError(f"randaugment {text!r}: p is a probability, in 0..1; write for example rand-m9-p0.5")
+    if fields.get("magnitude_std", 0) > 100:
+        fields["magnitude_std"] = math.inf
+    layers, increasing = int(fields.pop("layers", 2)), bool(fields.pop("increasing", 0))
+    return RandAugment(**fields, layers=layers, increasing=increasing)
 
 
 @dataclass(frozen=True)
 class Transform:
-    """How an image becomes an input. `crop` "eval" and "center" draw nothing: every random field is left aside."""
+    """How an image becomes an input. With `crop` "eval" or "center" nothing is random."""
 
     size: tuple[int, int]
     "Output (height, width), pixels."
@@ -40,7 +72,7 @@ class Transform:
     "bilinear or bicubic, with antialiasing."
     crop: str = "eval"
     """eval: resize the short side to size / crop_pct, centre crop. center: the largest centre crop of the size's
-    shape, in whole pixels, resized. rkrc: timm's. rrc: random resized crop."""
+    shape, in whole pixels, resized. rkrc: timm's resize-keep-ratio, then centre crop. rrc: random resized crop."""
     crop_pct: float = 0.9
     "eval only: crop size over resized short side, in (0, 1]."
     scale: tuple[float, float] = (0.08, 1.0)
@@ -54,23 +86,24 @@ class Transform:
     randaugment: str = ""
     "timm's spelling, e.g. rand-m9-mstd0.5-inc1; empty is off. Unlike timm's, it does not switch color_jitter off."
     random_interpolation: bool = True
-    "rkrc, rrc: bilinear or bicubic with probability 1/2 each, whatever `interpolation` says."
+    "rkrc, rrc: bilinear or bicubic with probability 1/2 each, instead of `interpolation`."
 
     def __post_init__(self):
+        size = len(self.size) == 2 and all(isinstance(n, int) and n >= 1 for n in self.size)
         checks = (
-            ("size", _is_size(self.size), "two positive integers, height and width"),
+            ("size", size, "two positive integers, height and width"),
             ("mean", len(self.mean) == 3, "three numbers"),
             ("std", len(self.std) == 3 and min(self.std) > 0, "three positive numbers"),
             ("interpolation", self.interpolation in _INTERPOLATIONS, "bilinear or bicubic"),
-            ("crop", self.crop in _CROPS, "eval, rkrc or rrc"),
+            ("crop", self.crop in ("eval", "center", "rkrc", "rrc"), "eval, center, rkrc or rrc"),
             ("crop_pct", 0 < self.crop_pct <= 1, "in (0, 1]"),
             ("scale", 0 < self.scale[0] <= self.scale[1], "positive, lowest first"),
             ("ratio", 0 < self.ratio[0] <= self.ratio[1], "positive, lowest first"),
             ("hflip", 0 <= self.hflip <= 1, "in 0..1"),
             ("color_jitter", self.color_jitter >= 0, "0 (off) or more"),
         )
-        for name, right, rule in checks:
-            if not right:
+        for name, valid, rule in checks:
+            if not valid:
                 raise UserError(f"transform {name}={getattr(self, name)!r}: it must be {rule}")
         if self.randaugment:
             parse_randaugment(self.randaugment)
@@ -83,16 +116,16 @@ class Transform:
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """One batch's sampling. Arrays have a row a sample; (y, x) order."""
+    """Where the output pixels of a batch come from. Arrays have one row per sample, in (y, x) order."""
 
     roi_start: np.ndarray
-    "[B, 2] float32, source pixels: where the output's first corner samples. Above `roi_end` in x: flipped."
+    "[B, 2] float32, source pixels: where the first corner of the output samples; x above `roi_end`'s is a flip."
     roi_end: np.ndarray
     "[B, 2] float32, source pixels."
     interpolation: np.ndarray
     "[B] int64, BILINEAR or BICUBIC."
     padded: np.ndarray
-    "[P] int64, the samples of which a part lies outside the image: `rows` and `columns` are theirs."
+    "[P] int64, the samples whose region reaches outside the image; `rows` and `columns` are theirs."
     rows: np.ndarray
     "[P, h] int64, the output row to show in each row (reflection)."
     columns: np.ndarray
@@ -143,15 +176,10 @@ def _rrc_boxes(transform: Transform, shapes: np.ndarray, draws: np.ndarray) -> t
     first = fits.argmax(axis=1)
     extent = tries[np.arange(len(shapes)), first]
     start = np.floor(draws[:, :2] * (shapes - extent + 1))
-    image_ratio = width / height
-    lowest, highest = min(transform.ratio), max(transform.ratio)
-    fallback = np.concatenate(
-        [
-            np.where(image_ratio < lowest, np.rint(width / lowest), height),
-            np.where(image_ratio > highest, np.rint(height * highest), width),
-        ],
-        axis=1,
-    )
+    lowest, highest = transform.ratio
+    tall = np.where(width / height < lowest, np.rint(width / lowest), height)
+    wide = np.where(width / height > highest, np.rint(height * highest), width)
+    fallback = np.concatenate([tall, wide], axis=1)
     found = fits.any(axis=1)[:, None]
     return np.where(found, start, (shapes - fallback) // 2), np.where(found, extent, fallback)
 
@@ -162,33 +190,27 @@ def _reflected(first: np.ndarray, resized: np.ndarray, count: int) -> np.ndarray
     period = np.maximum(2 * (resized - 1), 1)[:, None]
     position = np.mod(position, period)
     last = (resized - 1)[:, None]
-    return (np.minimum(np.where(position > last, period - position, position), last) - first[:, None]).astype(
-        np.int64
-    )
+    position = np.minimum(np.where(position > last, period - position, position), last)
+    return (position - first[:, None]).astype(np.int64)
 
 
 def geometry(transform: Transform, shapes: np.ndarray, ids: np.ndarray, *, seed: int, epoch: int) -> Geometry:
-    """Where a batch's output pixels come from.
+    """Where a batch's output pixels come from. A sample's row depends on its own shape and id alone.
 
     Args:
         transform: the transform.
-        shapes: [B, 2] int, height and width of the decoded images.
+        shapes: [B, 2] int, height and width of the decoded images; B >= 1.
         ids: [B] int64, sample ids.
-        seed: of the run.
-        epoch: 0..2^32-1.
-
-    Returns:
-        The geometry. A sample's row depends on its own shape and id alone.
+        seed, epoch: of the draws.
     """
     shapes = np.asarray(shapes, dtype=np.float64)
     size = np.array(transform.size, dtype=np.float64)
     batch, flip = len(shapes), np.zeros(len(shapes), dtype=bool)
     interpolation = np.full(batch, _INTERPOLATIONS[transform.interpolation], dtype=np.int64)
     if transform.is_random:
-        count = 2 + (4 if transform.crop == "rkrc" else 2 + 2 * _RRC_TRIES)
-        draws = random_uniform(
-            torch.from_numpy(ids), count, seed=seed, stream=Stream.GEOMETRY, epoch=epoch
-        ).numpy()
+        count = 6 if transform.crop == "rkrc" else 4 + 2 * _RRC_TRIES
+        stream = {"seed": seed, "stream": Stream.GEOMETRY, "epoch": epoch}
+        draws = random_uniform(torch.from_numpy(ids), count, **stream).numpy()
         flip = draws[:, 1] < transform.hflip
         if transform.random_interpolation:
             interpolation = np.where(draws[:, 0] < _PROBABILITY, BILINEAR, BICUBIC)
@@ -215,37 +237,19 @@ def geometry(transform: Transform, shapes: np.ndarray, ids: np.ndarray, *, seed:
 
 
 def reflect(images: Tensor, sampling: Geometry) -> Tensor:
-    """Fills what lies outside the image by reflection, for the samples that need it.
-
-    Args:
-        images: [B, h, w, 3] uint8.
-        sampling: the batch's geometry.
-
-    Returns:
-        [B, h, w, 3] uint8, `images` itself when no sample is padded.
-    """
+    """Fills the pixels outside the image by reflection: [B, h, w, 3] uint8; `images` itself if nothing is padded."""
     if len(sampling.padded) == 0:
         return images
-    place = [
+    padded, rows, columns = (
         torch.from_numpy(a).to(images.device) for a in (sampling.padded, sampling.rows, sampling.columns)
-    ]
-    padded, rows, columns = place
+    )
     images = images.clone()
     images[padded] = images[padded[:, None, None], rows[:, :, None], columns[:, None, :]]
     return images
 
 
 def normalize(images: Tensor, transform: Transform, dtype: torch.dtype) -> Tensor:
-    """(value / 255 - mean) / std, computed in float32.
-
-    Args:
-        images: [B, h, w, 3] uint8.
-        transform: has mean and std.
-        dtype: of the result.
-
-    Returns:
-        [B, 3, h, w], contiguous.
-    """
+    """(value / 255 - mean) / std in float32: [B, h, w, 3] uint8 -> [B, 3, h, w] of `dtype`, contiguous."""
     mean = torch.tensor(transform.mean, dtype=torch.float64)
     std = torch.tensor(transform.std, dtype=torch.float64)
     scale, shift = (1 / (255 * std)).float(), (mean / std).float()

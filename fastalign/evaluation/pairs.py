@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from fastalign.data.label_files import stem
 from fastalign.data.source import Source, Subset
+from fastalign.data.tars import stem
 from fastalign.utils.errors import UserError
 
 _SAMPLED = 8

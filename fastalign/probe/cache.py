@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastalign.data.cache import lock
+from fastalign.data.index import lock
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import write_atomically
 

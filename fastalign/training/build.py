@@ -27,6 +27,7 @@ _RANDOM_SEED = 0
 """Of random weights that a command line asks for."""
 SCALE_BATCHES = 50
 """Batches per rank for measuring the target scale without a validation set."""
+_TRANSFORM_KEYS = ("crop", "scale", "ratio", "hflip", "color_jitter", "randaugment")
 
 
 def build_masks(config: Config):
@@ -57,13 +58,7 @@ def teacher_of(config: Config) -> tuple[str, str, dict]:
 
 
 def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
-    """A backbone by timm's name and arguments, with weights.
-
-    Args:
-        key: what the user calls `weights`, for messages.
-        name: timm's name.
-        weights: "pretrained", "random", a weights file or a folder with one, or the folder of a run.
-        kwargs: timm's arguments.
+    """A backbone by timm's name and arguments, with weights; `key` is what the user calls them, for messages.
 
     Raises:
         UserError: no such weights, or they are another backbone's.
@@ -144,11 +139,8 @@ def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, Vi
             masking="zero" if config.objective == "mim" else config.masks.mode,
             prefix_only=config.teacher.prefix_only,
         )
-        common = {
-            "softcap": config.student.softcap,
-            "target_dim": taught.embed_dim,
-            "head": config.student.head,
-        }
+        common = {"softcap": config.student.softcap, "target_dim": taught.embed_dim}
+        common["head"] = config.student.head
         if config.objective == "mim":
             student = MIMStudent.from_backbone(backbone, **common, masking=config.masks.mode)
             objective = MaskedImageModeling(teacher, student, build_masks(config), config.loss.name)
@@ -214,15 +206,7 @@ def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, 
     _check_batch_size(config, world, len(source))
     train = Loader(
         source,
-        Transform(
-            crop=data.crop,
-            scale=data.scale,
-            ratio=data.ratio,
-            hflip=data.hflip,
-            color_jitter=data.color_jitter,
-            randaugment=data.randaugment,
-            **image_constants(backbone),
-        ),
+        Transform(**{key: getattr(data, key) for key in _TRANSFORM_KEYS}, **image_constants(backbone)),
         accumulate=optim.accumulate,
         mixup=data.mixup,
         cutmix=data.cutmix,

@@ -1,6 +1,5 @@
 """Checkpoint files: written in the background and atomically, checked when read, pruned."""
 
-import errno
 import os
 import pickle
 import re
@@ -30,10 +29,6 @@ from fastalign.utils.files import (
 )
 
 _NAME = re.compile(r"step-(\d+)\.pt")
-_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space")
-_REMEDIES |= dict.fromkeys(
-    (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST), "make the directory writable"
-)
 
 
 def checksum(module: nn.Module) -> int:
@@ -143,7 +138,7 @@ class Checkpoints:
         best: bool = False,
         publish: Callable[[dict], None] = lambda state: None,
     ) -> None:
-        """Write a checkpoint in the background; then remove those too old to keep.
+        """Write a checkpoint in the background, after the previous one; then remove those too old to keep.
 
         Args:
             state: a `snapshot`.
@@ -152,7 +147,7 @@ class Checkpoints:
             publish: called in the background with the state once it is on the disk, before anything is removed.
 
         Raises:
-            UserError: the previous write failed; a write that is still running is waited for.
+            UserError: the previous write failed.
         """
         self.wait()
         self._last_save = time.monotonic()
@@ -176,7 +171,7 @@ class Checkpoints:
 
     @property
     def failed(self) -> bool:
-        """Whether a write has failed, which `save` and `wait` will raise; does not wait."""
+        """Whether `save` and `wait` will raise; does not wait."""
         return self._failure is not None
 
     def _write(self, state: dict, step: int, best: bool, publish: Callable[[dict], None]) -> None:
@@ -192,7 +187,7 @@ class Checkpoints:
             good = f"the newest good checkpoint is {self.path(steps[-1])}" if steps else "there is none yet"
             self._failure = UserError(
                 f"{self.path(step)} could not be written ({reason(cause or error)}); {good}: "
-                f"{_REMEDIES.get(getattr(cause, 'errno', None), 'check the disk')} and run the same command again"
+                "free some space, or make the directory writable, and run the same command again"
             )
 
     def prune(self) -> None:
@@ -247,30 +242,25 @@ class Checkpoints:
         Raises:
             SharedError: no checkpoint can be read, or a rank cannot read the chosen one; on every rank.
         """
-        state: dict = {}
+        loaded: dict = {}
 
         def choose() -> tuple[int | None, list[str]]:
-            nonlocal state
-            step, state, notes = self.load()
+            step, loaded["state"], notes = self.load()
             return step, notes
 
         step, notes = on_first_rank(world, choose)
         failure = None
         if step is not None and not world.main:
-            path = self.path(step)
             try:
-                state = read_state(path)
+                loaded["state"] = read_state(self.path(step))
             except (UserError, DamagedFile) as error:
-                failure = (
-                    f"rank {world.rank}: {path}: {error}"
-                    if path.exists()
-                    else (f"rank {world.rank} does not see {path}: give every machine the same output folder")
-                )
+                cause = reason(error.__cause__ or error)
+                failure = f"rank {world.rank} cannot read {self.path(step)} ({cause}): give every machine the same output"
         for message in world.gather(failure):
             if message is not None:
                 raise SharedError(message)
         self.newest_step = step
-        return step, state, notes
+        return step, loaded.get("state", {}), notes
 
 
 def _set_aside(path: Path, error: DamagedFile, good: Path) -> str:

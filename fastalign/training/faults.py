@@ -70,7 +70,7 @@ def _handle_bad_samples(run: Run, status: StepStatus, reporter: Reporter) -> Non
     new = {sample.id: sample for sample in found if sample.id not in known}
     if not new:
         return  # found by the previous update too
-    known |= new.keys()
+    known.update(new)
     run.train.bad.add(new.values())
     record_bad_samples(run, FILE, list(new.values()))
     first, drawn = next(iter(new.values())), status.step * run.config.optim.batch_size

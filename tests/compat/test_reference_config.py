@@ -10,7 +10,7 @@ import yaml
 
 from fastalign import UserError, train
 from fastalign.compat.reference_config import make_config, read_reference
-from fastalign.compat.reference_options import IGNORED, OPTIONS, REFUSED
+from fastalign.compat.reference_options import IGNORED, KEYS, REFUSED, Options
 from fastalign.config import load_config
 from tests.reference_recipes import reference_options
 from tests.run_helpers import MODEL, losses
@@ -66,8 +66,8 @@ def test_every_option_is_mapped_ignored_or_refused():
     defaults = dict(pair.split("=", 1) for pair in DEFAULTS.split())
     ignored = [name for names in IGNORED.values() for name in names.split()]
     assert len(defaults) == 141
-    assert sorted([*OPTIONS, *REFUSED, *ignored]) == sorted(defaults)
-    found = {name: option.default for name, option in OPTIONS.items()}
+    assert sorted([*Options.model_fields, *REFUSED, *ignored]) == sorted(defaults)
+    found = {name: field.default for name, field in Options.model_fields.items()}
     found |= {name: row[1] for name, row in REFUSED.items()}
     assert {name: str(value).replace(" ", "") for name, value in found.items()}.items() <= defaults.items()
 
@@ -78,8 +78,8 @@ def test_the_documentation_is_the_table():
     ignored, refused = rest.split("## Refused")
     bullets = re.findall(r"^- ((?:`\w+`(?:, )?)+): (.+)$", mapped, re.M)
     rows = {name: key for names, key in bullets for name in re.findall(r"`(\w+)`", names)}
-    assert set(rows) == set(OPTIONS)
-    assert all(f"`{option.key}`" in rows[name] for name, option in OPTIONS.items() if option.key)
+    assert set(rows) == set(Options.model_fields)
+    assert all(f"`{key}`" in rows[name] for name, key in KEYS.items())
     bullets = re.findall(r"^- (.+): (.+)$", ignored, re.M)
     assert {reason: " ".join(re.findall(r"`(\w+)`", names)) for reason, names in bullets} == IGNORED
     bullets = re.findall(r"^- ((?:`\w+`(?:, )?)+): (.+)$", refused, re.M)
@@ -115,7 +115,7 @@ teacher_model_kwargs: {depth: 2} -> student.kwargs: {}, teacher.kwargs: {depth: 
 student_model: svit_a.b, student_model_kwargs: {max_attn_val: 20} -> student.name: vit_a.b, student.softcap: 20.0
 teacher_model: svit_a.b -> teacher.name: svit_a.b, teacher.kwargs: {}, student.softcap: null
 teacher_model: svit_a.b, teacher_model_kwargs: {max_attn_val: 2} -> teacher.kwargs: {max_attn_val: 2}
-decoder_init_values: 0, decoder_num_heads: 4 -> decoder.kwargs: {init_values: null, heads: 4}
+decoder_init_values: 0, decoder_num_heads: 4 -> decoder.kwargs.init_values: null, decoder.kwargs.heads: 4
 img_size: 224, input_size: [3, 224, 224], in_chans: 3 -> student.kwargs: {}
 freeze_student: true -> student.freeze: true
 experiment: null, output: null -> output: output/train/vit_base_patch16_224.augreg_in21k_ft_in1k
@@ -218,18 +218,17 @@ BAD = """
 bach_size: 3 -> unknown option bach_size | nearest is batch_size
 data-dir: /d -> unknown option data-dir | nearest is data_dir
 num_classes: 1000 -> num_classes | finetune.py
-prefix_only: "False" -> prefix_only must be true or false, without quotes
-antithetical_sampling: 0 -> antithetical_sampling must be true or false
-batch_size: 1.5 -> batch_size must be a whole number, got 1.5
-epochs: inf -> epochs must be a whole number
-lr: fast -> lr must be a number, got 'fast'
-batch_size: null -> batch_size must be a whole number, got None
-model_kwargs: img_size=224 -> model_kwargs must be a mapping
-scale: 0.5 -> scale must be a list of numbers
-scale: [a] -> scale must be a list of numbers
-opt: sgd -> opt=sgd is not supported | set opt to adamw
-loss_function: huber -> loss_function=huber | mse or cosine or l1
-torchcompile: aot_eager -> torchcompile=aot_eager | inductor
+prefix_only: "False" -> prefix_only: Input should be a valid boolean, got 'False'
+antithetical_sampling: 0 -> antithetical_sampling: Input should be a valid boolean
+batch_size: 1.5 -> batch_size: Input should be a valid integer | got 1.5
+epochs: inf -> epochs: Input should be a valid integer
+lr: fast -> lr: Input should be a valid number | got 'fast'
+batch_size: null -> batch_size: Input should be a valid integer, got None
+model_kwargs: img_size=224 -> model_kwargs: Input should be a valid dictionary
+scale: 0.5 -> scale: Input should be a valid list
+opt: sgd -> opt: Input should be 'adamw', got 'sgd'
+loss_function: huber -> loss_function: Input should be 'mse', 'cosine', 'l1'
+torchcompile: aot_eager -> torchcompile: Input should be 'inductor'
 amp: true -> amp_dtype=float16 | set amp_dtype: bfloat16
 aa: augmix-m5 -> aa=augmix-m5 | rand-
 opt_kwargs: {layer_decay: 0.7} -> opt_kwargs.layer_decay | remove it

@@ -16,7 +16,6 @@ import argparse
 import timm
 import torch
 import yaml
-from torch.nn.parallel import DistributedDataParallel
 from torchinfo import summary
 
 import locality_alignment.backbones.svit
@@ -39,8 +38,6 @@ teacher = convert_to_teacher_model(timm.create_model("vit_tiny_patch16_224", **o
 encoder = convert_to_student_model(timm.create_model("svit_tiny_patch16_224", **options), output_dim=192)
 student = MaskEmbedStudent(encoder, MaskEmbedDecoder(192, 3, 4, 1, 192, 2))
 print(summary(student, verbose=0))
-torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-student = DistributedDataParallel(student, device_ids=[torch.device("cpu")])
 sampler = UniformMaskSampler(4, args.pair, args.whole)
 images = torch.randn(2, 3, 32, 32)
 optimizer = torch.optim.AdamW(student.parameters(), 1e-3)
@@ -53,8 +50,6 @@ for _ in range(args.steps):
     loss.backward()
     optimizer.step()
     print("loss", len(mask), loss.item())
-torch.distributed.destroy_process_group()
-torch.jit.script(teacher)
 """
 
 
@@ -65,10 +60,7 @@ def test_run_a_script(tmp_path):
     options = ["--steps", "2", "--pretrained", "False", "--pair", "False", "--whole", "no"]
     line = [sys.executable, "-m", "fastalign.compat", "run", str(script), *options]
     result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2, result.stderr  # of its last line
-    assert result.stderr.splitlines()[-1].startswith(
-        "fastalign.compat: TorchScript of models is not supported"
-    )
+    assert result.returncode == 0, result.stderr
     losses = [line.split() for line in result.stdout.splitlines() if line.startswith("loss")]
     assert [line[1] for line in losses] == ["2", "2"]
     assert 0 < float(losses[1][2]) < float(losses[0][2]) < 3

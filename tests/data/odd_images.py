@@ -34,13 +34,13 @@ def with_thumbnail() -> np.ndarray:
     )
 
 
-def png(width: int, height: int, raw: bytes) -> bytes:
-    """A grey PNG of one bit a pixel around compressed rows."""
+def png(width: int, height: int, raw: bytes, color: int = 0) -> bytes:
+    """A PNG of one bit per pixel, grey unless `color` says otherwise, around compressed rows."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", width, height, 1, color, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", raw) + chunk(b"IEND", b"")
 
 
@@ -50,11 +50,13 @@ def bomb() -> np.ndarray:
     return np.frombuffer(png(14_000, 14_000, rows), np.uint8)
 
 
-def jpeg_of(bits: int = 8, frames: int = 1) -> bytes:
-    """A good JPEG but for its bits a sample, or one that has its size several times."""
+def jpeg_of(bits: int = 8, components: int = 3, frames: int = 1) -> bytes:
+    """A good JPEG but for its bits per sample or components, or one that has its size several times."""
     data = encode(SMALL, quality=90).tobytes()
     place = data.index(b"\xff\xc0")
-    frame = data[place : place + 4] + bytes([bits]) + data[place + 5 : place + 19]
+    frame = bytearray(data[place : place + 19])
+    frame[4], frame[9] = bits, components
+    frame = bytes(frame)
     return data[:place] + frame * frames + data[place + 19 :]
 
 
@@ -93,6 +95,9 @@ GOOD = {
     **{f"exif {n}": lambda n=n: turned(n) for n in range(1, 9)},
     "png": lambda: encode(SMALL, "PNG"),
     "palette png": lambda: encode(SMALL.quantize(64), "PNG"),
+    "rgba png": lambda: encode(SMALL.convert("RGBA").rotate(20), "PNG"),
+    "grey and alpha png": lambda: encode(SMALL.convert("LA"), "PNG"),
+    "transparent palette png": lambda: encode(SMALL.quantize(64), "PNG", transparency=3),
     "one-bit png": lambda: encode(SMALL.convert("1"), "PNG"),
     "webp": lambda: encode(SMALL, "WEBP"),
     "lossless webp": lambda: encode(SMALL, "WEBP", lossless=True),
@@ -118,6 +123,8 @@ REFUSED = {
     "truncated": encode(SMALL)[:-2],
     "more than 100 million": bomb(),
     "a JPEG of 40 bits": jpeg_of(bits=40),
+    "a JPEG of 8 bits and 9 components": jpeg_of(components=9),
+    "broken PNG header": png(5, 5, b"", color=7),
     "two sizes": jpeg_of(frames=2),
     "a BMP of 8 bits and compression 1": bmp_with(30, 1),
     "a BMP of 8 bits and compression 7143424": bmp_with(30, 7_143_424),
@@ -149,4 +156,4 @@ def mutate(data: np.ndarray, draw: np.random.Generator) -> np.ndarray:
         data[place:place] = data[place : place + length]
     else:
         data = data[:place]
-    return np.frombuffer(bytes(data), np.uint8)
+    return np.array(data, np.uint8)

@@ -1,25 +1,27 @@
-"""What a file's header tells: the size of an image, or why it is none."""
+"""The size of an image as its header has it, or why a file is refused."""
 
 import struct
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from fastalign.data.headers import MAX_PIXELS, inspect
-from tests.data.odd_images import GOOD, REFUSED, SIXTEEN_BITS, SMALL
-from tests.data_helpers import decode, encode
+from fastalign.data.headers import MAX_PIXELS, read_size, without_exif
+from fastalign.data.pipeline import load_dali
+from tests.data.odd_images import GOOD, REFUSED, SIXTEEN_BITS, SMALL, mutate
+from tests.data_helpers import decode, encode, needs_dali
 
 
 def test_good_headers_give_the_size_that_pillow_reads():
     for name, make in GOOD.items():
-        assert inspect(make()) == decode(make()).size[::-1] == (60, 90), name
-    assert inspect(SIXTEEN_BITS) == (60, 90)
+        assert read_size(make()) == decode(make()).size[::-1] == (60, 90), name
+    assert read_size(SIXTEEN_BITS) == (60, 90)
 
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_other_files_are_refused_by_name(reason):
-    assert reason in inspect(REFUSED[reason])
+    assert reason in read_size(REFUSED[reason])
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "progressive", "thumbnail", "exif 6", "png", "webp", "bmp"])
@@ -28,7 +30,7 @@ def test_every_truncation_is_noticed(kind):
     for length in range(len(whole)):
         # A PNG's last bytes are its end mark's checksum, which no decoder needs.
         if kind != "png" or length < len(whole) - 4:
-            assert isinstance(inspect(whole[:length]), str), length
+            assert isinstance(read_size(whole[:length]), str), length
 
 
 def test_a_size_that_would_fill_memory_is_refused_in_any_format():
@@ -41,28 +43,47 @@ def test_a_size_that_would_fill_memory_is_refused_in_any_format():
     webp = bytearray(encode(SMALL.convert("RGBA").rotate(20), "WEBP").tobytes())
     webp[24:30] = b"\xff" * 6
     for data in (jpeg, bmp, webp):
-        assert f"more than {MAX_PIXELS // 10**6} million" in inspect(bytes(data))
+        assert f"more than {MAX_PIXELS // 10**6} million" in read_size(bytes(data))
 
 
 STARTS = [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBPVP8 ", b"RIFF\0\0\0\0WEBPVP8X", b"BM", b""]
-
-
-@settings(max_examples=400, deadline=None)
-@given(st.sampled_from(STARTS), st.binary(max_size=200))
-def test_the_header_check_survives_any_bytes(start, rest):
-    found = inspect(start + rest)
-    assert isinstance(found, str) or 0 < found[0] * found[1] <= MAX_PIXELS
+KINDS = ["thumbnail", "png", "webp", "webp with alpha", "bmp"]
 
 
 @settings(max_examples=400, deadline=None)
 @given(
-    st.sampled_from(["thumbnail", "png", "webp", "webp with alpha", "bmp"]),
+    st.sampled_from(KINDS),
     st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6),
     st.integers(0, 500),
+    st.sampled_from(STARTS),
+    st.binary(max_size=200),
 )
-def test_the_header_check_survives_mutations(kind, changes, cut):
+def test_the_header_check_survives_any_bytes(kind, changes, cut, start, rest):
     data = bytearray(GOOD[kind]().tobytes())
     for place, value in changes:
         data[place] = value
-    found = inspect(bytes(data[: len(data) - cut]))
-    assert isinstance(found, str) or 0 < found[0] * found[1] <= MAX_PIXELS
+    for damaged in (bytes(data[: len(data) - cut]), start + rest):
+        found = read_size(damaged)
+        assert isinstance(found, str) or 0 < found[0] * found[1] <= MAX_PIXELS
+
+
+@needs_dali
+def test_dali_reads_the_same_size_from_whatever_is_accepted():
+    """A header that DALI's parser refuses may crash the process when it meets the decoder in a batch."""
+    dali, draw = load_dali(), np.random.default_rng(0)
+    options = {"batch_size": 1, "num_threads": 1, "device_id": None, "exec_dynamic": True}
+    pipeline = dali.Pipeline(prefetch_queue_depth=1, **options)
+    with pipeline:
+        encoded = dali.fn.external_source(name="encoded", ndim=1, dtype=dali.types.UINT8)
+        pipeline.set_outputs(dali.fn.peek_image_shape(encoded, adjust_orientation=False))
+    pipeline.build()
+    sound, accepted = [make() for make in GOOD.values()] + [SIXTEEN_BITS], 0
+    for number in range(8000):
+        data = mutate(sound[number % len(sound)], draw)
+        if len(data):
+            data[draw.integers(min(len(data), 700))] = draw.integers(256)
+        if isinstance(size := read_size(data), tuple):
+            pipeline.feed_input("encoded", [without_exif(data)])
+            assert tuple(np.array(pipeline.run()[0].as_array())[0, :2]) == size
+            accepted += 1
+    assert accepted > 2000

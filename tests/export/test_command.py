@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastalign as fa
-from fastalign.data.cache import save_index
+from fastalign.data.index import save_index
 from fastalign.export import hf, targets, towers
 from fastalign.export.__main__ import main
 from fastalign.training.checkpoint import publish_backbone

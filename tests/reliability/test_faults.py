@@ -1,4 +1,4 @@
-"""What a run does about bad numbers and bad samples: left out, told, written down, or the end."""
+"""Bad numbers and bad samples: skipped, reported, listed, or the end of the run."""
 
 import json
 import os
@@ -23,7 +23,7 @@ EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.keep=20", "optim.ema=0.9",
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Makes the loss or a gradient of some training steps not finite; returns the sample ids of those steps."""
+    """Makes the loss or the gradient of some training steps not finite; returns the sample ids of those steps."""
 
     def poison(steps, what: str) -> dict[int, list[int]]:
         forward, count, ids = MaskEmbed.forward, [0], {}
@@ -47,36 +47,32 @@ def poisoned(monkeypatch):
     return poison
 
 
-def checkpoint(folder, step):
-    return torch.load(folder / "checkpoints" / f"step-{step:08d}.pt", weights_only=True)
+def tensors(folder, step) -> dict[str, dict]:
+    """Weights and moments of a checkpoint."""
+    state = torch.load(folder / "checkpoints" / f"step-{step:08d}.pt", weights_only=True)
+    moments = state["optimizer"]["state"]
+    return state["student"] | {(i, name): value for i, own in moments.items() for name, value in own.items()}
 
 
 def same(one, other) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.fixture(params=["at once", "an update later"])
 def host(request, monkeypatch):
-    """When the host reads a status: at once on a CPU, an update later on a GPU."""
+    """When the host reads a status: at once as on a CPU, an update later as on a GPU."""
     if request.param != "at once":
         monkeypatch.setattr("fastalign.training.run.Status", partial(Status, lag=1))
 
 
 @pytest.mark.parametrize("what", ["nan", "inf", "gradient"])
-def test_a_bad_update_is_left_out(recipe, poisoned, host, capsys, what):
+def test_a_bad_update_is_skipped(recipe, poisoned, host, capsys, what):
     ids = poisoned({3}, what)
     folder = recipe(*EVERY_STEP, "log.every_steps=5", "max_steps=6")
-    before, left_out, after = (checkpoint(folder, step) for step in (2, 3, 4))
-    assert same(before["student"], left_out["student"])
-    assert same(before["optimizer"]["state"], left_out["optimizer"]["state"])
-    assert all(torch.isfinite(value).all() for value in after["student"].values())
-    assert not same(after["student"], left_out["student"])
+    before, skipped, after = (tensors(folder, step) for step in (2, 3, 4))
+    assert same(before, skipped)
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert not same(after, skipped)
     said = capsys.readouterr().out
     culprit = "the gradient" if what == "gradient" else "the loss of rank 0"
     assert f"{culprit} at step 3: not finite: this update was skipped" in said
@@ -88,8 +84,7 @@ def test_a_bad_update_is_left_out(recipe, poisoned, host, capsys, what):
     assert metrics(folder)[0][2]["grad_norm"] is None
 
 
-def test_a_run_that_is_to_stop_stops(recipe, poisoned, host, capsys):
-    """With the weights from before in the checkpoint, from which it goes on."""
+def test_nonfinite_stop_ends_the_run_with_the_weights_from_before(recipe, poisoned, host, capsys):
     poisoned({4}, "nan")
     folder = recipe(*EVERY_STEP, "faults.nonfinite=stop", expect=2)
     said = capsys.readouterr().err
@@ -102,16 +97,16 @@ def test_a_run_that_is_to_stop_stops(recipe, poisoned, host, capsys):
     assert None not in losses(folder)
 
 
-def test_a_run_that_no_longer_learns_ends(recipe, poisoned, capsys):
+def test_ten_skipped_updates_in_a_row_end_the_run(recipe, poisoned, capsys):
     poisoned(set(range(1, 99)), "nan")
     recipe("optim.epochs=4", "data.val=null", expect=2)
     said = capsys.readouterr()
-    assert "at step 10: not finite, the 10th update left out in a row" in said.err
+    assert "at step 10: not finite, the 10th skipped update in a row" in said.err
     assert said.out.count("this update was skipped") == 9
 
 
-def test_what_is_done_twice_is_written_once(recipe, poisoned, host, tmp_path):
-    """An update that a kill undid, with its line about bad numbers; and a validation."""
+def test_what_is_done_twice_is_recorded_once(recipe, poisoned, host):
+    """Updates that a kill undid, with their lines about bad numbers; and a validation."""
     poisoned({4, 7}, "nan")
     folder = recipe("max_steps=5")
     newest = folder / "checkpoints/step-00000005.pt"
@@ -126,17 +121,17 @@ def test_what_is_done_twice_is_written_once(recipe, poisoned, host, tmp_path):
     assert [line["step"] for line in metrics(folder)[1]] == [0, 5, 10]
 
 
-def test_a_signal_is_acted_on_an_update_later_where_the_host_reads_later(recipe, host, monkeypatch, capsys):
-    forward, count = MaskEmbed.forward, [0]
+def test_a_signal_is_acted_on_at_once_or_an_update_later(recipe, host, monkeypatch, capsys):
+    forward = MaskEmbed.forward
+    passes = iter(range(99))
 
-    def told(self, *arguments):
-        count[0] += torch.is_grad_enabled()
-        if count[0] == 2 and torch.is_grad_enabled():
+    def signalled(self, *arguments):
+        if torch.is_grad_enabled() and next(passes) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return forward(self, *arguments)
 
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(MaskEmbed, "forward", told)
+    monkeypatch.setattr(MaskEmbed, "forward", signalled)
     try:
         folder = recipe(expect=75)
     finally:
@@ -144,8 +139,9 @@ def test_a_signal_is_acted_on_an_update_later_where_the_host_reads_later(recipe,
     step = len(losses(folder))
     assert step in (2, 3)
     assert f"SIGTERM: saved {folder} at step {step}" in capsys.readouterr().err
+    recipe("data.train=/nowhere", expect=2)
+    assert not (folder / "preempted").exists(), "a stale marker would start the run again"
     recipe()
-    assert not (folder / "preempted").exists()
 
 
 def test_a_long_epoch_is_saved_by_the_clock(recipe, host, monkeypatch):
@@ -153,17 +149,10 @@ def test_a_long_epoch_is_saved_by_the_clock(recipe, host, monkeypatch):
     monkeypatch.setattr("fastalign.training.run.MAX_CHECKPOINT_AGE", 0.0)
     folder = recipe("data.val=null", "max_steps=4", "checkpoint.keep=9")
     saved = {int(path.stem[-8:]) for path in (folder / "checkpoints").glob("step-*.pt")}
-    assert saved in ({1, 2, 3, 4}, {2, 4})  # at once, or where the host reads later
+    assert saved in ({1, 2, 3, 4}, {2, 4})  # at once, or an update later
     monkeypatch.undo()
     recipe("data.val=null")
     assert losses(folder) == losses(whole)
-
-
-def test_a_stale_mark_of_a_preemption_does_not_outlive_an_error(recipe, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/preempted").touch()
-    recipe("data.train=/nowhere", expect=2)
-    assert not (tmp_path / "run/preempted").exists()
 
 
 @pytest.mark.parametrize("first", ["nan", "inf"])
@@ -177,7 +166,6 @@ def test_a_bad_validation_loss_is_never_the_best(recipe, monkeypatch, first):
 
 
 def test_a_full_disk_names_the_file(recipe, monkeypatch, capsys):
-    """Whichever file is the first that cannot be written."""
     full = open("/dev/full", "w")  # noqa: SIM115, PTH123
     keep = MetricLog.__init__
 
@@ -197,8 +185,8 @@ def test_a_full_disk_names_the_file(recipe, monkeypatch, capsys):
     assert said[0].endswith("and run the same command again")
 
 
-def test_an_optimiser_that_waits_is_spared_too():
-    """Not every optimiser decides on the device."""
+def test_every_optimizer_skips():
+    """SGD, for which the host waits, and AdamW, which skips on the device."""
     weight = torch.nn.Parameter(torch.ones(3))
     for optimizer in (torch.optim.SGD([weight], lr=1.0), torch.optim.AdamW([weight], lr=1.0, fused=True)):
         weight.grad = torch.full((3,), float("nan"))
@@ -210,7 +198,7 @@ def test_an_optimiser_that_waits_is_spared_too():
         weight.data.fill_(1)
 
 
-def test_a_leap_is_told_and_noise_is_not(recipe, monkeypatch, capsys):
+def test_a_spike_of_the_loss_is_reported_and_noise_is_not(recipe, monkeypatch, capsys):
     generator = torch.Generator().manual_seed(0)
     noise = (1 + 0.1 * torch.randn(5000, generator=generator)).tolist()
     spikes = SpikeDetector()
@@ -220,12 +208,11 @@ def test_a_leap_is_told_and_noise_is_not(recipe, monkeypatch, capsys):
     falling = SpikeDetector()
     assert not [i for i in range(2000) if falling.update(1 / (1 + i / 100)) is not None]
     assert SpikeDetector().update(1e9) is None
-    forward = MaskEmbed.forward
-    count = [0]
+    forward, passes = MaskEmbed.forward, iter(range(1, 99))
 
-    def leaping(self, batch, sample_ids, epoch):
-        count[0] += torch.is_grad_enabled()
-        return forward(self, batch, sample_ids, epoch) * (100 if count[0] == 60 else 1)
+    def leaping(self, *arguments):
+        factor = 100 if torch.is_grad_enabled() and next(passes) == 60 else 1
+        return forward(self, *arguments) * factor
 
     monkeypatch.setattr(MaskEmbed, "forward", leaping)
     recipe("optim.batch_size=2", "optim.epochs=4", "max_steps=62", "data.val=null")
@@ -234,7 +221,7 @@ def test_a_leap_is_told_and_noise_is_not(recipe, monkeypatch, capsys):
 
 @pytest.fixture
 def damaged(images, tmp_path):
-    """The images of the recipe's tests, five of 40 and two of ten damaged; returns their folder and their names."""
+    """The recipe's images, five of 40 and two of ten damaged; returns their folder and the damaged names."""
     root, bad = tmp_path / "damaged", {"train": [], "val": []}
     shutil.copytree(images, root)
     for split, count in (("train", 5), ("val", 2)):
@@ -251,14 +238,10 @@ def names(path) -> list[str]:
 
 @needs_dali
 def test_bad_samples_are_listed_once_and_change_nothing_that_follows(recipe, damaged, tmp_path, capsys):
-    """Whether the run is interrupted, and whether they were known before it began."""
+    """Whether or not the run is interrupted, and whether or not they are known before it starts."""
     root, bad = damaged
-    data = [
-        f"data.train={root / 'train'}",
-        f"data.val={root / 'val'}",
-        "optim.epochs=3",
-        "optim.batch_size=4",
-    ]
+    data = [f"data.train={root / 'train'}", f"data.val={root / 'val'}"]
+    data += ["optim.epochs=3", "optim.batch_size=4"]
     whole = recipe(*data, name="whole")
     said = capsys.readouterr().out
     assert sorted(names(whole / "bad_samples.jsonl")) == sorted(bad["train"])
@@ -285,14 +268,10 @@ def test_bad_samples_are_listed_once_and_change_nothing_that_follows(recipe, dam
 
 
 @needs_dali
-def test_too_many_bad_samples_end_the_run_each_time_until_they_are_mended(recipe, damaged, images, capsys):
+def test_too_many_bad_samples_end_the_run_until_they_are_repaired(recipe, damaged, images, capsys):
     root, bad = damaged
-    data = [
-        f"data.train={root / 'train'}",
-        "data.val=null",
-        "faults.bad_samples=0",
-        "checkpoint.every_steps=1",
-    ]
+    data = [f"data.train={root / 'train'}", "data.val=null"]
+    data += ["faults.bad_samples=0", "checkpoint.every_steps=1"]
     for _ in range(3):
         folder = recipe(*data, expect=2)
         said = capsys.readouterr().err
@@ -308,7 +287,7 @@ def test_too_many_bad_samples_end_the_run_each_time_until_they_are_mended(recipe
 
 
 @needs_dali
-def test_damaged_shards_are_told_and_listed(recipe, images, tmp_path, capsys):
+def test_damaged_shards_are_reported_and_listed(recipe, images, tmp_path, capsys):
     for split in ("train", "val"):
         shard = tmp_path / f"{split}.tar"
         write_tar(
@@ -327,23 +306,24 @@ def test_damaged_shards_are_told_and_listed(recipe, images, tmp_path, capsys):
 
 
 @needs_dali
-def test_a_run_goes_on_with_the_images_that_it_began_with(recipe, images, tmp_path, capsys):
+def test_other_images_at_the_same_path_are_refused(recipe, images, tmp_path, capsys):
     shutil.copytree(images / "train", tmp_path / "train")
-    recipe(f"data.train={tmp_path / 'train'}", "data.val=null", "max_steps=1")
+    data = [f"data.train={tmp_path / 'train'}", "data.val=null"]
+    recipe(*data, "max_steps=1")
     first, *_, last = sorted((tmp_path / "train").glob("*/*.jpg"))
     shutil.copy(first, first.with_name("0-new.jpg"))
-    recipe(f"data.train={tmp_path / 'train'}", "data.val=null", expect=2)
+    recipe(*data, expect=2)
     assert f'data.train "{tmp_path}/train" has other names than before' in capsys.readouterr().err
     first.with_name("0-new.jpg").unlink()
-    recipe(f"data.train={tmp_path / 'train'}", "data.val=null", "max_steps=2")
+    recipe(*data, "max_steps=2")
     for path in (tmp_path / "train").glob("*/*.jpg"):
         path.write_bytes(last.read_bytes() + b" ")
-    recipe(f"data.train={tmp_path / 'train'}", "data.val=null", expect=2)
+    recipe(*data, expect=2)
     assert "has other images of the same names than before" in capsys.readouterr().err
 
 
 @needs_dali
-def test_a_validation_set_of_nothing_good_is_refused(recipe, damaged, capsys):
+def test_a_validation_set_without_a_good_image_is_refused(recipe, damaged, capsys):
     root, _ = damaged
     for path in (root / "val").glob("*/*.jpg"):
         path.write_bytes(b"")

@@ -1,4 +1,4 @@
-"""Two ranks of the training command: one is told to leave, one goes wrong, one stops."""
+"""Faults on one of two ranks of the training command: signals, bad numbers, hangs."""
 
 import functools
 import json
@@ -24,101 +24,85 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(recipe, tmp_path_factory):
-    """The run that nothing happens to."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     finish([recipe, f"output={folder / 'run'}", "optim.epochs=3"], 2, folder=folder)
     return folder / "run"
 
 
-def replace_forward(wrapped) -> None:
-    """Calls `wrapped(forward, update, *arguments)` for each training pass; two of them are an update."""
+def break_forward(kind: str, rank: int, update: int) -> None:
+    """For `prepare`: change the forward passes of one update (two passes each) on one rank."""
     forward, passes = MaskEmbed.forward, [0]
 
-    def replacement(self, *arguments):
-        if not torch.is_grad_enabled():
-            return forward(self, *arguments)
-        passes[0] += 1
-        return wrapped(functools.partial(forward, self), (passes[0] + 1) // 2, *arguments)
-
-    MaskEmbed.forward = replacement
-
-
-def poison(rank: int, update: int) -> None:
-    def bad(forward, now, *arguments):
-        loss = forward(*arguments)
-        return loss * float("nan") if now == update and os.environ["RANK"] == str(rank) else loss
-
-    replace_forward(bad)
-
-
-def slow(seconds: float) -> None:
-    def later(forward, now, *arguments):
-        time.sleep(seconds)
-        return forward(*arguments)
-
-    replace_forward(later)
-
-
-def stop(rank: int, update: int) -> None:
-    def still(forward, now, *arguments):
-        if now == update and os.environ["RANK"] == str(rank):
+    def broken(self, *arguments):
+        passes[0] += torch.is_grad_enabled()
+        now = torch.is_grad_enabled() and (passes[0] + 1) // 2 == update and os.environ["RANK"] == str(rank)
+        if now and kind == "hang":
             time.sleep(1000)
-        return forward(*arguments)
+        elif now and kind == "signal":
+            os.kill(os.getpid(), signal.SIGUSR1)
+        loss = forward(self, *arguments)
+        return loss * float("nan") if now and kind == "nan" else loss
 
-    replace_forward(still)
+    MaskEmbed.forward = broken
+
+
+def slow_down() -> None:
+    forward = MaskEmbed.forward
+    MaskEmbed.forward = lambda *arguments: (time.sleep(0.1), forward(*arguments))[1]
 
 
 @pytest.mark.parametrize(
     ("told", "number", "code"),
     [([0], signal.SIGUSR1, 75), ([1], signal.SIGTERM, 75), ([0, 1], signal.SIGINT, 130)],
 )
-def test_a_signal_leads_both_ranks_to_one_checkpoint(recipe, tmp_path, whole, told, number, code):
-    """And the run that goes on has the losses of the one that was left alone."""
+def test_a_signal_to_any_rank_makes_all_save_and_the_run_goes_on(recipe, tmp_path, whole, told, number, code):
     run = tmp_path / "run"
     arguments = [recipe, f"output={run}", "optim.epochs=3"]
-    options = {"folder": tmp_path, "prepare": functools.partial(slow, 0.1)}
-    with Ranks(arguments, 2, mercy=30, **options) as ranks:
+    with Ranks(arguments, 2, grace=30, folder=tmp_path, prepare=slow_down) as ranks:
         ranks.until(
             lambda: (run / "metrics.jsonl").exists() and '"loss"' in (run / "metrics.jsonl").read_text()
         )
         for rank in told:
             ranks.send(rank, number)
+        if number != signal.SIGINT:  # a second interrupt would end the process
+            for rank in range(2):
+                ranks.send(rank, signal.SIGTERM)
         assert ranks.wait() == [code, code]
-        assert "Traceback" not in ranks.said()
-        (line,) = (line for line in ranks.said(0).splitlines() if line.startswith("fastalign: "))
-    step = losses_so_far = len(losses(run))
+        assert "Traceback" not in ranks.output()
+        (line,) = (line for line in ranks.output(0).splitlines() if line.startswith("fastalign: "))
+    step = len(losses(run))
     assert line == (
         f"fastalign: {number.name}: saved {run} at step {step}; run the same command again to go on from there"
     )
     assert (run / "preempted").read_text() == f"{number.name} at step {step}\n"
     assert max((run / "checkpoints").glob("step-*.pt")).name == f"step-{step:08d}.pt"
-    assert 3 <= losses_so_far < 18
+    assert 3 <= step < 18
     finish(arguments, 2, folder=tmp_path)
     assert not (run / "preempted").exists()
     assert lines_of(run) == lines_of(whole)
 
 
-def test_a_second_interrupt_ends_the_run_at_once(recipe, tmp_path):
-    """Also one that hangs; the first one alone would wait for the update."""
-    run = tmp_path / "run"
-    arguments = [recipe, f"output={run}", "faults.timeout=1000"]
-    with Ranks(arguments, 1, folder=tmp_path, prepare=functools.partial(stop, 0, 3)) as ranks:
-        ranks.until(lambda: "step 0: validation loss" in ranks.said())
+def test_a_second_interrupt_ends_a_hanging_run_at_once(recipe, tmp_path):
+    arguments = [recipe, f"output={tmp_path / 'run'}", "faults.timeout=1000"]
+    hang = functools.partial(break_forward, "hang", 0, 3)
+    with Ranks(arguments, 1, folder=tmp_path, prepare=hang) as ranks:
+        ranks.until(lambda: "step 0: validation loss" in ranks.output())
         time.sleep(1)
         ranks.send(0, signal.SIGINT)
         time.sleep(0.5)
         assert ranks.running()
         ranks.send(0, signal.SIGINT)
         assert ranks.wait(10) == [-signal.SIGINT]
-        assert "Traceback" not in ranks.said()
+        assert "Traceback" not in ranks.output()
 
 
-def impatient() -> None:
-    """Rank 0 finds each checkpoint old at once; the other one never does."""
+def checkpoint_always() -> None:
+    """Rank 0 finds each checkpoint old at once; rank 1 never does."""
     runs.MAX_CHECKPOINT_AGE = 0.0 if os.environ["RANK"] == "0" else 1e9
 
 
-def test_the_clock_of_one_rank_leads_both_to_checkpoints(recipe, tmp_path, whole):
+def test_the_clock_of_rank_0_decides_when_all_save(recipe, tmp_path, whole):
     run = tmp_path / "run"
     arguments = [
         recipe,
@@ -127,40 +111,31 @@ def test_the_clock_of_one_rank_leads_both_to_checkpoints(recipe, tmp_path, whole
         "checkpoint.every_steps=null",
         "checkpoint.keep=99",
     ]
-    finish([*arguments, "max_steps=6"], 2, folder=tmp_path, prepare=impatient)
+    finish([*arguments, "max_steps=6"], 2, folder=tmp_path, prepare=checkpoint_always)
     assert len(list((run / "checkpoints").glob("step-*.pt"))) == 6
     finish(arguments, 2, folder=tmp_path)
-    assert len(list((run / "checkpoints").glob("step-*.pt"))) == 8, "of the clock, then of two epochs"
+    assert len(list((run / "checkpoints").glob("step-*.pt"))) == 8, "six by the clock, two at ends of epochs"
     assert lines_of(run) == lines_of(whole)
 
 
-def test_a_signal_at_the_end_of_an_epoch_leaves_the_validation_for_later(recipe, tmp_path, whole):
+def test_a_signal_at_the_end_of_an_epoch_postpones_the_validation(recipe, tmp_path, whole):
     run = tmp_path / "run"
     arguments = [recipe, f"output={run}", "optim.epochs=3"]
-    prepare = functools.partial(signal_myself, 6)
-    with Ranks(arguments, 2, folder=tmp_path, mercy=30, prepare=prepare) as ranks:
+    prepare = functools.partial(break_forward, "signal", 1, 6)
+    with Ranks(arguments, 2, folder=tmp_path, grace=30, prepare=prepare) as ranks:
         assert ranks.wait() == [75, 75]
     assert [line["step"] for line in lines_of(run) if "val_loss" in line] == [0]
     finish(arguments, 2, folder=tmp_path)
     assert lines_of(run) == lines_of(whole)
 
 
-def signal_myself(update: int) -> None:
-    def told(forward, now, *arguments):
-        if now == update and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return forward(*arguments)
-
-    replace_forward(told)
-
-
 @pytest.mark.parametrize("shard", ["false", "true"])
-def test_a_bad_number_on_one_rank_moves_no_weight_on_any(recipe, tmp_path, shard):
+def test_a_bad_number_on_one_rank_changes_no_weight_on_any(recipe, tmp_path, shard):
     run = tmp_path / "run"
     arguments = [recipe, f"output={run}", "max_steps=6", "checkpoint.every_steps=1", "checkpoint.keep=9"]
     arguments += [f"efficiency.shard={shard}", "data.val=null"]
-    said = finish(arguments, 2, folder=tmp_path, prepare=functools.partial(poison, 1, 3))
-    assert "the loss of rank 1 at step 3: not finite: this update was skipped" in said
+    text = finish(arguments, 2, folder=tmp_path, prepare=functools.partial(break_forward, "nan", 1, 3))
+    assert "the loss of rank 1 at step 3: not finite: this update was skipped" in text
     (line,) = map(json.loads, (run / "nonfinite.jsonl").read_text().splitlines())
     assert (line["step"], line["rank"], len(line["ids"]), len(line["names"])) == (3, 1, 4, 4)
     before, after = (
@@ -174,15 +149,18 @@ def test_a_bad_number_on_one_rank_moves_no_weight_on_any(recipe, tmp_path, shard
 
 
 @pytest.mark.slow
-def test_a_rank_that_stops_is_named_and_the_run_goes_on_later(recipe, tmp_path, whole):
+def test_a_rank_that_hangs_is_named_and_the_run_goes_on_later(recipe, tmp_path, whole):
     run = tmp_path / "run"
     arguments = [recipe, f"output={run}", "optim.epochs=3", "faults.timeout=4"]
-    with Ranks(arguments, 2, folder=tmp_path, mercy=9, prepare=functools.partial(stop, 1, 9)) as ranks:
+    prepare = functools.partial(break_forward, "hang", 1, 9)
+    with Ranks(arguments, 2, folder=tmp_path, grace=9, prepare=prepare) as ranks:
         assert ranks.wait() == [70, 70]
-        said = ranks.said()
-    assert "rank 1 (" in said
-    assert "hangs at step 8: computing for " in said
-    assert 'test_faults_ranks.py", line ' in said
-    assert "goes on from the newest checkpoint" in said
+        lines = [line for line in ranks.output().splitlines() if line.startswith("fastalign: ")]
+        assert 'test_faults_ranks.py", line ' in ranks.output(1), "the stack"
+    assert lines[0].startswith("fastalign: rank 0: lost the connection to another rank: ")
+    assert lines[1].startswith("fastalign: rank 1 (")
+    assert "hangs at step 8: computing for " in lines[1]
+    assert "goes on from the newest checkpoint" in lines[1]
+    assert len(lines) == 2
     finish(arguments, 2, folder=tmp_path)
     assert lines_of(run) == lines_of(whole)

@@ -62,7 +62,7 @@ def test_nothing_grows_over_ten_thousand_steps(tmp_path):
             with contextlib.suppress(OSError, ValueError, IndexError):
                 samples.append([newest_step(run), *sample(ranks.pids[0])])
             time.sleep(0.1)
-        assert ranks.wait() == [0], ranks.said()
+        assert ranks.wait() == [0], ranks.output()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
     assert [line["step"] for line in lines if "val_loss" in line] == list(range(0, STEPS + 1, STEPS // 50))

@@ -161,8 +161,8 @@ def test_every_rank_hears_of_a_failure_of_the_first(done):
     for rank in (0, 1):
         assert "step-00000001.pt could not be written" in (done / f"told.{rank}").read_text()
         line = (done / f"unseen.{rank}").read_text()
-        assert line.startswith("rank 1 does not see ")
-        assert "the same output folder" in line
+        assert line.startswith("rank 1 cannot read ")
+        assert "give every machine the same output" in line
 
 
 @pytest.mark.slow

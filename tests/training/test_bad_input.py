@@ -54,7 +54,7 @@ BAD = {
     "attention not installed": (["efficiency.attention=flash_attn_3"], ["not installed", "build it"]),
     "attention of another device": (
         ["efficiency.attention=sdpa_cudnn"],
-        ["efficiency.attention: sdpa_cudnn has no implementation for this device", "set auto"],
+        ["efficiency.attention: sdpa_cudnn does not support this device", "set auto"],
     ),
     "a key of its own": (["student.kwargs.pretrained=true"], ["student.weights"]),
     "betas": (["optim.betas=[1.5, 2]"], ["optim.betas"]),

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from fastalign import config, scan, train
 from fastalign.classify import __main__ as classify
-from fastalign.data import cache
+from fastalign.data import index
 from fastalign.data.sources import open_source
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.export import __main__ as export
@@ -190,7 +190,7 @@ def test_home_user_and_locks_are_optional(tmp_path, monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setattr(pwd, "getpwuid", fails(KeyError("uid not found")))
     with pytest.raises(OSError, match="no home folder"):
-        cache.cache_folder()
+        index.cache_folder()
     assert len(open_source(".")) == 1
     with pytest.raises(UserError, match=r"the home folder of ~ is not known; write the path out"):
         open_source("~/data")

@@ -4,8 +4,7 @@ import timm
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 
-from fastalign.backbones.spec import is_softcap
-from fastalign.compat.errors import ArgumentError
+from fastalign.backbones.spec import split_svit
 from fastalign.compat.locality_alignment.model_utils import use_our_attention
 
 NAMES = (
@@ -18,14 +17,10 @@ NAMES = (
 """timm's names of the models below."""
 
 
-def create_svit(
-    model_name: str, pretrained: bool = False, max_attn_val: float = 30.0, **kwargs
-) -> VisionTransformer:
-    """A timm vision transformer with attention logits capped at `max_attn_val`. Other arguments are timm's."""
-    if not is_softcap(max_attn_val):
-        raise ArgumentError(f"max_attn_val must be a positive number, got {max_attn_val!r}")
-    model = timm.create_model(model_name, pretrained=pretrained, **kwargs)
-    return use_our_attention(model, softcap=float(max_attn_val))
+def create_svit(model_name: str, pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """A timm vision transformer with attention logits capped at `max_attn_val` (30). Other arguments are timm's."""
+    name, kwargs, softcap = split_svit(f"s{model_name}", kwargs)
+    return use_our_attention(timm.create_model(name, pretrained=pretrained, **kwargs), softcap)
 
 
 def _register(name: str) -> None:
