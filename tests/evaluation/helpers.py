@@ -1,6 +1,9 @@
 """Small images with label maps or classes, tiny backbones, the two commands and their results."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -176,3 +179,11 @@ def command_error(capsys, command: str, arguments: list) -> str:
 
 def results(path: Path) -> dict:
     return json.loads(path.read_text())
+
+
+def torchrun(module: str, *arguments) -> subprocess.CompletedProcess:
+    """A command on two ranks."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", module]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    line += map(str, arguments)
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)

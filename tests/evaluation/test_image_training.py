@@ -1,11 +1,7 @@
 """How classifiers are trained: losses, learning rates, resuming, ranks."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-import zlib
 
 import numpy as np
 import pytest
@@ -25,34 +21,23 @@ from fastalign.evaluation.heads import StandardizedLinear
 from fastalign.evaluation.image_options import ImageOptions
 from fastalign.evaluation.image_training import make_fit, mixed_loss, update_best
 from fastalign.evaluation.metrics import ImageCounts
-from fastalign.training.checkpoint_files import checksum
 from tests.evaluation.helpers import (
     CPU,
     FIGURES,
     KWARGS,
     NAME,
     QUICK,
-    ROOT,
     SINGLE,
     classify_line,
     results,
     same_figures,
+    torchrun,
 )
 
 
 def whole_batch(features: torch.Tensor):
     """One batch of all features per epoch."""
     return FeatureLoader(features, batch_size=len(features), device=torch.device("cpu")).batches
-
-
-def test_a_checksum_is_the_crc_of_the_weights_as_they_lie_in_memory():
-    module = nn.Module()
-    module.weight = nn.Parameter(torch.arange(6.0).view(2, 3).t())  # not contiguous: read row by row
-    module.register_buffer("count", torch.tensor(7))
-    module.gain = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.bfloat16))
-    count, gain = np.int64(7).tobytes(), np.uint16([0x3F80, 0xC000]).tobytes()
-    expected = zlib.crc32(count + gain + np.float32([0, 3, 1, 4, 2, 5]).tobytes())
-    assert checksum(module) == expected
 
 
 @pytest.mark.parametrize(("head", "lr"), [("linear", 3e-2), ("attention", 3e-3), ("transformer", 3e-3)])
@@ -290,11 +275,8 @@ def test_fine_tuning_resumes_with_the_same_bits(images, tmp_path, monkeypatch):
 )
 def test_two_ranks_have_the_figures_of_one(images, tmp_path, flags):
     line = classify_line(images, "--epochs", "2", "--head", "attention", *flags, "--output")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     assert main([*line, str(tmp_path / "1")]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    launch += ["-m", "fastalign.classify", *line, str(tmp_path / "2")]
-    run = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    run = torchrun("fastalign.classify", *line, tmp_path / "2")
     assert run.returncode == 0, run.stderr
     one, two = (results(tmp_path / name / "classify.json") for name in ("1", "2"))
     assert two["ranks"] == 2

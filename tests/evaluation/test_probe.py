@@ -1,9 +1,6 @@
 """The probe command: heads and labels, runs, ranks, bad input."""
 
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -22,12 +19,12 @@ from tests.evaluation.helpers import (
     COUNTS,
     NAME,
     PROBE_KWARGS,
-    ROOT,
     SINGLE,
     command_error,
     models,
     probe_line,
     results,
+    torchrun,
 )
 
 
@@ -113,23 +110,16 @@ def test_before_and_after_a_run(scenes, tmp_path, capsys):
 @needs_dali
 def test_two_ranks_have_the_results_of_one(scenes, tmp_path):
     more = ["--heads", "linear", "transformer", "--labels", "union", "majority", "--seeds", "0", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     assert main(probe_line(scenes, *more, "--output", tmp_path / "1" / "probe.json")) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    launch += ["-m", "fastalign.probe", *probe_line(scenes, *more, "--output", tmp_path / "2" / "probe.json")]
-    run = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    line = probe_line(scenes, *more, "--output", tmp_path / "2" / "probe.json")
+    run = torchrun("fastalign.probe", *line)
     assert run.returncode == 0, run.stderr
     one, two = (results(tmp_path / name / "probe.json") for name in ("1", "2"))
     assert two["results"] == one["results"]
     assert two["summary"] == one["summary"]
     assert len(two["results"]) == 8
     assert len(re.findall(r"images \(train\)", run.stdout)) == 1
-    assert sorted(re.findall(r": (\w+ \w+), 0 blocks skipped, seed (\d)", run.stdout)) == sorted(
-        (f"{labels} {head}", seed)
-        for labels in ("union", "majority")
-        for head in ("linear", "transformer")
-        for seed in "01"
-    )
+    assert len(set(re.findall(r": (\w+ \w+, 0 blocks skipped, seed \d)", run.stdout))) == 8
     assert [path.name for path in (tmp_path / "2").iterdir()] == ["probe.json"]
 
 
@@ -188,15 +178,12 @@ def test_bad_options(scenes, tmp_path, capsys, monkeypatch, flags, message):
 
 
 @needs_dali
-@pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_a_split_of_no_class_is_refused(damaged, tmp_path, capsys, split):
-    for path in (damaged / split / "labels").iterdir():
-        void = np.full_like(np.asarray(Image.open(path)), 255)
-        Image.fromarray(void).save(path)
+def test_a_split_of_void_is_refused(damaged, tmp_path, capsys):
+    for path in (damaged / "test" / "labels").iterdir():
+        Image.fromarray(np.full_like(np.asarray(Image.open(path)), 255)).save(path)
     error = command_error(capsys, "probe", probe_line(damaged, "--output", tmp_path / "p.json"))
-    assert f"the {split} split has void pixels only: check its label maps" in error
-    # What was read to its end is there when the maps are mended.
-    assert (tmp_path / "features").is_dir()
+    assert "the test split has void pixels only: check its label maps" in error
+    assert (tmp_path / "features").is_dir(), "the splits that were read are found by the next command"
 
 
 @needs_dali
