@@ -12,9 +12,9 @@ import torch
 
 import fastalign as fa
 from fastalign.backbones.precision import FP8_CAPABILITY, FP8Linear
-from fastalign.probe.features import Features
-from fastalign.probe.fit import Recipe, Task, evaluate, fit
-from fastalign.probe.heads import TokenShape, make_head
+from fastalign.evaluation.heads import TokenShape, make_patch_head
+from fastalign.evaluation.patch_features import PatchFeatures
+from fastalign.evaluation.patches import Recipe, Task, evaluate_head, fit_head
 from fastalign.train import update
 from tests.numerics import gradient_error, randomise, relative_error
 from tests.update_helpers import run_of_batches, write_recipe
@@ -194,14 +194,14 @@ def test_a_probe_learns_as_on_the_cpu(labels):
     tokens[:, 1:, :5] += 3 * union
     tokens[:, 0, :5] += 3 * union.any(1)
     packed, majority = np.packbits(union.numpy(), axis=-1), union.int().argmax(-1).numpy().astype(np.int16)
-    features = Features({0: tokens.bfloat16()}, packed, majority, union.any(1).numpy(), 5)
+    features = PatchFeatures({0: tokens.bfloat16()}, packed, majority, union.any(1).numpy(), 5)
     found = {}
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
         torch.manual_seed(0)
-        head, task = make_head("transformer", labels, shape, 5), Task("transformer", labels, 0, 0)
+        head, task = make_patch_head("transformer", labels, shape, 5), Task("transformer", labels, 0, 0)
         where = {"device": torch.device(device), "dtype": dtype}
-        head, _, _ = fit(head, task, features, None, Recipe(epochs=40, lr=3e-3), **where)
-        found[device, dtype] = evaluate(head, task, features, **where)["macro_f1"]
+        head, _, _ = fit_head(head, task, features, None, Recipe(epochs=40, lr=3e-3), **where)
+        found[device, dtype] = evaluate_head(head, task, features, **where)["macro_f1"]
     reference = found["cpu", torch.float32]
     assert reference > 0.5
     assert found["cuda", torch.float32] == pytest.approx(reference, abs=0.02)
