@@ -149,12 +149,8 @@ def test_the_slurm_job_is_requeued_if_it_was_preempted_and_only_then(tmp_path, e
     srun = 'kill -TERM $PPID; shift; SLURM_PROCID=5 SLURM_LOCALID=1 "$@"'  # one task of eight
     write_programs(tmp_path, {"scontrol": scontrol, "srun": srun, "python": f"{python}; exit {code}"})
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PLACE": str(tmp_path)}
-    environment |= {
-        "SLURM_JOB_ID": "123456",
-        "SLURM_NTASKS": "8",
-        "SLURM_NTASKS_PER_NODE": "4",
-        "SLURM_JOB_NODELIST": "n[1-2]",
-    }
+    slurm = ["JOB_ID=123456", "NTASKS=8", "NTASKS_PER_NODE=4", "JOB_NODELIST=n[1-2]"]
+    environment |= dict(f"SLURM_{each}".split("=") for each in slurm)
     command = ["bash", str(ROOT / "examples/slurm.sbatch"), "a.yaml", run, "data.train=a b"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code

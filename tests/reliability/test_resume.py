@@ -167,7 +167,7 @@ def test_many_kills_of_two_ranks_leave_no_trace(recipe, tmp_path):
         prepare = functools.partial(slow_disk, 0.5) if writing else None if isinstance(kill, str) else kill
         with Ranks(arguments, 2, folder=tmp_path, prepare=prepare, grace=grace) as ranks:
             if writing:
-                assert ranks.until(lambda ranks=ranks: half_written(run, ranks.pids[0]))
+                assert ranks.until(lambda ranks=ranks: half_written(run, ranks.pid(0)))
                 ranks.send(0)
             elif isinstance(kill, str):
                 moment = time.monotonic() + draw.uniform(0.4, 1.6)
