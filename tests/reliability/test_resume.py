@@ -28,20 +28,20 @@ SHORT = ["optim.epochs=2", DROP_PATH]
 ONE_SAVE = ["optim.epochs=1", "checkpoint.every_steps=null", DROP_PATH]
 
 
+def uninterrupted(recipe: Path, folder: Path, *options: str) -> Path:
+    finish([str(recipe), *options, f"output={folder / 'run'}"], 1, folder=folder)
+    return folder / "run"
+
+
 @pytest.fixture(scope="module")
 def whole(recipe, tmp_path_factory):
-    """A short uninterrupted run."""
-    folder = tmp_path_factory.mktemp("whole")
-    finish([str(recipe), *SHORT, f"output={folder / 'run'}"], 1, folder=folder)
-    return folder / "run"
+    return uninterrupted(recipe, tmp_path_factory.mktemp("whole"), *SHORT)
 
 
 @pytest.fixture(scope="module")
 def once(recipe, tmp_path_factory):
     """A run with a single save."""
-    folder = tmp_path_factory.mktemp("once")
-    finish([str(recipe), *ONE_SAVE, f"output={folder / 'run'}"], 1, folder=folder)
-    return folder / "run"
+    return uninterrupted(recipe, tmp_path_factory.mktemp("once"), *ONE_SAVE)
 
 
 def assert_same(found, wanted, where: str) -> None:
