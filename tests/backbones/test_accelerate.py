@@ -334,7 +334,7 @@ def test_a_wrong_cap_is_refused(softcap):
 
 def test_what_is_not_known_is_refused_and_nothing_changed():
     refused("must be a module such as timm.create_model makes, got 'vit'", "vit")
-    refused("backend: unknown backend 'sdp'; did you mean sdpa", tiny(), backend="sdp")
+    refused("backend: unknown name 'sdp'; the nearest is sdpa", tiny(), backend="sdp")
     refused("Linear has no attention of a timm", nn.Linear(2, 2))
     refused("ViT is ours and has it all", fa.create_backbone(VIT, img_size=32, depth=1))
     refused("blocks.0.attn is timm.*diff_attention.DiffAttention, an", tiny(attn_layer="diff"))

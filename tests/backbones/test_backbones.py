@@ -17,8 +17,8 @@ from torch import nn
 import fastalign as fa
 from benchmarks.parity import BACKBONES, measure
 from fastalign.backbones.zoo import MOCO
-from fastalign.classify.model import Classifier
-from fastalign.probe.features import probed_backbone
+from fastalign.evaluation.classifier import Classifier
+from fastalign.evaluation.patch_features import frozen_encoder
 from tests.numerics import randomise, relative_error
 
 BOUND = 1e-5
@@ -175,7 +175,7 @@ def test_a_frozen_backbone_stays_in_evaluation_mode_whatever_its_parents_mode():
         Classifier(vit, "attention", 3, unfreeze=False),
     )
     parent = nn.ModuleList([student, teacher, classifier, probed := copy.deepcopy(vit)])
-    probed_backbone(probed)
+    frozen_encoder(probed)
     images = torch.randn(4, 3, 32, 32)
     wanted = vit.eval().forward_features(images)
     for _ in range(2):
