@@ -229,16 +229,10 @@ def mix(
 ) -> tuple[Tensor, float]:
     """Mixup or cutmix of a batch with itself reversed, timm's batch mode; each with probability 1/2 if both are on.
 
-    Args:
-        images: [B, 3, h, w], normalised.
-        ids: [B] int64 on the host; the first one decides the draws.
-        mixup, cutmix: alpha of Beta(alpha, alpha); 0 is off.
-        seed, epoch: of the draws.
-
-    Returns:
-        The mixed images, and the share of the batch's own images (after clipping the box).
+    `mixup`, `cutmix`: alpha of Beta(alpha, alpha); 0 is off. The first of `ids` decides the draws. Returns the mixed
+    images [B, 3, h, w], and the share of the batch's own images (after clipping the box).
     """
-    if len(images) == 0 or not (mixup > 0 or cutmix > 0):
+    if not (mixup > 0 or cutmix > 0):
         return images, 1.0
     words = random_words(torch.from_numpy(ids[:1]), 4, seed=seed, stream=Stream.MIX, epoch=epoch)[0]
     low, high = words.numpy().astype(np.uint64).reshape(2, 2).T

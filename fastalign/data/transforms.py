@@ -35,23 +35,18 @@ class RandAugment:
 
 
 def parse_randaugment(text: str) -> RandAugment:
-    """Reads timm's spelling, such as `rand-m9-mstd0.5-inc1`.
+    """Reads timm's spelling, such as `rand-m9-mstd0.5-inc1`; raises a UserError for timm's weighted sets.
 
     m: magnitude; n: layers; p: probability; mstd: standard deviation of the magnitude (above 100: uniform in 0..m);
     mmax: its upper bound; inc1: ops whose severity grows with the magnitude.
-
-    Raises:
-        UserError: another spelling; timm's weighted sets (`t...`, `w...`) are not supported.
     """
     keys = {"m": "magnitude", "n": "layers", "p": "probability", "mstd": "magnitude_std"}
     keys |= {"mmax": "magnitude_max", "inc": "increasing"}
     head, *parts = text.split("-")
     found = [re.fullmatch(r"(m|p|mstd|mmax)(\d+(?:\.\d+)?)|(n|inc)(\d+)", part) for part in parts]
-    if head != "rand" or None in found:
-        raise UserError(f"randaugment {text!r} cannot be read; write for example rand-m9-mstd0.5-inc1")
-    fields = {keys[match[1] or match[3]]: float(match[2] or match[4]) for match in found}
-    if fields.get("probability", 0) > 1:
-        raise UserError(f"randaugment {text!r}: p is a probability, in 0..1; write for example rand-m9-p0.5")
+    fields = {keys[match[1] or match[3]]: float(match[2] or match[4]) for match in found if match}
+    if head != "rand" or None in found or fields.get("probability", 0) > 1:
+        raise UserError(f"randaugment {text!r} is not valid; write for example rand-m9-p0.5-mstd0.5-inc1")
     if fields.get("magnitude_std", 0) > 100:
         fields["magnitude_std"] = math.inf
     layers, increasing = int(fields.pop("layers", 2)), bool(fields.pop("increasing", 0))
@@ -116,20 +111,19 @@ class Transform:
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """Where the output pixels of a batch come from. Arrays have one row per sample, in (y, x) order."""
+    """Where the output pixels of a batch come from.
+
+    roi_start, roi_end: [B, 2] float32, the region in source pixels (y, x); a flip swaps the two x. interpolation: [B]
+    int64, BILINEAR or BICUBIC. padded: [P] int64, the samples whose region reaches outside the image, and for these
+    rows [P, h] and columns [P, w] int64: the output row and column to show in each (reflection).
+    """
 
     roi_start: np.ndarray
-    "[B, 2] float32, source pixels: where the first corner of the output samples; x above `roi_end`'s is a flip."
     roi_end: np.ndarray
-    "[B, 2] float32, source pixels."
     interpolation: np.ndarray
-    "[B] int64, BILINEAR or BICUBIC."
     padded: np.ndarray
-    "[P] int64, the samples whose region reaches outside the image; `rows` and `columns` are theirs."
     rows: np.ndarray
-    "[P, h] int64, the output row to show in each row (reflection)."
     columns: np.ndarray
-    "[P, w] int64, likewise."
 
 
 def _eval_boxes(transform: Transform, shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -197,11 +191,7 @@ def _reflected(first: np.ndarray, resized: np.ndarray, count: int) -> np.ndarray
 def geometry(transform: Transform, shapes: np.ndarray, ids: np.ndarray, *, seed: int, epoch: int) -> Geometry:
     """Where a batch's output pixels come from. A sample's row depends on its own shape and id alone.
 
-    Args:
-        transform: the transform.
-        shapes: [B, 2] int, height and width of the decoded images; B >= 1.
-        ids: [B] int64, sample ids.
-        seed, epoch: of the draws.
+    shapes: [B, 2] int, height and width of the decoded images, B >= 1; ids: [B] int64.
     """
     shapes = np.asarray(shapes, dtype=np.float64)
     size = np.array(transform.size, dtype=np.float64)
