@@ -17,6 +17,7 @@ from fastalign.utils.errors import UserError
 
 _BLOCK = 512
 _PIECE = 1 << 20
+_MAX_LABEL_BYTES = 4096
 
 
 class DamagedTar(Exception):
@@ -188,6 +189,8 @@ def read_classes(shard: str) -> dict[str, str]:
                 if not member.isreg() or not member.name.endswith(".cls"):
                     continue
                 where = f"{shard}:{member.name}"
+                if not 0 < member.size <= _MAX_LABEL_BYTES:
+                    raise UserError(f"{where} has {member.size} bytes; a class is a line of text")
                 text = os.pread(file.fileno(), member.size, member.offset_data).decode().strip()
                 if (other := found.setdefault(stem(member.name), text)) != text:
                     raise UserError(f"{where} has two labels, {other!r} and {text!r}; remove one")

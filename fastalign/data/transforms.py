@@ -87,15 +87,12 @@ class Transform:
         size = len(self.size) == 2 and all(isinstance(n, int) and n >= 1 for n in self.size)
         checks = (
             ("size", size, "two positive integers, height and width"),
-            ("mean", len(self.mean) == 3, "three numbers"),
-            ("std", len(self.std) == 3 and min(self.std) > 0, "three positive numbers"),
+            ("std", min(self.std) > 0, "positive"),
             ("interpolation", self.interpolation in _INTERPOLATIONS, "bilinear or bicubic"),
             ("crop", self.crop in ("eval", "center", "rkrc", "rrc"), "eval, center, rkrc or rrc"),
             ("crop_pct", 0 < self.crop_pct <= 1, "in (0, 1]"),
             ("scale", 0 < self.scale[0] <= self.scale[1], "positive, lowest first"),
             ("ratio", 0 < self.ratio[0] <= self.ratio[1], "positive, lowest first"),
-            ("hflip", 0 <= self.hflip <= 1, "in 0..1"),
-            ("color_jitter", self.color_jitter >= 0, "0 (off) or more"),
         )
         for name, valid, rule in checks:
             if not valid:
