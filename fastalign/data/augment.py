@@ -1,10 +1,8 @@
 """Augmentation on the device: RandAugment and colour jitter of uint8 batches, mixup and cutmix of normalised ones.
 
-RandAugment and colour jitter are functions of (seed, epoch, sample id). They use integer arithmetic and look-up
-tables where PIL does, so that an image comes out the same on every device and in every batch. Two things differ from
-PIL: bicubic sampling uses a = -0.75 (PIL: -1), and bilinear sampling may round to a neighbouring level.
-
-Mixup and cutmix pair the samples of a batch, and so depend on the batch and on the number of ranks.
+RandAugment and colour jitter are functions of (seed, epoch, sample id), in integer arithmetic where PIL uses it, so
+that an image comes out the same on every device. Two things differ from PIL: bicubic sampling uses a = -0.75 (PIL:
+-1), and bilinear sampling may round to a neighbouring level. Mixup and cutmix depend on the batch.
 """
 
 import itertools

@@ -94,17 +94,17 @@ class SampleReader:
         for wait in (*_RETRY_AFTER, None):
             try:
                 encoded = self.source.read(sample.id)
-                found = read_size(encoded)
-                break
-            except UserError as error:
-                found = error.reason if isinstance(error, Unreadable) else str(error)
+            except Unreadable as error:
                 # A network disk may fail for a moment; an empty file stays empty.
                 if wait is None or not isinstance(error.__cause__, OSError):
-                    break
+                    return self._record(sample.id, error.reason)
                 time.sleep(wait)
-        if isinstance(found, str):
-            return self._record(sample.id, found)
-        sample.encoded, sample.size = encoded, found
+            else:
+                break
+        size = read_size(encoded)
+        if isinstance(size, str):
+            return self._record(sample.id, size)
+        sample.encoded, sample.size = encoded, size
         return None
 
     def _record(self, index: int, reason: str) -> BadSample:

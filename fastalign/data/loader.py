@@ -32,11 +32,8 @@ class _Work(NamedTuple):
 
     samples: list[Sample]
     good: list[Sample]
+    ids: np.ndarray
     sampling: Geometry | None
-
-    @property
-    def ids(self) -> np.ndarray:
-        return np.array([sample.id for sample in self.good], dtype=np.int64)
 
 
 class Loader:
@@ -102,7 +99,8 @@ class Loader:
             # The current device is a property of the thread: in the background thread it is GPU 0.
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._batch, self._rank, self._world, self._accumulate = batch_size, rank, world_size, accumulate
-        self._threads, self._prefetch, self._hw_decoder_load = threads, prefetch, hw_decoder_load
+        self._threads, self._prefetch = threads, prefetch
+        self._decoding = {"batch_size": batch_size, "threads": threads, "hw_decoder_load": hw_decoder_load}
         self._mixing = {"mixup": mixup, "cutmix": cutmix, "seed": seed}
         self._reader = SampleReader(
             source, BadSamples() if bad is None else bad, replace=train and bad is not None
@@ -148,19 +146,14 @@ class Loader:
 
     def _generate(self, epoch: int, start: int) -> Iterator[Batch]:
         """Runs in the background thread."""
+        size = self.transform.size
         if isinstance(self.source, SyntheticSource):
             for ids in self._ids(epoch, start):
-                place, size = torch.from_numpy(ids).to(self.device), self.transform.size
+                place = torch.from_numpy(ids).to(self.device)
                 images = self.source.images(place, size, seed=self.seed, dtype=self.dtype)
                 yield self._mix(images, ids, epoch, ())
             return
-        self._decoder = self._decoder or Decoder(
-            self.transform.size,
-            batch_size=self._batch,
-            device=self.device,
-            threads=self._threads,
-            hw_decoder_load=self._hw_decoder_load,
-        )
+        self._decoder = self._decoder or Decoder(size, device=self.device, **self._decoding)
         try:
             yield from self._decode(self._read_ahead(epoch, start), epoch)
         finally:
@@ -209,11 +202,11 @@ class Loader:
                 f"cannot use {len(bad)} images of a batch of {len(samples)} of {self.source.root or 'the data set'}: "
                 f"{names}{', ...' if len(bad) > _MAX_NAMED else ''}; replace or remove them"
             )
-        work = _Work(samples, [sample for sample in samples if sample.encoded is not None], None)
-        if not work.good:
-            return work
-        shapes = np.array([sample.size for sample in work.good])
-        return work._replace(sampling=geometry(self.transform, shapes, work.ids, seed=self.seed, epoch=epoch))
+        good = [sample for sample in samples if sample.encoded is not None]
+        ids = np.array([sample.id for sample in good], dtype=np.int64)
+        shapes = np.array([sample.size for sample in good])
+        sampling = geometry(self.transform, shapes, ids, seed=self.seed, epoch=epoch) if good else None
+        return _Work(samples, good, ids, sampling)
 
     def _submit(self, work: _Work) -> None:
         if work.good:

@@ -59,14 +59,11 @@ def _produce(
 
 
 class Prefetcher:
-    """Iterates over batches that a background thread makes, on CUDA on a side stream, `depth` ahead.
-
-    Exceptions of the thread are raised by `next`. The thread does not refer to this object.
-    """
+    """Iterates over batches that a background thread makes, on CUDA on a side stream, `depth` ahead."""
 
     def __init__(self, batches: Iterator[Batch], device: torch.device, depth: int):
         self._device, self._ready, self._stop = device, queue.Queue(depth), threading.Event()
-        arguments = (batches, device, self._ready, self._stop)
+        arguments = (batches, device, self._ready, self._stop)  # without `self`, which may be dropped
         self._thread = threading.Thread(target=_produce, args=arguments, name="fastalign-loader")
         self._thread.start()
 

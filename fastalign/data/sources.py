@@ -154,19 +154,18 @@ class TarSource(Source):
 
 def _contains_tars(path: Path) -> bool:
     """Whether a folder holds tar files; raises a UserError if it also holds images or folders."""
-    tar = other = None
+    tars, others = [], []
     with os.scandir(path) as entries:
         for entry in entries:
             if is_tar(entry.name) and not entry.is_dir():
-                tar = entry.name
+                tars.append(entry.name)
             elif not entry.name.startswith(".") and (entry.is_dir() or is_image(os.fsencode(entry.name))):
-                other = entry.name
-    if tar and other:
+                others.append(entry.name)
+    if tars and others:
         raise UserError(
-            f"{path} has both tar files ({tar}) and images or folders ({other}); write {path}/*.tar for the tar "
-            "files, or move them elsewhere"
+            f"{path} has tar files ({tars[0]}) and others ({others[0]}); for the tars write {path}/*.tar"
         )
-    return tar is not None
+    return bool(tars)
 
 
 def open_source(spec: str, *, damaged: bool = False) -> Source:

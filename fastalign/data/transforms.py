@@ -64,7 +64,7 @@ class Transform:
     std: tuple[float, float, float]
     "Per channel, of values in 0..1."
     interpolation: str = "bicubic"
-    "bilinear or bicubic, with antialiasing."
+    "bilinear or bicubic, with antialiasing; drawn with probability 1/2 each for rkrc and rrc."
     crop: str = "eval"
     """eval: resize the short side to size / crop_pct, centre crop. center: the largest centre crop of the size's
     shape, in whole pixels, resized. rkrc: timm's resize-keep-ratio, then centre crop. rrc: random resized crop."""
@@ -80,8 +80,6 @@ class Transform:
     "Brightness, contrast and saturation factors are drawn from U(1 - x, 1 + x); 0 is off."
     randaugment: str = ""
     "timm's spelling, e.g. rand-m9-mstd0.5-inc1; empty is off. Unlike timm's, it does not switch color_jitter off."
-    random_interpolation: bool = True
-    "rkrc, rrc: bilinear or bicubic with probability 1/2 each, instead of `interpolation`."
 
     def __post_init__(self):
         size = len(self.size) == 2 and all(isinstance(n, int) and n >= 1 for n in self.size)
@@ -199,8 +197,7 @@ def geometry(transform: Transform, shapes: np.ndarray, ids: np.ndarray, *, seed:
         stream = {"seed": seed, "stream": Stream.GEOMETRY, "epoch": epoch}
         draws = random_uniform(torch.from_numpy(ids), count, **stream).numpy()
         flip = draws[:, 1] < transform.hflip
-        if transform.random_interpolation:
-            interpolation = np.where(draws[:, 0] < _PROBABILITY, BILINEAR, BICUBIC)
+        interpolation = np.where(draws[:, 0] < _PROBABILITY, BILINEAR, BICUBIC)
     if transform.crop in ("rrc", "center"):
         if transform.crop == "rrc":
             start, extent = _rrc_boxes(transform, shapes, draws[:, 2:])

@@ -116,15 +116,6 @@ def test_evaluation_leaves_bad_samples_out(clean, dirty, monkeypatch):
 
 
 @needs_dali
-def test_without_a_list_the_first_bad_batch_is_an_error(dirty):
-    message = (
-        r"cannot use 1 images of a batch of 10 of .*/bad: 030\.jpg \(damaged: DALI.*\); replace or remove"
-    )
-    with pytest.raises(UserError, match=message):
-        batches_of(dirty, EVAL, batch_size=10, train=False, start=3)
-
-
-@needs_dali
 def test_a_hundred_bad_samples_in_a_row_are_an_error(tmp_path):
     files = {f"{i:03d}.jpg": small_photos(1)[0] for i in range(4)}
     files |= {f"{i:03d}.jpg": TEXT for i in range(4, 104)}

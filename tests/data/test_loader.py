@@ -15,6 +15,7 @@ from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
 from fastalign.utils.errors import UserError
 from fastalign.utils.random import permutation
+from tests.data.odd_images import damaged
 from tests.data_helpers import (
     CLIP_MEAN,
     CLIP_STD,
@@ -165,7 +166,7 @@ def test_a_gpu_without_index_is_the_callers(monkeypatch):
 
 
 @needs_dali
-@pytest.mark.parametrize("damage", ["text", "truncated", "missing"])
+@pytest.mark.parametrize("damage", ["text", "broken", "missing"])
 def test_bad_files_are_named(tmp_path, damage):
     root = write_folder(tmp_path / "bad", {f"{i:02d}.jpg": p for i, p in enumerate(small_photos(20))})
     source = open_source(str(root))
@@ -173,7 +174,7 @@ def test_bad_files_are_named(tmp_path, damage):
         if damage == "missing":
             bad.unlink()
         else:
-            bad.write_bytes(b"text" if damage == "text" else bad.read_bytes()[:500])
+            bad.write_bytes(b"text" if damage == "text" else damaged(np.fromfile(bad, np.uint8)))
     loader = Loader(source, EVAL, device="cpu", batch_size=5, train=False)
     message = r"cannot use 2 images of a batch of 5 of .*/bad: 05\.jpg \(.*\), 07\.jpg \(.*\); replace"
     with pytest.raises(UserError, match=message):
