@@ -117,7 +117,7 @@ def _from_checkpoint(name: str, kwargs: dict, template: nn.Module, found: Checkp
         template = _template(name, kwargs)
     state, spec = timm_state(found, template, path), describe(template)
     check_config(spec, found.config, path)
-    if _is_moco(name):  # its table is computed, whatever the file has
+    if _is_moco(name):  # its table is computed, not read
         state["pos_embed"] = torch.zeros(template.pos_embed.shape)
         grid = spec.grid
     else:
