@@ -136,6 +136,7 @@ BAD_INPUT = {
         {},
         ["vit_base_patch16_18x2_224", "ParallelThingsBlock is not supported"],
     ),
+    "a wrong size": ((VIT,), {"img_size": [48, 50]}, ["img_size 50", "48 or 64"]),
     "a size of another type": ((VIT,), {"img_size": "48"}, ["correct its arguments", "'img_size': '48'"]),
     "no file": ((VIT,), {"checkpoint": "none.pth"}, ["none.pth"]),
     "another model": ((VIT,), {"checkpoint": "other.pth"}, ["unknown layout", "timm"]),
