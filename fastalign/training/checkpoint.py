@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastalign import __version__
-from fastalign.backbones.stored import facts_within
+from fastalign.backbones.weight_files import embedded_facts
 from fastalign.config import to_yaml
 from fastalign.training import sharding
 from fastalign.training.build import teacher_of
@@ -223,7 +223,7 @@ def publish_backbone(folder: Path, state: dict) -> None:
     if text is None:
         return
     weights_file, facts_file = folder / "backbone.safetensors", folder / "backbone.json"
-    if facts_within(weights_file) != text:
+    if embedded_facts(weights_file) != text:
         source = state["average"] or state["student"]
         weights = {
             name.removeprefix("encoder."): value.contiguous().float()

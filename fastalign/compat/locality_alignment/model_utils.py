@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastalign import ops
-from fastalign.backbones.timm_parts import FAST, FastSelfAttention
+from fastalign.backbones.accelerate import FAST, FastSelfAttention
 from fastalign.compat import ArgumentError
 
 

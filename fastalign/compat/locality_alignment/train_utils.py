@@ -11,9 +11,8 @@ import torch
 from timm.utils.model import get_state_dict
 from torch import Tensor, nn
 
-from fastalign.backbones.checkpoint import trained_as
 from fastalign.backbones.weight_files import read_file
-from fastalign.backbones.weights import fold_layer_scale
+from fastalign.backbones.weights import fold_layer_scale, trained_as
 from fastalign.compat.locality_alignment.model_utils import MaskEmbedStudent
 
 
