@@ -16,8 +16,8 @@ import torch
 from benchmarks import record
 from demo.trials import CORES, Trial, run_trials, score
 from fastalign.config import load_config
+from fastalign.evaluation.results import percent
 from fastalign.method.flops import flops_per_image
-from fastalign.probe.results import percent
 from fastalign.training.build import build_objective
 from fastalign.training.command import run_command
 from fastalign.training.metrics import mean_and_spread

@@ -1,1 +1,1 @@
-"""Images with label maps: COCO, ADE20K, folders, tar shards (docs/probe.md)."""
+"""Evaluation of backbones: probes of patches (docs/probe.md) and image classification (docs/classify.md)."""

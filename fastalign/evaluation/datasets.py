@@ -1,7 +1,4 @@
-"""Where labelled images come from: `open_labelled` finds a split of COCO, ADE20K, a folder or tar shards.
-
-Opening reads lists of files only; a label map is decoded when it is asked for.
-"""
+"""Opening labelled data: a split of COCO, ADE20K, a folder or tar shards. Label maps are decoded on demand."""
 
 import difflib
 import hashlib
@@ -15,7 +12,7 @@ import numpy as np
 
 from fastalign.data.source import Source, Subset
 from fastalign.data.sources import FolderSource, TarSource
-from fastalign.data.tars import each_once
+from fastalign.data.tars import each_once, stem
 from fastalign.evaluation.maps import (
     VOID,
     ade20k_table,
@@ -25,7 +22,7 @@ from fastalign.evaluation.maps import (
     decode_table,
     read_panoptic,
 )
-from fastalign.evaluation.pairs import LabelledImages, pair, stem
+from fastalign.evaluation.pairs import LabelledImages, pair
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
 
@@ -37,6 +34,7 @@ HELD_OUT = {"coco": 5_000, "ade20k": 2_000}
 """Training images that `val` takes from `train`, where a data set has two labelled splits."""
 
 _MAX_CLASSES = 2**15 - 1
+_IDS = "write one class name per line, the first line is id 0"
 
 
 def open_labelled(data: str, split: str) -> LabelledImages:
@@ -49,9 +47,6 @@ def open_labelled(data: str, split: str) -> LabelledImages:
         data: `coco:ROOT`, `coco-things:ROOT`, `coco-panoptic:ROOT`, `ade20k:ROOT`, or a folder with `classes.txt`
             and either {train,val,test}/{images,labels} or {train,val,test}-*.tar. docs/probe.md describes each.
         split: "train", "val" or "test".
-
-    Returns:
-        The split.
 
     Raises:
         UserError: nothing usable there; the message names the path and the remedy.
@@ -67,9 +62,7 @@ def open_labelled(data: str, split: str) -> LabelledImages:
         kind, root = _parse(user_path(data))
         if kind == "ade20k":
             return _open_ade20k(root, split)
-        if kind:
-            return _open_coco(kind, root, split)
-        return _open_own(root, split)
+        return _open_coco(kind, root, split) if kind else _open_own(root, split)
     except OSError as error:
         raise UserError(
             f"cannot open {data}: {error.strerror or error}; check path and permissions"
@@ -77,19 +70,16 @@ def open_labelled(data: str, split: str) -> LabelledImages:
 
 
 def _parse(data: str) -> tuple[str, Path]:
-    """The kind of data set ("" is a folder of one's own) and its folder, which exists."""
+    """The kind of data set ("" = a folder of one's own) and its folder, which exists."""
     kind, colon, rest = data.partition(":")
     if not (colon and re.fullmatch(r"[\w-]+", kind)) or Path(data).exists():
         kind, rest = "", data
     elif kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"{data}: no data set is called {kind!r}; there are {' '.join(KINDS)}, nearest {near}"
-        )
-    root = Path(rest)
-    if not rest or not root.is_dir():
+        raise UserError(f"{data}: unknown data set {kind!r}; there are {' '.join(KINDS)}, nearest {near}")
+    if not rest or not Path(rest).is_dir():
         raise UserError(f"{data}: no such folder: {rest or '(none)'}; check the path of the data set")
-    return kind, root
+    return kind, Path(rest)
 
 
 def class_names(key: str) -> tuple[str, ...]:
@@ -106,38 +96,29 @@ def _folder(data: str, candidates: list[Path], remedy: str) -> Path:
     raise UserError(f"{data}: no folder {candidates[0]}{others}; {remedy}")
 
 
-def _held_out(source: Source, count: int) -> np.ndarray:
-    """Which images `val` takes, [n] bool: those whose names have the lowest SHA-256."""
-    if len(source) <= count:
-        raise UserError(
-            f"{source.root} has {len(source)} images, but val takes {count} of them; fetch all of it"
-        )
-    names = [source.name(index) for index in range(len(source))]
-    order = sorted(range(len(names)), key=lambda i: hashlib.sha256(os.fsencode(names[i])).digest())
-    taken = np.zeros(len(names), dtype=bool)
-    taken[order[:count]] = True
-    return taken
-
-
 def _published(images: Path, maps: Path, split: str, held_out: int) -> tuple[Source, Source]:
-    """Images and maps of a split of a data set that has two labelled ones."""
-    pictures = FolderSource(str(images))
-    labels = pair(pictures, FolderSource(str(maps)))
+    """Images and maps of a data set with two labelled splits; `val` takes the names with the lowest SHA-256."""
+    source = FolderSource(str(images))
+    labels = pair(source, FolderSource(str(maps)))
     if split == "test":
-        return pictures, labels
-    taken = _held_out(pictures, held_out)
-    chosen = np.flatnonzero(taken == (split == "val"))
-    return Subset(pictures, chosen), Subset(labels, chosen)
+        return source, labels
+    count = len(source)
+    if count <= held_out:
+        raise UserError(f"{images} has {count} images, but val takes {held_out} of them; download all of it")
+    digests = [hashlib.sha256(os.fsencode(source.name(index))).digest() for index in range(count)]
+    val = np.sort(sorted(range(count), key=digests.__getitem__)[:held_out])
+    chosen = val if split == "val" else np.setdiff1d(np.arange(count), val)
+    return Subset(source, chosen), Subset(labels, chosen)
 
 
-def _fetched(data: str, root: Path) -> str:
+def _remedy(data: str, root: Path) -> str:
     return f"`bash examples/download.sh {data} {root}` in a clone of fastalign fetches it"
 
 
 def _open_coco(kind: str, root: Path, split: str) -> LabelledImages:
     year = "val2017" if split == "test" else "train2017"
     panoptic = kind == "coco-panoptic"
-    remedy = _fetched(kind if panoptic else "coco", root)
+    remedy = _remedy(kind if panoptic else "coco", root)
     name = f"panoptic_{year}" if panoptic else year
     other = root / name if panoptic else root / "stuffthingmaps" / name
     images = _folder(kind, [root / "images" / year, root / year], remedy)
@@ -145,47 +126,38 @@ def _open_coco(kind: str, root: Path, split: str) -> LabelledImages:
     source, labels = _published(images, maps, split, HELD_OUT["coco"])
     if not panoptic:
         classes = class_names("coco")[: 92 if kind == "coco-things" else 183]
-        look_up = partial(_look_up, table=coco_table(len(classes)), classes=len(classes))
-        return LabelledImages(source, classes, 0, labels, look_up)
+        return _by_table(source, labels, classes, coco_table(len(classes)))
     content = read_panoptic(root / "annotations" / f"{name}.json")
-    keys = (stem(labels.name(index)) for index in range(len(labels)))
-    unnamed = [key for key in keys if key not in content.spans]
-    if unnamed:
-        raise UserError(
-            f"{content.path} says nothing of {len(unnamed)} maps of {maps}, first {unnamed[0]}.png"
-        )
+    missing = [n for n in map(labels.name, range(len(labels))) if stem(n) not in content.segments]
+    if missing:
+        raise UserError(f"{content.path} lacks {len(missing)} maps of {maps}, first {missing[0]}")
     return LabelledImages(source, content.classes, 0, labels, partial(decode_panoptic, panoptic=content))
 
 
 def _open_ade20k(root: Path, split: str) -> LabelledImages:
     part = "validation" if split == "test" else "training"
-    remedy = _fetched("ade20k", root)
-    nested = root / "ADEChallengeData2016"
+    nested, remedy = root / "ADEChallengeData2016", _remedy("ade20k", root)
     images, maps = (
         _folder("ade20k", [root / kind / part, nested / kind / part], remedy)
         for kind in ("images", "annotations")
     )
     source, labels = _published(images, maps, split, HELD_OUT["ade20k"])
-    classes = class_names("ade20k")
-    look_up = partial(_look_up, table=ade20k_table(), classes=len(classes))
-    return LabelledImages(source, classes, 0, labels, look_up)
+    return _by_table(source, labels, class_names("ade20k"), ade20k_table())
 
 
-def _look_up(encoded: np.ndarray, name: str, _stem: str, *, table: np.ndarray, classes: int) -> np.ndarray:
-    return decode_table(encoded, name, table, classes)
+def _by_table(source: Source, labels: Source, classes: tuple[str, ...], table: np.ndarray) -> LabelledImages:
+    def decode(encoded: np.ndarray, name: str, _stem: str) -> np.ndarray:
+        return decode_table(encoded, name, table, len(classes))
 
-
-def _ids(encoded: np.ndarray, name: str, _stem: str, *, classes: int) -> np.ndarray:
-    return decode_ids(encoded, name, classes)
+    return LabelledImages(source, classes, 0, labels, decode)
 
 
 def _open_own(root: Path, split: str) -> LabelledImages:
     """A folder of folders or of tar shards, with classes.txt."""
-    shards = each_once(root.glob(f"{split}-*.tar"))
-    folder = root / split
+    shards, folder = each_once(root.glob(f"{split}-*.tar")), root / split
     if shards and folder.exists():
         raise UserError(
-            f"{root} holds both {folder.name}/ and {Path(shards[0]).name}; move one of them elsewhere"
+            f"{root} has both {folder.name}/ and {Path(shards[0]).name}; move one of them elsewhere"
         )
     if not shards and not folder.is_dir():
         raise UserError(
@@ -195,46 +167,45 @@ def _open_own(root: Path, split: str) -> LabelledImages:
     if shards:
         images, maps = _split_shards(root, split, shards)
     else:
-        remedy = f"{split}/ holds images/ and labels/"
-        images = FolderSource(str(_folder(str(root), [folder / "images"], remedy)))
-        maps = FolderSource(str(_folder(str(root), [folder / "labels"], remedy)))
-    labels = pair(images, maps)
-    return LabelledImages(images, classes, unlabeled, labels, partial(_ids, classes=len(classes)))
+        remedy = f"{split}/ must contain images/ and labels/"
+        images, maps = (
+            FolderSource(str(_folder(str(root), [folder / kind], remedy))) for kind in ("images", "labels")
+        )
+
+    def decode(encoded: np.ndarray, name: str, _stem: str) -> np.ndarray:
+        return decode_ids(encoded, name, len(classes))
+
+    return LabelledImages(images, classes, unlabeled, pair(images, maps), decode)
 
 
 def _split_shards(root: Path, split: str, shards: list[str]) -> tuple[Source, Source]:
-    """Of tar shards the label maps are the .png members, the images all others."""
-    whole = TarSource(f"{root}/{split}-*.tar", shards)
-    is_map = np.array([whole.name(index).lower().endswith(".png") for index in range(len(whole))])
+    """Images and label maps of tar shards; the maps are the .png members."""
+    members = TarSource(f"{root}/{split}-*.tar", shards)
+    is_map = np.array([members.name(index).lower().endswith(".png") for index in range(len(members))])
     if is_map.all() or not is_map.any():
-        lacking = "images (.jpg .jpeg .webp .bmp)" if is_map.all() else "label maps (.png)"
+        missing = "images (.jpg .jpeg .webp .bmp)" if is_map.all() else "label maps (.png)"
         raise UserError(
-            f"{root}/{split}-*.tar have no {lacking}; a sample is KEY.jpg and KEY.png in one shard"
+            f"{root}/{split}-*.tar have no {missing}; a sample is KEY.jpg and KEY.png in one shard"
         )
-    return Subset(whole, np.flatnonzero(~is_map)), Subset(whole, np.flatnonzero(is_map))
+    return Subset(members, np.flatnonzero(~is_map)), Subset(members, np.flatnonzero(is_map))
 
 
 def _read_classes(path: Path) -> tuple[tuple[str, ...], int | None]:
-    """The names in classes.txt and the id of `unlabeled`, None where no line says so."""
+    """The names in classes.txt and the id of `unlabeled`, None where there is none."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except FileNotFoundError:
-        raise UserError(f"no {path}; write one class name a line, the first line is id 0") from None
+        raise UserError(f"no {path}; {_IDS}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason}); save it in that encoding") from error
-    names = [line.strip() for line in lines]
-    while names and not names[-1]:
-        names.pop()
     if not names:
-        raise UserError(f"{path} is empty; write one class name a line, the first line is id 0")
+        raise UserError(f"{path} is empty; {_IDS}")
     if len(names) > _MAX_CLASSES:
         raise UserError(f"{path} has {len(names)} lines, at most {_MAX_CLASSES} classes are possible")
     seen: dict[str, int] = {}
     for number, name in enumerate(names, start=1):
         if not name:
-            raise UserError(
-                f"{path} line {number} is empty; the line number is the class id, name every class"
-            )
+            raise UserError(f"{path} line {number} is empty; {_IDS}")
         if seen.setdefault(name, number) != number:
             raise UserError(f"{path} lines {seen[name]} and {number} are both {name!r}; names must differ")
     return tuple(names), seen["unlabeled"] - 1 if "unlabeled" in seen else None

@@ -1,4 +1,4 @@
-"""Images paired with label maps, which is what a split of a labelled data set is."""
+"""Images paired with label maps: one split of a labelled data set."""
 
 import io
 import json
@@ -18,16 +18,16 @@ _SAMPLED = 8
 
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
-    """One split: image i and label map i belong together. Safe to use from several threads."""
+    """One split: image i belongs to label map i. Safe to use from several threads."""
 
     source: Source
     """encoded images, for `fastalign.data.Loader`"""
     classes: tuple[str, ...]
     """names; the index is the class id"""
     unlabeled: int | None
-    """the class that means "unlabeled", None where there is none"""
+    """the class that means "unlabeled"; None = there is none"""
     maps: Source
-    """encoded label maps; number i is image i's"""
+    """encoded label maps"""
     decode: Callable[[np.ndarray, str, str], np.ndarray]
     """(encoded map, file for messages, name within `maps` without the suffix) -> [H, W] int16"""
 
@@ -35,24 +35,23 @@ class LabelledImages:
         return len(self.source)
 
     def label_map(self, index: int) -> np.ndarray:
-        """The class of every pixel of an image.
-
-        Args:
-            index: of the image in `source`.
-
-        Returns:
-            [H, W] int16, the size of the image as it is stored; ids 0..C-1, VOID for pixels of no class.
+        """The class of every pixel of an image: [H, W] int16, ids 0..C-1 and VOID, the size of the stored image.
 
         Raises:
-            UserError: the map cannot be decoded, has an unknown id, or not the size of its image.
+            UserError: the map cannot be decoded, has an unknown id, or another size than its image.
         """
-        where = place(self.maps, index)
-        labels = self.decode(self.maps.read(index), where, stem(self.maps.name(index)))
-        size = self._image_size(index)
-        if labels.shape != size:
+        file, image = location(self.maps, index), location(self.source, index)
+        labels = self.decode(self.maps.read(index), file, stem(self.maps.name(index)))
+        encoded = io.BytesIO(self.source.read(index))
+        try:
+            with Image.open(encoded) as opened:
+                width, height = opened.size
+        except Exception as error:  # the decoders raise a dozen classes for damaged files
+            raise UserError(f"{image} cannot be read as an image; replace it") from error
+        if labels.shape != (height, width):
             raise UserError(
-                f"label map {where} has {labels.shape[1]} x {labels.shape[0]} pixels, its image "
-                f"{place(self.source, index)} {size[1]} x {size[0]}; they must be of one size"
+                f"label map {file} has {labels.shape[1]} x {labels.shape[0]} pixels, its image {image} has "
+                f"{width} x {height}; make them the same size"
             )
         return labels
 
@@ -60,66 +59,48 @@ class LabelledImages:
         """Some of the images with their maps: [n] integers, n >= 1, in that order."""
         return replace(self, source=Subset(self.source, indices), maps=Subset(self.maps, indices))
 
-    def _image_size(self, index: int) -> tuple[int, int]:
-        """(height, width), from the header alone."""
-        try:
-            with Image.open(io.BytesIO(self.source.read(index))) as image:
-                return image.height, image.width
-        except UserError:
-            raise
-        except Exception as error:  # the decoders raise a dozen classes at damaged files
-            raise UserError(f"{place(self.source, index)} cannot be read as an image; replace it") from error
-
     def fingerprint(self) -> int:
-        """A CRC-32 over the names of images and label maps, the bytes of a few of both, and the classes.
-
-        Where the data set lies does not count.
-        """
+        """CRC-32 of all file names, the bytes of a few files, and the classes; independent of the location."""
         crc = zlib.crc32(json.dumps([self.classes, self.unlabeled]).encode())
         for source in (self.source, self.maps):
             names = "\0".join(source.portable_name(i) for i in range(len(source)))
             crc = zlib.crc32(names.encode("utf-8", "surrogateescape"), crc)
-            # Names alone would not tell two renderings apart whose files are numbered.
+            # Names alone would not distinguish two renderings with numbered files.
             for i in sorted({i * (len(source) - 1) // _SAMPLED for i in range(_SAMPLED + 1)}):
                 crc = zlib.crc32(source.read(i), crc)
         return crc
 
 
-def place(source: Source, index: int) -> str:
-    """Where a sample is, for messages."""
+def location(source: Source, index: int) -> str:
+    """A sample's path, for messages."""
     return f"{source.root}/{source.name(index)}" if source.root else source.name(index)
 
 
-def _stems(source: Source, of: str) -> dict[str, int]:
-    """Names without suffix -> index; the images and the maps of a split have the same ones."""
-    found: dict[str, int] = {}
-    for index in range(len(source)):
-        other = found.setdefault(stem(source.name(index)), index)
-        if other != index:
-            both = f"{place(source, other)} and {place(source, index)}"
-            raise UserError(f"two {of} of one name: {both}; remove one")
-    return found
-
-
 def pair(images: Source, maps: Source) -> Source:
-    """The label maps in the order of the images, which have the same names up to the suffix.
+    """The label maps in the order of the images, matched by name without suffix.
 
     Raises:
         UserError: an image without a map, a map without an image, or one name twice.
     """
-    pictures, labels = _stems(images, "images"), _stems(maps, "label maps")
-    lonely = [index for key, index in pictures.items() if key not in labels]
-    if lonely:
-        where = maps.root or "the same shard"
-        raise UserError(
-            f"{len(lonely)} of {len(images)} images have no label map in {where}, first {place(images, lonely[0])}; "
-            "add the maps (the same name with .png) or remove the images"
-        )
-    orphans = [index for key, index in labels.items() if key not in pictures]
-    if orphans:
-        where = images.root or "the same shard"
-        raise UserError(
-            f"{len(orphans)} of {len(maps)} label maps have no image in {where}, first {place(maps, orphans[0])}; "
-            "add the images or remove the maps"
-        )
-    return Subset(maps, np.array([labels[key] for key in pictures]))
+    by_image, by_map = _by_stem(images, "images"), _by_stem(maps, "label maps")
+    for one, other, keys, of, to in (
+        (images, maps, by_image.keys() - by_map.keys(), "images", "label map"),
+        (maps, images, by_map.keys() - by_image.keys(), "label maps", "image"),
+    ):
+        if keys:
+            first = min((by_image if one is images else by_map)[key] for key in keys)
+            raise UserError(
+                f"{len(keys)} of {len(one)} {of} have no {to} in {other.root or 'the same shard'}, first "
+                f"{location(one, first)}; an image and its map have the same name, the map with .png"
+            )
+    return Subset(maps, np.array([by_map[key] for key in by_image]))
+
+
+def _by_stem(source: Source, of: str) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for index in range(len(source)):
+        other = found.setdefault(stem(source.name(index)), index)
+        if other != index:
+            both = f"{location(source, other)} and {location(source, index)}"
+            raise UserError(f"two {of} of one name: {both}; remove one")
+    return found

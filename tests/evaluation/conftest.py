@@ -1,14 +1,31 @@
-"""Labelled data sets in small, as users and the download leave them."""
+"""Labelled data sets in small, and a tiny backbone."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fastalign.evaluation import datasets
+import fastalign as fa
+from fastalign.backbones.vit import ViT
+from fastalign.evaluation import datasets, maps
 from tests.data_helpers import encode, write_tar
-from tests.evaluation.label_maps import COCO_TRAIN, COCO_VAL, SIZE, grey, picture, put
+from tests.evaluation.helpers import (
+    CLASSES,
+    COCO_TRAIN,
+    COCO_VAL,
+    COUNTS,
+    KWARGS,
+    NAME,
+    SIZE,
+    coloured,
+    grey,
+    picture,
+    put,
+    scene,
+)
 
 
 @pytest.fixture
@@ -26,6 +43,7 @@ def own(tmp_path):
 def coco(tmp_path, monkeypatch):
     """COCO in small, as the download leaves it: COCO-Stuff's maps and panoptic ones."""
     monkeypatch.setitem(datasets.HELD_OUT, "coco", 2)
+    maps.read_panoptic.cache_clear()
     root = tmp_path / "coco"
     categories = [{"id": 200, "name": "rug", "isthing": 0}, {"id": 1, "name": "person", "isthing": 1}]
     for split, numbers in (("train", COCO_TRAIN), ("val", COCO_VAL)):
@@ -39,10 +57,8 @@ def coco(tmp_path, monkeypatch):
             # 1 + 2 * 256 + 3 * 65536 = 197121; 200 * 65536 = 13107200
             ids = {13107200: 1, 7: 200, 197121: 1}
             segments = [{"id": i, "category_id": c, "iscrowd": 0, "area": 1} for i, c in ids.items()]
-            annotations.append(
-                {"file_name": f"{number}.png", "image_id": int(number), "segments_info": segments}
-            )
-        content = {"info": {}, "images": [], "annotations": annotations, "categories": categories}
+            annotations.append({"file_name": f"{number}.png", "segments_info": segments})
+        content = {"annotations": annotations, "categories": categories}
         (root / f"annotations/panoptic_{split}2017.json").write_text(json.dumps(content))
     return root
 
@@ -69,4 +85,50 @@ def tars(tmp_path):
             members += [(f"{i:04d}.jpg", encode(picture(first + i)))]
         write_tar(root / f"{name}.tar", members)
     (root / "classes.txt").write_text("sea\nland\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    root, draw = tmp_path_factory.mktemp("scenes"), np.random.default_rng(0)
+    for split, count in COUNTS.items():
+        for number in range(count):
+            for kind, image in zip(("images", "labels"), scene(draw, split), strict=True):
+                put(root / split / kind / f"{split}{number:02d}.png", image)
+    (root / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    return root
+
+
+@pytest.fixture
+def damaged(scenes, tmp_path):
+    """A copy of the scenes, to be damaged."""
+    return Path(shutil.copytree(scenes, tmp_path / "damaged"))
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How many images each pass through a backbone had."""
+    counted, original = [], ViT.forward_layers
+
+    def forward(self, images, skip_blocks):
+        counted.append(len(images))
+        return original(self, images, skip_blocks)
+
+    monkeypatch.setattr(ViT, "forward_layers", forward)
+    return counted
+
+
+@pytest.fixture
+def vit():
+    return fa.create_backbone(NAME, **KWARGS)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Six classes as folders: 36 training images, 18 for validation, 12 for the test."""
+    root, draw = tmp_path_factory.mktemp("classes"), np.random.default_rng(0)
+    for split, each in (("train", 6), ("val", 3), ("test", 2)):
+        for label in range(6):
+            for number in range(each):
+                put(root / split / f"class{label}" / f"{number}.png", coloured(label, draw))
     return root

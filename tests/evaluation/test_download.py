@@ -6,13 +6,13 @@ import re
 import shutil
 import subprocess
 import zipfile
-from pathlib import Path
 
 import pytest
 
 from fastalign.evaluation.datasets import open_labelled
+from tests.evaluation.helpers import ROOT
 
-SCRIPT = Path(__file__).parent.parent.parent / "examples/download.sh"
+SCRIPT = ROOT / "examples/download.sh"
 
 
 def pack(path, folder, *names, prefix=""):

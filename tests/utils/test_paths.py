@@ -13,13 +13,11 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel
 
-from fastalign import config, scan, train
-from fastalign.classify import __main__ as classify
+from fastalign import classify, config, probe, scan, train
 from fastalign.data import index
 from fastalign.data.sources import open_source
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.export import __main__ as export
-from fastalign.probe import __main__ as probe
 from fastalign.report import __main__ as report
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import UserPath, path_argument, user_path
@@ -28,7 +26,7 @@ from tests.data_helpers import small_photos, write_folder
 NOT_PATHS = {
     "train": {"overrides"},
     "scan": set(),
-    "classify": {"kwargs", "head", "precision", "crop", "randaugment"},
+    "classify": {"kwargs", "randaugment"},
     "probe": {"kwargs"},
     "report": set(),
     "export": {"push_to_hub"},

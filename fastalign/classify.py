@@ -1,0 +1,64 @@
+"""The command ``python -m fastalign.classify --backbone NAME_OR_RUN --data ROOT``, and `classify` for Python."""
+
+import argparse
+import shlex
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+from rich.console import Console
+
+from fastalign.evaluation.image_options import ImageOptions
+from fastalign.evaluation.images import RESULTS, classify
+from fastalign.evaluation.options import add_flags, evaluation_parser, from_flags
+from fastalign.evaluation.results import image_table
+from fastalign.training import distributed
+from fastalign.training.build import named_backbone
+from fastalign.training.command import run_command
+
+__all__ = ["classify", "main"]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; UserError where it cannot be understood."""
+    parser = evaluation_parser(
+        "classify",
+        "Image classification with a backbone: a head on its frozen features, or fine-tuning.",
+        data="folder with train/ and val/, and perhaps test/",
+        output="RUN or runs/classify-NAME, a folder",
+    )
+    parser.epilog = "Defaults that depend on head and mode are in docs/classify.md."
+    add_flags(parser, ImageOptions)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns the exit code: 0, or 2 for bad input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+
+    def run() -> None:
+        given = parse(arguments)
+        options = from_flags(ImageOptions, given)
+        options.resolved()  # refused before anything is loaded
+        # Ranks without a seed of their own wait while others train.
+        world = distributed.start(timeout=timedelta(days=30))
+        vit, run_folder = named_backbone(
+            given.backbone, weights=given.weights, kwargs=given.kwargs, softcap=given.softcap
+        )
+        folder = Path(given.output or run_folder or Path("runs") / f"classify-{given.backbone}")
+        say = (lambda text: print(text, flush=True)) if world.main else (lambda text: None)
+        command = shlex.join(["python", "-m", "fastalign.classify", *arguments])
+        results = classify(
+            vit, given.data, output=folder, world=world, say=say, command=command, **dict(options)
+        )
+        if world.main:
+            console = Console()
+            console.print(image_table(results))
+            console.print(f"chosen: {results['selection']}", highlight=False)
+            console.print(f"written: {folder / RESULTS}", highlight=False, soft_wrap=True)
+
+    return run_command(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""A small probe of the student while it trains; docs/probe.md, "During training", describes it."""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+
+from fastalign.backbones.vit import ViT
+from fastalign.config import Config
+from fastalign.evaluation.datasets import open_labelled
+from fastalign.evaluation.heads import make_patch_head
+from fastalign.evaluation.pairs import LabelledImages
+from fastalign.evaluation.patch_features import frozen_encoder, read_patch_features
+from fastalign.evaluation.patches import Recipe, Task, evaluate_head, fit_head
+from fastalign.training.distributed import World, on_first_rank
+from fastalign.utils.errors import UserError
+
+IMAGES = {"train": 2_000, "val": 1_000}
+"""At most so many of each split, evenly chosen."""
+EPOCHS = 3
+REPORTED = ("macro_recall", "map", "loss")
+
+
+def open_splits(config: Config, world: World) -> dict[str, LabelledImages]:
+    """Parts of the train and val splits of `probe.data` on rank 0, nothing elsewhere; `test` is not opened.
+
+    Raises:
+        SharedError: the data cannot be opened; on every rank.
+    """
+    found = {}
+
+    def open_parts() -> None:
+        for split, most in IMAGES.items():
+            try:
+                data = open_labelled(config.probe.data, split)
+            except UserError as error:
+                raise UserError(f"probe.data: {error}") from error
+            found[split] = data.subset(np.arange(most) * len(data) // most) if len(data) > most else data
+
+    if config.probe.data is not None:
+        on_first_rank(world, open_parts)
+    return found
+
+
+def contents(splits: dict[str, LabelledImages]) -> dict[str, str]:
+    """What identifies the images of `probe.data` to a run that resumes."""
+    marks = " ".join(f"{split.fingerprint():08x}" for split in splits.values())
+    return {"probe.data": marks} if marks else {}
+
+
+def probe_student(run, splits: dict[str, LabelledImages]) -> dict[str, float]:
+    """Probes the encoder of a run's student, with the averaged weights where there are some."""
+    encoder = run.objective.student.encoder
+
+    def probe() -> dict[str, float]:
+        vit = copy.deepcopy(encoder)  # a copy is not compiled, so no graph of training is compiled again
+        if run.average:
+            average = run.average.state
+            vit.load_state_dict({name: average[f"encoder.{name}"] for name in vit.state_dict()})
+        return probe_encoder(
+            vit,
+            splits,
+            run.world.device,
+            seed=run.config.seed,
+            threads=run.config.data.threads,
+            dtype=run.dtype,
+            on_forward=lambda: run.beat("probing"),
+        )
+
+    with nullcontext() if run.world.main else run.hang_timer.paused():
+        return on_first_rank(run.world, probe)
+
+
+def probe_encoder(
+    vit: ViT,
+    splits: dict[str, LabelledImages],
+    device: torch.device,
+    *,
+    seed: int,
+    threads: int,
+    dtype: torch.dtype,
+    on_forward: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Trains a fresh head on a backbone's tokens, in memory and on one rank, and evaluates it.
+
+    Random states stay as they are; the backbone is frozen.
+
+    Args:
+        vit: on the device.
+        splits: of `open_splits`.
+        device: where.
+        seed: of the head and its training.
+        threads: that read images.
+        dtype: of autocast.
+        on_forward: called at each forward pass.
+
+    Returns:
+        Of the val split after the last epoch: macro_recall, map and loss.
+
+    Raises:
+        UserError: a bad image or label map.
+    """
+    where = {"device": device, "dtype": dtype}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        vit.patch_embed.register_forward_hook(lambda *_: on_forward())
+        encoder, world = frozen_encoder(vit), World(0, 1, device)
+        read = {
+            n: read_patch_features(encoder, s, world, threads=threads, dtype=dtype) for n, s in splits.items()
+        }
+        task = Task("transformer", "union", skip_blocks=0, seed=seed)
+        recipe = Recipe(epochs=EPOCHS, batch_size=min(Recipe().batch_size, len(read["train"])))
+        torch.manual_seed(seed)
+        head = make_patch_head(task.head, task.labels, encoder.shape, read["train"].classes)
+        head.register_forward_hook(lambda *_: on_forward())
+        head, _, _ = fit_head(head, task, read["train"], None, recipe, **where)
+        found = evaluate_head(head, task, read["val"], by_size=False, **where)
+    return {name: found[name] for name in REPORTED}

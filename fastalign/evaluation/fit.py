@@ -1,0 +1,167 @@
+"""The training loop of heads and classifiers, and their evaluation."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastalign.backbones.precision import autocast
+from fastalign.data.prefetch import Batch
+from fastalign.training.distributed import World
+from fastalign.training.optim import seed_update
+
+
+class FeatureLoader:
+    """Batches of features on one rank, in the form of a `Loader`'s.
+
+    Args:
+        features: [n, ...].
+        batch_size: b.
+        device: of the batches.
+        order: epoch -> [n] row numbers, of which an incomplete last batch is dropped; None = all rows in order.
+        dtype: of the batches; None = the features'.
+    """
+
+    def __init__(
+        self,
+        features: Tensor,
+        *,
+        batch_size: int,
+        device: torch.device,
+        order: Callable[[int], np.ndarray] | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        self.features, self.batch_size, self.device, self.order = features, batch_size, device, order
+        self.dtype = dtype or features.dtype
+
+    def __len__(self) -> int:
+        count = len(self.features)
+        return count // self.batch_size if self.order else -(-count // self.batch_size)
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from batch `start` on; `images` holds features."""
+        order = self.order(epoch) if self.order else np.arange(len(self.features))
+        for step in range(start, len(self)):
+            rows = order[step * self.batch_size : (step + 1) * self.batch_size]
+            ids = torch.from_numpy(rows)
+            features = self.features[ids.to(self.features.device)].to(self.device, non_blocking=True)
+            yield Batch(features.to(self.dtype), ids.to(self.device), rows, 0.0)
+
+    def close(self) -> None:
+        """Does nothing: a `Loader` has threads to stop, this has none."""
+
+
+@dataclass
+class Fit:
+    """Trains a module with AdamW; its owner evaluates after each epoch."""
+
+    module: nn.Module
+    """on the device: a batch's `images` -> logits"""
+    groups: list[dict]
+    """AdamW's parameter groups, each with the "factor" of its learning rate"""
+    loss: Callable[[Tensor, Batch], Tensor]
+    """(logits, batch) -> scalar"""
+    rate: Callable[[int], float]
+    """update, from 0 -> learning rate"""
+    epochs: int
+    epoch_steps: int
+    """updates"""
+    world: World
+    """ranks that share each batch"""
+    dtype: torch.dtype
+    """of autocast"""
+    seed: int = 0
+    """of stochastic depth"""
+    accumulate: int = 1
+    """batches per update"""
+    clip: float = 0.0
+    """largest gradient norm; 0 = any"""
+    step: int = 0
+
+    def __post_init__(self):
+        self.parameters = [parameter for group in self.groups for parameter in group["params"]]
+        self.optimizer = torch.optim.AdamW(self.groups, betas=(0.9, 0.999), fused=True)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        self.model = self.module
+        if self.world.size > 1:
+            self.model = DistributedDataParallel(
+                self.module, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    @property
+    def total(self) -> int:
+        """Updates in all."""
+        return self.epochs * self.epoch_steps
+
+    def run(
+        self,
+        batches: Callable[[int, int], Iterator[Batch]],
+        after_update: Callable[[int, dict], None] | None = None,
+    ) -> Iterator[tuple[int, float]]:
+        """Trains from the present step to the end.
+
+        Args:
+            batches: (epoch from 0, first batch) -> the epoch's batches from there on.
+            after_update: gets the epoch, and the update's measurements that are still on the device.
+
+        Yields:
+            After each epoch its number, from 1, and its mean loss.
+        """
+        while self.step < self.total:
+            epoch, done = divmod(self.step, self.epoch_steps)
+            self.module.train()
+            with closing(batches(epoch, done * self.accumulate)) as parts:
+                while self.step < (epoch + 1) * self.epoch_steps:
+                    measured = self.update(parts)
+                    if after_update:
+                        after_update(epoch, measured)
+            loss = self.loss_sum.item() / self.epoch_steps
+            self.loss_sum.zero_()
+            yield epoch + 1, loss
+
+    def update(self, batches: Iterator[Batch]) -> dict[str, Tensor | float]:
+        """One update of the weights. Returns measurements that are still on the device."""
+        lr = self.rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["factor"]
+        seed_update(self.seed, self.step, self.world.rank)
+        total, waited = torch.zeros((), device=self.world.device), 0.0
+        for part in range(self.accumulate):
+            batch = next(batches)
+            waited += batch.wait
+            last = part == self.accumulate - 1
+            with nullcontext() if last or self.world.size == 1 else self.model.no_sync():
+                with autocast(self.world.device, self.dtype):
+                    logits = self.model(batch.images)
+                loss = self.loss(logits, batch) / self.accumulate
+                loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        loss = self.world.sum(total) / self.world.size
+        self.loss_sum += loss
+        self.step += 1
+        return {"loss": loss, "grad_norm": norm, "lr": lr, "waited": waited}
+
+
+@torch.no_grad()
+def evaluate(
+    module: nn.Module,
+    batches: Iterator[Batch],
+    add: Callable[[Tensor, Batch], None],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Passes the logits of every batch to `add`, in evaluation mode and under autocast of `dtype`."""
+    module.eval()
+    with closing(batches):
+        for batch in batches:
+            with autocast(device, dtype):
+                logits = module(batch.images)
+            add(logits, batch)

@@ -1,0 +1,191 @@
+"""The heads: of patches, as Covert et al. (2025) define them, and of images.
+
+Shapes: B images, N patches, P prefix tokens, T = P + N tokens, D width, C classes.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastalign.backbones.blocks import Block
+from fastalign.backbones.spec import BlockSpec
+from fastalign.backbones.vit import ViT
+
+PATCH_HEADS = ("linear", "mlp", "transformer", "latent", "latent-global")
+PATCH_LABELS = ("union", "majority", "global-union", "global-in-patch")
+IMAGE_HEADS = ("linear", "attention", "transformer")
+_STD = 0.02
+_CHUNK = 65_536
+
+
+class TokenShape(NamedTuple):
+    """The tokens of a backbone, and its attention heads."""
+
+    patches: int
+    prefix: int
+    width: int
+    heads: int
+
+
+class SelectTokens(nn.Module):
+    """`patches` [B, N, D], `all` [B, T, D], or `image` [B, 1, D]: the mean of the prefix (without one: of all)."""
+
+    def __init__(self, which: str, prefix: int):
+        super().__init__()
+        self.which, self.prefix = which, prefix
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.which == "image":
+            return (tokens[:, : self.prefix] if self.prefix else tokens).mean(1, keepdim=True)
+        return tokens[:, self.prefix :] if self.which == "patches" else tokens
+
+
+class PatchTransformer(nn.Module):
+    """Position embedding, norm, pre-norm blocks with LayerScale 0.01, norm, linear layer: tokens -> [B, N, C].
+
+    With `latent`, N learnt queries are appended and give the answers; the tokens then get no position embedding. With
+    `image` the output is [B, 1, C], the mean answer of the prefix tokens (without a prefix: of all).
+    """
+
+    def __init__(self, shape: TokenShape, classes: int, tokens: int, layers: int, latent: bool, image: bool):
+        super().__init__()
+        self.shape, self.latent, self.image = shape, latent, image
+        width = shape.width
+        block = BlockSpec(
+            width, shape.heads, mlp_hidden=4 * width, qkv_bias=False, layer_scale=0.01, norm_eps=1e-5
+        )
+        self.pos_embed = nn.Parameter(_STD * torch.randn(shape.patches if latent else tokens, width))
+        self.norm_pre = nn.LayerNorm(width)
+        self.blocks = nn.Sequential(*(Block(block) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.latent:
+            tokens = torch.cat([tokens, self.pos_embed.to(tokens.dtype).expand(len(tokens), -1, -1)], 1)
+        else:
+            tokens = tokens + self.pos_embed
+        answers = self.head(self.norm(self.blocks(self.norm_pre(tokens))))
+        if self.image:
+            return (answers[:, : self.shape.prefix] if self.shape.prefix else answers).mean(1, keepdim=True)
+        return answers[:, -self.shape.patches :]
+
+
+def supports(head: str, labels: str) -> bool:
+    """Whether a patch head can predict such labels: `global-in-patch` must be read from each token alone."""
+    if labels == "global-union":
+        return not head.startswith("latent")
+    return labels != "global-in-patch" or head in ("linear", "mlp")
+
+
+def make_patch_head(
+    name: str, labels: str, shape: TokenShape, classes: int, *, hidden: int = 1024, layers: int = 2
+) -> nn.Module:
+    """A patch head with fresh weights: tokens [B, T, D] -> logits [B, N, C], or [B, 1, C] for `global-union`.
+
+    `hidden` is the width of the MLP, `layers` are the blocks of the transformers.
+    """
+    image = labels == "global-union"
+    which = {"latent-global": "image", "latent": "all", "transformer": "all"}.get(
+        name, "image" if image else "patches"
+    )
+    if name == "linear":
+        head = nn.Linear(shape.width, classes)
+    elif name == "mlp":
+        head = nn.Sequential(nn.Linear(shape.width, hidden), nn.GELU(), nn.Linear(hidden, classes))
+    else:
+        tokens = 1 if which == "image" else shape.prefix + shape.patches
+        head = PatchTransformer(shape, classes, tokens, layers, name != "transformer", image)
+    return nn.Sequential(SelectTokens(which, shape.prefix), head)
+
+
+class StandardizedLinear(nn.Module):
+    """A linear layer on standardized features, zero at the start."""
+
+    def __init__(self, width: int, classes: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+        self.linear = nn.Linear(width, classes)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    @torch.no_grad()
+    def standardize(self, features: Tensor) -> None:
+        """Takes mean and standard deviation from features [n, D], so that one learning rate suits all backbones."""
+        parts = features.split(_CHUNK)
+        mean = sum(part.sum(0, dtype=torch.float64) for part in parts) / len(features)
+        std = (sum((part - mean).square().sum(0) for part in parts) / len(features)).sqrt()
+        # A constant channel is dropped: dividing by its rounding noise would amplify it.
+        varies = std > 1e-6 * std.max().clamp(min=1e-12)
+        self.mean.copy_(mean)
+        self.scale.copy_(torch.where(varies, 1 / std.clamp(min=1e-30), torch.zeros_like(std)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D] -> [B, C]"""
+        return self.linear((features - self.mean) * self.scale)
+
+
+class AttentionHead(nn.Module):
+    """One learnt query that attends over all tokens, then a linear layer: [B, T, D] -> [B, C]."""
+
+    def __init__(self, width: int, classes: int):
+        super().__init__()
+        self.heads = _attention_heads(width)
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Parameter(_STD * torch.randn(width))
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm_out = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, classes)
+        _initialize(self)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        keys, values = self.kv(self.norm(tokens)).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        query = self.query.to(keys.dtype).view(self.heads, 1, -1).expand(len(tokens), -1, -1, -1)
+        pooled = functional.scaled_dot_product_attention(query, keys.transpose(1, 2), values.transpose(1, 2))
+        return self.linear(self.norm_out(self.proj(pooled.flatten(1))))
+
+
+class ClassTokenTransformer(nn.Module):
+    """Two transformer blocks over a learnt class token and all tokens, then a linear layer on it: -> [B, C]."""
+
+    def __init__(self, width: int, classes: int, tokens: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Parameter(_STD * torch.randn(1, 1, width))
+        self.position = nn.Parameter(_STD * torch.randn(1, tokens, width))
+        spec = BlockSpec(width=width, heads=_attention_heads(width), mlp_hidden=4 * width)
+        self.blocks = nn.Sequential(Block(spec), Block(spec))
+        self.norm_out = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, classes)
+        _initialize(self)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = self.norm(tokens) + self.position
+        tokens = torch.cat([self.query.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], 1)
+        return self.linear(self.norm_out(self.blocks(tokens)[:, 0]))
+
+
+def make_image_head(name: str, vit: ViT, classes: int) -> nn.Module:
+    """An image head with fresh weights: [B, D] for `linear`, else [B, T, D] -> logits [B, C]."""
+    width = vit.embed_dim
+    if name == "linear":
+        return StandardizedLinear(width, classes)
+    if name == "attention":
+        return AttentionHead(width, classes)
+    return ClassTokenTransformer(width, classes, vit.spec.prefix + vit.spec.patches)
+
+
+def _attention_heads(width: int) -> int:
+    """64 channels each where that divides the width, else one."""
+    return width // 64 if width % 64 == 0 else 1
+
+
+def _initialize(head: nn.Module) -> None:
+    for part in head.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=_STD)
+            nn.init.zeros_(part.bias)

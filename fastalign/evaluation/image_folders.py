@@ -1,0 +1,115 @@
+"""Labelled image folders: the splits, and the classes that they share."""
+
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastalign.data.sources import Source, open_source
+from fastalign.training.distributed import World
+from fastalign.utils.errors import UserError
+from fastalign.utils.paths import user_path
+
+_MOST_NAMED = 3
+
+
+@dataclass(frozen=True)
+class ImageSplit:
+    """Images and their classes."""
+
+    source: Source
+    labels: Tensor
+    "[n] int64, indices into the class names"
+
+    def labels_crc(self) -> int:
+        """CRC-32 of the labels."""
+        return zlib.crc32(self.labels.numpy().tobytes())
+
+    def facts(self) -> dict:
+        """The number of images, and CRC-32 of file names and labels."""
+        fingerprint, labels = f"{self.source.fingerprint():08x}", f"{self.labels_crc():08x}"
+        return {"images": len(self.source), "fingerprint": fingerprint, "labels": labels}
+
+
+def open_image_splits(
+    root: str | Path, world: World, say: Callable[[str], None]
+) -> tuple[dict[str, ImageSplit], list[str]]:
+    """Opens ``train`` and ``val``, and ``test`` where there is one.
+
+    Each is a folder of class folders, images with a ``labels.csv`` (there or in ``images/``), or tar shards with
+    ``.cls`` members.
+
+    Args:
+        root: the folder of the splits.
+        world: every rank opens them, and all must see the same files.
+        say: gets a line about each class that val or test lacks.
+
+    Returns:
+        The splits by name, and the class names: those of train, sorted (as numbers where all are integers).
+
+    Raises:
+        UserError: a missing split, images without a label, a class that train lacks, or fewer than two classes.
+    """
+    root = Path(user_path(root))
+    if not root.is_dir():
+        raise UserError(f"--data {root}: no such folder; give one that contains train/ and val/")
+    for name in ("train", "val"):
+        if not (root / name).is_dir():
+            raise UserError(f"--data {root} has no folder {name}/; it must contain train/ and val/")
+    test = root / "test"
+    if os.path.lexists(test) and not test.is_dir():
+        raise UserError(f"--data {root}: {test} is not a folder; mount its target, or remove it")
+    sources = {name: _open(root / name) for name in ("train", "val", "test") if (root / name).is_dir()}
+    names = {name: _class_names(source, root / name) for name, source in sources.items()}
+    classes = _sorted(set(names["train"]))
+    if len(classes) < 2:
+        raise UserError(f"--data {root}: train/ has the class {classes[0]} only; give at least two classes")
+    index, splits = {name: number for number, name in enumerate(classes)}, {}
+    for name, source in sources.items():
+        present = set(names[name])
+        unknown = _sorted(present - set(classes))
+        if unknown:
+            raise UserError(
+                f"--data {root}: {name}/ has {_listed(unknown)} that train/ lacks; make them agree"
+            )
+        absent = [label for label in classes if label not in present]
+        if absent:
+            say(f"{name}/ has no image of {_listed(absent)}: mean per class is over the other classes")
+        splits[name] = ImageSplit(source, torch.tensor([index[label] for label in names[name]]))
+        if not world.agree(source.fingerprint()) or not world.agree(splits[name].labels_crc()):
+            raise UserError(
+                f"--data {root}/{name}: the ranks see different files; give all machines the same"
+            )
+    return splits, classes
+
+
+def _open(path: Path) -> Source:
+    inside = path / "images"
+    # A folder that has other pictures next to the labelled ones, such as label maps.
+    return open_source(str(inside if (inside / "labels.csv").is_file() else path))
+
+
+def _class_names(source: Source, path: Path) -> list[str]:
+    names = source.class_names()
+    missing = [number for number, name in enumerate(names) if name is None]
+    if missing:
+        raise UserError(
+            f"--data {path}: {len(missing)} of {len(names)} images have no label, the first is "
+            f"{source.name(missing[0])}; add its class folder, its line in labels.csv, or its .cls file"
+        )
+    return names
+
+
+def _sorted(names: set[str]) -> list[str]:
+    integers = all(name.removeprefix("-").isdecimal() for name in names)
+    return sorted(names, key=int) if integers else sorted(names)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    word = "class" if len(names) == 1 else "classes"
+    return f"{word} {', '.join(names[:_MOST_NAMED])}{more}"

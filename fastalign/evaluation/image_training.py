@@ -1,0 +1,239 @@
+"""Training image classifiers, one for each seed: heads on features, heads on augmented images, fine-tuning."""
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastalign.backbones.precision import compute_dtype
+from fastalign.backbones.vit import ViT
+from fastalign.data.loader import Loader
+from fastalign.data.prefetch import Batch
+from fastalign.data.transforms import Transform
+from fastalign.evaluation.classifier import Classifier, copy_for_head, head_input, parameter_groups
+from fastalign.evaluation.features import open_loader, read_image_features
+from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate
+from fastalign.evaluation.heads import StandardizedLinear, make_image_head
+from fastalign.evaluation.image_folders import ImageSplit
+from fastalign.evaluation.image_options import ImageOptions
+from fastalign.evaluation.metrics import ImageCounts
+from fastalign.evaluation.run_folder import RunFolder
+from fastalign.training.build import image_constants
+from fastalign.training.distributed import World
+from fastalign.training.optim import learning_rate
+from fastalign.utils.errors import UserError
+from fastalign.utils.random import permutation
+
+_READ_BATCH = 256
+
+Loaders = dict[str, Loader | FeatureLoader]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the trainings of all seeds share."""
+
+    backbone: ViT
+    splits: dict[str, ImageSplit]
+    classes: int
+    options: ImageOptions
+    """resolved"""
+    world: World
+    say: Callable[[str], None]
+    folder: Path
+    """for checkpoints and temporary files; the same on all ranks"""
+    identity: dict | None
+    """plain values that a checkpoint must share; None = no checkpoints"""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of autocast."""
+        return compute_dtype(self.options.precision, self.world.device)
+
+    def open_loader(self, split: str, transform: Transform, batch_size: int, **options) -> Loader:
+        """A loader of a split for this rank."""
+        options |= {"batch_size": batch_size, "dtype": self.dtype, "threads": self.options.threads}
+        return open_loader(self.splits[split].source, transform, self.world, **options)
+
+
+def mixed_loss(logits: Tensor, labels: Tensor, *, weight: float, smoothing: float) -> Tensor:
+    """Cross-entropy against a mixture of a batch's labels and the same in reverse order.
+
+    Args:
+        logits: [B, C].
+        labels: [B] int64.
+        weight: share of a sample's own label.
+        smoothing: share of every label that is spread over all classes.
+    """
+    logits = logits.float()
+    own = functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+    if weight == 1:
+        return own
+    other = functional.cross_entropy(logits, labels.flip(0), label_smoothing=smoothing)
+    return weight * own + (1 - weight) * other
+
+
+def update_best(
+    best: dict | None, epoch: int, epochs: int, measure: Callable[[str], dict], *, has_test: bool
+) -> tuple[dict | None, dict]:
+    """After an epoch (from 1): what is reported if training ends here, and the validation metrics.
+
+    With a test split, the test metrics of the epoch with the best validation top-1 (the first of equals); without
+    one, the validation metrics of the last epoch, because selecting on the reported split is biased.
+    """
+    val = measure("val")
+    if not has_test:
+        return ({"epoch": epoch, "val": val} if epoch == epochs else None), val
+    if best is None or val["top1"] > best["val"]["top1"]:
+        return {"epoch": epoch, "val": val, "test": measure("test")}, val
+    return best, val
+
+
+def train_on_features(job: Job) -> list[dict]:
+    """Frozen backbone: all ranks compute its features once; then each rank trains its share of the seeds."""
+    options, world, device = job.options, job.world, job.world.device
+    features = {name: _read(job, name) for name in job.splits}
+    on_cpu = features["train"]
+    if device.type == "cuda":
+        for name, values in features.items():
+            if values.nbytes <= options.memory_share * torch.cuda.mem_get_info(device)[0]:
+                features[name] = values.to(device)
+    done = {}
+    for seed in options.seeds[world.rank :: world.size]:
+        common = {"batch_size": options.batch_size, "device": device}
+        loaders = {name: FeatureLoader(values, **common) for name, values in features.items()}
+        loaders["train"].order = lambda epoch, seed=seed: permutation(len(on_cpu), seed=seed, epoch=epoch)
+        torch.manual_seed(seed)
+        head = make_image_head(options.head, job.backbone, job.classes)
+        if isinstance(head, StandardizedLinear):
+            head.standardize(on_cpu)
+        done[seed] = found = train_seed(job, head.to(device), loaders, seed, World(0, 1, device))
+        job.say(f"seed {seed}: val top-1 {100 * found['val']['top1']:.2f}% after epoch {found['epoch']}")
+    results = {seed: result for part in world.gather(done) for seed, result in part.items()}
+    return [results[seed] for seed in options.seeds]
+
+
+def train_on_images(job: Job) -> list[dict]:
+    """Augmented images go through the backbone in each epoch; all ranks share the batches of each seed."""
+    options, world = job.options, job.world
+    size = options.batch_size // (options.accumulate * world.size)
+    constants = image_constants(job.backbone)
+    evaluated = Transform(crop="eval", **constants)
+    augment = {name: getattr(options, name) for name in ("crop", "color_jitter", "randaugment")}
+    mix = {name: getattr(options, name) for name in ("accumulate", "mixup", "cutmix")}
+    standardize = options.head == "linear" and not options.unfreeze
+    statistics = _read(job, "train") if standardize else None
+    results = []
+    for seed in options.seeds:
+        loaders = {name: job.open_loader(name, evaluated, size) for name in job.splits if name != "train"}
+        training = Transform(**augment, **constants)
+        loaders["train"] = job.open_loader("train", training, size, train=True, seed=seed, **mix)
+        torch.manual_seed(seed)
+        model = Classifier(job.backbone, options.head, job.classes, unfreeze=options.unfreeze)
+        model.backbone.grad_checkpointing = options.grad_checkpointing
+        if standardize:
+            model.head.standardize(statistics)
+        with ExitStack() as stack:
+            for loader in loaders.values():
+                stack.enter_context(closing(loader))
+            results.append(train_seed(job, model.to(world.device), loaders, seed, world))
+    return results
+
+
+def train_seed(job: Job, model: nn.Module, loaders: Loaders, seed: int, world: World) -> dict:
+    """Trains a model on images or features.
+
+    Returns:
+        The seed, what `update_best` selected, and a line for each epoch as "curve".
+    """
+    options, say = job.options, job.say if job.options.live else lambda text: None
+    labels = {name: split.labels.to(world.device) for name, split in job.splits.items()}
+    fit = make_fit(model, len(loaders["train"]), labels["train"], options, seed, world, job.dtype)
+
+    def measure(split: str) -> dict:
+        counts = ImageCounts(job.classes, world.device)
+        batches, targets = loaders[split].batches(), labels[split]
+        evaluate(
+            model, batches, lambda logits, b: counts.add(logits, targets[b.ids]), world.device, job.dtype
+        )
+        return counts.results(world)
+
+    progress, folder = {"best": None, "curve": []}, None
+    if options.live and job.identity is not None:
+        place = job.folder / "classify" / f"seed-{seed}"
+        folder = RunFolder(place, fit, progress, job.identity, options, say, f"seed {seed}")
+    for epoch, loss in fit.run(loaders["train"].batches, folder and folder.after_update):
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} in epoch {epoch} of seed {seed}: lower --lr, or set --clip")
+        has_test = "test" in loaders
+        progress["best"], val = update_best(progress["best"], epoch, fit.epochs, measure, has_test=has_test)
+        figures = {"train_loss": loss, "val_loss": val["loss"], "val_top1": val["top1"]}
+        progress["curve"].append({"epoch": epoch, **figures})
+        top1 = f"{100 * val['top1']:.2f}%"
+        say(f"seed {seed} epoch {epoch}/{fit.epochs}  loss {loss:.4f}  val top-1 {top1}")
+        if folder:
+            folder.save()
+    if folder:
+        folder.close()
+    return {"seed": seed, **progress["best"], "curve": progress["curve"]}
+
+
+def make_fit(
+    model: nn.Module,
+    batches: int,
+    labels: Tensor,
+    options: ImageOptions,
+    seed: int,
+    world: World,
+    dtype: torch.dtype,
+) -> Fit:
+    """The training loop of a head or a `Classifier`: batches per epoch, labels of all training images."""
+    steps = batches // options.accumulate
+    warmup, smoothing = round(options.warmup_epochs * steps), options.label_smoothing
+    schedule = {"total": options.epochs * steps, "warmup": warmup, "lr": options.lr, "min_lr": options.min_lr}
+
+    def loss(logits: Tensor, batch: Batch) -> Tensor:
+        return mixed_loss(logits, labels[batch.ids], weight=batch.weight, smoothing=smoothing)
+
+    return Fit(
+        model,
+        parameter_groups(model, decay=options.layer_decay or 1.0, weight_decay=options.weight_decay),
+        loss,
+        partial(learning_rate, **schedule),
+        epochs=options.epochs,
+        epoch_steps=steps,
+        world=world,
+        dtype=dtype,
+        seed=seed,
+        accumulate=options.accumulate,
+        clip=options.clip,
+    )
+
+
+def _read(job: Job, split: str) -> Tensor:
+    """What the head reads of every image of a split: [n, D] float32, or [n, T, D] in the compute dtype."""
+    head = job.options.head
+    vit = copy_for_head(job.backbone, head).to(job.world.device).eval()
+    tokens = () if head == "linear" else (vit.spec.prefix + vit.spec.patches,)
+    job.say(f"{split}: features of {len(job.splits[split].source)} images")
+    with closing(
+        job.open_loader(split, Transform(crop="eval", **image_constants(vit)), _READ_BATCH)
+    ) as loader:
+        features = read_image_features(
+            lambda images: head_input(vit, vit.forward_features(images), head),
+            loader,
+            (*tokens, vit.embed_dim),
+            job.dtype if tokens else torch.float32,
+            job.world,
+            dtype=job.dtype,
+            folder=job.folder,
+            share=job.options.memory_share,
+        )
+    job.world.barrier()
+    return features

@@ -1,1 +1,0 @@
-"""Patch-level probing: what a small head can read off a frozen backbone's tokens (docs/probe.md)."""

@@ -1,0 +1,180 @@
+"""The demo's trials, its table of evidence, and the ablation, on mosaics of a tiny size."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+import fastalign as fa
+from benchmarks import ablation
+from demo import evidence, mosaics, trials
+from demo.trials import Trial
+from fastalign.config import load_config
+from fastalign.report.probe import read_probe
+from fastalign.train import main as train
+from fastalign.training.build import build_objective
+from fastalign.utils.errors import UserError
+
+KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """A recipe like the demo's on tiny mosaics, with a random teacher, and its run."""
+    root = tmp_path_factory.mktemp("evidence")
+    mosaics.render(root / "data", mosaics.Settings(train=64, val=16, test=16, size=32), workers=1)
+    torch.manual_seed(0)
+    save_file(fa.create_backbone("vit_tiny_patch16_224", **KWARGS).state_dict(), root / "teacher.safetensors")
+    tree = {
+        "student": {
+            "name": "vit_tiny_patch16_224",
+            "weights": str(root / "teacher.safetensors"),
+            "kwargs": KWARGS,
+        },
+        "data": {
+            "train": str(root / "data/train/images"),
+            "val": str(root / "data/val/images"),
+            "threads": 1,
+        },
+        "optim": {"batch_size": 16, "epochs": 1},
+        "output": str(root / "run"),
+        "max_steps": 2,
+    }
+    (root / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    assert train([str(root / "recipe.yaml")]) == 0
+    return root / "recipe.yaml"
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Trials run in this process. The list of those that were started."""
+    started = []
+
+    def start(trial, root):
+        started.append(trial)
+        trial.path(root).mkdir(parents=True, exist_ok=True)
+        trials.run_trial(trial, root)
+
+    monkeypatch.setattr(trials, "start_trial", start)
+    return started
+
+
+def test_a_trial_is_trained_and_probed_once(recipe, here, tmp_path):
+    trial = Trial("aligned", 1, recipe=str(recipe), images=32, epochs=1, heads=("linear",))
+    first = trials.run_trials([trial], tmp_path, lambda text: None)
+    again = trials.run_trials([trial], tmp_path, lambda text: None)
+    assert again == first
+    assert len(here) == 1
+    lines = [json.loads(line) for line in (trial.path(tmp_path) / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in lines) == 2
+    asked = {(row["labels"], row["head"]) for row in first[0]}
+    assert asked == {("union", "linear"), ("global-union", "linear"), ("global-in-patch", "linear")}
+    assert load_config(trial.path(tmp_path) / "config.yaml").seed == 1
+
+
+def test_another_training_teacher_or_probe_has_files_of_its_own(recipe, tmp_path):
+    base = Trial("a", 0, recipe=str(recipe))
+    other, probed = (
+        replace(base, **change) for change in ({"overrides": ("masks.mode=drop",)}, {"heads": ("mlp",)})
+    )
+    assert base.path(tmp_path) != other.path(tmp_path)
+    assert base.path(tmp_path) == probed.path(tmp_path)
+    assert base.results(tmp_path) != probed.results(tmp_path)
+    path, results = base.path(tmp_path), base.results(tmp_path)
+    weights = recipe.parent / "teacher.safetensors"
+    kept = weights.read_bytes()
+    try:
+        weights.write_bytes(kept + b"x")
+        assert base.path(tmp_path) != path
+        assert base.results(tmp_path).name != results.name
+    finally:
+        weights.write_bytes(kept)
+
+
+def test_a_trial_that_fails_names_its_log(recipe, tmp_path):
+    trial = Trial("broken", 0, recipe=str(recipe), overrides=("data.train=/nowhere",))
+    with pytest.raises(UserError, match=r"trial broken, seed 0, failed \(.*nowhere.*log.txt"):
+        trials.run_trials([trial], tmp_path, lambda text: None)
+
+
+def test_an_untrained_decoder_keeps_shapes_and_depends_on_the_seed(recipe, tmp_path):
+    probed = [
+        trials.encoder_of(Trial("d", seed, recipe=str(recipe), read="decoder"), tmp_path, torch.device("cpu"))
+        for seed in (0, 0, 1)
+    ]
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        first, same, other = (one.encode(images)[0] for one in probed)
+    assert first.shape == (2, 17, 32)
+    assert torch.equal(first, same)
+    assert not torch.allclose(first, other)
+    assert len({one.identity for one in probed}) == 2
+
+
+def test_the_table_of_evidence(recipe, here, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evidence, "RECIPE", str(recipe))
+    run = recipe.parent / "run"
+    plain = Trial
+    monkeypatch.setattr(evidence, "Trial", lambda *a, **k: plain(*a, **k, images=32, epochs=1))
+    assert evidence.main([str(run), "--root", str(tmp_path), "--seeds", "0", "1", "--workers", "1"]) == 0
+    text = capsys.readouterr().out
+    for name in evidence.ROWS:
+        assert name in text
+    facts = json.loads((run / "evidence-test.json").read_text())
+    rows = [json.loads(path.read_text()) for path in tmp_path.rglob("probes-student*.json")]
+    mim = [row for part in rows if part["trial"]["name"] == "masked image modeling" for row in part["rows"]]
+    values = [row["test"]["map"] for row in mim if (row["labels"], row["head"]) == ("union", "mlp")]
+    assert len(values) == 2
+    found = facts["table"]["masked image modeling"]["patches, MLP"]
+    assert found["mean"] == pytest.approx(sum(values) / 2)
+    assert found["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    # The demo's own run is the aligned student of its seed: it is not trained again.
+    assert not any(t.name.startswith("aligned") and t.seed == 0 and not t.folder for t in here)
+    assert {model for model, *_ in read_probe(run / "probe.json").results} >= {"before", "aligned"}
+
+
+def test_distillation_with_nothing_hidden_hides_nothing(recipe):
+    objective, _ = build_objective(load_config(recipe, list(evidence.NOTHING_HIDDEN)))
+    visible = objective.masks(torch.arange(50), 16)
+    assert visible.shape == (50, 1, 16)
+    assert visible.all()
+
+
+def test_evidence_wants_a_finished_run(tmp_path, capsys):
+    assert evidence.main([str(tmp_path)]) == 2
+    assert "is not a finished run" in capsys.readouterr().err
+
+
+def test_the_ablation_runs_at_a_tiny_size(recipe, here, tmp_path, capsys):
+    rows = ablation.main(
+        ["--tiny", "--seeds", "0", "--recipe", str(recipe), "--root", str(tmp_path), "--workers", "1"]
+    )
+    assert [row["variant"] for row in rows] == [ablation.BASE, "leave the sequence (mode drop)"]
+    assert "| hidden patches | leave the sequence (mode drop) | 1 |" in capsys.readouterr().out
+
+
+def test_gains_are_differences_within_a_seed_by_hand():
+    """0.10 and 0.30 more in the two seeds that both have: 0.20, n - 1 standard deviation 0.1 * sqrt(2)."""
+    base = {"seeds": [0, 1, 2], "linear": {"values": [0.2, 0.5, 0.9]}}
+    row = {"seeds": [1, 2, 3], "linear": {"values": [0.6, 1.2, 0.0]}}
+    assert ablation.gain(row, base, "linear") == pytest.approx({"mean": 0.2, "std": 0.1 * 2**0.5})
+    assert ablation.gain({**row, "seeds": [3, 4, 5]}, base, "linear") is None
+
+
+def test_every_variant_of_the_ablation_is_a_recipe_of_its_own():
+    seen = [
+        load_config(ablation.RECIPE, [*ablation.LENGTH, *overrides]).model_dump_json()
+        for members in ablation.VARIANTS.values()
+        for overrides in members.values()
+    ]
+    assert len(set(seen)) == len(seen)
+
+
+def test_the_ablation_counts_what_a_step_costs(recipe):
+    full = ablation.gigaflops((), str(recipe))
+    assert ablation.gigaflops(("masks.mode=drop",), str(recipe)) < full
+    assert ablation.gigaflops(("decoder.layers=4",), str(recipe)) > full
+    assert ablation.gigaflops(("optim.epochs=2",), str(recipe)) == full

@@ -1,0 +1,179 @@
+"""The demo's mosaics, the teacher's weights in the repository, and the summary of a run."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from demo import mosaics, summary, train_teacher
+
+DEMO = Path(mosaics.__file__).parent
+SETTINGS = mosaics.Settings(train=24, val=8, test=4, seed=3, size=96)
+TINY = ("--train", "3", "--val", "2", "--test", "2", "--workers", "1")
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mosaics") / "data"
+    assert mosaics.render(folder, SETTINGS, workers=1)
+    return folder
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_pictures_label_maps_and_tables_fit(rendered):
+    names = (rendered / "classes.txt").read_text().splitlines()
+    assert names == json.loads((rendered / "mosaics.json").read_text())["classes"]
+    assert len(names) == 10
+    for split, count in (("train", 24), ("val", 8), ("test", 4)):
+        header, *rows = (rendered / split / "images/labels.csv").read_text().splitlines()
+        assert header == "name,label"
+        assert [row.partition(",")[0] for row in rows] == [f"{index:05d}.jpg" for index in range(count)]
+        for index, row in enumerate(rows):
+            with Image.open(rendered / split / f"images/{index:05d}.jpg") as picture:
+                assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (96, 96))
+            with Image.open(rendered / split / f"labels/{index:05d}.png") as file:
+                assert (file.format, file.mode, file.size) == ("PNG", "L", (96, 96))
+                labels = np.asarray(file)
+            areas = {value: int((labels == value).sum()) for value in np.unique(labels)}
+            assert max(areas) < 10
+            assert areas[int(row.partition(",")[2])] == max(areas.values())  # the largest region's class
+
+
+def test_pictures_have_one_to_four_regions_of_distinct_classes():
+    counts = set()
+    for index in range(60):
+        regions = mosaics.draw_regions(np.random.default_rng([0, 0, index]), 96)
+        _, labels = mosaics.draw_mosaic(mosaics.load_photos(), 0, "train", index, 96)
+        # One class a region: the two maps cut the picture into the same cells.
+        pairs = set(zip(regions.ravel().tolist(), labels.ravel().tolist(), strict=True))
+        assert len(pairs) == len({region for region, _ in pairs}) == len({label for _, label in pairs})
+        assert np.bincount(regions.ravel()).min() >= 0.05 * 96 * 96
+        counts.add(len(pairs))
+    assert counts == {1, 2, 3, 4}
+
+
+def test_a_picture_depends_on_seed_split_and_index_alone(rendered, tmp_path):
+    assert mosaics.render(tmp_path / "again", SETTINGS, workers=2)
+    assert contents(tmp_path / "again") == contents(rendered)
+    alone, labels = mosaics.draw_mosaic(mosaics.load_photos(), SETTINGS.seed, "val", 5, SETTINGS.size)
+    assert np.array_equal(labels, np.asarray(Image.open(rendered / "val" / "labels" / "00005.png")))
+    other, _ = mosaics.draw_mosaic(mosaics.load_photos(), SETTINGS.seed, "train", 5, SETTINGS.size)
+    assert not np.array_equal(alone, other)
+
+
+@pytest.mark.parametrize("name", mosaics.CLASSES)
+def test_no_split_shows_what_another_shows(name):
+    width, height = mosaics.load_photos()[mosaics.CLASSES.index(name)].size
+    rng = np.random.default_rng(0)
+    boxes = {
+        split: np.array([mosaics.crop_window(rng, width, height, split) for _ in range(500)])
+        for split in mosaics.SPLITS
+    }
+    assert boxes["train"][:, 2].max() <= int(0.6 * width) <= boxes["val"][:, 0].min()
+    assert boxes["val"][:, 2].max() <= int(0.8 * width) <= boxes["test"][:, 0].min()
+    for box in boxes.values():
+        assert box.min() >= 0
+        assert (box[:, 2:] <= (width, height)).all()
+        assert np.allclose(box[:, 2] - box[:, 0], box[:, 3] - box[:, 1])
+
+
+def test_a_second_command_does_nothing_and_other_settings_render_again(tmp_path, capsys, monkeypatch):
+    command = ["--out", str(tmp_path / "data"), *TINY]
+    assert mosaics.main(command) == 0
+    before = contents(tmp_path / "data")
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert mosaics.main(command) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert "rendered" in first
+    assert second.endswith("already there")
+    assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with monkeypatch.context() as patch:
+        patch.setattr(mosaics, "draw_mosaic", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            mosaics.main([*command, "--seed", "1"])
+    assert contents(tmp_path / "data") == before  # an interruption leaves the old data
+    assert mosaics.main([*command, "--seed", "1"]) == 0
+    after = contents(tmp_path / "data")
+    assert after.keys() == before.keys()
+    assert after["train/images/00000.jpg"] != before["train/images/00000.jpg"]
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
+    (tmp_path / "thesis.txt").write_text("mine")
+    monkeypatch.setitem(mosaics.PHOTOS, "flower", ("no_such_package", "flower.jpg"))
+    monkeypatch.setitem(mosaics.DISTRIBUTIONS, "no_such_package", "no-such-package")
+    for out, arguments, message in (
+        (tmp_path, TINY, "holds something other than mosaics"),
+        (tmp_path / "data", TINY, "pip install no-such-package"),
+        (tmp_path / "data", (*TINY, "--size", "8"), "--size at 16"),
+    ):
+        assert mosaics.main(["--out", str(out), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_the_teacher_in_the_repository_knows_fresh_validation_mosaics():
+    card = json.loads((DEMO / "teacher.json").read_text())
+    model = timm.create_model(card["architecture"], **card["kwargs"])
+    model.load_state_dict(load_file(DEMO / "teacher.safetensors"), strict=True)
+    pairs = [mosaics.draw_mosaic(mosaics.load_photos(), 77, "val", index, 96) for index in range(300)]
+    images = [train_teacher.evaluation_view(Image.fromarray(picture)) for picture, _ in pairs]
+    labels = torch.tensor([mosaics.image_label(labels) for _, labels in pairs])
+    accuracy = train_teacher.top1(model, train_teacher.to_input(images), labels)
+    # Four standard errors of a share of 300 pictures are 0.12.
+    assert accuracy == pytest.approx(card["val_top1"], abs=0.12)
+    assert accuracy > 0.45
+
+
+def test_training_writes_weights_that_timm_loads(rendered, tmp_path, capsys):
+    out = tmp_path / "teacher.safetensors"
+    sizes = ["--epochs", "2", "--full-epochs", "1", "--batch", "8", "--threads", "1"]
+    threads = torch.get_num_threads()
+    try:
+        assert train_teacher.main(["--data", str(rendered), "--out", str(out), *sizes]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert capsys.readouterr().out.count("val top-1") == 3
+    card = json.loads(out.with_suffix(".json").read_text())
+    timm.create_model(card["architecture"], **card["kwargs"]).load_state_dict(load_file(out), strict=True)
+    capsys.readouterr()
+    for wrong in (["--data", str(tmp_path / "nothing")], ["--data", str(rendered), "--batch", "25"]):
+        assert train_teacher.main([*wrong, "--out", str(out), "--threads", str(threads)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+METRICS = [
+    {"step": 0, "epoch": 0, "val_loss": 1.33},
+    {"step": 1, "epoch": 0, "loss": 1.3, "lr": 3e-4, "images_per_second": 10.0, "data_wait": 0.5},
+    {"step": 2, "epoch": 0, "loss": 0.9, "lr": 2e-4, "images_per_second": 100.0, "data_wait": 0.25},
+    {"step": 3, "epoch": 1, "loss": 0.8, "lr": 1e-4, "images_per_second": 110.0, "data_wait": 0.0},
+    {"step": 3, "epoch": 1, "val_loss": 0.75},
+]
+
+
+def test_the_summary_has_the_numbers_of_the_run(tmp_path, capsys):
+    text = "".join(json.dumps(line) + "\n" for line in METRICS)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 4, "lo')
+    assert summary.main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("1.3300", "0.7500", "100", "25.0%", "not saved yet"):
+        assert expected in printed
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > 800
+    for lines in (None, METRICS[1:4]):
+        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+        if lines:
+            (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert summary.main([str(tmp_path)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1

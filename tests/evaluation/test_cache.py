@@ -1,0 +1,132 @@
+"""Files of features: read once, renewed where they must be, removed."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fastalign.evaluation.datasets import open_labelled
+from fastalign.evaluation.heads import PATCH_LABELS
+from fastalign.evaluation.patch_features import feature_files, frozen_encoder, read_patch_features
+from fastalign.probe import main
+from fastalign.training.build import named_backbone
+from tests.data_helpers import needs_dali
+from tests.evaluation.helpers import (
+    COUNTS,
+    NAME,
+    PROBE_KWARGS,
+    SINGLE,
+    command_error,
+    models,
+    probe_line,
+    results,
+)
+
+
+@needs_dali
+def test_features_are_read_once_and_deleted_unless_they_are_to_stay(scenes, tmp_path, passes):
+    everything, output = sum(COUNTS.values()), tmp_path / "out" / "probe.json"
+    assert main(probe_line(scenes, "--output", output)) == 0
+    first = results(output)["results"]
+    assert sum(passes) == everything, "one pass for two epochs"
+    assert [path.name for path in output.parent.iterdir()] == ["probe.json"]
+    cache = tmp_path / "kept"
+    assert main(probe_line(scenes, "--output", output, "--cache", cache, "--keep-features")) == 0
+    assert sum(passes) == 2 * everything
+    sizes = {path.name: path.stat().st_size - 128 for path in cache.rglob("*.npy")}
+    assert sizes.keys() == {"tokens-0.npy", "union.npy", "majority.npy", "whole.npy"}
+    (tokens,) = (path for path in cache.rglob("tokens-0.npy") if np.load(path).shape[0] == COUNTS["train"])
+    assert tokens.stat().st_size - 128 == COUNTS["train"] * 18 * 32 * 2
+    # Found again, by commands that delete only what they made.
+    seeds = tmp_path / "seeds.json"
+    assert main(probe_line(scenes, "--output", seeds, "--cache", cache, "--seeds", "0", "1")) == 0
+    assert sum(passes) == 2 * everything
+    kept = sorted(cache.rglob("*"))
+    assert len(list(cache.iterdir())) == 3
+    assert results(seeds)["results"][0] == first[0]
+    other = ["--output", tmp_path / "layer.json", "--cache", cache, "--skip-blocks", "1"]
+    assert main(probe_line(scenes, *other)) == 0
+    assert sorted(cache.rglob("*")) == kept
+
+
+@needs_dali
+def test_interrupted_features_are_read_anew(scenes, tmp_path, monkeypatch, passes):
+    vit, _ = models()
+    split = open_labelled(str(scenes), "train")
+    options = {"folder": tmp_path, "batch_size": 4, "threads": 1}
+    expected = read_patch_features(frozen_encoder(vit), split, SINGLE, batch_size=4, threads=1)
+    count, encoder = len(passes), frozen_encoder(vit)
+
+    def breaks(images):
+        if len(passes) == count + 2:
+            raise KeyboardInterrupt
+        return encoder.encode(images)
+
+    broken = replace(encoder, encode=breaks)
+    with pytest.raises(KeyboardInterrupt):
+        read_patch_features(broken, split, SINGLE, **options)
+    assert len(passes) == count + 2
+    # Another layer must not make the half-written one look complete.
+    read_patch_features(frozen_encoder(vit, (1,)), split, SINGLE, **options)
+    assert len(passes) == count + 2 + 5
+    again = read_patch_features(encoder, split, SINGLE, **options)
+    assert len(passes) == count + 2 + 5 + 5
+    assert torch.equal(again.tokens[0], expected.tokens[0])
+    for kind in PATCH_LABELS:
+        rows = np.arange(len(split))
+        assert torch.equal(again.labels(rows, kind), expected.labels(rows, kind))
+    files = feature_files(encoder, split, tmp_path, torch.float32)
+    assert files.complete()
+    with (files.folder / "tokens-0.npy").open("r+b") as file:
+        file.truncate(1000)
+    assert not files.complete()
+
+
+def test_other_weights_data_or_precision_have_other_files(scenes, tmp_path):
+    vit, _ = models()
+    train, val = (open_labelled(str(scenes), name) for name in ("train", "val"))
+
+    def folder(split=train, dtype=torch.float32):
+        return feature_files(frozen_encoder(vit), split, tmp_path, dtype).folder
+
+    folders = [folder(), folder(dtype=torch.bfloat16), folder(val)]
+    vit.softcap = 30.0
+    folders.append(folder())
+    with torch.no_grad():
+        vit.blocks[0].mlp.fc1.bias[3] += 1
+    folders.append(folder())
+    assert len(set(folders)) == 5
+
+
+def test_what_a_second_command_writes_is_not_written_too(scenes, tmp_path, capsys):
+    vit = named_backbone(NAME, weights="random", kwargs=json.dumps(PROBE_KWARGS))[0]
+    split = open_labelled(str(scenes), "train")
+    files = feature_files(frozen_encoder(vit), split, tmp_path / "c", torch.float32)
+    with files.lock():
+        line = probe_line(scenes, "--output", tmp_path / "p.json", "--cache", tmp_path / "c")
+        error = command_error(capsys, "probe", line)
+        files.remove()
+        assert files.folder.is_dir()
+    assert f"--cache {tmp_path / 'c'}: another command is reading" in error
+    files.remove()
+    assert not files.folder.exists()
+
+
+def test_a_full_disk(scenes, tmp_path, capsys, monkeypatch):
+    line = probe_line(scenes, "--output", tmp_path / "p.json", "--cache", tmp_path / "c")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+        assert "has 0.0 GB free; name a folder with enough space" in command_error(capsys, "probe", line)
+    full = OSError(28, "No space left on device")
+
+    def fallocate(*args):
+        raise full
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    assert "name a folder with enough space" in command_error(capsys, "probe", line)
+    assert not list((tmp_path / "c").rglob("*.npy"))

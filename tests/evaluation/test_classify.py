@@ -1,0 +1,109 @@
+"""The classify command: a run's backbone, bad flags, bad data."""
+
+import json
+from datetime import timedelta
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import fastalign as fa
+from fastalign.classify import classify, main
+from fastalign.training import distributed
+from tests.evaluation.helpers import (
+    KWARGS,
+    NAME,
+    QUICK,
+    classify_line,
+    command_error,
+    results,
+    write_split,
+)
+
+
+def test_the_command_on_a_run(images, tmp_path, vit, capsys):
+    """The soft-cap that the run recorded counts, the result lies beside the backbone, and is not overwritten."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_file(vit.state_dict(), folder / "backbone.safetensors")
+    facts = {"name": NAME, "kwargs": {**KWARGS, "num_classes": 0}, "softcap": 12.5, **vit.data}
+    (folder / "backbone.json").write_text(json.dumps(facts))
+    assert main(classify_line(images, "--epochs", "2", "--seeds", "3", "4", backbone=folder)) == 0
+    printed = capsys.readouterr().out
+    written = results(folder / "classify.json")
+    assert written["backbone"]["softcap"] == 12.5
+    assert [seed["seed"] for seed in written["seeds"]] == [3, 4]
+    assert written["command"].startswith(f"python -m fastalign.classify --backbone {folder}")
+    assert f"{100 * written['mean']['top1']:.2f}%" in printed
+    assert "the class token -> linear" in printed
+    line = classify_line(images, "--epochs", "2", "--head", "attention", backbone=folder)
+    assert "classify.json has the results of another setting (settings." in command_error(
+        capsys, "classify", line
+    )
+    assert results(folder / "classify.json") == written
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--head", "mlp"], "argument --head: invalid choice: 'mlp'"),
+        (["--layer-decay", "0.75"], "--layer-decay has no effect, the backbone is frozen: add --unfreeze"),
+        (
+            ["--mixup", "0.8"],
+            "--mixup has no effect, features are computed once: add --augment or --unfreeze",
+        ),
+        (["--batch-size", "37"], "--batch-size 37 is more than the 36 images of train/"),
+        (["--unfreeze", "--accumulate", "5"], "must be a multiple of --accumulate x ranks = 5"),
+        (["--unfreeze", "--augment"], "--unfreeze augments anyway"),
+        (["--lr", "nan"], "--lr nan: "),
+        (["--lr", "1e-3", "--min-lr", "1"], "--min-lr 1 is above --lr 0.001"),
+        (["--seeds", "0", "-1"], "--seeds 0 -1: "),
+        (["--seeds"], "argument --seeds: expected at least one argument"),
+        (["--colour"], "unrecognized arguments: --colour; --help lists the options"),
+        (["--unfreeze", "--layer-decay", "1.5"], "--layer-decay 1.5: "),
+        (["--softcap", "-3"], "--softcap -3: "),
+        (["--output", "/dev/null/x"], "--output /dev/null/x: /dev/null is"),
+        (["--data", "/no/such"], "--data /no/such: no such folder"),
+        (["--backbone", "/no/run", "--softcap", "3"], "--weights"),
+        (["--unfreeze", "--randaugment", "swirl"], "swirl"),
+    ],
+)
+def test_bad_flags(images, tmp_path, capsys, flags, message):
+    line = classify_line(images, "--output", tmp_path / "out", *flags)
+    assert message in command_error(capsys, "classify", line)
+    assert not (tmp_path / "out" / "classify.json").exists()
+
+
+def test_ranks_wait_for_those_that_train(images, monkeypatch):
+    """Longer than torch's ten minutes: three seeds on two ranks leave one idle for a whole training."""
+    asked = []
+
+    def start(timeout=None):
+        asked.append(timeout)
+        raise fa.UserError("enough")
+
+    monkeypatch.setattr(distributed, "start", start)
+    assert main(classify_line(images)) == 2
+    assert asked[0] >= timedelta(days=1)
+
+
+@pytest.mark.parametrize(
+    ("val", "message"),
+    [
+        (None, "has no folder val/"),
+        (["c/0.png", "d/0.png"], "val/ has classes c, d that train/ lacks"),
+        (["a/0.png", "x.png", "y.png"], "2 of 3 images have no label, the first is x.png"),
+    ],
+)
+def test_bad_data(tmp_path, capsys, val, message):
+    write_split(tmp_path, "train", {"a/0.png": 0, "b/0.png": 0})
+    if val:
+        write_split(tmp_path, "val", dict.fromkeys(val, 0))
+    assert message in command_error(capsys, "classify", classify_line(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_ends_the_command(images, tmp_path, vit):
+    with torch.no_grad():
+        vit.norm.weight.fill_(float("inf"))
+    with pytest.raises(fa.UserError, match=r"the loss is nan in epoch 1 of seed 0: lower --lr"):
+        classify(vit, images, **QUICK)

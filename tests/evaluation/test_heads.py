@@ -1,0 +1,152 @@
+"""Heads and what they read, against timm, torch and scikit-learn."""
+
+from functools import partial
+
+import pytest
+import timm
+import torch
+from sklearn import preprocessing
+from torch import nn
+
+import fastalign as fa
+from fastalign.evaluation.classifier import head_input
+from fastalign.evaluation.heads import (
+    AttentionHead,
+    ClassTokenTransformer,
+    StandardizedLinear,
+    TokenShape,
+    make_patch_head,
+)
+from tests.evaluation.helpers import KWARGS, NAME
+
+SHAPE = TokenShape(patches=9, prefix=2, width=24, heads=3)
+
+
+def timm_head(classes, *, latent=0, layers=2):
+    """The transformer head, written with timm's blocks."""
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pos_embed = nn.Parameter(torch.zeros(latent or SHAPE.patches + SHAPE.prefix, SHAPE.width))
+            self.norm_pre, self.norm = nn.LayerNorm(SHAPE.width), nn.LayerNorm(SHAPE.width)
+            block = timm.models.vision_transformer.Block
+            self.blocks = nn.Sequential(
+                *(
+                    block(SHAPE.width, SHAPE.heads, init_values=0.01, norm_layer=nn.LayerNorm)
+                    for _ in range(layers)
+                )
+            )
+            self.head = nn.Linear(SHAPE.width, classes)
+
+        def forward(self, x):
+            extra = self.pos_embed.expand(len(x), -1, -1)
+            x = torch.cat([x, extra], 1) if latent else x + extra
+            return self.head(self.norm(self.blocks(self.norm_pre(x))))
+
+    return Head()
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "take"),
+    [
+        ("transformer", "union", lambda x: x[:, 2:]),
+        ("transformer", "majority", lambda x: x[:, 2:]),
+        ("transformer", "global-union", lambda x: x[:, :2].mean(1, keepdim=True)),
+        ("latent", "union", lambda x: x[:, -9:]),
+        ("latent-global", "union", lambda x: x[:, -9:]),
+    ],
+)
+def test_transformer_heads_equal_timms_blocks(name, labels, take):
+    torch.manual_seed(0)
+    head = make_patch_head(name, labels, SHAPE, 4).double()
+    theirs = timm_head(4, latent=9 if "latent" in name else 0).double()
+    theirs.load_state_dict(head[1].state_dict())
+    tokens = torch.randn(3, 11, 24, dtype=torch.float64)
+    seen = tokens[:, :2].mean(1, keepdim=True) if name == "latent-global" else tokens
+    torch.testing.assert_close(head(tokens), take(theirs(seen)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp"])
+def test_simple_heads_read_the_right_tokens(name):
+    torch.manual_seed(0)
+    tokens = torch.randn(3, 11, 24)
+    for labels, seen in (
+        ("union", tokens[:, 2:]),
+        ("global-in-patch", tokens[:, 2:]),
+        ("global-union", tokens[:, :2].mean(1, keepdim=True)),
+    ):
+        head = make_patch_head(name, labels, SHAPE, 4, hidden=16)
+        assert torch.equal(head(tokens), head[1](seen))
+    bare = SHAPE._replace(prefix=0)
+    head = make_patch_head(name, "global-union", bare, 4)
+    assert torch.equal(head(tokens), head[1](tokens.mean(1, keepdim=True)))
+
+
+def test_without_a_prefix_the_transformer_averages_its_answers():
+    torch.manual_seed(0)
+    head = make_patch_head("transformer", "global-union", SHAPE._replace(prefix=0, patches=11), 4).double()
+    theirs = timm_head(4).double()
+    theirs.load_state_dict(head[1].state_dict())
+    tokens = torch.randn(3, 11, 24, dtype=torch.float64)
+    torch.testing.assert_close(head(tokens), theirs(tokens).mean(1, keepdim=True), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"reg_tokens": 2}, {"class_token": False, "global_pool": "avg", "reg_tokens": 1, "fc_norm": True}],
+    ids=["class token", "class token and registers", "mean of patches and fc_norm"],
+)
+def test_what_a_linear_head_reads_is_what_timm_pools(kwargs):
+    vit = fa.create_backbone(NAME, **KWARGS, **kwargs)
+    model = timm.create_model(NAME, num_classes=0, **KWARGS, **kwargs)
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.load_state_dict(vit.state_dict())
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        ours = head_input(vit.eval(), vit.forward_features(images), "linear")
+        torch.testing.assert_close(ours, model.eval()(images))
+        everything = head_input(vit, vit.forward_features(images), "attention")
+        torch.testing.assert_close(everything, model.forward_features(images))
+
+
+def test_features_are_standardised_as_scikit_learn_does():
+    features = torch.randn(100, 4) * torch.tensor([100.0, 1, 0.01, 0]) + torch.tensor([5.0, 0, 3, 7])
+    head = StandardizedLinear(4, 4)
+    head.standardize(features)
+    with torch.no_grad():
+        head.linear.weight.copy_(torch.eye(4))
+    expected = preprocessing.StandardScaler().fit_transform(features.double().numpy())
+    torch.testing.assert_close(
+        head(features)[:, :3].double(), torch.from_numpy(expected[:, :3]), atol=1e-4, rtol=1e-4
+    )
+    assert not head(features)[:, 3].any(), "a channel that never changes says nothing"
+
+
+def test_the_attention_head_is_multihead_attention_of_one_query():
+    head, tokens = AttentionHead(128, 5).eval(), torch.randn(3, 7, 128)
+    theirs = nn.MultiheadAttention(128, 2, batch_first=True)
+    with torch.no_grad():
+        nn.init.normal_(head.query)
+        nn.init.normal_(head.kv.weight)
+        theirs.in_proj_weight.copy_(torch.cat([torch.eye(128), head.kv.weight]))
+        theirs.in_proj_bias.zero_()
+        theirs.out_proj.load_state_dict(head.proj.state_dict())
+        normed = head.norm(tokens)
+        pooled, _ = theirs(head.query.expand(3, 1, -1), normed, normed)
+        expected = head.linear(head.norm_out(pooled[:, 0]))
+        torch.testing.assert_close(head(tokens), expected)
+
+
+def test_the_transformer_head_is_timms_blocks():
+    head, tokens = ClassTokenTransformer(128, 5, 7).eval(), torch.randn(3, 7, 128)
+    x = torch.cat([head.query.expand(3, -1, -1), head.norm(tokens) + head.position], 1)
+    for block in head.blocks:
+        theirs = timm.models.vision_transformer.Block(
+            128, 2, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6)
+        )
+        theirs.load_state_dict(block.state_dict())
+        x = theirs.eval()(x)
+    torch.testing.assert_close(head(tokens), head.linear(head.norm_out(x[:, 0])))
