@@ -15,8 +15,9 @@ from fastalign.backbones.precision import FP8_CAPABILITY, FP8Linear
 from fastalign.config import load_config
 from fastalign.data.prefetch import Batch
 from fastalign.evaluation.heads import TokenShape, make_patch_head
+from fastalign.evaluation.options import Recipe
 from fastalign.evaluation.patch_features import PatchFeatures
-from fastalign.evaluation.patches import Recipe, Task, evaluate_head, fit_head
+from fastalign.evaluation.patches import Task, evaluate_head, fit_head
 from fastalign.train import update
 from fastalign.training import build
 from fastalign.training.distributed import World

@@ -13,16 +13,17 @@ import numpy as np
 from fastalign.data.source import Source, Subset
 from fastalign.data.sources import FolderSource, TarSource
 from fastalign.data.tars import each_once, stem
-from fastalign.evaluation.maps import (
+from fastalign.evaluation.label_maps import (
     VOID,
+    LabelledImages,
     ade20k_table,
     coco_table,
     decode_ids,
     decode_panoptic,
     decode_table,
+    pair,
     read_panoptic,
 )
-from fastalign.evaluation.pairs import LabelledImages, pair
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
 

@@ -17,7 +17,7 @@ from torch import nn
 import fastalign as fa
 from benchmarks.parity import BACKBONES, measure
 from fastalign.backbones.zoo import MOCO
-from fastalign.evaluation.classifier import Classifier
+from fastalign.evaluation.heads import Classifier
 from fastalign.evaluation.patch_features import frozen_encoder
 from tests.numerics import randomise, relative_error
 

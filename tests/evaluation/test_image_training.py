@@ -15,12 +15,11 @@ from torch import nn
 import fastalign as fa
 from fastalign.classify import classify, main
 from fastalign.data.prefetch import Batch
-from fastalign.evaluation.classifier import Classifier, learning_rate_factor, parameter_groups
 from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate
-from fastalign.evaluation.heads import StandardizedLinear
-from fastalign.evaluation.image_options import ImageOptions
+from fastalign.evaluation.heads import Classifier, StandardizedLinear, learning_rate_factor, parameter_groups
 from fastalign.evaluation.image_training import make_fit, mixed_loss, update_best
 from fastalign.evaluation.metrics import ImageCounts
+from fastalign.evaluation.options import ImageOptions
 from tests.evaluation.helpers import (
     CPU,
     FIGURES,

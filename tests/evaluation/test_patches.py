@@ -10,11 +10,11 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.nn import functional
 
-from fastalign.evaluation import patches, probing
+from fastalign.evaluation import patches
 from fastalign.evaluation.heads import make_patch_head
 from fastalign.evaluation.metrics import patch_loss
-from fastalign.evaluation.patches import Recipe, Task, evaluate_head, fit_head
-from fastalign.evaluation.probing import Plan, probe
+from fastalign.evaluation.options import Plan, Recipe
+from fastalign.evaluation.patches import Task, evaluate_head, fit_head, probe
 from tests.evaluation.helpers import CPU, SHAPE, SINGLE, patch_features
 
 
@@ -159,7 +159,7 @@ def test_the_test_split_is_read_last(monkeypatch):
             return original(rows, kind)
 
         object.__setattr__(split, "labels", spy)
-    monkeypatch.setattr(probing, "read_patch_features", lambda encoder, data, *_, **__: splits[data.name])
+    monkeypatch.setattr(patches, "read_patch_features", lambda encoder, data, *_, **__: splits[data.name])
     data = {name: Named(name) for name in splits}
     encoder = SimpleNamespace(skip_blocks=(0,), shape=SHAPE)
     plan = Plan(heads=("linear",), seeds=(0, 1), recipe=Recipe(epochs=3, batch_size=8))
