@@ -1,6 +1,6 @@
 """What a checkpoint costs in training time: ``python -m benchmarks.checkpoint [--models demo vit_b] [--tiny]``.
 
-In steps, for each model: how long the step loop stops for the snapshot, how much longer the steps beside the writer
+In steps, for each model: how long the step loop stops for the snapshot, how much longer the steps during the write
 take, and a write that the loop waits for; and the cost as a share of training time at the default interval (an
 epoch) and every 1,000 steps. Each checkpoint writes the backbone too, as the best one does. Writes
 `benchmarks/results/checkpoint.json`; milliseconds on a GPU only.
@@ -68,9 +68,9 @@ def once(run: Run, batches: itertools.repeat, quiet: int) -> dict[str, float]:
     step()
     alone = [step() for _ in range(quiet)]
     blocked = timed(device, save, run)
-    beside = []
-    while any(thread.name == "checkpoint" for thread in threading.enumerate()) or not beside:
-        beside.append(step())
+    during = []
+    while any(thread.name == "checkpoint" for thread in threading.enumerate()) or not during:
+        during.append(step())
     wait_for_checkpoint(run)
     alone += [step() for _ in range(quiet)]
     waited = timed(device, lambda: (save(run), wait_for_checkpoint(run)))
@@ -78,8 +78,8 @@ def once(run: Run, batches: itertools.repeat, quiet: int) -> dict[str, float]:
     return {
         "step_seconds": step_seconds,
         "blocked": blocked / step_seconds,
-        "steps_beside": len(beside),
-        "slowed": sum(beside) / step_seconds - len(beside),
+        "steps_beside": len(during),
+        "slowed": sum(during) / step_seconds - len(during),
         "waited": waited / step_seconds,
     }
 
@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         rows.append(measure(model, *((0, 1) if options.tiny else (repeats, quiet)), device))
         line = (
             "{model:6} {checkpoint_mib:7.0f} MiB: blocks {blocked_steps:.2f} steps, slows {slowed_steps:.2f} steps "
-            "beside the writer ({steps_beside_the_writer:.0f} steps); synchronous {synchronous_steps:.2f} steps; "
+            "during the write ({steps_beside_the_writer:.0f} steps); synchronous {synchronous_steps:.2f} steps; "
             "{share_each_epoch:.3%} of an epoch, {share_each_1000_steps:.3%} of 1,000 steps"
         )
         print(line.format(**rows[-1]), flush=True)

@@ -2,13 +2,13 @@
 # A first run on a GPU: correctness, then the figures, the most important first.
 #
 #   bash benchmarks/gpu.sh [SECONDS]           the first part, 540 seconds by default; 0 = no limit
-#   bash benchmarks/gpu.sh --second [SECONDS]  what the first part left: failed tests, missing rows, profiles; 180 seconds
+#   bash benchmarks/gpu.sh --second [SECONDS]  the rest: failed tests, missing rows, profiles; 180 seconds
 #   bash benchmarks/gpu.sh --all               both and everything else, without a limit: make gpu
 #   bash benchmarks/gpu.sh --tiny              the first part and the second at a tiny size, on a CPU too
 #
-# Each step has a time limit and a log of its own; a step that fails is named and the next one begins. At exit, also by a
-# signal, gpu.tgz with logs, JUnit XML, JSON and the table goes to $OUT (default benchmarks/results), and the table is
-# printed last. Exit code 1 if a step failed. PYTHON names the interpreter. benchmarks/README.md has the details.
+# Each step has a time limit and a log; if one fails, the next one starts. At exit, also after a signal, gpu.tgz with
+# logs, JUnit XML, JSON and the table is written to $OUT (default benchmarks/results), and the table is printed. Exit
+# code 1 if a step failed. PYTHON names the interpreter. benchmarks/README.md has the details.
 set -u
 cd "$(dirname "$0")/.." || exit
 PART=first LIMIT=540 TINY=()
@@ -45,7 +45,7 @@ finish() {
 trap finish EXIT
 trap 'FAILED+=(interrupted); exit 1' INT TERM
 
-# step NAME SECONDS COMMAND...: run with a time limit; nothing begins after the end of all.
+# step NAME SECONDS COMMAND...: run with a time limit; no step starts after the overall limit.
 step() {
   local name=$1 limit=$2 status before=$SECONDS
   shift 2
@@ -62,7 +62,7 @@ step() {
   [ $status -eq 0 ] || { FAILED+=("$name"); tail -n 3 "$LOGS/$name.log"; return 1; }
 }
 
-tests() { # NAME SECONDS PYTEST-ARGUMENTS...: a step of pytest, in ten processes where pytest-xdist is installed
+tests() { # NAME SECONDS PYTEST-ARGUMENTS...: a step of pytest, in ten processes if pytest-xdist is installed
   local name=$1 limit=$2 workers=()
   shift 2
   [ $PART != tiny ] && "$PY" -c "import xdist" 2>/dev/null && workers=(-n 10)
@@ -81,7 +81,7 @@ prepare() {
     step wheels 30 "$PY" -m pip install -q --no-index --no-deps --no-compile --target "$LOGS/site" .whl/*.whl
     mv "$LOGS/site" "${SITE:=$(mktemp -d)}/site" && export PYTHONPATH="$SITE/site${PYTHONPATH:+:$PYTHONPATH}"
   fi
-  # An extension that was built elsewhere is used where it loads: its ABI is torch's stable one.
+  # An extension from another machine is used if it loads: it has torch's stable ABI.
   "$PY" -c "
 import torch
 from fastalign.ops import extension
@@ -95,7 +95,7 @@ first() {
     tests tests 60 tests/utils/test_random.py
     measure warm 60 step --warm
   else
-    # Inductor's disk cache fills while the tests run; nothing is timed meanwhile.
+    # Inductor's disk cache fills during the tests, when nothing is timed.
     tests tests 130 tests/kernels tests/ops/test_ops.py tests/method/test_drop.py tests/ops/test_attention.py \
       tests/ops/test_extension.py tests/test_gpu.py -k "not without_a_gpu" &
     measure warm-b 130 step --warm --only B/16-224 &
@@ -122,7 +122,7 @@ second() {
   measure profile 60 profile
 }
 
-rest() { # what needs no place among the first minutes
+rest() { # lower priority
   measure step 0 step --missing
   measure attention-all 0 attention
   measure kernels-all 0 kernels

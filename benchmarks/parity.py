@@ -1,7 +1,7 @@
 """Errors of our backbones relative to timm's on random weights: ``python -m benchmarks.parity [NAME ...]``.
 
-fp32, each backbone of the method at its native size and full depth, forward pass and every gradient with a random
-cotangent. Writes `benchmarks/results/parity.json` and the table of `docs/backbones.md`.
+fp32, each backbone of the method at its native size and full depth, forward pass and every gradient with a
+random cotangent. Writes `benchmarks/results/parity.json`.
 """
 
 import copy
@@ -35,7 +35,6 @@ BACKBONES = [
     "eva02_base_patch16_clip_224.merged2b",
     MOCO,
 ]
-TABLE = record.ROOT / "docs" / "backbones.md"
 
 
 def measure(name: str, images: int = 1, **kwargs) -> dict[str, float]:
@@ -90,11 +89,6 @@ def main(names: list[str]) -> None:
         print(line.format(**rows[-1]))
     if not names:
         record.write("parity", rows)
-        table = [
-            [row["backbone"], *(f"{row[key]:.1e}" for key in ("tokens", "pooled", "gradient"))]
-            for row in rows
-        ]
-        record.replace_table(TABLE, record.markdown("| backbone | tokens | pooled | gradient |", table))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ import fastalign as fa
 from benchmarks.baseline import Baseline
 from benchmarks.compare import attempt, free, quantiles, timed
 from fastalign.backbones.precision import autocast, store_as
-from fastalign.method.flops import flops_per_image
+from fastalign.method.flops import flops_per_image, peak_flops
 from fastalign.training.optim import adamw
-from fastalign.utils.flops import peak_flops
 
 BACKBONES = {
     "B/16-224": ("vit_base_patch16_clip_quickgelu_224", 256),

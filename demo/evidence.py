@@ -2,12 +2,11 @@
 
     python -m demo.evidence runs/demo
 
-Each row has three seeds: of training, masks and data order (where there is training), and of the probes' heads. The
-setting was fixed on the validation split before any figure of the test split was seen (demo/README.md).
+Each row has three seeds: of training, masks and data order (of what is trained), and of the probes' heads. The
+setting was chosen on the validation split before any figure of the test split was seen (demo/README.md).
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -19,11 +18,12 @@ from fastalign import __version__
 from fastalign.config import load_config
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.evaluation.results import percent, summarise, write_results
+from fastalign.training.command import run_command
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import write_atomically
 
 RECIPE = "configs/demo.yaml"
 SEEDS = (0, 1, 2)
+TEACHER, ALIGNED = "teacher", "aligned (MaskEmbed)"
 NOTHING_HIDDEN = (
     "masks.distribution=bernoulli",
     "masks.ratio=1.0",
@@ -31,9 +31,9 @@ NOTHING_HIDDEN = (
     "masks.full=false",
 )
 ROWS = {
-    "teacher": {"read": "teacher"},
+    TEACHER: {"read": "teacher"},
     "teacher + untrained decoder": {"read": "decoder"},
-    "aligned (MaskEmbed)": {},
+    ALIGNED: {},
     "masked image modeling": {"overrides": ("objective=mim",)},
     "distilled, nothing hidden": {"overrides": NOTHING_HIDDEN},
 }
@@ -50,48 +50,68 @@ COLUMNS = {
 """Column -> (labels, head, metric)."""
 
 
-def trials(run: Path, seeds: tuple[int, ...], split: str) -> list[Trial]:
-    """Every row and seed; the demo's own run is the aligned student of its seed."""
+def compare(run: Path, root: Path, seeds: list[int], split: str, workers: int) -> dict[str, dict[str, dict]]:
+    """Run the trials, write `evidence-SPLIT.json` and, of the test split, the `probe.json` that a report shows.
+
+    The demo's finished run is the aligned student of its own seed; `root` is the folder of the other trials.
+
+    Returns:
+        Row -> column -> mean and spread over the seeds.
+    """
+    if not (run / "backbone.json").is_file():
+        raise UserError(f"evidence: {run} is not a finished run; train configs/demo.yaml first")
     own = load_config(RECIPE).seed
-    found = []
-    for name, differs in ROWS.items():
-        for seed in seeds:
-            is_run = name.startswith("aligned") and seed == own
-            found.append(
-                Trial(name, seed, RECIPE, **differs, splits=(split,), folder=str(run) if is_run else "")
-            )
-    return found
-
-
-def scores(results: list[list[dict]], asked: list[Trial], split: str) -> dict[str, dict[str, dict]]:
-    """Row -> column -> mean and spread over the seeds."""
-    table: dict[str, dict[str, dict]] = {}
-    for name in dict.fromkeys(trial.name for trial in asked):
-        rows = [row for trial, part in zip(asked, results, strict=True) if trial.name == name for row in part]
-        table[name] = {column: score(rows, split, *asked_of) for column, asked_of in COLUMNS.items()}
+    trials = [
+        Trial(
+            name,
+            seed,
+            RECIPE,
+            **keys,
+            splits=(split,),
+            folder=str(run) if (name, seed) == (ALIGNED, own) else "",
+        )
+        for name, keys in ROWS.items()
+        for seed in seeds
+    ]
+    results = run_trials(trials, root, lambda text: print(text, flush=True), workers)
+    rows = [{**row, "model": trial.name} for trial, part in zip(trials, results, strict=True) for row in part]
+    table = {
+        name: {
+            column: score([row for row in rows if row["model"] == name], split, *asked)
+            for column, asked in COLUMNS.items()
+        }
+        for name in ROWS
+    }
+    facts = {"split": split, "seeds": seeds, "table": table, "versions": {"fastalign": __version__}}
+    write_results(run / f"evidence-{split}.json", facts)
+    if split == "test":
+        names = {TEACHER: "before", ALIGNED: "aligned"}
+        rows = [{**row, "model": names.get(row["model"], row["model"])} for row in rows]
+        data = str(pictures(load_config(RECIPE)))
+        splits = {name: open_labelled(data, name) for name in ("train", "val", "test")}
+        counts = {name: len(images) for name, images in splits.items()}
+        about = {"path": data, "classes": list(splits["test"].classes), "images": counts}
+        facts = {"command": "python -m demo.evidence", "data": about, **facts}
+        write_results(run / "probe.json", {**facts, "results": rows, "summary": summarise(rows)})
     return table
 
 
-def verdict(table: dict[str, dict[str, dict]]) -> list[str]:
-    """What the table says of the aligned student against the teacher, in words."""
-    before, after = table["teacher"], table["aligned (MaskEmbed)"]
-    lines = []
-    for column in COLUMNS:
-        gain = 100 * (after[column]["mean"] - before[column]["mean"])
-        spread = 100 * max(part[column]["std"] or 0.0 for part in (before, after))
-        lines.append(f"{column}: {gain:+.1f} points, spread {spread:.1f}")
-    return lines
-
-
-def show(table: dict[str, dict[str, dict]], split: str, seeds: int) -> Table:
-    """The table for the terminal."""
+def show(table: dict[str, dict[str, dict]], split: str, seeds: int) -> None:
+    """Print the table, and what the aligned student gains on the teacher."""
     shown = Table(title=f"{split} split, percent, mean ± standard deviation of {seeds} seeds")
     shown.add_column("features of")
     for column in COLUMNS:
         shown.add_column(column, justify="right")
     for name, row in table.items():
         shown.add_row(name, *(percent(row[column]) for column in COLUMNS))
-    return shown
+    Console(width=max(Console().width, 120)).print(shown)
+    gains = []
+    for column in COLUMNS:
+        before, after = table[TEACHER][column], table[ALIGNED][column]
+        spread = max(before["std"] or 0.0, after["std"] or 0.0)
+        gain = after["mean"] - before["mean"]
+        gains.append(f"{column}: {100 * gain:+.1f} points, spread {100 * spread:.1f}")
+    print(f"aligned against teacher: {'; '.join(gains)}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,43 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", default="test", choices=("val", "test"))
     parser.add_argument("--workers", type=int, default=CORES, help="trials at once")
     args = parser.parse_args(argv)
-    asked = trials(args.run, tuple(args.seeds), args.split)
-    try:
-        if not (args.run / "backbone.json").is_file():
-            raise UserError(f"evidence: {args.run} is no finished run; train configs/demo.yaml first")
-        results = run_trials(asked, args.root, lambda text: print(text, flush=True), args.workers)
-        table = scores(results, asked, args.split)
-        _write(args, asked, results, table)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    Console(width=max(Console().width, 120)).print(show(table, args.split, len(args.seeds)))
-    print("aligned against teacher: " + "; ".join(verdict(table)))
-    return 0
-
-
-def _write(args: argparse.Namespace, asked: list[Trial], results: list[list[dict]], table: dict) -> None:
-    """`evidence.json`, and the `probe.json` that a report draws, where the test split was read."""
-    facts = {"split": args.split, "seeds": args.seeds, "table": table, "versions": {"fastalign": __version__}}
-    text = json.dumps(facts, indent=1) + "\n"
-    write_atomically(args.run / f"evidence-{args.split}.json", lambda file: file.write(text.encode()))
-    if args.split != "test":
-        return
-    data = str(pictures(load_config(RECIPE)))
-    names = {"teacher": "before", "aligned (MaskEmbed)": "aligned"}
-    rows = [
-        {**row, "model": names.get(trial.name, trial.name)}
-        for trial, part in zip(asked, results, strict=True)
-        for row in part
-    ]
-    splits = {name: open_labelled(data, name) for name in ("train", "val", "test")}
-    counts = {name: len(split) for name, split in splits.items()}
-    about = {"path": data, "classes": list(splits["test"].classes), "images": counts}
-    command = "python -m demo.evidence"
-    write_results(
-        args.run / "probe.json",
-        {"command": command, "data": about, **facts, "results": rows, "summary": summarise(rows)},
-    )
+    return run_command(lambda: show(compare(**vars(args)), args.split, len(args.seeds)))
 
 
 if __name__ == "__main__":

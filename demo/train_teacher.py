@@ -2,8 +2,7 @@
 
     python -m demo.train_teacher --data demo/data --out demo/teacher.safetensors
 
-The weights have timm's state-dict keys. A JSON file beside them says what timm needs to build the model, how its
-input is normalised, how well it does and how it was made.
+The weights have timm's state-dict keys; a JSON file with the same name describes the model, its input and its making.
 """
 
 import argparse
@@ -23,13 +22,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastalign.training.command import run_command
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import write_tensors
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 48, "patch_size": 8, "embed_dim": 64, "depth": 10, "num_heads": 4, "num_classes": 10}
-"""What timm.create_model gets; half a million parameters. Narrow and deep: of the shapes that were tried, the one
-whose patch tokens say least about their patches (README.md)."""
+"""timm's arguments; half a million parameters. Narrow and deep: of the shapes tried, the one whose patch tokens carry
+least about their patches (README.md)."""
 
 MEAN = STD = 0.5
 _SMALLEST_CROP = 0.7
@@ -37,14 +37,10 @@ _WARM_UP = 0.1
 
 
 def load_split(folder: Path) -> tuple[list[Image.Image], Tensor]:
-    """Reads a split of the mosaics into memory.
-
-    Returns:
-        The decoded pictures in the order of labels.csv, and their image-level labels, [pictures] int64.
-    """
+    """A split of the mosaics: the pictures in the order of labels.csv, and their labels, [pictures] int64."""
     table = folder / "images" / "labels.csv"
     if not table.is_file():
-        raise UserError(f"train_teacher: --data lacks {table}; render it with python -m demo.mosaics")
+        raise UserError(f"train_teacher: --data has no {table}; render it with python -m demo.mosaics")
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     pictures = []
@@ -76,13 +72,7 @@ def training_view(picture: Image.Image, rng: np.random.Generator) -> Image.Image
 
 @torch.inference_mode()
 def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The share of images whose highest logit is the label's; the model is left in evaluation mode.
-
-    Args:
-        model: gives logits, [B, classes].
-        images: normalised, [B, 3, H, W] float32.
-        labels: [B] int64.
-    """
+    """The share of images, [B, 3, H, W] normalised, whose highest logit is the label's; sets evaluation mode."""
     model.eval()
     guesses = torch.cat([model(chunk).argmax(1) for chunk in images.split(256)])
     return (guesses == labels).float().mean().item()
@@ -97,11 +87,7 @@ def _learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def train(args: argparse.Namespace) -> tuple[nn.Module, float]:
-    """Trains on the mosaics as the command line says.
-
-    Returns:
-        The model, and its top-1 on the validation split after the last epoch.
-    """
+    """The model, trained on the mosaics, and its top-1 on the validation split after the last epoch."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
@@ -112,8 +98,8 @@ def train(args: argparse.Namespace) -> tuple[nn.Module, float]:
         )
     val_pictures, val_labels = load_split(args.data / "val")
     val_images = to_input([evaluation_view(picture) for picture in val_pictures])
-    # Half of the patches of a training view are left out: twice as fast, and the teacher of a masked view
-    # should have met incomplete pictures. The last epochs see all of them, as evaluation does.
+    # Half of the patches of a training view are dropped: twice as fast, and the teacher of masked views should
+    # have seen incomplete pictures. The last epochs see all patches, as evaluation does.
     model = timm.create_model(ARCHITECTURE, **KWARGS, patch_drop_rate=0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     batches = len(pictures) // args.batch
@@ -136,17 +122,16 @@ def train(args: argparse.Namespace) -> tuple[nn.Module, float]:
             optimizer.step()
             total += loss.item()
         accuracy = top1(model, val_images, val_labels)
-        report = (
-            f"loss {total / batches:.3f}  val top-1 {accuracy:.3f}  {time.perf_counter() - started:.0f} s"
-        )
-        print(f"epoch {epoch + 1:2d}  {report}", flush=True)
+        seconds = time.perf_counter() - started
+        figures = f"loss {total / batches:.3f}  val top-1 {accuracy:.3f}  {seconds:.0f} s"
+        print(f"epoch {epoch + 1:2d}  {figures}", flush=True)
     return model, accuracy
 
 
-def describe(args: argparse.Namespace, accuracy: float, argv: list[str]) -> dict:
-    """What the JSON file beside the weights says."""
-    packages = ("torch", "timm", "pillow", "numpy")
-    return {
+def save(out: Path, model: nn.Module, accuracy: float, seed: int, argv: list[str]) -> None:
+    """Write the weights, and a description as JSON."""
+    write_tensors(out, {name: value.contiguous() for name, value in model.state_dict().items()})
+    facts = {
         "architecture": ARCHITECTURE,
         "kwargs": KWARGS,
         "mean": [MEAN] * 3,
@@ -155,9 +140,11 @@ def describe(args: argparse.Namespace, accuracy: float, argv: list[str]) -> dict
         "crop_pct": 1.0,
         "val_top1": round(accuracy, 4),
         "command": shlex.join(["python", "-m", "demo.train_teacher", *argv]),
-        "seed": args.seed,
-        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "seed": seed,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "pillow", "numpy")},
     }
+    out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(f"{out}: val top-1 {accuracy:.3f}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -166,27 +153,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m demo.train_teacher", description="Train the demo's teacher."
     )
-    parser.add_argument("--data", type=Path, default=Path("demo/data"), help="the rendered mosaics")
-    parser.add_argument("--out", type=Path, default=Path("demo/teacher.safetensors"), help="file to write")
-    parser.add_argument("--epochs", type=int, default=24)
-    parser.add_argument(
-        "--full-epochs", type=int, default=3, help="how many of them, the last, see all patches"
-    )
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    add = parser.add_argument
+    add("--data", type=Path, default=Path("demo/data"), help="the rendered mosaics")
+    add("--out", type=Path, default=Path("demo/teacher.safetensors"), help="file to write")
+    add("--epochs", type=int, default=24)
+    add("--full-epochs", type=int, default=3, help="how many of them, the last, see all patches")
+    add("--batch", type=int, default=64)
+    add("--lr", type=float, default=1e-3)
+    add("--weight-decay", type=float, default=0.05)
+    add("--seed", type=int, default=0)
+    add("--threads", type=int, default=2)
     args = parser.parse_args(argv)
-    try:
-        model, accuracy = train(args)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    write_tensors(args.out, {name: value.contiguous() for name, value in model.state_dict().items()})
-    args.out.with_suffix(".json").write_text(json.dumps(describe(args, accuracy, argv), indent=1) + "\n")
-    print(f"{args.out}: val top-1 {accuracy:.3f}")
-    return 0
+    return run_command(lambda: save(args.out, *train(args), args.seed, argv))
 
 
 if __name__ == "__main__":

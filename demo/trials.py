@@ -1,7 +1,7 @@
-"""Trials: trainings that differ in a few keys of one recipe, and probes of what came out, a folder each.
+"""Trials: trainings that differ in a few keys of one recipe, and probes of the results, a folder each.
 
-A trial that is finished is found again, one that was interrupted goes on. Several run at once, a process and a thread
-each, which on a CPU is faster than one after another on all cores.
+A finished trial is found again, an interrupted one resumes. Several run at once, each in a process with one thread,
+which on a CPU is faster than one after another on all cores.
 
     python -m demo.trials SPEC.json       (what `run_trials` starts for each trial)
 """
@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from fastalign.evaluation.patch_features import Encoder, frozen_encoder
 from fastalign.evaluation.patches import probe
 from fastalign.train import train
 from fastalign.training import build
+from fastalign.training.command import run_command
 from fastalign.training.distributed import World
 from fastalign.training.metrics import mean_and_spread
 from fastalign.utils.errors import UserError
@@ -48,11 +49,11 @@ class Trial:
     overrides: tuple[str, ...] = ()
     """keys that differ from the recipe's"""
     read: str = "student"
-    """student: the backbone after training; teacher: before; decoder: the teacher behind an untrained decoder"""
+    """student: the backbone after training; teacher: before; decoder: the teacher and an untrained decoder"""
     folder: str = ""
-    """a run that is there already; empty = one of its own"""
+    """an existing run; empty = a new one"""
     splits: tuple[str, ...] = ("val",)
-    """what the heads are judged on; the epoch is always chosen on val"""
+    """what the heads are evaluated on; the epoch is always chosen on val"""
     heads: tuple[str, ...] = ("linear", "mlp", "transformer")
     images: int = 6000
     """training images of the heads, at most"""
@@ -60,42 +61,37 @@ class Trial:
     """of the heads"""
 
     def config(self, output: str | Path) -> Config:
-        """What is trained; the probes come afterwards, so none runs during training."""
+        """The configuration of the training, in which no probe runs."""
         own = (f"seed={self.seed}", "probe.data=null", f"output={output}")
         return load_config(self.recipe, [*self.overrides, *own])
 
-    def place(self, root: Path) -> Path:
-        """The trial's folder: of the same name only where the same is trained from the same files."""
+    def path(self, root: Path) -> Path:
+        """The folder: the same only for the same training from the same files."""
         if self.folder:
             return Path(self.folder)
         settings = self.config("x")
-        code = _digest(settings.model_dump_json(), *_read_files(settings))
+        code = _digest(settings.model_dump_json(), settings)
         return root / f"{re.sub('[^a-z0-9.]+', '-', self.name.lower()).strip('-')}-s{self.seed}-{code}"
 
     def results(self, root: Path) -> Path:
-        """The file with the trial's probes."""
+        """The file with the results of the probes."""
         asked = {
             key: value for key, value in asdict(self).items() if key not in ("name", "overrides", "folder")
         }
         made = (Path(self.folder) / "backbone.safetensors",) if self.folder else ()
-        code = _digest(json.dumps(asked, sort_keys=True), *_read_files(self.config("x")), *made)
-        return self.place(root) / f"probes-{self.read}-{self.seed}-{code}.json"
-
-
-def _read_files(config: Config) -> tuple[Path, ...]:
-    """What decides a trial beside its keys: the weights that it starts from, and how its pictures were rendered."""
-    return Path(config.student.weights), pictures(config) / "mosaics.json"
+        code = _digest(json.dumps(asked, sort_keys=True), self.config("x"), *made)
+        return self.path(root) / f"probes-{self.read}-{self.seed}-{code}.json"
 
 
 def pictures(config: Config) -> Path:
-    """The labelled data that a recipe trains on the images of: DATA, where `data.train` is DATA/train/images."""
+    """The labelled data DATA of a recipe whose `data.train` is DATA/train/images."""
     return Path(config.data.train).parent.parent
 
 
-def _digest(text: str, *files: Path) -> str:
-    """Eight hexadecimal digits of a text and the content of files."""
+def _digest(text: str, config: Config, *files: Path) -> str:
+    """Eight hexadecimal digits of a text, the weights and pictures that a recipe names, and other files."""
     digest = hashlib.sha256(text.encode())
-    for file in files:
+    for file in (Path(config.student.weights), pictures(config) / "mosaics.json", *files):
         if file.is_file():
             digest.update(file.read_bytes())
     return digest.hexdigest()[:8]
@@ -108,22 +104,14 @@ def run_trials(
     workers: int = CORES,
     minutes: float | None = None,
 ) -> list[list[dict] | None]:
-    """Runs the trials that are not finished yet.
-
-    Args:
-        trials: what to run.
-        root: the folder of all.
-        say: gets a line when a trial is done.
-        workers: how many at once.
-        minutes: begin no trial later than that; None = all are run.
+    """Run the trials that are not finished yet, `workers` at once; start none after so many `minutes`.
 
     Returns:
-        For each trial its rows, as `probe.json` has them; None for one that was not begun.
+        For each trial its rows as in `probe.json`; None for one that was not started.
 
     Raises:
-        UserError: a trial failed; its log is named.
+        UserError: a trial failed; the message names its log.
     """
-    workers = max(1, min(workers, len(trials)))
     done, began = itertools.count(1), time.monotonic()
 
     def run(trial: Trial) -> list[dict] | None:
@@ -131,13 +119,14 @@ def run_trials(
         if not file.is_file():
             if minutes is not None and time.monotonic() - began > 60 * minutes:
                 return None
-            _start(trial, root)
+            start_trial(trial, root)
         rows = json.loads(file.read_text())["rows"]
-        best = rows[-1][trial.splits[-1]]
-        say(f"[{next(done)}/{len(trials)}] {trial.name}, seed {trial.seed}: {_headline(rows[-1], best)}")
+        last, found = rows[-1], rows[-1][trial.splits[-1]]
+        figure = f"{last['labels']} {last['head']} {100 * found.get('map', found['macro_recall']):.1f}"
+        say(f"[{next(done)}/{len(trials)}] {trial.name}, seed {trial.seed}: {figure}")
         return rows
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(max(1, min(workers, len(trials)))) as pool:
         futures = [pool.submit(run, trial) for trial in trials]
         try:
             return [future.result() for future in futures]
@@ -147,26 +136,20 @@ def run_trials(
 
 
 def score(rows: Iterable[dict], split: str, labels: str, head: str, metric: str) -> dict[str, float | None]:
-    """Mean and spread of a metric over the rows of one head; the rows are of several seeds."""
+    """Mean and spread over seeds of a metric of one head."""
     return mean_and_spread(
         [row[split][metric] for row in rows if (row["labels"], row["head"]) == (labels, head)]
     )
 
 
-def _headline(row: dict, found: dict) -> str:
-    score = found.get("map", found["macro_recall"])
-    return f"{row['labels']} {row['head']} {100 * score:.1f}"
-
-
-def _start(trial: Trial, root: Path) -> None:
-    """Runs a trial in a process of its own, so that trials share neither threads nor random numbers."""
-    folder = trial.place(root)
+def start_trial(trial: Trial, root: Path) -> None:
+    """Run a trial in its own process, so that trials share neither threads nor random numbers."""
+    folder = trial.path(root)
     folder.mkdir(parents=True, exist_ok=True)
-    spec = trial.results(root).with_suffix(".spec")
+    spec, log = trial.results(root).with_suffix(".spec"), folder / "log.txt"
     spec.write_text(json.dumps({"trial": asdict(trial), "root": str(root)}))
-    log = folder / "log.txt"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if not torch.cuda.is_available() else None
     with log.open("a") as file:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"} if not torch.cuda.is_available() else None
         command = [sys.executable, "-m", "demo.trials", str(spec)]
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
     if code:
@@ -175,7 +158,7 @@ def _start(trial: Trial, root: Path) -> None:
     spec.unlink()
 
 
-def _probed(trial: Trial, folder: Path, device: torch.device) -> Encoder:
+def encoder_of(trial: Trial, folder: Path, device: torch.device) -> Encoder:
     """What the trial's heads read."""
     if trial.read == "student":
         return frozen_encoder(load_backbone(folder).to(device))
@@ -183,44 +166,37 @@ def _probed(trial: Trial, folder: Path, device: torch.device) -> Encoder:
     if trial.read == "teacher":
         return frozen_encoder(build.starting_backbone(config).to(device))
     objective, backbone = build.build_objective(config)
-    probed, decoder = frozen_encoder(backbone.to(device)), objective.student.decoder.to(device).eval()
-    # Blocks as they are drawn, but in earnest: LayerScale 1 where training begins with 1e-6; the norm behind them,
-    # not the layer that maps to the teacher's width.
+    encoder, decoder = frozen_encoder(backbone.to(device)), objective.student.decoder.to(device).eval()
+    # LayerScale begins at 1e-6, with which an untrained decoder does nothing. The heads read its last norm.
     for block in decoder.blocks:
         for scale in block.layer_scales() or ():
             torch.nn.init.ones_(scale)
     decoder.head = torch.nn.Identity()
-    shape = probed.shape
 
     def encode(images: torch.Tensor) -> list[torch.Tensor]:
-        tokens = probed.encode(images)[0]
-        visible = tokens.new_ones(len(tokens), 1, shape.patches, dtype=torch.bool)
+        tokens = encoder.encode(images)[0]
+        visible = tokens.new_ones(len(tokens), 1, encoder.shape.patches, dtype=torch.bool)
         return [decoder(tokens, visible)[:, 0]]
 
-    return Encoder(
-        **{**vars(probed), "encode": encode, "identity": f"{probed.identity} decoder {trial.seed}"}
-    )
+    return replace(encoder, encode=encode, identity=f"{encoder.identity} decoder {trial.seed}")
 
 
 def run_trial(trial: Trial, root: Path) -> None:
-    """Trains, unless the folder is finished, probes, and writes the rows."""
+    """Train, unless the folder is finished; probe; write the rows."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    world, folder = World(0, 1, device), trial.place(root)
+    world, folder = World(0, 1, device), trial.path(root)
     if trial.read == "student" and not trial.folder:
         train(trial.config(folder), world)
     data = str(pictures(load_config(trial.recipe)))
     splits = {name: open_labelled(data, name) for name in dict.fromkeys(("train", "val", *trial.splits))}
-    count = len(splits["train"])
-    splits["train"] = splits["train"].subset(np.arange(min(trial.images, count)))
-    recipe = Recipe(epochs=trial.epochs, select="map")
+    splits["train"] = splits["train"].subset(np.arange(min(trial.images, len(splits["train"]))))
+    common = {"seeds": (trial.seed,), "recipe": Recipe(epochs=trial.epochs, select="map")}
     plans = (
-        Plan(
-            heads=("linear",), labels=("global-union", "global-in-patch"), seeds=(trial.seed,), recipe=recipe
-        ),
-        Plan(heads=trial.heads, labels=("union",), seeds=(trial.seed,), recipe=recipe, hidden=256),
+        Plan(heads=("linear",), labels=("global-union", "global-in-patch"), **common),
+        Plan(heads=trial.heads, labels=("union",), hidden=256, **common),
     )
     rows = probe(
-        {trial.name: _probed(trial, folder, device)},
+        {trial.name: encoder_of(trial, folder, device)},
         splits,
         plans,
         world,
@@ -236,12 +212,7 @@ def main() -> int:
     """The process of one trial; returns its exit status."""
     spec = json.loads(Path(sys.argv[1]).read_text())
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in spec["trial"].items()}
-    try:
-        run_trial(Trial(**fields), Path(spec["root"]))
-    except UserError as error:
-        print(f"fastalign: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: run_trial(Trial(**fields), Path(spec["root"])))
 
 
 if __name__ == "__main__":

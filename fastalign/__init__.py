@@ -1,10 +1,9 @@
 """fastalign: locality alignment of vision transformers by MaskEmbed, exact and fast."""
 
-from pathlib import Path
+import importlib
 from typing import TYPE_CHECKING
 
 from fastalign import kernels, ops
-from fastalign.backbones.accelerate import accelerate, accelerated
 from fastalign.method import masks
 from fastalign.method.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
 from fastalign.method.objectives import MaskedImageModeling, MaskEmbed
@@ -14,6 +13,7 @@ from fastalign.utils.errors import UserError
 from fastalign.utils.paths import place_caches
 
 if TYPE_CHECKING:
+    from fastalign.backbones.accelerate import accelerate, accelerated
     from fastalign.backbones.zoo import create_backbone, load_backbone, transform
 
 __version__ = "0.1.0"
@@ -39,28 +39,15 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """The names of `zoo`, which imports timm: that takes longer than all the rest, and `--help` needs no model."""
+    """What imports timm, which takes longer than all the rest, when it is first used."""
     if name not in __all__:
         raise AttributeError(f"module 'fastalign' has no attribute {name!r}")
-    from fastalign.backbones import zoo
-
-    return getattr(zoo, name)
+    module = "accelerate" if name.startswith("accelerate") else "zoo"
+    return getattr(importlib.import_module(f"fastalign.backbones.{module}"), name)
 
 
 def __dir__() -> list[str]:
     return __all__
 
 
-def _needs_triton(name: str):
-    """What a kernel's name leads to where triton is missing: a reason, in place of a missing attribute."""
-    if not any((Path(folder) / f"{name}.py").is_file() for folder in kernels.__path__):
-        raise AttributeError(f"fastalign.kernels has no {name}")
-    raise ImportError(
-        f"fastalign.kernels.{name} needs the package triton: pip install triton; fastalign.ops works without it"
-    )
-
-
 place_caches()  # before anybody imports timm
-
-if not ops.KERNELS:
-    kernels.__getattr__ = _needs_triton

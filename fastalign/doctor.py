@@ -1,6 +1,6 @@
 """What is installed, what will be used, and what would be faster: ``python -m fastalign.doctor``.
 
-Ends with a smoke test, a training step on every kind of device there is; the exit code is 1 if one fails.
+Ends with a smoke test, a training step on every kind of device; the exit code is 1 if one fails.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ PARTS = {
     "decoder, mode drop": {"capped": False, "packed": True, "gradient": True},
     "teacher, mode drop": {"capped": False, "packed": True, "gradient": False},
 }
-"""Whose attention the report is about."""
+"""Whose attention is reported."""
 # Import name, a module that only the right project has, what it is for.
 OPTIONAL = {
     "xformers": ("xformers.ops", "attention"),
@@ -51,50 +51,38 @@ def version(package: str) -> str | None:
 
 
 def machine() -> list[str]:
-    """Python, torch and the devices."""
+    """Python, torch, the devices, and what decodes images."""
     lines = [f"python {platform.python_version()}, torch {torch.__version__}, timm {version('timm')}"]
     bf16 = "with" if has_bf16(torch.device("cpu")) else "without"
     lines.append(f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads, {bf16} bf16 instructions")
     if not torch.cuda.is_available():
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        return [*lines, f"GPU: none found; torch is {built}"]
+        lines.append(f"GPU: none found; torch is built for CUDA {torch.version.cuda}")
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         lines.append(
             f"GPU {index}: {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
         )
-    return lines
-
-
-def data() -> list[str]:
-    """Who decodes images."""
-    found = [f"{name} {version(name)}" for name in DALI_PACKAGES if version(name)]
-    if found:
-        return [f"decoding and transforms: {', '.join(found)}"]
-    if version("nvidia-dali"):
-        return ["DALI: missing; the package nvidia-dali is another project: pip install nvidia-dali-cuda130"]
-    return [
-        "DALI: missing, needed for training: pip install nvidia-dali-cuda130 (CUDA 12: nvidia-dali-cuda120)"
-    ]
+    if found := [f"{name} {version(name)}" for name in DALI_PACKAGES if version(name)]:
+        return [*lines, f"decoding and transforms: {', '.join(found)}"]
+    wrong = "; the package nvidia-dali is another project" if version("nvidia-dali") else ""
+    install = "pip install nvidia-dali-cuda130 (CUDA 12: nvidia-dali-cuda120)"
+    return [*lines, f"DALI: missing, needed for training{wrong}: {install}"]
 
 
 def operations() -> list[str]:
     """What runs each operation on a GPU and on a CPU, and why."""
     triton, status = version("triton"), extension.status()
     if not triton:
-        kernels = (
-            "eager PyTorch: triton is not installed, which is several passes over memory where one is enough"
-        )
+        kernels = "eager PyTorch, slower, because triton is not installed"
     elif ops.MODE == "0":
         kernels = "eager PyTorch, because FASTALIGN_KERNELS=0"
     else:
         kernels = f"kernels in triton {triton}"
+    masks = "extension" if extension.available(torch.device("cpu")) else "PyTorch"
     lines = [
         f"masked copies, decoder input, packing, loss on a GPU: {kernels}",
         "everything on a CPU: eager PyTorch",
-        f"masks: extension ({status})"
-        if extension.available(torch.device("cpu"))
-        else f"masks: PyTorch ({status})",
+        f"masks: {masks} ({status})",
     ]
     if torch.cuda.is_available() and not extension.available(torch.device("cuda")):
         lines.append(
@@ -109,22 +97,20 @@ def attention() -> list[str]:
     """What runs the attention of each part of a step, why, and what would be faster."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, lines = compute_dtype("auto", torch.device(device)), []
-    for part, facts in PARTS.items():
-        case = Case(device, dtype, length=577, width=64, biased=False, **facts)
+    for part, kind in PARTS.items():
+        case = Case(device, dtype, length=577, width=64, biased=False, **kind)
         lines.append("{}: {} ({})".format(part, *choose(case)))
         for found in choice.faster(case):
             how = f"; {found.get}" if found.get else ""
             lines.append(f"  {found.times:.2f}x as fast: {found.backend}, which {found.refusal}{how}")
-    if device == "cpu":
-        lines.append("on a GPU: triton if capped or packed, else sdpa; what is measured there comes first")
-    here = [name for name, backend in BACKENDS.items() if not backend.missing()]
-    lines.append(f"installed: {', '.join(here)}")
-    lines.append(f"not installed: {', '.join(name for name in BACKENDS if name not in here)}")
+    installed = [name for name, backend in BACKENDS.items() if not backend.missing()]
+    lines.append(f"installed: {', '.join(installed)}")
+    lines.append(f"not installed: {', '.join(name for name in BACKENDS if name not in installed)}")
     return lines
 
 
 def optional() -> list[str]:
-    """Optional packages, and whether each is the project meant."""
+    """Optional packages, and whether each is the right project."""
     lines, owners = [], packages_distributions()
     for name, (proof, purpose) in OPTIONAL.items():
         if importlib.util.find_spec(name) is None:
@@ -140,38 +126,31 @@ def optional() -> list[str]:
 
 
 def smoke(device: str) -> str:
-    """A step of a tiny model, with a soft-cap, in both modes. Raises what goes wrong."""
+    """A step of a tiny soft-capped model in both modes. Raises what goes wrong."""
     vit = create_backbone("vit_tiny_patch16_224", img_size=64, depth=2)
     student = MaskEmbedStudent.from_backbone(vit)
-    dtype, losses = compute_dtype("auto", torch.device(device)), []
+    dtype = compute_dtype("auto", torch.device(device))
     for masking in ("zero", "drop"):
         objective = MaskEmbed(MaskedTeacher(vit, masking=masking), student, UniformMasks()).to(device)
         images, ids = torch.randn(2, 3, 64, 64, device=device), torch.arange(2, device=device)
         with autocast(torch.device(device), dtype):
             loss = objective(images, ids)
         loss.backward()
-        losses.append(loss.item())
-    if not all(0 < loss < float("inf") for loss in losses):
-        raise ArithmeticError(f"losses of {losses}")
+        if not 0 < loss.item() < float("inf"):
+            raise ArithmeticError(f"a loss of {loss.item()} in mode {masking}")
     return f"a step on the {device} in {str(dtype).removeprefix('torch.')}: mode zero, mode drop"
 
 
 def main() -> int:
     """Print the report; 1 if a smoke test fails."""
-    for title, section in {
-        "machine": machine,
-        "data": data,
-        "operations": operations,
-        "attention": attention,
-        "optional": optional,
-    }.items():
-        print(f"{title}\n  " + "\n  ".join(section()))
+    for section in (machine, operations, attention, optional):
+        print(f"{section.__name__}\n  " + "\n  ".join(section()))
     print("smoke test")
     failed = False
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         try:
             print(f"  ok: {smoke(device)}")
-        except Exception as error:  # whatever it is, the report must be complete
+        except Exception as error:  # of any class: the report must be complete
             failed = True
             print(f"  FAILED on the {device}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     return int(failed)

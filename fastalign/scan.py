@@ -41,17 +41,10 @@ def _check(ids: range) -> list[BadSample]:
 
 
 def scan(data: str, workers: int) -> tuple[int, list[BadSample]]:
-    """Checks a data set and prints the progress.
-
-    Args:
-        data: see `open_source`.
-        workers: processes.
+    """Checks a data set with `workers` processes and prints the progress.
 
     Returns:
         The number of images, and the bad ones in source order after damaged shards and folders.
-
-    Raises:
-        UserError: nothing usable there.
     """
     source = open_source(data, damaged=True)
     if isinstance(source, SyntheticSource):

@@ -62,7 +62,8 @@ def register(name: str, schema: str, allocate: Callable, launch: Callable):
             if device.type != "cpu" or INTERPRETED:
                 raise
             raise ValueError(
-                f"fastalign.kernels.{name} takes tensors on a GPU, got cpu: use fastalign.ops on other devices"
+                "fastalign.kernels take tensors on a GPU, got cpu: "
+                "call the function of the same name in fastalign.ops"
             ) from error
         return out
 

@@ -22,7 +22,7 @@ def _rows(
     p_visible, p_indices, p_end, stride_b, stride_m, stride_t, o_row, R, T, P, N, M,
     D: tl.constexpr, LOSS: tl.constexpr, PREFIX_COUNTS: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
-    """Where each row's target stands, whether it counts, and one over the number of rows."""
+    """The offset of each row's target, whether the row counts, and one over the number of rows."""
     m_row = o_row < R
     if p_indices is not None:
         o_source = tl.load(p_indices + o_row, mask=m_row, other=-1).to(tl.int64)

@@ -1,11 +1,15 @@
 """A tiny ViT to train, and what is read of a run's folder."""
 
 import json
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).parents[1]
 MODEL = {"name": "vit_tiny_patch16_224", "weights": "random", "kwargs": {"img_size": 32, "depth": 2}}
 
 
@@ -39,3 +43,13 @@ def middle_of_weights(path: Path) -> int:
     header = path.read_bytes()[part.header_offset : part.header_offset + 30]
     lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     return part.header_offset + 30 + lengths + part.file_size // 2
+
+
+def torchrun(*arguments: str | Path, expect: int = 0) -> str:
+    """Run a program or `-m` module on two ranks. Returns what they print on stderr."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command += map(str, arguments)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == expect, result.stderr
+    return result.stderr

@@ -161,12 +161,12 @@ HEAVY = {
     "nvidia.dali": "optional: where images are read",
     "tensorboard": "optional: where it is asked for",
     "transformers": "optional: where a model is exported",
-    "matplotlib": "optional: benchmarks only",
+    "matplotlib": "optional: where a figure is drawn",
 }
 """Slow imports, with the reason or the place where to import them instead."""
 HELP = """
 import runpy, sys
-for command in ("train", "probe", "classify", "scan"):
+for command in ("train", "probe", "classify", "scan", "report"):
     sys.argv = ["fastalign", "--help"]
     try:
         runpy.run_module(f"fastalign.{command}", run_name="__main__")

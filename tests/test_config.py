@@ -30,7 +30,7 @@ output resume data.threads data.hw_decoder_load optim.accumulate checkpoint.ever
 log.every_steps log.to efficiency.compile efficiency.grad_checkpointing efficiency.shard efficiency.attention
 faults.bad_samples faults.quarantine faults.nonfinite faults.timeout
 """
-"""What a run that goes on may have anew. `max_steps` may grow; everything else decides the result."""
+"""May change when a run resumes. `max_steps` may grow; everything else decides the result."""
 
 
 def write(tmp_path, text, name="c.yaml"):
@@ -40,7 +40,7 @@ def write(tmp_path, text, name="c.yaml"):
 
 
 def test_the_list_of_keys_is_frozen_and_each_is_documented():
-    assert sorted(keys()) == sorted(KEYS.split()), "a key came or went: say so in the CHANGELOG"
+    assert sorted(keys()) == sorted(KEYS.split()), "a key was added or removed: note it in the CHANGELOG"
     assert len(keys()) == 68
     assert all(keys().values())
 
@@ -82,29 +82,18 @@ def test_overrides_are_parsed_by_the_type_of_their_key(tmp_path):
     assert config.data.train == "a=b"
 
 
-def test_parts_of_the_decoder_and_the_target_scale_are_typed(tmp_path):
-    path = write(
-        tmp_path, "decoder: {kwargs: {qk_norm: true, init_values: 1e-5}}\nloss: {target_scale: 1e-3}\n"
-    )
-    config = load_config(path, ["decoder.kwargs.qkv_bias=null"])
-    parts = {"width": None, "heads": None, "qk_norm": True, "qkv_bias": None, "init_values": 1e-5}
+def test_nested_sections_and_the_target_scale(tmp_path):
+    text = "decoder: {kwargs: {qk_norm: true}}\nloss: {target_scale: 1e-3}\nfaults: {timeout: 60}\n"
+    config = load_config(write(tmp_path, text), ["decoder.kwargs.init_values=null", "faults.nonfinite=stop"])
+    parts = {"width": None, "heads": None, "qk_norm": True, "qkv_bias": None, "init_values": None}
     assert config.decoder.kwargs.model_dump() == parts
+    faults = {"bad_samples": 0.01, "quarantine": None, "nonfinite": "stop", "timeout": 60.0}
+    assert config.faults.model_dump() == faults
     assert config.loss.target_scale == 1e-3
-    assert load_config(path, ["loss.target_scale=auto:3"]).loss.target_scale == "auto:3"
-    assert (Config().decoder.kwargs.init_values, Config().loss.target_scale) == (1e-6, "auto")
-
-
-def test_faults_that_are_not_named_keep_their_defaults(tmp_path):
-    assert Config().faults.model_dump() == {
-        "bad_samples": 0.01, "quarantine": None, "nonfinite": "skip", "timeout": 600.0
-    }  # fmt: skip
-    faults = load_config(write(tmp_path, "faults: {timeout: 60}\n"), ["faults.nonfinite=stop"]).faults
-    assert faults.model_dump() == {
-        "bad_samples": 0.01,
-        "quarantine": None,
-        "nonfinite": "stop",
-        "timeout": 60.0,
-    }
+    default = Config()
+    assert (default.decoder.kwargs.init_values, default.faults.timeout) == (1e-6, 600.0)
+    assert default.loss.target_scale == "auto"
+    assert load_config(write(tmp_path, ""), ["loss.target_scale=auto:3"]).loss.target_scale == "auto:3"
 
 
 def test_a_base_is_merged_and_its_own_keys_win(tmp_path):
@@ -125,12 +114,8 @@ def test_yaml_out_is_yaml_in(tmp_path):
     ("text", "override", "words"),
     [
         ("", "optim.lrr=3", ["optim.lrr", "nearest is optim.lr"]),
-        ("", "mask.full=false", ["mask", "nearest is masks"]),
-        ("trainer: {}", None, ["unknown key trainer"]),
         ("", "output=off", ["output: YAML reads this value as False, not as text; put it in quotes"]),
         ("", "decoder.kwargs.heads=0", ["decoder.kwargs.heads", "greater than 0"]),
-        ("", "faults.nonfinite=pray", ["faults.nonfinite", "'skip' or 'stop'", "pray"]),
-        ("", "faults.timeout=0", ["faults.timeout", "greater than 0"]),
         ("", "faults.bad_sample=0.1", ["faults.bad_sample", "nearest is faults.bad_samples"]),
         ("", "decoder.kwargs.qk_nrom=true", ["decoder.kwargs.qk_nrom", "nearest is decoder.kwargs.qk_norm"]),
         ("", "decoder.kwargs.qk_norm=maybe", ["decoder.kwargs.qk_norm", "boolean", "maybe"]),
@@ -140,26 +125,19 @@ def test_yaml_out_is_yaml_in(tmp_path):
         ("", "loss.target_scale=much", ["loss.target_scale", "a number, auto, or auto:BATCHES", "much"]),
         ("", "loss.target_scale=.nan", ["loss.target_scale", "number"]),
         ("", "probe.best=true", ["probe.best", "set probe.data"]),
-        ("", "probe.every_steps=0", ["probe.every_steps", "greater than 0"]),
         ("student: {freeze: true}", "probe.data=a", ["student.freeze", "remove one"]),
         ("", "teacher.kwargs.weights=random", ["teacher.kwargs.weights", "write teacher.weights"]),
-        ("", "teacher.kwargs.checkpoint=a.pth", ["teacher.kwargs.checkpoint", "write teacher.weights"]),
-        ("", "student.kwargs.name=a", ["student.kwargs.name", "write student.name"]),
         ("", "student.name=svit_a.b", ["student.name=svit_a.b: write vit_a.b and student.softcap=30"]),
         ("", "student.kwargs.max_attn_val=50", ["student.kwargs.max_attn_val: write student.softcap"]),
         ("", "teacher.kwargs.max_attn_val=50", ["teacher.kwargs.max_attn_val", "remove it"]),
         ("teacher: {name: vit_a}", "teacher.kwargs.max_attn_val=50", ["teacher.name=svit_... only"]),
         ("", "optim.lr=fast", ["optim.lr", "number", "fast"]),
-        ("", "optim.lr=-1", ["optim.lr", "greater than 0"]),
-        ("", "masks.distribution=unifrm", ["masks.distribution", "uniform"]),
-        ("", "efficiency.compile=maybe", ["efficiency.compile", "maybe"]),
         ("", "optim.name=sgd", ["optim.name", "apex_lamb", "sgd"]),
         ("", "optim.epochs", ["optim.epochs", "section.key=value"]),
         ("", "optim.accumulate=7", ["optim.batch_size", "optim.accumulate"]),
         ("", "optim.warmup_epochs=9", ["optim.warmup_epochs"]),
         ("", "teacher.prefix_only=true", ["teacher.skip_blocks=0"]),
         ("", "masks.ratio=0.3", ["masks.ratio"]),
-        ("", "masks.mode=dorp", ["masks.mode", "drop"]),
         ("masks: {mode: drop}\nteacher: {prefix_only: true, skip_blocks: 0}", None, ["masks.mode=zero"]),
         ("", "log.to=[wandb]", ["log.to", "wandb:PROJECT"]),
         ("optim: 3", None, ["optim", "3"]),
@@ -180,7 +158,7 @@ def test_bad_configuration_is_one_line_that_names_the_key(tmp_path, text, overri
 
 
 @pytest.mark.parametrize("name", ["2026-11-30", "'2026'", "'off'"])
-def test_a_folder_may_be_called_after_a_date(tmp_path, name):
+def test_a_folder_may_be_named_after_a_date(tmp_path, name):
     path = tmp_path / "c.yaml"
     path.write_text("seed: 1")
     config = load_config(path, [f"output={name}"])
@@ -196,17 +174,12 @@ def test_a_folder_may_be_called_after_a_date(tmp_path, name):
         ("", "student={nam: a}", "command line: unknown key student.nam"),
         ("optim: {lr: 1e-4}", "optim.lr=fast", "command line: optim.lr: "),
         ("", "optim.accumulate=7", "command line: optim.batch_size 1024"),
-        ("optim: {accumulate: 7}", "seed=1", "c.yaml: optim.batch_size 1024"),
+        ("optim: {accumulate: 7}", None, "c.yaml: optim.batch_size 1024"),
         ("optim: {lrr: 3}", "optim.lr=3", "c.yaml: unknown key optim.lrr"),
         ("optim: {lr: fast}", "optim.accumulate=7", "c.yaml: optim.lr: "),
     ],
 )
-def test_a_mistake_is_blamed_on_who_made_it(tmp_path, text, override, at_fault):
+def test_an_error_names_the_file_or_the_command_line(tmp_path, text, override, at_fault):
     with pytest.raises(UserError) as caught:
-        load_config(write(tmp_path, text), [override])
+        load_config(write(tmp_path, text), [override] if override else [])
     assert str(caught.value).removeprefix(f"{tmp_path}/").startswith(at_fault)
-
-
-def test_no_file(tmp_path):
-    with pytest.raises(UserError, match=r"none\.yaml"):
-        load_config(tmp_path / "none.yaml")

@@ -1,6 +1,5 @@
-"""The examples learn, and the page quotes them as they are."""
+"""The examples learn."""
 
-import re
 import runpy
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import fastalign as fa
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
-PAGE = (ROOT / "docs" / "in-your-code.md").read_text()
 TINY = {"img_size": 64, "depth": 2, "embed_dim": 64, "num_heads": 2}
 
 
@@ -25,14 +23,6 @@ def images(steps: int):
 
 def example(name: str) -> dict:
     return runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_the_page_quotes_it(name):
-    section = PAGE.partition(f"examples/{name}.py)")[2]
-    assert (
-        re.search(r"```python\n(.*?)```", section, re.S)[1] == (ROOT / "examples" / f"{name}.py").read_text()
-    )
 
 
 def test_all_are_tested_and_short():

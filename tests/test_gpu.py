@@ -12,17 +12,13 @@ import torch
 
 import fastalign as fa
 from fastalign.backbones.precision import FP8_CAPABILITY, FP8Linear
-from fastalign.config import load_config
-from fastalign.data.prefetch import Batch
 from fastalign.evaluation.heads import TokenShape, make_patch_head
 from fastalign.evaluation.options import Recipe
 from fastalign.evaluation.patch_features import PatchFeatures
 from fastalign.evaluation.patches import Task, evaluate_head, fit_head
 from fastalign.train import update
-from fastalign.training import build
-from fastalign.training.distributed import World
-from fastalign.training.run import Run
-from tests.numerics import DEVICE, gradient_error, randomise, relative_error
+from tests.numerics import gradient_error, randomise, relative_error
+from tests.update_helpers import run_of_batches, write_recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 ROOT = Path(__file__).parent.parent
@@ -76,28 +72,6 @@ def test_bf16_stays_close(compiled, masking):
     with torch.autocast("cuda", torch.bfloat16):
         found, _ = loss_and_gradient(step, images.bfloat16(), ids)
     assert relative_error(found, loss) < 0.02
-
-
-def write_recipe(tmp_path):
-    (tmp_path / "recipe.yaml").write_text(
-        f"output: {tmp_path / 'run'}\n"
-        "student: {name: vit_tiny_patch16_224, weights: random, kwargs: {img_size: 64, drop_path_rate: 0.1}}\n"
-        "data: {train: 'synthetic:256', val: 'synthetic:64'}\n"
-        "optim: {batch_size: 8, epochs: 2, lr: 1.0e-3, accumulate: 2, clip: 1.0, ema: 0.9}\n"
-    )
-    return str(tmp_path / "recipe.yaml")
-
-
-def run_of_batches(tmp_path, *overrides):
-    """A run, and finished batches for six updates of two parts."""
-    device = torch.device(DEVICE, 0 if DEVICE == "cuda" else None)
-    run = Run(load_config(write_recipe(tmp_path), list(overrides)), World(0, 1, device))
-    run.model.train()
-    dtype, batches = build.precision(run.config, device), []
-    for first in range(0, 48, 4):
-        images, ids = torch.randn(4, 3, 64, 64, device=device, dtype=dtype), torch.arange(first, first + 4)
-        batches.append(Batch(images, ids.to(device), ids.numpy(), 0.0))
-    return run, iter(batches)
 
 
 def check_no_synchronization(run, batches):

@@ -28,7 +28,7 @@ ACTIVATIONS = {
 
 
 def make_norm(spec: BlockSpec, width: int | None = None, *, present: bool = True) -> nn.Module:
-    """The block's kind of norm over `width` channels, or nothing."""
+    """The block's kind of norm over `width` channels, or the identity."""
     if not present or spec.norm == "identity":
         return nn.Identity()
     return nn.LayerNorm(width or spec.width, eps=spec.norm_eps)
@@ -56,7 +56,7 @@ class PatchEmbed(nn.Module):
         return self.norm(self.proj(images).flatten(2).transpose(1, 2))
 
     def blank(self) -> Tensor:
-        """[D]: the embedding of a patch whose pixels are zero, in whatever dtype embeddings come out."""
+        """[D]: the embedding of a patch whose pixels are zero, in the dtype of the parameters."""
         weight, bias = self.proj.weight, self.proj.bias
         return self.norm(weight.new_zeros(len(weight)) if bias is None else bias)
 
@@ -68,12 +68,15 @@ class LayerScale(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((width,), float(value)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
 
 class Attention(nn.Module):
-    """Multi-head self-attention with every variation of the zoo."""
+    """Multi-head self-attention with every variation of the supported families.
+
+    Args:
+        spec: of the block.
+        prefix: P, tokens without a rotary position.
+        window: the grid of patches, where a relative position bias is added.
+    """
 
     def __init__(self, spec: BlockSpec, *, prefix: int = 0, window: tuple[int, int] | None = None):
         super().__init__()
@@ -117,37 +120,33 @@ class Attention(nn.Module):
         return qkv.unflatten(-1, (3, self.spec.heads, -1)).unbind(-3)
 
     def forward(
-        self,
-        x: Tensor,
-        position: Tensor | None = None,
-        sequences: Sequences | None = None,
+        self, x: Tensor, position: Tensor | None = None, sequences: Sequences | None = None
     ) -> Tensor:
-        """Attention of each sequence over itself.
+        """Attention within each sequence.
 
         Args:
             x: [B, T, D], or with `sequences` packed, [L, D].
-            position: the rotary table [N, 2d] (packed: [L, 2d], a row a token) or the relative index [T, T].
+            position: the rotary table [N, 2d] (packed: [L, 2d], a row per token) or the relative index [T, T].
             sequences: the bounds of packed sequences.
         """
         q, k, v = self.project(x)
         q, k = self.q_norm(q), self.k_norm(k)
+        options = {"softcap": self.spec.softcap, "backend": self.backend}
         if sequences is not None:
             if position is not None:
                 q, k = (rotate(part, position.unsqueeze(1)).type_as(v) for part in (q, k))
-            x = attention(q, k, v, softcap=self.spec.softcap, sequences=sequences, backend=self.backend)
+            x = attention(q, k, v, sequences=sequences, **options)
             return self.proj(self.norm(x.flatten(1)))
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         bias = None
         if self.biased:
             bias = self.relative_position_bias_table[position].permute(2, 0, 1).unsqueeze(0)
         elif position is not None:
+            p = self.prefix
             q, k = (
-                torch.cat(
-                    [part[:, :, : self.prefix], rotate(part[:, :, self.prefix :], position)], 2
-                ).type_as(v)
-                for part in (q, k)
+                torch.cat([part[:, :, :p], rotate(part[:, :, p:], position)], 2).type_as(v) for part in (q, k)
             )
-        x = attention(q, k, v, softcap=self.spec.softcap, bias=bias, backend=self.backend)
+        x = attention(q, k, v, bias=bias, **options)
         return self.proj(self.norm(x.transpose(1, 2).flatten(2)))
 
 
@@ -184,13 +183,15 @@ class MLP(nn.Module):
 
 
 def _drop_path(rate: float) -> nn.Module:
+    if not rate:
+        return nn.Identity()
     from timm.layers import DropPath  # here, because importing timm takes a second
 
     return DropPath(rate)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block; `prefix` and `window` as for `Attention`."""
 
     def __init__(
         self,
@@ -205,7 +206,7 @@ class Block(nn.Module):
         self.attn = Attention(spec, prefix=prefix, window=window)
         self.norm2 = make_norm(spec)
         self.mlp = MLP(spec)
-        self.drop_path = _drop_path(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path = _drop_path(drop_path)
         self.scale_keys = spec.layer_scale_keys if spec.layer_scale else "none"
         if self.scale_keys == "ls":
             self.ls1 = LayerScale(spec.width, spec.layer_scale)
@@ -221,12 +222,9 @@ class Block(nn.Module):
         return (self.gamma_1, self.gamma_2) if self.scale_keys == "gamma" else None
 
     def forward(
-        self,
-        x: Tensor,
-        position: Tensor | None = None,
-        sequences: Sequences | None = None,
+        self, x: Tensor, position: Tensor | None = None, sequences: Sequences | None = None
     ) -> Tensor:
-        """[B, T, D] -> [B, T, D], or [L, D] -> [L, D] packed. Arguments as for `Attention`."""
+        """[B, T, D] -> [B, T, D], or packed, [L, D] -> [L, D]. Arguments as for `Attention`."""
         scales = self.layer_scales()
         branch = self.attn(self.norm1(x), position, sequences)
         x = x + self.drop_path(branch if scales is None else branch * scales[0])

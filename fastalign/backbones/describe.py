@@ -1,7 +1,7 @@
-"""From a timm model to our `ViT`: its shape read off its modules, its parameters taken over without a copy.
+"""From a timm model to our `ViT`: its shape is read from its modules, its parameters are shared, not copied.
 
-What fastalign does not support is refused: a module of another type than `_MODULES`, an option that has no module, or
-a state dict with other keys or shapes than ours.
+Refused as not supported: a module of a type outside `_MODULES`, an option that has no module, or a state dict with
+other keys or shapes than ours.
 """
 
 from dataclasses import replace
@@ -11,7 +11,7 @@ import torch
 from timm import layers
 from timm.layers import activations
 from timm.models import beit, eva, vision_transformer
-from torch import Tensor, nn
+from torch import nn
 
 from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
@@ -22,7 +22,7 @@ MODELS = {
     beit.Beit: beit.checkpoint_filter_fn,
     eva.Eva: eva.checkpoint_filter_fn,
 }
-"""timm's classes that are read, each with timm's function that brings other layouts of its weights to timm's keys."""
+"""timm's supported classes, each with timm's function that converts other layouts of its weights to timm's keys."""
 _ACTIVATIONS = {
     nn.GELU: "gelu",
     activations.GELU: "gelu",
@@ -44,21 +44,25 @@ _MODULES = {
 
 
 def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
-    """Our backbone from a timm VisionTransformer, Beit or Eva, whose parameters it takes over (no copy).
+    """Our backbone from a timm VisionTransformer, Beit or Eva, whose parameters it shares.
 
     Args:
         source: the timm model, on any device.
-        recipe: the name and arguments of `fastalign.create_backbone` that make it again, where they are known.
-        **changes: fields of `ViTSpec` that timm's modules do not tell.
+        recipe: its name and arguments for `fastalign.create_backbone`, where known.
+        **changes: fields of `ViTSpec` that timm's modules do not show.
 
     Raises:
         UserError: an architecture that fastalign does not support.
     """
     spec = replace(describe(source), **changes)
+    rate = max((getattr(part, "drop_prob", None) or 0.0) for part in source.modules())
+    found = timm.data.resolve_model_data_config(source)
+    data = {"mean": list(found["mean"]), "std": list(found["std"])}
+    data |= {"interpolation": found["interpolation"], "crop_pct": found["crop_pct"]}
     with torch.device("meta"):
-        vit = ViT(spec, drop_path=drop_path_rate(source), data=_data(source), recipe=recipe)
-    classes = getattr(source.head, "out_features", 0)
-    vit.head = nn.Linear(spec.block.width, classes, device="meta") if classes else nn.Identity()
+        vit = ViT(spec, drop_path=rate, data=data, recipe=recipe)
+        classes = getattr(source.head, "out_features", 0)
+        vit.head = nn.Linear(spec.block.width, classes) if classes else nn.Identity()
     vit.attn_pool = getattr(source, "attn_pool", None)
     theirs, ours = source.state_dict(), vit.state_dict()
     other = [key for key, value in ours.items() if key in theirs and value.shape != theirs[key].shape]
@@ -68,23 +72,12 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
     if spec.rotary:
         vit.position = source.rope.get_embed().detach().clone()
     elif spec.relative_position:
-        vit.position = relative_index(spec.grid)
+        vit.position = source.blocks[0].attn.relative_position_index.clone()
     return vit
 
 
-def _data(source: nn.Module) -> dict:
-    """How images become the backbone's input, as timm records it."""
-    found = timm.data.resolve_model_data_config(source)
-    return {
-        "mean": list(found["mean"]),
-        "std": list(found["std"]),
-        "interpolation": found["interpolation"],
-        "crop_pct": found["crop_pct"],
-    }
-
-
 def describe(source: nn.Module) -> ViTSpec:
-    """Read the shape of a timm model off its modules.
+    """Read the shape of a timm model from its modules.
 
     Raises:
         UserError: a part that fastalign does not support.
@@ -118,33 +111,34 @@ def describe(source: nn.Module) -> ViTSpec:
         pooled_norm=_has_norm(source.fc_norm),
         pool=source.global_pool or "none",
         pool_prefix=bool(getattr(source, "pool_include_prefix", False)),
-        fresh_norm_eps=_fresh_eps(source),
+        fresh_norm_eps=next(
+            (type(norm)(8).eps for norm in (source.norm, source.fc_norm) if _has_norm(norm)), 1e-6
+        ),
     )
 
 
 def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
     attention, mlp = block.attn, block.mlp
-    width = source.embed_dim
-    bare_beit = isinstance(source, beit.Beit) or (
-        isinstance(block, eva.EvaBlock) and attention.qkv is not None
-    )
-    qkv = "no_k_bias" if bare_beit else "split" if getattr(attention, "qkv", None) is None else "fused"
-    if qkv == "no_k_bias":
-        has_bias = attention.q_bias is not None
+    if getattr(attention, "qkv", None) is None:
+        qkv, bias = "split", attention.q_proj.bias
+    elif isinstance(block, (beit.Block, eva.EvaBlock)):
+        qkv, bias = "no_k_bias", attention.q_bias
     else:
-        has_bias = (attention.q_proj if qkv == "split" else attention.qkv).bias is not None
+        qkv, bias = "fused", attention.qkv.bias
     gamma = getattr(block, "gamma_1", None)
     scale = getattr(getattr(block, "ls1", None), "gamma", gamma)
     gated = hasattr(mlp, "fc1_g")
     return BlockSpec(
-        width=width,
+        width=source.embed_dim,
         heads=attention.num_heads,
         mlp_hidden=(mlp.fc1_g if gated else mlp.fc1).out_features,
         mlp="swiglu" if gated else "mlp",
-        activation=_activation(mlp.act),
+        activation="gelu_tanh"
+        if getattr(mlp.act, "approximate", "none") == "tanh"
+        else _ACTIVATIONS[type(mlp.act)],
         mlp_norm=_has_norm(mlp.norm),
         qkv=qkv,
-        qkv_bias=has_bias,
+        qkv_bias=bias is not None,
         qk_norm=_has_norm(getattr(attention, "q_norm", None)),
         attention_norm=_has_norm(getattr(attention, "norm", None)),
         layer_scale=None if scale is None else 1.0,
@@ -154,18 +148,15 @@ def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
 
 
 def _unknown_parts(source: nn.Module) -> list[str]:
-    """What fastalign does not support, each once. Attention pooling is timm's own module, whatever it consists of."""
-    parts = [
-        (name, module) for name, module in source.named_modules() if not f"{name}.".startswith("attn_pool.")
-    ]
-    found = [type(module).__name__ for _, module in parts if type(module) not in _MODULES]
-    dropout = any(
-        isinstance(module, nn.Dropout) and module.p > 0 and name != "head_drop" for name, module in parts
-    )
-    found += ["dropout"] if dropout else []
-    found += ["dynamic image sizes"] if getattr(source, "dynamic_img_size", False) else []
-    turned = any(getattr(module, "rotate_half", False) for _, module in parts)
-    found += ["half-rotated rotary embeddings"] if turned else []
+    """What fastalign does not support, each once. Attention pooling stays timm's own module, with any parts."""
+    parts = {k: part for k, part in source.named_modules() if not f"{k}.".startswith("attn_pool.")}
+    found = [type(part).__name__ for part in parts.values() if type(part) not in _MODULES]
+    if any(isinstance(part, nn.Dropout) and part.p > 0 and k != "head_drop" for k, part in parts.items()):
+        found.append("dropout")
+    if getattr(source, "dynamic_img_size", False):
+        found.append("dynamic image sizes")
+    if any(getattr(part, "rotate_half", False) for part in parts.values()):
+        found.append("half-rotated rotary embeddings")
     return list(dict.fromkeys(found))
 
 
@@ -175,41 +166,10 @@ def _unsupported(source: nn.Module, parts: list[str]) -> UserError:
     )
 
 
-def _activation(module: nn.Module) -> str:
-    return "gelu_tanh" if getattr(module, "approximate", "none") == "tanh" else _ACTIVATIONS[type(module)]
-
-
-def _fresh_eps(source: nn.Module) -> float:
-    norms = [norm for norm in (source.norm, source.fc_norm) if _has_norm(norm)]
-    return type(norms[0])(8).eps if norms else 1e-6
-
-
 def _has_norm(module: nn.Module | None) -> bool:
     return module is not None and not isinstance(module, nn.Identity)
-
-
-def drop_path_rate(source: nn.Module) -> float:
-    """Of a timm model: the rate of stochastic depth, that of its last block."""
-    return max((getattr(m, "drop_prob", None) or 0.0) for m in source.modules())
 
 
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of a size that may be one number."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
-def relative_index(grid: tuple[int, int]) -> Tensor:
-    """[1 + N, 1 + N] int64: for each pair of tokens, its row in BEiT's table of relative position biases.
-
-    Rows are the (2h - 1)(2w - 1) displacements, then class-to-patch, patch-to-class, class-to-class.
-    """
-    height, width = grid
-    entries = (2 * height - 1) * (2 * width - 1)
-    row = torch.arange(height).repeat_interleave(width)
-    column = torch.arange(width).repeat(height)
-    rows = row[:, None] - row[None, :] + height - 1
-    columns = column[:, None] - column[None, :] + width - 1
-    index = torch.empty(1 + height * width, 1 + height * width, dtype=torch.int64)
-    index[1:, 1:] = rows * (2 * width - 1) + columns
-    index[0, :], index[:, 0], index[0, 0] = entries, entries + 1, entries + 2
-    return index

@@ -1,6 +1,6 @@
-"""Layouts of weights: how libraries name the parameters of a vision transformer, as tables that are read both ways.
+"""Layouts of weights: tables of how libraries name the parameters of a vision transformer, used in both directions.
 
-`find` says which layout a file has, `to_timm` gives its weights timm's keys; `from_timm` is what the export writes.
+`find` recognises the layout of a file, `to_timm` renames its weights to timm's keys, `from_timm` is for exports.
 """
 
 import math
@@ -13,24 +13,24 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """Names in a library, as pairs of timm's name and theirs; what is not named has the same name in both."""
+    """Names in a library, as pairs of timm's name and theirs; other names are the same in both."""
 
     name: str
     """for messages"""
     root: dict[str, str]
-    """outside of the blocks: a key, or its beginning"""
+    """outside of the blocks: a key, or its prefix"""
     blocks: str
-    """what stands before a block's number"""
+    """the prefix of a block's number"""
     block: dict[str, str]
-    """the same as `root` within a block; `attn.q.`, `attn.k.`, `attn.v.` where these are apart"""
+    """as `root`, within a block; `attn.q.`, `attn.k.`, `attn.v.` where these are separate"""
     flat: bool = False
-    """class token [D] and positions [T, D]; timm's begin with an axis of 1"""
+    """class token [D] and positions [T, D]; timm's have a first axis of 1"""
     unread: tuple[str, ...] = ()
-    """beginnings of what the backbone has not got"""
+    """prefixes of keys that the backbone does not have"""
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """The names by which the layout is told; the patch embedding comes first."""
+        """The keys by which the layout is recognised; the patch embedding comes first."""
         first = [key for key in ("norm1.", "attn.q.", "attn.qkv.") if key in self.block]
         patch = self.root.get("patch_embed.proj.", "patch_embed.proj.")
         return (f"{patch}weight", *(f"{self.blocks}.0.{self.block[key]}weight" for key in first))
@@ -128,20 +128,15 @@ LAYOUTS = (
     HF_CLIP,
     HF_VIT,
     HF_DINOV2,
-    # The names that models of transformers 5 have in memory; its files have those above.
+    # transformers 5 has these names in memory; its files have those above.
     HF_VIT._replace(
         blocks="layers",
         block={"norm1.": "layernorm_before.", "norm2.": "layernorm_after.", **_HF_NEW_ATTENTION},
     ),
     HF_DINOV2._replace(block={**HF_DINOV2.block, **_HF_NEW_ATTENTION}),
 )
-HF_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_pytorch_tanh",
-    "quick_gelu": "quick_gelu",
-    "silu": "silu",
-    "relu": "relu",
-}
+HF_ACTIVATIONS = {name: name for name in ("gelu", "quick_gelu", "silu", "relu")}
+HF_ACTIVATIONS["gelu_tanh"] = "gelu_pytorch_tanh"
 """timm's names of activations, and transformers'."""
 HF_DEFAULTS = {
     kind: {"hidden_act": activation, "num_attention_heads": 12}
@@ -154,32 +149,21 @@ HF_DEFAULTS = {
         ("dinov2_with_registers", "gelu"),
     )
 }
-"""By model type: what transformers takes for keys that a config.json leaves out, as google/siglip-base's does."""
+"""By model type: transformers' defaults of keys that a config.json may omit, as google/siglip-base's does."""
 READ = ", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))
-"""The layouts that are read, for messages."""
+"""The supported layouts, for messages."""
 
-_OTHERS = {
-    "transformers' DINOv3": r"embeddings\.patch_embeddings\.weight",
-    "transformers' Swin": r"encoder\.layers\.0\.blocks\.0\.",
-    "transformers' BEiT": r"\.lambda_1$",
-    "transformers' distilled DeiT": r"embeddings\.distillation_token",
-    "torchvision's ViT": r"conv_proj\.weight",
-    "OpenMMLab's or SAM's": r"patch_embed\.projection\.weight",
-    "a ResNet": r"layer1\.0\.conv1\.weight",
-    "adapters of peft": r"lora_[AB]\.",
-    "a text model": r"(token_embedding|embed_tokens|word_embeddings)\.weight",
-}
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _CHUNKED = re.compile(r"blocks\.\d+\.(\d+\.)")
 
 
 def plain(name: str) -> str:
-    """A key without what torch's wrappers (DDP, compile, FSDP) put into it."""
+    """A key without the names of torch's wrappers (DDP, compile, FSDP)."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def find(names: Collection[str]) -> list[tuple[Layout, str]]:
-    """Every backbone among plain keys: its layout, and the prefix before its keys."""
+    """Every backbone among plain keys: its layout, and the prefix of its keys."""
     found = []
     for layout in LAYOUTS:
         first, *others = layout.marks
@@ -188,16 +172,11 @@ def find(names: Collection[str]) -> list[tuple[Layout, str]]:
     return found
 
 
-def looks_like(names: Collection[str]) -> str | None:
-    """A layout that is not read, by its name; None = an unknown one."""
-    return next((name for name, mark in _OTHERS.items() if any(re.search(mark, n) for n in names)), None)
-
-
 def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Weights of a layout, without a prefix before them, by timm's keys.
+    """Weights of a layout, without a prefix, by timm's keys.
 
     Raises:
-        KeyError, IndexError, RuntimeError: what belongs together is not there, or has shapes that do not fit.
+        KeyError, IndexError, RuntimeError: a part is missing, or has a wrong shape.
     """
     inverse = layout._replace(
         root={theirs: ours for ours, theirs in layout.root.items()},
@@ -217,7 +196,7 @@ def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
             state[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat([state.pop(part) for part in parts])
     if layout is HF_CLIP:
         _fit_siglip(state)
-    if "register_tokens" in state:  # beside them timm's models have no position for the class token
+    if "register_tokens" in state:  # with them timm's models have no position for the class token
         state["reg_token"] = state.pop("register_tokens")
         state["cls_token"] = state["cls_token"].float() + state["pos_embed"][:, :1].float()
         state["pos_embed"] = state["pos_embed"][:, 1:]
@@ -225,7 +204,7 @@ def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
 
 
 def _fit_siglip(state: dict[str, Tensor]) -> None:
-    """SigLIP 2 flattens its patches, channels last; the pooling has one matrix for query, key and value."""
+    """SigLIP 2 flattens its patches, channels last; its pooling has one matrix for query, key and value."""
     patch = state["patch_embed.proj.weight"]
     if patch.ndim == 2:
         side = math.isqrt(patch.shape[1] // 3)
@@ -237,7 +216,7 @@ def _fit_siglip(state: dict[str, Tensor]) -> None:
 
 
 def from_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Weights with timm's keys by the names of a layout; the inverse of `to_timm`, but for registers and pooling."""
+    """Weights with timm's keys by the names of a layout: the inverse of `to_timm`, except registers and pooling."""
     state = dict(state)
     if "attn.q." in layout.block:
         for key in [key for key in state if ".attn.qkv." in key]:
@@ -250,7 +229,7 @@ def from_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
 
 
 def _renamed(key: str, names: Layout, old: str, new: str) -> str:
-    """A key by the tables of `names`; `old` and `new` stand before a block's number."""
+    """A key by the tables of `names`; `old` and `new` are the prefixes of a block's number."""
     block = re.fullmatch(rf"{re.escape(old)}\.(\d+)\.(.+)", key)
     table, rest = (names.block, block[2]) if block else (names.root, key)
     start = next((start for start in table if rest.startswith(start)), "")

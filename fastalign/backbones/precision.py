@@ -1,4 +1,4 @@
-"""The dtype that a model computes in, and how a frozen one keeps its weights and multiplies by them in bf16."""
+"""The dtype that a model computes in, and lower precision for frozen weights: bf16 storage, FP8 products."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -25,8 +25,8 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 def has_bf16(device: torch.device) -> bool:
     """Whether a device multiplies in bf16: a GPU, or a CPU with instructions for it and a torch that uses them.
 
-    oneDNN's own answer (`torch.ops.mkldnn._is_mkldnn_bf16_supported`) is yes for every CPU with AVX-512. Without
-    AVX512-BF16 or AMX it converts to fp32 and back, which is slower than fp32.
+    `torch.ops.mkldnn._is_mkldnn_bf16_supported` is true for every CPU with AVX-512, but without AVX512-BF16 or AMX
+    oneDNN converts to fp32 and back, which is slower than fp32.
     """
     if device.type == "cuda":
         return True
@@ -40,12 +40,12 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def store_as(module: nn.Module, dtype: torch.dtype) -> None:
-    """Keep in `dtype` what autocast would cast at every use: weights and biases of products and convolutions.
+    """Store in `dtype` what autocast would cast at every use: weights and biases of linear layers and convolutions.
 
     Under autocast of that dtype the output keeps its bits. Norms, positions, tokens and LayerScale stay as they are.
 
     Args:
-        module: changed in place; it must not be trained.
+        module: frozen; changed in place.
         dtype: autocast's.
     """
     for part in module.modules():
@@ -56,9 +56,9 @@ def store_as(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def quantize(module: nn.Module) -> None:
-    """Replace the linear layers of the blocks within `module` by `FP8Linear`, in place; it must not be trained.
+    """Replace the linear layers of the blocks within a frozen module by `FP8Linear`, in place.
 
-    Layers whose widths are not multiples of 16 stay, because no GPU's FP8 product takes them.
+    Layers whose widths are not multiples of 16 stay: GPUs have no FP8 product for them.
     """
     for part in list(module.modules()):
         if not isinstance(part, (Attention, MLP)):
@@ -73,33 +73,29 @@ def quantize(module: nn.Module) -> None:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row as FP8 numbers times a scale, such that its largest magnitude becomes the largest of FP8.
+    """[R, K] -> FP8 values [R, K] and fp32 scales [R, 1], whose product is x but for rounding.
 
-    Args:
-        x: [R, K].
-
-    Returns:
-        [R, K] float8_e4m3fn, and [R, 1] fp32, whose product is x but for rounding.
+    The largest magnitude of each row becomes the largest of FP8.
     """
     scale = x.abs().amax(1, keepdim=True).float().clamp_min(1e-12) / E4M3_MAX
-    # Beyond the largest number the cast gives NaN, and the division's own rounding may lead there.
+    # The division may round up beyond the largest FP8 value, which the cast would turn into NaN.
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
 class FP8Linear(nn.Module):
-    """A frozen linear layer that multiplies in FP8: a scale for each output channel, and for each token as it comes.
+    """A frozen linear layer that multiplies in FP8, with a scale per output channel and a dynamic scale per token.
 
-    On a GPU `torch._scaled_mm` multiplies; elsewhere the same FP8 numbers are multiplied in fp32, which shows the
-    error and costs time.
+    On a GPU `torch._scaled_mm` multiplies; elsewhere the same FP8 values are multiplied in fp32, which shows the
+    error and is slow.
 
     Args:
-        layer: what it replaces; widths are multiples of 16.
+        layer: what it replaces; its widths are multiples of 16.
     """
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
         weight, scale = quantize_rows(layer.weight.detach())
-        # As bytes, which every back end of torch.distributed can send.
+        # As bytes, which every backend of torch.distributed can send.
         self.register_buffer("weight", weight.view(torch.uint8))
         self.register_buffer("scale", scale.reshape(1, -1))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().bfloat16())
@@ -109,22 +105,10 @@ class FP8Linear(nn.Module):
         rows, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
         weight = self.weight.view(torch.float8_e4m3fn).t()
         if x.is_cuda:
-            out = torch._scaled_mm(
-                rows,
-                weight,
-                scale_a=scale,
-                scale_b=self.scale,
-                bias=self.bias,
-                out_dtype=torch.bfloat16,
-                use_fast_accum=True,
-            )
+            options = {"bias": self.bias, "out_dtype": torch.bfloat16, "use_fast_accum": True}
+            out = torch._scaled_mm(rows, weight, scale_a=scale, scale_b=self.scale, **options)
         else:
-            out = _scaled_product(rows, weight, scale * self.scale, self.bias)
+            with torch.autocast(rows.device.type, enabled=False):
+                out = rows.float() @ weight.float() * (scale * self.scale)
+                out = (out if self.bias is None else out + self.bias.float()).bfloat16()
         return out.unflatten(0, x.shape[:-1])
-
-
-def _scaled_product(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """What `torch._scaled_mm` computes with scales of rows and columns, accumulated in fp32."""
-    with torch.autocast(rows.device.type, enabled=False):
-        out = rows.float() @ weight.float() * scale
-        return (out if bias is None else out + bias.float()).bfloat16()

@@ -1,6 +1,7 @@
 """The vision transformer backbone. `fastalign.backbones.zoo` builds it from a timm name.
 
-Shapes: B images, N patches, P prefix tokens (class, registers), T = P + N tokens, D width.
+Shapes: B images, M masks per image, N patches, P prefix tokens (class, registers), T = P + N tokens, L packed tokens,
+D width.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ class ViT(nn.Module):
         spec: its shape.
         drop_path: the rate of stochastic depth in the last block; it falls linearly to 0 in the first.
         data: how images become its input: "mean", "std", "interpolation", "crop_pct".
-        recipe: the "name" and "kwargs" that `fastalign.create_backbone` makes it again from.
+        recipe: the "name" and "kwargs" for `fastalign.create_backbone`.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class ViT(nn.Module):
         self.register_buffer("position", None, persistent=False)
 
     def freeze(self, frozen: bool = True) -> "ViT":
-        """Fix the weights and stay in evaluation mode, whatever mode a parent is put in; False: train them again."""
+        """Fix the weights and stay in evaluation mode, also within a module in training; False: train them again."""
         self.frozen = frozen
         self.requires_grad_(not frozen)
         if self.pos_embed is not None and self.spec.position_fixed:
@@ -94,7 +95,7 @@ class ViT(nn.Module):
             block.attn.spec = replace(block.attn.spec, softcap=value)
 
     def prefix_rows(self) -> Tensor | None:
-        """[P, D]: the prefix tokens with their position; None = no prefix."""
+        """[P, D]: the prefix tokens with their position."""
         tokens = [token[0] for token in (self.cls_token, self.reg_token) if token is not None]
         if not tokens:
             return None
@@ -104,7 +105,7 @@ class ViT(nn.Module):
         return prefix
 
     def patch_position(self) -> Tensor | None:
-        """[N, D]: the position embedding of the patches; None where there is none."""
+        """[N, D]: the position embedding of the patches."""
         if self.pos_embed is None:
             return None
         return self.pos_embed[0, self.num_prefix_tokens if self.spec.position_prefix else 0 :]
@@ -121,7 +122,7 @@ class ViT(nn.Module):
             visible: [B, M, N] bool.
 
         Returns:
-            [B M, T, D]; the patch embedding runs once an image.
+            [B M, T, D]; the patch embedding runs once per image.
         """
         patches = self.patch_embed(images)
         blank = self.patch_embed.blank().to(patches.dtype)
@@ -129,7 +130,7 @@ class ViT(nn.Module):
         return self.norm_pre(tokens.flatten(0, 1))
 
     def embed_packed(self, images: Tensor, packing: Packing) -> Tensor:
-        """The first block's input for masked copies of images, whose hidden patches are left out.
+        """The first block's input for masked copies of images, without their hidden patches.
 
         Args:
             images: [B, C, height, width], normalised.
@@ -155,19 +156,19 @@ class ViT(nn.Module):
         return self.norm(tokens)
 
     def _packed_position(self, packing: Packing) -> Tensor | None:
-        """[L, 2d]: each packed token's row of the rotary table; prefix tokens are not turned."""
+        """[L, 2d]: the rotary table's row of each packed token; prefix tokens are not rotated."""
         if self.position is None:
             return None
-        still = torch.zeros_like(self.position[:1]).expand(self.num_prefix_tokens, -1).clone()
-        still[:, still.shape[1] // 2 :] = 1  # the cosines
-        return torch.cat([still, self.position])[packing.indices % packing.slots.shape[2]]
+        prefix = torch.zeros_like(self.position[:1]).expand(self.num_prefix_tokens, -1).clone()
+        prefix[:, prefix.shape[1] // 2 :] = 1  # the cosines
+        return torch.cat([prefix, self.position])[packing.indices % packing.slots.shape[2]]
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Normalised images [B, C, height, width] -> tokens [B, T, D]."""
         return self.encode(self.add_position(self.patch_embed(images)))
 
     def forward_layers(self, images: Tensor, skip_blocks: Sequence[int]) -> list[Tensor]:
-        """Normalised images -> for each entry, the tokens [B, T, D] with that many last blocks left out, normed."""
+        """Normalised images -> for each entry, the normed tokens [B, T, D] without that many last blocks."""
         wanted = [len(self.blocks) - skip for skip in skip_blocks]
         if not wanted or min(wanted) < 0 or max(wanted) > len(self.blocks):
             raise ValueError(f"skip_blocks must lie in 0..{len(self.blocks)}, got {list(skip_blocks)}")
@@ -182,17 +183,17 @@ class ViT(nn.Module):
     def pooled(self, tokens: Tensor) -> Tensor:
         """[B, T, D] -> [B, D], pooled and normed; with pool "none" every token, [B, T, D]."""
         if self.pool != "none":
-            suffix = tokens if self.spec.pool_prefix else tokens[:, self.num_prefix_tokens :]
+            pooling = tokens if self.spec.pool_prefix else tokens[:, self.num_prefix_tokens :]
             if self.pool == "map":
-                tokens = self.attn_pool(suffix)
+                tokens = self.attn_pool(pooling)
             elif self.pool == "token":
                 tokens = tokens[:, 0]
             elif self.pool == "avg":
-                tokens = suffix.mean(1)
+                tokens = pooling.mean(1)
             elif self.pool == "max":
-                tokens = suffix.amax(1)
+                tokens = pooling.amax(1)
             else:
-                tokens = 0.5 * (suffix.mean(1) + suffix.amax(1))
+                tokens = 0.5 * (pooling.mean(1) + pooling.amax(1))
         return self.fc_norm(tokens)
 
     def forward_head(self, tokens: Tensor) -> Tensor:

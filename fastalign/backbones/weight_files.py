@@ -1,4 +1,4 @@
-"""Files of weights, read without running code from them."""
+"""Files of weights, read without running code from them, and what is recorded in or next to them."""
 
 import argparse
 import json
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 
 from fastalign.backbones import layouts
+from fastalign.backbones.spec import check_softcap
 from fastalign.utils.errors import UserError, first_line
 from fastalign.utils.paths import user_path
 
-_FOLDER = (
+_NAMES = (
     "model.safetensors",
     "pytorch_model.bin",
     "open_clip_model.safetensors",
@@ -23,47 +23,24 @@ _FOLDER = (
     "visual.safetensors",
     "backbone.safetensors",
 )
-"""Weights in a folder; the first that is there is read, whole or in the pieces that its `.index.json` lists."""
+"""Weights in a folder; the first that exists is read, whole or in the shards that its `.index.json` lists."""
+_TIMM_NAMES = _NAMES[:2]
+"""Weights in a folder of timm's format, which is that of `fastalign.export --to timm`."""
 _INDEX = ".index.json"
-HARMLESS = [
+SAFE_GLOBALS = [
     argparse.Namespace,
     np.dtype,
     *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.bool_)),
     *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
 ]
-"""What training scripts pickle beside tensors, numbers, texts and containers: their arguments, a NumPy metric.
+"""What training scripts pickle besides tensors and plain values: their arguments, a NumPy metric.
 
-None of them does anything when it is made. Everything else is refused.
+Creating one of these has no side effect. Everything else is refused.
 """
 
 
-def read_file(path: Path, device: str | torch.device = "cpu") -> Any:
-    """What a file holds, read without running code from it.
-
-    Raises:
-        UserError: it cannot be opened, is damaged, or pickles what is not `HARMLESS`.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path, device=str(device))
-        with torch.serialization.safe_globals(HARMLESS):
-            return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # what torch's unpickler raises over other files has no common class
-        if isinstance(error, OSError):
-            problem, remedy = f"cannot be read ({error.strerror or first_line(error)})", "see that it can"
-        elif "TorchScript" in str(error):
-            problem = "is a program of TorchScript, as OpenAI publishes CLIP"
-            remedy = "give a file of its state_dict()"
-        elif found := re.search(r"GLOBAL (\S+)", str(error)):
-            problem = f"cannot be read safely: it pickles {found[1]}, which is no part of a checkpoint"
-            remedy = "nothing of it was run; give a file of tensors only"
-        else:
-            problem, remedy = "cannot be read: damaged, cut short or not a weights file", "copy it again"
-        raise UserError(f"{path} {problem}; {remedy}") from error
-
-
 def locate(path: str | Path) -> Path:
-    """The file of weights at a path: itself, or that of a folder, which may be the index of its pieces.
+    """The weights file at a path: the file itself, or that of a folder, which may be the index of its shards.
 
     Raises:
         UserError: there is none.
@@ -71,54 +48,126 @@ def locate(path: str | Path) -> Path:
     path = Path(user_path(path))
     if path.is_file():
         return path
-    if not path.is_dir():
-        raise UserError(f"no weights file at {path}: give a file, or a folder that holds one")
-    files = (path / f"{name}{end}" for name in _FOLDER for end in ("", _INDEX))
+    files = (path / f"{name}{end}" for name in _NAMES for end in ("", _INDEX))
     if (found := next((file for file in files if file.is_file()), None)) is None:
         raise UserError(
-            f"no weights in {path}: give a file, the folder of a finished run, or one with {', '.join(_FOLDER)}"
+            f"no weights in {path}: give a file, the folder of a finished run, or one with {', '.join(_NAMES)}"
         )
     return found
 
 
-def read_weights(path: Path) -> Any:
-    """What a file holds, or the pieces of an index; of these, those with the backbone are read.
+def read_file(path: Path, device: str | torch.device = "cpu") -> Any:
+    """The content of a safetensors file, or of one of `torch.save`.
 
     Raises:
-        UserError: damaged, or it pickles what is not `HARMLESS`.
+        UserError: it cannot be opened, is damaged, or pickles what is not in `SAFE_GLOBALS`.
     """
-    return _read_pieces(path) if path.name.endswith(_INDEX) else read_file(path)
-
-
-def _read_pieces(index: Path) -> dict[str, Any]:
     try:
-        pieces = {
-            layouts.plain(str(name)): str(file) for name, file in read_json(index)["weight_map"].items()
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is damaged ({type(error).__name__}: {error}): copy it again") from None
-    prefixes = tuple(prefix for _, prefix in layouts.find(pieces.keys())) or ("",)
-    content: dict[str, Any] = {}
-    for file in sorted({file for name, file in pieces.items() if name.startswith(prefixes)}):
-        path = index.with_name(Path(file).name)
-        if not path.is_file():
-            raise UserError(f"{index} names {file}, which is not there: copy the whole folder")
-        piece = read_file(path)
-        if not isinstance(piece, dict):
-            raise UserError(
-                f"{path} is not a piece of weights: it holds a {type(piece).__name__}; copy it again"
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path, device=str(device))
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch's unpickler raises errors of many classes
+        if isinstance(error, OSError):
+            problem = (
+                f"cannot be read ({error.strerror or first_line(error)}): check the path and its permissions"
             )
-        content |= piece
+        elif "TorchScript" in str(error):
+            problem = "is a TorchScript program, as OpenAI publishes CLIP: give a file of its state_dict()"
+        elif found := re.search(r"GLOBAL (\S+)", str(error)):
+            problem = (
+                f"cannot be read safely, it pickles {found[1]}: nothing of it was run; give a file of tensors"
+            )
+        else:
+            problem = "is damaged, cut short or not a weights file: copy it again"
+        raise UserError(f"{path} {problem}") from error
+
+
+def read_weights(path: Path) -> Any:
+    """The content of a file, or of the shards of an index that hold a backbone. Raises as `read_file`."""
+    if not path.name.endswith(_INDEX):
+        return read_file(path)
+    try:
+        shards = {layouts.plain(str(name)): str(file) for name, file in read_json(path)["weight_map"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): copy it again") from None
+    prefixes = tuple(prefix for _, prefix in layouts.find(shards.keys())) or ("",)
+    content: dict[str, Any] = {}
+    for file in sorted({file for name, file in shards.items() if name.startswith(prefixes)}):
+        shard = read_file(path.with_name(Path(file).name))
+        if not isinstance(shard, dict):
+            raise UserError(
+                f"{file} is not a shard of weights, it holds a {type(shard).__name__}: copy it again"
+            )
+        content |= shard
     return content
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Raises:
         UserError: it is damaged.
     """
     try:
         return json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): copy it again") from None
+
+
+def read_facts(path: Path) -> dict:
+    """A run's `backbone.json`: "name", "kwargs", "softcap" and more.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"no backbone at {path}: give the folder of a finished run, or its backbone.json")
+    return _parsed(path.read_bytes(), path)
+
+
+def embedded_facts(path: Path) -> str | None:
+    """The text of `backbone.json` in a run's weights file; None if it is missing or unreadable."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("facts")
+    except (OSError, safetensors.SafetensorError):
+        return None
+
+
+def find_facts(path: Path) -> dict | None:
+    """The facts in a weights file, or in timm's `config.json` next to it; None if there are none.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    text = embedded_facts(path) if path.suffix == ".safetensors" else None
+    if text is not None:
+        return _parsed(text, path)
+    if path.name not in _TIMM_NAMES:
+        return None
+    path = path.with_name("config.json")
+    try:
+        config = json.loads(path.read_bytes())
+        kwargs = {"img_size": config["pretrained_cfg"]["input_size"][-2:], **config.get("model_args", {})}
+        name, softcap = kwargs.pop("architecture", config["architecture"]), kwargs.pop("softcap", None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # of another library
+    return _checked({"name": name, "kwargs": kwargs, "softcap": softcap}, path)
+
+
+def _parsed(text: str | bytes, path: Path) -> dict:
+    try:
+        facts = json.loads(text)
+        facts["name"], facts["kwargs"], facts["softcap"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): copy it again") from error
+    return _checked(facts, path)
+
+
+def _checked(facts: dict, path: Path) -> dict:
+    name, kwargs = facts["name"], facts["kwargs"]
+    if not isinstance(name, str) or not isinstance(kwargs, dict):
+        raise UserError(f"{path} is damaged (name {name!r}, kwargs {kwargs!r}): copy it again")
+    check_softcap(facts["softcap"], f"{path}: ")
+    return facts

@@ -1,51 +1,221 @@
-"""Weights into a timm model: other layouts, tables of unknown grids, with and without LayerScale."""
+"""Weights of a file for a timm model: which backbone of the file, what the file says of it, and the keys to load."""
 
+import argparse
 import copy
 import math
 import re
-from collections.abc import Container
+from collections.abc import Container, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastalign.backbones.checkpoint import Checkpoint, misfit
+from fastalign.backbones import layouts
 from fastalign.backbones.describe import MODELS
-from fastalign.backbones.spec import ViTSpec
+from fastalign.backbones.spec import ViTSpec, check_softcap, split_svit
+from fastalign.backbones.weight_files import locate, read_json, read_weights
 from fastalign.utils.errors import UserError, first_line
 
+STATES = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Where a checkpoint keeps its weights; the first that exists is read: an average before the weights."""
+_BACKBONES = (".teacher.backbone.", ".weights.", ".student.", ".base_encoder.", ".encoder.")
+"""Which of several backbones is read, by the end of its prefix: DINO's average first, then the trained one."""
 _NOT_BACKBONE = ("head.", "head_dist.", "decoder.", "decoder_")
 _RELATIVE = ".relative_position_bias_table"
 _LAYER_SCALE = re.compile(r"(blocks\.\d+\.)(?:ls([12])\.gamma|gamma_([12]))")
 
 
-def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[str, Tensor]:
-    """The weights by this model's keys. Position tables are as the file has them, whatever grid they are of.
+class Checkpoint(NamedTuple):
+    """The backbone in a file of weights, and what the file says of it."""
 
-    LayerScale that the model has not got goes into the projections before it; one that the file has not got is 1.
-    Both are exact.
+    state: dict[str, Tensor]
+    """the weights by timm's keys, without a prefix"""
+    arch: str | None = None
+    """the model's name"""
+    softcap: float | None = None
+    """of the attention logits in training"""
+    student: bool = False
+    """a student of MaskEmbed or masked image modeling: its head is not a classifier, and it has no pooling"""
+    layout: str | None = None
+    """of the file; None = unknown, the keys are unchanged"""
+    config: Mapping[str, Any] = MappingProxyType({})
+    """the vision model in transformers' config.json next to the file"""
+    grid: tuple[int, int] | None = None
+    """patches along height and width of its position tables"""
+    norm_eps: float | None = None
+    """epsilon of the last norm, where it is not the backbone's"""
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """The backbone in a file, or in a folder of transformers, timm or open_clip.
+
+    Raises:
+        UserError: no such file, not a weights file, damaged, or unsafe to unpickle.
+    """
+    path = locate(path)
+    checkpoint, config = (
+        interpret(read_weights(path), str(path)),
+        _vision_config(path.with_name("config.json")),
+    )
+    softcap = check_softcap(config.get("softcap", checkpoint.softcap), f"{path}: ")
+    return checkpoint._replace(softcap=softcap, config=config, grid=_grid(config))
+
+
+def interpret(content: Any, path: str) -> Checkpoint:
+    """The backbone in the content of a file; `path` is for messages.
+
+    Raises:
+        UserError: it holds no weights, or several backbones.
+    """
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} is not a weights file, it holds a {type(content).__name__}: give a state dict"
+        )
+    if {"student", "optimizer", "step", "config"} <= content.keys():
+        raise UserError(f"{path} is a checkpoint for resuming a run: give the run's folder")
+    states = {key: _tensors(value) for key, value in {"": content, **content}.items()}
+    states = {key: state for key, state in states.items() if state}
+    if not states:
+        raise UserError(f"{path} holds no weights: give a state dict, a dictionary of tensors by name")
+    if (chosen := _choose(states, path)) is None:
+        return Checkpoint(states[min(states, key=_state_rank)], *trained_as(content, path))
+    key, layout, prefix = chosen
+    state = {name[len(prefix) :]: value for name, value in states[key].items() if name.startswith(prefix)}
+    try:
+        state = layouts.to_timm(state, layout)
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"{path} is incomplete: it has the names of {layout.name}, but not their weights "
+            f"({type(error).__name__}: {first_line(error)}); copy it again"
+        ) from error
+    student = bool({key, *prefix.split(".")} & {"student", "encoder"}) or "student_model" in _args(content)
+    # A tower of transformers without its pooling head.
+    student |= layout is layouts.HF_CLIP and not any(name.startswith("attn_pool.") for name in state)
+    return Checkpoint(state, *trained_as(content, path), student, layout.name)
+
+
+def _choose(states: dict[str, dict[str, Tensor]], path: str) -> tuple[str, layouts.Layout, str] | None:
+    """The state that holds the backbone, its layout, and the prefix of its keys; None = an unknown layout."""
+    found: dict[tuple[int, int], list] = {}
+    for key, state in states.items():
+        place = ".weights." if key in ("", *STATES) else f".{key}."
+        for layout, prefix in layouts.find(state):
+            ends = (index for index, end in enumerate(_BACKBONES) if (place + prefix).endswith(end))
+            rank = (_state_rank(key), next(ends, len(_BACKBONES)))
+            found.setdefault(rank, []).append((key, layout, prefix))
+    best = found[min(found)] if found else [None]
+    if len(best) > 1:
+        places = ", ".join(f"{key}.{prefix}".strip(".") for key, _, prefix in best)
+        raise UserError(f"{path} holds several backbones ({places}): save one of them alone")
+    return best[0]
+
+
+def _state_rank(key: str) -> int:
+    return STATES.index(key) if key in STATES else len(STATES)
+
+
+def _tensors(value: Any) -> dict[str, Tensor]:
+    """The named tensors of a dictionary, without the names of torch's wrappers."""
+    items = value.items() if isinstance(value, dict) else ()
+    return {layouts.plain(k): v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
+
+
+def trained_as(content: dict, path: str) -> tuple[str | None, float | None]:
+    """The model's name and soft-cap that a checkpoint records, directly or in its training script's arguments.
+
+    Raises:
+        UserError: the cap is not a positive number.
+    """
+    args = _args(content)
+    names = (args.get("student_model"), args.get("model"), content.get("arch"))
+    arch = next((name for name in names if isinstance(name, str) and name), None)
+    if "softcap" in content:
+        return arch, check_softcap(content["softcap"], f"{path}: ")
+    given = (args.get("model_kwargs"), args.get("student_model_kwargs"))
+    kwargs = {key: value for part in given if isinstance(part, dict) for key, value in part.items()}
+    try:
+        return arch, split_svit(arch or "", kwargs)[2]
+    except UserError as error:
+        raise UserError(f"{path}: its arguments: {error}") from None
+
+
+def _args(content: dict) -> dict:
+    args = content.get("args")
+    return vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+
+
+def _vision_config(path: Path) -> dict[str, Any]:
+    """The vision model in transformers' config.json, with transformers' defaults."""
+    config = read_json(path) if path.is_file() else {}
+    config = config if isinstance(config, dict) and "model_type" in config else {}
+    vision = config.get("vision_config", config)
+    if not isinstance(vision, dict):
+        return {}
+    kind = vision.get("model_type", f"{config.get('model_type')}_vision_model")
+    return layouts.HF_DEFAULTS.get(kind, {}) | vision
+
+
+def _grid(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Patches along height and width of transformers' position tables; SigLIP 2 records no image size."""
+    sizes = [config.get(key) for key in ("image_size", "patch_size")]
+    sizes = [[size, size] if isinstance(size, int) else size for size in sizes]
+    if not all(isinstance(size, list) and len(size) == 2 for size in sizes):
+        return None
+    return sizes[0][0] // sizes[1][0], sizes[0][1] // sizes[1][1]
+
+
+def check_config(spec: ViTSpec, config: Mapping[str, Any], path: str) -> None:
+    """Compare a backbone with what transformers' config.json says and weights do not show.
+
+    Raises:
+        UserError: the weights were trained with something else.
+    """
+    block = spec.block
+    for key, ours, argument in (
+        ("num_attention_heads", block.heads, "num_heads"),
+        ("hidden_act", layouts.HF_ACTIVATIONS[block.activation], "act_layer"),
+    ):
+        if (theirs := config.get(key, ours)) != ours:
+            timms = {name: timm for timm, name in layouts.HF_ACTIVATIONS.items()}.get(theirs, theirs)
+            raise UserError(
+                f"{path}: its config.json has {key}={theirs}, the backbone has {ours}: give the right name, "
+                f"or the argument {argument}={timms}"
+            )
+
+
+def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[str, Tensor]:
+    """The weights by the keys of a timm model; position tables keep the file's grid.
+
+    LayerScale that the model lacks is folded into the projections before it; one that the file lacks is 1.
 
     Args:
         checkpoint: the weights; a student's decoder and head are left out.
-        template: the timm model that they are for, on any device.
-        path: where they came from, for messages.
+        template: the timm model, on any device.
+        path: of the file, for messages.
 
     Raises:
-        UserError: they lack a key of the model's, or have another one.
+        UserError: a key of the model is missing, or there is another one.
     """
     wanted, state = template.state_dict(), checkpoint.state
     heads = {key: state[key] for key in wanted if key.startswith("head.") and key in state}
     state = {key: value for key, value in state.items() if not key.startswith(_NOT_BACKBONE)}
     state |= {} if checkpoint.student else heads
     tables = {key: state.pop(key) for key in [key for key in state if key.endswith(_RELATIVE)]}
-    # timm's function reads other layouts of the same weights. It resamples the tables that the model has, and takes
-    # every table for a square one: it is shown a model without any.
+    # timm's function reads other layouts of the same weights. It also resamples the model's position tables as if
+    # they were square, so it gets a model without any.
     bare = copy.deepcopy(template)
     bare.pos_embed = None
     try:
         state = MODELS[type(template)](state, bare) | tables
     except Exception as error:
         raise misfit(checkpoint, path, f"timm says {first_line(error)}") from error
-    state = _fit_layer_scale(state, wanted)
+    if any(_LAYER_SCALE.fullmatch(key) for key in state):
+        state = fold_layer_scale(state, wanted)
+    else:
+        scales = (key for key in wanted if _LAYER_SCALE.fullmatch(key))
+        state |= {key: torch.ones(wanted[key].shape) for key in scales}
     if missing := sorted(set(wanted) - set(state)):
         raise misfit(checkpoint, path, f"it lacks {missing[0]}")
     if extra := sorted(set(state) - set(wanted)):
@@ -53,57 +223,14 @@ def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[s
     return state
 
 
-def table_grid(state: dict[str, Tensor], spec: ViTSpec, path: str) -> tuple[int, int]:
-    """The patches along height and width that position tables are of, where nothing but their length is known.
-
-    A square where there is one, else the backbone's own grid; without tables, too.
-
-    Args:
-        state: of `timm_state`.
-        spec: of the backbone that they are for.
-        path: where they came from, for messages.
-
-    Raises:
-        UserError: neither fits.
-    """
-    relative = next((value for key, value in state.items() if key.endswith(_RELATIVE)), None)
-    if relative is not None:
-        # Displacements from -(side - 1) to side - 1 each way, and three entries of the class token.
-        found, wanted = len(relative) - 3, (2 * spec.grid[0] - 1) * (2 * spec.grid[1] - 1)
-        side = (math.isqrt(max(found, 0)) + 1) // 2
-        square = (2 * side - 1) ** 2
-    elif spec.position and "pos_embed" in state:
-        found, wanted = state["pos_embed"].shape[-2] - spec.prefix * spec.position_prefix, spec.patches
-        side = math.isqrt(max(found, 0))
-        square = side**2
-    else:
-        return spec.grid
-    if side and found == square:
-        return side, side
-    if found == wanted:
-        return spec.grid
-    raise UserError(
-        f"{path}: its position tables have {found} entries, which is no square grid and not the "
-        f"{spec.grid[0]}x{spec.grid[1]} patches asked for; give img_size as it was trained, or the run's folder"
+def misfit(checkpoint: Checkpoint, path: str, problem: str) -> UserError:
+    """The error for weights that do not fit a backbone."""
+    if checkpoint.layout is None:
+        return UserError(f"{path} has an unknown layout ({problem}): convert it to that of {layouts.READ}")
+    arch = f" ({checkpoint.arch})" if checkpoint.arch else ""
+    return UserError(
+        f"{path} holds the weights of another model{arch}: {problem}; give the name and arguments it was built with"
     )
-
-
-def load_weights(source: nn.Module, state: dict[str, Tensor], checkpoint: Checkpoint, path: str) -> None:
-    """Load weights into a timm model of their own grid.
-
-    Args:
-        source: the timm model.
-        state: of `timm_state`.
-        checkpoint: what the file tells of the model, for messages.
-        path: where the weights came from, for messages.
-
-    Raises:
-        UserError: the weights of another model, by their shapes.
-    """
-    for key, wanted in source.state_dict().items():
-        if state[key].shape != wanted.shape:
-            raise misfit(checkpoint, path, f"{key} is {list(state[key].shape)}, wanted {list(wanted.shape)}")
-    source.load_state_dict(state)
 
 
 def fold_layer_scale(state: dict[str, Tensor], wanted: Container[str]) -> dict[str, Tensor]:
@@ -125,10 +252,34 @@ def fold_layer_scale(state: dict[str, Tensor], wanted: Container[str]) -> dict[s
     return state
 
 
-def _fit_layer_scale(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Fold what is not wanted, and 1 where none is given."""
-    if any(_LAYER_SCALE.fullmatch(key) for key in state):
-        return fold_layer_scale(state, wanted)
-    return state | {
-        key: torch.ones(value.shape) for key, value in wanted.items() if _LAYER_SCALE.fullmatch(key)
-    }
+def table_grid(state: dict[str, Tensor], spec: ViTSpec, path: str) -> tuple[int, int]:
+    """The grid of position tables of which only the length is known: a square if possible, else the backbone's.
+
+    Args:
+        state: of `timm_state`.
+        spec: of the backbone.
+        path: of the file, for messages.
+
+    Raises:
+        UserError: neither fits.
+    """
+    relative = next((value for key, value in state.items() if key.endswith(_RELATIVE)), None)
+    if relative is not None:
+        # Displacements from -(side - 1) to side - 1 each way, and three entries of the class token.
+        found, wanted = len(relative) - 3, (2 * spec.grid[0] - 1) * (2 * spec.grid[1] - 1)
+        side = (math.isqrt(max(found, 0)) + 1) // 2
+        square = (2 * side - 1) ** 2
+    elif spec.position and "pos_embed" in state:
+        found, wanted = state["pos_embed"].shape[-2] - spec.prefix * spec.position_prefix, spec.patches
+        side = math.isqrt(max(found, 0))
+        square = side**2
+    else:
+        return spec.grid
+    if side and found == square:
+        return side, side
+    if found == wanted:
+        return spec.grid
+    raise UserError(
+        f"{path}: its position tables have {found} entries, which is neither a square grid nor the "
+        f"{spec.grid[0]}x{spec.grid[1]} patches asked for; give img_size as in training, or the run's folder"
+    )

@@ -1,1 +1,7 @@
-"""Other code bases' names on our parts: `locality_alignment`, the package of the method's authors."""
+"""The authors' names on our parts: their package `locality_alignment`, their scripts and their YAML files."""
+
+from fastalign.utils.errors import UserError
+
+
+class ArgumentError(UserError, ValueError):
+    """A wrong argument, as callers of the authors' names expect it; one line under `run`."""

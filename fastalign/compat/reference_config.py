@@ -10,7 +10,6 @@ from pydantic import ValidationError
 
 from fastalign.compat.reference_models import backbones
 from fastalign.compat.reference_options import (
-    FINETUNE,
     IGNORED,
     KEYS,
     MIM_DEFAULTS,
@@ -24,7 +23,8 @@ from fastalign.utils.yaml_files import explain, merge, read_yaml
 
 AUTHORS_WORLD = 4
 """GPUs of the authors' own command, with which each of their files has 1024 images per update."""
-_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation")}
+_SPLITS = ("train", "training"), ("val", "valid", "validation", "eval", "evaluation")
+"""Names of folders that timm takes for the same split."""
 
 
 def make_config(
@@ -51,7 +51,7 @@ def read_reference(
     path, overrides = Path(path), overrides or []
     chosen = [text.partition("=")[2] for text in overrides if text.startswith("objective=")]
     mim = chosen[-1] == "mim" if chosen else path.resolve().parent.name == "configs-mim"
-    given, world = read_yaml(path), world_size or _world()
+    given, world = read_yaml(path), world_size or int(os.environ.get("WORLD_SIZE", AUTHORS_WORLD))
     notes = [f"{path.name} is in a folder configs-mim: objective=mim"] if mim and not chosen else []
     try:
         given = _mapped(given, mim)
@@ -66,26 +66,13 @@ def read_reference(
     return resolve(tree, overrides, path), [line + "--world-size=N for other GPUs", *notes]
 
 
-def _world() -> int:
-    """torchrun's GPUs, or the authors'."""
-    text = os.environ.get("WORLD_SIZE", str(AUTHORS_WORLD))
-    if not text.isdecimal() or not int(text):
-        raise UserError(
-            f"WORLD_SIZE={text} in the environment is not a number of GPUs: unset it, or give --world-size=N"
-        )
-    return int(text)
-
-
 def _mapped(given: dict, mim: bool) -> dict:
     """The options that decide our keys; an error for those that are unknown or refused."""
     ignored = {name for names in IGNORED.values() for name in names.split()}
     known = {*Options.model_fields, *ignored, *REFUSED}
+    if "model" in given:
+        raise UserError("a file of the authors' finetune.py (option model): use python -m fastalign.classify")
     for name, value in given.items():
-        if name in FINETUNE:
-            raise UserError(
-                f"{name} is an option of the authors' finetune.py: use python -m fastalign.classify, or give a file "
-                "of their train.py or mim.py"
-            )
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
             raise UserError(
@@ -111,13 +98,8 @@ def _check_accepted(name: str, value: Any, reason: str, *accepted: Any) -> None:
 def _tree(v: Options, mim: bool, world: int, notes: list[str]) -> dict:
     """Our keys, by section."""
     student, teacher = backbones(v, notes)
-    if mim:
-        v = v.model_copy(update={"skip_blocks": 0})
-    batch = v.batch_size * v.grad_accum_steps * world
     if v.amp and v.amp_dtype != "bfloat16":
         raise UserError(f"amp_dtype={v.amp_dtype} is not supported: set amp_dtype: bfloat16")
-    if v.aa and not v.aa.startswith("rand"):
-        raise UserError(f"aa={v.aa} is not supported: set aa to a policy rand-..., or to null")
     tree = {
         "output": f"{v.output or 'output/train'}/{v.experiment or v.student_model}",
         "objective": "mim" if mim else "maskembed",
@@ -125,13 +107,13 @@ def _tree(v: Options, mim: bool, world: int, notes: list[str]) -> dict:
         "teacher": teacher,
         "masks": {"ratio": getattr(v, f"{v.mask_sampling}_mask_ratio", None)},
         "data": {
-            "train": _place(v, v.train_split, "train"),
-            "val": _place(v, v.val_split, "val") if v.val_split else None,
+            "train": _place(v, v.train_split),
+            "val": _place(v, v.val_split) if v.val_split else None,
             "crop": v.train_crop_mode or "rrc",
             "color_jitter": 0.0 if v.aa else v.color_jitter or 0.0,
             "randaugment": v.aa or "",
         },
-        "optim": _optim(v, batch),
+        "optim": _optim(v, world),
         "checkpoint": {"every_steps": v.recovery_interval or None},
         "log": {"to": _sinks(v, notes)},
         "efficiency": {
@@ -151,7 +133,7 @@ def _tree(v: Options, mim: bool, world: int, notes: list[str]) -> dict:
     return tree
 
 
-def _place(v: Options, split: str, kind: str) -> str | None:
+def _place(v: Options, split: str) -> str | None:
     """Where timm finds a split: its folder, under one of its usual names, or the tar shards that it names."""
     root, dataset = v.data_dir, (v.dataset or "").lower()
     if root is None:
@@ -168,12 +150,12 @@ def _place(v: Options, split: str, kind: str) -> str | None:
         )
     if Path(root).suffix == ".tar":
         return root
-    names = _SPLITS[kind] if split in _SPLITS[kind] else ()
+    names = next((names for names in _SPLITS if split in names), ())
     found = next((name for name in (split, *names) if (Path(root) / name).exists()), split)
     return str(Path(root) / found)
 
 
-def _optim(v: Options, batch: int) -> dict:
+def _optim(v: Options, world: int) -> dict:
     unknown = set(v.opt_kwargs) - {"betas", "eps"}
     if unknown or v.opt_kwargs.get("eps", 1e-8) != 1e-8:
         raise UserError(
@@ -185,8 +167,7 @@ def _optim(v: Options, batch: int) -> dict:
         raise UserError(
             f"warmup_lr is {v.warmup_lr}, and the warm-up starts at min_lr: set warmup_lr: {v.min_lr}"
         )
-    if not v.lr and v.lr_base_size < 1:
-        raise UserError(f"lr_base_size must be at least 1, got {v.lr_base_size}: correct it, or set lr")
+    batch = v.batch_size * v.grad_accum_steps * world
     power = 1.0 if v.lr_base_scale == "linear" else 0.5
     return {
         "batch_size": batch,

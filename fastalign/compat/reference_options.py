@@ -5,7 +5,7 @@ docs/reference-configs.md lists them; a test compares.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, StrictBool
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from fastalign.utils.paths import UserPath
 
@@ -62,7 +62,7 @@ class Options(BaseModel):
     sched_on_updates: Literal[True] = False
     lr: float | None = None
     lr_base: float = 0.1
-    lr_base_size: int = 256
+    lr_base_size: int = Field(256, ge=1)
     lr_base_scale: Literal["", "sqrt", "linear"] | None = ""
     warmup_lr: float = 1e-05
     min_lr: Annotated[float, "optim.min_lr"] = 0.0
@@ -73,7 +73,7 @@ class Options(BaseModel):
     ratio: Annotated[list[float], "data.ratio"] = [3 / 4, 4 / 3]
     hflip: Annotated[float, "data.hflip"] = 0.5
     color_jitter: float | None = 0.4
-    aa: str | None = None
+    aa: str | None = Field(None, pattern="^rand")
     mixup: Annotated[float, "data.mixup"] = 0.0
     cutmix: Annotated[float, "data.cutmix"] = 0.0
     drop_path: float | None = None
@@ -165,19 +165,6 @@ REFUSED: dict[str, tuple] = {
 }
 """Options with the reason, the authors' default, and other values that mean the same; any other value is refused."""
 
-MIM_DEFAULTS = {"student_pretrained": False, "teacher_pretrained": False}
+MIM_DEFAULTS = {"student_pretrained": False, "teacher_pretrained": False, "skip_blocks": 0}
 NOT_MIM = ("freeze_student", *(name for name in Options.model_fields if name.startswith("decoder_")))
 """Options that mim.py does not have."""
-FINETUNE = {
-    *(
-        "model",
-        "pretrained",
-        "output_head",
-        "freeze_backbone",
-        "initial_checkpoint",
-        "num_classes",
-        "smoothing",
-    ),
-    *("jsd_loss", "bce_loss", "bce_sum", "bce_target_thresh", "bce_pos_weight"),
-}
-"""Options that only finetune.py has."""

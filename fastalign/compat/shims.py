@@ -22,17 +22,22 @@ def install() -> None:
     parser.set_defaults = _set_defaults(parser.set_defaults)
     VisionTransformer.pool = _pool_all(VisionTransformer.pool)
     if importlib.util.find_spec("torchinfo") is None:
-        sys.modules["torchinfo"] = types.ModuleType("torchinfo", "A stand-in for the missing package.")
-        sys.modules["torchinfo"].summary = summary
+        sys.modules["torchinfo"] = types.SimpleNamespace(summary=_summary)
+
+
+def _summary(model: nn.Module, *args, **kwargs) -> str:
+    """The number of parameters, in place of torchinfo's table."""
+    return f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters"
 
 
 def parse_bool(text: str) -> bool:
     """yes or no; with argparse's ``type=bool`` every text except the empty one is True."""
-    if text.lower() in ("true", "yes", "on", "1"):
-        return True
-    if text.lower() in ("false", "no", "off", "0", ""):
-        return False
-    raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    words = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
+        ("false", "no", "off", "0"), False
+    )
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    return words[text.lower()]
 
 
 class _Switch(argparse.Action):
@@ -87,10 +92,3 @@ def _pool_all(pool):
         return pool(self, x, pool_type) if self.attn_pool is None else self.attn_pool(x)
 
     return wrapped
-
-
-def summary(model: nn.Module, *args, **kwargs) -> str:
-    """The number of parameters of a model, in one line. Accepts torchinfo's other arguments."""
-    count = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return f"{type(model).__name__}: {count:,} parameters, {trained:,} of them trained"

@@ -43,10 +43,9 @@ class BadSamples:
     `quarantined` ids are skipped silently; `found` samples are skipped and reported by each batch that meets them.
     """
 
-    def __init__(self, quarantined: Iterable[int] = (), found: Iterable[BadSample] = ()):
+    def __init__(self, quarantined: Iterable[int] = ()):
         self.quarantined = frozenset(quarantined)
         self.found: dict[int, BadSample] = {}
-        self.add(found)
 
     def add(self, samples: Iterable[BadSample]) -> None:
         """Adds samples, such as another rank's; the first reason stays."""
@@ -140,10 +139,7 @@ def check_in_a_row(bad: list[BadSample]) -> None:
 def too_many(bad: int, drawn: int, share: float) -> bool:
     """Whether a run must stop: more than 10 bad samples, and more than `share` of the images drawn so far.
 
-    Args:
-        bad: different bad samples found in training, without quarantined ones, tar shards and folders.
-        drawn: images drawn by all ranks since the first step.
-        share: `faults.bad_samples`, 0..1; 0 stops at the first.
+    Quarantined samples, tar shards and folders do not count; share 0 stops at the first.
     """
     return bad > ALWAYS_ALLOWED * (share > 0) and bad > share * drawn
 

@@ -137,16 +137,10 @@ def _claimed_size(view: memoryview) -> tuple[int, int] | str:
 
 
 def read_size(encoded: np.ndarray | bytes) -> tuple[int, int] | str:
-    """The size of an encoded image, or why it is refused. Never raises.
+    """The size (height, width) of an encoded image, before any Exif rotation, or why it is refused. Never raises.
 
     Accepted are complete JPEG, PNG, WebP and BMP files of at most 100 million pixels and 65,500 a side. Bytes after
     the end are allowed.
-
-    Args:
-        encoded: [bytes] uint8, or bytes.
-
-    Returns:
-        (height, width) in pixels, before any Exif rotation; or the reason.
     """
     view = memoryview(encoded)
     if len(view) == 0:

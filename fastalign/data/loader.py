@@ -112,15 +112,13 @@ class Loader:
             # The current device is a property of the thread: in the background thread it is GPU 0.
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._batch, self._rank, self._world, self._accumulate = batch_size, rank, world_size, accumulate
-        self._threads, self._prefetch = threads, prefetch
-        self._decoder_options = {"device": self.device, "hw_decoder_load": hw_decoder_load}
+        self._threads, self._prefetch, self._hw_decoder_load = threads, prefetch, hw_decoder_load
         self._mixing = {"mixup": mixup, "cutmix": cutmix, "seed": seed}
         self._reader = SampleReader(
             source, BadSamples() if bad is None else bad, replace=train and bad is not None
         )
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(threads, "fastalign-read")
         self._decoder: Decoder | None = None
-        self._examiner: Decoder | None = None
         self._active = lambda: None
 
     def __len__(self) -> int:
@@ -157,7 +155,7 @@ class Loader:
         self._stop_active()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
-        self._pool = self._decoder = self._examiner = None
+        self._pool = self._decoder = None
 
     def _stop_active(self) -> None:
         if (active := self._active()) is not None:
@@ -179,7 +177,11 @@ class Loader:
                 yield self._mix(images, ids, epoch, ())
             return
         self._decoder = self._decoder or Decoder(
-            self.transform.size, batch_size=self._batch, threads=self._threads, **self._decoder_options
+            self.transform.size,
+            batch_size=self._batch,
+            device=self.device,
+            threads=self._threads,
+            hw_decoder_load=self._hw_decoder_load,
         )
         try:
             yield from self._decode(self._read_ahead(epoch, start), epoch)
@@ -247,33 +249,19 @@ class Loader:
         try:
             return work, self._decoder.collect() if work.good else None
         except DecodeError:
-            self._examiner = self._examiner or Decoder(
-                (1, 1), batch_size=1, threads=1, **self._decoder_options
-            )
-            error_of = self._examiner.error_of
+            error_of = self._decoder.error_of
             samples = [self._reader.replace_undecodable(sample, error_of) for sample in work.samples]
             work = self._plan(samples, epoch)
         try:
             self._submit(work)
             return work, self._decoder.collect() if work.good else None
-        except DecodeError:
-            return work, self._decode_one_by_one(work, epoch)
-
-    def _decode_one_by_one(self, work: _Work, epoch: int) -> Tensor:
-        """The pixels of a batch on which DALI fails although it decodes each image, perhaps for lack of memory."""
-        pixels = []
-        try:
+        except DecodeError:  # although it decodes each image, perhaps for lack of memory
+            pixels = []
             for sample in work.good:
                 self._submit(self._plan([sample], epoch))
                 pixels.append(self._decoder.collect().clone())
                 self._synchronize()
-        except DecodeError as error:
-            names = [self.source.name(sample.id) for sample in work.good]
-            raise UserError(
-                f"DALI fails on the batch from {names[0]} to {names[-1]}, but on none of its images alone "
-                f"({' '.join(str(error).split())[:200]}): is there enough memory? try smaller batches"
-            ) from error
-        return torch.cat(pixels)
+            return work, torch.cat(pixels)
 
     def _finish(self, work: _Work, pixels: Tensor, epoch: int, bad: tuple[BadSample, ...]) -> Batch:
         pixels = reflect(pixels, work.sampling)

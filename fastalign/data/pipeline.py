@@ -16,7 +16,7 @@ from fastalign.data.transforms import BICUBIC, BILINEAR, Geometry
 from fastalign.utils.errors import UserError
 
 
-class DecodeError(Exception):
+class DecodeError(UserError):
     """DALI cannot decode some sample of a batch."""
 
 
@@ -125,7 +125,10 @@ class Decoder:
             (images,) = self._pipeline.share_outputs(cuda_stream=stream)
         except RuntimeError as error:
             self._pipeline = None
-            raise DecodeError(str(error)) from error
+            reason = " ".join(str(error).split())[:200]
+            raise DecodeError(
+                f"DALI cannot decode a batch ({reason}): is there enough memory? try smaller batches"
+            ) from error
         finally:
             self._in_flight = None
         tensor = torch.from_dlpack(images.as_tensor())
@@ -143,7 +146,7 @@ class Decoder:
             self._in_flight = None
 
     def error_of(self, encoded: np.ndarray) -> str | None:
-        """Why DALI cannot decode an image, [bytes] uint8; None if it can. For a decoder of batch size 1."""
+        """Why DALI cannot decode an image, [bytes] uint8; None if it can."""
         none, one = np.zeros((0, 1), np.int64), np.ones((1, 2), np.float32)
         self.submit([encoded], Geometry(0 * one, one, np.zeros(1, np.int64), none[:, 0], none, none))
         try:

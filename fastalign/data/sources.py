@@ -116,12 +116,12 @@ def _read_labels(path: Path) -> dict[str, str]:
 class TarSource(Source):
     """The image members of plain tar files (WebDataset layout), read in place.
 
+    Classes: the `.cls` member with the image's stem, else with its WebDataset key, in the same shard.
+
     Args:
         spec: see `expand_shards`.
         shards: paths of the .tar files, if they are known already; `spec` is then used in messages only.
         damaged: use the images before the damage of a shard and list it in `damaged`, instead of raising.
-
-    Classes: the `.cls` member with the image's stem, else with its WebDataset key, in the same shard.
     """
 
     kind = "tar"
@@ -140,10 +140,8 @@ class TarSource(Source):
         broken = [number for number in range(len(self.shards)) if damage[number]]
         self.damaged = tuple((self._portable[number], damage[number]) for number in broken)
         if broken and not (damaged and len(self._names)):
-            raise UserError(
-                f"broken tar shard {self.shards[broken[0]]}: {damage[broken[0]]}; fetch it again (plain .tar only, "
-                "not compressed)"
-            )
+            place = f"{self.shards[broken[0]]}: {damage[broken[0]]}"
+            raise UserError(f"broken tar shard {place}; fetch it again (plain .tar only, not compressed)")
         if len(self._names) == 0:
             raise UserError(f"no images in the {len(self.shards)} shards of {spec}; looked for {_EXTENSIONS}")
         few = len(self.shards) <= _MAX_OPEN_SHARDS

@@ -36,7 +36,7 @@ class Target(NamedTuple):
     usage: Callable[[Run], str]
     """lines of Python for the model card"""
     can_cap: bool = True
-    notes: Callable[[Run], list[str]] = lambda run: []
+    notes: tuple[str, ...] = ()
     """sentences for the user"""
 
     def misfits(self, spec: ViTSpec) -> list[str]:
@@ -119,21 +119,6 @@ def _timm_usage(run: Run) -> str:
     )
 
 
-def _read_prismatic(folder: Path) -> Tokens:
-    """As `TimmViTBackbone` does, except for the layer (the last, normed) and the prefix (kept)."""
-    size = json.loads((folder / "config.json").read_text())["pretrained_cfg"]["input_size"][-1]
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, img_size=size).eval()
-
-    def tokens(images: Tensor) -> Tensor:
-        options = {"n": {len(model.blocks) - 1}, "norm": True}
-        if not model.num_prefix_tokens:
-            return model.get_intermediate_layers(images, **options)[0]
-        patches, prefix = model.get_intermediate_layers(images, **options, return_prefix_tokens=True)[0]
-        return torch.cat([prefix, patches], 1)
-
-    return tokens
-
-
 def _prismatic_usage(run: Run) -> str:
     return (
         f"{_timm_import(run)}# in Prismatic's registry, with default_image_size={run.vit.spec.image_size[0]}:\n"
@@ -196,9 +181,8 @@ def _open_clip_usage(run: Run) -> str:
 
 
 def _transformers(tower: towers.Tower) -> Target:
-    return Target(
-        "transformers", tower.wanted, tower.write, towers.read, tower.usage, notes=towers.processor_notes
-    )
+    notes = (towers.PROCESSOR_NOTE,)
+    return Target("transformers", tower.wanted, tower.write, towers.read, tower.usage, notes=notes)
 
 
 TARGETS = {
@@ -209,5 +193,5 @@ TARGETS = {
     "open-clip": Target(
         "open_clip", towers.CLIP.wanted, _write_open_clip, _read_open_clip, _open_clip_usage, can_cap=False
     ),
-    "prismatic": Target("timm", {"block.qkv": "fused"}, _write_timm, _read_prismatic, _prismatic_usage),
+    "prismatic": Target("timm", {"block.qkv": "fused"}, _write_timm, _read_timm, _prismatic_usage),
 }

@@ -174,7 +174,7 @@ def _processor(vit: ViT) -> dict[str, Any]:
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": _short_side(vit)},
+        "size": {"shortest_edge": int(height / vit.data["crop_pct"])},
         "resample": {"lanczos": 1, "bilinear": 2, "bicubic": 3}[vit.data["interpolation"]],
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
@@ -187,21 +187,8 @@ def _processor(vit: ViT) -> dict[str, Any]:
     }
 
 
-def _short_side(vit: ViT) -> int:
-    """What an image's short side is resized to before it is cropped."""
-    return int(vit.spec.image_size[0] / vit.data["crop_pct"])
-
-
-def processor_notes(run: Run) -> list[str]:
-    """transformers' crop has no setting that rounds as timm's does."""
-    size, short = run.vit.spec.image_size[0], _short_side(run.vit)
-    which = (
-        f"every image (short side {short}, crop {size})"
-        if (short - size) % 4 == 3
-        else f"images whose longer side is resized to {size} + 3, 7, 11, ... pixels"
-    )
-    return [
-        "Image processor: transformers rounds the offset of a centre crop down, timm to the nearest even number. "
-        f"Its crop lies one pixel further left or up than timm's on {which}; timm's own transform gives "
-        "the pixels of training and evaluation."
-    ]
+PROCESSOR_NOTE = (
+    "Image processor: transformers rounds the offset of a centre crop down, timm to the nearest even number. If the "
+    "resized side minus the crop is 3 modulo 4, the crop lies one pixel further left or up than timm's. timm's own "
+    "transform gives the pixels of training and evaluation."
+)

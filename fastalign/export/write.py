@@ -7,7 +7,6 @@ from typing import Any
 
 from fastalign import __version__
 from fastalign.export import measure
-from fastalign.export.card import model_card
 from fastalign.export.run import DECODER, Run, read_run
 from fastalign.export.targets import Target, find_target
 from fastalign.utils.errors import UserError
@@ -55,7 +54,7 @@ def export(
     if cap is not None and drop_softcap:
         softcap["dropped"] = measure.without_softcap(run.vit, found)
         run.vit.softcap = None
-    facts = _facts(run, to, softcap) | {"notes": [*run.notes, *target.notes(run)]}
+    facts = _facts(run, to, softcap) | {"notes": [*run.notes, *target.notes]}
     facts["features"] = measure.moments(run.vit, found) if found else {"mean": None, "std": None}
     facts["features"]["of"] = where
     temporary = temporary_name(output)
@@ -83,7 +82,7 @@ def _write(run: Run, target: Target, facts: dict[str, Any], folder: Path) -> Non
     if run.decoder:
         write_tensors(folder / DECODER, run.decoder_weights)
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
-    (folder / "README.md").write_text(model_card(facts, target.usage(run)))
+    (folder / "README.md").write_text(_model_card(facts, target.package, target.usage(run)))
 
 
 def _facts(run: Run, to: str, softcap: dict[str, Any]) -> dict[str, Any]:
@@ -111,3 +110,67 @@ def _facts(run: Run, to: str, softcap: dict[str, Any]) -> dict[str, Any]:
         "changes": run.facts.get("changes"),
         "decoder": run.decoder,
     }
+
+
+def _model_card(facts: dict[str, Any], library: str, usage: str) -> str:
+    """README.md of an export.
+
+    Args:
+        facts: the content of fastalign.json.
+        library: the Python package that loads it.
+        usage: lines of Python that load the export.
+    """
+    source, read, images, data = facts["source"], facts["read"], facts["images"], facts["data"]
+    features, parity, grid = facts["features"], facts["parity"], read["patch_grid"]
+    loss = "not measured" if facts["val_loss"] is None else f"{facts['val_loss']:.4f}"
+    licence = f"{source['licence']}, as timm records it; see the source's own page"
+    measured = f"in fastalign.json: {features.get('images')} images, {features['of']}"
+    rows = {
+        "backbone": f"`{source['name']}`, weights: {source['weights'] or 'unknown'}",
+        "licence of its weights": licence if source["licence"] else "unknown: that of the original weights",
+        "soft-cap": _softcap(facts["softcap"]),
+        "tokens to read": f"the last layer's{', normed' if read['normed'] else ''}: {read['prefix_tokens']} prefix "
+        f"tokens, then {grid[0]} x {grid[1]} patches of width {read['width']}",
+        "images": ", ".join(f"{name} {value}" for name, value in images.items()),
+        "data": f"train `{data['train']}`, validation `{data['val']}`" if data else "unknown",
+        "trained": f"{facts['objective']}, {facts['step']} updates, validation loss {loss}",
+        "patch probe": facts["probe"] if facts["probe"] is not None else "not measured",
+        "feature mean and std": features["of"] if features["mean"] is None else measured,
+        "difference from fastalign's own model": f"{parity['largest_relative_error']:.1e} ({parity['of']})",
+        "MaskEmbed decoder": "`fastalign.export.load_decoder(FOLDER)`" if facts["decoder"] else "none",
+    }
+    lines = [
+        "---",
+        f"license: {source['licence'] or 'unknown'}",
+        f"library_name: {library}",
+        "pipeline_tag: image-feature-extraction",
+        "tags: [locality-alignment, fastalign]",
+        "---",
+        f"# {source['name']}, locality-aligned",
+        "",
+        "A vision transformer after [MaskEmbed](https://arxiv.org/abs/2410.11087) with fastalign "
+        f"{facts['fastalign']}, for `{facts['target']}`.",
+        "",
+        "```python",
+        usage,
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
+        "",
+        "`fastalign.json` has all of this, the whole recipe and the features' mean and std by channel.",
+        *(["", *facts["notes"]] if facts["notes"] else []),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _softcap(softcap: dict[str, Any]) -> str:
+    if softcap["value"] is None:
+        return "none: trained with plain attention"
+    if softcap["applied"]:
+        return f"{softcap['value']:g}, applied by the import above; without it the features differ"
+    changes = ", ".join(
+        f"{100 * v['relative_change']:.2g}% on {name}" for name, v in softcap["dropped"].items()
+    )
+    return f"**dropped**: trained with {softcap['value']:g}; relative change of the features {changes}"

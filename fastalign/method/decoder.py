@@ -19,18 +19,25 @@ def decoder_block_spec(
     qkv_bias: bool | None = None,
     init_values: float | None = 1e-6,
 ) -> BlockSpec:
-    """The decoder's block: heads, biases, norms, activation and MLP kind inherited from the student's."""
+    """The decoder's block; what is None, and activation, norm and kind of MLP, are the student's.
+
+    Raises:
+        ValueError: a width that is not a multiple of the heads.
+    """
     block = student.block
+    heads = heads or block.heads
+    if width % heads:
+        raise ValueError(f"decoder_width {width} is not a multiple of decoder_heads {heads}")
     return BlockSpec(
         width=width,
-        heads=heads or block.heads,
+        heads=heads,
         mlp_hidden=4 * width,
         mlp=block.mlp,
         activation=block.activation,
         qkv_bias=block.qkv_bias if qkv_bias is None else qkv_bias,
         qk_norm=block.qk_norm if qk_norm is None else qk_norm,
         layer_scale=init_values or None,
-        # The norm class is that of the student's final norm: a BEiT, which has none, decodes without norms.
+        # The norm class is that of the student's final norm: BEiT has none, so its decoder has no norms.
         norm=block.norm if student.final_norm else "identity",
         norm_eps=student.fresh_norm_eps,
     )
@@ -41,11 +48,10 @@ class MaskEmbedDecoder(nn.Module):
 
     Args:
         block: the shape of its blocks.
-        tokens: T, prefix tokens included.
+        tokens, prefix: T and P.
         out: D, the teacher's width.
         layers: number of blocks.
-        prefix_only: predict one vector, from the first prefix token (from the mean of all tokens where
-            the backbone has no prefix token).
+        prefix_only: predict one vector, from the first prefix token (with P = 0 from the mean of all tokens).
     """
 
     def __init__(
@@ -66,18 +72,24 @@ class MaskEmbedDecoder(nn.Module):
         self.head = nn.Linear(block.width, out)
 
     def forward(self, tokens: Tensor, visible: Tensor, packing: Packing | None = None) -> Tensor:
-        """Predict the teacher's tokens for each mask.
+        """Predict the teacher's tokens for each mask. Prefix tokens are always masked.
 
         Args:
             tokens: [B, T, width], the student's output for the unmasked image.
             visible: [B, M, N] bool.
-            packing: hidden patches leave the sequence, and tokens are packed like this.
+            packing: in mode drop, where the visible tokens are packed.
 
         Returns:
             [B, M, T, D], or [B, M, 1, D] with prefix_only; with `packing` [L, D].
         """
         if packing is not None:
-            return self._forward_packed(tokens, packing)
+            position = self.pos_embed[0]
+            prefix = position[: self.prefix] if self.prefix else None
+            x = ops.pack(tokens[:, self.prefix :], packing, prefix, position[self.prefix :])
+            sequences = Sequences(packing.cu_seqlens, packing.slots.shape[2])
+            for block in self.blocks:
+                x = block(x, sequences=sequences)
+            return self.head(self.norm(x))
         x = ops.expand_masked(tokens, visible, self.pos_embed).flatten(0, 1)
         for block in self.blocks:
             x = block(x)
@@ -87,13 +99,3 @@ class MaskEmbedDecoder(nn.Module):
         if self.prefix_only and not self.prefix:
             x = x.mean(1, keepdim=True)
         return x.unflatten(0, visible.shape[:2])
-
-    def _forward_packed(self, tokens: Tensor, packing: Packing) -> Tensor:
-        """Prefix tokens are zeroed as ever: their slots hold the position embedding alone."""
-        position = self.pos_embed[0]
-        prefix = position[: self.prefix] if self.prefix else None
-        x = ops.pack(tokens[:, self.prefix :], packing, prefix, position[self.prefix :])
-        sequences = Sequences(packing.cu_seqlens, packing.slots.shape[2])
-        for block in self.blocks:
-            x = block(x, sequences=sequences)
-        return self.head(self.norm(x))

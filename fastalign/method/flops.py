@@ -1,4 +1,4 @@
-"""Floating-point operations of a step, by formula.
+"""Floating-point operations of a step, by formula, and what the hardware can do at most.
 
 A multiply-add counts as two; training as three forward passes; the frozen teacher as one.
 """
@@ -10,6 +10,14 @@ from fastalign.backbones.spec import BlockSpec
 from fastalign.backbones.vit import ViT
 from fastalign.method.objectives import MaskedImageModeling, MaskEmbed
 
+PEAK_BF16 = {"H100": 989.5e12, "H200": 989.5e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
+"""Dense bf16 FLOP/s by a part of the device's name, from the vendors' data sheets."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 peak of a device, None if it is not known."""
+    return next((peak for part, peak in PEAK_BF16.items() if part in device_name), None)
+
 
 def block_flops(block: BlockSpec, tokens: float, squares: float) -> float:
     """One block's forward pass: `tokens` in all, `squares` = the sum of the squared sequence lengths."""
@@ -20,15 +28,17 @@ def block_flops(block: BlockSpec, tokens: float, squares: float) -> float:
 def flops_per_image(objective: MaskEmbed | MaskedImageModeling) -> float:
     """A training step's operations for one image, forward and backward, teacher included."""
     teacher, student = objective.teacher, objective.student
-    copies, tokens = objective.masks.copies, student.encoder.spec.prefix + student.encoder.spec.patches
+    copies, tokens = objective.masks.copies, teacher.spec.prefix + teacher.spec.patches
     once, masked = (tokens, tokens**2), (copies * tokens, copies * tokens**2)
-    if objective.masking == "drop":
-        masked = _dropped(objective)
+    if objective.masking == "drop":  # the means of many masks
+        visible = objective.masks(torch.arange(4096), teacher.spec.grid)
+        lengths = (visible.sum(-1) + teacher.spec.prefix).double()
+        masked = lengths.sum(1).mean().item(), lengths.square().sum(1).mean().item()
     decoder = getattr(student, "decoder", None)
     total = encoder_flops(teacher.vit, *(masked if decoder else once))
     trained = 3 if any(parameter.requires_grad for parameter in student.encoder.parameters()) else 1
     total += trained * encoder_flops(student.encoder, *(once if decoder else masked))
-    # The patch embedding is the first layer: its backward pass has no gradient of the input to make.
+    # The patch embedding is the first layer: its backward pass computes no gradient of the input.
     total -= patch_flops(student.encoder) if trained == 3 else 0
     if decoder:
         blocks = sum(block_flops(block.attn.spec, *masked) for block in decoder.blocks)
@@ -37,15 +47,8 @@ def flops_per_image(objective: MaskEmbed | MaskedImageModeling) -> float:
     return total
 
 
-def _dropped(objective: MaskEmbed | MaskedImageModeling) -> tuple[float, float]:
-    """Tokens of an image's copies without their hidden patches, and the sum of their squares: means of many masks."""
-    visible = objective.masks(torch.arange(4096), objective.teacher.spec.grid)
-    lengths = (visible.sum(-1) + objective.teacher.spec.prefix).double()
-    return lengths.sum(1).mean().item(), lengths.square().sum(1).mean().item()
-
-
 def encoder_flops(vit: ViT, tokens: float, squares: float) -> float:
-    """A backbone's forward pass: patch embedding once an image, blocks and head over all tokens."""
+    """A backbone's forward pass: patch embedding once per image, blocks and head over all tokens."""
     blocks = len(vit.blocks) * block_flops(vit.spec.block, tokens, squares)
     return blocks + head_flops(vit.head) * tokens + patch_flops(vit)
 

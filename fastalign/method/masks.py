@@ -1,15 +1,14 @@
-"""Mask distributions. A mask is True where the patch is visible: said once, here.
+"""Mask distributions. A mask is True where the patch is visible.
 
-Every distribution is called as ``masks(sample_ids, num_patches, epoch=0)`` and returns ``[B, M, N]`` bool
-on the device of ``sample_ids``, with M = 1 sample, plus its complement and the full mask where asked for,
-in that order. A mask is a pure function of (seed, epoch, sample id): the same on every device, for every
-number of ranks and after every resume. Source: method.md's step 1; Covert et al., ICLR 2025.
+Every distribution is called as ``masks(sample_ids, num_patches, epoch=0)`` and returns [B, M, N] bool on the device
+of `sample_ids`: one sample, then its complement and the full mask where asked for. A mask is a pure function of
+(seed, epoch, sample id): the same on every device, for every number of ranks and after every resume. Source: Covert
+et al., ICLR 2025.
 
-The PyTorch code here is the definition. Where the extension of `csrc/` is installed it draws, the same bits.
+The PyTorch code here is the definition. The extension of `csrc/`, where it is installed, draws the same bits.
 """
 
 import math
-import operator
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +33,7 @@ class _Masks:
 
     @property
     def copies(self) -> int:
-        """M, the masks an image."""
+        """M, masks per image."""
         return 1 + self.complement + self.full
 
     def __call__(self, sample_ids: Tensor, num_patches: int | tuple[int, int], epoch: int = 0) -> Tensor:
@@ -48,12 +47,13 @@ class _Masks:
         Returns:
             [B, M, N] bool, True = visible.
         """
-        if not self._in_extension(sample_ids):
-            return self.eager(sample_ids, num_patches, epoch)
-        return extension.draw_masks(**self._arguments(sample_ids, self._grid(num_patches), epoch))
+        grid = self._grid(num_patches)
+        if (arguments := self._for_extension(sample_ids, grid, epoch)) is None:
+            return self.eager(sample_ids, grid, epoch)
+        return extension.draw_masks(**arguments)
 
     def eager(self, sample_ids: Tensor, num_patches: int | tuple[int, int], epoch: int = 0) -> Tensor:
-        """The same masks in PyTorch operations, whether or not the extension is there."""
+        """The same masks in PyTorch operations, whether or not the extension is installed."""
         sample = self.sample(sample_ids, self._grid(num_patches), epoch)
         stack = [sample]
         if self.complement:
@@ -63,57 +63,40 @@ class _Masks:
         return torch.stack(stack, dim=1)
 
     def packed(
-        self,
-        sample_ids: Tensor,
-        num_patches: int | tuple[int, int],
-        prefix: int,
-        epoch: int = 0,
-        length: int | None = None,
+        self, sample_ids: Tensor, num_patches: int | tuple[int, int], prefix: int, epoch: int = 0
     ) -> tuple[Tensor, Packing]:
-        """Masks, and where their visible tokens stand in one row; on a GPU in the same launch for a pair.
+        """Masks, and the position of their visible tokens in one packed row.
+
+        With complements the row's length is fixed, and on a GPU this is one launch. Otherwise it is that of
+        `fastalign.ops.pack_masks`, which waits for a GPU.
 
         Args:
             sample_ids, num_patches, epoch: as for the masks alone.
             prefix: P, tokens that every copy keeps.
-            length: rows. By default exactly the tokens present where complements make their number fixed, else
-                what `fastalign.ops.pack_masks` takes, which waits for a GPU.
 
         Returns:
             [B, M, N] bool, and the `fastalign.ops.reference.Packing`.
         """
-        grid = self._grid(num_patches)
-        if self.complement and length is None:
-            length = self._fixed_length(len(sample_ids), grid, prefix)
-        if length is None or not self._in_extension(sample_ids):
+        grid, length = self._grid(num_patches), None
+        if self.complement:  # a sample and its complement have N visible patches, and so has a full mask
+            length = len(sample_ids) * (grid[0] * grid[1] * (self.copies - 1) + self.copies * prefix)
+        arguments = self._for_extension(sample_ids, grid, epoch)
+        if length is None or arguments is None:
             visible = self(sample_ids, grid, epoch)
             return visible, ops.pack_masks(visible, prefix, length)
-        fixed = self.complement and length == self._fixed_length(len(sample_ids), grid, prefix)
-        drawn = extension.draw_packed_masks(
-            **self._arguments(sample_ids, grid, epoch), prefix=prefix, length=length
-        )
-        packing = Packing(*drawn[1:])
-        if not fixed:
-            ops.check_length(packing)
-        return drawn[0], packing
+        visible, *packing = extension.draw_packed_masks(**arguments, prefix=prefix, length=length)
+        return visible, Packing(*packing)
 
-    def _fixed_length(self, images: int, grid: tuple[int, int], prefix: int) -> int:
-        """With complements, two copies have the patches of one, and a full one has them all."""
-        return images * (grid[0] * grid[1] * (self.copies - 1) + self.copies * prefix)
-
-    def _in_extension(self, sample_ids: Tensor) -> bool:
-        return self._kind in extension.KINDS and extension.available(sample_ids.device)
-
-    @property
-    def _kind(self) -> str | None:
-        """The name in `MASKS`; None for a subclass, which may have a `sample` of its own."""
-        return next((name for name, kind in MASKS.items() if kind is type(self)), None)
-
-    def _arguments(self, sample_ids: Tensor, grid: tuple[int, int], epoch: int) -> dict:
-        """What the extension wants to know."""
+    def _for_extension(self, sample_ids: Tensor, grid: tuple[int, int], epoch: int) -> dict | None:
+        """The extension's arguments; None = it does not draw these masks."""
+        # By exact class: a subclass may have a `sample` of its own.
+        kind = next((name for name, kind in MASKS.items() if kind is type(self)), None)
+        if kind not in extension.KINDS or not extension.available(sample_ids.device):
+            return None
         return {
             "sample_ids": sample_ids.to(torch.int64),
             "grid": grid,
-            "kind": self._kind,
+            "kind": kind,
             "ratio": getattr(self, "ratio", 0.0),
             "seed": self.seed,
             "epoch": epoch,
@@ -122,20 +105,15 @@ class _Masks:
         }
 
     def _grid(self, num_patches: int | tuple[int, int]) -> tuple[int, int]:
-        return _as_grid(num_patches)
+        if isinstance(num_patches, (tuple, list)):
+            rows, columns = num_patches
+            return int(rows), int(columns)
+        side = math.isqrt(num_patches)
+        return (side, side) if side * side == num_patches else (1, int(num_patches))
 
     def sample(self, sample_ids: Tensor, grid: tuple[int, int], epoch: int) -> Tensor:
-        """[B, N] bool: one draw an image."""
+        """[B, N] bool: one draw per image."""
         raise NotImplementedError
-
-
-def _as_grid(num_patches: int | tuple[int, int]) -> tuple[int, int]:
-    if isinstance(num_patches, (tuple, list)):
-        rows, columns = num_patches
-        return operator.index(rows), operator.index(columns)
-    count = operator.index(num_patches)
-    side = math.isqrt(count)
-    return (side, side) if side * side == count else (1, count)
 
 
 class UniformMasks(_Masks):
@@ -199,7 +177,7 @@ class BlockwiseMasks(_Masks):
         return first <= used.clamp(max=MAX_BLOCKS - 1)
 
     def _first_cover(self, sample_ids: Tensor, grid: tuple[int, int], epoch: int) -> Tensor:
-        """[B, N] int64: the first rectangle that covers each patch, MAX_BLOCKS where none does."""
+        """[B, N] int64: the first rectangle that covers each patch, MAX_BLOCKS if none does."""
         rows, columns = grid
         largest = int(self.ratio * rows * columns)
         smallest = max(1, min(MIN_BLOCK_PATCHES, largest - 1))

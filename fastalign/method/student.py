@@ -1,4 +1,4 @@
-"""The students: a copy of the backbone with a new head, and for MaskEmbed a decoder behind it."""
+"""The students: a copy of the backbone with a new head, and for MaskEmbed a decoder after it."""
 
 import copy
 from dataclasses import replace
@@ -12,21 +12,28 @@ from fastalign.method.teacher import check_masking
 from fastalign.ops.reference import Packing
 
 
-def student_encoder(vit: ViT, out: int, *, head: str = "linear", softcap: float | None = 30.0) -> ViT:
-    """A copy of the backbone, ready to be trained: norms reset, pooling removed, a new head that starts at zero.
+def student_encoder(
+    vit: ViT, out: int, *, head: str = "linear", softcap: float | None = 30.0, frozen: bool = False
+) -> ViT:
+    """A trainable copy of the backbone: norms re-initialised, pooling removed, a new head initialised to zero.
 
     Args:
         vit: the backbone.
         out: the head's width.
         head: "linear" or "mlp".
         softcap: of the attention logits; None = plain attention.
+        frozen: no head and the backbone's own norm instead, and nothing is trained.
     """
-    encoder = copy.deepcopy(vit).freeze(False)
+    encoder = copy.deepcopy(vit)
+    encoder.pool, encoder.attn_pool = "none", None
+    encoder.softcap = softcap
+    if frozen:
+        encoder.head, encoder.fc_norm = nn.Identity(), nn.Identity()
+        return encoder.freeze()
+    encoder.freeze(False)
     for name in ("norm", "fc_norm"):
         if not isinstance(getattr(encoder, name), nn.Identity):
             setattr(encoder, name, nn.LayerNorm(vit.embed_dim, eps=vit.spec.fresh_norm_eps))
-    encoder.pool, encoder.attn_pool = "none", None
-    encoder.softcap = softcap
     if head == "linear":
         encoder.head = last = nn.Linear(vit.embed_dim, out)
     elif head == "mlp":
@@ -39,17 +46,8 @@ def student_encoder(vit: ViT, out: int, *, head: str = "linear", softcap: float 
     return encoder
 
 
-def frozen_encoder(vit: ViT, softcap: float | None) -> ViT:
-    """A frozen copy of the backbone that returns its own normed tokens: no head, norms as they are."""
-    encoder = copy.deepcopy(vit)
-    encoder.head, encoder.fc_norm = nn.Identity(), nn.Identity()
-    encoder.pool, encoder.attn_pool = "none", None
-    encoder.softcap = softcap
-    return encoder.freeze()
-
-
 class MaskEmbedStudent(nn.Module):
-    """`encoder` reads the unmasked image once; `decoder` predicts the teacher's view for each mask of its output."""
+    """`encoder` reads the unmasked image once; `decoder` predicts the teacher's view for each mask."""
 
     def __init__(self, encoder: ViT, decoder: MaskEmbedDecoder):
         super().__init__()
@@ -81,8 +79,8 @@ class MaskEmbedStudent(nn.Module):
             head: "linear" or "mlp", from the backbone's width to the decoder's.
             freeze_encoder: train the decoder only, on the backbone's own tokens.
             prefix_only: predict the teacher's pooled output only.
-            decoder_layers, decoder_init_values: number of blocks, their LayerScale at the start (None = none).
-            decoder_width: default `target_dim`, or the backbone's width where the encoder is frozen.
+            decoder_layers, decoder_init_values: number of blocks, initial LayerScale (None = no LayerScale).
+            decoder_width: default `target_dim`, or the backbone's width with a frozen encoder.
             decoder_heads, decoder_qk_norm, decoder_qkv_bias: default as in the backbone.
         """
         target_dim = target_dim or vit.embed_dim
@@ -91,30 +89,18 @@ class MaskEmbedStudent(nn.Module):
             raise ValueError(
                 f"decoder_width must be {vit.embed_dim}, the backbone's, when the encoder is frozen"
             )
-        heads = decoder_heads or vit.spec.block.heads
-        if width % heads:
-            raise ValueError(f"decoder_width {width} is not a multiple of decoder_heads {heads}")
         block = decoder_block_spec(
             vit.spec,
             width=width,
-            heads=heads,
+            heads=decoder_heads,
             qk_norm=decoder_qk_norm,
             qkv_bias=decoder_qkv_bias,
             init_values=decoder_init_values,
         )
-        decoder = MaskEmbedDecoder(
-            block,
-            tokens=vit.spec.prefix + vit.spec.patches,
-            prefix=vit.spec.prefix,
-            out=target_dim,
-            layers=decoder_layers,
-            prefix_only=prefix_only,
-        )
-        encoder = (
-            frozen_encoder(vit, softcap)
-            if freeze_encoder
-            else student_encoder(vit, width, head=head, softcap=softcap)
-        )
+        prefix, tokens = vit.spec.prefix, vit.spec.prefix + vit.spec.patches
+        shape = {"tokens": tokens, "prefix": prefix, "out": target_dim, "prefix_only": prefix_only}
+        decoder = MaskEmbedDecoder(block, layers=decoder_layers, **shape)
+        encoder = student_encoder(vit, width, head=head, softcap=softcap, frozen=freeze_encoder)
         return cls(encoder, decoder)
 
     def forward(self, images: Tensor, visible: Tensor, packing: Packing | None = None) -> Tensor:

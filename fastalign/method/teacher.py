@@ -21,8 +21,7 @@ class MaskedTeacher(nn.Module):
     Args:
         vit: the backbone; it is copied.
         skip_blocks: how many of the last blocks are removed.
-        masking: "zero": a hidden patch is blank pixels (the mean colour), and stays in the sequence; "drop": it
-            leaves the sequence.
+        masking: "zero": a hidden patch is blank pixels (the mean colour); "drop": it leaves the sequence.
         prefix_only: the pooled output instead of the tokens; needs ``skip_blocks=0``.
     """
 
@@ -30,9 +29,9 @@ class MaskedTeacher(nn.Module):
         super().__init__()
         check_masking("MaskedTeacher", masking, vit.spec)
         if prefix_only and masking == "drop":
-            raise ValueError("MaskedTeacher: prefix_only goes with masking='zero' only")
+            raise ValueError("MaskedTeacher: prefix_only needs masking='zero'")
         if prefix_only and skip_blocks:
-            raise ValueError("MaskedTeacher: prefix_only reads the whole model; set skip_blocks=0")
+            raise ValueError("MaskedTeacher: prefix_only needs the whole model: set skip_blocks=0")
         if not 0 <= skip_blocks < vit.spec.depth:
             raise ValueError(
                 f"MaskedTeacher: skip_blocks must lie in 0..{vit.spec.depth - 1}, got {skip_blocks}"
@@ -69,11 +68,10 @@ class MaskedTeacher(nn.Module):
         Args:
             images: [B, C, height, width], normalised.
             visible: [B, M, N] bool; None = the whole image, M = 1.
-            packing: in mode drop, where the tokens of `visible` stand, if it is known already.
+            packing: in mode drop, where the visible tokens are packed; computed if not given.
 
         Returns:
-            [B, M, T, D]; [B, M, 1, D] with prefix_only; in mode drop [L, D], the tokens that are
-            left and padding.
+            [B, M, T, D]; [B, M, 1, D] with prefix_only; in mode drop [L, D], the visible tokens and padding.
         """
         if visible is not None and self.masking == "drop":
             packing = packing or ops.pack_masks(visible, self.vit.num_prefix_tokens)
@@ -88,11 +86,10 @@ class MaskedTeacher(nn.Module):
 
 
 def check_masking(owner: str, masking: str, spec: ViTSpec) -> None:
-    """Refuse a mode that does not exist, or that the backbone does not have."""
+    """Refuse an unknown mode, or one that the backbone does not support."""
     if masking not in ("zero", "drop"):
         raise ValueError(f"{owner}: masking must be 'zero' or 'drop', got {masking!r}")
     if masking == "drop" and spec.relative_position:
         raise ValueError(
-            f"{owner}: masking='drop' goes with no relative position bias, which this backbone has; "
-            "choose 'zero'"
+            f"{owner}: masking='drop' does not support this backbone's relative position bias; choose 'zero'"
         )

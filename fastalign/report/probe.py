@@ -1,172 +1,99 @@
-"""Reads `probe.json`, what `python -m fastalign.probe` writes, and takes from it what a page shows."""
+"""The results of `python -m fastalign.probe` (`probe.json`), compared before and after alignment."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
+from fastalign.evaluation.results import percent
 from fastalign.utils.errors import UserError
 
 BEFORE, ALIGNED = "before", "aligned"
 METRICS = {"macro_recall": "Macro recall", "map": "mAP", "macro_f1": "Macro F1", "accuracy": "Accuracy"}
-"""Those a page shows, best first, with their names."""
 Setting = tuple[str, str, str]
 """Labels, head, skipped blocks: what two models must share to be compared."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+@dataclass(frozen=True)
+class Probe:
+    """`probe.json`."""
 
-
-class PerClass(_Part):
-    """By class; None where the split has none of it."""
-
-    recall: list[float | None]
-    average_precision: list[float | None] | None = None
-    positives: list[int | None]
-
-
-class BySize(_Part):
-    """By the share of an image's patches that hold the class: n bins, n + 1 edges."""
-
-    edges: list[float]
-    recall: list[float | None]
-    positives: list[int]
-
-
-class TestSplit(_Part):
-    """What a page needs of a test split."""
-
-    per_class: PerClass | None = None
-    by_size: BySize | None = None
-
-
-class Result(_Part):
-    """One head of one model with one seed."""
-
-    model: str
-    labels: str
-    head: str
-    skip_blocks: int | str = 0
-    test: TestSplit
-
-    @property
-    def setting(self) -> Setting:
-        """What another model must share."""
-        return (self.labels, self.head, str(self.skip_blocks))
-
-
-class Score(_Part):
-    """Over seeds; None where it could not be had."""
-
-    mean: float | None
-    std: float | None = None
-
-
-class Summary(_Part):
-    """All seeds of a head of a model."""
-
-    model: str
-    labels: str
-    head: str
-    skip_blocks: int | str = 0
-    seeds: int
-    test: dict[str, Score]
-
-    @property
-    def setting(self) -> Setting:
-        """What another model must share."""
-        return (self.labels, self.head, str(self.skip_blocks))
-
-
-class Data(_Part):
-    """What was probed on."""
-
-    path: str | None = None
-    classes: list[str]
-    images: dict[str, int] = {}
-
-
-class Probe(_Part):
-    """probe.json"""
-
-    command: str | None = None
-    data: Data
-    versions: dict[str, str | None] = {}
-    results: list[Result]
-    summary: list[Summary]
+    facts: dict
+    results: list[tuple[str, Setting, dict]]
+    """model, setting and test split of each head and seed"""
+    summary: list[tuple[str, Setting, dict]]
+    """the same over seeds: metric -> "mean", "std" """
 
     def settings(self) -> list[Setting]:
-        """Every setting: first those that both `before` and `aligned` were probed in, of these the patches' first."""
+        """Every setting: those with both `before` and `aligned` first, then patch labels, then transformer heads."""
         models: dict[Setting, set[str]] = {}
-        for row in self.summary:
-            models.setdefault(row.setting, set()).add(row.model)
+        for model, setting, _ in self.summary:
+            models.setdefault(setting, set()).add(model)
 
-        def last(setting: Setting) -> tuple[bool, bool, bool]:
-            labels, head, _ = setting
-            return (
-                not {BEFORE, ALIGNED} <= models[setting],
-                labels.startswith("global"),
-                head != "transformer",
-            )
+        def rank(setting: Setting) -> tuple[bool, bool, bool]:
+            both = {BEFORE, ALIGNED} <= models[setting]
+            return (not both, setting[0].startswith("global"), setting[1] != "transformer")
 
-        return sorted(models, key=last)
-
-    def score(self, model: str, setting: Setting, metric: str) -> Score | None:
-        """A metric of the test split over seeds; None where it was not measured."""
-        rows = [row for row in self.summary if (row.model, row.setting) == (model, setting)]
-        return rows[0].test.get(metric) if rows else None
+        return sorted(models, key=rank)
 
     def models(self, setting: Setting) -> list[str]:
-        """The models to be compared in a setting: before and aligned, else the first two there are."""
-        found = list(dict.fromkeys(row.model for row in self.results if row.setting == setting))
-        pair = [name for name in (BEFORE, ALIGNED) if name in found]
-        return (pair + [name for name in found if name not in pair])[:2]
+        """At most two models to compare in a setting: before and aligned come first."""
+        found = dict.fromkeys(model for model, other, _ in self.results if other == setting)
+        return sorted(found, key=lambda name: {BEFORE: 0, ALIGNED: 1}.get(name, 2))[:2]
 
-    def per_class(self, model: str, setting: Setting, key: str) -> list[float | None] | None:
-        """A list of `PerClass`, mean over seeds."""
-        parts = [row.test.per_class for row in self._rows(model, setting)]
-        return _mean([getattr(part, key) for part in parts if part and getattr(part, key) is not None])
+    def score(self, model: str, setting: Setting, metric: str) -> dict | None:
+        """Mean and spread over seeds on the test split; None if it was not measured."""
+        found = [test.get(metric) for *key, test in self.summary if key == [model, setting]]
+        return found[0] if found else None
 
-    def by_size(self, model: str, setting: Setting) -> tuple[list[float], list[float | None]] | None:
-        """Edges and recall by size, mean over seeds."""
-        parts = [row.test.by_size for row in self._rows(model, setting) if row.test.by_size]
-        return (parts[0].edges, _mean([part.recall for part in parts])) if parts else None
+    def average(self, model: str, setting: Setting, part: str, key: str) -> list[float | None]:
+        """A list of `per_class` or `by_size`, mean over seeds; empty if it was not measured."""
+        tests = [test for *key, test in self.results if key == [model, setting]]
+        lists = [values for test in tests if (values := test.get(part, {}).get(key))]
+        columns = [[value for value in column if value is not None] for column in zip(*lists, strict=True)]
+        return [fmean(column) if column else None for column in columns]
 
-    def _rows(self, model: str, setting: Setting) -> list[Result]:
-        return [row for row in self.results if (row.model, row.setting) == (model, setting)]
+    def by_size(self, setting: Setting) -> tuple[list[float], dict[str, list[float | None]]]:
+        """The upper edges of the bins, and each model's recall by size, if it was measured."""
+        recall = {model: self.average(model, setting, "by_size", "recall") for model in self.models(setting)}
+        recall = {model: values for model, values in recall.items() if values}
+        return self.average(next(iter(recall), ""), setting, "by_size", "edges")[1:], recall
 
 
 def read_probe(path: Path) -> Probe:
     """Read `probe.json`.
 
     Raises:
-        UserError: no such file, not JSON, or not in the format of `python -m fastalign.probe`.
+        UserError: it is missing, or not in the format of `python -m fastalign.probe`.
     """
+
+    def rows(key: str) -> list[tuple[str, Setting, dict]]:
+        return [
+            (row["model"], (row["labels"], row["head"], str(row.get("skip_blocks", 0))), row["test"])
+            for row in facts[key]
+        ]
+
     if not path.is_file():
         raise UserError(
-            f"{path}: there is no such file; write one with python -m fastalign.probe --backbone RUN --data DATA"
+            f"{path}: no such file; write it with python -m fastalign.probe --backbone RUN --data DATA"
         )
-    remedy = "write it anew with python -m fastalign.probe, or remove it"
     try:
-        probe = Probe.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {place + ': ' if place else ''}{first['msg']}; {remedy}") from None
-    if not probe.summary:
-        raise UserError(f"{path}: summary is empty; {remedy}")
-    classes = len(probe.data.classes)
-    for row in probe.results:
-        part, sizes = row.test.per_class, row.test.by_size
-        lists = [part.recall, part.positives, part.average_precision] if part else []
-        if any(values is not None and len(values) != classes for values in lists):
-            raise UserError(f"{path}: per_class has not one number for each of {classes} classes; {remedy}")
-        if sizes and not len(sizes.edges) == len(sizes.recall) + 1 == len(sizes.positives) + 1 >= 2:
-            raise UserError(f"{path}: by_size needs one edge more than bins; {remedy}")
-    return probe
+        facts = json.loads(path.read_bytes())
+        facts["data"]["classes"], facts["summary"][0]["seeds"]
+        return Probe(facts, rows("results"), rows("summary"))
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(
+            f"{path} has no results of python -m fastalign.probe ({type(error).__name__}: {error}): run it again, "
+            "or remove the file"
+        ) from None
 
 
-def _mean(lists: list[list[float | None]]) -> list[float | None] | None:
-    columns = [[value for value in column if value is not None] for column in zip(*lists, strict=True)]
-    return [fmean(column) if column else None for column in columns] if lists else None
+def score_text(score: dict | None) -> str:
+    """In percent, with the standard deviation if there are several seeds: 71.3 ± 0.4"""
+    return "–" if score is None or score["mean"] is None else percent(score)
+
+
+def setting_text(setting: Setting) -> str:
+    """A setting in words."""
+    labels, head, skipped = setting
+    return f"{labels} labels, {head} head" + (f", {skipped} blocks skipped" if skipped != "0" else "")

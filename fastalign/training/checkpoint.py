@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastalign import __version__
-from fastalign.backbones.stored import facts_within
+from fastalign.backbones.weight_files import embedded_facts
 from fastalign.config import to_yaml
 from fastalign.training import sharding
 from fastalign.training.build import teacher_of
@@ -55,14 +55,11 @@ def new_best(run: Run, *, evaluated: bool = False) -> float | None:
 def save(run: Run, *, evaluated: bool = False) -> None:
     """Write a checkpoint, and the backbone if it is the best so far (or the newest, if nothing selects).
 
-    A copy is written in the background: `wait_for_checkpoint` waits for it. Every rank must call this.
-
-    Args:
-        run: the run.
-        evaluated: the state's `val_loss` is of this step.
+    A copy is written in the background: `wait_for_checkpoint` waits for it. Every rank must call this. `evaluated`:
+    the state's `val_loss` is of this step.
 
     Raises:
-        SharedError: the previous checkpoint could not be written; on every rank.
+        SharedError: the previous checkpoint could not be written.
     """
     wait_for_checkpoint(run)  # one copy in memory at a time
     score, best_by_probe = new_best(run, evaluated=evaluated), run.config.probe.best
@@ -82,10 +79,10 @@ def save(run: Run, *, evaluated: bool = False) -> None:
 
 
 def wait_for_checkpoint(run: Run) -> None:
-    """Return when the newest checkpoint and its backbone are on the disk. Every rank must call this.
+    """Return when the newest checkpoint and its backbone are on the disk; every rank must call this.
 
     Raises:
-        SharedError: they could not be written; on every rank.
+        SharedError: they could not be written.
     """
     run.beat("writing a checkpoint" if run.world.main else WAITING)
     with run.hang_timer.paused():  # a large checkpoint on a slow disk
@@ -93,23 +90,14 @@ def wait_for_checkpoint(run: Run) -> None:
 
 
 def exit_preempted(run: Run, reason: StopReason) -> NoReturn:
-    """Save the run and end it; every rank calls this at the same step.
-
-    Raises:
-        Preempted: the checkpoint is on the disk.
-        SharedError: this checkpoint or the previous one could not be written.
-    """
+    """Save the run and raise `Preempted`; every rank calls this at the same step."""
     save(run)
     wait_for_checkpoint(run)
     raise preempted(run.folder, reason, run.state.step, main=run.world.main)
 
 
 def save_settings(run: Run) -> None:
-    """Write `config.yaml` and what `resume=force` ever changed; on rank 0, before the first update of a start.
-
-    Raises:
-        UserError: they cannot be written.
-    """
+    """Write `config.yaml` and what `resume=force` ever changed; on rank 0, before the first update of a start."""
     run.folder.mkdir(parents=True, exist_ok=True)
     config = run.config.model_copy(update={"resume": "auto"})  # a setting of this start, not of the run
     lines = "".join(json.dumps(change) + "\n" for change in run.state.changes)
@@ -129,7 +117,7 @@ def resume(run: Run) -> tuple[list[Change], list[str]]:
         The settings that `resume=force` changes at this start, and lines for the user.
 
     Raises:
-        UserError: it is of another run, or none can be read; SharedError if every rank knows.
+        UserError: no checkpoint can be read, or it is of another run.
     """
     step, saved, notes = run.checkpoints.resume(run.world)
     if step is None:
@@ -235,7 +223,7 @@ def publish_backbone(folder: Path, state: dict) -> None:
     if text is None:
         return
     weights_file, facts_file = folder / "backbone.safetensors", folder / "backbone.json"
-    if facts_within(weights_file) != text:
+    if embedded_facts(weights_file) != text:
         source = state["average"] or state["student"]
         weights = {
             name.removeprefix("encoder."): value.contiguous().float()

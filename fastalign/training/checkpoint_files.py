@@ -97,12 +97,7 @@ def read_state(path: Path) -> dict:
 
 
 class Checkpoints:
-    """The checkpoints of a run. One process writes them, any number may read them.
-
-    Args:
-        folder: holds them as `step-00000100.pt` and `best.pt`.
-        keep: how many of the newest are kept.
-    """
+    """The checkpoints of a run, `step-00000100.pt` and `best.pt`; the newest `keep` are kept."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
@@ -138,13 +133,9 @@ class Checkpoints:
         best: bool = False,
         publish: Callable[[dict], None] = lambda state: None,
     ) -> None:
-        """Write a checkpoint in the background, after the previous one; then remove those too old to keep.
+        """Write a `snapshot` in the background, as `best.pt` too if it is the best; then remove old checkpoints.
 
-        Args:
-            state: a `snapshot`.
-            step: names the file.
-            best: it becomes `best.pt` too.
-            publish: called in the background with the state once it is on the disk, before anything is removed.
+        `publish` is called in the background with the state once it is on the disk, before anything is removed.
 
         Raises:
             UserError: the previous write failed.
@@ -157,11 +148,7 @@ class Checkpoints:
         self._writer.start()
 
     def wait(self) -> None:
-        """Return when the newest checkpoint is on the disk.
-
-        Raises:
-            UserError: it could not be written; raised once.
-        """
+        """Return when the newest checkpoint is on the disk; UserError, once, if it could not be written."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
@@ -237,11 +224,7 @@ class Checkpoints:
         )
 
     def resume(self, world: World) -> tuple[int | None, dict, list[str]]:
-        """`load` on every rank: rank 0 chooses the step, each rank reads its file.
-
-        Raises:
-            SharedError: no checkpoint can be read, or a rank cannot read the chosen one; on every rank.
-        """
+        """`load` on every rank: rank 0 chooses the step, each rank reads its file; SharedError if one cannot."""
         loaded: dict = {}
 
         def choose() -> tuple[int | None, list[str]]:
@@ -255,7 +238,8 @@ class Checkpoints:
                 loaded["state"] = read_state(self.path(step))
             except (UserError, DamagedFile) as error:
                 cause = reason(error.__cause__ or error)
-                failure = f"rank {world.rank} cannot read {self.path(step)} ({cause}): give every machine the same output"
+                failure = f"rank {world.rank} cannot read {self.path(step)} ({cause})"
+                failure += ": give every machine the same output"
         for message in world.gather(failure):
             if message is not None:
                 raise SharedError(message)

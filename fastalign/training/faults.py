@@ -38,18 +38,13 @@ def prepare_logs(run: Run, reporter: Reporter) -> None:
 
 
 def handle_status(run: Run, reporter: Reporter, *, everything: bool = False) -> tuple[StopReason, bool]:
-    """Act on the statuses of updates that are due; a collective if something is wrong.
-
-    Args:
-        run: the run.
-        reporter: for messages.
-        everything: include the newest update, for which the host waits.
+    """Act on the statuses that are due (with `everything`: on all, for which the host waits).
 
     Returns:
         Why the run must stop, and whether a checkpoint is overdue.
 
     Raises:
-        SharedError: too many bad samples, or numbers that are not finite; on every rank.
+        SharedError: too many bad samples, or numbers that are not finite.
     """
     stop, overdue = StopReason.NONE, False
     for status in run.status.read(everything=everything):

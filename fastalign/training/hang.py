@@ -39,15 +39,12 @@ class HangTimer:
     Args:
         world: this process among the ranks.
         timeout: seconds.
-        step: where the run starts.
         saved: returns the step of the newest checkpoint on disk, None where unknown; must not block.
     """
 
-    def __init__(
-        self, world: World, timeout: float, step: int = 0, *, saved: Callable[[], int | None] = lambda: None
-    ):
+    def __init__(self, world: World, timeout: float, saved: Callable[[], int | None] = lambda: None):
         self._world, self._timeout, self._saved = world, timeout, saved
-        self._progress, self._paused = (step, "starting"), 0
+        self._progress, self._paused = (0, "starting"), 0
         self._stop, self._main = threading.Event(), threading.get_ident()
         self._thread = threading.Thread(target=self._watch, name="hang-timer", daemon=True)
 
@@ -62,7 +59,6 @@ class HangTimer:
         try:
             yield
         finally:
-            self._progress = (*self._progress,)  # another tuple
             self._paused -= 1
 
     def __enter__(self) -> "HangTimer":

@@ -8,11 +8,7 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep what is freed instead of giving it back to the system.
-
-    A step on a CPU allocates and frees the same large tensors each time; by default most come as new pages, and
-    faulting them in costs a tenth of the step. Returns False where the C library is another.
-    """
+    """Make glibc keep freed memory: faulting new pages in takes a tenth of a step on a CPU. False without glibc."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
@@ -21,7 +17,7 @@ def keep_freed_memory() -> bool:
 
 
 def free_memory() -> int:
-    """Bytes that a process can still take without swapping, as the system reckons it."""
+    """Bytes that a process can still allocate without swapping, by the system's estimate."""
     try:
         with Path("/proc/meminfo").open() as file:
             lines = dict(line.split(":", 1) for line in file)

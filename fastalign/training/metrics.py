@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
+from fastalign.method.flops import peak_flops
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import wrap_io_errors, write_atomically
-from fastalign.utils.flops import peak_flops
 
 _COMPILE_TIMES = ("_compile.compile_inner", "backward._backward_impl")
 """torch's names for capturing a graph with its forward code, and for backward code that is generated later."""

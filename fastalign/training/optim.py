@@ -100,12 +100,7 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 
 
 class MovingAverage:
-    """An exponential moving average of a module's parameters and buffers in fp32, sharded as they are.
-
-    Args:
-        module: its state dict gives the names.
-        decay: share of the old average that each update keeps.
-    """
+    """An exponential moving average of a module's parameters and buffers in fp32, sharded as they are."""
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay

@@ -10,14 +10,7 @@ from fastalign.training.metrics import MetricLog, Speed, SpikeDetector
 
 
 class Reporter:
-    """A progress bar on a terminal, plain lines elsewhere; silent on ranks that are not `main`.
-
-    Args:
-        log: of the metrics.
-        total: steps of the run.
-        step: where it starts.
-        main: whether this rank prints.
-    """
+    """A progress bar on a terminal, plain lines elsewhere; silent unless `main`. `total`, `step`: of the run."""
 
     def __init__(self, log: MetricLog, *, total: int, step: int, main: bool):
         self.log, self.main, self.total, self.first, self._bar = log, main, total, step, None

@@ -31,19 +31,13 @@ class Run:
     """A run before its first step; `checkpoint.resume` continues from its folder.
 
     Args:
-        config: the configuration.
-        world: the ranks.
-        preemption: asks the run to stop; default: nothing does.
-        labelled: fingerprints of other data that the configuration names, by key; rank 0's count.
+        config, world: the configuration and the ranks.
+        preemption: asks the run to stop.
+        labelled: fingerprints of labelled data, by key; rank 0's count.
     """
 
     def __init__(
-        self,
-        config: Config,
-        world: World,
-        *,
-        preemption: Preemption | None = None,
-        labelled: dict | None = None,
+        self, config: Config, world: World, preemption: Preemption | None = None, labelled: dict | None = None
     ):
         self.config, self.world, self.folder = config, world, Path(config.output)
         self.state = TrainState()
@@ -101,10 +95,9 @@ class Run:
         return autocast(self.world.device, self.dtype)
 
     def cached_autocast(self) -> AbstractContextManager:
-        """Around passes with the same weights: each weight is cast once, not once per pass.
+        """Around passes with the same weights: a disabled outer autocast keeps the casts of those inside it.
 
-        A disabled outer autocast keeps the cache of those inside it until it ends. Sharded weights are gathered for
-        each pass, so that their casts would be kept in vain.
+        Not for sharded weights, which are gathered for each pass.
         """
         reduced = self.dtype == torch.bfloat16 and not self.sharded
         return torch.autocast(self.world.device.type, enabled=False) if reduced else nullcontext()

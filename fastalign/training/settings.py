@@ -32,11 +32,7 @@ class Change(NamedTuple):
 
 
 def contents(config: Config, sources: Mapping[str, Source]) -> dict[str, Any]:
-    """Fingerprints of what the paths of a configuration hold, by key; `sources` are its opened data sets.
-
-    Raises:
-        OSError: weights cannot be read.
-    """
+    """Fingerprints of what the paths of a configuration hold, by key; `sources` are its opened data sets."""
     found: dict[str, Any] = {key: source.identity for key, source in sources.items()}
     for section in ("student", "teacher"):
         weights = getattr(config, section).weights
@@ -60,20 +56,16 @@ def changed_contents(
 def changed_settings(
     saved: dict, path: Path, config: Config, places: Mapping[str, str | None], *, finished: bool
 ) -> tuple[list[Change], list[str]]:
-    """The changes among the keys that decide the result; only `resume=force` allows any.
+    """The changes since the checkpoint `saved` among the keys that decide the result, and notes about moved data.
 
     Args:
-        saved: the checkpoint at `path`.
-        path: for messages.
+        saved, path: the checkpoint.
         config: of the resumed run.
-        places: of `changed_contents`. The contents count, not the path.
-        finished: nothing is left to train, so that no change is allowed.
-
-    Returns:
-        The changes, those of values before those of contents; and lines about paths whose contents have moved.
+        places: of `changed_contents`; the contents count, not the path.
+        finished: nothing is left to train.
 
     Raises:
-        UserError: there are changes that are not allowed.
+        UserError: there are changes without `resume=force`, or of a finished run.
     """
     before = resolve(saved["config"], [], path).model_dump(mode="json")
     after = config.model_dump(mode="json")

@@ -13,13 +13,7 @@ from fastalign.training.distributed import World, open_mesh
 
 
 def shard(module: nn.Module, parts: Iterable[nn.Module], world: World) -> None:
-    """Shard a module's parameters in place, before optimizers are made.
-
-    Args:
-        module: on the device.
-        parts: submodules that are unsharded one at a time.
-        world: several ranks.
-    """
+    """Shard a module's parameters in place, before optimizers are made; `parts` are unsharded one at a time."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = open_mesh(world)

@@ -44,7 +44,7 @@ def resolve(section: type[_Tree], tree: dict, overrides: list[str], where: str |
     """The typed tree of a plain one, with `key=value` overrides applied to a copy.
 
     Raises:
-        UserError: about the file `where`, or about the command line if an override is wrong.
+        UserError: about the file `where`, or about the command line if an override may be wrong.
     """
     merged = copy.deepcopy(tree)
     for override in overrides:
@@ -57,19 +57,9 @@ def resolve(section: type[_Tree], tree: dict, overrides: list[str], where: str |
     except ValidationError as error:
         key, text = explain(error, [*section.model_fields, *(name for name, _, _ in fields(section))])
         given = [override.partition("=")[0] for override in overrides]
-        overridden = any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in given)
-        # A conflict between keys has no single place: blame the overrides if the file alone is valid.
-        if overridden if key else given and _is_valid(section, tree):
+        if any(not key or f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in given):
             where = "command line"
         raise UserError(f"{where}: {text}") from None
-
-
-def _is_valid(section: type[Section], tree: dict) -> bool:
-    try:
-        section.model_validate(tree)
-    except ValidationError:
-        return False
-    return True
 
 
 def get_key(tree: dict, key: str) -> Any:

@@ -1,10 +1,7 @@
 """`fa.accelerate` against timm's own modules: outputs, gradients, the cap, everything a model goes through."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -162,20 +159,12 @@ def test_masks(kind, softcap, monkeypatch):
     x = torch.randn(3, 7, 48, dtype=torch.float64)
     if softcap:
         monkeypatch.setattr(functional, "scaled_dot_product_attention", capped(softcap))
-    else:
-        assert relative_error(ours[0](x, is_causal=True), theirs[0](x, is_causal=True)) < EXACT
+    causal = theirs[0](x, attn_mask=torch.ones(7, 7, dtype=torch.bool).tril())
+    assert relative_error(ours[0](x, is_causal=True), causal) < EXACT
     for name, draw in MASKS.items():
         mask = draw()
         mask = mask | torch.eye(7, dtype=torch.bool) if mask.dtype == torch.bool else mask
         assert relative_error(ours[0](x, attn_mask=mask), theirs[0](x, attn_mask=mask)) < EXACT, name
-
-
-def test_a_causal_mask_goes_with_a_cap(monkeypatch):
-    theirs = nn.Sequential(Attention(48, num_heads=2)).double()
-    ours, x = fa.accelerate(copy.deepcopy(theirs), softcap=0.5), torch.randn(2, 7, 48, dtype=torch.float64)
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", capped(0.5))
-    wanted = theirs[0](x, attn_mask=torch.ones(7, 7, dtype=torch.bool).tril())
-    assert relative_error(ours[0](x, is_causal=True), wanted) < EXACT
 
 
 def test_state_dict_copies_pickles_and_modes(tmp_path):
@@ -202,7 +191,7 @@ def test_state_dict_copies_pickles_and_modes(tmp_path):
     assert "softcap=0.5" in repr(theirs)
 
 
-def test_twice_with_another_cap_and_back():
+def test_twice_with_another_cap_or_backend_and_back():
     model = tiny("vit_base_patch16_clip_quickgelu_224.openai", drop_path_rate=0.3).eval()
     kinds, images = [type(part) for part in model.modules()], pixels(model)
     plain = model(images)
@@ -218,19 +207,12 @@ def test_twice_with_another_cap_and_back():
     assert not torch.equal(model(images), first)
     fa.accelerate(model, softcap=0.5)
     assert torch.equal(model(images), first)
-    fa.accelerate(model)
+    fa.accelerate(model, backend="eager")
+    assert model.blocks[0].attn.backend == "eager"
     assert relative_error(model(images), plain) < EXACT
     fa.accelerate(model, undo=True)
     assert [type(part) for part in model.modules()] == kinds
     assert fa.accelerated(model) == {}
-
-
-def test_a_backend_is_used_where_it_can():
-    model = tiny().eval()
-    images = pixels(model)
-    wanted = model(images)
-    assert relative_error(fa.accelerate(model, backend="eager")(images), wanted) < EXACT
-    assert model.blocks[0].attn.backend == "eager"
 
 
 @needs_compiler
@@ -276,17 +258,8 @@ def test_stochastic_depth_computes_only_what_is_kept():
     model = fa.accelerate(tiny(drop_path_rate=0.5)).train()
     block, seen = model.blocks[1], []
     block.attn.register_forward_hook(lambda module, arguments, out: seen.append(len(out)))
-    x = torch.randn(1, 7, 48, dtype=torch.float64).expand(4000, -1, -1)
-    out = block(x)
+    block(torch.randn(1, 7, 48, dtype=torch.float64).expand(4000, -1, -1))
     assert seen[0] / 4000 == pytest.approx(0.5, abs=0.04)
-    assert ((out - x).abs().sum((1, 2)) > 0).double().mean().item() == pytest.approx(0.75, abs=0.04)
-    # The mean over draws is the branch itself, not its half.
-    whole = model.eval().blocks[1](x[:1])
-    attention = x[:1] + block.attn(block.norm1(x[:1]))
-    halves = [x[0], x[0] + 2 * (attention - x[:1])[0]]
-    expected = 0.5 * sum(half + block.mlp(block.norm2(half[None]))[0] for half in halves)
-    assert relative_error(out.mean(0), expected) < 0.05
-    assert whole.shape == (1, 7, 48)
 
 
 @pytest.mark.parametrize("name", [VIT, BEIT, EVA])
@@ -300,55 +273,27 @@ def test_every_parameter_has_a_gradient_when_no_sample_is_kept(name):
     assert all(parameter.grad is not None for parameter in ours.blocks.parameters())
 
 
-def test_stochastic_depth_that_was_taken_away():
-    theirs = tiny(drop_path_rate=0.5)
-    ours = fa.accelerate(copy.deepcopy(theirs))
-    for model in (ours, theirs):
-        model.blocks[1].drop_path1 = nn.Identity()
-    assert_same(ours, theirs, pixels(theirs))
-
-
-def test_distributed_data_parallel(tmp_path):
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model = fa.accelerate(tiny(drop_path_rate=0.9)).train()
-        parallel = nn.parallel.DistributedDataParallel(model)
-        for _ in range(4):  # it stops where a parameter had no gradient
-            parallel(pixels(model, 1)).sum().backward()
-        assert len(fa.accelerated(parallel)) == 3
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def refused(match: str, *args, **kwargs) -> None:
     with pytest.raises(fa.UserError, match=match) as error:
         fa.accelerate(*args, **kwargs)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("softcap", [0, -1.0, float("nan"), float("inf"), "30", True])
-def test_a_wrong_cap_is_refused(softcap):
-    refused("softcap must be a positive number or None", tiny(), softcap=softcap)
-
-
 def test_what_is_not_known_is_refused_and_nothing_changed():
-    refused("must be a module such as timm.create_model makes, got 'vit'", "vit")
-    refused("backend: unknown backend 'sdp'; did you mean sdpa", tiny(), backend="sdp")
+    refused("softcap must be a positive number or None, got -1.0", tiny(), softcap=-1.0)
+    refused("backend: unknown name 'sdp'; the nearest is sdpa", tiny(), backend="sdp")
     refused("Linear has no attention of a timm", nn.Linear(2, 2))
-    refused("ViT is ours and has it all", fa.create_backbone(VIT, img_size=32, depth=1))
+    refused("has these parts already: set its softcap instead", fa.create_backbone(VIT, img_size=32, depth=1))
     refused("blocks.0.attn is timm.*diff_attention.DiffAttention, an", tiny(attn_layer="diff"))
-    refused(
-        "layers.0.blocks.0.attn is timm.*WindowAttention, an",
-        timm.create_model("swin_tiny_patch4_window7_224"),
-    )
+    swin = timm.create_model("swin_tiny_patch4_window7_224")
+    refused("layers.0.blocks.0.attn is timm.*WindowAttention, an", swin)
 
     class Mine(Attention):
         pass
 
     model = tiny()
     model.blocks[1].attn = Mine(48, num_heads=2)
-    refused("blocks.1.attn is .*Mine, an attention that fastalign has not got", model, softcap=3.0)
+    refused("blocks.1.attn is .*Mine, an attention that is not supported", model, softcap=3.0)
     assert fa.accelerated(model) == {}
     model = tiny()
     model.blocks[1].attn.forward = model.blocks[0].attn.forward
@@ -357,59 +302,9 @@ def test_what_is_not_known_is_refused_and_nothing_changed():
 
 
 def test_a_cap_and_dropped_weights_are_refused():
-    model = tiny(attn_drop_rate=0.2)
-    refused(
-        "blocks.0.attn drops attention weights .* make the model with attn_drop_rate=0", model, softcap=30.0
-    )
+    words = "blocks.0.attn drops attention weights .* make the model with attn_drop_rate=0"
+    refused(words, tiny(attn_drop_rate=0.2), softcap=30.0)
     model = fa.accelerate(tiny(), softcap=30.0)
     model.blocks[0].attn.attn_drop.p = 0.1
     with pytest.raises(fa.UserError, match="drops attention weights"):
         model.train()(pixels(model))
-
-
-ALONE = """
-import sys
-if sys.argv[1] == "without":
-    sys.modules["triton"] = None
-import torch
-import fastalign as fa
-print(list(fa.masks.UniformMasks(seed=0)(torch.arange(2), 4).shape))
-q = torch.randn(1, 2, 5, 8)
-print(list(fa.ops.softcap_attention(q, q, q, softcap=3.0).shape))
-for name in ("pack", "nothing"):
-    try:
-        print(getattr(getattr(fa.kernels, name), name).__module__)
-    except (ImportError, AttributeError) as error:
-        print(f"{type(error).__name__}: {error}")
-print([name for name in sys.modules if name.startswith("nvidia.dali")])
-try:
-    fa.kernels.softcap_attention.softcap_attention(q, q, q)
-except (ImportError, ValueError) as error:
-    print(error)
-"""
-
-
-@pytest.mark.parametrize("triton", ["with", "without"])
-def test_kernels_and_masks_alone(triton):
-    """On the CPU and without Triton's interpreter, where a kernel says where to go."""
-    result = subprocess.run(
-        [sys.executable, "-c", ALONE, triton],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-    )
-    lines = result.stdout.splitlines()
-    assert lines[:2] == ["[2, 3, 4]", "[1, 2, 5, 8]"]
-    if triton == "with":
-        assert lines[2] == "fastalign.kernels.pack"
-    else:
-        assert lines[2] == (
-            "ImportError: fastalign.kernels.pack needs the package triton: pip install triton; "
-            "fastalign.ops works without it"
-        )
-    assert lines[3].startswith("AttributeError")
-    assert lines[4] == "[]"
-    missing = "softcap_attention needs the package triton"
-    wanted = "takes tensors on a GPU, got cpu: use fastalign.ops on other devices"
-    assert (wanted if triton == "with" else missing) in lines[5]

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import os
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ ARGS = {
 
 
 class Student(nn.Module):
-    """A student as the authors' scripts save it: an encoder with a head of its own, and a decoder."""
+    """A student as the authors' scripts save it: an encoder with another head, and a decoder."""
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
@@ -67,9 +66,7 @@ def same(vit: nn.Module, model: nn.Module) -> bool:
     return torch.equal(vit.eval().forward_features(images), model.forward_features(images))
 
 
-@pytest.mark.parametrize(
-    "wrappers", ["", "_orig_mod.", "module.", "_orig_mod.module.", "module._orig_mod.", "student."]
-)
+@pytest.mark.parametrize("wrappers", ["", "module.", "_orig_mod.module.", "student."])
 def test_a_student_of_the_authors_scripts(tmp_path, wrappers):
     encoder = plain()
     path = save(tmp_path, Student(copy.deepcopy(encoder)))
@@ -80,14 +77,6 @@ def test_a_student_of_the_authors_scripts(tmp_path, wrappers):
     vit = fa.create_backbone(NAME, checkpoint=path, **KWARGS)
     assert same(vit, encoder)
     assert vit.softcap is None
-
-
-def test_torchs_own_compile_and_data_parallel_wrappers(tmp_path):
-    encoder = plain()
-    wrapped = torch.compile(nn.DataParallel(Student(copy.deepcopy(encoder))))
-    assert next(iter(wrapped.state_dict())).startswith("_orig_mod.module.encoder.")
-    torch.save({"state_dict": wrapped.state_dict()}, tmp_path / "a.pth.tar")
-    assert same(fa.create_backbone(NAME, checkpoint=tmp_path / "a.pth.tar", **KWARGS), encoder)
 
 
 def test_a_students_head_is_never_a_classifier(tmp_path):
@@ -156,11 +145,8 @@ def test_a_recorded_softcap_is_read_first(tmp_path):
 
 def test_the_authors_names_take_their_argument():
     vit = fa.create_backbone(f"s{NAME}", **KWARGS, max_attn_val=7)
-    assert (vit.softcap, vit.recipe["name"], vit.recipe["kwargs"]) == (
-        7.0,
-        NAME,
-        {"num_classes": 0, **KWARGS},
-    )
+    assert vit.softcap == 7.0
+    assert vit.recipe == {"name": NAME, "kwargs": {"num_classes": 0, **KWARGS}}
 
 
 @pytest.mark.parametrize("cap", ["abc", "30", -3, 0, None, True, float("nan"), float("inf")])
@@ -188,7 +174,7 @@ def test_layer_scale_is_folded_where_the_backbone_has_none(tmp_path, name):
     assert relative_error(vit.forward_features(images), scaled.forward_features(images)) < 1e-12
 
 
-def test_layer_scale_that_the_file_has_not_got_is_one(tmp_path):
+def test_layer_scale_that_the_file_lacks_is_one(tmp_path):
     encoder = plain()
     torch.save(encoder.state_dict(), tmp_path / "a.pth")
     vit = fa.create_backbone(NAME, checkpoint=tmp_path / "a.pth", init_values=1e-5, **KWARGS)
@@ -213,65 +199,3 @@ def test_a_student_without_pooling_takes_it_off_the_backbone(tmp_path):
     torch.save(encoder.state_dict(), path)
     with pytest.raises(fa.UserError, match="attn_pool"):
         fa.create_backbone(name, checkpoint=path, **kwargs)
-
-
-class Attack:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, command: str):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
-@pytest.mark.parametrize("place", ["args", "value of args", "optimizer", "state_dict"])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_file_is_refused_and_nothing_runs(tmp_path, place, zipped):
-    attack = Attack(f"touch {tmp_path / 'ran'}")
-    content = {"state_dict": plain().state_dict(), "args": argparse.Namespace(**ARGS)}
-    if place == "value of args":
-        content["args"].evil = attack
-    else:
-        content[place] = attack
-    torch.save(content, tmp_path / "a.pth.tar", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(
-        fa.UserError, match=r"a\.pth\.tar.*safely.*posix\.system.*nothing of it was run"
-    ) as caught:
-        fa.create_backbone(NAME, checkpoint=tmp_path / "a.pth.tar", **KWARGS)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_other_files_are_refused_with_one_line(tmp_path):
-    path = save(tmp_path, Student(plain()), student_model=f"s{NAME}")
-    whole = path.read_bytes()
-    broken = tmp_path / "broken.pth.tar"
-
-    def message(content, name=NAME, **kwargs) -> str:
-        if isinstance(content, bytes):
-            broken.write_bytes(content)
-        else:
-            torch.save(content, broken)
-        with pytest.raises(fa.UserError) as caught:
-            fa.create_backbone(name, checkpoint=broken, **{**KWARGS, **kwargs})
-        assert "\n" not in str(caught.value)
-        assert "broken.pth.tar" in str(caught.value)
-        return str(caught.value)
-
-    assert "cut short" in message(whole[: len(whole) // 2])
-    assert "cut short" in message(b"")
-    assert "holds no weights" in message({"state_dict": {}})
-    assert "holds a list" in message([1, 2])
-    assert "state_dict is no dictionary of tensors" in message({"state_dict": {"a": 1}})
-    assert "dictionary of tensors by name" in message({"state_dict": {1: torch.ones(1)}})
-    assert "dictionary of tensors by name" in message({1: torch.ones(1)})
-    state, args = {"state_dict": plain().state_dict()}, {"student_model": f"s{NAME}"}
-    assert "max_attn_val" in message({**state, "args": {**args, "model_kwargs": {"max_attn_val": "x"}}})
-    assert "softcap must be a positive number or None" in message({**state, "softcap": "x"})
-    torch.save({**state, "args": {**args, "model_kwargs": "max_attn_val=3"}}, broken)
-    assert fa.create_backbone(NAME, checkpoint=broken, **KWARGS).softcap == 30.0
-    assert "(svit_tiny_patch16_224)" in message(whole, "vit_small_patch16_224")
-    assert "lacks blocks.2" in message(whole, depth=3)
-    assert "blocks.1.attn.proj.bias too" in message(whole, depth=1)
-    assert "another model" in message(whole, "beit_base_patch16_224")

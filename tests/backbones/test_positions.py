@@ -89,7 +89,7 @@ def test_a_bare_file_is_of_a_square_grid(tmp_path, family):
         assert same(fa.create_backbone(name, checkpoint=tmp_path / "w.pth", **options), model, after)
     if family != "rotary":
         with pytest.raises(
-            fa.UserError, match="no square grid and not the 4x4 patches asked for; give img_size"
+            fa.UserError, match="neither a square grid nor the 4x4 patches asked for; give img_size"
         ):
             fa.create_backbone(name, checkpoint=tmp_path / "w.pth", **{**options, "img_size": 64})
 

@@ -144,7 +144,7 @@ def test_the_table_is_what_the_choice_reads(tmp_path, monkeypatch):
         facts | {"implementation": "compile", "mode": "forward", "ms": 0.1},
         facts | {"implementation": "sdpa_flash", "mode": "full", "ms": 0.1, "computes": "without the cap"},
         facts | {"implementation": "ours", "mode": "backward", "ms": 0.5},
-        facts | {"implementation": "flex", "failed": "no room"},
+        facts | {"implementation": "flex", "failed": "out of memory"},
     ]
     choice._choose.cache_clear(), choice._table.cache_clear()
     try:

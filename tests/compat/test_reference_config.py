@@ -140,9 +140,6 @@ def test_the_batch_is_a_gpus_times_the_gpus(write, monkeypatch):
     assert (config.optim.batch_size, config.optim.accumulate) == (2048, 8)
     assert "32 images per GPU x 8 passes x 8 GPUs = 2048 images per update" in notes[0]
     assert make_config(path, world_size=2).optim.batch_size == 512
-    monkeypatch.setenv("WORLD_SIZE", "many")
-    with pytest.raises(UserError, match=r"WORLD_SIZE=many .*--world-size=N"):
-        make_config(path)
 
 
 def test_paths_and_splits(write, tmp_path, monkeypatch):
@@ -217,7 +214,7 @@ def test_other_values_are_refused_by_name(write, name):
 BAD = """
 bach_size: 3 -> unknown option bach_size | nearest is batch_size
 data-dir: /d -> unknown option data-dir | nearest is data_dir
-num_classes: 1000 -> num_classes | finetune.py
+model: vit, num_classes: 1000 -> finetune.py | fastalign.classify
 prefix_only: "False" -> prefix_only: Input should be a valid boolean, got 'False'
 antithetical_sampling: 0 -> antithetical_sampling: Input should be a valid boolean
 batch_size: 1.5 -> batch_size: Input should be a valid integer | got 1.5
@@ -230,11 +227,11 @@ opt: sgd -> opt: Input should be 'adamw', got 'sgd'
 loss_function: huber -> loss_function: Input should be 'mse', 'cosine', 'l1'
 torchcompile: aot_eager -> torchcompile: Input should be 'inductor'
 amp: true -> amp_dtype=float16 | set amp_dtype: bfloat16
-aa: augmix-m5 -> aa=augmix-m5 | rand-
+aa: augmix-m5 -> aa: String should match pattern '^rand', got 'augmix-m5'
 opt_kwargs: {layer_decay: 0.7} -> opt_kwargs.layer_decay | remove it
 opt_kwargs: {eps: 1.0e-6} -> opt_kwargs.eps | remove it
 opt_kwargs: {betas: [0.9, 0.9]}, opt_betas: [0.9, 0.9] -> opt_betas | remove one
-lr: null, lr_base_size: 0 -> lr_base_size must be at least 1, got 0
+lr_base_size: 0 -> lr_base_size: Input should be greater than or equal to 1, got 0
 student_model: svit_a, model_kwargs: {max_attn_val: x} -> max_attn_val must be a positive
 warmup_epochs: 1 -> warmup_lr is 1e-05 | set warmup_lr: 0.0
 teacher_pretrained: false -> teacher_pretrained or teacher_checkpoint

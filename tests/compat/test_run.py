@@ -84,7 +84,7 @@ la.load_checkpoint(torch.nn.Linear(1, 1), sys.argv[1])
             ["run", "load.py", "broken.pth"],
             "broken.pth cannot be read: damaged, cut short or not a weights file",
         ),
-        (["run", "load.py", "gone.pth"], "no checkpoint at"),
+        (["run", "load.py", "gone.pth"], "gone.pth cannot be read (No such file"),
     ],
 )
 def test_run_prints_one_line(arguments, message, tmp_path, monkeypatch, capsys):

@@ -3,7 +3,6 @@
 import gc
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 
@@ -21,7 +20,6 @@ from tests.data_helpers import (
     CLIP_STD,
     EVAL,
     TRAIN,
-    age,
     batches_of,
     has_dali,
     needs_dali,
@@ -149,18 +147,6 @@ def test_evaluation_pixels_do_not_depend_on_anything_else(folder):
         for ids, part in run(source, EVAL, batch_size=9, rank=rank, world_size=2, epoch=3, seed=5, **options):
             assert torch.equal(part, images[ids])
     same(*(run(source, TRAIN, batch_size=16, epoch=epoch, **options) for epoch in (0, 1)))
-
-
-@needs_dali
-def test_tar_gives_the_same_pixels_as_its_folder(folder, tmp_path):
-    source = open_source(str(folder))
-    path = tmp_path / "tars" / "all.tar"
-    path.parent.mkdir()
-    with tarfile.open(path, "w") as tar:
-        for i in range(len(source)):
-            tar.add(folder / source.name(i), arcname=source.name(i))
-    age(path.parent)
-    same(run(open_source(str(path)), TRAIN, batch_size=8), run(source, TRAIN, batch_size=8))
 
 
 def test_arguments_are_checked():

@@ -1,5 +1,6 @@
 """Finished runs of every family, and pictures."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 import fastalign as fa
 from fastalign import train
+from fastalign.export.__main__ import main
 from tests.export.helpers import FAMILIES, small
 
 
@@ -49,21 +51,28 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture
+def exported(runs, tmp_path):
+    """Exports a run of a family and returns the folder."""
+
+    def export(family: str, target: str, *options: str, softcap: float | None = 0.5) -> Path:
+        output = tmp_path / "export"
+        assert main([str(runs(family, softcap)), "--to", target, "--output", str(output), *options]) == 0
+        return output
+
+    return export
+
+
+@pytest.fixture
 def damaged(runs, tmp_path):
     """A copy of a run, to be damaged."""
-    source, copy = runs("clip"), tmp_path / "damaged"
-    for path in source.rglob("*"):
-        if path.is_file() and "exports" not in path.parts:
-            (copy / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-            (copy / path.relative_to(source)).write_bytes(path.read_bytes())
-    return copy
+    return shutil.copytree(runs("clip"), tmp_path / "damaged", ignore=shutil.ignore_patterns("exports"))
 
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     rng = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
     for index in range(3):
         picture = Image.fromarray(rng.integers(0, 255, (5, 7, 3), dtype=np.uint8))
-        (tmp_path / "pictures").mkdir(exist_ok=True)
         picture.resize((72, 48), Image.Resampling.BICUBIC).save(tmp_path / "pictures" / f"{index}.png")
     return tmp_path / "pictures"

@@ -68,36 +68,26 @@ def test_each_library_gives_our_features(runs, tmp_path, capsys, family, target,
     assert relative_error(again.forward_features(images(family)), wanted) < 1e-5
 
 
-def test_the_file_alone_for_timm(runs, tmp_path):
-    """As vlm code names a local file: `pretrained_cfg_overlay`."""
-    folder, output = runs("clip", None), tmp_path / "export"
-    assert main([str(folder), "--to", "prismatic", "--output", str(output)]) == 0
-    model = timm.create_model(
-        FAMILIES["clip"],
-        pretrained=True,
-        num_classes=0,
-        pretrained_cfg_overlay={"file": str(output / "model.safetensors")},
-        **small("clip"),
-    )
+def test_the_file_alone_for_timm(runs, exported):
+    """As VLM code names a local file: `pretrained_cfg_overlay`."""
+    overlay = {"file": str(exported("clip", "prismatic", softcap=None) / "model.safetensors")}
+    options = {"pretrained": True, "num_classes": 0, "pretrained_cfg_overlay": overlay, **small("clip")}
     with torch.no_grad():
-        found = model.eval().forward_features(images("clip"))
-    assert relative_error(found, tokens(folder, "clip", None)) < 1e-5
+        found = timm.create_model(FAMILIES["clip"], **options).eval().forward_features(images("clip"))
+    assert relative_error(found, tokens(runs("clip", None), "clip", None)) < 1e-5
 
 
-def test_what_dropping_the_cap_changes(runs, tmp_path, capsys):
-    folder, output = runs("clip"), tmp_path / "export"
-    assert main([str(folder), "--to", "hf-clip", "--drop-softcap", "--output", str(output)]) == 0
-    noise = measure.noise(fa.load_backbone(folder)).double()
+def test_what_dropping_the_cap_changes(runs, exported, capsys):
+    found = facts(exported("clip", "hf-clip", "--drop-softcap"))["softcap"]
+    noise = measure.noise(fa.load_backbone(runs("clip"))).double()
     with torch.no_grad():
-        plain, capped = (truth(folder, "clip", cap).forward_features(noise) for cap in (None, 0.5))
-    found = facts(output)["softcap"]
+        plain, capped = (truth(runs("clip"), "clip", cap).forward_features(noise) for cap in (None, 0.5))
     assert (found["value"], found["applied"]) == (0.5, False)
-    assert found["dropped"]["noise"]["relative_change"] == pytest.approx(
-        relative_error(plain, capped), rel=1e-4
-    )
+    change = found["dropped"]["noise"]
+    assert change["relative_change"] == pytest.approx(relative_error(plain, capped), rel=1e-4)
     cosine = torch.cosine_similarity(plain, capped, dim=-1).min().item()
-    assert found["dropped"]["noise"]["lowest_cosine"] == pytest.approx(cosine, abs=1e-5)
-    assert found["dropped"]["noise"]["relative_change"] > 0.02
+    assert change["lowest_cosine"] == pytest.approx(cosine, abs=1e-5)
+    assert change["relative_change"] > 0.02
     assert "soft-cap dropped: features on noise change by" in capsys.readouterr().out
 
 
@@ -109,12 +99,9 @@ def test_what_dropping_the_cap_changes(runs, tmp_path, capsys):
         ("timm", "import timm; timm.create_model('local-dir:' + PATH, pretrained=True)", "fastalign_softcap"),
     ],
 )
-def test_without_the_import_a_capped_export_is_refused(runs, tmp_path, target, code, words):
-    output = tmp_path / "export"
-    assert main([str(runs("clip")), "--to", target, "--output", str(output)]) == 0
-    result = subprocess.run(
-        [sys.executable, "-c", f"PATH = {str(output)!r}\n{code}"], capture_output=True, text=True, check=False
-    )
+def test_without_the_import_a_capped_export_is_refused(exported, target, code, words):
+    code = f"PATH = {str(exported('clip', target))!r}\n{code}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode != 0
     assert words in result.stderr
 

@@ -7,25 +7,18 @@ import transformers
 from PIL import Image
 
 from fastalign.export import hf
-from fastalign.export.__main__ import main
 from tests.export.helpers import evaluation_transform, images, tokens, truth
 from tests.numerics import relative_error
 
 
 @pytest.fixture
-def llava(runs, tmp_path):
+def llava(exported):
     """Exports a run and builds a tiny LLaVA on it."""
 
     def build(family: str, target: str, softcap: float | None, **kwargs):
-        output = tmp_path / "export"
-        assert main([str(runs(family, softcap)), "--to", target, "--output", str(output)]) == 0
-        text = transformers.LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        )
+        output = exported(family, target, softcap=softcap)
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        text = transformers.LlamaConfig(vocab_size=32, **sizes)
         config = hf.llava_config(output, text, image_token_index=31, **kwargs)
         model = transformers.LlavaForConditionalGeneration(config).eval()
         model.model.vision_tower = hf.load_tower(output).eval()
@@ -80,11 +73,9 @@ def test_the_trap_of_layer_minus_two(runs, llava):
     assert relative_error(seen(llava("clip", "hf-clip", 0.5, vision_feature_layer=-2), "clip"), wanted) > 0.1
 
 
-def test_the_tower_trains(runs, tmp_path):
+def test_the_tower_trains(runs, exported):
     """A VLM may tune it: gradients against those of the truth."""
-    folder, output = runs("clip"), tmp_path / "export"
-    assert main([str(folder), "--to", "hf-clip", "--output", str(output)]) == 0
-    tower, model = hf.load_tower(output).train(), truth(folder, "clip", 0.5)
+    tower, model = hf.load_tower(exported("clip", "hf-clip")).train(), truth(runs("clip"), "clip", 0.5)
     cotangent = torch.randn(2, 5, 48)
     tower(images("clip")).last_hidden_state.backward(cotangent)
     model.forward_features(images("clip").double()).backward(cotangent.double())
@@ -99,54 +90,35 @@ def test_the_tower_trains(runs, tmp_path):
 SIZES = [(64, 48), (48, 64), (62, 40), (61, 40), (63, 40), (50, 37), (64, 43), (40, 41), (90, 33), (32, 32)]
 
 
-@pytest.mark.parametrize(
-    ("family", "target", "case"),
-    [
-        ("openclip", "hf-clip", "longer side is resized to 32 + 3, 7, 11, ..."),
-        ("vit", "hf-dinov2", "on every image (short side 35, crop 32)"),
-        ("dinov2", "hf-dinov2", "longer side is resized to 28 + 3, 7, 11, ..."),
-    ],
-)
-def test_the_image_processor_is_the_evaluation_transform(runs, tmp_path, family, target, case):
-    """timm on PIL's pixels, but for the crop's offset in the cases that the card names."""
-    output = tmp_path / "export"
-    assert main([str(runs(family)), "--to", target, "--output", str(output)]) == 0
-    assert case in (output / "README.md").read_text()
+@pytest.mark.parametrize("family", ["openclip", "vit", "dinov2"])
+def test_the_image_processor_is_the_evaluation_transform(exported, family):
+    """timm on PIL's pixels, except for the crop's offset in the cases that the card names."""
+    output = exported(family, "hf-clip" if family == "openclip" else "hf-dinov2")
     processor = transformers.AutoImageProcessor.from_pretrained(output)
     resize, crop, *rest = evaluation_transform(family).transforms
-    shifted = []
     for size in SIZES:
         small = np.random.default_rng(0).integers(0, 255, (7, 9, 3), dtype=np.uint8)
         picture = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
-        resized = resize(picture)
-        offsets = [(side - cropped) % 4 == 3 for side, cropped in zip(resized.size, crop.size, strict=True)]
-        shifted.append(any(offsets))
-        wanted = resized.transform(
-            resized.size, Image.Transform.AFFINE, (1, 0, -offsets[0], 0, 1, -offsets[1])
-        )
+        wanted = resize(picture)
+        x, y = [(side - cropped) % 4 == 3 for side, cropped in zip(wanted.size, crop.size, strict=True)]
+        wanted = wanted.transform(wanted.size, Image.Transform.AFFINE, (1, 0, -x, 0, 1, -y))
         for step in (crop, *rest):
             wanted = step(wanted)
         found = processor(picture, return_tensors="pt")["pixel_values"][0]
         assert relative_error(found, wanted) < 0.02, "the bicubic of two libraries"
-    assert any(shifted)
-    assert all(shifted) == ("every image" in case)
 
 
 @torch.no_grad()
-def test_attention_weights_of_a_capped_tower_are_refused_as_sdpa_refuses_them(runs, tmp_path, monkeypatch):
-    """transformers warns of the argument and refuses the setting, for sdpa; eager gives them."""
-    output, said = tmp_path / "export", []
-    assert main([str(runs("clip")), "--to", "hf-clip", "--output", str(output)]) == 0
-    monkeypatch.setattr(hf.logger, "warning_once", said.append)
-    capped = hf.load_tower(output).eval()
-    assert capped(images("clip")).attentions is None
-    assert not said
+def test_attention_weights_of_a_capped_tower(exported, monkeypatch):
+    """As with transformers' sdpa the argument gives a warning and the setting is refused; uncapped, eager works."""
+    warnings = []
+    monkeypatch.setattr(hf.logger, "warning_once", warnings.append)
+    capped = hf.load_tower(exported("clip", "hf-clip")).eval()
     assert capped(images("clip"), output_attentions=True).attentions is None
-    assert "does not support `output_attentions=True`" in said[0]
+    assert "does not support `output_attentions=True`" in warnings[0]
     with pytest.raises(ValueError, match="output_attentions"):
         capped.config.output_attentions = True
-    assert main([str(runs("clip")), "--to", "hf-clip", "--output", str(output), "--drop-softcap"]) == 0
-    plain = hf.load_tower(output).eval()
+    plain = hf.load_tower(exported("clip", "hf-clip", "--drop-softcap")).eval()
     plain.set_attn_implementation("eager")
     weights = plain(images("clip"), output_attentions=True).attentions
     assert [layer.sum(-1).allclose(torch.ones(2, 3, 5)) for layer in weights] == [True, True]

@@ -11,7 +11,7 @@ def some(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) ->
 
 
 def mask(images: int, copies: int, patches: int) -> Tensor:
-    """Random, with an all-hidden and an all-visible copy where there is room."""
+    """Random, with an all-hidden and an all-visible copy if the shape allows."""
     visible = torch.rand(images, copies, patches, device=DEVICE) < 0.5
     visible[:1, :1], visible[-1:, -1:] = False, True
     return visible

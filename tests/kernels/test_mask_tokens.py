@@ -132,7 +132,7 @@ def test_opcheck(dtype):
     ],
 )
 def test_selecting_tokens_equals_blanking_pixels(name, kwargs):
-    """One embedding an image and a select, against the embedding of every masked image, in float64."""
+    """Selection after one embedding per image equals embedding every masked image, in float64."""
     narrow = {"embed_dim": 96, "num_heads": 3, "depth": 1}
     if name == "normed":
         vit = fa.create_backbone("vit_tiny_patch16_224", img_size=48, **narrow)

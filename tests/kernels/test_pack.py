@@ -25,7 +25,7 @@ SHAPES = [
 
 
 def packing_of(images, copies, patches, prefix, padding=0):
-    """The packing of random masks, with an empty and a full sequence where there is room."""
+    """The packing of random masks, with an empty and a full sequence if the shape allows."""
     visible = mask(images, copies, patches)
     return reference.pack_masks(visible, prefix, int(visible.sum()) + images * copies * prefix + padding)
 

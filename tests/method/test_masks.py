@@ -87,13 +87,6 @@ def test_blockwise_has_the_distribution_of_the_published_procedure(side):
         assert visible.mean() == pytest.approx(0.49, abs=0.01)
 
 
-def test_blockwise_visible_patches_are_unions_of_rectangles():
-    visible = fa.BlockwiseMasks(complement=False, full=False)(IDS[:200], 196)[:, 0].reshape(-1, 14, 14)
-    # The first rectangle has at least 16 patches, so some 2 x 2 square of visible patches must exist.
-    squares = visible[:, 1:, 1:] & visible[:, :-1, 1:] & visible[:, 1:, :-1] & visible[:, :-1, :-1]
-    assert squares.flatten(1).any(1).all()
-
-
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
 def test_a_mask_is_a_pure_function_of_seed_epoch_and_id(kind):
     masks = kind(seed=11)

@@ -155,8 +155,6 @@ def test_a_length_that_is_too_small_is_an_error(with_extension, monkeypatch):
         monkeypatch.setattr(extension, "available", lambda device: False)
     with pytest.raises(RuntimeError, match="pack_masks"):
         ops.pack_masks(VISIBLE.cpu(), 1, 29)
-    with pytest.raises(RuntimeError, match="pack_masks"):
-        fa.UniformMasks().packed(torch.arange(2), 4, 1, length=7)
 
 
 BACKBONES = {

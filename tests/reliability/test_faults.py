@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from functools import partial
+from itertools import count
 
 import numpy as np
 import pytest
@@ -22,29 +23,24 @@ EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.keep=20", "optim.ema=0.9",
 
 
 @pytest.fixture
-def poisoned(monkeypatch):
-    """Makes the loss or the gradient of some training steps not finite; returns the sample ids of those steps."""
+def in_passes(monkeypatch):
+    """Replaces the loss of some training passes, counted from 1, by `action(loss, sample_ids)`."""
 
-    def poison(steps, what: str) -> dict[int, list[int]]:
-        forward, count, ids = MaskEmbed.forward, [0], {}
+    def install(numbers, action) -> None:
+        forward, passes = MaskEmbed.forward, count(1)
 
-        def bad(self, batch, sample_ids, epoch):
+        def changed(self, batch, sample_ids, epoch):
             loss = forward(self, batch, sample_ids, epoch)
-            if not torch.is_grad_enabled():
-                return loss
-            count[0] += 1
-            if count[0] not in steps:
-                return loss
-            ids[count[0]] = sample_ids.tolist()
-            if what == "gradient":
-                loss.register_hook(lambda grad: grad * float("inf"))
-                return loss
-            return loss * float(what)
+            changes = torch.is_grad_enabled() and next(passes) in numbers
+            return action(loss, sample_ids) if changes else loss
 
-        monkeypatch.setattr(MaskEmbed, "forward", bad)
-        return ids
+        monkeypatch.setattr(MaskEmbed, "forward", changed)
 
-    return poison
+    return install
+
+
+def nan(loss, sample_ids):
+    return loss * float("nan")
 
 
 def tensors(folder, step) -> dict[str, dict]:
@@ -66,8 +62,17 @@ def host(request, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["nan", "inf", "gradient"])
-def test_a_bad_update_is_skipped(recipe, poisoned, host, capsys, what):
-    ids = poisoned({3}, what)
+def test_a_bad_update_is_skipped(recipe, in_passes, host, capsys, what):
+    ids = []
+
+    def spoil(loss, sample_ids):
+        ids.extend(sample_ids.tolist())
+        if what != "gradient":
+            return loss * float(what)
+        loss.register_hook(lambda grad: grad * float("inf"))
+        return loss
+
+    in_passes({3}, spoil)
     folder = recipe(*EVERY_STEP, "log.every_steps=5", "max_steps=6")
     before, skipped, after = (tensors(folder, step) for step in (2, 3, 4))
     assert same(before, skipped)
@@ -77,37 +82,37 @@ def test_a_bad_update_is_skipped(recipe, poisoned, host, capsys, what):
     culprit = "the gradient" if what == "gradient" else "the loss of rank 0"
     assert f"{culprit} at step 3: not finite: this update was skipped" in said
     (line,) = map(json.loads, (folder / "nonfinite.jsonl").read_text().splitlines())
-    assert (line["step"], line["rank"], line["ids"]) == (3, 0, ids[3])
+    assert (line["step"], line["rank"], line["ids"]) == (3, 0, ids)
     assert all(name.endswith(".jpg") for name in line["names"])
     found = losses(folder)
     assert [loss is None for loss in found] == [i == 2 and what != "gradient" for i in range(6)]
     assert metrics(folder)[0][2]["grad_norm"] is None
 
 
-def test_nonfinite_stop_ends_the_run_with_the_weights_from_before(recipe, poisoned, host, capsys):
-    poisoned({4}, "nan")
+def test_nonfinite_stop_ends_the_run_with_the_weights_from_before(recipe, in_passes, host, capsys):
+    in_passes({4}, nan)
     folder = recipe(*EVERY_STEP, "faults.nonfinite=stop", expect=2)
     said = capsys.readouterr().err
     assert said.startswith("fastalign: the loss of rank 0 at step 4: not finite; the samples are in ")
     assert "faults.nonfinite=skip" in said
     assert said.count("\n") == 1
     assert max((folder / "checkpoints").glob("step-*.pt")).name == "step-00000003.pt"
-    recipe(*EVERY_STEP, "faults.nonfinite=stop")  # the poison is used up
+    recipe(*EVERY_STEP, "faults.nonfinite=stop")  # pass 4 is over
     assert len(losses(folder)) == 10
     assert None not in losses(folder)
 
 
-def test_ten_skipped_updates_in_a_row_end_the_run(recipe, poisoned, capsys):
-    poisoned(set(range(1, 99)), "nan")
+def test_ten_skipped_updates_in_a_row_end_the_run(recipe, in_passes, capsys):
+    in_passes(range(99), nan)
     recipe("optim.epochs=4", "data.val=null", expect=2)
     said = capsys.readouterr()
     assert "at step 10: not finite, the 10th skipped update in a row" in said.err
     assert said.out.count("this update was skipped") == 9
 
 
-def test_what_is_done_twice_is_recorded_once(recipe, poisoned, host):
+def test_what_is_done_twice_is_recorded_once(recipe, in_passes, host):
     """Updates that a kill undid, with their lines about bad numbers; and a validation."""
-    poisoned({4, 7}, "nan")
+    in_passes({4, 7}, nan)
     folder = recipe("max_steps=5")
     newest = folder / "checkpoints/step-00000005.pt"
     state = torch.load(newest, weights_only=True)
@@ -121,17 +126,9 @@ def test_what_is_done_twice_is_recorded_once(recipe, poisoned, host):
     assert [line["step"] for line in metrics(folder)[1]] == [0, 5, 10]
 
 
-def test_a_signal_is_acted_on_at_once_or_an_update_later(recipe, host, monkeypatch, capsys):
-    forward = MaskEmbed.forward
-    passes = iter(range(99))
-
-    def signalled(self, *arguments):
-        if torch.is_grad_enabled() and next(passes) == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return forward(self, *arguments)
-
+def test_a_signal_is_acted_on_at_once_or_an_update_later(recipe, in_passes, host, capsys):
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(MaskEmbed, "forward", signalled)
+    in_passes({2}, lambda loss, _: (signal.raise_signal(signal.SIGTERM), loss)[1])
     try:
         folder = recipe(expect=75)
     finally:
@@ -142,17 +139,6 @@ def test_a_signal_is_acted_on_at_once_or_an_update_later(recipe, host, monkeypat
     recipe("data.train=/nowhere", expect=2)
     assert not (folder / "preempted").exists(), "a stale marker would start the run again"
     recipe()
-
-
-def test_a_long_epoch_is_saved_by_the_clock(recipe, host, monkeypatch):
-    whole = recipe("data.val=null", name="whole")
-    monkeypatch.setattr("fastalign.training.run.MAX_CHECKPOINT_AGE", 0.0)
-    folder = recipe("data.val=null", "max_steps=4", "checkpoint.keep=9")
-    saved = {int(path.stem[-8:]) for path in (folder / "checkpoints").glob("step-*.pt")}
-    assert saved in ({1, 2, 3, 4}, {2, 4})  # at once, or an update later
-    monkeypatch.undo()
-    recipe("data.val=null")
-    assert losses(folder) == losses(whole)
 
 
 @pytest.mark.parametrize("first", ["nan", "inf"])
@@ -177,12 +163,9 @@ def test_a_full_disk_names_the_file(recipe, monkeypatch, capsys):
     monkeypatch.setattr(MetricLog, "__init__", init)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # which a device cannot
     folder = recipe("data.val=null", expect=2)
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastalign:")]
-    assert len(said) == 1
-    assert said[0].startswith(
-        f"fastalign: {folder / 'metrics.jsonl'} cannot be written (No space left on device)"
-    )
-    assert said[0].endswith("and run the same command again")
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("fastalign:"))
+    assert f"{folder / 'metrics.jsonl'} cannot be written (No space left on device)" in line
+    assert line.endswith("and run the same command again")
 
 
 def test_every_optimizer_skips():
@@ -198,7 +181,7 @@ def test_every_optimizer_skips():
         weight.data.fill_(1)
 
 
-def test_a_spike_of_the_loss_is_reported_and_noise_is_not(recipe, monkeypatch, capsys):
+def test_a_spike_of_the_loss_is_reported_and_noise_is_not(recipe, in_passes, capsys):
     generator = torch.Generator().manual_seed(0)
     noise = (1 + 0.1 * torch.randn(5000, generator=generator)).tolist()
     spikes = SpikeDetector()
@@ -208,13 +191,7 @@ def test_a_spike_of_the_loss_is_reported_and_noise_is_not(recipe, monkeypatch, c
     falling = SpikeDetector()
     assert not [i for i in range(2000) if falling.update(1 / (1 + i / 100)) is not None]
     assert SpikeDetector().update(1e9) is None
-    forward, passes = MaskEmbed.forward, iter(range(1, 99))
-
-    def leaping(self, *arguments):
-        factor = 100 if torch.is_grad_enabled() and next(passes) == 60 else 1
-        return forward(self, *arguments) * factor
-
-    monkeypatch.setattr(MaskEmbed, "forward", leaping)
+    in_passes({60}, lambda loss, _: 100 * loss)
     recipe("optim.batch_size=2", "optim.epochs=4", "max_steps=62", "data.val=null")
     assert "step 60: the loss jumped to " in capsys.readouterr().out
 
@@ -224,8 +201,8 @@ def damaged(images, tmp_path):
     """The recipe's images, five of 40 and two of ten damaged; returns their folder and the damaged names."""
     root, bad = tmp_path / "damaged", {"train": [], "val": []}
     shutil.copytree(images, root)
-    for split, count in (("train", 5), ("val", 2)):
-        for path in sorted((root / split).glob("*/*.jpg"))[3::4][:count]:
+    for split, number in (("train", 5), ("val", 2)):
+        for path in sorted((root / split).glob("*/*.jpg"))[3::4][:number]:
             content = path.read_bytes()
             path.write_bytes(content[: len(content) // 2])
             bad[split].append(str(path.relative_to(root / split)))
@@ -258,13 +235,10 @@ def test_bad_samples_are_listed_once_and_change_nothing_that_follows(recipe, dam
     shutil.copytree(root / "train", root / "other")  # the same numbers, other names
     for path in [*(root / "other").rglob("*.jpg")]:
         path.rename(path.with_stem(f"other-{path.stem}"))
-    recipe(
-        f"data.train={root / 'other'}", *data[1:2], "optim.epochs=4", data[3], "resume=force", name="parts"
-    )
-    found = names(parts / "bad_samples.jsonl")
-    assert sorted(found) == sorted(
-        [*bad["train"], *(re.sub(r"([^/]+)$", r"other-\1", name) for name in bad["train"])]
-    )
+    data += [f"data.train={root / 'other'}", "optim.epochs=4", "resume=force"]
+    found = names(recipe(*data, name="parts") / "bad_samples.jsonl")
+    others = [re.sub(r"([^/]+)$", r"other-\1", name) for name in bad["train"]]
+    assert sorted(found) == sorted([*bad["train"], *others])
 
 
 @needs_dali
@@ -290,15 +264,13 @@ def test_too_many_bad_samples_end_the_run_until_they_are_repaired(recipe, damage
 def test_damaged_shards_are_reported_and_listed(recipe, images, tmp_path, capsys):
     for split in ("train", "val"):
         shard = tmp_path / f"{split}.tar"
-        write_tar(
-            shard, [(p.name, np.fromfile(p, np.uint8)) for p in sorted((images / split).glob("*/*.jpg"))]
-        )
+        paths = sorted((images / split).glob("*/*.jpg"))
+        write_tar(shard, [(path.name, np.fromfile(path, np.uint8)) for path in paths])
         content = shard.read_bytes()
         shard.write_bytes(content[: len(content) * 2 // 3])
+    data = [f"data.{split}={tmp_path / split}.tar" for split in ("train", "val")]
     for _ in range(2):
-        folder = recipe(
-            f"data.train={tmp_path / 'train.tar'}", f"data.val={tmp_path / 'val.tar'}", "optim.epochs=1"
-        )
+        folder = recipe(*data, "optim.epochs=1")
         said = capsys.readouterr().out
         for split, name in (("train", "bad_samples.jsonl"), ("val", "validation_bad_samples.jsonl")):
             assert f"the data set is incomplete: '{split}.tar', damaged at byte " in said

@@ -1,4 +1,4 @@
-"""A run that is killed, at any moment and on any rank, ends as one that nobody killed: to the bit."""
+"""A run that is killed at any moment, on any rank, ends bit for bit as one that is not killed."""
 
 import functools
 import os
@@ -146,70 +146,8 @@ def die_in_validation(rank: int, number: int) -> None:
     MaskEmbed.forward = counting
 
 
-class Killer:
-    """Kills the ranks of a run at random moments, of kinds that come in a random order.
-
-    Args:
-        kinds: how often each kind; see `_once`.
-        seed: of everything random.
-    """
-
-    def __init__(self, kinds: dict[str, int], seed: int, scratch: Path):
-        self.draw, self.scratch = random.Random(seed), scratch
-        self.left = [kind for kind, count in kinds.items() for _ in range(count)]
-        self.draw.shuffle(self.left)
-        self.missed = 0
-
-    def until_finished_or_done(self, arguments: list[str], run: Path) -> bool:
-        """Start the run again and again and kill it. Returns whether it was not killed in the end."""
-        while self.left:
-            codes, hit = self._once(self.left[-1], arguments, run)
-            if codes == [0, 0]:
-                return True
-            assert -signal.SIGKILL in codes, (codes, self.left[-1])
-            if hit:
-                self.left.pop()
-            self.missed += not hit
-            assert self.missed < 10, self.left[-1]
-        return False
-
-    def _once(self, kind: str, arguments: list[str], run: Path) -> tuple[list[int], bool]:
-        """One start. Returns the exit codes, and whether it was killed as the kind says."""
-        draw, prepare = self.draw, None
-        rank = draw.randrange(2)
-        if kind == "while a checkpoint is written":
-            prepare, rank = functools.partial(slow_disk, 0.5), 0
-        elif kind == "between two files":
-            prepare = functools.partial(
-                die_at_rename, draw.randint(1, 8), after=draw.random() < 0.5, folder=run
-            )
-        elif kind == "in validation":
-            prepare = functools.partial(die_in_validation, rank, draw.randint(1, 4))
-        options = {"folder": self.scratch, "prepare": prepare, "mercy": draw.choice([0.0, 0.5])}
-        with Ranks(arguments, 2, **options) as ranks:
-            if kind == "while it starts":
-                ranks.until(after(draw.uniform(0.0, 0.4)))
-                ranks.send(rank)
-            elif kind == "at any time":
-                ranks.until(after(draw.uniform(0.4, 1.6)))
-                ranks.send(rank)
-            elif kind == "while a checkpoint is written" and ranks.until(
-                lambda: half_written(run, ranks.pids[0])
-            ):
-                ranks.until(after(draw.uniform(0.0, 0.03)))
-                ranks.send(rank)
-            codes = ranks.wait()
-        return codes, kind != "while a checkpoint is written" or bool(half_written(run, ranks.pids[0]))
-
-
-def after(seconds: float):
-    """True so many seconds from now."""
-    moment = time.monotonic() + seconds
-    return lambda: time.monotonic() > moment
-
-
 def half_written(run: Path, writer: int) -> list[Path]:
-    """A process's checkpoints that do not have their names yet."""
+    """A process's checkpoints under their temporary names."""
     return list((run / "checkpoints").glob(f".step-*.pt.{writer}*"))
 
 
@@ -237,25 +175,44 @@ def test_what_a_kill_kept_from_being_removed_is_removed(recipe, tmp_path, whole)
     assert_same_run(tmp_path / "run", whole)
 
 
+KILLS = [
+    functools.partial(die_in_update, 3),
+    functools.partial(die_in_validation, 0, 3),
+    functools.partial(die_in_validation, 1, 5),
+    functools.partial(die_in_update, 17),
+    "while a checkpoint is written",
+    functools.partial(die_in_update, 29),
+    "while a checkpoint is written",
+    "at any time",
+    "at any time",
+]
+
+
 @pytest.mark.slow
 @needs_dali
-def test_twenty_kills_leave_no_trace(recipe, tmp_path):
-    """On two ranks; the truth is the run that nobody kills."""
-    truth, options = tmp_path / "truth", [str(recipe), DROP_PATH]
-    finish([*options, f"output={truth}"], 2, folder=tmp_path)
+def test_many_kills_of_two_ranks_leave_no_trace(recipe, tmp_path):
+    """One kill after the other, compared with the run that is not killed."""
+    truth, run = tmp_path / "truth", tmp_path / "killed"
+    finish([str(recipe), DROP_PATH, f"output={truth}"], 2, folder=tmp_path)
     scale = torch.load(truth / "checkpoints" / "best.pt", weights_only=True)["target_scale"]
     assert scale == pytest.approx(1 / 3, abs=0.05)
     assert len(set(losses(truth))) == 48
-    kinds = {"at any time": 7, "while a checkpoint is written": 5, "between two files": 4}
-    kinds |= {"in validation": 2, "while it starts": 2}
-    killer, finished = Killer(kinds, 0, tmp_path), 0
-    while killer.left:
-        run = tmp_path / f"killed-{finished}"
-        arguments = [*options, f"output={run}"]
-        if not killer.until_finished_or_done(arguments, run):
-            finish(arguments, 2, folder=tmp_path)
-        assert_same_run(run, truth)
-        finished += 1
+    arguments, draw = [str(recipe), DROP_PATH, f"output={run}"], random.Random(0)
+    for kill in KILLS:
+        writing, grace = kill == "while a checkpoint is written", draw.choice([0.0, 0.5])
+        prepare = functools.partial(slow_disk, 0.5) if writing else None if isinstance(kill, str) else kill
+        with Ranks(arguments, 2, folder=tmp_path, prepare=prepare, grace=grace) as ranks:
+            if writing:
+                assert ranks.until(lambda ranks=ranks: half_written(run, ranks.pids[0]))
+                ranks.send(0)
+            elif isinstance(kill, str):
+                moment = time.monotonic() + draw.uniform(0.4, 1.6)
+                ranks.until(lambda moment=moment: time.monotonic() > moment)
+                ranks.send(draw.randrange(2))
+            codes = ranks.wait()
+        assert -signal.SIGKILL in codes or (kill == "at any time" and codes == [0, 0]), (codes, kill)
+    finish(arguments, 2, folder=tmp_path)
+    assert_same_run(run, truth)
 
 
 @pytest.mark.slow

@@ -1,9 +1,6 @@
-"""FSDP on two ranks: the losses and the checkpoints of whole students; and what ranks do about a failing disk."""
+"""FSDP on two ranks: losses and checkpoints as without it; and what ranks do about a failing disk."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +12,8 @@ from fastalign.config import Config
 from fastalign.training.distributed import World
 from fastalign.training.run import is_sharded
 from fastalign.utils.errors import UserError
+from tests.run_helpers import torchrun
 
-ROOT = Path(__file__).parents[2]
 SIZES = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
 MODEL = {"name": "vit_tiny_patch16_224", "weights": "random", "kwargs": SIZES}
 VARIANTS = {
@@ -59,7 +56,7 @@ def tree(folder: Path) -> dict:
     return {
         "output": str(folder / "run"),
         "student": MODEL,
-        # 9 images to validate: the two ranks have different numbers of batches.
+        # 9 validation images: the ranks have different numbers of batches.
         "data": {"train": "synthetic:40", "val": "synthetic:9", "threads": 1},
         "optim": {"batch_size": 8, "epochs": 2, "lr": 1e-3, "ema": 0.9, "accumulate": 2, "clip": 0.5},
         "checkpoint": {"every_steps": 1, "keep": 9},
@@ -107,16 +104,7 @@ def done(tmp_path_factory):
     runs += [[SHARD, "max_steps=2", f"output={root / name}", *options] for name, options in VARIANTS.items()]
     runs += [["max_steps=1", f"output={root / 'full'}"]]
     (root / "runs.yaml").write_text(yaml.safe_dump(runs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*command, str(root / "program.py"), str(root)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    torchrun(root / "program.py", root)
     return root
 
 
@@ -157,7 +145,7 @@ def test_variants_have_the_losses_of_one_process(done, name):
 
 
 @pytest.mark.slow
-def test_every_rank_hears_of_a_failure_of_the_first(done):
+def test_every_rank_learns_of_a_failure_of_rank_0(done):
     for rank in (0, 1):
         assert "step-00000001.pt could not be written" in (done / f"told.{rank}").read_text()
         line = (done / f"unseen.{rank}").read_text()
@@ -181,7 +169,7 @@ def test_no_thread_of_the_group_outlives_it(done):
         ({"efficiency": {"shard": True}, "optim": {"name": "apex_adam"}}, "optim.name"),
     ],
 )
-def test_what_does_not_go_with_fsdp_is_refused_by_name(overrides, key):
+def test_settings_that_are_incompatible_with_fsdp(overrides, key):
     with pytest.raises(
         UserError, match=rf"efficiency\.shard is incompatible with {key} \(.*\): remove one"
     ) as caught:
@@ -189,7 +177,7 @@ def test_what_does_not_go_with_fsdp_is_refused_by_name(overrides, key):
     assert "\n" not in str(caught.value)
 
 
-def test_one_process_has_nobody_to_share_with(tmp_path, capsys):
+def test_one_process_does_not_shard(tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree(tmp_path)))
     assert train.main([str(path), SHARD, "max_steps=1"]) == 0

@@ -1,4 +1,4 @@
-"""What comes from elsewhere is read as data: nothing of it runs, and whatever it says is a value or one line."""
+"""Untrusted input is read as data: nothing of it runs, and it is either accepted or refused in one line."""
 
 import ast
 import os
@@ -56,23 +56,15 @@ BOMB = "\n".join(
     ("text", "words"),
     [
         ("[" * 5000, ["nested too deeply"]),
-        ("student: {kwargs: " + "{a: " * 4000, ["nested too deeply"]),
         (BOMB, ["an alias in line 2", "write the value out"]),
         ("student: {kwargs: &a {x: *a}}", ["an alias in line 1"]),
-        ("&a [*a]", ["an alias in line 1"]),
         ('!!python/object/apply:os.mkdir ["HERE"]', ["not YAML", "python/object"]),
-        ('seed: !!python/object/new:os.mkdir ["HERE"]', ["not YAML", "python/object"]),
         ("seed: " + "9" * 5000, ["not YAML", "digits"]),
         ("seed: 2001-13-41", ["seed", "integer"]),
         ("a\x00b: 1", ["not YAML"]),
         ("x: " + "a" * (LONGEST + 1), ["bytes", "at most"]),
-        ("? [1, 2]\n: 3", ["not YAML"]),
         ("1: 2", ["Keys should be strings"]),
-        ("base: [c.yaml]", ["base must be the path of another recipe"]),
-        ("base: c.yaml", ["cycle"]),
         ("base: /", ["no configuration file at /"]),
-        ("student: {name: {a: b}}", ["student.name", "not as text"]),
-        ("optim: {lr: 1e999}", ["optim.lr", "finite"]),
     ],
 )
 def test_configurations_made_to_harm_are_one_line(tmp_path, monkeypatch, text, words):
@@ -111,17 +103,15 @@ def test_any_tree_is_a_configuration_or_one_line(tmp_path, tree):
 
 
 @FUZZ
-@given(content=st.binary(max_size=60) | st.text("abc:{}[]&*!|>-?#'\"%@` \n\t0", max_size=60).map(str.encode))
-def test_any_bytes_are_a_configuration_or_one_line(tmp_path, content):
+@given(
+    content=st.binary(max_size=60) | st.text("abc:{}[]&*!|>-?#'\"%@` \n\t0", max_size=60).map(str.encode),
+    name=NAMES,
+    value=st.text(max_size=20),
+)
+def test_any_bytes_and_any_override_are_taken_or_one_line(tmp_path, content, name, value):
     path = tmp_path / "c.yaml"
     path.write_bytes(content)
     one_line(path)
-
-
-@FUZZ
-@given(name=NAMES, value=st.text(max_size=20))
-def test_any_override_is_taken_or_one_line(tmp_path, name, value):
-    path = tmp_path / "c.yaml"
     path.write_text("")
     one_line(path, [f"{name}={value}"])
 
@@ -142,7 +132,7 @@ def test_nothing_in_a_checkpoint_runs(recipe, tmp_path, capsys, legacy):
     assert "mkdir" in capsys.readouterr().err
     assert not target.exists()
     pickle.loads(pickle.dumps(Bomb(target)))
-    assert target.exists(), "the bomb is none"
+    assert target.exists(), "the bomb does not work"
 
 
 def calls(tree: ast.AST):

@@ -25,7 +25,7 @@ def recipe(tmp_path_factory):
 
 def record(folder: Path) -> None:
     """A rank writes down what each of its training batches has: a line each of sample, pixels, masks; in order."""
-    draw, path = objectives._Objective.draw, folder / f"seen-{os.environ['RANK']}.jsonl"
+    draw, path = objectives.Objective.draw, folder / f"seen-{os.environ['RANK']}.jsonl"
     path.unlink(missing_ok=True)
 
     def recording(self, images, sample_ids, epoch):
@@ -36,7 +36,7 @@ def record(folder: Path) -> None:
                 file.write(json.dumps([epoch, *rows]) + "\n")
         return visible, packing
 
-    objectives._Objective.draw = recording
+    objectives.Objective.draw = recording
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -1,6 +1,5 @@
-"""A tiny ViT, the facts of a probe, and a reader of pages and curves."""
+"""A tiny ViT, the results of a probe, and a parser of pages."""
 
-import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,9 +12,9 @@ MODEL["kwargs"] = {"img_size": [32, 48], "patch_size": 8, "depth": 2, "embed_dim
 GRID = (4, 6)
 
 
-def split(recall, **more):
-    counted = [None if value is None else 10 for value in recall]
-    per_class = {"recall": recall, "average_precision": recall, "positives": counted, **more}
+def split(recall):
+    counts = [None if value is None else 10 for value in recall]
+    per_class = {"recall": recall, "average_precision": recall, "positives": counts}
     sizes = {"edges": [0, 0.5, 1.0], "recall": [recall[0], None], "positives": [7, 0]}
     return {"macro_recall": recall[0], "per_class": per_class, "by_size": sizes}
 
@@ -38,17 +37,12 @@ def probe_facts() -> dict:
         for m, (mean, std) in scores.items()
     ]
     data = {"path": "scenes", "classes": ["a<b>&c", "dog", "sea"], "images": {"train": 3, "test": 2}}
-    return {
-        "command": "probe it",
-        "data": data,
-        "versions": {"torch": "2"},
-        "results": results,
-        "summary": summary,
-    }
+    about = {"command": "probe it", "data": data, "versions": {"torch": "2"}}
+    return {**about, "results": results, "summary": summary}
 
 
 class Page(HTMLParser):
-    """Refuses a page whose tags do not close; keeps what tests look at."""
+    """A page whose tags must close."""
 
     VOID = ("meta", "img", "br", "input", "link")
 
@@ -86,24 +80,9 @@ def render(folder: Path, *arguments: str) -> Page:
 def refused(capsys, *arguments) -> str:
     """The one line with which the command refuses."""
     assert main([str(argument) for argument in arguments]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    return said
-
-
-def curve(svg: str, name: str) -> list[tuple[float, float]]:
-    """The points of a curve in the units of the axes, by way of the ticks' labels."""
-    across = [(float(x), float(t)) for x, t in re.findall(r'<text class="x" x="([^"]+)"[^>]*>([^<]+)<', svg)]
-    heights = [float(y) for y in re.findall(r'<line [^>]*y1="([^"]+)"', svg)]
-    up = list(zip(heights, map(float, re.findall(r'<text class="y"[^>]*>([^<]+)<', svg)), strict=True))
-
-    def unit(ticks, place):
-        (a, first), (b, last) = ticks[0], ticks[-1]
-        return first + (place - a) / (b - a) * (last - first)
-
-    points = re.search(rf'<polyline data-name="{name}" points="([^"]+)"', svg)[1]
-    pairs = [tuple(map(float, point.split(","))) for point in points.split()]
-    return [(unit(across, x), unit(up, y)) for x, y in pairs]
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    return message
 
 
 def edit_config(run: Path, section: str, **values) -> None:

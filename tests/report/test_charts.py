@@ -1,91 +1,94 @@
-"""Curves go through the numbers of the run."""
+"""Charts show the numbers of the run."""
 
+import io
 import json
 import re
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
-from fastalign.report.__main__ import main
-from fastalign.report.charts import Line, line_chart, thinned, ticks
-from tests.report.helpers import curve, render
+from fastalign.report import charts
+from tests.report.helpers import probe_facts, render
+
+
+def drawn(title, lines):
+    axes = Figure().add_subplot()
+    charts.draw_curves(axes, title, lines)
+    return axes
 
 
 def test_curves_go_through_the_metrics(trained):
-    main([str(trained), "--images", "0"])
-    text = (trained / "report.html").read_text()
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    charts = {svg.partition("<b>")[2].partition("<")[0]: svg for svg in text.split("<figure")[1:]}
-    cases = [("Loss", "training", "loss", 1), ("Loss", "validation", "val_loss", 1)]
-    cases += [
-        ("Learning rate", "learning rate", "lr", 1),
-        ("Throughput", "images a second", "images_per_second", 1),
-    ]
-    cases += [("Waiting for data", "data wait", "data_wait", 100), ("Memory", "memory", "memory", 2**-30)]
-    for title, name, key, factor in cases:
-        wanted = [(line["step"], factor * line[key]) for line in lines if key in line]
-        found = curve(charts[title], name)
-        assert len(wanted) == len(found) > 1
-        largest = max(value for _, value in wanted)
-        for (x, y), (step, value) in zip(found, wanted, strict=True):
-            assert x == pytest.approx(step, abs=0.01)
-            assert y == pytest.approx(value, abs=0.001 * largest)
-
-
-def test_probes_during_training_have_their_chart(run):
-    with (run / "metrics.jsonl").open("a") as file:
-        for step, recall in ((2, 0.25), (4, 0.5)):
-            file.write(
-                json.dumps({"step": step, "probe_macro_recall": recall, "probe_map": recall / 2}) + "\n"
-            )
-    assert "Patch probe during training" in render(run, "--images", "0").text
-    text = (run / "report.html").read_text()
-    svg = next(part for part in text.split("<figure") if "Patch probe during" in part)
-    np.testing.assert_allclose(curve(svg, "macro recall"), [(2, 25), (4, 50)], atol=0.05)
-    np.testing.assert_allclose(curve(svg, "mAP"), [(2, 12.5), (4, 25)], atol=0.05)
+    lines += [{"step": step, "probe_map": recall} for step, recall in ((4, 0.5), (2, 0.25))]
+    lines += [
+        {"step": 2, "epoch": 0, "loss": 0.5, "lr": None}
+    ]  # a resumed run repeats steps: the later line counts
+    found = charts.curves(lines)
+    cases = [("Loss", 0, "loss", 1), ("Loss", 1, "val_loss", 1), ("Learning rate", 0, "lr", 1)]
+    cases += [("Throughput (images a second)", 0, "images_per_second", 1)]
+    cases += [("Patch probe during training (%)", 0, "probe_map", 100)]
+    cases += [("Waiting for data (% of the time)", 0, "data_wait", 100)]
+    cases += [("Memory (GiB at most)", 0, "memory", 2**-30)]
+    for title, place, key, factor in cases:
+        wanted = {line["step"]: factor * line[key] for line in lines if line.get(key) is not None}
+        assert len(wanted) > 1
+        points = drawn(title, found[title]).lines[place].get_xydata()
+        np.testing.assert_allclose(points, sorted(wanted.items()), rtol=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "wanted"),
+    ("title", "values", "lowest", "highest"),
     [
-        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
-        (0, 60, [0, 20, 40, 60]),
-        (1.08, 1.31, [1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.35]),
+        ("Loss", [3, 1], 0, 0),
+        ("Loss", [3, 2.9], 2.5, 2.9),
+        ("Memory", [3, 2.9], 0, 0),
+        ("Memory", [-1, 1], -1, -1),
     ],
 )
-def test_ticks_are_round_and_enclose(low, high, wanted):
-    assert ticks(low, high) == wanted
+def test_the_axis_of_values_begins_at_zero_unless_losses_are_far_from_it(title, values, lowest, highest):
+    assert lowest <= drawn(title, [("a", [1, 2], values, "red", "-")]).get_ylim()[0] <= highest
 
 
-@pytest.mark.parametrize("values", [[0.0, 0.0], [3.0, 3.0], [1e-9, 2e-9], [-5.0, 5.0], [7.0]])
-def test_a_chart_of_any_values_has_its_points_inside(values):
-    svg = line_chart([Line("a", list(range(len(values))), values)], "", "A", zero=False)
-    places = [float(n) for n in re.search(r'points="([^"]+)"', svg)[1].replace(",", " ").split()]
-    assert all(0 <= x <= 420 for x in places[::2])
-    assert all(0 <= y <= 250 for y in places[1::2])
+def test_long_curves_stay_small_and_keep_their_extremes(run):
+    """100,000 steps of noise with one spike up and one down: the path reaches both."""
+    values = np.random.default_rng(0).standard_normal(100_000)
+    values[43210], values[87654] = 99.0, -99.0
+    svg = charts.line_chart("Loss", [("loss", list(range(100_000)), values.tolist(), "red", "-")])
+    assert len(svg) < 100_000
+    path = max(re.findall(r' d="([^"]+)"', svg), key=len)
+    heights = np.array([float(y) for _, y in re.findall(r"([\d.]+) ([\d.]+)", path)])
+    # In SVG y points down. The noise fills about 8 of the 198 units between the spikes.
+    assert np.ptp(heights) > 20 * (np.percentile(heights, 90) - np.percentile(heights, 10))
+    assert heights.argmin() < heights.argmax()
 
 
-def test_values_that_are_not_finite_are_left_out():
-    svg = line_chart([Line("a", [1, 2, 3], [1.0, float("inf"), float("nan")])], "", "A")
-    assert curve(svg, "a") == [(pytest.approx(1), pytest.approx(1))]
-    assert line_chart([Line("a", [1], [float("nan")])], "", "A") == ""
+def test_svg_follows_the_theme_and_loads_nothing():
+    svg = charts.line_chart("A", [("<i>", [1, 2], [1.0, 2.0], charts.THEME["third"], "o-")])
+    assert "var(--third)" in svg
+    assert not re.search(r"#[0-9a-f]{6}\b|url\((?!#)|http", svg)
+    assert "&lt;i&gt;: 1 at step 1, 2 at step 2" in svg
 
 
-def test_thinning_keeps_spikes():
-    values = list(np.random.default_rng(0).standard_normal(10_000))
-    values[4321], values[8765] = 99.0, -99.0
-    steps, kept = thinned(list(range(10_000)), values)
-    assert len(steps) <= 602
-    assert steps == sorted(steps)
-    assert [values[step] for step in steps] == kept
-    assert {0, 4321, 8765, 9999} <= set(steps)
+def test_bars_have_the_height_of_the_shares():
+    axes = Figure().add_subplot()
+    charts.draw_sizes(axes, [0.5, 1.0], {"before": [0.3, None], "aligned": [0.7, 0.2]})
+    assert [bar.get_height() for bar in axes.patches] == [30, 70, 20]  # no bar where nothing was measured
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["50", "100"]
 
 
-def test_of_a_step_that_occurs_twice_the_later_line_counts(run):
-    """An interrupted run may have written steps that it makes again."""
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 2, "epoch": 0, "loss": 0.5}) + "\n")
-    render(run, "--images", "0")
-    points = curve((run / "report.html").read_text().split("<figure")[1], "training")
-    np.testing.assert_allclose([x for x, _ in points], [1, 2, 3, 4], atol=0.01)
-    assert points[1][1] == pytest.approx(0.5, abs=0.01)
+def test_pngs(run, tmp_path):
+    (run / "probe.json").write_text(json.dumps(probe_facts()))
+    for folder in "ab":
+        render(run, "--images", "2", "--pngs", str(tmp_path / folder))
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == ["curves.png", "patches.png", "probe.png"]
+    for name in names:
+        content = (tmp_path / "a" / name).read_bytes()
+        assert content == (tmp_path / "b" / name).read_bytes()
+        assert np.asarray(Image.open(io.BytesIO(content)).convert("L")).std() > 5
+    (run / "backbone.json").unlink()
+    (run / "probe.json").unlink()
+    render(run, "--pngs", str(tmp_path / "c"))
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["curves.png"]

@@ -4,14 +4,12 @@ import math
 
 import numpy as np
 import pytest
-import timm
 import torch
 
-import fastalign as fa
-import fastalign.report
 from fastalign.config import load_config
 from fastalign.report import features
-from fastalign.report.source import backbones, read_run
+from fastalign.report.charts import tiles
+from fastalign.report.run import load_backbones, read_run
 from fastalign.training.build import build_objective
 from tests.report.helpers import GRID
 
@@ -28,7 +26,7 @@ def test_components_are_those_of_an_svd():
 
 
 def test_features_of_one_direction_have_two_empty_components():
-    tokens = np.arange(8.0).reshape(1, 8, 1) * np.array([3.0, 4.0])
+    tokens = np.arange(8.0).reshape(1, 8, 1) * np.array([3.0, 0.0, 4.0])
     values, share = features.principal_components(tokens)
     np.testing.assert_allclose(np.abs(values[0, :, 0]), 5 * np.abs(np.arange(8) - 3.5))
     np.testing.assert_allclose(values[0, :, 1:], 0, atol=1e-9)
@@ -41,13 +39,11 @@ def test_features_of_one_direction_have_two_empty_components():
 def test_shuffled_and_flipped_components_are_put_back(order):
     values = np.random.default_rng(1).standard_normal((2, 50, 3)) * [5, 2, 1]
     shuffled = 3 * values[..., list(order)] * [1, -1, -1] + 7
-    np.testing.assert_allclose(features.aligned_to(shuffled, values), *[_signed(values, order)], atol=1e-12)
-
-
-def _signed(values, order):
-    """What undoing a shuffle by hand gives: the factor and the shift stay, the shift with the sign."""
     signs = dict(zip(order, (1, -1, -1), strict=True))
-    return np.stack([3 * values[..., c] + 7 * signs[c] for c in range(3)], -1)
+    wanted = 3 * values + 7 * np.array(
+        [signs[c] for c in range(3)]
+    )  # factor and shift stay, the shift with the sign
+    np.testing.assert_allclose(features.match_components(shuffled, values), wanted, atol=1e-12)
 
 
 def test_colours_go_from_the_first_percentile_to_the_last():
@@ -61,7 +57,7 @@ def test_colours_go_from_the_first_percentile_to_the_last():
 
 def test_cosines_and_queries_are_those_of_a_loop():
     tokens = np.random.default_rng(2).standard_normal((24, 7))
-    centre, other = features.queries(tokens, GRID)
+    centre, other = features.query_patches(tokens, GRID)
     assert centre == 2 * 6 + 3  # row 2 of 4, column 3 of 6
 
     def cosine(a, b):
@@ -73,25 +69,19 @@ def test_cosines_and_queries_are_those_of_a_loop():
     assert by_hand[other] == min(by_hand)
 
 
-def test_the_ramp_gets_lighter_and_ends_where_it_says():
-    ramp = features.ramp_colours(np.linspace(-0.5, 1, 50), -0.5).astype(float) @ [0.2126, 0.7152, 0.0722]
-    assert (np.diff(ramp) > 0).all()
-    assert (features.ramp_colours(np.array([-1.0, -0.5]), -0.5) == features._RAMP[0]).all()
-
-
-def test_tokens_are_timms_without_the_prefix():
-    vit = fa.create_backbone("vit_tiny_patch16_224", depth=2, img_size=32).eval()
-    twin = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=0).eval()
-    twin.load_state_dict(vit.state_dict())
-    images = torch.randn(3, 3, 32, 32)
-    with torch.no_grad():
-        wanted = twin.forward_features(images)[:, 1:].double().numpy()
-    np.testing.assert_allclose(features.patch_tokens(vit, images), wanted, atol=1e-5)
+def test_cosines_are_drawn_from_dark_to_light():
+    values, picture = np.linspace(-0.6, 1, 50).reshape(1, 1, 50), np.zeros((1, 50, 3), np.uint8)
+    maps = features.PatchMaps((1, 50), {}, {}, [(0, 1)], {"a": np.stack([values, values], 1)}, low=-0.5)
+    drawn = tiles(features.Pictures(["x"], torch.zeros(1, 3, 1, 50), [picture]), maps, 0)[1]
+    ramp = drawn.pixels[0].astype(float) @ [0.2126, 0.7152, 0.0722]
+    assert (np.diff(ramp[4:]) > 0).all()
+    assert (ramp[:4] == ramp[0]).all()
+    assert drawn.caption == "a, mean 0.20"
 
 
 def test_what_a_run_started_from_is_what_training_started_from(trained):
     """Random weights are drawn again; the encoder that training begins with is the truth."""
-    found = backbones(read_run(trained))
+    found = load_backbones(read_run(trained))
     _, begun = build_objective(load_config(trained / "config.yaml"))
     wanted = begun.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in found["before"].state_dict().items())

@@ -1,26 +1,14 @@
 """The command under torchrun: two ranks have the losses of one."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.run_helpers import losses, metrics, weights
-
-ROOT = Path(__file__).parents[2]
+from tests.run_helpers import losses, metrics, torchrun, weights
 
 
-def torchrun(tmp_path, *overrides, program=("-m", "fastalign.train"), expect=0) -> str:
+def train_on_two(tmp_path, *overrides, program=("-m", "fastalign.train"), expect=0) -> str:
     """Run the recipe on two ranks. Returns stderr."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [*program, str(tmp_path / "recipe.yaml"), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
-    assert result.returncode == expect, result.stderr
-    return result.stderr
+    return torchrun(*program, tmp_path / "recipe.yaml", *overrides, expect=expect)
 
 
 @pytest.mark.slow
@@ -28,7 +16,7 @@ def test_two_ranks_under_torchrun_have_the_losses_of_one(recipe, tmp_path):
     alone = recipe(name="alone")
     folder, parts = tmp_path / "two", tmp_path / "parts"
     for options in ([f"output={folder}"], [f"output={parts}", "max_steps=4"], [f"output={parts}"]):
-        torchrun(tmp_path, *options)
+        train_on_two(tmp_path, *options)
     assert losses(parts) == losses(folder), "resumed on two ranks: the same bits"
     ours, theirs = weights(parts), weights(folder)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -49,7 +37,7 @@ def test_two_compiled_ranks_have_the_losses_of_one(recipe, tmp_path, setting):
         "MaskEmbed.compile = lambda *a, **k: whole(*a, **k, backend='aot_eager')\nsys.exit(train.main())\n"
     )
     two = tmp_path / "two"
-    torchrun(tmp_path, *options, f"output={two}", f"efficiency.compile={setting}", program=[str(program)])
+    train_on_two(tmp_path, *options, f"output={two}", f"efficiency.compile={setting}", program=[program])
     assert losses(two) == pytest.approx(losses(alone), rel=1e-4)
     assert ["compile_seconds" in line for line in metrics(two)[0]] == [True] + [False] * 5
 
@@ -58,21 +46,21 @@ def test_two_compiled_ranks_have_the_losses_of_one(recipe, tmp_path, setting):
 def test_two_ranks_with_an_fp8_teacher_have_the_losses_of_one(recipe, tmp_path):
     options = ["efficiency.precision=fp8", "max_steps=2"]
     alone = losses(recipe(*options, name="alone"))
-    torchrun(tmp_path, *options, f"output={tmp_path / 'two'}")
+    train_on_two(tmp_path, *options, f"output={tmp_path / 'two'}")
     assert losses(tmp_path / "two") == pytest.approx(alone, rel=0.01)
 
 
 @pytest.mark.slow
 def test_two_ranks_with_a_validation_set_for_one(recipe, tmp_path):
     recipe("max_steps=1")
-    torchrun(tmp_path, f"output={tmp_path / 'two'}", "data.val=synthetic:3", "max_steps=1")
+    train_on_two(tmp_path, f"output={tmp_path / 'two'}", "data.val=synthetic:3", "max_steps=1")
     assert len(metrics(tmp_path / "two")[1]) == 2
 
 
 @pytest.mark.slow
 def test_bad_input_is_one_line_for_all_ranks_and_exit_code_2(recipe, tmp_path):
     recipe("max_steps=1")
-    text = torchrun(tmp_path, f"output={tmp_path / 'bad'}", "data.train=/no/such/folder", expect=1)
+    text = train_on_two(tmp_path, f"output={tmp_path / 'bad'}", "data.train=/no/such/folder", expect=1)
     (line,) = (line for line in text.splitlines() if line.startswith("fastalign:"))
     assert "no such folder: /no/such/folder" in line
     assert "exitcode  : 2 " in text

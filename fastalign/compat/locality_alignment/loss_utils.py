@@ -1,12 +1,11 @@
 """Mask samplers: float masks [B (1 + a + b), N], 1 = visible, image by image: sample, complement, full."""
 
-import math
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.compat.errors import ArgumentError
 from fastalign.method.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
 from fastalign.utils.random import EVAL_EPOCH
 
@@ -14,12 +13,9 @@ from fastalign.utils.random import EVAL_EPOCH
 class _Sampler:
     """Without a seed, masks follow `torch.manual_seed` and the images drawn so far; with one, the seed alone."""
 
-    def __init__(
-        self, distribution: type, mask_size: int, antithetical_sampling: bool, include_null: bool, **options
-    ):
-        self.mask_size = mask_size
-        self.antithetical_sampling, self.include_null = antithetical_sampling, include_null
-        self._distribution, self._options, self._drawn = distribution, options, 0
+    def __init__(self, mask_size: int, masks: UniformMasks | BernoulliMasks | BlockwiseMasks):
+        self.mask_size, self._masks, self._drawn = mask_size, masks, 0
+        self.antithetical_sampling, self.include_null = masks.complement, masks.full
 
     def _seeded(self, rows: int, generator: np.random.Generator) -> np.ndarray | None:
         """[rows, N] bool: NumPy's draws, as in the authors' runs; None = draw as without a seed."""
@@ -35,25 +31,15 @@ class _Sampler:
         Returns:
             [B (1 + a + b), N] fp32 of 0 and 1, where a = 1 with complements and b = 1 with the full mask.
         """
-        masks = self._distribution(
-            complement=bool(self.antithetical_sampling),
-            full=bool(self.include_null),
-            seed=torch.initial_seed() % 2**63 if seed is None else seed,
-            **self._options,
-        )
+        masks, ids, epoch = self._masks, torch.arange(batch_size), EVAL_EPOCH
         if seed is None:
-            ids, epoch = torch.arange(self._drawn, self._drawn + batch_size), 0
+            ids, epoch, seed = ids + self._drawn, 0, torch.initial_seed() % 2**63
             self._drawn += batch_size
         elif (rows := self._seeded(batch_size * masks.copies, np.random.default_rng(seed))) is not None:
             sample = torch.from_numpy(rows)[:: masks.copies]
-            stack = [sample, ~sample, torch.ones_like(sample)]
-            kept = [True, masks.complement, masks.full]
-            return (
-                torch.stack([x for x, keep in zip(stack, kept, strict=True) if keep], 1).flatten(0, 1).float()
-            )
-        else:
-            ids, epoch = torch.arange(batch_size), EVAL_EPOCH
-        return masks(ids, self.mask_size, epoch).flatten(0, 1).float()
+            stack = [sample, *[~sample] * masks.complement, *[torch.ones_like(sample)] * masks.full]
+            return torch.stack(stack, 1).flatten(0, 1).float()
+        return replace(masks, seed=seed)(ids, self.mask_size, epoch).flatten(0, 1).float()
 
 
 class UniformMaskSampler(_Sampler):
@@ -66,7 +52,7 @@ class UniformMaskSampler(_Sampler):
     """
 
     def __init__(self, mask_size: int, antithetical_sampling: bool = True, include_null: bool = True):
-        super().__init__(UniformMasks, mask_size, antithetical_sampling, include_null)
+        super().__init__(mask_size, UniformMasks(bool(antithetical_sampling), bool(include_null)))
 
     def _seeded(self, rows: int, generator: np.random.Generator) -> np.ndarray:
         draws = generator.uniform(size=(rows, self.mask_size + 1))
@@ -83,9 +69,8 @@ class BernoulliMaskSampler(_Sampler):
         antithetical_sampling: bool = True,
         include_null: bool = True,
     ):
-        if not 0 <= mask_ratio <= 1:
-            raise ArgumentError(f"BernoulliMaskSampler: mask_ratio must lie in 0..1, got {mask_ratio}")
-        super().__init__(BernoulliMasks, mask_size, antithetical_sampling, include_null, ratio=mask_ratio)
+        copies = bool(antithetical_sampling), bool(include_null)
+        super().__init__(mask_size, BernoulliMasks(*copies, ratio=mask_ratio))
         self.mask_ratio = mask_ratio
 
     def _seeded(self, rows: int, generator: np.random.Generator) -> np.ndarray:
@@ -105,11 +90,6 @@ class BlockwiseMaskSampler(_Sampler):
         antithetical_sampling: bool = True,
         include_null: bool = True,
     ):
-        if math.isqrt(mask_size) ** 2 != mask_size:
-            raise ArgumentError(f"BlockwiseMaskSampler: mask_size must be a square number, got {mask_size}")
-        if not 0 < target_ratio < 1:
-            raise ArgumentError(
-                f"BlockwiseMaskSampler: target_ratio must lie between 0 and 1, both excluded, got {target_ratio}"
-            )
-        super().__init__(BlockwiseMasks, mask_size, antithetical_sampling, include_null, ratio=target_ratio)
-        self.target_ratio, self.mask_side = target_ratio, math.isqrt(mask_size)
+        copies = bool(antithetical_sampling), bool(include_null)
+        super().__init__(mask_size, BlockwiseMasks(*copies, ratio=target_ratio))
+        self.target_ratio = target_ratio

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastalign import ops
-from fastalign.backbones.timm_parts import FAST, FastSelfAttention
-from fastalign.compat.errors import ArgumentError
+from fastalign.backbones.accelerate import FAST, FastSelfAttention
+from fastalign.compat import ArgumentError
 
 
 def use_our_attention(model: nn.Module, softcap: float | None = None) -> nn.Module:
@@ -38,12 +38,9 @@ class MaskLayer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Images [n, C, height, width] times masks [n, N]."""
         side, size = self.mask_width, self.upsample_factor
-        if mask.dim() != 2 or mask.shape[1] != side * side:
-            raise ArgumentError(f"mask must be [n, N = {side * side}], got {list(mask.shape)}")
-        pixels = mask.view(-1, 1, side, 1, side, 1).expand(-1, 1, side, size, side, size)
-        pixels = pixels.reshape(-1, 1, side * size, side * size)
-        rest = x.shape[3] - side * size, x.shape[2] - side * size
-        return x * (functional.pad(pixels, (0, rest[0], 0, rest[1])) if any(rest) else pixels)
+        pixels = mask.view(len(mask), 1, side, side).to(x.dtype)
+        pixels = functional.interpolate(pixels, scale_factor=size)
+        return x * functional.pad(pixels, (0, x.shape[3] - side * size, 0, x.shape[2] - side * size))
 
 
 def mask_layer(model: nn.Module) -> MaskLayer:
@@ -156,17 +153,11 @@ class TransformerPooling(nn.Module):
     def __init__(self, embed_dim: int, num_heads: int, num_tokens: int, num_layers: int):
         super().__init__()
         self.pos_embed = nn.Parameter(0.02 * torch.randn(num_tokens, embed_dim))
-        self.blocks = nn.Sequential(
-            *(Block(embed_dim, num_heads, norm_layer=nn.LayerNorm) for _ in range(num_layers))
-        )
+        blocks = (Block(embed_dim, num_heads, norm_layer=nn.LayerNorm) for _ in range(num_layers))
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(embed_dim)
         use_our_attention(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, D]"""
-        if x.shape[1] != len(self.pos_embed):
-            raise ArgumentError(
-                f"TransformerPooling reads {len(self.pos_embed)} tokens, got {x.shape[1]}; as attn_pool of a timm "
-                "model it needs model.pool_include_prefix = True"
-            )
         return self.norm(self.blocks(x + self.pos_embed)).mean(1)

@@ -5,7 +5,7 @@ import types
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from fastalign.compat.errors import ArgumentError
+from fastalign.compat import ArgumentError
 from fastalign.compat.locality_alignment.model_utils import mask_layer, use_our_attention
 
 
@@ -31,10 +31,6 @@ def convert_to_student_model(model: nn.Module, output_dim: int, output_head: str
         model.head = last = nn.Linear(model.embed_dim, output_dim)
     else:
         mlp = model.blocks[-1].mlp
-        if not hasattr(mlp, "fc1"):
-            raise ArgumentError(
-                f"output_head 'mlp' copies the width of the blocks' Mlp; {type(mlp).__name__} has none"
-            )
         model.head = Mlp(model.embed_dim, mlp.fc1.out_features, output_dim, act_layer=type(mlp.act))
         last = model.head.fc2
     nn.init.zeros_(last.weight)

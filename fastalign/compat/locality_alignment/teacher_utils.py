@@ -4,7 +4,7 @@ import types
 
 from torch import Tensor, nn
 
-from fastalign.compat.errors import ArgumentError
+from fastalign.compat import ArgumentError
 from fastalign.compat.locality_alignment.model_utils import Scale, mask_layer, use_our_attention
 
 

@@ -1,7 +1,6 @@
 """Checkpoints with the authors' layout: `state_dict`, perhaps `state_dict_ema`, keys `encoder.*` and `decoder.*`."""
 
 import json
-import logging
 import re
 import warnings
 from collections.abc import Callable
@@ -12,14 +11,9 @@ import torch
 from timm.utils.model import get_state_dict
 from torch import Tensor, nn
 
-from fastalign.backbones.checkpoint import trained_as
 from fastalign.backbones.weight_files import read_file
-from fastalign.backbones.weights import fold_layer_scale
-from fastalign.compat.errors import NoCheckpointError, NumpyCheckpointError
+from fastalign.backbones.weights import fold_layer_scale, trained_as
 from fastalign.compat.locality_alignment.model_utils import MaskEmbedStudent
-from fastalign.utils.errors import UserError
-
-_logger = logging.getLogger(__name__)
 
 
 class CheckpointSaver(timm.utils.CheckpointSaver):
@@ -42,10 +36,8 @@ class CheckpointSaver(timm.utils.CheckpointSaver):
             "softcap": softcap_of(self.model),
         }
         if self.args is not None:
-            state["arch"], state["args"] = (
-                self.args.model,
-                json.loads(json.dumps(vars(self.args), default=str)),
-            )
+            state["arch"] = self.args.model
+            state["args"] = json.loads(json.dumps(vars(self.args), default=str))
         if self.amp_scaler is not None:
             state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
         if self.model_ema is not None:
@@ -91,9 +83,14 @@ def load_checkpoint(
         torch's record of missing and unexpected keys.
 
     Raises:
-        FileNotFoundError, NotImplementedError (NumPy files), UserError: the file cannot be read safely.
+        UserError: the file cannot be read safely.
     """
-    state, softcap = _read(Path(checkpoint_path), use_ema, device)
+    checkpoint, softcap = read_file(Path(checkpoint_path), device), None
+    names = [*(["state_dict_ema", "model_ema"] if use_ema else []), "state_dict", "model"]
+    name = next((name for name in names if isinstance(checkpoint.get(name), dict)), None)
+    state = clean_state_dict(checkpoint[name] if name else checkpoint)
+    if name:
+        softcap = trained_as(checkpoint, str(checkpoint_path))[1]
     if softcap and softcap != softcap_of(model):
         warnings.warn(
             f"{checkpoint_path} was trained with attention logits capped at {softcap:g}, and {type(model).__name__} "
@@ -133,31 +130,10 @@ def auto_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str,
     state = {key.removeprefix("encoder."): v for key, v in state_dict.items() if key.startswith("encoder.")}
     state = fold_layer_scale(state, model.state_dict().keys())
     for name in ("attn_pool", "global_pool"):
-        if getattr(model, name, None) is not None:
-            _logger.info("removing %s of the model: a student's tokens are not pooled", name)
-            setattr(model, name, None)
+        setattr(model, name, None)
     return state
 
 
 def clean_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Keys without the leading `module.` and `_orig_mod.` of DDP and torch.compile."""
     return {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state_dict.items()}
-
-
-def _read(path: Path, use_ema: bool, device: str | torch.device) -> tuple[dict[str, Tensor], float | None]:
-    """Weights, and the soft-cap that they were trained with if the checkpoint says so."""
-    if path.suffix.lower() in (".npz", ".npy"):
-        raise NumpyCheckpointError(
-            f"{path}: NumPy files are not supported; give .pth.tar, .pth or .safetensors"
-        )
-    if not path.is_file():
-        raise NoCheckpointError(f"no checkpoint at {path}")
-    checkpoint = read_file(path, device)
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
-    names = [*(["state_dict_ema", "model_ema"] if use_ema else []), "state_dict", "model"]
-    name = next((name for name in names if isinstance(checkpoint.get(name), dict)), None)
-    _logger.info("read %s of %s", name or "the state dict", path)
-    if not name:
-        return clean_state_dict(checkpoint), None
-    return clean_state_dict(checkpoint[name]), trained_as(checkpoint, str(path))[1]

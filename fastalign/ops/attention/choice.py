@@ -129,7 +129,7 @@ def check(name: str) -> None:
     if name not in BACKENDS:
         near = difflib.get_close_matches(name, BACKENDS, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"unknown backend {name!r}; did you mean {near}? Choose from auto, {', '.join(BACKENDS)}"
+            f"unknown name {name!r}; the nearest is {near}; choose from auto, {', '.join(BACKENDS)}"
         )
     if (missing := BACKENDS[name].missing()) is not None:
         get = BACKENDS[name].get

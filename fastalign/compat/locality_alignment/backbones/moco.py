@@ -6,7 +6,7 @@ from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from fastalign.backbones.checkpoint import interpret
+from fastalign.backbones.weights import interpret
 from fastalign.backbones.zoo import MOCO, MOCO_URL, sincos_position
 from fastalign.utils.errors import UserError
 

@@ -1,0 +1,153 @@
+"""Files that cannot be read, or hold other weights: refused in one line, and no code in them is run."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import transformers
+
+import fastalign as fa
+
+CLIP, VIT = "vit_base_patch16_clip_quickgelu_224", "vit_tiny_patch16_224"
+SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}
+HF = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 192,
+    "image_size": 32,
+    "patch_size": 16,
+}
+ONE = torch.ones(1)
+WHOLE = {"state_dict": timm.create_model(VIT, num_classes=0, **SMALL).state_dict()}
+SVIT = {"student_model": f"s{VIT}"}
+
+
+def saved(folder: Path, content) -> Path:
+    torch.save(content, folder / "a.pth")
+    return folder / "a.pth"
+
+
+def cut(folder: Path, share: float) -> Path:
+    content = saved(folder, WHOLE).read_bytes()
+    (folder / "a.pth").write_bytes(content[: int(share * len(content))])
+    return folder / "a.pth"
+
+
+def hf_folder(folder: Path, text: str | None = None, **config) -> Path:
+    """A CLIP of transformers, perhaps with another config.json."""
+    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**HF, **config)).save_pretrained(folder)
+    if text is not None:
+        (folder / "config.json").write_text(text)
+    return folder
+
+
+def shards(folder: Path, weight_map) -> Path:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def timm_config(**changes) -> str:
+    return json.dumps({"architecture": CLIP, "pretrained_cfg": {"input_size": [3, 32, 32]}, **changes})
+
+
+PATCH = "patch_embed.proj.weight"
+REFUSED = {
+    "half a file": (lambda p: cut(p, 0.5), ["cut short"]),
+    "an empty file": (lambda p: cut(p, 0), ["cut short"]),
+    "no weights": (lambda p: saved(p, {"state_dict": {}}), ["holds no weights"]),
+    "a list": (lambda p: saved(p, [1, 2]), ["holds a list"]),
+    "no names": (lambda p: saved(p, {1: ONE}), ["a dictionary of tensors by name"]),
+    "a wrong cap": (lambda p: saved(p, WHOLE | {"softcap": "x"}), ["a.pth: softcap must be a positive number"]),
+    "a wrong cap in the arguments": (
+        lambda p: saved(p, WHOLE | {"args": SVIT | {"model_kwargs": {"max_attn_val": "x"}}}),
+        ["a.pth: its arguments: max_attn_val must be a positive number"],
+    ),
+    "another model": (lambda p: saved(p, WHOLE | {"args": SVIT}), ["another model (svit_tiny_patch16_224)"]),
+    "another activation": (lambda p: hf_folder(p, hidden_act="gelu"), ["hidden_act=gelu", "act_layer=gelu"]),
+    "other heads": (
+        lambda p: hf_folder(p, '{"model_type": "x", "num_attention_heads": 6}'),
+        ["num_attention_heads=6", "num_heads=6"],
+    ),
+    "timm's config of another library's model": (
+        lambda p: hf_folder(p, timm_config(architecture="resnet50")),
+        ["{path}: backbone resnet50", "img_size"],
+    ),
+    "timm's config with a wrong cap": (
+        lambda p: hf_folder(p, timm_config(model_args={"softcap": "x"})),
+        ["config.json: softcap must be a positive number", "'x'"],
+    ),
+    "a damaged config": (lambda p: hf_folder(p, "{"), ["config.json is damaged"]),
+    "an empty folder": (lambda p: p, ["no weights in", "model.safetensors"]),
+    "a damaged index": (lambda p: shards(p, ["a"]), ["index.json is damaged"]),
+    "a shard that is gone": (lambda p: shards(p, {"a": "../b.bin"}), ["{path}/b.bin", "No such file"]),
+    "a shard of something else": (
+        lambda p: torch.save([ONE], p / "b.bin") or shards(p, {"a": "b.bin"}),
+        ["b.bin is not a shard"],
+    ),
+    "half a DINOv2": (lambda p: saved(p, {PATCH: ONE, "register_tokens": ONE}), ["incomplete", "cls_token"]),
+    "two backbones": (lambda p: saved(p, {f"a.{PATCH}": ONE, f"b.{PATCH}": ONE}), ["several backbones (a, b)"]),
+    "torchvision": (
+        lambda p: saved(p, {"conv_proj.weight": ONE, "class_token": ONE}),
+        ["has an unknown layout", "timm", "open_clip", "transformers' DINOv2"],
+    ),
+    "TorchScript": (
+        lambda p: torch.jit.trace(torch.nn.Linear(1, 1), ONE).save(p / "a.pt") or p / "a.pt",
+        ["TorchScript program, as OpenAI", "state_dict()"],
+    ),
+    "a checkpoint of a run": (
+        lambda p: saved(p, {"student": {"encoder.norm.weight": ONE}, "optimizer": {}, "step": 1, "config": {}}),
+        ["give the run's folder"],
+    ),
+}  # fmt: skip
+
+
+def message(name: str, path: Path, **kwargs) -> str:
+    with pytest.raises(fa.UserError) as caught:
+        fa.create_backbone(name, checkpoint=path, **{**SMALL, **kwargs})
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchScript")
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_files_are_refused_in_one_line(tmp_path, case):
+    make, words = REFUSED[case]
+    found = message(CLIP, make(tmp_path))
+    assert all(word.format(path=tmp_path) in found for word in words), found
+
+
+def test_weights_of_another_shape_are_refused_in_one_line(tmp_path):
+    path = saved(tmp_path, WHOLE)
+    assert "a.pth holds the weights of another model: size mismatch for" in message(VIT, path, embed_dim=96)
+    assert "lacks blocks.2" in message(VIT, path, depth=3)
+    assert "blocks.1.attn.proj.bias too" in message(VIT, path, depth=1)
+
+
+class Attack:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("place", ["args", "value of args", "optimizer", "state_dict"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_is_refused_and_nothing_runs(tmp_path, place, zipped):
+    attack = Attack(f"touch {tmp_path / 'ran'}")
+    content = WHOLE | {"args": argparse.Namespace(lr=0.1)}
+    if place == "value of args":
+        content["args"].evil = attack
+    else:
+        content[place] = attack
+    torch.save(content, tmp_path / "a.pth.tar", _use_new_zipfile_serialization=zipped)
+    found = message(VIT, tmp_path / "a.pth.tar")
+    assert all(word in found for word in ("a.pth.tar", "safely", "posix.system", "nothing of it was run"))
+    assert not (tmp_path / "ran").exists()
