@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastalign.backbones.weight_files import read_facts
 from fastalign.backbones.vit import ViT
+from fastalign.backbones.weight_files import read_facts
 from fastalign.backbones.zoo import load_backbone
 from fastalign.config import Config, load_config
 from fastalign.report.probe import ALIGNED, BEFORE, Probe, read_probe
