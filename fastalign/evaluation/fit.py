@@ -23,6 +23,8 @@ from fastalign.training.metrics import MetricLog, Speed
 from fastalign.training.optim import seed_update
 from fastalign.utils.errors import UserError
 
+_SAY_SECONDS = 30.0
+
 
 class FeatureLoader:
     """Batches of features [n, ...] on one rank, in the form of a `Loader`'s.
@@ -168,9 +170,6 @@ def evaluate(
             with autocast(device, dtype):
                 logits = module(batch.images)
             add(logits, batch)
-
-
-_SAY_SECONDS = 30.0
 
 
 class RunFolder:

@@ -61,10 +61,10 @@ class Job:
         """Of autocast."""
         return compute_dtype(self.options.precision, self.world.device)
 
-    def open_loader(self, split: str, transform: Transform, batch_size: int, **options) -> Loader:
+    def open_loader(self, split: str, transform: Transform, batch_size: int, **more) -> Loader:
         """A loader of a split for this rank."""
-        options |= {"batch_size": batch_size, "dtype": self.dtype, "threads": self.options.threads}
-        return open_loader(self.splits[split].source, transform, self.world, **options)
+        more |= {"batch_size": batch_size, "dtype": self.dtype, "threads": self.options.threads}
+        return open_loader(self.splits[split].source, transform, self.world, **more)
 
 
 def mixed_loss(logits: Tensor, labels: Tensor, *, weight: float, smoothing: float) -> Tensor:
