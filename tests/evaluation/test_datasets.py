@@ -73,7 +73,7 @@ def test_val_is_a_fixed_part_of_the_training_split(coco, kind):
 
 
 def test_the_publishers_own_layout(coco):
-    """As the archives unpack by themselves, with the panoptic folders beside the images."""
+    """As the archives unpack by themselves, with the panoptic folders next to the images."""
     for year in ("train2017", "val2017"):
         shutil.move(coco / "images" / year, coco / year)
         shutil.move(coco / "annotations" / year, coco / "stuffthingmaps" / year)

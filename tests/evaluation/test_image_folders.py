@@ -28,7 +28,7 @@ def test_classes_are_matched_by_name(tmp_path):
 
 
 def test_labels_in_a_table(tmp_path):
-    """Integers sort by value; pictures beside images/ are none of ours."""
+    """Integers sort by value; images next to images/ are ignored."""
     for split in ("train", "val"):
         write_split(tmp_path / split, "images", {"0.png": 10, "1.png": 9, "2.png": 100}, table=True)
         write_split(tmp_path / split, "masks", {"0.png": 0})

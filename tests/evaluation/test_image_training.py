@@ -40,7 +40,7 @@ def whole_batch(features: torch.Tensor):
 
 
 @pytest.mark.parametrize(("head", "lr"), [("linear", 3e-2), ("attention", 3e-3), ("transformer", 3e-3)])
-def test_separable_classes_are_told_apart(images, vit, head, lr):
+def test_separable_classes_are_separated(images, vit, head, lr):
     before = {name: value.clone() for name, value in vit.state_dict().items()}
     result = classify(vit, images, head=head, epochs=30, lr=lr, seeds=(0, 1), **QUICK)
     assert result["reported"] == "test"
