@@ -11,17 +11,9 @@ import torch
 import transformers
 
 import fastalign as fa
+from tests.backbones.helpers import HF, SMALL
 
 CLIP, VIT = "vit_base_patch16_clip_quickgelu_224", "vit_tiny_patch16_224"
-SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}
-HF = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 192,
-    "image_size": 32,
-    "patch_size": 16,
-}
 ONE = torch.ones(1)
 WHOLE = {"state_dict": timm.create_model(VIT, num_classes=0, **SMALL).state_dict()}
 SVIT = {"student_model": f"s{VIT}"}

@@ -14,17 +14,9 @@ from torch import Tensor, nn
 import fastalign as fa
 from fastalign.backbones.layouts import HF_DEFAULTS
 from fastalign.backbones.vit import ViT
+from tests.backbones.helpers import HF, SMALL
 from tests.numerics import randomise, relative_error
 
-SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}
-HF = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 192,
-    "image_size": 32,
-    "patch_size": 16,
-}
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(7))
 CLIP, SIGLIP = "vit_base_patch16_clip_quickgelu_224", "vit_base_patch16_siglip_224"
