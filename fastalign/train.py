@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastalign.config import Config, load_config, to_yaml
 from fastalign.evaluation.during_training import contents, open_splits, probe_student
-from fastalign.evaluation.pairs import LabelledImages
+from fastalign.evaluation.label_maps import LabelledImages
 from fastalign.method.flops import flops_per_image
 from fastalign.training import distributed
 from fastalign.training.checkpoint import (
@@ -244,10 +244,6 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
     if options.reference_config is None:
         if options.world_size is not None:
             raise UserError("--world-size requires --reference-config; in a recipe set optim.batch_size")
-        if "=" in options.config and not Path(options.config).exists():
-            raise UserError(
-                f"{options.config}: the recipe comes first, as in configs/demo.yaml {options.config}"
-            )
         return load_config(options.config, options.overrides), []
     if options.world_size is not None and options.world_size < 1:
         raise UserError(f"--world-size must be at least 1, got {options.world_size}")

@@ -145,7 +145,7 @@ def _inline_svg(draw: Callable[[Axes], None], description: str) -> Markup:
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file := io.BytesIO(), format="svg", transparent=True, metadata=nothing)
     text = file.getvalue().decode()
-    text = re.sub(r' id="\w+_\d+"', "", text[text.index("<g ") :])
+    text = re.sub(r' id="\w+_\d+"', "", text[text.index("<g ") :]).replace("xlink:href", "href")
     for name, colour in THEME.items():
         text = text.replace(colour, f"var(--{name})")
     head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(description)}">'

@@ -13,6 +13,7 @@ from fastalign.training.build import teacher_of
 from fastalign.training.checkpoint_files import snapshot
 from fastalign.training.distributed import on_first_rank
 from fastalign.training.hang import WAITING
+from fastalign.training.metrics import plain_number
 from fastalign.training.optim import class_name
 from fastalign.training.preemption import StopReason, preempted
 from fastalign.training.run import Run
@@ -198,19 +199,14 @@ def backbone_facts(run: Run, *, evaluated: bool) -> str:
         "objective": run.config.objective,
         "teacher": {"name": teacher, "weights": weights},
         "step": state.step,
-        "val_loss": _finite(state.val_loss) if evaluated else None,
+        "val_loss": plain_number(state.val_loss) if evaluated else None,
         "fastalign": __version__,
         "settings": select(run.config, Kind.RESULT),
         "changes": state.changes,
     }
     if state.current_probe:
-        facts["probe"] = {name: _finite(value) for name, value in state.current_probe.items()}
+        facts["probe"] = {name: plain_number(value) for name, value in state.current_probe.items()}
     return json.dumps(facts, indent=2, allow_nan=False) + "\n"
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinity and no NaN."""
-    return value if math.isfinite(value) else None
 
 
 def publish_backbone(folder: Path, state: dict) -> None:

@@ -117,7 +117,7 @@ class MetricLog:
 
     def flush(self, speed: "Speed | None" = None) -> list[dict]:
         """Fetch the pending lines, add the interval's speed to training lines, write and return them."""
-        lines = [{key: _plain(value) for key, value in line.items()} for line in self._pending]
+        lines = [{key: plain_number(value) for key, value in line.items()} for line in self._pending]
         self._pending.clear()
         common = speed.measure() if speed else {}  # after the fetch, when the device has done the work
         for line in lines:
@@ -190,8 +190,8 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _plain(value):
-    """A number for JSON, where infinity and NaN become null."""
+def plain_number(value):
+    """A value for JSON, from a tensor or not; infinity and NaN become null."""
     value = value.item() if isinstance(value, torch.Tensor) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

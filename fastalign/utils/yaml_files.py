@@ -35,7 +35,7 @@ def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict:
 def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; UserError if there is none."""
     if not path.is_file():
-        raise UserError(f"no configuration file at {path}")
+        raise UserError(f"no configuration file at {path}; the recipe comes before any section.key=value")
     if path.stat().st_size > LONGEST:
         raise UserError(f"{path} has {path.stat().st_size} bytes, a configuration has at most {LONGEST}")
     try:

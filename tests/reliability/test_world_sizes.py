@@ -1,4 +1,4 @@
-"""The same global batch on 1, 2 and 4 ranks: the same samples, pixels and masks, and losses equal to rounding."""
+"""The same batch on 1, 2 and 4 ranks: the same samples, pixels and masks, and losses equal to rounding."""
 
 import functools
 import hashlib
@@ -24,7 +24,7 @@ def recipe(tmp_path_factory):
 
 
 def record(folder: Path) -> None:
-    """A rank writes down what each of its training batches has: a line each of sample, pixels, masks; in order."""
+    """A rank records its training batches in order: a line each of samples, pixels and masks."""
     draw, path = objectives.Objective.draw, folder / f"seen-{os.environ['RANK']}.jsonl"
     path.unlink(missing_ok=True)
 
@@ -44,7 +44,7 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def seen(folder: Path, size: int) -> list[list]:
-    """What all ranks had at each step, in the order of the samples' ids."""
+    """The samples of all ranks at each step, in the order of their ids."""
     ranks = [(folder / f"seen-{rank}.jsonl").read_text().splitlines() for rank in range(size)]
     steps = []
     for lines in zip(*ranks, strict=True):
@@ -57,13 +57,8 @@ def seen(folder: Path, size: int) -> list[list]:
 @needs_dali
 @pytest.mark.parametrize("loss", ["mse", "masked_mse"])
 def test_one_two_and_four_ranks_have_the_same_samples_masks_and_pixels(recipe, tmp_path, loss):
-    """To the bit, with losses equal to rounding; also where a run goes from 2 ranks to 4 and then to 1."""
-    legs = {
-        "one": [(1, 14)],
-        "two": [(2, 14)],
-        "four": [(4, 14)],
-        "two, four, one": [(2, 5), (4, 9), (1, 14)],
-    }
+    """Bit for bit, with losses equal to rounding; also if a run moves from 2 ranks to 4 and then to 1."""
+    legs = {"one": [(1, 14)], "two": [(2, 14)], "four": [(4, 14)], "mixed": [(2, 5), (4, 9), (1, 14)]}
     found = {}
     for name, parts in legs.items():
         run, found[name] = tmp_path / name, []
@@ -82,7 +77,6 @@ def test_one_two_and_four_ranks_have_the_same_samples_masks_and_pixels(recipe, t
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_loss_of_a_batch_is_the_mean_over_its_parts(loss, mode):
     """What ranks and accumulation rely on, for the loss and for its gradient."""
-    torch.set_num_threads(1)  # so little work that two wait for one another
     vit = fa.create_backbone("vit_tiny_patch16_224", **MODEL)
     student = fa.MaskEmbedStudent.from_backbone(vit)
     step = fa.MaskEmbed(fa.MaskedTeacher(vit, masking=mode), student, fa.UniformMasks(), loss).double()

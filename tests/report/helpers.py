@@ -1,7 +1,7 @@
 """A tiny ViT, the results of a probe, and a parser of pages."""
 
-from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import yaml
 
@@ -41,35 +41,15 @@ def probe_facts() -> dict:
     return {**about, "results": results, "summary": summary}
 
 
-class Page(HTMLParser):
-    """A page whose tags must close."""
-
-    VOID = ("meta", "img", "br", "input", "link")
+class Page:
+    """A page, which is well-formed XML: its text, its tags, and the attributes of one kind of them."""
 
     def __init__(self, text: str):
-        super().__init__()
-        self.stack, self.tags, self.text = [], [], ""
-        self.feed(text)
-        self.close()
-        assert not self.stack
+        root = ElementTree.fromstring(text)
+        self.text, self.tags = "".join(root.itertext()), [(tag.tag, tag.attrib) for tag in root.iter()]
 
-    def handle_starttag(self, tag, attrs):
-        assert len(dict(attrs)) == len(attrs)
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.stack.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.stack.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-    def all(self, tag: str) -> list[dict]:
-        return [attrs for name, attrs in self.tags if name == tag]
+    def all(self, kind: str) -> list[dict]:
+        return [attributes for tag, attributes in self.tags if tag == kind]
 
 
 def render(folder: Path, *arguments: str) -> Page:

@@ -83,7 +83,7 @@ def test_bad_input_is_one_line_and_exit_code_2(recipe, tmp_path, capsys, case):
 
 def test_an_override_in_place_of_the_recipe(capsys):
     assert train.main(["optim.lr=3", "recipe.yaml"]) == 2
-    assert "optim.lr=3: the recipe comes first" in capsys.readouterr().err
+    assert "no configuration file at optim.lr=3; the recipe comes before" in capsys.readouterr().err
 
 
 def test_a_checkpoint_does_not_fit_another_model_by_force(recipe, capsys):

@@ -42,6 +42,12 @@ def test_a_loaded_backbone_gives_the_students_tokens(recipe):
     assert torch.equal(fa.load_backbone(folder).forward_features(images), encoder.forward_features(images))
 
 
+CHECKPOINT_KEYS = """
+student optimizer optimizer_class average target_scale step best val_loss probed judged_at skipped_in_a_row bad
+contents changes config is_best backbone
+"""
+
+
 def test_the_files_of_a_run(recipe):
     folder = recipe()
     lines, validation = metrics(folder)
@@ -58,9 +64,10 @@ def test_the_files_of_a_run(recipe):
     assert facts["softcap"] == 30.0
     vit = fa.load_backbone(folder)
     assert vit.softcap == 30.0
-    best = torch.load(folder / "checkpoints" / "best.pt", weights_only=True)["student"]
+    best = torch.load(folder / "checkpoints" / "best.pt", weights_only=True)
+    assert best.keys() == set(CHECKPOINT_KEYS.split())
     for name, value in vit.state_dict().items():
-        assert torch.equal(value, best[f"encoder.{name}"])
+        assert torch.equal(value, best["student"][f"encoder.{name}"])
     assert load_file(folder / "backbone.safetensors").keys() == vit.state_dict().keys()
 
 
