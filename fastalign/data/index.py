@@ -151,10 +151,7 @@ def _is_current(root: str, arrays: dict[str, np.ndarray]) -> bool:
 
 
 def index_folder(root: str) -> tuple[Names, Names]:
-    """The images below a folder, and dangling links in it that are not named as images; names relative to `root`.
-
-    Depth first, the files of a directory before its sub-directories, each sorted by bytes, without hidden entries.
-    """
+    """The images below a folder, depth first, and dangling links that are not named as images; relative to `root`."""
     arrays = cached_index(
         "folder", root, lambda index: _is_current(root, index), lambda: _scan_folder(root), "mtimes"
     )
@@ -198,7 +195,7 @@ def _cache_file(kind: str, key: str) -> Path:
 
 
 def save_index(kind: str, key: str, arrays: dict[str, np.ndarray]) -> bool:
-    """Writes one-dimensional uint8 and int64 arrays to the cache, atomically; False if it cannot be written."""
+    """Writes [n] uint8 and int64 arrays to the cache, atomically; False if it cannot be written."""
     layout, position = {}, 0
     for name, values in arrays.items():
         position = -(-position // _ALIGN) * _ALIGN
@@ -254,10 +251,7 @@ def _scan_lock(kind: str, key: str) -> Iterator[None]:
 
 
 def lock(descriptor: int, *, wait: bool) -> bool:
-    """Locks an open file or folder until it is closed; False if another process has it and `wait` is false.
-
-    A file system without locks counts as locked.
-    """
+    """Locks an open file or folder until it is closed; False if another process has it. Without support, True."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:  # ENOSYS, ENOTSUP, ENOLCK: no locks

@@ -32,14 +32,13 @@ def crc_of_texts(*texts: str) -> int:
 class Source:
     """A list of encoded images.
 
-    Subclasses define `__len__`; `name(index)`, for messages and label files; and `read(index)`: [bytes] uint8,
-    thread-safe, raises `Unreadable`.
+    Subclasses define `__len__`; `name(index)`, for messages and label files, relative to `root` if there is one; and
+    `read(index)`: [bytes] uint8, thread-safe, raises `Unreadable`. `damaged`: (portable name, reason) of damaged tar
+    shards and of dangling links to folders.
     """
 
     root: str | None = None
-    "the folder that names are relative to, if there is one"
     damaged: tuple[tuple[str, str], ...] = ()
-    "(portable name, reason) of damaged tar shards and of dangling links to folders"
 
     def portable_name(self, index: int) -> str:
         """The sample's name without the location of the data set."""

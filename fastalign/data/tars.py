@@ -21,7 +21,7 @@ _MAX_LABEL_BYTES = 4096
 
 
 class DamagedTar(Exception):
-    """A tar is damaged; the message says where and how. The members before the damage are good."""
+    """A tar is damaged; the message says where and how."""
 
 
 def members(path: str) -> Iterator[tarfile.TarInfo]:
@@ -73,8 +73,7 @@ def _scan_shard(path: str) -> tuple[list[bytes], list[tuple[int, int]], str]:
     names, places, damage = [], [], ""
     try:
         for member in members(path):
-            name = os.fsencode(member.name)
-            if member.isreg() and not member.issparse() and is_image(name):
+            if member.isreg() and not member.issparse() and is_image(name := os.fsencode(member.name)):
                 names.append(name)
                 places.append((member.offset_data, member.size))
     except DamagedTar as error:
@@ -96,9 +95,8 @@ def _scan_shards(shards: list[str]) -> dict[str, np.ndarray]:
             places.append(np.array(where, dtype=np.int64).reshape(-1, 2))
             yield from found
 
-    arrays = Names.pack(names()).arrays()
+    arrays, damage = Names.pack(names()).arrays(), Names.pack(damages)
     start, size = np.ascontiguousarray(np.concatenate(places).T)
-    damage = Names.pack(damages)
     arrays |= {"shard": np.concatenate(owners), "start": start, "size": size}
     return arrays | {"damage": damage.blob, "damage_offsets": damage.offsets}
 

@@ -146,13 +146,6 @@ def _rkrc_boxes(transform: Transform, shapes: np.ndarray, draws: np.ndarray) -> 
     return resized, np.where(slack < 0, -np.floor(-slack / 2), np.rint(slack / 2))
 
 
-def _center_boxes(transform: Transform, shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (start, extent) of the crop in source pixels, both [B, 2]."""
-    scale = (shapes / transform.size).min(axis=1, keepdims=True)
-    extent = np.minimum(shapes, np.rint(scale * transform.size))
-    return (shapes - extent) // 2, extent
-
-
 def _rrc_boxes(transform: Transform, shapes: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns (start, extent) of the crop in source pixels, both [B, 2]."""
     height, width = shapes[:, :1], shapes[:, 1:]
@@ -202,7 +195,8 @@ def geometry(transform: Transform, shapes: np.ndarray, ids: np.ndarray, *, seed:
         if transform.crop == "rrc":
             start, extent = _rrc_boxes(transform, shapes, draws[:, 2:])
         else:
-            start, extent = _center_boxes(transform, shapes)
+            extent = np.minimum(shapes, np.rint((shapes / size).min(axis=1, keepdims=True) * size))
+            start = (shapes - extent) // 2
         resized, first = np.repeat(size[None], batch, axis=0), np.zeros_like(start)
     else:
         if transform.crop == "rkrc":
