@@ -23,19 +23,12 @@ def adamw(
 def make_optimizer(
     name: str, parameters: Iterable[nn.Parameter], device: torch.device, **options
 ) -> tuple[torch.optim.Optimizer, list[str]]:
-    """The optimizer of `optim.name` over the trained parameters, and lines for the user.
-
-    Raises:
-        UserError: apex_lamb, and apex cannot be used.
-    """
+    """The optimizer of `optim.name` over the trained parameters, and lines for the user."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     missing = None if name == "adamw" else _apex_is_missing(device)
-    if name == "adamw":
-        return adamw(trained, **options), []
-    if missing and name == "apex_adam":
-        return adamw(trained, **options), [
-            f"optim.name=apex_adam: {missing}: torch's fused AdamW, the same update"
-        ]
+    if name == "adamw" or (missing and name == "apex_adam"):
+        note = f"optim.name=apex_adam: {missing}: torch's fused AdamW, the same update"
+        return adamw(trained, **options), [note] if missing else []
     if missing:
         raise UserError(
             f"optim.name={name}: {missing}; build it from NVIDIA's repository with its C++ and CUDA extensions, "

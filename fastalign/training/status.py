@@ -39,12 +39,9 @@ class StepStatus:
 
 
 class Status:
-    """The exchange.
+    """The exchange; `lag`: updates after which a status is read, None = 1 on a GPU, 0 on a CPU.
 
-    Args:
-        world: the ranks.
-        lag: updates after which a status is read; None = 1 on a GPU, 0 on a CPU.
-        sticky: after one skipped update skip all that follow, so that the weights stay those from before it.
+    With `sticky`, after one skipped update all that follow are skipped: the weights stay those from before it.
     """
 
     def __init__(self, world: World, *, sticky: bool = False, lag: int | None = None):
@@ -64,16 +61,11 @@ class Status:
         stop: StopReason = StopReason.NONE,
         overdue: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Share an update's status; a collective. `read` returns it later.
+        """Share an update's status, with the fields of `StepStatus`; a collective. `read` returns it later.
 
         Args:
-            step: number of the update.
             loss: [] this rank's, on the device.
             norm: [] of the gradient over all ranks.
-            ids: [n] int64, this rank's samples.
-            found: this rank's bad samples.
-            stop: why this rank wants the run to stop.
-            overdue: this rank asks for a checkpoint.
 
         Returns:
             [] fp32, the mean loss over ranks, and [] bool, whether to skip the update; on the device.
