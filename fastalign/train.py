@@ -26,8 +26,7 @@ from fastalign.training.metrics import MetricLog, Speed
 from fastalign.training.optim import learning_rate, seed_update, step_unless
 from fastalign.training.preemption import Preemption, clear_marker, preempted
 from fastalign.training.reporter import Reporter
-from fastalign.training.run import Run
-from fastalign.training.state import itstime
+from fastalign.training.run import Run, itstime
 from fastalign.training.validation import evaluate, measure_target_scale
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import can_be_folder

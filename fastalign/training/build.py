@@ -26,17 +26,6 @@ from fastalign.utils.yaml_files import parse_yaml
 _TRANSFORM_KEYS = ("crop", "scale", "ratio", "hflip", "color_jitter", "randaugment")
 
 
-def build_masks(config: Config):
-    """The mask distribution."""
-    options = {"complement": config.masks.complement, "full": config.masks.full, "seed": config.seed}
-    if config.masks.ratio is not None:
-        options["ratio"] = config.masks.ratio
-    try:
-        return MASKS[config.masks.distribution](**options)
-    except ValueError as error:
-        raise UserError(f"masks.ratio: {error}") from None
-
-
 def build_backbones(config: Config) -> tuple[ViT, ViT]:
     """The student's backbone and the teacher's: the same object if they do not differ."""
     student = config.student
@@ -119,18 +108,22 @@ def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, Vi
     torch.manual_seed(config.seed)
     backbone, taught = build_backbones(config)
     torch.manual_seed(config.seed)
+    options = {"complement": config.masks.complement, "full": config.masks.full, "seed": config.seed}
+    if config.masks.ratio is not None:
+        options["ratio"] = config.masks.ratio
     try:
+        masks = MASKS[config.masks.distribution](**options)
         teacher = MaskedTeacher(
             taught,
             skip_blocks=config.teacher.skip_blocks,
             masking="zero" if config.objective == "mim" else config.masks.mode,
             prefix_only=config.teacher.prefix_only,
         )
-        options = config.student
-        common = {"softcap": options.softcap, "target_dim": taught.embed_dim, "head": options.head}
+        common = {"softcap": config.student.softcap, "head": config.student.head}
+        common["target_dim"] = taught.embed_dim
         if config.objective == "mim":
             student = MIMStudent.from_backbone(backbone, **common, masking=config.masks.mode)
-            objective = MaskedImageModeling(teacher, student, build_masks(config), config.loss.name)
+            objective = MaskedImageModeling(teacher, student, masks, config.loss.name)
         else:
             student = MaskEmbedStudent.from_backbone(
                 backbone,
@@ -140,7 +133,7 @@ def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, Vi
                 decoder_layers=config.decoder.layers,
                 **{f"decoder_{key}": value for key, value in config.decoder.kwargs.model_dump().items()},
             )
-            objective = MaskEmbed(teacher, student, build_masks(config), config.loss.name)
+            objective = MaskEmbed(teacher, student, masks, config.loss.name)
     except ValueError as error:
         raise UserError(str(error)) from None
     student.encoder.grad_checkpointing = config.efficiency.grad_checkpointing
@@ -154,7 +147,7 @@ def choose_attention(config: Config, objective, device: torch.device) -> str:
         check_attention(wanted)
     except ValueError as error:
         raise UserError(f"efficiency.attention: {error}") from None
-    cases = objective.attention_cases(device, precision(config, device))
+    cases = objective.attention_cases(device, compute_dtype(config.efficiency.precision, device))
     compiled = bool(config.efficiency.compile)
     choices = {part: choose(case._replace(compiled=compiled), wanted) for part, case in cases.items()}
     if wanted != "auto" and wanted not in {choice.backend for choice in choices.values()}:
@@ -164,18 +157,14 @@ def choose_attention(config: Config, objective, device: torch.device) -> str:
     return "attention: " + ", ".join(f"{part} {choice.backend}" for part, choice in choices.items())
 
 
-def precision(config: Config, device: torch.device) -> torch.dtype:
-    """The dtype of autocast and of the images."""
-    return compute_dtype(config.efficiency.precision, device)
-
-
 def teacher_dtype(config: Config, device: torch.device) -> torch.dtype:
     """The dtype of the teacher's matrices."""
     if config.efficiency.precision != "fp8":
-        return precision(config, device)
+        return compute_dtype(config.efficiency.precision, device)
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
         raise UserError(
-            f"efficiency.precision=fp8: {torch.cuda.get_device_name(device)} does not support it; set bf16"
+            f"efficiency.precision=fp8: {name} does not support it; set efficiency.precision=bf16"
         )
     return torch.float8_e4m3fn
 
@@ -228,7 +217,7 @@ def _common(config: Config, world: World) -> dict:
     return {
         "batch_size": config.optim.batch_size // (config.optim.accumulate * world.size),
         "device": world.device,
-        "dtype": precision(config, world.device),
+        "dtype": compute_dtype(config.efficiency.precision, world.device),
         "seed": config.seed,
         "rank": world.rank,
         "world_size": world.size,

@@ -35,7 +35,6 @@ def snapshot(tree: Any, *, keep: bool = True) -> Any:
 
     Sharded tensors are gathered, for which every rank must call this; with `keep` false it returns no tensors.
     """
-    devices = set()
 
     def copy(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -45,13 +44,12 @@ def snapshot(tree: Any, *, keep: bool = True) -> Any:
             return None
         if value.device.type != "cuda":
             return value.clone()
-        devices.add(value.device)
         host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
         return host.copy_(value, non_blocking=True)
 
     copied = tree_map(copy, tree)
-    for device in devices:
-        torch.cuda.current_stream(device).synchronize()
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
     return copied
 
 

@@ -17,8 +17,7 @@ from torch import distributed
 
 from fastalign.training.distributed import World
 
-RANK_FAILED = 70
-"""exit code after a hang, or after the connection to another rank was lost: run the same command again"""
+RANK_FAILED = 70  # exit code after a hang, or after the connection to another rank was lost
 WAITING = "waiting for the device or the other ranks"
 _TORCH = Path(torch.__file__).parent
 _COLLECTIVES = (f"{_TORCH}/distributed/", f"{_TORCH}/autograd/graph.py")  # backward passes, where DDP reduces

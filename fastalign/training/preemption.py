@@ -6,12 +6,9 @@ from enum import IntEnum
 from pathlib import Path
 from types import FrameType
 
-PREEMPTED = 75
-"""exit code of a run that was asked to stop and has saved: EX_TEMPFAIL, try again later"""
-INTERRUPTED = 130
-"""exit code after Ctrl-C: 128 + SIGINT, as in shells"""
-MARKER = "preempted"
-"""the file in the run folder that tells a script to start the same command again"""
+PREEMPTED = 75  # exit code of a run that was asked to stop and has saved: EX_TEMPFAIL, try again later
+INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT, as in shells
+MARKER = "preempted"  # the file in the run folder that tells a script to start the same command again
 
 
 class StopReason(IntEnum):

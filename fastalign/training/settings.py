@@ -20,8 +20,7 @@ class Change(NamedTuple):
     key: str
     before: Any
     now: Any
-    contents: str | None = None
-    """of a path: what has changed there"""
+    contents: str | None = None  # of a path: what has changed there
 
     def __str__(self) -> str:
         before, now = (json.dumps(value, ensure_ascii=False) for value in (self.before, self.now))

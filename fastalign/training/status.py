@@ -21,21 +21,14 @@ _LOSS, _BAD, _OVERDUE, _RANKS = range(4)
 class StepStatus:
     """One update, as every rank knows it."""
 
-    step: int
-    """number of the update, from 1"""
-    skipped: bool
-    """the loss or the gradient was not finite, and the weights did not change"""
-    ranks: tuple[int, ...]
-    """whose loss was not finite; empty if only the gradient was not"""
+    step: int  # number of the update, from 1
+    skipped: bool  # the loss or the gradient was not finite, and the weights did not change
+    ranks: tuple[int, ...]  # whose loss was not finite; empty if only the gradient was not
     stop: StopReason
-    overdue: bool
-    """a rank asks for a checkpoint, because the newest one is old"""
-    bad: int
-    """bad samples found in the update's batches, over all ranks"""
-    ids: np.ndarray
-    """[n] int64, this rank's samples"""
-    found: tuple
-    """this rank's bad samples"""
+    overdue: bool  # a rank asks for a checkpoint, because the newest one is old
+    bad: int  # bad samples found in the update's batches, over all ranks
+    ids: np.ndarray  # [n] int64, this rank's samples
+    found: tuple  # this rank's bad samples
 
 
 class Status:
@@ -57,9 +50,9 @@ class Status:
         norm: Tensor,
         *,
         ids: np.ndarray,
-        found: tuple = (),
-        stop: StopReason = StopReason.NONE,
-        overdue: bool = False,
+        found: tuple,
+        stop: int,
+        overdue: bool,
     ) -> tuple[Tensor, Tensor]:
         """Share an update's status, with the fields of `StepStatus`; a collective. `read` returns it later.
 

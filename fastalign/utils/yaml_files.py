@@ -11,8 +11,7 @@ from pydantic import ValidationError
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
 
-LONGEST = 1 << 20
-"""Characters of a YAML text at most."""
+LONGEST = 1 << 20  # bytes of a YAML text
 
 
 def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict:
@@ -32,16 +31,13 @@ def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; UserError if there is none."""
     if not path.is_file():
         raise UserError(f"no configuration file at {path}; the recipe comes before any section.key=value")
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file in UTF-8") from None
+    tree = parse_yaml(path.read_bytes(), str(path)) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
     return tree
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str | bytes, where: str) -> Any:
     """The value of a YAML text; UserError about `where` if it is not YAML."""
     where = where[:80]
     if len(text) > LONGEST:
