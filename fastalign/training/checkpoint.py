@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,7 @@ def save(run: Run, *, evaluated: bool = False) -> None:
     facts = backbone_facts(run, evaluated=evaluated) if published else None
     state = snapshot({**checkpoint_state(run), "is_best": best, "backbone": facts}, keep=run.world.main)
     if run.world.main:
-        run.checkpoints.save(
-            state, run.state.step, best=best, publish=lambda saved: publish_backbone(run.folder, saved)
-        )
+        run.checkpoints.save(state, run.state.step, best=best, publish=partial(publish_backbone, run.folder))
 
 
 def wait_for_checkpoint(run: Run) -> None:
@@ -136,9 +135,7 @@ def resume(run: Run) -> tuple[list[Change], list[str]]:
 def _load_tensors(run: Run, saved: dict, path: Path, changes: list[Change]) -> None:
     old, new = saved["optimizer_class"], class_name(run.optimizer)
     if old != new:
-        raise UserError(
-            f"{path} holds the state of {old}, not of {new}: install or remove apex, or choose another output"
-        )
+        raise UserError(f"{path} holds the state of {old}, not of {new}: choose another output")
     options = [{key: group[key] for key in ("betas", "weight_decay")} for group in run.optimizer.param_groups]
     try:
         sharding.load_module(run.objective.student, saved["student"])
@@ -148,7 +145,7 @@ def _load_tensors(run: Run, saved: dict, path: Path, changes: list[Change]) -> N
     except (RuntimeError, ValueError, LookupError, TypeError) as error:
         reason = "; ".join(map(str, changes)) or str(error).splitlines()[-1].strip()
         raise UserError(
-            f"{path} is a checkpoint of another model ({reason}): choose another output than {run.folder}"
+            f"{path} is a checkpoint of another model ({reason}): choose another output"
         ) from error
     for group, current in zip(run.optimizer.param_groups, options, strict=True):
         group.update(current)  # the configuration's, not the checkpoint's

@@ -147,12 +147,10 @@ class Checkpoints:
             publish(state)
             self.prune()
         except Exception as error:  # whatever it is, the next step must learn of it
-            cause, steps = system_error(error), self.steps()
-            good = f"the newest good checkpoint is {self.path(steps[-1])}" if steps else "there is none yet"
-            self._failure = UserError(
-                f"{self.path(step)} could not be written ({reason(cause or error)}); {good}: "
-                "free some space, or make the directory writable, and run the same command again"
-            )
+            message = f"{self.path(step)} could not be written ({reason(system_error(error) or error)})"
+            good = f"; the newest good checkpoint is {self.path(self.steps()[-1])}" if self.steps() else ""
+            remedy = "free some space, or make the directory writable, and run the same command again"
+            self._failure = UserError(f"{message}{good}: {remedy}")
 
     def prune(self) -> None:
         """Remove the checkpoints too old to keep."""

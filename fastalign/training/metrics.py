@@ -21,8 +21,8 @@ from fastalign.method.flops import peak_flops
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import wrap_io_errors, write_atomically
 
+# torch's names for capturing a graph with its forward code, and for backward code that is generated later
 _COMPILE_TIMES = ("_compile.compile_inner", "backward._backward_impl")
-"""torch's names for capturing a graph with its forward code, and for backward code that is generated later."""
 _WINDOW, _MIN_LOSSES, _MIN_DEVIATIONS, _MIN_RATIO = 200, 50, 8.0, 1.2
 _MAD_TO_STD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 

@@ -24,7 +24,7 @@ class StopReason(IntEnum):
 class Preempted(Exception):
     """The run was asked to stop, and its checkpoint is on disk; `code` is the exit code."""
 
-    def __init__(self, message: str, code: int = PREEMPTED):
+    def __init__(self, message: str, code: int):
         super().__init__(message)
         self.code = code
 

@@ -124,10 +124,8 @@ class Run:
         return autocast(self.world.device, self.dtype)
 
     def cached_autocast(self) -> AbstractContextManager:
-        """Around passes with the same weights: a disabled outer autocast keeps the casts of those inside it.
-
-        Not for sharded weights, which are gathered for each pass.
-        """
+        """Around passes with the same weights: a disabled outer autocast keeps the casts of those inside it."""
+        # Not for sharded weights, which are gathered for each pass.
         reduced = self.dtype == torch.bfloat16 and not self.sharded
         return torch.autocast(self.world.device.type, enabled=False) if reduced else nullcontext()
 

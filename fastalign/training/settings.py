@@ -58,21 +58,20 @@ def changed_settings(
     """
     before = resolve(saved["config"], [], path).model_dump(mode="json")
     after = config.model_dump(mode="json")
-    values, inside, notes = [], [], []
+    changes, notes = [], []
     for key, kind in kinds().items():
         old, new = get_key(before, key), get_key(after, key)
         if kind is Kind.FREE:
             continue
         if kind is Kind.GROWS:
             if old != new and new is not None and new < saved["step"]:
-                values.append(Change(key, old, new))
+                changes.append(Change(key, old, new))
         elif key not in places:
-            values += _differences(key, old, new)
+            changes += _differences(key, old, new)
         elif change := places[key]:
-            (values if old != new else inside).append(Change(key, old, new, change))
+            changes.append(Change(key, old, new, change))
         elif old != new:
             notes.append(f"{Change(key, old, new)}: the contents are the same")
-    changes = values + inside
     if changes and (finished or config.resume != "force"):
         remedy = "set it back, choose another output, or use and record the new ones from here on with resume=force"
         if finished:

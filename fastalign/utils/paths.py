@@ -24,10 +24,7 @@ def home_folder() -> str | None:
 
 
 def place_caches() -> None:
-    """Make the compilers' caches work for a user without a name or a home folder, as in a container.
-
-    torch._dynamo's import needs a user name, and Triton would create a folder called `~`.
-    """
+    """For a container's user: torch._dynamo's import needs a name, and without a home Triton creates a folder `~`."""
     try:
         getpass.getuser()
     except (KeyError, OSError):  # OSError from Python 3.13 on

@@ -15,8 +15,7 @@ _ROUNDS = 10
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
-EVAL_EPOCH = _WORD
-"""The epoch of evaluation: its masks never change and differ from those of every training epoch."""
+EVAL_EPOCH = _WORD  # of evaluation: its masks never change and differ from those of every training epoch
 
 
 class Stream(IntEnum):
