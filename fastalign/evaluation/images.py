@@ -13,9 +13,9 @@ import torch
 from fastalign import __version__
 from fastalign.backbones.vit import ViT
 from fastalign.evaluation.image_folders import open_image_splits
-from fastalign.evaluation.image_options import ImageOptions
 from fastalign.evaluation.image_training import Job, train_on_features, train_on_images
 from fastalign.evaluation.metrics import IMAGE_METRICS
+from fastalign.evaluation.options import ImageOptions
 from fastalign.evaluation.results import check_output, write_results
 from fastalign.training.checkpoint_files import checksum
 from fastalign.training.command import report_rank_error
@@ -47,7 +47,7 @@ def classify(
         world: the ranks that share the work; None = this process alone.
         say: gets lines about the progress.
         command: kept in the result.
-        **options: fields of `fastalign.evaluation.image_options.ImageOptions`: head, seeds, unfreeze, epochs, lr...
+        **options: fields of `fastalign.evaluation.options.ImageOptions`: head, seeds, unfreeze, epochs, lr...
 
     Returns:
         The content of classify.json (docs/classify.md).
@@ -61,8 +61,6 @@ def classify(
         raise UserError(f"--kwargs in_chans={backbone.spec.channels}: images have 3 channels; remove it")
     with ExitStack() as stack:
         splits, classes = open_image_splits(data, world, say)
-        for split in splits.values():
-            stack.callback(split.source.close)
         _check_batch_size(chosen, len(splits["train"].source), world)
         described = {name: split.facts() for name, split in splits.items()}
         about = {"root": str(data), "splits": described, "classes": classes}

@@ -28,7 +28,7 @@ def test_classes_are_matched_by_name(tmp_path):
 
 
 def test_labels_in_a_table(tmp_path):
-    """Integers sort by value; pictures beside images/ are none of ours."""
+    """Integers sort by value; images next to images/ are ignored."""
     for split in ("train", "val"):
         write_split(tmp_path / split, "images", {"0.png": 10, "1.png": 9, "2.png": 100}, table=True)
         write_split(tmp_path / split, "masks", {"0.png": 0})
@@ -56,28 +56,15 @@ def test_labels_in_shards(tmp_path):
     write_tar(tmp_path / "val" / "1.tar", [("a.png", encode(coloured(0, draw), "PNG"))])
     with pytest.raises(fa.UserError, match=r"1 of 3 images have no label, the first is .*1.tar:a.png"):
         labels_of(tmp_path)
-    write_tar(
-        tmp_path / "val" / "1.tar", [("a.png", encode(coloured(0, draw), "PNG")), ("a.cls", text("x" * 5000))]
-    )
-    with pytest.raises(fa.UserError, match=r"1.tar:a.cls has 5000 bytes"):
-        labels_of(tmp_path)
 
 
 @pytest.mark.parametrize("joined", [False, True])
 def test_labels_of_names_with_dots(tmp_path, joined):
     """Each image has the `.cls` of its own name before that of its key, also behind a tar's end mark."""
-    files = {
-        "2020.01.05.jpg": b"i",
-        "2020.01.05.cls": b"cat",
-        "2020.01.06.jpg": b"i",
-        "2020.01.06.cls": b"dog",
-    }
-    files |= {
-        "2021.left.jpg": b"i",
-        "2021.right.jpg": b"i",
-        "2021.cls": b"cow",
-        "2022.07.cls": b"pig",
-        "2022.08.jpg": b"i",
+    classes = {"2020.01.05": b"cat", "2020.01.06": b"dog", "2021": b"cow", "2022.07": b"pig"}
+    images = ("2020.01.05", "2020.01.06", "2021.left", "2021.right", "2022.08")
+    files = {f"{name}.jpg": b"i" for name in images} | {
+        f"{name}.cls": label for name, label in classes.items()
     }
     path, content = tmp_path / "t.tar", b""
     for group in ([item] for item in files.items()) if joined else [list(files.items())]:
@@ -89,13 +76,5 @@ def test_labels_of_names_with_dots(tmp_path, joined):
 def test_labels_that_contradict_one_another_are_refused(tmp_path):
     members = [("a.jpg", b"i"), ("a.cls", b"cat"), ("b.cls", b"cat"), ("b.cls", b"cat"), ("a.cls", b"dog")]
     path = write_tar(tmp_path / "t.tar", members)
-    with pytest.raises(fa.UserError, match=r"t.tar:a.cls is in the shard twice and says 'cat' and 'dog'"):
+    with pytest.raises(fa.UserError, match=r"t.tar:a.cls has two labels, 'cat' and 'dog'"):
         open_source(str(path)).class_names()
-
-
-def test_a_split_that_is_not_mounted_is_refused(tmp_path):
-    for split in ("train", "val"):
-        write_split(tmp_path, split, {"a/0.png": 0, "b/0.png": 0})
-    (tmp_path / "test").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(fa.UserError, match="test is not a folder"):
-        labels_of(tmp_path)
