@@ -25,9 +25,9 @@ import torch
 from fastalign.backbones.zoo import load_backbone
 from fastalign.config import Config, load_config
 from fastalign.evaluation.datasets import open_labelled
+from fastalign.evaluation.options import Plan, Recipe
 from fastalign.evaluation.patch_features import Encoder, frozen_encoder
-from fastalign.evaluation.patches import Recipe
-from fastalign.evaluation.probing import Plan, probe
+from fastalign.evaluation.patches import probe
 from fastalign.train import train
 from fastalign.training import build
 from fastalign.training.command import run_command

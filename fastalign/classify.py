@@ -8,9 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastalign.evaluation.image_options import ImageOptions
 from fastalign.evaluation.images import RESULTS, classify
-from fastalign.evaluation.options import add_flags, evaluation_parser, from_flags
+from fastalign.evaluation.options import ImageOptions, add_flags, evaluation_parser, from_flags
 from fastalign.evaluation.results import image_table
 from fastalign.training import distributed
 from fastalign.training.build import named_backbone

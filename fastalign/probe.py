@@ -16,13 +16,14 @@ from fastalign.evaluation.datasets import open_labelled
 from fastalign.evaluation.options import (
     Count,
     Options,
+    Plan,
     Precision,
     add_flags,
     evaluation_parser,
     from_flags,
 )
 from fastalign.evaluation.patch_features import Encoder, frozen_encoder
-from fastalign.evaluation.probing import Plan, probe
+from fastalign.evaluation.patches import probe
 from fastalign.evaluation.results import check_output, patch_table, summarise, write_results
 from fastalign.training import distributed
 from fastalign.training.build import named_backbone, starting_backbone

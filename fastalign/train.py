@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastalign.config import Config, load_config, to_yaml
 from fastalign.evaluation.during_training import contents, open_splits, probe_student
-from fastalign.evaluation.pairs import LabelledImages
+from fastalign.evaluation.label_maps import LabelledImages
 from fastalign.method.flops import flops_per_image
 from fastalign.training import distributed
 from fastalign.training.checkpoint import (

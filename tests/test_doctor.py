@@ -41,7 +41,7 @@ def test_kernels_switched_off_are_named(monkeypatch):
     assert any("because FASTALIGN_KERNELS=0" in line for line in doctor.operations())
 
 
-def test_another_project_under_a_known_name_is_not_taken_for_it(tmp_path, monkeypatch):
+def test_another_project_under_a_known_name_is_recognised(tmp_path, monkeypatch):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
@@ -63,7 +63,7 @@ def test_missing_dali(installed, words, monkeypatch):
     assert words in doctor.machine()[-1]
 
 
-def test_a_gpu_without_the_extension_hears_how_to_get_it(monkeypatch):
+def test_a_gpu_without_the_extension_gets_advice(monkeypatch):
     gpu = SimpleNamespace(name="Some GPU", major=9, minor=0, total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

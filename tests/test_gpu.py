@@ -13,8 +13,9 @@ import torch
 import fastalign as fa
 from fastalign.backbones.precision import FP8_CAPABILITY, FP8Linear
 from fastalign.evaluation.heads import TokenShape, make_patch_head
+from fastalign.evaluation.options import Recipe
 from fastalign.evaluation.patch_features import PatchFeatures
-from fastalign.evaluation.patches import Recipe, Task, evaluate_head, fit_head
+from fastalign.evaluation.patches import Task, evaluate_head, fit_head
 from fastalign.train import update
 from tests.numerics import gradient_error, randomise, relative_error
 from tests.update_helpers import run_of_batches, write_recipe

@@ -1,6 +1,6 @@
-"""The method once more, written from its description with timm's modules and eager code: the independent truth.
+"""An independent implementation of the method, from its description, with timm's modules and eager code.
 
-One image at a time, one mask at a time, pixels blanked one patch at a time: slow, plain, float64.
+It is slow and simple: one image, one mask and one patch at a time, in float64.
 """
 
 import copy
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def blank_pixels(image: Tensor, mask: Tensor, patch: int) -> Tensor:
-    """[C, h, w] with the pixels of hidden patches zero; what no patch covers is left as it is."""
+    """[C, h, w] with the pixels of hidden patches zero; pixels outside of all patches are unchanged."""
     image = image.clone()
     columns = image.shape[2] // patch
     for index, shown in enumerate(mask.tolist()):
@@ -37,7 +37,7 @@ def teacher_targets(model: nn.Module, images: Tensor, visible: Tensor, skip_bloc
 
 
 class CappedAttention(nn.Module):
-    """A stand-in for timm's attention with capped logits, by explicit loops over heads."""
+    """timm's attention with capped logits, in explicit loops over heads."""
 
     def __init__(self, inner: nn.Module, cap: float):
         super().__init__()

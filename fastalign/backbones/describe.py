@@ -56,6 +56,8 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
     """
     spec = replace(describe(source), **changes)
     rate = max((getattr(part, "drop_prob", None) or 0.0) for part in source.modules())
+    if rate >= 1:
+        raise UserError(f"drop_path_rate must be less than 1, got {rate}")
     found = timm.data.resolve_model_data_config(source)
     data = {"mean": list(found["mean"]), "std": list(found["std"])}
     data |= {"interpolation": found["interpolation"], "crop_pct": found["crop_pct"]}

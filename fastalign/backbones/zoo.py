@@ -117,7 +117,7 @@ def _from_checkpoint(name: str, kwargs: dict, template: nn.Module, found: Checkp
         template = _template(name, kwargs)
     state, spec = timm_state(found, template, path), describe(template)
     check_config(spec, found.config, path)
-    if _is_moco(name):  # its table is computed, whatever the file has
+    if _is_moco(name):  # its table is computed, not read
         state["pos_embed"] = torch.zeros(template.pos_embed.shape)
         grid = spec.grid
     else:
@@ -193,9 +193,18 @@ def _template(name: str, kwargs: dict) -> nn.Module:
     with torch.device("meta"):
         template = _create_timm(name, kwargs)
     try:
-        from_timm(template)
+        spec = from_timm(template).spec
     except UserError as error:
         raise UserError(f"backbone {name}: {error}") from error
+    # timm ignores a remainder of the image. That is meant for native sizes (384 / 14), not for a size asked for.
+    native = tuple(template.pretrained_cfg.get("input_size", (3, 0, 0))[-2:])
+    for side, patch in zip(spec.image_size, spec.patch_size, strict=True):
+        if side % patch and spec.image_size != native:
+            below = max(side // patch, 1) * patch
+            raise UserError(
+                f"{name}: img_size {side} is not a multiple of the patch size {patch}: "
+                f"use {below} or {below + patch}"
+            )
     return template
 
 

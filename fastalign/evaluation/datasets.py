@@ -13,16 +13,17 @@ import numpy as np
 from fastalign.data.source import Source, Subset
 from fastalign.data.sources import FolderSource, TarSource
 from fastalign.data.tars import each_once, stem
-from fastalign.evaluation.maps import (
+from fastalign.evaluation.label_maps import (
     VOID,
+    LabelledImages,
     ade20k_table,
     coco_table,
     decode_ids,
     decode_panoptic,
     decode_table,
+    pair,
     read_panoptic,
 )
-from fastalign.evaluation.pairs import LabelledImages, pair
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
 
@@ -34,6 +35,7 @@ HELD_OUT = {"coco": 5_000, "ade20k": 2_000}
 """Training images that `val` takes from `train`, where a data set has two labelled splits."""
 
 _MAX_CLASSES = 2**15 - 1
+_REMEDY = "`bash examples/download.sh {} {}` in a clone of fastalign fetches it"
 _IDS = "write one class name per line, the first line is id 0"
 
 
@@ -111,14 +113,10 @@ def _published(images: Path, maps: Path, split: str, held_out: int) -> tuple[Sou
     return Subset(source, chosen), Subset(labels, chosen)
 
 
-def _remedy(data: str, root: Path) -> str:
-    return f"`bash examples/download.sh {data} {root}` in a clone of fastalign fetches it"
-
-
 def _open_coco(kind: str, root: Path, split: str) -> LabelledImages:
     year = "val2017" if split == "test" else "train2017"
     panoptic = kind == "coco-panoptic"
-    remedy = _remedy(kind if panoptic else "coco", root)
+    remedy = _REMEDY.format(kind if panoptic else "coco", root)
     name = f"panoptic_{year}" if panoptic else year
     other = root / name if panoptic else root / "stuffthingmaps" / name
     images = _folder(kind, [root / "images" / year, root / year], remedy)
@@ -136,7 +134,7 @@ def _open_coco(kind: str, root: Path, split: str) -> LabelledImages:
 
 def _open_ade20k(root: Path, split: str) -> LabelledImages:
     part = "validation" if split == "test" else "training"
-    nested, remedy = root / "ADEChallengeData2016", _remedy("ade20k", root)
+    nested, remedy = root / "ADEChallengeData2016", _REMEDY.format("ade20k", root)
     images, maps = (
         _folder("ade20k", [root / kind / part, nested / kind / part], remedy)
         for kind in ("images", "annotations")

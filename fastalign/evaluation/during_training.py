@@ -11,9 +11,10 @@ from fastalign.backbones.vit import ViT
 from fastalign.config import Config
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.evaluation.heads import make_patch_head
-from fastalign.evaluation.pairs import LabelledImages
+from fastalign.evaluation.label_maps import LabelledImages
+from fastalign.evaluation.options import Recipe
 from fastalign.evaluation.patch_features import frozen_encoder, read_patch_features
-from fastalign.evaluation.patches import Recipe, Task, evaluate_head, fit_head
+from fastalign.evaluation.patches import Task, evaluate_head, fit_head
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.utils.errors import UserError
 
@@ -85,16 +86,7 @@ def probe_encoder(
 ) -> dict[str, float]:
     """Trains a fresh head on a backbone's tokens, in memory and on one rank, and evaluates it.
 
-    Random states stay as they are; the backbone is frozen.
-
-    Args:
-        vit: on the device.
-        splits: of `open_splits`.
-        device: where.
-        seed: of the head and its training.
-        threads: that read images.
-        dtype: of autocast.
-        on_forward: called at each forward pass.
+    Random states stay as they are; the backbone is frozen. `on_forward` is called at each forward pass.
 
     Returns:
         Of the val split after the last epoch: macro_recall, map and loss.

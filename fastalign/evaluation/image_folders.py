@@ -14,8 +14,6 @@ from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
 
-_MOST_NAMED = 3
-
 
 @dataclass(frozen=True)
 class ImageSplit:
@@ -110,6 +108,4 @@ def _sorted(names: set[str]) -> list[str]:
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    word = "class" if len(names) == 1 else "classes"
-    return f"{word} {', '.join(names[:_MOST_NAMED])}{more}"
+    return f"{'class' if len(names) == 1 else 'classes'} {', '.join(names[:3])}{', ...' if names[3:] else ''}"

@@ -16,14 +16,19 @@ from fastalign.backbones.vit import ViT
 from fastalign.data.loader import Loader
 from fastalign.data.prefetch import Batch
 from fastalign.data.transforms import Transform
-from fastalign.evaluation.classifier import Classifier, copy_for_head, head_input, parameter_groups
 from fastalign.evaluation.features import open_loader, read_image_features
-from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate
-from fastalign.evaluation.heads import StandardizedLinear, make_image_head
+from fastalign.evaluation.fit import FeatureLoader, Fit, RunFolder, evaluate
+from fastalign.evaluation.heads import (
+    Classifier,
+    StandardizedLinear,
+    copy_for_head,
+    head_input,
+    make_image_head,
+    parameter_groups,
+)
 from fastalign.evaluation.image_folders import ImageSplit
-from fastalign.evaluation.image_options import ImageOptions
 from fastalign.evaluation.metrics import ImageCounts
-from fastalign.evaluation.run_folder import RunFolder
+from fastalign.evaluation.options import ImageOptions
 from fastalign.training.build import image_constants
 from fastalign.training.distributed import World
 from fastalign.training.optim import learning_rate
@@ -56,10 +61,10 @@ class Job:
         """Of autocast."""
         return compute_dtype(self.options.precision, self.world.device)
 
-    def open_loader(self, split: str, transform: Transform, batch_size: int, **options) -> Loader:
+    def open_loader(self, split: str, transform: Transform, batch_size: int, **more) -> Loader:
         """A loader of a split for this rank."""
-        options |= {"batch_size": batch_size, "dtype": self.dtype, "threads": self.options.threads}
-        return open_loader(self.splits[split].source, transform, self.world, **options)
+        more |= {"batch_size": batch_size, "dtype": self.dtype, "threads": self.options.threads}
+        return open_loader(self.splits[split].source, transform, self.world, **more)
 
 
 def mixed_loss(logits: Tensor, labels: Tensor, *, weight: float, smoothing: float) -> Tensor:

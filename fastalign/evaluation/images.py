@@ -13,9 +13,9 @@ import torch
 from fastalign import __version__
 from fastalign.backbones.vit import ViT
 from fastalign.evaluation.image_folders import open_image_splits
-from fastalign.evaluation.image_options import ImageOptions
 from fastalign.evaluation.image_training import Job, train_on_features, train_on_images
 from fastalign.evaluation.metrics import IMAGE_METRICS
+from fastalign.evaluation.options import ImageOptions
 from fastalign.evaluation.results import check_output, write_results
 from fastalign.training.checkpoint_files import checksum
 from fastalign.training.command import report_rank_error
@@ -47,7 +47,7 @@ def classify(
         world: the ranks that share the work; None = this process alone.
         say: gets lines about the progress.
         command: kept in the result.
-        **options: fields of `fastalign.evaluation.image_options.ImageOptions`: head, seeds, unfreeze, epochs, lr...
+        **options: fields of `fastalign.evaluation.options.ImageOptions`: head, seeds, unfreeze, epochs, lr...
 
     Returns:
         The content of classify.json (docs/classify.md).

@@ -29,10 +29,7 @@ def patch_loss(logits: Tensor, targets: Tensor) -> Tensor:
 class MultiLabelCounts:
     """Of patches that may have several classes; the threshold is probability 0.5.
 
-    Args:
-        classes: C.
-        device: of logits and targets.
-        by_size: also count by the share of the image's patches that contain the class.
+    With `by_size` also by the share of the image's patches that contain the class.
     """
 
     def __init__(self, classes: int, device: torch.device | str = "cpu", *, by_size: bool = True):
@@ -91,12 +88,7 @@ class MultiLabelCounts:
 
 
 class MultiClassCounts:
-    """Of patches that have one class each; void patches are not counted.
-
-    Args:
-        classes: C.
-        device: of logits and targets.
-    """
+    """Of patches that have one class each; void patches are not counted."""
 
     def __init__(self, classes: int, device: torch.device | str = "cpu"):
         self.matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
@@ -120,12 +112,7 @@ class MultiClassCounts:
 
 
 class ImageCounts:
-    """Of images that have one class each, over all ranks.
-
-    Args:
-        classes: C.
-        device: of logits and labels.
-    """
+    """Of images that have one class each, over all ranks."""
 
     def __init__(self, classes: int, device: torch.device):
         self.classes = classes

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from fastalign import __version__
+from fastalign.backbones.spec import ViTSpec
 from fastalign.backbones.vit import ViT
 from fastalign.data.prefetch import Batch
 from fastalign.data.transforms import Transform
-from fastalign.evaluation.cache import Array, ArrayFiles
-from fastalign.evaluation.features import as_tensor, open_loader, read_features
+from fastalign.evaluation.features import Array, ArrayFiles, as_tensor, open_loader, read_features
 from fastalign.evaluation.heads import TokenShape
-from fastalign.evaluation.pairs import LabelledImages
-from fastalign.evaluation.patch_labels import patch_labels
+from fastalign.evaluation.label_maps import LabelledImages, patch_labels
 from fastalign.training.checkpoint_files import checksum
 from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World
@@ -34,13 +33,17 @@ class Encoder:
     """normalized images [B, 3, h, w] -> tokens [B, T, D], for each entry of skip_blocks"""
     skip_blocks: tuple[int, ...]
     """how many of the last blocks are left out"""
-    shape: TokenShape
-    size: tuple[int, int]
-    patch: tuple[int, int]
+    spec: ViTSpec
+    """of the backbone: image size, patches"""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     identity: str
     """encoders of the same identity give the same tokens"""
+
+    @property
+    def shape(self) -> TokenShape:
+        """Of the tokens."""
+        return TokenShape(self.spec.patches, self.spec.prefix, self.spec.block.width, self.spec.block.heads)
 
 
 def frozen_encoder(vit: ViT, skip_blocks: Sequence[int] = (0,)) -> Encoder:
@@ -51,21 +54,15 @@ def frozen_encoder(vit: ViT, skip_blocks: Sequence[int] = (0,)) -> Encoder:
     """
     skip_blocks, blocks = tuple(dict.fromkeys(skip_blocks)), len(vit.blocks)
     if min(skip_blocks) < 0 or max(skip_blocks) > blocks:
+        given = " ".join(map(str, skip_blocks))
         raise UserError(
-            f"--skip-blocks {' '.join(map(str, skip_blocks))}: the backbone has {blocks} blocks; "
-            f"give numbers from 0 to {blocks}"
+            f"--skip-blocks {given}: the backbone has {blocks} blocks; give numbers from 0 to {blocks}"
         )
-    vit, spec = vit.freeze(), vit.spec
-    return Encoder(
-        encode=lambda images: vit.forward_layers(images, skip_blocks),
-        skip_blocks=skip_blocks,
-        shape=TokenShape(spec.patches, spec.prefix, spec.block.width, spec.block.heads),
-        size=spec.image_size,
-        patch=spec.patch_size,
-        mean=tuple(vit.data["mean"]),
-        std=tuple(vit.data["std"]),
-        identity=f"{spec} {vit.softcap} {getattr(vit.norm, 'eps', None)} {checksum(vit):08x}",
-    )
+    vit = vit.freeze()
+    identity = f"{vit.spec} {vit.softcap} {getattr(vit.norm, 'eps', None)} {checksum(vit):08x}"
+    mean, std = tuple(vit.data["mean"]), tuple(vit.data["std"])
+    encode = lambda images: vit.forward_layers(images, skip_blocks)  # noqa: E731
+    return Encoder(encode, skip_blocks, vit.spec, mean, std, identity)
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,14 @@ def _arrays(encoder: Encoder, data: LabelledImages) -> dict[str, Array]:
 
 def feature_files(encoder: Encoder, data: LabelledImages, folder: Path, dtype: torch.dtype) -> ArrayFiles:
     """The files of a split's features, in a subfolder of `folder` that is named by all that decides them."""
-    parts = (__version__, encoder.identity, encoder.skip_blocks, encoder.size, encoder.mean, encoder.std)
+    parts = (
+        __version__,
+        encoder.identity,
+        encoder.skip_blocks,
+        encoder.spec.image_size,
+        encoder.mean,
+        encoder.std,
+    )
     code = hashlib.sha256(repr((*parts, dtype, data.fingerprint())).encode()).hexdigest()[:16]
     return ArrayFiles(folder / code, _arrays(encoder, data))
 
@@ -165,8 +169,9 @@ def read_patch_features(
 
 
 def _read(arrays: dict, encoder: Encoder, data: LabelledImages, world: World, **how) -> None:
-    transform = Transform(encoder.size, encoder.mean, encoder.std, interpolation="bilinear", crop="center")
-    facts = {"size": encoder.size, "patch": encoder.patch, "unlabeled": data.unlabeled}
+    size, patch = encoder.spec.image_size, encoder.spec.patch_size
+    transform = Transform(size, encoder.mean, encoder.std, interpolation="bilinear", crop="center")
+    facts = {"size": size, "patch": patch, "unlabeled": data.unlabeled}
 
     def read_labels(index: int) -> None:
         union, majority, image = patch_labels(data.label_map(index), classes=len(data.classes), **facts)

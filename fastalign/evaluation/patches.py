@@ -1,60 +1,30 @@
-"""Heads on the tokens of patches: how they are trained, selected and evaluated."""
+"""The probe: heads on the patch tokens of frozen encoders, trained, selected, evaluated, and shared among ranks."""
 
+import contextlib
 import copy
+import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fastalign.data.prefetch import Batch
+from fastalign.evaluation.features import ArrayFiles, check_space
 from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate
-from fastalign.evaluation.metrics import PATCH_METRICS, MultiClassCounts, MultiLabelCounts, patch_loss
-from fastalign.evaluation.options import Count, Options
-from fastalign.evaluation.patch_features import PatchFeatures
+from fastalign.evaluation.heads import TokenShape, make_patch_head, supports
+from fastalign.evaluation.label_maps import LabelledImages
+from fastalign.evaluation.metrics import MultiClassCounts, MultiLabelCounts, patch_loss
+from fastalign.evaluation.options import Plan, Recipe
+from fastalign.evaluation.patch_features import Encoder, PatchFeatures, feature_files, read_patch_features
+from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World
-from fastalign.training.optim import learning_rate
 from fastalign.utils.errors import UserError
 
 _EVALUATION_BATCH = 256
-
-
-class Recipe(Options):
-    """How a head is trained; the defaults are the paper's."""
-
-    epochs: Count = 5
-    batch_size: Count = 32
-    lr: float = Field(1e-3, gt=0)
-    min_lr: float = Field(1e-4, ge=0)
-    warmup_steps: int = Field(500, ge=0)
-    """at most a tenth of all updates"""
-    weight_decay: float = Field(0.01, ge=0)
-    select: Literal[PATCH_METRICS] = "macro_recall"
-    """metric on val that chooses the epoch; macro recall for labels without that metric"""
-
-    @model_validator(mode="after")
-    def _check(self) -> "Recipe":
-        if self.min_lr > self.lr:
-            raise UserError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}: lower it")
-        return self
-
-    def schedule(self, total: int) -> Callable[[int], float]:
-        """The learning rate of each of so many updates."""
-        warmup = min(self.warmup_steps, total // 10)
-        rates = {"lr": self.lr, "min_lr": self.min_lr, "start": 0.0}
-        return partial(learning_rate, total=total, warmup=warmup, **rates)
-
-    def check_images(self, count: int) -> None:
-        """Refuses a training split that does not fill a batch."""
-        if count < self.batch_size:
-            raise UserError(
-                f"--batch-size {self.batch_size}: the training split has {count} images; lower it"
-            )
 
 
 @dataclass(frozen=True)
@@ -149,3 +119,120 @@ def evaluate_head(
 def _loader(features: PatchFeatures, task: Task, batch_size: int, device: torch.device, order=None):
     tokens = features.tokens[task.skip_blocks]
     return FeatureLoader(tokens, batch_size=batch_size, device=device, order=order, dtype=torch.float32)
+
+
+def probe(
+    encoders: dict[str, Encoder],
+    splits: dict[str, LabelledImages],
+    plans: Sequence[Plan],
+    world: World,
+    *,
+    report_on: Sequence[str] = ("test",),
+    cache: Path | None = None,
+    keep_features: bool = True,
+    batch_size: int = 64,
+    threads: int = 4,
+    dtype: torch.dtype = torch.float32,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[dict]:
+    """Trains and evaluates every head of the plans on every encoder.
+
+    Args:
+        encoders: by the name that results carry.
+        splits: train, val (which selects the epoch), and those of `report_on`.
+        plans: heads, labels, seeds, recipe.
+        world: with several ranks, `cache` is needed.
+        report_on: splits that a finished head is evaluated on, once; `val` always is.
+        cache: folder of the features; None = in memory.
+        keep_features: leave in `cache` what this call read.
+        batch_size: images per forward pass of the backbone.
+        threads: for reading.
+        dtype: of autocast.
+        say: gets progress lines.
+
+    Returns:
+        On every rank all rows, as `probe.json` has them.
+
+    Raises:
+        UserError: a batch larger than the training split, a split without labels, too little space, a bad loss.
+    """
+    for plan in plans:
+        plan.recipe.check_images(len(splits["train"]))
+    how = {"batch_size": batch_size, "threads": threads, "dtype": dtype}
+    read, fresh = _read(encoders, splits, world, cache, say, how)
+    # Heads of all encoders are shared out together, so that ranks wait for each other once, at the end.
+    tasks = [
+        (name, plan, task) for name in encoders for plan in plans for task in _tasks(plan, encoders[name])
+    ]
+    rows = {}
+    for number in range(world.rank, len(tasks), world.size):
+        name, plan, task = tasks[number]
+        features = {split: read[name, split] for split in splits}
+        with report_rank_error(world.rank):
+            row = _probe_task(task, encoders[name].shape, features, plan, report_on, world.device, dtype)
+        about = f"{task.labels} {task.head}, {task.skip_blocks} blocks skipped, seed {task.seed}"
+        say(f"{name}: {about}: macro recall {row[report_on[-1]]['macro_recall']:.4f}")
+        rows[number] = {"model": name, **row}
+    for part in world.gather(rows):
+        rows |= part
+    if fresh and world.main and not keep_features:
+        for each in fresh:
+            each.remove()
+        with contextlib.suppress(OSError):
+            cache.rmdir()  # unless it holds something else
+    return [rows[number] for number in range(len(tasks))]
+
+
+def _tasks(plan: Plan, encoder: Encoder) -> list[Task]:
+    combinations = itertools.product(encoder.skip_blocks, plan.labels, plan.heads, plan.seeds)
+    return [
+        Task(head, labels, skip, seed) for skip, labels, head, seed in combinations if supports(head, labels)
+    ]
+
+
+def _read(
+    encoders: dict[str, Encoder],
+    splits: dict[str, LabelledImages],
+    world: World,
+    cache: Path | None,
+    say: Callable[[str], None],
+    how: dict,
+) -> tuple[dict[tuple[str, str], PatchFeatures], list[ArrayFiles]]:
+    """Features by encoder and split, and the files that were not there before."""
+    files, read = {}, {}
+    for name, split in itertools.product(encoders, splits) if cache else ():
+        files[name, split] = feature_files(encoders[name], splits[split], cache, how["dtype"])
+    fresh = [each for each in files.values() if not each.complete()]
+    if world.main and fresh:
+        check_space(cache, fresh)
+    for name, split in itertools.product(encoders, splits):
+        known = cache is not None and files[name, split].complete()
+        if world.main:
+            say(f"{name}: {len(splits[split])} images ({split}){', read before' if known else ''}")
+        read[name, split] = read_patch_features(encoders[name], splits[split], world, folder=cache, **how)
+        if not read[name, split].image.any():
+            raise UserError(f"the {split} split has void pixels only: check its label maps")
+    return read, fresh
+
+
+def _probe_task(
+    task: Task,
+    shape: TokenShape,
+    features: dict[str, PatchFeatures],
+    plan: Plan,
+    report_on: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict:
+    torch.manual_seed(task.seed)
+    classes, where = features["train"].classes, {"device": device, "dtype": dtype}
+    head = make_patch_head(task.head, task.labels, shape, classes, hidden=plan.hidden, layers=plan.layers)
+    head, epoch, val = fit_head(head, task, features["train"], features["val"], plan.recipe, **where)
+    if not math.isfinite(val["loss"]):
+        about = f"{task.labels} {task.head}, seed {task.seed}"
+        raise UserError(f"--lr: the loss of {about} is {val['loss']}; lower the rate")
+    del val["per_class"]
+    reported = {
+        each: evaluate_head(head, task, features[each], **where) for each in report_on if each != "val"
+    }
+    return {**asdict(task), "epoch": epoch, "val": val, **reported}

@@ -74,17 +74,13 @@ def image_table(results: dict) -> Table:
     for title in ("seed", "top-1", "top-5", "mean per class", "loss", "epoch"):
         table.add_column(title, justify="right")
     rows = [(str(seed["seed"]), seed[reported], str(seed["epoch"])) for seed in results["seeds"]]
-    rows += [("mean", results["mean"], "")]
-    rows += [("std", results["std"], "")] if len(results["seeds"]) > 1 else []
+    rows += [(name, results[name], "") for name in ("mean", "std")[: len(results["seeds"])]]
     for name, figures, epoch in rows:
         if name == "mean":
             table.add_section()
-        values = [(metric, figures[metric]) for metric in IMAGE_METRICS]
-        cells = (
-            "-" if value is None else f"{value:.4f}" if metric == "loss" else f"{100 * value:.2f}%"
-            for metric, value in values
-        )
-        table.add_row(name, *cells, epoch)
+        shares = ("-" if figures[key] is None else f"{100 * figures[key]:.2f}%" for key in IMAGE_METRICS[:3])
+        loss = "-" if figures["loss"] is None else f"{figures['loss']:.4f}"
+        table.add_row(name, *shares, loss, epoch)
     return table
 
 

@@ -32,7 +32,7 @@ class Objective(nn.Module):
 
     @property
     def fixed_lengths(self) -> bool:
-        """Whether every batch has the same number of tokens, whatever masks are drawn."""
+        """Whether every batch has the same number of tokens for all masks."""
         return self.masking == "zero" or self.masks.complement
 
     def draw(self, images: Tensor, sample_ids: Tensor, epoch: int) -> tuple[Tensor, Packing | None]:

@@ -22,7 +22,7 @@ EXACT = 1e-12
 
 
 def tiny(name: str = "vit_tiny_patch16_224", **kwargs) -> nn.Module:
-    """timm's model, narrow, two patches high and three wide, every parameter moved."""
+    """timm's model, narrow, two patches high and three wide, random weights in every parameter."""
     kwargs = NARROW | kwargs
     patch = 14 if "patch14" in name else 16
     if not {"img_size", "unsized"} & kwargs.keys():

@@ -11,12 +11,12 @@ import torch
 import transformers
 
 import fastalign as fa
-from tests.backbones.helpers import HF, SMALL
+from tests.backbones.helpers import CLIP, HF, ONE, SMALL
 
-CLIP, VIT = "vit_base_patch16_clip_quickgelu_224", "vit_tiny_patch16_224"
-ONE = torch.ones(1)
-WHOLE = {"state_dict": timm.create_model(VIT, num_classes=0, **SMALL).state_dict()}
-SVIT = {"student_model": f"s{VIT}"}
+TINY = "vit_tiny_patch16_224"
+
+WHOLE = {"state_dict": timm.create_model(TINY, num_classes=0, **SMALL).state_dict()}
+SVIT = {"student_model": f"s{TINY}"}
 
 
 def saved(folder: Path, content) -> Path:
@@ -115,9 +115,9 @@ def test_other_files_are_refused_in_one_line(tmp_path, case):
 
 def test_weights_of_another_shape_are_refused_in_one_line(tmp_path):
     path = saved(tmp_path, WHOLE)
-    assert "a.pth holds the weights of another model: size mismatch for" in message(VIT, path, embed_dim=96)
-    assert "lacks blocks.2" in message(VIT, path, depth=3)
-    assert "blocks.1.attn.proj.bias too" in message(VIT, path, depth=1)
+    assert "a.pth holds the weights of another model: size mismatch for" in message(TINY, path, embed_dim=96)
+    assert "lacks blocks.2" in message(TINY, path, depth=3)
+    assert "blocks.1.attn.proj.bias too" in message(TINY, path, depth=1)
 
 
 class Attack:
@@ -140,6 +140,6 @@ def test_code_in_a_file_is_refused_and_nothing_runs(tmp_path, place, zipped):
     else:
         content[place] = attack
     torch.save(content, tmp_path / "a.pth.tar", _use_new_zipfile_serialization=zipped)
-    found = message(VIT, tmp_path / "a.pth.tar")
+    found = message(TINY, tmp_path / "a.pth.tar")
     assert all(word in found for word in ("a.pth.tar", "safely", "posix.system", "nothing of it was run"))
     assert not (tmp_path / "ran").exists()

@@ -14,14 +14,10 @@ from torch import Tensor, nn
 import fastalign as fa
 from fastalign.backbones.layouts import HF_DEFAULTS
 from fastalign.backbones.vit import ViT
-from tests.backbones.helpers import HF, SMALL
+from tests.backbones.helpers import AT_16, CLIP, DINO, HF, IMAGES, REGISTERS, SIGLIP, SMALL, VIT
 from tests.numerics import randomise, relative_error
 
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
-IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(7))
-CLIP, SIGLIP = "vit_base_patch16_clip_quickgelu_224", "vit_base_patch16_siglip_224"
-VIT, DINO, REGISTERS = "vit_base_patch16_224", "vit_base_patch14_dinov2", "vit_base_patch14_reg4_dinov2"
-AT_16 = {"patch_size": 16}
 
 
 def check(name: str, path: Path, tokens: Tensor, images: Tensor = IMAGES, **kwargs) -> ViT:

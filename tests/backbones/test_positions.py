@@ -1,4 +1,4 @@
-"""Position tables brought from the grid they were trained on to another, against timm's `set_input_size`."""
+"""Position tables resampled from the grid of their training to another, against timm's `set_input_size`."""
 
 import json
 
@@ -46,7 +46,7 @@ def same(vit, model, grid: tuple[int, int]) -> bool:
 
 
 def save_run(folder, model, name: str, kwargs: dict):
-    """As a run leaves it, without what is not read here."""
+    """The files of a run that are read here."""
     folder.mkdir()
     facts = {
         "name": name,
@@ -80,7 +80,7 @@ def test_a_run_is_read_at_another_image_size(tmp_path, family, before, after):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_bare_file_is_of_a_square_grid(tmp_path, family):
-    """As many patches in another shape are resampled too; where there is no square, the grid is the one asked for."""
+    """Resampled to another shape with as many patches too; a table of no square has the grid asked for."""
     name, kwargs = FAMILIES[family]
     for before, after in (((4, 4), (2, 8)), ((4, 4), (3, 5)), ((2, 4), (2, 4))):
         model = timm_model(name, before, **kwargs)

@@ -40,7 +40,7 @@ MODES = [
 
 
 def build(family: str, masking: str = "zero") -> tuple[fa.MaskedTeacher, torch.Tensor, torch.Tensor]:
-    """A teacher with moved weights, images and masks."""
+    """A teacher with random weights, images and masks."""
     name, kwargs, options = FAMILIES[family]
     vit = fa.create_backbone(name, **kwargs)
     randomise(vit)
@@ -93,7 +93,7 @@ class Casts(TorchDispatchMode):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_weight_is_cast_once_an_update_and_nothing_else_changes(tmp_path, monkeypatch, checkpointing):
-    """Three passes an update, EMA and its evaluation, against autocast in each pass on its own."""
+    """Three passes per update, EMA and its evaluation, against a separate autocast in each pass."""
 
     tiny = {"img_size": 32, **NARROW, "depth": 2}
 

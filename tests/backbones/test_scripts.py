@@ -5,13 +5,8 @@ import timm
 import torch
 
 import fastalign as fa
+from tests.backbones.helpers import AT_16, DINO, IMAGES, ONE, REGISTERS, SMALL, VIT
 from tests.numerics import randomise, relative_error
-
-SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}
-AT_16 = {"patch_size": 16}
-ONE = torch.ones(1)
-IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(7))
-VIT, DINO, REGISTERS = "vit_base_patch16_224", "vit_base_patch14_dinov2", "vit_base_patch14_reg4_dinov2"
 
 
 def prefixed(prefix: str, state: dict) -> dict:

@@ -10,7 +10,7 @@ from PIL import Image
 
 import fastalign as fa
 from fastalign.backbones.vit import ViT
-from fastalign.evaluation import datasets, maps
+from fastalign.evaluation import datasets, label_maps
 from tests.data_helpers import encode, write_tar
 from tests.evaluation.helpers import (
     CLASSES,
@@ -43,7 +43,7 @@ def own(tmp_path):
 def coco(tmp_path, monkeypatch):
     """COCO in small, as the download leaves it: COCO-Stuff's maps and panoptic ones."""
     monkeypatch.setitem(datasets.HELD_OUT, "coco", 2)
-    maps.read_panoptic.cache_clear()
+    label_maps.read_panoptic.cache_clear()
     root = tmp_path / "coco"
     categories = [{"id": 200, "name": "rug", "isthing": 0}, {"id": 1, "name": "person", "isthing": 1}]
     for split, numbers in (("train", COCO_TRAIN), ("val", COCO_VAL)):

@@ -22,7 +22,7 @@ from tests.evaluation.helpers import (
 
 
 def test_the_command_on_a_run(images, tmp_path, vit, capsys):
-    """The soft-cap that the run recorded counts, the result lies beside the backbone, and is not overwritten."""
+    """The soft-cap of the run is applied; the results are next to the backbone and are not overwritten."""
     folder = tmp_path / "run"
     folder.mkdir()
     save_file(vit.state_dict(), folder / "backbone.safetensors")

@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from fastalign.evaluation import datasets, maps
+from fastalign.evaluation import datasets, label_maps
 from fastalign.evaluation.datasets import VOID, open_labelled
 from tests.data_helpers import encode, write_tar
 from tests.evaluation.helpers import (
@@ -73,7 +73,7 @@ def test_val_is_a_fixed_part_of_the_training_split(coco, kind):
 
 
 def test_the_publishers_own_layout(coco):
-    """As the archives unpack by themselves, with the panoptic folders beside the images."""
+    """As the archives unpack by themselves, with the panoptic folders next to the images."""
     for year in ("train2017", "val2017"):
         shutil.move(coco / "images" / year, coco / year)
         shutil.move(coco / "annotations" / year, coco / "stuffthingmaps" / year)
@@ -105,7 +105,7 @@ def test_ade20k(ade):
 
 
 def test_opening_decodes_nothing(coco, monkeypatch):
-    monkeypatch.setattr(maps.Image, "open", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(label_maps.Image, "open", lambda *_: pytest.fail("decoded"))
     monkeypatch.setattr("fastalign.data.sources.FolderSource.read", lambda *_: pytest.fail("read"))
     for kind in ("coco", "coco-panoptic"):
         assert len(open_labelled(f"{kind}:{coco}", "train")) == 5
@@ -177,6 +177,6 @@ def test_what_is_not_panoptic_is_refused(coco):
         ("[]", "not a panoptic JSON"),
         (None, "download.sh coco-pan"),
     ):
-        maps.read_panoptic.cache_clear()
+        label_maps.read_panoptic.cache_clear()
         path.unlink() if text is None else path.write_text(text)
         assert words in data_error(f"coco-panoptic:{coco}", "test")

@@ -9,12 +9,12 @@ from sklearn import preprocessing
 from torch import nn
 
 import fastalign as fa
-from fastalign.evaluation.classifier import head_input
 from fastalign.evaluation.heads import (
     AttentionHead,
     ClassTokenTransformer,
     StandardizedLinear,
     TokenShape,
+    head_input,
     make_patch_head,
 )
 from tests.evaluation.helpers import KWARGS, NAME

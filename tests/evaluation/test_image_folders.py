@@ -28,7 +28,7 @@ def test_classes_are_matched_by_name(tmp_path):
 
 
 def test_labels_in_a_table(tmp_path):
-    """Integers sort by value; pictures beside images/ are none of ours."""
+    """Integers sort by value; images next to images/ are ignored."""
     for split in ("train", "val"):
         write_split(tmp_path / split, "images", {"0.png": 10, "1.png": 9, "2.png": 100}, table=True)
         write_split(tmp_path / split, "masks", {"0.png": 0})
@@ -66,18 +66,10 @@ def test_labels_in_shards(tmp_path):
 @pytest.mark.parametrize("joined", [False, True])
 def test_labels_of_names_with_dots(tmp_path, joined):
     """Each image has the `.cls` of its own name before that of its key, also behind a tar's end mark."""
-    files = {
-        "2020.01.05.jpg": b"i",
-        "2020.01.05.cls": b"cat",
-        "2020.01.06.jpg": b"i",
-        "2020.01.06.cls": b"dog",
-    }
-    files |= {
-        "2021.left.jpg": b"i",
-        "2021.right.jpg": b"i",
-        "2021.cls": b"cow",
-        "2022.07.cls": b"pig",
-        "2022.08.jpg": b"i",
+    classes = {"2020.01.05": b"cat", "2020.01.06": b"dog", "2021": b"cow", "2022.07": b"pig"}
+    images = ("2020.01.05", "2020.01.06", "2021.left", "2021.right", "2022.08")
+    files = {f"{name}.jpg": b"i" for name in images} | {
+        f"{name}.cls": label for name, label in classes.items()
     }
     path, content = tmp_path / "t.tar", b""
     for group in ([item] for item in files.items()) if joined else [list(files.items())]:

@@ -15,12 +15,11 @@ from torch import nn
 import fastalign as fa
 from fastalign.classify import classify, main
 from fastalign.data.prefetch import Batch
-from fastalign.evaluation.classifier import Classifier, learning_rate_factor, parameter_groups
 from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate
-from fastalign.evaluation.heads import StandardizedLinear
-from fastalign.evaluation.image_options import ImageOptions
+from fastalign.evaluation.heads import Classifier, StandardizedLinear, learning_rate_factor, parameter_groups
 from fastalign.evaluation.image_training import make_fit, mixed_loss, update_best
 from fastalign.evaluation.metrics import ImageCounts
+from fastalign.evaluation.options import ImageOptions
 from tests.evaluation.helpers import (
     CPU,
     FIGURES,
@@ -41,7 +40,7 @@ def whole_batch(features: torch.Tensor):
 
 
 @pytest.mark.parametrize(("head", "lr"), [("linear", 3e-2), ("attention", 3e-3), ("transformer", 3e-3)])
-def test_separable_classes_are_told_apart(images, vit, head, lr):
+def test_separable_classes_are_separated(images, vit, head, lr):
     before = {name: value.clone() for name, value in vit.state_dict().items()}
     result = classify(vit, images, head=head, epochs=30, lr=lr, seeds=(0, 1), **QUICK)
     assert result["reported"] == "test"

@@ -3,8 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from fastalign.evaluation.maps import VOID
-from fastalign.evaluation.patch_labels import crop_and_resize, patch_labels
+from fastalign.evaluation.label_maps import VOID, crop_and_resize, patch_labels
 
 
 def test_a_label_map_is_cropped_and_resized_as_pil_does():

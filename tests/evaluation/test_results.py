@@ -1,7 +1,6 @@
 """Tables and files of results."""
 
 import io
-import json
 import math
 
 import numpy as np
@@ -9,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from fastalign.evaluation.results import check_output, patch_table, percent, summarise, write_results
-from fastalign.probe import identity, main
+from fastalign.probe import identity
 from fastalign.training.metrics import mean_and_spread
 from fastalign.utils.errors import UserError
-from tests.evaluation.helpers import probe_line, results
+from tests.evaluation.helpers import results
 
 
 def row(model, seed, recall, *, skip=0, head="linear", **more):
@@ -82,15 +81,3 @@ def test_results_of_the_same_data_elsewhere_are_overwritten(tmp_path):
     about["data"]["fingerprints"] = {"test": "12345679"}
     with pytest.raises(UserError, match=r"data\.fingerprints\.test was 12345678, is 12345679"):
         check_output(tmp_path / "p.json", identity, identity(about))
-
-
-def test_results_of_another_probe_are_not_overwritten(scenes, tmp_path, capsys):
-    path = tmp_path / "p.json"
-    first = probe_line(scenes, "--heads", "linear", "--output", path)
-    assert main(first) == 0
-    kept = path.read_bytes()
-    assert main(probe_line(scenes, "--heads", "mlp", "--output", path)) == 2
-    assert "p.json has the results of another setting (settings.heads was" in capsys.readouterr().err
-    assert path.read_bytes() == kept
-    assert main(first) == 0  # the same again is the same
-    assert results(path)["results"] == json.loads(kept)["results"]

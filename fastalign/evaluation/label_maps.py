@@ -1,0 +1,292 @@
+"""Label maps: decoding PNGs to class ids, pairing them with images, and the labels of patches."""
+
+import io
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastalign.data.source import Source, Subset
+from fastalign.data.tars import stem
+from fastalign.utils.errors import UserError, first_line
+
+VOID = -1
+"""The id of pixels that belong to no class."""
+
+_NO_CLASS = -2
+_GREY, _RGB, _PALETTE = 0, 2, 3
+_COLOURS = {_GREY: "grey", _RGB: "RGB", _PALETTE: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
+
+
+def _read_png(
+    encoded: np.ndarray, name: str, colours: tuple[int, ...], depths: tuple[int, ...]
+) -> np.ndarray:
+    """Pixel values, of a PNG of one of the colour types and bit depths."""
+    head = encoded[:26].tobytes()
+    if len(head) < 26 or not head.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise UserError(f"label map {name} is not a PNG; a label map is a PNG of class ids")
+    bits, colour = struct.unpack_from("BB", head, 24)
+    # PIL would silently scale grey values of fewer than 8 bits.
+    if colour not in colours or (bits not in depths and colour != _PALETTE):
+        wanted = (
+            f"{' or '.join(_COLOURS[each] for each in colours)} with {' or '.join(map(str, depths))} bits"
+        )
+        raise UserError(
+            f"label map {name} is {_COLOURS.get(colour, 'unknown')} with {bits} bits, not {wanted}; save it so"
+        )
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return np.asarray(image)
+    except Exception as error:  # the decoder raises a dozen classes for damaged files
+        raise UserError(f"cannot decode label map {name}: {first_line(error)}; replace it") from error
+
+
+def decode_ids(encoded: np.ndarray, name: str, classes: int) -> np.ndarray:
+    """A map whose pixels are class ids; the largest value (255, or 65535 with 16 bits) is VOID.
+
+    Args:
+        encoded: [bytes] uint8, a grey PNG of 8 or 16 bits or a palette PNG.
+        name: of the file, for messages.
+        classes: how many there are, C.
+
+    Raises:
+        UserError: another kind of file, or an id of C or more.
+    """
+    pixels = _read_png(encoded, name, (_GREY, _PALETTE), (8, 16))
+    void = pixels == (255 if pixels.dtype == np.uint8 else 65535)
+    ids = np.where(void, VOID, pixels.astype(np.int32))
+    if ids.max() >= classes:
+        raise UserError(
+            f"label map {name} has the id {ids.max()}, but there are {classes} classes; "
+            "add the missing lines to classes.txt or correct the map"
+        )
+    return ids.astype(np.int16)
+
+
+def coco_table(classes: int) -> np.ndarray:
+    """For `decode_table`: of COCO-Stuff, value + 1 modulo 256; with 92 classes, stuff counts as unlabeled."""
+    ids = (np.arange(256) + 1) % 256
+    return np.where(ids < 183, np.where(ids < classes, ids, 0), _NO_CLASS).astype(np.int16)
+
+
+def ade20k_table() -> np.ndarray:
+    """For `decode_table`: of ADE20K, values are class ids, 0 to 150."""
+    ids = np.arange(256)
+    return np.where(ids < 151, ids, _NO_CLASS).astype(np.int16)
+
+
+def decode_table(encoded: np.ndarray, name: str, table: np.ndarray, classes: int) -> np.ndarray:
+    """A map of 8 bits whose pixels are looked up in a table, [256] int16.
+
+    Raises:
+        UserError: another kind of file, or a pixel that has no class.
+    """
+    pixels = _read_png(encoded, name, (_GREY, _PALETTE), (8,))
+    ids = table[pixels]
+    if (ids == _NO_CLASS).any():
+        raise UserError(
+            f"label map {name} has the id {pixels[ids == _NO_CLASS].max()}, but there are {classes} classes; "
+            "download the maps again"
+        )
+    return ids
+
+
+@dataclass(frozen=True, eq=False)
+class Panoptic:
+    """The content of a panoptic JSON: class names, and for each map the class of every segment."""
+
+    path: str
+    classes: tuple[str, ...]
+    segments: dict[str, tuple[np.ndarray, np.ndarray]]
+    """name of a map without suffix -> ids, ascending and beginning with 0 (unlabeled), and their classes"""
+
+
+@lru_cache(maxsize=2)  # train and val are parts of one file, which takes seconds
+def read_panoptic(path: Path) -> Panoptic:
+    """Reads `panoptic_*2017.json`; class 0 is "unlabeled", then the categories by ascending id.
+
+    Raises:
+        UserError: the file is missing, or not a panoptic JSON.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        categories = sorted((int(entry["id"]), str(entry["name"])) for entry in content["categories"])
+        of_category = {number: index for index, (number, _) in enumerate(categories, start=1)}
+        segments = {}
+        for entry in content["annotations"]:
+            pairs = sorted((int(s["id"]), of_category[s["category_id"]]) for s in entry["segments_info"])
+            ids, labels = np.array([(0, 0), *pairs], np.int32).T
+            segments[str(entry["file_name"]).rpartition(".")[0]] = (ids.copy(), labels.astype(np.int16))
+        return Panoptic(str(path), ("unlabeled", *(name for _, name in categories)), segments)
+    except FileNotFoundError:
+        raise UserError(
+            f"no such file: {path}; `bash examples/download.sh coco-panoptic ROOT` in a clone of fastalign fetches it"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path} is not a panoptic JSON: {reason}; download it again") from error
+
+
+def decode_panoptic(encoded: np.ndarray, name: str, stem: str, panoptic: Panoptic) -> np.ndarray:
+    """A panoptic map: a pixel's segment is R + 256 G + 65536 B, and the JSON has the segment's class.
+
+    Raises:
+        UserError: another kind of file, or a segment that the JSON does not have for this map.
+    """
+    pixels = _read_png(encoded, name, (_RGB,), (8,)).astype(np.int32)
+    segments = pixels[..., 0] + 256 * pixels[..., 1] + 65536 * pixels[..., 2]
+    ids, labels = panoptic.segments[stem]
+    position = np.searchsorted(ids, segments).clip(max=len(ids) - 1)
+    unknown = ids[position] != segments
+    if unknown.any():
+        raise UserError(
+            f"label map {name} has the segment {segments[unknown][0]}, which {panoptic.path} lacks"
+        )
+    return labels[position]
+
+
+_SAMPLED = 8
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledImages:
+    """One split: image i belongs to label map i. Safe to use from several threads."""
+
+    source: Source
+    """encoded images, for `fastalign.data.Loader`"""
+    classes: tuple[str, ...]
+    """names; the index is the class id"""
+    unlabeled: int | None
+    """the class that means "unlabeled"; None = there is none"""
+    maps: Source
+    """encoded label maps"""
+    decode: Callable[[np.ndarray, str, str], np.ndarray]
+    """(encoded map, file for messages, name within `maps` without the suffix) -> [H, W] int16"""
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def label_map(self, index: int) -> np.ndarray:
+        """The class of every pixel of an image: [H, W] int16, ids 0..C-1 and VOID, the size of the stored image.
+
+        Raises:
+            UserError: the map cannot be decoded, has an unknown id, or another size than its image.
+        """
+        file, image = location(self.maps, index), location(self.source, index)
+        labels = self.decode(self.maps.read(index), file, stem(self.maps.name(index)))
+        encoded = io.BytesIO(self.source.read(index))
+        try:
+            with Image.open(encoded) as opened:
+                width, height = opened.size
+        except Exception as error:  # the decoders raise a dozen classes for damaged files
+            raise UserError(f"{image} cannot be read as an image; replace it") from error
+        if labels.shape != (height, width):
+            raise UserError(
+                f"label map {file} has {labels.shape[1]} x {labels.shape[0]} pixels, its image {image} has "
+                f"{width} x {height}; make them the same size"
+            )
+        return labels
+
+    def subset(self, indices: np.ndarray) -> "LabelledImages":
+        """Some of the images with their maps: [n] integers, n >= 1, in that order."""
+        return replace(self, source=Subset(self.source, indices), maps=Subset(self.maps, indices))
+
+    def fingerprint(self) -> int:
+        """CRC-32 of all file names, the bytes of a few files, and the classes; independent of the location."""
+        crc = zlib.crc32(json.dumps([self.classes, self.unlabeled]).encode())
+        for source in (self.source, self.maps):
+            names = "\0".join(source.portable_name(i) for i in range(len(source)))
+            crc = zlib.crc32(names.encode("utf-8", "surrogateescape"), crc)
+            # Names alone would not distinguish two renderings with numbered files.
+            for i in sorted({i * (len(source) - 1) // _SAMPLED for i in range(_SAMPLED + 1)}):
+                crc = zlib.crc32(source.read(i), crc)
+        return crc
+
+
+def location(source: Source, index: int) -> str:
+    """A sample's path, for messages."""
+    return f"{source.root}/{source.name(index)}" if source.root else source.name(index)
+
+
+def pair(images: Source, maps: Source) -> Source:
+    """The label maps in the order of the images, matched by name without suffix.
+
+    Raises:
+        UserError: an image without a map, a map without an image, or one name twice.
+    """
+    by_image, by_map = _by_stem(images, "images"), _by_stem(maps, "label maps")
+    for one, other, keys, of, to in (
+        (images, maps, by_image.keys() - by_map.keys(), "images", "label map"),
+        (maps, images, by_map.keys() - by_image.keys(), "label maps", "image"),
+    ):
+        if keys:
+            first = min((by_image if one is images else by_map)[key] for key in keys)
+            raise UserError(
+                f"{len(keys)} of {len(one)} {of} have no {to} in {other.root or 'the same shard'}, first "
+                f"{location(one, first)}; an image and its map have the same name, the map with .png"
+            )
+    return Subset(maps, np.array([by_map[key] for key in by_image]))
+
+
+def _by_stem(source: Source, of: str) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for index in range(len(source)):
+        other = found.setdefault(stem(source.name(index)), index)
+        if other != index:
+            both = f"{location(source, other)} and {location(source, index)}"
+            raise UserError(f"two {of} of one name: {both}; remove one")
+    return found
+
+
+def crop_and_resize(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """[H, W] -> [h, w]: the largest centre crop of the shape of `size`, resized to it by nearest neighbour."""
+    scale = min(have / want for have, want in zip(labels.shape, size, strict=True))
+    picked = []
+    for have, want in zip(labels.shape, size, strict=True):
+        side = min(have, round(want * scale))
+        # The input pixel under the centre of each output pixel, as PIL's NEAREST.
+        picked.append((have - side) // 2 + ((np.arange(want) + 0.5) * (side / want)).astype(np.int64))
+    return labels[np.ix_(*picked)]
+
+
+def patch_labels(
+    labels: np.ndarray,
+    *,
+    size: tuple[int, int],
+    patch: tuple[int, int],
+    classes: int,
+    unlabeled: int | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The labels of an image, as in Covert et al. (2025), section 4.
+
+    Args:
+        labels: [H, W] integers.
+        size: of the backbone's input, (h, w) pixels.
+        patch: (h, w) pixels; a remainder of the input is ignored.
+        classes: C.
+        unlabeled: the class that means "no label": a patch has it only if it has no other.
+
+    Returns:
+        union: [N, C] bool, the classes that a patch contains.
+        majority: [N] int16, the class of most pixels, the lowest id of equals; VOID where all pixels are void.
+        image: [C] bool, the classes anywhere in the image.
+    """
+    labels = crop_and_resize(labels, size)
+    rows, columns = size[0] // patch[0], size[1] // patch[1]
+    cut = labels[: rows * patch[0], : columns * patch[1]]
+    pixels = cut.reshape(rows, patch[0], columns, patch[1]).swapaxes(1, 2).reshape(rows * columns, -1)
+    # One histogram for all patches; column 0 counts the void pixels.
+    cells = np.arange(len(pixels))[:, None] * (classes + 1) + pixels.astype(np.int64) + 1
+    counts = np.bincount(cells.ravel(), minlength=len(pixels) * (classes + 1)).reshape(len(pixels), -1)[:, 1:]
+    majority = np.where(counts.any(1), counts.argmax(1), VOID).astype(np.int16)
+    union = counts > 0
+    image = union.any(0)
+    if unlabeled is not None:
+        union[union.sum(1) > 1, unlabeled] = False
+    return union, majority, image
