@@ -87,7 +87,7 @@ KILLED_IN = {
 
 
 def die(place: str, number: int, rank: int | None = None) -> None:
-    """For `prepare`: kill a rank (or any) at that call, counted from 1; then a rename is done, a file is half written."""
+    """For `prepare`: kill a rank (or any) at that call, from 1; then a rename is done, or a file half written."""
     if rank not in (None, int(os.environ["RANK"])):
         return
     owner, name, counts = KILLED_IN[place]
