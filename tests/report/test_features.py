@@ -8,7 +8,6 @@ import torch
 
 from fastalign.config import load_config
 from fastalign.report import features
-from fastalign.report.charts import tiles
 from fastalign.report.run import load_backbones, read_run
 from fastalign.training.build import build_objective
 from tests.report.helpers import GRID
@@ -67,16 +66,6 @@ def test_cosines_and_queries_are_those_of_a_loop():
     by_hand = [cosine(tokens[centre], token) for token in tokens]
     np.testing.assert_allclose(features.cosines(tokens, centre), by_hand, atol=1e-12)
     assert by_hand[other] == min(by_hand)
-
-
-def test_cosines_are_drawn_from_dark_to_light():
-    values, picture = np.linspace(-0.6, 1, 50).reshape(1, 1, 50), np.zeros((1, 50, 3), np.uint8)
-    maps = features.PatchMaps((1, 50), {}, {}, [(0, 1)], {"a": np.stack([values, values], 1)}, low=-0.5)
-    drawn = tiles(features.Pictures(["x"], torch.zeros(1, 3, 1, 50), [picture]), maps, 0)[1]
-    ramp = drawn.pixels[0].astype(float) @ [0.2126, 0.7152, 0.0722]
-    assert (np.diff(ramp[4:]) > 0).all()
-    assert (ramp[:4] == ramp[0]).all()
-    assert drawn.caption == "a, mean 0.20"
 
 
 def test_what_a_run_started_from_is_what_training_started_from(trained):
