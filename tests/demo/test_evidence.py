@@ -92,20 +92,6 @@ def test_a_trial_that_fails_names_its_log(recipe, tmp_path):
         trials.run_trials([trial], tmp_path, lambda text: None)
 
 
-def test_an_untrained_decoder_keeps_shapes_and_depends_on_the_seed(recipe, tmp_path):
-    probed = [
-        trials.encoder_of(Trial("d", seed, recipe=str(recipe), read="decoder"), tmp_path, torch.device("cpu"))
-        for seed in (0, 0, 1)
-    ]
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        first, same, other = (one.encode(images)[0] for one in probed)
-    assert first.shape == (2, 17, 32)
-    assert torch.equal(first, same)
-    assert not torch.allclose(first, other)
-    assert len({one.identity for one in probed}) == 2
-
-
 def test_the_table_of_evidence(recipe, here, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evidence, "RECIPE", str(recipe))
     run = recipe.parent / "run"
@@ -149,12 +135,3 @@ def test_gains_are_differences_within_a_seed_by_hand():
     row = {"seeds": [1, 2, 3], "linear": {"values": [0.6, 1.2, 0.0]}}
     assert ablation.gain(row, base, "linear") == pytest.approx({"mean": 0.2, "std": 0.1 * 2**0.5})
     assert ablation.gain({**row, "seeds": [3, 4, 5]}, base, "linear") is None
-
-
-def test_every_variant_of_the_ablation_is_a_recipe_of_its_own():
-    seen = [
-        load_config(ablation.RECIPE, [*ablation.LENGTH, *overrides]).model_dump_json()
-        for members in ablation.VARIANTS.values()
-        for overrides in members.values()
-    ]
-    assert len(set(seen)) == len(seen)
