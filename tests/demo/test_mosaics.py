@@ -131,19 +131,14 @@ def test_the_teacher_in_the_repository_knows_fresh_validation_mosaics():
 
 
 def test_training_writes_weights_that_timm_loads(rendered, tmp_path, capsys):
-    out = tmp_path / "teacher.safetensors"
-    sizes = ["--epochs", "2", "--full-epochs", "1", "--batch", "8", "--threads", "1"]
-    threads = torch.get_num_threads()
-    try:
-        assert train_teacher.main(["--data", str(rendered), "--out", str(out), *sizes]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    out, threads = tmp_path / "teacher.safetensors", torch.get_num_threads()
+    line = ["--out", str(out), "--epochs", "2", "--full-epochs", "1", "--threads", str(threads)]
+    assert train_teacher.main([*line, "--data", str(rendered), "--batch", "8"]) == 0
     assert capsys.readouterr().out.count("val top-1") == 3
     card = json.loads(out.with_suffix(".json").read_text())
     timm.create_model(card["architecture"], **card["kwargs"]).load_state_dict(load_file(out), strict=True)
-    capsys.readouterr()
     for wrong in (["--data", str(tmp_path / "nothing")], ["--data", str(rendered), "--batch", "25"]):
-        assert train_teacher.main([*wrong, "--out", str(out), "--threads", str(threads)]) == 2
+        assert train_teacher.main([*line, *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
 
