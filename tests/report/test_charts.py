@@ -48,13 +48,6 @@ def test_long_curves_stay_small_and_keep_their_extremes(run):
     assert heights.argmin() < heights.argmax()
 
 
-def test_svg_follows_the_theme_and_loads_nothing():
-    svg = charts.line_chart("A", [("<i>", [1, 2], [1.0, 2.0], charts.THEME["third"], "o-")])
-    assert "var(--third)" in svg
-    assert not re.search(r"#[0-9a-f]{6}\b|url\((?!#)|http", svg)
-    assert "&lt;i&gt;: 1 at step 1, 2 at step 2" in svg
-
-
 def test_bars_have_the_height_of_the_shares():
     axes = Figure().add_subplot()
     charts.draw_sizes(axes, [0.5, 1.0], {"before": [0.3, None], "aligned": [0.7, 0.2]})
