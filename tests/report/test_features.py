@@ -24,16 +24,6 @@ def test_components_are_those_of_an_svd():
     assert share == pytest.approx((singular[:3] ** 2).sum() / (singular**2).sum())
 
 
-def test_features_of_one_direction_have_two_empty_components():
-    tokens = np.arange(8.0).reshape(1, 8, 1) * np.array([3.0, 0.0, 4.0])
-    values, share = features.principal_components(tokens)
-    np.testing.assert_allclose(np.abs(values[0, :, 0]), 5 * np.abs(np.arange(8) - 3.5))
-    np.testing.assert_allclose(values[0, :, 1:], 0, atol=1e-9)
-    assert share == pytest.approx(1)
-    constant, _ = features.principal_components(np.ones((2, 4, 6)))
-    assert (features.component_colours(constant) == 128).all()
-
-
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 0, 2)])
 def test_shuffled_and_flipped_components_are_put_back(order):
     values = np.random.default_rng(1).standard_normal((2, 50, 3)) * [5, 2, 1]
