@@ -149,18 +149,6 @@ def test_files_are_shown_by_the_aligned_backbone_alone_where_the_other_is_unknow
     assert not any("before" in attrs["alt"] for attrs in page.all("img"))
 
 
-def test_a_remainder_of_the_image_is_not_shown(tmp_path):
-    """384 / 14 leaves 6 pixels that no patch reads."""
-    vit = fa.create_backbone("vit_tiny_patch16_224", depth=1, img_size=32)
-    vit.spec = vit.spec.__class__(**{**vars(vit.spec), "image_size": (38, 38)})
-    path = tmp_path / "flat.png"
-    Image.new("RGB", (50, 50), (9, 99, 199)).save(path)
-    pictures = features.load_pictures([str(path)], None, vit)
-    assert pictures.inputs.shape == (1, 3, 38, 38)
-    assert pictures.shown[0].shape == (32 * 7, 32 * 7, 3)
-    assert (pictures.shown[0] == (9, 99, 199)).all()
-
-
 def test_both_themes_have_all_colours():
     css = Path(features.__file__).with_name("page.css").read_text()
     light, dark = (dict(re.findall(r"--(\w+): (#\w{6})", s)) for s in re.findall(r":root \{([^}]*)\}", css))
