@@ -34,8 +34,7 @@ def test_the_page_needs_nothing_else_and_is_the_same_each_time(run):
     assert all(attrs["alt"] for attrs in page.all("img"))
     assert all(attrs["aria-label"] and attrs["role"] == "img" for attrs in page.all("svg"))
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
-    assert levels[0] == 1
-    assert levels.count(1) == 1
+    assert (levels[0], levels.count(1)) == (1, 1)
     assert all(below <= above + 1 for above, below in itertools.pairwise(levels))
 
 
