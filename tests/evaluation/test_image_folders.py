@@ -71,3 +71,10 @@ def test_labels_of_names_with_dots(tmp_path, joined):
         content += write_tar(path, group).read_bytes()
     path.write_bytes(content)
     assert open_source(str(path)).class_names() == ["cat", "dog", "cow", "cow", None]
+
+
+def test_labels_that_contradict_one_another_are_refused(tmp_path):
+    members = [("a.jpg", b"i"), ("a.cls", b"cat"), ("b.cls", b"cat"), ("b.cls", b"cat"), ("a.cls", b"dog")]
+    path = write_tar(tmp_path / "t.tar", members)
+    with pytest.raises(fa.UserError, match=r"t.tar:a.cls has two labels, 'cat' and 'dog'"):
+        open_source(str(path)).class_names()
