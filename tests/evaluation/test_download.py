@@ -28,14 +28,12 @@ def pack(path, folder, *names, prefix=""):
 @pytest.fixture
 def published(coco, ade, tmp_path):
     """The archives as they are published, from the small data sets of the other tests."""
-    site = tmp_path / "site"
-    for split in ("train2017", "val2017"):
+    site, both = tmp_path / "site", ("train2017", "val2017")
+    for split in both:
         pack(site / f"{split}.zip", coco / "images", split)
         pack(coco / f"annotations/panoptic_{split}.zip", coco / "annotations", f"panoptic_{split}")
-    pack(site / "stuffthingmaps_trainval2017.zip", coco / "annotations", "train2017", "val2017")
-    panoptic = [
-        f"annotations/panoptic_{split}2017.{kind}" for split in ("train", "val") for kind in ("zip", "json")
-    ]
+    pack(site / "stuffthingmaps_trainval2017.zip", coco / "annotations", *both)
+    panoptic = [f"annotations/panoptic_{split}.{kind}" for split in both for kind in ("zip", "json")]
     pack(site / "panoptic_annotations_trainval2017.zip", coco, *panoptic)
     pack(site / "ADEChallengeData2016.zip", ade, "images", "annotations", prefix="ADEChallengeData2016/")
     return site
@@ -53,14 +51,9 @@ def script_for(site):
 
 
 def run(script, site, *arguments):
+    line = ["bash", str(script), *map(str, arguments)]
     environment = {**os.environ, "BASE_URL": f"file://{site}"}
-    return subprocess.run(
-        ["bash", str(script), *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(("data", "train"), [("coco", 5), ("coco-panoptic", 5), ("ade20k", 2)])

@@ -96,19 +96,8 @@ def test_a_linear_head_is_trained_as_a_plain_loop_trains_it(labels, select, monk
         assert best + 1 < recipe.epochs, "the choice is one"
 
 
-def test_void_patches_teach_nothing():
-    logits = torch.randn(2, 3, 4, requires_grad=True)
-    targets = torch.tensor([[1, -1, 3], [-1, -1, 0]])
-    kept = functional.cross_entropy(logits[[0, 0, 1], [0, 2, 2]], torch.tensor([1, 3, 0]))
-    assert patch_loss(logits, targets).item() == pytest.approx(kept.item(), rel=1e-6)
-    loss = patch_loss(logits, torch.full((2, 3), -1))
-    loss.backward()
-    assert loss.item() == 0
-    assert not logits.grad.any()
-
-
 def test_the_loss_of_a_split_is_over_all_patches(monkeypatch):
-    """Not over batches, of which one has less to say than another."""
+    """Not a mean over batches, one of which has void patches only."""
     monkeypatch.setattr(patches, "_EVALUATION_BATCH", 3)
     split = patch_features(11, 4)
     split.majority[3:6] = -1
@@ -121,17 +110,17 @@ def test_the_loss_of_a_split_is_over_all_patches(monkeypatch):
         assert ("by_size" in found) == (labels == "union")
 
 
-class Named(list):
-    """Sixteen images by name, that nobody opens."""
-
-    def __init__(self, name):
-        super().__init__(range(16))
-        self.name = name
+def test_a_batch_of_void_patches_has_no_gradient():
+    logits = torch.randn(2, 3, 4, requires_grad=True)
+    loss = patch_loss(logits, torch.full((2, 3), -1))
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
 
 
 def test_the_test_split_is_read_last(monkeypatch):
     """And once for each head, when its epoch has been selected."""
-    looked = []
+    looked, recipe = [], Recipe(epochs=3, batch_size=8)
     splits = {name: patch_features(16, seed) for seed, name in enumerate(("train", "val", "test"))}
     for name, split in splits.items():
 
@@ -140,10 +129,9 @@ def test_the_test_split_is_read_last(monkeypatch):
             return original(rows, kind)
 
         object.__setattr__(split, "labels", spy)
-    monkeypatch.setattr(patches, "read_patch_features", lambda encoder, data, *_, **__: splits[data.name])
-    data = {name: Named(name) for name in splits}
+    monkeypatch.setattr(patches, "read_patch_features", lambda encoder, data, *_, **__: splits[data[0]])
     encoder = SimpleNamespace(skip_blocks=(0,), shape=SHAPE)
-    plan = Plan(heads=("linear",), seeds=(0, 1), recipe=Recipe(epochs=3, batch_size=8))
-    rows = probe({"m": encoder}, data, [plan], SINGLE)
+    data = {name: [name] * 16 for name in splits}
+    rows = probe({"m": encoder}, data, [Plan(heads=("linear",), seeds=(0, 1), recipe=recipe)], SINGLE)
     assert "".join(name[1] for name in looked) == 2 * (3 * "rra" + "e")
     assert [row["seed"] for row in rows] == [0, 1]

@@ -1,6 +1,8 @@
 """The probe command: heads and labels, runs, ranks, bad input."""
 
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,10 +121,11 @@ def test_bad_options(scenes, tmp_path, capsys, monkeypatch, flags, message):
 
 
 @needs_dali
-def test_a_split_of_void_is_refused(damaged, tmp_path, capsys):
-    for path in (damaged / "test" / "labels").iterdir():
+def test_a_split_of_void_is_refused(scenes, tmp_path, capsys):
+    data = Path(shutil.copytree(scenes, tmp_path / "data"))
+    for path in (data / "test" / "labels").iterdir():
         Image.fromarray(np.full_like(np.asarray(Image.open(path)), 255)).save(path)
-    error = command_error(capsys, "probe", probe_line(damaged, "--output", tmp_path / "p.json"))
+    error = command_error(capsys, "probe", probe_line(data, "--output", tmp_path / "p.json"))
     assert "the test split has void pixels only: check its label maps" in error
     assert (tmp_path / "features").is_dir(), "the splits that were read are found by the next command"
 

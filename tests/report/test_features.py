@@ -8,7 +8,6 @@ import torch
 
 from fastalign.config import load_config
 from fastalign.report import features
-from fastalign.report.charts import tiles
 from fastalign.report.run import load_backbones, read_run
 from fastalign.training.build import build_objective
 from tests.report.helpers import GRID
@@ -23,16 +22,6 @@ def test_components_are_those_of_an_svd():
     np.testing.assert_allclose(np.abs(values.reshape(60, 3)), np.abs(wanted), atol=1e-10)
     assert ((values.reshape(60, 3) ** 3).sum(0) > 0).all()
     assert share == pytest.approx((singular[:3] ** 2).sum() / (singular**2).sum())
-
-
-def test_features_of_one_direction_have_two_empty_components():
-    tokens = np.arange(8.0).reshape(1, 8, 1) * np.array([3.0, 0.0, 4.0])
-    values, share = features.principal_components(tokens)
-    np.testing.assert_allclose(np.abs(values[0, :, 0]), 5 * np.abs(np.arange(8) - 3.5))
-    np.testing.assert_allclose(values[0, :, 1:], 0, atol=1e-9)
-    assert share == pytest.approx(1)
-    constant, _ = features.principal_components(np.ones((2, 4, 6)))
-    assert (features.component_colours(constant) == 128).all()
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 0, 2)])
@@ -67,16 +56,6 @@ def test_cosines_and_queries_are_those_of_a_loop():
     by_hand = [cosine(tokens[centre], token) for token in tokens]
     np.testing.assert_allclose(features.cosines(tokens, centre), by_hand, atol=1e-12)
     assert by_hand[other] == min(by_hand)
-
-
-def test_cosines_are_drawn_from_dark_to_light():
-    values, picture = np.linspace(-0.6, 1, 50).reshape(1, 1, 50), np.zeros((1, 50, 3), np.uint8)
-    maps = features.PatchMaps((1, 50), {}, {}, [(0, 1)], {"a": np.stack([values, values], 1)}, low=-0.5)
-    drawn = tiles(features.Pictures(["x"], torch.zeros(1, 3, 1, 50), [picture]), maps, 0)[1]
-    ramp = drawn.pixels[0].astype(float) @ [0.2126, 0.7152, 0.0722]
-    assert (np.diff(ramp[4:]) > 0).all()
-    assert (ramp[:4] == ramp[0]).all()
-    assert drawn.caption == "a, mean 0.20"
 
 
 def test_what_a_run_started_from_is_what_training_started_from(trained):
