@@ -122,39 +122,22 @@ def test_timm_reads_the_preprocessing_of_a_backbone(tmp_path):
 
 
 BAD_INPUT = {
-    "a wrong name": (("vit_base_patch61_224",), {}, ["unknown backbone", "vit_base_patch16_224"]),
-    "another family": (("resnet50",), {}, ["ResNet", "VisionTransformer"]),
-    "part of a name": (("vit_tiny",), {}, ["names are vit_tiny_patch16_224, vit_tiny_patch16_384"]),
-    "a wrong tag": ((f"{VIT}.foo",), {}, ["foo", "weights known for it: vit_tiny"]),
-    "a wrong argument": (
-        (VIT,),
-        {"depht": 3},
-        ["unexpected keyword argument 'depht'; correct its arguments"],
-    ),
-    "an unsupported part": (
-        ("vit_base_patch16_18x2_224",),
-        {},
-        ["vit_base_patch16_18x2_224", "ParallelThingsBlock is not supported"],
-    ),
-    "a wrong size": ((VIT,), {"img_size": [48, 50]}, ["img_size 50", "48 or 64"]),
-    "a size of another type": ((VIT,), {"img_size": "48"}, ["correct its arguments", "'img_size': '48'"]),
-    "no file": ((VIT,), {"checkpoint": "none.pth"}, ["none.pth"]),
-    "another model": ((VIT,), {"checkpoint": "other.pth"}, ["unknown layout", "timm"]),
-    "text": ((VIT,), {"checkpoint": "text.pth"}, ["text.pth", "not a weights file: copy it again"]),
-    "code": ((VIT,), {"checkpoint": "code.pth"}, ["code.pth", "safely"]),
+    "a wrong name": ("vit_base_patch61_224", {}, ["unknown backbone", "vit_base_patch16_224"]),
+    "another family": ("resnet50", {}, ["ResNet", "VisionTransformer"]),
+    "part of a name": ("vit_tiny", {}, ["names are vit_tiny_patch16_224, vit_tiny_patch16_384"]),
+    "a wrong tag": (f"{VIT}.foo", {}, ["foo", "weights known for it: vit_tiny"]),
+    "a wrong argument": (VIT, {"depht": 3}, ["unexpected keyword argument 'depht'; correct its arguments"]),
+    "an unsupported part": ("vit_base_patch16_18x2_224", {}, ["ParallelThingsBlock is not supported"]),
+    "a wrong size": (VIT, {"img_size": [48, 50]}, ["img_size 50", "48 or 64"]),
+    "no file": (VIT, {"checkpoint": "none.pth"}, ["none.pth"]),
 }
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_clear_line(tmp_path, case):
-    names, kwargs, words = BAD_INPUT[case]
-    torch.save({"blocks.0.norm1.weight": torch.ones(3)}, tmp_path / "other.pth")
-    (tmp_path / "text.pth").write_text("not weights")
-    torch.save({"state_dict": {}, "args": _Arguments()}, tmp_path / "code.pth")
-    if "checkpoint" in kwargs:
-        kwargs = {"checkpoint": tmp_path / kwargs["checkpoint"]}
+def test_bad_input_is_one_clear_line(case):
+    name, kwargs, words = BAD_INPUT[case]
     with pytest.raises(fa.UserError) as caught:
-        fa.create_backbone(*names, **kwargs)
+        fa.create_backbone(name, **kwargs)
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
@@ -164,7 +147,3 @@ def test_a_folder_without_a_run_is_named(tmp_path):
         fa.UserError, match=r"no backbone at .*backbone\.json: give the folder of a finished run"
     ):
         fa.load_backbone(tmp_path)
-
-
-class _Arguments:
-    """A pickled object that is not a tensor: it must not be unpickled."""
