@@ -173,11 +173,7 @@ def find(names: Collection[str]) -> list[tuple[Layout, str]]:
 
 
 def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Weights of a layout, without a prefix, by timm's keys.
-
-    Raises:
-        KeyError, IndexError, RuntimeError: a part is missing, or has a wrong shape.
-    """
+    """Weights of a layout, without a prefix, by timm's keys."""
     inverse = layout._replace(
         root={theirs: ours for ours, theirs in layout.root.items()},
         block={theirs: ours for ours, theirs in layout.block.items()},

@@ -49,11 +49,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """The backbone in a file, or in a folder of transformers, timm or open_clip.
-
-    Raises:
-        UserError: no such file, not a weights file, damaged, or unsafe to unpickle.
-    """
+    """The backbone in a file, or in a folder of transformers, timm or open_clip."""
     path = locate(path)
     checkpoint, config = (
         interpret(read_weights(path), str(path)),
@@ -64,11 +60,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def interpret(content: Any, path: str) -> Checkpoint:
-    """The backbone in the content of a file; `path` is for messages.
-
-    Raises:
-        UserError: it holds no weights, or several backbones.
-    """
+    """The backbone in the content of a file; `path` is for messages."""
     if not isinstance(content, dict):
         raise UserError(
             f"{path} is not a weights file, it holds a {type(content).__name__}: give a state dict"
@@ -123,11 +115,7 @@ def _tensors(value: Any) -> dict[str, Tensor]:
 
 
 def trained_as(content: dict, path: str) -> tuple[str | None, float | None]:
-    """The model's name and soft-cap that a checkpoint records, directly or in its training script's arguments.
-
-    Raises:
-        UserError: the cap is not a positive number.
-    """
+    """The model's name and soft-cap that a checkpoint records, directly or in its training script's arguments."""
     args = _args(content)
     names = (args.get("student_model"), args.get("model"), content.get("arch"))
     arch = next((name for name in names if isinstance(name, str) and name), None)
@@ -167,11 +155,7 @@ def _grid(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def check_config(spec: ViTSpec, config: Mapping[str, Any], path: str) -> None:
-    """Compare a backbone with what transformers' config.json says and weights do not show.
-
-    Raises:
-        UserError: the weights were trained with something else.
-    """
+    """Compare a backbone with what transformers' config.json says and weights do not show."""
     block = spec.block
     for key, ours, argument in (
         ("num_attention_heads", block.heads, "num_heads"),
@@ -194,9 +178,6 @@ def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[s
         checkpoint: the weights; a student's decoder and head are left out.
         template: the timm model, on any device.
         path: of the file, for messages.
-
-    Raises:
-        UserError: a key of the model is missing, or there is another one.
     """
     wanted, state = template.state_dict(), checkpoint.state
     heads = {key: state[key] for key in wanted if key.startswith("head.") and key in state}
@@ -259,9 +240,6 @@ def table_grid(state: dict[str, Tensor], spec: ViTSpec, path: str) -> tuple[int,
         state: of `timm_state`.
         spec: of the backbone.
         path: of the file, for messages.
-
-    Raises:
-        UserError: neither fits.
     """
     relative = next((value for key, value in state.items() if key.endswith(_RELATIVE)), None)
     if relative is not None:

@@ -179,11 +179,7 @@ def _is_moco(name: str) -> bool:
 
 
 def _template(name: str, kwargs: dict) -> nn.Module:
-    """The timm model without memory for its weights, checked: `ViT` can be made of it.
-
-    Raises:
-        UserError: an unknown name, a wrong argument, or an architecture that fastalign does not support.
-    """
+    """The timm model without memory for its weights, checked: `ViT` can be made of it."""
     architecture = name.split(".")[0]
     if architecture != MOCO and not timm.is_model(architecture):
         names = [MOCO, *(name for module in _MODULES for name in timm.list_models(module=module))]

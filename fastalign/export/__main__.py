@@ -12,11 +12,7 @@ from fastalign.utils.paths import path_argument
 
 
 def push(folder: Path, name: str) -> None:
-    """Upload an export to the model hub, with the credentials that its client finds.
-
-    Raises:
-        UserError: the client is not installed, or the upload fails.
-    """
+    """Upload an export to the model hub, with the credentials that its client finds."""
     try:
         from huggingface_hub import HfApi
 

@@ -51,11 +51,7 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read a run.
-
-    Raises:
-        UserError: not a run, an unknown architecture, weights of another model, or damaged files.
-    """
+    """Read a run."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"RUN {folder} is not a directory: give the folder of a finished run")

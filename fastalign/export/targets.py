@@ -52,11 +52,7 @@ class Target(NamedTuple):
 
 
 def find_target(name: str, run: Run) -> Target:
-    """The target of a name, checked against the backbone.
-
-    Raises:
-        UserError: its library is not installed, or the backbone does not fit.
-    """
+    """The target of a name, checked against the backbone."""
     target = TARGETS[name]
     if find_spec(target.package) is None:
         raise UserError(
