@@ -137,21 +137,13 @@ def find_facts(path: Path) -> dict | None:
         name, softcap = kwargs.pop("architecture", config["architecture"]), kwargs.pop("softcap", None)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # of another library
-    return _checked({"name": name, "kwargs": kwargs, "softcap": softcap}, path)
+    return {"name": name, "kwargs": kwargs, "softcap": check_softcap(softcap, f"{path}: ")}
 
 
 def _parsed(text: str | bytes, path: Path) -> dict:
     try:
         facts = json.loads(text)
-        facts["name"], facts["kwargs"], facts["softcap"]
+        facts["name"], facts["kwargs"], check_softcap(facts["softcap"], f"{path}: ")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): copy it again") from error
-    return _checked(facts, path)
-
-
-def _checked(facts: dict, path: Path) -> dict:
-    name, kwargs = facts["name"], facts["kwargs"]
-    if not isinstance(name, str) or not isinstance(kwargs, dict):
-        raise UserError(f"{path} is damaged (name {name!r}, kwargs {kwargs!r}): copy it again")
-    check_softcap(facts["softcap"], f"{path}: ")
     return facts

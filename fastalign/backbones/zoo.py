@@ -31,7 +31,7 @@ from fastalign.utils.paths import user_path
 MOCO = "vit_base_patch16_mocov3_224"
 """Not in timm: a ViT-B/16 with a fixed sin-cos position embedding (Chen et al., 2021)."""
 MOCO_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
-_MOCO_DATA = {
+MOCO_DATA = {
     "mean": (0.485, 0.456, 0.406),
     "std": (0.229, 0.224, 0.225),
     "interpolation": "bicubic",
@@ -40,8 +40,6 @@ _MOCO_DATA = {
 _OTHER_WEIGHTS = (
     "or give a file or random weights: student.weights=FILE or random (in Python checkpoint=FILE)"
 )
-_MODULES = ("vision_transformer", "deit", "beit", "eva")
-"""timm's files with the architectures that fastalign supports."""
 
 
 def create_backbone(
@@ -182,7 +180,8 @@ def _template(name: str, kwargs: dict) -> nn.Module:
     """The timm model without memory for its weights, checked: `ViT` can be made of it."""
     architecture = name.split(".")[0]
     if architecture != MOCO and not timm.is_model(architecture):
-        names = [MOCO, *(name for module in _MODULES for name in timm.list_models(module=module))]
+        modules = ("vision_transformer", "deit", "beit", "eva")  # with supported architectures
+        names = [MOCO, *(name for module in modules for name in timm.list_models(module=module))]
         near = sorted((name for name in names if name.startswith(architecture)), key=len)[:4]
         near = near or difflib.get_close_matches(architecture, names, n=4, cutoff=0.5)
         raise UserError(f"unknown backbone {name!r}: the nearest names are {', '.join(near) or 'none'}")
@@ -207,7 +206,7 @@ def _template(name: str, kwargs: dict) -> nn.Module:
 def _create_timm(name: str, kwargs: dict, pretrained: bool = False) -> nn.Module:
     options = {}
     if _is_moco(name):
-        name, options = "vit_base_patch16_224", {"pretrained_cfg_overlay": _MOCO_DATA}
+        name, options = "vit_base_patch16_224", {"pretrained_cfg_overlay": MOCO_DATA}
     try:
         return timm.create_model(name, pretrained=pretrained, **options, **kwargs)
     except Exception as error:

@@ -89,10 +89,8 @@ def without_softcap(vit: ViT, source: Source | None) -> dict[str, Any]:
 
     The relative change in the Euclidean norm, and the lowest cosine of a token.
     """
-    found = {"noise": _change(vit, [noise(vit)])}
-    if source is not None:
-        found["images"] = _change(vit, itertools.islice(_batches(vit, source), 4))
-    return found
+    images = {} if source is None else {"images": _change(vit, itertools.islice(_batches(vit, source), 4))}
+    return {"noise": _change(vit, [noise(vit)])} | images
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Writing an export: the target's files, `fastalign.json`, the decoder and the model card; all of them or nothing."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from fastalign import __version__
 from fastalign.export import measure
 from fastalign.export.run import DECODER, Run, read_run
 from fastalign.export.targets import Target, find_target
+from fastalign.export.towers import write_json
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import temporary_name, write_tensors
 from fastalign.utils.yaml_files import merge
@@ -81,7 +81,7 @@ def _write(run: Run, target: Target, facts: dict[str, Any], folder: Path) -> Non
     facts["parity"] = {"largest_relative_error": error, "of": "any token, fp32, 4 images of noise"}
     if run.decoder:
         write_tensors(folder / DECODER, run.decoder_weights)
-    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+    write_json(folder / FACTS, facts)
     (folder / "README.md").write_text(_model_card(facts, target.package, target.usage(run)))
 
 
