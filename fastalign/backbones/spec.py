@@ -100,14 +100,9 @@ class ViTSpec:
 
 
 def split_svit(name: str, kwargs: dict) -> tuple[str, dict, float | None]:
-    """timm's name and arguments for a name that may be one of the authors': `svit_X` is `vit_X` with a soft-cap.
+    """timm's name, arguments and the soft-cap (None = none) of a name and arguments that may be the authors'.
 
-    Args:
-        name: timm's, or `svit_...`, whose argument `max_attn_val` is the cap, 30 by default.
-        kwargs: arguments of the model.
-
-    Returns:
-        timm's name, the arguments without `max_attn_val`, and the soft-cap; None for timm's names.
+    `svit_X` is `vit_X` with a cap, the argument `max_attn_val`, 30 by default.
     """
     if not name.startswith("svit_"):
         return name, kwargs, None

@@ -170,14 +170,9 @@ def check_config(spec: ViTSpec, config: Mapping[str, Any], path: str) -> None:
 
 
 def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[str, Tensor]:
-    """The weights by the keys of a timm model; position tables keep the file's grid.
+    """The weights by the keys of a timm model; position tables keep the file's grid, a student's head is left out.
 
     LayerScale that the model lacks is folded into the projections before it; one that the file lacks is 1.
-
-    Args:
-        checkpoint: the weights; a student's decoder and head are left out.
-        template: the timm model, on any device.
-        path: of the file, for messages.
     """
     wanted, state = template.state_dict(), checkpoint.state
     heads = {key: state[key] for key in wanted if key.startswith("head.") and key in state}
@@ -215,12 +210,7 @@ def misfit(checkpoint: Checkpoint, path: str, problem: str) -> UserError:
 
 
 def fold_layer_scale(state: dict[str, Tensor], wanted: Container[str]) -> dict[str, Tensor]:
-    """x + gamma * (W h + b) = x + (gamma W) h + gamma b: LayerScale that is not wanted goes into W and b.
-
-    Args:
-        state: weights with timm's keys; its tensors are not changed.
-        wanted: the keys of the model that they are for.
-    """
+    """x + gamma * (W h + b) = x + (gamma W) h + gamma b: LayerScale that is not wanted goes into new W and b."""
     state = dict(state)
     for key in [key for key in state if key not in wanted]:
         if (found := _LAYER_SCALE.fullmatch(key)) is None:
@@ -234,13 +224,7 @@ def fold_layer_scale(state: dict[str, Tensor], wanted: Container[str]) -> dict[s
 
 
 def table_grid(state: dict[str, Tensor], spec: ViTSpec, path: str) -> tuple[int, int]:
-    """The grid of position tables of which only the length is known: a square if possible, else the backbone's.
-
-    Args:
-        state: of `timm_state`.
-        spec: of the backbone.
-        path: of the file, for messages.
-    """
+    """The grid of position tables of which only the length is known: a square if possible, else the backbone's."""
     relative = next((value for key, value in state.items() if key.endswith(_RELATIVE)), None)
     if relative is not None:
         # Displacements from -(side - 1) to side - 1 each way, and three entries of the class token.

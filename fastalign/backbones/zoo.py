@@ -71,7 +71,13 @@ def create_backbone(
         vit = _from_checkpoint(name, kwargs, template, found, str(checkpoint))
         softcap = found.softcap or softcap
     elif pretrained and _is_moco(name):
-        vit = _from_checkpoint(name, kwargs, template, _download(MOCO_URL), MOCO_URL)
+        try:
+            content = torch.hub.load_state_dict_from_url(MOCO_URL, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise UserError(
+                f"cannot load {MOCO_URL} ({first_line(error)}): check the network, {_OTHER_WEIGHTS}"
+            ) from error
+        vit = _from_checkpoint(name, kwargs, template, interpret(content, MOCO_URL), MOCO_URL)
     else:
         native = {key: value for key, value in kwargs.items() if key not in ("img_size", "patch_size")}
         source = _create_timm(name, native if pretrained else kwargs, pretrained)
@@ -160,16 +166,6 @@ def _with_facts(found: Checkpoint, facts: dict, path: str) -> Checkpoint:
         student=found.student or facts["kwargs"].get("global_pool") == "",
         grid=grid,
     )
-
-
-def _download(url: str) -> Checkpoint:
-    try:
-        content = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"cannot load {url} ({first_line(error)}): check the network, {_OTHER_WEIGHTS}"
-        ) from error
-    return interpret(content, url)
 
 
 def _is_moco(name: str) -> bool:

@@ -94,11 +94,7 @@ def _student(run: Run) -> dict[str, Tensor] | None:
 
 
 class AlignedDecoder(nn.Module):
-    """The student after its tokens: `norm` (of backbones that pool before it), `head`, `decoder`.
-
-    Args:
-        facts: from `describe_decoder`.
-    """
+    """The student after its tokens: `norm` (of backbones that pool before it), `head`, `decoder`."""
 
     def __init__(self, facts: dict[str, Any]):
         super().__init__()

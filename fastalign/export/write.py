@@ -113,13 +113,7 @@ def _facts(run: Run, to: str, softcap: dict[str, Any]) -> dict[str, Any]:
 
 
 def _model_card(facts: dict[str, Any], library: str, usage: str) -> str:
-    """README.md of an export.
-
-    Args:
-        facts: the content of fastalign.json.
-        library: the Python package that loads it.
-        usage: lines of Python that load the export.
-    """
+    """README.md of an export; `usage` is Python that loads it with `library`."""
     source, read, images, data = facts["source"], facts["read"], facts["images"], facts["data"]
     features, parity, grid = facts["features"], facts["parity"], read["patch_grid"]
     loss = "not measured" if facts["val_loss"] is None else f"{facts['val_loss']:.4f}"
