@@ -15,6 +15,7 @@ from tests.numerics import gradient_error, randomise, relative_error
 from tests.truth import CappedAttention, StudentTruth, blank_pixels, loss_truth, teacher_targets
 
 EXACT = 1e-10
+DEEP = {"decoder_layers": 3, "decoder_width": 64, "decoder_heads": 4, "decoder_init_values": None}
 PREFIX_ONLY = {"skip_blocks": 0, "prefix_only": True}
 # timm's name and arguments, the student's options, the teacher's options.
 CASES = {
@@ -30,12 +31,7 @@ CASES = {
     "beit": ("beit_base_patch16_224", SMALL, {"softcap": None, "decoder_qk_norm": False}, {}),
     "eva": ("eva02_base_patch16_clip_224", SMALL, {"softcap": None}, {}),
     "mlp head": (VIT, SMALL, {"head": "mlp"}, {}),
-    "deep decoder": (
-        VIT,
-        SMALL,
-        {"decoder_layers": 3, "decoder_width": 64, "decoder_heads": 4, "decoder_init_values": None},
-        {},
-    ),
+    "deep decoder": (VIT, SMALL, DEEP, {}),
     "no decoder blocks": (VIT, SMALL, {"decoder_layers": 0}, {}),
     "decoder qk norm": (VIT, SMALL, {"decoder_qk_norm": True, "decoder_qkv_bias": False}, {}),
     "student qk norm": (VIT, {**SMALL, "qk_norm": True}, {}, {}),
