@@ -169,7 +169,7 @@ class FastDropPath:
 
 
 def _drops_paths(block: nn.Module) -> bool:
-    """Whether both branches of a block have timm's stochastic depth, at a rate above zero."""
+    """Whether both branches of a block have timm's stochastic depth at a rate above zero."""
     return all(type(drop) is DropPath and drop.drop_prob for drop in (block.drop_path1, block.drop_path2))
 
 
@@ -270,7 +270,11 @@ def _check(model: nn.Module, softcap: float | None, backend: str) -> None:
                 raise UserError(f"accelerate: the forward of {path} was replaced: restore it first")
             if softcap is not None and module.attn_drop.p > 0:
                 raise _dropout_error(path, module)
-        elif _is_attention(path, module):
+        elif (
+            (path.rpartition(".")[2] == "attn" or hasattr(module, "fused_attn"))
+            and not isinstance(module, nn.Identity)
+            and "Pool" not in kind.__name__
+        ):
             raise UserError(
                 f"accelerate: {path} is {kind.__module__}.{kind.__qualname__}, an attention that is not supported: "
                 "leave the model as it is, or pass only parts without it"
@@ -280,9 +284,3 @@ def _check(model: nn.Module, softcap: float | None, backend: str) -> None:
             f"accelerate: {type(model).__name__} has no attention of a timm VisionTransformer, Eva or Beit: "
             "leave it as it is"
         )
-
-
-def _is_attention(path: str, module: nn.Module) -> bool:
-    """Whether a module of another class is attention over the tokens, other than pooling."""
-    named = path.rpartition(".")[2] == "attn" or hasattr(module, "fused_attn")
-    return named and not isinstance(module, nn.Identity) and "Pool" not in type(module).__name__

@@ -182,14 +182,6 @@ class MLP(nn.Module):
         return self.fc2(self.norm(x))
 
 
-def _drop_path(rate: float) -> nn.Module:
-    if not rate:
-        return nn.Identity()
-    from timm.layers import DropPath  # here, because importing timm takes a second
-
-    return DropPath(rate)
-
-
 class Block(nn.Module):
     """Pre-norm transformer block; `prefix` and `window` as for `Attention`."""
 
@@ -206,7 +198,11 @@ class Block(nn.Module):
         self.attn = Attention(spec, prefix=prefix, window=window)
         self.norm2 = make_norm(spec)
         self.mlp = MLP(spec)
-        self.drop_path = _drop_path(drop_path)
+        self.drop_path = nn.Identity()
+        if drop_path:
+            from timm.layers import DropPath  # here, because importing timm takes a second
+
+            self.drop_path = DropPath(drop_path)
         self.scale_keys = spec.layer_scale_keys if spec.layer_scale else "none"
         if self.scale_keys == "ls":
             self.ls1 = LayerScale(spec.width, spec.layer_scale)

@@ -50,9 +50,6 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
         source: the timm model, on any device.
         recipe: its name and arguments for `fastalign.create_backbone`, where known.
         **changes: fields of `ViTSpec` that timm's modules do not show.
-
-    Raises:
-        UserError: an architecture that fastalign does not support.
     """
     spec = replace(describe(source), **changes)
     rate = max((getattr(part, "drop_prob", None) or 0.0) for part in source.modules())
@@ -79,11 +76,7 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
 
 
 def describe(source: nn.Module) -> ViTSpec:
-    """Read the shape of a timm model from its modules.
-
-    Raises:
-        UserError: a part that fastalign does not support.
-    """
+    """Read the shape of a timm model from its modules."""
     if type(source) not in MODELS:
         supported = ", ".join(model.__name__ for model in MODELS)
         raise UserError(

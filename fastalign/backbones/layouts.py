@@ -36,10 +36,9 @@ class Layout(NamedTuple):
         return (f"{patch}weight", *(f"{self.blocks}.0.{self.block[key]}weight" for key in first))
 
 
-_HF_QKV = {f"attn.{part[0]}.": f"attention.attention.{part}." for part in ("query", "key", "value")}
-_HF_NEW_ATTENTION = {f"attn.{part}.": f"attention.{part}_proj." for part in "qkv"} | {
-    "attn.proj.": "attention.o_proj."
-}
+_HF_ATTENTION = {f"attn.{part[0]}.": f"attention.attention.{part}." for part in ("query", "key", "value")}
+_HF_ATTENTION |= {"attn.proj.": "attention.output.dense."}
+_HF_NEW_ATTENTION = dict(zip(_HF_ATTENTION, [f"attention.{part}_proj." for part in "qkvo"], strict=True))
 
 TIMM = Layout("timm (and training checkpoints of DINO, DINOv2, MAE, MoCo-v3 and Lightning)", {}, "blocks", {})
 OPEN_CLIP = Layout(
@@ -101,10 +100,9 @@ HF_VIT = Layout(
     },
     "encoder.layer",
     {
-        **_HF_QKV,
+        **_HF_ATTENTION,
         "norm1.": "layernorm_before.",
         "norm2.": "layernorm_after.",
-        "attn.proj.": "attention.output.dense.",
         "mlp.fc1.": "intermediate.dense.",
         "mlp.fc2.": "output.dense.",
     },
@@ -115,9 +113,8 @@ HF_DINOV2 = Layout(
     {**HF_VIT.root, "register_tokens": "embeddings.register_tokens", "mask_token": "embeddings.mask_token"},
     "encoder.layer",
     {
-        **_HF_QKV,
+        **_HF_ATTENTION,
         "norm1.": "norm1.",
-        "attn.proj.": "attention.output.dense.",
         "ls1.gamma": "layer_scale1.lambda1",
         "ls2.gamma": "layer_scale2.lambda1",
     },
@@ -140,14 +137,12 @@ HF_ACTIVATIONS["gelu_tanh"] = "gelu_pytorch_tanh"
 """timm's names of activations, and transformers'."""
 HF_DEFAULTS = {
     kind: {"hidden_act": activation, "num_attention_heads": 12}
-    for kind, activation in (
-        ("clip_vision_model", "quick_gelu"),
-        ("siglip_vision_model", "gelu_pytorch_tanh"),
-        ("siglip2_vision_model", "gelu_pytorch_tanh"),
-        ("vit", "gelu"),
-        ("dinov2", "gelu"),
-        ("dinov2_with_registers", "gelu"),
+    for activation, kinds in (
+        ("quick_gelu", ["clip_vision_model"]),
+        ("gelu_pytorch_tanh", ["siglip_vision_model", "siglip2_vision_model"]),
+        ("gelu", ["vit", "dinov2", "dinov2_with_registers"]),
     )
+    for kind in kinds
 }
 """By model type: transformers' defaults of keys that a config.json may omit, as google/siglip-base's does."""
 READ = ", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))
@@ -173,11 +168,7 @@ def find(names: Collection[str]) -> list[tuple[Layout, str]]:
 
 
 def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Weights of a layout, without a prefix, by timm's keys.
-
-    Raises:
-        KeyError, IndexError, RuntimeError: a part is missing, or has a wrong shape.
-    """
+    """Weights of a layout, without a prefix, by timm's keys."""
     inverse = layout._replace(
         root={theirs: ours for ours, theirs in layout.root.items()},
         block={theirs: ours for ours, theirs in layout.block.items()},

@@ -42,11 +42,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 def store_as(module: nn.Module, dtype: torch.dtype) -> None:
     """Store in `dtype` what autocast would cast at every use: weights and biases of linear layers and convolutions.
 
-    Under autocast of that dtype the output keeps its bits. Norms, positions, tokens and LayerScale stay as they are.
-
-    Args:
-        module: frozen; changed in place.
-        dtype: autocast's.
+    The module is frozen. Under autocast of that dtype its output keeps its bits.
     """
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Conv2d)):
@@ -85,11 +81,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 class FP8Linear(nn.Module):
     """A frozen linear layer that multiplies in FP8, with a scale per output channel and a dynamic scale per token.
 
-    On a GPU `torch._scaled_mm` multiplies; elsewhere the same FP8 values are multiplied in fp32, which shows the
-    error and is slow.
-
-    Args:
-        layer: what it replaces; its widths are multiples of 16.
+    Its widths are multiples of 16. On a CPU the same FP8 values are multiplied in fp32: the same error, slowly.
     """
 
     def __init__(self, layer: nn.Linear):

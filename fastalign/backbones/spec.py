@@ -15,11 +15,7 @@ def is_softcap(value: Any) -> bool:
 
 
 def check_softcap(value: Any, where: str = "") -> float | None:
-    """The value itself, a cap or None; `where` precedes the message.
-
-    Raises:
-        UserError: neither a positive finite number nor None.
-    """
+    """The value itself, a cap or None; `where` precedes the message."""
     if value is not None and not is_softcap(value):
         raise UserError(f"{where}softcap must be a positive number or None, got {value!r}")
     return value
@@ -104,14 +100,9 @@ class ViTSpec:
 
 
 def split_svit(name: str, kwargs: dict) -> tuple[str, dict, float | None]:
-    """timm's name and arguments for a name that may be one of the authors': `svit_X` is `vit_X` with a soft-cap.
+    """timm's name, arguments and the soft-cap (None = none) of a name and arguments that may be the authors'.
 
-    Args:
-        name: timm's, or `svit_...`, whose argument `max_attn_val` is the cap, 30 by default.
-        kwargs: arguments of the model.
-
-    Returns:
-        timm's name, the arguments without `max_attn_val`, and the soft-cap; None for timm's names.
+    `svit_X` is `vit_X` with a cap, the argument `max_attn_val`, 30 by default.
     """
     if not name.startswith("svit_"):
         return name, kwargs, None
@@ -123,11 +114,7 @@ def split_svit(name: str, kwargs: dict) -> tuple[str, dict, float | None]:
 
 
 def check_svit(student: str, student_kwargs: dict, teacher: str | None, teacher_kwargs: dict) -> None:
-    """Only `teacher.name` may be `svit_...`: the cap of the student has a key of its own.
-
-    Raises:
-        ValueError: a cap that the run would ignore, or apply to both.
-    """
+    """Only `teacher.name` may be `svit_...`: the cap of the student has a key of its own."""
     if student.startswith("svit_"):
         name = student.removeprefix("s")
         raise ValueError(f"student.name={student}: write {name} and student.softcap={AUTHORS_SOFTCAP:g}")

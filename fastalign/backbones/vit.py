@@ -117,12 +117,7 @@ class ViT(nn.Module):
     def embed_masked(self, images: Tensor, visible: Tensor) -> Tensor:
         """The first block's input for masked copies of images, whose hidden patches are blank.
 
-        Args:
-            images: [B, C, height, width], normalised.
-            visible: [B, M, N] bool.
-
-        Returns:
-            [B M, T, D]; the patch embedding runs once per image.
+        Normalised images [B, C, height, width], visible [B, M, N] bool -> [B M, T, D].
         """
         patches = self.patch_embed(images)
         blank = self.patch_embed.blank().to(patches.dtype)
@@ -132,12 +127,7 @@ class ViT(nn.Module):
     def embed_packed(self, images: Tensor, packing: Packing) -> Tensor:
         """The first block's input for masked copies of images, without their hidden patches.
 
-        Args:
-            images: [B, C, height, width], normalised.
-            packing: of `fastalign.ops.pack_masks` with P prefix tokens.
-
-        Returns:
-            [L, D].
+        Normalised images [B, C, height, width], `packing` of `ops.pack_masks` with P prefix tokens -> [L, D].
         """
         tokens = ops.pack(self.patch_embed(images), packing, self.prefix_rows(), self.patch_position())
         return self.norm_pre(tokens)

@@ -40,11 +40,7 @@ Creating one of these has no side effect. Everything else is refused.
 
 
 def locate(path: str | Path) -> Path:
-    """The weights file at a path: the file itself, or that of a folder, which may be the index of its shards.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The weights file at a path: the file itself, or that of a folder, which may be the index of its shards."""
     path = Path(user_path(path))
     if path.is_file():
         return path
@@ -104,11 +100,7 @@ def read_weights(path: Path) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """The content of a JSON file."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -116,11 +108,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_facts(path: Path) -> dict:
-    """A run's `backbone.json`: "name", "kwargs", "softcap" and more.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """A run's `backbone.json`: "name", "kwargs", "softcap" and more."""
     if not path.is_file():
         raise UserError(f"no backbone at {path}: give the folder of a finished run, or its backbone.json")
     return _parsed(path.read_bytes(), path)
@@ -136,11 +124,7 @@ def embedded_facts(path: Path) -> str | None:
 
 
 def find_facts(path: Path) -> dict | None:
-    """The facts in a weights file, or in timm's `config.json` next to it; None if there are none.
-
-    Raises:
-        UserError: they are damaged.
-    """
+    """The facts in a weights file, or in timm's `config.json` next to it; None if there are none."""
     text = embedded_facts(path) if path.suffix == ".safetensors" else None
     if text is not None:
         return _parsed(text, path)
@@ -153,21 +137,13 @@ def find_facts(path: Path) -> dict | None:
         name, softcap = kwargs.pop("architecture", config["architecture"]), kwargs.pop("softcap", None)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # of another library
-    return _checked({"name": name, "kwargs": kwargs, "softcap": softcap}, path)
+    return {"name": name, "kwargs": kwargs, "softcap": check_softcap(softcap, f"{path}: ")}
 
 
 def _parsed(text: str | bytes, path: Path) -> dict:
     try:
         facts = json.loads(text)
-        facts["name"], facts["kwargs"], facts["softcap"]
+        facts["name"], facts["kwargs"], check_softcap(facts["softcap"], f"{path}: ")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): copy it again") from error
-    return _checked(facts, path)
-
-
-def _checked(facts: dict, path: Path) -> dict:
-    name, kwargs = facts["name"], facts["kwargs"]
-    if not isinstance(name, str) or not isinstance(kwargs, dict):
-        raise UserError(f"{path} is damaged (name {name!r}, kwargs {kwargs!r}): copy it again")
-    check_softcap(facts["softcap"], f"{path}: ")
     return facts

@@ -49,11 +49,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """The backbone in a file, or in a folder of transformers, timm or open_clip.
-
-    Raises:
-        UserError: no such file, not a weights file, damaged, or unsafe to unpickle.
-    """
+    """The backbone in a file, or in a folder of transformers, timm or open_clip."""
     path = locate(path)
     checkpoint, config = (
         interpret(read_weights(path), str(path)),
@@ -64,11 +60,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def interpret(content: Any, path: str) -> Checkpoint:
-    """The backbone in the content of a file; `path` is for messages.
-
-    Raises:
-        UserError: it holds no weights, or several backbones.
-    """
+    """The backbone in the content of a file; `path` is for messages."""
     if not isinstance(content, dict):
         raise UserError(
             f"{path} is not a weights file, it holds a {type(content).__name__}: give a state dict"
@@ -123,11 +115,7 @@ def _tensors(value: Any) -> dict[str, Tensor]:
 
 
 def trained_as(content: dict, path: str) -> tuple[str | None, float | None]:
-    """The model's name and soft-cap that a checkpoint records, directly or in its training script's arguments.
-
-    Raises:
-        UserError: the cap is not a positive number.
-    """
+    """The model's name and soft-cap that a checkpoint records, directly or in its training script's arguments."""
     args = _args(content)
     names = (args.get("student_model"), args.get("model"), content.get("arch"))
     arch = next((name for name in names if isinstance(name, str) and name), None)
@@ -167,11 +155,7 @@ def _grid(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def check_config(spec: ViTSpec, config: Mapping[str, Any], path: str) -> None:
-    """Compare a backbone with what transformers' config.json says and weights do not show.
-
-    Raises:
-        UserError: the weights were trained with something else.
-    """
+    """Compare a backbone with what transformers' config.json says and weights do not show."""
     block = spec.block
     for key, ours, argument in (
         ("num_attention_heads", block.heads, "num_heads"),
@@ -186,17 +170,9 @@ def check_config(spec: ViTSpec, config: Mapping[str, Any], path: str) -> None:
 
 
 def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[str, Tensor]:
-    """The weights by the keys of a timm model; position tables keep the file's grid.
+    """The weights by the keys of a timm model; position tables keep the file's grid, a student's head is left out.
 
     LayerScale that the model lacks is folded into the projections before it; one that the file lacks is 1.
-
-    Args:
-        checkpoint: the weights; a student's decoder and head are left out.
-        template: the timm model, on any device.
-        path: of the file, for messages.
-
-    Raises:
-        UserError: a key of the model is missing, or there is another one.
     """
     wanted, state = template.state_dict(), checkpoint.state
     heads = {key: state[key] for key in wanted if key.startswith("head.") and key in state}
@@ -234,12 +210,7 @@ def misfit(checkpoint: Checkpoint, path: str, problem: str) -> UserError:
 
 
 def fold_layer_scale(state: dict[str, Tensor], wanted: Container[str]) -> dict[str, Tensor]:
-    """x + gamma * (W h + b) = x + (gamma W) h + gamma b: LayerScale that is not wanted goes into W and b.
-
-    Args:
-        state: weights with timm's keys; its tensors are not changed.
-        wanted: the keys of the model that they are for.
-    """
+    """x + gamma * (W h + b) = x + (gamma W) h + gamma b: LayerScale that is not wanted goes into new W and b."""
     state = dict(state)
     for key in [key for key in state if key not in wanted]:
         if (found := _LAYER_SCALE.fullmatch(key)) is None:
@@ -253,16 +224,7 @@ def fold_layer_scale(state: dict[str, Tensor], wanted: Container[str]) -> dict[s
 
 
 def table_grid(state: dict[str, Tensor], spec: ViTSpec, path: str) -> tuple[int, int]:
-    """The grid of position tables of which only the length is known: a square if possible, else the backbone's.
-
-    Args:
-        state: of `timm_state`.
-        spec: of the backbone.
-        path: of the file, for messages.
-
-    Raises:
-        UserError: neither fits.
-    """
+    """The grid of position tables of which only the length is known: a square if possible, else the backbone's."""
     relative = next((value for key, value in state.items() if key.endswith(_RELATIVE)), None)
     if relative is not None:
         # Displacements from -(side - 1) to side - 1 each way, and three entries of the class token.

@@ -31,7 +31,7 @@ from fastalign.utils.paths import user_path
 MOCO = "vit_base_patch16_mocov3_224"
 """Not in timm: a ViT-B/16 with a fixed sin-cos position embedding (Chen et al., 2021)."""
 MOCO_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
-_MOCO_DATA = {
+MOCO_DATA = {
     "mean": (0.485, 0.456, 0.406),
     "std": (0.229, 0.224, 0.225),
     "interpolation": "bicubic",
@@ -40,8 +40,6 @@ _MOCO_DATA = {
 _OTHER_WEIGHTS = (
     "or give a file or random weights: student.weights=FILE or random (in Python checkpoint=FILE)"
 )
-_MODULES = ("vision_transformer", "deit", "beit", "eva")
-"""timm's files with the architectures that fastalign supports."""
 
 
 def create_backbone(
@@ -73,7 +71,13 @@ def create_backbone(
         vit = _from_checkpoint(name, kwargs, template, found, str(checkpoint))
         softcap = found.softcap or softcap
     elif pretrained and _is_moco(name):
-        vit = _from_checkpoint(name, kwargs, template, _download(MOCO_URL), MOCO_URL)
+        try:
+            content = torch.hub.load_state_dict_from_url(MOCO_URL, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise UserError(
+                f"cannot load {MOCO_URL} ({first_line(error)}): check the network, {_OTHER_WEIGHTS}"
+            ) from error
+        vit = _from_checkpoint(name, kwargs, template, interpret(content, MOCO_URL), MOCO_URL)
     else:
         native = {key: value for key, value in kwargs.items() if key not in ("img_size", "patch_size")}
         source = _create_timm(name, native if pretrained else kwargs, pretrained)
@@ -164,29 +168,16 @@ def _with_facts(found: Checkpoint, facts: dict, path: str) -> Checkpoint:
     )
 
 
-def _download(url: str) -> Checkpoint:
-    try:
-        content = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"cannot load {url} ({first_line(error)}): check the network, {_OTHER_WEIGHTS}"
-        ) from error
-    return interpret(content, url)
-
-
 def _is_moco(name: str) -> bool:
     return name.split(".")[0] == MOCO
 
 
 def _template(name: str, kwargs: dict) -> nn.Module:
-    """The timm model without memory for its weights, checked: `ViT` can be made of it.
-
-    Raises:
-        UserError: an unknown name, a wrong argument, or an architecture that fastalign does not support.
-    """
+    """The timm model without memory for its weights, checked: `ViT` can be made of it."""
     architecture = name.split(".")[0]
     if architecture != MOCO and not timm.is_model(architecture):
-        names = [MOCO, *(name for module in _MODULES for name in timm.list_models(module=module))]
+        modules = ("vision_transformer", "deit", "beit", "eva")  # with supported architectures
+        names = [MOCO, *(name for module in modules for name in timm.list_models(module=module))]
         near = sorted((name for name in names if name.startswith(architecture)), key=len)[:4]
         near = near or difflib.get_close_matches(architecture, names, n=4, cutoff=0.5)
         raise UserError(f"unknown backbone {name!r}: the nearest names are {', '.join(near) or 'none'}")
@@ -211,7 +202,7 @@ def _template(name: str, kwargs: dict) -> nn.Module:
 def _create_timm(name: str, kwargs: dict, pretrained: bool = False) -> nn.Module:
     options = {}
     if _is_moco(name):
-        name, options = "vit_base_patch16_224", {"pretrained_cfg_overlay": _MOCO_DATA}
+        name, options = "vit_base_patch16_224", {"pretrained_cfg_overlay": MOCO_DATA}
     try:
         return timm.create_model(name, pretrained=pretrained, **options, **kwargs)
     except Exception as error:

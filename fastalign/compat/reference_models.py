@@ -16,9 +16,6 @@ def backbones(v: Options, notes: list[str]) -> tuple[dict, dict]:
     Args:
         v: the authors' options.
         notes: for the user; extended.
-
-    Raises:
-        UserError: a combination that is not supported.
     """
     if not v.teacher_pretrained and not v.teacher_checkpoint:
         raise UserError("a teacher needs weights: set teacher_pretrained or teacher_checkpoint")

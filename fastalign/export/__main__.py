@@ -12,11 +12,7 @@ from fastalign.utils.paths import path_argument
 
 
 def push(folder: Path, name: str) -> None:
-    """Upload an export to the model hub, with the credentials that its client finds.
-
-    Raises:
-        UserError: the client is not installed, or the upload fails.
-    """
+    """Upload an export to the model hub, with the credentials that its client finds."""
     try:
         from huggingface_hub import HfApi
 
@@ -50,17 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it to the model hub")
     options = parser.parse_args(arguments)
-    return run_command(lambda: _run(options))
+    return run_command(lambda: _run(**vars(options)))
 
 
-def _run(options: argparse.Namespace) -> None:
-    folder, facts = export(
-        options.run,
-        options.to,
-        output=options.output,
-        drop_softcap=options.drop_softcap,
-        images=options.images,
-    )
+def _run(run: str, to: str, push_to_hub: str | None, **options) -> None:
+    folder, facts = export(run, to, **options)
     parity = facts["parity"]
     print(f"parity: largest relative error {parity['largest_relative_error']:.1e} of {parity['of']}")
     for name, change in facts["softcap"].get("dropped", {}).items():
@@ -71,9 +61,9 @@ def _run(options: argparse.Namespace) -> None:
     if facts["features"]["mean"] is None:
         print(f"feature mean and std {facts['features']['of']}")
     print("\n".join([*facts["notes"], f"exported: {folder}"]))
-    if options.push_to_hub:
-        push(folder, options.push_to_hub)
-        print(f"uploaded: {options.push_to_hub}")
+    if push_to_hub:
+        push(folder, push_to_hub)
+        print(f"uploaded: {push_to_hub}")
 
 
 if __name__ == "__main__":

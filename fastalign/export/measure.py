@@ -39,12 +39,7 @@ def parity(vit: ViT, tokens: Callable[[Tensor], Tensor]) -> float:
 
 
 def find_images(given: str | None, val: str | None) -> tuple[Source | None, str]:
-    """The images to measure on, and a text that says which, or why there are none.
-
-    Args:
-        given: --images.
-        val: the run's validation data.
-    """
+    """The images to measure on, and which they are or why there are none. `given`: --images; `val`: the run's."""
     if given is not None:
         return open_source(given), f"--images {Path(given).name}"
     if val is None:
@@ -89,10 +84,8 @@ def without_softcap(vit: ViT, source: Source | None) -> dict[str, Any]:
 
     The relative change in the Euclidean norm, and the lowest cosine of a token.
     """
-    found = {"noise": _change(vit, [noise(vit)])}
-    if source is not None:
-        found["images"] = _change(vit, itertools.islice(_batches(vit, source), 4))
-    return found
+    images = {} if source is None else {"images": _change(vit, itertools.islice(_batches(vit, source), 4))}
+    return {"noise": _change(vit, [noise(vit)])} | images
 
 
 @torch.no_grad()

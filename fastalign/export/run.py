@@ -51,11 +51,7 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read a run.
-
-    Raises:
-        UserError: not a run, an unknown architecture, weights of another model, or damaged files.
-    """
+    """Read a run."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"RUN {folder} is not a directory: give the folder of a finished run")
@@ -98,11 +94,7 @@ def _student(run: Run) -> dict[str, Tensor] | None:
 
 
 class AlignedDecoder(nn.Module):
-    """The student after its tokens: `norm` (of backbones that pool before it), `head`, `decoder`.
-
-    Args:
-        facts: from `describe_decoder`.
-    """
+    """The student after its tokens: `norm` (of backbones that pool before it), `head`, `decoder`."""
 
     def __init__(self, facts: dict[str, Any]):
         super().__init__()

@@ -52,11 +52,7 @@ class Target(NamedTuple):
 
 
 def find_target(name: str, run: Run) -> Target:
-    """The target of a name, checked against the backbone.
-
-    Raises:
-        UserError: its library is not installed, or the backbone does not fit.
-    """
+    """The target of a name, checked against the backbone."""
     target = TARGETS[name]
     if find_spec(target.package) is None:
         raise UserError(
@@ -73,11 +69,8 @@ def find_target(name: str, run: Run) -> Target:
 def _write_timm(run: Run, folder: Path) -> None:
     vit, architecture = run.vit, run.facts["name"].split(".")[0]
     architecture = "vit_base_patch16_224" if architecture == MOCO else architecture
-    arguments = {
-        key: value
-        for key, value in run.facts["kwargs"].items()
-        if key not in ("num_classes", "drop_path_rate")
-    }
+    dropped = ("num_classes", "drop_path_rate")
+    arguments = {key: value for key, value in run.facts["kwargs"].items() if key not in dropped}
     if vit.softcap is not None:
         arguments |= {"architecture": architecture, "softcap": vit.softcap}
         architecture = ARCHITECTURE
@@ -99,8 +92,7 @@ def _write_timm(run: Run, folder: Path) -> None:
         },
     }
     write_json(folder / "config.json", config)
-    weights = {name: value.contiguous() for name, value in vit.state_dict().items()}
-    write_tensors(folder / "model.safetensors", weights)
+    write_tensors(folder / "model.safetensors", {k: v.contiguous() for k, v in vit.state_dict().items()})
 
 
 def _read_timm(folder: Path) -> Tokens:
@@ -146,12 +138,8 @@ def _write_open_clip(run: Run, folder: Path) -> None:
         "act_kwargs": {"approximate": "tanh"} if block.activation == "gelu_tanh" else None,
         "output_tokens": True,
     }
-    config = {
-        "embed_dim": block.width,
-        "vision_cfg": vision,
-        "quick_gelu": block.activation == "quick_gelu",
-    }
-    write_json(folder / "visual.json", config)
+    quick = block.activation == "quick_gelu"
+    write_json(folder / "visual.json", {"embed_dim": block.width, "vision_cfg": vision, "quick_gelu": quick})
     state = run.vit.state_dict() | {"proj": torch.eye(block.width)}  # alignment has no projection
     write_tensors(folder / "visual.safetensors", convert(state, OPEN_CLIP))
 
@@ -180,16 +168,13 @@ def _open_clip_usage(run: Run) -> str:
     )
 
 
-def _transformers(tower: towers.Tower) -> Target:
-    notes = (towers.PROCESSOR_NOTE,)
-    return Target("transformers", tower.wanted, tower.write, towers.read, tower.usage, notes=notes)
-
-
+_NOTES = (towers.PROCESSOR_NOTE,)
 TARGETS = {
     "timm": Target("timm", None, _write_timm, _read_timm, _timm_usage),
-    "hf-clip": _transformers(towers.CLIP),
-    "hf-siglip": _transformers(towers.SIGLIP),
-    "hf-dinov2": _transformers(towers.DINOV2),
+    **{
+        f"hf-{name}": Target("transformers", t.wanted, t.write, towers.read, t.usage, notes=_NOTES)
+        for name, t in {"clip": towers.CLIP, "siglip": towers.SIGLIP, "dinov2": towers.DINOV2}.items()
+    },
     "open-clip": Target(
         "open_clip", towers.CLIP.wanted, _write_open_clip, _read_open_clip, _open_clip_usage, can_cap=False
     ),

@@ -1,6 +1,5 @@
 """Writing an export: the target's files, `fastalign.json`, the decoder and the model card; all of them or nothing."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from fastalign import __version__
 from fastalign.export import measure
 from fastalign.export.run import DECODER, Run, read_run
 from fastalign.export.targets import Target, find_target
+from fastalign.export.towers import write_json
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import temporary_name, write_tensors
 from fastalign.utils.yaml_files import merge
@@ -81,7 +81,7 @@ def _write(run: Run, target: Target, facts: dict[str, Any], folder: Path) -> Non
     facts["parity"] = {"largest_relative_error": error, "of": "any token, fp32, 4 images of noise"}
     if run.decoder:
         write_tensors(folder / DECODER, run.decoder_weights)
-    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+    write_json(folder / FACTS, facts)
     (folder / "README.md").write_text(_model_card(facts, target.package, target.usage(run)))
 
 
@@ -113,13 +113,7 @@ def _facts(run: Run, to: str, softcap: dict[str, Any]) -> dict[str, Any]:
 
 
 def _model_card(facts: dict[str, Any], library: str, usage: str) -> str:
-    """README.md of an export.
-
-    Args:
-        facts: the content of fastalign.json.
-        library: the Python package that loads it.
-        usage: lines of Python that load the export.
-    """
+    """README.md of an export; `usage` is Python that loads it with `library`."""
     source, read, images, data = facts["source"], facts["read"], facts["images"], facts["data"]
     features, parity, grid = facts["features"], facts["parity"], read["patch_grid"]
     loss = "not measured" if facts["val_loss"] is None else f"{facts['val_loss']:.4f}"

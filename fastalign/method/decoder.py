@@ -19,11 +19,7 @@ def decoder_block_spec(
     qkv_bias: bool | None = None,
     init_values: float | None = 1e-6,
 ) -> BlockSpec:
-    """The decoder's block. Arguments that are None, activation, norm and kind of MLP are the student's.
-
-    Raises:
-        ValueError: a width that is not a multiple of the heads.
-    """
+    """The decoder's block. Arguments that are None, activation, norm and kind of MLP are the student's."""
     block = student.block
     heads = heads or block.heads
     if width % heads:

@@ -55,11 +55,7 @@ class _Masks:
     def eager(self, sample_ids: Tensor, num_patches: int | tuple[int, int], epoch: int = 0) -> Tensor:
         """The same masks in PyTorch operations, whether or not the extension is installed."""
         sample = self.sample(sample_ids, self._grid(num_patches), epoch)
-        stack = [sample]
-        if self.complement:
-            stack.append(~sample)
-        if self.full:
-            stack.append(torch.ones_like(sample))
+        stack = [sample, *[~sample] * self.complement, *[torch.ones_like(sample)] * self.full]
         return torch.stack(stack, dim=1)
 
     def packed(

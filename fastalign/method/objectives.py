@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from fastalign import ops
 from fastalign.backbones.blocks import Attention, Block
-from fastalign.backbones.spec import ViTSpec
 from fastalign.method.student import MaskEmbedStudent, MIMStudent
 from fastalign.method.teacher import MaskedTeacher
 from fastalign.ops.attention import Case
@@ -20,11 +19,19 @@ from fastalign.utils.errors import UserError
 class Objective(nn.Module):
     """What both objectives have: a frozen teacher, a student, masks, the name of a loss and the targets' scale."""
 
+    prefix_visible = False
+    """whether prefix tokens count as visible in the loss"""
+
     def __init__(self, teacher: MaskedTeacher, student: nn.Module, masks, loss: str, masking: str):
         super().__init__()
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-        check_same_tokens(teacher.spec, student.encoder.spec)
+        tokens = [(spec.grid, spec.prefix) for spec in (teacher.spec, student.encoder.spec)]
+        if tokens[0] != tokens[1]:
+            raise UserError(
+                f"teacher and student have different patch grids and prefix tokens, {tokens[0]} and {tokens[1]}: "
+                "choose backbones or img_size values with the same"
+            )
         self.teacher, self.student, self.masks, self.loss = teacher, student, masks, loss
         self.masking = masking
         """"zero" or "drop" """
@@ -48,6 +55,28 @@ class Objective(nn.Module):
         visible, packing = self.masks.packed(sample_ids, spec.grid, spec.prefix, epoch)
         packing = Packing(*(part.to(device, non_blocking=True) for part in packing))
         return visible.to(device, non_blocking=True), packing
+
+    def forward(self, images: Tensor, sample_ids: Tensor, epoch: int = 0) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            images: [B, C, height, width], normalised.
+            sample_ids: [B] int64, on the host or the device; with `epoch` and the masks' seed they decide the masks.
+            epoch: the training epoch, or `fastalign.utils.random.EVAL_EPOCH`.
+
+        Returns:
+            Scalar, fp32.
+        """
+        visible, packing = self.draw(images, sample_ids, epoch)
+        return ops.reconstruction_loss(
+            self.student(images, visible, packing),  # [B, M, T, D]; packed [L, D]
+            self.targets(images, visible, packing),
+            visible,
+            loss=self.loss,
+            scale=self.target_scale,
+            prefix_visible=self.prefix_visible,
+            packing=packing,
+        )
 
     @torch.no_grad()
     def target_moments(self, images: Tensor, sample_ids: Tensor, epoch: int) -> Tensor:
@@ -146,24 +175,6 @@ class MaskEmbed(Objective):
         """What the teacher sees in each masked image, unscaled: [B, M, T, D]; packed [L, D]."""
         return self.teacher(images, visible, packing)
 
-    def forward(self, images: Tensor, sample_ids: Tensor, epoch: int = 0) -> Tensor:
-        """The loss of a batch.
-
-        Args:
-            images: [B, C, height, width], normalised.
-            sample_ids: [B] int64, on the host or the device; with `epoch` and the masks' seed they decide the masks.
-            epoch: the training epoch, or `fastalign.utils.random.EVAL_EPOCH`.
-
-        Returns:
-            Scalar, fp32.
-        """
-        visible, packing = self.draw(images, sample_ids, epoch)
-        predictions = self.student(images, visible, packing)  # [B, M, T, D]; packed [L, D]
-        targets = self.targets(images, visible, packing)
-        return ops.reconstruction_loss(
-            predictions, targets, visible, loss=self.loss, scale=self.target_scale, packing=packing
-        )
-
 
 class MaskedImageModeling(Objective):
     """The student sees the masked image and predicts the teacher's tokens of the unmasked image. No decoder.
@@ -171,8 +182,10 @@ class MaskedImageModeling(Objective):
     Args:
         teacher: `MaskedTeacher`, usually with ``skip_blocks=0``.
         student: `MIMStudent`.
-        masks, loss: as for `MaskEmbed`.
+        masks, loss: as for `MaskEmbed`. Prefix tokens, never masked here, count as visible.
     """
+
+    prefix_visible = True
 
     def __init__(self, teacher: MaskedTeacher, student: MIMStudent, masks, loss: str = "mse"):
         super().__init__(teacher, student, masks, loss, student.masking)
@@ -189,32 +202,3 @@ class MaskedImageModeling(Objective):
         """The teacher's tokens of each whole image, unscaled: [B, 1, T, D]; for packed predictions [B, T, D]."""
         targets = self.teacher(images)
         return targets if packing is None else targets.squeeze(1)
-
-    def forward(self, images: Tensor, sample_ids: Tensor, epoch: int = 0) -> Tensor:
-        """The loss of a batch; arguments as for `MaskEmbed`. Prefix tokens, never masked here, count as visible."""
-        visible, packing = self.draw(images, sample_ids, epoch)
-        predictions = self.student(images, visible, packing)  # [B, M, T, D]; packed [L, D]
-        targets = self.targets(images, visible, packing)
-        return ops.reconstruction_loss(
-            predictions,
-            targets,
-            visible,
-            loss=self.loss,
-            scale=self.target_scale,
-            prefix_visible=True,
-            packing=packing,
-        )
-
-
-def check_same_tokens(teacher: ViTSpec, student: ViTSpec) -> None:
-    """Refuse a teacher and a student whose tokens do not correspond."""
-    if teacher.grid != student.grid:
-        raise UserError(
-            f"teacher and student have different patch grids, {teacher.grid} and {student.grid}: "
-            "choose backbones or img_size values with the same grid"
-        )
-    if teacher.prefix != student.prefix:
-        raise UserError(
-            f"teacher and student have {teacher.prefix} and {student.prefix} prefix tokens: "
-            "choose backbones with the same number"
-        )

@@ -28,10 +28,8 @@ class MaskedTeacher(nn.Module):
     def __init__(self, vit: ViT, skip_blocks: int = 1, masking: str = "zero", prefix_only: bool = False):
         super().__init__()
         check_masking("MaskedTeacher", masking, vit.spec)
-        if prefix_only and masking == "drop":
-            raise ValueError("MaskedTeacher: prefix_only needs masking='zero'")
-        if prefix_only and skip_blocks:
-            raise ValueError("MaskedTeacher: prefix_only needs the whole model: set skip_blocks=0")
+        if prefix_only and (masking == "drop" or skip_blocks):
+            raise ValueError("MaskedTeacher: prefix_only needs masking='zero' and skip_blocks=0")
         if not 0 <= skip_blocks < vit.spec.depth:
             raise ValueError(
                 f"MaskedTeacher: skip_blocks must lie in 0..{vit.spec.depth - 1}, got {skip_blocks}"

@@ -66,10 +66,19 @@ def same(vit: nn.Module, model: nn.Module) -> bool:
     return torch.equal(vit.eval().forward_features(images), model.forward_features(images))
 
 
-@pytest.mark.parametrize("wrappers", ["", "module.", "_orig_mod.module.", "student."])
-def test_a_student_of_the_authors_scripts(tmp_path, wrappers):
+@pytest.mark.parametrize(
+    ("wrappers", "metric"),
+    [
+        ("", 0.5),
+        ("module.", np.float64(0.5)),
+        ("_orig_mod.module.", np.float32(0.5)),
+        ("student.", torch.ones(())),
+    ],
+)
+def test_a_student_of_the_authors_scripts(tmp_path, wrappers, metric):
+    """Wrapped in any way, with metrics of any type; its head is never a classifier."""
     encoder = plain()
-    path = save(tmp_path, Student(copy.deepcopy(encoder)))
+    path = save(tmp_path, Student(copy.deepcopy(encoder)), metric=metric)
     content = torch.load(path, weights_only=False)
     assert isinstance(content["args"], argparse.Namespace)
     content["state_dict"] = {wrappers + key: value for key, value in content["state_dict"].items()}
@@ -77,10 +86,6 @@ def test_a_student_of_the_authors_scripts(tmp_path, wrappers):
     vit = fa.create_backbone(NAME, checkpoint=path, **KWARGS)
     assert same(vit, encoder)
     assert vit.softcap is None
-
-
-def test_a_students_head_is_never_a_classifier(tmp_path):
-    path = save(tmp_path, Student(plain()))
     with pytest.raises(fa.UserError, match=r"lacks head\.bias"):
         fa.create_backbone(NAME, checkpoint=path, **KWARGS, num_classes=192)
 
@@ -97,13 +102,6 @@ def test_the_average_is_read_before_the_weights(tmp_path):
     content["model_ema"] = average.state_dict()
     torch.save(content, path)
     assert same(fa.create_backbone(NAME, checkpoint=path, **KWARGS), average)
-
-
-@pytest.mark.parametrize("metric", [0.5, np.float64(0.5), np.float32(0.5), torch.tensor(0.5)])
-def test_metrics_of_any_kind(tmp_path, metric):
-    encoder = plain()
-    path = save(tmp_path, copy.deepcopy(encoder), metric=metric)
-    assert same(fa.create_backbone(NAME, checkpoint=path, **KWARGS), encoder)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ def transformers_models() -> dict:
     t = transformers
     text = {**TEXT, "vocab_size": 2000, "max_position_embeddings": 4}
     siglip = t.SiglipVisionConfig(**HF, hidden_act="gelu_pytorch_tanh")
+    no_head = t.SiglipVisionConfig(**HF, vision_use_head=False, hidden_act="gelu")
     vit = t.ViTConfig(**HF, layer_norm_eps=1e-6)
     plain = {k: v for k, v in HF.items() if k != "intermediate_size"}
     registers = t.Dinov2WithRegistersConfig(**plain, num_register_tokens=4)
@@ -55,6 +56,7 @@ def transformers_models() -> dict:
         "CLIP": (CLIP, {}, t.CLIPVisionModel(t.CLIPVisionConfig(**HF)), clips),
         "CLIP with text": (CLIP, {}, clip, lambda model: clips(model.vision_model)),
         "SigLIP": (SIGLIP, {"act_layer": "gelu_tanh"}, t.SiglipVisionModel(siglip), last),
+        "SigLIP without pooling": (SIGLIP, {}, t.SiglipVisionModel(no_head), last),
         "DINOv2": (DINO, AT_16, t.Dinov2Model(t.Dinov2Config(**plain)), last),
         "registers": (REGISTERS, AT_16, t.Dinov2WithRegistersModel(registers), last),
         "ViT": (VIT, {}, t.ViTModel(vit), last),
@@ -86,14 +88,8 @@ def test_towers_of_transformers(tmp_path, name, kind):
     vit = check(timm_name, path, tokens(model), **kwargs)
     if name == "SigLIP":
         assert relative_error(vit(IMAGES), model(IMAGES).pooler_output.double()) < 1e-5
-
-
-@torch.no_grad()
-def test_a_siglip_tower_without_its_pooling_head(tmp_path):
-    config = transformers.SiglipVisionConfig(**HF, vision_use_head=False, hidden_act="gelu")
-    model = saved(transformers.SiglipVisionModel(config), tmp_path)
-    vit = check(SIGLIP, tmp_path, last(model))
-    assert (vit.pool, vit.attn_pool) == ("none", None)
+    if name == "SigLIP without pooling":
+        assert (vit.pool, vit.attn_pool) == ("none", None)
 
 
 @pytest.mark.parametrize("kind", HF_DEFAULTS)

@@ -1,11 +1,11 @@
 """The backbones that the authors register with timm."""
 
-import math
-
 import pytest
 import timm
 import torch
 
+import fastalign as fa
+from fastalign.backbones.zoo import MOCO
 from fastalign.compat.locality_alignment.backbones import svit
 from fastalign.utils.errors import UserError
 from tests import truth
@@ -45,26 +45,11 @@ def test_capped_features_differ_from_plain_ones_and_equal_the_truth():
     assert relative_error(model.forward_features(images), uncapped) > 1e-3
 
 
-def test_moco_position_is_fixed():
-    model = timm.create_model("vit_base_patch16_mocov3_224", img_size=48, embed_dim=16, depth=1, num_heads=2)
-    row, column, quarter = 2, 1, 4
-    token = model.pos_embed[0, 1 + row * 3 + column]
-    for k in range(quarter):  # MoCo-v3 lets the first half follow the outer index
-        angle = 10000 ** -(k / quarter)
-        wanted = (
-            math.sin(row * angle),
-            math.cos(row * angle),
-            math.sin(column * angle),
-            math.cos(column * angle),
-        )
-        assert token[k::quarter].tolist() == pytest.approx(wanted, abs=1e-6)
-    assert not model.pos_embed.requires_grad
-    assert not model.pos_embed[0, 0].any()
-
-
 def test_moco_is_registered():
     with pytest.raises(UserError, match="no tag"):
         timm.create_model("vit_base_patch16_mocov3_224.other")
     model = timm.create_model("vit_base_patch16_mocov3_224", img_size=32, depth=1, num_classes=0)
+    assert torch.equal(model.pos_embed, fa.create_backbone(MOCO, img_size=32, depth=1).pos_embed)
+    assert not model.pos_embed.requires_grad
     assert model.pretrained_cfg["crop_pct"] == 0.875
     assert timm.data.resolve_model_data_config(model)["mean"] == (0.485, 0.456, 0.406)

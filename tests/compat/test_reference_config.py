@@ -216,20 +216,11 @@ bach_size: 3 -> unknown option bach_size | nearest is batch_size
 data-dir: /d -> unknown option data-dir | nearest is data_dir
 model: vit, num_classes: 1000 -> finetune.py | fastalign.classify
 prefix_only: "False" -> prefix_only: Input should be a valid boolean, got 'False'
-antithetical_sampling: 0 -> antithetical_sampling: Input should be a valid boolean
-batch_size: 1.5 -> batch_size: Input should be a valid integer | got 1.5
-epochs: inf -> epochs: Input should be a valid integer
-lr: fast -> lr: Input should be a valid number | got 'fast'
 batch_size: null -> batch_size: Input should be a valid integer, got None
-model_kwargs: img_size=224 -> model_kwargs: Input should be a valid dictionary
-scale: 0.5 -> scale: Input should be a valid list
 opt: sgd -> opt: Input should be 'adamw', got 'sgd'
-loss_function: huber -> loss_function: Input should be 'mse', 'cosine', 'l1'
-torchcompile: aot_eager -> torchcompile: Input should be 'inductor'
 amp: true -> amp_dtype=float16 | set amp_dtype: bfloat16
 aa: augmix-m5 -> aa: String should match pattern '^rand', got 'augmix-m5'
 opt_kwargs: {layer_decay: 0.7} -> opt_kwargs.layer_decay | remove it
-opt_kwargs: {eps: 1.0e-6} -> opt_kwargs.eps | remove it
 opt_kwargs: {betas: [0.9, 0.9]}, opt_betas: [0.9, 0.9] -> opt_betas | remove one
 lr_base_size: 0 -> lr_base_size: Input should be greater than or equal to 1, got 0
 student_model: svit_a, model_kwargs: {max_attn_val: x} -> max_attn_val must be a positive

@@ -15,6 +15,7 @@ from tests.numerics import gradient_error, randomise, relative_error
 from tests.truth import CappedAttention, StudentTruth, blank_pixels, loss_truth, teacher_targets
 
 EXACT = 1e-10
+DEEP = {"decoder_layers": 3, "decoder_width": 64, "decoder_heads": 4, "decoder_init_values": None}
 PREFIX_ONLY = {"skip_blocks": 0, "prefix_only": True}
 # timm's name and arguments, the student's options, the teacher's options.
 CASES = {
@@ -30,12 +31,7 @@ CASES = {
     "beit": ("beit_base_patch16_224", SMALL, {"softcap": None, "decoder_qk_norm": False}, {}),
     "eva": ("eva02_base_patch16_clip_224", SMALL, {"softcap": None}, {}),
     "mlp head": (VIT, SMALL, {"head": "mlp"}, {}),
-    "deep decoder": (
-        VIT,
-        SMALL,
-        {"decoder_layers": 3, "decoder_width": 64, "decoder_heads": 4, "decoder_init_values": None},
-        {},
-    ),
+    "deep decoder": (VIT, SMALL, DEEP, {}),
     "no decoder blocks": (VIT, SMALL, {"decoder_layers": 0}, {}),
     "decoder qk norm": (VIT, SMALL, {"decoder_qk_norm": True, "decoder_qkv_bias": False}, {}),
     "student qk norm": (VIT, {**SMALL, "qk_norm": True}, {}, {}),
@@ -51,7 +47,7 @@ TRUTHS_NAMES = {
 }
 
 
-def build(case: str, loss: str = "mse", scale: float = 1.0):
+def build(case: str, loss: str):
     """Our objective and the truth's parts, with the same random weights, in float64."""
     name, kwargs, student_options, teacher_options = CASES[case]
     backbone = timm.create_model(name, num_classes=0, **kwargs).double().eval()
@@ -61,7 +57,7 @@ def build(case: str, loss: str = "mse", scale: float = 1.0):
     teacher = fa.MaskedTeacher(vit, **teacher_options)
     student = fa.MaskEmbedStudent.from_backbone(vit, **student_options).double()
     objective = fa.MaskEmbed(teacher, student, fa.UniformMasks(seed=1), loss=loss).double()
-    objective.target_scale.fill_(scale)
+    objective.target_scale.fill_(1.7)
     randomise(student.decoder), randomise(student.encoder.head)
     options = {TRUTHS_NAMES.get(k, k): v for k, v in {"softcap": 30.0, **student_options}.items()}
     truth = StudentTruth(name, target_dim=vit.embed_dim, **options, **kwargs).double()
@@ -69,9 +65,12 @@ def build(case: str, loss: str = "mse", scale: float = 1.0):
     return objective, backbone, truth, teacher_options
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_targets_tokens_predictions_loss_and_gradients(case):
-    objective, backbone, truth, teacher_options = build(case, scale=1.7)
+@pytest.mark.parametrize(
+    ("case", "loss"),
+    [(case, "mse") for case in CASES] + [("plain", loss) for loss in LOSSES if loss != "mse"],
+)
+def test_targets_tokens_predictions_loss_and_gradients(case, loss):
+    objective, backbone, truth, teacher_options = build(case, loss)
     spec = objective.teacher.spec
     images, ids = torch.randn(2, 3, *spec.image_size, dtype=torch.float64), torch.tensor([3, 8])
     visible = objective.masks(ids, spec.grid, 0)
@@ -83,9 +82,9 @@ def test_targets_tokens_predictions_loss_and_gradients(case):
     assert relative_error(objective.student.encoder(images), truth.encoder(images)) < EXACT
     predictions = truth(images, visible)
     assert relative_error(objective.student(images, visible), predictions) < EXACT
-    loss, true_loss = objective(images, ids), loss_truth("mse", predictions, 1.7 * wanted, visible)
-    assert relative_error(loss, true_loss) < EXACT
-    loss.backward()
+    found, true_loss = objective(images, ids), loss_truth(loss, predictions, 1.7 * wanted, visible)
+    assert relative_error(found, true_loss) < EXACT
+    found.backward()
     trained = {name for name, p in objective.student.named_parameters() if p.requires_grad}
     torch.autograd.backward(true_loss, inputs=[p for name, p in truth.named_parameters() if name in trained])
     assert gradient_error(gradients(objective.student), gradients(truth)) < 1e-8
@@ -99,18 +98,6 @@ def pooled_targets(backbone, images, visible):
         for image, masks in zip(images, visible, strict=True)
     ]
     return torch.stack(rows).unsqueeze(2).detach()
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_losses_of_maskembed(loss):
-    objective, backbone, truth, _ = build("plain", loss=loss)
-    images, ids = torch.randn(2, 3, 48, 48, dtype=torch.float64), torch.tensor([0, 5])
-    visible = objective.masks(ids, (3, 3), 0)
-    wanted = loss_truth(loss, truth(images, visible), teacher_targets(backbone, images, visible, 1), visible)
-    found = objective(images, ids)
-    assert relative_error(found, wanted) < EXACT
-    found.backward(), wanted.backward()
-    assert gradient_error(gradients(objective.student), gradients(truth)) < 1e-8
 
 
 @pytest.mark.parametrize("loss", LOSSES)

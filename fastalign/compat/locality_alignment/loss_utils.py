@@ -13,24 +13,17 @@ from fastalign.utils.random import EVAL_EPOCH
 class _Sampler:
     """Without a seed, masks follow `torch.manual_seed` and the images drawn so far; with one, the seed alone."""
 
-    def __init__(self, mask_size: int, masks: UniformMasks | BernoulliMasks | BlockwiseMasks):
-        self.mask_size, self._masks, self._drawn = mask_size, masks, 0
-        self.antithetical_sampling, self.include_null = masks.complement, masks.full
+    def __init__(self, kind: type, mask_size: int, antithetical_sampling, include_null, **options):
+        self.mask_size, self._drawn = mask_size, 0
+        self.antithetical_sampling, self.include_null = bool(antithetical_sampling), bool(include_null)
+        self._masks = kind(self.antithetical_sampling, self.include_null, **options)
 
     def _seeded(self, rows: int, generator: np.random.Generator) -> np.ndarray | None:
         """[rows, N] bool: NumPy's draws, as in the authors' runs; None = draw as without a seed."""
         return None
 
     def __call__(self, batch_size: int, seed: int | None = None) -> Tensor:
-        """Draw masks.
-
-        Args:
-            batch_size: B, images.
-            seed: for masks that are the same at every call, as in validation.
-
-        Returns:
-            [B (1 + a + b), N] fp32 of 0 and 1, where a = 1 with complements and b = 1 with the full mask.
-        """
+        """Masks of B = `batch_size` images, fp32; with a seed, as in validation, the same at every call."""
         masks, ids, epoch = self._masks, torch.arange(batch_size), EVAL_EPOCH
         if seed is None:
             ids, epoch, seed = ids + self._drawn, 0, torch.initial_seed() % 2**63
@@ -52,7 +45,7 @@ class UniformMaskSampler(_Sampler):
     """
 
     def __init__(self, mask_size: int, antithetical_sampling: bool = True, include_null: bool = True):
-        super().__init__(mask_size, UniformMasks(bool(antithetical_sampling), bool(include_null)))
+        super().__init__(UniformMasks, mask_size, antithetical_sampling, include_null)
 
     def _seeded(self, rows: int, generator: np.random.Generator) -> np.ndarray:
         draws = generator.uniform(size=(rows, self.mask_size + 1))
@@ -69,8 +62,7 @@ class BernoulliMaskSampler(_Sampler):
         antithetical_sampling: bool = True,
         include_null: bool = True,
     ):
-        copies = bool(antithetical_sampling), bool(include_null)
-        super().__init__(mask_size, BernoulliMasks(*copies, ratio=mask_ratio))
+        super().__init__(BernoulliMasks, mask_size, antithetical_sampling, include_null, ratio=mask_ratio)
         self.mask_ratio = mask_ratio
 
     def _seeded(self, rows: int, generator: np.random.Generator) -> np.ndarray:
@@ -90,6 +82,5 @@ class BlockwiseMaskSampler(_Sampler):
         antithetical_sampling: bool = True,
         include_null: bool = True,
     ):
-        copies = bool(antithetical_sampling), bool(include_null)
-        super().__init__(mask_size, BlockwiseMasks(*copies, ratio=target_ratio))
+        super().__init__(BlockwiseMasks, mask_size, antithetical_sampling, include_null, ratio=target_ratio)
         self.target_ratio = target_ratio

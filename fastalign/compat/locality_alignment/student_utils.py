@@ -10,15 +10,9 @@ from fastalign.compat.locality_alignment.model_utils import mask_layer, use_our_
 
 
 def convert_to_student_model(model: nn.Module, output_dim: int, output_head: str = "linear") -> nn.Module:
-    """The encoder of MaskEmbed: [B, C, h, w] -> [B, T, output_dim].
+    """Change a timm model in place into the encoder of MaskEmbed: [B, C, h, w] -> [B, T, output_dim].
 
-    Args:
-        model: changed in place.
-        output_dim: the head's width.
-        output_head: "linear" or "mlp".
-
-    Returns:
-        The model.
+    `output_head` is "linear" or "mlp". Returns the model.
     """
     if output_head not in ("linear", "mlp"):
         raise ArgumentError(f"output_head must be 'linear' or 'mlp', got {output_head!r}")

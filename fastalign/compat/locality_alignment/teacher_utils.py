@@ -12,15 +12,8 @@ def convert_to_teacher_model(model: nn.Module, skip_blocks: int = 0, prefix_only
     """Let a timm model read masked images: ``teacher(x [n, C, h, w], mask [n, N])``.
 
     The output is the final norm of the last `skip_blocks` blocks' input [n, T, D]; these blocks are removed. With
-    `prefix_only` it is the pooled output [n, 1, D]. Both are multiplied by the buffer `output_scaling.scale`.
-
-    Args:
-        model: changed in place.
-        skip_blocks: how many of the last blocks are removed.
-        prefix_only: needs ``skip_blocks=0``.
-
-    Returns:
-        The model.
+    `prefix_only`, which needs ``skip_blocks=0``, it is the pooled output [n, 1, D]. Both are multiplied by the buffer
+    `output_scaling.scale`. The model is changed in place and returned.
     """
     if prefix_only and skip_blocks:
         raise ArgumentError("convert_to_teacher_model: prefix_only reads the whole model; set skip_blocks=0")

@@ -88,7 +88,9 @@ def load_checkpoint(
     checkpoint, softcap = read_file(Path(checkpoint_path), device), None
     names = [*(["state_dict_ema", "model_ema"] if use_ema else []), "state_dict", "model"]
     name = next((name for name in names if isinstance(checkpoint.get(name), dict)), None)
-    state = clean_state_dict(checkpoint[name] if name else checkpoint)
+    # Without the leading `module.` and `_orig_mod.` of DDP and torch.compile.
+    state = checkpoint[name] if name else checkpoint
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state.items()}
     if name:
         softcap = trained_as(checkpoint, str(checkpoint_path))[1]
     if softcap and softcap != softcap_of(model):
@@ -115,14 +117,7 @@ def auto_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str,
     """Fit the weights of a `MaskEmbedStudent` to a plain backbone; leave others unchanged.
 
     Only the encoder is kept; its LayerScale is folded into the layers before it if the backbone has none; the
-    backbone's pooling is removed.
-
-    Args:
-        state_dict: keys `encoder.*` and `decoder.*`.
-        model: what it will be loaded into; loses its pooling.
-
-    Returns:
-        The weights to load; the tensors of `state_dict` are not changed.
+    backbone's pooling is removed from `model`.
     """
     parts = {key.partition(".")[0] for key in state_dict}
     if isinstance(model, MaskEmbedStudent) or not parts <= {"encoder", "decoder"}:
@@ -132,8 +127,3 @@ def auto_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str,
     for name in ("attn_pool", "global_pool"):
         setattr(model, name, None)
     return state
-
-
-def clean_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keys without the leading `module.` and `_orig_mod.` of DDP and torch.compile."""
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state_dict.items()}
