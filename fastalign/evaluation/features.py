@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +19,6 @@ from fastalign.backbones.precision import autocast
 from fastalign.data.index import lock
 from fastalign.data.loader import Loader
 from fastalign.data.prefetch import Batch
-from fastalign.data.source import Source
-from fastalign.data.transforms import Transform
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.memory import free_memory
 from fastalign.utils.errors import SharedError, UserError
@@ -55,22 +53,21 @@ class ArrayFiles:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps other commands from writing here; UserError if one already does."""
+        """Keeps other commands from writing here, until the process ends; UserError if one already does."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder) as free:
-            if not free:
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            if not lock(handle, wait=False):
                 raise UserError(
                     f"--cache {self.folder.parent}: another command is reading the same features into it; "
                     "wait until it is done, or name another folder"
                 )
             yield
+        finally:
+            os.close(handle)
 
     def create(self) -> None:
-        """Replaces the content of the folder by empty arrays, with their space on the disk allocated.
-
-        Raises:
-            UserError: too little space.
-        """
+        """Replaces the content of the folder by empty arrays, with space allocated; UserError for too little."""
         _empty(self.folder)
         try:
             for name, (shape, kind) in self.arrays.items():
@@ -96,9 +93,8 @@ class ArrayFiles:
     def remove(self) -> None:
         """Deletes the folder, unless another command is writing to it. Open maps stay valid."""
         if self.folder.is_dir():
-            with _locked(self.folder) as free:
-                if free:
-                    shutil.rmtree(self.folder)
+            with suppress(UserError), self.lock():
+                shutil.rmtree(self.folder)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npy"
@@ -131,25 +127,7 @@ def _empty(folder: Path) -> None:
         path.unlink()
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Whether the folder was free to lock; the lock ends with the block, or with the process."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        yield lock(handle, wait=False)
-    finally:
-        os.close(handle)
-
-
 _ALLREDUCE_BYTES = 2**26
-
-
-def open_loader(
-    source: Source, transform: Transform, world: World, *, train: bool = False, **options
-) -> Loader:
-    """A loader of this rank's share of the images."""
-    options |= {"device": world.device, "rank": world.rank, "world_size": world.size}
-    return Loader(source, transform, train=train, **options)
 
 
 @torch.no_grad()
@@ -188,7 +166,7 @@ def read_image_features(
     folder: Path,
     share: float,
 ) -> Tensor:
-    """One feature per image, of all images on each rank; ranks divide the reading.
+    """One feature per image, [n, *shape] on the CPU, of all images on each rank; ranks divide the reading.
 
     Args:
         encode: normalized images [B, 3, h, w] -> [B, *shape].
@@ -197,14 +175,8 @@ def read_image_features(
         kept: float32 or bfloat16, the dtype of the result.
         world: all ranks.
         dtype: of autocast.
-        folder: for a temporary file where memory is short; it works on one machine only.
-        share: of the free memory that the machine's ranks may take together.
-
-    Returns:
-        [n, *shape] on the CPU.
-
-    Raises:
-        UserError: memory is short, and so is the disk or there are several machines.
+        folder: for a temporary file where the features take more than `share` of the machine's free memory.
+        share: of the free memory, for all ranks of a machine; UserError where it is short on several machines.
     """
     array = ((len(loader.source), *shape), np.uint16 if kept == torch.bfloat16 else np.float32)
     needed = ArrayFiles(folder, {"features": array}).size
@@ -214,8 +186,8 @@ def read_image_features(
     if mapped and world.size > ranks:
         # Each machine would write back whole pages of a shared file, over the rows of the others in them.
         raise SharedError(
-            f"the features of {array[0][0]} images take {needed / 1e9:.1f} GB, more than --memory-share allows, and "
-            "a file instead works on one machine only: raise --memory-share, or use one machine"
+            f"the features of {array[0][0]} images take {needed / 1e9:.1f} GB, more than --memory-share allows; "
+            "a file works on one machine only: raise --memory-share, or use one machine"
         )
     features = as_tensor(_temporary_file(array, folder, world) if mapped else np.zeros(*array))
     read_features(lambda images: [encode(images)], loader.batches(), [features], world.device, dtype)

@@ -17,40 +17,27 @@ from fastalign.utils.paths import user_path
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """Images and their classes."""
+    """Images and their classes, as int64 indices [n] into the class names."""
 
     source: Source
     labels: Tensor
-    "[n] int64, indices into the class names"
-
-    def labels_crc(self) -> int:
-        """CRC-32 of the labels."""
-        return zlib.crc32(self.labels.numpy().tobytes())
 
     def facts(self) -> dict:
         """The number of images, and CRC-32 of file names and labels."""
-        fingerprint, labels = f"{self.source.fingerprint():08x}", f"{self.labels_crc():08x}"
-        return {"images": len(self.source), "fingerprint": fingerprint, "labels": labels}
+        crc = {"fingerprint": self.source.fingerprint(), "labels": zlib.crc32(self.labels.numpy().tobytes())}
+        return {"images": len(self.source), **{name: f"{value:08x}" for name, value in crc.items()}}
 
 
 def open_image_splits(
     root: str | Path, world: World, say: Callable[[str], None]
 ) -> tuple[dict[str, ImageSplit], list[str]]:
-    """Opens ``train`` and ``val``, and ``test`` where there is one.
+    """Opens ``train`` and ``val``, and ``test`` where there is one; UserError where they do not fit together.
 
     Each is a folder of class folders, images with a ``labels.csv`` (there or in ``images/``), or tar shards with
-    ``.cls`` members.
-
-    Args:
-        root: the folder of the splits.
-        world: every rank opens them, and all must see the same files.
-        say: gets a line about each class that val or test lacks.
+    ``.cls`` members. Every rank opens them, and all must see the same files.
 
     Returns:
         The splits by name, and the class names: those of train, sorted (as numbers where all are integers).
-
-    Raises:
-        UserError: a missing split, images without a label, a class that train lacks, or fewer than two classes.
     """
     root = Path(user_path(root))
     if not root.is_dir():
@@ -78,10 +65,8 @@ def open_image_splits(
         if absent:
             say(f"{name}/ has no image of {_listed(absent)}: mean per class is over the other classes")
         splits[name] = ImageSplit(source, torch.tensor([index[label] for label in names[name]]))
-        if not world.agree(source.fingerprint()) or not world.agree(splits[name].labels_crc()):
-            raise UserError(
-                f"--data {root}/{name}: the ranks see different files; give all machines the same"
-            )
+        if not world.agree(str(splits[name].facts())):
+            raise UserError(f"--data {root}/{name}: the ranks see different files")
     return splits, classes
 
 

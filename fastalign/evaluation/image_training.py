@@ -16,7 +16,7 @@ from fastalign.backbones.vit import ViT
 from fastalign.data.loader import Loader
 from fastalign.data.prefetch import Batch
 from fastalign.data.transforms import Transform
-from fastalign.evaluation.features import open_loader, read_image_features
+from fastalign.evaluation.features import read_image_features
 from fastalign.evaluation.fit import FeatureLoader, Fit, RunFolder, evaluate
 from fastalign.evaluation.heads import (
     Classifier,
@@ -62,20 +62,15 @@ class Job:
         return compute_dtype(self.options.precision, self.world.device)
 
     def open_loader(self, split: str, transform: Transform, batch_size: int, **more) -> Loader:
-        """A loader of a split for this rank."""
-        more |= {"batch_size": batch_size, "dtype": self.dtype, "threads": self.options.threads}
-        return open_loader(self.splits[split].source, transform, self.world, **more)
+        """A loader of a split for this rank, in order unless `train` is given."""
+        world, source = self.world, self.splits[split].source
+        more = {"train": False, "dtype": self.dtype, "threads": self.options.threads} | more
+        more |= {"device": world.device, "rank": world.rank, "world_size": world.size}
+        return Loader(source, transform, batch_size=batch_size, **more)
 
 
 def mixed_loss(logits: Tensor, labels: Tensor, *, weight: float, smoothing: float) -> Tensor:
-    """Cross-entropy against a mixture of a batch's labels and the same in reverse order.
-
-    Args:
-        logits: [B, C].
-        labels: [B] int64.
-        weight: share of a sample's own label.
-        smoothing: share of every label that is spread over all classes.
-    """
+    """Cross-entropy of logits [B, C] against labels [B] mixed with the same in reverse order, at 1 - `weight`."""
     logits = logits.float()
     own = functional.cross_entropy(logits, labels, label_smoothing=smoothing)
     if weight == 1:
@@ -89,8 +84,7 @@ def update_best(
 ) -> tuple[dict | None, dict]:
     """After an epoch (from 1): what is reported if training ends here, and the validation metrics.
 
-    With a test split, the test metrics of the epoch with the best validation top-1 (the first of equals); without
-    one, the validation metrics of the last epoch, because selecting on the reported split is biased.
+    With a test split, the first epoch with the best validation top-1; without one, the last epoch.
     """
     val = measure("val")
     if not has_test:
@@ -152,11 +146,7 @@ def train_on_images(job: Job) -> list[dict]:
 
 
 def train_seed(job: Job, model: nn.Module, loaders: Loaders, seed: int, world: World) -> dict:
-    """Trains a model on images or features.
-
-    Returns:
-        The seed, what `update_best` selected, and a line for each epoch as "curve".
-    """
+    """Trains a model; returns the seed, what `update_best` selected, and a line for each epoch as "curve"."""
     options, say = job.options, job.say if job.options.live else lambda text: None
     labels = {name: split.labels.to(world.device) for name, split in job.splits.items()}
     fit = make_fit(model, len(loaders["train"]), labels["train"], options, seed, world, job.dtype)

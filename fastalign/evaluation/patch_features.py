@@ -14,9 +14,10 @@ from torch import Tensor
 from fastalign import __version__
 from fastalign.backbones.spec import ViTSpec
 from fastalign.backbones.vit import ViT
+from fastalign.data.loader import Loader
 from fastalign.data.prefetch import Batch
 from fastalign.data.transforms import Transform
-from fastalign.evaluation.features import Array, ArrayFiles, as_tensor, open_loader, read_features
+from fastalign.evaluation.features import Array, ArrayFiles, as_tensor, read_features
 from fastalign.evaluation.heads import TokenShape
 from fastalign.evaluation.label_maps import LabelledImages, patch_labels
 from fastalign.training.checkpoint_files import checksum
@@ -47,11 +48,7 @@ class Encoder:
 
 
 def frozen_encoder(vit: ViT, skip_blocks: Sequence[int] = (0,)) -> Encoder:
-    """A backbone's tokens after the final norm, with some of its last blocks left out (all of them = the embedding).
-
-    Raises:
-        UserError: more blocks than the backbone has.
-    """
+    """A backbone's tokens after the final norm, without some of its last blocks (all of them: the embedding)."""
     skip_blocks, blocks = tuple(dict.fromkeys(skip_blocks)), len(vit.blocks)
     if min(skip_blocks) < 0 or max(skip_blocks) > blocks:
         given = " ".join(map(str, skip_blocks))
@@ -105,15 +102,9 @@ def _arrays(encoder: Encoder, data: LabelledImages) -> dict[str, Array]:
 
 def feature_files(encoder: Encoder, data: LabelledImages, folder: Path, dtype: torch.dtype) -> ArrayFiles:
     """The files of a split's features, in a subfolder of `folder` that is named by all that decides them."""
-    parts = (
-        __version__,
-        encoder.identity,
-        encoder.skip_blocks,
-        encoder.spec.image_size,
-        encoder.mean,
-        encoder.std,
-    )
-    code = hashlib.sha256(repr((*parts, dtype, data.fingerprint())).encode()).hexdigest()[:16]
+    parts = (__version__, encoder.identity, encoder.skip_blocks, encoder.spec.image_size)
+    parts += (encoder.mean, encoder.std, dtype, data.fingerprint())
+    code = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return ArrayFiles(folder / code, _arrays(encoder, data))
 
 
@@ -137,9 +128,6 @@ def read_patch_features(
         batch_size: images per forward pass and rank.
         threads: reading and decoding threads, and as many for label maps.
         dtype: of autocast; tokens are kept as bf16.
-
-    Raises:
-        UserError: bad images or label maps, or too little space for the files.
     """
     how = {"batch_size": batch_size, "threads": threads, "dtype": dtype}
     if folder is None:
@@ -187,6 +175,7 @@ def _read(arrays: dict, encoder: Encoder, data: LabelledImages, world: World, **
                 label.result()
 
     outputs = [as_tensor(arrays[f"tokens-{skip}"]) for skip in encoder.skip_blocks]
-    loader = open_loader(data.source, transform, world, **how)
+    how |= {"device": world.device, "rank": world.rank, "world_size": world.size}
+    loader = Loader(data.source, transform, train=False, **how)
     with closing(loader), ThreadPoolExecutor(how["threads"]) as pool:
         read_features(encoder.encode, batches(), outputs, world.device, how["dtype"])
