@@ -2,12 +2,13 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,16 +41,12 @@ class ArrayFiles:
     @property
     def size(self) -> int:
         """Bytes of all arrays."""
-        return sum(map(_bytes, self.arrays.values()))
+        return sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in self.arrays.values())
 
     def complete(self) -> bool:
         """Whether every array was written to its end."""
-        try:
-            finished = set(json.loads((self.folder / _COMPLETE).read_bytes())["arrays"])
-            sizes = {name: self._path(name).stat().st_size for name in self.arrays}
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-        return all(name in finished and sizes[name] >= _bytes(self.arrays[name]) for name in sizes)
+        sizes = [path.stat().st_size for path in map(self._path, self.arrays) if path.is_file()]
+        return (self.folder / _COMPLETE).is_file() and sum(sizes) >= self.size
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -68,7 +65,7 @@ class ArrayFiles:
 
     def create(self) -> None:
         """Replaces the content of the folder by empty arrays, with space allocated; UserError for too little."""
-        _empty(self.folder)
+        self._empty()
         try:
             for name, (shape, kind) in self.arrays.items():
                 np.lib.format.open_memmap(self._path(name), mode="w+", dtype=kind, shape=shape).flush()
@@ -78,7 +75,7 @@ class ArrayFiles:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            _empty(self.folder)
+            self._empty()
             raise _too_little_space(self.folder.parent, self.size) from None
 
     def open(self, *, write: bool) -> dict[str, np.ndarray]:
@@ -99,6 +96,10 @@ class ArrayFiles:
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npy"
 
+    def _empty(self) -> None:
+        for path in self.folder.iterdir():
+            path.unlink()
+
 
 def check_space(folder: Path, wanted: Iterable[ArrayFiles]) -> None:
     """Raises UserError where the disk cannot hold the arrays."""
@@ -116,15 +117,6 @@ def _too_little_space(folder: Path, need: int) -> UserError:
         f"the features take {need / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free; "
         "name a folder with enough space (probe --cache, classify --output)"
     )
-
-
-def _bytes(array: Array) -> int:
-    return int(np.prod(array[0], dtype=np.int64)) * np.dtype(array[1]).itemsize
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
 
 
 _ALLREDUCE_BYTES = 2**26
@@ -203,19 +195,15 @@ def read_image_features(
 def _temporary_file(array: Array, folder: Path, world: World) -> np.ndarray:
     """An array that the ranks share, in a file that is deleted once it is mapped: it ends with the last rank."""
 
-    def create() -> ArrayFiles:
-        files = ArrayFiles(Path(tempfile.mkdtemp(prefix=".features-", dir=folder)), {"features": array})
-        try:
+    with ExitStack() as stack:
+
+        def create() -> ArrayFiles:
+            files = ArrayFiles(Path(tempfile.mkdtemp(prefix=".features-", dir=folder)), {"features": array})
+            stack.callback(files.remove)
             check_space(folder, [files])
             files.create()
-        except UserError:
-            files.remove()
-            raise
-        return files
+            return files
 
-    files = on_first_rank(world, create)
-    mapped = files.open(write=True)["features"]
-    world.barrier()
-    if world.main:
-        files.remove()
+        mapped = on_first_rank(world, create).open(write=True)["features"]
+        world.barrier()
     return mapped

@@ -47,14 +47,11 @@ class Job:
     backbone: ViT
     splits: dict[str, ImageSplit]
     classes: int
-    options: ImageOptions
-    """resolved"""
+    options: ImageOptions  # resolved
     world: World
     say: Callable[[str], None]
-    folder: Path
-    """for checkpoints and temporary files; the same on all ranks"""
-    identity: dict | None
-    """plain values that a checkpoint must share; None = no checkpoints"""
+    folder: Path  # for checkpoints and temporary files; the same on all ranks
+    identity: dict | None  # plain values that a checkpoint must share; None = no checkpoints
 
     @property
     def dtype(self) -> torch.dtype:
@@ -153,10 +150,8 @@ def train_seed(job: Job, model: nn.Module, loaders: Loaders, seed: int, world: W
 
     def measure(split: str) -> dict:
         counts = ImageCounts(job.classes, world.device)
-        batches, targets = loaders[split].batches(), labels[split]
-        evaluate(
-            model, batches, lambda logits, b: counts.add(logits, targets[b.ids]), world.device, job.dtype
-        )
+        add = lambda logits, batch: counts.add(logits, labels[split][batch.ids])  # noqa: E731
+        evaluate(model, loaders[split].batches(), add, world.device, job.dtype)
         return counts.results(world)
 
     progress, folder = {"best": None, "curve": []}, None
@@ -189,26 +184,16 @@ def make_fit(
     dtype: torch.dtype,
 ) -> Fit:
     """The training loop of a head or a `Classifier`: batches per epoch, labels of all training images."""
-    steps = batches // options.accumulate
-    warmup, smoothing = round(options.warmup_epochs * steps), options.label_smoothing
-    schedule = {"total": options.epochs * steps, "warmup": warmup, "lr": options.lr, "min_lr": options.min_lr}
+    steps, epochs, smoothing = batches // options.accumulate, options.epochs, options.label_smoothing
+    groups = parameter_groups(model, decay=options.layer_decay or 1.0, weight_decay=options.weight_decay)
+    schedule = {"total": epochs * steps, "warmup": round(options.warmup_epochs * steps)}
+    rate = partial(learning_rate, **schedule, lr=options.lr, min_lr=options.min_lr)
 
     def loss(logits: Tensor, batch: Batch) -> Tensor:
         return mixed_loss(logits, labels[batch.ids], weight=batch.weight, smoothing=smoothing)
 
-    return Fit(
-        model,
-        parameter_groups(model, decay=options.layer_decay or 1.0, weight_decay=options.weight_decay),
-        loss,
-        partial(learning_rate, **schedule),
-        epochs=options.epochs,
-        epoch_steps=steps,
-        world=world,
-        dtype=dtype,
-        seed=seed,
-        accumulate=options.accumulate,
-        clip=options.clip,
-    )
+    how = {"seed": seed, "accumulate": options.accumulate, "clip": options.clip}
+    return Fit(model, groups, loss, rate, epochs, steps, world, dtype, **how)
 
 
 def _read(job: Job, split: str) -> Tensor:
@@ -217,18 +202,10 @@ def _read(job: Job, split: str) -> Tensor:
     vit = copy_for_head(job.backbone, head).to(job.world.device).eval()
     tokens = () if head == "linear" else (vit.spec.prefix + vit.spec.patches,)
     job.say(f"{split}: features of {len(job.splits[split].source)} images")
-    with closing(
-        job.open_loader(split, Transform(crop="eval", **image_constants(vit)), _READ_BATCH)
-    ) as loader:
-        features = read_image_features(
-            lambda images: head_input(vit, vit.forward_features(images), head),
-            loader,
-            (*tokens, vit.embed_dim),
-            job.dtype if tokens else torch.float32,
-            job.world,
-            dtype=job.dtype,
-            folder=job.folder,
-            share=job.options.memory_share,
-        )
+    transform, kept = Transform(crop="eval", **image_constants(vit)), job.dtype if tokens else torch.float32
+    encode = lambda images: head_input(vit, vit.forward_features(images), head)  # noqa: E731
+    how = {"dtype": job.dtype, "folder": job.folder, "share": job.options.memory_share}
+    with closing(job.open_loader(split, transform, _READ_BATCH)) as loader:
+        features = read_image_features(encode, loader, (*tokens, vit.embed_dim), kept, job.world, **how)
     job.world.barrier()
     return features

@@ -63,18 +63,16 @@ class MultiLabelCounts:
             for row, value in enumerate((hits.sum(1), count)):
                 self.sizes[row].index_add_(0, bucket.flatten(), value.flatten())
 
-    def average_precision(self) -> Tensor:
-        """[C] float64: the sum over thresholds, from the highest, of precision times the recall gained."""
-        negatives, positives = self.curve.view(2, -1, _BINS).flip(-1).double()
-        found = positives.cumsum(-1)
-        precision = found / (found + negatives.cumsum(-1)).clamp(min=1)
-        return (precision * positives).sum(-1) / positives.sum(-1).clamp(min=1)
-
     def results(self) -> dict:
         """The metrics and the mean loss; per class None where the split has no positive."""
         accuracy = 1 - (self.positives + self.predicted - 2 * self.hits).double() / max(self.total, 1)
         found = _summary(accuracy, self.hits, self.positives, self.predicted)
-        ap, present = self.average_precision(), self.positives > 0
+        # Average precision: the sum over thresholds, from the highest, of precision times the recall gained.
+        negatives, positives = self.curve.view(2, -1, _BINS).flip(-1).double()
+        true = positives.cumsum(-1)
+        precision = true / (true + negatives.cumsum(-1)).clamp(min=1)
+        ap = (precision * positives).sum(-1) / positives.sum(-1).clamp(min=1)
+        present = self.positives > 0
         found |= {"accuracy": accuracy.mean().item(), "map": _macro(ap, present)}
         found["per_class"]["average_precision"] = _listed(ap, present)
         if self.sizes is not None:

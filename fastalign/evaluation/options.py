@@ -20,11 +20,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Options(BaseModel):
-    """Named values that are checked when they are given.
-
-    Raises:
-        UserError: an unknown or invalid one; the message names its flag.
-    """
+    """Named values that are checked when they are given; UserError with the flag of an invalid one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -84,11 +80,7 @@ def add_flags(parser: argparse.ArgumentParser, *models: type[Options]) -> None:
 
 
 def from_flags(model: type[Options], given: argparse.Namespace) -> Any:
-    """The options that a command line gives.
-
-    Raises:
-        UserError: a value out of range.
-    """
+    """The options that a command line gives."""
     values = {}
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Options):
@@ -129,13 +121,6 @@ class Recipe(Options):
         warmup = min(self.warmup_steps, total // 10)
         rates = {"lr": self.lr, "min_lr": self.min_lr, "start": 0.0}
         return partial(learning_rate, total=total, warmup=warmup, **rates)
-
-    def check_images(self, count: int) -> None:
-        """Refuses a training split that does not fill a batch."""
-        if count < self.batch_size:
-            raise UserError(
-                f"--batch-size {self.batch_size}: the training split has {count} images; lower it"
-            )
 
 
 class Plan(Options):
@@ -237,11 +222,7 @@ class ImageOptions(Options):
         return self
 
     def resolved(self) -> "ImageOptions":
-        """With every default filled in.
-
-        Raises:
-            UserError: min_lr is above lr.
-        """
+        """With every default filled in."""
         defaults = _UNFROZEN if self.unfreeze else _FROZEN_LINEAR if self.head == "linear" else _FROZEN
         given = {name: value for name, value in self if value is not None}
         values = defaults | given
@@ -249,7 +230,3 @@ class ImageOptions(Options):
         if values["min_lr"] > values["lr"]:
             raise UserError(f"--min-lr {values['min_lr']:g} is above --lr {values['lr']:g}: lower it")
         return ImageOptions(**values)
-
-    def settings(self) -> dict:
-        """The values that decide the results; the same settings repeat them."""
-        return self.model_dump(exclude={"threads", "save_every", "memory_share", "seeds"})

@@ -85,15 +85,9 @@ def image_table(results: dict) -> Table:
 
 
 def check_output(path: Path, identity: Callable[[dict], dict], wanted: dict) -> None:
-    """Refuses to overwrite the results of other settings or data, before hours of work; makes the file's folder.
+    """Refuses to overwrite the results of other settings or data; makes the file's folder.
 
-    Args:
-        path: of the results.
-        identity: results -> what decides them.
-        wanted: the same of the results to come.
-
-    Raises:
-        UserError: `path` is a folder, or has other results.
+    `identity` gives what decides results, `wanted` is the same of the results to come.
     """
     if path.is_dir():
         raise UserError(f"--output {path}: it is a folder; name a file, such as {path / 'probe.json'}")
