@@ -76,7 +76,7 @@ class ArrayFiles:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             self._empty()
-            raise _too_little_space(self.folder.parent, self.size) from None
+            check_space(self.folder.parent, [self], full=True)
 
     def open(self, *, write: bool) -> dict[str, np.ndarray]:
         """The mapped arrays. Not copy-on-write: Linux counts such maps as memory."""
@@ -101,22 +101,17 @@ class ArrayFiles:
             path.unlink()
 
 
-def check_space(folder: Path, wanted: Iterable[ArrayFiles]) -> None:
-    """Raises UserError where the disk cannot hold the arrays."""
+def check_space(folder: Path, wanted: Iterable[ArrayFiles], *, full: bool = False) -> None:
+    """Raises UserError where the disk cannot hold the arrays, or is known to be full."""
     by_folder = {files.folder: files for files in wanted}
     folder.mkdir(parents=True, exist_ok=True)
     leftovers = sum(path.stat().st_blocks * 512 for place in by_folder for path in place.glob("*"))
-    need = sum(files.size for files in by_folder.values())
-    if need > shutil.disk_usage(folder).free + leftovers:
-        raise _too_little_space(folder, need)
-
-
-def _too_little_space(folder: Path, need: int) -> UserError:
-    free = shutil.disk_usage(folder).free
-    return UserError(
-        f"the features take {need / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free; "
-        "name a folder with enough space (probe --cache, classify --output)"
-    )
+    need, free = sum(files.size for files in by_folder.values()), shutil.disk_usage(folder).free
+    if full or need > free + leftovers:
+        raise UserError(
+            f"the features take {need / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free; "
+            "name a folder with enough space (probe --cache, classify --output)"
+        )
 
 
 _ALLREDUCE_BYTES = 2**26

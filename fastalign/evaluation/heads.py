@@ -40,7 +40,7 @@ class SelectTokens(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.which == "image":
-            return (tokens[:, : self.prefix] if self.prefix else tokens).mean(1, keepdim=True)
+            return tokens[:, : self.prefix or None].mean(1, keepdim=True)
         return tokens[:, self.prefix :] if self.which == "patches" else tokens
 
 
@@ -71,7 +71,7 @@ class PatchTransformer(nn.Module):
             tokens = tokens + self.pos_embed
         answers = self.head(self.norm(self.blocks(self.norm_pre(tokens))))
         if self.image:
-            return (answers[:, : self.shape.prefix] if self.shape.prefix else answers).mean(1, keepdim=True)
+            return answers[:, : self.shape.prefix or None].mean(1, keepdim=True)
         return answers[:, -self.shape.patches :]
 
 
@@ -190,7 +190,9 @@ def _initialize(head: nn.Module) -> None:
 
 
 _BLOCK = re.compile(r"backbone\.blocks\.(\d+)\.")
-_BEFORE_BLOCKS = ("patch_embed.", "cls_token", "reg_token", "pos_embed", "norm_pre.")
+_BEFORE_BLOCKS = tuple(
+    f"backbone.{part}" for part in ("patch_embed.", "cls_token", "reg_token", "pos_embed", "norm_pre.")
+)
 
 
 def head_input(vit: ViT, tokens: Tensor, head: str) -> Tensor:
@@ -235,8 +237,7 @@ def learning_rate_factor(name: str, depth: int, decay: float) -> float:
     block = _BLOCK.match(name)
     if block:
         return decay ** (depth - int(block[1]))
-    before = name.startswith(tuple(f"backbone.{part}" for part in _BEFORE_BLOCKS))
-    return decay ** (depth + 1) if before else 1.0
+    return decay ** (depth + 1) if name.startswith(_BEFORE_BLOCKS) else 1.0
 
 
 def parameter_groups(model: nn.Module, *, decay: float, weight_decay: float) -> list[dict]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -66,8 +67,7 @@ def decode_ids(
     return ids.astype(np.int16)
 
 
-@dataclass(frozen=True, eq=False)
-class Panoptic:
+class Panoptic(NamedTuple):
     """The content of a panoptic JSON: class names, and for each map the class of every segment."""
 
     path: str
@@ -90,9 +90,8 @@ def read_panoptic(path: Path) -> Panoptic:
             segments[str(entry["file_name"]).rpartition(".")[0]] = (ids.copy(), labels.astype(np.int16))
         return Panoptic(str(path), ("unlabeled", *(name for _, name in categories)), segments)
     except FileNotFoundError:
-        raise UserError(
-            f"no such file: {path}; `bash examples/download.sh coco-panoptic ROOT` in a clone of fastalign fetches it"
-        ) from None
+        remedy = "`bash examples/download.sh coco-panoptic ROOT` in a clone of fastalign fetches it"
+        raise UserError(f"no such file: {path}; {remedy}") from None
     except (ValueError, KeyError, TypeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path} is not a panoptic JSON: {reason}; download it again") from error
@@ -106,9 +105,7 @@ def decode_panoptic(encoded: np.ndarray, name: str, stem: str, panoptic: Panopti
     position = np.searchsorted(ids, segments).clip(max=len(ids) - 1)
     unknown = ids[position] != segments
     if unknown.any():
-        raise UserError(
-            f"label map {name} has the segment {segments[unknown][0]}, which {panoptic.path} lacks"
-        )
+        raise UserError(f"label map {name} has the segment {segments[unknown][0]}, not in {panoptic.path}")
     return labels[position]
 
 
@@ -119,14 +116,10 @@ _SAMPLED = 8
 class LabelledImages:
     """One split: image i belongs to label map i. Safe to use from several threads."""
 
-    source: Source
-    """encoded images, for `fastalign.data.Loader`"""
-    classes: tuple[str, ...]
-    """names; the index is the class id"""
-    unlabeled: int | None
-    """the class that means "unlabeled"; None = there is none"""
-    maps: Source
-    """encoded label maps"""
+    source: Source  # encoded images, for `fastalign.data.Loader`
+    classes: tuple[str, ...]  # names; the index is the class id
+    unlabeled: int | None  # the class that means "unlabeled"
+    maps: Source  # encoded label maps
     decode: Callable[[np.ndarray, str, str], np.ndarray]
     """(encoded map, file for messages, name within `maps` without the suffix) -> [H, W] int16"""
 

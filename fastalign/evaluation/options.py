@@ -67,16 +67,16 @@ def add_flags(parser: argparse.ArgumentParser, *models: type[Options]) -> None:
                 add_flags(parser, field.annotation)
                 continue
             default = "" if field.default in (None, "", False) else f" (default {field.default})"
-            common = {"default": argparse.SUPPRESS, "help": f"{field.description or ''}{default}"}
-            if field.annotation is bool:
-                parser.add_argument(flag(name), action="store_true", **common)
-                continue
-            several = get_origin(field.annotation) is tuple
-            kind = _plain_type(field.annotation)
-            choices = (
-                {"choices": get_args(kind)} if get_origin(kind) is Literal else {"type": kind, "metavar": "X"}
-            )
-            parser.add_argument(flag(name), nargs="+" if several else None, **choices, **common)
+            kind = field.annotation
+            while get_origin(kind) not in (None, Literal):  # int | None, tuple[Literal[...], ...]
+                kind = get_args(kind)[0]
+            if kind is bool:
+                how = {"action": "store_true"}
+            else:
+                how = {"choices": get_args(kind)} if get_origin(kind) else {"type": kind, "metavar": "X"}
+                how["nargs"] = "+" if get_origin(field.annotation) is tuple else None
+            text = f"{field.description or ''}{default}"
+            parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **how)
 
 
 def from_flags(model: type[Options], given: argparse.Namespace) -> Any:
@@ -88,13 +88,6 @@ def from_flags(model: type[Options], given: argparse.Namespace) -> Any:
         elif name in given:
             values[name] = getattr(given, name)
     return model(**values)
-
-
-def _plain_type(annotation: Any) -> Any:
-    """int, float, str or a Literal: the first type that an annotation is made of."""
-    while get_origin(annotation) not in (None, Literal):
-        annotation = get_args(annotation)[0]
-    return annotation
 
 
 class Recipe(Options):
@@ -118,9 +111,8 @@ class Recipe(Options):
 
     def schedule(self, total: int) -> Callable[[int], float]:
         """The learning rate of each of so many updates."""
-        warmup = min(self.warmup_steps, total // 10)
-        rates = {"lr": self.lr, "min_lr": self.min_lr, "start": 0.0}
-        return partial(learning_rate, total=total, warmup=warmup, **rates)
+        rates = {"warmup": min(self.warmup_steps, total // 10), "lr": self.lr, "min_lr": self.min_lr}
+        return partial(learning_rate, total=total, start=0.0, **rates)
 
 
 class Plan(Options):

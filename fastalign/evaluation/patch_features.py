@@ -32,14 +32,11 @@ class Encoder:
 
     encode: Callable[[Tensor], Sequence[Tensor]]
     """normalized images [B, 3, h, w] -> tokens [B, T, D], for each entry of skip_blocks"""
-    skip_blocks: tuple[int, ...]
-    """how many of the last blocks are left out"""
-    spec: ViTSpec
-    """of the backbone: image size, patches"""
+    skip_blocks: tuple[int, ...]  # how many of the last blocks are left out
+    spec: ViTSpec  # of the backbone: image size, patches
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    identity: str
-    """encoders of the same identity give the same tokens"""
+    identity: str  # encoders of the same identity give the same tokens
 
     @property
     def shape(self) -> TokenShape:
@@ -51,10 +48,8 @@ def frozen_encoder(vit: ViT, skip_blocks: Sequence[int] = (0,)) -> Encoder:
     """A backbone's tokens after the final norm, without some of its last blocks (all of them: the embedding)."""
     skip_blocks, blocks = tuple(dict.fromkeys(skip_blocks)), len(vit.blocks)
     if min(skip_blocks) < 0 or max(skip_blocks) > blocks:
-        given = " ".join(map(str, skip_blocks))
-        raise UserError(
-            f"--skip-blocks {given}: the backbone has {blocks} blocks; give numbers from 0 to {blocks}"
-        )
+        given = f"--skip-blocks {' '.join(map(str, skip_blocks))}"
+        raise UserError(f"{given}: the backbone has {blocks} blocks; give numbers from 0 to {blocks}")
     vit = vit.freeze()
     identity = f"{vit.spec} {vit.softcap} {getattr(vit.norm, 'eps', None)} {checksum(vit):08x}"
     mean, std = tuple(vit.data["mean"]), tuple(vit.data["std"])
@@ -66,14 +61,10 @@ def frozen_encoder(vit: ViT, skip_blocks: Sequence[int] = (0,)) -> Encoder:
 class PatchFeatures:
     """A split's tokens and labels of patches; row i is image i. Arrays may be memory-mapped."""
 
-    tokens: dict[int, Tensor]
-    """[n, T, D] bf16 by blocks left out"""
-    union: np.ndarray
-    """[n, N, ceil(C / 8)] uint8, packed bits"""
-    majority: np.ndarray
-    """[n, N] int16"""
-    image: np.ndarray
-    """[n, C] bool"""
+    tokens: dict[int, Tensor]  # [n, T, D] bf16 by blocks left out
+    union: np.ndarray  # [n, N, ceil(C / 8)] uint8, packed bits
+    majority: np.ndarray  # [n, N] int16
+    image: np.ndarray  # [n, C] bool
     classes: int
 
     def __len__(self) -> int:
