@@ -49,9 +49,7 @@ def open_labelled(data: str, split: str) -> LabelledImages:
         raise UserError("no labelled data given; name a folder, or KIND:ROOT")
     try:
         kind, root = _parse(user_path(data))
-        if kind == "ade20k":
-            return _open_ade20k(root, split)
-        return _open_coco(kind, root, split) if kind else _open_own(root, split)
+        return _open_published(kind, root, split) if kind else _open_own(root, split)
     except OSError as error:
         raise UserError(f"cannot open {data}: {error.strerror or error}") from error
 
@@ -97,38 +95,33 @@ def _published(images: Path, maps: Path, split: str, held_out: int) -> tuple[Sou
     return Subset(source, chosen), Subset(labels, chosen)
 
 
-def _open_coco(kind: str, root: Path, split: str) -> LabelledImages:
-    year = "val2017" if split == "test" else "train2017"
-    panoptic = kind == "coco-panoptic"
-    remedy = _REMEDY.format(kind if panoptic else "coco", root)
-    name = f"panoptic_{year}" if panoptic else year
-    other = root / name if panoptic else root / "stuffthingmaps" / name
-    images = _folder(kind, [root / "images" / year, root / year], remedy)
-    maps = _folder(kind, [root / "annotations" / name, other], remedy)
-    source, labels = _published(images, maps, split, HELD_OUT["coco"])
-    if not panoptic:
-        classes = class_names("coco")[: 92 if kind == "coco-things" else 183]
-        ids = (np.arange(256) + 1) % 256
+def _open_published(kind: str, root: Path, split: str) -> LabelledImages:
+    """COCO or ADE20K, as the archives unpack or as the download leaves them."""
+    base = kind.partition("-")[0]
+    if kind == "ade20k":
+        part = "validation" if split == "test" else "training"
+        places = [root, root / "ADEChallengeData2016"]
+        images, maps = ([place / name / part for place in places] for name in ("images", "annotations"))
+    else:
+        year = "val2017" if split == "test" else "train2017"
+        name = f"panoptic_{year}" if kind == "coco-panoptic" else year
+        images = [root / "images" / year, root / year]
+        maps = [root / "annotations" / name]
+        maps.append(root / name if kind == "coco-panoptic" else root / "stuffthingmaps" / name)
+    remedy = _REMEDY.format(kind if kind == "coco-panoptic" else base, root)
+    folders = _folder(kind, images, remedy), _folder(kind, maps, remedy)
+    source, labels = _published(*folders, split, HELD_OUT[base])
+    if kind == "coco-panoptic":
+        content = read_panoptic(root / "annotations" / f"{name}.json")
+        missing = [n for n in map(labels.name, range(len(labels))) if stem(n) not in content.segments]
+        if missing:
+            raise UserError(f"{content.path} lacks {len(missing)} maps of {folders[1]}, first {missing[0]}")
+        return LabelledImages(source, content.classes, 0, labels, partial(decode_panoptic, panoptic=content))
+    classes, ids = class_names(base), np.arange(256)
+    if base == "coco":
+        classes, ids = classes[: 92 if kind == "coco-things" else 183], (ids + 1) % 256
         ids[(ids >= len(classes)) & (ids < 183)] = 0  # stuff counts as unlabeled
-        decode = partial(decode_ids, classes=len(classes), table=ids)
-        return LabelledImages(source, classes, 0, labels, decode)
-    content = read_panoptic(root / "annotations" / f"{name}.json")
-    missing = [n for n in map(labels.name, range(len(labels))) if stem(n) not in content.segments]
-    if missing:
-        raise UserError(f"{content.path} lacks {len(missing)} maps of {maps}, first {missing[0]}")
-    return LabelledImages(source, content.classes, 0, labels, partial(decode_panoptic, panoptic=content))
-
-
-def _open_ade20k(root: Path, split: str) -> LabelledImages:
-    part = "validation" if split == "test" else "training"
-    nested, remedy = root / "ADEChallengeData2016", _REMEDY.format("ade20k", root)
-    images, maps = (
-        _folder("ade20k", [root / kind / part, nested / kind / part], remedy)
-        for kind in ("images", "annotations")
-    )
-    source, labels = _published(images, maps, split, HELD_OUT["ade20k"])
-    classes = class_names("ade20k")
-    decode = partial(decode_ids, classes=len(classes), table=np.arange(256))
+    decode = partial(decode_ids, classes=len(classes), table=ids)
     return LabelledImages(source, classes, 0, labels, decode)
 
 
@@ -138,16 +131,15 @@ def _open_own(root: Path, split: str) -> LabelledImages:
     if bool(shards) == folder.is_dir():
         found = "both" if shards else "neither"
         raise UserError(
-            f"{root} has {found} {split}/ and {split}-*.tar: one is needed (or a kind, coco:ROOT)"
+            f"{root} has {found} {split}/ and {split}-*.tar: give one, or name a kind (coco:ROOT)"
         )
     classes, unlabeled = _read_classes(root / "classes.txt")
     if shards:
         images, maps = _split_shards(root, split, shards)
     else:
         remedy = f"{split}/ must contain images/ and labels/"
-        images, maps = (
-            FolderSource(str(_folder(str(root), [folder / kind], remedy))) for kind in ("images", "labels")
-        )
+        folders = (_folder(str(root), [folder / name], remedy) for name in ("images", "labels"))
+        images, maps = (FolderSource(str(path)) for path in folders)
 
     decode = partial(decode_ids, classes=len(classes))
     return LabelledImages(images, classes, unlabeled, pair(images, maps), decode)

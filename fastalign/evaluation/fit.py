@@ -225,9 +225,9 @@ class RunFolder:
         for note in notes:
             self.say(note)
         if state["identity"] != self.identity:
+            changed = difference(state["identity"], self.identity)
             raise UserError(
-                f"{folder} is of another setting ({difference(state['identity'], self.identity)}): set it back, "
-                "remove the folder, or choose another --output"
+                f"{folder}: {changed}: set it back, remove the folder, or choose another --output"
             )
         fit.module.load_state_dict(state["weights"], strict=False)  # frozen weights are the backbone's own
         fit.optimizer.load_state_dict(state["optimizer"])

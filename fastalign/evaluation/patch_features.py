@@ -126,9 +126,7 @@ def read_patch_features(
         _read(arrays, encoder, data, world, **how)
     else:
         files = feature_files(encoder, data, folder, dtype)
-        complete = files.complete()
-        # Every rank looks before any writes.
-        if not (world.agree(int(complete)) and complete):
+        if not all(world.gather(files.complete())):  # every rank looks before any writes
             with ExitStack() as stack, report_rank_error(world.rank):
                 if world.main:
                     stack.enter_context(files.lock())

@@ -95,13 +95,12 @@ def check_output(path: Path, identity: Callable[[dict], dict], wanted: dict) -> 
     if not path.is_file():
         return
     try:
-        earlier, wanted = identity(json.loads(path.read_bytes())), json.loads(json.dumps(_plain(wanted)))
-        other = None if earlier == wanted else difference(earlier, wanted)
+        changed = difference(identity(json.loads(path.read_bytes())), json.loads(json.dumps(_plain(wanted))))
     except (ValueError, AttributeError, TypeError, KeyError):
-        other = "it is not a file of results"
-    if other:
+        changed = "it is not a file of results"
+    if changed:
         raise UserError(
-            f"--output: {path} has the results of another setting ({other}); name another output, or remove it"
+            f"--output: {path} has the results of another setting ({changed}); name another output, or remove it"
         )
 
 
@@ -112,7 +111,7 @@ def difference(before: dict, now: dict, path: str = "") -> str:
         if old != new:
             nested = isinstance(old, dict) and isinstance(new, dict)
             return difference(old, new, f"{path}{key}.") if nested else f"{path}{key} was {old}, is {new}"
-    return "none"
+    return ""
 
 
 def write_results(path: Path, facts: dict) -> None:
