@@ -25,7 +25,7 @@ from benchmarks import record
 from benchmarks.compare import attempt, free, timed
 from benchmarks.step_bench import BACKBONES, KEY, MODES, PRECISIONS, SMALL, Measured, Row, measure
 from fastalign.backbones.precision import compute_dtype
-from fastalign.training.memory import keep_freed_memory
+from fastalign.training.distributed import keep_freed_memory
 
 COMPILED = ("compiled", "blocks", "eager")
 CPU_ROWS = [

@@ -1,10 +1,10 @@
 """The configuration of a run: one typed tree, read from YAML and `key=value` overrides.
 
 Every key is here, with its documentation and its kind (`utils/sections.py`): what a resumed run does about a new
-value. A recipe may name another file as its `base`, relative to itself; its own
-keys win.
+value. A recipe may name another file as its `base`, relative to itself; its own keys win.
 """
 
+import contextlib
 import math
 import re
 from pathlib import Path
@@ -96,10 +96,12 @@ class Loss(Section):
     @field_validator("target_scale")
     @classmethod
     def _number_or_auto(cls, value: float | str) -> float | str:
-        try:
-            return value if re.fullmatch(r"auto(:0*[1-9]\d*)?", str(value)) else _finite(value)
-        except ValueError:
-            raise ValueError("write a number, auto, or auto:BATCHES (validation batches per rank)") from None
+        if re.fullmatch(r"auto(:0*[1-9]\d*)?", str(value)):
+            return value
+        with contextlib.suppress(ValueError):
+            if math.isfinite(float(value)):
+                return float(value)
+        raise ValueError("write a number, auto, or auto:BATCHES (validation batches per rank)")
 
 
 class Data(Section):
@@ -268,11 +270,7 @@ class Config(Section):
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a recipe and apply overrides, "section.key=value" each, with the value in YAML.
-
-    Raises:
-        UserError: missing file, broken YAML, unknown key, wrong type, or keys that contradict each other.
-    """
+    """Read a recipe and apply overrides, "section.key=value" each, with the value in YAML; else UserError."""
     return resolve(read_with_bases(Path(path)), overrides or [], path)
 
 
@@ -289,10 +287,3 @@ def keys() -> dict[str, str]:
 def kinds() -> dict[str, Kind]:
     """Every dotted key with its kind."""
     return {key: kind for key, _, kind in sections.fields(Config)}
-
-
-def _finite(value: float | str) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError
-    return number

@@ -21,7 +21,7 @@ from fastalign.data.source import SyntheticSource
 from fastalign.data.sources import open_source
 from fastalign.training.command import run_command
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import temporary_name, write_atomically
+from fastalign.utils.files import temporary_name, wrap_io_errors, write_atomically
 from fastalign.utils.paths import path_argument
 
 _worker: tuple[SampleReader, Decoder] | None = None
@@ -41,17 +41,12 @@ def _check(ids: range) -> list[BadSample]:
 
 
 def scan(data: str, workers: int) -> tuple[int, list[BadSample]]:
-    """Checks a data set with `workers` processes and prints the progress.
-
-    Returns:
-        The number of images, and the bad ones in source order after damaged shards and folders.
-    """
+    """The number of images, and damaged shards and folders followed by the bad images in source order."""
     source = open_source(data, damaged=True)
     if isinstance(source, SyntheticSource):
         raise UserError(f"{data} is made on the device: there is no file to check")
     load_dali()
     total, damaged = len(source), [BadSample(None, name, reason) for name, reason in source.damaged]
-    source.close()
     chunk = max(64, total // 50_000)
     bad: list[BadSample] = []
     seen, shown = 0, 0.0
@@ -93,16 +88,12 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError(f"--workers {options.workers}: it must be at least 1")
     output = Path(options.output) if options.output else None
     if output:
-        try:  # before hours of checking, not after
+        with wrap_io_errors(output):  # before hours of checking, not after
             if output.is_dir():
                 raise IsADirectoryError(0, "it is a directory")
             output.parent.mkdir(parents=True, exist_ok=True)
             temporary_name(output).touch()
             temporary_name(output).unlink()
-        except OSError as error:
-            raise UserError(
-                f"--output {output} cannot be written ({error.strerror}); name another file"
-            ) from error
     total, bad = scan(options.data, options.workers)
     if output:
         text = b"".join(to_line(sample) for sample in bad)
@@ -115,19 +106,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastalign.scan", description="Check every image of a data set, as training would."
     )
-    parser.add_argument(
-        "data", type=path_argument, help="a folder of images, tar shards or a pattern of them, as data.train"
-    )
-    parser.add_argument(
-        "--output", type=path_argument, metavar="FILE", help="write the bad ones here, for faults.quarantine"
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="processes (one per core)",
-    )
+    add, cores = parser.add_argument, len(os.sched_getaffinity(0))
+    add("data", type=path_argument, help="a folder of images, tar shards or a pattern of them, as data.train")
+    add("--output", type=path_argument, metavar="FILE", help="write the bad ones here, for faults.quarantine")
+    add("--workers", type=int, default=cores, metavar="N", help="processes (one per core)")
     options = parser.parse_args(arguments)
     return run_command(lambda: _run(options))
 

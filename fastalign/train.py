@@ -18,23 +18,15 @@ from fastalign.evaluation.during_training import contents, open_splits, probe_st
 from fastalign.evaluation.label_maps import LabelledImages
 from fastalign.method.flops import flops_per_image
 from fastalign.training import distributed
-from fastalign.training.checkpoint import (
-    exit_preempted,
-    new_best,
-    resume,
-    save,
-    save_settings,
-    wait_for_checkpoint,
-)
+from fastalign.training.checkpoint import new_best, resume, save, save_settings, wait_for_checkpoint
 from fastalign.training.command import report_rank_error, run_command
 from fastalign.training.faults import handle_status, prepare_logs, report_bad_validation_samples
 from fastalign.training.hang import WAITING, collective_timeout
 from fastalign.training.metrics import MetricLog, Speed
 from fastalign.training.optim import learning_rate, seed_update, step_unless
-from fastalign.training.preemption import Preemption, clear_marker
+from fastalign.training.preemption import Preemption, clear_marker, preempted
 from fastalign.training.reporter import Reporter
-from fastalign.training.run import Run
-from fastalign.training.state import itstime
+from fastalign.training.run import Run, itstime
 from fastalign.training.validation import evaluate, measure_target_scale
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import can_be_folder
@@ -205,7 +197,9 @@ def train_epoch(run: Run, splits: Splits, reporter: Reporter, speed: Speed) -> N
             if saving or probing or stop or at_end or itstime(state.step, config.log.every_steps):
                 reporter.flush(speed)
             if stop:
-                exit_preempted(run, stop)
+                save(run)
+                wait_for_checkpoint(run)
+                raise preempted(run.folder, stop, state.step, main=run.world.main)
             if probing:
                 probe(run, splits, reporter, epoch)
             if saving or (probing and new_best(run) is not None):

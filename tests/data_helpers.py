@@ -4,6 +4,7 @@ import io
 import os
 import tarfile
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -115,11 +116,9 @@ EVAL = Transform((32, 32), CLIP_MEAN, CLIP_STD)
 
 
 def has_dali() -> bool:
-    try:
-        load_dali()
-    except UserError:
-        return False
-    return True
+    with suppress(UserError):
+        return bool(load_dali())
+    return False
 
 
 needs_dali = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")

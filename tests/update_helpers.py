@@ -4,7 +4,6 @@ import torch
 
 from fastalign.config import load_config
 from fastalign.data.prefetch import Batch
-from fastalign.training import build
 from fastalign.training.distributed import World
 from fastalign.training.run import Run
 from tests.numerics import DEVICE
@@ -25,7 +24,7 @@ def run_of_batches(tmp_path, *overrides):
     device = torch.device(DEVICE, 0 if DEVICE == "cuda" else None)
     run = Run(load_config(write_recipe(tmp_path), list(overrides)), World(0, 1, device))
     run.model.train()
-    dtype, batches = build.precision(run.config, device), []
+    dtype, batches = run.dtype, []
     for first in range(0, 48, 4):
         images, ids = torch.randn(4, 3, 64, 64, device=device, dtype=dtype), torch.arange(first, first + 4)
         batches.append(Batch(images, ids.to(device), ids.numpy(), 0.0))

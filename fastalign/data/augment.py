@@ -1,10 +1,8 @@
 """Augmentation on the device: RandAugment and colour jitter of uint8 batches, mixup and cutmix of normalised ones.
 
-RandAugment and colour jitter are functions of (seed, epoch, sample id). They use integer arithmetic and look-up
-tables where PIL does, so that an image comes out the same on every device and in every batch. Two things differ from
-PIL: bicubic sampling uses a = -0.75 (PIL: -1), and bilinear sampling may round to a neighbouring level.
-
-Mixup and cutmix pair the samples of a batch, and so depend on the batch and on the number of ranks.
+RandAugment and colour jitter are functions of (seed, epoch, sample id), in integer arithmetic where PIL uses it, so
+that an image comes out the same on every device. Two things differ from PIL: bicubic sampling uses a = -0.75 (PIL:
+-1), and bilinear sampling may round to a neighbouring level. Mixup and cutmix depend on the batch.
 """
 
 import itertools
@@ -229,16 +227,10 @@ def mix(
 ) -> tuple[Tensor, float]:
     """Mixup or cutmix of a batch with itself reversed, timm's batch mode; each with probability 1/2 if both are on.
 
-    Args:
-        images: [B, 3, h, w], normalised.
-        ids: [B] int64 on the host; the first one decides the draws.
-        mixup, cutmix: alpha of Beta(alpha, alpha); 0 is off.
-        seed, epoch: of the draws.
-
-    Returns:
-        The mixed images, and the share of the batch's own images (after clipping the box).
+    `mixup`, `cutmix`: alpha of Beta(alpha, alpha); 0 is off. The first of `ids` decides the draws. Returns the mixed
+    images [B, 3, h, w], and the share of the batch's own images (after clipping the box).
     """
-    if len(images) == 0 or not (mixup > 0 or cutmix > 0):
+    if not (mixup > 0 or cutmix > 0):
         return images, 1.0
     words = random_words(torch.from_numpy(ids[:1]), 4, seed=seed, stream=Stream.MIX, epoch=epoch)[0]
     low, high = words.numpy().astype(np.uint64).reshape(2, 2).T

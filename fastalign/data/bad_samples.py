@@ -21,19 +21,16 @@ from fastalign.utils.errors import UserError
 
 FILE = "bad_samples.jsonl"
 ALWAYS_ALLOWED = 10
-"""So many bad samples never stop a run, unless the limit is 0."""
 MAX_IN_A_ROW = 100
 _RETRY_AFTER = (0.1, 0.4)
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that cannot be used."""
+    """A sample that cannot be used, by index (None for an entry of `Source.damaged`) and portable name."""
 
     id: int | None
-    "index in the source; None for an entry of `Source.damaged`"
     name: str
-    "portable; bytes that are not UTF-8 as surrogates, as Python spells file names"
     reason: str
 
 
@@ -56,31 +53,26 @@ class BadSamples:
 
 @dataclass
 class Sample:
-    """What a sample of the epoch's order became."""
+    """The sample that is used in place of `wanted`: [bytes] uint8, None if it is left out, and (height, width).
+
+    `bad`: samples met while looking for it, without quarantined ones.
+    """
 
     wanted: int
-    "id in the order"
     id: int
-    "its own or its replacement's"
     encoded: np.ndarray | None = None
-    "[bytes] uint8; None if it is left out or refused"
     size: tuple[int, int] | None = None
-    "(height, width) of the image"
     bad: list[BadSample] = field(default_factory=list)
-    "met while looking for a good one, without the quarantined"
 
 
 class SampleReader:
-    """Reads samples and checks their headers; adds to `bad`. Thread-safe.
-
-    `replace`: use the next good sample in place of a bad one, else leave it out.
-    """
+    """Reads samples and checks their headers; adds to `bad`. `replace`: do not leave bad ones out. Thread-safe."""
 
     def __init__(self, source: Source, bad: BadSamples, *, replace: bool):
         self.source, self._bad, self._replace = source, bad, replace
 
     def read(self, wanted: int) -> Sample:
-        """A sample or its replacement; a UserError if 100 in a row are bad, or all."""
+        """A sample or its replacement; raises a UserError if 100 in a row are bad, or all."""
         sample, total = Sample(wanted, wanted), len(self.source)
         for step in range(total if self._replace else 1):
             sample.id = (wanted + step) % total
@@ -102,17 +94,17 @@ class SampleReader:
         for wait in (*_RETRY_AFTER, None):
             try:
                 encoded = self.source.read(sample.id)
-                found = read_size(encoded)
-                break
-            except UserError as error:
-                found = error.reason if isinstance(error, Unreadable) else str(error)
+            except Unreadable as error:
                 # A network disk may fail for a moment; an empty file stays empty.
                 if wait is None or not isinstance(error.__cause__, OSError):
-                    break
+                    return self._record(sample.id, error.reason)
                 time.sleep(wait)
-        if isinstance(found, str):
-            return self._record(sample.id, found)
-        sample.encoded, sample.size = encoded, found
+            else:
+                break
+        size = read_size(encoded)
+        if isinstance(size, str):
+            return self._record(sample.id, size)
+        sample.encoded, sample.size = encoded, size
         return None
 
     def _record(self, index: int, reason: str) -> BadSample:
@@ -145,7 +137,7 @@ def too_many(bad: int, drawn: int, share: float) -> bool:
 
 
 def to_line(sample: BadSample) -> bytes:
-    """The line of a list, in ASCII: other bytes in a name are escaped."""
+    """The line of a list, in ASCII."""
     return json.dumps(asdict(sample)).encode() + b"\n"
 
 

@@ -139,8 +139,7 @@ def _claimed_size(view: memoryview) -> tuple[int, int] | str:
 def read_size(encoded: np.ndarray | bytes) -> tuple[int, int] | str:
     """The size (height, width) of an encoded image, before any Exif rotation, or why it is refused. Never raises.
 
-    Accepted are complete JPEG, PNG, WebP and BMP files of at most 100 million pixels and 65,500 a side. Bytes after
-    the end are allowed.
+    Accepted are complete JPEG, PNG, WebP and BMP files of at most 100 million pixels and 65,500 a side.
     """
     view = memoryview(encoded)
     if len(view) == 0:
@@ -160,10 +159,10 @@ def read_size(encoded: np.ndarray | bytes) -> tuple[int, int] | str:
 
 
 def without_exif(encoded: np.ndarray) -> np.ndarray:
-    """The same image for DALI: the header of a WebP no longer announces Exif. [bytes] uint8, a copy if changed.
+    """The same image [bytes] uint8 for DALI: the header of a WebP no longer announces Exif.
 
-    DALI 2.4 looks for Exif even if no orientation is applied. It forgets the padding of chunks of odd size and reads
-    outside the file; it also allocates as much memory as the chunk claims, up to 4 GiB.
+    DALI 2.4 looks for it even if no orientation is applied, reads outside the file behind chunks of odd size, and
+    allocates as much memory as the chunk claims.
     """
     head = encoded[: _WEBP_FLAGS + 1].tobytes()
     if head[:4] + head[8:16] != b"RIFFWEBPVP8X" or not head[_WEBP_FLAGS] & _WEBP_EXIF:

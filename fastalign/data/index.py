@@ -25,29 +25,24 @@ from fastalign.utils.paths import home_folder
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 DANGLING = "a link that leads nowhere"
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _SUFFIXES = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
 # A directory that changes twice within one tick of its file system's clock keeps its mtime, so a list made this soon
 # after a change is not cached.
 _SETTLE_NS = 2_000_000_000
 _FORMAT = "fastalign-index-2"
 _ALIGN = 64
-_ITEM_SIZES = {"|u1": 1, "<i8": 8}  # no other dtype is loaded: objects would turn bytes into pointers
+_ITEM_SIZES = {"|u1": 1, "<i8": 8}
 
 
 class Names:
-    """A packed, read-only list of file names.
-
-    Args:
-        blob: [total] uint8, the names one after the other, as the file system spells them.
-        offsets: [n + 1] int64, the start of each name and the end of the last.
-    """
+    """A packed, read-only list of file names: `blob` [total] uint8, `offsets` [n + 1] int64 of the names in it."""
 
     def __init__(self, blob: np.ndarray, offsets: np.ndarray):
         self.blob, self.offsets = blob, offsets
 
     @classmethod
     def pack(cls, names: Iterable[bytes]) -> "Names":
-        """Packs byte strings."""
         blob, offsets = bytearray(), array("q", [0])
         for name in names:
             blob += name
@@ -60,7 +55,7 @@ class Names:
         return cls(arrays[f"{key}names"], arrays[f"{key}offsets"])
 
     def arrays(self, key: str = "") -> dict[str, np.ndarray]:
-        """The arrays under the names that they have in an index."""
+        """Its arrays, as an index has them."""
         return {f"{key}names": self.blob, f"{key}offsets": self.offsets}
 
     def crc(self, start: int = 0) -> int:
@@ -70,9 +65,10 @@ class Names:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> str:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
         return os.fsdecode(self.blob[self.offsets[index] : self.offsets[index + 1]].tobytes())
 
 
@@ -88,7 +84,7 @@ def is_dangling(path: str | bytes) -> bool:
     try:
         os.stat(path)  # noqa: PTH116, names are bytes
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+        if error.errno not in MISSING:
             raise
         return os.path.islink(path)  # noqa: PTH114
     return False
@@ -147,18 +143,15 @@ def _is_current(root: str, arrays: dict[str, np.ndarray]) -> bool:
     tree, dangling = Names.of(arrays, "tree_"), Names.of(arrays, "missing_")
     try:
         return all(
-            (Path(root) / tree[i]).stat().st_mtime_ns == mtime
-            for i, mtime in enumerate(arrays["mtimes"].tolist())
-        ) and all(is_dangling(f"{root}/{dangling[i]}") for i in range(len(dangling)))
+            (Path(root) / folder).stat().st_mtime_ns == mtime
+            for folder, mtime in zip(tree, arrays["mtimes"].tolist(), strict=True)
+        ) and all(is_dangling(f"{root}/{link}") for link in dangling)
     except OSError:
         return False
 
 
 def index_folder(root: str) -> tuple[Names, Names]:
-    """The images below a folder, and dangling links in it that are not named as images; names relative to `root`.
-
-    Depth first, the files of a directory before its sub-directories, each sorted by bytes, without hidden entries.
-    """
+    """The images below a folder, depth first, and dangling links that are not named as images; relative to `root`."""
     arrays = cached_index(
         "folder", root, lambda index: _is_current(root, index), lambda: _scan_folder(root), "mtimes"
     )
@@ -190,13 +183,11 @@ def cached_index(
 
 def cache_folder() -> Path:
     """$XDG_CACHE_HOME/fastalign, else ~/.cache/fastalign; raises OSError without a home folder."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    if not base:
-        home = home_folder()
-        if home is None:
-            raise FileNotFoundError("no home folder")
-        base = f"{home}/.cache"
-    return Path(base) / "fastalign"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "fastalign"
+    if (home := home_folder()) is None:
+        raise FileNotFoundError("no home folder")
+    return Path(home) / ".cache/fastalign"
 
 
 def _cache_file(kind: str, key: str) -> Path:
@@ -204,7 +195,7 @@ def _cache_file(kind: str, key: str) -> Path:
 
 
 def save_index(kind: str, key: str, arrays: dict[str, np.ndarray]) -> bool:
-    """Writes one-dimensional uint8 and int64 arrays to the cache, atomically; False if it cannot be written."""
+    """Writes [n] uint8 and int64 arrays to the cache, atomically; False if it cannot be written."""
     layout, position = {}, 0
     for name, values in arrays.items():
         position = -(-position // _ALIGN) * _ALIGN
@@ -260,14 +251,9 @@ def _scan_lock(kind: str, key: str) -> Iterator[None]:
 
 
 def lock(descriptor: int, *, wait: bool) -> bool:
-    """Locks an open file or folder until it is closed; False if another process has it and `wait` is false.
-
-    A file system without locks counts as locked.
-    """
+    """Locks an open file or folder until it is closed; False if another process has it. Without support, True."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:  # ENOSYS, ENOTSUP, ENOLCK
-        return True
+    except OSError as error:  # ENOSYS, ENOTSUP, ENOLCK: no locks
+        return not isinstance(error, BlockingIOError)
     return True

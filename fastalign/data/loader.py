@@ -28,45 +28,33 @@ _MAX_NAMED = 5
 
 
 class _Work(NamedTuple):
-    """A batch on its way through the decoder."""
+    """A batch in the decoder: its samples, those of them with bytes, and where the pixels of these come from."""
 
     samples: list[Sample]
     good: list[Sample]
-    "of the samples those with bytes"
+    ids: np.ndarray
     sampling: Geometry | None
-    "of the good ones, None if there are none"
-
-    @property
-    def ids(self) -> np.ndarray:
-        return np.array([sample.id for sample in self.good], dtype=np.int64)
 
 
 class Loader:
     """Micro-batches of a source for one rank.
 
     Training draws a new global permutation each epoch; of it, micro-step m of rank r takes the b samples from
-    (m * world_size + r) * b on. An epoch has (n // (world_size * b * accumulate)) * accumulate micro-steps: samples
-    that do not fill an update are left out, other ones each epoch. Evaluation goes through the source in order, every
-    sample once: the last batches are smaller, and ranks may have different numbers of them.
+    (m * world_size + r) * b on. Samples that do not fill an update are left out, other ones each epoch. Evaluation
+    goes through the source in order, every sample once; ranks may have different numbers of batches.
 
     Args:
-        source: the data set.
-        transform: image to input.
         batch_size: b, samples per micro-batch of this rank.
         device: of the batches. On CUDA, JPEGs are decoded there.
         dtype: of the images.
-        seed: of the run; decides order and augmentation.
-        rank, world_size: of this process.
-        train: shuffle and drop the remainder, or go through the source once in order.
+        seed: decides order and augmentation.
         accumulate: micro-batches per update.
         threads: for reading, and as many for decoding.
         prefetch: finished batches kept ready.
-        hw_decoder_load: share of JPEGs for the GPU's hardware decoder. Between 0 and 1 two decoders share a batch,
-            and their pixels may differ by a level.
-        mixup, cutmix: alpha, 0 is off; training only. They pair the samples of this rank's batch, so that pixels
-            depend on batch_size and world_size.
-        bad: the known bad samples, to which it adds. Training replaces them (see `bad_samples`), evaluation leaves
-            them out; 100 in a row raise an error. None: the first bad sample raises an error.
+        hw_decoder_load: share of JPEGs for the GPU's hardware decoder; strictly between 0 and 1 two decoders share
+            a batch, and their pixels may differ by a level.
+        mixup, cutmix: alpha, 0 is off; training only.
+        bad: the known bad samples, to which it adds (see `bad_samples`). None: the first one raises an error.
 
     Raises:
         UserError: a bad argument, or a training set smaller than one update.
@@ -92,12 +80,11 @@ class Loader:
         cutmix: float = 0.0,
         bad: BadSamples | None = None,
     ):
-        counts = {"batch_size": batch_size, "accumulate": accumulate, "threads": threads}
-        for name, value in (counts | {"prefetch": prefetch}).items():
-            if value < 1:
-                raise UserError(f"{name}={value}: it must be at least 1")
-        if not 0 <= rank < world_size:
-            raise UserError(f"rank={rank} is not in 0..{world_size - 1} (world_size={world_size})")
+        if min(batch_size, accumulate, threads, prefetch) < 1 or not 0 <= rank < world_size:
+            raise UserError(
+                f"batch_size={batch_size}, accumulate={accumulate}, threads={threads} and prefetch={prefetch} must "
+                f"be at least 1, and rank={rank} in 0..{world_size - 1}"
+            )
         if min(mixup, cutmix) < 0 or (max(mixup, cutmix) > 0 and not train):
             raise UserError(f"mixup={mixup}, cutmix={cutmix}: alpha must be at least 0, and 0 for evaluation")
         update = world_size * batch_size * accumulate
@@ -112,12 +99,13 @@ class Loader:
             # The current device is a property of the thread: in the background thread it is GPU 0.
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._batch, self._rank, self._world, self._accumulate = batch_size, rank, world_size, accumulate
-        self._threads, self._prefetch, self._hw_decoder_load = threads, prefetch, hw_decoder_load
+        self._threads, self._prefetch = threads, prefetch
+        self._decoding = {"batch_size": batch_size, "threads": threads, "hw_decoder_load": hw_decoder_load}
         self._mixing = {"mixup": mixup, "cutmix": cutmix, "seed": seed}
         self._reader = SampleReader(
             source, BadSamples() if bad is None else bad, replace=train and bad is not None
         )
-        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(threads, "fastalign-read")
+        self._pool = ThreadPoolExecutor(threads, "fastalign-read")
         self._decoder: Decoder | None = None
         self._active = lambda: None
 
@@ -129,21 +117,10 @@ class Loader:
         return max(0, -(-(total - self._rank * self._batch) // stride))
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """The micro-batches of an epoch. Work starts at once; an earlier iterator of this loader is closed.
+        """The micro-batches of an epoch from `start` on, as an iterator with a `close` method.
 
-        Args:
-            epoch: decides order and augmentation; ignored in evaluation.
-            start: first micro-batch, to resume inside an epoch.
-
-        Returns:
-            An iterator with a `close` method; dropping it stops the work too.
+        Work starts at once; an earlier iterator of this loader is closed. Evaluation ignores `epoch`.
         """
-        if self._pool is None:
-            raise RuntimeError("this loader is closed")
-        if not (0 <= start <= len(self) and 0 <= epoch < EVAL_EPOCH):
-            raise ValueError(
-                f"start={start} is not in 0..{len(self)}, or epoch={epoch} not in 0..{EVAL_EPOCH - 1}"
-            )
         self._stop_active()
         batches = self._generate(epoch if self.train else EVAL_EPOCH, start)
         iterator = Prefetcher(batches, self.device, self._prefetch)
@@ -153,9 +130,8 @@ class Loader:
     def close(self) -> None:
         """Stops all threads. The source stays open."""
         self._stop_active()
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-        self._pool = self._decoder = None
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._decoder = None
 
     def _stop_active(self) -> None:
         if (active := self._active()) is not None:
@@ -170,19 +146,14 @@ class Loader:
 
     def _generate(self, epoch: int, start: int) -> Iterator[Batch]:
         """Runs in the background thread."""
+        size = self.transform.size
         if isinstance(self.source, SyntheticSource):
             for ids in self._ids(epoch, start):
-                place, size = torch.from_numpy(ids).to(self.device), self.transform.size
+                place = torch.from_numpy(ids).to(self.device)
                 images = self.source.images(place, size, seed=self.seed, dtype=self.dtype)
                 yield self._mix(images, ids, epoch, ())
             return
-        self._decoder = self._decoder or Decoder(
-            self.transform.size,
-            batch_size=self._batch,
-            device=self.device,
-            threads=self._threads,
-            hw_decoder_load=self._hw_decoder_load,
-        )
+        self._decoder = self._decoder or Decoder(size, device=self.device, **self._decoding)
         try:
             yield from self._decode(self._read_ahead(epoch, start), epoch)
         finally:
@@ -227,18 +198,15 @@ class Loader:
         bad = [each for sample in samples for each in sample.bad]
         if self.bad is None and bad:
             names = ", ".join(f"{self.source.name(each.id)} ({each.reason})" for each in bad[:_MAX_NAMED])
-            more = f" and {len(bad) - _MAX_NAMED} more" if len(bad) > _MAX_NAMED else ""
-            root = f" in {self.source.root}" if self.source.root else ""
             raise UserError(
-                f"cannot read or decode {names}{more}{root}: {len(bad)} of a batch of {len(samples)}; remove or "
-                "replace them"
+                f"cannot use {len(bad)} images of a batch of {len(samples)} of {self.source.root or 'the data set'}: "
+                f"{names}{', ...' if len(bad) > _MAX_NAMED else ''}; replace or remove them"
             )
-        work = _Work(samples, [sample for sample in samples if sample.encoded is not None], None)
-        if not work.good:
-            return work
-        shapes = np.array([sample.size for sample in work.good])
-        sampling = geometry(self.transform, shapes, work.ids, seed=self.seed, epoch=epoch)
-        return work._replace(sampling=sampling)
+        good = [sample for sample in samples if sample.encoded is not None]
+        ids = np.array([sample.id for sample in good], dtype=np.int64)
+        shapes = np.array([sample.size for sample in good])
+        sampling = geometry(self.transform, shapes, ids, seed=self.seed, epoch=epoch) if good else None
+        return _Work(samples, good, ids, sampling)
 
     def _submit(self, work: _Work) -> None:
         if work.good:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastalign.data.headers import without_exif
-from fastalign.data.transforms import BICUBIC, BILINEAR, Geometry
+from fastalign.data.transforms import Geometry
 from fastalign.utils.errors import UserError
 
 
@@ -21,30 +21,22 @@ class DecodeError(UserError):
 
 
 def load_dali() -> SimpleNamespace:
-    """NVIDIA DALI's `fn`, `types` and `Pipeline`; a UserError if it is missing or another project's package."""
-    remedy = "pip install nvidia-dali-cuda130 (CUDA 12: nvidia-dali-cuda120), or train on `synthetic` data"
-    try:
-        import nvidia.dali
-    except ImportError as error:
-        raise UserError(f"NVIDIA DALI is not installed: {remedy} ({error})") from error
+    """NVIDIA DALI's `fn`, `types` and `Pipeline`; a UserError if it is missing."""
     try:
         import nvidia.dali.fn as fn
         from nvidia.dali import Pipeline, types
     except ImportError as error:
-        other = f"{nvidia.dali.__file__} is another package; remove it"
-        raise UserError(f"NVIDIA DALI is not installed: {other}, {remedy}") from error
+        raise UserError(
+            f"NVIDIA DALI is not installed ({error}): pip install nvidia-dali-cuda130 (CUDA 12: "
+            "nvidia-dali-cuda120), or train on `synthetic` data"
+        ) from error
     return SimpleNamespace(fn=fn, types=types, Pipeline=Pipeline)
 
 
 class Decoder:
     """A DALI pipeline with at most one batch in flight: `submit`, then `collect`. Use it from one thread.
 
-    Args:
-        size: output (height, width).
-        batch_size: largest batch.
-        device: where the images come out, with its index; on CUDA, the GPU decodes JPEG too.
-        threads: DALI's worker threads.
-        hw_decoder_load: share of a batch's JPEGs for the GPU's hardware decoder.
+    `size`: of the output, (height, width). `device`: of the images, with its index; a GPU decodes JPEGs too.
     """
 
     def __init__(
@@ -60,8 +52,8 @@ class Decoder:
         self._size, self._batch_size, self._device = size, batch_size, device
         self._threads, self._hw_decoder_load = threads, hw_decoder_load
         types = self._dali.types
-        kinds = {BILINEAR: types.INTERP_LINEAR, BICUBIC: types.INTERP_CUBIC}
-        self._interpolations = np.array([int(kinds[key]) for key in sorted(kinds)], dtype=np.int32)
+        # By BILINEAR and BICUBIC.
+        self._interpolations = np.array([int(types.INTERP_LINEAR), int(types.INTERP_CUBIC)], dtype=np.int32)
         self._pipeline = None
         self._in_flight: tuple | None = None
 

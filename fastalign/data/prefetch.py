@@ -18,20 +18,19 @@ _POLL_SECONDS = 0.1
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch."""
+    """One micro-batch: images [b, 3, h, w], normalised, and sample ids [b] int64, on the loader's device.
+
+    `weight`: share of the batch's own images in mixup or cutmix; the rest is the batch reversed. `bad`: bad samples
+    met in making it, also if an earlier batch met them, without quarantined ones.
+    """
 
     images: Tensor
-    "[b, 3, h, w] normalised, on the loader's device in its dtype."
     ids: Tensor
-    "[b] int64, sample ids, on the loader's device."
     ids_host: np.ndarray
-    "[b] int64, the same on the host."
     wait: float = 0.0
     "Seconds that the consumer waited for it."
     weight: float = 1.0
-    "Share of the batch's own images in mixup or cutmix; the rest is the batch reversed."
     bad: tuple[BadSample, ...] = ()
-    "Bad samples met in making it, also if an earlier batch met them; without quarantined ones."
 
 
 def _produce(
@@ -60,14 +59,11 @@ def _produce(
 
 
 class Prefetcher:
-    """Iterates over batches that a background thread makes, on CUDA on a side stream, `depth` ahead.
-
-    Exceptions of the thread are raised by `next`. The thread does not refer to this object.
-    """
+    """Iterates over batches that a background thread makes, on CUDA on a side stream, `depth` ahead."""
 
     def __init__(self, batches: Iterator[Batch], device: torch.device, depth: int):
         self._device, self._ready, self._stop = device, queue.Queue(depth), threading.Event()
-        arguments = (batches, device, self._ready, self._stop)
+        arguments = (batches, device, self._ready, self._stop)  # without `self`, which may be dropped
         self._thread = threading.Thread(target=_produce, args=arguments, name="fastalign-loader")
         self._thread.start()
 

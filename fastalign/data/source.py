@@ -19,8 +19,8 @@ SYNTHETIC_LENGTH = 50_000
 class Unreadable(UserError):
     """A sample's bytes cannot be read. `reason` says why, without the path of the data set."""
 
-    def __init__(self, message: str, reason: str):
-        super().__init__(message)
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"cannot read {name}: {reason}; repair, replace or remove it")
         self.reason = reason
 
 
@@ -30,17 +30,15 @@ def crc_of_texts(*texts: str) -> int:
 
 
 class Source:
-    """A list of encoded images. `kind` is "folder", "tar" or "synthetic".
+    """A list of encoded images.
 
-    Subclasses define `__len__`; `name(index)`, for messages and label files; and `read(index)`: [bytes] uint8,
-    thread-safe, which raises `Unreadable` if a file is missing, not regular, empty or larger than 256 MiB.
+    Subclasses define `__len__`; `name(index)`, for messages and label files, relative to `root` if there is one; and
+    `read(index)`: [bytes] uint8, thread-safe, raises `Unreadable`. `damaged`: (portable name, reason) of damaged tar
+    shards and of dangling links to folders.
     """
 
-    kind: str
     root: str | None = None
-    "the folder that names are relative to, if there is one"
     damaged: tuple[tuple[str, str], ...] = ()
-    "(portable name, reason) of damaged tar shards and of dangling links to folders"
 
     def portable_name(self, index: int) -> str:
         """The sample's name without the location of the data set."""
@@ -59,7 +57,13 @@ class Source:
     def identity(self) -> dict[str, int | list[int]]:
         """CRC-32 of all portable names, and of the bytes of nine samples, for checkpoints. 0 = unreadable."""
         spread = sorted({i * (len(self) - 1) // 8 for i in range(9)})
-        return {"names": self._crc_of_names(), "samples": [self._crc_of_sample(index) for index in spread]}
+        samples = []
+        for index in spread:
+            try:
+                samples.append(zlib.crc32(self.read(index)))
+            except Unreadable:
+                samples.append(0)
+        return {"names": self._crc_of_names(), "samples": samples}
 
     def differs_from(self, identity: dict[str, int | list[int]]) -> str | None:
         """How this data set differs from one with another `identity`; None if it is the same.
@@ -74,23 +78,13 @@ class Source:
     def _crc_of_names(self) -> int:
         return crc_of_texts(*(self.portable_name(index) for index in range(len(self))))
 
-    def _crc_of_sample(self, index: int) -> int:
-        try:
-            return zlib.crc32(self.read(index))
-        except UserError:
-            return 0
-
-    def close(self) -> None:
-        """Closes open files."""
-
 
 class Subset(Source):
     """The samples `indices` [n >= 1] of another source."""
 
     def __init__(self, whole: Source, indices: np.ndarray):
         self.whole, self.indices = whole, np.asarray(indices, dtype=np.int64)
-        self.kind, self.root, self.damaged = whole.kind, whole.root, whole.damaged
-        self.close = whole.close
+        self.root, self.damaged = whole.root, whole.damaged
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -104,15 +98,9 @@ class Subset(Source):
     def read(self, index: int) -> np.ndarray:
         return self.whole.read(int(self.indices[index]))
 
-    def class_names(self) -> list[str | None]:
-        names = self.whole.class_names()
-        return [names[index] for index in self.indices]
-
 
 class SyntheticSource(Source):
     """Random images made on the device, without disk and decoder, for benchmarks and tests."""
-
-    kind = "synthetic"
 
     def __init__(self, length: int = SYNTHETIC_LENGTH):
         if length < 1:

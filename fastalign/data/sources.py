@@ -10,38 +10,46 @@ from pathlib import Path
 
 import numpy as np
 
-from fastalign.data.index import DANGLING, IMAGE_EXTENSIONS, Names, index_folder, is_dangling, is_image
+from fastalign.data.index import DANGLING, IMAGE_EXTENSIONS, MISSING, Names, index_folder, is_image
 from fastalign.data.source import SYNTHETIC_LENGTH, Source, SyntheticSource, Unreadable, crc_of_texts
 from fastalign.data.tars import class_of, expand_shards, index_tars, is_tar, read_classes
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
 
 MAX_IMAGE_BYTES = 256 * 1024 * 1024
-_MAX_OPEN_SHARDS = 256
 _EXTENSIONS = " ".join(IMAGE_EXTENSIONS)
 
 
-def _read(descriptor: int, size: int, offset: int, name: str) -> np.ndarray:
-    if not 0 < size <= MAX_IMAGE_BYTES:
-        reason = f"{size} bytes, more than {MAX_IMAGE_BYTES}" if size else "zero bytes"
-        raise Unreadable(
-            f"{name} has {size} bytes, an image has 1 to {MAX_IMAGE_BYTES}; remove or replace it", reason
-        )
-    data = os.pread(descriptor, size, offset)
-    if len(data) != size:
-        reason = f"it became shorter while in use ({len(data)} of {size} bytes)"
-        raise Unreadable(f"{name}: {reason}; do not change data sets during a run", reason)
-    return np.frombuffer(data, dtype=np.uint8)
+def _read(path: str, name: str, offset: int = 0, size: int | None = None) -> np.ndarray:
+    """Bytes of a file, to its end if `size` is None; raises Unreadable with `name`."""
+    try:
+        # O_NONBLOCK: opening a pipe would wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise Unreadable(name, "not a regular file")
+            size = status.st_size if size is None else size
+            if not 0 < size <= MAX_IMAGE_BYTES:
+                raise Unreadable(name, f"{size} bytes, more than {MAX_IMAGE_BYTES}" if size else "zero bytes")
+            data = os.pread(descriptor, size, offset)
+        finally:
+            os.close(descriptor)
+        if len(data) != size:
+            raise Unreadable(name, f"it became shorter while in use ({len(data)} of {size} bytes)")
+        return np.frombuffer(data, dtype=np.uint8)
+    except OSError as error:
+        if error.errno in MISSING and os.path.islink(path):  # noqa: PTH114
+            raise Unreadable(name, DANGLING) from None  # without a cause it is not tried again
+        raise Unreadable(name, error.strerror) from error
 
 
 class FolderSource(Source):
     """Every image below the folder `root`.
 
-    `damaged`: list dangling links to folders in `damaged`, instead of raising. Classes: `labels.csv` in the folder
-    with the header `name,label` (name relative to it, label an integer), else the first-level sub-folders.
+    Classes: `labels.csv` in the folder with the header `name,label` (name relative to it, label an integer), else the
+    first-level sub-folders. `damaged`: list dangling links to folders in `damaged`, instead of raising.
     """
-
-    kind = "folder"
 
     def __init__(self, root: str, *, damaged: bool = False):
         path = Path(root)
@@ -49,7 +57,7 @@ class FolderSource(Source):
             raise UserError(f"no such folder: {root}; check the path of the data set")
         self.root = str(path.resolve())
         self._names, missing = index_folder(self.root)
-        self.damaged = tuple((missing[index], DANGLING) for index in range(len(missing)))
+        self.damaged = tuple((name, DANGLING) for name in missing)
         if self.damaged and not damaged:
             raise UserError(f"{path / missing[0]} is {DANGLING}; mount its target or remove it")
         if len(self._names) == 0:
@@ -62,35 +70,18 @@ class FolderSource(Source):
         return self._names[index]
 
     def read(self, index: int) -> np.ndarray:
-        path = os.path.join(self.root, self._names[index])  # noqa: PTH118, faster
-        try:
-            # O_NONBLOCK: opening a pipe would wait for a writer.
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                status = os.fstat(descriptor)
-                if not stat.S_ISREG(status.st_mode):
-                    raise Unreadable(f"{path} is not a regular file; remove it", "not a regular file")
-                return _read(descriptor, status.st_size, 0, path)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            if is_dangling(path):
-                # Without a cause, so that it is not tried again.
-                raise Unreadable(f"{path} is {DANGLING}; mount its target or remove it", DANGLING) from None
-            reason = error.strerror or str(error)
-            message = f"cannot read {path}: {reason}; the data set changed since the start"
-            raise Unreadable(message, reason) from error
+        path = f"{self.root}/{self._names[index]}"
+        return _read(path, path)
 
     def _crc_of_names(self) -> int:
         return self._names.crc()
 
     def class_names(self) -> list[str | None]:
-        names = (self._names[index] for index in range(len(self)))
         table = Path(self.root) / "labels.csv"
         if table.is_file():
             labels = _read_labels(table)
-            return [labels.get(name) for name in names]
-        return [name.split("/", 1)[0] if "/" in name else None for name in names]
+            return [labels.get(name) for name in self._names]
+        return [name.split("/", 1)[0] if "/" in name else None for name in self._names]
 
 
 def _read_labels(path: Path) -> dict[str, str]:
@@ -116,15 +107,10 @@ def _read_labels(path: Path) -> dict[str, str]:
 class TarSource(Source):
     """The image members of plain tar files (WebDataset layout), read in place.
 
-    Classes: the `.cls` member with the image's stem, else with its WebDataset key, in the same shard.
-
-    Args:
-        spec: see `expand_shards`.
-        shards: paths of the .tar files, if they are known already; `spec` is then used in messages only.
-        damaged: use the images before the damage of a shard and list it in `damaged`, instead of raising.
+    Classes: the `.cls` member with the image's stem, else with its WebDataset key, in the same shard. `shards`: paths
+    of the .tar files, else those that `spec` names (see `expand_shards`). `damaged`: use the images before the damage
+    of a shard and list it in `damaged`, instead of raising.
     """
-
-    kind = "tar"
 
     def __init__(self, spec: str, shards: list[str] | None = None, *, damaged: bool = False):
         self.shards = expand_shards(spec) if shards is None else shards
@@ -144,8 +130,6 @@ class TarSource(Source):
             raise UserError(f"broken tar shard {place}; fetch it again (plain .tar only, not compressed)")
         if len(self._names) == 0:
             raise UserError(f"no images in the {len(self.shards)} shards of {spec}; looked for {_EXTENSIONS}")
-        few = len(self.shards) <= _MAX_OPEN_SHARDS
-        self._files = [os.open(shard, os.O_RDONLY) for shard in self.shards] if few else []
 
     def __len__(self) -> int:
         return len(self._names)
@@ -164,50 +148,30 @@ class TarSource(Source):
         return [class_of(self._names[i], found[shard]) for i, shard in enumerate(self._shard.tolist())]
 
     def read(self, index: int) -> np.ndarray:
-        shard = int(self._shard[index])
-        try:
-            descriptor = self._files[shard] if self._files else os.open(self.shards[shard], os.O_RDONLY)
-            try:
-                return _read(descriptor, int(self._size[index]), int(self._start[index]), self.name(index))
-            finally:
-                if not self._files:
-                    os.close(descriptor)
-        except OSError as error:
-            message = f"cannot read {self.shards[shard]}: {error.strerror}; is the disk available?"
-            raise Unreadable(message, error.strerror or str(error)) from error
-
-    def close(self) -> None:
-        while self._files:
-            os.close(self._files.pop())
-
-    def __del__(self):
-        if hasattr(self, "_files"):
-            self.close()
+        shard = self.shards[self._shard[index]]
+        return _read(shard, self.name(index), int(self._start[index]), int(self._size[index]))
 
 
 def _contains_tars(path: Path) -> bool:
     """Whether a folder holds tar files; raises a UserError if it also holds images or folders."""
-    tar = other = None
+    tars, others = [], []
     with os.scandir(path) as entries:
         for entry in entries:
             if is_tar(entry.name) and not entry.is_dir():
-                tar = entry.name
+                tars.append(entry.name)
             elif not entry.name.startswith(".") and (entry.is_dir() or is_image(os.fsencode(entry.name))):
-                other = entry.name
-    if tar and other:
+                others.append(entry.name)
+    if tars and others:
         raise UserError(
-            f"{path} has both tar files ({tar}) and images or folders ({other}); write {path}/*.tar for the tar "
-            "files, or move them elsewhere"
+            f"{path} has tar files ({tars[0]}) and others ({others[0]}); for the tars write {path}/*.tar"
         )
-    return tar is not None
+    return bool(tars)
 
 
 def open_source(spec: str, *, damaged: bool = False) -> Source:
-    """Opens a data set.
+    """Opens `synthetic` or `synthetic:N`; a .tar file, a folder or a pattern of them; else a folder of images.
 
-    Args:
-        spec: `synthetic` or `synthetic:N`; a .tar file, a folder or a pattern of them; else a folder of images.
-        damaged: use what is left of a damaged data set (see `TarSource` and `FolderSource`), instead of raising.
+    `damaged`: use what is left of a damaged data set (see `TarSource` and `FolderSource`), instead of raising.
     """
     if spec == "synthetic" or re.fullmatch(r"synthetic:\d+", spec):
         return SyntheticSource(int(spec.partition(":")[2] or SYNTHETIC_LENGTH))

@@ -21,15 +21,14 @@ _MAX_LABEL_BYTES = 4096
 
 
 class DamagedTar(Exception):
-    """A tar is damaged; the message says where and how. The members before the damage are good."""
+    """A tar is damaged; the message says where and how."""
 
 
 def members(path: str) -> Iterator[tarfile.TarInfo]:
     """The members of a tar, or of several that were joined end to end, as `tar --ignore-zeros` lists them.
 
-    Raises:
-        DamagedTar: after the last good member.
-        UserError: the disk fails. A shard that ended there would change the order of the data.
+    Raises DamagedTar after the last good member, and UserError if the disk fails: a shorter shard would change the
+    order of the data.
     """
     begin, position = 0, 0
     try:
@@ -74,8 +73,7 @@ def _scan_shard(path: str) -> tuple[list[bytes], list[tuple[int, int]], str]:
     names, places, damage = [], [], ""
     try:
         for member in members(path):
-            name = os.fsencode(member.name)
-            if member.isreg() and not member.issparse() and is_image(name):
+            if member.isreg() and not member.issparse() and is_image(name := os.fsencode(member.name)):
                 names.append(name)
                 places.append((member.offset_data, member.size))
     except DamagedTar as error:
@@ -97,9 +95,8 @@ def _scan_shards(shards: list[str]) -> dict[str, np.ndarray]:
             places.append(np.array(where, dtype=np.int64).reshape(-1, 2))
             yield from found
 
-    arrays = Names.pack(names()).arrays()
+    arrays, damage = Names.pack(names()).arrays(), Names.pack(damages)
     start, size = np.ascontiguousarray(np.concatenate(places).T)
-    damage = Names.pack(damages)
     arrays |= {"shard": np.concatenate(owners), "start": start, "size": size}
     return arrays | {"damage": damage.blob, "damage_offsets": damage.offsets}
 
@@ -107,14 +104,10 @@ def _scan_shards(shards: list[str]) -> dict[str, np.ndarray]:
 def index_tars(key: str, shards: list[str]) -> dict[str, np.ndarray]:
     """The images in tar files, from the cache if no shard's size or mtime changed since; `key` names the list there.
 
-    Returns:
-        `names`, `offsets`: packed member names; `shard`, `start`, `size` [n] int64: number of the shard, place and
-        bytes in it; `damage`, `damage_offsets`: packed, the damage of each shard, whose earlier members count.
+    `names`, `offsets`: packed member names; `shard`, `start`, `size` [n] int64: number of the shard, place and bytes
+    in it; `damage`, `damage_offsets`: packed, the damage of each shard, whose earlier members count.
     """
-    try:
-        status = [Path(shard).stat() for shard in shards]
-    except OSError as error:
-        raise UserError(f"no such shard: {error.filename}; check the pattern or fetch the file") from error
+    status = [Path(shard).stat() for shard in shards]
     listed = Names.pack(os.fsencode(shard) for shard in shards)
     check = {"shards": listed.blob, "shard_sizes": np.array([s.st_size for s in status], dtype=np.int64)}
     check["shard_mtimes"] = np.array([s.st_mtime_ns for s in status], dtype=np.int64)
@@ -198,8 +191,7 @@ def read_classes(shard: str) -> dict[str, str]:
                     raise UserError(f"{where} has {member.size} bytes; a class is a line of text")
                 text = os.pread(file.fileno(), member.size, member.offset_data).decode().strip()
                 if (other := found.setdefault(stem(member.name), text)) != text:
-                    what = f"says {other!r} and {text!r}"
-                    raise UserError(f"{where} is in the shard twice and {what}; remove one")
+                    raise UserError(f"{where} has two labels, {other!r} and {text!r}; remove one")
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8; a class is a line of text") from error
     except (DamagedTar, OSError) as error:

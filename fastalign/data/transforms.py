@@ -35,23 +35,18 @@ class RandAugment:
 
 
 def parse_randaugment(text: str) -> RandAugment:
-    """Reads timm's spelling, such as `rand-m9-mstd0.5-inc1`.
+    """Reads timm's spelling, such as `rand-m9-mstd0.5-inc1`; raises a UserError for timm's weighted sets.
 
     m: magnitude; n: layers; p: probability; mstd: standard deviation of the magnitude (above 100: uniform in 0..m);
     mmax: its upper bound; inc1: ops whose severity grows with the magnitude.
-
-    Raises:
-        UserError: another spelling; timm's weighted sets (`t...`, `w...`) are not supported.
     """
     keys = {"m": "magnitude", "n": "layers", "p": "probability", "mstd": "magnitude_std"}
     keys |= {"mmax": "magnitude_max", "inc": "increasing"}
     head, *parts = text.split("-")
     found = [re.fullmatch(r"(m|p|mstd|mmax)(\d+(?:\.\d+)?)|(n|inc)(\d+)", part) for part in parts]
-    if head != "rand" or None in found:
-        raise UserError(f"randaugment {text!r} cannot be read; write for example rand-m9-mstd0.5-inc1")
-    fields = {keys[match[1] or match[3]]: float(match[2] or match[4]) for match in found}
-    if fields.get("probability", 0) > 1:
-        raise UserError(f"randaugment {text!r}: p is a probability, in 0..1; write for example rand-m9-p0.5")
+    fields = {keys[match[1] or match[3]]: float(match[2] or match[4]) for match in found if match}
+    if head != "rand" or None in found or fields.get("probability", 0) > 1:
+        raise UserError(f"randaugment {text!r} is not valid; write for example rand-m9-p0.5-mstd0.5-inc1")
     if fields.get("magnitude_std", 0) > 100:
         fields["magnitude_std"] = math.inf
     layers, increasing = int(fields.pop("layers", 2)), bool(fields.pop("increasing", 0))
@@ -69,7 +64,7 @@ class Transform:
     std: tuple[float, float, float]
     "Per channel, of values in 0..1."
     interpolation: str = "bicubic"
-    "bilinear or bicubic, with antialiasing."
+    "bilinear or bicubic, with antialiasing; drawn with probability 1/2 each for rkrc and rrc."
     crop: str = "eval"
     """eval: resize the short side to size / crop_pct, centre crop. center: the largest centre crop of the size's
     shape, in whole pixels, resized. rkrc: timm's resize-keep-ratio, then centre crop. rrc: random resized crop."""
@@ -85,22 +80,17 @@ class Transform:
     "Brightness, contrast and saturation factors are drawn from U(1 - x, 1 + x); 0 is off."
     randaugment: str = ""
     "timm's spelling, e.g. rand-m9-mstd0.5-inc1; empty is off. Unlike timm's, it does not switch color_jitter off."
-    random_interpolation: bool = True
-    "rkrc, rrc: bilinear or bicubic with probability 1/2 each, instead of `interpolation`."
 
     def __post_init__(self):
         size = len(self.size) == 2 and all(isinstance(n, int) and n >= 1 for n in self.size)
         checks = (
             ("size", size, "two positive integers, height and width"),
-            ("mean", len(self.mean) == 3, "three numbers"),
-            ("std", len(self.std) == 3 and min(self.std) > 0, "three positive numbers"),
+            ("std", min(self.std) > 0, "positive"),
             ("interpolation", self.interpolation in _INTERPOLATIONS, "bilinear or bicubic"),
             ("crop", self.crop in ("eval", "center", "rkrc", "rrc"), "eval, center, rkrc or rrc"),
             ("crop_pct", 0 < self.crop_pct <= 1, "in (0, 1]"),
             ("scale", 0 < self.scale[0] <= self.scale[1], "positive, lowest first"),
             ("ratio", 0 < self.ratio[0] <= self.ratio[1], "positive, lowest first"),
-            ("hflip", 0 <= self.hflip <= 1, "in 0..1"),
-            ("color_jitter", self.color_jitter >= 0, "0 (off) or more"),
         )
         for name, valid, rule in checks:
             if not valid:
@@ -116,20 +106,19 @@ class Transform:
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """Where the output pixels of a batch come from. Arrays have one row per sample, in (y, x) order."""
+    """Where the output pixels of a batch come from.
+
+    roi_start, roi_end: [B, 2] float32, the region in source pixels (y, x); a flip swaps the two x. interpolation: [B]
+    int64, BILINEAR or BICUBIC. padded: [P] int64, the samples whose region reaches outside the image, and for these
+    rows [P, h] and columns [P, w] int64: the output row and column to show in each (reflection).
+    """
 
     roi_start: np.ndarray
-    "[B, 2] float32, source pixels: where the first corner of the output samples; x above `roi_end`'s is a flip."
     roi_end: np.ndarray
-    "[B, 2] float32, source pixels."
     interpolation: np.ndarray
-    "[B] int64, BILINEAR or BICUBIC."
     padded: np.ndarray
-    "[P] int64, the samples whose region reaches outside the image; `rows` and `columns` are theirs."
     rows: np.ndarray
-    "[P, h] int64, the output row to show in each row (reflection)."
     columns: np.ndarray
-    "[P, w] int64, likewise."
 
 
 def _eval_boxes(transform: Transform, shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -155,13 +144,6 @@ def _rkrc_boxes(transform: Transform, shapes: np.ndarray, draws: np.ndarray) -> 
     slack = resized - size
     # Reflection pads the smaller half first; a crop rounds half to even.
     return resized, np.where(slack < 0, -np.floor(-slack / 2), np.rint(slack / 2))
-
-
-def _center_boxes(transform: Transform, shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (start, extent) of the crop in source pixels, both [B, 2]."""
-    scale = (shapes / transform.size).min(axis=1, keepdims=True)
-    extent = np.minimum(shapes, np.rint(scale * transform.size))
-    return (shapes - extent) // 2, extent
 
 
 def _rrc_boxes(transform: Transform, shapes: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -197,11 +179,7 @@ def _reflected(first: np.ndarray, resized: np.ndarray, count: int) -> np.ndarray
 def geometry(transform: Transform, shapes: np.ndarray, ids: np.ndarray, *, seed: int, epoch: int) -> Geometry:
     """Where a batch's output pixels come from. A sample's row depends on its own shape and id alone.
 
-    Args:
-        transform: the transform.
-        shapes: [B, 2] int, height and width of the decoded images; B >= 1.
-        ids: [B] int64, sample ids.
-        seed, epoch: of the draws.
+    shapes: [B, 2] int, height and width of the decoded images, B >= 1; ids: [B] int64.
     """
     shapes = np.asarray(shapes, dtype=np.float64)
     size = np.array(transform.size, dtype=np.float64)
@@ -212,13 +190,13 @@ def geometry(transform: Transform, shapes: np.ndarray, ids: np.ndarray, *, seed:
         stream = {"seed": seed, "stream": Stream.GEOMETRY, "epoch": epoch}
         draws = random_uniform(torch.from_numpy(ids), count, **stream).numpy()
         flip = draws[:, 1] < transform.hflip
-        if transform.random_interpolation:
-            interpolation = np.where(draws[:, 0] < _PROBABILITY, BILINEAR, BICUBIC)
+        interpolation = np.where(draws[:, 0] < _PROBABILITY, BILINEAR, BICUBIC)
     if transform.crop in ("rrc", "center"):
         if transform.crop == "rrc":
             start, extent = _rrc_boxes(transform, shapes, draws[:, 2:])
         else:
-            start, extent = _center_boxes(transform, shapes)
+            extent = np.minimum(shapes, np.rint((shapes / size).min(axis=1, keepdims=True) * size))
+            start = (shapes - extent) // 2
         resized, first = np.repeat(size[None], batch, axis=0), np.zeros_like(start)
     else:
         if transform.crop == "rkrc":

@@ -21,7 +21,6 @@ from fastalign.data.index import lock
 from fastalign.data.loader import Loader
 from fastalign.data.prefetch import Batch
 from fastalign.training.distributed import World, on_first_rank
-from fastalign.training.memory import free_memory
 from fastalign.utils.errors import SharedError, UserError
 from fastalign.utils.files import write_atomically
 
@@ -168,7 +167,7 @@ def read_image_features(
     array = ((len(loader.source), *shape), np.uint16 if kept == torch.bfloat16 else np.float32)
     needed = ArrayFiles(folder, {"features": array}).size
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    short = torch.tensor(float(needed * ranks > share * free_memory()), device=world.device)
+    short = torch.tensor(float(needed * ranks > share * _free_memory()), device=world.device)
     mapped = bool(world.sum(short))
     if mapped and world.size > ranks:
         # Each machine would write back whole pages of a shared file, over the rows of the others in them.
@@ -185,6 +184,12 @@ def read_image_features(
             # The rows of the other ranks are zero, so the sum is exact.
             part.copy_(world.sum(part.to(world.device, torch.float32)))
     return features
+
+
+def _free_memory() -> int:
+    """Bytes that a process can still allocate without swapping, by the kernel's estimate."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 def _temporary_file(array: Array, folder: Path, world: World) -> np.ndarray:

@@ -60,8 +60,6 @@ def classify(
         raise UserError(f"--kwargs in_chans={backbone.spec.channels}: images have 3 channels; remove it")
     with ExitStack() as stack:
         splits, classes = open_image_splits(data, world, say)
-        for split in splits.values():
-            stack.callback(split.source.close)
         _check_batch_size(chosen, len(splits["train"].source), world)
         described = {name: split.facts() for name, split in splits.items()}
         about = {"root": str(data), "splits": described, "classes": classes}

@@ -44,17 +44,14 @@ def load_pictures(wanted: int | list[str], data: str | None, vit: ViT) -> Pictur
     if data is None:
         raise UserError("the run names no data set; give image files, --images FILE ...")
     source = open_source(data)
-    try:
-        ids = torch.linspace(0, len(source) - 1, min(wanted, len(source))).long()
-        names = [source.name(index) for index in ids.tolist()]
-        if isinstance(source, SyntheticSource):
-            inputs = source.images(ids, vit.spec.image_size, seed=0, dtype=torch.float32)
-            levels = ((inputs + 3) * (255 / 6)).round().byte()
-            return Pictures(names, inputs, [*levels.permute(0, 2, 3, 1).numpy()])
-        files = [io.BytesIO(source.read(index).tobytes()) for index in ids.tolist()]
-        return _prepare(names, [_open(*pair) for pair in zip(files, names, strict=True)], vit)
-    finally:
-        source.close()
+    ids = torch.linspace(0, len(source) - 1, min(wanted, len(source))).long()
+    names = [source.name(index) for index in ids.tolist()]
+    if isinstance(source, SyntheticSource):
+        inputs = source.images(ids, vit.spec.image_size, seed=0, dtype=torch.float32)
+        levels = ((inputs + 3) * (255 / 6)).round().byte()
+        return Pictures(names, inputs, [*levels.permute(0, 2, 3, 1).numpy()])
+    files = [io.BytesIO(source.read(index).tobytes()) for index in ids.tolist()]
+    return _prepare(names, [_open(*pair) for pair in zip(files, names, strict=True)], vit)
 
 
 def _open(file: Path | io.BytesIO, name: str) -> Image.Image:

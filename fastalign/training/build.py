@@ -23,22 +23,7 @@ from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError
 from fastalign.utils.yaml_files import parse_yaml
 
-_RANDOM_SEED = 0
-"""Of random weights that a command line asks for."""
-SCALE_BATCHES = 50
-"""Batches per rank for measuring the target scale without a validation set."""
 _TRANSFORM_KEYS = ("crop", "scale", "ratio", "hflip", "color_jitter", "randaugment")
-
-
-def build_masks(config: Config):
-    """The mask distribution."""
-    options = {"complement": config.masks.complement, "full": config.masks.full, "seed": config.seed}
-    if config.masks.ratio is not None:
-        options["ratio"] = config.masks.ratio
-    try:
-        return MASKS[config.masks.distribution](**options)
-    except ValueError as error:
-        raise UserError(f"masks.ratio: {error}") from None
 
 
 def build_backbones(config: Config) -> tuple[ViT, ViT]:
@@ -58,30 +43,25 @@ def teacher_of(config: Config) -> tuple[str, str, dict]:
 
 
 def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
-    """A backbone by timm's name and arguments, with weights; `key` is what the user calls them, for messages.
-
-    Raises:
-        UserError: no such weights, or they are another backbone's.
-    """
+    """A backbone by timm's name and arguments, with weights; `key` is what the user calls them, for messages."""
     from fastalign.backbones.zoo import create_backbone, load_backbone  # imports timm, which takes a second
 
     if weights in ("pretrained", "random"):
         return create_backbone(name, pretrained=weights == "pretrained", **kwargs)
     if not Path(weights).exists():
         raise UserError(
-            f"{key}={weights}: no such file or folder; give a weights file, a run folder, pretrained or random"
+            f"{key}={weights}: not found; give a weights file, a run folder, pretrained or random"
         )
     if not (Path(weights) / "backbone.json").is_file() and Path(weights).suffix != ".json":
         return create_backbone(name, checkpoint=weights, **kwargs)
     name, kwargs, _ = split_svit(name, kwargs)  # the run recorded its soft-cap
     free = {key: value for key, value in kwargs.items() if key in ("drop_path_rate", "img_size")}
     vit = load_backbone(weights, **free)
-    if vit.recipe["name"].split(".")[0] != name.split(".")[0]:
-        raise UserError(f"the run at {weights} aligned {vit.recipe['name']}, not {name}: set the same name")
-    made = vit.recipe["kwargs"]
-    for key, value in kwargs.items():
-        if key not in made or made[key] != value:
-            raise UserError(f"the run at {weights} was made with {made}: kwargs.{key}={value} does not fit")
+    aligned, made = vit.recipe["name"], vit.recipe["kwargs"]
+    if aligned.split(".")[0] != name.split(".")[0] or made != made | kwargs:
+        raise UserError(
+            f"{weights} is a run of {aligned} with {made}, not of {name} with {kwargs}: set the same"
+        )
     return vit
 
 
@@ -99,12 +79,8 @@ def named_backbone(
 
     Args:
         place: a timm name, the folder of a run, or its backbone.json.
-        weights: of a timm name: "pretrained" (the default), "random" (the same each time), or a file.
+        weights, softcap: of a timm name; `weights` as for `make_backbone`.
         kwargs: timm's arguments in YAML.
-        softcap: of a timm name.
-
-    Raises:
-        UserError: no such backbone, or an argument that does not apply to it.
     """
     from fastalign.backbones.zoo import load_backbone
 
@@ -119,7 +95,7 @@ def named_backbone(
         return load_backbone(path, **arguments), path if path.is_dir() else path.parent
     if softcap is not None and not softcap > 0:
         raise UserError(f"--softcap {softcap:g}: give a positive number, or leave it out for none")
-    torch.manual_seed(_RANDOM_SEED)
+    torch.manual_seed(0)  # random weights are the same each time
     vit = make_backbone("--weights", place, weights or "pretrained", arguments)
     vit.softcap = softcap or vit.softcap
     return vit, None
@@ -132,18 +108,22 @@ def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, Vi
     torch.manual_seed(config.seed)
     backbone, taught = build_backbones(config)
     torch.manual_seed(config.seed)
+    options = {"complement": config.masks.complement, "full": config.masks.full, "seed": config.seed}
+    if config.masks.ratio is not None:
+        options["ratio"] = config.masks.ratio
     try:
+        masks = MASKS[config.masks.distribution](**options)
         teacher = MaskedTeacher(
             taught,
             skip_blocks=config.teacher.skip_blocks,
             masking="zero" if config.objective == "mim" else config.masks.mode,
             prefix_only=config.teacher.prefix_only,
         )
-        common = {"softcap": config.student.softcap, "target_dim": taught.embed_dim}
-        common["head"] = config.student.head
+        common = {"softcap": config.student.softcap, "head": config.student.head}
+        common["target_dim"] = taught.embed_dim
         if config.objective == "mim":
             student = MIMStudent.from_backbone(backbone, **common, masking=config.masks.mode)
-            objective = MaskedImageModeling(teacher, student, build_masks(config), config.loss.name)
+            objective = MaskedImageModeling(teacher, student, masks, config.loss.name)
         else:
             student = MaskEmbedStudent.from_backbone(
                 backbone,
@@ -153,7 +133,7 @@ def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, Vi
                 decoder_layers=config.decoder.layers,
                 **{f"decoder_{key}": value for key, value in config.decoder.kwargs.model_dump().items()},
             )
-            objective = MaskEmbed(teacher, student, build_masks(config), config.loss.name)
+            objective = MaskEmbed(teacher, student, masks, config.loss.name)
     except ValueError as error:
         raise UserError(str(error)) from None
     student.encoder.grad_checkpointing = config.efficiency.grad_checkpointing
@@ -167,10 +147,9 @@ def choose_attention(config: Config, objective, device: torch.device) -> str:
         check_attention(wanted)
     except ValueError as error:
         raise UserError(f"efficiency.attention: {error}") from None
-    cases = objective.attention_cases(device, precision(config, device))
-    if config.efficiency.compile:
-        cases = {part: case._replace(compiled=True) for part, case in cases.items()}
-    choices = {part: choose(case, wanted) for part, case in cases.items()}
+    cases = objective.attention_cases(device, compute_dtype(config.efficiency.precision, device))
+    compiled = bool(config.efficiency.compile)
+    choices = {part: choose(case._replace(compiled=compiled), wanted) for part, case in cases.items()}
     if wanted != "auto" and wanted not in {choice.backend for choice in choices.values()}:
         reason = next(iter(choices.values())).reason.partition(";")[0]
         raise UserError(f"efficiency.attention: {reason}, and no part of this run can use it; set auto")
@@ -178,19 +157,14 @@ def choose_attention(config: Config, objective, device: torch.device) -> str:
     return "attention: " + ", ".join(f"{part} {choice.backend}" for part, choice in choices.items())
 
 
-def precision(config: Config, device: torch.device) -> torch.dtype:
-    """The dtype of autocast and of the images."""
-    return compute_dtype(config.efficiency.precision, device)
-
-
 def teacher_dtype(config: Config, device: torch.device) -> torch.dtype:
     """The dtype of the teacher's matrices."""
     if config.efficiency.precision != "fp8":
-        return precision(config, device)
+        return compute_dtype(config.efficiency.precision, device)
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
         raise UserError(
-            f"efficiency.precision=fp8: {torch.cuda.get_device_name(device)} does not support FP8, which needs "
-            "compute capability 8.9 or more; set efficiency.precision=bf16"
+            f"efficiency.precision=fp8: {name} does not support it; set efficiency.precision=bf16"
         )
     return torch.float8_e4m3fn
 
@@ -203,7 +177,14 @@ def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, 
     if data.train is None:
         raise UserError("data.train is not set: give it an image folder or tar shards, data.train=PATH")
     source, quarantine = open_source(data.train, damaged=True), config.faults.quarantine
-    _check_batch_size(config, world, len(source))
+    parts = optim.accumulate * world.size
+    most = len(source) // parts * parts
+    if optim.batch_size % parts or optim.batch_size > most:
+        remedy = f"set it to at most {most}, a multiple of optim.accumulate x ranks = {parts}"
+        raise UserError(
+            f"optim.batch_size={optim.batch_size}: data.train has {len(source)} images; "
+            f"{remedy if most else 'lower optim.accumulate'}"
+        )
     train = Loader(
         source,
         Transform(**{key: getattr(data, key) for key in _TRANSFORM_KEYS}, **image_constants(backbone)),
@@ -232,25 +213,11 @@ def image_constants(backbone: ViT) -> dict:
     return {"size": backbone.spec.image_size, **backbone.data}
 
 
-def _check_batch_size(config: Config, world: World, images: int) -> None:
-    size, parts = config.optim.batch_size, config.optim.accumulate * world.size
-    multiple = f"a multiple of optim.accumulate x ranks = {parts}"
-    if size % parts:
-        raise UserError(f"optim.batch_size={size}: it must be {multiple}")
-    if size > images:
-        most = images // parts * parts
-        remedy = f"set it to at most {most}, {multiple}" if most else "lower optim.accumulate"
-        raise UserError(
-            f"optim.batch_size={size}: data.train has {images} images, too few for an update; {remedy}"
-        )
-
-
 def _common(config: Config, world: World) -> dict:
-    parts = config.optim.accumulate * world.size
     return {
-        "batch_size": config.optim.batch_size // parts,
+        "batch_size": config.optim.batch_size // (config.optim.accumulate * world.size),
         "device": world.device,
-        "dtype": precision(config, world.device),
+        "dtype": compute_dtype(config.efficiency.precision, world.device),
         "seed": config.seed,
         "rank": world.rank,
         "world_size": world.size,
@@ -262,7 +229,7 @@ def _common(config: Config, world: World) -> dict:
 def scale_batches(config: Config, world: World, backbone: ViT, val: Loader | None):
     """The batches for measuring the target scale: validation images, else unaugmented training images."""
     given = str(config.loss.target_scale).partition(":")[2]
-    limit = int(given) if given else SCALE_BATCHES if val is None else None
+    limit = int(given) if given else 50 if val is None else None
     loader = evaluation_loader(config, world, backbone, config.data.train) if val is None else val
     try:
         yield from itertools.islice(loader.batches(), limit)

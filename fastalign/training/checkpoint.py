@@ -2,8 +2,9 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fastalign import __version__
 from fastalign.backbones.weight_files import embedded_facts
@@ -15,15 +16,11 @@ from fastalign.training.distributed import on_first_rank
 from fastalign.training.hang import WAITING
 from fastalign.training.metrics import plain_number
 from fastalign.training.optim import class_name
-from fastalign.training.preemption import StopReason, preempted
 from fastalign.training.run import Run
 from fastalign.training.settings import Change, changed_contents, changed_settings
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import wrap_io_errors, write_atomically, write_tensors
 from fastalign.utils.sections import Kind, select
-
-CHANGES = "changes.jsonl"
-"""In the run folder: what `resume=force` changed, a line each: step, key, before, now."""
 
 
 def checkpoint_state(run: Run) -> dict[str, Any]:
@@ -57,10 +54,7 @@ def save(run: Run, *, evaluated: bool = False) -> None:
     """Write a checkpoint, and the backbone if it is the best so far (or the newest, if nothing selects).
 
     A copy is written in the background: `wait_for_checkpoint` waits for it. Every rank must call this. `evaluated`:
-    the state's `val_loss` is of this step.
-
-    Raises:
-        SharedError: the previous checkpoint could not be written.
+    the state's `val_loss` is of this step. SharedError: the previous checkpoint could not be written.
     """
     wait_for_checkpoint(run)  # one copy in memory at a time
     score, best_by_probe = new_best(run, evaluated=evaluated), run.config.probe.best
@@ -74,27 +68,14 @@ def save(run: Run, *, evaluated: bool = False) -> None:
     facts = backbone_facts(run, evaluated=evaluated) if published else None
     state = snapshot({**checkpoint_state(run), "is_best": best, "backbone": facts}, keep=run.world.main)
     if run.world.main:
-        run.checkpoints.save(
-            state, run.state.step, best=best, publish=lambda saved: publish_backbone(run.folder, saved)
-        )
+        run.checkpoints.save(state, run.state.step, best=best, publish=partial(publish_backbone, run.folder))
 
 
 def wait_for_checkpoint(run: Run) -> None:
-    """Return when the newest checkpoint and its backbone are on the disk; every rank must call this.
-
-    Raises:
-        SharedError: they could not be written.
-    """
+    """Return when the newest checkpoint and backbone are on the disk, else SharedError; every rank must call this."""
     run.beat("writing a checkpoint" if run.world.main else WAITING)
     with run.hang_timer.paused():  # a large checkpoint on a slow disk
         on_first_rank(run.world, run.checkpoints.wait)
-
-
-def exit_preempted(run: Run, reason: StopReason) -> NoReturn:
-    """Save the run and raise `Preempted`; every rank calls this at the same step."""
-    save(run)
-    wait_for_checkpoint(run)
-    raise preempted(run.folder, reason, run.state.step, main=run.world.main)
 
 
 def save_settings(run: Run) -> None:
@@ -102,7 +83,7 @@ def save_settings(run: Run) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     config = run.config.model_copy(update={"resume": "auto"})  # a setting of this start, not of the run
     lines = "".join(json.dumps(change) + "\n" for change in run.state.changes)
-    for name, text in (("config.yaml", to_yaml(config)), (CHANGES, lines)):
+    for name, text in (("config.yaml", to_yaml(config)), ("changes.jsonl", lines)):
         path = run.folder / name
         with wrap_io_errors(path):
             if text:
@@ -114,20 +95,14 @@ def save_settings(run: Run) -> None:
 def resume(run: Run) -> tuple[list[Change], list[str]]:
     """Continue from the newest undamaged checkpoint of the run folder, if there is one.
 
-    Returns:
-        The settings that `resume=force` changes at this start, and lines for the user.
-
-    Raises:
-        UserError: no checkpoint can be read, or it is of another run.
+    Returns the settings that `resume=force` changes at this start, and lines for the user.
     """
     step, saved, notes = run.checkpoints.resume(run.world)
     if step is None:
         return [], notes
     path = run.checkpoints.path(step)
     if not isinstance(saved, dict) or not checkpoint_state(run).keys() <= saved.keys():
-        raise UserError(
-            f"{path} is not a checkpoint of a run of this version: remove it, or choose another output"
-        )
+        raise UserError(f"{path} is not a checkpoint of this version: remove it, or choose another output")
     state = run.state
     state.load_state_dict(saved)
 
@@ -144,42 +119,37 @@ def resume(run: Run) -> tuple[list[Change], list[str]]:
     if changes:
         state.best = None  # scores under different settings are not comparable
         notes += [f"resume=force: from step {step} on {change}" for change in changes]
-        notes.append(
-            "the target scale is measured again, and the best checkpoint is chosen anew from here on"
-        )
-    on_first_rank(run.world, lambda: _complete_save(run, saved))
+        notes.append("the target scale is measured again; the best checkpoint is chosen anew from here on")
+
+    def complete_save() -> None:
+        """What a killed writer left undone after writing the checkpoint itself."""
+        if saved.get("is_best"):
+            run.checkpoints.make_best(step)
+        publish_backbone(run.folder, saved)
+        run.checkpoints.prune()
+
+    on_first_rank(run.world, complete_save)
     return changes, notes
 
 
 def _load_tensors(run: Run, saved: dict, path: Path, changes: list[Change]) -> None:
     old, new = saved["optimizer_class"], class_name(run.optimizer)
     if old != new:
-        raise UserError(
-            f"{path} holds the state of {old}, but optim.name={run.config.optim.name} means {new} here: resume "
-            "with the same apex installation, or choose another output"
-        )
+        raise UserError(f"{path} holds the state of {old}, not of {new}: choose another output")
     options = [{key: group[key] for key in ("betas", "weight_decay")} for group in run.optimizer.param_groups]
     try:
         sharding.load_module(run.objective.student, saved["student"])
         sharding.load_optimizer(run.optimizer, saved["optimizer"])
         if run.average:
             run.average.load(saved["average"] or saved["student"])  # a new average starts here
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError) as error:
         reason = "; ".join(map(str, changes)) or str(error).splitlines()[-1].strip()
         raise UserError(
-            f"{path} is a checkpoint of another model ({reason}): choose another output than {run.folder}"
+            f"{path} is a checkpoint of another model ({reason}): choose another output"
         ) from error
     for group, current in zip(run.optimizer.param_groups, options, strict=True):
         group.update(current)  # the configuration's, not the checkpoint's
     run.objective.target_scale.fill_(saved["target_scale"])
-
-
-def _complete_save(run: Run, saved: dict) -> None:
-    """Do what a killed writer left undone after writing the checkpoint itself."""
-    if saved.get("is_best"):
-        run.checkpoints.make_best(saved["step"])
-    publish_backbone(run.folder, saved)
-    run.checkpoints.prune()
 
 
 def backbone_facts(run: Run, *, evaluated: bool) -> str:
@@ -213,7 +183,7 @@ def publish_backbone(folder: Path, state: dict) -> None:
     """Write a checkpoint's backbone with timm's keys, without the student's head, and its facts.
 
     `backbone.safetensors` holds the text of `backbone.json` too, so that the next start notices if a kill left one
-    without the other. Nothing is written that is there already, or for a checkpoint that was not the best.
+    without the other. A state without `backbone` was not the best.
     """
     text = state.get("backbone")
     if text is None:

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import re
 import shutil
 import threading
 import time
@@ -18,17 +17,9 @@ from torch.utils._pytree import tree_map
 
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.sharding import full_tensor
+from fastalign.utils import files
 from fastalign.utils.errors import SharedError, UserError
-from fastalign.utils.files import (
-    flush_folder,
-    reason,
-    remove_leftovers,
-    system_error,
-    temporary_name,
-    write_atomically,
-)
-
-_NAME = re.compile(r"step-(\d+)\.pt")
+from fastalign.utils.files import reason, system_error, write_atomically
 
 
 def checksum(module: nn.Module) -> int:
@@ -44,7 +35,6 @@ def snapshot(tree: Any, *, keep: bool = True) -> Any:
 
     Sharded tensors are gathered, for which every rank must call this; with `keep` false it returns no tensors.
     """
-    devices = set()
 
     def copy(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -54,13 +44,12 @@ def snapshot(tree: Any, *, keep: bool = True) -> Any:
             return None
         if value.device.type != "cuda":
             return value.clone()
-        devices.add(value.device)
         host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
         return host.copy_(value, non_blocking=True)
 
     copied = tree_map(copy, tree)
-    for device in devices:
-        torch.cuda.current_stream(device).synchronize()
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
     return copied
 
 
@@ -71,19 +60,13 @@ class DamagedFile(Exception):
 def read_state(path: Path) -> dict:
     """The state in a checkpoint, on the CPU, with the checksum of each part compared: torch.load does not do that.
 
-    Raises:
-        DamagedFile: the content is damaged.
-        UserError: it cannot be read for another reason, or holds something that must not be loaded.
+    DamagedFile: the content is damaged. UserError: it cannot be read, or holds something that must not be loaded.
     """
     try:
         with zipfile.ZipFile(path) as file:
-            part = file.testzip()
-            # A flag that zipfile ignores; torch takes the part for a folder and leaves its numbers to chance.
-            part = part or next(
-                (each.filename for each in file.infolist() if each.external_attr & 0x10), None
-            )
-        if part is not None:
-            raise DamagedFile(f"its part {part} is damaged")
+            # zipfile ignores this flag; torch takes the part for a folder and leaves its numbers to chance.
+            if file.testzip() or any(part.external_attr & 0x10 for part in file.infolist()):
+                raise DamagedFile("a part of it is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
     except DamagedFile:
         raise
@@ -91,9 +74,7 @@ def read_state(path: Path) -> dict:
         obstacle = error if isinstance(error, pickle.UnpicklingError) else system_error(error)
         if obstacle is None:
             raise DamagedFile(reason(error)) from error
-        raise UserError(
-            f"{path} cannot be read ({reason(obstacle)}): make it readable, and run the same command again"
-        ) from error
+        raise UserError(f"{path} cannot be read ({reason(obstacle)}): make it readable") from error
 
 
 class Checkpoints:
@@ -103,8 +84,7 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
         self._writer: threading.Thread | None = None
         self._failure: UserError | None = None
-        self.newest_step: int | None = None
-        """of the checkpoint last written or read here"""
+        self.newest_step: int | None = None  # of the checkpoint last written or read here
         self._last_save = time.monotonic()
 
     @property
@@ -114,12 +94,12 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Remove what a killed writer left behind; call it before the first save."""
-        remove_leftovers(self.folder)
+        files.remove_leftovers(self.folder)
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
-        names = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*.pt"))
-        return sorted(int(match[1]) for match in names if match)
+        numbers = (path.stem.removeprefix("step-") for path in self.folder.glob("step-*.pt"))
+        return sorted(int(number) for number in numbers if number.isdecimal())
 
     def path(self, step: int) -> Path:
         """The file of a step."""
@@ -136,15 +116,12 @@ class Checkpoints:
         """Write a `snapshot` in the background, as `best.pt` too if it is the best; then remove old checkpoints.
 
         `publish` is called in the background with the state once it is on the disk, before anything is removed.
-
-        Raises:
-            UserError: the previous write failed.
+        UserError: the previous write failed.
         """
         self.wait()
         self._last_save = time.monotonic()
-        self._writer = threading.Thread(
-            target=self._write, args=(state, step, best, publish), name="checkpoint"
-        )
+        options = {"target": self._write, "args": (state, step, best, publish), "name": "checkpoint"}
+        self._writer = threading.Thread(**options)
         self._writer.start()
 
     def wait(self) -> None:
@@ -170,12 +147,10 @@ class Checkpoints:
             publish(state)
             self.prune()
         except Exception as error:  # whatever it is, the next step must learn of it
-            cause, steps = system_error(error), self.steps()
-            good = f"the newest good checkpoint is {self.path(steps[-1])}" if steps else "there is none yet"
-            self._failure = UserError(
-                f"{self.path(step)} could not be written ({reason(cause or error)}); {good}: "
-                "free some space, or make the directory writable, and run the same command again"
-            )
+            message = f"{self.path(step)} could not be written ({reason(system_error(error) or error)})"
+            good = f"; the newest good checkpoint is {self.path(self.steps()[-1])}" if self.steps() else ""
+            remedy = "free some space, or make the directory writable, and run the same command again"
+            self._failure = UserError(f"{message}{good}: {remedy}")
 
     def prune(self) -> None:
         """Remove the checkpoints too old to keep."""
@@ -187,7 +162,7 @@ class Checkpoints:
         source, best = self.path(step), self.folder / "best.pt"
         if best.exists() and best.samefile(source):
             return
-        temporary = temporary_name(best)
+        temporary = files.temporary_name(best)
         temporary.unlink(missing_ok=True)
         try:
             os.link(source, temporary)
@@ -196,28 +171,29 @@ class Checkpoints:
                 write_atomically(best, lambda copy: shutil.copyfileobj(file, copy))
             return
         temporary.replace(best)
-        flush_folder(self.folder)
+        files.flush_folder(self.folder)
 
     def load(self) -> tuple[int | None, dict, list[str]]:
         """The newest undamaged checkpoint; damaged ones newer than it are renamed to `.damaged`.
 
-        Returns:
-            Its step (None if there is no checkpoint), its state on the CPU, and a line about each renamed file.
-
-        Raises:
-            UserError: all checkpoints are damaged (none is renamed), or one cannot be read.
+        Returns its step (None if there is no checkpoint), its state on the CPU, and a line about each renamed file.
+        UserError: all checkpoints are damaged (none is renamed), or one cannot be read.
         """
-        damaged: list[tuple[Path, DamagedFile]] = []
+        damaged, notes = {}, []
         for step in reversed(self.steps()):
             try:
                 state = read_state(self.path(step))
             except DamagedFile as error:
-                damaged.append((self.path(step), error))
+                damaged[self.path(step)] = error
                 continue
-            return step, state, [_set_aside(*each, self.path(step)) for each in damaged]
+            for path, error in damaged.items():
+                aside = path.replace(path.with_name(f"{path.name}.damaged")).name
+                good = self.path(step).name
+                notes.append(f"{path} is damaged ({error}) and now {aside}: resuming from {good}")
+            return step, state, notes
         if not damaged:
             return None, {}, []
-        path, error = damaged[0]
+        path, error = next(iter(damaged.items()))
         others = f", nor can the {len(damaged) - 1} before it" if len(damaged) > 1 else ""
         raise UserError(
             f"{path} cannot be read ({error}){others}: restore one, or remove {self.folder} to start over"
@@ -237,17 +213,10 @@ class Checkpoints:
             try:
                 loaded["state"] = read_state(self.path(step))
             except (UserError, DamagedFile) as error:
-                cause = reason(error.__cause__ or error)
-                failure = f"rank {world.rank} cannot read {self.path(step)} ({cause})"
-                failure += ": give every machine the same output"
+                failure = f"rank {world.rank} cannot read {self.path(step)}"
+                failure += f" ({reason(error.__cause__ or error)}): give every machine the same output"
         for message in world.gather(failure):
             if message is not None:
                 raise SharedError(message)
         self.newest_step = step
         return step, loaded.get("state", {}), notes
-
-
-def _set_aside(path: Path, error: DamagedFile, good: Path) -> str:
-    aside = path.with_name(f"{path.name}.damaged")
-    path.replace(aside)
-    return f"{path} is damaged ({error}) and now {aside.name}: resuming from {good.name}"

@@ -9,49 +9,39 @@ from contextlib import contextmanager
 from fastalign.training import distributed
 from fastalign.training.hang import RANK_FAILED
 from fastalign.training.preemption import INTERRUPTED, Preempted
-from fastalign.utils.errors import SharedError, UserError, describe_os_error
+from fastalign.utils.errors import SharedError, UserError, describe, first_line
 
 
 def run_command(body: Callable[[], object]) -> int:
     """Run a command's body, and leave the process group.
 
-    Returns:
-        The exit code: 0; 2 for bad input; 70 if another rank was lost; 75 if the run was asked to stop and saved; 130
-        after Ctrl-C.
+    Returns the exit code: 0; 2 for bad input; 70 if another rank was lost; 75 if the run was asked to stop and saved;
+    130 after Ctrl-C.
     """
     rank = os.environ.get("RANK", "0")
     try:
         try:
             body()
             return 0
-        except UserError as error:
-            return _bad_input(str(error))
-        except OSError as error:
-            return _bad_input(describe_os_error(error))
+        except (UserError, OSError) as error:
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # the first rank of each machine
+                return _exit_code(2, describe(error))
+            time.sleep(3)  # torchrun stops every rank when one has ended: let the first one print
+            return 2
         except Preempted as error:
             return _exit_code(error.code, str(error) if rank == "0" else "")
         except RuntimeError as error:
             if not distributed.connection_lost(error):
                 raise
-            reason = str(error).splitlines()[0]
-            message = f"rank {rank}: lost the connection to another rank: run again to resume ({reason})"
-            return _exit_code(RANK_FAILED, message)
+            message = f"rank {rank}: lost the connection to another rank: run again to resume"
+            return _exit_code(RANK_FAILED, f"{message} ({first_line(error)})")
         finally:
             distributed.stop()
     except KeyboardInterrupt:
         return _exit_code(INTERRUPTED, "interrupted" if rank == "0" else "")
 
 
-def _bad_input(message: str) -> int:
-    """The first rank of each machine prints it."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        return _exit_code(2, message)
-    time.sleep(3)  # torchrun stops every rank when one has ended: let the first one print
-    return 2
-
-
 def _exit_code(code: int, message: str) -> int:
-    """Print the message, unless it is empty, and return the exit code."""
     if message:
         print(f"fastalign: {message}", file=sys.stderr, flush=True)
     return code

@@ -1,5 +1,6 @@
 """The ranks of a run: joining them, their collectives, and errors from lost connections."""
 
+import ctypes
 import gc
 import importlib
 import os
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fastalign.training.memory import keep_freed_memory
-from fastalign.utils.errors import SharedError, UserError, describe_os_error
+from fastalign.utils.errors import SharedError, UserError, describe
 
 _Result = TypeVar("_Result")
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h
 _meshes: list[DeviceMesh] = []
 
 
@@ -64,32 +65,19 @@ class World:
 
 
 def start(timeout: timedelta = timedelta(minutes=30)) -> World:
-    """Join the ranks that torchrun started, or run alone. NCCL with GPUs, gloo without.
-
-    Args:
-        timeout: of collectives.
-
-    Raises:
-        UserError: more processes on this machine than it has GPUs.
-    """
+    """Join the ranks that torchrun started, or run alone: NCCL with GPUs, gloo without. `timeout`: of collectives."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if torch.cuda.is_available():
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if processes > gpus:
-            raise UserError(
-                f"--nproc-per-node={processes}, but this machine has {gpus} GPUs: ask for at most {gpus}"
-            )
+            raise UserError(f"--nproc-per-node={processes}: this machine has {gpus} GPUs; ask for no more")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
         keep_freed_memory()
-    if size > 1:
-        _join(rank, size, device, timeout)
-    return World(rank, size, device)
-
-
-def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> None:
+    if size == 1:
+        return World(rank, size, device)
     # Before there is a group: some of its functions have it as the default of an argument, which would keep it alive
     # after `stop` if torch._dynamo imported them later.
     importlib.import_module("torch.distributed.fsdp")
@@ -105,6 +93,13 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Non
         options |= {"store": distributed.PrefixStore(attempt, store), "rank": rank, "world_size": size}
     backend = "nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, timeout=timeout, **options)
+    return World(rank, size, device)
+
+
+def keep_freed_memory() -> bool:
+    """Make glibc keep freed memory: faulting new pages in takes a tenth of a step on a CPU. False without glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return bool(mallopt and mallopt(_TRIM_THRESHOLD, 2**31 - 1) and mallopt(_MMAP_MAX, 0))
 
 
 _LOST = re.compile(
@@ -116,16 +111,14 @@ _LOST = re.compile(
 
 def connection_lost(error: BaseException) -> bool:
     """Whether an error of torch says that another rank, or the ranks' store, cannot be reached."""
-    if isinstance(error, (distributed.DistNetworkError, distributed.DistStoreError)):
-        return True
-    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+    lost = isinstance(error, (distributed.DistNetworkError, distributed.DistStoreError))
+    return lost or (isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None)
 
 
 def open_mesh(world: World) -> DeviceMesh:
     """A one-dimensional mesh of all ranks, for FSDP; `stop` closes it."""
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    _meshes.append(mesh)
-    return mesh
+    _meshes.append(init_device_mesh(world.device.type, (world.size,)))
+    return _meshes[-1]
 
 
 def stop() -> None:
@@ -136,27 +129,21 @@ def stop() -> None:
     """
     if distributed.is_initialized():
         distributed.destroy_process_group()
-    if _meshes:
-        for mesh in _meshes:
-            getattr(mesh, "_pg_registry", {}).clear()  # torch has no public way
-        _meshes.clear()
+    while _meshes:
+        getattr(_meshes.pop(), "_pg_registry", {}).clear()  # torch has no public way
         gc.collect()  # sharded modules hold the group too, in cycles
 
 
 def on_first_rank(world: World, work: Callable[[], _Result]) -> _Result:
     """Call `work` on rank 0 and return its result (anything that pickles) on every rank.
 
-    Raises:
-        SharedError: `work` raised a `UserError` or an `OSError`; on every rank, so that none is left waiting.
+    If it raises a `UserError` or an `OSError`, every rank raises a SharedError, so that none is left waiting.
     """
     result = failure = None
-    if world.main:
-        try:
-            result = work()
-        except UserError as error:
-            failure = str(error)
-        except OSError as error:
-            failure = describe_os_error(error)
+    try:
+        result = work() if world.main else None
+    except (UserError, OSError) as error:
+        failure = describe(error)
     result, failure = world.share((result, failure))
     if failure is not None:
         raise SharedError(failure)

@@ -14,8 +14,7 @@ from fastalign.utils.files import wrap_io_errors
 
 NONFINITE = "nonfinite.jsonl"
 VALIDATION_FILE = f"validation_{FILE}"
-MAX_SKIPPED = 10
-"""Skipped updates in a row after which a run ends."""
+MAX_SKIPPED = 10  # updates in a row, after which a run ends
 
 
 def prepare_logs(run: Run, reporter: Reporter) -> None:
@@ -24,10 +23,7 @@ def prepare_logs(run: Run, reporter: Reporter) -> None:
         return
     if teacher_of(run.config)[1] == "random":
         key = "teacher.weights" if run.config.teacher.weights else "student.weights"
-        reporter.say(
-            f"warning: {key}=random: the teacher has random weights, from which the student learns nothing useful; "
-            "set it to pretrained, a weights file or a run folder"
-        )
+        reporter.say(f"warning: {key}=random: the teacher has random weights: nothing useful can be learned")
     if (run.folder / NONFINITE).exists():
         drop_later_lines(run.folder / NONFINITE, run.state.step)
     for loader, name in ((run.train, FILE), (run.val, VALIDATION_FILE)):
@@ -40,11 +36,7 @@ def prepare_logs(run: Run, reporter: Reporter) -> None:
 def handle_status(run: Run, reporter: Reporter, *, everything: bool = False) -> tuple[StopReason, bool]:
     """Act on the statuses that are due (with `everything`: on all, for which the host waits).
 
-    Returns:
-        Why the run must stop, and whether a checkpoint is overdue.
-
-    Raises:
-        SharedError: too many bad samples, or numbers that are not finite.
+    Returns why the run must stop, and whether a checkpoint is overdue. SharedError: too many bad samples or updates.
     """
     stop, overdue = StopReason.NONE, False
     for status in run.status.read(everything=everything):
@@ -71,9 +63,9 @@ def _handle_bad_samples(run: Run, status: StepStatus, reporter: Reporter) -> Non
     first, drawn = next(iter(new.values())), status.step * run.config.optim.batch_size
     count = f"{len(known)} bad samples in {drawn} images"
     if too_many(len(known), drawn, limit):
+        newest = f"the newest is {first.name!r} ({first.reason}); all are in {run.folder / FILE}"
         raise SharedError(
-            f"{count}, more than faults.bad_samples={limit:g} allows; the newest is {first.name!r} ({first.reason}); "
-            f"all are in {run.folder / FILE}: repair the data set, or allow more"
+            f"{count}, more than faults.bad_samples={limit:g} allows; {newest}: repair the data set"
         )
     more = f" and {len(new) - 1} more" if len(new) > 1 else ""
     reporter.say(on_one_line(f"step {status.step}: left out {first.name!r} ({first.reason}){more}; {count}"))
@@ -107,15 +99,12 @@ def _handle_skipped(run: Run, status: StepStatus, reporter: Reporter) -> None:
     if run.world.main:
         with wrap_io_errors(path), path.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
-    ranks = ", ".join(map(str, status.ranks))
-    what = f"the loss of rank {ranks}" if len(status.ranks) == 1 else f"the losses of ranks {ranks}"
-    what = f"{what if status.ranks else 'the gradient'} at step {status.step}: not finite"
-    where = f"the samples are in {path}"
+    what = f"the loss of rank {', '.join(map(str, status.ranks))}" if status.ranks else "the gradient"
+    what, where = f"{what} at step {status.step}: not finite", f"the samples are in {path}"
     remedy = "check them; or lower optim.lr, set optim.clip or efficiency.precision=fp32, with resume=force"
     if run.config.faults.nonfinite == "stop":
         raise SharedError(
-            f"{what}; {where}; the weights did not change, and the last checkpoint is from before: {remedy}, or set "
-            "faults.nonfinite=skip to skip such updates"
+            f"{what}; {where}; the weights did not change: {remedy}, or set faults.nonfinite=skip"
         )
     run.state.skipped_in_a_row += 1
     if run.state.skipped_in_a_row >= MAX_SKIPPED:

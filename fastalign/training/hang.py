@@ -17,12 +17,10 @@ from torch import distributed
 
 from fastalign.training.distributed import World
 
-RANK_FAILED = 70
-"""exit code after a hang, or after the connection to another rank was lost: run the same command again"""
+RANK_FAILED = 70  # exit code after a hang, or after the connection to another rank was lost
 WAITING = "waiting for the device or the other ranks"
 _TORCH = Path(torch.__file__).parent
-_COLLECTIVES = (f"{_TORCH}/distributed/", f"{_TORCH}/autograd/graph.py")
-"""code that may wait for other ranks; a backward pass does where DDP reduces the gradients"""
+_COLLECTIVES = (f"{_TORCH}/distributed/", f"{_TORCH}/autograd/graph.py")  # backward passes, where DDP reduces
 
 
 def collective_timeout(timeout: float) -> timedelta:
@@ -34,12 +32,8 @@ class HangTimer:
     """Ends the process with exit code `RANK_FAILED` after `timeout` seconds without a `beat`.
 
     A rank that waits for others has half as long again, so that the rank that hangs reports first. Only seconds in
-    which the process runs count: a run goes on after its machine was suspended.
-
-    Args:
-        world: this process among the ranks.
-        timeout: seconds.
-        saved: returns the step of the newest checkpoint on disk, None where unknown; must not block.
+    which the process runs count: a run goes on after its machine was suspended. `saved` returns, without blocking,
+    the step of the newest checkpoint on disk, None if unknown.
     """
 
     def __init__(self, world: World, timeout: float, saved: Callable[[], int | None] = lambda: None):
@@ -94,13 +88,12 @@ class HangTimer:
         if doing != WAITING and self._waits():
             doing += f", {WAITING}"
         checkpoint = "newest checkpoint" if saved is None else f"checkpoint of step {saved}"
-        print(
+        line = (
             f"fastalign: rank {rank} ({socket.gethostname()}, pid {os.getpid()}) hangs at step {step}: {doing} for "
             f"{idle:.0f} s; the run ends after faults.timeout={self._timeout:g} s; the same command goes on from the "
-            f"{checkpoint}; if the run was only slow, set a larger faults.timeout",
-            file=sys.stderr,
-            flush=True,
+            f"{checkpoint}; if the run was only slow, set a larger faults.timeout"
         )
+        print(line, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(2)
         if distributed.is_initialized() and distributed.get_backend() == "nccl":
             # NCCL's flight recorder, as NCCL's own timeout would write it; torch's `torchfrtrace` reads it.

@@ -1,8 +1,9 @@
-"""Metrics: a line of JSON per step, TensorBoard and Weights & Biases on request, and progress on the terminal.
+"""Metrics: a line of JSON per step, TensorBoard and Weights & Biases on request, speed, loss spikes.
 
 Values stay on the device until they are flushed, so that the host never waits for a step.
 """
 
+import importlib
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import statistics
 import time
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,8 +21,8 @@ from fastalign.method.flops import peak_flops
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import wrap_io_errors, write_atomically
 
+# torch's names for capturing a graph with its forward code, and for backward code that is generated later
 _COMPILE_TIMES = ("_compile.compile_inner", "backward._backward_impl")
-"""torch's names for capturing a graph with its forward code, and for backward code that is generated later."""
 _WINDOW, _MIN_LOSSES, _MIN_DEVIATIONS, _MIN_RATIO = 200, 50, 8.0, 1.2
 _MAD_TO_STD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 
@@ -36,27 +37,23 @@ class CompileStats:
     """What torch.compile did since the last `delta`. torch imports torch._dynamo on first use."""
 
     def __init__(self):
-        self._graphs, self._before = self._count(), self._totals()
+        self._graphs, self._totals = 0, {}
+        self.delta()
 
     def delta(self) -> dict[str, float]:
         """Seconds, and graphs found and not found in torch's cache; empty if nothing was compiled."""
-        if self._count() == self._graphs:
+        counters, before = torch._dynamo.utils.counters, self._totals
+        graphs, cache = counters["stats"]["unique_graphs"], counters["inductor"]
+        if before and graphs == self._graphs:
             return {}
-        now = self._totals()
-        found = {name: now[name] - before for name, before in self._before.items()}
-        self._graphs, self._before = self._count(), now
-        return found
-
-    def _count(self) -> int:
-        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-    def _totals(self) -> dict[str, float]:
-        cache = torch._dynamo.utils.counters["inductor"]
-        return {
+        hits, misses = cache["fxgraph_cache_hit"], cache["fxgraph_cache_miss"]
+        now = {
             "compile_seconds": compile_seconds(),
-            "compile_cache_hits": cache["fxgraph_cache_hit"],
-            "compile_cache_misses": cache["fxgraph_cache_miss"],
+            "compile_cache_hits": hits,
+            "compile_cache_misses": misses,
         }
+        self._graphs, self._totals = graphs, now
+        return {name: value - before.get(name, 0) for name, value in now.items()}
 
 
 class SpikeDetector:
@@ -67,14 +64,13 @@ class SpikeDetector:
 
     def update(self, loss: float) -> float | None:
         """The median of the earlier losses if this one is a spike, else None (always for the first 50)."""
-        spike_over = None
-        if len(self._losses) >= _MIN_LOSSES:
-            median = statistics.median(self._losses)
-            spread = _MAD_TO_STD * statistics.median(abs(value - median) for value in self._losses)
-            if loss > median + _MIN_DEVIATIONS * spread and loss > _MIN_RATIO * median:
-                spike_over = median
+        earlier = list(self._losses)
         self._losses.append(loss)
-        return spike_over
+        if len(earlier) < _MIN_LOSSES:
+            return None
+        median = statistics.median(earlier)
+        spread = _MAD_TO_STD * statistics.median(abs(value - median) for value in earlier)
+        return median if loss > max(median + _MIN_DEVIATIONS * spread, _MIN_RATIO * median) else None
 
 
 class MetricLog:
@@ -82,21 +78,12 @@ class MetricLog:
 
     Args:
         folder: the run folder; lines go to its `metrics.jsonl`.
-        step: the step to continue from: lines of later steps, written before an interruption, are dropped.
-        evaluated: that step was validated and probed; else those lines of it are dropped too.
+        step, evaluated: of `drop_later_lines`: lines written before an interruption are dropped.
         main: whether this rank writes.
         sinks: also log to "tensorboard" (events in `folder`) and "wandb:PROJECT".
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        step: int = 0,
-        evaluated: bool = True,
-        main: bool = True,
-        sinks: Sequence[str] = (),
-    ):
+    def __init__(self, folder: Path, *, step=0, evaluated=True, main=True, sinks: Sequence[str] = ()):
         self._pending: list[dict] = []
         self._compile_stats = CompileStats()
         self._file, self._sinks = None, []
@@ -106,9 +93,7 @@ class MetricLog:
         if path.exists():
             drop_later_lines(path, step, evaluated=evaluated)
         self._file = path.open("a")
-        for sink in sinks:
-            kind, _, project = sink.partition(":")
-            self._sinks.append(_wandb(folder, project) if kind == "wandb" else _tensorboard(folder, step))
+        self._sinks = [_open_sink(sink, folder, step) for sink in sinks]
 
     def add(self, **values) -> None:
         """Keep a line until the next flush, with what was compiled for it; values may be tensors on the device."""
@@ -123,13 +108,13 @@ class MetricLog:
         for line in lines:
             if "loss" in line:
                 line |= common
-            with wrap_io_errors(self._path):
-                self._file.write(json.dumps(line) + "\n")
-            for sink in self._sinks:
-                sink({k: v for k, v in line.items() if k != "step" and v is not None}, line["step"])
         if lines:
             with wrap_io_errors(self._path):
+                self._file.writelines(json.dumps(line) + "\n" for line in lines)
                 self._file.flush()
+        for line in lines:
+            for sink in self._sinks:
+                sink({k: v for k, v in line.items() if k != "step" and v is not None}, line["step"])
         return lines
 
     def close(self) -> None:
@@ -144,13 +129,8 @@ class MetricLog:
 class Speed:
     """Images per second, share of time spent waiting for data, and model FLOPs utilisation, by interval.
 
-    Compilation time is left out. On a GPU the wait is the host's, an upper bound of the device's.
-
-    Args:
-        images: per update, over all ranks.
-        ranks: number of ranks.
-        flops: of one image, forward and backward.
-        device: this rank's.
+    Compilation time is left out. On a GPU the wait is the host's, an upper bound of the device's. `images`: per
+    update, over all `ranks`; `flops`: of one image, forward and backward.
     """
 
     def __init__(self, *, images: int, ranks: int, flops: float, device: torch.device):
@@ -172,11 +152,8 @@ class Speed:
         """The interval's figures; a new interval begins."""
         seconds = time.perf_counter() - compile_seconds() - self._since
         rate = self._steps * self.images / seconds
-        figures = {
-            "images_per_second": rate,
-            "data_wait": self._waited / seconds,
-            "memory": peak_memory(self.device),
-        }
+        figures = {"images_per_second": rate, "data_wait": self._waited / seconds}
+        figures["memory"] = peak_memory(self.device)
         if self.utilisation:
             figures["mfu"] = rate * self.utilisation
         self.start()
@@ -210,26 +187,20 @@ def drop_later_lines(path: Path, step: int, *, evaluated: bool = True) -> None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics file, without a last line that an interruption cut short.
-
-    Raises:
-        UserError: no such file, or a damaged line before the last one.
-    """
+    """The lines of a metrics file, without a last line that an interruption cut short."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; name the folder of a run that has started")
     lines, found = path.read_bytes().splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
-            entry = json.loads(line)
-            if type(entry["step"]) is not int:
+            found.append(json.loads(line))
+            if type(found[-1]["step"]) is not int:
                 raise TypeError
         except (ValueError, KeyError, TypeError):
-            if number == len(lines):
-                break
-            raise UserError(
-                f"{path}, line {number} is not a JSON object with a step; remove that line"
-            ) from None
-        found.append(entry)
+            if number < len(lines):
+                message = f"{path}, line {number} is not a JSON object with a step; remove that line"
+                raise UserError(message) from None
+            del found[number - 1 :]
     return found
 
 
@@ -243,18 +214,21 @@ def mean_and_spread(values: Sequence[float]) -> dict[str, float | None]:
     """Mean and sample standard deviation (n - 1; None for one value or if any is not finite)."""
     if not all(map(math.isfinite, values)):
         return {"mean": sum(values) / len(values), "std": None}
-    return {
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-    }
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
 
 
-def _tensorboard(folder: Path, step: int):
+def _open_sink(sink: str, folder: Path, step: int) -> Callable[[dict, int], None]:
+    kind, _, project = sink.partition(":")
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        module = importlib.import_module("wandb" if kind == "wandb" else "torch.utils.tensorboard")
     except ImportError:
-        raise UserError("log.to=[tensorboard] needs a package: pip install tensorboard") from None
-    writer = SummaryWriter(str(folder), purge_step=step + 1)
+        raise UserError(f"log.to=[{sink}] needs a package: pip install {kind}") from None
+    if kind == "wandb":
+        # Resuming in the same folder continues the same run; two folders of one name are two runs.
+        identity = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"
+        run = module.init(project=project, name=folder.name, id=identity, dir=str(folder), resume="allow")
+        return lambda values, step: run.log(values, step=step)
+    writer = module.SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(values: dict, step: int) -> None:
         for key, value in values.items():
@@ -262,14 +236,3 @@ def _tensorboard(folder: Path, step: int):
         writer.flush()
 
     return write
-
-
-def _wandb(folder: Path, project: str):
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("log.to=[wandb:...] needs a package: pip install wandb") from None
-    # Resuming in the same folder continues the same run; two folders of one name are two runs.
-    identity = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"
-    run = wandb.init(project=project, name=folder.name, id=identity, dir=str(folder), resume="allow")
-    return lambda values, step: run.log(values, step=step)

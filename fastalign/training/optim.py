@@ -12,34 +12,23 @@ from fastalign.training.sharding import shard_like, to_local
 from fastalign.utils.errors import UserError
 
 
-def adamw(
-    parameters: Iterable[nn.Parameter], *, lr: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
-    """Fused AdamW over the trained parameters, with weight decay on all of them."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+def adamw(parameters: Iterable[nn.Parameter], **options) -> torch.optim.AdamW:
+    """Fused AdamW over the trained parameters, all of them with weight decay; `options`: lr, betas, weight_decay."""
+    return torch.optim.AdamW([p for p in parameters if p.requires_grad], fused=True, **options)
 
 
 def make_optimizer(
     name: str, parameters: Iterable[nn.Parameter], device: torch.device, **options
 ) -> tuple[torch.optim.Optimizer, list[str]]:
-    """The optimizer of `optim.name` over the trained parameters, and lines for the user.
-
-    Raises:
-        UserError: apex_lamb, and apex cannot be used.
-    """
+    """The optimizer of `optim.name` over the trained parameters, and lines for the user."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     missing = None if name == "adamw" else _apex_is_missing(device)
-    if name == "adamw":
-        return adamw(trained, **options), []
-    if missing and name == "apex_adam":
-        return adamw(trained, **options), [
-            f"optim.name=apex_adam: {missing}: torch's fused AdamW, the same update"
-        ]
+    if name == "adamw" or (missing and name == "apex_adam"):
+        note = f"optim.name=apex_adam: {missing}: torch's fused AdamW, the same update"
+        return adamw(trained, **options), [note] if missing else []
     if missing:
         raise UserError(
-            f"optim.name={name}: {missing}; build it from NVIDIA's repository with its C++ and CUDA extensions, "
-            "or set optim.name=adamw"
+            f"optim.name={name}: {missing}; build it from NVIDIA's repository, or set optim.name=adamw"
         )
     apex = importlib.import_module("apex.optimizers")
     if name == "apex_adam":

@@ -6,12 +6,9 @@ from enum import IntEnum
 from pathlib import Path
 from types import FrameType
 
-PREEMPTED = 75
-"""exit code of a run that was asked to stop and has saved: EX_TEMPFAIL, try again later"""
-INTERRUPTED = 130
-"""exit code after Ctrl-C: 128 + SIGINT, as in shells"""
-MARKER = "preempted"
-"""the file in the run folder that tells a script to start the same command again"""
+PREEMPTED = 75  # exit code of a run that was asked to stop and has saved: EX_TEMPFAIL, try again later
+INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT, as in shells
+MARKER = "preempted"  # the file in the run folder that tells a script to start the same command again
 
 
 class StopReason(IntEnum):
@@ -27,7 +24,7 @@ class StopReason(IntEnum):
 class Preempted(Exception):
     """The run was asked to stop, and its checkpoint is on disk; `code` is the exit code."""
 
-    def __init__(self, message: str, code: int = PREEMPTED):
+    def __init__(self, message: str, code: int):
         super().__init__(message)
         self.code = code
 
@@ -36,10 +33,8 @@ class Preemption:
     """A context around a run: remembers SIGTERM and SIGUSR1 instead of ending the process.
 
     On exit the old handlers come back. Only after `Preempted` both signals stay ignored: the process is about to end
-    with its own exit code, while torchrun sends SIGTERM to all ranks as soon as the first one has ended.
-
-    Python runs a handler between two instructions, so after a collective or a kernel that runs when the signal comes.
-    Outside of the main thread, which alone receives signals, nothing is installed.
+    with its own exit code, while torchrun sends SIGTERM to all ranks as soon as the first one has ended. Outside of
+    the main thread, which alone receives signals, nothing is installed.
     """
 
     def __init__(self) -> None:
@@ -61,8 +56,7 @@ class Preemption:
     def hold_interrupts(self) -> None:
         """From here on there is something to save: remember the first SIGINT; a second one ends the process at once.
 
-        An ignored SIGINT stays ignored: a shell script starts `command &` so, and a Ctrl-C for the script must not
-        stop the run.
+        An ignored SIGINT stays ignored, as of `command &` in a shell script.
         """
         main = threading.current_thread() is threading.main_thread()
         if main and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:

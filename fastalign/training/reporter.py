@@ -47,9 +47,8 @@ class Reporter:
         for line in training:
             median = None if line["loss"] is None else self._spikes.update(line["loss"])
             if median is not None:
-                self.say(
-                    f"step {line['step']}: the loss jumped to {line['loss']:.4f}, from about {median:.4f}"
-                )
+                jump = f"the loss jumped to {line['loss']:.4f}, from about {median:.4f}"
+                self.say(f"step {line['step']}: {jump}")
         if training and self.main:
             self._show(training[-1])
 
@@ -62,10 +61,8 @@ class Reporter:
             return
         done = line["step"] - self.first
         left = (time.monotonic() - self.started) / max(done, 1) * (self.total - line["step"]) / 60
-        print(
-            f"step {line['step']}/{self.total}  epoch {line['epoch']}  {text}  {left:.1f} min left",
-            flush=True,
-        )
+        at = f"step {line['step']}/{self.total}  epoch {line['epoch']}"
+        print(f"{at}  {text}  {left:.1f} min left", flush=True)
 
     def close(self) -> None:
         """Remove the bar and close the log."""

@@ -2,14 +2,16 @@
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastalign.backbones.blocks import Block
-from fastalign.backbones.precision import autocast
+from fastalign.backbones.precision import autocast, compute_dtype
 from fastalign.config import Config
 from fastalign.training import build, sharding
 from fastalign.training.checkpoint_files import Checkpoints
@@ -18,22 +20,53 @@ from fastalign.training.hang import HangTimer
 from fastalign.training.optim import MovingAverage, make_optimizer
 from fastalign.training.preemption import Preemption, StopReason
 from fastalign.training.settings import contents
-from fastalign.training.state import TrainState, itstime
 from fastalign.training.status import Status
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import remove_leftovers
 
-MAX_CHECKPOINT_AGE = 15 * 60
-"""Seconds of training between checkpoints at most if `checkpoint.every_steps` is null."""
+MAX_CHECKPOINT_AGE = 15 * 60  # seconds, if `checkpoint.every_steps` is null
+
+
+@dataclass
+class TrainState:
+    """What is neither weights nor moments; `state_dict` and `load_state_dict` are its form in a checkpoint."""
+
+    step: int = 0  # updates done
+    best: float | None = None  # score: of the probe (mAP) with `probe.best`, else the lowest validation loss
+    val_loss: float | None = None  # of the last validation
+    probed: dict[str, float] | None = None  # the last probe: step, macro_recall, map, loss
+    # The step up to which the evaluations at the ends of epochs are done.
+    last_eval_step: int = field(default=0, metadata={"key": "judged_at"})
+    skipped_in_a_row: int = 0  # updates, because the loss or the gradient was not finite
+    bad: set[int] = field(default_factory=set)  # ids known to every rank, without the quarantined ones
+    changes: list[dict[str, Any]] = field(default_factory=list)  # by `resume=force`: step, key, before, now
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, by the keys of a checkpoint."""
+        state = {each.metadata.get("key", each.name): getattr(self, each.name) for each in fields(self)}
+        return state | {"bad": sorted(self.bad)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the values from a checkpoint."""
+        for each in fields(self):
+            setattr(self, each.name, state[each.metadata.get("key", each.name)])
+        self.bad = set(self.bad)
+
+    @property
+    def current_probe(self) -> dict[str, float] | None:
+        """The probe of this very step, if there was one."""
+        return self.probed if self.probed and self.probed["step"] == self.step else None
+
+
+def itstime(step: int, every: int | None, last: int | None = None) -> bool:
+    """Whether something that happens every so many steps (None = never), and at the `last`, happens at this one."""
+    return step == last or (every is not None and step % every == 0)
 
 
 class Run:
     """A run before its first step; `checkpoint.resume` continues from its folder.
 
-    Args:
-        config, world: the configuration and the ranks.
-        preemption: asks the run to stop.
-        labelled: fingerprints of labelled data, by key; rank 0's count.
+    `preemption` asks it to stop; `labelled`: fingerprints of labelled data, by key, of which rank 0's count.
     """
 
     def __init__(
@@ -43,11 +76,9 @@ class Run:
         self.state = TrainState()
         self.sharded = is_sharded(config, world)
         objective, self.backbone = build.build_objective(config)
-        self.dtype = build.precision(config, world.device)
+        self.dtype = compute_dtype(config.efficiency.precision, world.device)
         if not world.agree(self.dtype == torch.bfloat16):
-            raise UserError(
-                "efficiency.precision=auto: not every rank's CPU has bf16 instructions; set bf16 or fp32"
-            )
+            raise UserError("efficiency.precision=auto: not every rank's CPU has bf16; set bf16 or fp32")
         if self.dtype == torch.bfloat16:
             objective.teacher.store_as(build.teacher_dtype(config, world.device))
         self.objective = objective.to(world.device)
@@ -63,8 +94,7 @@ class Run:
         self.optimizer, notes = make_optimizer(optim.name, self.trained, world.device, **options)
         precision = config.efficiency.precision
         precision = str(self.dtype).removeprefix("torch.") if precision == "auto" else precision
-        self.notes = [f"precision: {precision}", attention, *notes]
-        """Lines for the user."""
+        self.notes = [f"precision: {precision}", attention, *notes]  # lines for the user
         if config.efficiency.shard and not self.sharded:
             self.notes.append("efficiency.shard: one process has nothing to shard, the student stays whole")
         self.average = MovingAverage(objective.student, optim.ema) if optim.ema else None
@@ -77,7 +107,6 @@ class Run:
         self.last_step = min(config.max_steps or self.total_steps, self.total_steps)
         self.sources = {"data.train": self.train.source} | ({"data.val": self.val.source} if self.val else {})
         self.contents = on_first_rank(world, lambda: contents(config, self.sources) | (labelled or {}))
-        """Fingerprints of what the paths of the configuration hold, by key."""
         self.status = Status(world, sticky=config.faults.nonfinite == "stop")
         self.preemption = preemption or Preemption()
         checkpoints = self.checkpoints
@@ -95,10 +124,8 @@ class Run:
         return autocast(self.world.device, self.dtype)
 
     def cached_autocast(self) -> AbstractContextManager:
-        """Around passes with the same weights: a disabled outer autocast keeps the casts of those inside it.
-
-        Not for sharded weights, which are gathered for each pass.
-        """
+        """Around passes with the same weights: a disabled outer autocast keeps the casts of those inside it."""
+        # Not for sharded weights, which are gathered for each pass.
         reduced = self.dtype == torch.bfloat16 and not self.sharded
         return torch.autocast(self.world.device.type, enabled=False) if reduced else nullcontext()
 
@@ -145,11 +172,7 @@ class Run:
 
 
 def is_sharded(config: Config, world: World) -> bool:
-    """Whether `efficiency.shard` shards the student, which takes several ranks.
-
-    Raises:
-        UserError: a setting that is incompatible with it.
-    """
+    """Whether `efficiency.shard` shards the student, which takes several ranks."""
     if not config.efficiency.shard:
         return False
     for key, incompatible, reason in (

@@ -11,8 +11,7 @@ from fastalign.utils.errors import UserError
 from fastalign.utils.files import checksum_of
 from fastalign.utils.sections import Kind, get_key
 
-_WEIGHTS = {".safetensors", ".pth", ".pt", ".bin", ".npz"}
-"""Suffixes of files of weights in a folder."""
+_WEIGHTS = {".safetensors", ".pth", ".pt", ".bin", ".npz"}  # suffixes
 
 
 class Change(NamedTuple):
@@ -21,8 +20,7 @@ class Change(NamedTuple):
     key: str
     before: Any
     now: Any
-    contents: str | None = None
-    """of a path: what has changed there"""
+    contents: str | None = None  # of a path: what has changed there
 
     def __str__(self) -> str:
         before, now = (json.dumps(value, ensure_ascii=False) for value in (self.before, self.now))
@@ -43,13 +41,10 @@ def contents(config: Config, sources: Mapping[str, Source]) -> dict[str, Any]:
     return found
 
 
-def changed_contents(
-    before: dict[str, Any], now: dict[str, Any], sources: Mapping[str, Source]
-) -> dict[str, str | None]:
+def changed_contents(before: dict, now: dict, sources: Mapping[str, Source]) -> dict[str, str | None]:
     """For each path that two `contents` have: what has changed, None = nothing."""
-    changed = {
-        key: None if now[key] == before[key] else "other contents" for key in now.keys() & before.keys()
-    }
+    both = now.keys() & before.keys()
+    changed = {key: None if now[key] == before[key] else "other contents" for key in both}
     return changed | {key: sources[key].differs_from(before[key]) for key in sources.keys() & before.keys()}
 
 
@@ -58,43 +53,31 @@ def changed_settings(
 ) -> tuple[list[Change], list[str]]:
     """The changes since the checkpoint `saved` among the keys that decide the result, and notes about moved data.
 
-    Args:
-        saved, path: the checkpoint.
-        config: of the resumed run.
-        places: of `changed_contents`; the contents count, not the path.
-        finished: nothing is left to train.
-
-    Raises:
-        UserError: there are changes without `resume=force`, or of a finished run.
+    `places` is of `changed_contents`: the contents count, not the path. UserError: there are changes without
+    `resume=force`, or of a run that is `finished`.
     """
     before = resolve(saved["config"], [], path).model_dump(mode="json")
     after = config.model_dump(mode="json")
-    values, inside, notes = [], [], []
+    changes, notes = [], []
     for key, kind in kinds().items():
         old, new = get_key(before, key), get_key(after, key)
         if kind is Kind.FREE:
             continue
         if kind is Kind.GROWS:
             if old != new and new is not None and new < saved["step"]:
-                values.append(Change(key, old, new))
+                changes.append(Change(key, old, new))
         elif key not in places:
-            values += _differences(key, old, new)
+            changes += _differences(key, old, new)
         elif change := places[key]:
-            (values if old != new else inside).append(Change(key, old, new, change))
+            changes.append(Change(key, old, new, change))
         elif old != new:
             notes.append(f"{Change(key, old, new)}: the contents are the same")
-    changes = values + inside
     if changes and (finished or config.resume != "force"):
-        remedy = (
-            "it is finished, and nothing would be trained with the new ones: choose another output"
-            if finished
-            else "set it back, choose another output, or use the new ones from here on with resume=force, which "
-            "records the change"
-        )
-        differences = "; ".join(map(str, changes))
-        raise UserError(
-            f"{config.output} is at step {saved['step']} with other settings: {differences}; {remedy}"
-        )
+        remedy = "set it back, choose another output, or use and record the new ones from here on with resume=force"
+        if finished:
+            remedy = "it is finished, and nothing would be trained with the new ones: choose another output"
+        at = f"{config.output} is at step {saved['step']} with other settings"
+        raise UserError(f"{at}: {'; '.join(map(str, changes))}; {remedy}")
     return changes, notes
 
 

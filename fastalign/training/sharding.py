@@ -44,9 +44,9 @@ def to_local(value: Tensor) -> Tensor:
     return value.to_local() if _is_sharded(value) else value
 
 
-def shard_like(value: Tensor, live: Tensor) -> Tensor:
-    """A full tensor, the same on every rank, sharded as `live` is."""
-    if not _is_sharded(live):
+def shard_like(value: Tensor, live: Tensor | None) -> Tensor:
+    """A full tensor, the same on every rank, sharded as `live` is; the value itself if the two do not correspond."""
+    if not _is_sharded(live) or getattr(value, "shape", ()) != live.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 
@@ -57,26 +57,15 @@ def shard_like(value: Tensor, live: Tensor) -> Tensor:
 def load_module(module: nn.Module, state: dict[str, Tensor]) -> None:
     """`load_state_dict` of full tensors into a module that may be sharded, with its errors."""
     live = module.state_dict()
-    module.load_state_dict(
-        {
-            name: shard_like(value, live[name]) if name in live and value.shape == live[name].shape else value
-            for name, value in state.items()
-        }
-    )
+    module.load_state_dict({name: shard_like(value, live.get(name)) for name, value in state.items()})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """`load_state_dict` of full tensors into an optimizer whose parameters may be sharded, with its errors."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def sharded(values: dict, live: Tensor) -> dict:
-        return {
-            key: shard_like(value, live) if getattr(value, "shape", ()) == live.shape else value
-            for key, value in values.items()
-        }
-
     moments = {
-        index: sharded(values, parameters[index]) if index < len(parameters) else values
+        index: {key: shard_like(value, parameters[index]) for key, value in values.items()}
         for index, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": moments})

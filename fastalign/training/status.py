@@ -21,30 +21,20 @@ _LOSS, _BAD, _OVERDUE, _RANKS = range(4)
 class StepStatus:
     """One update, as every rank knows it."""
 
-    step: int
-    """number of the update, from 1"""
-    skipped: bool
-    """the loss or the gradient was not finite, and the weights did not change"""
-    ranks: tuple[int, ...]
-    """whose loss was not finite; empty if only the gradient was not"""
+    step: int  # number of the update, from 1
+    skipped: bool  # the loss or the gradient was not finite, and the weights did not change
+    ranks: tuple[int, ...]  # whose loss was not finite; empty if only the gradient was not
     stop: StopReason
-    overdue: bool
-    """a rank asks for a checkpoint, because the newest one is old"""
-    bad: int
-    """bad samples found in the update's batches, over all ranks"""
-    ids: np.ndarray
-    """[n] int64, this rank's samples"""
-    found: tuple
-    """this rank's bad samples"""
+    overdue: bool  # a rank asks for a checkpoint, because the newest one is old
+    bad: int  # bad samples found in the update's batches, over all ranks
+    ids: np.ndarray  # [n] int64, this rank's samples
+    found: tuple  # this rank's bad samples
 
 
 class Status:
-    """The exchange.
+    """The exchange; `lag`: updates after which a status is read, None = 1 on a GPU, 0 on a CPU.
 
-    Args:
-        world: the ranks.
-        lag: updates after which a status is read; None = 1 on a GPU, 0 on a CPU.
-        sticky: after one skipped update skip all that follow, so that the weights stay those from before it.
+    With `sticky`, after one skipped update all that follow are skipped: the weights stay those from before it.
     """
 
     def __init__(self, world: World, *, sticky: bool = False, lag: int | None = None):
@@ -60,20 +50,15 @@ class Status:
         norm: Tensor,
         *,
         ids: np.ndarray,
-        found: tuple = (),
-        stop: StopReason = StopReason.NONE,
-        overdue: bool = False,
+        found: tuple,
+        stop: int,
+        overdue: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Share an update's status; a collective. `read` returns it later.
+        """Share an update's status, with the fields of `StepStatus`; a collective. `read` returns it later.
 
         Args:
-            step: number of the update.
             loss: [] this rank's, on the device.
             norm: [] of the gradient over all ranks.
-            ids: [n] int64, this rank's samples.
-            found: this rank's bad samples.
-            stop: why this rank wants the run to stop.
-            overdue: this rank asks for a checkpoint.
 
         Returns:
             [] fp32, the mean loss over ranks, and [] bool, whether to skip the update; on the device.

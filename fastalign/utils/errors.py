@@ -12,9 +12,10 @@ def on_one_line(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
-def describe_os_error(error: OSError) -> str:
-    """An error of the operating system, with its file if it names one."""
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+def describe(error: Exception) -> str:
+    """An error for the user; one of the operating system with its file if it names one."""
+    filename = getattr(error, "filename", None)
+    return f"{filename}: {error.strerror}" if filename else str(error)
 
 
 def first_line(error: BaseException) -> str:

@@ -34,10 +34,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Write contiguous tensors as a safetensors file, atomically and with the umask's mode.
-
-    safetensors' own writer creates files of mode 0600.
-    """
+    """Write contiguous tensors as a safetensors file, atomically; the library's own writer gives it mode 0600."""
     content = safetensors.torch.save(tensors, {"format": "pt", **metadata})
     write_atomically(path, lambda file: file.write(content))
 
@@ -66,21 +63,20 @@ def remove_leftovers(folder: Path) -> None:
     """
     for path in folder.glob(".*"):
         match = _TEMPORARY.fullmatch(path.name)
-        if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass  # another user's process
-    return True
+        if not match:
+            continue
+        try:
+            if int(match[1]) != os.getpid():
+                os.kill(int(match[1]), 0)
+                continue
+        except PermissionError:  # another user's process
+            continue
+        except (ProcessLookupError, OverflowError):
+            pass
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -89,20 +85,13 @@ def wrap_io_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({reason(error)}): free some space, or make its directory writable, and "
-            "run the same command again"
-        ) from error
+        remedy = "free some space, or make its directory writable, and run the same command again"
+        raise UserError(f"{path} cannot be written ({reason(error)}): {remedy}") from error
 
 
 def can_be_folder(given: str, path: str | Path) -> None:
-    """Check that neither an output folder nor a parent of it is a file; `given` is how the user named it.
-
-    Raises:
-        UserError: one of them is.
-    """
-    path = Path(path)
-    place = next(each for each in (path, *path.absolute().parents) if each.exists())
+    """UserError if an output folder or a parent of it is a file; `given` is how the user named it."""
+    place = next(each for each in (Path(path), *Path(path).absolute().parents) if each.exists())
     if not place.is_dir():
         raise UserError(f"{given}: {place} is not a directory; name another output")
 

@@ -24,10 +24,7 @@ def home_folder() -> str | None:
 
 
 def place_caches() -> None:
-    """Make the compilers' caches work for a user without a name or a home folder, as in a container.
-
-    torch._dynamo's import needs a user name, and Triton would create a folder called `~`.
-    """
+    """For a container's user: torch._dynamo's import needs a name, and without a home Triton creates a folder `~`."""
     try:
         getpass.getuser()
     except (KeyError, OSError):  # OSError from Python 3.13 on
@@ -37,11 +34,7 @@ def place_caches() -> None:
 
 
 def user_path(text: str | Path) -> str:
-    """A path with `~`, `~name`, `$NAME` and `${NAME}` expanded; anything else (a timm name) is returned as it is.
-
-    Raises:
-        UserError: no such user, no home folder, or the variable is not set.
-    """
+    """A path with `~`, `~name`, `$NAME` and `${NAME}` expanded; anything else (a timm name) is returned as it is."""
     text, home = os.fspath(text), ""
     if match := _HOME.match(text):
         home = match[1] + os.path.expanduser(match[2])  # noqa: PTH111, as above
@@ -51,28 +44,23 @@ def user_path(text: str | Path) -> str:
     def value(found: re.Match) -> str:
         name = found[1] or found[2]
         if name not in os.environ:
-            raise UserError(
-                f"{text}: the environment variable {name} is not set; set it, or write the path out"
-            )
+            raise UserError(f"{text}: the environment variable {name} is not set; write the path out")
         return os.environ[name]
 
     return home + _VARIABLE.sub(value, text[match.end() if match else 0 :])
 
 
+class _BadPath(argparse.ArgumentTypeError, ValueError):
+    """For argparse and for pydantic."""
+
+
 def path_argument(text: str) -> str:
-    """`user_path` as the `type` of an argparse argument."""
+    """`user_path` as the `type` of an argparse argument and as a validator of pydantic."""
     try:
         return user_path(text)
     except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise _BadPath(str(error)) from None
 
 
-def _path_key(text: str) -> str:
-    try:
-        return user_path(text)
-    except UserError as error:
-        raise ValueError(str(error)) from None
-
-
-UserPath = Annotated[str, AfterValidator(_path_key)]
+UserPath = Annotated[str, AfterValidator(path_argument)]
 """The type of a configuration key that may hold a path."""

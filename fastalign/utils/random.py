@@ -15,8 +15,7 @@ _ROUNDS = 10
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
-EVAL_EPOCH = _WORD
-"""The epoch of evaluation: its masks never change and differ from those of every training epoch."""
+EVAL_EPOCH = _WORD  # of evaluation: its masks never change and differ from those of every training epoch
 
 
 class Stream(IntEnum):
@@ -37,8 +36,7 @@ def _multiply_high_low(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     low_low, cross = a_low * b_low, a_high * b_low
     middle = a_low * b_high + (low_low >> 16) + (cross & 0xFFFF)
     high = a_high * b_high + (cross >> 16) + (middle >> 16)
-    low = ((middle & 0xFFFF) << 16) | (low_low & 0xFFFF)
-    return high, low
+    return high, ((middle & 0xFFFF) << 16) | (low_low & 0xFFFF)
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -53,29 +51,21 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return c0, c1, c2, c3
 
 
-def _key(seed: int, stream: Stream) -> tuple[int, int]:
-    # Times the golden ratio, so that neighbouring seeds and streams do not meet.
-    return seed & _WORD, ((seed >> 32) ^ (int(stream) * 0x9E3779B1)) & _WORD
-
-
 def random_words(ids: Tensor, count: int, *, seed: int, stream: Stream, epoch: int = 0) -> Tensor:
-    """Random words, one row per sample id.
+    """Random words, one row per sample id: [B, count] int64, each uniform on 0..2^32-1.
 
     Args:
         ids: [B] int64, >= 0, on the device where the words are wanted.
         count: words per row.
-        seed: 64 bits.
-        stream: what the words are for.
-        epoch: 0..2^32-1.
-
-    Returns:
-        [B, count] int64, each uniform on 0..2^32-1.
+        seed, stream, epoch: 64 bits, what the words are for, and 0..2^32-1.
     """
     blocks = (count + 3) // 4
     ids = ids.to(torch.int64).unsqueeze(1)
     index = torch.arange(blocks, device=ids.device, dtype=torch.int64).unsqueeze(0)
     zero = torch.zeros_like(index)
-    words = philox((index, zero + (epoch & _WORD), ids & _WORD, (ids >> 32) & _WORD), _key(seed, stream))
+    # Times the golden ratio, so that neighbouring seeds and streams do not meet.
+    key = seed & _WORD, ((seed >> 32) ^ (int(stream) * 0x9E3779B1)) & _WORD
+    words = philox((index, zero + (epoch & _WORD), ids & _WORD, (ids >> 32) & _WORD), key)
     shape = (ids.shape[0], blocks)
     return torch.stack([word.expand(shape) for word in words], dim=-1).reshape(ids.shape[0], -1)[:, :count]
 

@@ -6,11 +6,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from fastalign.utils.errors import UserError
-from fastalign.utils.yaml_files import explain, parse_yaml, set_key, write_yaml
+from fastalign.utils.yaml_files import Dumper, explain, parse_yaml, set_key
 
 _Tree = TypeVar("_Tree", bound="Section")
 
@@ -43,8 +44,7 @@ def fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Fiel
 def resolve(section: type[_Tree], tree: dict, overrides: list[str], where: str | Path) -> _Tree:
     """The typed tree of a plain one, with `key=value` overrides applied to a copy.
 
-    Raises:
-        UserError: about the file `where`, or about the command line if an override may be wrong.
+    A UserError is about the file `where`, or about the command line if an override may be wrong.
     """
     merged = copy.deepcopy(tree)
     for override in overrides:
@@ -81,7 +81,7 @@ def select(config: Section, kind: Kind) -> dict[str, Any]:
 
 def to_yaml(config: Section, *, comments: bool = False) -> str:
     """The configuration as YAML; with `comments`, each key's documentation stands after its value."""
-    text = write_yaml(config.model_dump(mode="json"))
+    text = yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False)
     if not comments:
         return text
     documentation = {

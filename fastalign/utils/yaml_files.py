@@ -11,16 +11,11 @@ from pydantic import ValidationError
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
 
-LONGEST = 1 << 20
-"""Characters of a YAML text at most."""
+LONGEST = 1 << 20  # bytes of a YAML text
 
 
 def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict:
-    """The mapping in a YAML file, merged over that of the file that it names as its `base`.
-
-    Raises:
-        UserError: a file is missing or not a mapping, or the bases form a cycle.
-    """
+    """The mapping in a YAML file, merged over that of the file that it names as its `base`."""
     if path.resolve() in seen:
         raise UserError(f"{path}: its bases form a cycle")
     tree = read_yaml(path)
@@ -36,22 +31,17 @@ def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; UserError if there is none."""
     if not path.is_file():
         raise UserError(f"no configuration file at {path}; the recipe comes before any section.key=value")
-    if path.stat().st_size > LONGEST:
-        raise UserError(f"{path} has {path.stat().st_size} bytes, a configuration has at most {LONGEST}")
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file in UTF-8") from None
+    tree = parse_yaml(path.read_bytes(), str(path)) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
     return tree
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str | bytes, where: str) -> Any:
     """The value of a YAML text; UserError about `where` if it is not YAML."""
     where = where[:80]
     if len(text) > LONGEST:
-        raise UserError(f"{where}...: {len(text)} characters, at most {LONGEST} are read")
+        raise UserError(f"{where}...: {len(text)} bytes, at most {LONGEST} are read")
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except RecursionError:
@@ -72,9 +62,7 @@ def set_key(tree: dict, path: list[str], value: Any, override: str = "") -> None
 def explain(error: ValidationError, names: Iterable[str]) -> tuple[str, str]:
     """The first wrong key of a tree ("" for a conflict between keys) and what is wrong with it.
 
-    Args:
-        error: pydantic's.
-        names: all dotted keys; the nearest to an unknown key is suggested.
+    The nearest of `names`, all dotted keys, to an unknown key is suggested.
     """
     first = error.errors()[0]
     parts = [part for part in first["loc"] if isinstance(part, str)]
@@ -83,17 +71,10 @@ def explain(error: ValidationError, names: Iterable[str]) -> tuple[str, str]:
         (near,) = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
         return key, f"unknown key {key}; the nearest is {near}"
     if first["type"] == "string_type" and first["input"] is not None:
-        return key, (
-            f"{key}: YAML reads this value as {first['input']!r}, not as text; put it in quotes (in a shell: "
-            f"\"{key}='...'\")"
-        )
+        text = f"YAML reads this value as {first['input']!r}, not as text; put it in quotes"
+        return key, f"{key}: {text} (in a shell: \"{key}='...'\")"
     message = first["msg"].removeprefix("Value error, ")
     return key, f"{key}: {message}, got {first['input']!r}" if key else message
-
-
-def write_yaml(tree: dict) -> str:
-    """A tree as YAML: sections in blocks, lists on one line."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
@@ -112,11 +93,11 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-class _Dumper(yaml.SafeDumper):
-    pass
+class Dumper(yaml.SafeDumper):
+    """Sections in blocks, lists on one line."""
 
 
-_Dumper.add_representer(
+Dumper.add_representer(
     list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 )
 

@@ -40,12 +40,8 @@ def timm_op(image, name, magnitude, increasing, negative):
 @pytest.mark.parametrize("name", OPS)
 def test_ops_match_timm(name, monkeypatch):
     monkeypatch.setattr(auto_augment, "random", None)
-    flat = Image.new("RGB", (40, 32), (10, 200, 30))
-    for image in (
-        photo("chelsea").crop((100, 60, 196, 140)),
-        photo("rocket").crop((200, 100, 280, 196)),
-        flat,
-    ):
+    images = [photo("chelsea").crop((100, 60, 196, 140)), photo("rocket").crop((200, 100, 280, 196))]
+    for image in (*images, Image.new("RGB", (40, 32), (10, 200, 30))):
         for options in ((9, True, False), (4.3, True, True), (7, False, True), (0, True, False)):
             made = one_op(image, name, *options)
             assert made.dtype == torch.uint8
@@ -55,24 +51,20 @@ def test_ops_match_timm(name, monkeypatch):
             assert difference.max() <= limit or (difference > 1).float().mean() < 2e-3, options
 
 
-@pytest.mark.parametrize("name", ["Rotate", "ShearX", "TranslateYRel"])
-def test_bicubic_sampling_is_close_to_bilinear(name):
+def test_bicubic_sampling_is_close_to_bilinear():
     image = photo("astronaut").crop((100, 50, 220, 170))
-    smooth, sharp = (one_op(image, name, 5.3, True, False, bicubic).float() for bicubic in (False, True))
+    smooth, sharp = (one_op(image, "Rotate", 5.3, True, False, bicubic).float() for bicubic in (False, True))
     assert 0 < (smooth - sharp).abs().mean() < 4
 
 
 def test_policy_spelling():
     assert parse_randaugment("rand-m9-mstd0.5-inc1") == RandAugment(9, 2, 0.5, 0.5, 10, True)
-    assert parse_randaugment("rand-m15-n3-p0.7-mmax20-mstd101") == RandAugment(
-        15, 3, 0.7, math.inf, 20, False
-    )
+    wide = RandAugment(15, 3, 0.7, math.inf, 20, False)
+    assert parse_randaugment("rand-m15-n3-p0.7-mmax20-mstd101") == wide
     assert parse_randaugment("rand") == RandAugment(10, 2, 0.5, 0, 10, False)
     for wrong in ("augmix-m5", "rand-m", "rand-x3", "rand-tweights", "rand-n2.5", "m9", "rand-m5-p2"):
         with pytest.raises(UserError, match="rand-m9"):
-            parse_randaugment(wrong)
-    with pytest.raises(UserError):
-        Transform((8, 8), CLIP_MEAN, CLIP_STD, crop="rkrc", randaugment="rand-q1")
+            Transform((8, 8), CLIP_MEAN, CLIP_STD, crop="rkrc", randaugment=wrong)
 
 
 def test_layers_use_their_draws():
@@ -87,12 +79,10 @@ def test_layers_use_their_draws():
 @pytest.mark.parametrize("options", [{"randaugment": "rand-m9-n3-mstd0.5-inc1"}, {"color_jitter": 0.4}])
 def test_augmentation_is_a_function_of_seed_epoch_and_id(options):
     whole, ids = np.array(photo("coffee")), np.array([5, 900, 2, 77, 13, 4])
-    crops = [whole[i * 20 : i * 20 + 48, i * 30 : i * 30 + 64] for i in range(6)]
-    images = torch.from_numpy(np.stack(crops))
+    images = torch.from_numpy(np.stack([whole[i * 20 :][:48, i * 30 : i * 30 + 64] for i in range(6)]))
     mine = Transform((48, 64), CLIP_MEAN, CLIP_STD, crop="rkrc", **options)
     made = augment(images, mine, ids, seed=3, epoch=2)
-    assert made.shape == images.shape
-    assert made.dtype == torch.uint8
+    assert (made.shape, made.dtype) == (images.shape, torch.uint8)
     assert not torch.equal(made, images)
     order = [4, 0, 3]
     assert torch.equal(augment(images[order], mine, ids[order], seed=3, epoch=2), made[order])
@@ -136,14 +126,9 @@ def test_mix_depends_on_the_first_id():
     # Cutmix copies each pixel from some image, mixup none.
     cut = sum(bool(((made == images) | (made == images.flip(0))).all()) for made, _ in both)
     assert 160 < cut < 240
-    untouched, weight = mix(images, ids, mixup=0.0, cutmix=0.0, seed=0, epoch=0)
-    assert untouched is images
-    assert weight == 1.0
-
-
-def test_mixup_weight_has_the_beta_distribution():
+    assert mix(images, ids, mixup=0.0, cutmix=0.0, seed=0, epoch=0) == (images, 1.0)
     options = {"mixup": 0.5, "cutmix": 0.0, "seed": 0, "epoch": 0}
-    weights = np.array([mix(torch.zeros(1, 3, 2, 2), np.array([i]), **options)[1] for i in range(2000)])
+    weights = np.array([mix(images[:1], np.array([i]), **options)[1] for i in range(2000)])
     # Beta(a, a): mean 1/2, variance 1 / (4 (2a + 1)).
     assert abs(weights.mean() - 0.5) < 0.03
     assert abs(weights.var() - 0.125) < 0.01

@@ -14,7 +14,6 @@ from fastalign.utils.random import Stream, random_uniform
 from tests.data_helpers import CLIP_MEAN, CLIP_STD, Scripted, decode, encode, photo
 
 pytest.importorskip("nvidia.dali.fn")
-CPU = torch.device("cpu")
 FILES = {
     "astronaut 4:2:0": lambda: encode(photo("astronaut"), quality=75, subsampling=2),
     "astronaut 4:4:4": lambda: encode(photo("astronaut"), quality=95, subsampling=0),
@@ -26,10 +25,8 @@ FILES = {
 }
 
 
-def dali_pixels(
-    transform: Transform, files: list[np.ndarray], ids: np.ndarray, seed=0, epoch=0
-) -> torch.Tensor:
-    decoder = Decoder(transform.size, batch_size=len(files), device=CPU, threads=2)
+def dali_pixels(transform: Transform, files: list, ids: np.ndarray, seed=0, epoch=0) -> torch.Tensor:
+    decoder = Decoder(transform.size, batch_size=len(files), device=torch.device("cpu"), threads=2)
     shapes = np.array([read_size(data) for data in files])
     sampling = geometry(transform, shapes, ids, seed=seed, epoch=epoch)
     decoder.submit(files, sampling)
@@ -46,7 +43,6 @@ def levels(images: torch.Tensor, timm_output: list) -> np.ndarray:
     ("size", "crop_pct", "interpolation"),
     [
         ((224, 224), 0.875, "bilinear"),
-        ((224, 224), 0.9, "bicubic"),
         ((224, 224), 1.0, "bicubic"),
         ((192, 256), 0.9, "bicubic"),
         ((256, 128), 0.9, "bicubic"),
@@ -75,14 +71,9 @@ def test_normalised_eval_matches_timm_end_to_end():
 def timm_rkrc(data, transform: Transform, draws: list[float], monkeypatch):
     """draws: our row (interpolation, flip, zoom?, zoom, aspect?, aspect)."""
     kind, flip, zoomed, zoom, stretched, aspect = draws
-    script = [
-        zoomed,
-        *([zoom] if zoomed < 0.5 else []),
-        stretched,
-        *([aspect] if stretched < 0.5 else []),
-        kind,
-    ]
-    monkeypatch.setattr(timm_transforms, "random", Scripted(script))
+    draws = [zoomed, zoom] if zoomed < 0.5 else [zoomed]
+    draws += [stretched, aspect] if stretched < 0.5 else [stretched]
+    monkeypatch.setattr(timm_transforms, "random", Scripted([*draws, kind]))
     resize = timm_transforms.ResizeKeepRatio(
         transform.size,
         interpolation="random",
@@ -98,16 +89,14 @@ def timm_rkrc(data, transform: Transform, draws: list[float], monkeypatch):
 
 @pytest.mark.parametrize("size", [(224, 224), (160, 200)])
 def test_rkrc_matches_timm(size, monkeypatch):
-    makers = list(FILES.values())
-    files = [makers[i % len(makers)]() for i in range(24)]
-    ids = np.arange(100, 124)
+    files, ids = [make() for make in FILES.values()] * 4, np.arange(100, 128)
     mine = Transform(size, CLIP_MEAN, CLIP_STD, crop="rkrc", scale=(0.7, 1.0))
     draws = random_uniform(torch.from_numpy(ids), 6, seed=5, stream=Stream.GEOMETRY, epoch=3).tolist()
     expected = [timm_rkrc(data, mine, row, monkeypatch) for data, row in zip(files, draws, strict=True)]
     difference = levels(dali_pixels(mine, files, ids, seed=5, epoch=3), expected).mean(axis=(1, 2, 3))
     shapes = np.array([decode(data).size[::-1] for data in files])
     padded = geometry(mine, shapes, ids, seed=5, epoch=3).padded
-    assert 2 <= len(padded) < 24
+    assert 2 <= len(padded) < 28
     assert {row[0] < 0.5 for row in draws} == {row[1] < 0.5 for row in draws} == {True, False}
     assert difference.max() < 0.25
 
@@ -134,11 +123,9 @@ def timm_rrc(data, transform: Transform, draws: list[float], monkeypatch):
 
 
 def test_rrc_matches_timm(monkeypatch):
-    makers = list(FILES.values())
-    files = [makers[i % len(makers)]() for i in range(16)]
+    files, ids = [make() for make in FILES.values()] * 2, np.arange(14)
     # Wide ratios make tries fail, so that later tries and the fallback are met too.
     mine = Transform((128, 96), CLIP_MEAN, CLIP_STD, crop="rrc", scale=(0.5, 1.0), ratio=(0.2, 5.0))
-    ids = np.arange(16)
     draws = random_uniform(torch.from_numpy(ids), 24, seed=1, stream=Stream.GEOMETRY, epoch=0).tolist()
     made = [timm_rrc(data, mine, row, monkeypatch) for data, row in zip(files, draws, strict=True)]
     difference = levels(dali_pixels(mine, files, ids, seed=1), [image for image, _ in made])

@@ -20,7 +20,7 @@ def test_scan_lists_what_training_finds(tmp_path, capsys):
         "004.jpg": photos[4][:900],
         "095.jpg": photos[95][:800],
     }
-    files |= {"050.jpg": damaged(photos[50]), "060.jpg": damaged(photos[60]), "070.jpg": damaged(photos[70])}
+    files |= {f"0{i}.jpg": damaged(photos[i]) for i in (50, 60, 70)}
     root, output = write_folder(tmp_path / "a", files), tmp_path / "q.jsonl"
     for name in ("080.jpg", "class"):  # not mounted
         (root / name).unlink(missing_ok=True)
@@ -35,28 +35,26 @@ def test_scan_lists_what_training_finds(tmp_path, capsys):
     assert incomplete + [known.found[index] for index in sorted(known.found)] == read_list(output)
     assert read_quarantine(output, source) == set(range(101)) - set(seen)
     assert len(seen) == 94
-    assert "101 images, 7 bad (6.93%)" in output_text
-    assert "1 x a link that leads nowhere (such as '080.jpg')" in output_text
-    assert "incomplete: 'class', a link that leads nowhere" in output_text
-    assert "3 x damaged: DALI cannot decode it (such as '050.jpg')" in output_text
-    assert "2 x truncated: a JPEG without its end (such as '004.jpg')" in output_text
-    assert "1 x GIF, not JPEG, PNG, WebP or BMP (such as 'a\\nb.jpg')" in output_text
-    assert f"faults.quarantine={output}" in output_text
+    assert output_text.splitlines() == [
+        f"{root}: 101 images, 7 bad (6.93%)",
+        "  3 x damaged: DALI cannot decode it (such as '050.jpg')",
+        "  2 x truncated: a JPEG without its end (such as '004.jpg')",
+        "  1 x a link that leads nowhere (such as '080.jpg')",
+        "  1 x GIF, not JPEG, PNG, WebP or BMP (such as 'a\\nb.jpg')",
+        "  incomplete: 'class', a link that leads nowhere",
+        f"quarantine list: {output}; train with faults.quarantine={output}",
+    ]
     assert "101 of 101 images checked, 7 bad" in error_text
 
 
 @needs_dali
-def test_scan_of_a_damaged_shard_and_of_a_sound_one(tmp_path, capsys):
-    photos = small_photos(3)
+def test_scan_of_a_damaged_shard(tmp_path, capsys):
+    photos = small_photos(2)
     path = write_tar(tmp_path / "t/0.tar", [(f"{i}.jpg", p) for i, p in enumerate(photos)])
-    assert main([str(path), "--workers", "1"]) == 0
-    assert capsys.readouterr().out == f"{path}: 3 images, 0 bad (0.00%)\n"
-    path.write_bytes(path.read_bytes()[: 512 + -(-len(photos[0]) // 512) * 512])
+    path.write_bytes(path.read_bytes()[: len(photos[0]) + 1024])
     age(path.parent)
     assert main([str(path), "--workers", "1", "--output", str(tmp_path / "q.jsonl")]) == 0
-    out = capsys.readouterr().out
-    assert "1 images, 0 bad" in out
-    assert "incomplete: '0.tar', damaged at byte" in out
+    assert "1 images, 0 bad (0.00%)\n  incomplete: '0.tar', damaged at byte" in capsys.readouterr().out
     (shard,) = read_list(tmp_path / "q.jsonl")
     assert (shard.id, shard.name) == (None, "0.tar")
 
@@ -81,9 +79,8 @@ def test_bad_input_is_refused_before_the_scan(tmp_path, capsys, monkeypatch):
         ([str(tmp_path / "none")], "no such folder"),
         (["synthetic"], "no file to check"),
         ([str(root), "--workers", "0"], "--workers 0"),
-        ([str(root), "--output", str(tmp_path)], "it is a directory"),
-        ([str(root), "--output", str(root / "1.jpg/q.jsonl")], "cannot be written ("),
-        ([str(root), "--output", "/proc/q.jsonl"], "--output /proc/q.jsonl cannot be written ("),
+        ([str(root), "--output", str(tmp_path)], "cannot be written (it is a directory"),
+        ([str(root), "--output", "/proc/q.jsonl"], "/proc/q.jsonl cannot be written ("),
     ):
         assert main(arguments) == 2
         error = capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Tar shards: the ways to name them, their index, damaged and malicious ones."""
 
 import io
+import os
 import shutil
 import subprocess
 import tarfile
@@ -11,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastalign.data import sources, tars
+from fastalign.data import tars
 from fastalign.data.bad_samples import BadSample, append_to_list, read_quarantine
 from fastalign.data.sources import open_source
 from fastalign.utils.errors import UserError
-from tests.data_helpers import age, count_calls, message, shards, small_photos, write_tar
+from tests.data_helpers import age, count_calls, message, shards, small_photos, write_folder, write_tar
 
 
 @pytest.fixture
@@ -27,22 +28,20 @@ def portable_names(source):
     return [source.portable_name(i) for i in range(len(source))]
 
 
-def test_tar_forms_agree(tmp_path, scans, monkeypatch):
+def test_tar_forms_agree_and_a_changed_shard_is_noticed(tmp_path, scans):
     photos = shards(tmp_path / "t")
-    for form in ("t", "t/*.tar", "t/{000..002}.tar", "t/{000,001,002}.tar", "closed"):
-        if form == "closed":  # more shards than are kept open
-            monkeypatch.setattr(sources, "_MAX_OPEN_SHARDS", 2)
-            form = "t"
+    for form in ("t", "t/*.tar", "t/{000..002}.tar", "t/{000,001,002}.tar"):
         source = open_source(str(tmp_path / form))
-        assert (source.kind, len(source)) == ("tar", 12)
-        before = len(list(Path("/proc/self/fd").iterdir()))
+        before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
         for i in range(12):
             np.testing.assert_array_equal(source.read(i), photos[i])
-        assert len(list(Path("/proc/self/fd").iterdir())) == before
-        assert source.name(5).endswith("001.tar:1001.jpg")
-        source.close()
+        assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+        assert (len(source), source.name(5)) == (12, f"{tmp_path}/t/001.tar:1001.jpg")
     assert len(scans) == 3
     assert len(open_source(str(tmp_path / "t/001.tar"))) == 4
+    write_tar(tmp_path / "t/001.tar", [("new.jpg", photos[0])])
+    assert len(open_source(str(tmp_path / "t"))) == 9
+    assert len(scans) == 7
 
 
 def test_ranks_that_start_together_scan_once(tmp_path, monkeypatch):
@@ -57,14 +56,6 @@ def test_ranks_that_start_together_scan_once(tmp_path, monkeypatch):
     assert [len(source) for source in found] == [12] * 4
 
 
-def test_tar_index_notices_a_changed_shard(tmp_path, scans):
-    shards(tmp_path / "t")
-    open_source(str(tmp_path / "t"))
-    write_tar(tmp_path / "t/001.tar", [("new.jpg", small_photos(1)[0])])
-    assert len(open_source(str(tmp_path / "t"))) == 9
-    assert len(scans) == 6
-
-
 def test_only_regular_visible_members_are_images(tmp_path):
     path, photo = tmp_path / "t.tar", small_photos(1)[0]
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
@@ -73,13 +64,7 @@ def test_only_regular_visible_members_are_images(tmp_path):
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
         long = "../" * 40 + "long/" * 40 + "e.jpg"
-        for name in (
-            long,
-            "./a/x.jpg",
-            "./.ipynb_checkpoints/x.jpg",
-            "./a/.git/deep/y.png",
-            "./a/b.c/..w.webp",
-        ):
+        for name in (long, "./a/x.jpg", "./.cache/x.jpg", "./a/.git/deep/y.png", "./a/b.c/..w.webp"):
             info = tarfile.TarInfo(name)
             info.size = len(photo)
             tar.addfile(info, io.BytesIO(bytes(photo)))
@@ -112,9 +97,7 @@ def test_names_tell_shards_of_different_folders_apart(tmp_path):
     photos = dict(zip(("cc0", "cc12m", "cc3m"), small_photos(3), strict=True))
     for name, photo in photos.items():
         write_tar(tmp_path / f"{name}/00000.tar", [("000000000.jpg", photo)])
-    two, three = (
-        open_source(f"{tmp_path}/{{{sets}}}/00000.tar") for sets in ("cc3m,cc12m", "cc0,cc12m,cc3m")
-    )
+    two, three = (open_source(f"{tmp_path}/{sets}/00000.tar") for sets in ("{cc3m,cc12m}", "*"))
     assert two.portable_name(0) == "cc12m/00000.tar:000000000.jpg"
     append_to_list(tmp_path / "q.jsonl", [BadSample(i, two.portable_name(i), "GIF") for i in range(2)])
     found = read_quarantine(tmp_path / "q.jsonl", three)
@@ -142,22 +125,19 @@ def test_links_to_shards_keep_their_own_names(tmp_path):
     assert len(open_source(f"{tmp_path}/links/*.tar")) == 1, "a file counts once"
 
 
-def test_two_images_of_one_name_are_refused(tmp_path):
-    path = write_tar(tmp_path / "t.tar", list(zip(("a.jpg", "b.jpg", "a.jpg"), small_photos(3), strict=True)))
-    assert "t.tar has two images called 'a.jpg'" in message(path)
-
-
-def test_hidden_entries_are_ignored(tmp_path):
-    shards(tmp_path / "t", count=2)
+def test_hidden_entries_are_ignored_and_names_are_unique(tmp_path):
+    photos = shards(tmp_path / "t", count=2)
     (tmp_path / "t/.cache").mkdir()
     for name in ("._000.tar", "._a.jpg"):
         (tmp_path / "t" / name).write_bytes(b"resource fork")
     source = open_source(str(tmp_path / "t"))
     assert [Path(shard).name for shard in source.shards] == ["000.tar", "001.tar"]
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images/a.jpg").write_bytes(source.read(0))
-    (tmp_path / "images/._0.tar").write_bytes(b"resource fork")
-    assert open_source(str(tmp_path / "images")).kind == "folder"
+    write_folder(tmp_path / "images", {"a.jpg": photos[0], "._0.tar": photos[1]})
+    assert open_source(str(tmp_path / "images")).name(0) == "a.jpg"
+    path = write_tar(
+        tmp_path / "double.tar", [("a.jpg", photos[0]), ("b.jpg", photos[1]), ("a.jpg", photos[2])]
+    )
+    assert "double.tar has two images called 'a.jpg'" in message(path)
 
 
 def test_a_damaged_shard_is_refused_or_used_up_to_its_damage(tmp_path):
@@ -191,9 +171,7 @@ def test_a_failing_disk_is_not_damage_of_a_shard(tmp_path):
     """Images would silently leave the order of the data. The target of the link gives EIO."""
     write_tar(tmp_path / "t/0.tar", [("a.jpg", small_photos(1)[0])])
     (tmp_path / "t/1.tar").symlink_to("/proc/self/mem")
-    with pytest.raises(
-        UserError, match=r"cannot read .*t/1\.tar: Input/output error; is the disk available\?"
-    ):
+    with pytest.raises(UserError, match=r"cannot read .*t/1\.tar: Input/output error; is the disk"):
         open_source(str(tmp_path / "t"), damaged=True)
 
 

@@ -3,12 +3,11 @@
 import hashlib
 import json
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
 
-from fastalign.evaluation import datasets, label_maps
+from fastalign.evaluation import datasets
 from fastalign.evaluation.datasets import VOID, open_labelled
 from tests.data_helpers import encode, write_tar
 from tests.evaluation.helpers import (
@@ -22,6 +21,12 @@ from tests.evaluation.helpers import (
     picture,
     put,
 )
+
+
+def lowest_digests(files, count):
+    """The files whose names have the lowest SHA-256, as `printf NAME | sha256sum` prints them, and the others."""
+    ordered = sorted(files, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    return set(ordered[:count]), set(ordered[count:])
 
 
 def test_tar_shards(tars):
@@ -60,16 +65,11 @@ def test_coco_panoptic(coco):
 
 @pytest.mark.parametrize("kind", ["coco", "coco-panoptic"])
 def test_val_is_a_fixed_part_of_the_training_split(coco, kind):
-    """The two lowest SHA-256 of the file names, as `printf NAME | sha256sum` prints them."""
-    digests = {}
-    for number in COCO_TRAIN:
-        name = f"{number}.jpg"
-        digests[name] = subprocess.run(["sha256sum"], input=name.encode(), capture_output=True).stdout
-    val = set(sorted(digests, key=digests.get)[:2])
+    val, train = lowest_digests([f"{number}.jpg" for number in COCO_TRAIN], 2)
     assert set(names(open_labelled(f"{kind}:{coco}", "val"))) == val
-    train = open_labelled(f"{kind}:{coco}", "train")
-    assert set(names(train)) == set(digests) - val
-    assert [name[:-4] for name in names(train.maps)] == [name[:-4] for name in names(train)]
+    rest = open_labelled(f"{kind}:{coco}", "train")
+    assert set(names(rest)) == train
+    assert [name[:-4] for name in names(rest.maps)] == [name[:-4] for name in names(rest)]
 
 
 def test_the_publishers_own_layout(coco):
@@ -78,10 +78,8 @@ def test_the_publishers_own_layout(coco):
         shutil.move(coco / "images" / year, coco / year)
         shutil.move(coco / "annotations" / year, coco / "stuffthingmaps" / year)
         shutil.move(coco / f"annotations/panoptic_{year}", coco / f"panoptic_{year}")
-    for kind, width in (("coco", 183), ("coco-things", 92), ("coco-panoptic", 3)):
-        images = open_labelled(f"{kind}:{coco}", "test")
-        assert images.label_map(0).shape == (4, 6)
-        assert len(images.classes) == width
+    for kind in ("coco", "coco-things", "coco-panoptic"):
+        assert open_labelled(f"{kind}:{coco}", "test").label_map(0).shape == (4, 6)
 
 
 def test_ade20k(ade):
@@ -91,10 +89,9 @@ def test_ade20k(ade):
     assert len(test.classes) == 151
     spot = {0: "unlabeled", 1: "wall", 3: "sky", 150: "flag"}
     assert {i: test.classes[i] for i in spot} == spot
-    numbers = {f"ADE_train_{n:08d}.jpg" for n in (1, 2, 3)}
-    lowest = min(numbers, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    assert names(open_labelled(f"ade20k:{ade}", "val")) == [lowest]
-    assert set(names(open_labelled(f"ade20k:{ade}", "train"))) == numbers - {lowest}
+    val, train = lowest_digests([f"ADE_train_{n:08d}.jpg" for n in (1, 2, 3)], 1)
+    assert set(names(open_labelled(f"ade20k:{ade}", "val"))) == val
+    assert set(names(open_labelled(f"ade20k:{ade}", "train"))) == train
     put(ade / "annotations/validation/ADE_val_00000002.png", grey(151))
     assert "the id 151" in data_error(f"ade20k:{ade}", "test", index=1)
     # As its archive unpacks by itself.
@@ -102,13 +99,6 @@ def test_ade20k(ade):
     for name in ("images", "annotations"):
         shutil.move(ade / name, ade / "ADEChallengeData2016" / name)
     assert len(open_labelled(f"ade20k:{ade}", "test")) == 2
-
-
-def test_opening_decodes_nothing(coco, monkeypatch):
-    monkeypatch.setattr(label_maps.Image, "open", lambda *_: pytest.fail("decoded"))
-    monkeypatch.setattr("fastalign.data.sources.FolderSource.read", lambda *_: pytest.fail("read"))
-    for kind in ("coco", "coco-panoptic"):
-        assert len(open_labelled(f"{kind}:{coco}", "train")) == 5
 
 
 def test_class_names_are_distinct_and_come_with_the_package():
@@ -123,9 +113,8 @@ def test_bad_tar_shards_are_refused(tars):
     message = data_error(tars)
     assert "1 of 3 images" in message
     assert "train-001.tar:x.jpg" in message
-    for member, words in (("x.jpg", "no label maps"), ("x.png", "no images")):
-        write_tar(tars / "val-000.tar", [(member, encode(grey(0), "PNG"))])
-        assert words in data_error(tars, "val")
+    write_tar(tars / "val-000.tar", [("x.jpg", encode(picture()))])
+    assert "no label maps" in data_error(tars, "val")
     write_tar(tars / "test-000.tar", [("x.png", encode(grey(7), "PNG")), ("x.jpg", encode(picture()))])
     assert "test-000.tar:x.png has the id 7" in data_error(tars, "test", index=0)
     (tars / "test").mkdir()
@@ -134,11 +123,7 @@ def test_bad_tar_shards_are_refused(tars):
 
 def test_bad_coco_is_refused(coco, monkeypatch):
     put(coco / "annotations/val2017/000000000139.png", grey(3, 182))
-    message = data_error(f"coco:{coco}", "test", index=0)
-    assert "000000000139.png has the id 182" in message
-    assert "183 classes" in message
-    put(coco / "annotations/val2017/000000000139.png", grey(3, dtype=np.uint16))
-    assert "16 bits" in data_error(f"coco:{coco}", "test", index=0)
+    assert "000000000139.png has the id 182" in data_error(f"coco:{coco}", "test", index=0)
     (coco / "annotations/val2017/000000000285.png").unlink()
     assert "000000000285.jpg" in data_error(f"coco:{coco}", "test")
     monkeypatch.setitem(datasets.HELD_OUT, "coco", 7)
@@ -156,27 +141,18 @@ def test_bad_coco_is_refused(coco, monkeypatch):
         ("no 77", lambda c: c["annotations"][1]["segments_info"][0].update(category_id=77)),
         ("lacks 1 maps", lambda c: c["annotations"].pop()),
         ("segment 197121", lambda c: c["annotations"][0]["segments_info"].pop()),
+        ("not a panoptic JSON", lambda c: c.clear()),
+        ("download.sh coco-panoptic", None),
     ],
 )
 def test_a_bad_panoptic_json_is_refused(coco, words, change):
     path = coco / "annotations/panoptic_val2017.json"
     content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
+    if change:
+        change(content)
+        path.write_text(json.dumps(content))
+    else:
+        path.unlink()
     message = data_error(f"coco-panoptic:{coco}", "test", index=0)
     assert words in message
     assert str(path) in message
-
-
-def test_what_is_not_panoptic_is_refused(coco):
-    path = coco / "annotations/panoptic_val2017.json"
-    put(coco / "annotations/panoptic_val2017/000000000139.png", grey(7))
-    assert "RGB" in data_error(f"coco-panoptic:{coco}", "test", index=0)
-    for text, words in (
-        ("{", "not a panoptic JSON"),
-        ("[]", "not a panoptic JSON"),
-        (None, "download.sh coco-pan"),
-    ):
-        label_maps.read_panoptic.cache_clear()
-        path.unlink() if text is None else path.write_text(text)
-        assert words in data_error(f"coco-panoptic:{coco}", "test")

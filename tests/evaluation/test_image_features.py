@@ -1,8 +1,5 @@
 """Features of images: their order, and the file that they are in."""
 
-import errno
-import os
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -32,24 +29,6 @@ def test_features_come_in_the_order_of_images():
         assert [batch.images.tolist() for batch in found] == expected
         assert len(features) == len(images)
         images.close()
-
-
-def test_features_that_the_disk_cannot_hold(images, tmp_path, vit, monkeypatch):
-    """Said before anything is written to the file's map, which would kill the process."""
-    options = {"output": tmp_path / "out", "memory_share": 0.0, **QUICK}
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-        with pytest.raises(fa.UserError, match=r"0.0 GB free; name a folder with enough space"):
-            classify(vit, images, **options)
-
-    def full(handle, offset, size):
-        assert size >= 36 * 32 * 4
-        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(fa.UserError, match=r"name a folder with enough space"):
-        classify(vit, images, **options)
-    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_features_file_works_on_one_machine_only(tmp_path, monkeypatch):

@@ -56,11 +56,6 @@ def test_labels_in_shards(tmp_path):
     write_tar(tmp_path / "val" / "1.tar", [("a.png", encode(coloured(0, draw), "PNG"))])
     with pytest.raises(fa.UserError, match=r"1 of 3 images have no label, the first is .*1.tar:a.png"):
         labels_of(tmp_path)
-    write_tar(
-        tmp_path / "val" / "1.tar", [("a.png", encode(coloured(0, draw), "PNG")), ("a.cls", text("x" * 5000))]
-    )
-    with pytest.raises(fa.UserError, match=r"1.tar:a.cls has 5000 bytes"):
-        labels_of(tmp_path)
 
 
 @pytest.mark.parametrize("joined", [False, True])
@@ -81,13 +76,5 @@ def test_labels_of_names_with_dots(tmp_path, joined):
 def test_labels_that_contradict_one_another_are_refused(tmp_path):
     members = [("a.jpg", b"i"), ("a.cls", b"cat"), ("b.cls", b"cat"), ("b.cls", b"cat"), ("a.cls", b"dog")]
     path = write_tar(tmp_path / "t.tar", members)
-    with pytest.raises(fa.UserError, match=r"t.tar:a.cls is in the shard twice and says 'cat' and 'dog'"):
+    with pytest.raises(fa.UserError, match=r"t.tar:a.cls has two labels, 'cat' and 'dog'"):
         open_source(str(path)).class_names()
-
-
-def test_a_split_that_is_not_mounted_is_refused(tmp_path):
-    for split in ("train", "val"):
-        write_split(tmp_path, split, {"a/0.png": 0, "b/0.png": 0})
-    (tmp_path / "test").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(fa.UserError, match="test is not a folder"):
-        labels_of(tmp_path)

