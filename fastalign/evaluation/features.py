@@ -152,17 +152,10 @@ def read_image_features(
     folder: Path,
     share: float,
 ) -> Tensor:
-    """One feature per image, [n, *shape] on the CPU, of all images on each rank; ranks divide the reading.
+    """`encode` of every image, [n, *shape] of dtype `kept` on the CPU of each rank, which divide the reading.
 
-    Args:
-        encode: normalized images [B, 3, h, w] -> [B, *shape].
-        loader: in order, without augmentation.
-        shape: (D,) or (T, D).
-        kept: float32 or bfloat16, the dtype of the result.
-        world: all ranks.
-        dtype: of autocast.
-        folder: for a temporary file where the features take more than `share` of the machine's free memory.
-        share: of the free memory, for all ranks of a machine; UserError where it is short on several machines.
+    Where the features take more than `share` of the machine's free memory they are in a temporary file in `folder`;
+    UserError if there are several machines. `dtype` is of autocast.
     """
     array = ((len(loader.source), *shape), np.uint16 if kept == torch.bfloat16 else np.float32)
     needed = ArrayFiles(folder, {"features": array}).size

@@ -165,7 +165,7 @@ def location(source: Source, index: int) -> str:
 
 def pair(images: Source, maps: Source) -> Source:
     """The label maps in the order of the images, matched by name without suffix; UserError where one is missing."""
-    by_image, by_map = _by_stem(images), _by_stem(maps)
+    by_image, by_map = _by_stem(images, "images"), _by_stem(maps, "label maps")
     for source, these, those, of, to in (
         (images, by_image, by_map, "images", "label map"),
         (maps, by_map, by_image, "label maps", "image"),
@@ -179,14 +179,13 @@ def pair(images: Source, maps: Source) -> Source:
     return Subset(maps, np.array([by_map[key] for key in by_image]))
 
 
-def _by_stem(source: Source) -> dict[str, int]:
+def _by_stem(source: Source, of: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for index in range(len(source)):
         other = found.setdefault(stem(source.name(index)), index)
         if other != index:
-            raise UserError(
-                f"two files of one name: {location(source, other)} and {location(source, index)}; remove one"
-            )
+            both = f"{location(source, other)} and {location(source, index)}"
+            raise UserError(f"two {of} of one name: {both}; remove one")
     return found
 
 

@@ -112,8 +112,7 @@ def read_patch_features(
     """Reads a split, each rank its share, or finds it in `folder`.
 
     Args:
-        encoder: on the world's device.
-        data: the split.
+        encoder, data: the encoder, on the world's device, and the split.
         world: the ranks; they share `folder`.
         folder: of memory-mapped files; None = in memory, with one rank only.
         batch_size: images per forward pass and rank.

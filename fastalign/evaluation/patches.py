@@ -95,11 +95,11 @@ def evaluate_head(
         counts = MultiClassCounts(features.classes, device)
     else:
         counts = MultiLabelCounts(features.classes, device, by_size=task.labels == "union")
+    loader = _loader(features, task, _EVALUATION_BATCH, device)
 
     def add(logits: Tensor, batch: Batch) -> None:
         counts.add(logits, features.labels(batch.ids_host, task.labels).to(device))
 
-    loader = _loader(features, task, _EVALUATION_BATCH, device)
     evaluate(head, loader.batches(), add, device, dtype)
     return counts.results()
 
