@@ -80,13 +80,14 @@ KILLED_IN = {
     "update": (train, "update", lambda *_: True),
     "validation": (MaskEmbed, "forward", lambda self, images, ids, epoch=0: epoch == EVAL_EPOCH),
     "removal": (Path, "unlink", lambda path, **_: path.name == "step-00000006.pt"),
+    "write": (torch, "save", lambda *_: True),
     "rename": (os, "replace", lambda _, target: Path(target).parent.name in ("run", "checkpoints")),
 }
 """Functions, and the calls of them that count."""
 
 
 def die(place: str, number: int, rank: int | None = None) -> None:
-    """For `prepare`: a rank (or any) is killed at the call of that number, from 1; at a rename just after it."""
+    """For `prepare`: kill a rank (or any) at that call, from 1; then a rename is done, or a file half written."""
     if rank not in (None, int(os.environ["RANK"])):
         return
     owner, name, counts = KILLED_IN[place]
@@ -97,6 +98,9 @@ def die(place: str, number: int, rank: int | None = None) -> None:
         if left[0] == 0:
             if place == "rename":
                 call(*arguments)
+            if place == "write":
+                arguments[1].write(bytes(5000))
+                arguments[1].flush()
             os.kill(os.getpid(), signal.SIGKILL)
         return call(*arguments, **options)
 
@@ -125,8 +129,8 @@ def kill(arguments: list[str], folder: Path, *place) -> None:
 @needs_dali
 @pytest.mark.parametrize(
     ("place", "kept"),
-    [(("update", 11), ["06", "08"]), (("removal", 1), ["06", "08", "12"])],
-    ids=["between two checkpoints", "before the last removal"],
+    [(("update", 11), ["06", "08"]), (("write", 4), ["06", "08"]), (("removal", 1), ["06", "08", "12"])],
+    ids=["between two checkpoints", "in a half-written checkpoint", "before the last removal"],
 )
 def test_a_killed_rank_leaves_no_trace(recipe, tmp_path, whole, place, kept):
     """On one rank, quickly."""
