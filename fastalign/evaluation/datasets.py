@@ -16,18 +16,15 @@ from fastalign.data.tars import each_once, stem
 from fastalign.evaluation.label_maps import (
     VOID,
     LabelledImages,
-    ade20k_table,
-    coco_table,
     decode_ids,
     decode_panoptic,
-    decode_table,
     pair,
     read_panoptic,
 )
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
 
-__all__ = ["SPLITS", "VOID", "LabelledImages", "open_labelled"]
+__all__ = ["VOID", "LabelledImages", "open_labelled"]
 
 SPLITS = ("train", "val", "test")
 KINDS = ("coco", "coco-things", "coco-panoptic", "ade20k")
@@ -40,35 +37,21 @@ _IDS = "write one class name per line, the first line is id 0"
 
 
 def open_labelled(data: str, split: str) -> LabelledImages:
-    """Opens a split of a labelled data set.
+    """Opens "train", "val" or "test" of KIND:ROOT or of a folder with `classes.txt`; docs/probe.md describes each.
 
     COCO and ADE20K have two labelled splits: `test` is their validation split, `val` a fixed part of their training
-    split, chosen by a hash of the file name, and `train` the rest.
-
-    Args:
-        data: `coco:ROOT`, `coco-things:ROOT`, `coco-panoptic:ROOT`, `ade20k:ROOT`, or a folder with `classes.txt`
-            and either {train,val,test}/{images,labels} or {train,val,test}-*.tar. docs/probe.md describes each.
-        split: "train", "val" or "test".
-
-    Raises:
-        UserError: nothing usable there; the message names the path and the remedy.
+    split, chosen by a hash of the file name, and `train` the rest. UserError where nothing usable is there.
     """
     if split not in SPLITS:
         near = difflib.get_close_matches(str(split), SPLITS, n=1, cutoff=0.0)[0]
         raise UserError(f"no split {split!r}; there are train, val and test, the nearest is {near}")
     if not data:
-        raise UserError(
-            f"no labelled data given; name a folder, or one of {' '.join(f'{k}:ROOT' for k in KINDS)}"
-        )
+        raise UserError("no labelled data given; name a folder, or KIND:ROOT")
     try:
         kind, root = _parse(user_path(data))
-        if kind == "ade20k":
-            return _open_ade20k(root, split)
-        return _open_coco(kind, root, split) if kind else _open_own(root, split)
+        return _open_published(kind, root, split) if kind else _open_own(root, split)
     except OSError as error:
-        raise UserError(
-            f"cannot open {data}: {error.strerror or error}; check path and permissions"
-        ) from error
+        raise UserError(f"cannot open {data}: {error.strerror or error}") from error
 
 
 def _parse(data: str) -> tuple[str, Path]:
@@ -94,8 +77,7 @@ def _folder(data: str, candidates: list[Path], remedy: str) -> Path:
     for path in candidates:
         if path.is_dir():
             return path
-    others = f" (nor {', '.join(map(str, candidates[1:]))})" if candidates[1:] else ""
-    raise UserError(f"{data}: no folder {candidates[0]}{others}; {remedy}")
+    raise UserError(f"{data}: no folder {' nor '.join(map(str, candidates))}; {remedy}")
 
 
 def _published(images: Path, maps: Path, split: str, held_out: int) -> tuple[Source, Source]:
@@ -113,66 +95,53 @@ def _published(images: Path, maps: Path, split: str, held_out: int) -> tuple[Sou
     return Subset(source, chosen), Subset(labels, chosen)
 
 
-def _open_coco(kind: str, root: Path, split: str) -> LabelledImages:
-    year = "val2017" if split == "test" else "train2017"
-    panoptic = kind == "coco-panoptic"
-    remedy = _REMEDY.format(kind if panoptic else "coco", root)
-    name = f"panoptic_{year}" if panoptic else year
-    other = root / name if panoptic else root / "stuffthingmaps" / name
-    images = _folder(kind, [root / "images" / year, root / year], remedy)
-    maps = _folder(kind, [root / "annotations" / name, other], remedy)
-    source, labels = _published(images, maps, split, HELD_OUT["coco"])
-    if not panoptic:
-        classes = class_names("coco")[: 92 if kind == "coco-things" else 183]
-        return _by_table(source, labels, classes, coco_table(len(classes)))
-    content = read_panoptic(root / "annotations" / f"{name}.json")
-    missing = [n for n in map(labels.name, range(len(labels))) if stem(n) not in content.segments]
-    if missing:
-        raise UserError(f"{content.path} lacks {len(missing)} maps of {maps}, first {missing[0]}")
-    return LabelledImages(source, content.classes, 0, labels, partial(decode_panoptic, panoptic=content))
-
-
-def _open_ade20k(root: Path, split: str) -> LabelledImages:
-    part = "validation" if split == "test" else "training"
-    nested, remedy = root / "ADEChallengeData2016", _REMEDY.format("ade20k", root)
-    images, maps = (
-        _folder("ade20k", [root / kind / part, nested / kind / part], remedy)
-        for kind in ("images", "annotations")
-    )
-    source, labels = _published(images, maps, split, HELD_OUT["ade20k"])
-    return _by_table(source, labels, class_names("ade20k"), ade20k_table())
-
-
-def _by_table(source: Source, labels: Source, classes: tuple[str, ...], table: np.ndarray) -> LabelledImages:
-    def decode(encoded: np.ndarray, name: str, _stem: str) -> np.ndarray:
-        return decode_table(encoded, name, table, len(classes))
-
+def _open_published(kind: str, root: Path, split: str) -> LabelledImages:
+    """COCO or ADE20K, as the archives unpack or as the download leaves them."""
+    base = kind.partition("-")[0]
+    if kind == "ade20k":
+        part = "validation" if split == "test" else "training"
+        places = [root, root / "ADEChallengeData2016"]
+        images, maps = ([place / name / part for place in places] for name in ("images", "annotations"))
+    else:
+        year = "val2017" if split == "test" else "train2017"
+        name = f"panoptic_{year}" if kind == "coco-panoptic" else year
+        images = [root / "images" / year, root / year]
+        maps = [root / "annotations" / name]
+        maps.append(root / name if kind == "coco-panoptic" else root / "stuffthingmaps" / name)
+    remedy = _REMEDY.format(kind if kind == "coco-panoptic" else base, root)
+    folders = _folder(kind, images, remedy), _folder(kind, maps, remedy)
+    source, labels = _published(*folders, split, HELD_OUT[base])
+    if kind == "coco-panoptic":
+        content = read_panoptic(root / "annotations" / f"{name}.json")
+        missing = [n for n in map(labels.name, range(len(labels))) if stem(n) not in content.segments]
+        if missing:
+            raise UserError(f"{content.path} lacks {len(missing)} maps of {folders[1]}, first {missing[0]}")
+        return LabelledImages(source, content.classes, 0, labels, partial(decode_panoptic, panoptic=content))
+    classes, ids = class_names(base), np.arange(256)
+    if base == "coco":
+        classes, ids = classes[: 92 if kind == "coco-things" else 183], (ids + 1) % 256
+        ids[(ids >= len(classes)) & (ids < 183)] = 0  # stuff counts as unlabeled
+    decode = partial(decode_ids, classes=len(classes), table=ids)
     return LabelledImages(source, classes, 0, labels, decode)
 
 
 def _open_own(root: Path, split: str) -> LabelledImages:
     """A folder of folders or of tar shards, with classes.txt."""
     shards, folder = each_once(root.glob(f"{split}-*.tar")), root / split
-    if shards and folder.exists():
+    if bool(shards) == folder.is_dir():
+        found = "both" if shards else "neither"
         raise UserError(
-            f"{root} has both {folder.name}/ and {Path(shards[0]).name}; move one of them elsewhere"
-        )
-    if not shards and not folder.is_dir():
-        raise UserError(
-            f"{root} has no {split}/ and no {split}-*.tar; check the path, or name the data set (coco:...)"
+            f"{root} has {found} {split}/ and {split}-*.tar: give one, or name a kind (coco:ROOT)"
         )
     classes, unlabeled = _read_classes(root / "classes.txt")
     if shards:
         images, maps = _split_shards(root, split, shards)
     else:
         remedy = f"{split}/ must contain images/ and labels/"
-        images, maps = (
-            FolderSource(str(_folder(str(root), [folder / kind], remedy))) for kind in ("images", "labels")
-        )
+        folders = (_folder(str(root), [folder / name], remedy) for name in ("images", "labels"))
+        images, maps = (FolderSource(str(path)) for path in folders)
 
-    def decode(encoded: np.ndarray, name: str, _stem: str) -> np.ndarray:
-        return decode_ids(encoded, name, len(classes))
-
+    decode = partial(decode_ids, classes=len(classes))
     return LabelledImages(images, classes, unlabeled, pair(images, maps), decode)
 
 
@@ -181,7 +150,7 @@ def _split_shards(root: Path, split: str, shards: list[str]) -> tuple[Source, So
     members = TarSource(f"{root}/{split}-*.tar", shards)
     is_map = np.array([members.name(index).lower().endswith(".png") for index in range(len(members))])
     if is_map.all() or not is_map.any():
-        missing = "images (.jpg .jpeg .webp .bmp)" if is_map.all() else "label maps (.png)"
+        missing = "images" if is_map.all() else "label maps"
         raise UserError(
             f"{root}/{split}-*.tar have no {missing}; a sample is KEY.jpg and KEY.png in one shard"
         )

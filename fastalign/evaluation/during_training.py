@@ -1,7 +1,6 @@
 """A small probe of the student while it trains; docs/probe.md, "During training", describes it."""
 
 import copy
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import numpy as np
@@ -25,11 +24,7 @@ REPORTED = ("macro_recall", "map", "loss")
 
 
 def open_splits(config: Config, world: World) -> dict[str, LabelledImages]:
-    """Parts of the train and val splits of `probe.data` on rank 0, nothing elsewhere; `test` is not opened.
-
-    Raises:
-        SharedError: the data cannot be opened; on every rank.
-    """
+    """Parts of the train and val splits of `probe.data` on rank 0, nothing elsewhere; `test` is not opened."""
     found = {}
 
     def open_parts() -> None:
@@ -53,59 +48,31 @@ def contents(splits: dict[str, LabelledImages]) -> dict[str, str]:
 
 def probe_student(run, splits: dict[str, LabelledImages]) -> dict[str, float]:
     """Probes the encoder of a run's student, with the averaged weights where there are some."""
-    encoder = run.objective.student.encoder
+    encoder, device = run.objective.student.encoder, run.world.device
 
     def probe() -> dict[str, float]:
         vit = copy.deepcopy(encoder)  # a copy is not compiled, so no graph of training is compiled again
         if run.average:
             average = run.average.state
             vit.load_state_dict({name: average[f"encoder.{name}"] for name in vit.state_dict()})
-        return probe_encoder(
-            vit,
-            splits,
-            run.world.device,
-            seed=run.config.seed,
-            threads=run.config.data.threads,
-            dtype=run.dtype,
-            on_forward=lambda: run.beat("probing"),
-        )
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            return train_head(vit)
+
+    def train_head(vit: ViT) -> dict[str, float]:
+        """Trains a head in memory, on one rank, and evaluates its last epoch on val."""
+        vit.patch_embed.register_forward_hook(lambda *_: run.beat("probing"))
+        tokens, world = frozen_encoder(vit), World(0, 1, device)
+        how = {"threads": run.config.data.threads, "dtype": run.dtype}
+        read = {name: read_patch_features(tokens, split, world, **how) for name, split in splits.items()}
+        task = Task("transformer", "union", skip_blocks=0, seed=run.config.seed)
+        recipe = Recipe(epochs=EPOCHS, batch_size=min(Recipe().batch_size, len(read["train"])))
+        torch.manual_seed(task.seed)
+        head = make_patch_head(task.head, task.labels, tokens.shape, read["train"].classes)
+        head.register_forward_hook(lambda *_: run.beat("probing"))
+        where = {"device": device, "dtype": run.dtype}
+        fit_head(head, task, read["train"], None, recipe, **where)
+        found = evaluate_head(head, task, read["val"], **where)
+        return {name: found[name] for name in REPORTED}
 
     with nullcontext() if run.world.main else run.hang_timer.paused():
         return on_first_rank(run.world, probe)
-
-
-def probe_encoder(
-    vit: ViT,
-    splits: dict[str, LabelledImages],
-    device: torch.device,
-    *,
-    seed: int,
-    threads: int,
-    dtype: torch.dtype,
-    on_forward: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Trains a fresh head on a backbone's tokens, in memory and on one rank, and evaluates it.
-
-    Random states stay as they are; the backbone is frozen. `on_forward` is called at each forward pass.
-
-    Returns:
-        Of the val split after the last epoch: macro_recall, map and loss.
-
-    Raises:
-        UserError: a bad image or label map.
-    """
-    where = {"device": device, "dtype": dtype}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        vit.patch_embed.register_forward_hook(lambda *_: on_forward())
-        encoder, world = frozen_encoder(vit), World(0, 1, device)
-        read = {
-            n: read_patch_features(encoder, s, world, threads=threads, dtype=dtype) for n, s in splits.items()
-        }
-        task = Task("transformer", "union", skip_blocks=0, seed=seed)
-        recipe = Recipe(epochs=EPOCHS, batch_size=min(Recipe().batch_size, len(read["train"])))
-        torch.manual_seed(seed)
-        head = make_patch_head(task.head, task.labels, encoder.shape, read["train"].classes)
-        head.register_forward_hook(lambda *_: on_forward())
-        head, _, _ = fit_head(head, task, read["train"], None, recipe, **where)
-        found = evaluate_head(head, task, read["val"], by_size=False, **where)
-    return {name: found[name] for name in REPORTED}

@@ -2,12 +2,13 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,6 @@ from fastalign.backbones.precision import autocast
 from fastalign.data.index import lock
 from fastalign.data.loader import Loader
 from fastalign.data.prefetch import Batch
-from fastalign.data.source import Source
-from fastalign.data.transforms import Transform
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.utils.errors import SharedError, UserError
 from fastalign.utils.files import write_atomically
@@ -41,36 +40,31 @@ class ArrayFiles:
     @property
     def size(self) -> int:
         """Bytes of all arrays."""
-        return sum(map(_bytes, self.arrays.values()))
+        return sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in self.arrays.values())
 
     def complete(self) -> bool:
         """Whether every array was written to its end."""
-        try:
-            finished = set(json.loads((self.folder / _COMPLETE).read_bytes())["arrays"])
-            sizes = {name: self._path(name).stat().st_size for name in self.arrays}
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-        return all(name in finished and sizes[name] >= _bytes(self.arrays[name]) for name in sizes)
+        sizes = [path.stat().st_size for path in map(self._path, self.arrays) if path.is_file()]
+        return (self.folder / _COMPLETE).is_file() and sum(sizes) >= self.size
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps other commands from writing here; UserError if one already does."""
+        """Keeps other commands from writing here, until the process ends; UserError if one already does."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder) as free:
-            if not free:
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            if not lock(handle, wait=False):
                 raise UserError(
                     f"--cache {self.folder.parent}: another command is reading the same features into it; "
                     "wait until it is done, or name another folder"
                 )
             yield
+        finally:
+            os.close(handle)
 
     def create(self) -> None:
-        """Replaces the content of the folder by empty arrays, with their space on the disk allocated.
-
-        Raises:
-            UserError: too little space.
-        """
-        _empty(self.folder)
+        """Replaces the content of the folder by empty arrays, with space allocated; UserError for too little."""
+        self._empty()
         try:
             for name, (shape, kind) in self.arrays.items():
                 np.lib.format.open_memmap(self._path(name), mode="w+", dtype=kind, shape=shape).flush()
@@ -80,8 +74,8 @@ class ArrayFiles:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            _empty(self.folder)
-            raise _too_little_space(self.folder.parent, self.size) from None
+            self._empty()
+            check_space(self.folder.parent, [self], full=True)
 
     def open(self, *, write: bool) -> dict[str, np.ndarray]:
         """The mapped arrays. Not copy-on-write: Linux counts such maps as memory."""
@@ -95,60 +89,31 @@ class ArrayFiles:
     def remove(self) -> None:
         """Deletes the folder, unless another command is writing to it. Open maps stay valid."""
         if self.folder.is_dir():
-            with _locked(self.folder) as free:
-                if free:
-                    shutil.rmtree(self.folder)
+            with suppress(UserError), self.lock():
+                shutil.rmtree(self.folder)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npy"
 
+    def _empty(self) -> None:
+        for path in self.folder.iterdir():
+            path.unlink()
 
-def check_space(folder: Path, wanted: Iterable[ArrayFiles]) -> None:
-    """Raises UserError where the disk cannot hold the arrays."""
+
+def check_space(folder: Path, wanted: Iterable[ArrayFiles], *, full: bool = False) -> None:
+    """Raises UserError where the disk cannot hold the arrays, or is known to be full."""
     by_folder = {files.folder: files for files in wanted}
     folder.mkdir(parents=True, exist_ok=True)
     leftovers = sum(path.stat().st_blocks * 512 for place in by_folder for path in place.glob("*"))
-    need = sum(files.size for files in by_folder.values())
-    if need > shutil.disk_usage(folder).free + leftovers:
-        raise _too_little_space(folder, need)
-
-
-def _too_little_space(folder: Path, need: int) -> UserError:
-    free = shutil.disk_usage(folder).free
-    return UserError(
-        f"the features take {need / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free; "
-        "name a folder with enough space (probe --cache, classify --output)"
-    )
-
-
-def _bytes(array: Array) -> int:
-    return int(np.prod(array[0], dtype=np.int64)) * np.dtype(array[1]).itemsize
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Whether the folder was free to lock; the lock ends with the block, or with the process."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        yield lock(handle, wait=False)
-    finally:
-        os.close(handle)
+    need, free = sum(files.size for files in by_folder.values()), shutil.disk_usage(folder).free
+    if full or need > free + leftovers:
+        raise UserError(
+            f"the features take {need / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free; "
+            "name a folder with enough space (probe --cache, classify --output)"
+        )
 
 
 _ALLREDUCE_BYTES = 2**26
-
-
-def open_loader(
-    source: Source, transform: Transform, world: World, *, train: bool = False, **options
-) -> Loader:
-    """A loader of this rank's share of the images."""
-    options |= {"device": world.device, "rank": world.rank, "world_size": world.size}
-    return Loader(source, transform, train=train, **options)
 
 
 @torch.no_grad()
@@ -187,23 +152,10 @@ def read_image_features(
     folder: Path,
     share: float,
 ) -> Tensor:
-    """One feature per image, of all images on each rank; ranks divide the reading.
+    """`encode` of every image, [n, *shape] of dtype `kept` on the CPU of each rank, which divide the reading.
 
-    Args:
-        encode: normalized images [B, 3, h, w] -> [B, *shape].
-        loader: in order, without augmentation.
-        shape: (D,) or (T, D).
-        kept: float32 or bfloat16, the dtype of the result.
-        world: all ranks.
-        dtype: of autocast.
-        folder: for a temporary file where memory is short; it works on one machine only.
-        share: of the free memory that the machine's ranks may take together.
-
-    Returns:
-        [n, *shape] on the CPU.
-
-    Raises:
-        UserError: memory is short, and so is the disk or there are several machines.
+    Where the features take more than `share` of the machine's free memory they are in a temporary file in `folder`;
+    UserError if there are several machines. `dtype` is of autocast.
     """
     array = ((len(loader.source), *shape), np.uint16 if kept == torch.bfloat16 else np.float32)
     needed = ArrayFiles(folder, {"features": array}).size
@@ -213,8 +165,8 @@ def read_image_features(
     if mapped and world.size > ranks:
         # Each machine would write back whole pages of a shared file, over the rows of the others in them.
         raise SharedError(
-            f"the features of {array[0][0]} images take {needed / 1e9:.1f} GB, more than --memory-share allows, and "
-            "a file instead works on one machine only: raise --memory-share, or use one machine"
+            f"the features of {array[0][0]} images take {needed / 1e9:.1f} GB, more than --memory-share allows; "
+            "a file works on one machine only: raise --memory-share, or use one machine"
         )
     features = as_tensor(_temporary_file(array, folder, world) if mapped else np.zeros(*array))
     read_features(lambda images: [encode(images)], loader.batches(), [features], world.device, dtype)
@@ -236,19 +188,15 @@ def _free_memory() -> int:
 def _temporary_file(array: Array, folder: Path, world: World) -> np.ndarray:
     """An array that the ranks share, in a file that is deleted once it is mapped: it ends with the last rank."""
 
-    def create() -> ArrayFiles:
-        files = ArrayFiles(Path(tempfile.mkdtemp(prefix=".features-", dir=folder)), {"features": array})
-        try:
+    with ExitStack() as stack:
+
+        def create() -> ArrayFiles:
+            files = ArrayFiles(Path(tempfile.mkdtemp(prefix=".features-", dir=folder)), {"features": array})
+            stack.callback(files.remove)
             check_space(folder, [files])
             files.create()
-        except UserError:
-            files.remove()
-            raise
-        return files
+            return files
 
-    files = on_first_rank(world, create)
-    mapped = files.open(write=True)["features"]
-    world.barrier()
-    if world.main:
-        files.remove()
+        mapped = on_first_rank(world, create).open(write=True)["features"]
+        world.barrier()
     return mapped

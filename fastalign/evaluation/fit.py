@@ -29,7 +29,7 @@ _SAY_SECONDS = 30.0
 class FeatureLoader:
     """Batches of features [n, ...] on one rank, in the form of a `Loader`'s.
 
-    `order` gives the row numbers of an epoch, of which an incomplete last batch is dropped; None = all rows in order.
+    `order` gives the rows of an epoch, of which an incomplete last batch is dropped; None = all rows in order.
     """
 
     def __init__(
@@ -57,39 +57,25 @@ class FeatureLoader:
             features = self.features[ids.to(self.features.device)].to(self.device, non_blocking=True)
             yield Batch(features.to(self.dtype), ids.to(self.device), rows, 0.0)
 
-    def close(self) -> None:
-        """Does nothing: a `Loader` has threads to stop, this has none."""
-
 
 @dataclass
 class Fit:
     """Trains a module with AdamW; its owner evaluates after each epoch."""
 
-    module: nn.Module
-    """on the device: a batch's `images` -> logits"""
-    groups: list[dict]
-    """AdamW's parameter groups, each with the "factor" of its learning rate"""
-    loss: Callable[[Tensor, Batch], Tensor]
-    """(logits, batch) -> scalar"""
-    rate: Callable[[int], float]
-    """update, from 0 -> learning rate"""
+    module: nn.Module  # on the device: a batch's `images` -> logits
+    groups: list[dict]  # AdamW's parameter groups, each with the "factor" of its learning rate
+    loss: Callable[[Tensor, Batch], Tensor]  # (logits, batch) -> scalar
+    rate: Callable[[int], float]  # update, from 0 -> learning rate
     epochs: int
-    epoch_steps: int
-    """updates"""
-    world: World
-    """ranks that share each batch"""
-    dtype: torch.dtype
-    """of autocast"""
-    seed: int = 0
-    """of stochastic depth"""
-    accumulate: int = 1
-    """batches per update"""
-    clip: float = 0.0
-    """largest gradient norm; 0 = any"""
+    epoch_steps: int  # updates
+    world: World  # ranks that share each batch
+    dtype: torch.dtype  # of autocast
+    seed: int = 0  # of stochastic depth
+    accumulate: int = 1  # batches per update
+    clip: float = 0.0  # largest gradient norm; 0 = any
     step: int = 0
 
     def __post_init__(self):
-        self.parameters = [parameter for group in self.groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(self.groups, betas=(0.9, 0.999), fused=True)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         self.model = self.module
@@ -108,14 +94,9 @@ class Fit:
         batches: Callable[[int, int], Iterator[Batch]],
         after_update: Callable[[int, dict], None] | None = None,
     ) -> Iterator[tuple[int, float]]:
-        """Trains from the present step to the end.
+        """Trains from the present step to the end; yields after each epoch its number, from 1, and its mean loss.
 
-        Args:
-            batches: (epoch from 0, first batch) -> the epoch's batches from there on.
-            after_update: gets the epoch, and the update's measurements that are still on the device.
-
-        Yields:
-            After each epoch its number, from 1, and its mean loss.
+        `batches` gives the batches of (epoch from 0, first batch), `after_update` gets epoch and measurements.
         """
         while self.step < self.total:
             epoch, done = divmod(self.step, self.epoch_steps)
@@ -146,7 +127,8 @@ class Fit:
                 loss = self.loss(logits, batch) / self.accumulate
                 loss.backward()
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf)
+        parameters = (parameter for group in self.groups for parameter in group["params"])
+        norm = nn.utils.clip_grad_norm_(parameters, self.clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
         loss = self.world.sum(total) / self.world.size
@@ -173,10 +155,9 @@ def evaluate(
 
 
 class RunFolder:
-    """Keeps a fit resumable.
+    """Keeps a fit resumable: sets it to the newest checkpoint in `folder`, and restores `progress` in place.
 
-    A fit that is not started is set to the newest checkpoint in `folder`, and `progress`, plain values that the owner
-    changes, is restored in place. UserError where that checkpoint has another `identity`.
+    `progress` are plain values that the owner changes. UserError where the checkpoint has another `identity`.
     """
 
     def __init__(
@@ -206,7 +187,7 @@ class RunFolder:
         """Logs an update, and saves within an epoch where that is due."""
         fit = self.fit
         at_end = fit.step % fit.epoch_steps == 0
-        saving = bool(self.save_every) and fit.step % self.save_every == 0 and not at_end
+        saving = self.save_every and fit.step % self.save_every == 0 and not at_end
         self.speed.tick(measured.pop("waited"))
         self.log.add(step=fit.step, epoch=epoch, **measured)
         if saving or at_end or time.monotonic() - self.said > _SAY_SECONDS:
@@ -243,12 +224,10 @@ class RunFolder:
             return
         for note in notes:
             self.say(note)
-        if not isinstance(state, dict) or not {"weights", "identity", "step"} <= state.keys():
-            raise UserError(f"{folder} has no checkpoint of this command: choose another --output")
         if state["identity"] != self.identity:
+            changed = difference(state["identity"], self.identity)
             raise UserError(
-                f"{folder} is of another setting ({difference(state['identity'], self.identity)}): set it back, "
-                "remove the folder, or choose another --output"
+                f"{folder}: {changed}: set it back, remove the folder, or choose another --output"
             )
         fit.module.load_state_dict(state["weights"], strict=False)  # frozen weights are the backbone's own
         fit.optimizer.load_state_dict(state["optimizer"])

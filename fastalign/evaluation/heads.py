@@ -40,7 +40,7 @@ class SelectTokens(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.which == "image":
-            return (tokens[:, : self.prefix] if self.prefix else tokens).mean(1, keepdim=True)
+            return tokens[:, : self.prefix or None].mean(1, keepdim=True)
         return tokens[:, self.prefix :] if self.which == "patches" else tokens
 
 
@@ -71,7 +71,7 @@ class PatchTransformer(nn.Module):
             tokens = tokens + self.pos_embed
         answers = self.head(self.norm(self.blocks(self.norm_pre(tokens))))
         if self.image:
-            return (answers[:, : self.shape.prefix] if self.shape.prefix else answers).mean(1, keepdim=True)
+            return answers[:, : self.shape.prefix or None].mean(1, keepdim=True)
         return answers[:, -self.shape.patches :]
 
 
@@ -85,10 +85,7 @@ def supports(head: str, labels: str) -> bool:
 def make_patch_head(
     name: str, labels: str, shape: TokenShape, classes: int, *, hidden: int = 1024, layers: int = 2
 ) -> nn.Module:
-    """A patch head with fresh weights: tokens [B, T, D] -> logits [B, N, C], or [B, 1, C] for `global-union`.
-
-    `hidden` is the width of the MLP, `layers` are the blocks of the transformers.
-    """
+    """A patch head with fresh weights: tokens [B, T, D] -> logits [B, N, C], or [B, 1, C] for `global-union`."""
     image = labels == "global-union"
     which = {"latent-global": "image", "latent": "all", "transformer": "all"}.get(
         name, "image" if image else "patches"
@@ -182,7 +179,6 @@ def make_image_head(name: str, vit: ViT, classes: int) -> nn.Module:
 
 
 def _attention_heads(width: int) -> int:
-    """64 channels each where that divides the width, else one."""
     return width // 64 if width % 64 == 0 else 1
 
 
@@ -194,21 +190,16 @@ def _initialize(head: nn.Module) -> None:
 
 
 _BLOCK = re.compile(r"backbone\.blocks\.(\d+)\.")
-_BEFORE_BLOCKS = ("patch_embed.", "cls_token", "reg_token", "pos_embed", "norm_pre.")
+_BEFORE_BLOCKS = tuple(
+    f"backbone.{part}" for part in ("patch_embed.", "cls_token", "reg_token", "pos_embed", "norm_pre.")
+)
 
 
 def head_input(vit: ViT, tokens: Tensor, head: str) -> Tensor:
-    """What an image head reads of a backbone's output.
+    """What an image head reads of a backbone's tokens [B, T, D]: for "linear" [B, D], else all of them.
 
-    Args:
-        vit: the backbone.
-        tokens: [B, T, D], its output.
-        head: "linear" reads the class token, or the mean of the patches where there is none, after the backbone's
-            norm after pooling; the others read all tokens. A published model's own pooling is not used: alignment
-            drops it, and both backbones must be read in the same way.
-
-    Returns:
-        [B, D] or [B, T, D].
+    "linear" reads the class token, or the mean of the patches where there is none, after the norm after pooling. A
+    published model's own pooling is not used: alignment drops it, and both backbones must be read in the same way.
     """
     if head != "linear":
         return tokens
@@ -242,15 +233,11 @@ class Classifier(nn.Module):
 
 
 def learning_rate_factor(name: str, depth: int, decay: float) -> float:
-    """A parameter's learning rate relative to the head's.
-
-    decay^(depth - i) in block i of 0..depth-1, decay^(depth + 1) before the blocks, 1 after them.
-    """
+    """Relative to the head's: decay^(depth - i) in block i from 0, decay^(depth + 1) before them, 1 after them."""
     block = _BLOCK.match(name)
     if block:
         return decay ** (depth - int(block[1]))
-    before = name.startswith(tuple(f"backbone.{part}" for part in _BEFORE_BLOCKS))
-    return decay ** (depth + 1) if before else 1.0
+    return decay ** (depth + 1) if name.startswith(_BEFORE_BLOCKS) else 1.0
 
 
 def parameter_groups(model: nn.Module, *, decay: float, weight_decay: float) -> list[dict]:

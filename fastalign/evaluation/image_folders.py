@@ -17,40 +17,27 @@ from fastalign.utils.paths import user_path
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """Images and their classes."""
+    """Images and their classes, as int64 indices [n] into the class names."""
 
     source: Source
     labels: Tensor
-    "[n] int64, indices into the class names"
-
-    def labels_crc(self) -> int:
-        """CRC-32 of the labels."""
-        return zlib.crc32(self.labels.numpy().tobytes())
 
     def facts(self) -> dict:
         """The number of images, and CRC-32 of file names and labels."""
-        fingerprint, labels = f"{self.source.fingerprint():08x}", f"{self.labels_crc():08x}"
-        return {"images": len(self.source), "fingerprint": fingerprint, "labels": labels}
+        crc = {"fingerprint": self.source.fingerprint(), "labels": zlib.crc32(self.labels.numpy().tobytes())}
+        return {"images": len(self.source), **{name: f"{value:08x}" for name, value in crc.items()}}
 
 
 def open_image_splits(
     root: str | Path, world: World, say: Callable[[str], None]
 ) -> tuple[dict[str, ImageSplit], list[str]]:
-    """Opens ``train`` and ``val``, and ``test`` where there is one.
+    """Opens ``train`` and ``val``, and ``test`` where there is one; UserError where they do not fit together.
 
     Each is a folder of class folders, images with a ``labels.csv`` (there or in ``images/``), or tar shards with
-    ``.cls`` members.
-
-    Args:
-        root: the folder of the splits.
-        world: every rank opens them, and all must see the same files.
-        say: gets a line about each class that val or test lacks.
+    ``.cls`` members. Every rank opens them, and all must see the same files.
 
     Returns:
         The splits by name, and the class names: those of train, sorted (as numbers where all are integers).
-
-    Raises:
-        UserError: a missing split, images without a label, a class that train lacks, or fewer than two classes.
     """
     root = Path(user_path(root))
     if not root.is_dir():
@@ -61,14 +48,13 @@ def open_image_splits(
     test = root / "test"
     if os.path.lexists(test) and not test.is_dir():
         raise UserError(f"--data {root}: {test} is not a folder; mount its target, or remove it")
-    sources = {name: _open(root / name) for name in ("train", "val", "test") if (root / name).is_dir()}
-    names = {name: _class_names(source, root / name) for name, source in sources.items()}
-    classes = _sorted(set(names["train"]))
+    opened = {name: _open(root / name) for name in ("train", "val", "test") if (root / name).is_dir()}
+    classes = _sorted(set(opened["train"][1]))
     if len(classes) < 2:
         raise UserError(f"--data {root}: train/ has the class {classes[0]} only; give at least two classes")
     index, splits = {name: number for number, name in enumerate(classes)}, {}
-    for name, source in sources.items():
-        present = set(names[name])
+    for name, (source, names) in opened.items():
+        present = set(names)
         unknown = _sorted(present - set(classes))
         if unknown:
             raise UserError(
@@ -77,21 +63,17 @@ def open_image_splits(
         absent = [label for label in classes if label not in present]
         if absent:
             say(f"{name}/ has no image of {_listed(absent)}: mean per class is over the other classes")
-        splits[name] = ImageSplit(source, torch.tensor([index[label] for label in names[name]]))
-        if not world.agree(source.fingerprint()) or not world.agree(splits[name].labels_crc()):
-            raise UserError(
-                f"--data {root}/{name}: the ranks see different files; give all machines the same"
-            )
+        splits[name] = ImageSplit(source, torch.tensor([index[label] for label in names]))
+        if not world.agree(str(splits[name].facts())):
+            raise UserError(f"--data {root}/{name}: the ranks see different files")
     return splits, classes
 
 
-def _open(path: Path) -> Source:
+def _open(path: Path) -> tuple[Source, list[str]]:
+    """A split and the class name of each image."""
     inside = path / "images"
     # A folder that has other pictures next to the labelled ones, such as label maps.
-    return open_source(str(inside if (inside / "labels.csv").is_file() else path))
-
-
-def _class_names(source: Source, path: Path) -> list[str]:
+    source = open_source(str(inside if (inside / "labels.csv").is_file() else path))
     names = source.class_names()
     missing = [number for number, name in enumerate(names) if name is None]
     if missing:
@@ -99,7 +81,7 @@ def _class_names(source: Source, path: Path) -> list[str]:
             f"--data {path}: {len(missing)} of {len(names)} images have no label, the first is "
             f"{source.name(missing[0])}; add its class folder, its line in labels.csv, or its .cls file"
         )
-    return names
+    return source, names
 
 
 def _sorted(names: set[str]) -> list[str]:

@@ -16,7 +16,7 @@ from fastalign.backbones.vit import ViT
 from fastalign.data.loader import Loader
 from fastalign.data.prefetch import Batch
 from fastalign.data.transforms import Transform
-from fastalign.evaluation.features import open_loader, read_image_features
+from fastalign.evaluation.features import read_image_features
 from fastalign.evaluation.fit import FeatureLoader, Fit, RunFolder, evaluate
 from fastalign.evaluation.heads import (
     Classifier,
@@ -47,14 +47,11 @@ class Job:
     backbone: ViT
     splits: dict[str, ImageSplit]
     classes: int
-    options: ImageOptions
-    """resolved"""
+    options: ImageOptions  # resolved
     world: World
     say: Callable[[str], None]
-    folder: Path
-    """for checkpoints and temporary files; the same on all ranks"""
-    identity: dict | None
-    """plain values that a checkpoint must share; None = no checkpoints"""
+    folder: Path  # for checkpoints and temporary files; the same on all ranks
+    identity: dict | None  # plain values that a checkpoint must share; None = no checkpoints
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,20 +59,15 @@ class Job:
         return compute_dtype(self.options.precision, self.world.device)
 
     def open_loader(self, split: str, transform: Transform, batch_size: int, **more) -> Loader:
-        """A loader of a split for this rank."""
-        more |= {"batch_size": batch_size, "dtype": self.dtype, "threads": self.options.threads}
-        return open_loader(self.splits[split].source, transform, self.world, **more)
+        """A loader of a split for this rank, in order unless `train` is given."""
+        world, source = self.world, self.splits[split].source
+        more = {"train": False, "dtype": self.dtype, "threads": self.options.threads} | more
+        more |= {"device": world.device, "rank": world.rank, "world_size": world.size}
+        return Loader(source, transform, batch_size=batch_size, **more)
 
 
 def mixed_loss(logits: Tensor, labels: Tensor, *, weight: float, smoothing: float) -> Tensor:
-    """Cross-entropy against a mixture of a batch's labels and the same in reverse order.
-
-    Args:
-        logits: [B, C].
-        labels: [B] int64.
-        weight: share of a sample's own label.
-        smoothing: share of every label that is spread over all classes.
-    """
+    """Cross-entropy of logits [B, C] against labels [B] mixed with the same in reverse order, at 1 - `weight`."""
     logits = logits.float()
     own = functional.cross_entropy(logits, labels, label_smoothing=smoothing)
     if weight == 1:
@@ -89,8 +81,7 @@ def update_best(
 ) -> tuple[dict | None, dict]:
     """After an epoch (from 1): what is reported if training ends here, and the validation metrics.
 
-    With a test split, the test metrics of the epoch with the best validation top-1 (the first of equals); without
-    one, the validation metrics of the last epoch, because selecting on the reported split is biased.
+    With a test split, the first epoch with the best validation top-1; without one, the last epoch.
     """
     val = measure("val")
     if not has_test:
@@ -152,21 +143,15 @@ def train_on_images(job: Job) -> list[dict]:
 
 
 def train_seed(job: Job, model: nn.Module, loaders: Loaders, seed: int, world: World) -> dict:
-    """Trains a model on images or features.
-
-    Returns:
-        The seed, what `update_best` selected, and a line for each epoch as "curve".
-    """
+    """Trains a model; returns the seed, what `update_best` selected, and a line for each epoch as "curve"."""
     options, say = job.options, job.say if job.options.live else lambda text: None
     labels = {name: split.labels.to(world.device) for name, split in job.splits.items()}
     fit = make_fit(model, len(loaders["train"]), labels["train"], options, seed, world, job.dtype)
 
     def measure(split: str) -> dict:
         counts = ImageCounts(job.classes, world.device)
-        batches, targets = loaders[split].batches(), labels[split]
-        evaluate(
-            model, batches, lambda logits, b: counts.add(logits, targets[b.ids]), world.device, job.dtype
-        )
+        add = lambda logits, batch: counts.add(logits, labels[split][batch.ids])  # noqa: E731
+        evaluate(model, loaders[split].batches(), add, world.device, job.dtype)
         return counts.results(world)
 
     progress, folder = {"best": None, "curve": []}, None
@@ -199,26 +184,16 @@ def make_fit(
     dtype: torch.dtype,
 ) -> Fit:
     """The training loop of a head or a `Classifier`: batches per epoch, labels of all training images."""
-    steps = batches // options.accumulate
-    warmup, smoothing = round(options.warmup_epochs * steps), options.label_smoothing
-    schedule = {"total": options.epochs * steps, "warmup": warmup, "lr": options.lr, "min_lr": options.min_lr}
+    steps, epochs, smoothing = batches // options.accumulate, options.epochs, options.label_smoothing
+    groups = parameter_groups(model, decay=options.layer_decay or 1.0, weight_decay=options.weight_decay)
+    schedule = {"total": epochs * steps, "warmup": round(options.warmup_epochs * steps)}
+    rate = partial(learning_rate, **schedule, lr=options.lr, min_lr=options.min_lr)
 
     def loss(logits: Tensor, batch: Batch) -> Tensor:
         return mixed_loss(logits, labels[batch.ids], weight=batch.weight, smoothing=smoothing)
 
-    return Fit(
-        model,
-        parameter_groups(model, decay=options.layer_decay or 1.0, weight_decay=options.weight_decay),
-        loss,
-        partial(learning_rate, **schedule),
-        epochs=options.epochs,
-        epoch_steps=steps,
-        world=world,
-        dtype=dtype,
-        seed=seed,
-        accumulate=options.accumulate,
-        clip=options.clip,
-    )
+    how = {"seed": seed, "accumulate": options.accumulate, "clip": options.clip}
+    return Fit(model, groups, loss, rate, epochs, steps, world, dtype, **how)
 
 
 def _read(job: Job, split: str) -> Tensor:
@@ -227,18 +202,10 @@ def _read(job: Job, split: str) -> Tensor:
     vit = copy_for_head(job.backbone, head).to(job.world.device).eval()
     tokens = () if head == "linear" else (vit.spec.prefix + vit.spec.patches,)
     job.say(f"{split}: features of {len(job.splits[split].source)} images")
-    with closing(
-        job.open_loader(split, Transform(crop="eval", **image_constants(vit)), _READ_BATCH)
-    ) as loader:
-        features = read_image_features(
-            lambda images: head_input(vit, vit.forward_features(images), head),
-            loader,
-            (*tokens, vit.embed_dim),
-            job.dtype if tokens else torch.float32,
-            job.world,
-            dtype=job.dtype,
-            folder=job.folder,
-            share=job.options.memory_share,
-        )
+    transform, kept = Transform(crop="eval", **image_constants(vit)), job.dtype if tokens else torch.float32
+    encode = lambda images: head_input(vit, vit.forward_features(images), head)  # noqa: E731
+    how = {"dtype": job.dtype, "folder": job.folder, "share": job.options.memory_share}
+    with closing(job.open_loader(split, transform, _READ_BATCH)) as loader:
+        features = read_image_features(encode, loader, (*tokens, vit.embed_dim), kept, job.world, **how)
     job.world.barrier()
     return features

@@ -37,7 +37,7 @@ def classify(
     command: str | None = None,
     **options,
 ) -> dict:
-    """Trains classifiers on a backbone, one for each seed, and evaluates them.
+    """Trains classifiers on a backbone, one for each seed, and evaluates them; returns the content of classify.json.
 
     Args:
         backbone: it is copied and stays unchanged.
@@ -49,14 +49,13 @@ def classify(
         command: kept in the result.
         **options: fields of `fastalign.evaluation.options.ImageOptions`: head, seeds, unfreeze, epochs, lr...
 
-    Returns:
-        The content of classify.json (docs/classify.md).
-
     Raises:
         UserError: bad data or options; the message names the command's flag.
     """
     chosen = ImageOptions(**options).resolved()
-    world = world or single_process()
+    if world is None:
+        gpu = torch.cuda.is_available()
+        world = World(0, 1, torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu"))
     if backbone.spec.channels != 3:
         raise UserError(f"--kwargs in_chans={backbone.spec.channels}: images have 3 channels; remove it")
     with ExitStack() as stack:
@@ -77,27 +76,17 @@ def classify(
         job = Job(backbone, splits, len(classes), chosen, world, say, folder, shared)
         with report_rank_error(world.rank):
             results = (train_on_images if chosen.live else train_on_features)(job)
-    facts |= {**_over_seeds(results, facts["reported"]), "seeds": results}
-    facts |= {"ranks": world.size, "versions": _versions(world.device)}
+    facts |= _outcome(results, facts["reported"], world)
     if output and world.main:
         write_results(folder / RESULTS, facts)
     world.barrier()
     return facts
 
 
-def single_process() -> World:
-    """This process without others, on the GPU where there is one."""
-    gpu = torch.cuda.is_available()
-    return World(0, 1, torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu"))
-
-
 def _check_batch_size(options: ImageOptions, images: int, world: World) -> None:
-    parts = options.accumulate * world.size if options.live else 1
-    size = options.batch_size
+    size, parts = options.batch_size, options.accumulate * world.size if options.live else 1
     if size % parts:
-        raise UserError(
-            f"--batch-size {size} must be a multiple of --accumulate x ranks = {parts}: change it"
-        )
+        raise UserError(f"--batch-size {size} must be a multiple of --accumulate x ranks = {parts}")
     if size > images:
         raise UserError(f"--batch-size {size} is more than the {images} images of train/: lower it")
 
@@ -111,7 +100,7 @@ def _facts(vit: ViT, options: ImageOptions, command: str | None, data: dict) -> 
         reported, selection = "test", "the epoch with the best validation top-1, the first of equals"
     return {
         "command": command,
-        "settings": options.settings(),
+        "settings": options.model_dump(exclude={"threads", "save_every", "memory_share", "seeds"}),
         "backbone": {
             **recipe,
             "softcap": vit.softcap,
@@ -129,23 +118,17 @@ def _identity(facts: dict) -> dict:
     return {**{key: facts[key] for key in ("settings", "backbone")}, "data": facts["data"]["splits"]}
 
 
-def _over_seeds(results: list[dict], split: str) -> dict[str, dict]:
-    """Mean and sample standard deviation (None for one seed) of each metric; None where a seed has none."""
-    figures = {"mean": {}, "std": {}}
-    for name in IMAGE_METRICS:
-        values = [result[split][name] for result in results]
-        found = {"mean": None, "std": None} if None in values else mean_and_spread(values)
-        for key in figures:
-            figures[key][name] = found[key]
-    return figures
-
-
-def _versions(device: torch.device) -> dict[str, str]:
-    return {
+def _outcome(results: list[dict], split: str, world: World) -> dict:
+    """The results of all seeds, with mean and sample standard deviation, and what they were computed on."""
+    values = {name: [result[split][name] for result in results] for name in IMAGE_METRICS}
+    found = {name: {} if None in of_seeds else mean_and_spread(of_seeds) for name, of_seeds in values.items()}
+    over_seeds = {key: {name: each.get(key) for name, each in found.items()} for key in ("mean", "std")}
+    versions = {
         "fastalign": __version__,
         "torch": torch.__version__,
         "timm": version("timm"),
         "numpy": np.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU",
     }
+    return {**over_seeds, "seeds": results, "ranks": world.size, "versions": versions}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -19,7 +20,6 @@ from fastalign.utils.errors import UserError, first_line
 VOID = -1
 """The id of pixels that belong to no class."""
 
-_NO_CLASS = -2
 _GREY, _RGB, _PALETTE = 0, 2, 3
 _COLOURS = {_GREY: "grey", _RGB: "RGB", _PALETTE: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
 
@@ -27,18 +27,16 @@ _COLOURS = {_GREY: "grey", _RGB: "RGB", _PALETTE: "palette", 4: "grey with alpha
 def _read_png(
     encoded: np.ndarray, name: str, colours: tuple[int, ...], depths: tuple[int, ...]
 ) -> np.ndarray:
-    """Pixel values, of a PNG of one of the colour types and bit depths."""
+    """The pixel values of a PNG that has one of the colour types and bit depths."""
     head = encoded[:26].tobytes()
     if len(head) < 26 or not head.startswith(b"\x89PNG\r\n\x1a\n"):
         raise UserError(f"label map {name} is not a PNG; a label map is a PNG of class ids")
     bits, colour = struct.unpack_from("BB", head, 24)
     # PIL would silently scale grey values of fewer than 8 bits.
     if colour not in colours or (bits not in depths and colour != _PALETTE):
-        wanted = (
-            f"{' or '.join(_COLOURS[each] for each in colours)} with {' or '.join(map(str, depths))} bits"
-        )
+        wanted = " or ".join(_COLOURS[each] for each in colours)
         raise UserError(
-            f"label map {name} is {_COLOURS.get(colour, 'unknown')} with {bits} bits, not {wanted}; save it so"
+            f"label map {name} is {_COLOURS[colour]} with {bits} bits, not {wanted} of {depths} bits; save it so"
         )
     try:
         with Image.open(io.BytesIO(encoded)) as image:
@@ -47,58 +45,29 @@ def _read_png(
         raise UserError(f"cannot decode label map {name}: {first_line(error)}; replace it") from error
 
 
-def decode_ids(encoded: np.ndarray, name: str, classes: int) -> np.ndarray:
-    """A map whose pixels are class ids; the largest value (255, or 65535 with 16 bits) is VOID.
+def decode_ids(
+    encoded: np.ndarray, name: str, _stem: str, *, classes: int, table: np.ndarray | None = None
+) -> np.ndarray:
+    """A map, grey or palette, whose pixels are class ids; the largest value (255, or 65535 with 16 bits) is VOID.
 
-    Args:
-        encoded: [bytes] uint8, a grey PNG of 8 or 16 bits or a palette PNG.
-        name: of the file, for messages.
-        classes: how many there are, C.
-
-    Raises:
-        UserError: another kind of file, or an id of C or more.
+    With `table`, [256], the map has 8 bits and the ids are looked up there. UserError for an id of `classes` or more.
     """
-    pixels = _read_png(encoded, name, (_GREY, _PALETTE), (8, 16))
-    void = pixels == (255 if pixels.dtype == np.uint8 else 65535)
-    ids = np.where(void, VOID, pixels.astype(np.int32))
-    if ids.max() >= classes:
+    pixels = _read_png(encoded, name, (_GREY, _PALETTE), (8, 16) if table is None else (8,))
+    if table is None:
+        void = pixels == (255 if pixels.dtype == np.uint8 else 65535)
+        ids = np.where(void, VOID, pixels.astype(np.int32))
+    else:
+        ids = table[pixels]
+    unknown = ids >= classes
+    if unknown.any():
         raise UserError(
-            f"label map {name} has the id {ids.max()}, but there are {classes} classes; "
-            "add the missing lines to classes.txt or correct the map"
+            f"label map {name} has the id {pixels[unknown].max()}, but there are {classes} classes; "
+            "correct the map (or download it again), or add the missing lines to classes.txt"
         )
     return ids.astype(np.int16)
 
 
-def coco_table(classes: int) -> np.ndarray:
-    """For `decode_table`: of COCO-Stuff, value + 1 modulo 256; with 92 classes, stuff counts as unlabeled."""
-    ids = (np.arange(256) + 1) % 256
-    return np.where(ids < 183, np.where(ids < classes, ids, 0), _NO_CLASS).astype(np.int16)
-
-
-def ade20k_table() -> np.ndarray:
-    """For `decode_table`: of ADE20K, values are class ids, 0 to 150."""
-    ids = np.arange(256)
-    return np.where(ids < 151, ids, _NO_CLASS).astype(np.int16)
-
-
-def decode_table(encoded: np.ndarray, name: str, table: np.ndarray, classes: int) -> np.ndarray:
-    """A map of 8 bits whose pixels are looked up in a table, [256] int16.
-
-    Raises:
-        UserError: another kind of file, or a pixel that has no class.
-    """
-    pixels = _read_png(encoded, name, (_GREY, _PALETTE), (8,))
-    ids = table[pixels]
-    if (ids == _NO_CLASS).any():
-        raise UserError(
-            f"label map {name} has the id {pixels[ids == _NO_CLASS].max()}, but there are {classes} classes; "
-            "download the maps again"
-        )
-    return ids
-
-
-@dataclass(frozen=True, eq=False)
-class Panoptic:
+class Panoptic(NamedTuple):
     """The content of a panoptic JSON: class names, and for each map the class of every segment."""
 
     path: str
@@ -109,11 +78,7 @@ class Panoptic:
 
 @lru_cache(maxsize=2)  # train and val are parts of one file, which takes seconds
 def read_panoptic(path: Path) -> Panoptic:
-    """Reads `panoptic_*2017.json`; class 0 is "unlabeled", then the categories by ascending id.
-
-    Raises:
-        UserError: the file is missing, or not a panoptic JSON.
-    """
+    """Reads `panoptic_*2017.json`; class 0 is "unlabeled", then the categories by ascending id."""
     try:
         content = json.loads(path.read_bytes())
         categories = sorted((int(entry["id"]), str(entry["name"])) for entry in content["categories"])
@@ -125,29 +90,22 @@ def read_panoptic(path: Path) -> Panoptic:
             segments[str(entry["file_name"]).rpartition(".")[0]] = (ids.copy(), labels.astype(np.int16))
         return Panoptic(str(path), ("unlabeled", *(name for _, name in categories)), segments)
     except FileNotFoundError:
-        raise UserError(
-            f"no such file: {path}; `bash examples/download.sh coco-panoptic ROOT` in a clone of fastalign fetches it"
-        ) from None
+        remedy = "`bash examples/download.sh coco-panoptic ROOT` in a clone of fastalign fetches it"
+        raise UserError(f"no such file: {path}; {remedy}") from None
     except (ValueError, KeyError, TypeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path} is not a panoptic JSON: {reason}; download it again") from error
 
 
 def decode_panoptic(encoded: np.ndarray, name: str, stem: str, panoptic: Panoptic) -> np.ndarray:
-    """A panoptic map: a pixel's segment is R + 256 G + 65536 B, and the JSON has the segment's class.
-
-    Raises:
-        UserError: another kind of file, or a segment that the JSON does not have for this map.
-    """
+    """A panoptic map: a pixel's segment is R + 256 G + 65536 B, and the JSON has the segment's class."""
     pixels = _read_png(encoded, name, (_RGB,), (8,)).astype(np.int32)
     segments = pixels[..., 0] + 256 * pixels[..., 1] + 65536 * pixels[..., 2]
     ids, labels = panoptic.segments[stem]
     position = np.searchsorted(ids, segments).clip(max=len(ids) - 1)
     unknown = ids[position] != segments
     if unknown.any():
-        raise UserError(
-            f"label map {name} has the segment {segments[unknown][0]}, which {panoptic.path} lacks"
-        )
+        raise UserError(f"label map {name} has the segment {segments[unknown][0]}, not in {panoptic.path}")
     return labels[position]
 
 
@@ -158,14 +116,10 @@ _SAMPLED = 8
 class LabelledImages:
     """One split: image i belongs to label map i. Safe to use from several threads."""
 
-    source: Source
-    """encoded images, for `fastalign.data.Loader`"""
-    classes: tuple[str, ...]
-    """names; the index is the class id"""
-    unlabeled: int | None
-    """the class that means "unlabeled"; None = there is none"""
-    maps: Source
-    """encoded label maps"""
+    source: Source  # encoded images, for `fastalign.data.Loader`
+    classes: tuple[str, ...]  # names; the index is the class id
+    unlabeled: int | None  # the class that means "unlabeled"
+    maps: Source  # encoded label maps
     decode: Callable[[np.ndarray, str, str], np.ndarray]
     """(encoded map, file for messages, name within `maps` without the suffix) -> [H, W] int16"""
 
@@ -173,23 +127,18 @@ class LabelledImages:
         return len(self.source)
 
     def label_map(self, index: int) -> np.ndarray:
-        """The class of every pixel of an image: [H, W] int16, ids 0..C-1 and VOID, the size of the stored image.
-
-        Raises:
-            UserError: the map cannot be decoded, has an unknown id, or another size than its image.
-        """
+        """The class of every pixel, [H, W] int16, ids 0..C-1 and VOID; UserError for a bad map."""
         file, image = location(self.maps, index), location(self.source, index)
         labels = self.decode(self.maps.read(index), file, stem(self.maps.name(index)))
-        encoded = io.BytesIO(self.source.read(index))
         try:
-            with Image.open(encoded) as opened:
+            with Image.open(io.BytesIO(self.source.read(index))) as opened:
                 width, height = opened.size
         except Exception as error:  # the decoders raise a dozen classes for damaged files
             raise UserError(f"{image} cannot be read as an image; replace it") from error
         if labels.shape != (height, width):
             raise UserError(
-                f"label map {file} has {labels.shape[1]} x {labels.shape[0]} pixels, its image {image} has "
-                f"{width} x {height}; make them the same size"
+                f"label map {file} has {labels.shape[1]} x {labels.shape[0]} pixels, "
+                f"its image {image} {width} x {height}"
             )
         return labels
 
@@ -215,21 +164,17 @@ def location(source: Source, index: int) -> str:
 
 
 def pair(images: Source, maps: Source) -> Source:
-    """The label maps in the order of the images, matched by name without suffix.
-
-    Raises:
-        UserError: an image without a map, a map without an image, or one name twice.
-    """
+    """The label maps in the order of the images, matched by name without suffix; UserError where one is missing."""
     by_image, by_map = _by_stem(images, "images"), _by_stem(maps, "label maps")
-    for one, other, keys, of, to in (
-        (images, maps, by_image.keys() - by_map.keys(), "images", "label map"),
-        (maps, images, by_map.keys() - by_image.keys(), "label maps", "image"),
+    for source, these, those, of, to in (
+        (images, by_image, by_map, "images", "label map"),
+        (maps, by_map, by_image, "label maps", "image"),
     ):
-        if keys:
-            first = min((by_image if one is images else by_map)[key] for key in keys)
+        alone = [index for key, index in these.items() if key not in those]
+        if alone:
             raise UserError(
-                f"{len(keys)} of {len(one)} {of} have no {to} in {other.root or 'the same shard'}, first "
-                f"{location(one, first)}; an image and its map have the same name, the map with .png"
+                f"{len(alone)} of {len(source)} {of} have no {to}, first {location(source, alone[0])}; "
+                "an image and its map have the same name (in shards, in the same one), the map with .png"
             )
     return Subset(maps, np.array([by_map[key] for key in by_image]))
 
@@ -267,8 +212,7 @@ def patch_labels(
 
     Args:
         labels: [H, W] integers.
-        size: of the backbone's input, (h, w) pixels.
-        patch: (h, w) pixels; a remainder of the input is ignored.
+        size, patch: of the backbone's input and of its patches, (h, w) pixels; a remainder of the input is ignored.
         classes: C.
         unlabeled: the class that means "no label": a patch has it only if it has no other.
 

@@ -3,8 +3,6 @@
 A class that is never predicted has precision 0.
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -27,10 +25,7 @@ def patch_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class MultiLabelCounts:
-    """Of patches that may have several classes; the threshold is probability 0.5.
-
-    With `by_size` also by the share of the image's patches that contain the class.
-    """
+    """Of patches that may have several classes, at probability 0.5; with `by_size` also by the share of patches."""
 
     def __init__(self, classes: int, device: torch.device | str = "cpu", *, by_size: bool = True):
         self.hits = torch.zeros(classes, dtype=torch.int64, device=device)
@@ -63,19 +58,17 @@ class MultiLabelCounts:
             for row, value in enumerate((hits.sum(1), count)):
                 self.sizes[row].index_add_(0, bucket.flatten(), value.flatten())
 
-    def average_precision(self) -> Tensor:
-        """[C] float64: the sum over thresholds, from the highest, of precision times the recall gained."""
-        negatives, positives = self.curve.view(2, -1, _BINS).flip(-1).double()
-        found = positives.cumsum(-1)
-        precision = found / (found + negatives.cumsum(-1)).clamp(min=1)
-        return (precision * positives).sum(-1) / positives.sum(-1).clamp(min=1)
-
     def results(self) -> dict:
         """The metrics and the mean loss; per class None where the split has no positive."""
         accuracy = 1 - (self.positives + self.predicted - 2 * self.hits).double() / max(self.total, 1)
         found = _summary(accuracy, self.hits, self.positives, self.predicted)
-        ap, present = self.average_precision(), self.positives > 0
-        found |= {"accuracy": accuracy.mean().item(), "map": _macro(ap, present)}
+        # Average precision: the sum over thresholds, from the highest, of precision times the recall gained.
+        negatives, positives = self.curve.view(2, -1, _BINS).flip(-1).double()
+        true = positives.cumsum(-1)
+        precision = true / (true + negatives.cumsum(-1)).clamp(min=1)
+        ap = (precision * positives).sum(-1) / positives.sum(-1).clamp(min=1)
+        present = self.positives > 0
+        found |= {"accuracy": accuracy.mean().item(), "map": ap[present].mean().item()}
         found["per_class"]["average_precision"] = _listed(ap, present)
         if self.sizes is not None:
             hits, positives = self.sizes
@@ -130,10 +123,7 @@ class ImageCounts:
         self.total[2 + self.classes :].index_add_(0, labels, torch.ones_like(right))
 
     def results(self, world: World) -> dict[str, float | None]:
-        """`IMAGE_METRICS` over the batches of all ranks: shares in 0..1, and the mean cross-entropy in nats.
-
-        `mean_per_class` averages over the classes that have images; `top5` is None with at most five classes.
-        """
+        """`IMAGE_METRICS` over the batches of all ranks; `top5` is None with at most five classes."""
         total = world.sum(self.total).cpu()
         hits, counts = total[2:].view(2, self.classes)
         seen, images = counts > 0, counts.sum().item()
@@ -150,10 +140,6 @@ def _ratio(part: Tensor, total: Tensor) -> Tensor:
     return torch.where(total > 0, part.double() / total.clamp(min=1), 0.0)
 
 
-def _macro(values: Tensor, present: Tensor) -> float:
-    return values[present].mean().item() if present.any() else math.nan
-
-
 def _listed(values: Tensor, present: Tensor) -> list[float | None]:
     return [value if there else None for value, there in zip(values.tolist(), present.tolist(), strict=True)]
 
@@ -166,6 +152,6 @@ def _summary(accuracy: Tensor, hits: Tensor, positives: Tensor, predicted: Tenso
         "f1": _ratio(2 * hits, positives + predicted),
         "accuracy": accuracy,
     }
-    macro = {f"macro_{name}": _macro(values, present) for name, values in parts.items()}
+    macro = {f"macro_{name}": values[present].mean().item() for name, values in parts.items()}
     per_class = {name: _listed(values, present) for name, values in parts.items()}
     return macro | {"per_class": per_class | {"positives": positives.tolist()}}

@@ -20,11 +20,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Options(BaseModel):
-    """Named values that are checked when they are given.
-
-    Raises:
-        UserError: an unknown or invalid one; the message names its flag.
-    """
+    """Named values that are checked when they are given; UserError with the flag of an invalid one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -71,24 +67,20 @@ def add_flags(parser: argparse.ArgumentParser, *models: type[Options]) -> None:
                 add_flags(parser, field.annotation)
                 continue
             default = "" if field.default in (None, "", False) else f" (default {field.default})"
-            common = {"default": argparse.SUPPRESS, "help": f"{field.description or ''}{default}"}
-            if field.annotation is bool:
-                parser.add_argument(flag(name), action="store_true", **common)
-                continue
-            several = get_origin(field.annotation) is tuple
-            kind = _plain_type(field.annotation)
-            choices = (
-                {"choices": get_args(kind)} if get_origin(kind) is Literal else {"type": kind, "metavar": "X"}
-            )
-            parser.add_argument(flag(name), nargs="+" if several else None, **choices, **common)
+            kind = field.annotation
+            while get_origin(kind) not in (None, Literal):  # int | None, tuple[Literal[...], ...]
+                kind = get_args(kind)[0]
+            if kind is bool:
+                how = {"action": "store_true"}
+            else:
+                how = {"choices": get_args(kind)} if get_origin(kind) else {"type": kind, "metavar": "X"}
+                how["nargs"] = "+" if get_origin(field.annotation) is tuple else None
+            text = f"{field.description or ''}{default}"
+            parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **how)
 
 
 def from_flags(model: type[Options], given: argparse.Namespace) -> Any:
-    """The options that a command line gives.
-
-    Raises:
-        UserError: a value out of range.
-    """
+    """The options that a command line gives."""
     values = {}
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Options):
@@ -96,13 +88,6 @@ def from_flags(model: type[Options], given: argparse.Namespace) -> Any:
         elif name in given:
             values[name] = getattr(given, name)
     return model(**values)
-
-
-def _plain_type(annotation: Any) -> Any:
-    """int, float, str or a Literal: the first type that an annotation is made of."""
-    while get_origin(annotation) not in (None, Literal):
-        annotation = get_args(annotation)[0]
-    return annotation
 
 
 class Recipe(Options):
@@ -126,16 +111,8 @@ class Recipe(Options):
 
     def schedule(self, total: int) -> Callable[[int], float]:
         """The learning rate of each of so many updates."""
-        warmup = min(self.warmup_steps, total // 10)
-        rates = {"lr": self.lr, "min_lr": self.min_lr, "start": 0.0}
-        return partial(learning_rate, total=total, warmup=warmup, **rates)
-
-    def check_images(self, count: int) -> None:
-        """Refuses a training split that does not fill a batch."""
-        if count < self.batch_size:
-            raise UserError(
-                f"--batch-size {self.batch_size}: the training split has {count} images; lower it"
-            )
+        rates = {"warmup": min(self.warmup_steps, total // 10), "lr": self.lr, "min_lr": self.min_lr}
+        return partial(learning_rate, total=total, start=0.0, **rates)
 
 
 class Plan(Options):
@@ -237,11 +214,7 @@ class ImageOptions(Options):
         return self
 
     def resolved(self) -> "ImageOptions":
-        """With every default filled in.
-
-        Raises:
-            UserError: min_lr is above lr.
-        """
+        """With every default filled in."""
         defaults = _UNFROZEN if self.unfreeze else _FROZEN_LINEAR if self.head == "linear" else _FROZEN
         given = {name: value for name, value in self if value is not None}
         values = defaults | given
@@ -249,7 +222,3 @@ class ImageOptions(Options):
         if values["min_lr"] > values["lr"]:
             raise UserError(f"--min-lr {values['min_lr']:g} is above --lr {values['lr']:g}: lower it")
         return ImageOptions(**values)
-
-    def settings(self) -> dict:
-        """The values that decide the results; the same settings repeat them."""
-        return self.model_dump(exclude={"threads", "save_every", "memory_share", "seeds"})

@@ -14,9 +14,10 @@ from torch import Tensor
 from fastalign import __version__
 from fastalign.backbones.spec import ViTSpec
 from fastalign.backbones.vit import ViT
+from fastalign.data.loader import Loader
 from fastalign.data.prefetch import Batch
 from fastalign.data.transforms import Transform
-from fastalign.evaluation.features import Array, ArrayFiles, as_tensor, open_loader, read_features
+from fastalign.evaluation.features import Array, ArrayFiles, as_tensor, read_features
 from fastalign.evaluation.heads import TokenShape
 from fastalign.evaluation.label_maps import LabelledImages, patch_labels
 from fastalign.training.checkpoint_files import checksum
@@ -31,14 +32,11 @@ class Encoder:
 
     encode: Callable[[Tensor], Sequence[Tensor]]
     """normalized images [B, 3, h, w] -> tokens [B, T, D], for each entry of skip_blocks"""
-    skip_blocks: tuple[int, ...]
-    """how many of the last blocks are left out"""
-    spec: ViTSpec
-    """of the backbone: image size, patches"""
+    skip_blocks: tuple[int, ...]  # how many of the last blocks are left out
+    spec: ViTSpec  # of the backbone: image size, patches
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    identity: str
-    """encoders of the same identity give the same tokens"""
+    identity: str  # encoders of the same identity give the same tokens
 
     @property
     def shape(self) -> TokenShape:
@@ -47,17 +45,11 @@ class Encoder:
 
 
 def frozen_encoder(vit: ViT, skip_blocks: Sequence[int] = (0,)) -> Encoder:
-    """A backbone's tokens after the final norm, with some of its last blocks left out (all of them = the embedding).
-
-    Raises:
-        UserError: more blocks than the backbone has.
-    """
+    """A backbone's tokens after the final norm, without some of its last blocks (all of them: the embedding)."""
     skip_blocks, blocks = tuple(dict.fromkeys(skip_blocks)), len(vit.blocks)
     if min(skip_blocks) < 0 or max(skip_blocks) > blocks:
-        given = " ".join(map(str, skip_blocks))
-        raise UserError(
-            f"--skip-blocks {given}: the backbone has {blocks} blocks; give numbers from 0 to {blocks}"
-        )
+        given = f"--skip-blocks {' '.join(map(str, skip_blocks))}"
+        raise UserError(f"{given}: the backbone has {blocks} blocks; give numbers from 0 to {blocks}")
     vit = vit.freeze()
     identity = f"{vit.spec} {vit.softcap} {getattr(vit.norm, 'eps', None)} {checksum(vit):08x}"
     mean, std = tuple(vit.data["mean"]), tuple(vit.data["std"])
@@ -69,14 +61,10 @@ def frozen_encoder(vit: ViT, skip_blocks: Sequence[int] = (0,)) -> Encoder:
 class PatchFeatures:
     """A split's tokens and labels of patches; row i is image i. Arrays may be memory-mapped."""
 
-    tokens: dict[int, Tensor]
-    """[n, T, D] bf16 by blocks left out"""
-    union: np.ndarray
-    """[n, N, ceil(C / 8)] uint8, packed bits"""
-    majority: np.ndarray
-    """[n, N] int16"""
-    image: np.ndarray
-    """[n, C] bool"""
+    tokens: dict[int, Tensor]  # [n, T, D] bf16 by blocks left out
+    union: np.ndarray  # [n, N, ceil(C / 8)] uint8, packed bits
+    majority: np.ndarray  # [n, N] int16
+    image: np.ndarray  # [n, C] bool
     classes: int
 
     def __len__(self) -> int:
@@ -105,15 +93,9 @@ def _arrays(encoder: Encoder, data: LabelledImages) -> dict[str, Array]:
 
 def feature_files(encoder: Encoder, data: LabelledImages, folder: Path, dtype: torch.dtype) -> ArrayFiles:
     """The files of a split's features, in a subfolder of `folder` that is named by all that decides them."""
-    parts = (
-        __version__,
-        encoder.identity,
-        encoder.skip_blocks,
-        encoder.spec.image_size,
-        encoder.mean,
-        encoder.std,
-    )
-    code = hashlib.sha256(repr((*parts, dtype, data.fingerprint())).encode()).hexdigest()[:16]
+    parts = (__version__, encoder.identity, encoder.skip_blocks, encoder.spec.image_size)
+    parts += (encoder.mean, encoder.std, dtype, data.fingerprint())
+    code = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return ArrayFiles(folder / code, _arrays(encoder, data))
 
 
@@ -130,16 +112,12 @@ def read_patch_features(
     """Reads a split, each rank its share, or finds it in `folder`.
 
     Args:
-        encoder: on the world's device.
-        data: the split.
+        encoder, data: the encoder, on the world's device, and the split.
         world: the ranks; they share `folder`.
         folder: of memory-mapped files; None = in memory, with one rank only.
         batch_size: images per forward pass and rank.
         threads: reading and decoding threads, and as many for label maps.
         dtype: of autocast; tokens are kept as bf16.
-
-    Raises:
-        UserError: bad images or label maps, or too little space for the files.
     """
     how = {"batch_size": batch_size, "threads": threads, "dtype": dtype}
     if folder is None:
@@ -147,9 +125,7 @@ def read_patch_features(
         _read(arrays, encoder, data, world, **how)
     else:
         files = feature_files(encoder, data, folder, dtype)
-        complete = files.complete()
-        # Every rank looks before any writes.
-        if not (world.agree(int(complete)) and complete):
+        if not all(world.gather(files.complete())):  # every rank looks before any writes
             with ExitStack() as stack, report_rank_error(world.rank):
                 if world.main:
                     stack.enter_context(files.lock())
@@ -187,6 +163,7 @@ def _read(arrays: dict, encoder: Encoder, data: LabelledImages, world: World, **
                 label.result()
 
     outputs = [as_tensor(arrays[f"tokens-{skip}"]) for skip in encoder.skip_blocks]
-    loader = open_loader(data.source, transform, world, **how)
+    how |= {"device": world.device, "rank": world.rank, "world_size": world.size}
+    loader = Loader(data.source, transform, train=False, **how)
     with closing(loader), ThreadPoolExecutor(how["threads"]) as pool:
         read_features(encoder.encode, batches(), outputs, world.device, how["dtype"])

@@ -51,12 +51,8 @@ def fit_head(
 
     Returns:
         The head, the epoch (from 1), and its metrics on `val`, {} without one.
-
-    Raises:
-        UserError: fewer images than a batch.
     """
     count, size = len(train), recipe.batch_size
-    recipe.check_images(count)
     steps = count // size
 
     def order(epoch: int) -> np.ndarray:
@@ -68,22 +64,15 @@ def fit_head(
         return patch_loss(logits, train.labels(batch.ids_host, task.labels).to(device))
 
     head = head.to(device)
-    fit = Fit(
-        head,
-        [{"params": list(head.parameters()), "factor": 1.0, "weight_decay": recipe.weight_decay}],
-        loss,
-        recipe.schedule(steps * recipe.epochs),
-        recipe.epochs,
-        steps,
-        World(0, 1, device),
-        dtype,
-    )
+    groups = [{"params": list(head.parameters()), "factor": 1.0, "weight_decay": recipe.weight_decay}]
+    rate, world = recipe.schedule(steps * recipe.epochs), World(0, 1, device)
+    fit = Fit(head, groups, loss, rate, recipe.epochs, steps, world, dtype)
     loader = _loader(train, task, size, device, order)
     best, best_score = (head.state_dict(), recipe.epochs, {}), -math.inf
     for epoch, _ in fit.run(loader.batches):
         if val is None:
             continue
-        found = evaluate_head(head, task, val, device=device, dtype=dtype, by_size=False)
+        found = evaluate_head(head, task, val, device=device, dtype=dtype)
         score = found.get(recipe.select, found["macro_recall"])
         score = -math.inf if math.isnan(score) else -score if recipe.select == "loss" else score
         if epoch == 1 or score > best_score:
@@ -100,18 +89,17 @@ def evaluate_head(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    by_size: bool = True,
 ) -> dict:
     """The metrics of a head on a split, and its mean `loss` over all answers (`majority`: labelled patches)."""
     if task.labels == "majority":
         counts = MultiClassCounts(features.classes, device)
     else:
-        counts = MultiLabelCounts(features.classes, device, by_size=by_size and task.labels == "union")
+        counts = MultiLabelCounts(features.classes, device, by_size=task.labels == "union")
+    loader = _loader(features, task, _EVALUATION_BATCH, device)
 
     def add(logits: Tensor, batch: Batch) -> None:
         counts.add(logits, features.labels(batch.ids_host, task.labels).to(device))
 
-    loader = _loader(features, task, _EVALUATION_BATCH, device)
     evaluate(head, loader.batches(), add, device, dtype)
     return counts.results()
 
@@ -135,7 +123,7 @@ def probe(
     dtype: torch.dtype = torch.float32,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[dict]:
-    """Trains and evaluates every head of the plans on every encoder.
+    """Trains and evaluates every head of the plans on every encoder; returns all rows of `probe.json` on every rank.
 
     Args:
         encoders: by the name that results carry.
@@ -145,31 +133,28 @@ def probe(
         report_on: splits that a finished head is evaluated on, once; `val` always is.
         cache: folder of the features; None = in memory.
         keep_features: leave in `cache` what this call read.
-        batch_size: images per forward pass of the backbone.
-        threads: for reading.
-        dtype: of autocast.
+        batch_size, threads, dtype: as of `read_patch_features`.
         say: gets progress lines.
-
-    Returns:
-        On every rank all rows, as `probe.json` has them.
-
-    Raises:
-        UserError: a batch larger than the training split, a split without labels, too little space, a bad loss.
     """
-    for plan in plans:
-        plan.recipe.check_images(len(splits["train"]))
+    count, largest = len(splits["train"]), max(plan.recipe.batch_size for plan in plans)
+    if count < largest:
+        raise UserError(f"--batch-size {largest}: the training split has {count} images; lower it")
     how = {"batch_size": batch_size, "threads": threads, "dtype": dtype}
     read, fresh = _read(encoders, splits, world, cache, say, how)
     # Heads of all encoders are shared out together, so that ranks wait for each other once, at the end.
     tasks = [
-        (name, plan, task) for name in encoders for plan in plans for task in _tasks(plan, encoders[name])
+        (name, plan, Task(head, labels, skip, seed))
+        for name, plan in itertools.product(encoders, plans)
+        for skip, labels, head, seed in itertools.product(
+            encoders[name].skip_blocks, plan.labels, plan.heads, plan.seeds
+        )
+        if supports(head, labels)
     ]
     rows = {}
     for number in range(world.rank, len(tasks), world.size):
         name, plan, task = tasks[number]
-        features = {split: read[name, split] for split in splits}
         with report_rank_error(world.rank):
-            row = _probe_task(task, encoders[name].shape, features, plan, report_on, world.device, dtype)
+            row = _probe_task(task, encoders[name].shape, read[name], plan, report_on, world.device, dtype)
         about = f"{task.labels} {task.head}, {task.skip_blocks} blocks skipped, seed {task.seed}"
         say(f"{name}: {about}: macro recall {row[report_on[-1]]['macro_recall']:.4f}")
         rows[number] = {"model": name, **row}
@@ -183,13 +168,6 @@ def probe(
     return [rows[number] for number in range(len(tasks))]
 
 
-def _tasks(plan: Plan, encoder: Encoder) -> list[Task]:
-    combinations = itertools.product(encoder.skip_blocks, plan.labels, plan.heads, plan.seeds)
-    return [
-        Task(head, labels, skip, seed) for skip, labels, head, seed in combinations if supports(head, labels)
-    ]
-
-
 def _read(
     encoders: dict[str, Encoder],
     splits: dict[str, LabelledImages],
@@ -197,9 +175,9 @@ def _read(
     cache: Path | None,
     say: Callable[[str], None],
     how: dict,
-) -> tuple[dict[tuple[str, str], PatchFeatures], list[ArrayFiles]]:
+) -> tuple[dict[str, dict[str, PatchFeatures]], list[ArrayFiles]]:
     """Features by encoder and split, and the files that were not there before."""
-    files, read = {}, {}
+    files, read = {}, {name: {} for name in encoders}
     for name, split in itertools.product(encoders, splits) if cache else ():
         files[name, split] = feature_files(encoders[name], splits[split], cache, how["dtype"])
     fresh = [each for each in files.values() if not each.complete()]
@@ -209,9 +187,10 @@ def _read(
         known = cache is not None and files[name, split].complete()
         if world.main:
             say(f"{name}: {len(splits[split])} images ({split}){', read before' if known else ''}")
-        read[name, split] = read_patch_features(encoders[name], splits[split], world, folder=cache, **how)
-        if not read[name, split].image.any():
+        found = read_patch_features(encoders[name], splits[split], world, folder=cache, **how)
+        if not found.image.any():
             raise UserError(f"the {split} split has void pixels only: check its label maps")
+        read[name][split] = found
     return read, fresh
 
 
@@ -231,8 +210,8 @@ def _probe_task(
     if not math.isfinite(val["loss"]):
         about = f"{task.labels} {task.head}, seed {task.seed}"
         raise UserError(f"--lr: the loss of {about} is {val['loss']}; lower the rate")
-    del val["per_class"]
+    short = {name: value for name, value in val.items() if name not in ("per_class", "by_size")}
     reported = {
-        each: evaluate_head(head, task, features[each], **where) for each in report_on if each != "val"
+        name: evaluate_head(head, task, features[name], **where) for name in report_on if name != "val"
     }
-    return {**asdict(task), "epoch": epoch, "val": val, **reported}
+    return {**asdict(task), "epoch": epoch, "val": short, **reported}

@@ -85,15 +85,9 @@ def image_table(results: dict) -> Table:
 
 
 def check_output(path: Path, identity: Callable[[dict], dict], wanted: dict) -> None:
-    """Refuses to overwrite the results of other settings or data, before hours of work; makes the file's folder.
+    """Refuses to overwrite the results of other settings or data; makes the file's folder.
 
-    Args:
-        path: of the results.
-        identity: results -> what decides them.
-        wanted: the same of the results to come.
-
-    Raises:
-        UserError: `path` is a folder, or has other results.
+    `identity` gives what decides results, `wanted` is the same of the results to come.
     """
     if path.is_dir():
         raise UserError(f"--output {path}: it is a folder; name a file, such as {path / 'probe.json'}")
@@ -101,13 +95,12 @@ def check_output(path: Path, identity: Callable[[dict], dict], wanted: dict) -> 
     if not path.is_file():
         return
     try:
-        earlier, wanted = identity(json.loads(path.read_bytes())), json.loads(json.dumps(_plain(wanted)))
-        other = None if earlier == wanted else difference(earlier, wanted)
+        changed = difference(identity(json.loads(path.read_bytes())), json.loads(json.dumps(_plain(wanted))))
     except (ValueError, AttributeError, TypeError, KeyError):
-        other = "it is not a file of results"
-    if other:
+        changed = "it is not a file of results"
+    if changed:
         raise UserError(
-            f"--output: {path} has the results of another setting ({other}); name another output, or remove it"
+            f"--output: {path} has the results of another setting ({changed}); name another output, or remove it"
         )
 
 
@@ -118,7 +111,7 @@ def difference(before: dict, now: dict, path: str = "") -> str:
         if old != new:
             nested = isinstance(old, dict) and isinstance(new, dict)
             return difference(old, new, f"{path}{key}.") if nested else f"{path}{key} was {old}, is {new}"
-    return "none"
+    return ""
 
 
 def write_results(path: Path, facts: dict) -> None:
