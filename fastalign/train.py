@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastalign.config import Config, load_config, to_yaml
-from fastalign.evaluation.during_training import contents, open_splits, probe_student
+from fastalign.evaluation.during_training import contents, open_splits, probe_encoder
 from fastalign.evaluation.label_maps import LabelledImages
 from fastalign.method.flops import flops_per_image
 from fastalign.training import distributed
@@ -221,6 +221,15 @@ def validate(run: Run, reporter: Reporter, epoch: int) -> None:
     reporter.log.add(step=run.state.step, epoch=epoch, val_loss=loss)
     reporter.flush()
     reporter.say(f"step {run.state.step}: validation loss {loss:.4f}")
+
+
+def probe_student(run: Run, splits: Splits) -> dict[str, float]:
+    """Probe the student's encoder on rank 0, while the others wait."""
+    encoder, average = run.objective.student.encoder, run.average and run.average.state
+    options = {"dtype": run.dtype, "threads": run.config.data.threads, "seed": run.config.seed}
+    options |= {"average": average, "beat": lambda: run.beat("probing")}
+    with contextlib.nullcontext() if run.world.main else run.hang_timer.paused():
+        return probe_encoder(encoder, splits, run.world, **options)
 
 
 def probe(run: Run, splits: Splits, reporter: Reporter, epoch: int) -> None:

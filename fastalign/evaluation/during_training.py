@@ -1,10 +1,11 @@
 """A small probe of the student while it trains; docs/probe.md, "During training", describes it."""
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastalign.backbones.vit import ViT
 from fastalign.config import Config
@@ -46,33 +47,43 @@ def contents(splits: dict[str, LabelledImages]) -> dict[str, str]:
     return {"probe.data": marks} if marks else {}
 
 
-def probe_student(run, splits: dict[str, LabelledImages]) -> dict[str, float]:
-    """Probes the encoder of a run's student, with the averaged weights where there are some."""
-    encoder, device = run.objective.student.encoder, run.world.device
+def probe_encoder(
+    encoder: ViT,
+    splits: dict[str, LabelledImages],
+    world: World,
+    *,
+    average: dict[str, Tensor] | None,
+    dtype: torch.dtype,
+    threads: int,
+    seed: int,
+    beat: Callable[[], None],
+) -> dict[str, float]:
+    """Trains a head on an encoder's frozen tokens on rank 0, in memory, and evaluates its last epoch on val.
+
+    `average`: averaged weights of the student, used instead of the encoder's; `beat` is called at each batch.
+    """
+    device = world.device
 
     def probe() -> dict[str, float]:
         vit = copy.deepcopy(encoder)  # a copy is not compiled, so no graph of training is compiled again
-        if run.average:
-            average = run.average.state
+        if average is not None:
             vit.load_state_dict({name: average[f"encoder.{name}"] for name in vit.state_dict()})
+        vit.patch_embed.register_forward_hook(lambda *_: beat())
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             return train_head(vit)
 
     def train_head(vit: ViT) -> dict[str, float]:
-        """Trains a head in memory, on one rank, and evaluates its last epoch on val."""
-        vit.patch_embed.register_forward_hook(lambda *_: run.beat("probing"))
-        tokens, world = frozen_encoder(vit), World(0, 1, device)
-        how = {"threads": run.config.data.threads, "dtype": run.dtype}
-        read = {name: read_patch_features(tokens, split, world, **how) for name, split in splits.items()}
-        task = Task("transformer", "union", skip_blocks=0, seed=run.config.seed)
+        tokens, how = frozen_encoder(vit), {"threads": threads, "dtype": dtype}
+        alone = World(0, 1, device)
+        read = {name: read_patch_features(tokens, split, alone, **how) for name, split in splits.items()}
+        task = Task("transformer", "union", skip_blocks=0, seed=seed)
         recipe = Recipe(epochs=EPOCHS, batch_size=min(Recipe().batch_size, len(read["train"])))
         torch.manual_seed(task.seed)
         head = make_patch_head(task.head, task.labels, tokens.shape, read["train"].classes)
-        head.register_forward_hook(lambda *_: run.beat("probing"))
-        where = {"device": device, "dtype": run.dtype}
+        head.register_forward_hook(lambda *_: beat())
+        where = {"device": device, "dtype": dtype}
         fit_head(head, task, read["train"], None, recipe, **where)
-        found = evaluate_head(head, task, read["val"], **where)
-        return {name: found[name] for name in REPORTED}
+        scores = evaluate_head(head, task, read["val"], **where)
+        return {name: scores[name] for name in REPORTED}
 
-    with nullcontext() if run.world.main else run.hang_timer.paused():
-        return on_first_rank(run.world, probe)
+    return on_first_rank(world, probe)
