@@ -1,11 +1,14 @@
 """Images on disk: folders and tar shards; `open_source` opens what a specification names."""
 
 import csv
+import functools
 import hashlib
+import io
 import os
 import re
 import stat
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,27 +20,41 @@ from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
 
 MAX_IMAGE_BYTES = 256 * 1024 * 1024
+_OPEN_SHARDS = 256
 _EXTENSIONS = " ".join(IMAGE_EXTENSIONS)
 
 
-def _read(path: str, name: str, offset: int = 0, size: int | None = None) -> np.ndarray:
+def _open(path: str) -> io.FileIO:
+    # O_NONBLOCK: opening a pipe would wait for a writer.
+    return open(path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
+
+
+def _read(
+    path: str,
+    name: str,
+    offset: int = 0,
+    size: int | None = None,
+    open_file: Callable[[str], io.FileIO] = _open,
+) -> np.ndarray:
     """Bytes of a file, to its end if `size` is None; raises Unreadable with `name`."""
     try:
-        # O_NONBLOCK: opening a pipe would wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = open_file(path)
         try:
-            status = os.fstat(descriptor)
+            status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise Unreadable(name, "not a regular file")
             size = status.st_size if size is None else size
             if not 0 < size <= MAX_IMAGE_BYTES:
                 raise Unreadable(name, f"{size} bytes, more than {MAX_IMAGE_BYTES}" if size else "zero bytes")
-            data = os.pread(descriptor, size, offset)
+            data = os.pread(file.fileno(), size, offset)
         finally:
-            os.close(descriptor)
+            if open_file is _open:
+                file.close()
         if len(data) != size:
             raise Unreadable(name, f"it became shorter while in use ({len(data)} of {size} bytes)")
         return np.frombuffer(data, dtype=np.uint8)
+    except IsADirectoryError:
+        raise Unreadable(name, "not a regular file") from None
     except OSError as error:
         if error.errno in MISSING and os.path.islink(path):  # noqa: PTH114
             raise Unreadable(name, DANGLING) from None  # without a cause it is not tried again
@@ -130,6 +147,8 @@ class TarSource(Source):
             raise UserError(f"broken tar shard {place}; fetch it again (plain .tar only, not compressed)")
         if len(self._names) == 0:
             raise UserError(f"no images in the {len(self.shards)} shards of {spec}; looked for {_EXTENSIONS}")
+        # Opening a file is slow on network disks. A file that is dropped here closes when its last reader is done.
+        self._open = functools.lru_cache(_OPEN_SHARDS)(_open)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -149,7 +168,8 @@ class TarSource(Source):
 
     def read(self, index: int) -> np.ndarray:
         shard = self.shards[self._shard[index]]
-        return _read(shard, self.name(index), int(self._start[index]), int(self._size[index]))
+        start, size = int(self._start[index]), int(self._size[index])
+        return _read(shard, self.name(index), start, size, self._open)
 
 
 def _contains_tars(path: Path) -> bool:

@@ -35,8 +35,10 @@ def test_tar_forms_agree_and_a_changed_shard_is_noticed(tmp_path, scans):
         before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
         for i in range(12):
             np.testing.assert_array_equal(source.read(i), photos[i])
-        assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+        assert len(os.listdir("/proc/self/fd")) == before + 3, "each shard is opened once"  # noqa: PTH208
         assert (len(source), source.name(5)) == (12, f"{tmp_path}/t/001.tar:1001.jpg")
+        del source
+        assert len(os.listdir("/proc/self/fd")) <= before, "closed with the source"  # noqa: PTH208
     assert len(scans) == 3
     assert len(open_source(str(tmp_path / "t/001.tar"))) == 4
     write_tar(tmp_path / "t/001.tar", [("new.jpg", photos[0])])
