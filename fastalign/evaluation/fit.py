@@ -224,8 +224,8 @@ class RunFolder:
             return
         for note in notes:
             self.say(note)
-        if state["identity"] != self.identity:
-            changed = difference(state["identity"], self.identity)
+        if (before := state.get("identity", {})) != self.identity:
+            changed = difference(before, self.identity)
             raise UserError(
                 f"{folder}: {changed}: set it back, remove the folder, or choose another --output"
             )
