@@ -9,6 +9,7 @@ import re
 import stat
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +35,11 @@ def _read(
     name: str,
     offset: int = 0,
     size: int | None = None,
-    open_file: Callable[[str], io.FileIO] = _open,
+    open_file: Callable[[str], AbstractContextManager[io.FileIO]] = _open,
 ) -> np.ndarray:
     """Bytes of a file, to its end if `size` is None; raises Unreadable with `name`."""
     try:
-        file = open_file(path)
-        try:
+        with open_file(path) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise Unreadable(name, "not a regular file")
@@ -47,9 +47,6 @@ def _read(
             if not 0 < size <= MAX_IMAGE_BYTES:
                 raise Unreadable(name, f"{size} bytes, more than {MAX_IMAGE_BYTES}" if size else "zero bytes")
             data = os.pread(file.fileno(), size, offset)
-        finally:
-            if open_file is _open:
-                file.close()
         if len(data) != size:
             raise Unreadable(name, f"it became shorter while in use ({len(data)} of {size} bytes)")
         return np.frombuffer(data, dtype=np.uint8)
@@ -169,7 +166,7 @@ class TarSource(Source):
     def read(self, index: int) -> np.ndarray:
         shard = self.shards[self._shard[index]]
         start, size = int(self._start[index]), int(self._size[index])
-        return _read(shard, self.name(index), start, size, self._open)
+        return _read(shard, self.name(index), start, size, lambda path: nullcontext(self._open(path)))
 
 
 def _contains_tars(path: Path) -> bool:
