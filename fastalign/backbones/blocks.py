@@ -27,11 +27,14 @@ ACTIVATIONS = {
 }
 
 
+NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
+
+
 def make_norm(spec: BlockSpec, width: int | None = None, *, present: bool = True) -> nn.Module:
     """The block's kind of norm over `width` channels, or the identity."""
     if not present or spec.norm == "identity":
         return nn.Identity()
-    return nn.LayerNorm(width or spec.width, eps=spec.norm_eps)
+    return NORMS[spec.norm](width or spec.width, eps=spec.norm_eps)
 
 
 class PatchEmbed(nn.Module):
@@ -97,7 +100,7 @@ class Attention(nn.Module):
         self.q_norm = make_norm(spec, head_width, present=spec.qk_norm)
         self.k_norm = make_norm(spec, head_width, present=spec.qk_norm)
         self.norm = make_norm(spec, present=spec.attention_norm)
-        self.proj = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width, bias=spec.proj_bias)
 
     @property
     def biased(self) -> bool:
@@ -167,18 +170,22 @@ class MLP(nn.Module):
 
     def __init__(self, spec: BlockSpec, out: int | None = None):
         super().__init__()
-        self.gated = spec.mlp == "swiglu"
-        if self.gated:
-            self.fc1_g = nn.Linear(spec.width, spec.mlp_hidden)
-            self.fc1_x = nn.Linear(spec.width, spec.mlp_hidden)
+        self.kind, hidden, bias = spec.mlp, spec.mlp_hidden, spec.proj_bias
+        if self.kind == "swiglu":
+            self.fc1_g = nn.Linear(spec.width, hidden, bias)
+            self.fc1_x = nn.Linear(spec.width, hidden, bias)
         else:
-            self.fc1 = nn.Linear(spec.width, spec.mlp_hidden)
+            self.fc1 = nn.Linear(spec.width, (spec.mlp_matrices - 1) * hidden, bias)
         self.act = ACTIVATIONS[spec.activation]()
-        self.norm = make_norm(spec, spec.mlp_hidden, present=spec.mlp_norm)
-        self.fc2 = nn.Linear(spec.mlp_hidden, out or spec.width)
+        self.norm = make_norm(spec, hidden, present=spec.mlp_norm)
+        self.fc2 = nn.Linear(hidden, out or spec.width, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.fc1_g(x)) * self.fc1_x(x) if self.gated else self.act(self.fc1(x))
+        if self.kind == "mlp":
+            x = self.act(self.fc1(x))
+        else:
+            gate, x = (self.fc1_g(x), self.fc1_x(x)) if self.kind == "swiglu" else self.fc1(x).chunk(2, -1)
+            x = self.act(gate) * x
         return self.fc2(self.norm(x))
 
 

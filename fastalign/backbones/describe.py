@@ -10,7 +10,7 @@ import timm
 import torch
 from timm import layers
 from timm.layers import activations
-from timm.models import beit, eva, vision_transformer
+from timm.models import beit, deit, eva, vision_transformer
 from torch import nn
 
 from fastalign.backbones.spec import BlockSpec, ViTSpec
@@ -19,6 +19,7 @@ from fastalign.utils.errors import UserError
 
 MODELS = {
     vision_transformer.VisionTransformer: vision_transformer.checkpoint_filter_fn,
+    deit.VisionTransformerDistilled: vision_transformer.checkpoint_filter_fn,
     beit.Beit: beit.checkpoint_filter_fn,
     eva.Eva: eva.checkpoint_filter_fn,
 }
@@ -32,13 +33,15 @@ _ACTIVATIONS = {
     activations.Swish: "silu",
     nn.ReLU: "relu",
 }
+_NORMS = {nn.LayerNorm: "layer_norm", layers.LayerNorm: "layer_norm", layers.RmsNorm: "rms_norm"}
 _MODULES = {
     *MODELS,
     *_ACTIVATIONS,
-    *(nn.ModuleList, nn.Sequential, nn.Identity, nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Dropout),
+    *_NORMS,
+    *(nn.ModuleList, nn.Sequential, nn.Identity, nn.Linear, nn.Conv2d, nn.Dropout),
     *(vision_transformer.Block, beit.Block, eva.EvaBlock),
     *(layers.Attention, beit.Attention, eva.EvaAttention),
-    *(layers.PatchEmbed, layers.LayerNorm, layers.LayerScale, layers.DropPath, layers.Mlp, layers.SwiGLU),
+    *(layers.PatchEmbed, layers.LayerScale, layers.DropPath, layers.Mlp, layers.SwiGLU, layers.GluMlp),
     layers.RotaryEmbeddingCat,
 }
 
@@ -60,8 +63,9 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
     data |= {"interpolation": found["interpolation"], "crop_pct": found["crop_pct"]}
     with torch.device("meta"):
         vit = ViT(spec, drop_path=rate, data=data, recipe=recipe)
-        classes = getattr(source.head, "out_features", 0)
-        vit.head = nn.Linear(spec.block.width, classes) if classes else nn.Identity()
+        if classes := getattr(source.head, "out_features", 0):
+            vit.head = nn.Linear(spec.block.width, classes)
+            vit.head_dist = nn.Linear(spec.block.width, classes) if spec.distilled else None
     vit.attn_pool = getattr(source, "attn_pool", None)
     theirs, ours = source.state_dict(), vit.state_dict()
     other = [key for key, value in ours.items() if key in theirs and value.shape != theirs[key].shape]
@@ -94,6 +98,7 @@ def describe(source: nn.Module) -> ViTSpec:
         patch_size=pair(embed.patch_size),
         channels=embed.proj.in_channels,
         class_token=source.cls_token is not None,
+        distilled=isinstance(source, deit.VisionTransformerDistilled),
         registers=0 if getattr(source, "reg_token", None) is None else source.reg_token.shape[1],
         position=source.pos_embed is not None,
         position_prefix=not getattr(source, "no_embed_class", False),
@@ -104,7 +109,7 @@ def describe(source: nn.Module) -> ViTSpec:
         pre_norm=_has_norm(getattr(source, "norm_pre", None)),
         final_norm=_has_norm(source.norm),
         pooled_norm=_has_norm(source.fc_norm),
-        pool=source.global_pool or "none",
+        pool=_pool(source),
         pool_prefix=bool(getattr(source, "pool_include_prefix", False)),
         fresh_norm_eps=next(
             (type(norm)(8).eps for norm in (source.norm, source.fc_norm) if _has_norm(norm)), 1e-6
@@ -122,12 +127,12 @@ def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
         qkv, bias = "fused", attention.qkv.bias
     gamma = getattr(block, "gamma_1", None)
     scale = getattr(getattr(block, "ls1", None), "gamma", gamma)
-    gated = hasattr(mlp, "fc1_g")
+    packed, gated = isinstance(mlp, layers.GluMlp), isinstance(mlp, layers.SwiGLU)
     return BlockSpec(
         width=source.embed_dim,
         heads=attention.num_heads,
-        mlp_hidden=(mlp.fc1_g if gated else mlp.fc1).out_features,
-        mlp="swiglu" if gated else "mlp",
+        mlp_hidden=mlp.fc2.in_features,
+        mlp="swiglu" if gated else "swiglu_packed" if packed else "mlp",
         activation="gelu_tanh"
         if getattr(mlp.act, "approximate", "none") == "tanh"
         else _ACTIVATIONS[type(mlp.act)],
@@ -136,10 +141,19 @@ def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
         qkv_bias=bias is not None,
         qk_norm=_has_norm(getattr(attention, "q_norm", None)),
         attention_norm=_has_norm(getattr(attention, "norm", None)),
+        proj_bias=mlp.fc2.bias is not None,
         layer_scale=None if scale is None else 1.0,
         layer_scale_keys="gamma" if gamma is not None else "ls",
+        norm=_NORMS[type(block.norm1)],
         norm_eps=block.norm1.eps,
     )
+
+
+def _pool(source: nn.Module) -> str:
+    """The kind of pooling; timm has several modules of attention pooling."""
+    if getattr(source, "attn_pool", None) is not None:
+        return "map"
+    return "pair" if isinstance(source, deit.VisionTransformerDistilled) else source.global_pool or "none"
 
 
 def _unknown_parts(source: nn.Module) -> list[str]:
@@ -148,8 +162,14 @@ def _unknown_parts(source: nn.Module) -> list[str]:
     found = [type(part).__name__ for part in parts.values() if type(part) not in _MODULES]
     if any(isinstance(part, nn.Dropout) and part.p > 0 and k != "head_drop" for k, part in parts.items()):
         found.append("dropout")
-    if getattr(source, "dynamic_img_size", False):
-        found.append("dynamic image sizes")
+    if len({(_NORMS[type(part)], part.eps) for part in parts.values() if type(part) in _NORMS}) > 1:
+        found.append("norms of several kinds")
+    if isinstance(source, deit.VisionTransformerDistilled) and _has_norm(source.fc_norm):
+        found.append("fc_norm")
+    if any(getattr(part, "gate_last", False) for part in parts.values()):
+        found.append("the gate last")
+    if getattr(source.patch_embed, "dynamic_img_pad", False):
+        found.append("padded images")
     if any(getattr(part, "rotate_half", False) for part in parts.values()):
         found.append("half-rotated rotary embeddings")
     return list(dict.fromkeys(found))

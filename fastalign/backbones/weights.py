@@ -175,7 +175,7 @@ def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[s
     LayerScale that the model lacks is folded into the projections before it; one that the file lacks is 1.
     """
     wanted, state = template.state_dict(), checkpoint.state
-    heads = {key: state[key] for key in wanted if key.startswith("head.") and key in state}
+    heads = {key: state[key] for key in wanted if key.startswith(("head.", "head_dist.")) and key in state}
     state = {key: value for key, value in state.items() if not key.startswith(_NOT_BACKBONE)}
     state |= {} if checkpoint.student else heads
     tables = {key: state.pop(key) for key in [key for key in state if key.endswith(_RELATIVE)]}

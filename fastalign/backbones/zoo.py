@@ -136,7 +136,9 @@ def _from_checkpoint(name: str, kwargs: dict, template: nn.Module, found: Checkp
         raise misfit(found, path, str(error).splitlines()[-1].strip()) from error
     vit = _finish(name, kwargs, template, source)
     for norm in (vit.norm, vit.fc_norm):
-        if isinstance(norm, nn.LayerNorm):  # a student's was re-initialised, with another epsilon
+        if isinstance(
+            norm, (nn.LayerNorm, nn.RMSNorm)
+        ):  # a student's was re-initialised, with another epsilon
             norm.eps = found.norm_eps or norm.eps
     return vit
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastalign.backbones.blocks import MLP
+from fastalign.backbones.blocks import MLP, NORMS
 from fastalign.backbones.spec import BlockSpec
 from fastalign.backbones.vit import ViT
 from fastalign.backbones.weight_files import read_json
@@ -99,7 +99,8 @@ class AlignedDecoder(nn.Module):
     def __init__(self, facts: dict[str, Any]):
         super().__init__()
         block, width = BlockSpec(**facts["block"]), facts["backbone_width"]
-        self.norm = nn.LayerNorm(width, eps=facts["norm_eps"]) if facts["norm"] else nn.Identity()
+        norm = NORMS[facts.get("norm_kind", "layer_norm")]
+        self.norm = norm(width, eps=facts["norm_eps"]) if facts["norm"] else nn.Identity()
         if facts["mlp_hidden"]:
             shape = {"width": width, "heads": 1, "mlp_hidden": facts["mlp_hidden"]}
             self.head = MLP(BlockSpec(**shape, activation=facts["head_activation"]), block.width)
@@ -137,6 +138,7 @@ def describe_decoder(
         "prefix_only": config.teacher.prefix_only,
         "backbone_width": vit.embed_dim,
         "norm": "norm.weight" in weights,
+        "norm_kind": vit.spec.block.norm,
         "norm_eps": vit.spec.fresh_norm_eps,
         "mlp_hidden": len(weights["head.fc1.weight"]) if "head.fc1.weight" in weights else None,
         "head_activation": vit.spec.block.activation,
