@@ -10,9 +10,10 @@ import timm
 import torch
 from timm import layers
 from timm.layers import activations
-from timm.models import beit, deit, eva, vision_transformer
+from timm.models import beit, deit, eva, naflexvit, vision_transformer
 from torch import nn
 
+from fastalign.backbones import naflex
 from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
 from fastalign.utils.errors import UserError
@@ -22,6 +23,7 @@ MODELS = {
     deit.VisionTransformerDistilled: vision_transformer.checkpoint_filter_fn,
     beit.Beit: beit.checkpoint_filter_fn,
     eva.Eva: eva.checkpoint_filter_fn,
+    naflex.NaFlexVit: naflex.checkpoint_filter_fn,
 }
 """timm's supported classes, each with timm's function that converts other layouts of its weights to timm's keys."""
 _ACTIVATIONS = {
@@ -42,19 +44,21 @@ _MODULES = {
     *(vision_transformer.Block, beit.Block, eva.EvaBlock),
     *(layers.Attention, beit.Attention, eva.EvaAttention),
     *(layers.PatchEmbed, layers.LayerScale, layers.DropPath, layers.Mlp, layers.SwiGLU, layers.GluMlp),
-    layers.RotaryEmbeddingCat,
+    *(layers.RotaryEmbeddingCat, naflexvit.NaFlexEmbeds),
 }
 
 
 def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
-    """Our backbone from a timm VisionTransformer, Beit or Eva, whose parameters it shares.
+    """Our backbone from a timm model, whose parameters it shares.
 
     Args:
         source: the timm model, on any device.
         recipe: its name and arguments for `fastalign.create_backbone`, where known.
         **changes: fields of `ViTSpec` that timm's modules do not show.
     """
-    spec = replace(describe(source), **changes)
+    spec, flexible = replace(describe(source), **changes), isinstance(source, naflex.NaFlexVit)
+    if recipe and flexible:
+        recipe = {**recipe, "kwargs": {**recipe["kwargs"], **naflex.vit_arguments(spec)}}
     rate = max((getattr(part, "drop_prob", None) or 0.0) for part in source.modules())
     if rate >= 1:
         raise UserError(f"drop_path_rate must be less than 1, got {rate}")
@@ -68,6 +72,9 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
             vit.head_dist = nn.Linear(spec.block.width, classes) if spec.distilled else None
     vit.attn_pool = getattr(source, "attn_pool", None)
     theirs, ours = source.state_dict(), vit.state_dict()
+    if flexible:
+        with torch.no_grad():
+            theirs = {key: value.detach() for key, value in naflex.vit_state(source, spec.grid).items()}
     other = [key for key, value in ours.items() if key in theirs and value.shape != theirs[key].shape]
     if wrong := sorted(set(theirs) ^ set(ours)) + other:
         raise _unsupported(source, wrong)
@@ -90,18 +97,20 @@ def describe(source: nn.Module) -> ViTSpec:
         raise UserError("depth must be at least 1")
     if found := _unknown_parts(source):
         raise _unsupported(source, found)
-    embed = source.patch_embed
+    flexible = isinstance(source, naflex.NaFlexVit)
+    embed = source.embeds if flexible else source.patch_embed
+    tokens = embed if flexible else source
     return ViTSpec(
         block=_describe_block(source.blocks[0], source),
         depth=len(source.blocks),
-        image_size=pair(embed.img_size),
+        image_size=naflex.image_size(source) if flexible else pair(embed.img_size),
         patch_size=pair(embed.patch_size),
-        channels=embed.proj.in_channels,
-        class_token=source.cls_token is not None,
+        channels=embed.in_chans if flexible else embed.proj.in_channels,
+        class_token=tokens.cls_token is not None,
         distilled=isinstance(source, deit.VisionTransformerDistilled),
-        registers=0 if getattr(source, "reg_token", None) is None else source.reg_token.shape[1],
-        position=source.pos_embed is not None,
-        position_prefix=not getattr(source, "no_embed_class", False),
+        registers=0 if getattr(tokens, "reg_token", None) is None else tokens.reg_token.shape[1],
+        position=embed.pos_embed_type != "none" if flexible else source.pos_embed is not None,
+        position_prefix=not flexible and not getattr(source, "no_embed_class", False),
         relative_position=isinstance(source, beit.Beit),
         rotary=getattr(source, "rope", None) is not None,
         patch_bias=embed.proj.bias is not None,
@@ -168,7 +177,9 @@ def _unknown_parts(source: nn.Module) -> list[str]:
         found.append("fc_norm")
     if any(getattr(part, "gate_last", False) for part in parts.values()):
         found.append("the gate last")
-    if getattr(source.patch_embed, "dynamic_img_pad", False):
+    if isinstance(source, naflex.NaFlexVit):
+        found += naflex.unsupported(source)
+    elif getattr(source.patch_embed, "dynamic_img_pad", False):
         found.append("padded images")
     if any(getattr(part, "rotate_half", False) for part in parts.values()):
         found.append("half-rotated rotary embeddings")

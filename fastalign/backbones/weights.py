@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastalign.backbones import layouts
-from fastalign.backbones.describe import MODELS
+from fastalign.backbones import layouts, naflex
+from fastalign.backbones.describe import MODELS, describe
 from fastalign.backbones.spec import ViTSpec, check_softcap, split_svit
 from fastalign.backbones.weight_files import locate, read_json, read_weights
 from fastalign.utils.errors import UserError, first_line
@@ -183,6 +183,11 @@ def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[s
     # they were square, so it gets a model without any.
     bare = copy.deepcopy(template)
     bare.pos_embed = None
+    if (
+        isinstance(template, naflex.NaFlexVit) and "pos_embed" in state
+    ):  # there timm's tables have rows and columns
+        grid = checkpoint.grid or table_grid(state, describe(template), path)
+        state["pos_embed"] = state["pos_embed"].reshape(1, *grid, -1)
     try:
         state = MODELS[type(template)](state, bare) | tables
     except Exception as error:

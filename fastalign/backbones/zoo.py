@@ -12,7 +12,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fastalign.backbones.describe import describe, from_timm, pair
+from fastalign.backbones import naflex
+from fastalign.backbones.describe import describe, from_timm
 from fastalign.backbones.spec import split_svit
 from fastalign.backbones.vit import ViT
 from fastalign.backbones.weight_files import find_facts, locate, read_facts
@@ -121,12 +122,11 @@ def _from_checkpoint(name: str, kwargs: dict, template: nn.Module, found: Checkp
         template = _template(name, kwargs)
     state, spec = timm_state(found, template, path), describe(template)
     check_config(spec, found.config, path)
+    stored, grid = naflex.table_arguments(state), spec.grid
     if _is_moco(name):  # its table is computed, not read
         state["pos_embed"] = torch.zeros(template.pos_embed.shape)
-        grid = spec.grid
-    else:
+    elif not stored:
         grid = found.grid or table_grid(state, spec, path)
-    stored = {}
     if grid != spec.grid:
         stored["img_size"] = (grid[0] * spec.patch_size[0], grid[1] * spec.patch_size[1])
     source = _create_timm(name, {**kwargs, **stored})
@@ -136,19 +136,19 @@ def _from_checkpoint(name: str, kwargs: dict, template: nn.Module, found: Checkp
         raise misfit(found, path, str(error).splitlines()[-1].strip()) from error
     vit = _finish(name, kwargs, template, source)
     for norm in (vit.norm, vit.fc_norm):
-        if isinstance(
-            norm, (nn.LayerNorm, nn.RMSNorm)
-        ):  # a student's was re-initialised, with another epsilon
+        if not isinstance(norm, nn.Identity):  # a student's was re-initialised, with another epsilon
             norm.eps = found.norm_eps or norm.eps
     return vit
 
 
 def _finish(name: str, kwargs: dict, template: nn.Module, source: nn.Module) -> ViT:
     """Our backbone from a timm model with its weights, resized as `template` is."""
-    spec, embed = describe(template), source.patch_embed
-    if (pair(embed.img_size), pair(embed.patch_size)) != (spec.image_size, spec.patch_size):
+    spec, changes = describe(template), {}
+    if isinstance(source, naflex.NaFlexVit):
+        naflex.check_patch_size(source, spec)
+        changes = {"image_size": spec.image_size}
+    elif (found := describe(source)).image_size != spec.image_size or found.patch_size != spec.patch_size:
         source.set_input_size(img_size=spec.image_size, patch_size=spec.patch_size)
-    changes = {}
     if _is_moco(name):
         changes = {"position_fixed": True, "fresh_norm_eps": 1e-5}  # it is made of torch's norm class
         with torch.no_grad():
@@ -178,7 +178,7 @@ def _template(name: str, kwargs: dict) -> nn.Module:
     """The timm model without memory for its weights, checked: `ViT` can be made of it."""
     architecture = name.split(".")[0]
     if architecture != MOCO and not timm.is_model(architecture):
-        modules = ("vision_transformer", "deit", "beit", "eva")  # with supported architectures
+        modules = ("vision_transformer", "deit", "beit", "eva", "naflexvit")  # with supported architectures
         names = [MOCO, *(name for module in modules for name in timm.list_models(module=module))]
         near = sorted((name for name in names if name.startswith(architecture)), key=len)[:4]
         near = near or difflib.get_close_matches(architecture, names, n=4, cutoff=0.5)
