@@ -1,4 +1,4 @@
-# make install | demo | test | lint | gpu
+# make install | demo | test | lint | docs | gpu
 override FASTALIGN_VENV := $(or $(FASTALIGN_VENV),.venv)
 ifneq ($(words $(FASTALIGN_VENV)),1)
 $(error FASTALIGN_VENV=$(FASTALIGN_VENV) has a space in it, which make does not support: name another directory)
@@ -8,7 +8,7 @@ PY := $(FASTALIGN_VENV)/bin/python
 DALI ?= dali
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: install demo test test-style test-rest test-reliability lint gpu clean own-venv
+.PHONY: install demo docs test test-style test-rest test-reliability lint gpu clean own-venv
 
 install: $(FASTALIGN_VENV)/.installed
 
@@ -41,6 +41,10 @@ test-reliability: install
 lint: install
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+# The documentation as a site in site/; a broken link or a missing name is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q
 
 # With a GPU, one process (the model is tiny); without, two that share the CPU.
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)

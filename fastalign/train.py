@@ -264,25 +264,18 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
 def main(arguments: list[str] | None = None) -> int:
     """The command's exit code: 0, 2 for bad input, 70 for a lost or hung rank, 75 for a signal, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(prog="fastalign train", description="Align a backbone with MaskEmbed.")
-    parser.add_argument(
+    add, about = parser.add_argument, "a name (`fastalign recipes` lists them) or a file, and keys to change"
+    add(
         "given",
         nargs="*",
         metavar="RECIPE section.key=value",
-        help="the recipe, a name (`fastalign recipes` lists them) or a file, and keys to change; without a recipe "
-        "the keys start from the defaults",
+        help=f"{about}; without a recipe, of the defaults",
     )
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the resolved configuration and stop"
-    )
-    parser.add_argument(
-        "--reference-config",
-        type=path_argument,
-        metavar="FILE",
-        help="a YAML file of the authors' code, instead of a recipe",
-    )
-    parser.add_argument(
-        "--world-size", type=int, metavar="N", help="GPUs that FILE's batch is for (torchrun's, else 4)"
-    )
+    add("--print-config", action="store_true", help="print the resolved configuration and stop")
+    about = "a YAML file of the authors' code, instead of a recipe"
+    add("--reference-config", type=path_argument, metavar="FILE", help=about)
+    about = "GPUs that FILE's batch is for (torchrun's, else 4)"
+    add("--world-size", type=int, metavar="N", help=about)
     options = parser.parse_intermixed_args(arguments)
     if not (options.given or options.reference_config):
         parser.error("give a recipe (`fastalign recipes` lists them), keys, or --reference-config FILE")
