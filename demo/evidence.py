@@ -54,9 +54,9 @@ COLUMNS = {
 def compare(
     run: Path, root: Path, seeds: list[int], split: str, workers: int, controls: bool = True
 ) -> dict[str, dict[str, dict]]:
-    """Run the trials, of the teacher and the aligned student alone without `controls`, write `evidence-SPLIT.json` and, of the test split, the `probe.json` that a report shows.
+    """Run the trials; without `controls`, of the teacher and the aligned student alone.
 
-    The demo's finished run is the aligned student of its own seed; `root` is the folder of the other trials.
+    Writes `evidence-SPLIT.json` and, of the test split, the `probe.json` that a report shows. The demo's finished run is the aligned student of its own seed; `root` is the folder of the other trials.
 
     Returns:
         Row -> column -> mean and spread over the seeds.
