@@ -56,7 +56,8 @@ def compare(
 ) -> dict[str, dict[str, dict]]:
     """Run the trials; without `controls`, of the teacher and the aligned student alone.
 
-    Writes `evidence-SPLIT.json` and, of the test split, the `probe.json` that a report shows. The demo's finished run is the aligned student of its own seed; `root` is the folder of the other trials.
+    Writes `evidence-SPLIT.json` and, of the test split, the `probe.json` that a report shows. The demo's
+    finished run is the aligned student of its own seed; `root` is the folder of the other trials.
 
     Returns:
         Row -> column -> mean and spread over the seeds.
