@@ -27,7 +27,14 @@ ACTIVATIONS = {
 }
 
 
-NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
+class RMSNorm(nn.RMSNorm):
+    """In the dtype of its weight under autocast too, as LayerNorm on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": RMSNorm}
 
 
 def make_norm(spec: BlockSpec, width: int | None = None, *, present: bool = True) -> nn.Module:
@@ -59,9 +66,12 @@ class PatchEmbed(nn.Module):
         return self.norm(self.proj(images).flatten(2).transpose(1, 2))
 
     def blank(self) -> Tensor:
-        """[D]: the embedding of a patch whose pixels are zero, in the dtype of the parameters."""
+        """[D]: the embedding of a patch whose pixels are zero."""
         weight, bias = self.proj.weight, self.proj.bias
-        return self.norm(weight.new_zeros(len(weight)) if bias is None else bias)
+        blank = weight.new_zeros(len(weight)) if bias is None else bias
+        if torch.is_autocast_enabled(blank.device.type):  # as the convolution rounds it
+            blank = blank.to(torch.get_autocast_dtype(blank.device.type))
+        return self.norm(blank)
 
 
 class LayerScale(nn.Module):

@@ -148,6 +148,9 @@ def test_bad_arguments_are_named(make, words):
         "vit_base_patch16_siglip_224",
         "beit_base_patch16_224",
         "eva02_base_patch16_clip_224",
+        "aimv2_large_patch14_224",
+        "eva02_tiny_patch14_224",
+        "naflexvit_base_patch16_radio_v3",
     ],
 )
 def test_each_family_in_bf16_autocast_is_close_and_one_graph(name, softcap):
