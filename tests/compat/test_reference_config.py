@@ -82,7 +82,7 @@ def test_the_documentation_lists_every_option():
     assert set(rows) == set(Options.model_fields)
     assert all(f"`{key}`" in rows[name] for name, key in KEYS.items())
     for part, expected, first in ((ignored, IGNORED, ": "), (refused, REFUSED, "- ")):
-        rows = re.findall(rf"^- .*$", part, re.M)
+        rows = re.findall(r"^- .*$", part, re.M)
         names = [row.rpartition(first)[2] if first == ": " else row.partition(": ")[0] for row in rows]
         assert {name for row in names for name in re.findall(r"`(\w+)`", row)} == set(expected)
 
