@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fastalign.data.headers import read_size
-from fastalign.data.source import Source, Unreadable
+from fastalign.data.sources import Source, Unreadable
 from fastalign.utils.errors import UserError
 
 FILE = "bad_samples.jsonl"

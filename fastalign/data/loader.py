@@ -18,7 +18,7 @@ from fastalign.data.augment import augment, mix
 from fastalign.data.bad_samples import BadSample, BadSamples, Sample, SampleReader, check_in_a_row
 from fastalign.data.pipeline import DecodeError, Decoder
 from fastalign.data.prefetch import Batch, Prefetcher
-from fastalign.data.source import Source, SyntheticSource
+from fastalign.data.sources import Source, SyntheticSource
 from fastalign.data.transforms import Geometry, Transform, geometry, normalize, reflect
 from fastalign.utils.errors import UserError
 from fastalign.utils.random import EVAL_EPOCH, permutation

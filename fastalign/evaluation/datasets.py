@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastalign.data.source import Source, Subset
-from fastalign.data.sources import FolderSource, TarSource
+from fastalign.data.sources import FolderSource, Source, Subset, TarSource
 from fastalign.data.tars import each_once, stem
 from fastalign.evaluation.label_maps import (
     VOID,
