@@ -54,8 +54,8 @@ def _summary(data: str, total: int, bad: list[BadSample], output: Path | None) -
     lines = [f"{data}: {total} images, {len(images)} bad ({len(images) / total:.2%})"]
     kinds: dict[str, list[BadSample]] = {}
     for sample in images:
-        # Numbers differ from image to image.
-        kinds.setdefault(re.sub(r"\d+", "N", sample.reason), []).append(sample)
+        # Numbers and contents differ from image to image.
+        kinds.setdefault(re.sub(r"\d+|begins with .*", "", sample.reason), []).append(sample)
     for alike in sorted(kinds.values(), key=len, reverse=True):
         lines.append(f"  {len(alike)} x {alike[0].reason} (such as {alike[0].name!r})")
     lines += [f"  incomplete: {sample.name!r}, {sample.reason}" for sample in bad if sample.id is None]

@@ -1,12 +1,14 @@
 """The command that checks a data set finds what training finds; its list, summary and exit codes."""
 
+import numpy as np
+
 from fastalign import scan
 from fastalign.data.bad_samples import BadSample, BadSamples, read_list, read_quarantine
 from fastalign.data.loader import Loader
 from fastalign.data.sources import open_source
 from fastalign.scan import main
 from tests.data.odd_images import damaged
-from tests.data_helpers import EVAL, age, encode, needs_dali, photo, small_photos, write_folder, write_tar
+from tests.data_helpers import EVAL, age, needs_dali, small_photos, write_folder, write_tar
 
 
 @needs_dali
@@ -14,7 +16,7 @@ def test_scan_lists_what_training_finds(tmp_path, capsys):
     photos = small_photos(100)  # two tasks
     files = {f"{i:03d}.jpg": p for i, p in enumerate(photos)}
     files |= {
-        "a\nb.jpg": encode(photo("coffee"), "GIF"),
+        "a\nb.jpg": np.frombuffer(b"this is no image", np.uint8),
         "004.jpg": photos[4][:900],
         "095.jpg": photos[95][:800],
     }
@@ -38,7 +40,7 @@ def test_scan_lists_what_training_finds(tmp_path, capsys):
         "  3 x damaged: DALI cannot decode it (such as '050.jpg')",
         "  2 x truncated: a JPEG without its end (such as '004.jpg')",
         "  1 x a link that leads nowhere (such as '080.jpg')",
-        "  1 x GIF, not JPEG, PNG, WebP or BMP (such as 'a\\nb.jpg')",
+        "  1 x not a JPEG, PNG, WebP or BMP file: it begins with b'this is no i' (such as 'a\\nb.jpg')",
         "  incomplete: 'class', a link that leads nowhere",
         f"quarantine list: {output}; train with faults.quarantine={output}",
     ]
