@@ -10,8 +10,6 @@ from pydantic import ValidationError
 from fastalign.utils.errors import UserError, unknown
 from fastalign.utils.paths import user_path
 
-LONGEST = 1 << 20  # bytes of a YAML text
-
 
 def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     """The mapping in a YAML file, merged over that of the file that it names as its `base`."""
@@ -39,8 +37,6 @@ def read_yaml(path: Path) -> dict:
 def parse_yaml(text: str | bytes, where: str) -> Any:
     """The value of a YAML text; UserError about `where` if it is not YAML."""
     where = where[:80]
-    if len(text) > LONGEST:
-        raise UserError(f"{where}...: {len(text)} bytes, at most {LONGEST} are read")
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except RecursionError:
