@@ -58,7 +58,7 @@ for old, new in pairwise("abcdefghi"):
         ("seed: 2001-13-41", ["seed", "integer"]),
         ("a\x00b: 1", ["not YAML"]),
         ("1: 2", ["Keys should be strings"]),
-        ("base: /", ["no configuration file at /"]),
+        ("base: /", ["no recipe at /"]),
     ],
 )
 def test_configurations_made_to_harm_are_one_line(tmp_path, monkeypatch, text, words):
