@@ -13,6 +13,7 @@ from fastalign import __version__
 from fastalign.backbones.precision import compute_dtype
 from fastalign.config import load_config
 from fastalign.evaluation.datasets import open_labelled
+from fastalign.evaluation.features import Encoder, frozen_encoder
 from fastalign.evaluation.options import (
     Count,
     Options,
@@ -22,7 +23,6 @@ from fastalign.evaluation.options import (
     evaluation_parser,
     from_flags,
 )
-from fastalign.evaluation.patch_features import Encoder, frozen_encoder
 from fastalign.evaluation.patches import probe
 from fastalign.evaluation.results import check_output, patch_table, summarise, write_results
 from fastalign.training import distributed

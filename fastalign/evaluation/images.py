@@ -100,7 +100,7 @@ def _facts(vit: ViT, options: ImageOptions, command: str | None, data: dict) -> 
         reported, selection = "test", "the epoch with the best validation top-1, the first of equals"
     return {
         "command": command,
-        "settings": options.model_dump(exclude={"threads", "save_every", "memory_share", "seeds"}),
+        "settings": options.model_dump(exclude={"threads", "seeds"}),
         "backbone": {
             **recipe,
             "softcap": vit.softcap,

@@ -144,7 +144,7 @@ _FROZEN_LINEAR = {"epochs": 50, "lr": 1e-3, "warmup_epochs": 0, "weight_decay": 
 _FROZEN = {"epochs": 20, "lr": 5e-4, "warmup_epochs": 1, "weight_decay": 0.05}
 _UNFROZEN = {"epochs": 50, "lr": 3e-4, "warmup_epochs": 5, "weight_decay": 0.05, "layer_decay": 0.75}
 _UNFREEZE_ONLY = ("layer_decay", "grad_checkpointing")
-_LIVE_ONLY = ("mixup", "cutmix", "crop", "color_jitter", "randaugment", "accumulate", "save_every")
+_LIVE_ONLY = ("mixup", "cutmix", "crop", "color_jitter", "randaugment", "accumulate")
 
 
 class ImageOptions(Options):
@@ -189,10 +189,6 @@ class ImageOptions(Options):
     """reading threads per rank, and as many for decoding"""
     grad_checkpointing: bool = False
     """unfreeze: less memory, more time"""
-    save_every: int = Field(0, ge=0)
-    """updates between checkpoints, in addition to each epoch's end (unfreeze, augment)"""
-    memory_share: float = Field(0.25, ge=0, le=1)
-    """share of free memory that features may take; larger ones go to a file"""
 
     @property
     def live(self) -> bool:

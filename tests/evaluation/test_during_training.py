@@ -16,9 +16,9 @@ import fastalign as fa
 from fastalign import train
 from fastalign.evaluation import during_training
 from fastalign.evaluation.datasets import open_labelled
+from fastalign.evaluation.features import frozen_encoder, read_patch_features
 from fastalign.evaluation.heads import make_patch_head
 from fastalign.evaluation.options import Recipe
-from fastalign.evaluation.patch_features import frozen_encoder, read_patch_features
 from fastalign.evaluation.patches import Task, evaluate_head, fit_head
 from fastalign.training import metrics
 from tests.evaluation.helpers import CPU, SINGLE, put, torchrun
