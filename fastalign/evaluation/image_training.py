@@ -36,6 +36,7 @@ from fastalign.training.checkpoint_files import Checkpoints, snapshot
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.optim import learning_rate
 from fastalign.utils.errors import UserError
+from fastalign.utils.files import remove_leftovers
 from fastalign.utils.random import permutation
 
 _READ_BATCH = 256
@@ -199,7 +200,7 @@ def save(fit: Fit, checkpoints: Checkpoints, progress: dict, identity: dict) -> 
 def resume(fit: Fit, checkpoints: Checkpoints, progress: dict, identity: dict) -> None:
     """Sets a fit and its progress to the newest checkpoint, if there is one; UserError if it has another identity."""
     if fit.world.main:
-        checkpoints.clean()
+        remove_leftovers(checkpoints.folder)
     step, state, _ = checkpoints.resume(fit.world)
     if step is None:
         return
