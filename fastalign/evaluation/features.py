@@ -2,15 +2,14 @@
 
 import errno
 import hashlib
-import json
 import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +20,15 @@ from fastalign import __version__
 from fastalign.backbones.precision import autocast
 from fastalign.backbones.spec import ViTSpec
 from fastalign.backbones.vit import ViT
-from fastalign.data.index import lock
 from fastalign.data.loader import Loader
 from fastalign.data.transforms import Transform
 from fastalign.evaluation.heads import TokenShape
 from fastalign.evaluation.label_maps import LabelledImages, patch_labels
 from fastalign.training.checkpoint_files import checksum
 from fastalign.training.command import report_rank_error
-from fastalign.training.distributed import World
+from fastalign.training.distributed import World, on_first_rank
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import write_atomically
-
-_COMPLETE = "complete.json"
+from fastalign.utils.files import remove_leftovers, temporary_name
 
 Array = tuple[tuple[int, ...], type]
 """shape and dtype; uint16 holds bf16"""
@@ -88,62 +84,43 @@ class ArrayFiles:
         return sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in self.arrays.values())
 
     def complete(self) -> bool:
-        """Whether every array was written to its end."""
-        if self.folder is None or not (self.folder / _COMPLETE).is_file():
-            return False
-        return (
-            sum(path.stat().st_size for path in map(self._path, self.arrays) if path.is_file()) >= self.size
-        )
+        """Whether the folder is there: it gets its name when all is written."""
+        return self.folder is not None and self.folder.is_dir()
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keeps other commands from writing here, until the process ends; UserError if one already does."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.folder, os.O_RDONLY)
-        try:
-            if not lock(handle, wait=False):
-                raise UserError(
-                    f"{self.folder.parent}: another command is reading the same features into it; "
-                    "wait until it is done, or name another folder"
-                )
-            yield
-        finally:
-            os.close(handle)
-
-    def create(self) -> None:
-        """Replaces the content of the folder by empty arrays, with space allocated; UserError for too little."""
-        for path in self.folder.iterdir():
-            path.unlink()
+    def create(self) -> "ArrayFiles":
+        """Empty arrays in a temporary folder, with their space allocated; UserError for too little."""
+        remove_leftovers(self.folder.parent, self.folder.name)
+        made = replace(self, folder=temporary_name(self.folder))
+        made.folder.mkdir(parents=True)
         try:
             for name, (shape, kind) in self.arrays.items():
-                np.lib.format.open_memmap(self._path(name), mode="w+", dtype=kind, shape=shape).flush()
-                with self._path(name).open("r+b") as file:
+                np.lib.format.open_memmap(made._path(name), mode="w+", dtype=kind, shape=shape).flush()
+                with made._path(name).open("r+b") as file:
                     # Writing to the map of a sparse file on a full disk kills the process with SIGBUS.
                     os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         except OSError as error:
+            made.remove()
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            shutil.rmtree(self.folder)
             raise UserError(
                 f"{self.folder.parent} has no space for features of {self.size / 1e9:.1f} GB; "
                 "name a folder with enough space (probe --cache, classify --output)"
             ) from error
+        return made
 
     def open(self, *, write: bool) -> dict[str, np.ndarray]:
         """The mapped arrays. Not copy-on-write: Linux counts such maps as memory."""
         return {name: np.load(self._path(name), mmap_mode="r+" if write else "r") for name in self.arrays}
 
-    def finish(self) -> None:
-        """Marks the arrays as complete."""
-        write_atomically(
-            self.folder / _COMPLETE, lambda file: file.write(json.dumps(list(self.arrays)).encode())
-        )
+    def take(self, made: "ArrayFiles") -> None:
+        """Names what `create` made, unless another command was faster: its arrays are the same."""
+        with suppress(OSError):
+            made.folder.rename(self.folder)
+        made.remove()
 
     def remove(self) -> None:
-        """Deletes the folder, unless another command is writing to it. Open maps stay valid."""
-        if self.folder.is_dir():
-            with suppress(UserError), self.lock():
-                shutil.rmtree(self.folder)
+        """Deletes the folder. Open maps stay valid."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npy"
@@ -194,18 +171,15 @@ def read_features(
         if world.size > int(os.environ.get("LOCAL_WORLD_SIZE", world.size)):
             raise UserError("features are in files that the ranks of one machine share: use one machine")
         if not all(world.gather(files.complete())):  # every rank looks before any writes
-            with ExitStack() as stack, report_rank_error(world.rank):
-                if world.main:
-                    stack.enter_context(files.lock())
-                    files.create()
-                world.barrier()
-                arrays = files.open(write=True)
+            with report_rank_error(world.rank):
+                made = on_first_rank(world, files.create)
+                arrays = made.open(write=True)
                 fill(arrays)
                 for array in arrays.values():
                     array.flush()
                 world.barrier()
                 if world.main:
-                    files.finish()
+                    files.take(made)
                 world.barrier()
     return files.open(write=False)
 
