@@ -1,13 +1,10 @@
 """Image classification: from a backbone and a labelled image folder to `classify.json`."""
 
-import platform
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from fastalign import __version__
@@ -126,9 +123,6 @@ def _outcome(results: list[dict], split: str, world: World) -> dict:
     versions = {
         "fastalign": __version__,
         "torch": torch.__version__,
-        "timm": version("timm"),
-        "numpy": np.__version__,
-        "python": platform.python_version(),
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU",
     }
     return {**over_seeds, "seeds": results, "ranks": world.size, "versions": versions}

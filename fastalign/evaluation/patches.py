@@ -13,13 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.data.prefetch import Batch
-from fastalign.evaluation.features import (
-    ArrayFiles,
-    Encoder,
-    PatchFeatures,
-    patch_files,
-    read_patch_features,
-)
+from fastalign.evaluation.features import ArrayFiles, Encoder, PatchFeatures, patch_files, read_patch_features
 from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate
 from fastalign.evaluation.heads import TokenShape, make_patch_head, supports
 from fastalign.evaluation.label_maps import LabelledImages

@@ -14,14 +14,7 @@ from fastalign.evaluation.features import frozen_encoder, patch_files, read_patc
 from fastalign.evaluation.heads import PATCH_LABELS
 from fastalign.probe import main
 from tests.data_helpers import needs_dali
-from tests.evaluation.helpers import (
-    COUNTS,
-    SINGLE,
-    command_error,
-    models,
-    probe_line,
-    results,
-)
+from tests.evaluation.helpers import COUNTS, SINGLE, command_error, models, probe_line, results
 
 
 @needs_dali

@@ -11,15 +11,7 @@ from safetensors.torch import save_file
 import fastalign as fa
 from fastalign.classify import classify, main
 from fastalign.training import distributed
-from tests.evaluation.helpers import (
-    KWARGS,
-    NAME,
-    QUICK,
-    classify_line,
-    command_error,
-    results,
-    write_split,
-)
+from tests.evaluation.helpers import KWARGS, NAME, QUICK, classify_line, command_error, results, write_split
 
 
 def test_the_command_on_a_run(images, tmp_path, vit, capsys):

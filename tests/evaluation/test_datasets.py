@@ -10,16 +10,7 @@ import pytest
 from fastalign.evaluation import datasets
 from fastalign.evaluation.datasets import VOID, open_labelled
 from tests.data_helpers import encode, write_tar
-from tests.evaluation.helpers import (
-    COCO_TRAIN,
-    COCO_VAL,
-    data_error,
-    expected,
-    grey,
-    names,
-    picture,
-    put,
-)
+from tests.evaluation.helpers import COCO_TRAIN, COCO_VAL, data_error, expected, grey, names, picture, put
 
 
 def lowest_digests(files, count):
