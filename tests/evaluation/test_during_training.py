@@ -141,7 +141,7 @@ def test_no_graph_is_compiled_for_it(recipe, data, capturing, setting):
 
 
 def test_its_time_does_not_count_as_training(recipe, data, monkeypatch):
-    """The clock jumps by a day at each probe: a step of 8 images in it would be 0.0001 images a second."""
+    """The clock jumps by a day at each probe: a step of 8 images in it would be 0.0001 images per second."""
     jumped = [0.0]
 
     def slow(run, splits):
