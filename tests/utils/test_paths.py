@@ -24,7 +24,7 @@ from fastalign.utils.paths import UserPath, path_argument, user_path
 from tests.data_helpers import small_photos, write_folder
 
 COMMANDS = {
-    train.main: {"overrides"},
+    train.main: {"given"},
     scan.main: set(),
     classify.parse: {"kwargs", "randaugment"},
     probe.parse: {"kwargs"},
