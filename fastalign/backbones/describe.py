@@ -4,6 +4,7 @@ Refused as not supported: a module of a type outside `_MODULES`, an option that 
 other keys or shapes than ours.
 """
 
+import copy
 from dataclasses import replace
 
 import timm
@@ -12,7 +13,9 @@ from timm import layers
 from timm.layers import activations
 from timm.models import beit, eva, vision_transformer
 from torch import nn
+from torch.nn import functional
 
+from fastalign.backbones.rope import make_table
 from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
 from fastalign.utils.errors import UserError
@@ -32,14 +35,20 @@ _ACTIVATIONS = {
     activations.Swish: "silu",
     nn.ReLU: "relu",
 }
+_ROTARY = {
+    type(None): None,
+    layers.RotaryEmbeddingCat: "fixed",
+    layers.RotaryEmbeddingDinoV3: "fixed",
+    layers.RotaryEmbeddingMixed: "mixed",
+}
 _MODULES = {
     *MODELS,
     *_ACTIVATIONS,
+    *_ROTARY,
     *(nn.ModuleList, nn.Sequential, nn.Identity, nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Dropout),
     *(vision_transformer.Block, beit.Block, eva.EvaBlock),
-    *(layers.Attention, beit.Attention, eva.EvaAttention),
+    *(layers.Attention, layers.AttentionRope, beit.Attention, eva.EvaAttention),
     *(layers.PatchEmbed, layers.LayerNorm, layers.LayerScale, layers.DropPath, layers.Mlp, layers.SwiGLU),
-    layers.RotaryEmbeddingCat,
 }
 
 
@@ -69,7 +78,7 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
         raise _unsupported(source, wrong)
     vit.load_state_dict(theirs, assign=True)
     if spec.rotary:
-        vit.position = source.rope.get_embed().detach().clone()
+        vit.position = _rotary_position(source.rope, spec)
     elif spec.relative_position:
         vit.position = source.blocks[0].attn.relative_position_index.clone()
     return vit
@@ -98,14 +107,15 @@ def describe(source: nn.Module) -> ViTSpec:
         position=source.pos_embed is not None,
         position_prefix=not getattr(source, "no_embed_class", False),
         relative_position=isinstance(source, beit.Beit),
-        rotary=getattr(source, "rope", None) is not None,
+        rotary=_ROTARY[type(getattr(source, "rope", None))],
         patch_bias=embed.proj.bias is not None,
         patch_norm=_has_norm(embed.norm),
         pre_norm=_has_norm(getattr(source, "norm_pre", None)),
         final_norm=_has_norm(source.norm),
         pooled_norm=_has_norm(source.fc_norm),
         pool=source.global_pool or "none",
-        pool_prefix=bool(getattr(source, "pool_include_prefix", False)),
+        # Eva's attention pooling reads all tokens.
+        pool_prefix=getattr(source, "pool_include_prefix", getattr(source, "attn_pool", None) is not None),
         fresh_norm_eps=next(
             (type(norm)(8).eps for norm in (source.norm, source.fc_norm) if _has_norm(norm)), 1e-6
         ),
@@ -114,9 +124,9 @@ def describe(source: nn.Module) -> ViTSpec:
 
 def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
     attention, mlp = block.attn, block.mlp
-    if getattr(attention, "qkv", None) is None:
+    if attention.qkv is None:
         qkv, bias = "split", attention.q_proj.bias
-    elif isinstance(block, (beit.Block, eva.EvaBlock)):
+    elif getattr(attention, "q_bias", None) is not None:
         qkv, bias = "no_k_bias", attention.q_bias
     else:
         qkv, bias = "fused", attention.qkv.bias
@@ -136,10 +146,23 @@ def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
         qkv_bias=bias is not None,
         qk_norm=_has_norm(getattr(attention, "q_norm", None)),
         attention_norm=_has_norm(getattr(attention, "norm", None)),
+        rotate_half=getattr(source, "rope", None) is not None and attention.rotate_half,
         layer_scale=None if scale is None else 1.0,
         layer_scale_keys="gamma" if gamma is not None else "ls",
         norm_eps=block.norm1.eps,
     )
+
+
+def _rotary_position(rope: nn.Module, spec: ViTSpec) -> torch.Tensor:
+    """The rotary table, or the coordinates of mixed rope, for all tokens."""
+    if spec.rotary == "mixed":
+        sides = [torch.arange(side, dtype=torch.float32, device=rope.freqs.device) for side in spec.grid]
+        coordinates = torch.cartesian_prod(*sides).T
+        coordinates = coordinates.flip(0) if rope.grid_indexing == "xy" else coordinates
+        return functional.pad(coordinates, (spec.prefix, 0))
+    rope = copy.deepcopy(rope).eval()  # without the augmentation of training
+    angles = slice(rope.dim // 2) if rope.rotate_half else slice(0, None, 2)  # timm repeats each
+    return make_table(*(part[:, angles] for part in rope.get_embed(spec.grid).chunk(2, 1)), spec.prefix)
 
 
 def _unknown_parts(source: nn.Module) -> list[str]:
@@ -148,10 +171,8 @@ def _unknown_parts(source: nn.Module) -> list[str]:
     found = [type(part).__name__ for part in parts.values() if type(part) not in _MODULES]
     if any(isinstance(part, nn.Dropout) and part.p > 0 and k != "head_drop" for k, part in parts.items()):
         found.append("dropout")
-    if getattr(source, "dynamic_img_size", False):
-        found.append("dynamic image sizes")
-    if any(getattr(part, "rotate_half", False) for part in parts.values()):
-        found.append("half-rotated rotary embeddings")
+    if getattr(source.patch_embed, "dynamic_img_pad", False):
+        found.append("padded images")
     return list(dict.fromkeys(found))
 
 
