@@ -35,19 +35,13 @@ _ACTIVATIONS = {
     activations.Swish: "silu",
     nn.ReLU: "relu",
 }
-_ROTARY = {
-    type(None): None,
-    layers.RotaryEmbeddingCat: "fixed",
-    layers.RotaryEmbeddingDinoV3: "fixed",
-    layers.RotaryEmbeddingMixed: "mixed",
-}
 _MODULES = {
     *MODELS,
     *_ACTIVATIONS,
-    *_ROTARY,
     *(nn.ModuleList, nn.Sequential, nn.Identity, nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Dropout),
     *(vision_transformer.Block, beit.Block, eva.EvaBlock),
     *(layers.Attention, layers.AttentionRope, beit.Attention, eva.EvaAttention),
+    *(layers.RotaryEmbeddingCat, layers.RotaryEmbeddingDinoV3, layers.RotaryEmbeddingMixed),
     *(layers.PatchEmbed, layers.LayerNorm, layers.LayerScale, layers.DropPath, layers.Mlp, layers.SwiGLU),
 }
 
@@ -95,7 +89,7 @@ def describe(source: nn.Module) -> ViTSpec:
         raise UserError("depth must be at least 1")
     if found := _unknown_parts(source):
         raise _unsupported(source, found)
-    embed = source.patch_embed
+    embed, rope = source.patch_embed, getattr(source, "rope", None)
     return ViTSpec(
         block=_describe_block(source.blocks[0], source),
         depth=len(source.blocks),
@@ -107,7 +101,8 @@ def describe(source: nn.Module) -> ViTSpec:
         position=source.pos_embed is not None,
         position_prefix=not getattr(source, "no_embed_class", False),
         relative_position=isinstance(source, beit.Beit),
-        rotary=_ROTARY[type(getattr(source, "rope", None))],
+        rotary=rope is not None,
+        rotary_mixed=isinstance(rope, layers.RotaryEmbeddingMixed),
         patch_bias=embed.proj.bias is not None,
         patch_norm=_has_norm(embed.norm),
         pre_norm=_has_norm(getattr(source, "norm_pre", None)),
@@ -155,7 +150,7 @@ def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
 
 def _rotary_position(rope: nn.Module, spec: ViTSpec) -> torch.Tensor:
     """The rotary table, or the coordinates of mixed rope, for all tokens."""
-    if spec.rotary == "mixed":
+    if spec.rotary_mixed:
         sides = [torch.arange(side, dtype=torch.float32, device=rope.freqs.device) for side in spec.grid]
         coordinates = torch.cartesian_prod(*sides).T
         coordinates = coordinates.flip(0) if rope.grid_indexing == "xy" else coordinates

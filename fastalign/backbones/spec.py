@@ -72,8 +72,10 @@ class ViTSpec:
     """the position embedding has entries for the prefix tokens"""
     relative_position: bool = False
     """a relative position bias in each block (BEiT)"""
-    rotary: str | None = None
-    """fixed (a table of the grid) | mixed (angles learned for each block and head) | None"""
+    rotary: bool = False
+    """rotary position embeddings of the patches in each block"""
+    rotary_mixed: bool = False
+    """whose angles are learned for each block and head (RoPE-mixed)"""
     patch_bias: bool = True
     patch_norm: bool = False
     pre_norm: bool = False

@@ -52,7 +52,7 @@ class ViT(nn.Module):
         self.head = nn.Identity()
         self.pool = spec.pool
         self.grad_checkpointing = False
-        self.rope = MixedRope(spec.block, spec.depth) if spec.rotary == "mixed" else None
+        self.rope = MixedRope(spec.block, spec.depth) if spec.rotary_mixed else None
         # The relative position index, the rotary table or mixed rope's coordinates: not a parameter, not stored.
         self.register_buffer("position", None, persistent=False)
 

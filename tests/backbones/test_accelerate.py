@@ -62,7 +62,7 @@ def test_every_family_equals_timm(name):
     theirs = tiny("vit_base_patch16_224" if name == MOCO else name)
     ours = copy.deepcopy(theirs)
     assert fa.accelerate(ours) is ours
-    assert sum(kind.endswith("Attention") for kind in fa.accelerated(ours).values()) == 2
+    assert sum("Attention" in kind for kind in fa.accelerated(ours).values()) == 2
     for training in (False, True):
         assert_same(ours.train(training), theirs.train(training), pixels(theirs))
     assert_same(ours.float(), theirs.float(), pixels(theirs).float(), 1e-5)
