@@ -4,7 +4,6 @@ Refused as not supported: a module of a type outside `_MODULES`, an option that 
 other keys or shapes than ours.
 """
 
-import copy
 from dataclasses import replace
 
 import timm
@@ -13,9 +12,8 @@ from timm import layers
 from timm.layers import activations
 from timm.models import beit, eva, vision_transformer
 from torch import nn
-from torch.nn import functional
 
-from fastalign.backbones.rope import make_table
+from fastalign.backbones.rope import read_position
 from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
 from fastalign.utils.errors import UserError
@@ -72,7 +70,7 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
         raise _unsupported(source, wrong)
     vit.load_state_dict(theirs, assign=True)
     if spec.rotary:
-        vit.position = _rotary_position(source.rope, spec)
+        vit.position = read_position(source.rope, spec)
     elif spec.relative_position:
         vit.position = source.blocks[0].attn.relative_position_index.clone()
     return vit
@@ -146,18 +144,6 @@ def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
         layer_scale_keys="gamma" if gamma is not None else "ls",
         norm_eps=block.norm1.eps,
     )
-
-
-def _rotary_position(rope: nn.Module, spec: ViTSpec) -> torch.Tensor:
-    """The rotary table, or the coordinates of mixed rope, for all tokens."""
-    if spec.rotary_mixed:
-        sides = [torch.arange(side, dtype=torch.float32, device=rope.freqs.device) for side in spec.grid]
-        coordinates = torch.cartesian_prod(*sides).T
-        coordinates = coordinates.flip(0) if rope.grid_indexing == "xy" else coordinates
-        return functional.pad(coordinates, (spec.prefix, 0))
-    rope = copy.deepcopy(rope).eval()  # without the augmentation of training
-    angles = slice(rope.dim // 2) if rope.rotate_half else slice(0, None, 2)  # timm repeats each
-    return make_table(*(part[:, angles] for part in rope.get_embed(spec.grid).chunk(2, 1)), spec.prefix)
 
 
 def _unknown_parts(source: nn.Module) -> list[str]:

@@ -5,10 +5,13 @@ A table is [1 or H, T, d]: the sines of d / 2 angles, then their cosines. Prefix
 Shapes: P prefix tokens, N patches, T = P + N tokens, L packed tokens, H heads, d head width.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from fastalign.backbones.spec import BlockSpec
+from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.ops.reference import Packing
 
 
@@ -27,11 +30,18 @@ def rotate(x: Tensor, table: Tensor, half: bool = False) -> Tensor:
     return turned.to(x.dtype)
 
 
-def make_table(sines: Tensor, cosines: Tensor, prefix: int) -> Tensor:
-    """The table of all tokens from the sines and cosines of patches, each [N, d / 2]."""
-    sines = torch.cat([sines.new_zeros(prefix, sines.shape[1]), sines])
-    cosines = torch.cat([cosines.new_ones(prefix, cosines.shape[1]), cosines])
-    return torch.cat([sines, cosines], 1).unsqueeze(0)
+def read_position(rope: nn.Module, spec: ViTSpec) -> Tensor:
+    """The table of timm's module for the backbone's grid, [1, T, d]; of its mixed rope the coordinates, [2, T]."""
+    if spec.rotary_mixed:
+        sides = [torch.arange(side, dtype=torch.float32, device=rope.freqs.device) for side in spec.grid]
+        coordinates = torch.cartesian_prod(*sides).T
+        coordinates = coordinates.flip(0) if rope.grid_indexing == "xy" else coordinates
+        return functional.pad(coordinates, (spec.prefix, 0))
+    rope = copy.deepcopy(rope).eval()  # without the augmentation of training
+    angles = slice(rope.dim // 2) if rope.rotate_half else slice(0, None, 2)  # timm repeats each
+    sines, cosines = (part[:, angles] for part in rope.get_embed(spec.grid).chunk(2, 1))
+    rows = (0, 0, spec.prefix, 0)
+    return torch.cat([functional.pad(sines, rows), functional.pad(cosines, rows, value=1)], 1).unsqueeze(0)
 
 
 def pack_table(table: Tensor, packing: Packing) -> Tensor:
