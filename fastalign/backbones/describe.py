@@ -14,6 +14,7 @@ from timm.models import beit, deit, eva, naflexvit, vision_transformer
 from torch import nn
 
 from fastalign.backbones import naflex
+from fastalign.backbones.rope import read_position
 from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
 from fastalign.utils.errors import UserError
@@ -42,9 +43,10 @@ _MODULES = {
     *_NORMS,
     *(nn.ModuleList, nn.Sequential, nn.Identity, nn.Linear, nn.Conv2d, nn.Dropout),
     *(vision_transformer.Block, beit.Block, eva.EvaBlock),
-    *(layers.Attention, beit.Attention, eva.EvaAttention),
+    *(layers.Attention, layers.AttentionRope, beit.Attention, eva.EvaAttention),
+    *(layers.RotaryEmbeddingCat, layers.RotaryEmbeddingDinoV3, layers.RotaryEmbeddingMixed),
     *(layers.PatchEmbed, layers.LayerScale, layers.DropPath, layers.Mlp, layers.SwiGLU, layers.GluMlp),
-    *(layers.RotaryEmbeddingCat, naflexvit.NaFlexEmbeds),
+    naflexvit.NaFlexEmbeds,
 }
 
 
@@ -80,7 +82,7 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
         raise _unsupported(source, wrong)
     vit.load_state_dict(theirs, assign=True)
     if spec.rotary:
-        vit.position = source.rope.get_embed().detach().clone()
+        vit.position = read_position(source.rope, spec)
     elif spec.relative_position:
         vit.position = source.blocks[0].attn.relative_position_index.clone()
     return vit
@@ -97,7 +99,7 @@ def describe(source: nn.Module) -> ViTSpec:
         raise UserError("depth must be at least 1")
     if found := _unknown_parts(source):
         raise _unsupported(source, found)
-    flexible = isinstance(source, naflex.NaFlexVit)
+    flexible, rope = isinstance(source, naflex.NaFlexVit), getattr(source, "rope", None)
     embed = source.embeds if flexible else source.patch_embed
     tokens = embed if flexible else source
     return ViTSpec(
@@ -112,14 +114,16 @@ def describe(source: nn.Module) -> ViTSpec:
         position=embed.pos_embed_type != "none" if flexible else source.pos_embed is not None,
         position_prefix=not flexible and not getattr(source, "no_embed_class", False),
         relative_position=isinstance(source, beit.Beit),
-        rotary=getattr(source, "rope", None) is not None,
+        rotary=rope is not None,
+        rotary_mixed=isinstance(rope, layers.RotaryEmbeddingMixed),
         patch_bias=embed.proj.bias is not None,
         patch_norm=_has_norm(embed.norm),
         pre_norm=_has_norm(getattr(source, "norm_pre", None)),
         final_norm=_has_norm(source.norm),
         pooled_norm=_has_norm(source.fc_norm),
         pool=_pool(source),
-        pool_prefix=bool(getattr(source, "pool_include_prefix", False)),
+        # Eva's attention pooling reads all tokens.
+        pool_prefix=getattr(source, "pool_include_prefix", getattr(source, "attn_pool", None) is not None),
         fresh_norm_eps=next(
             (type(norm)(8).eps for norm in (source.norm, source.fc_norm) if _has_norm(norm)), 1e-6
         ),
@@ -128,9 +132,9 @@ def describe(source: nn.Module) -> ViTSpec:
 
 def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
     attention, mlp = block.attn, block.mlp
-    if getattr(attention, "qkv", None) is None:
+    if attention.qkv is None:
         qkv, bias = "split", attention.q_proj.bias
-    elif isinstance(block, (beit.Block, eva.EvaBlock)):
+    elif getattr(attention, "q_bias", None) is not None:
         qkv, bias = "no_k_bias", attention.q_bias
     else:
         qkv, bias = "fused", attention.qkv.bias
@@ -151,6 +155,7 @@ def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
         qk_norm=_has_norm(getattr(attention, "q_norm", None)),
         attention_norm=_has_norm(getattr(attention, "norm", None)),
         proj_bias=mlp.fc2.bias is not None,
+        rotate_half=getattr(source, "rope", None) is not None and attention.rotate_half,
         layer_scale=None if scale is None else 1.0,
         layer_scale_keys="gamma" if gamma is not None else "ls",
         norm=_NORMS[type(block.norm1)],
@@ -181,8 +186,6 @@ def _unknown_parts(source: nn.Module) -> list[str]:
         found += naflex.unsupported(source)
     elif getattr(source.patch_embed, "dynamic_img_pad", False):
         found.append("padded images")
-    if any(getattr(part, "rotate_half", False) for part in parts.values()):
-        found.append("half-rotated rotary embeddings")
     return list(dict.fromkeys(found))
 
 

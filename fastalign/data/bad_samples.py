@@ -3,7 +3,7 @@
 In training the next good sample in source order replaces a bad one. That depends on the files alone: not on ranks,
 resuming, a quarantine list, or when a sample was found to be bad. Evaluation leaves bad samples out.
 
-A list has one JSON object per line: `id` (null for a tar shard or folder), `name` (portable) and `reason`.
+A list has one JSON object per line: `id` (null for a tar shard), `name` (portable) and `reason`.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fastalign.data.headers import read_size
-from fastalign.data.source import Source, Unreadable
+from fastalign.data.sources import Source, Unreadable
 from fastalign.utils.errors import UserError
 
 FILE = "bad_samples.jsonl"
@@ -131,7 +131,7 @@ def check_in_a_row(bad: list[BadSample]) -> None:
 def too_many(bad: int, drawn: int, share: float) -> bool:
     """Whether a run must stop: more than 10 bad samples, and more than `share` of the images drawn so far.
 
-    Quarantined samples, tar shards and folders do not count; share 0 stops at the first.
+    Quarantined samples and tar shards do not count; share 0 stops at the first.
     """
     return bad > ALWAYS_ALLOWED * (share > 0) and bad > share * drawn
 
@@ -168,17 +168,11 @@ def read_list(path: Path) -> list[BadSample]:
 
 def append_to_list(path: Path, samples: Iterable[BadSample]) -> None:
     """Appends samples to a list and flushes it to the disk; an incomplete last line is removed first."""
-    text = b"".join(to_line(sample) for sample in samples)
-    if not text:
+    if not (text := b"".join(to_line(sample) for sample in samples)):
         return
     with path.open("a+b") as file:
         file.seek(0)
-        old = file.read()
-        begin = old.rfind(b"\n") + 1
-        if _parse(old[begin:]) is None:
-            file.truncate(begin)
-        else:
-            text = b"\n" + text
+        file.truncate(file.read().rfind(b"\n") + 1)
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -1,38 +1,34 @@
-"""Lists of images: packed names, scans of folders, and the cache of both on disk; `tars.py` scans tar shards.
+"""Lists of images: packed names, scans of folders, labels, and the cache on disk; `tars.py` reads tar shards.
 
 Names are one blob of bytes with int64 offsets, memory-mapped from the cache: 13 million Python strings would cost
 every process more than a gigabyte.
 """
 
 import contextlib
-import errno
+import csv
 import fcntl
 import hashlib
-import json
 import os
+import re
 import time
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
 
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import write_atomically
+from fastalign.utils.files import write_tensors
 from fastalign.utils.paths import home_folder
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-DANGLING = "a link that leads nowhere"
-MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _SUFFIXES = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
 # A directory that changes twice within one tick of its file system's clock keeps its mtime, so a list made this soon
 # after a change is not cached.
 _SETTLE_NS = 2_000_000_000
-_FORMAT = "fastalign-index-2"
-_ALIGN = 64
-_ITEM_SIZES = {"|u1": 1, "<i8": 8}
 
 
 class Names:
@@ -79,22 +75,8 @@ def is_image(name: bytes) -> bool:
     return not any(part.startswith(b".") and part not in (b".", b"..") for part in name.split(b"/"))
 
 
-def is_dangling(path: str | bytes) -> bool:
-    """Whether a path is a link to nothing, or part of a cycle of links; raises OSError if the disk fails."""
-    try:
-        os.stat(path)  # noqa: PTH116, names are bytes
-    except OSError as error:
-        if error.errno not in MISSING:
-            raise
-        return os.path.islink(path)  # noqa: PTH114
-    return False
-
-
-def _walk(root: str) -> Iterator[tuple[bytes, int, list[bytes], list[bytes]]]:
-    """Each directory below `root`, depth first: name, mtime in ns, its images, its dangling links to other things.
-
-    Names are relative to `root` and sorted. A dangling link whose name is an image's counts as an image.
-    """
+def _walk(root: str) -> Iterator[tuple[bytes, int, list[bytes]]]:
+    """Each directory below `root`, depth first: name, mtime in ns and images; names relative to `root`, sorted."""
     stack: list[tuple[bytes, tuple]] = [(b"", ())]
     while stack:
         relative, ancestors = stack.pop()
@@ -104,81 +86,106 @@ def _walk(root: str) -> Iterator[tuple[bytes, int, list[bytes], list[bytes]]]:
         if inode in ancestors:
             continue  # a link to a directory that contains it
         prefix = relative + b"/" if relative else b""
-        images, folders, dangling = [], [], []
+        images, folders = [], []
         with os.scandir(path) as entries:
             for entry in entries:
                 if entry.name.startswith(b"."):
                     continue
-                leads_nowhere = entry.is_symlink() and is_dangling(entry.path)
-                if not leads_nowhere and entry.is_dir():
+                if entry.is_dir():
                     folders.append(prefix + entry.name)
                 elif is_image(entry.name):
                     images.append(prefix + entry.name)
-                elif leads_nowhere:
-                    dangling.append(prefix + entry.name)
-        yield relative, status.st_mtime_ns, sorted(images), sorted(dangling)
+                elif entry.is_symlink():
+                    os.stat(entry.path)  # noqa: PTH116, fails if it is to a folder that is not mounted
+        yield relative, status.st_mtime_ns, sorted(images)
         stack += [(name, (*ancestors, inode)) for name in sorted(folders, reverse=True)]
 
 
 def _scan_folder(root: str) -> dict[str, np.ndarray]:
-    directories, mtimes, dangling = [], [], []
+    directories, mtimes = [], []
 
     def images() -> Iterator[bytes]:
-        for directory, mtime, found, lost in _walk(root):
+        for directory, mtime, found in _walk(root):
             directories.append(directory)
             mtimes.append(mtime)
-            dangling.extend(lost)
             yield from found
 
     try:
-        arrays = Names.pack(images()).arrays()
+        arrays = Names.pack(images()).arrays() | Names.pack(directories).arrays("tree_")
     except OSError as error:
-        raise UserError(f"cannot read {error.filename!r}: {error.strerror}; check its permissions") from error
-    arrays |= Names.pack(directories).arrays("tree_") | Names.pack(dangling).arrays("missing_")
+        path = os.fsdecode(error.filename)
+        raise UserError(f"cannot read {path}: {error.strerror}; repair, mount or remove it") from error
     return arrays | {"mtimes": np.array(mtimes, dtype=np.int64)}
 
 
 def _is_current(root: str, arrays: dict[str, np.ndarray]) -> bool:
-    """Whether all directories still have the mtimes of the index and its dangling links still lead nowhere."""
-    tree, dangling = Names.of(arrays, "tree_"), Names.of(arrays, "missing_")
+    """Whether all directories still have the mtimes of the index."""
+    pairs = zip(Names.of(arrays, "tree_"), arrays["mtimes"].tolist(), strict=True)
     try:
-        return all(
-            (Path(root) / folder).stat().st_mtime_ns == mtime
-            for folder, mtime in zip(tree, arrays["mtimes"].tolist(), strict=True)
-        ) and all(is_dangling(f"{root}/{link}") for link in dangling)
+        return all((Path(root) / folder).stat().st_mtime_ns == mtime for folder, mtime in pairs)
     except OSError:
         return False
 
 
-def index_folder(root: str) -> tuple[Names, Names]:
-    """The images below a folder, depth first, and dangling links that are not named as images; relative to `root`."""
-    arrays = cached_index(
-        "folder", root, lambda index: _is_current(root, index), lambda: _scan_folder(root), "mtimes"
+def index_folder(root: str) -> Names:
+    """The images below a folder, depth first, relative to it."""
+    return Names.of(
+        cached_index(f"folder:{root}", lambda index: _is_current(root, index), lambda: _scan_folder(root))
     )
-    return Names.of(arrays), Names.of(arrays, "missing_")
+
+
+def read_labels(path: Path) -> dict[str, str]:
+    """The labels of a `labels.csv`, by image name."""
+    labels: dict[str, str] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
+            reader = csv.DictReader(file)
+            if reader.fieldnames != ["name", "label"]:
+                raise UserError(f"{path}: the first line must be `name,label`")
+            for row in reader:
+                where, label = f"{path} line {reader.line_num}: {row['name']}", row["label"] or ""
+                if not re.fullmatch(r"\s*[+-]?\d+\s*", label):
+                    raise UserError(f"{where} has the label {label!r}; write an integer")
+                if (other := labels.setdefault(row["name"], str(int(label)))) != str(int(label)):
+                    raise UserError(f"{where} has two labels, {other} and {label}; remove one")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from error
+    return labels
 
 
 def cached_index(
-    kind: str,
-    key: str,
-    is_current: Callable[[dict[str, np.ndarray]], bool],
-    scan: Callable[[], dict[str, np.ndarray]],
-    mtimes: str,
+    key: str, is_current: Callable[[dict[str, np.ndarray]], bool], scan: Callable[[], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """The index that `scan` makes, or the cached one if `is_current`.
+    """The index that `scan` makes, or the cached one if `is_current`: [n] uint8 and int64 arrays.
 
-    `mtimes` names its array of modification times in ns: an index is cached if all of them are more than 2 s old.
+    It is cached if all its `mtimes`, in ns, are more than 2 s old.
     """
-    with _scan_lock(kind, key):
-        arrays = load_index(kind, key)  # another process may have made it while this one waited
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        file = cache_folder() / f"index-{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.safetensors"
+        locked = file.with_suffix(".lock").open("w")
+    except OSError:  # no cache
+        return scan()
+    with locked:
+        lock(locked.fileno(), wait=True)  # one process of a machine scans while the others wait for its index
+        arrays = _load(file)
         if arrays is None or not is_current(arrays):
             start = time.time_ns()
             arrays = scan()
-            settled = start - arrays[mtimes].max() > _SETTLE_NS
-            if settled and save_index(kind, key, arrays):
-                # Processes of a machine share mapped pages.
-                arrays = load_index(kind, key) or arrays
+            if start - arrays["mtimes"].max() > _SETTLE_NS:
+                with contextlib.suppress(OSError):
+                    write_tensors(file, {name: torch.from_numpy(values) for name, values in arrays.items()})
+                    arrays = _load(file) or arrays  # processes of a machine share mapped pages
     return arrays
+
+
+def _load(file: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a cache file, memory-mapped; None if it is missing or damaged."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {name: tensors.get_tensor(name).numpy() for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
 
 
 def cache_folder() -> Path:
@@ -188,66 +195,6 @@ def cache_folder() -> Path:
     if (home := home_folder()) is None:
         raise FileNotFoundError("no home folder")
     return Path(home) / ".cache/fastalign"
-
-
-def _cache_file(kind: str, key: str) -> Path:
-    return cache_folder() / f"{kind}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.idx"
-
-
-def save_index(kind: str, key: str, arrays: dict[str, np.ndarray]) -> bool:
-    """Writes [n] uint8 and int64 arrays to the cache, atomically; False if it cannot be written."""
-    layout, position = {}, 0
-    for name, values in arrays.items():
-        position = -(-position // _ALIGN) * _ALIGN
-        layout[name] = [values.dtype.str, len(values), position]
-        position += values.nbytes
-    header = json.dumps({"format": _FORMAT, "key": key, "arrays": layout, "bytes": position}).encode() + b"\n"
-    body = -(-len(header) // _ALIGN) * _ALIGN
-
-    def write(file: BinaryIO) -> None:
-        file.write(header)
-        for name, values in arrays.items():
-            file.seek(body + layout[name][2])
-            file.write(memoryview(np.ascontiguousarray(values)))
-        file.truncate(body + position)
-
-    try:
-        write_atomically(_cache_file(kind, key), write)
-    except (OSError, UnicodeEncodeError):
-        return False
-    return True
-
-
-def load_index(kind: str, key: str) -> dict[str, np.ndarray] | None:
-    """The arrays that `save_index` wrote, memory-mapped; None if there are none or the file is damaged."""
-    try:
-        file = np.memmap(_cache_file(kind, key), np.uint8, "r")
-        line = file[: 1 << 20].tobytes().partition(b"\n")[0]
-        header = json.loads(line)
-        body = -(-(len(line) + 1) // _ALIGN) * _ALIGN
-        if (header["format"], header["key"], body + header["bytes"]) != (_FORMAT, key, len(file)):
-            return None
-        arrays = {}
-        for name, (dtype, length, offset) in header["arrays"].items():
-            begin = body + offset
-            arrays[name] = file[begin : begin + length * _ITEM_SIZES[dtype]].view(dtype)
-        return arrays
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-@contextlib.contextmanager
-def _scan_lock(kind: str, key: str) -> Iterator[None]:
-    """Lets one process of a machine scan while the others wait for its index; without a cache, all scan."""
-    try:
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        file = _cache_file(kind, key).with_suffix(".lock").open("w")
-    except OSError:
-        yield
-        return
-    with file:
-        lock(file.fileno(), wait=True)
-        yield
 
 
 def lock(descriptor: int, *, wait: bool) -> bool:

@@ -1,6 +1,5 @@
 """Opening labelled data: a split of COCO, ADE20K, a folder or tar shards. Label maps are decoded on demand."""
 
-import difflib
 import hashlib
 import json
 import os
@@ -10,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastalign.data.source import Source, Subset
-from fastalign.data.sources import FolderSource, TarSource
+from fastalign.data.sources import FolderSource, Source, Subset, TarSource
 from fastalign.data.tars import each_once, stem
 from fastalign.evaluation.label_maps import (
     VOID,
@@ -21,7 +19,7 @@ from fastalign.evaluation.label_maps import (
     pair,
     read_panoptic,
 )
-from fastalign.utils.errors import UserError
+from fastalign.utils.errors import UserError, unknown
 from fastalign.utils.paths import user_path
 
 __all__ = ["VOID", "LabelledImages", "open_labelled"]
@@ -43,8 +41,7 @@ def open_labelled(data: str, split: str) -> LabelledImages:
     split, chosen by a hash of the file name, and `train` the rest. UserError where nothing usable is there.
     """
     if split not in SPLITS:
-        near = difflib.get_close_matches(str(split), SPLITS, n=1, cutoff=0.0)[0]
-        raise UserError(f"no split {split!r}; there are train, val and test, the nearest is {near}")
+        raise UserError(f"{unknown('split', split, SPLITS)}; there are train, val and test")
     if not data:
         raise UserError("no labelled data given; name a folder, or KIND:ROOT")
     try:
@@ -60,10 +57,9 @@ def _parse(data: str) -> tuple[str, Path]:
     if not (colon and re.fullmatch(r"[\w-]+", kind)) or Path(data).exists():
         kind, rest = "", data
     elif kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
-        raise UserError(f"{data}: unknown data set {kind!r}; there are {' '.join(KINDS)}, nearest {near}")
+        raise UserError(f"{data}: {unknown('data set', kind, KINDS)}; there are {' '.join(KINDS)}")
     if not rest or not Path(rest).is_dir():
-        raise UserError(f"{data}: no such folder: {rest or '(none)'}; check the path of the data set")
+        raise UserError(f"no such folder: {rest or data}; check the path of the data set")
     return kind, Path(rest)
 
 
@@ -72,23 +68,22 @@ def class_names(key: str) -> tuple[str, ...]:
     return tuple(json.loads((Path(__file__).parent / "classes.json").read_text(encoding="utf-8"))[key])
 
 
-def _folder(data: str, candidates: list[Path], remedy: str) -> Path:
-    """The first of some folders that exists."""
-    for path in candidates:
-        if path.is_dir():
-            return path
-    raise UserError(f"{data}: no folder {' nor '.join(map(str, candidates))}; {remedy}")
+def _folders(data: Path, folders: tuple[Path, Path], remedy: str) -> tuple[FolderSource, FolderSource]:
+    """The images and the maps in two folders."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{data}: no folder {folder}; {remedy}")
+    images, maps = (FolderSource(str(folder)) for folder in folders)
+    return images, pair(images, maps)
 
 
-def _published(images: Path, maps: Path, split: str, held_out: int) -> tuple[Source, Source]:
-    """Images and maps of a data set with two labelled splits; `val` takes the names with the lowest SHA-256."""
-    source = FolderSource(str(images))
-    labels = pair(source, FolderSource(str(maps)))
+def _part(source: Source, labels: Source, split: str, held_out: int) -> tuple[Source, Source]:
+    """A split of a data set with two labelled ones; `val` takes the names with the lowest SHA-256 from training."""
     if split == "test":
         return source, labels
     count = len(source)
     if count <= held_out:
-        raise UserError(f"{images} has {count} images, but val takes {held_out} of them; download all of it")
+        raise UserError(f"{source.root} has {count} images, but val takes {held_out}; download all of it")
     digests = [hashlib.sha256(os.fsencode(source.name(index))).digest() for index in range(count)]
     val = np.sort(sorted(range(count), key=digests.__getitem__)[:held_out])
     chosen = val if split == "val" else np.setdiff1d(np.arange(count), val)
@@ -96,21 +91,17 @@ def _published(images: Path, maps: Path, split: str, held_out: int) -> tuple[Sou
 
 
 def _open_published(kind: str, root: Path, split: str) -> LabelledImages:
-    """COCO or ADE20K, as the archives unpack or as the download leaves them."""
+    """COCO or ADE20K, as examples/download.sh leaves them."""
     base = kind.partition("-")[0]
     if kind == "ade20k":
-        part = "validation" if split == "test" else "training"
-        places = [root, root / "ADEChallengeData2016"]
-        images, maps = ([place / name / part for place in places] for name in ("images", "annotations"))
+        place, part = root / "ADEChallengeData2016", "validation" if split == "test" else "training"
+        folders = place / "images" / part, place / "annotations" / part
     else:
         year = "val2017" if split == "test" else "train2017"
         name = f"panoptic_{year}" if kind == "coco-panoptic" else year
-        images = [root / "images" / year, root / year]
-        maps = [root / "annotations" / name]
-        maps.append(root / name if kind == "coco-panoptic" else root / "stuffthingmaps" / name)
+        folders = root / "images" / year, root / "annotations" / name
     remedy = _REMEDY.format(kind if kind == "coco-panoptic" else base, root)
-    folders = _folder(kind, images, remedy), _folder(kind, maps, remedy)
-    source, labels = _published(*folders, split, HELD_OUT[base])
+    source, labels = _part(*_folders(root, folders, remedy), split, HELD_OUT[base])
     if kind == "coco-panoptic":
         content = read_panoptic(root / "annotations" / f"{name}.json")
         missing = [n for n in map(labels.name, range(len(labels))) if stem(n) not in content.segments]
@@ -137,12 +128,9 @@ def _open_own(root: Path, split: str) -> LabelledImages:
     if shards:
         images, maps = _split_shards(root, split, shards)
     else:
-        remedy = f"{split}/ must contain images/ and labels/"
-        folders = (_folder(str(root), [folder / name], remedy) for name in ("images", "labels"))
-        images, maps = (FolderSource(str(path)) for path in folders)
-
-    decode = partial(decode_ids, classes=len(classes))
-    return LabelledImages(images, classes, unlabeled, pair(images, maps), decode)
+        folders = folder / "images", folder / "labels"
+        images, maps = _folders(root, folders, f"{split}/ must contain images/ and labels/")
+    return LabelledImages(images, classes, unlabeled, maps, partial(decode_ids, classes=len(classes)))
 
 
 def _split_shards(root: Path, split: str, shards: list[str]) -> tuple[Source, Source]:
@@ -154,7 +142,8 @@ def _split_shards(root: Path, split: str, shards: list[str]) -> tuple[Source, So
         raise UserError(
             f"{root}/{split}-*.tar have no {missing}; a sample is KEY.jpg and KEY.png in one shard"
         )
-    return Subset(members, np.flatnonzero(~is_map)), Subset(members, np.flatnonzero(is_map))
+    images, maps = (Subset(members, np.flatnonzero(chosen)) for chosen in (~is_map, is_map))
+    return images, pair(images, maps)
 
 
 def _read_classes(path: Path) -> tuple[tuple[str, ...], int | None]:

@@ -27,6 +27,8 @@ CASES = {
     "swiglu": {"name": "eva02_base_patch16_clip_224", "softcap": None},
     "packed swiglu": {"name": "vit_giant_patch14_dinov2", "kwargs": NARROW},
     "aimv2": {"name": "aimv2_large_patch14_224", "kwargs": NARROW},
+    "gated, registers": {"name": "vit_small_plus_patch16_dinov3", "softcap": None},
+    "mixed rope": {"name": "vit_small_patch16_rope_mixed_ape_224"},
     "no prefix": {"name": "vit_base_patch16_siglip_224"},
     "mlp head": {"head": "mlp"},
     "narrow decoder": {"decoder_width": 96, "decoder_layers": 3},

@@ -151,6 +151,8 @@ def test_bad_arguments_are_named(make, words):
         "aimv2_large_patch14_224",
         "eva02_tiny_patch14_224",
         "naflexvit_base_patch16_radio_v3",
+        "vit_small_plus_patch16_dinov3_qkvb",
+        "vit_base_patch16_rope_mixed_ape_224",
     ],
 )
 def test_each_family_in_bf16_autocast_is_close_and_one_graph(name, softcap):
