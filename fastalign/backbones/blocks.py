@@ -181,11 +181,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; `window` as for `Attention`."""
+    """Transformer block, with norms before its branches or (`post_norm`) after them; `window` as for `Attention`."""
 
     def __init__(self, spec: BlockSpec, *, drop_path: float = 0.0, window: tuple[int, int] | None = None):
         super().__init__()
-        self.norm1 = make_norm(spec)
+        self.norm1, self.post_norm = make_norm(spec), spec.post_norm
         self.attn = Attention(spec, window=window)
         self.norm2 = make_norm(spec)
         self.mlp = MLP(spec)
@@ -213,7 +213,10 @@ class Block(nn.Module):
     ) -> Tensor:
         """[B, T, D] -> [B, T, D], or packed, [L, D] -> [L, D]. Arguments as for `Attention`."""
         scales = self.layer_scales()
-        branch = self.attn(self.norm1(x), position, sequences)
+        if self.post_norm:
+            branch = self.norm1(self.attn(x, position, sequences))
+        else:
+            branch = self.attn(self.norm1(x), position, sequences)
         x = x + self.drop_path(branch if scales is None else branch * scales[0])
-        branch = self.mlp(self.norm2(x))
+        branch = self.norm2(self.mlp(x)) if self.post_norm else self.mlp(self.norm2(x))
         return x + self.drop_path(branch if scales is None else branch * scales[1])

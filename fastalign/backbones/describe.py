@@ -37,12 +37,13 @@ _ACTIVATIONS = {
     nn.ReLU: "relu",
 }
 _NORMS = {nn.LayerNorm: "layer_norm", layers.LayerNorm: "layer_norm", layers.RmsNorm: "rms_norm"}
+_POST_NORM = (vision_transformer.ResPostBlock, eva.EvaBlockPostNorm)
 _MODULES = {
     *MODELS,
     *_ACTIVATIONS,
     *_NORMS,
     *(nn.ModuleList, nn.Sequential, nn.Identity, nn.Linear, nn.Conv2d, nn.Dropout),
-    *(vision_transformer.Block, beit.Block, eva.EvaBlock),
+    *(vision_transformer.Block, beit.Block, eva.EvaBlock, *_POST_NORM),
     *(layers.Attention, layers.AttentionRope, beit.Attention, eva.EvaAttention),
     *(layers.RotaryEmbeddingCat, layers.RotaryEmbeddingDinoV3, layers.RotaryEmbeddingMixed),
     *(layers.PatchEmbed, layers.LayerScale, layers.DropPath, layers.Mlp, layers.SwiGLU, layers.GluMlp),
@@ -158,6 +159,7 @@ def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
         rotate_half=getattr(source, "rope", None) is not None and attention.rotate_half,
         layer_scale=None if scale is None else 1.0,
         layer_scale_keys="gamma" if gamma is not None else "ls",
+        post_norm=isinstance(block, _POST_NORM),
         norm=_NORMS[type(block.norm1)],
         norm_eps=block.norm1.eps,
     )
@@ -180,6 +182,8 @@ def _unknown_parts(source: nn.Module) -> list[str]:
         found.append("norms of several kinds")
     if isinstance(source, deit.VisionTransformerDistilled) and _has_norm(source.fc_norm):
         found.append("fc_norm")
+    if any(getattr(part, "num_kv_heads", None) not in (None, part.num_heads) for part in parts.values()):
+        found.append("grouped heads")
     if any(getattr(part, "gate_last", False) for part in parts.values()):
         found.append("the gate last")
     if isinstance(source, naflex.NaFlexVit):

@@ -45,6 +45,8 @@ class BlockSpec:
     layer_scale: float | None = None
     layer_scale_keys: str = "ls"
     """ls (ls1.gamma) | gamma (gamma_1)"""
+    post_norm: bool = False
+    """norms follow attention and MLP instead of preceding them"""
     norm: str = "layer_norm"
     """layer_norm | rms_norm | identity"""
     norm_eps: float = 1e-6
