@@ -68,6 +68,10 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
     other = [key for key, value in ours.items() if key in theirs and value.shape != theirs[key].shape]
     if wrong := sorted(set(theirs) ^ set(ours)) + other:
         raise _unsupported(source, wrong)
+    norms = dict(vit.named_modules())
+    for path, part in source.named_modules():
+        if getattr(part, "eps", None) != getattr(norms.get(path), "eps", None):
+            raise _unsupported(source, [f"another epsilon in {path}"])
     vit.load_state_dict(theirs, assign=True)
     if spec.rotary:
         vit.position = read_position(source.rope, spec)
@@ -88,8 +92,11 @@ def describe(source: nn.Module) -> ViTSpec:
     if found := _unknown_parts(source):
         raise _unsupported(source, found)
     embed, rope = source.patch_embed, getattr(source, "rope", None)
+    block = _describe_block(source.blocks[0], source)
+    if any(_describe_block(other, source) != block for other in source.blocks):
+        raise _unsupported(source, ["blocks that differ"])
     return ViTSpec(
-        block=_describe_block(source.blocks[0], source),
+        block=block,
         depth=len(source.blocks),
         image_size=pair(embed.img_size),
         patch_size=pair(embed.patch_size),
