@@ -48,7 +48,12 @@ def test_what_must_be_known_is_written(runs, exported):
     assert found["read"] == read
     assert len(found["features"]["mean"]) == 48
     card = (output / "README.md").read_text()
-    for words in ("license: unknown", "0.5, applied by the import", "{'recall': 0.5}", "load_tower"):
+    for words in (
+        "license: unknown",
+        "0.5, applied by the import",
+        "{'recall': 0.5}",
+        "trust_remote_code=True",
+    ):
         assert words in card
 
 

@@ -95,7 +95,6 @@ def test_what_dropping_the_cap_changes(runs, exported, capsys):
 @pytest.mark.parametrize(
     ("target", "code", "words"),
     [
-        ("hf-clip", "import transformers as t; t.AutoModel.from_pretrained(PATH)", "fastalign_clip"),
         ("timm", "import timm; timm.create_model('local-dir:' + PATH, pretrained=True)", "fastalign_softcap"),
     ],
 )
