@@ -1,20 +1,27 @@
 """Errors of exported backbones relative to ours: ``python -m benchmarks.export [NAME ...]``.
 
 fp32, random weights (every parameter perturbed), native image size and width, two blocks, with the soft-cap of 30
-and without; each export is loaded from its files by the library's own classes. Backbones given by NAME are measured
-at full depth and not written. Otherwise writes `benchmarks/results/export.json` and the table of `docs/export.md`.
+and without. An export for transformers is loaded as its model card says, in a process that cannot import fastalign;
+the others in this process, by the library's own classes. Backbones given by NAME are measured at full depth and not
+written. Otherwise writes `benchmarks/results/export.json` and the table of `docs/export.md`.
 """
 
 import json
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from benchmarks import record
 from fastalign.backbones.zoo import create_backbone
 from fastalign.export import export
+from fastalign.export.measure import noise, token_error
+from fastalign.export.run import read_run
 from fastalign.export.targets import TARGETS
 
 BACKBONES = [
@@ -45,23 +52,58 @@ def make_run(folder: Path, name: str, **kwargs) -> None:
     (folder / "backbone.json").write_text(json.dumps(facts))
 
 
+ALONE = """
+import json, sys
+import torch
+
+sys.modules["fastalign"] = None  # importing it is an error
+torch.set_grad_enabled(False)
+for folder, code in json.loads(sys.argv[1]).items():
+    names = {"images": torch.load("images.pt")}
+    exec(code.replace("FOLDER", folder), names)
+    torch.save(names["tokens"], f"{folder}.pt")
+"""
+
+
+def tokens_without_fastalign(folder: Path, usages: dict[str, str], images: Tensor) -> dict[str, Tensor]:
+    """The tokens that the lines of each model card compute, in one process that cannot import fastalign.
+
+    Args:
+        folder: where the exports are; `usages` has the lines by the name of an export.
+    """
+    torch.save(images, folder / "images.pt")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["HF_HOME"] = str(folder / "cache")
+    subprocess.run([sys.executable, "-c", ALONE, json.dumps(usages)], cwd=folder, env=environment, check=True)
+    return {name: torch.load(folder / f"{name}.pt") for name in usages}
+
+
 def measure(name: str, **kwargs) -> list[dict]:
     """A row per target: the largest relative error of a token, with the cap (None: refused) and without."""
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        make_run(run, name, **kwargs)
-        spec = create_backbone(name, **kwargs).spec
-        for target in TARGETS:
-            if TARGETS[target].misfits(spec):
-                continue
-            errors = {}
-            for column, drop in (("capped", False), ("plain", True)):
-                if drop or TARGETS[target].can_cap:
-                    _, facts = export(run, target, output=Path(folder) / "out", drop_softcap=drop)
-                    errors[column] = facts["parity"]["largest_relative_error"]
-            rows.append({"backbone": name, "target": target, "capped": None, **errors})
-    return rows
+        folder = Path(folder)
+        make_run(folder / "run", name, **kwargs)
+        run, usages, wanted = read_run(folder / "run"), {}, {}
+        images, spec = noise(run.vit), run.vit.spec
+        rows = {
+            target: {"backbone": name, "target": target, "capped": None}
+            for target in TARGETS
+            if not TARGETS[target].misfits(spec)
+        }
+        for column, softcap in (("capped", run.vit.softcap), ("plain", None)):
+            run.vit.softcap = softcap
+            wanted[column] = run.vit.forward_features(images).detach()
+            for target, row in rows.items():
+                if column == "plain" or TARGETS[target].can_cap:
+                    output = folder / f"{target}-{column}"
+                    _, facts = export(folder / "run", target, output=output, drop_softcap=column == "plain")
+                    row[column] = facts["parity"]["largest_relative_error"]
+                    if TARGETS[target].package == "transformers":
+                        usages[output.name] = TARGETS[target].usage(run)
+        for place, tokens in tokens_without_fastalign(folder, usages, images).items():
+            target, _, column = place.rpartition("-")
+            rows[target][column] = token_error(tokens, wanted[column])
+    return list(rows.values())
 
 
 def cells(row: dict) -> list[str]:

@@ -102,25 +102,29 @@ class Tower(NamedTuple):
     def usage(self, run: Run) -> str:
         """Lines of Python for the model card."""
         lines = [
-            "from transformers import AutoImageProcessor, AutoModel, LlavaForConditionalGeneration",
+            "from transformers import AutoModel",
             "",
-            'processor = AutoImageProcessor.from_pretrained("FOLDER", trust_remote_code=True)',
             'tower = AutoModel.from_pretrained("FOLDER", trust_remote_code=True).eval()',
-            'out = tower(**processor(image, return_tensors="pt"), output_hidden_states=True)',
-            "tokens = out.last_hidden_state  # normed, prefix tokens first; out.hidden_states[-1] is the same",
-            "",
-            "llava = LlavaForConditionalGeneration(tower.config.llava_config(text_config))",
-            "llava.model.vision_tower = tower",
-            "# saved, it loads with AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)",
+            "tokens = tower(images).last_hidden_state  # prefix tokens first; hidden_states[-1] is the same",
         ]
         if run.vit.softcap is None:
-            name, last = self._class_name(run.vit), "tower(**inputs).last_hidden_state"
+            name, last = self._class_name(run.vit), "tower(images).last_hidden_state"
             lines += [
                 "",
-                "# or without trust_remote_code:",
+                f"from transformers import {name}  # without trust_remote_code; its hidden_states are not normed",
+                "",
                 f'tower = {name}.from_pretrained("FOLDER").eval()',
+                f"tokens = {f'tower.post_layernorm({last})' if name.startswith('CLIP') else last}",
             ]
-            lines += [f"tokens = {f'tower.post_layernorm({last})' if name.startswith('CLIP') else last}"]
+        lines += [
+            "",
+            "# Pixels of a PIL image, by transformers' AutoImageProcessor:",
+            '# processor = AutoImageProcessor.from_pretrained("FOLDER", trust_remote_code=True)',
+            '# images = processor(picture, return_tensors="pt")["pixel_values"]',
+            "# LLaVA; saved, it loads with AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True):",
+            "# llava = LlavaForConditionalGeneration(tower.config.llava_config(text_config))",
+            "# llava.model.vision_tower = tower",
+        ]
         return "\n".join(lines)
 
 
