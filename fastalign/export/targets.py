@@ -43,7 +43,8 @@ class Target(NamedTuple):
         """What of a backbone the library cannot express; empty = the backbone fits."""
         found = []
         for name, value in (self.wanted or {}).items():
-            if (have := attrgetter(name)(spec)) != value:
+            have = attrgetter(name)(spec)
+            if (have or None) != (value or None):  # absent is None, False or 0
                 found.append(f"{name.removeprefix('block.')} is {have}, wanted {value}")
         square = all(len({*size}) == 1 for size in (spec.grid, spec.image_size, spec.patch_size))
         if self.wanted is not None and not square:
