@@ -57,7 +57,7 @@ def measure(name: str, **kwargs) -> list[dict]:
                 continue
             errors = {}
             for column, drop in (("capped", False), ("plain", True)):
-                if drop or TARGETS[target].can_cap:
+                if drop or TARGETS[target].how_capped:
                     _, facts = export(run, target, output=Path(folder) / "out", drop_softcap=drop)
                     errors[column] = facts["parity"]["largest_relative_error"]
             rows.append({"backbone": name, "target": target, "capped": None, **errors})

@@ -7,20 +7,20 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fastalign.backbones.layouts import OPEN_CLIP
 from fastalign.backbones.spec import ViTSpec
-from fastalign.backbones.zoo import MOCO
-from fastalign.export import towers
+from fastalign.export import to_onnx, to_timm, towers
 from fastalign.export.run import Run
-from fastalign.export.timm_model import ARCHITECTURE
 from fastalign.export.towers import Tokens, convert, write_json
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import write_tensors
+
+EXTRA = "'transformers>=5.20' 'open_clip_torch>=3.3' onnx onnxruntime onnxscript"
+"""The packages of the extra `export`."""
 
 
 class Target(NamedTuple):
@@ -30,12 +30,14 @@ class Target(NamedTuple):
     """must be installed"""
     wanted: dict[str, Any] | None
     """the fields of `ViTSpec` that the library can express; None = every backbone fits"""
-    write: Callable[[Run, Path], None]
+    write: Callable[[Run, Path], list[str] | None]
+    """returns sentences for the user"""
     read: Callable[[Path], Tokens]
     """loads the files with the library's own classes"""
     usage: Callable[[Run], str]
-    """lines of Python for the model card"""
-    can_cap: bool = True
+    """lines of Python for the model card: with FOLDER and `images`, they compute `tokens`"""
+    how_capped: str | None
+    """a sentence for the user of a capped export; None = the library cannot cap"""
     notes: tuple[str, ...] = ()
     """sentences for the user"""
 
@@ -55,70 +57,13 @@ def find_target(name: str, run: Run) -> Target:
     """The target of a name, checked against the backbone."""
     target = TARGETS[name]
     if find_spec(target.package) is None:
-        raise UserError(
-            f"--to {name} needs {target.package}: pip install 'transformers>=5.20' 'open_clip_torch>=3.3'"
-        )
+        raise UserError(f"--to {name} needs {target.package}: pip install {EXTRA}")
     if problems := target.misfits(run.vit.spec):
         fitting = ", ".join(other for other in TARGETS if not TARGETS[other].misfits(run.vit.spec))
         raise UserError(
             f"--to {name}: {run.facts['name']} does not fit ({'; '.join(problems[:3])}); what fits: {fitting}"
         )
     return target
-
-
-def _write_timm(run: Run, folder: Path) -> None:
-    vit, architecture = run.vit, run.facts["name"].split(".")[0]
-    architecture = "vit_base_patch16_224" if architecture == MOCO else architecture
-    dropped = ("num_classes", "drop_path_rate")
-    arguments = {key: value for key, value in run.facts["kwargs"].items() if key not in dropped}
-    if vit.softcap is not None:
-        arguments |= {"architecture": architecture, "softcap": vit.softcap}
-        architecture = ARCHITECTURE
-    config = {
-        "architecture": architecture,
-        "num_classes": 0,
-        "num_features": vit.embed_dim,
-        "model_args": arguments,
-        "pretrained_cfg": {
-            "tag": "locality_aligned",
-            "input_size": [vit.spec.channels, *vit.spec.image_size],
-            "fixed_input_size": True,
-            "num_classes": 0,
-            **vit.data,
-            "crop_mode": "center",
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-            "license": run.source()["licence"],
-        },
-    }
-    write_json(folder / "config.json", config)
-    write_tensors(folder / "model.safetensors", {k: v.contiguous() for k, v in vit.state_dict().items()})
-
-
-def _read_timm(folder: Path) -> Tokens:
-    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval().forward_features
-
-
-def _timm_import(run: Run) -> str:
-    return "import fastalign.export.timm_model  # the soft-cap\n" if run.vit.softcap is not None else ""
-
-
-def _timm_usage(run: Run) -> str:
-    return (
-        f"import timm\n{_timm_import(run)}\n"
-        'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n'
-        "tokens = model.forward_features(images)  # prefix tokens first"
-    )
-
-
-def _prismatic_usage(run: Run) -> str:
-    return (
-        f"{_timm_import(run)}# in Prismatic's registry, with default_image_size={run.vit.spec.image_size[0]}:\n"
-        'timm_path_or_url = "local-dir:FOLDER"\n'
-        "# in TimmViTBackbone.__init__, instead of the second-to-last layer:\n"
-        "self.featurizer.forward = unpack_tuple(\n"
-        "    partial(self.featurizer.get_intermediate_layers, n={len(self.featurizer.blocks) - 1}, norm=True)\n)"
-    )
 
 
 _NO_TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
@@ -168,15 +113,24 @@ def _open_clip_usage(run: Run) -> str:
     )
 
 
-_NOTES = (towers.PROCESSOR_NOTE,)
+_TIMM = (to_timm.write, to_timm.read)
 TARGETS = {
-    "timm": Target("timm", None, _write_timm, _read_timm, _timm_usage),
+    "timm": Target("timm", None, *_TIMM, to_timm.usage, to_timm.HOW_CAPPED),
     **{
-        f"hf-{name}": Target("transformers", t.wanted, t.write, towers.read, t.usage, notes=_NOTES)
+        f"hf-{name}": Target(
+            "transformers",
+            t.wanted,
+            t.write,
+            towers.read,
+            t.usage,
+            towers.HOW_CAPPED,
+            (towers.PROCESSOR_NOTE,),
+        )
         for name, t in {"clip": towers.CLIP, "siglip": towers.SIGLIP, "dinov2": towers.DINOV2}.items()
     },
     "open-clip": Target(
-        "open_clip", towers.CLIP.wanted, _write_open_clip, _read_open_clip, _open_clip_usage, can_cap=False
+        "open_clip", towers.CLIP.wanted, _write_open_clip, _read_open_clip, _open_clip_usage, None
     ),
-    "prismatic": Target("timm", {"block.qkv": "fused"}, _write_timm, _read_timm, _prismatic_usage),
+    "onnx": Target("onnxruntime", None, to_onnx.write, to_onnx.read, to_onnx.usage, to_onnx.HOW_CAPPED),
+    "prismatic": Target("timm", {"block.qkv": "fused"}, *_TIMM, to_timm.prismatic_usage, to_timm.HOW_CAPPED),
 }

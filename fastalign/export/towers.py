@@ -13,6 +13,10 @@ from fastalign.backbones.vit import ViT
 from fastalign.export.run import Run
 from fastalign.utils.files import write_tensors
 
+HOW_CAPPED = (
+    "transformers does not cap by itself: install fastalign and `import fastalign.export.hf` before loading. Without "
+    "the import transformers refuses this folder as an unknown model type."
+)
 Tokens = Callable[[Tensor], Tensor]
 """From images to our features: all tokens, prefix first."""
 
