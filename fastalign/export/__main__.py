@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--output", type=path_argument, help="the folder to write; default RUN/exports/TARGET")
     add("--drop-softcap", action="store_true", help="export without the cap")
     images = "image folder or tar shards to measure features on; default validation data"
+    add("--text-tower", metavar="PLACE", help="for open-clip: the CLIP model with the text tower")
     add("--images", type=path_argument, help=images)
     add("--push-to-hub", metavar="OWNER/NAME", dest="hub", help="upload it to the model hub")
     options = parser.parse_args(arguments)
@@ -61,7 +62,7 @@ def _source(given: argparse.Namespace) -> str | Run:
 
 
 def _run(given: argparse.Namespace) -> None:
-    options = {key: getattr(given, key) for key in ("output", "drop_softcap", "images", "hub")}
+    options = {key: getattr(given, key) for key in ("output", "drop_softcap", "images", "hub", "text_tower")}
     folder, facts = export(_source(given), given.to, **options)
     parity, softcap = facts["parity"], facts["softcap"]
     print(f"parity: largest relative error {parity['largest_relative_error']:.1e} of {parity['of']}")

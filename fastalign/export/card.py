@@ -47,7 +47,7 @@ def model_card(facts: dict[str, Any], library: str, usage: str, how_capped: str 
         *(f"| {' | '.join(row)} |" for row in _numbers(facts)),
         "",
         "`fastalign.json` has all of this, the recipe, and mean and standard deviation by channel.",
-        *(["", *facts["notes"]] if facts["notes"] else []),
+        *(["", *(f"- {note}" for note in facts["notes"])] if facts["notes"] else []),
     ]
     return "\n".join(lines) + "\n"
 

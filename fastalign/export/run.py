@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from fastalign.backbones.blocks import MLP
 from fastalign.backbones.saving import backbone_facts
-from fastalign.backbones.spec import BlockSpec
+from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
 from fastalign.backbones.weight_files import read_facts, read_json
 from fastalign.backbones.zoo import MOCO, load_backbone
@@ -42,6 +43,8 @@ class Run:
     probe: Any = None
     """probe.json, if the run was probed"""
     notes: list[str] = field(default_factory=list)
+    text_tower: str | None = None
+    """where the text tower of a CLIP model is; None = where `weights` are"""
 
     @property
     def weights(self) -> str | None:
@@ -97,6 +100,17 @@ def read_weights(name: str, weights: str, *, kwargs: str = "{}", softcap: float 
     vit.attn_pool, vit.pool, vit.head = None, "none", nn.Identity()
     facts = backbone_facts(_finite(vit.eval(), f"--weights {weights}"), weights=weights)
     return Run(None, vit, facts, notes=["not a run of fastalign: no recipe and no decoder"])
+
+
+def misfits(wanted: dict[str, Any], spec: ViTSpec) -> list[str]:
+    """What of a backbone a library cannot express that needs the `wanted` fields; empty = the backbone fits."""
+    found = []
+    for name, value in wanted.items():
+        if (have := attrgetter(name)(spec)) != value:
+            found.append(f"{name.removeprefix('block.')} is {have}, wanted {value}")
+    if any(len({*size}) > 1 for size in (spec.grid, spec.image_size, spec.patch_size)):
+        found.append(f"images of {spec.image_size[0]}x{spec.image_size[1]}, wanted square ones")
+    return found
 
 
 def _finite(vit: ViT, where: str) -> ViT:

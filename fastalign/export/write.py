@@ -1,6 +1,7 @@
 """Writing an export: the target's files, `fastalign.json`, the decoder and the model card; all of them or nothing."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def export(
     drop_softcap: bool = False,
     images: str | None = None,
     hub: str | None = None,
+    text_tower: str | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Export the backbone and the decoder of a run.
 
@@ -34,6 +36,8 @@ def export(
         output: the folder to write; None = ``exports/TARGET`` in the run's. An earlier export there is replaced.
         drop_softcap: export without the cap, for the library's own classes.
         images: folder, tar shards or ``synthetic:COUNT`` that features are measured on; None = validation data.
+        text_tower: for open_clip: the CLIP model whose text tower is kept, a file, a folder or ``hf-hub:OWNER/NAME``;
+            None = the weights that the run started from.
         hub: OWNER/NAME under which the export will be uploaded; the model card loads it from there.
 
     Returns:
@@ -42,7 +46,7 @@ def export(
     Raises:
         UserError: a damaged run, a target that does not fit or cannot cap, or an export that is not exact.
     """
-    run = run if isinstance(run, Run) else read_run(run)
+    run = replace(run if isinstance(run, Run) else read_run(run), text_tower=text_tower)
     target, cap = find_target(to, run), run.vit.softcap
     if output is None and run.folder is None:
         raise UserError("--output: give the folder to write, because --weights is not a run")
