@@ -1,8 +1,9 @@
-"""What is installed, what will be used, and what would be faster: ``python -m fastalign.doctor``.
+"""What is installed, what will be used, and what would be faster: ``fastalign doctor``.
 
 Ends with a smoke test, a training step on every kind of device; the exit code is 1 if one fails.
 """
 
+import argparse
 import importlib.util
 import os
 import platform
@@ -141,8 +142,11 @@ def smoke(device: str) -> str:
     return f"a step on the {device} in {str(dtype).removeprefix('torch.')}: mode zero, mode drop"
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Print the report; 1 if a smoke test fails."""
+    argparse.ArgumentParser(prog="fastalign doctor", description=__doc__.splitlines()[0]).parse_args(
+        arguments
+    )
     for section in (machine, operations, attention, optional):
         print(f"{section.__name__}\n  " + "\n  ".join(section()))
     print("smoke test")

@@ -104,7 +104,7 @@ def _run(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastalign.scan", description="Check every image of a data set, as training would."
+        prog="fastalign scan", description="Check every image of a data set, as training would."
     )
     add, cores = parser.add_argument, len(os.sched_getaffinity(0))
     add("data", type=path_argument, help="a folder of images, tar shards or a pattern of them, as data.train")

@@ -1,6 +1,6 @@
-"""Training: ``python -m fastalign.train CONFIG.yaml key.sub=value ...``, alone or under torchrun.
+"""Training: ``fastalign train RECIPE section.key=value ...``, or ``torchrun -m fastalign.train RECIPE ...``.
 
-``--reference-config FILE`` instead of CONFIG.yaml takes one of the authors' files.
+``--reference-config FILE`` instead of RECIPE takes one of the authors' files.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from fastalign.training.run import Run, itstime
 from fastalign.training.validation import evaluate, measure_target_scale
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import can_be_folder
-from fastalign.utils.paths import path_argument
+from fastalign.utils.paths import path_argument, user_path
 
 Splits = dict[str, LabelledImages]
 
@@ -244,40 +244,41 @@ def probe(run: Run, splits: Splits, reporter: Reporter, epoch: int) -> None:
 
 def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
     """The configuration that the command line asks for, and lines for the user."""
+    named = [text for text in options.given if "=" not in text or Path(text).is_file()]
+    overrides = [text for text in options.given if text not in named]
+    if len(named) + (options.reference_config is not None) > 1:
+        raise UserError(
+            f"give one recipe, got {', '.join([*named, *filter(None, [options.reference_config])])}"
+        )
     if options.reference_config is None:
         if options.world_size is not None:
             raise UserError("--world-size requires --reference-config; in a recipe set optim.batch_size")
-        return load_config(options.config, options.overrides), []
+        return load_config(user_path(named[0]) if named else None, overrides), []
     if options.world_size is not None and options.world_size < 1:
         raise UserError(f"--world-size must be at least 1, got {options.world_size}")
     from fastalign.compat.reference_config import read_reference  # imports timm, which takes a second
 
-    overrides = [*([options.config] if options.config else []), *options.overrides]
     return read_reference(options.reference_config, overrides, world_size=options.world_size)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command's exit code: 0, 2 for bad input, 70 for a lost or hung rank, 75 for a signal, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastalign.train", description="Align a backbone with MaskEmbed."
+    parser = argparse.ArgumentParser(prog="fastalign train", description="Align a backbone with MaskEmbed.")
+    add, about = parser.add_argument, "a name (`fastalign recipes` lists them) or a file, and keys to change"
+    add(
+        "given",
+        nargs="*",
+        metavar="RECIPE section.key=value",
+        help=f"{about}; without a recipe, of the defaults",
     )
-    parser.add_argument("config", nargs="?", type=path_argument, help="a recipe, such as configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change keys of the recipe")
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the resolved configuration and stop"
-    )
-    parser.add_argument(
-        "--reference-config",
-        type=path_argument,
-        metavar="FILE",
-        help="a YAML file of the authors' code, instead of a recipe",
-    )
-    parser.add_argument(
-        "--world-size", type=int, metavar="N", help="GPUs that FILE's batch is for (torchrun's, else 4)"
-    )
+    add("--print-config", action="store_true", help="print the resolved configuration and stop")
+    about = "a YAML file of the authors' code, instead of a recipe"
+    add("--reference-config", type=path_argument, metavar="FILE", help=about)
+    about = "GPUs that FILE's batch is for (torchrun's, else 4)"
+    add("--world-size", type=int, metavar="N", help=about)
     options = parser.parse_intermixed_args(arguments)
-    if not options.config and not options.reference_config:
-        parser.error("give a recipe, or --reference-config FILE")
+    if not (options.given or options.reference_config):
+        parser.error("give a recipe (`fastalign recipes` lists them), keys, or --reference-config FILE")
     return run_command(lambda: _run(options))
 
 

@@ -12,7 +12,7 @@ from fastalign.ops.attention import choice
 
 
 def test_the_report_says_what_is_here(capsys):
-    assert doctor.main() == 0
+    assert doctor.main([]) == 0
     report = capsys.readouterr().out
     for words in (
         torch.__version__,
@@ -32,7 +32,7 @@ def test_a_failing_step_is_reported_and_counts(capsys, monkeypatch):
         raise RuntimeError("two\nlines")
 
     monkeypatch.setattr(doctor, "smoke", fail)
-    assert doctor.main() == 1
+    assert doctor.main([]) == 1
     assert "FAILED on the cpu: RuntimeError: two lines" in capsys.readouterr().out
 
 

@@ -30,9 +30,7 @@ def push(folder: Path, name: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastalign.export", description="Export an aligned backbone."
-    )
+    parser = argparse.ArgumentParser(prog="fastalign export", description="Export an aligned backbone.")
     add = parser.add_argument
     add("run", nargs="?", type=path_argument, metavar="RUN", help="the folder of a run or of save_backbone")
     add("--weights", type=path_argument, help="instead of RUN: a file or folder of weights, with --name")
@@ -42,8 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--to", required=True, choices=TARGETS, help="the library")
     add("--output", type=path_argument, help="the folder to write; default RUN/exports/TARGET")
     add("--drop-softcap", action="store_true", help="export without the cap")
-    images = "image folder or tar shards to measure features on; default validation data"
     add("--text-tower", metavar="PLACE", help="for open-clip: the CLIP model with the text tower")
+    images = "image folder or tar shards to measure features on; default validation data"
     add("--images", type=path_argument, help=images)
     add("--push-to-hub", metavar="OWNER/NAME", dest="hub", help="upload it to the model hub")
     options = parser.parse_args(arguments)

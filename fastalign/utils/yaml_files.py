@@ -30,7 +30,7 @@ def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict:
 def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; UserError if there is none."""
     if not path.is_file():
-        raise UserError(f"no configuration file at {path}; the recipe comes before any section.key=value")
+        raise UserError(f"no recipe at {path}: check the path, or give a name that `fastalign recipes` lists")
     tree = parse_yaml(path.read_bytes(), str(path)) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")

@@ -60,7 +60,7 @@ for old, new in pairwise("abcdefghi"):
         ("a\x00b: 1", ["not YAML"]),
         ("x: " + "a" * (LONGEST + 1), ["bytes", "at most"]),
         ("1: 2", ["Keys should be strings"]),
-        ("base: /", ["no configuration file at /"]),
+        ("base: /", ["no recipe at /"]),
     ],
 )
 def test_configurations_made_to_harm_are_one_line(tmp_path, monkeypatch, text, words):
