@@ -18,7 +18,7 @@ from fastalign.utils.files import write_tensors
 
 _NO_TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 """The smallest text tower: open_clip builds no model without one."""
-ADD = "--text-tower FOLDER, FILE or hf-hub:OWNER/NAME adds it"
+ADD = "`--text-tower PLACE` adds it"
 
 
 def write(run: Run, folder: Path) -> list[str]:

@@ -28,12 +28,12 @@ from tests.numerics import randomise, relative_error
 CASES = [
     (family, target, softcap)
     for family, fitting in {
-        "clip": ("timm", "hf-clip", "open-clip", "prismatic"),
-        "openclip": ("timm", "hf-clip", "open-clip", "prismatic"),
+        "clip": ("timm", "hf-clip", "open-clip", "onnx", "prismatic"),
+        "openclip": ("timm", "hf-clip", "open-clip"),
         "siglip": ("timm", "hf-siglip", "prismatic"),
-        "dinov2": ("timm", "hf-dinov2", "prismatic"),
-        "registers": ("timm", "hf-dinov2", "prismatic"),
-        "vit": ("timm", "hf-dinov2", "prismatic"),
+        "dinov2": ("timm", "hf-dinov2"),
+        "registers": ("timm", "hf-dinov2", "onnx"),
+        "vit": ("timm", "hf-dinov2"),
     }.items()
     for target in fitting
     for softcap in ("applied", "dropped", *(["none"] if family in ("clip", "siglip") else []))
@@ -63,9 +63,10 @@ def test_each_library_gives_our_features(runs, tmp_path, capsys, family, target,
     card = (output / "README.md").read_text()
     assert f"# {FAMILIES[family]}, locality-aligned" in card
     assert "FOLDER" not in card
-    weights = output / "visual.safetensors" if target == "open-clip" else output
+    if target == "onnx":
+        return
     kwargs = json.loads((folder / "backbone.json").read_text())["kwargs"]
-    again = fa.create_backbone(FAMILIES[family], checkpoint=weights, **kwargs).eval()
+    again = fa.create_backbone(FAMILIES[family], checkpoint=output, **kwargs).eval()
     assert again.softcap == (0.5 if softcap == "applied" else None)
     assert relative_error(again.forward_features(images(family)), wanted) < 1e-5
 
