@@ -31,12 +31,17 @@ def noise(vit: ViT, count: int = 4) -> Tensor:
 
 @torch.no_grad()
 def parity(vit: ViT, tokens: Callable[[Tensor], Tensor]) -> float:
-    """The largest error of a token of the exported model, relative to the token's norm, in fp32 on noise."""
+    """The `token_error` of the exported model in fp32 on noise."""
     images = noise(vit)
-    wanted = vit.forward_features(images).double()
-    found = torch.cat([tokens(batch) for batch in images.split([1, 3])]).double()
+    found = torch.cat([tokens(batch) for batch in images.split([1, 3])])
+    return token_error(found, vit.forward_features(images))
+
+
+def token_error(found: Tensor, wanted: Tensor) -> float:
+    """The largest error of a token relative to the token's norm; infinite for another shape or what is not finite."""
     if found.shape != wanted.shape:
         return float("inf")
+    found, wanted = found.double(), wanted.double()
     return ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().nan_to_num(float("inf")).item()
 
 

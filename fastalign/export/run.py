@@ -102,11 +102,12 @@ def read_weights(name: str, weights: str, *, kwargs: str = "{}", softcap: float 
     return Run(None, vit, facts, notes=["not a run of fastalign: no recipe and no decoder"])
 
 
-def misfits(wanted: dict[str, Any], spec: ViTSpec) -> list[str]:
+def misfits_of(wanted: dict[str, Any], spec: ViTSpec) -> list[str]:
     """What of a backbone a library cannot express that needs the `wanted` fields; empty = the backbone fits."""
     found = []
     for name, value in wanted.items():
-        if (have := attrgetter(name)(spec)) != value:
+        have = attrgetter(name)(spec)
+        if (have or None) != (value or None):  # absent is None, False or 0
             found.append(f"{name.removeprefix('block.')} is {have}, wanted {value}")
     if any(len({*size}) > 1 for size in (spec.grid, spec.image_size, spec.patch_size)):
         found.append(f"images of {spec.image_size[0]}x{spec.image_size[1]}, wanted square ones")

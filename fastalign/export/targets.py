@@ -5,9 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastalign.backbones.spec import ViTSpec
 from fastalign.export import to_onnx, to_open_clip, to_timm, towers
-from fastalign.export.run import Run, misfits
+from fastalign.export.run import Run, misfits_of
 from fastalign.export.towers import Tokens
 from fastalign.utils.errors import UserError
 
@@ -20,8 +19,8 @@ class Target(NamedTuple):
 
     package: str
     """must be installed"""
-    wanted: dict[str, Any] | None
-    """the fields of `ViTSpec` that the library can express; None = every backbone fits"""
+    misfits: Callable[[Run], list[str]]
+    """what of a backbone the library cannot express; empty = it fits"""
     write: Callable[[Run, Path], list[str] | None]
     """returns sentences for the user"""
     read: Callable[[Path], Tokens]
@@ -33,40 +32,42 @@ class Target(NamedTuple):
     notes: tuple[str, ...] = ()
     """sentences for the user"""
 
-    def misfits(self, spec: ViTSpec) -> list[str]:
-        """What of a backbone the library cannot express; empty = the backbone fits."""
-        return [] if self.wanted is None else misfits(self.wanted, spec)
-
 
 def find_target(name: str, run: Run) -> Target:
     """The target of a name, checked against the backbone."""
     target = TARGETS[name]
     if find_spec(target.package) is None:
         raise UserError(f"--to {name} needs {target.package}: pip install {EXTRA}")
-    if problems := target.misfits(run.vit.spec):
-        fitting = ", ".join(other for other in TARGETS if not TARGETS[other].misfits(run.vit.spec))
+    if problems := target.misfits(run):
+        fitting = ", ".join(other for other in TARGETS if not TARGETS[other].misfits(run))
         raise UserError(
             f"--to {name}: {run.facts['name']} does not fit ({'; '.join(problems[:3])}); what fits: {fitting}"
         )
     return target
 
 
+def _anything(run: Run) -> list[str]:
+    return []
+
+
+def _only(wanted: dict[str, Any]) -> Callable[[Run], list[str]]:
+    return lambda run: misfits_of(wanted, run.vit.spec)
+
+
 _TIMM = (to_timm.write, to_timm.read)
+_HF = {"clip": towers.CLIP, "siglip": towers.SIGLIP, "dinov2": towers.DINOV2}
+_HF_NOTES = (towers.HOW_CAPPED, (towers.PROCESSOR_NOTE,))
 TARGETS = {
-    "timm": Target("timm", None, *_TIMM, to_timm.usage, to_timm.HOW_CAPPED),
+    "timm": Target("timm", _anything, *_TIMM, to_timm.usage, to_timm.HOW_CAPPED),
     **{
-        f"hf-{name}": Target(
-            "transformers",
-            t.wanted,
-            t.write,
-            towers.read,
-            t.usage,
-            towers.HOW_CAPPED,
-            (towers.PROCESSOR_NOTE,),
-        )
-        for name, t in {"clip": towers.CLIP, "siglip": towers.SIGLIP, "dinov2": towers.DINOV2}.items()
+        f"hf-{name}": Target("transformers", _only(t.wanted), t.write, towers.read, t.usage, *_HF_NOTES)
+        for name, t in _HF.items()
     },
-    "open-clip": Target("open_clip", None, to_open_clip.write, to_open_clip.read, to_open_clip.usage, None),
-    "onnx": Target("onnxruntime", None, to_onnx.write, to_onnx.read, to_onnx.usage, to_onnx.HOW_CAPPED),
-    "prismatic": Target("timm", {"block.qkv": "fused"}, *_TIMM, to_timm.prismatic_usage, to_timm.HOW_CAPPED),
+    "open-clip": Target(
+        "open_clip", to_open_clip.misfits, to_open_clip.write, to_open_clip.read, to_open_clip.usage, None
+    ),
+    "onnx": Target("onnxruntime", _anything, to_onnx.write, to_onnx.read, to_onnx.usage, to_onnx.HOW_CAPPED),
+    "prismatic": Target(
+        "timm", _only({"block.qkv": "fused"}), *_TIMM, to_timm.prismatic_usage, to_timm.HOW_CAPPED
+    ),
 }

@@ -4,13 +4,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor
 
 from fastalign.backbones.layouts import OPEN_CLIP
 from fastalign.backbones.saving import facts_text
 from fastalign.backbones.vit import ViT
-from fastalign.export.run import Run, misfits
+from fastalign.export.run import Run, misfits_of
 from fastalign.export.text_tower import HUB, TextTower, read_text_tower
 from fastalign.export.towers import CLIP, Tokens, convert, write_json
 from fastalign.utils.errors import UserError, first_line
@@ -21,11 +22,21 @@ _NO_TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layer
 ADD = "`--text-tower PLACE` adds it"
 
 
+def _fits(vit: ViT) -> bool:
+    """Whether open_clip's own vision transformer can express a backbone."""
+    return not misfits_of(CLIP.wanted, vit.spec)
+
+
+def misfits(run: Run) -> list[str]:
+    """What of a backbone neither open_clip nor timm within it can express."""
+    return [] if _fits(run.vit) else _timm_misfits(run)
+
+
 def write(run: Run, folder: Path) -> list[str]:
     """Write a folder for ``open_clip.create_model_and_transforms("local-dir:FOLDER")``."""
     vit, (text, reason) = run.vit, _text_tower(run)
     config = dict(text.config) if text else {"embed_dim": vit.embed_dim, "text_cfg": _NO_TEXT}
-    native = not misfits(CLIP.wanted, vit.spec) and "timm_model_name" not in config.get("vision_cfg", {})
+    native = _fits(vit) and "timm_model_name" not in config.get("vision_cfg", {})
     known = text.state if text else {}
     if native:
         vision, quick = _vision(vit), vit.spec.block.activation == "quick_gelu"
@@ -101,27 +112,29 @@ def _vision(vit: ViT) -> dict[str, Any]:
 
 
 def _timm_vision(run: Run, source: dict[str, Any], known: dict[str, Tensor]) -> dict[str, Any]:
-    """A timm model within open_clip, which builds it by its name alone."""
-    import timm
-
-    name, free = run.facts["name"].split(".")[0], ("num_classes", "drop_path_rate", "global_pool")
-    size = run.vit.spec.image_size
-    given = {key: value for key, value in run.facts["kwargs"].items() if key not in free}
-    if timm.is_model(name) and timm.get_pretrained_cfg(name).input_size[1:] == size:
-        given.pop("img_size", None)
-    if given or not timm.is_model(name):
-        raise UserError(
-            f"--to open-clip: open_clip builds timm's {name} without arguments, but it has {given}: choose --to timm"
-        )
+    """A timm model within open_clip."""
+    if problems := _timm_misfits(run):
+        raise UserError(f"--to open-clip: {problems[0]}; choose --to timm")
     pool = "map" if any(key.startswith("visual.trunk.attn_pool.") for key in known) else ""
-    default = {"timm_pool": pool, "timm_proj": "none"}
+    own = {"timm_model_name": run.facts["name"].split(".")[0], "timm_model_pretrained": False}
     return {
-        **default,
+        "timm_pool": pool,
+        "timm_proj": "none",
         **source,
-        "timm_model_name": name,
-        "timm_model_pretrained": False,
-        "image_size": list(size),
+        **own,
+        "image_size": list(run.vit.spec.image_size),
     }
+
+
+def _timm_misfits(run: Run) -> list[str]:
+    """open_clip builds timm's models by name alone."""
+    name, free = run.facts["name"].split(".")[0], ("num_classes", "drop_path_rate", "global_pool")
+    if not timm.is_model(name):
+        return [f"{name} is not a model of timm"]
+    given = {key: value for key, value in run.facts["kwargs"].items() if key not in free}
+    if timm.get_pretrained_cfg(name).input_size[1:] == run.vit.spec.image_size:
+        given.pop("img_size", None)
+    return [f"open_clip builds timm's {name} without arguments, not with {given}"] if given else []
 
 
 def _zeros(config: dict[str, Any]) -> dict[str, Tensor]:

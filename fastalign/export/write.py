@@ -48,11 +48,7 @@ def export(
     """
     run = replace(run if isinstance(run, Run) else read_run(run), text_tower=text_tower)
     target, cap = find_target(to, run), run.vit.softcap
-    if output is None and run.folder is None:
-        raise UserError("--output: give the folder to write, because --weights is not a run")
-    output = Path(output) if output else run.folder / "exports" / to
-    if output.exists() and not (output / FACTS).is_file():
-        raise UserError(f"--output {output} exists and is not an export: choose another folder")
+    output = _output(run, to, output)
     if cap is not None and not drop_softcap and target.how_capped is None:
         raise UserError(
             f"--to {to} cannot apply the soft-cap of {cap:g} that {run.facts['name']} was trained with: choose "
@@ -71,16 +67,26 @@ def export(
     try:
         temporary.mkdir(parents=True)
         _write(run, target, facts, temporary)
-        place = {"local-dir:FOLDER": f"hf-hub:{hub}", "FOLDER": hub} if hub else {"FOLDER": str(output)}
         usage = target.usage(run)
-        for old, new in place.items():
-            usage = usage.replace(old, new)
+        if hub:
+            usage = usage.replace("local-dir:FOLDER", f"hf-hub:{hub}")
+        usage = usage.replace("FOLDER", hub or str(output))
         (temporary / "README.md").write_text(model_card(facts, target.package, usage, target.how_capped))
         shutil.rmtree(output, ignore_errors=True)
         temporary.replace(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return output, facts
+
+
+def _output(run: Run, to: str, given: str | Path | None) -> Path:
+    """The folder to write."""
+    if given is None and run.folder is None:
+        raise UserError("--output: give the folder to write, because --weights is not a run")
+    output = Path(given) if given else run.folder / "exports" / to
+    if output.exists() and not (output / FACTS).is_file():
+        raise UserError(f"--output {output} exists and is not an export: choose another folder")
+    return output
 
 
 def _write(run: Run, target: Target, facts: dict[str, Any], folder: Path) -> None:

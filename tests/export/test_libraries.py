@@ -7,7 +7,6 @@ import sys
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 
 import fastalign as fa
 from fastalign.export import measure
@@ -28,11 +27,11 @@ from tests.numerics import randomise, relative_error
 CASES = [
     (family, target, softcap)
     for family, fitting in {
-        "clip": ("timm", "hf-clip", "open-clip", "onnx", "prismatic"),
+        "clip": ("timm", "hf-clip", "open-clip", "prismatic"),
         "openclip": ("timm", "hf-clip", "open-clip"),
         "siglip": ("timm", "hf-siglip", "prismatic"),
         "dinov2": ("timm", "hf-dinov2"),
-        "registers": ("timm", "hf-dinov2", "onnx"),
+        "registers": ("timm", "hf-dinov2"),
         "vit": ("timm", "hf-dinov2"),
     }.items()
     for target in fitting
@@ -63,8 +62,6 @@ def test_each_library_gives_our_features(runs, tmp_path, capsys, family, target,
     card = (output / "README.md").read_text()
     assert f"# {FAMILIES[family]}, locality-aligned" in card
     assert "FOLDER" not in card
-    if target == "onnx":
-        return
     kwargs = json.loads((folder / "backbone.json").read_text())["kwargs"]
     again = fa.create_backbone(FAMILIES[family], checkpoint=output, **kwargs).eval()
     assert again.softcap == (0.5 if softcap == "applied" else None)
@@ -99,7 +96,6 @@ def test_what_dropping_the_cap_changes(runs, exported, capsys):
 @pytest.mark.parametrize(
     ("target", "code", "words"),
     [
-        ("hf-clip", "import transformers as t; t.AutoModel.from_pretrained(PATH)", "fastalign_clip"),
         ("timm", "import timm; timm.create_model('local-dir:' + PATH, pretrained=True)", "fastalign_softcap"),
     ],
 )
@@ -110,22 +106,27 @@ def test_without_the_import_a_capped_export_is_refused(exported, target, code, w
     assert words in result.stderr
 
 
-@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_base_patch16_clip_224"])
-def test_timm_caps_beit_and_eva_too(name, tmp_path):
-    """A run's files, made by hand; the truth is our model, whose attention has tests of its own."""
-    vit = fa.create_backbone(name, **SMALL)
+@pytest.mark.parametrize(
+    ("name", "softcap", "targets"),
+    [
+        ("beit_base_patch16_224", 0.5, ["timm", "onnx"]),
+        ("eva02_base_patch16_clip_224", 0.5, ["timm", "onnx"]),
+        (FAMILIES["clip"], 0.5, ["onnx"]),
+        (FAMILIES["registers"], None, ["onnx"]),
+    ],
+)
+@torch.no_grad()
+def test_other_attention_and_graphs(tmp_path, name, softcap, targets):
+    """Relative bias, rotary embedding, plain attention. The truth is our model, whose attention has its own tests."""
+    vit = fa.create_backbone(name, **SMALL | ({"img_size": 28} if "patch14" in name else {})).eval()
     randomise(vit, 0.2)
-    folder, output = tmp_path / "run", tmp_path / "export"
-    folder.mkdir()
-    save_file(
-        {key: value.clone() for key, value in vit.state_dict().items()}, folder / "backbone.safetensors"
-    )
-    facts = {"name": name, "kwargs": vit.recipe["kwargs"], "softcap": 0.5}
-    (folder / "backbone.json").write_text(json.dumps(facts))
-    assert main([str(folder), "--to", "timm", "--output", str(output)]) == 0
-    x = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        found = timm.create_model(f"local-dir:{output}", pretrained=True).eval().forward_features(x)
-        wanted = fa.load_backbone(folder).forward_features(x)
-    assert relative_error(found, wanted) < 1e-5
-    assert relative_error(vit.forward_features(x), wanted) > 1e-3, "the cap is felt"
+    vit.softcap = softcap
+    fa.save_backbone(vit, tmp_path)
+    x = torch.randn(4, 3, *vit.spec.image_size)
+    wanted = vit.forward_features(x)
+    for target in targets:
+        assert main([str(tmp_path), "--to", target]) == 0
+        found = LOADERS[target](tmp_path / "exports" / target, x, "")
+        assert relative_error(found, wanted) < 1e-5
+    vit.softcap = None
+    assert softcap is None or relative_error(vit.forward_features(x), wanted) > 1e-3, "the cap is felt"
