@@ -20,12 +20,13 @@ from fastalign.method.flops import flops_per_image
 from fastalign.training import distributed
 from fastalign.training.checkpoint import new_best, resume, save, save_settings, wait_for_checkpoint
 from fastalign.training.command import report_rank_error, run_command
+from fastalign.training.dry_run import dry_run
 from fastalign.training.faults import handle_status, prepare_logs, report_bad_validation_samples
 from fastalign.training.hang import WAITING, collective_timeout
 from fastalign.training.metrics import MetricLog, Speed
-from fastalign.training.optim import learning_rate, seed_update, step_unless
+from fastalign.training.optim import seed_update, step_unless
 from fastalign.training.preemption import Preemption, clear_marker, preempted
-from fastalign.training.reporter import Reporter
+from fastalign.training.reporter import Reporter, end_lines, start_lines
 from fastalign.training.run import Run, itstime
 from fastalign.training.validation import evaluate, measure_target_scale
 from fastalign.utils.errors import UserError
@@ -38,7 +39,7 @@ Splits = dict[str, LabelledImages]
 def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
     """One update of the weights. Returns metrics that are still on the device."""
     state, accumulate = run.state, run.config.optim.accumulate
-    lr = set_learning_rate(run)
+    lr = run.set_learning_rate()
     seed_update(run.config.seed, state.step, run.world.rank)
     total, waited = torch.zeros((), device=run.world.device), 0.0
     ids, bad = [], []
@@ -74,17 +75,6 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
     return {"loss": loss, "grad_norm": norm, "lr": lr, "waited": waited}
 
 
-def set_learning_rate(run: Run) -> float:
-    """Set and return the learning rate of the next update."""
-    optim = run.config.optim
-    min_lr = optim.lr / 10 if optim.min_lr is None else optim.min_lr
-    warmup = round(optim.warmup_epochs * run.epoch_steps)
-    lr = learning_rate(run.state.step, total=run.total_steps, warmup=warmup, lr=optim.lr, min_lr=min_lr)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
 def train(config: Config, world: distributed.World) -> None:
     """Train to the end of the run, from wherever its folder stands.
 
@@ -103,7 +93,7 @@ def train(config: Config, world: distributed.World) -> None:
             save_settings(run)
         run.beat("starting")
         with run.hang_timer:
-            run_training(run, splits, notes=run.notes + notes, new_scale=bool(changes))
+            run_training(run, splits, notes=notes, new_scale=bool(changes))
 
 
 def run_training(run: Run, splits: Splits, *, notes: list[str], new_scale: bool) -> None:
@@ -116,22 +106,21 @@ def run_training(run: Run, splits: Splits, *, notes: list[str], new_scale: bool)
     reporter = Reporter(log, total=run.last_step, step=state.step, main=world.main)
     try:
         with report_rank_error(world.rank):
-            for note in notes:
-                reporter.say(note)
-            prepare_logs(run, reporter)
             at = f"step {state.step} of {run.last_step}"
-            if state.step == 0:
-                initial_eval(run, splits, reporter)
-            elif run.finished:
+            if run.finished:
                 reporter.say(f"{run.folder} is finished: {at}, nothing to train")
             else:
-                reporter.say(f"resuming {run.folder} at {at}")
+                begins = f"resuming {run.folder} at {at}" if state.step else f"new run in {run.folder}"
+                reporter.say("\n".join([*start_lines(run), begins]))
+            reporter.say("".join(f"{note}\n" for note in notes).rstrip())
+            prepare_logs(run, reporter)
+            if state.step == 0:
+                initial_eval(run, splits, reporter)
             if new_scale:
-                measure_target_scale(run)
+                measure_target_scale(run, reporter.track)
             train_loop(run, splits, reporter)
             wait_for_checkpoint(run)
-            if (run.folder / "backbone.json").exists():
-                reporter.say(f"aligned backbone: {run.folder / 'backbone.safetensors'}")
+            reporter.say("\n".join(end_lines(run)))
     finally:
         with contextlib.suppress(UserError):
             run.checkpoints.wait()  # a checkpoint that is being written is completed
@@ -143,8 +132,9 @@ def run_training(run: Run, splits: Splits, *, notes: list[str], new_scale: bool)
 
 def initial_eval(run: Run, splits: Splits, reporter: Reporter) -> None:
     """The target scale, and the loss and the probe of the untrained student."""
-    measure_target_scale(run)
-    reporter.say(f"target scale {run.objective.target_scale.item():.4g}")
+    measure_target_scale(run, reporter.track)
+    scale = run.objective.target_scale.item()
+    reporter.say(f"target scale {scale:.4g}: the targets are multiplied by it (loss.target_scale)")
     if run.val is not None:
         validate(run, reporter, epoch=0)
     if should_probe(run):
@@ -184,6 +174,7 @@ def train_epoch(run: Run, splits: Splits, reporter: Reporter, speed: Speed) -> N
         while state.step < end:
             metrics = update(run, batches, epoch)
             speed.tick(metrics.pop("waited"))
+            reporter.update(state.step)
             reporter.log.add(step=state.step, epoch=epoch, **metrics)
             at_end = state.step == end
             saving = itstime(state.step, config.checkpoint.every_steps) and not at_end
@@ -216,7 +207,7 @@ def should_probe(run: Run) -> bool:
 
 def validate(run: Run, reporter: Reporter, epoch: int) -> None:
     """Evaluate on the validation set and report the loss."""
-    loss = run.state.val_loss = evaluate(run)
+    loss = run.state.val_loss = evaluate(run, reporter.track)
     report_bad_validation_samples(run, reporter)
     reporter.log.add(step=run.state.step, epoch=epoch, val_loss=loss)
     reporter.flush()
@@ -272,6 +263,8 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"{about}; without a recipe, of the defaults",
     )
     add("--print-config", action="store_true", help="print the resolved configuration and stop")
+    about = "take a few updates on synthetic images; print memory, speed and the time of the whole run"
+    add("--dry-run", action="store_true", help=about)
     about = "a YAML file of the authors' code, instead of a recipe"
     add("--reference-config", type=path_argument, metavar="FILE", help=about)
     about = "GPUs that FILE's batch is for (torchrun's, else 4)"
@@ -290,7 +283,13 @@ def _run(options: argparse.Namespace) -> None:
         return
     if int(os.environ.get("RANK", 0)) == 0:
         print("".join(f"{note}\n" for note in notes), end="", flush=True)
-    train(config, distributed.start(collective_timeout(config.faults.timeout)))
+    world = distributed.start(collective_timeout(config.faults.timeout))
+    if options.dry_run:
+        lines = dry_run(config, world, update)
+        if world.main:
+            print("\n".join(lines))
+    else:
+        train(config, world)
 
 
 if __name__ == "__main__":

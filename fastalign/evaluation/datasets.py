@@ -1,6 +1,5 @@
 """Opening labelled data: a split of COCO, ADE20K, a folder or tar shards. Label maps are decoded on demand."""
 
-import difflib
 import hashlib
 import json
 import os
@@ -10,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastalign.data.source import Source, Subset
-from fastalign.data.sources import FolderSource, TarSource
+from fastalign.data.sources import FolderSource, Source, Subset, TarSource
 from fastalign.data.tars import each_once, stem
 from fastalign.evaluation.label_maps import (
     VOID,
@@ -21,7 +19,7 @@ from fastalign.evaluation.label_maps import (
     pair,
     read_panoptic,
 )
-from fastalign.utils.errors import UserError
+from fastalign.utils.errors import UserError, unknown
 from fastalign.utils.paths import user_path
 
 __all__ = ["VOID", "LabelledImages", "open_labelled"]
@@ -43,8 +41,7 @@ def open_labelled(data: str, split: str) -> LabelledImages:
     split, chosen by a hash of the file name, and `train` the rest. UserError where nothing usable is there.
     """
     if split not in SPLITS:
-        near = difflib.get_close_matches(str(split), SPLITS, n=1, cutoff=0.0)[0]
-        raise UserError(f"no split {split!r}; there are train, val and test, the nearest is {near}")
+        raise UserError(f"{unknown('split', split, SPLITS)}; there are train, val and test")
     if not data:
         raise UserError("no labelled data given; name a folder, or KIND:ROOT")
     try:
@@ -60,10 +57,9 @@ def _parse(data: str) -> tuple[str, Path]:
     if not (colon and re.fullmatch(r"[\w-]+", kind)) or Path(data).exists():
         kind, rest = "", data
     elif kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
-        raise UserError(f"{data}: unknown data set {kind!r}; there are {' '.join(KINDS)}, nearest {near}")
+        raise UserError(f"{data}: {unknown('data set', kind, KINDS)}; there are {' '.join(KINDS)}")
     if not rest or not Path(rest).is_dir():
-        raise UserError(f"{data}: no such folder: {rest or '(none)'}; check the path of the data set")
+        raise UserError(f"no such folder: {rest or data}; check the path of the data set")
     return kind, Path(rest)
 
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from fastalign.backbones.precision import autocast
 from fastalign.data.index import lock
-from fastalign.data.loader import Loader
-from fastalign.data.prefetch import Batch
+from fastalign.data.loader import Batch, Loader
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.utils.errors import SharedError, UserError
 from fastalign.utils.files import write_atomically

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastalign.backbones.precision import autocast
-from fastalign.data.prefetch import Batch
+from fastalign.data.loader import Batch
 from fastalign.evaluation.options import ImageOptions
 from fastalign.evaluation.results import difference
 from fastalign.training.checkpoint_files import Checkpoints, snapshot

@@ -14,8 +14,7 @@ from torch import Tensor
 from fastalign import __version__
 from fastalign.backbones.spec import ViTSpec
 from fastalign.backbones.vit import ViT
-from fastalign.data.loader import Loader
-from fastalign.data.prefetch import Batch
+from fastalign.data.loader import Batch, Loader
 from fastalign.data.transforms import Transform
 from fastalign.evaluation.features import Array, ArrayFiles, as_tensor, read_features
 from fastalign.evaluation.heads import TokenShape

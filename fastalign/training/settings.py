@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastalign.config import Config, kinds, resolve
-from fastalign.data.source import Source
+from fastalign.data.sources import Source
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import checksum_of
 from fastalign.utils.sections import Kind, get_key

@@ -17,7 +17,7 @@ from torch import nn
 
 import fastalign as fa
 from fastalign.classify import classify, main
-from fastalign.data.prefetch import Batch
+from fastalign.data.loader import Batch
 from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate
 from fastalign.evaluation.heads import Classifier, StandardizedLinear, parameter_groups
 from fastalign.evaluation.image_training import make_fit, update_best
