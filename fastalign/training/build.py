@@ -11,8 +11,7 @@ from fastalign.backbones.spec import split_svit
 from fastalign.backbones.vit import ViT
 from fastalign.config import Config, Teacher
 from fastalign.data.bad_samples import BadSamples, read_quarantine
-from fastalign.data.loader import Loader
-from fastalign.data.prefetch import Batch
+from fastalign.data.loader import Batch, Loader
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
 from fastalign.method.masks import MASKS
