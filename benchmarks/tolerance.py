@@ -65,14 +65,14 @@ def evaluate(
     return named, cotangents
 
 
-def gradient_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+def gradient_error(found: dict[str, Tensor], wanted: dict[str, Tensor], floor: float = 1e-6) -> float:
     """The largest relative error of any parameter's gradient.
 
-    A gradient that is zero in exact arithmetic is only rounding noise, so norms count as at least a millionth of the
+    A gradient that is zero in exact arithmetic is only rounding noise, so norms count as at least `floor` of the
     whole gradient's.
     """
     assert found.keys() == wanted.keys()
-    smallest = 1e-6 * torch.stack([value.double().norm() for value in wanted.values()]).norm()
+    smallest = floor * torch.stack([value.double().norm() for value in wanted.values()]).norm()
     errors = [
         (found[name].double() - wanted[name].double()).norm()
         / torch.maximum(wanted[name].double().norm(), smallest)

@@ -81,6 +81,10 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
     other = [key for key, value in ours.items() if key in theirs and value.shape != theirs[key].shape]
     if wrong := sorted(set(theirs) ^ set(ours)) + other:
         raise _unsupported(source, wrong)
+    norms = dict(vit.named_modules())
+    for path, part in source.named_modules():
+        if getattr(part, "eps", None) != getattr(norms.get(path), "eps", None):
+            raise _unsupported(source, [f"another epsilon in {path}"])
     vit.load_state_dict(theirs, assign=True)
     if spec.rotary:
         vit.position = read_position(source.rope, spec)
@@ -103,8 +107,11 @@ def describe(source: nn.Module) -> ViTSpec:
     flexible, rope = isinstance(source, naflex.NaFlexVit), getattr(source, "rope", None)
     embed = source.embeds if flexible else source.patch_embed
     tokens = embed if flexible else source
+    block = _describe_block(source.blocks[0], source)
+    if any(_describe_block(other, source) != block for other in source.blocks):
+        raise _unsupported(source, ["blocks that differ"])
     return ViTSpec(
-        block=_describe_block(source.blocks[0], source),
+        block=block,
         depth=len(source.blocks),
         image_size=naflex.image_size(source) if flexible else pair(embed.img_size),
         patch_size=pair(embed.patch_size),
@@ -178,11 +185,9 @@ def _unknown_parts(source: nn.Module) -> list[str]:
     found = [type(part).__name__ for part in parts.values() if type(part) not in _MODULES]
     if any(isinstance(part, nn.Dropout) and part.p > 0 and k != "head_drop" for k, part in parts.items()):
         found.append("dropout")
-    if len({(_NORMS[type(part)], part.eps) for part in parts.values() if type(part) in _NORMS}) > 1:
-        found.append("norms of several kinds")
     if isinstance(source, deit.VisionTransformerDistilled) and _has_norm(source.fc_norm):
         found.append("fc_norm")
-    if any(getattr(part, "num_kv_heads", None) not in (None, part.num_heads) for part in parts.values()):
+    if any(part.num_kv_heads != part.num_heads for part in parts.values() if hasattr(part, "num_kv_heads")):
         found.append("grouped heads")
     if any(getattr(part, "gate_last", False) for part in parts.values()):
         found.append("the gate last")

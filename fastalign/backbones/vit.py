@@ -17,6 +17,7 @@ from fastalign.backbones.rope import MixedRope, pack_table
 from fastalign.backbones.spec import ViTSpec
 from fastalign.ops.attention import Sequences
 from fastalign.ops.reference import Packing, with_prefix
+from fastalign.utils.errors import UserError
 
 
 class ViT(nn.Module):
@@ -26,14 +27,14 @@ class ViT(nn.Module):
         spec: its shape.
         drop_path: the rate of stochastic depth in the last block; it falls linearly to 0 in the first.
         data: how images become its input: "mean", "std", "interpolation", "crop_pct".
-        recipe: the "name" and "kwargs" for `fastalign.create_backbone`.
+        recipe: the "name" and "kwargs" for `fastalign.create_backbone`, where known.
     """
 
     def __init__(
         self, spec: ViTSpec, *, drop_path: float = 0.0, data: dict | None = None, recipe: dict | None = None
     ):
         super().__init__()
-        self.spec, self.data, self.recipe, self.frozen = spec, data, recipe, False
+        self.spec, self.data, self._recipe, self.frozen = spec, data, recipe, False
         width = spec.block.width
         self.patch_embed = PatchEmbed(spec)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if spec.class_token else None
@@ -68,6 +69,24 @@ class ViT(nn.Module):
     def train(self, mode: bool = True) -> "ViT":
         """Training or evaluation mode; a frozen backbone stays in evaluation mode."""
         return super().train(mode and not self.frozen)
+
+    @property
+    def recipe(self) -> dict:
+        """The "name" and "kwargs" for `fastalign.create_backbone`, with which a backbone is saved.
+
+        Raises:
+            UserError: they are not known, as of some backbones that were made from a user's timm model.
+        """
+        if self._recipe is None:
+            raise UserError(
+                "the timm name and arguments of this backbone are not known, so it cannot be saved or loaded: "
+                "build the timm model with timm.create_model and plain arguments"
+            )
+        return self._recipe
+
+    @recipe.setter
+    def recipe(self, value: dict | None) -> None:
+        self._recipe = value
 
     @property
     def pretrained_cfg(self) -> dict:
