@@ -94,5 +94,6 @@ def _settings(model: nn.Module) -> dict:
         f"{path}.{key}": value
         for path, part in model.named_modules()
         for key, value in vars(part).items()
-        if key not in _NOT_SETTINGS and isinstance(value, (bool, int, float, str, tuple)) and path != "head"
+        if key not in _NOT_SETTINGS and isinstance(value, (bool, int, float, str, tuple))
+        if path not in ("head", "head_dist")
     }

@@ -1,7 +1,7 @@
 """NaFlexViT and RADIO: timm's `NaFlexVit`, which takes images of any size, as a ViT of one image size.
 
 timm resamples the position table (16x16 patches; RADIO 128x128) to each image. The ViT has the table of its own
-grid, resampled once, and the keys and shapes of timm's VisionTransformer, which timm's NaFlexVit also loads.
+grid, resampled once, and the keys and shapes of timm's VisionTransformer.
 """
 
 from collections.abc import Mapping
@@ -52,6 +52,20 @@ def vit_state(source: nn.Module, grid: tuple[int, int]) -> dict[str, Tensor]:
         add(table, grid)
         state["pos_embed"] = table
     return state
+
+
+def timm_state(state: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
+    """The inverse of `vit_state`: a ViT's parameters by the keys of a NaFlexVit with `vit_arguments`."""
+    renamed = {}
+    for key, value in state.items():
+        if key == "patch_embed.proj.weight":
+            value = value.permute(0, 2, 3, 1).flatten(1)
+        elif key == "pos_embed":
+            value = value.unflatten(1, grid)
+        if key in ("cls_token", "reg_token", "pos_embed"):
+            key = f"embeds.{key}"
+        renamed[key.replace("patch_embed.", "embeds.")] = value
+    return renamed
 
 
 def table_arguments(state: Mapping[str, Tensor]) -> dict:
