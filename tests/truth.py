@@ -90,6 +90,8 @@ class StudentTruth(nn.Module):
             if head == "mlp":
                 encoder.head = timm.layers.Mlp(dim, hidden, width, act_layer=type(block.mlp.act))
         encoder.attn_pool, encoder.global_pool = None, ""
+        if hasattr(encoder, "head_dist"):
+            del encoder.head_dist
         if frozen:
             encoder.fc_norm = nn.Identity()
         heads = decoder_heads or block.attn.num_heads
@@ -110,9 +112,13 @@ class StudentTruth(nn.Module):
         self.decoder.head = nn.Linear(width, target_dim)
         self.prefix, self.prefix_only = encoder.num_prefix_tokens, prefix_only
 
+    def tokens(self, images: Tensor) -> Tensor:
+        """The encoder's, [B, T, width]; distilled DeiT's own forward pools them."""
+        return self.encoder.head(self.encoder.fc_norm(self.encoder.forward_features(images)))
+
     def forward(self, images: Tensor, visible: Tensor) -> Tensor:
         """[B, M, T, D]"""
-        tokens = self.encoder(images)
+        tokens = self.tokens(images)
         return torch.stack(
             [
                 torch.stack([self.decode(t, m) for m in masks])

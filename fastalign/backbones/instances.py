@@ -5,6 +5,7 @@ import copy
 import timm
 from torch import nn
 
+from fastalign.backbones import naflex
 from fastalign.backbones.describe import describe, from_timm
 from fastalign.backbones.spec import ViTSpec
 from fastalign.backbones.timm_models import empty_model
@@ -58,7 +59,11 @@ def _recipe_of(model: nn.Module, spec: ViTSpec) -> dict | None:
         return None
     if describe(made) != spec or _settings(made) != _settings(model):
         return None
-    return {"name": name, "kwargs": {"num_classes": getattr(model.head, "out_features", 0), **kwargs}}
+    table = naflex.vit_arguments(spec) if isinstance(model, naflex.NaFlexVit) else {}
+    return {
+        "name": name,
+        "kwargs": {"num_classes": getattr(model.head, "out_features", 0), **kwargs, **table},
+    }
 
 
 def _arguments(spec: ViTSpec) -> dict:

@@ -67,7 +67,7 @@ def write_backbone(folder: Path, weights: dict[str, Tensor], text: str) -> None:
     weights = {
         name: value.detach().contiguous().float()
         for name, value in weights.items()
-        if not name.startswith("head.")
+        if not name.startswith(("head.", "head_dist."))
     }
     softcap = str(json.loads(text)["softcap"])
     write_tensors(folder / "backbone.safetensors", weights, softcap=softcap, facts=text)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastalign.backbones.blocks import MLP
+from fastalign.backbones.blocks import MLP, NORMS
 from fastalign.backbones.saving import backbone_facts
 from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
@@ -145,7 +145,8 @@ class AlignedDecoder(nn.Module):
     def __init__(self, facts: dict[str, Any]):
         super().__init__()
         block, width = BlockSpec(**facts["block"]), facts["backbone_width"]
-        self.norm = nn.LayerNorm(width, eps=facts["norm_eps"]) if facts["norm"] else nn.Identity()
+        norm = NORMS[facts.get("norm_kind", "layer_norm")]
+        self.norm = norm(width, eps=facts["norm_eps"]) if facts["norm"] else nn.Identity()
         if facts["mlp_hidden"]:
             shape = {"width": width, "heads": 1, "mlp_hidden": facts["mlp_hidden"]}
             self.head = MLP(BlockSpec(**shape, activation=facts["head_activation"]), block.width)
@@ -183,6 +184,7 @@ def describe_decoder(
         "prefix_only": config.teacher.prefix_only,
         "backbone_width": vit.embed_dim,
         "norm": "norm.weight" in weights,
+        "norm_kind": vit.spec.block.norm,
         "norm_eps": vit.spec.fresh_norm_eps,
         "mlp_hidden": len(weights["head.fc1.weight"]) if "head.fc1.weight" in weights else None,
         "head_activation": vit.spec.block.activation,
