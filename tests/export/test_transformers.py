@@ -73,6 +73,14 @@ def test_without_trust_remote_code_a_capped_tower_is_refused(alone):
     assert 'attn_implementation="fastalign_softcap"` is not supported' in own_class
 
 
+def test_config_json_says_how_to_load(exported):
+    for softcap, words in ((0.5, "caps the attention logits at 0.5"), (None, "transformers' own class")):
+        first = (exported("clip", "hf-clip", softcap=softcap) / "config.json").read_text().splitlines()[1]
+        assert "how_to_load" in first
+        assert "trust_remote_code=True" in first
+        assert words in first
+
+
 @pytest.mark.parametrize("name", TOWERS)
 def test_features_without_fastalign(runs, alone, name):
     family, _, softcap = TOWERS[name]
@@ -124,6 +132,9 @@ def test_llava_with_fastalign(runs, exported, tmp_path, softcap):
     config = hf.llava_config(output, vlm.config.text_config)
     assert isinstance(config, transformers.LlavaConfig)
     assert (config.vision_feature_layer, config.image_seq_length) == (-1, 4)
+    if softcap:
+        with pytest.raises(ValueError, match="output_attentions"):
+            vlm.model.vision_tower.config.output_attentions = True
     vlm.save_pretrained(tmp_path / "vlm")
     again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "vlm").eval()
     wanted = tokens(runs("clip", softcap), "clip", softcap)[:, 1:]
