@@ -132,7 +132,8 @@ def _timm_misfits(run: Run) -> list[str]:
     if not timm.is_model(name):
         return [f"{name} is not a model of timm"]
     given = {key: value for key, value in run.facts["kwargs"].items() if key not in free}
-    if timm.get_pretrained_cfg(name).input_size[1:] == run.vit.spec.image_size:
+    known = timm.get_pretrained_cfg(name)
+    if known is not None and known.input_size[1:] == run.vit.spec.image_size:
         given.pop("img_size", None)
     return [f"open_clip builds timm's {name} without arguments, not with {given}"] if given else []
 
