@@ -15,7 +15,9 @@ from fastalign.utils.files import write_tensors
 
 MODELING = "modeling_fastalign"
 """The module that travels with an export."""
-HOW_CAPPED = f"{MODELING}.py in this folder applies the cap: load with `trust_remote_code=True`, transformers 5.20 or newer."
+HOW_CAPPED = (
+    f"{MODELING}.py in this folder caps: load with `trust_remote_code=True`, transformers 5.20 or newer."
+)
 Tokens = Callable[[Tensor], Tensor]
 """From images to our features: all tokens, prefix first."""
 
