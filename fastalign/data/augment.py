@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torchvision.transforms.v2 import functional as vision
 
 from fastalign.data.transforms import MAX_LEVEL, RandAugment, Transform, parse_randaugment
 from fastalign.utils.random import Stream, random_uniform, random_words
@@ -53,18 +54,6 @@ def _auto_contrast(image: Tensor, level: float, increasing: bool) -> Tensor:
     levels = torch.arange(256, device=image.device, dtype=torch.float64)
     stretched = (levels * scale - low * scale).trunc().clamp(0, 255)
     return _look_up(image, torch.where(high > low, stretched, levels).to(torch.uint8))
-
-
-def _equalize(image: Tensor, level: float, increasing: bool) -> Tensor:
-    levels = torch.arange(256, device=image.device)
-    channel = torch.arange(3, device=image.device).view(3, 1) * 256
-    indices = (image.flatten(1).to(torch.int64) + channel).flatten()
-    counts = torch.bincount(indices, minlength=768).view(3, 256)
-    last = torch.where(counts > 0, levels, -1).amax(1, keepdim=True)
-    step = (counts.sum(1, keepdim=True) - counts.gather(1, last)) // 255
-    before = counts.cumsum(1) - counts
-    table = ((before + step // 2) // step.clamp(min=1)).clamp(max=255)
-    return _look_up(image, torch.where(step > 0, table, levels).to(torch.uint8))
 
 
 def _posterize(image: Tensor, level: float, increasing: bool) -> Tensor:
@@ -135,7 +124,7 @@ _ENHANCE: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 _OTHER: dict[str, Callable[[Tensor, float, bool], Tensor]] = {
     "AutoContrast": _auto_contrast,
-    "Equalize": _equalize,
+    "Equalize": lambda image, level, increasing: vision.equalize(image),
     "Invert": lambda image, level, increasing: 255 - image,
     "Posterize": _posterize,
     "Solarize": _solarize,

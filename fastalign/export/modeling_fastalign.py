@@ -58,10 +58,13 @@ AttentionInterface.register(SOFTCAP, softcap_attention)
 
 
 class AlignedConfig(PreTrainedConfig):
-    """Adds `softcap`, the cap of the attention logits, to a configuration; None = plain attention."""
+    """A configuration of transformers with what alignment adds."""
 
     _auto_class = "AutoConfig"  # what is saved carries this file
     softcap: float | None = None
+    """the cap of the attention logits; None = plain attention"""
+    final_norm_eps: float | None = None
+    """the epsilon of the final norm; None = that of the blocks"""
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict, dict]:
@@ -113,6 +116,11 @@ class AlignedModel:
 
     _auto_class = "AutoModel"
 
+    def __init__(self, config: AlignedConfig):
+        super().__init__(config)
+        if config.final_norm_eps is not None:
+            getattr(self, self.final_norm).eps = config.final_norm_eps
+
     @can_return_tuple
     def forward(self, pixel_values: Tensor, **kwargs):
         """Normalised images [B, C, height, width] -> the output of transformers' class."""
@@ -138,12 +146,12 @@ class AlignedImageProcessor(CLIPImageProcessorPil):
 
 TOWERS: dict[str, type] = {}
 """The classes by model type, both their own and that of the class that each extends."""
-for _kind, _name in (
-    ("clip", "CLIPVisionModel"),
-    ("siglip", "SiglipVisionModel"),
-    ("dinov2", "Dinov2Model"),
-    ("dinov2_with_registers", "Dinov2WithRegistersModel"),
-    ("dinov3", "DINOv3ViTModel"),
+for _kind, _name, _norm in (
+    ("clip", "CLIPVisionModel", "post_layernorm"),
+    ("siglip", "SiglipVisionModel", "post_layernorm"),
+    ("dinov2", "Dinov2Model", "layernorm"),
+    ("dinov2_with_registers", "Dinov2WithRegistersModel", "layernorm"),
+    ("dinov3", "DINOv3ViTModel", "norm"),
 ):
     _stock = getattr(transformers, _name)
     _config = type(
@@ -152,7 +160,9 @@ for _kind, _name in (
         {"model_type": f"fastalign_{_kind}", "__module__": __name__},
     )
     _model = type(
-        f"Aligned{_name}", (AlignedModel, _stock), {"config_class": _config, "__module__": __name__}
+        f"Aligned{_name}",
+        (AlignedModel, _stock),
+        {"config_class": _config, "final_norm": _norm, "__module__": __name__},
     )
     globals().update({_config.__name__: _config, _model.__name__: _model})
     AutoConfig.register(_config.model_type, _config, exist_ok=True)

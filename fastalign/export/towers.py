@@ -82,6 +82,7 @@ class Tower(NamedTuple):
             auto_map={"AutoModel": f"{MODELING}.{model.__name__}"},
             dtype="float32",
             softcap=vit.softcap,
+            final_norm_eps=vit.norm.eps,
             hidden_size=block.width,
             num_hidden_layers=vit.spec.depth,
             num_attention_heads=block.heads,
@@ -112,10 +113,9 @@ class Tower(NamedTuple):
             name, last = self._class_name(run.vit), "tower(images).last_hidden_state"
             lines += [
                 "",
-                f"from transformers import {name}  # without trust_remote_code; its hidden_states are not normed",
-                "",
-                f'tower = {name}.from_pretrained("FOLDER").eval()',
-                f"tokens = {f'tower.post_layernorm({last})' if name.startswith('CLIP') else last}",
+                f"# Without trust_remote_code, and with hidden_states that are not normed: {name}",
+                f'# tower = {name}.from_pretrained("FOLDER").eval()',
+                f"# tokens = {f'tower.post_layernorm({last})' if name.startswith('CLIP') else last}",
             ]
         lines += [
             "",

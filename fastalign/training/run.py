@@ -19,11 +19,11 @@ from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.hang import HangTimer
 from fastalign.training.optim import MovingAverage, learning_rate, make_optimizer
 from fastalign.training.preemption import Preemption, StopReason
-from fastalign.training.settings import contents
 from fastalign.training.status import Status
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import remove_leftovers
+from fastalign.utils.files import checksum_of, remove_leftovers
 
+_WEIGHTS = {".safetensors", ".pth", ".pt", ".bin", ".npz"}  # suffixes
 MAX_CHECKPOINT_AGE = 15 * 60  # seconds, if `checkpoint.every_steps` is null
 
 
@@ -101,13 +101,13 @@ class Run:
         self.average = MovingAverage(objective.student, optim.ema) if optim.ema else None
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
         if world.main:
-            self.checkpoints.clean()
+            remove_leftovers(self.checkpoints.folder)
             remove_leftovers(self.folder)
         self.epoch_steps = len(self.train) // optim.accumulate
         self.total_steps = optim.epochs * self.epoch_steps
         self.last_step = min(config.max_steps or self.total_steps, self.total_steps)
         self.sources = {"data.train": self.train.source} | ({"data.val": self.val.source} if self.val else {})
-        self.contents = on_first_rank(world, lambda: contents(config, self.sources) | (labelled or {}))
+        self.contents = on_first_rank(world, lambda: self._contents() | (labelled or {}))
         self.status = Status(world, sticky=config.faults.nonfinite == "stop")
         self.preemption = preemption or Preemption()
         checkpoints = self.checkpoints
@@ -119,6 +119,17 @@ class Run:
             self.model = DistributedDataParallel(
                 objective, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+
+    def _contents(self) -> dict[str, Any]:
+        """Fingerprints of what the paths of the configuration hold, by key."""
+        found: dict[str, Any] = {key: source.identity for key, source in self.sources.items()}
+        for section in ("student", "teacher"):
+            weights = getattr(self.config, section).weights
+            if weights not in (None, "pretrained", "random"):
+                place = Path(weights)
+                inside = sorted(path for path in place.glob("*") if path.suffix in _WEIGHTS)
+                found[f"{section}.weights"] = checksum_of(inside if place.is_dir() else [place])
+        return found
 
     def autocast(self) -> AbstractContextManager:
         """bf16 autocast, or nothing in fp32."""
