@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastalign.backbones.layouts import HF_CLIP, OPEN_CLIP, from_timm, plain, to_timm
-from fastalign.backbones.weight_files import locate, read_json, read_weights
+from fastalign.backbones.layouts import HF_CLIP, OPEN_CLIP, from_timm, to_timm
+from fastalign.backbones.weight_files import locate, plain, read_json, read_weights
 from fastalign.backbones.weights import STATES, interpret
 from fastalign.utils.errors import UserError, first_line
 
