@@ -15,7 +15,7 @@ from fastalign.utils.files import write_tensors
 
 MODELING = "modeling_fastalign"
 """The module that travels with an export."""
-HOW_CAPPED = f"{MODELING}.py in this folder applies the cap: load with `trust_remote_code=True`."
+HOW_CAPPED = f"{MODELING}.py in this folder applies the cap: load with transformers 5.20 or newer and `trust_remote_code=True`."
 Tokens = Callable[[Tensor], Tensor]
 """From images to our features: all tokens, prefix first."""
 
@@ -181,11 +181,11 @@ def read(folder: Path) -> Tokens:
 
 def _how_to_load(vit: ViT) -> str:
     """For people who open config.json."""
-    loader = "transformers.AutoModel.from_pretrained(FOLDER, trust_remote_code=True)"
+    loader = "transformers (5.20 or newer): AutoModel.from_pretrained(FOLDER, trust_remote_code=True)"
     if vit.softcap is None:
         return f"{loader}, which norms all outputs; without trust_remote_code transformers' own class"
     return (
-        f"{loader}: {MODELING}.py caps the attention logits at {vit.softcap:g}; transformers' own classes do not, "
+        f"{loader}; {MODELING}.py caps the attention logits at {vit.softcap:g}; transformers' own classes do not, "
         "which changes the features"
     )
 
