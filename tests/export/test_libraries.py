@@ -32,6 +32,8 @@ CASES = [
         "siglip": ("timm", "hf-siglip", "prismatic"),
         "dinov2": ("timm", "hf-dinov2"),
         "registers": ("timm", "hf-dinov2"),
+        "dinov3": ("timm", "hf-dinov3"),
+        "gated": ("hf-dinov3",),
         "vit": ("timm", "hf-dinov2"),
     }.items()
     for target in fitting

@@ -24,6 +24,8 @@ TOWERS = {
     "siglip": ("siglip", "hf-siglip", 0.5),
     "dinov2": ("dinov2", "hf-dinov2", 0.5),
     "registers": ("registers", "hf-dinov2", 0.5),
+    "dinov3": ("dinov3", "hf-dinov3", 0.5),
+    "gated": ("gated", "hf-dinov3", 0.5),
     "clip-plain": ("clip", "hf-clip", None),
     "siglip-plain": ("siglip", "hf-siglip", None),
 }
