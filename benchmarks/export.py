@@ -122,10 +122,19 @@ def measure(name: str, **kwargs) -> list[dict]:
     return list(rows.values())
 
 
-def cells(row: dict) -> list[str]:
-    """A row of the table."""
-    capped = "refused" if row["capped"] is None else f"{row['capped']:.1e}"
-    return [row["backbone"], row["target"], capped, f"{row['plain']:.1e}"]
+COLUMNS = {"timm": "timm", "hf-": "transformers", "open-clip": "open_clip", "onnx": "onnx"}
+"""Titles of the table by the beginning of a target's name."""
+
+
+def line(rows: list[dict]) -> list[str]:
+    """The line of a backbone in the table: with the cap / without."""
+    found = {row["target"]: f"{_figure(row['capped'])} / {_figure(row['plain'])}" for row in rows}
+    cells = [next((found[name] for name in found if name.startswith(start)), "-") for start in COLUMNS]
+    return [rows[0]["backbone"], *cells]
+
+
+def _figure(error: float | None) -> str:
+    return "refused" if error is None else f"{error:.1e}"
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
@@ -135,14 +144,15 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     options = parser.parse_args(arguments)
     whole = not options.names and not options.tiny
     kwargs = TINY if options.tiny else {"depth": 2} if whole else {}
-    rows = []
+    groups = []
     for name in options.names or (BACKBONES[:1] if options.tiny else BACKBONES):
-        rows += measure(name, **kwargs)
-        print("\n".join(" ".join(cells(row)) for row in rows if row["backbone"] == name), flush=True)
+        groups.append(measure(name, **kwargs))
+        print(" | ".join(line(groups[-1])), flush=True)
+    rows = [row for group in groups for row in group]
     if whole:
         record.write("export", rows)
-        table = record.markdown("| backbone | target | with the cap | without |", list(map(cells, rows)))
-        record.replace_table(TABLE, table)
+        header = f"| backbone | {' | '.join(COLUMNS.values())} |"
+        record.replace_table(TABLE, record.markdown(header, list(map(line, groups))))
     return rows
 
 
