@@ -25,8 +25,8 @@ import torch
 from fastalign.backbones.zoo import load_backbone
 from fastalign.config import Config, load_config
 from fastalign.evaluation.datasets import open_labelled
+from fastalign.evaluation.features import Encoder, frozen_encoder
 from fastalign.evaluation.options import Plan, Recipe
-from fastalign.evaluation.patch_features import Encoder, frozen_encoder
 from fastalign.evaluation.patches import probe
 from fastalign.train import train
 from fastalign.training import build

@@ -5,6 +5,7 @@ import shlex
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import get_args
 
 import torch
 from rich.console import Console
@@ -13,16 +14,8 @@ from fastalign import __version__
 from fastalign.backbones.precision import compute_dtype
 from fastalign.config import load_config
 from fastalign.evaluation.datasets import open_labelled
-from fastalign.evaluation.options import (
-    Count,
-    Options,
-    Plan,
-    Precision,
-    add_flags,
-    evaluation_parser,
-    from_flags,
-)
-from fastalign.evaluation.patch_features import Encoder, frozen_encoder
+from fastalign.evaluation.features import Encoder, frozen_encoder
+from fastalign.evaluation.options import Plan, Precision, Recipe, add_flags, evaluation_parser, from_flags
 from fastalign.evaluation.patches import probe
 from fastalign.evaluation.results import check_output, patch_table, summarise, write_results
 from fastalign.training import distributed
@@ -30,19 +23,6 @@ from fastalign.training.build import named_backbone, starting_backbone
 from fastalign.training.command import run_command
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import path_argument
-
-
-class Reading(Options):
-    """How images are read through the backbone."""
-
-    skip_blocks: tuple[int, ...] = (0,)
-    """last blocks left out; several are read at once"""
-    forward_batch: Count = 64
-    """images per forward pass of the backbone"""
-    threads: Count = 4
-    """reading and decoding threads per rank"""
-    precision: Precision = "auto"
-    """auto: bf16 where the hardware has it"""
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -57,13 +37,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--before", action="store_true", help="also probe the backbone that the run started from")
     add("--cache", type=path_argument, help="folder for features; default `features` next to the output")
     add("--keep-features", action="store_true", help="do not delete features at the end")
-    add_flags(parser, Plan, Reading)
+    add("--skip-blocks", nargs="+", type=int, default=[0], metavar="X", help="last blocks left out")
+    add("--forward-batch", type=int, default=64, metavar="X", help="images per forward pass (default 64)")
+    add("--threads", type=int, default=4, metavar="X", help="reading threads per rank (default 4)")
+    add("--precision", choices=get_args(Precision), default="auto", help="auto: bf16 if supported")
+    add_flags(parser, Plan, Recipe)
     return parser.parse_args(arguments)
 
 
-def _encoders(
-    given: argparse.Namespace, skip_blocks: tuple[int, ...], device: torch.device
-) -> tuple[dict[str, Encoder], Path | None]:
+def _encoders(given: argparse.Namespace, device: torch.device) -> tuple[dict[str, Encoder], Path | None]:
     """What is probed, by its name in the results, and the run folder if there is one."""
     vit, folder = named_backbone(
         given.backbone, weights=given.weights, kwargs=given.kwargs, softcap=given.softcap
@@ -74,7 +56,7 @@ def _encoders(
         if not recipe.is_file():
             raise UserError(f"--before: {recipe} is missing; use it with the folder of a run")
         models = {"before": starting_backbone(load_config(recipe)), **models}
-    return {name: frozen_encoder(vit.to(device), skip_blocks) for name, vit in models.items()}, folder
+    return {name: frozen_encoder(vit.to(device), given.skip_blocks) for name, vit in models.items()}, folder
 
 
 def run(given: argparse.Namespace, world: distributed.World, arguments: list[str]) -> None:
@@ -83,9 +65,9 @@ def run(given: argparse.Namespace, world: distributed.World, arguments: list[str
     Raises:
         UserError: an invalid option, data that cannot be read, a loss that is not finite.
     """
-    plan, reading = from_flags(Plan, given), from_flags(Reading, given)
+    plan = from_flags(Plan, given, recipe=from_flags(Recipe, given))
     splits = {name: open_labelled(given.data, name) for name in ("train", "val", "test")}
-    encoders, folder = _encoders(given, reading.skip_blocks, world.device)
+    encoders, folder = _encoders(given, world.device)
     default = folder / "probe.json" if folder else Path("runs") / f"probe-{given.backbone}.json"
     output = Path(given.output or default)
     data = {
@@ -103,9 +85,9 @@ def run(given: argparse.Namespace, world: distributed.World, arguments: list[str
         world,
         cache=Path(given.cache or output.parent / "features"),
         keep_features=given.keep_features,
-        batch_size=reading.forward_batch,
-        threads=reading.threads,
-        dtype=compute_dtype(reading.precision, world.device),
+        batch_size=given.forward_batch,
+        threads=given.threads,
+        dtype=compute_dtype(given.precision, world.device),
         say=lambda text: print(text, flush=True),
     )
     if not world.main:

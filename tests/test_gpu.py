@@ -12,9 +12,9 @@ import torch
 
 import fastalign as fa
 from fastalign.backbones.precision import FP8_CAPABILITY, FP8Linear
+from fastalign.evaluation.features import PatchFeatures
 from fastalign.evaluation.heads import TokenShape, make_patch_head
 from fastalign.evaluation.options import Recipe
-from fastalign.evaluation.patch_features import PatchFeatures
 from fastalign.evaluation.patches import Task, evaluate_head, fit_head
 from fastalign.train import update
 from tests.numerics import gradient_error, randomise, relative_error

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchvision.transforms.v2 import functional as vision
 
 from fastalign.data.transforms import MAX_LEVEL, RandAugment, Transform, parse_randaugment
 from fastalign.utils.random import Stream, random_uniform, random_words
@@ -101,6 +100,12 @@ def _affine(image: Tensor, matrix: tuple[float, ...], fill: tuple[int, int, int]
     return torch.where(inside, sampled.round_().clamp_(0, 255), color).to(torch.uint8)
 
 
+def _equalize(image: Tensor) -> Tensor:
+    from torchvision.transforms.v2 import functional  # here, because it imports torch._dynamo
+
+    return functional.equalize(image)
+
+
 def _rotation(degrees: float, height: int, width: int) -> tuple[float, ...]:
     """The sampling matrix of a counter-clockwise rotation about the centre."""
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -124,7 +129,7 @@ _ENHANCE: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 _OTHER: dict[str, Callable[[Tensor, float, bool], Tensor]] = {
     "AutoContrast": _auto_contrast,
-    "Equalize": lambda image, level, increasing: vision.equalize(image),
+    "Equalize": lambda image, level, increasing: _equalize(image),
     "Invert": lambda image, level, increasing: 255 - image,
     "Posterize": _posterize,
     "Solarize": _solarize,

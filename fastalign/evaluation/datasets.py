@@ -68,23 +68,22 @@ def class_names(key: str) -> tuple[str, ...]:
     return tuple(json.loads((Path(__file__).parent / "classes.json").read_text(encoding="utf-8"))[key])
 
 
-def _folder(data: str, candidates: list[Path], remedy: str) -> Path:
-    """The first of some folders that exists."""
-    for path in candidates:
-        if path.is_dir():
-            return path
-    raise UserError(f"{data}: no folder {' nor '.join(map(str, candidates))}; {remedy}")
+def _folders(data: Path, folders: tuple[Path, Path], remedy: str) -> tuple[FolderSource, FolderSource]:
+    """The images and the maps in two folders."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{data}: no folder {folder}; {remedy}")
+    images, maps = (FolderSource(str(folder)) for folder in folders)
+    return images, pair(images, maps)
 
 
-def _published(images: Path, maps: Path, split: str, held_out: int) -> tuple[Source, Source]:
-    """Images and maps of a data set with two labelled splits; `val` takes the names with the lowest SHA-256."""
-    source = FolderSource(str(images))
-    labels = pair(source, FolderSource(str(maps)))
+def _part(source: Source, labels: Source, split: str, held_out: int) -> tuple[Source, Source]:
+    """A split of a data set with two labelled ones; `val` takes the names with the lowest SHA-256 from training."""
     if split == "test":
         return source, labels
     count = len(source)
     if count <= held_out:
-        raise UserError(f"{images} has {count} images, but val takes {held_out} of them; download all of it")
+        raise UserError(f"{source.root} has {count} images, but val takes {held_out}; download all of it")
     digests = [hashlib.sha256(os.fsencode(source.name(index))).digest() for index in range(count)]
     val = np.sort(sorted(range(count), key=digests.__getitem__)[:held_out])
     chosen = val if split == "val" else np.setdiff1d(np.arange(count), val)
@@ -92,21 +91,17 @@ def _published(images: Path, maps: Path, split: str, held_out: int) -> tuple[Sou
 
 
 def _open_published(kind: str, root: Path, split: str) -> LabelledImages:
-    """COCO or ADE20K, as the archives unpack or as the download leaves them."""
+    """COCO or ADE20K, as examples/download.sh leaves them."""
     base = kind.partition("-")[0]
     if kind == "ade20k":
-        part = "validation" if split == "test" else "training"
-        places = [root, root / "ADEChallengeData2016"]
-        images, maps = ([place / name / part for place in places] for name in ("images", "annotations"))
+        place, part = root / "ADEChallengeData2016", "validation" if split == "test" else "training"
+        folders = place / "images" / part, place / "annotations" / part
     else:
         year = "val2017" if split == "test" else "train2017"
         name = f"panoptic_{year}" if kind == "coco-panoptic" else year
-        images = [root / "images" / year, root / year]
-        maps = [root / "annotations" / name]
-        maps.append(root / name if kind == "coco-panoptic" else root / "stuffthingmaps" / name)
+        folders = root / "images" / year, root / "annotations" / name
     remedy = _REMEDY.format(kind if kind == "coco-panoptic" else base, root)
-    folders = _folder(kind, images, remedy), _folder(kind, maps, remedy)
-    source, labels = _published(*folders, split, HELD_OUT[base])
+    source, labels = _part(*_folders(root, folders, remedy), split, HELD_OUT[base])
     if kind == "coco-panoptic":
         content = read_panoptic(root / "annotations" / f"{name}.json")
         missing = [n for n in map(labels.name, range(len(labels))) if stem(n) not in content.segments]
@@ -133,12 +128,9 @@ def _open_own(root: Path, split: str) -> LabelledImages:
     if shards:
         images, maps = _split_shards(root, split, shards)
     else:
-        remedy = f"{split}/ must contain images/ and labels/"
-        folders = (_folder(str(root), [folder / name], remedy) for name in ("images", "labels"))
-        images, maps = (FolderSource(str(path)) for path in folders)
-
-    decode = partial(decode_ids, classes=len(classes))
-    return LabelledImages(images, classes, unlabeled, pair(images, maps), decode)
+        folders = folder / "images", folder / "labels"
+        images, maps = _folders(root, folders, f"{split}/ must contain images/ and labels/")
+    return LabelledImages(images, classes, unlabeled, maps, partial(decode_ids, classes=len(classes)))
 
 
 def _split_shards(root: Path, split: str, shards: list[str]) -> tuple[Source, Source]:
@@ -150,7 +142,8 @@ def _split_shards(root: Path, split: str, shards: list[str]) -> tuple[Source, So
         raise UserError(
             f"{root}/{split}-*.tar have no {missing}; a sample is KEY.jpg and KEY.png in one shard"
         )
-    return Subset(members, np.flatnonzero(~is_map)), Subset(members, np.flatnonzero(is_map))
+    images, maps = (Subset(members, np.flatnonzero(chosen)) for chosen in (~is_map, is_map))
+    return images, pair(images, maps)
 
 
 def _read_classes(path: Path) -> tuple[tuple[str, ...], int | None]:

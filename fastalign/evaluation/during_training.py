@@ -10,10 +10,10 @@ from torch import Tensor
 from fastalign.backbones.vit import ViT
 from fastalign.config import Config
 from fastalign.evaluation.datasets import open_labelled
+from fastalign.evaluation.features import frozen_encoder, read_patch_features
 from fastalign.evaluation.heads import make_patch_head
 from fastalign.evaluation.label_maps import LabelledImages
 from fastalign.evaluation.options import Recipe
-from fastalign.evaluation.patch_features import frozen_encoder, read_patch_features
 from fastalign.evaluation.patches import Task, evaluate_head, fit_head
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.utils.errors import UserError

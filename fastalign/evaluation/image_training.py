@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,8 +16,8 @@ from fastalign.backbones.precision import compute_dtype
 from fastalign.backbones.vit import ViT
 from fastalign.data.loader import Batch, Loader
 from fastalign.data.transforms import Transform
-from fastalign.evaluation.features import read_image_features
-from fastalign.evaluation.fit import FeatureLoader, Fit, RunFolder, evaluate
+from fastalign.evaluation.features import ArrayFiles, as_tensor, frozen_encoder, read_features
+from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate
 from fastalign.evaluation.heads import (
     Classifier,
     StandardizedLinear,
@@ -28,13 +29,17 @@ from fastalign.evaluation.heads import (
 from fastalign.evaluation.image_folders import ImageSplit
 from fastalign.evaluation.metrics import ImageCounts
 from fastalign.evaluation.options import ImageOptions
+from fastalign.evaluation.results import difference
 from fastalign.training.build import image_constants
-from fastalign.training.distributed import World
+from fastalign.training.checkpoint_files import Checkpoints, snapshot
+from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.optim import learning_rate
 from fastalign.utils.errors import UserError
+from fastalign.utils.files import remove_leftovers
 from fastalign.utils.random import permutation
 
 _READ_BATCH = 256
+_GPU_SHARE = 0.25  # of the free GPU memory, for the features of a split
 
 Loaders = dict[str, Loader | FeatureLoader]
 
@@ -49,7 +54,7 @@ class Job:
     options: ImageOptions  # resolved
     world: World
     say: Callable[[str], None]
-    folder: Path  # for checkpoints and temporary files; the same on all ranks
+    folder: Path  # for checkpoints and features; the same on all ranks
     identity: dict | None  # plain values that a checkpoint must share; None = no checkpoints
 
     @property
@@ -97,7 +102,7 @@ def train_on_features(job: Job) -> list[dict]:
     on_cpu = features["train"]
     if device.type == "cuda":
         for name, values in features.items():
-            if values.nbytes <= options.memory_share * torch.cuda.mem_get_info(device)[0]:
+            if values.nbytes <= _GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
                 features[name] = values.to(device)
     done = {}
     for seed in options.seeds[world.rank :: world.size]:
@@ -146,6 +151,7 @@ def train_seed(job: Job, model: nn.Module, loaders: Loaders, seed: int, world: W
     options, say = job.options, job.say if job.options.live else lambda text: None
     labels = {name: split.labels.to(world.device) for name, split in job.splits.items()}
     fit = make_fit(model, len(loaders["train"]), labels["train"], options, seed, world, job.dtype)
+    updates = len(loaders["train"]) // options.accumulate
 
     def measure(split: str) -> dict:
         counts = ImageCounts(job.classes, world.device)
@@ -153,24 +159,58 @@ def train_seed(job: Job, model: nn.Module, loaders: Loaders, seed: int, world: W
         evaluate(model, loaders[split].batches(), add, world.device, job.dtype)
         return counts.results(world)
 
-    progress, folder = {"best": None, "curve": []}, None
+    progress, checkpoints = {"best": None, "curve": []}, None
     if options.live and job.identity is not None:
-        place = job.folder / "classify" / f"seed-{seed}"
-        folder = RunFolder(place, fit, progress, job.identity, options, say, f"seed {seed}")
-    for epoch, loss in fit.run(loaders["train"].batches, folder and folder.after_update):
+        checkpoints = Checkpoints(job.folder / "classify" / f"seed-{seed}" / "checkpoints", keep=1)
+        resume(fit, checkpoints, progress, job.identity)
+        if fit.step:
+            say(f"seed {seed}: resuming after epoch {fit.step // updates} of {options.epochs}")
+    for epoch in range(fit.step // updates + 1, options.epochs + 1):
+        loss = fit.epoch(
+            loaders["train"].batches(epoch - 1), updates, lambda text: say(f"seed {seed} {text}")
+        )
         if not math.isfinite(loss):
             raise UserError(f"the loss is {loss} in epoch {epoch} of seed {seed}: lower --lr, or set --clip")
         has_test = "test" in loaders
-        progress["best"], val = update_best(progress["best"], epoch, fit.epochs, measure, has_test=has_test)
+        progress["best"], val = update_best(
+            progress["best"], epoch, options.epochs, measure, has_test=has_test
+        )
         figures = {"train_loss": loss, "val_loss": val["loss"], "val_top1": val["top1"]}
         progress["curve"].append({"epoch": epoch, **figures})
         top1 = f"{100 * val['top1']:.2f}%"
-        say(f"seed {seed} epoch {epoch}/{fit.epochs}  loss {loss:.4f}  val top-1 {top1}")
-        if folder:
-            folder.save()
-    if folder:
-        folder.close()
+        say(f"seed {seed} epoch {epoch}/{options.epochs}  loss {loss:.4f}  val top-1 {top1}")
+        if checkpoints:
+            save(fit, checkpoints, progress, job.identity)
+    if checkpoints:
+        on_first_rank(world, checkpoints.wait)
     return {"seed": seed, **progress["best"], "curve": progress["curve"]}
+
+
+def save(fit: Fit, checkpoints: Checkpoints, progress: dict, identity: dict) -> None:
+    """Writes a checkpoint in the background, without frozen weights, which are the backbone's own."""
+    on_first_rank(fit.world, checkpoints.wait)
+    if fit.world.main:
+        frozen = {name for name, value in fit.module.named_parameters() if not value.requires_grad}
+        weights = {name: value for name, value in fit.module.state_dict().items() if name not in frozen}
+        state = {"weights": weights, "optimizer": fit.optimizer.state_dict(), "step": fit.step}
+        checkpoints.save(snapshot({**state, "identity": identity, "progress": progress}), fit.step)
+
+
+def resume(fit: Fit, checkpoints: Checkpoints, progress: dict, identity: dict) -> None:
+    """Sets a fit and its progress to the newest checkpoint, if there is one; UserError if it has another identity."""
+    if fit.world.main:
+        remove_leftovers(checkpoints.folder)
+    step, state, _ = checkpoints.resume(fit.world)
+    if step is None:
+        return
+    if changed := difference(state.get("identity", {}), identity):
+        raise UserError(
+            f"{checkpoints.folder}: {changed}: set it back, remove the folder, or choose another --output"
+        )
+    fit.module.load_state_dict(state["weights"], strict=False)
+    fit.optimizer.load_state_dict(state["optimizer"])
+    fit.step = step
+    progress |= state["progress"]
 
 
 def make_fit(
@@ -192,19 +232,22 @@ def make_fit(
         return mixed_loss(logits, labels[batch.ids], weight=batch.weight, smoothing=smoothing)
 
     how = {"seed": seed, "accumulate": options.accumulate, "clip": options.clip}
-    return Fit(model, groups, loss, rate, epochs, steps, world, dtype, **how)
+    return Fit(model, groups, loss, rate, world, dtype, **how)
 
 
 def _read(job: Job, split: str) -> Tensor:
     """What the head reads of every image of a split: [n, D] float32, or [n, T, D] in the compute dtype."""
-    head = job.options.head
-    vit = copy_for_head(job.backbone, head).to(job.world.device).eval()
-    tokens = () if head == "linear" else (vit.spec.prefix + vit.spec.patches,)
-    job.say(f"{split}: features of {len(job.splits[split].source)} images")
-    transform, kept = Transform(crop="eval", **image_constants(vit)), job.dtype if tokens else torch.float32
-    encode = lambda images: head_input(vit, vit.forward_features(images), head)  # noqa: E731
-    how = {"dtype": job.dtype, "folder": job.folder, "share": job.options.memory_share}
-    with closing(job.open_loader(split, transform, _READ_BATCH)) as loader:
-        features = read_image_features(encode, loader, (*tokens, vit.embed_dim), kept, job.world, **how)
-    job.world.barrier()
-    return features
+    head, world, data = job.options.head, job.world, job.splits[split]
+    vit = copy_for_head(job.backbone, head).to(world.device)
+    encoder, tokens = frozen_encoder(vit), () if head == "linear" else (vit.spec.prefix + vit.spec.patches,)
+    job.say(f"{split}: features of {len(data.source)} images")
+    kind = np.uint16 if tokens and job.dtype == torch.bfloat16 else np.float32
+    arrays = {"features": ((len(data.source), *tokens, vit.embed_dim), kind)}
+    files = ArrayFiles.named(job.folder, arrays, encoder.identity, arrays, job.dtype, data.facts())
+    encode = lambda images: [head_input(vit, encoder.encode(images)[0], head)]  # noqa: E731
+    loader = job.open_loader(split, Transform(crop="eval", **image_constants(vit)), _READ_BATCH)
+    features = read_features(files, encode, loader, world, job.dtype)["features"]
+    world.barrier()
+    if world.main:
+        files.remove()  # the map stays valid
+    return as_tensor(features)

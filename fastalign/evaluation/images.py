@@ -1,13 +1,10 @@
 """Image classification: from a backbone and a labelled image folder to `classify.json`."""
 
-import platform
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from fastalign import __version__
@@ -100,7 +97,7 @@ def _facts(vit: ViT, options: ImageOptions, command: str | None, data: dict) -> 
         reported, selection = "test", "the epoch with the best validation top-1, the first of equals"
     return {
         "command": command,
-        "settings": options.model_dump(exclude={"threads", "save_every", "memory_share", "seeds"}),
+        "settings": options.model_dump(exclude={"threads", "seeds"}),
         "backbone": {
             **recipe,
             "softcap": vit.softcap,
@@ -126,9 +123,6 @@ def _outcome(results: list[dict], split: str, world: World) -> dict:
     versions = {
         "fastalign": __version__,
         "torch": torch.__version__,
-        "timm": version("timm"),
-        "numpy": np.__version__,
-        "python": platform.python_version(),
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU",
     }
     return {**over_seeds, "seeds": results, "ranks": world.size, "versions": versions}

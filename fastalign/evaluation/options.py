@@ -60,34 +60,26 @@ def evaluation_parser(prog: str, description: str, *, data: str, output: str) ->
 
 
 def add_flags(parser: argparse.ArgumentParser, *models: type[Options]) -> None:
-    """Adds a flag for each field; fields that are options themselves add theirs."""
-    for model in models:
-        for name, field in model.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, Options):
-                add_flags(parser, field.annotation)
-                continue
-            default = "" if field.default in (None, "", False) else f" (default {field.default})"
-            kind = field.annotation
-            while get_origin(kind) not in (None, Literal):  # int | None, tuple[Literal[...], ...]
-                kind = get_args(kind)[0]
-            if kind is bool:
-                how = {"action": "store_true"}
-            else:
-                how = {"choices": get_args(kind)} if get_origin(kind) else {"type": kind, "metavar": "X"}
-                how["nargs"] = "+" if get_origin(field.annotation) is tuple else None
-            text = f"{field.description or ''}{default}"
-            parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **how)
+    """Adds a flag for each field that is not itself options."""
+    for name, field in ((name, field) for model in models for name, field in model.model_fields.items()):
+        kind = field.annotation
+        while get_origin(kind) not in (None, Literal):  # int | None, tuple[Literal[...], ...]
+            kind = get_args(kind)[0]
+        if kind is bool:
+            how = {"action": "store_true"}
+        elif get_origin(kind) is None and issubclass(kind, Options):
+            continue
+        else:
+            how = {"choices": get_args(kind)} if get_origin(kind) else {"type": kind, "metavar": "X"}
+            how["nargs"] = "+" if get_origin(field.annotation) is tuple else None
+        default = "" if field.default in (None, "", False) else f" (default {field.default})"
+        text = f"{field.description or ''}{default}"
+        parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **how)
 
 
-def from_flags(model: type[Options], given: argparse.Namespace) -> Any:
-    """The options that a command line gives."""
-    values = {}
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Options):
-            values[name] = from_flags(field.annotation, given)
-        elif name in given:
-            values[name] = getattr(given, name)
-    return model(**values)
+def from_flags(model: type[Options], given: argparse.Namespace, **more: Any) -> Any:
+    """The options that a command line gives, and `more`."""
+    return model(**{name: value for name, value in vars(given).items() if name in model.model_fields}, **more)
 
 
 class Recipe(Options):
@@ -144,7 +136,7 @@ _FROZEN_LINEAR = {"epochs": 50, "lr": 1e-3, "warmup_epochs": 0, "weight_decay": 
 _FROZEN = {"epochs": 20, "lr": 5e-4, "warmup_epochs": 1, "weight_decay": 0.05}
 _UNFROZEN = {"epochs": 50, "lr": 3e-4, "warmup_epochs": 5, "weight_decay": 0.05, "layer_decay": 0.75}
 _UNFREEZE_ONLY = ("layer_decay", "grad_checkpointing")
-_LIVE_ONLY = ("mixup", "cutmix", "crop", "color_jitter", "randaugment", "accumulate", "save_every")
+_LIVE_ONLY = ("mixup", "cutmix", "crop", "color_jitter", "randaugment", "accumulate")
 
 
 class ImageOptions(Options):
@@ -189,10 +181,6 @@ class ImageOptions(Options):
     """reading threads per rank, and as many for decoding"""
     grad_checkpointing: bool = False
     """unfreeze: less memory, more time"""
-    save_every: int = Field(0, ge=0)
-    """updates between checkpoints, in addition to each epoch's end (unfreeze, augment)"""
-    memory_share: float = Field(0.25, ge=0, le=1)
-    """share of free memory that features may take; larger ones go to a file"""
 
     @property
     def live(self) -> bool:

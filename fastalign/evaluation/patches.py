@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.data.loader import Batch
-from fastalign.evaluation.features import ArrayFiles, check_space
+from fastalign.evaluation.features import ArrayFiles, Encoder, PatchFeatures, patch_files, read_patch_features
 from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate
 from fastalign.evaluation.heads import TokenShape, make_patch_head, supports
 from fastalign.evaluation.label_maps import LabelledImages
 from fastalign.evaluation.metrics import MultiClassCounts, MultiLabelCounts, patch_loss
 from fastalign.evaluation.options import Plan, Recipe
-from fastalign.evaluation.patch_features import Encoder, PatchFeatures, feature_files, read_patch_features
 from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError
@@ -66,10 +65,11 @@ def fit_head(
     head = head.to(device)
     groups = [{"params": list(head.parameters()), "factor": 1.0, "weight_decay": recipe.weight_decay}]
     rate, world = recipe.schedule(steps * recipe.epochs), World(0, 1, device)
-    fit = Fit(head, groups, loss, rate, recipe.epochs, steps, world, dtype)
+    fit = Fit(head, groups, loss, rate, world, dtype)
     loader = _loader(train, task, size, device, order)
     best, best_score = (head.state_dict(), recipe.epochs, {}), -math.inf
-    for epoch, _ in fit.run(loader.batches):
+    for epoch in range(1, recipe.epochs + 1):
+        fit.epoch(loader.batches(epoch - 1), steps)
         if val is None:
             continue
         found = evaluate_head(head, task, val, device=device, dtype=dtype)
@@ -177,14 +177,12 @@ def _read(
     how: dict,
 ) -> tuple[dict[str, dict[str, PatchFeatures]], list[ArrayFiles]]:
     """Features by encoder and split, and the files that were not there before."""
-    files, read = {}, {name: {} for name in encoders}
-    for name, split in itertools.product(encoders, splits) if cache else ():
-        files[name, split] = feature_files(encoders[name], splits[split], cache, how["dtype"])
-    fresh = [each for each in files.values() if not each.complete()]
-    if world.main and fresh:
-        check_space(cache, fresh)
+    fresh, read = [], {name: {} for name in encoders}
     for name, split in itertools.product(encoders, splits):
-        known = cache is not None and files[name, split].complete()
+        files = cache and patch_files(encoders[name], splits[split], cache, how["dtype"])
+        known = cache is not None and files.complete()
+        if cache and not known:
+            fresh.append(files)
         if world.main:
             say(f"{name}: {len(splits[split])} images ({split}){', read before' if known else ''}")
         found = read_patch_features(encoders[name], splits[split], world, folder=cache, **how)

@@ -42,7 +42,7 @@ WIDTH, HEIGHT = 420, 250
 """Of inline SVG, in points."""
 PNG = {"dpi": 110, "metadata": {"Software": None}}
 COLOUR_MAP = matplotlib.colormaps["viridis"]
-LOSS, PROBE, THROUGHPUT = "Loss", "Patch probe during training (%)", "Throughput (images a second)"
+LOSS, PROBE, THROUGHPUT = "Loss", "Patch probe during training (%)", "Throughput (images per second)"
 CURVES = [
     (LOSS, "training", "loss", 1, "aligned", "-"),
     (LOSS, "validation", "val_loss", 1, "before", "o-"),
@@ -50,7 +50,7 @@ CURVES = [
     (PROBE, "mAP", "probe_map", 100, "third", "o-"),
     ("Learning rate", "learning rate", "lr", 1, "aligned", "-"),
     ("Gradient norm (before clipping)", "gradient norm", "grad_norm", 1, "aligned", "-"),
-    (THROUGHPUT, "images a second", "images_per_second", 1, "third", "-"),
+    (THROUGHPUT, "images per second", "images_per_second", 1, "third", "-"),
     ("Waiting for data (% of the time)", "data wait", "data_wait", 100, "third", "-"),
     ("Memory (GiB at most)", "memory", "memory", 2**-30, "third", "-"),
     ("Model FLOPs utilisation (%)", "utilisation", "mfu", 100, "third", "-"),

@@ -62,7 +62,7 @@ def _key_numbers(run: Run) -> list[tuple[str, str]]:
                 about = f"Patch probe, {title}, % {' → '.join(scores)}, {setting_text(setting)}"
                 found.append((about, " → ".join(map(score_text, scores.values()))))
     if values := series(run.metrics, "images_per_second")[1]:
-        found.append(("Images a second, median", f"{median(values):.0f}"))
+        found.append(("Images per second, median", f"{median(values):.0f}"))
     if values := series(run.metrics, "data_wait")[1]:
         found.append(("Time spent waiting for data, median", f"{median(values):.1%}"))
     return found

@@ -1,14 +1,15 @@
-"""Save and resume a run, and publish its aligned backbone."""
+"""Save and resume a run, compare its settings with its checkpoint's, and publish its aligned backbone."""
 
 import json
 import math
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastalign import __version__
-from fastalign.backbones.weight_files import embedded_facts
-from fastalign.config import to_yaml
+from fastalign.backbones.saving import backbone_facts, facts_text, is_written, write_backbone
+from fastalign.config import Config, kinds, resolve, to_yaml
 from fastalign.training import sharding
 from fastalign.training.build import teacher_of
 from fastalign.training.checkpoint_files import snapshot
@@ -17,10 +18,24 @@ from fastalign.training.hang import WAITING
 from fastalign.training.metrics import plain_number
 from fastalign.training.optim import class_name
 from fastalign.training.run import Run
-from fastalign.training.settings import Change, changed_contents, changed_settings
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import wrap_io_errors, write_atomically, write_tensors
-from fastalign.utils.sections import Kind, select
+from fastalign.utils.files import wrap_io_errors, write_atomically
+from fastalign.utils.sections import Kind, get_key, select
+
+
+class Change(NamedTuple):
+    """A key whose value, or what its value names, has changed."""
+
+    key: str
+    before: Any
+    now: Any
+    contents: str | None = None  # of a path: what has changed there
+
+    def __str__(self) -> str:
+        before, now = (json.dumps(value, ensure_ascii=False) for value in (self.before, self.now))
+        if before == now:
+            return f"{self.key} {now} has {self.contents} than before"
+        return f"{self.key} was {before}, is {now}{f' with {self.contents}' if self.contents else ''}"
 
 
 def checkpoint_state(run: Run) -> dict[str, Any]:
@@ -40,7 +55,7 @@ def checkpoint_state(run: Run) -> dict[str, Any]:
 def new_best(run: Run, *, evaluated: bool = False) -> float | None:
     """This step's score if it is the best so far: of the probe if `probe.best`, else the validation loss."""
     state = run.state
-    none = state.best is None or math.isnan(state.best)
+    none = state.best is None
     if not run.config.probe.best:
         better = evaluated and math.isfinite(state.val_loss) and (none or state.val_loss < state.best)
         return state.val_loss if better else None
@@ -65,7 +80,7 @@ def save(run: Run, *, evaluated: bool = False) -> None:
         return
     best = score is not None
     published = (best or (run.val is None and not best_by_probe)) and not run.config.student.freeze
-    facts = backbone_facts(run, evaluated=evaluated) if published else None
+    facts = describe_backbone(run, evaluated=evaluated) if published else None
     state = snapshot({**checkpoint_state(run), "is_best": best, "backbone": facts}, keep=run.world.main)
     if run.world.main:
         run.checkpoints.save(state, run.state.step, best=best, publish=partial(publish_backbone, run.folder))
@@ -107,7 +122,11 @@ def resume(run: Run) -> tuple[list[Change], list[str]]:
     state.load_state_dict(saved)
 
     def compare() -> tuple[list[Change], list[str]]:
-        places = changed_contents(saved["contents"], run.contents, run.sources)
+        before, now = saved["contents"], run.contents
+        places = {
+            key: None if now[key] == before[key] else "other contents" for key in now.keys() & before.keys()
+        }
+        places |= {k: source.differs_from(before[k]) for k, source in run.sources.items() if k in before}
         return changed_settings(saved, path, run.config, places, finished=run.finished)
 
     changes, moved = on_first_rank(run.world, compare)
@@ -152,20 +171,53 @@ def _load_tensors(run: Run, saved: dict, path: Path, changes: list[Change]) -> N
     run.objective.target_scale.fill_(saved["target_scale"])
 
 
-def backbone_facts(run: Run, *, evaluated: bool) -> str:
+def changed_settings(
+    saved: dict, path: Path, config: Config, places: Mapping[str, str | None], *, finished: bool
+) -> tuple[list[Change], list[str]]:
+    """The changes since the checkpoint `saved` among the keys that decide the result, and notes about moved data.
+
+    `places`: of each path whose contents are compared, what has changed there; None = nothing. UserError: there are
+    changes without `resume=force`, or of a run that is `finished`.
+    """
+    before = resolve(saved["config"], [], path).model_dump(mode="json")
+    after = config.model_dump(mode="json")
+    changes, notes = [], []
+    for key, kind in kinds().items():
+        old, new = get_key(before, key), get_key(after, key)
+        if kind is Kind.FREE:
+            continue
+        if kind is Kind.GROWS:
+            if old != new and new is not None and new < saved["step"]:
+                changes.append(Change(key, old, new))
+        elif key not in places:
+            changes += _differences(key, old, new)
+        elif change := places[key]:
+            changes.append(Change(key, old, new, change))
+        elif old != new:
+            notes.append(f"{Change(key, old, new)}: the contents are the same")
+    if changes and (finished or config.resume != "force"):
+        remedy = "set it back, choose another output, or use and record the new ones from here on with resume=force"
+        if finished:
+            remedy = "it is finished, and nothing would be trained with the new ones: choose another output"
+        at = f"{config.output} is at step {saved['step']} with other settings"
+        raise UserError(f"{at}: {'; '.join(map(str, changes))}; {remedy}")
+    return changes, notes
+
+
+def _differences(key: str, old: Any, new: Any) -> Iterator[Change]:
+    """The values that differ; a missing key of a mapping is the same as null."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in [*old, *(name for name in new if name not in old)]:
+            yield from _differences(f"{key}.{name}", old.get(name), new.get(name))
+    elif old != new:
+        yield Change(key, old, new)
+
+
+def describe_backbone(run: Run, *, evaluated: bool) -> str:
     """The text of `backbone.json`: what a user of the aligned backbone must know."""
-    state, recipe = run.state, run.backbone.recipe
-    kwargs = {**recipe["kwargs"], "num_classes": 0}
-    if run.backbone.spec.pool == "map":
-        kwargs["global_pool"] = ""  # the student has no pooling to save
+    state = run.state
     teacher, weights, _ = teacher_of(run.config)
     facts = {
-        "name": recipe["name"],
-        "kwargs": kwargs,
-        "softcap": run.config.student.softcap,
-        "norm_eps": getattr(run.objective.student.encoder.norm, "eps", None),
-        **run.backbone.data,
-        "features": "the tokens after the final norm; prefix tokens first",
         "objective": run.config.objective,
         "teacher": {"name": teacher, "weights": weights},
         "step": state.step,
@@ -176,26 +228,14 @@ def backbone_facts(run: Run, *, evaluated: bool) -> str:
     }
     if state.current_probe:
         facts["probe"] = {name: plain_number(value) for name, value in state.current_probe.items()}
-    return json.dumps(facts, indent=2, allow_nan=False) + "\n"
+    return facts_text(backbone_facts(run.objective.student.encoder, **facts))
 
 
 def publish_backbone(folder: Path, state: dict) -> None:
-    """Write a checkpoint's backbone with timm's keys, without the student's head, and its facts.
-
-    `backbone.safetensors` holds the text of `backbone.json` too, so that the next start notices if a kill left one
-    without the other. A state without `backbone` was not the best.
-    """
+    """Write a checkpoint's backbone and its facts. A state without `backbone` was not the best."""
     text = state.get("backbone")
-    if text is None:
+    if text is None or is_written(folder, text):
         return
-    weights_file, facts_file = folder / "backbone.safetensors", folder / "backbone.json"
-    if embedded_facts(weights_file) != text:
-        source = state["average"] or state["student"]
-        weights = {
-            name.removeprefix("encoder."): value.contiguous().float()
-            for name, value in source.items()
-            if name.startswith("encoder.") and not name.startswith("encoder.head.")
-        }
-        write_tensors(weights_file, weights, softcap=str(json.loads(text)["softcap"]), facts=text)
-    if not facts_file.exists() or facts_file.read_text() != text:
-        write_atomically(facts_file, lambda file: file.write(text.encode()))
+    source, prefix = state["average"] or state["student"], "encoder."
+    weights = {name.removeprefix(prefix): value for name, value in source.items() if name.startswith(prefix)}
+    write_backbone(folder, weights, text)

@@ -92,10 +92,6 @@ class Checkpoints:
         """Seconds since the last `save`, or since this object was made."""
         return time.monotonic() - self._last_save
 
-    def clean(self) -> None:
-        """Remove what a killed writer left behind; call it before the first save."""
-        files.remove_leftovers(self.folder)
-
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
         numbers = (path.stem.removeprefix("step-") for path in self.folder.glob("step-*.pt"))
@@ -166,12 +162,11 @@ class Checkpoints:
         temporary.unlink(missing_ok=True)
         try:
             os.link(source, temporary)
+            temporary.replace(best)
+            files.flush_folder(self.folder)
         except OSError:
             with source.open("rb") as file:
                 write_atomically(best, lambda copy: shutil.copyfileobj(file, copy))
-            return
-        temporary.replace(best)
-        files.flush_folder(self.folder)
 
     def load(self) -> tuple[int | None, dict, list[str]]:
         """The newest undamaged checkpoint; damaged ones newer than it are renamed to `.damaged`.

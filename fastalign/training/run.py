@@ -17,13 +17,13 @@ from fastalign.training import build, sharding
 from fastalign.training.checkpoint_files import Checkpoints
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.hang import HangTimer
-from fastalign.training.optim import MovingAverage, make_optimizer
+from fastalign.training.optim import MovingAverage, learning_rate, make_optimizer
 from fastalign.training.preemption import Preemption, StopReason
-from fastalign.training.settings import contents
 from fastalign.training.status import Status
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import remove_leftovers
+from fastalign.utils.files import checksum_of, remove_leftovers
 
+_WEIGHTS = {".safetensors", ".pth", ".pt", ".bin", ".npz"}  # suffixes
 MAX_CHECKPOINT_AGE = 15 * 60  # seconds, if `checkpoint.every_steps` is null
 
 
@@ -93,20 +93,21 @@ class Run:
         options = {"lr": optim.lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
         self.optimizer, notes = make_optimizer(optim.name, self.trained, world.device, **options)
         precision = config.efficiency.precision
-        precision = str(self.dtype).removeprefix("torch.") if precision == "auto" else precision
+        if precision == "auto":
+            precision = "bf16" if self.dtype == torch.bfloat16 else "fp32"
         self.notes = [f"precision: {precision}", attention, *notes]  # lines for the user
         if config.efficiency.shard and not self.sharded:
             self.notes.append("efficiency.shard: one process has nothing to shard, the student stays whole")
         self.average = MovingAverage(objective.student, optim.ema) if optim.ema else None
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
         if world.main:
-            self.checkpoints.clean()
+            remove_leftovers(self.checkpoints.folder)
             remove_leftovers(self.folder)
         self.epoch_steps = len(self.train) // optim.accumulate
         self.total_steps = optim.epochs * self.epoch_steps
         self.last_step = min(config.max_steps or self.total_steps, self.total_steps)
         self.sources = {"data.train": self.train.source} | ({"data.val": self.val.source} if self.val else {})
-        self.contents = on_first_rank(world, lambda: contents(config, self.sources) | (labelled or {}))
+        self.contents = on_first_rank(world, lambda: self._contents() | (labelled or {}))
         self.status = Status(world, sticky=config.faults.nonfinite == "stop")
         self.preemption = preemption or Preemption()
         checkpoints = self.checkpoints
@@ -118,6 +119,17 @@ class Run:
             self.model = DistributedDataParallel(
                 objective, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+
+    def _contents(self) -> dict[str, Any]:
+        """Fingerprints of what the paths of the configuration hold, by key."""
+        found: dict[str, Any] = {key: source.identity for key, source in self.sources.items()}
+        for section in ("student", "teacher"):
+            weights = getattr(self.config, section).weights
+            if weights not in (None, "pretrained", "random"):
+                place = Path(weights)
+                inside = sorted(path for path in place.glob("*") if path.suffix in _WEIGHTS)
+                found[f"{section}.weights"] = checksum_of(inside if place.is_dir() else [place])
+        return found
 
     def autocast(self) -> AbstractContextManager:
         """bf16 autocast, or nothing in fp32."""
@@ -138,6 +150,16 @@ class Run:
     def unsharded(self) -> AbstractContextManager:
         """Around passes without gradient that ranks may have different numbers of; every rank must enter."""
         return sharding.unsharded(self.objective.student) if self.sharded else nullcontext()
+
+    def set_learning_rate(self) -> float:
+        """Set and return the learning rate of the next update."""
+        optim = self.config.optim
+        min_lr = optim.lr / 10 if optim.min_lr is None else optim.min_lr
+        warmup = round(optim.warmup_epochs * self.epoch_steps)
+        lr = learning_rate(self.state.step, total=self.total_steps, warmup=warmup, lr=optim.lr, min_lr=min_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
 
     def clip_gradients(self) -> Tensor:
         """Clip by `optim.clip`. Returns the norm before, [] on the device, the same on every rank."""

@@ -52,12 +52,12 @@ def flush_folder(folder: Path) -> None:
     os.close(handle)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files and folders of writers that were killed; call it before the first write.
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files and folders (of `name`) of writers that were killed; call it before the first write.
 
     This process's own number counts as a dead one's: in a container every start may have the same.
     """
-    for path in folder.glob(".*"):
+    for path in folder.glob(f".{name}.*"):
         match = _TEMPORARY.fullmatch(path.name)
         if not match or (int(match[1]) != os.getpid() and Path("/proc", match[1]).exists()):
             continue

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastalign as fa
-from fastalign.backbones.layouts import HF_DEFAULTS
+from fastalign.backbones.hf_config import HF_DEFAULTS
 from fastalign.backbones.vit import ViT
 from tests.backbones.helpers import AT_16, CLIP, DINO, HF, IMAGES, REGISTERS, SIGLIP, SMALL, VIT
 from tests.numerics import randomise, relative_error
@@ -99,7 +99,8 @@ def test_defaults_of_transformers_apply_to_keys_that_config_json_omits(tmp_path,
     torch.save(timm.create_model(VIT, num_classes=0, **SMALL).state_dict(), tmp_path / "a.pth")
     config = {"model_type": "x", "vision_config": {"model_type": kind}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(fa.UserError, match="num_attention_heads=12, the backbone has 3"):
+    heads = HF_DEFAULTS[kind]["num_attention_heads"]
+    with pytest.raises(fa.UserError, match=f"num_attention_heads={heads}, the backbone has 3"):
         fa.create_backbone(VIT, checkpoint=tmp_path / "a.pth", **SMALL)
 
 

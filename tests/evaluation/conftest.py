@@ -67,8 +67,9 @@ def ade(tmp_path, monkeypatch):
     root = tmp_path / "ade"
     for part, number in (("train", 1), ("train", 2), ("train", 3), ("val", 1), ("val", 2)):
         folder, name = {"train": "training", "val": "validation"}[part], f"ADE_{part}_{number:08d}"
-        put(root / "images" / folder / f"{name}.jpg", picture(number))
-        put(root / "annotations" / folder / f"{name}.png", grey(0, 1, 150))
+        place = root / "ADEChallengeData2016"
+        put(place / "images" / folder / f"{name}.jpg", picture(number))
+        put(place / "annotations" / folder / f"{name}.png", grey(0, 1, 150))
     return root
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 import fastalign as fa
 from fastalign import classify, probe
 from fastalign.evaluation.datasets import open_labelled
+from fastalign.evaluation.features import PatchFeatures
 from fastalign.evaluation.heads import TokenShape
-from fastalign.evaluation.patch_features import PatchFeatures
 from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError
 

@@ -11,15 +11,7 @@ from safetensors.torch import save_file
 import fastalign as fa
 from fastalign.classify import classify, main
 from fastalign.training import distributed
-from tests.evaluation.helpers import (
-    KWARGS,
-    NAME,
-    QUICK,
-    classify_line,
-    command_error,
-    results,
-    write_split,
-)
+from tests.evaluation.helpers import KWARGS, NAME, QUICK, classify_line, command_error, results, write_split
 
 
 def test_the_command_on_a_run(images, tmp_path, vit, capsys):
@@ -37,6 +29,8 @@ def test_the_command_on_a_run(images, tmp_path, vit, capsys):
     assert written["command"].startswith(f"python -m fastalign.classify --backbone {folder}")
     assert f"{100 * written['mean']['top1']:.2f}%" in printed
     assert "the class token -> linear" in printed
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"backbone.safetensors", "backbone.json", "classify.json"}, "no features are left"
     line = classify_line(images, "--epochs", "2", "--head", "attention", backbone=folder)
     assert "classify.json has the results of another setting (settings." in command_error(
         capsys, "classify", line

@@ -15,14 +15,14 @@ from tests.evaluation.helpers import ROOT
 SCRIPT = ROOT / "examples/download.sh"
 
 
-def pack(path, folder, *names, prefix=""):
+def pack(path, folder, *names):
     """A zip file of the named files and folders below a folder."""
     path.parent.mkdir(exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:
         for name in names:
             found = [folder / name] if (folder / name).is_file() else sorted((folder / name).rglob("*"))
             for file in found:
-                archive.write(file, prefix + str(file.relative_to(folder)))
+                archive.write(file, file.relative_to(folder))
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def published(coco, ade, tmp_path):
     pack(site / "stuffthingmaps_trainval2017.zip", coco / "annotations", *both)
     panoptic = [f"annotations/panoptic_{split}.{kind}" for split in both for kind in ("zip", "json")]
     pack(site / "panoptic_annotations_trainval2017.zip", coco, *panoptic)
-    pack(site / "ADEChallengeData2016.zip", ade, "images", "annotations", prefix="ADEChallengeData2016/")
+    pack(site / "ADEChallengeData2016.zip", ade, "ADEChallengeData2016")
     return site
 
 

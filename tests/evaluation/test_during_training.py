@@ -16,9 +16,9 @@ import fastalign as fa
 from fastalign import train
 from fastalign.evaluation import during_training
 from fastalign.evaluation.datasets import open_labelled
+from fastalign.evaluation.features import frozen_encoder, read_patch_features
 from fastalign.evaluation.heads import make_patch_head
 from fastalign.evaluation.options import Recipe
-from fastalign.evaluation.patch_features import frozen_encoder, read_patch_features
 from fastalign.evaluation.patches import Task, evaluate_head, fit_head
 from fastalign.training import metrics
 from tests.evaluation.helpers import CPU, SINGLE, put, torchrun
@@ -141,7 +141,7 @@ def test_no_graph_is_compiled_for_it(recipe, data, capturing, setting):
 
 
 def test_its_time_does_not_count_as_training(recipe, data, monkeypatch):
-    """The clock jumps by a day at each probe: a step of 8 images in it would be 0.0001 images a second."""
+    """The clock jumps by a day at each probe: a step of 8 images in it would be 0.0001 images per second."""
     jumped = [0.0]
 
     def slow(run, splits):

@@ -147,7 +147,7 @@ def test_missing_parts_are_named(own, tmp_path):
         ("coco-panoptik:/data", "nearest is coco-panoptic"),
     ):
         assert words in data_error(data)
-    assert "nearest is val" in data_error(own, "valid")
+    assert "there are train, val and test" in data_error(own, "valid")
     shutil.rmtree(own / "train/labels")
     assert str(own / "train/labels") in data_error(own)
     shutil.rmtree(own / "test")

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fastalign.evaluation.datasets import open_labelled
-from fastalign.evaluation.patch_features import frozen_encoder, read_patch_features
+from fastalign.evaluation.features import frozen_encoder, read_patch_features
 from tests.data_helpers import needs_dali
 from tests.evaluation.helpers import COUNTS, SINGLE, models
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import fastalign as fa
 from fastalign.config import kinds, resolve
-from fastalign.training.settings import changed_settings
+from fastalign.training.checkpoint import changed_settings
 from fastalign.utils.errors import UserError
 from fastalign.utils.sections import Kind
 from tests.data_helpers import needs_dali

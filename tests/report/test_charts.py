@@ -15,7 +15,7 @@ CURVES = [
     ("Loss", 0, "loss", 1),
     ("Loss", 1, "val_loss", 1),
     ("Learning rate", 0, "lr", 1),
-    ("Throughput (images a second)", 0, "images_per_second", 1),
+    ("Throughput (images per second)", 0, "images_per_second", 1),
     ("Patch probe during training (%)", 0, "probe_map", 100),
     ("Waiting for data (% of the time)", 0, "data_wait", 100),
     ("Memory (GiB at most)", 0, "memory", 2**-30),
