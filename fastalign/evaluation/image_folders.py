@@ -47,7 +47,7 @@ def open_image_splits(
             raise UserError(f"--data {root} has no folder {name}/; it must contain train/ and val/")
     test = root / "test"
     if os.path.lexists(test) and not test.is_dir():
-        raise UserError(f"--data {root}: {test} is not a folder; mount its target, or remove it")
+        raise UserError(f"--data: {test} is not a folder; mount its target, or remove it")
     opened = {name: _open(root / name) for name in ("train", "val", "test") if (root / name).is_dir()}
     classes = _sorted(set(opened["train"][1]))
     if len(classes) < 2:
