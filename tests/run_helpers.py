@@ -46,10 +46,10 @@ def middle_of_weights(path: Path) -> int:
 
 
 def torchrun(*arguments: str | Path, expect: int = 0) -> str:
-    """Run a program or `-m` module on two ranks. Returns what they print on stderr."""
+    """Run a program or `-m` module on two ranks. Returns what they print."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command += map(str, arguments)
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == expect, result.stderr
-    return result.stderr
+    return result.stdout + result.stderr
