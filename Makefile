@@ -1,4 +1,4 @@
-# make install | demo | test | lint | gpu
+# make install | demo | evidence | test | lint | docs | gpu
 override FASTALIGN_VENV := $(or $(FASTALIGN_VENV),.venv)
 ifneq ($(words $(FASTALIGN_VENV)),1)
 $(error FASTALIGN_VENV=$(FASTALIGN_VENV) has a space in it, which make does not support: name another directory)
@@ -8,7 +8,7 @@ PY := $(FASTALIGN_VENV)/bin/python
 DALI ?= dali
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: install demo test test-style test-rest test-reliability lint gpu clean own-venv
+.PHONY: install demo evidence docs test test-style test-rest test-reliability lint gpu clean own-venv
 
 install: $(FASTALIGN_VENV)/.installed
 
@@ -42,6 +42,10 @@ lint: install
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+# The documentation as a site in site/; a broken link or a missing name is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q
+
 # With a GPU, one process (the model is tiny); without, two that share the CPU.
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 RANKS := $(if $(filter 0,$(GPUS)),2,1)
@@ -52,6 +56,11 @@ demo: install
 		-m fastalign.train configs/demo.yaml
 	$(PY) -m demo.summary runs/demo
 	$(PY) -m demo.evidence runs/demo
+	$(PY) -m fastalign.report runs/demo
+
+# The demo's controls, over three seeds.
+evidence: demo
+	$(PY) -m demo.evidence runs/demo --controls
 	$(PY) -m fastalign.report runs/demo
 
 # GPU tests and measurements, see benchmarks/README.md. Works offline and without `make install`.

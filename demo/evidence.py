@@ -1,8 +1,9 @@
 """Did alignment help? Probes of the demo's teacher, of students aligned with MaskEmbed, and of controls.
 
-    python -m demo.evidence runs/demo
+    python -m demo.evidence runs/demo                 (before and after, one seed: what `make demo` runs)
+    python -m demo.evidence runs/demo --controls      (controls too, three seeds: `make evidence`)
 
-Each row has three seeds: of training, masks and data order (of what is trained), and of the probes' heads. The
+A seed is that of training, masks and data order (of what is trained), and of the probes' heads. The
 setting was chosen on the validation split before any figure of the test split was seen (demo/README.md).
 """
 
@@ -50,27 +51,30 @@ COLUMNS = {
 """Column -> (labels, head, metric)."""
 
 
-def compare(run: Path, root: Path, seeds: list[int], split: str, workers: int) -> dict[str, dict[str, dict]]:
-    """Run the trials, write `evidence-SPLIT.json` and, of the test split, the `probe.json` that a report shows.
+def compare(
+    run: Path, root: Path, seeds: list[int], split: str, workers: int, controls: bool = True
+) -> dict[str, dict[str, dict]]:
+    """Run the trials; without `controls`, of the teacher and the aligned student alone.
 
-    The demo's finished run is the aligned student of its own seed; `root` is the folder of the other trials.
+    Writes `evidence-SPLIT.json` and, of the test split, the `probe.json` that a report shows. The demo's
+    finished run is the aligned student of its own seed; `root` is the folder of the other trials.
 
     Returns:
         Row -> column -> mean and spread over the seeds.
     """
     if not (run / "backbone.json").is_file():
         raise UserError(f"evidence: {run} is not a finished run; train configs/demo.yaml first")
-    own = load_config(RECIPE).seed
+    own, names = load_config(RECIPE).seed, ROWS if controls else (TEACHER, ALIGNED)
     trials = [
         Trial(
             name,
             seed,
             RECIPE,
-            **keys,
+            **ROWS[name],
             splits=(split,),
             folder=str(run) if (name, seed) == (ALIGNED, own) else "",
         )
-        for name, keys in ROWS.items()
+        for name in names
         for seed in seeds
     ]
     results = run_trials(trials, root, lambda text: print(text, flush=True), workers)
@@ -80,13 +84,13 @@ def compare(run: Path, root: Path, seeds: list[int], split: str, workers: int) -
             column: score([row for row in rows if row["model"] == name], split, *asked)
             for column, asked in COLUMNS.items()
         }
-        for name in ROWS
+        for name in names
     }
     facts = {"split": split, "seeds": seeds, "table": table, "versions": {"fastalign": __version__}}
     write_results(run / f"evidence-{split}.json", facts)
     if split == "test":
-        names = {TEACHER: "before", ALIGNED: "aligned"}
-        rows = [{**row, "model": names.get(row["model"], row["model"])} for row in rows]
+        shown = {TEACHER: "before", ALIGNED: "aligned"}
+        rows = [{**row, "model": shown.get(row["model"], row["model"])} for row in rows]
         data = str(pictures(load_config(RECIPE)))
         splits = {name: open_labelled(data, name) for name in ("train", "val", "test")}
         counts = {name: len(images) for name, images in splits.items()}
@@ -98,7 +102,9 @@ def compare(run: Path, root: Path, seeds: list[int], split: str, workers: int) -
 
 def show(table: dict[str, dict[str, dict]], split: str, seeds: int) -> None:
     """Print the table, and what the aligned student gains on the teacher."""
-    shown = Table(title=f"{split} split, percent, mean ± standard deviation of {seeds} seeds")
+    shown = Table(
+        title=f"{split} split, percent{f', mean ± standard deviation of {seeds} seeds' * (seeds > 1)}"
+    )
     shown.add_column("features of")
     for column in COLUMNS:
         shown.add_column(column, justify="right")
@@ -109,8 +115,8 @@ def show(table: dict[str, dict[str, dict]], split: str, seeds: int) -> None:
     for column in COLUMNS:
         before, after = table[TEACHER][column], table[ALIGNED][column]
         spread = max(before["std"] or 0.0, after["std"] or 0.0)
-        gain = after["mean"] - before["mean"]
-        gains.append(f"{column}: {100 * gain:+.1f} points, spread {100 * spread:.1f}")
+        gain = f"{100 * (after['mean'] - before['mean']):+.1f} points"
+        gains.append(f"{column}: {gain}" + f", spread {100 * spread:.1f}" * (seeds > 1))
     print(f"aligned against teacher: {'; '.join(gains)}")
 
 
@@ -119,10 +125,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.evidence", description="Did alignment help?")
     parser.add_argument("run", type=Path, help="the demo's run folder, finished")
     parser.add_argument("--root", type=Path, default=Path("runs/evidence"), help="folder of the other trials")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--controls", action="store_true", help="train and probe the controls too")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default 0, with --controls 0 1 2")
     parser.add_argument("--split", default="test", choices=("val", "test"))
     parser.add_argument("--workers", type=int, default=CORES, help="trials at once")
     args = parser.parse_args(argv)
+    args.seeds = args.seeds or list(SEEDS if args.controls else SEEDS[:1])
     return run_command(lambda: show(compare(**vars(args)), args.split, len(args.seeds)))
 
 

@@ -13,6 +13,7 @@ from fastalign.utils.errors import UserError
 from fastalign.utils.paths import place_caches
 
 if TYPE_CHECKING:
+    from fastalign.api import align
     from fastalign.backbones.accelerate import accelerate, accelerated
     from fastalign.backbones.zoo import create_backbone, load_backbone, transform
 
@@ -29,6 +30,7 @@ __all__ = [
     "UserError",
     "accelerate",
     "accelerated",
+    "align",
     "create_backbone",
     "kernels",
     "load_backbone",
@@ -42,8 +44,8 @@ def __getattr__(name: str):
     """What imports timm, which takes longer than all the rest, when it is first used."""
     if name not in __all__:
         raise AttributeError(f"module 'fastalign' has no attribute {name!r}")
-    module = "accelerate" if name.startswith("accelerate") else "zoo"
-    return getattr(importlib.import_module(f"fastalign.backbones.{module}"), name)
+    module = {"align": "api", "accelerate": "backbones.accelerate", "accelerated": "backbones.accelerate"}
+    return getattr(importlib.import_module(f"fastalign.{module.get(name, 'backbones.zoo')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -5,6 +5,7 @@ value. A recipe may name another file as its `base`, relative to itself; its own
 """
 
 import contextlib
+import difflib
 import math
 import re
 from pathlib import Path
@@ -15,11 +16,12 @@ from pydantic import Field, field_validator, model_validator
 from fastalign.backbones.spec import check_svit
 from fastalign.method.masks import MASKS
 from fastalign.utils import sections
+from fastalign.utils.errors import UserError
 from fastalign.utils.paths import UserPath
 from fastalign.utils.sections import Kind, Section, to_yaml
 from fastalign.utils.yaml_files import read_with_bases
 
-__all__ = ["Config", "keys", "kinds", "load_config", "resolve", "to_yaml"]
+__all__ = ["Config", "keys", "kinds", "load_config", "recipes", "resolve", "to_yaml"]
 
 KEYS_OF_KWARGS = {"name": "name", "weights": "weights", "pretrained": "weights", "checkpoint": "weights"}
 """Arguments of a backbone that are keys of `student` and `teacher`."""
@@ -269,9 +271,36 @@ class Config(Section):
         return self
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a recipe and apply overrides, "section.key=value" each, with the value in YAML; else UserError."""
-    return resolve(read_with_bases(Path(path)), overrides or [], path)
+def load_config(recipe: str | Path | None, overrides: list[str] | None = None) -> Config:
+    """Read a recipe and apply overrides.
+
+    Args:
+        recipe: the name of a published recipe (`recipes`), or a file; None = the defaults.
+        overrides: "section.key=value" each, with the value in YAML.
+
+    Raises:
+        UserError: an unknown recipe or key, or a wrong value.
+    """
+    if recipe is None:
+        return resolve({}, overrides or [], "command line")
+    path = _recipe_path(recipe)
+    return resolve(read_with_bases(path), overrides or [], path)
+
+
+def recipes() -> dict[str, Path]:
+    """The files of the published recipes by name, in alphabetical order; those of a `base` are none."""
+    files = Path(__file__).with_name("configs").rglob("*.yaml")
+    return {path.stem: path for path in sorted(files) if path.parent.name != "base"}
+
+
+def _recipe_path(recipe: str | Path) -> Path:
+    path = Path(recipe)
+    if path.suffix or len(path.parts) > 1 or path.is_file():
+        return path
+    if (known := recipes()).get(path.name) is None:
+        near = difflib.get_close_matches(path.name, known, n=1, cutoff=0.0)[0]
+        raise UserError(f"no recipe {path.name!r}; the nearest is {near} (`fastalign recipes` lists them)")
+    return known[path.name]
 
 
 def resolve(tree: dict, overrides: list[str], where: str | Path) -> Config:

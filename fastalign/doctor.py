@@ -1,14 +1,14 @@
-"""What is installed, what will be used, and what would be faster: ``python -m fastalign.doctor``.
+"""What is installed, what will be used, and what would be faster: ``fastalign doctor``.
 
 Ends with a smoke test, a training step on every kind of device; the exit code is 1 if one fails.
 """
 
-import importlib.util
+import argparse
 import os
 import platform
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
+from importlib import metadata
 
 import torch
 
@@ -21,6 +21,7 @@ from fastalign.method.student import MaskEmbedStudent
 from fastalign.method.teacher import MaskedTeacher
 from fastalign.ops import extension
 from fastalign.ops.attention import BACKENDS, Case, choice, choose
+from fastalign.utils.errors import on_one_line
 
 DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 PARTS = {
@@ -31,22 +32,19 @@ PARTS = {
     "teacher, mode drop": {"capped": False, "packed": True, "gradient": False},
 }
 """Whose attention is reported."""
-# Import name, a module that only the right project has, what it is for.
 OPTIONAL = {
-    "xformers": ("xformers.ops", "attention"),
-    "flash_attn": ("flash_attn.flash_attn_interface", "attention, FlashAttention 2; 4 as flash_attn.cute"),
-    "flash_attn_interface": ("flash_attn_interface", "attention, FlashAttention 3"),
-    "tensorboard": ("tensorboard.summary", "log.to=[tensorboard]"),
-    "wandb": ("wandb.sdk", "log.to=[wandb:PROJECT]"),
-    "apex": ("apex.optimizers", "optim.name=apex_adam and apex_lamb; built from NVIDIA's repository"),
+    "tensorboard": "log.to=[tensorboard]",
+    "wandb": "log.to=[wandb:PROJECT]",
+    "apex": "optim.name=apex_adam and apex_lamb; built from NVIDIA's repository",
 }
+"""Packages with their purpose; attention lists its own."""
 
 
 def version(package: str) -> str | None:
     """The installed version of a distribution; None = not installed."""
     try:
-        return distribution(package).version
-    except PackageNotFoundError:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return None
 
 
@@ -71,18 +69,17 @@ def machine() -> list[str]:
 
 def operations() -> list[str]:
     """What runs each operation on a GPU and on a CPU, and why."""
-    triton, status = version("triton"), extension.status()
-    if not triton:
-        kernels = "eager PyTorch, slower, because triton is not installed"
-    elif ops.MODE == "0":
+    triton = version("triton")
+    kernels = (
+        f"kernels in triton {triton}" if triton else "eager PyTorch, slower, because triton is not installed"
+    )
+    if ops.MODE == "0":
         kernels = "eager PyTorch, because FASTALIGN_KERNELS=0"
-    else:
-        kernels = f"kernels in triton {triton}"
     masks = "extension" if extension.available(torch.device("cpu")) else "PyTorch"
     lines = [
         f"masked copies, decoder input, packing, loss on a GPU: {kernels}",
         "everything on a CPU: eager PyTorch",
-        f"masks: {masks} ({status})",
+        f"masks: {masks} ({extension.status()})",
     ]
     if torch.cuda.is_available() and not extension.available(torch.device("cuda")):
         lines.append(
@@ -110,19 +107,13 @@ def attention() -> list[str]:
 
 
 def optional() -> list[str]:
-    """Optional packages, and whether each is the right project."""
-    lines, owners = [], packages_distributions()
-    for name, (proof, purpose) in OPTIONAL.items():
-        if importlib.util.find_spec(name) is None:
-            lines.append(f"{name}: not installed ({purpose})")
-            continue
-        try:
-            right = importlib.util.find_spec(proof) is not None
-        except (ImportError, AttributeError):
-            right = False
-        source = ", ".join(f"{owner} {version(owner)}" for owner in dict.fromkeys(owners.get(name, ["?"])))
-        lines.append(f"{name}: {source} ({purpose})" if right else f"{name}: {source} is another project")
-    return lines
+    """Optional packages."""
+    found = {name: version(name) for name in OPTIONAL}
+    if found["apex"] and not any(
+        path.parts[:2] == ("apex", "optimizers") for path in metadata.files("apex") or ()
+    ):
+        found["apex"] += ", another project"
+    return [f"{name}: {found[name] or 'not installed'} ({purpose})" for name, purpose in OPTIONAL.items()]
 
 
 def smoke(device: str) -> str:
@@ -141,8 +132,11 @@ def smoke(device: str) -> str:
     return f"a step on the {device} in {str(dtype).removeprefix('torch.')}: mode zero, mode drop"
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Print the report; 1 if a smoke test fails."""
+    argparse.ArgumentParser(prog="fastalign doctor", description=__doc__.splitlines()[0]).parse_args(
+        arguments
+    )
     for section in (machine, operations, attention, optional):
         print(f"{section.__name__}\n  " + "\n  ".join(section()))
     print("smoke test")
@@ -152,7 +146,7 @@ def main() -> int:
             print(f"  ok: {smoke(device)}")
         except Exception as error:  # of any class: the report must be complete
             failed = True
-            print(f"  FAILED on the {device}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            print(f"  FAILED on the {device}: {type(error).__name__}: {on_one_line(str(error))}")
     return int(failed)
 
 

@@ -5,65 +5,48 @@ writes is what `faults.quarantine` reads. The exit code is 0 whether or not imag
 """
 
 import argparse
-import multiprocessing
 import os
 import re
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from fastalign.data.bad_samples import BadSample, BadSamples, SampleReader, to_line
 from fastalign.data.pipeline import Decoder, load_dali
-from fastalign.data.source import SyntheticSource
-from fastalign.data.sources import open_source
+from fastalign.data.sources import SyntheticSource, open_source
 from fastalign.training.command import run_command
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import temporary_name, wrap_io_errors, write_atomically
 from fastalign.utils.paths import path_argument
 
-_worker: tuple[SampleReader, Decoder] | None = None
-
-
-def _start(data: str) -> None:
-    """Prepares a worker process."""
-    global _worker
-    reader = SampleReader(open_source(data, damaged=True), BadSamples(), replace=False)
-    _worker = reader, Decoder((1, 1), batch_size=1, device=torch.device("cpu"), threads=1)
-
-
-def _check(ids: range) -> list[BadSample]:
-    reader, decoder = _worker
-    samples = (reader.replace_undecodable(reader.read(index), decoder.error_of) for index in ids)
-    return [bad for sample in samples for bad in sample.bad]
-
 
 def scan(data: str, workers: int) -> tuple[int, list[BadSample]]:
     """The number of images, and damaged shards and folders followed by the bad images in source order."""
-    source = open_source(data, damaged=True)
+    source, local = open_source(data, damaged=True), threading.local()
     if isinstance(source, SyntheticSource):
         raise UserError(f"{data} is made on the device: there is no file to check")
     load_dali()
-    total, damaged = len(source), [BadSample(None, name, reason) for name, reason in source.damaged]
+    reader = SampleReader(source, BadSamples(), replace=False)
+
+    def check(ids: range) -> list[BadSample]:
+        if not hasattr(local, "decoder"):
+            local.decoder = Decoder((1, 1), batch_size=1, device=torch.device("cpu"), threads=1)
+        samples = (reader.replace_undecodable(reader.read(i), local.decoder.error_of) for i in ids)
+        return [bad for sample in samples for bad in sample.bad]
+
+    total, bad = len(source), []
     chunk = max(64, total // 50_000)
-    bad: list[BadSample] = []
     seen, shown = 0, 0.0
-    # Forked processes would share the locks of the threads of DALI and torch.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, -(-total // chunk)), context, _start, (data,)) as pool:
-        try:
-            for found in pool.map(_check, (range(i, min(i + chunk, total)) for i in range(0, total, chunk))):
-                seen, bad = min(seen + chunk, total), bad + found
-                if seen / total >= shown + 0.05:
-                    shown = seen / total
-                    print(f"{seen} of {total} images checked, {len(bad)} bad", file=sys.stderr, flush=True)
-        except BrokenProcessPool:
-            raise UserError(
-                f"a process died while it decoded an image near {seen}; is there enough memory? try --workers 1"
-            ) from None
-    return total, damaged + bad
+    with ThreadPoolExecutor(workers) as pool:
+        for found in pool.map(check, (range(i, min(i + chunk, total)) for i in range(0, total, chunk))):
+            seen, bad = min(seen + chunk, total), bad + found
+            if seen / total >= shown + 0.05:
+                shown = seen / total
+                print(f"{seen} of {total} images checked, {len(bad)} bad", file=sys.stderr, flush=True)
+    return total, [BadSample(None, name, reason) for name, reason in source.damaged] + bad
 
 
 def _summary(data: str, total: int, bad: list[BadSample], output: Path | None) -> list[str]:
@@ -71,8 +54,8 @@ def _summary(data: str, total: int, bad: list[BadSample], output: Path | None) -
     lines = [f"{data}: {total} images, {len(images)} bad ({len(images) / total:.2%})"]
     kinds: dict[str, list[BadSample]] = {}
     for sample in images:
-        # Numbers differ from image to image.
-        kinds.setdefault(re.sub(r"\d+", "N", sample.reason), []).append(sample)
+        # Numbers and contents differ from image to image.
+        kinds.setdefault(re.sub(r"\d+|begins with .*", "", sample.reason), []).append(sample)
     for alike in sorted(kinds.values(), key=len, reverse=True):
         lines.append(f"  {len(alike)} x {alike[0].reason} (such as {alike[0].name!r})")
     lines += [f"  incomplete: {sample.name!r}, {sample.reason}" for sample in bad if sample.id is None]
@@ -87,10 +70,10 @@ def _run(options: argparse.Namespace) -> None:
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: it must be at least 1")
     output = Path(options.output) if options.output else None
-    if output:
-        with wrap_io_errors(output):  # before hours of checking, not after
-            if output.is_dir():
-                raise IsADirectoryError(0, "it is a directory")
+    if output:  # before hours of checking, not after
+        if output.is_dir():
+            raise UserError(f"--output {output} is a directory: name a file")
+        with wrap_io_errors(output):
             output.parent.mkdir(parents=True, exist_ok=True)
             temporary_name(output).touch()
             temporary_name(output).unlink()
@@ -104,7 +87,7 @@ def _run(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastalign.scan", description="Check every image of a data set, as training would."
+        prog="fastalign scan", description="Check every image of a data set, as training would."
     )
     add, cores = parser.add_argument, len(os.sched_getaffinity(0))
     add("data", type=path_argument, help="a folder of images, tar shards or a pattern of them, as data.train")

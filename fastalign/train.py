@@ -1,6 +1,6 @@
-"""Training: ``python -m fastalign.train CONFIG.yaml key.sub=value ...``, alone or under torchrun.
+"""Training: ``fastalign train RECIPE section.key=value ...``, or ``torchrun -m fastalign.train RECIPE ...``.
 
-``--reference-config FILE`` instead of CONFIG.yaml takes one of the authors' files.
+``--reference-config FILE`` instead of RECIPE takes one of the authors' files.
 """
 
 import argparse
@@ -20,17 +20,18 @@ from fastalign.method.flops import flops_per_image
 from fastalign.training import distributed
 from fastalign.training.checkpoint import new_best, resume, save, save_settings, wait_for_checkpoint
 from fastalign.training.command import report_rank_error, run_command
+from fastalign.training.dry_run import dry_run
 from fastalign.training.faults import handle_status, prepare_logs, report_bad_validation_samples
 from fastalign.training.hang import WAITING, collective_timeout
-from fastalign.training.metrics import Speed
-from fastalign.training.optim import learning_rate, seed_update, step_unless
+from fastalign.training.metrics import MetricLog, Speed
+from fastalign.training.optim import seed_update, step_unless
 from fastalign.training.preemption import Preemption, clear_marker, preempted
-from fastalign.training.reporter import Reporter
+from fastalign.training.reporter import Reporter, end_lines, start_lines
 from fastalign.training.run import Run, itstime
 from fastalign.training.validation import evaluate, measure_target_scale
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import can_be_folder
-from fastalign.utils.paths import path_argument
+from fastalign.utils.paths import path_argument, user_path
 
 Splits = dict[str, LabelledImages]
 
@@ -38,7 +39,7 @@ Splits = dict[str, LabelledImages]
 def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
     """One update of the weights. Returns metrics that are still on the device."""
     state, accumulate = run.state, run.config.optim.accumulate
-    lr = set_learning_rate(run)
+    lr = run.set_learning_rate()
     seed_update(run.config.seed, state.step, run.world.rank)
     total, waited = torch.zeros((), device=run.world.device), 0.0
     ids, bad = [], []
@@ -74,17 +75,6 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
     return {"loss": loss, "grad_norm": norm, "lr": lr, "waited": waited}
 
 
-def set_learning_rate(run: Run) -> float:
-    """Set and return the learning rate of the next update."""
-    optim = run.config.optim
-    min_lr = optim.lr / 10 if optim.min_lr is None else optim.min_lr
-    warmup = round(optim.warmup_epochs * run.epoch_steps)
-    lr = learning_rate(run.state.step, total=run.total_steps, warmup=warmup, lr=optim.lr, min_lr=min_lr)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
 def train(config: Config, world: distributed.World) -> None:
     """Train to the end of the run, from wherever its folder stands.
 
@@ -103,34 +93,34 @@ def train(config: Config, world: distributed.World) -> None:
             save_settings(run)
         run.beat("starting")
         with run.hang_timer:
-            run_training(run, splits, notes=run.notes + notes, new_scale=bool(changes))
+            run_training(run, splits, notes=notes, new_scale=bool(changes))
 
 
 def run_training(run: Run, splits: Splits, *, notes: list[str], new_scale: bool) -> None:
     """Evaluate, train, save, and report from the first line on the terminal to the last."""
     config, world, state = run.config, run.world, run.state
-    flops, images = flops_per_image(run.objective), config.optim.batch_size
-    speed = Speed(images=images, ranks=world.size, flops=flops, device=world.device)
-    position = {"step": state.step, "evaluated": not run.eval_pending, "total": run.last_step}
-    reporter = Reporter(run.folder, speed, **position, main=world.main, sinks=config.log.to)
+    evaluated = not run.eval_pending
+    log = MetricLog(
+        run.folder, step=state.step or -1, evaluated=evaluated, main=world.main, sinks=config.log.to
+    )
+    reporter = Reporter(log, total=run.last_step, step=state.step, main=world.main)
     try:
         with report_rank_error(world.rank):
-            for note in notes:
-                reporter.say(note)
-            prepare_logs(run, reporter)
             at = f"step {state.step} of {run.last_step}"
-            if state.step == 0:
-                initial_eval(run, splits, reporter)
-            elif run.finished:
+            if run.finished:
                 reporter.say(f"{run.folder} is finished: {at}, nothing to train")
             else:
-                reporter.say(f"resuming {run.folder} at {at}")
+                begins = f"resuming {run.folder} at {at}" if state.step else f"new run in {run.folder}"
+                reporter.say("\n".join([*start_lines(run), begins]))
+            reporter.say("".join(f"{note}\n" for note in notes).rstrip())
+            prepare_logs(run, reporter)
+            if state.step == 0:
+                initial_eval(run, splits, reporter)
             if new_scale:
-                measure_target_scale(run)
+                measure_target_scale(run, reporter.track)
             train_loop(run, splits, reporter)
             wait_for_checkpoint(run)
-            if (run.folder / "backbone.json").exists():
-                reporter.say(f"aligned backbone: {run.folder / 'backbone.safetensors'}")
+            reporter.say("\n".join(end_lines(run)))
     finally:
         with contextlib.suppress(UserError):
             run.checkpoints.wait()  # a checkpoint that is being written is completed
@@ -142,8 +132,9 @@ def run_training(run: Run, splits: Splits, *, notes: list[str], new_scale: bool)
 
 def initial_eval(run: Run, splits: Splits, reporter: Reporter) -> None:
     """The target scale, and the loss and the probe of the untrained student."""
-    measure_target_scale(run)
-    reporter.say(f"target scale {run.objective.target_scale.item():.4g}")
+    measure_target_scale(run, reporter.track)
+    scale = run.objective.target_scale.item()
+    reporter.say(f"target scale {scale:.4g}: the targets are multiplied by it (loss.target_scale)")
     if run.val is not None:
         validate(run, reporter, epoch=0)
     if should_probe(run):
@@ -152,12 +143,18 @@ def initial_eval(run: Run, splits: Splits, reporter: Reporter) -> None:
 
 def train_loop(run: Run, splits: Splits, reporter: Reporter) -> None:
     """Train epoch by epoch, with an evaluation and a checkpoint after each."""
+    speed = Speed(
+        images=run.config.optim.batch_size,
+        ranks=run.world.size,
+        flops=flops_per_image(run.objective),
+        device=run.world.device,
+    )
     reporter.start_clock()
     run.preemption.hold_interrupts()
     run.model.train()
     while not run.finished:
         if not run.eval_pending:
-            train_epoch(run, splits, reporter)
+            train_epoch(run, splits, reporter, speed)
         epoch = (run.state.step - 1) // run.epoch_steps
         if run.val is not None:
             validate(run, reporter, epoch)
@@ -167,17 +164,18 @@ def train_loop(run: Run, splits: Splits, reporter: Reporter) -> None:
         save(run, evaluated=run.val is not None)
 
 
-def train_epoch(run: Run, splits: Splits, reporter: Reporter) -> None:
+def train_epoch(run: Run, splits: Splits, reporter: Reporter, speed: Speed) -> None:
     """From the run's step to the end of its epoch: update, log, probe, save."""
     config, state = run.config, run.state
     epoch, position = divmod(state.step, run.epoch_steps)
     end = min(run.last_step, (epoch + 1) * run.epoch_steps)
     with contextlib.closing(run.train.batches(epoch, start=position * config.optim.accumulate)) as batches:
-        reporter.speed.start()
+        speed.start()
         while state.step < end:
             metrics = update(run, batches, epoch)
-            reporter.speed.tick(metrics.pop("waited"))
-            reporter.add(step=state.step, epoch=epoch, **metrics)
+            speed.tick(metrics.pop("waited"))
+            reporter.update(state.step)
+            reporter.log.add(step=state.step, epoch=epoch, **metrics)
             at_end = state.step == end
             saving = itstime(state.step, config.checkpoint.every_steps) and not at_end
             probing = should_probe(run) and not at_end
@@ -188,7 +186,7 @@ def train_epoch(run: Run, splits: Splits, reporter: Reporter) -> None:
                 handle_status(run, reporter, everything=True)
             saving = saving or (overdue and not at_end)
             if saving or probing or stop or at_end or itstime(state.step, config.log.every_steps):
-                reporter.flush()
+                reporter.flush(speed)
             if stop:
                 save(run)
                 wait_for_checkpoint(run)
@@ -198,7 +196,7 @@ def train_epoch(run: Run, splits: Splits, reporter: Reporter) -> None:
             if saving or (probing and new_best(run) is not None):
                 save(run)
             if saving or probing:
-                reporter.speed.start()
+                speed.start()
 
 
 def should_probe(run: Run) -> bool:
@@ -209,9 +207,9 @@ def should_probe(run: Run) -> bool:
 
 def validate(run: Run, reporter: Reporter, epoch: int) -> None:
     """Evaluate on the validation set and report the loss."""
-    loss = run.state.val_loss = evaluate(run)
+    loss = run.state.val_loss = evaluate(run, reporter.track)
     report_bad_validation_samples(run, reporter)
-    reporter.add(step=run.state.step, epoch=epoch, val_loss=loss)
+    reporter.log.add(step=run.state.step, epoch=epoch, val_loss=loss)
     reporter.flush()
     reporter.say(f"step {run.state.step}: validation loss {loss:.4f}")
 
@@ -229,7 +227,7 @@ def probe(run: Run, splits: Splits, reporter: Reporter, epoch: int) -> None:
     """Probe the student and report the scores."""
     step, scores = run.state.step, probe_student(run, splits)
     run.state.probed = {"step": step, **scores}
-    reporter.add(step=step, epoch=epoch, **{f"probe_{name}": value for name, value in scores.items()})
+    reporter.log.add(step=step, epoch=epoch, **{f"probe_{name}": value for name, value in scores.items()})
     reporter.flush()
     recall, precision = (f"{100 * scores[name]:.1f}" for name in ("macro_recall", "map"))
     reporter.say(f"step {step}: probe macro recall {recall}, mAP {precision}, loss {scores['loss']:.4f}")
@@ -237,40 +235,43 @@ def probe(run: Run, splits: Splits, reporter: Reporter, epoch: int) -> None:
 
 def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
     """The configuration that the command line asks for, and lines for the user."""
+    named = [text for text in options.given if "=" not in text or Path(text).is_file()]
+    overrides = [text for text in options.given if text not in named]
+    if len(named) + (options.reference_config is not None) > 1:
+        raise UserError(
+            f"give one recipe, got {', '.join([*named, *filter(None, [options.reference_config])])}"
+        )
     if options.reference_config is None:
         if options.world_size is not None:
             raise UserError("--world-size requires --reference-config; in a recipe set optim.batch_size")
-        return load_config(options.config, options.overrides), []
+        return load_config(user_path(named[0]) if named else None, overrides), []
     if options.world_size is not None and options.world_size < 1:
         raise UserError(f"--world-size must be at least 1, got {options.world_size}")
     from fastalign.compat.reference_config import read_reference  # imports timm, which takes a second
 
-    overrides = [*([options.config] if options.config else []), *options.overrides]
     return read_reference(options.reference_config, overrides, world_size=options.world_size)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command's exit code: 0, 2 for bad input, 70 for a lost or hung rank, 75 for a signal, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastalign.train", description="Align a backbone with MaskEmbed."
+    parser = argparse.ArgumentParser(prog="fastalign train", description="Align a backbone with MaskEmbed.")
+    add, about = parser.add_argument, "a name (`fastalign recipes` lists them) or a file, and keys to change"
+    add(
+        "given",
+        nargs="*",
+        metavar="RECIPE section.key=value",
+        help=f"{about}; without a recipe, of the defaults",
     )
-    parser.add_argument("config", nargs="?", type=path_argument, help="a recipe, such as configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change keys of the recipe")
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the resolved configuration and stop"
-    )
-    parser.add_argument(
-        "--reference-config",
-        type=path_argument,
-        metavar="FILE",
-        help="a YAML file of the authors' code, instead of a recipe",
-    )
-    parser.add_argument(
-        "--world-size", type=int, metavar="N", help="GPUs that FILE's batch is for (torchrun's, else 4)"
-    )
+    add("--print-config", action="store_true", help="print the resolved configuration and stop")
+    about = "take a few updates on synthetic images; print memory, speed and the time of the whole run"
+    add("--dry-run", action="store_true", help=about)
+    about = "a YAML file of the authors' code, instead of a recipe"
+    add("--reference-config", type=path_argument, metavar="FILE", help=about)
+    about = "GPUs that FILE's batch is for (torchrun's, else 4)"
+    add("--world-size", type=int, metavar="N", help=about)
     options = parser.parse_intermixed_args(arguments)
-    if not options.config and not options.reference_config:
-        parser.error("give a recipe, or --reference-config FILE")
+    if not (options.given or options.reference_config):
+        parser.error("give a recipe (`fastalign recipes` lists them), keys, or --reference-config FILE")
     return run_command(lambda: _run(options))
 
 
@@ -282,7 +283,13 @@ def _run(options: argparse.Namespace) -> None:
         return
     if int(os.environ.get("RANK", 0)) == 0:
         print("".join(f"{note}\n" for note in notes), end="", flush=True)
-    train(config, distributed.start(collective_timeout(config.faults.timeout)))
+    world = distributed.start(collective_timeout(config.faults.timeout))
+    if options.dry_run:
+        lines = dry_run(config, world, update)
+        if world.main:
+            print("\n".join(lines))
+    else:
+        train(config, world)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastalign.data.loader import Loader
+from fastalign.data.loader import Batch, Loader
 from fastalign.data.pipeline import load_dali
-from fastalign.data.prefetch import Batch
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
 from fastalign.utils.errors import UserError

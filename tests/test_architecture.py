@@ -19,8 +19,9 @@ FILES = sorted(PACKAGE.rglob("*.py")) + sorted(
 
 # Each package may import from the packages after it, and from itself.
 LAYERS = [
+    {"__main__", "api"},
     {"train"},
-    {"probe", "classify", "report", "doctor", "scan"},
+    {"probe", "classify", "report", "doctor", "scan", "recipes"},
     {"compat", "evaluation", "export"},
     {"training"},
     {"config"},

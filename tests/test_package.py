@@ -1,10 +1,17 @@
-"""`import fastalign` alone: kernels and masks without a model, with triton and without."""
+"""The package: what `import fastalign` needs, the wheel, the editable install, and the command `fastalign`."""
 
 import os
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
+from setuptools import build_meta
+
+from fastalign import __main__, __version__
+
+ROOT = Path(__file__).parents[1]
 
 ALONE = """
 import sys
@@ -46,3 +53,66 @@ def test_kernels_and_masks_alone(triton):
         assert "fastalign.ops" in refusal
     else:
         assert pack.startswith("AttributeError")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the tracked files, because a build writes into its folder."""
+    folder = tmp_path_factory.mktemp("clone") / "fastalign"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
+    return folder
+
+
+def build(source, kind, out, monkeypatch) -> Path:
+    monkeypatch.chdir(source)
+    monkeypatch.setenv("FASTALIGN_BUILD_EXT", "0")
+    return out / getattr(build_meta, f"build_{kind}")(str(out))
+
+
+def test_the_wheel_works_away_from_the_clone(source, tmp_path, monkeypatch):
+    wheel = build(source, "wheel", tmp_path, monkeypatch)
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(tmp_path / "site")
+        assert "fastalign/py.typed" in file.namelist()
+        scripts = next(name for name in file.namelist() if name.endswith("entry_points.txt"))
+        assert "fastalign = fastalign.__main__:main" in file.read(scripts).decode()
+    for arguments in (["recipes"], ["train", "clip-vit-b", "data.train=/data", "--print-config"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "fastalign", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "COLUMNS": "120"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert "vit_base_patch16_clip_quickgelu_224.openai" in done.stdout
+
+
+def test_a_script_beside_an_editable_clone_imports_it(source, tmp_path, monkeypatch):
+    """Python finds the folder of the clone first, as a namespace package: only a path entry takes precedence."""
+    with zipfile.ZipFile(build(source, "editable", tmp_path, monkeypatch)) as wheel:
+        (entry,) = (name for name in wheel.namelist() if name.endswith(".pth"))
+        path = wheel.read(entry).decode().strip()
+    code = f"import sys; sys.path.append({path!r}); import fastalign; print(fastalign.__version__)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path += {sys.path!r}; {code}"],
+        cwd=source.parent,
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert path == str(source)
+    assert done.stdout.strip() == __version__
+
+
+def test_the_command(capsys):
+    assert __main__.main(["--version"]) == 0
+    assert capsys.readouterr().out.split() == ["fastalign", __version__]
+    assert __main__.main(["trian"]) == 2
+    assert "train" in capsys.readouterr().err
+    for command in __main__.COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            __main__.main([command, "--help"])
+        assert stop.value.code == 0
+        assert f"usage: fastalign {command}" in capsys.readouterr().out

@@ -3,7 +3,7 @@
 import torch
 
 from fastalign.config import load_config
-from fastalign.data.prefetch import Batch
+from fastalign.data.loader import Batch
 from fastalign.training.distributed import World
 from fastalign.training.run import Run
 from tests.numerics import DEVICE

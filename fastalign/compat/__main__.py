@@ -1,10 +1,13 @@
 """``python -m fastalign.compat run SCRIPT ...``: runs a script of the authors on our package."""
 
+import argparse
 import runpy
 import sys
 from pathlib import Path
 
-from fastalign.compat import shims
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
 
@@ -12,13 +15,19 @@ USAGE = "usage: python -m fastalign.compat run SCRIPT [arguments of the script]"
 
 
 def install() -> None:
-    """Make ``import locality_alignment``, and of any of its submodules, import ours."""
+    """Make ``import locality_alignment``, and of any of its submodules, import ours; adapt current torch and timm."""
     import fastalign.compat.locality_alignment as ours
 
     for name, module in list(sys.modules.items()):
         if name.startswith(ours.__name__):
             sys.modules[name.removeprefix("fastalign.compat.")] = module
-    shims.install()
+    # timm's own readers (--resume, checkpoint_path) then accept the authors' checkpoints: plain values, no code.
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    # timm's pooling layers used to read every token; now they leave prefix tokens out.
+    pool = VisionTransformer.pool
+    VisionTransformer.pool = lambda self, x, pool_type=None: (
+        self.attn_pool(x) if self.attn_pool is not None else pool(self, x, pool_type)
+    )
 
 
 def main(arguments: list[str]) -> int:

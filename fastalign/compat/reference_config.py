@@ -1,25 +1,19 @@
 """The authors' YAML files as our configuration: each option is mapped, ignored, or refused."""
 
-import difflib
 import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
+import timm
 from pydantic import ValidationError
 
-from fastalign.compat.reference_models import backbones
-from fastalign.compat.reference_options import (
-    IGNORED,
-    KEYS,
-    MIM_DEFAULTS,
-    NOT_MIM,
-    REFUSED,
-    Options,
-)
+from fastalign.backbones.spec import split_svit
+from fastalign.backbones.zoo import MOCO
+from fastalign.compat.reference_options import IGNORED, KEYS, MIM_DEFAULTS, NOT_MIM, REFUSED, Options
 from fastalign.config import Config, resolve
 from fastalign.utils.errors import UserError
-from fastalign.utils.yaml_files import explain, merge, read_yaml
+from fastalign.utils.yaml_files import explain, merge, read_yaml, set_key
 
 AUTHORS_WORLD = 4
 """GPUs of the authors' own command, with which each of their files has 1024 images per update."""
@@ -54,11 +48,12 @@ def read_reference(
     given, world = read_yaml(path), world_size or int(os.environ.get("WORLD_SIZE", AUTHORS_WORLD))
     notes = [f"{path.name} is in a folder configs-mim: objective=mim"] if mim and not chosen else []
     try:
-        given = _mapped(given, mim)
+        given = _supported(given, mim)
         values = Options.model_validate((MIM_DEFAULTS | given) if mim else given)
         tree = _tree(values, mim, world, notes)
     except ValidationError as error:
-        raise UserError(f"{path}: {explain(error, Options.model_fields)[1]}") from None
+        names = [*Options.model_fields, *IGNORED, *REFUSED]
+        raise UserError(f"{path}: {explain(error, names)[1]}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     batch, passes = values.batch_size, values.grad_accum_steps
@@ -66,38 +61,30 @@ def read_reference(
     return resolve(tree, overrides, path), [line + "--world-size=N for other GPUs", *notes]
 
 
-def _mapped(given: dict, mim: bool) -> dict:
-    """The options that decide our keys; an error for those that are unknown or refused."""
-    ignored = {name for names in IGNORED.values() for name in names.split()}
-    known = {*Options.model_fields, *ignored, *REFUSED}
+def _supported(given: dict, mim: bool) -> dict:
+    """The options that decide our keys, and unknown ones; an error for a value that is refused."""
     if "model" in given:
         raise UserError("a file of the authors' finetune.py (option model): use python -m fastalign.classify")
     for name, value in given.items():
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
-            raise UserError(
-                f"unknown option {name} (the authors' script ignores it); the nearest is {near[0]}"
-            )
         if mim and (name in NOT_MIM or (name in ("skip_blocks", "prefix_only") and value)):
             raise UserError(f"mim.py does not use {name}: remove it")
-        if name in REFUSED:
-            _check_accepted(name, value, *REFUSED[name])
-    return {name: value for name, value in given.items() if name in Options.model_fields}
+        if name in REFUSED and not _is_accepted(value, REFUSED[name]):
+            raise UserError(
+                f"{name}={value} is not supported: remove it; docs/reference-configs.md gives the reason"
+            )
+    return {name: value for name, value in given.items() if name not in IGNORED and name not in REFUSED}
 
 
-def _check_accepted(name: str, value: Any, reason: str, *accepted: Any) -> None:
+def _is_accepted(value: Any, accepted: tuple) -> bool:
     try:
-        same = float(value) in accepted  # YAML 1.1 reads 1e-8 as a text
+        return float(value) in accepted  # YAML 1.1 reads 1e-8 as a text
     except (TypeError, ValueError):
-        same = value in accepted or (value is None and "" in accepted)
-    if not same:
-        remedy = f"remove {name}" if accepted[-1] in (None, "") else f"set {name} to {accepted[-1]}"
-        raise UserError(f"{name}={value} is not supported: {reason}; {remedy}")
+        return value in accepted
 
 
 def _tree(v: Options, mim: bool, world: int, notes: list[str]) -> dict:
     """Our keys, by section."""
-    student, teacher = backbones(v, notes)
+    student, teacher = _backbones(v)
     if v.amp and v.amp_dtype != "bfloat16":
         raise UserError(f"amp_dtype={v.amp_dtype} is not supported: set amp_dtype: bfloat16")
     tree = {
@@ -121,48 +108,80 @@ def _tree(v: Options, mim: bool, world: int, notes: list[str]) -> dict:
             "compile": v.torchcompile is not None,
         },
     }
+    direct: dict = {}
     for name, key in KEYS.items():
-        if mim and name in NOT_MIM:
-            continue
-        value = getattr(v, name)
-        if name == "decoder_init_values":
-            value = value or None
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        tree = merge(tree, value)
-    return tree
+        if not (mim and name in NOT_MIM):
+            value = getattr(v, name)
+            set_key(direct, key.split("."), (value or None) if name == "decoder_init_values" else value)
+    return merge(tree, direct)
+
+
+def _backbones(v: Options) -> tuple[dict, dict]:
+    """The keys of `student` and `teacher` that choose the backbones."""
+    if not v.teacher_pretrained and not v.teacher_checkpoint:
+        raise UserError("a teacher needs weights: set teacher_pretrained or teacher_checkpoint")
+    student, teacher = _backbone(v, "student"), _backbone(v, "teacher")
+    norms = {norm for side in (student, teacher) if (norm := _normalisation(side["name"]))}
+    if len(norms) > 1:
+        raise UserError(
+            f"the authors normalise images as for teacher_model {teacher['name']}, fastalign as for student_model "
+            f"{student['name']}, and the two differ: choose a teacher_model of the same kind"
+        )
+    same = teacher["softcap"] is None and all(student[key] == teacher[key] for key in ("name", "kwargs"))
+    if v.drop_path:
+        student["kwargs"] = student["kwargs"] | {"drop_path_rate": v.drop_path}
+    if same:
+        return student, {} if teacher["weights"] == student["weights"] else {"weights": teacher["weights"]}
+    if (cap := teacher.pop("softcap")) is not None:  # only an svit_* name gives a teacher a cap of its own
+        teacher["name"] = f"s{teacher['name']}"
+        if "max_attn_val" in v.model_kwargs | v.teacher_model_kwargs:
+            teacher["kwargs"]["max_attn_val"] = cap
+    return student, teacher
+
+
+def _backbone(v: Options, side: str) -> dict:
+    own, checkpoint, pretrained = (
+        getattr(v, f"{side}_{part}") for part in ("model_kwargs", "checkpoint", "pretrained")
+    )
+    name, kwargs, cap = split_svit(getattr(v, f"{side}_model"), {**v.model_kwargs, **own})
+    if v.img_size not in (None, kwargs.get("img_size")):
+        raise UserError(f"img_size is {v.img_size}: write model_kwargs: {{img_size: {v.img_size}}} too")
+    if pretrained and "_siglip_" in name and "." not in name:
+        name += ".webli"  # timm's default when the authors' files were written; today it is SigLIP 2
+    # The folder of a run of ours, if it is in the place of the authors' run.
+    if checkpoint and not Path(checkpoint).exists() and (Path(checkpoint).parent / "backbone.json").is_file():
+        checkpoint = str(Path(checkpoint).parent)
+    weights = checkpoint or ("pretrained" if pretrained else "random")
+    return {"name": name, "weights": weights, "kwargs": kwargs, "softcap": cap}
+
+
+def _normalisation(name: str) -> tuple | None:
+    """Mean and standard deviation of the images for a backbone; None for a name that timm does not know."""
+    try:
+        config = timm.get_pretrained_cfg("vit_base_patch16_224.mae" if name == MOCO else name)
+    except RuntimeError:  # building the model gives a better message
+        return None
+    return config and (config.mean, config.std)
 
 
 def _place(v: Options, split: str) -> str | None:
     """Where timm finds a split: its folder, under one of its usual names, or the tar shards that it names."""
     root, dataset = v.data_dir, (v.dataset or "").lower()
-    if root is None:
-        return None
-    if dataset.startswith("wds/"):
-        if ".tar" not in split:
-            raise UserError(
-                f"{split} of dataset {dataset} names no tar shards: write a pattern, such as {{000..099}}.tar"
-            )
+    if root is None or Path(root).suffix == ".tar":
+        return root
+    if dataset.startswith("wds/") and ".tar" in split:
         return str(Path(root) / split)
     if dataset:
         raise UserError(
-            f"dataset {dataset} is not supported: give a folder of images (no dataset) or tar shards (wds/)"
+            f"dataset {dataset} with the split {split} is not supported: give a folder of images (no dataset), "
+            "or wds/ and patterns of tar shards as splits, such as {000..099}.tar"
         )
-    if Path(root).suffix == ".tar":
-        return root
     names = next((names for names in _SPLITS if split in names), ())
     found = next((name for name in (split, *names) if (Path(root) / name).exists()), split)
     return str(Path(root) / found)
 
 
 def _optim(v: Options, world: int) -> dict:
-    unknown = set(v.opt_kwargs) - {"betas", "eps"}
-    if unknown or v.opt_kwargs.get("eps", 1e-8) != 1e-8:
-        raise UserError(
-            f"opt_kwargs.{min(unknown or {'eps'}, key=str)} is not supported, only betas: remove it"
-        )
-    if v.opt_betas and "betas" in v.opt_kwargs:
-        raise UserError("betas are in opt_betas and in opt_kwargs: remove one")
     if v.warmup_epochs and v.warmup_lr != v.min_lr:
         raise UserError(
             f"warmup_lr is {v.warmup_lr}, and the warm-up starts at min_lr: set warmup_lr: {v.min_lr}"
@@ -172,7 +191,7 @@ def _optim(v: Options, world: int) -> dict:
     return {
         "batch_size": batch,
         "lr": v.lr or v.lr_base * (batch / v.lr_base_size) ** power,
-        "betas": v.opt_betas or v.opt_kwargs.get("betas", [0.9, 0.999]),
+        "betas": v.opt_kwargs.betas or v.opt_betas or [0.9, 0.999],
         "ema": v.model_ema_decay if v.model_ema else None,
     }
 

@@ -1,6 +1,6 @@
 """The 141 options of the authors' training scripts: mapped to our keys, ignored, or refused.
 
-docs/reference-configs.md lists them; a test compares.
+docs/reference-configs.md lists them with reasons; a test compares.
 """
 
 from typing import Annotated, Literal
@@ -10,6 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from fastalign.utils.paths import UserPath
 
 _IN1K = "vit_base_patch16_224.augreg_in21k_ft_in1k"
+
+
+class OptKwargs(BaseModel, extra="forbid"):
+    """What the authors' files pass to AdamW."""
+
+    betas: list[float] | None = None
 
 
 class Options(BaseModel):
@@ -44,7 +50,6 @@ class Options(BaseModel):
     decoder_qkv_bias: Annotated[StrictBool | None, "decoder.kwargs.qkv_bias"] = None
     decoder_init_values: Annotated[float | None, "decoder.kwargs.init_values"] = 1e-06
     img_size: int | None = None
-    input_size: list[float] | None = None
     batch_size: int = 128
     grad_accum_steps: Annotated[int, "optim.accumulate"] = 1
     grad_checkpointing: Annotated[StrictBool, "efficiency.grad_checkpointing"] = False
@@ -58,7 +63,7 @@ class Options(BaseModel):
     opt_betas: list[float] | None = None
     weight_decay: Annotated[float, "optim.weight_decay"] = 0.01
     clip_grad: Annotated[float | None, "optim.clip"] = None
-    opt_kwargs: dict = {}
+    opt_kwargs: OptKwargs = OptKwargs()
     sched_on_updates: Literal[True] = False
     lr: float | None = None
     lr_base: float = 0.1
@@ -101,69 +106,34 @@ KEYS = {
     if isinstance(key, str)
 }
 """The options that become one of our keys as they are."""
-IGNORED = {
-    "images are counted": "train_num_samples val_num_samples",
-    "labels are not used": "class_map target_key",
-    "affects speed only": "channels_last torchscript synchronize_step workers pin_mem no_prefetcher "
-    "use_multi_epochs_loader",
-    "validation uses the training batch": "validation_batch_size",
-    "torchrun sets it": "local_rank",
-    "backbones have no buffers to broadcast": "no_ddp_bb",
-    "AdamW has no momentum": "momentum",
-    "has no effect without a refused option": "no_resume_opt lr_noise_pct lr_noise_std remode recount resplit",
-    "belongs to other schedules": "lr_cycle_mul lr_cycle_decay decay_milestones decay_epochs patience_epochs "
-    "decay_rate",
-    "the average is always evaluated": "model_ema_force_cpu",
-    "random draws do not depend on workers": "worker_seeding",
-    "besides the newest, only the best checkpoint is kept": "checkpoint_retain_interval",
-    "the run folder has its own": "wandb_id",
+_IGNORED = """
+train_num_samples val_num_samples class_map target_key channels_last torchscript synchronize_step workers pin_mem
+no_prefetcher use_multi_epochs_loader validation_batch_size local_rank no_ddp_bb momentum no_resume_opt lr_noise_pct
+lr_noise_std remode recount resplit lr_cycle_mul lr_cycle_decay decay_milestones decay_epochs patience_epochs
+decay_rate model_ema_force_cpu worker_seeding checkpoint_retain_interval wandb_id
+"""
+IGNORED = frozenset(_IGNORED.split())
+"""Options that change nothing that is computed here."""
+_REFUSED = {
+    "input_key crop_pct mean std input_size device_modules layer_decay lr_noise start_epoch color_jitter_prob "
+    "cutmix_minmax drop_block": (None,),
+    "resume interpolation": ("", None),
+    "dataset_download warmup_prefix no_aug model_ema_warmup save_images": (False,),
+    "epoch_repeats cooldown_epochs vflip aug_repeats aug_splits reprob mixup_off_epoch drop": (0,),
+    "grayscale_prob gaussian_blur_prob": (None, 0),
+    "lr_cycle_limit lr_k_decay mixup_prob": (1,),
+    "input_img_mode": (None, "RGB"),
+    "in_chans": (None, 3),
+    "device": ("cuda",),
+    "opt_eps": (None, 1e-8),
+    "clip_mode": ("norm",),
+    "sched": ("cosine",),
+    "mixup_switch_prob": (0.5,),
+    "mixup_mode": ("batch",),
+    "train_interpolation": ("random",),
 }
-"""Options that change nothing that is computed here, by the reason."""
-
-_BACKBONE = "images are read, cropped and normalised as for the backbone's published weights"
-REFUSED: dict[str, tuple] = {
-    "dataset_download": ("nothing is downloaded; give a folder or tar shards", False),
-    "input_img_mode": ("images are RGB", None, "RGB"),
-    "input_key": ("tar shards name their images by extension", None),
-    "resume": ("running again on the same output resumes; student_checkpoint loads weights only", ""),
-    "in_chans": ("images have 3 channels", None, 3),
-    "crop_pct": (_BACKBONE, None),
-    "mean": (_BACKBONE, None),
-    "std": (_BACKBONE, None),
-    "interpolation": (_BACKBONE, ""),
-    "device": ("a run uses the GPU if there is one; CUDA_VISIBLE_DEVICES hides it", "cuda"),
-    "device_modules": ("nothing is imported by name", None),
-    "opt_eps": ("AdamW's epsilon is 1e-8", None, 1e-8),
-    "clip_mode": ("gradients are clipped by their norm", "norm"),
-    "layer_decay": ("it has no effect in the authors' script", None),
-    "sched": ("the schedule is the cosine", "cosine"),
-    "lr_noise": ("the schedule has no noise", None),
-    "lr_cycle_limit": ("the schedule has one cycle", 1),
-    "lr_k_decay": ("the cosine is the plain one", 1.0),
-    "epoch_repeats": ("an epoch is one pass", 0.0),
-    "start_epoch": ("a run starts at 0, or where its output ends", None),
-    "warmup_prefix": ("the warm-up is part of the schedule", False),
-    "cooldown_epochs": ("a run ends with its schedule", 0),
-    "no_aug": ("training images are augmented", False),
-    "vflip": ("there is no vertical flip", 0.0),
-    "color_jitter_prob": ("every image is jittered", None),
-    "grayscale_prob": ("there is no grayscale conversion", None, 0.0),
-    "gaussian_blur_prob": ("there is no blur", None, 0.0),
-    "aug_repeats": ("an image is seen once per epoch", 0.0),
-    "aug_splits": ("batches are not split", 0),
-    "reprob": ("there is no random erasing", 0.0),
-    "cutmix_minmax": ("cutmix is given by its alpha", None),
-    "mixup_prob": ("every batch is mixed", 1.0),
-    "mixup_switch_prob": ("mixup and cutmix are equally likely", 0.5),
-    "mixup_mode": ("a batch is mixed as a whole", "batch"),
-    "mixup_off_epoch": ("mixing continues to the end", 0),
-    "train_interpolation": ("bilinear or bicubic, at random", "random"),
-    "drop": ("there is no dropout", 0.0),
-    "drop_block": ("a ViT has none", None),
-    "model_ema_warmup": ("the decay of the average is constant", False),
-    "save_images": ("no images are saved", False),
-}
-"""Options with the reason, the authors' default, and other values that mean the same; any other value is refused."""
+REFUSED = {name: accepted for names, accepted in _REFUSED.items() for name in names.split()}
+"""Options with the authors' default and other values that mean the same; any other value is refused."""
 
 MIM_DEFAULTS = {"student_pretrained": False, "teacher_pretrained": False, "skip_blocks": 0}
 NOT_MIM = ("freeze_student", *(name for name in Options.model_fields if name.startswith("decoder_")))

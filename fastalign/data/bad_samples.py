@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fastalign.data.headers import read_size
-from fastalign.data.source import Source, Unreadable
+from fastalign.data.sources import Source, Unreadable
 from fastalign.utils.errors import UserError
 
 FILE = "bad_samples.jsonl"
@@ -168,17 +168,11 @@ def read_list(path: Path) -> list[BadSample]:
 
 def append_to_list(path: Path, samples: Iterable[BadSample]) -> None:
     """Appends samples to a list and flushes it to the disk; an incomplete last line is removed first."""
-    text = b"".join(to_line(sample) for sample in samples)
-    if not text:
+    if not (text := b"".join(to_line(sample) for sample in samples)):
         return
     with path.open("a+b") as file:
         file.seek(0)
-        old = file.read()
-        begin = old.rfind(b"\n") + 1
-        if _parse(old[begin:]) is None:
-            file.truncate(begin)
-        else:
-            text = b"\n" + text
+        file.truncate(file.read().rfind(b"\n") + 1)
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -1,26 +1,28 @@
-"""Lists of images: packed names, scans of folders, and the cache of both on disk; `tars.py` scans tar shards.
+"""Lists of images: packed names, scans of folders, labels, and the cache on disk; `tars.py` reads tar shards.
 
 Names are one blob of bytes with int64 offsets, memory-mapped from the cache: 13 million Python strings would cost
 every process more than a gigabyte.
 """
 
 import contextlib
+import csv
 import errno
 import fcntl
 import hashlib
-import json
 import os
+import re
 import time
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
 
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import write_atomically
+from fastalign.utils.files import write_tensors
 from fastalign.utils.paths import home_folder
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -30,9 +32,6 @@ _SUFFIXES = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
 # A directory that changes twice within one tick of its file system's clock keeps its mtime, so a list made this soon
 # after a change is not cached.
 _SETTLE_NS = 2_000_000_000
-_FORMAT = "fastalign-index-2"
-_ALIGN = 64
-_ITEM_SIZES = {"|u1": 1, "<i8": 8}
 
 
 class Names:
@@ -153,32 +152,63 @@ def _is_current(root: str, arrays: dict[str, np.ndarray]) -> bool:
 def index_folder(root: str) -> tuple[Names, Names]:
     """The images below a folder, depth first, and dangling links that are not named as images; relative to `root`."""
     arrays = cached_index(
-        "folder", root, lambda index: _is_current(root, index), lambda: _scan_folder(root), "mtimes"
+        f"folder:{root}", lambda index: _is_current(root, index), lambda: _scan_folder(root)
     )
     return Names.of(arrays), Names.of(arrays, "missing_")
 
 
-def cached_index(
-    kind: str,
-    key: str,
-    is_current: Callable[[dict[str, np.ndarray]], bool],
-    scan: Callable[[], dict[str, np.ndarray]],
-    mtimes: str,
-) -> dict[str, np.ndarray]:
-    """The index that `scan` makes, or the cached one if `is_current`.
+def read_labels(path: Path) -> dict[str, str]:
+    """The labels of a `labels.csv`, by image name."""
+    labels: dict[str, str] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
+            reader = csv.DictReader(file)
+            if reader.fieldnames != ["name", "label"]:
+                raise UserError(f"{path}: the first line must be `name,label`")
+            for row in reader:
+                where, label = f"{path} line {reader.line_num}: {row['name']}", row["label"] or ""
+                if not re.fullmatch(r"\s*[+-]?\d+\s*", label):
+                    raise UserError(f"{where} has the label {label!r}; write an integer")
+                if (other := labels.setdefault(row["name"], str(int(label)))) != str(int(label)):
+                    raise UserError(f"{where} has two labels, {other} and {label}; remove one")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from error
+    return labels
 
-    `mtimes` names its array of modification times in ns: an index is cached if all of them are more than 2 s old.
+
+def cached_index(
+    key: str, is_current: Callable[[dict[str, np.ndarray]], bool], scan: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """The index that `scan` makes, or the cached one if `is_current`: [n] uint8 and int64 arrays.
+
+    It is cached if all its `mtimes`, in ns, are more than 2 s old.
     """
-    with _scan_lock(kind, key):
-        arrays = load_index(kind, key)  # another process may have made it while this one waited
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        file = cache_folder() / f"index-{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.safetensors"
+        locked = file.with_suffix(".lock").open("w")
+    except OSError:  # no cache
+        return scan()
+    with locked:
+        lock(locked.fileno(), wait=True)  # one process of a machine scans while the others wait for its index
+        arrays = _load(file)
         if arrays is None or not is_current(arrays):
             start = time.time_ns()
             arrays = scan()
-            settled = start - arrays[mtimes].max() > _SETTLE_NS
-            if settled and save_index(kind, key, arrays):
-                # Processes of a machine share mapped pages.
-                arrays = load_index(kind, key) or arrays
+            if start - arrays["mtimes"].max() > _SETTLE_NS:
+                with contextlib.suppress(OSError):
+                    write_tensors(file, {name: torch.from_numpy(values) for name, values in arrays.items()})
+                    arrays = _load(file) or arrays  # processes of a machine share mapped pages
     return arrays
+
+
+def _load(file: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a cache file, memory-mapped; None if it is missing or damaged."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {name: tensors.get_tensor(name).numpy() for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
 
 
 def cache_folder() -> Path:
@@ -188,66 +218,6 @@ def cache_folder() -> Path:
     if (home := home_folder()) is None:
         raise FileNotFoundError("no home folder")
     return Path(home) / ".cache/fastalign"
-
-
-def _cache_file(kind: str, key: str) -> Path:
-    return cache_folder() / f"{kind}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.idx"
-
-
-def save_index(kind: str, key: str, arrays: dict[str, np.ndarray]) -> bool:
-    """Writes [n] uint8 and int64 arrays to the cache, atomically; False if it cannot be written."""
-    layout, position = {}, 0
-    for name, values in arrays.items():
-        position = -(-position // _ALIGN) * _ALIGN
-        layout[name] = [values.dtype.str, len(values), position]
-        position += values.nbytes
-    header = json.dumps({"format": _FORMAT, "key": key, "arrays": layout, "bytes": position}).encode() + b"\n"
-    body = -(-len(header) // _ALIGN) * _ALIGN
-
-    def write(file: BinaryIO) -> None:
-        file.write(header)
-        for name, values in arrays.items():
-            file.seek(body + layout[name][2])
-            file.write(memoryview(np.ascontiguousarray(values)))
-        file.truncate(body + position)
-
-    try:
-        write_atomically(_cache_file(kind, key), write)
-    except (OSError, UnicodeEncodeError):
-        return False
-    return True
-
-
-def load_index(kind: str, key: str) -> dict[str, np.ndarray] | None:
-    """The arrays that `save_index` wrote, memory-mapped; None if there are none or the file is damaged."""
-    try:
-        file = np.memmap(_cache_file(kind, key), np.uint8, "r")
-        line = file[: 1 << 20].tobytes().partition(b"\n")[0]
-        header = json.loads(line)
-        body = -(-(len(line) + 1) // _ALIGN) * _ALIGN
-        if (header["format"], header["key"], body + header["bytes"]) != (_FORMAT, key, len(file)):
-            return None
-        arrays = {}
-        for name, (dtype, length, offset) in header["arrays"].items():
-            begin = body + offset
-            arrays[name] = file[begin : begin + length * _ITEM_SIZES[dtype]].view(dtype)
-        return arrays
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-@contextlib.contextmanager
-def _scan_lock(kind: str, key: str) -> Iterator[None]:
-    """Lets one process of a machine scan while the others wait for its index; without a cache, all scan."""
-    try:
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        file = _cache_file(kind, key).with_suffix(".lock").open("w")
-    except OSError:
-        yield
-        return
-    with file:
-        lock(file.fileno(), wait=True)
-        yield
 
 
 def lock(descriptor: int, *, wait: bool) -> bool:

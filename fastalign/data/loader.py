@@ -4,10 +4,13 @@ Which rank gets which sample is decided here and is a function of (seed, epoch, 
 """
 
 import itertools
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,14 +20,73 @@ from torch import Tensor
 from fastalign.data.augment import augment, mix
 from fastalign.data.bad_samples import BadSample, BadSamples, Sample, SampleReader, check_in_a_row
 from fastalign.data.pipeline import DecodeError, Decoder
-from fastalign.data.prefetch import Batch, Prefetcher
-from fastalign.data.source import Source, SyntheticSource
+from fastalign.data.sources import Source, SyntheticSource
 from fastalign.data.transforms import Geometry, Transform, geometry, normalize, reflect
 from fastalign.utils.errors import UserError
 from fastalign.utils.random import EVAL_EPOCH, permutation
 
 _READ_AHEAD = 2
-_MAX_NAMED = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One micro-batch: images [b, 3, h, w], normalised, and sample ids [b] int64, on the loader's device.
+
+    `wait`: seconds that the consumer waited for it. `weight`: share of the batch's own images in mixup or cutmix; the
+    rest is the batch reversed. `bad`: bad samples met in making it, also if an earlier batch met them, without
+    quarantined ones.
+    """
+
+    images: Tensor
+    ids: Tensor
+    ids_host: np.ndarray
+    wait: float = 0.0
+    weight: float = 1.0
+    bad: tuple[BadSample, ...] = ()
+
+
+def _next(batches: Iterator[Batch], stream: torch.cuda.Stream | None) -> Batch:
+    with torch.cuda.stream(stream) if stream else nullcontext():
+        return next(batches)
+
+
+class Prefetcher:
+    """Iterates over batches that a background thread makes, on CUDA on a side stream, `depth` ahead."""
+
+    def __init__(self, batches: Iterator[Batch], device: torch.device, depth: int):
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._batches, self._device = batches, device
+        self._pool = ThreadPoolExecutor(1, "fastalign-loader")
+        self._arguments = (_next, batches, stream)  # without `self`, which may be dropped
+        self._ready: deque[Future] = deque(self._pool.submit(*self._arguments) for _ in range(depth + 1))
+
+    def __iter__(self) -> "Prefetcher":
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._ready:
+            raise StopIteration
+        begin = time.perf_counter()
+        try:
+            batch = self._ready.popleft().result()
+        except BaseException:
+            self.close()
+            raise
+        self._ready.append(self._pool.submit(*self._arguments))
+        if self._device.type == "cuda":
+            # The allocator must not give this memory to the side stream before the consumer's work on it is done.
+            for tensor in (batch.images, batch.ids):
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+        return replace(batch, wait=time.perf_counter() - begin)
+
+    def close(self) -> None:
+        """Stops the background thread and waits for it."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._ready.clear()
+        self._batches.close()
+
+    def __del__(self):
+        self.close()
 
 
 class _Work(NamedTuple):
@@ -45,8 +107,7 @@ class Loader:
 
     Args:
         batch_size: b, samples per micro-batch of this rank.
-        device: of the batches. On CUDA, JPEGs are decoded there.
-        dtype: of the images.
+        device, dtype: of the images. On CUDA, JPEGs are decoded there.
         seed: decides order and augmentation.
         accumulate: micro-batches per update.
         threads: for reading, and as many for decoding.
@@ -80,13 +141,8 @@ class Loader:
         cutmix: float = 0.0,
         bad: BadSamples | None = None,
     ):
-        if min(batch_size, accumulate, threads, prefetch) < 1 or not 0 <= rank < world_size:
-            raise UserError(
-                f"batch_size={batch_size}, accumulate={accumulate}, threads={threads} and prefetch={prefetch} must "
-                f"be at least 1, and rank={rank} in 0..{world_size - 1}"
-            )
-        if min(mixup, cutmix) < 0 or (max(mixup, cutmix) > 0 and not train):
-            raise UserError(f"mixup={mixup}, cutmix={cutmix}: alpha must be at least 0, and 0 for evaluation")
+        if min(batch_size, accumulate, threads, prefetch) < 1:
+            raise UserError("batch_size, accumulate, threads and prefetch must be at least 1")
         update = world_size * batch_size * accumulate
         if train and len(source) < update:
             raise UserError(
@@ -102,9 +158,7 @@ class Loader:
         self._threads, self._prefetch = threads, prefetch
         self._decoding = {"batch_size": batch_size, "threads": threads, "hw_decoder_load": hw_decoder_load}
         self._mixing = {"mixup": mixup, "cutmix": cutmix, "seed": seed}
-        self._reader = SampleReader(
-            source, BadSamples() if bad is None else bad, replace=train and bad is not None
-        )
+        self._reader = SampleReader(source, bad or BadSamples(), replace=train and bad is not None)
         self._pool = ThreadPoolExecutor(threads, "fastalign-read")
         self._decoder: Decoder | None = None
         self._active = lambda: None
@@ -134,7 +188,7 @@ class Loader:
         self._decoder = None
 
     def _stop_active(self) -> None:
-        if (active := self._active()) is not None:
+        if active := self._active():
             active.close()
 
     def _ids(self, epoch: int, start: int) -> Iterator[np.ndarray]:
@@ -171,7 +225,7 @@ class Loader:
                 waiting.append(self._pool.map(read, parts))
             if not waiting:
                 return
-            yield [sample for part in waiting.popleft() for sample in part]
+            yield list(itertools.chain.from_iterable(waiting.popleft()))
 
     def _decode(self, reads: Iterator[list[Sample]], epoch: int) -> Iterator[Batch]:
         """While DALI decodes a batch, the previous one is finished and delivered."""
@@ -197,11 +251,9 @@ class Loader:
     def _plan(self, samples: list[Sample], epoch: int) -> _Work:
         bad = [each for sample in samples for each in sample.bad]
         if self.bad is None and bad:
-            names = ", ".join(f"{self.source.name(each.id)} ({each.reason})" for each in bad[:_MAX_NAMED])
-            raise UserError(
-                f"cannot use {len(bad)} images of a batch of {len(samples)} of {self.source.root or 'the data set'}: "
-                f"{names}{', ...' if len(bad) > _MAX_NAMED else ''}; replace or remove them"
-            )
+            where = f"{len(bad)} images of a batch of {len(samples)} of {self.source.root or 'the data set'}"
+            first = f"{self.source.name(bad[0].id)} ({bad[0].reason})"
+            raise UserError(f"cannot use {where}, first {first}; replace or remove them")
         good = [sample for sample in samples if sample.encoded is not None]
         ids = np.array([sample.id for sample in good], dtype=np.int64)
         shapes = np.array([sample.size for sample in good])

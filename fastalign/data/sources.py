@@ -1,28 +1,148 @@
-"""Images on disk: folders and tar shards; `open_source` opens what a specification names."""
+"""Sources of images: folders, tar shards, synthetic images; `open_source` opens what a specification names.
 
-import csv
-import functools
-import hashlib
+A source is a list: a sample's id is its index in the source's sorted order, which is the same in every process.
+"""
+
 import io
 import os
 import re
 import stat
 import zlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from fastalign.data.index import DANGLING, IMAGE_EXTENSIONS, MISSING, Names, index_folder, is_image
-from fastalign.data.source import SYNTHETIC_LENGTH, Source, SyntheticSource, Unreadable, crc_of_texts
+from fastalign.data.index import (
+    DANGLING,
+    IMAGE_EXTENSIONS,
+    MISSING,
+    Names,
+    index_folder,
+    is_image,
+    read_labels,
+)
 from fastalign.data.tars import class_of, expand_shards, index_tars, is_tar, read_classes
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
+from fastalign.utils.random import Stream, random_uniform
 
+SYNTHETIC_LENGTH = 50_000
 MAX_IMAGE_BYTES = 256 * 1024 * 1024
 _OPEN_SHARDS = 256
 _EXTENSIONS = " ".join(IMAGE_EXTENSIONS)
+
+
+class Unreadable(UserError):
+    """A sample's bytes cannot be read. `reason` says why, without the path of the data set."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"cannot read {name}: {reason}; repair, replace or remove it")
+        self.reason = reason
+
+
+def crc_of_texts(*texts: str) -> int:
+    """CRC-32 of texts, separated by null bytes."""
+    return zlib.crc32("\0".join(texts).encode("utf-8", "surrogateescape"))
+
+
+class Source:
+    """A list of encoded images.
+
+    Subclasses define `__len__`; `name(index)`, for messages and label files, relative to `root` if there is one; and
+    `read(index)`: [bytes] uint8, thread-safe, raises `Unreadable`. `damaged`: (portable name, reason) of damaged tar
+    shards and of dangling links to folders.
+    """
+
+    root: str | None = None
+    damaged: tuple[tuple[str, str], ...] = ()
+
+    def portable_name(self, index: int) -> str:
+        """The sample's name without the location of the data set."""
+        return self.name(index)
+
+    def class_names(self) -> list[str | None]:
+        """The class of each sample as the data set writes it; None for a sample without one."""
+        return [None] * len(self)
+
+    def fingerprint(self) -> int:
+        """A CRC-32 of the length and of the first, middle and last portable names: quick, to compare ranks."""
+        total = len(self)
+        return crc_of_texts(str(total), *(self.portable_name(i) for i in (0, total // 2, total - 1)))
+
+    @cached_property
+    def identity(self) -> dict[str, int | list[int]]:
+        """CRC-32 of all portable names, and of the bytes of nine samples, for checkpoints. 0 = unreadable."""
+        spread = sorted({i * (len(self) - 1) // 8 for i in range(9)})
+        samples = []
+        for index in spread:
+            try:
+                samples.append(zlib.crc32(self.read(index)))
+            except Unreadable:
+                samples.append(0)
+        return {"names": self._crc_of_names(), "samples": samples}
+
+    def differs_from(self, identity: dict[str, int | list[int]]) -> str | None:
+        """How this data set differs from one with another `identity`; None if it is the same.
+
+        Up to half of the samples may differ, because bad images may have been repaired.
+        """
+        if self.identity["names"] != identity["names"]:
+            return "other names"
+        same = sum(a == b for a, b in zip(self.identity["samples"], identity["samples"], strict=True))
+        return "other images of the same names" if 2 * same < len(identity["samples"]) else None
+
+    def _crc_of_names(self) -> int:
+        return crc_of_texts(*(self.portable_name(index) for index in range(len(self))))
+
+
+class Subset(Source):
+    """The samples `indices` [n >= 1] of another source."""
+
+    def __init__(self, whole: Source, indices: np.ndarray):
+        self.whole, self.indices = whole, np.asarray(indices, dtype=np.int64)
+        self.root, self.damaged = whole.root, whole.damaged
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.whole.name(int(self.indices[index]))
+
+    def portable_name(self, index: int) -> str:
+        return self.whole.portable_name(int(self.indices[index]))
+
+    def read(self, index: int) -> np.ndarray:
+        return self.whole.read(int(self.indices[index]))
+
+
+class SyntheticSource(Source):
+    """Random images made on the device, without disk and decoder, for benchmarks and tests."""
+
+    def __init__(self, length: int = SYNTHETIC_LENGTH):
+        if length < 1:
+            raise UserError(f"synthetic:{length}: the number of samples must be at least 1")
+        self._length, self.identity = length, {"names": length, "samples": []}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def name(self, index: int) -> str:
+        return f"synthetic:{index}"
+
+    def images(self, ids: Tensor, size: tuple[int, int], *, seed: int, dtype: torch.dtype) -> Tensor:
+        """Normalised images [B, 3, h, w], a function of (seed, id): mean 0, variance 1, values in -3..3.
+
+        Each channel is the outer product of a random column and a random row. The result is on the device of `ids`.
+        """
+        height, width = size
+        draws = random_uniform(ids, 3 * (height + width), seed=seed, stream=Stream.SYNTHETIC).float()
+        waves = ((2 * draws - 1) * 3**0.5).view(len(ids), 3, height + width)
+        return (waves[..., :height, None] * waves[..., None, height:]).to(dtype)
 
 
 def _open(path: str) -> io.FileIO:
@@ -31,11 +151,7 @@ def _open(path: str) -> io.FileIO:
 
 
 def _read(
-    path: str,
-    name: str,
-    offset: int = 0,
-    size: int | None = None,
-    open_file: Callable[[str], AbstractContextManager[io.FileIO]] = _open,
+    path: str, name: str, offset: int = 0, size: int | None = None, open_file: Callable = _open
 ) -> np.ndarray:
     """Bytes of a file, to its end if `size` is None; raises Unreadable with `name`."""
     try:
@@ -93,29 +209,9 @@ class FolderSource(Source):
     def class_names(self) -> list[str | None]:
         table = Path(self.root) / "labels.csv"
         if table.is_file():
-            labels = _read_labels(table)
+            labels = read_labels(table)
             return [labels.get(name) for name in self._names]
         return [name.split("/", 1)[0] if "/" in name else None for name in self._names]
-
-
-def _read_labels(path: Path) -> dict[str, str]:
-    """The labels of a `labels.csv`, by image name."""
-    labels: dict[str, str] = {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
-            reader = csv.DictReader(file)
-            if reader.fieldnames != ["name", "label"]:
-                raise UserError(f"{path}: the first line must be `name,label`")
-            for row in reader:
-                where, label = f"{path} line {reader.line_num}: {row['name']}", row["label"] or ""
-                if not re.fullmatch(r"\s*[+-]?\d+\s*", label):
-                    raise UserError(f"{where} has the label {label!r}; write an integer")
-                label = str(int(label))
-                if (other := labels.setdefault(row["name"], label)) != label:
-                    raise UserError(f"{where} has two labels, {other} and {label}; remove one")
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from error
-    return labels
 
 
 class TarSource(Source):
@@ -128,24 +224,22 @@ class TarSource(Source):
 
     def __init__(self, spec: str, shards: list[str] | None = None, *, damaged: bool = False):
         self.shards = expand_shards(spec) if shards is None else shards
-        # Hashed, because the header of a cache file holds the key.
-        key = hashlib.sha256(os.fsencode("\n".join(self.shards))).hexdigest()
-        arrays = index_tars(key, self.shards)
+        arrays = index_tars(self.shards)
         self._names = Names.of(arrays)
         self._shard, self._start, self._size = arrays["shard"], arrays["start"], arrays["size"]
         # Relative to their common folder: many data sets have a 00000.tar.
         common = os.path.commonpath([os.path.dirname(shard) for shard in self.shards])  # noqa: PTH120
         self._portable = [os.path.relpath(shard, common) for shard in self.shards]
-        damage = Names(arrays["damage"], arrays["damage_offsets"])
-        broken = [number for number in range(len(self.shards)) if damage[number]]
-        self.damaged = tuple((self._portable[number], damage[number]) for number in broken)
+        damages = dict(zip(self.shards, Names.of(arrays, "damage_"), strict=True))
+        broken = [shard for shard in self.shards if damages[shard]]
+        self.damaged = tuple((os.path.relpath(shard, common), damages[shard]) for shard in broken)
         if broken and not (damaged and len(self._names)):
-            place = f"{self.shards[broken[0]]}: {damage[broken[0]]}"
+            place = f"{broken[0]}: {damages[broken[0]]}"
             raise UserError(f"broken tar shard {place}; fetch it again (plain .tar only, not compressed)")
         if len(self._names) == 0:
             raise UserError(f"no images in the {len(self.shards)} shards of {spec}; looked for {_EXTENSIONS}")
         # Opening a file is slow on network disks. A file that is dropped here closes when its last reader is done.
-        self._open = functools.lru_cache(_OPEN_SHARDS)(_open)
+        self._open = lru_cache(_OPEN_SHARDS)(_open)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -172,12 +266,11 @@ class TarSource(Source):
 def _contains_tars(path: Path) -> bool:
     """Whether a folder holds tar files; raises a UserError if it also holds images or folders."""
     tars, others = [], []
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if is_tar(entry.name) and not entry.is_dir():
-                tars.append(entry.name)
-            elif not entry.name.startswith(".") and (entry.is_dir() or is_image(os.fsencode(entry.name))):
-                others.append(entry.name)
+    for entry in path.iterdir():
+        if is_tar(entry.name) and not entry.is_dir():
+            tars.append(entry.name)
+        elif not entry.name.startswith(".") and (is_image(os.fsencode(entry.name)) or entry.is_dir()):
+            others.append(entry.name)
     if tars and others:
         raise UserError(
             f"{path} has tar files ({tars[0]}) and others ({others[0]}); for the tars write {path}/*.tar"
@@ -195,15 +288,11 @@ def open_source(spec: str, *, damaged: bool = False) -> Source:
     if not spec:
         raise UserError("no data set given; name a folder of images, a .tar pattern or `synthetic`")
     spec = user_path(spec)
-    path, is_tar_file = Path(spec), spec.lower().endswith(".tar")
-    try:
-        if path.is_dir():
-            tars = _contains_tars(path)
-        elif path.is_file() and not is_tar_file:
-            raise UserError(f"{spec} is a file; name a folder of images, a .tar file or `synthetic`")
-        else:
-            tars = is_tar_file or any(c in spec for c in "*?[{")
-        return (TarSource if tars else FolderSource)(spec, damaged=damaged)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot open {spec}: {reason}; check the path and its permissions") from error
+    path, tars = Path(spec), spec.lower().endswith(".tar")
+    if path.is_dir():
+        tars = _contains_tars(path)
+    elif path.is_file() and not tars:
+        raise UserError(f"{spec} is a file; name a folder of images, a .tar file or `synthetic`")
+    else:
+        tars = tars or any(c in spec for c in "*?[{")
+    return (TarSource if tars else FolderSource)(spec, damaged=damaged)

@@ -95,28 +95,24 @@ def _scan_shards(shards: list[str]) -> dict[str, np.ndarray]:
             places.append(np.array(where, dtype=np.int64).reshape(-1, 2))
             yield from found
 
-    arrays, damage = Names.pack(names()).arrays(), Names.pack(damages)
+    arrays = Names.pack(names()).arrays() | Names.pack(damages).arrays("damage_")
     start, size = np.ascontiguousarray(np.concatenate(places).T)
-    arrays |= {"shard": np.concatenate(owners), "start": start, "size": size}
-    return arrays | {"damage": damage.blob, "damage_offsets": damage.offsets}
+    return arrays | {"shard": np.concatenate(owners), "start": start, "size": size}
 
 
-def index_tars(key: str, shards: list[str]) -> dict[str, np.ndarray]:
-    """The images in tar files, from the cache if no shard's size or mtime changed since; `key` names the list there.
+def index_tars(shards: list[str]) -> dict[str, np.ndarray]:
+    """The images in tar files, from the cache if no shard's size or mtime changed since.
 
     `names`, `offsets`: packed member names; `shard`, `start`, `size` [n] int64: number of the shard, place and bytes
-    in it; `damage`, `damage_offsets`: packed, the damage of each shard, whose earlier members count.
+    in it; `damage_names`, `damage_offsets`: packed, the damage of each shard, whose earlier members count.
     """
     status = [Path(shard).stat() for shard in shards]
-    listed = Names.pack(os.fsencode(shard) for shard in shards)
-    check = {"shards": listed.blob, "shard_sizes": np.array([s.st_size for s in status], dtype=np.int64)}
-    check["shard_mtimes"] = np.array([s.st_mtime_ns for s in status], dtype=np.int64)
+    check = {"shard_sizes": np.array([s.st_size for s in status])}
+    check["mtimes"] = np.array([s.st_mtime_ns for s in status])
     return cached_index(
-        "tar",
-        key,
+        "tars:" + "\n".join(shards),
         lambda index: all(np.array_equal(index[name], check[name]) for name in check),
         lambda: _scan_shards(shards) | check,
-        "shard_mtimes",
     )
 
 

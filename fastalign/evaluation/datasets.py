@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastalign.data.source import Source, Subset
-from fastalign.data.sources import FolderSource, TarSource
+from fastalign.data.sources import FolderSource, Source, Subset, TarSource
 from fastalign.data.tars import each_once, stem
 from fastalign.evaluation.label_maps import (
     VOID,
@@ -20,7 +19,7 @@ from fastalign.evaluation.label_maps import (
     pair,
     read_panoptic,
 )
-from fastalign.utils.errors import UserError
+from fastalign.utils.errors import UserError, unknown
 from fastalign.utils.paths import user_path
 
 __all__ = ["VOID", "LabelledImages", "open_labelled"]
@@ -42,7 +41,7 @@ def open_labelled(data: str, split: str) -> LabelledImages:
     split, chosen by a hash of the file name, and `train` the rest. UserError where nothing usable is there.
     """
     if split not in SPLITS:
-        raise UserError(f"no split {split!r}: there are train, val and test")
+        raise UserError(f"{unknown('split', split, SPLITS)}; there are train, val and test")
     if not data:
         raise UserError("no labelled data given; name a folder, or KIND:ROOT")
     try:
@@ -58,9 +57,9 @@ def _parse(data: str) -> tuple[str, Path]:
     if not (colon and re.fullmatch(r"[\w-]+", kind)) or Path(data).exists():
         kind, rest = "", data
     elif kind not in KINDS:
-        raise UserError(f"{data}: unknown data set {kind!r}; there are {' '.join(KINDS)}")
+        raise UserError(f"{data}: {unknown('data set', kind, KINDS)}; there are {' '.join(KINDS)}")
     if not rest or not Path(rest).is_dir():
-        raise UserError(f"{data}: no such folder: {rest or '(none)'}; check the path of the data set")
+        raise UserError(f"no such folder: {rest or data}; check the path of the data set")
     return kind, Path(rest)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastalign.backbones.precision import autocast
-from fastalign.data.prefetch import Batch
+from fastalign.data.loader import Batch
 from fastalign.training.distributed import World
 from fastalign.training.optim import seed_update
 

@@ -14,8 +14,7 @@ from torch.nn import functional
 
 from fastalign.backbones.precision import compute_dtype
 from fastalign.backbones.vit import ViT
-from fastalign.data.loader import Loader
-from fastalign.data.prefetch import Batch
+from fastalign.data.loader import Batch, Loader
 from fastalign.data.transforms import Transform
 from fastalign.evaluation.features import ArrayFiles, as_tensor, frozen_encoder, read_features
 from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate

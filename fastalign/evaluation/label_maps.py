@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from fastalign.data.source import Source, Subset
+from fastalign.data.sources import Source, Subset
 from fastalign.data.tars import stem
 from fastalign.utils.errors import UserError, first_line
 

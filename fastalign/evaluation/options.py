@@ -41,7 +41,7 @@ def flag(name: str) -> str:
 
 def evaluation_parser(prog: str, description: str, *, data: str, output: str) -> argparse.ArgumentParser:
     """A parser with the flags that both commands have: the backbone, the data, the output."""
-    parser = argparse.ArgumentParser(prog=f"python -m fastalign.{prog}", description=description)
+    parser = argparse.ArgumentParser(prog=f"fastalign {prog}", description=description)
 
     def refuse(message: str) -> None:
         raise UserError(f"{message}; --help lists the options")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastalign.data.prefetch import Batch
+from fastalign.data.loader import Batch
 from fastalign.evaluation.features import ArrayFiles, Encoder, PatchFeatures, patch_files, read_patch_features
 from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate
 from fastalign.evaluation.heads import TokenShape, make_patch_head, supports

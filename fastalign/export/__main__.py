@@ -28,9 +28,7 @@ def push(folder: Path, name: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastalign.export", description="Export an aligned backbone."
-    )
+    parser = argparse.ArgumentParser(prog="fastalign export", description="Export an aligned backbone.")
     parser.add_argument("run", type=path_argument, metavar="RUN", help="the folder of a finished run")
     parser.add_argument("--to", required=True, choices=TARGETS, help="the library")
     parser.add_argument(

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fastalign.backbones.vit import ViT
 from fastalign.backbones.zoo import transform
-from fastalign.data.source import Source, SyntheticSource
-from fastalign.data.sources import open_source
+from fastalign.data.sources import Source, SyntheticSource, open_source
 from fastalign.utils.errors import UserError
 
 PARITY = 1e-4

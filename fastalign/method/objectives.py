@@ -40,7 +40,7 @@ class Objective(nn.Module):
     @property
     def fixed_lengths(self) -> bool:
         """Whether every batch has the same number of tokens for all masks."""
-        return self.masking == "zero" or self.masks.complement
+        return self.masking == "zero" or getattr(self.masks, "complement", False)
 
     def draw(self, images: Tensor, sample_ids: Tensor, epoch: int) -> tuple[Tensor, Packing | None]:
         """The masks of a batch, [B, M, N] bool, and in mode drop where the visible tokens are packed.
@@ -52,7 +52,11 @@ class Objective(nn.Module):
             sample_ids = sample_ids.to(device, non_blocking=True)
         if self.masking == "zero":
             return self.masks(sample_ids, spec.grid, epoch), None
-        visible, packing = self.masks.packed(sample_ids, spec.grid, spec.prefix, epoch)
+        if hasattr(self.masks, "packed"):
+            visible, packing = self.masks.packed(sample_ids, spec.grid, spec.prefix, epoch)
+        else:
+            visible = self.masks(sample_ids, spec.grid, epoch)
+            packing = ops.pack_masks(visible, spec.prefix)
         packing = Packing(*(part.to(device, non_blocking=True) for part in packing))
         return visible.to(device, non_blocking=True), packing
 
@@ -152,7 +156,8 @@ class MaskEmbed(Objective):
     Args:
         teacher: `MaskedTeacher`, whose masking mode holds for the decoder too.
         student: `MaskEmbedStudent`.
-        masks: a distribution of `fastalign.method.masks`.
+        masks: a distribution of `fastalign.method.masks`, or a function (sample_ids [B], (rows, columns), epoch) ->
+            [B, M, rows * columns] bool, True = visible, with M of your choice.
         loss: mse | cosine | l1 | masked_mse | unmasked_mse.
     """
 

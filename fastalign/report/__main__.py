@@ -69,7 +69,7 @@ def write_report(options: argparse.Namespace) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastalign.report",
+        prog="fastalign report",
         description="A page about a run: one HTML file that loads nothing else.",
     )
     add = parser.add_argument

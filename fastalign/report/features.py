@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fastalign.backbones.vit import ViT
 from fastalign.backbones.zoo import transform
-from fastalign.data.source import SyntheticSource
-from fastalign.data.sources import open_source
+from fastalign.data.sources import SyntheticSource, open_source
 from fastalign.data.transforms import Transform, geometry
 from fastalign.utils.errors import UserError
 

@@ -17,7 +17,7 @@ from fastalign.training import build, sharding
 from fastalign.training.checkpoint_files import Checkpoints
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.hang import HangTimer
-from fastalign.training.optim import MovingAverage, make_optimizer
+from fastalign.training.optim import MovingAverage, learning_rate, make_optimizer
 from fastalign.training.preemption import Preemption, StopReason
 from fastalign.training.status import Status
 from fastalign.utils.errors import UserError
@@ -93,7 +93,8 @@ class Run:
         options = {"lr": optim.lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
         self.optimizer, notes = make_optimizer(optim.name, self.trained, world.device, **options)
         precision = config.efficiency.precision
-        precision = str(self.dtype).removeprefix("torch.") if precision == "auto" else precision
+        if precision == "auto":
+            precision = "bf16" if self.dtype == torch.bfloat16 else "fp32"
         self.notes = [f"precision: {precision}", attention, *notes]  # lines for the user
         if config.efficiency.shard and not self.sharded:
             self.notes.append("efficiency.shard: one process has nothing to shard, the student stays whole")
@@ -149,6 +150,16 @@ class Run:
     def unsharded(self) -> AbstractContextManager:
         """Around passes without gradient that ranks may have different numbers of; every rank must enter."""
         return sharding.unsharded(self.objective.student) if self.sharded else nullcontext()
+
+    def set_learning_rate(self) -> float:
+        """Set and return the learning rate of the next update."""
+        optim = self.config.optim
+        min_lr = optim.lr / 10 if optim.min_lr is None else optim.min_lr
+        warmup = round(optim.warmup_epochs * self.epoch_steps)
+        lr = learning_rate(self.state.step, total=self.total_steps, warmup=warmup, lr=optim.lr, min_lr=min_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
 
     def clip_gradients(self) -> Tensor:
         """Clip by `optim.clip`. Returns the norm before, [] on the device, the same on every rank."""

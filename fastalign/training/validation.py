@@ -1,6 +1,6 @@
 """Passes over the validation set: its loss, and the scale of the targets."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,13 @@ from fastalign.training.optim import MovingAverage
 from fastalign.training.run import Run
 from fastalign.utils.errors import SharedError
 from fastalign.utils.random import EVAL_EPOCH
+
+Track = Callable[[Iterable, str, int], Iterable]
+"""Shows the progress of an iteration: `Reporter.track`."""
+
+
+def _untracked(items: Iterable, text: str, total: int) -> Iterable:
+    return items
 
 
 @contextmanager
@@ -32,11 +39,11 @@ def eval_mode(student: nn.Module, average: MovingAverage | None) -> Iterator[Non
 
 
 @torch.no_grad()
-def evaluate(run: Run) -> float:
+def evaluate(run: Run, track: Track = _untracked) -> float:
     """The loss over the validation set with its fixed masks, of the averaged weights if there are any."""
     sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
     with eval_mode(run.objective.student, run.average), run.unsharded(), run.cached_autocast():
-        for batch in run.val.batches():
+        for batch in track(run.val.batches(), "validating", len(run.val)):
             run.beat("validating")
             with run.autocast():
                 loss = run.objective(batch.images, batch.ids, EVAL_EPOCH)
@@ -55,14 +62,15 @@ def _check_count(run: Run, count: float) -> None:
         raise SharedError(f"data.{key}={place}: none of its images can be used; name another data set")
 
 
-def measure_target_scale(run: Run) -> None:
+def measure_target_scale(run: Run, track: Track = _untracked) -> None:
     """Set the objective's target scale: measured, given, or 1, by the configuration."""
     scale = run.config.loss.target_scale
     if not isinstance(scale, str):
         run.objective.target_scale.fill_(scale)
     elif run.config.loss.name == "mse":
         moments = torch.zeros(3, dtype=torch.float64, device=run.world.device)
-        for batch in build.scale_batches(run.config, run.world, run.backbone, run.val):
+        batches, count = build.scale_batches(run.config, run.world, run.backbone, run.val)
+        for batch in track(batches, "measuring the scale of the targets", count):
             run.beat("measuring the target scale")
             with run.autocast():
                 moments += run.objective.target_moments(batch.images, batch.ids, EVAL_EPOCH)

@@ -1,6 +1,8 @@
 """Errors for users: every command prints a `UserError` as one line and exits with code 2."""
 
+import difflib
 import re
+from collections.abc import Iterable
 
 _LONGEST = 2000
 _CONTROL = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029]")
@@ -21,6 +23,12 @@ def describe(error: Exception) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its class if the message is empty."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def unknown(what: str, name: object, names: Iterable[str]) -> str:
+    """The message for a name that is not among others, with the nearest of them."""
+    (near,) = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
+    return f"unknown {what} {name}; the nearest is {near}"
 
 
 class UserError(Exception):

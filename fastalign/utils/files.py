@@ -6,7 +6,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,13 +47,9 @@ def temporary_name(path: Path) -> Path:
 def flush_folder(folder: Path) -> None:
     """Flush a folder's entries to the disk, if the file system supports it."""
     handle = os.open(folder, os.O_RDONLY)
-    try:
+    with suppress(OSError):
         os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-            raise
-    finally:
-        os.close(handle)
+    os.close(handle)
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
@@ -63,16 +59,8 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
     """
     for path in folder.glob(f".{name}.*"):
         match = _TEMPORARY.fullmatch(path.name)
-        if not match:
+        if not match or (int(match[1]) != os.getpid() and Path("/proc", match[1]).exists()):
             continue
-        try:
-            if int(match[1]) != os.getpid():
-                os.kill(int(match[1]), 0)
-                continue
-        except PermissionError:  # another user's process
-            continue
-        except (ProcessLookupError, OverflowError):
-            pass
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

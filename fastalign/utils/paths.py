@@ -13,8 +13,8 @@ from pydantic import AfterValidator
 from fastalign.utils.errors import UserError
 
 # At the beginning, or after the kind of a data set: `coco:~/coco`.
-_HOME = re.compile(r"((?:[\w-]+:)?)(~[^/]*)")
-_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
+_HOME = re.compile(r"((?:[\w-]+:(?=~))?)((?:~[^/]*)?)(.*)", re.DOTALL)
+_VARIABLE = re.compile(r"\$\{?(\w+)")
 
 
 def home_folder() -> str | None:
@@ -35,19 +35,15 @@ def place_caches() -> None:
 
 def user_path(text: str | Path) -> str:
     """A path with `~`, `~name`, `$NAME` and `${NAME}` expanded; anything else (a timm name) is returned as it is."""
-    text, home = os.fspath(text), ""
-    if match := _HOME.match(text):
-        home = match[1] + os.path.expanduser(match[2])  # noqa: PTH111, as above
-        if home == match[0]:
-            raise UserError(f"{text}: the home folder of {match[2]} is not known; write the path out")
-
-    def value(found: re.Match) -> str:
-        name = found[1] or found[2]
-        if name not in os.environ:
-            raise UserError(f"{text}: the environment variable {name} is not set; write the path out")
-        return os.environ[name]
-
-    return home + _VARIABLE.sub(value, text[match.end() if match else 0 :])
+    text = os.fspath(text)
+    kind, home, rest = _HOME.fullmatch(text).groups()
+    found = os.path.expanduser(home)  # noqa: PTH111, which raises instead of leaving the text as it is
+    if home and found == home:
+        raise UserError(f"{text}: the home folder of {home} is not known; write the path out")
+    rest = os.path.expandvars(rest)
+    if missing := _VARIABLE.search(rest):
+        raise UserError(f"{text}: the environment variable {missing[1]} is not set; write the path out")
+    return f"{kind}{found}{rest}"
 
 
 class _BadPath(argparse.ArgumentTypeError, ValueError):

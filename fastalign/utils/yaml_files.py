@@ -1,6 +1,5 @@
 """YAML files: read, merged, written; and what is wrong with them as one line."""
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from fastalign.utils.errors import UserError
+from fastalign.utils.errors import UserError, unknown
 from fastalign.utils.paths import user_path
-
-LONGEST = 1 << 20  # bytes of a YAML text
 
 
 def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict:
@@ -30,7 +27,7 @@ def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict:
 def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; UserError if there is none."""
     if not path.is_file():
-        raise UserError(f"no configuration file at {path}; the recipe comes before any section.key=value")
+        raise UserError(f"no recipe at {path}: check the path, or give a name that `fastalign recipes` lists")
     tree = parse_yaml(path.read_bytes(), str(path)) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
@@ -40,8 +37,6 @@ def read_yaml(path: Path) -> dict:
 def parse_yaml(text: str | bytes, where: str) -> Any:
     """The value of a YAML text; UserError about `where` if it is not YAML."""
     where = where[:80]
-    if len(text) > LONGEST:
-        raise UserError(f"{where}...: {len(text)} bytes, at most {LONGEST} are read")
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except RecursionError:
@@ -68,8 +63,7 @@ def explain(error: ValidationError, names: Iterable[str]) -> tuple[str, str]:
     parts = [part for part in first["loc"] if isinstance(part, str)]
     key = ".".join(part for part in parts if not part.startswith(("float", "literal")))
     if first["type"] == "extra_forbidden":
-        (near,) = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
-        return key, f"unknown key {key}; the nearest is {near}"
+        return key, unknown("key", key, names)
     if first["type"] == "string_type" and first["input"] is not None:
         text = f"YAML reads this value as {first['input']!r}, not as text; put it in quotes"
         return key, f"{key}: {text} (in a shell: \"{key}='...'\")"

@@ -281,7 +281,7 @@ def refused(match: str, *args, **kwargs) -> None:
 
 def test_what_is_not_known_is_refused_and_nothing_changed():
     refused("softcap must be a positive number or None, got -1.0", tiny(), softcap=-1.0)
-    refused("backend: unknown name 'sdp'; the nearest is sdpa", tiny(), backend="sdp")
+    refused("backend: unknown name sdp; the nearest is sdpa", tiny(), backend="sdp")
     refused("Linear has no attention of a timm", nn.Linear(2, 2))
     refused("has these parts already: set its softcap instead", fa.create_backbone(VIT, img_size=32, depth=1))
     refused("blocks.0.attn is timm.*diff_attention.DiffAttention, an", tiny(attn_layer="diff"))

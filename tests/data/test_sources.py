@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,7 +55,9 @@ def test_folder_index_is_cached_and_renewed(tmp_path, scans):
 
     first, _ = opened()
     assert opened() == (first, 1)
-    assert isinstance(open_source(str(root))._names.blob, np.memmap)
+    source = open_source(str(root))
+    assert str(cache_folder()) in Path("/proc/self/maps").read_text(), "mapped, not read"
+    del source
     (root / "a/deep/er/new.jpg").write_bytes(files["top.webp"].tobytes())
     renewed, count = opened()
     assert ("a/deep/er/new.jpg" in renewed, count) == (True, 2)
@@ -69,14 +72,13 @@ def test_folder_index_is_cached_and_renewed(tmp_path, scans):
 def test_damaged_or_unwritable_cache_is_ignored(tmp_path, scans, monkeypatch):
     root, _ = nested(tmp_path / "data")
     expected = names(open_source(str(root)))
-    (file,) = cache_folder().glob("*.idx")
+    (file,) = cache_folder().glob("*.safetensors")
     good = file.read_bytes()
-    older = good.replace(b"fastalign-index-2", b"fastalign-index-1")
-    for content in (b"", b"{}\n", b"\xff\xfe\x00", good[:-8], b"[1]\n", older):
+    for content in (b"", b"{}\n", b"\xff\xfe\x00", good[:-8]):
         file.write_bytes(content)
         assert names(open_source(str(root))) == expected
         assert file.read_bytes() == good
-    assert len(scans) == 7
+    assert len(scans) == 5
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # not a directory
     assert names(open_source(str(root))) == expected
 
@@ -124,7 +126,7 @@ def test_class_names(tmp_path):
             source.class_names()
 
 
-def test_messages_name_the_path_and_the_remedy(tmp_path, monkeypatch):
+def test_messages_name_the_path_and_the_remedy(tmp_path):
     photo = small_photos(1)[0]
     write_folder(tmp_path / "text", {"sub/a.txt": photo, "b.pdf": photo})
     write_folder(tmp_path / "f", {"a.jpg": photo})
@@ -139,17 +141,10 @@ def test_messages_name_the_path_and_the_remedy(tmp_path, monkeypatch):
         ("n", "no images in the 1 shards"),
         ("mixed", "has tar files (0.tar) and others (stray.png)"),
         ("f/a.jpg", "is a file"),
-        ("x" * 300, "File name too long; check the path"),
     ):
         assert expected in message(tmp_path / spec)
     assert "at least 1" in message("synthetic:0")
     assert "no data set given" in message("")
-
-    def denied(*_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(sources.Path, "is_dir", denied)
-    assert "cannot open /locked/data: Permission denied; check" in message("/locked/data")
 
 
 def test_fingerprint_tells_data_sets_apart(tmp_path):

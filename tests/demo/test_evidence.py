@@ -97,8 +97,14 @@ def test_the_table_of_evidence(recipe, here, tmp_path, monkeypatch, capsys):
     run = recipe.parent / "run"
     plain = Trial
     monkeypatch.setattr(evidence, "Trial", lambda *a, **k: plain(*a, **k, images=32, epochs=1))
-    assert evidence.main([str(run), "--root", str(tmp_path), "--seeds", "0", "1", "--workers", "1"]) == 0
+    command = [str(run), "--root", str(tmp_path), "--workers", "1"]
+    assert evidence.main(command) == 0  # as in `make demo`
     text = capsys.readouterr().out
+    assert {name for name in evidence.ROWS if name in text} == {evidence.TEACHER, evidence.ALIGNED}
+    assert {(trial.name, trial.seed) for trial in here} == {(evidence.TEACHER, 0), (evidence.ALIGNED, 0)}
+    assert evidence.main([*command, "--controls", "--seeds", "0", "1"]) == 0
+    text = capsys.readouterr().out
+    assert len(here) == 2 * len(evidence.ROWS)  # what was probed is not probed again
     for name in evidence.ROWS:
         assert name in text
     facts = json.loads((run / "evidence-test.json").read_text())

@@ -144,7 +144,7 @@ def test_missing_parts_are_named(own, tmp_path):
     for data, words in (
         (tmp_path / "nothing", "no such folder"),
         ("", "no labelled data"),
-        ("coco-panoptik:/data", "there are coco coco-things coco-panoptic ade20k"),
+        ("coco-panoptik:/data", "nearest is coco-panoptic"),
     ):
         assert words in data_error(data)
     assert "there are train, val and test" in data_error(own, "valid")

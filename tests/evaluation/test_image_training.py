@@ -16,8 +16,7 @@ from torch import nn
 
 import fastalign as fa
 from fastalign.classify import classify, main
-from fastalign.data.loader import Loader
-from fastalign.data.prefetch import Batch
+from fastalign.data.loader import Batch, Loader
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
 from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate

@@ -151,3 +151,12 @@ def test_one_patch_embedding_for_all_masks_equals_blanking_pixels(name, kwargs):
     visible = fa.UniformMasks()(torch.arange(2), 9)
     visible[1, 1] = False
     assert relative_error(teacher(images, visible), teacher_targets(model, images, visible, 0)) < EXACT
+
+
+@pytest.mark.parametrize("mode", ["zero", "drop"])
+def test_masks_may_be_a_function(mode):
+    vit, masks = fa.create_backbone(VIT, **SMALL), fa.UniformMasks(seed=3)
+    student, teacher = fa.MaskEmbedStudent.from_backbone(vit), fa.MaskedTeacher(vit, masking=mode)
+    images, ids = torch.randn(2, 3, *vit.spec.image_size), torch.tensor([5, 7])
+    theirs = fa.MaskEmbed(teacher, student, lambda sample_ids, grid, epoch: masks(sample_ids, grid, epoch))
+    assert torch.equal(theirs(images, ids, 2), fa.MaskEmbed(teacher, student, masks)(images, ids, 2))

@@ -275,7 +275,7 @@ def test_wrong_arguments_and_names():
     (q, k, v), sequences = tensors(packed=True)
     with pytest.raises(ValueError, match="a bias needs dense input"):
         attention(q, k, v, sequences=sequences, bias=torch.zeros(1, 1, 1, 1, device=DEVICE))
-    with pytest.raises(ValueError, match="unknown name 'sdpaa'; the nearest is sdpa; choose from"):
+    with pytest.raises(ValueError, match="unknown name sdpaa; the nearest is sdpa; choose from"):
         attention(q, k, v, sequences=sequences, backend="sdpaa")
     choice.check("auto"), choice.check("eager")
     if BACKENDS["flash_attn_3"].missing():

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from fastalign.config import Config, keys, load_config
 from fastalign.utils.errors import UserError
-from fastalign.utils.yaml_files import LONGEST
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,9 +57,8 @@ for old, new in pairwise("abcdefghi"):
         ("seed: " + "9" * 5000, ["not YAML", "digits"]),
         ("seed: 2001-13-41", ["seed", "integer"]),
         ("a\x00b: 1", ["not YAML"]),
-        ("x: " + "a" * (LONGEST + 1), ["bytes", "at most"]),
         ("1: 2", ["Keys should be strings"]),
-        ("base: /", ["no configuration file at /"]),
+        ("base: /", ["no recipe at /"]),
     ],
 )
 def test_configurations_made_to_harm_are_one_line(tmp_path, monkeypatch, text, words):
@@ -72,7 +70,7 @@ def test_configurations_made_to_harm_are_one_line(tmp_path, monkeypatch, text, w
     assert not (tmp_path / "HERE").exists()
 
 
-@pytest.mark.parametrize("value", ["[" * 5000, "&a [*a]", "x" * (LONGEST + 1)])
+@pytest.mark.parametrize("value", ["[" * 5000, "&a [*a]"])
 def test_overrides_made_to_harm_are_one_line(tmp_path, value):
     (tmp_path / "c.yaml").touch()
     assert "override 'student.kwargs.a=" in one_line(tmp_path / "c.yaml", [f"student.kwargs.a={value}"])

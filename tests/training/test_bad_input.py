@@ -81,9 +81,17 @@ def test_bad_input_is_one_line_and_exit_code_2(recipe, tmp_path, capsys, case):
         assert word in error[0]
 
 
-def test_an_override_in_place_of_the_recipe(capsys):
-    assert train.main(["optim.lr=3", "recipe.yaml"]) == 2
-    assert "no configuration file at optim.lr=3; the recipe comes before" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["optim.lr=3", "recipe.yaml"], "no recipe at recipe.yaml"),
+        (["clip-vit-b", "siglip-vit-b"], "give one recipe, got clip-vit-b, siglip-vit-b"),
+        (["clipvit-b"], "no recipe 'clipvit-b'; the nearest is clip-vit-b"),
+    ],
+)
+def test_the_recipe_is_named_in_the_message(arguments, message, capsys):
+    assert train.main(arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_checkpoint_does_not_fit_another_model_by_force(recipe, capsys):

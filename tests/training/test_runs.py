@@ -123,7 +123,7 @@ def test_target_scale_is_stored_and_not_measured_again(recipe, monkeypatch):
     folder = recipe("max_steps=1", "loss.target_scale=auto:1")
     state = torch.load(folder / "checkpoints" / "step-00000001.pt", weights_only=True)
     assert state["target_scale"] != 1.0
-    monkeypatch.setattr("fastalign.train.measure_target_scale", lambda run: 1 / 0)
+    monkeypatch.setattr("fastalign.train.measure_target_scale", lambda *given: 1 / 0)
     recipe("max_steps=2", "loss.target_scale=auto:1")
     again = torch.load(folder / "checkpoints" / "step-00000002.pt", weights_only=True)
     assert again["target_scale"] == state["target_scale"]

@@ -4,7 +4,6 @@ A name that was asked for is used if it supports the case. Otherwise, on a GPU t
 has measured, the fastest usable one by `table.json`, which that command writes; elsewhere a rule.
 """
 
-import difflib
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from fastalign import ops
 from fastalign.ops.attention.backends import BACKENDS, Case
+from fastalign.utils.errors import unknown
 
 TABLE = Path(__file__).with_name("table.json")
 """Architecture ("sm_90") -> the environment, and milliseconds by implementation for each case."""
@@ -127,10 +127,7 @@ def check(name: str) -> None:
     if name == "auto":
         return
     if name not in BACKENDS:
-        near = difflib.get_close_matches(name, BACKENDS, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"unknown name {name!r}; the nearest is {near}; choose from auto, {', '.join(BACKENDS)}"
-        )
+        raise ValueError(f"{unknown('name', name, BACKENDS)}; choose from auto, {', '.join(BACKENDS)}")
     if (missing := BACKENDS[name].missing()) is not None:
         get = BACKENDS[name].get
         raise ValueError(f"{name} is not installed ({missing})" + (f"; {get}" if get else ""))

@@ -1,0 +1,43 @@
+"""The command ``fastalign COMMAND ...``; ``python -m fastalign.COMMAND ...`` is the same."""
+
+import difflib
+import importlib
+import sys
+
+from fastalign import __version__
+
+COMMANDS = {
+    "train": "align a backbone; torchrun -m fastalign.train on several GPUs",
+    "recipes": "list the recipes: backbone, resolution, cost",
+    "probe": "train the paper's heads on patch embeddings",
+    "classify": "train image classifiers on a backbone",
+    "export": "write an aligned backbone for another library",
+    "report": "write an HTML page about a run",
+    "scan": "check every image of a data set",
+    "doctor": "list installed packages and kernels, and run a step",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns the exit code of the subcommand; 2 if there is none of that name."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: fastalign COMMAND ...    (fastalign COMMAND --help)\n")
+        print("\n".join(f"  {command:<10}{text}" for command, text in COMMANDS.items()))
+    elif name == "--version":
+        print(f"fastalign {__version__}")
+    elif name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        print(f"fastalign: unknown command {name!r}; the nearest is {near}", file=sys.stderr)
+        return 2
+    else:
+        package = importlib.import_module(f"fastalign.{name}")
+        module = (
+            importlib.import_module(f"fastalign.{name}.__main__") if hasattr(package, "__path__") else package
+        )
+        return module.main(rest)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""The documentation: the site builds without a broken link, and has every public name."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastalign as fa
+
+ROOT = Path(__file__).parents[1]
+MODULES = {"kernels", "masks", "ops"}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("mkdocs")
+    folder = tmp_path_factory.mktemp("site")
+    build = [sys.executable, "-m", "mkdocs", "build", "-q", "-d", str(folder)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_api_page_has_every_public_name(site):
+    ids = set(
+        re.findall(r'id="fastalign\.(?:ops\.reference\.)?(\w+)"', (site / "api/index.html").read_text())
+    )
+    assert set(fa.__all__) - MODULES - {"UserError"} <= ids
+
+
+def test_pages_link_to_files_of_the_repository(site):
+    """Recipes and examples, which lie outside docs/, are part of the site."""
+    page = (site / "recipes/index.html").read_text()
+    targets = re.findall(r'href="([^"#]+\.yaml)"', page)
+    assert targets
+    assert all((site / "recipes" / target).is_file() for target in targets)

@@ -1,0 +1,96 @@
+"""What a run prints: the block at its start, the time left, its end; and `--dry-run`."""
+
+import io
+import re
+import time
+
+import pytest
+
+from fastalign import train
+from fastalign.training import reporter
+from fastalign.training.metrics import MetricLog
+from fastalign.training.reporter import Reporter, clock, duration
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (3.4, "3 s"),
+        (119, "119 s"),
+        (120, "2 min"),
+        (3600, "60 min"),
+        (7200, "2 h 0 min"),
+        (12000, "3 h 20 min"),
+    ],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_clock_names_the_day_if_it_is_another():
+    assert re.fullmatch(r"\d\d:\d\d", clock(0))
+    assert clock(7 * 86400).startswith(time.strftime("%a"))
+
+
+def test_start_and_end_of_a_run(recipe, capsys):
+    folder = recipe("optim.epochs=1")
+    out = capsys.readouterr().out
+    for line in (
+        r"fastalign [\d.]+, torch \S+, CPU, 1 rank, 1 pass per update",
+        r"precision: fp32",
+        r"backbone: vit_tiny_patch16_224, [\d.]+ M parameters, 2 x 2 patches of 32 x 32 pixels, soft-cap 30.0, "
+        "weights random",
+        r"data: 40 images; 10 for validation",
+        r"batch: 8 images, 8 per rank and pass",
+        r"length: 1 epoch of 5 updates",
+        rf"new run in {folder}",
+        r"target scale [\d.]+: the targets are multiplied by it \(loss.target_scale\)",
+        r"expected end: \d\d:\d\d, in \d+ s",
+        rf"aligned backbone: {folder}/backbone.safetensors, validation loss [\d.]+",
+        rf"  fastalign export {folder} --to timm",
+    ):
+        assert re.search(f"^{line}$", out, re.M), line
+    recipe("optim.epochs=1")
+    assert f"{folder} is finished: step 5 of 5, nothing to train" in capsys.readouterr().out
+
+
+def test_a_bar_of_its_own_for_what_is_slow(tmp_path, monkeypatch):
+    """On a terminal the bar of the training moves with each update and shows the time left after two."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    bars = Reporter(MetricLog(tmp_path, main=True), total=10, step=0, main=True)
+    task = bars._bar.tasks[0]
+    bars.update(1)
+    assert (task.completed, task.fields["left"]) == (1, "")
+    bars.update(2)
+    assert task.completed == 2
+    assert task.fields["left"].endswith(" s left")
+    assert [len(bars._bar.tasks) for _ in bars.track("ab", "validating", 2)] == [2, 2]
+    assert len(bars._bar.tasks) == 1
+    bars.close()
+
+
+def test_lines_for_what_is_slow_without_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reporter, "LINE_SECONDS", -1)
+    lines = Reporter(MetricLog(tmp_path, main=True), total=10, step=0, main=True)
+    assert list(lines.track("abc", "validating", 3)) == ["a", "b", "c"]
+    assert capsys.readouterr().out.splitlines() == [
+        "validating: 1 of 3 batches",
+        "validating: 2 of 3 batches",
+    ]
+    lines.close()
+
+
+def test_a_dry_run_leaves_nothing(recipe, capsys):
+    folder = recipe("--dry-run", "probe.data=/nowhere", "faults.quarantine=/nowhere")
+    out = capsys.readouterr().out
+    assert re.search(r"^memory: [\d.]+ GiB of the process at the peak$", out, re.M)
+    assert re.search(r"^speed: \d+ images/s on synthetic images", out, re.M)
+    assert re.search(r"^whole run: 40 images, 10 updates in about \d+ s", out, re.M)
+    assert not folder.exists()
+
+
+def test_a_dry_run_needs_data(capsys):
+    assert train.main(["in1k-vit-t", "--dry-run"]) == 2
+    assert "data.train is not set" in capsys.readouterr().err
