@@ -40,7 +40,7 @@ def peak(root):
     small = Transform((32, 32), (0,) * 3, (1,) * 3)
     options = {"batch_size": 4, "device": "cpu", "train": False, "threads": 1, "bad": BadSamples()}
     loader = Loader(open_source(root), small, **options)
-    seen = [i for batch in loader.batches() for i in batch.ids_host.tolist()]
+    seen = [i for batch in loader.batches() for i in batch.ids.tolist()]
     loader.close()
     return seen, len(loader.bad.found), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print([*peak(sys.argv[1]), *peak(sys.argv[2])])
@@ -71,10 +71,10 @@ def test_two_thousand_mutations(tmp_path, kind):
     source = open_source(str(write_folder(tmp_path / "a", files)))
     known = BadSamples()
     loader = Loader(source, EVAL, device="cpu", batch_size=50, threads=2, train=False, bad=known)
-    delivered = [int(i) for batch in loader.batches() for i in batch.ids_host]
+    delivered = [int(i) for batch in loader.batches() for i in batch.ids]
     assert sorted(delivered + list(known.found)) == list(range(2500))
     assert set(range(0, 2500, 5)) <= set(delivered)
     assert 200 < len(known.found) < 1800
     # The same loader once more.
-    assert [int(i) for batch in loader.batches() for i in batch.ids_host] == delivered
+    assert [int(i) for batch in loader.batches() for i in batch.ids] == delivered
     loader.close()

@@ -153,7 +153,7 @@ def test_an_update_has_the_loss_of_its_mixed_labels():
     torch.manual_seed(0)
     head, labels = nn.Linear(5, 4), torch.tensor([3, 1, 0, 2])
     ids, weights = (torch.tensor([2, 0]), torch.tensor([1, 3])), (0.3, 1.0)
-    batches = [Batch(torch.randn(2, 5), i, i.numpy(), 0.5, w) for i, w in zip(ids, weights, strict=True)]
+    batches = [Batch(torch.randn(2, 5), i, weight=w) for i, w in zip(ids, weights, strict=True)]
     expected = 0.0
     for batch in batches:
         target = timm.data.mixup.mixup_target(labels[batch.ids], 4, lam=batch.weight, smoothing=0.1)
