@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 ROOT = Path(__file__).parents[1]
 MODEL = {"name": "vit_tiny_patch16_224", "weights": "random", "kwargs": {"img_size": 32, "depth": 2}}
@@ -26,6 +27,16 @@ def losses(folder: Path) -> list[float]:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     newest = max((folder / "checkpoints").glob("step-*.pt"))
     return torch.load(newest, weights_only=True)["student"]
+
+
+def assert_same(found, wanted, where: str = "") -> None:
+    """Nested containers of tensors and plain values, to the bit."""
+    (ours, structure), (theirs, expected) = map(tree_flatten_with_path, (found, wanted))
+    assert structure == expected, where
+    for (path, one), (_, other) in zip(ours, theirs, strict=True):
+        assert type(one) is type(other), where + keystr(path)
+        same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+        assert same, where + keystr(path)
 
 
 def flip(path: Path, position: int) -> None:
