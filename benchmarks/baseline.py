@@ -9,6 +9,7 @@ import copy
 
 import timm
 import torch
+from timm.layers import apply_rot_embed_cat
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,11 +22,17 @@ class CappedAttention(nn.Module):
         super().__init__()
         self.inner, self.softcap = inner, softcap
 
-    def forward(self, x: Tensor, **_) -> Tensor:
-        """[B, T, D] -> [B, T, D]"""
+    def forward(self, x: Tensor, rope: Tensor | None = None, **_) -> Tensor:
+        """[B, T, D] -> [B, T, D]; `rope` is timm's rotary table"""
         inner = self.inner
         shape = (*x.shape[:2], 3, inner.num_heads, -1)
         q, k, v = inner.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
+        if rope is not None:
+            p, half = inner.num_prefix_tokens, inner.rotate_half
+            q, k = (
+                torch.cat([part[:, :, :p], apply_rot_embed_cat(part[:, :, p:], rope, half)], 2)
+                for part in (q, k)
+            )
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         weights = (self.softcap * torch.tanh(scores / self.softcap)).softmax(-1)
         return inner.proj((weights @ v).transpose(1, 2).flatten(2))
@@ -57,6 +64,7 @@ class Student(nn.Module):
         self.encoder.attn_pool, self.encoder.fc_norm, self.encoder.global_pool = None, nn.Identity(), ""
         nn.init.zeros_(self.encoder.head.weight), nn.init.zeros_(self.encoder.head.bias)
         block = backbone.blocks[0]
+        bias = block.attn.qkv.bias is not None
         if softcap:
             for one in self.encoder.blocks:
                 one.attn = CappedAttention(one.attn, softcap)
@@ -64,7 +72,7 @@ class Student(nn.Module):
         self.pos_embed = nn.Parameter(
             0.02 * torch.randn(1, backbone.patch_embed.num_patches + self.prefix, width)
         )
-        options = {"qkv_bias": True, "init_values": 1e-6, "act_layer": type(block.mlp.act)}
+        options = {"qkv_bias": bias, "init_values": 1e-6, "act_layer": type(block.mlp.act)}
         self.blocks = nn.Sequential(*(Block(width, block.attn.num_heads, **options) for _ in range(2)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, width)
 

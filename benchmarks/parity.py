@@ -33,6 +33,12 @@ BACKBONES = [
     "beit_base_patch16_224.in22k_ft_in22k_in1k",
     "beitv2_base_patch16_224.in1k_ft_in22k_in1k",
     "eva02_base_patch16_clip_224.merged2b",
+    "vit_base_patch16_dinov3.lvd1689m",
+    "vit_small_plus_patch16_dinov3_qkvb.lvd1689m",
+    "vit_pe_core_base_patch16_224.fb",
+    "vit_pe_spatial_tiny_patch16_512.fb",
+    "vit_small_patch16_rope_ape_224.naver_in1k",
+    "vit_small_patch16_rope_mixed_224.naver_in1k",
     MOCO,
 ]
 

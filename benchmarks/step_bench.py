@@ -13,16 +13,20 @@ from fastalign.backbones.precision import autocast, store_as
 from fastalign.method.flops import flops_per_image, peak_flops
 from fastalign.training.optim import adamw
 
+TINY_KWARGS = {"img_size": 32, "depth": 2}
+FIXED_SIZE = {"dynamic_img_size": False}
+"""So that timm's model, too, makes its rotary table once."""
 BACKBONES = {
-    "B/16-224": ("vit_base_patch16_clip_quickgelu_224", 256),
-    "L/14-336": ("vit_large_patch14_clip_quickgelu_336", 32),
-    "SO400M/14-384": ("vit_so400m_patch14_siglip_384", 16),
+    "B/16-224": ("vit_base_patch16_clip_quickgelu_224", 256, {}),
+    "L/14-336": ("vit_large_patch14_clip_quickgelu_336", 32, {}),
+    "SO400M/14-384": ("vit_so400m_patch14_siglip_384", 16, {}),
+    "DINOv3-B/16-256": ("vit_base_patch16_dinov3", 192, FIXED_SIZE),
+    "PE-L/14-336": ("vit_pe_core_large_patch14_336", 32, {}),
 }
-"""timm's name, and images per step, on a GPU."""
-SMALL = {"S/16-224": ("vit_small_patch16_224", 8), "tiny": ("vit_tiny_patch16_224", 2)}
+"""timm's name, images per step, and timm's arguments, on a GPU."""
+SMALL = {"S/16-224": ("vit_small_patch16_224", 8, {}), "tiny": ("vit_tiny_patch16_224", 2, TINY_KWARGS)}
 """The same on a CPU."""
 MODES = ("zero", "drop", "fp8", "baseline")
-TINY_KWARGS = {"img_size": 32, "depth": 2}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UP, STEPS, ROUNDS = 3, 5, 4
 
@@ -52,7 +56,7 @@ class StepBench:
     """A model with its optimizer and `batch` random images, ready to step."""
 
     def __init__(self, row: Row, batch: int, device: torch.device):
-        name, kwargs = (BACKBONES | SMALL)[row.backbone][0], TINY_KWARGS if row.backbone == "tiny" else {}
+        name, _, kwargs = (BACKBONES | SMALL)[row.backbone]
         vit = fa.create_backbone(name, **kwargs)
         student = fa.MaskEmbedStudent.from_backbone(vit, softcap=row.softcap)
         teacher = fa.MaskedTeacher(vit, masking="drop" if row.mode == "drop" else "zero")

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from fastalign import kernels, ops
+from fastalign.backbones.saving import save_backbone
 from fastalign.method import masks
 from fastalign.method.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
 from fastalign.method.objectives import MaskedImageModeling, MaskEmbed
@@ -36,6 +37,7 @@ __all__ = [
     "load_backbone",
     "masks",
     "ops",
+    "save_backbone",
     "transform",
 ]
 

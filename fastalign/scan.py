@@ -24,7 +24,7 @@ from fastalign.utils.paths import path_argument
 
 
 def scan(data: str, workers: int) -> tuple[int, list[BadSample]]:
-    """The number of images, and damaged shards and folders followed by the bad images in source order."""
+    """The number of images, and damaged shards followed by the bad images in source order."""
     source, local = open_source(data, damaged=True), threading.local()
     if isinstance(source, SyntheticSource):
         raise UserError(f"{data} is made on the device: there is no file to check")

@@ -22,10 +22,11 @@ from fastalign.training.command import report_rank_error, run_command
 from fastalign.training.dry_run import dry_run
 from fastalign.training.faults import handle_status, prepare_logs, report_bad_validation_samples
 from fastalign.training.hang import WAITING, collective_timeout
-from fastalign.training.metrics import MetricLog, Speed
+from fastalign.training.messages import end_lines, start_lines
+from fastalign.training.metrics import Speed
 from fastalign.training.optim import seed_update, step_unless
 from fastalign.training.preemption import Preemption, clear_marker, preempted
-from fastalign.training.reporter import Reporter, end_lines, start_lines
+from fastalign.training.reporter import Reporter
 from fastalign.training.run import Run, itstime
 from fastalign.training.validation import evaluate, measure_target_scale
 from fastalign.utils.errors import UserError
@@ -97,11 +98,10 @@ def train(config: Config, world: distributed.World) -> None:
 def run_training(run: Run, splits: Splits, *, notes: list[str], new_scale: bool) -> None:
     """Evaluate, train, save, and report from the first line on the terminal to the last."""
     config, world, state = run.config, run.world, run.state
-    evaluated = not run.eval_pending
-    log = MetricLog(
-        run.folder, step=state.step or -1, evaluated=evaluated, main=world.main, sinks=config.log.to
-    )
-    reporter = Reporter(log, total=run.last_step, step=state.step, main=world.main)
+    flops, images = flops_per_image(run.objective), config.optim.batch_size
+    speed = Speed(images=images, ranks=world.size, flops=flops, device=world.device)
+    position = {"step": state.step, "evaluated": not run.eval_pending, "total": run.last_step}
+    reporter = Reporter(run.folder, speed, **position, main=world.main, sinks=config.log.to)
     try:
         with report_rank_error(world.rank):
             at = f"step {state.step} of {run.last_step}"
@@ -141,18 +141,12 @@ def initial_eval(run: Run, splits: Splits, reporter: Reporter) -> None:
 
 def train_loop(run: Run, splits: Splits, reporter: Reporter) -> None:
     """Train epoch by epoch, with an evaluation and a checkpoint after each."""
-    speed = Speed(
-        images=run.config.optim.batch_size,
-        ranks=run.world.size,
-        flops=flops_per_image(run.objective),
-        device=run.world.device,
-    )
     reporter.start_clock()
     run.preemption.hold_interrupts()
     run.model.train()
     while not run.finished:
         if not run.eval_pending:
-            train_epoch(run, splits, reporter, speed)
+            train_epoch(run, splits, reporter)
         epoch = (run.state.step - 1) // run.epoch_steps
         if run.val is not None:
             validate(run, reporter, epoch)
@@ -162,18 +156,18 @@ def train_loop(run: Run, splits: Splits, reporter: Reporter) -> None:
         save(run, evaluated=run.val is not None)
 
 
-def train_epoch(run: Run, splits: Splits, reporter: Reporter, speed: Speed) -> None:
+def train_epoch(run: Run, splits: Splits, reporter: Reporter) -> None:
     """From the run's step to the end of its epoch: update, log, probe, save."""
     config, state = run.config, run.state
     epoch, position = divmod(state.step, run.epoch_steps)
     end = min(run.last_step, (epoch + 1) * run.epoch_steps)
     with contextlib.closing(run.train.batches(epoch, start=position * config.optim.accumulate)) as batches:
-        speed.start()
+        reporter.speed.start()
         while state.step < end:
             metrics = update(run, batches, epoch)
-            speed.tick(metrics.pop("waited"))
+            reporter.speed.tick(metrics.pop("waited"))
             reporter.update(state.step)
-            reporter.log.add(step=state.step, epoch=epoch, **metrics)
+            reporter.add(step=state.step, epoch=epoch, **metrics)
             at_end = state.step == end
             saving = itstime(state.step, config.checkpoint.every_steps) and not at_end
             probing = should_probe(run) and not at_end
@@ -184,7 +178,7 @@ def train_epoch(run: Run, splits: Splits, reporter: Reporter, speed: Speed) -> N
                 handle_status(run, reporter, everything=True)
             saving = saving or (overdue and not at_end)
             if saving or probing or stop or at_end or itstime(state.step, config.log.every_steps):
-                reporter.flush(speed)
+                reporter.flush()
             if stop:
                 save(run)
                 wait_for_checkpoint(run)
@@ -194,7 +188,7 @@ def train_epoch(run: Run, splits: Splits, reporter: Reporter, speed: Speed) -> N
             if saving or (probing and new_best(run) is not None):
                 save(run)
             if saving or probing:
-                speed.start()
+                reporter.speed.start()
 
 
 def should_probe(run: Run) -> bool:
@@ -207,7 +201,7 @@ def validate(run: Run, reporter: Reporter, epoch: int) -> None:
     """Evaluate on the validation set and report the loss."""
     loss = run.state.val_loss = evaluate(run, reporter.track)
     report_bad_validation_samples(run, reporter)
-    reporter.log.add(step=run.state.step, epoch=epoch, val_loss=loss)
+    reporter.add(step=run.state.step, epoch=epoch, val_loss=loss)
     reporter.flush()
     reporter.say(f"step {run.state.step}: validation loss {loss:.4f}")
 
@@ -225,7 +219,7 @@ def probe(run: Run, splits: Splits, reporter: Reporter, epoch: int) -> None:
     """Probe the student and report the scores."""
     step, scores = run.state.step, probe_student(run, splits)
     run.state.probed = {"step": step, **scores}
-    reporter.log.add(step=step, epoch=epoch, **{f"probe_{name}": value for name, value in scores.items()})
+    reporter.add(step=step, epoch=epoch, **{f"probe_{name}": value for name, value in scores.items()})
     reporter.flush()
     recall, precision = (f"{100 * scores[name]:.1f}" for name in ("macro_recall", "map"))
     reporter.say(f"step {step}: probe macro recall {recall}, mAP {precision}, loss {scores['loss']:.4f}")

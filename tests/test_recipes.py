@@ -6,9 +6,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from safetensors.torch import save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from fastalign.backbones.zoo import create_backbone
 from fastalign.compat.reference_config import make_config
@@ -25,6 +27,21 @@ ALL = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "ba
 RECIPES = {path.stem: path for path in ALL if path.stem != "demo"}
 
 CLIP_B = "vit_base_patch16_clip_quickgelu_224.openai"
+# Recipes of ours for other backbones, by the size that decides batch and learning rate.
+BASE = {
+    "siglip2-vit-b": "vit_base_patch16_siglip_224.v2_webli",
+    "metaclip-vit-b": "vit_base_patch16_clip_quickgelu_224.metaclip_2pt5b",
+}
+LARGE = {
+    "metaclip-vit-l": "vit_large_patch14_clip_quickgelu_224.metaclip_2pt5b",
+}
+LARGE_336 = {}
+SO400M = {"siglip2-vit-so400m": "vit_so400m_patch16_siglip_256.v2_webli"}
+SO400M_384 = {
+    "siglip2-vit-so400m-384": "vit_so400m_patch14_siglip_378.v2_webli",
+    "dfn-vit-h-378": "vit_huge_patch14_clip_quickgelu_378.dfn5b",
+}
+BASE_512 = {"radio-v3-b": "vit_base_patch16_radio_v3.c_radio"}
 # Our own recipes: each is another recipe with these overrides.
 OURS = {
     "mim-clip-vit-b-aligned": ("mim-clip-vit-b", ["student.weights=runs/clip-vit-b"]),
@@ -36,6 +53,12 @@ OURS = {
     "clip-vit-b-decoder1": ("clip-vit-b", ["decoder.layers=1"]),
     "clip-vit-b-decoder4": ("clip-vit-b", ["decoder.layers=4"]),
     "clip-vit-b-no-softcap": ("clip-vit-b", ["student.softcap=null"]),
+    **{stem: ("clip-vit-b", [f"student.name={name}"]) for stem, name in BASE.items()},
+    **{stem: ("clip-vit-l", [f"student.name={name}"]) for stem, name in LARGE.items()},
+    **{stem: ("clip-vit-l-336", [f"student.name={name}"]) for stem, name in LARGE_336.items()},
+    **{stem: ("siglip-vit-so400m", [f"student.name={name}"]) for stem, name in SO400M.items()},
+    **{stem: ("siglip-vit-so400m-384", [f"student.name={name}"]) for stem, name in SO400M_384.items()},
+    **{stem: ("clip-vit-b", [f"student.name={n}", "optim.accumulate=8"]) for stem, n in BASE_512.items()},
 }
 # What recipes leave at the defaults: it does not decide the result.
 DEFAULTS = {"seed", "log", "checkpoint", "efficiency"}
@@ -144,6 +167,26 @@ def test_operations_an_image(stem):
         objective, _ = build_objective(load_config(RECIPES[stem], RANDOM))
     computed = round(flops_per_image(objective) / 1e9, 1)
     assert {same: gigaflop(same) for same in STEPS[stem]} == dict.fromkeys(STEPS[stem], computed)
+
+
+@pytest.mark.parametrize("stem", STEPS)
+def test_image_constants_are_those_of_the_published_weights(stem):
+    student = load_config(RECIPES[stem]).student
+    with torch.device("meta"):
+        vit = create_backbone(student.name, **student.kwargs)
+    published = timm.models.get_pretrained_cfg(student.name)
+    if published is None:  # MoCo-v3, as its authors evaluate it
+        published = timm.models.PretrainedCfg(
+            input_size=(3, 224, 224), mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, crop_pct=0.875
+        )
+    else:
+        assert published.has_weights
+    constants = ("mean", "std", "interpolation", "crop_pct")
+    assert vit.data == {
+        k: v if isinstance(v := getattr(published, k), (str, float)) else list(v) for k in constants
+    }
+    size = student.kwargs.get("img_size", published.input_size[1])
+    assert vit.spec.image_size == (size, size)
 
 
 def test_documentation_lists_every_recipe():

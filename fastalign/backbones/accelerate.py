@@ -62,9 +62,8 @@ class FastSelfAttention:
 
     def _rotate(self, x: Tensor, rope: Tensor) -> Tensor:
         """Rotary embedding of all but the prefix tokens; x: [B, H, T, d]."""
-        options = {"half": True} if getattr(self, "rotate_half", False) else {}
-        prefix = self.num_prefix_tokens
-        return torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope, **options)], dim=2)
+        prefix, half = self.num_prefix_tokens, self.rotate_half
+        return torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope, half)], dim=2)
 
     def _attend(self, x: Tensor, rope: Tensor | None, bias: Tensor | None) -> Tensor:
         """[B, T, D] -> [B, T, D]; the bias, [T, T] to [B, H, T, T], is added to the capped logits."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastalign.backbones.rope import rotate
 from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.ops.attention import Sequences, attention
 
@@ -74,13 +75,12 @@ class Attention(nn.Module):
 
     Args:
         spec: of the block.
-        prefix: P, tokens without a rotary position.
         window: the grid of patches, where a relative position bias is added.
     """
 
-    def __init__(self, spec: BlockSpec, *, prefix: int = 0, window: tuple[int, int] | None = None):
+    def __init__(self, spec: BlockSpec, *, window: tuple[int, int] | None = None):
         super().__init__()
-        self.spec, self.prefix, self.backend = spec, prefix, "auto"
+        self.spec, self.backend = spec, "auto"
         width, head_width = spec.width, spec.width // spec.heads
         if spec.qkv == "split":
             self.q_proj = nn.Linear(width, width, bias=spec.qkv_bias)
@@ -88,7 +88,7 @@ class Attention(nn.Module):
             self.v_proj = nn.Linear(width, width, bias=spec.qkv_bias)
         else:
             self.qkv = nn.Linear(width, 3 * width, bias=spec.qkv_bias and spec.qkv == "fused")
-            if spec.qkv == "no_k_bias" and spec.qkv_bias:
+            if spec.qkv == "no_k_bias":
                 self.q_bias = nn.Parameter(torch.zeros(width))
                 self.v_bias = nn.Parameter(torch.zeros(width))
         if window is not None:
@@ -113,10 +113,8 @@ class Attention(nn.Module):
         if self.spec.qkv == "split":
             parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
             return tuple(part.unflatten(-1, (self.spec.heads, -1)) for part in parts)
-        if self.spec.qkv == "no_k_bias" and self.spec.qkv_bias:
-            qkv = functional.linear(x, self.qkv.weight, self.qkv_bias())
-        else:
-            qkv = self.qkv(x)
+        joint = self.spec.qkv == "no_k_bias"
+        qkv = functional.linear(x, self.qkv.weight, self.qkv_bias()) if joint else self.qkv(x)
         return qkv.unflatten(-1, (3, self.spec.heads, -1)).unbind(-3)
 
     def forward(
@@ -126,40 +124,23 @@ class Attention(nn.Module):
 
         Args:
             x: [B, T, D], or with `sequences` packed, [L, D].
-            position: the rotary table [N, 2d] (packed: [L, 2d], a row per token) or the relative index [T, T].
+            position: the rotary table [1 or H, T, d] (packed: [L, 1 or H, d]) or the relative index [T, T].
             sequences: the bounds of packed sequences.
         """
         q, k, v = self.project(x)
-        q, k = self.q_norm(q), self.k_norm(k)
-        options = {"softcap": self.spec.softcap, "backend": self.backend}
-        if sequences is not None:
-            if position is not None:
-                q, k = (rotate(part, position.unsqueeze(1)).type_as(v) for part in (q, k))
-            x = attention(q, k, v, sequences=sequences, **options)
-            return self.proj(self.norm(x.flatten(1)))
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        bias = None
+        q, k, bias = self.q_norm(q), self.k_norm(k), None
+        if sequences is None:
+            q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if self.biased:
             bias = self.relative_position_bias_table[position].permute(2, 0, 1).unsqueeze(0)
         elif position is not None:
-            p = self.prefix
-            q, k = (
-                torch.cat([part[:, :, :p], rotate(part[:, :, p:], position)], 2).type_as(v) for part in (q, k)
-            )
-        x = attention(q, k, v, bias=bias, **options)
-        return self.proj(self.norm(x.transpose(1, 2).flatten(2)))
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotary position embedding.
-
-    Args:
-        x: [..., N, d].
-        table: broadcastable to [..., N, 2d], the sines then the cosines, each repeated for its pair of channels.
-    """
-    sine, cosine = table.chunk(2, -1)
-    turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
-    return (x * cosine + turned * sine).to(x.dtype)
+            q, k = (rotate(part, position, self.spec.rotate_half) for part in (q, k))
+        x = attention(
+            q, k, v, bias=bias, sequences=sequences, softcap=self.spec.softcap, backend=self.backend
+        )
+        if sequences is None:
+            x = x.transpose(1, 2)
+        return self.proj(self.norm(x.flatten(-2)))
 
 
 class MLP(nn.Module):
@@ -183,19 +164,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; `prefix` and `window` as for `Attention`."""
+    """Pre-norm transformer block; `window` as for `Attention`."""
 
-    def __init__(
-        self,
-        spec: BlockSpec,
-        *,
-        drop_path: float = 0.0,
-        prefix: int = 0,
-        window: tuple[int, int] | None = None,
-    ):
+    def __init__(self, spec: BlockSpec, *, drop_path: float = 0.0, window: tuple[int, int] | None = None):
         super().__init__()
         self.norm1 = make_norm(spec)
-        self.attn = Attention(spec, prefix=prefix, window=window)
+        self.attn = Attention(spec, window=window)
         self.norm2 = make_norm(spec)
         self.mlp = MLP(spec)
         self.drop_path = nn.Identity()

@@ -13,6 +13,7 @@ from timm.layers import activations
 from timm.models import beit, eva, vision_transformer
 from torch import nn
 
+from fastalign.backbones.rope import read_position
 from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
 from fastalign.utils.errors import UserError
@@ -37,9 +38,9 @@ _MODULES = {
     *_ACTIVATIONS,
     *(nn.ModuleList, nn.Sequential, nn.Identity, nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Dropout),
     *(vision_transformer.Block, beit.Block, eva.EvaBlock),
-    *(layers.Attention, beit.Attention, eva.EvaAttention),
+    *(layers.Attention, layers.AttentionRope, beit.Attention, eva.EvaAttention),
+    *(layers.RotaryEmbeddingCat, layers.RotaryEmbeddingDinoV3, layers.RotaryEmbeddingMixed),
     *(layers.PatchEmbed, layers.LayerNorm, layers.LayerScale, layers.DropPath, layers.Mlp, layers.SwiGLU),
-    layers.RotaryEmbeddingCat,
 }
 
 
@@ -67,9 +68,13 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
     other = [key for key, value in ours.items() if key in theirs and value.shape != theirs[key].shape]
     if wrong := sorted(set(theirs) ^ set(ours)) + other:
         raise _unsupported(source, wrong)
+    norms = dict(vit.named_modules())
+    for path, part in source.named_modules():
+        if getattr(part, "eps", None) != getattr(norms.get(path), "eps", None):
+            raise _unsupported(source, [f"another epsilon in {path}"])
     vit.load_state_dict(theirs, assign=True)
     if spec.rotary:
-        vit.position = source.rope.get_embed().detach().clone()
+        vit.position = read_position(source.rope, spec)
     elif spec.relative_position:
         vit.position = source.blocks[0].attn.relative_position_index.clone()
     return vit
@@ -86,9 +91,12 @@ def describe(source: nn.Module) -> ViTSpec:
         raise UserError("depth must be at least 1")
     if found := _unknown_parts(source):
         raise _unsupported(source, found)
-    embed = source.patch_embed
+    embed, rope = source.patch_embed, getattr(source, "rope", None)
+    block = _describe_block(source.blocks[0], source)
+    if any(_describe_block(other, source) != block for other in source.blocks):
+        raise _unsupported(source, ["blocks that differ"])
     return ViTSpec(
-        block=_describe_block(source.blocks[0], source),
+        block=block,
         depth=len(source.blocks),
         image_size=pair(embed.img_size),
         patch_size=pair(embed.patch_size),
@@ -98,14 +106,16 @@ def describe(source: nn.Module) -> ViTSpec:
         position=source.pos_embed is not None,
         position_prefix=not getattr(source, "no_embed_class", False),
         relative_position=isinstance(source, beit.Beit),
-        rotary=getattr(source, "rope", None) is not None,
+        rotary=rope is not None,
+        rotary_mixed=isinstance(rope, layers.RotaryEmbeddingMixed),
         patch_bias=embed.proj.bias is not None,
         patch_norm=_has_norm(embed.norm),
         pre_norm=_has_norm(getattr(source, "norm_pre", None)),
         final_norm=_has_norm(source.norm),
         pooled_norm=_has_norm(source.fc_norm),
         pool=source.global_pool or "none",
-        pool_prefix=bool(getattr(source, "pool_include_prefix", False)),
+        # Eva's attention pooling reads all tokens.
+        pool_prefix=getattr(source, "pool_include_prefix", getattr(source, "attn_pool", None) is not None),
         fresh_norm_eps=next(
             (type(norm)(8).eps for norm in (source.norm, source.fc_norm) if _has_norm(norm)), 1e-6
         ),
@@ -114,9 +124,9 @@ def describe(source: nn.Module) -> ViTSpec:
 
 def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
     attention, mlp = block.attn, block.mlp
-    if getattr(attention, "qkv", None) is None:
+    if attention.qkv is None:
         qkv, bias = "split", attention.q_proj.bias
-    elif isinstance(block, (beit.Block, eva.EvaBlock)):
+    elif getattr(attention, "q_bias", None) is not None:
         qkv, bias = "no_k_bias", attention.q_bias
     else:
         qkv, bias = "fused", attention.qkv.bias
@@ -136,6 +146,7 @@ def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
         qkv_bias=bias is not None,
         qk_norm=_has_norm(getattr(attention, "q_norm", None)),
         attention_norm=_has_norm(getattr(attention, "norm", None)),
+        rotate_half=getattr(source, "rope", None) is not None and attention.rotate_half,
         layer_scale=None if scale is None else 1.0,
         layer_scale_keys="gamma" if gamma is not None else "ls",
         norm_eps=block.norm1.eps,
@@ -148,10 +159,8 @@ def _unknown_parts(source: nn.Module) -> list[str]:
     found = [type(part).__name__ for part in parts.values() if type(part) not in _MODULES]
     if any(isinstance(part, nn.Dropout) and part.p > 0 and k != "head_drop" for k, part in parts.items()):
         found.append("dropout")
-    if getattr(source, "dynamic_img_size", False):
-        found.append("dynamic image sizes")
-    if any(getattr(part, "rotate_half", False) for part in parts.values()):
-        found.append("half-rotated rotary embeddings")
+    if getattr(source.patch_embed, "dynamic_img_pad", False):
+        found.append("padded images")
     return list(dict.fromkeys(found))
 
 

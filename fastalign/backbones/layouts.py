@@ -39,8 +39,11 @@ class Layout(NamedTuple):
 _HF_ATTENTION = {f"attn.{part[0]}.": f"attention.attention.{part}." for part in ("query", "key", "value")}
 _HF_ATTENTION |= {"attn.proj.": "attention.output.dense."}
 _HF_NEW_ATTENTION = dict(zip(_HF_ATTENTION, [f"attention.{part}_proj." for part in "qkvo"], strict=True))
+_HF_GATED_MLP = {"mlp.fc1_g.": "mlp.gate_proj.", "mlp.fc1_x.": "mlp.up_proj.", "mlp.fc2.": "mlp.down_proj."}
 
-TIMM = Layout("timm (and training checkpoints of DINO, DINOv2, MAE, MoCo-v3 and Lightning)", {}, "blocks", {})
+TIMM = Layout(
+    "timm (and training checkpoints of DINO, DINOv2, DINOv3, MAE, MoCo-v3 and Lightning)", {}, "blocks", {}
+)
 OPEN_CLIP = Layout(
     "open_clip",
     {
@@ -49,6 +52,13 @@ OPEN_CLIP = Layout(
         "patch_embed.proj.": "conv1.",
         "norm_pre.": "ln_pre.",
         "norm.": "ln_post.",
+        # of Perception Encoder, which has the other names of open_clip
+        "attn_pool.latent": "attn_pool.probe",
+        "attn_pool.in_proj.": "attn_pool.attn.in_proj_",
+        "attn_pool.proj.": "attn_pool.attn.out_proj.",
+        "attn_pool.norm.": "attn_pool.layernorm.",
+        "attn_pool.mlp.fc1.": "attn_pool.mlp.c_fc.",
+        "attn_pool.mlp.fc2.": "attn_pool.mlp.c_proj.",
     },
     "transformer.resblocks",
     {
@@ -119,13 +129,81 @@ HF_DINOV2 = Layout(
         "ls2.gamma": "layer_scale2.lambda1",
     },
 )
+HF_DINOV3 = Layout(
+    "transformers' DINOv3",
+    {
+        "cls_token": "embeddings.cls_token",
+        "reg_token": "embeddings.register_tokens",
+        "patch_embed.proj.": "embeddings.patch_embeddings.",
+    },
+    "layer",
+    {
+        "attn.q_bias": "attention.q_proj.bias",
+        "attn.v_bias": "attention.v_proj.bias",
+        **_HF_NEW_ATTENTION,
+        "gamma_1": "layer_scale1.lambda1",
+        "gamma_2": "layer_scale2.lambda1",
+        "norm1.": "norm1.",
+        **_HF_GATED_MLP,
+        "mlp.fc1.": "mlp.up_proj.",
+    },
+    unread=("embeddings.mask_token",),
+)
+HF_AIMV2 = Layout(
+    "transformers' AIMv2",
+    {
+        "patch_embed.proj.": "embeddings.patch_embed.",
+        "patch_embed.norm.": "embeddings.rms_norm.",
+        "pos_embed": "embeddings.position_embedding.weight",
+        "norm.": "rms_norm.",
+    },
+    "encoder.layers",
+    {
+        **_HF_NEW_ATTENTION,
+        "attn.proj.": "attention.out_proj.",
+        "norm1.": "rms_norm1.",
+        "norm2.": "rms_norm2.",
+        **{ours: theirs.replace("mlp", "ffn") for ours, theirs in _HF_GATED_MLP.items()},
+    },
+    flat=True,
+    unread=("head.",),
+)
+HF_INTERN = Layout(
+    "transformers' InternViT",
+    HF_VIT.root,
+    "encoder.layer",
+    {
+        **_HF_NEW_ATTENTION,
+        "attn.proj.": "attention.projection_layer.",
+        "norm1.": "layernorm_before.",
+        "norm2.": "layernorm_after.",
+        "ls1.gamma": "lambda_1",
+        "ls2.gamma": "lambda_2",
+    },
+    unread=("embeddings.mask_token",),
+)
+INTERN = Layout(
+    "InternViT",
+    {
+        "cls_token": "embeddings.class_embedding",
+        "pos_embed": "embeddings.position_embedding",
+        "patch_embed.proj.": "embeddings.patch_embedding.",
+    },
+    "encoder.layers",
+    {"attn.qkv.": "attn.qkv.", "norm1.": "norm1.", "ls1.gamma": "ls1", "ls2.gamma": "ls2"},
+)
 LAYOUTS = (
     TIMM,
     OPEN_CLIP,
     HF_CLIP,
     HF_VIT,
     HF_DINOV2,
+    HF_DINOV3,
+    HF_AIMV2,
+    HF_INTERN,
+    INTERN,
     # transformers 5 has these names in memory; its files have those above.
+    HF_DINOV3._replace(blocks="model.layer"),
     HF_VIT._replace(
         blocks="layers",
         block={"norm1.": "layernorm_before.", "norm2.": "layernorm_after.", **_HF_NEW_ATTENTION},
@@ -135,26 +213,11 @@ LAYOUTS = (
 HF_ACTIVATIONS = {name: name for name in ("gelu", "quick_gelu", "silu", "relu")}
 HF_ACTIVATIONS["gelu_tanh"] = "gelu_pytorch_tanh"
 """timm's names of activations, and transformers'."""
-HF_DEFAULTS = {
-    kind: {"hidden_act": activation, "num_attention_heads": 12}
-    for activation, kinds in (
-        ("quick_gelu", ["clip_vision_model"]),
-        ("gelu_pytorch_tanh", ["siglip_vision_model", "siglip2_vision_model"]),
-        ("gelu", ["vit", "dinov2", "dinov2_with_registers"]),
-    )
-    for kind in kinds
-}
-"""By model type: transformers' defaults of keys that a config.json may omit, as google/siglip-base's does."""
 READ = ", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))
 """The supported layouts, for messages."""
 
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_DINOV3_UNREAD = re.compile(r"(mask_token|rope_embed\.|local_cls_norm\.|projectors\.).*|.*\.bias_mask")
 _CHUNKED = re.compile(r"blocks\.\d+\.(\d+\.)")
-
-
-def plain(name: str) -> str:
-    """A key without the names of torch's wrappers (DDP, compile, FSDP)."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def find(names: Collection[str]) -> list[tuple[Layout, str]]:
@@ -185,8 +248,17 @@ def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         parts = [key.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
         if all(part in state for part in parts):
             state[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat([state.pop(part) for part in parts])
-    if layout is HF_CLIP:
-        _fit_siglip(state)
+    if any(
+        ".mlp.fc1_g." in key for key in state
+    ):  # DINOv3's files name a part of a gated MLP as one of a plain MLP
+        state = {key.replace(".mlp.fc1.", ".mlp.fc1_x."): value for key, value in state.items()}
+    _split_pooling(state)
+    if "storage_tokens" in state:  # Meta's DINOv3; a mask removes the bias of its keys
+        state["reg_token"] = state.pop("storage_tokens")
+        for bias in [key.removesuffix("_mask") for key in state if key.endswith(".bias_mask")]:
+            query, key, value = state[bias].chunk(3)
+            state[bias] = torch.cat([query, torch.zeros_like(key), value])
+        state = {key: value for key, value in state.items() if not _DINOV3_UNREAD.fullmatch(key)}
     if "register_tokens" in state:  # with them timm's models have no position for the class token
         state["reg_token"] = state.pop("register_tokens")
         state["cls_token"] = state["cls_token"].float() + state["pos_embed"][:, :1].float()
@@ -194,8 +266,8 @@ def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     return {_CHUNKED.sub(r"blocks.\1", key): value for key, value in state.items()}
 
 
-def _fit_siglip(state: dict[str, Tensor]) -> None:
-    """SigLIP 2 flattens its patches, channels last; its pooling has one matrix for query, key and value."""
+def _split_pooling(state: dict[str, Tensor]) -> None:
+    """Attention pooling with one matrix for query, key and value; SigLIP 2 flattens its patches, channels last."""
     patch = state["patch_embed.proj.weight"]
     if patch.ndim == 2:
         side = math.isqrt(patch.shape[1] // 3)

@@ -33,11 +33,13 @@ class BlockSpec:
     activation: str = "gelu"
     mlp_norm: bool = False
     qkv: str = "fused"
-    """fused | no_k_bias (one weight, q_bias and v_bias: BEiT) | split (q_proj, k_proj, v_proj: EVA02)"""
+    """fused | no_k_bias (one weight, q_bias and v_bias: BEiT, DINOv3) | split (q_proj, k_proj, v_proj: EVA02)"""
     qkv_bias: bool = True
     qk_norm: bool = False
     attention_norm: bool = False
     """a norm between attention and its projection (EVA02)"""
+    rotate_half: bool = False
+    """rotary embeddings turn channels i and i + d / 2, not neighbours (DINOv3)"""
     layer_scale: float | None = None
     layer_scale_keys: str = "ls"
     """ls (ls1.gamma) | gamma (gamma_1)"""
@@ -71,6 +73,9 @@ class ViTSpec:
     relative_position: bool = False
     """a relative position bias in each block (BEiT)"""
     rotary: bool = False
+    """rotary position embeddings of the patches in each block"""
+    rotary_mixed: bool = False
+    """whose angles are learned for each block and head (RoPE-mixed)"""
     patch_bias: bool = True
     patch_norm: bool = False
     pre_norm: bool = False

@@ -4,7 +4,7 @@ Shapes: B images, M masks per image, N patches, P prefix tokens (class, register
 D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,9 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fastalign import ops
 from fastalign.backbones.blocks import Block, PatchEmbed, make_norm
+from fastalign.backbones.rope import MixedRope, pack_table
 from fastalign.backbones.spec import ViTSpec
 from fastalign.ops.attention import Sequences
 from fastalign.ops.reference import Packing, with_prefix
+from fastalign.utils.errors import UserError
 
 
 class ViT(nn.Module):
@@ -25,14 +27,14 @@ class ViT(nn.Module):
         spec: its shape.
         drop_path: the rate of stochastic depth in the last block; it falls linearly to 0 in the first.
         data: how images become its input: "mean", "std", "interpolation", "crop_pct".
-        recipe: the "name" and "kwargs" for `fastalign.create_backbone`.
+        recipe: the "name" and "kwargs" for `fastalign.create_backbone`, where known.
     """
 
     def __init__(
         self, spec: ViTSpec, *, drop_path: float = 0.0, data: dict | None = None, recipe: dict | None = None
     ):
         super().__init__()
-        self.spec, self.data, self.recipe, self.frozen = spec, data, recipe, False
+        self.spec, self.data, self._recipe, self.frozen = spec, data, recipe, False
         width = spec.block.width
         self.patch_embed = PatchEmbed(spec)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if spec.class_token else None
@@ -44,16 +46,15 @@ class ViT(nn.Module):
         self.norm_pre = make_norm(spec.block, present=spec.pre_norm)
         window = spec.grid if spec.relative_position else None
         rates = torch.linspace(0, drop_path, spec.depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(
-            Block(spec.block, drop_path=rate, prefix=spec.prefix, window=window) for rate in rates
-        )
+        self.blocks = nn.ModuleList(Block(spec.block, drop_path=rate, window=window) for rate in rates)
         self.norm = make_norm(spec.block, present=spec.final_norm)
         self.attn_pool = None
         self.fc_norm = make_norm(spec.block, present=spec.pooled_norm)
         self.head = nn.Identity()
         self.pool = spec.pool
         self.grad_checkpointing = False
-        # The rotary table or the relative position index: not a parameter, not stored.
+        self.rope = MixedRope(spec.block, spec.depth) if spec.rotary_mixed else None
+        # The relative position index, the rotary table or mixed rope's coordinates: not a parameter, not stored.
         self.register_buffer("position", None, persistent=False)
 
     def freeze(self, frozen: bool = True) -> "ViT":
@@ -67,6 +68,24 @@ class ViT(nn.Module):
     def train(self, mode: bool = True) -> "ViT":
         """Training or evaluation mode; a frozen backbone stays in evaluation mode."""
         return super().train(mode and not self.frozen)
+
+    @property
+    def recipe(self) -> dict:
+        """The "name" and "kwargs" for `fastalign.create_backbone`, with which a backbone is saved.
+
+        Raises:
+            UserError: they are not known, as of some backbones that were made from a user's timm model.
+        """
+        if self._recipe is None:
+            raise UserError(
+                "the timm name and arguments of this backbone are not known, so it cannot be saved or loaded: "
+                "build the timm model with timm.create_model and plain arguments"
+            )
+        return self._recipe
+
+    @recipe.setter
+    def recipe(self, value: dict | None) -> None:
+        self._recipe = value
 
     @property
     def pretrained_cfg(self) -> dict:
@@ -134,24 +153,23 @@ class ViT(nn.Module):
 
     def encode(self, tokens: Tensor, packing: Packing | None = None) -> Tensor:
         """The blocks and the final norm: [B, T, D] -> [B, T, D], or packed, [L, D] -> [L, D]."""
-        position, sequences = self.position, None
-        if packing is not None:
-            sequences = Sequences(packing.cu_seqlens, packing.slots.shape[2])
-            position = self._packed_position(packing)
-        for block in self.blocks:
+        sequences = None if packing is None else Sequences(packing.cu_seqlens, packing.slots.shape[2])
+        for block, position in zip(self.blocks, self.positions(packing), strict=True):
             if self.grad_checkpointing and self.training:
                 tokens = checkpoint(block, tokens, position, sequences, use_reentrant=False)
             else:
                 tokens = block(tokens, position, sequences)
         return self.norm(tokens)
 
-    def _packed_position(self, packing: Packing) -> Tensor | None:
-        """[L, 2d]: the rotary table's row of each packed token; prefix tokens are not rotated."""
-        if self.position is None:
-            return None
-        prefix = torch.zeros_like(self.position[:1]).expand(self.num_prefix_tokens, -1).clone()
-        prefix[:, prefix.shape[1] // 2 :] = 1  # the cosines
-        return torch.cat([prefix, self.position])[packing.indices % packing.slots.shape[2]]
+    def positions(self, packing: Packing | None = None) -> Iterable[Tensor | None]:
+        """For each block the rotary table or the relative position index that its attention takes."""
+        depth, position = len(self.blocks), self.position
+        if self.rope is not None:
+            tables = self.rope(position, depth).unbind()
+            return tables if packing is None else (pack_table(table, packing) for table in tables)
+        if packing is not None and position is not None:
+            position = pack_table(position, packing)
+        return [position] * depth
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Normalised images [B, C, height, width] -> tokens [B, T, D]."""
@@ -162,10 +180,12 @@ class ViT(nn.Module):
         wanted = [len(self.blocks) - skip for skip in skip_blocks]
         if not wanted or min(wanted) < 0 or max(wanted) > len(self.blocks):
             raise ValueError(f"skip_blocks must lie in 0..{len(self.blocks)}, got {list(skip_blocks)}")
-        tokens, found = self.add_position(self.patch_embed(images)), {}
-        for depth in range(max(wanted) + 1):
-            if depth:
-                tokens = self.blocks[depth - 1](tokens, self.position)
+        tokens = self.add_position(self.patch_embed(images))
+        found, positions = {0: self.norm(tokens)} if 0 in wanted else {}, self.positions()
+        for depth, (block, position) in enumerate(
+            zip(self.blocks[: max(wanted)], positions, strict=False), 1
+        ):
+            tokens = block(tokens, position)
             if depth in wanted:
                 found[depth] = self.norm(tokens)
         return [found[depth] for depth in wanted]

@@ -27,6 +27,7 @@ _NAMES = (
 _TIMM_NAMES = _NAMES[:2]
 """Weights in a folder of timm's format, which is that of `fastalign.export --to timm`."""
 _INDEX = ".index.json"
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 SAFE_GLOBALS = [
     argparse.Namespace,
     np.dtype,
@@ -37,6 +38,11 @@ SAFE_GLOBALS = [
 
 Creating one of these has no side effect. Everything else is refused.
 """
+
+
+def plain(name: str) -> str:
+    """A key without the names of torch's wrappers (DDP, compile, FSDP)."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def locate(path: str | Path) -> Path:
@@ -84,7 +90,7 @@ def read_weights(path: Path) -> Any:
     if not path.name.endswith(_INDEX):
         return read_file(path)
     try:
-        shards = {layouts.plain(str(name)): str(file) for name, file in read_json(path)["weight_map"].items()}
+        shards = {plain(str(name)): str(file) for name, file in read_json(path)["weight_map"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): copy it again") from None
     prefixes = tuple(prefix for _, prefix in layouts.find(shards.keys())) or ("",)

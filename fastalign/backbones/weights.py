@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from fastalign.backbones import layouts
 from fastalign.backbones.describe import MODELS
+from fastalign.backbones.hf_config import recorded_grid, vision_config
 from fastalign.backbones.spec import ViTSpec, check_softcap, split_svit
-from fastalign.backbones.weight_files import locate, read_json, read_weights
+from fastalign.backbones.weight_files import locate, plain, read_weights
 from fastalign.utils.errors import UserError, first_line
 
 STATES = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -53,10 +54,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = locate(path)
     checkpoint, config = (
         interpret(read_weights(path), str(path)),
-        _vision_config(path.with_name("config.json")),
+        vision_config(path.with_name("config.json")),
     )
     softcap = check_softcap(config.get("softcap", checkpoint.softcap), f"{path}: ")
-    return checkpoint._replace(softcap=softcap, config=config, grid=_grid(config))
+    return checkpoint._replace(softcap=softcap, config=config, grid=recorded_grid(config))
 
 
 def interpret(content: Any, path: str) -> Checkpoint:
@@ -111,7 +112,7 @@ def _state_rank(key: str) -> int:
 def _tensors(value: Any) -> dict[str, Tensor]:
     """The named tensors of a dictionary, without the names of torch's wrappers."""
     items = value.items() if isinstance(value, dict) else ()
-    return {layouts.plain(k): v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
+    return {plain(k): v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
 
 
 def trained_as(content: dict, path: str) -> tuple[str | None, float | None]:
@@ -134,41 +135,6 @@ def _args(content: dict) -> dict:
     return vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
 
 
-def _vision_config(path: Path) -> dict[str, Any]:
-    """The vision model in transformers' config.json, with transformers' defaults."""
-    config = read_json(path) if path.is_file() else {}
-    config = config if isinstance(config, dict) and "model_type" in config else {}
-    vision = config.get("vision_config", config)
-    if not isinstance(vision, dict):
-        return {}
-    kind = vision.get("model_type", f"{config.get('model_type')}_vision_model")
-    return layouts.HF_DEFAULTS.get(kind, {}) | vision
-
-
-def _grid(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Patches along height and width of transformers' position tables; SigLIP 2 records no image size."""
-    sizes = [config.get(key) for key in ("image_size", "patch_size")]
-    sizes = [[size, size] if isinstance(size, int) else size for size in sizes]
-    if not all(isinstance(size, list) and len(size) == 2 for size in sizes):
-        return None
-    return sizes[0][0] // sizes[1][0], sizes[0][1] // sizes[1][1]
-
-
-def check_config(spec: ViTSpec, config: Mapping[str, Any], path: str) -> None:
-    """Compare a backbone with what transformers' config.json says and weights do not show."""
-    block = spec.block
-    for key, ours, argument in (
-        ("num_attention_heads", block.heads, "num_heads"),
-        ("hidden_act", layouts.HF_ACTIVATIONS[block.activation], "act_layer"),
-    ):
-        if (theirs := config.get(key, ours)) != ours:
-            timms = {name: timm for timm, name in layouts.HF_ACTIVATIONS.items()}.get(theirs, theirs)
-            raise UserError(
-                f"{path}: its config.json has {key}={theirs}, the backbone has {ours}: give the right name, "
-                f"or the argument {argument}={timms}"
-            )
-
-
 def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[str, Tensor]:
     """The weights by the keys of a timm model; position tables keep the file's grid, a student's head is left out.
 
@@ -187,6 +153,7 @@ def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[s
         state = MODELS[type(template)](state, bare) | tables
     except Exception as error:
         raise misfit(checkpoint, path, f"timm says {first_line(error)}") from error
+    state = fit_names(state, wanted)
     if any(_LAYER_SCALE.fullmatch(key) for key in state):
         state = fold_layer_scale(state, wanted)
     else:
@@ -197,6 +164,24 @@ def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[s
     if extra := sorted(set(state) - set(wanted)):
         raise misfit(checkpoint, path, f"it has {extra[0]} too")
     return state
+
+
+def fit_names(state: dict[str, Tensor], wanted: Container[str]) -> dict[str, Tensor]:
+    """LayerScale and the biases of attention by the names of the model's class in timm.
+
+    A bias that the model lacks is left out if it is zero, as in published weights of DINOv3.
+    """
+    renamed = {}
+    for key, value in state.items():
+        found = _LAYER_SCALE.fullmatch(key)
+        if found and (gamma := f"{found[1]}gamma_{found[2]}") in wanted:
+            renamed[gamma] = value
+        elif key.endswith("attn.qkv.bias") and key not in wanted:
+            names = [key.replace("qkv.bias", f"{part}_bias") for part in "qkv"]
+            renamed |= dict(zip(names, value.chunk(3), strict=True))
+        else:
+            renamed[key] = value
+    return {key: v for key, v in renamed.items() if key in wanted or not key.endswith("bias") or v.any()}
 
 
 def misfit(checkpoint: Checkpoint, path: str, problem: str) -> UserError:

@@ -1,10 +1,9 @@
-"""Backbones by timm's names: timm's architectures and weights, and timm's state-dict keys.
+"""Backbones by timm's names or from timm models: timm's architectures, weights and state-dict keys.
 
 timm builds the model for the grid of patches that its weights were trained on, and its own `set_input_size` resamples
 the positions to the grid asked for. `describe.from_timm` then makes our `ViT` of it.
 """
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.backbones.describe import describe, from_timm, pair
+from fastalign.backbones.hf_config import check_config
+from fastalign.backbones.instances import from_model
 from fastalign.backbones.spec import split_svit
+from fastalign.backbones.timm_models import MOCO as MOCO
+from fastalign.backbones.timm_models import OTHER_WEIGHTS, create_timm, empty_model, is_moco
 from fastalign.backbones.vit import ViT
 from fastalign.backbones.weight_files import find_facts, locate, read_facts
 from fastalign.backbones.weights import (
     Checkpoint,
-    check_config,
     interpret,
     misfit,
     read_checkpoint,
@@ -28,28 +30,18 @@ from fastalign.backbones.weights import (
 from fastalign.utils.errors import UserError, first_line
 from fastalign.utils.paths import user_path
 
-MOCO = "vit_base_patch16_mocov3_224"
-"""Not in timm: a ViT-B/16 with a fixed sin-cos position embedding (Chen et al., 2021)."""
 MOCO_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
-MOCO_DATA = {
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
-    "interpolation": "bicubic",
-    "crop_pct": 0.875,
-}
-_OTHER_WEIGHTS = (
-    "or give a file or random weights: student.weights=FILE or random (in Python checkpoint=FILE)"
-)
 
 
 def create_backbone(
-    name: str, pretrained: bool = False, *, checkpoint: str | Path | None = None, **kwargs
+    name: str | nn.Module, pretrained: bool = False, *, checkpoint: str | Path | None = None, **kwargs
 ) -> ViT:
-    """A backbone by its timm name.
+    """A backbone by its timm name, or from a timm model with its weights.
 
     Args:
         name: timm's name, with or without the tag of the weights, or `MOCO`; the authors' `svit_X` is `vit_X` with
-            attention logits capped at 30 (`max_attn_val`).
+            attention logits capped at 30 (`max_attn_val`). Or a timm model, which is copied: its weights, devices,
+            dtypes and classifier are kept, and it stays as it is. It takes no other arguments.
         pretrained: load the published weights (through timm; needs the network or timm's cache).
         checkpoint: load these weights instead: a file or a folder, in a layout that docs/backbones.md names. Code
             in it is never run.
@@ -60,27 +52,31 @@ def create_backbone(
         A `ViT` with `data`, how its images are normalised and cropped, and `recipe`, its name and arguments.
 
     Raises:
-        UserError: an unknown name (with the nearest ones), weights that cannot be loaded or do not fit, or an
-            unsupported architecture, which is refused before any weights are read.
+        UserError: an unknown name (with the nearest ones), weights that cannot be loaded or do not fit, a wrapped or
+            accelerated model, or an unsupported architecture, which is refused before any weights are read.
     """
+    if isinstance(name, nn.Module):
+        if pretrained or checkpoint is not None or kwargs:
+            raise UserError("create_backbone(model) takes no other arguments: build the model with them")
+        return from_model(name)
     name, kwargs, softcap = split_svit(name, {"num_classes": 0, **kwargs})
-    template = _template(name, kwargs)
+    template = empty_model(name, kwargs)
     if checkpoint is not None:
         found, facts = read_checkpoint(checkpoint), find_facts(locate(checkpoint))
         found = found if facts is None else _with_facts(found, facts, str(checkpoint))
         vit = _from_checkpoint(name, kwargs, template, found, str(checkpoint))
         softcap = found.softcap or softcap
-    elif pretrained and _is_moco(name):
+    elif pretrained and is_moco(name):
         try:
             content = torch.hub.load_state_dict_from_url(MOCO_URL, map_location="cpu", weights_only=True)
         except Exception as error:
             raise UserError(
-                f"cannot load {MOCO_URL} ({first_line(error)}): check the network, {_OTHER_WEIGHTS}"
+                f"cannot load {MOCO_URL} ({first_line(error)}): check the network, {OTHER_WEIGHTS}"
             ) from error
         vit = _from_checkpoint(name, kwargs, template, interpret(content, MOCO_URL), MOCO_URL)
     else:
         native = {key: value for key, value in kwargs.items() if key not in ("img_size", "patch_size")}
-        source = _create_timm(name, native if pretrained else kwargs, pretrained)
+        source = create_timm(name, native if pretrained else kwargs, pretrained)
         vit = _finish(name, kwargs, template, source)
     vit.softcap = softcap
     return vit
@@ -100,8 +96,11 @@ def load_backbone(path: str | Path, **kwargs) -> ViT:
     facts, weights = read_facts(path.with_suffix(".json")), path.with_suffix(".safetensors")
     name, kwargs = facts["name"], {"num_classes": 0, **facts["kwargs"], **kwargs}
     found = _with_facts(read_checkpoint(weights), facts, str(path))
-    vit = _from_checkpoint(name, kwargs, _template(name, kwargs), found, str(weights))
+    vit = _from_checkpoint(name, kwargs, empty_model(name, kwargs), found, str(weights))
     vit.softcap = found.softcap
+    vit.data = {
+        key: facts.get(key, value) for key, value in vit.data.items()
+    }  # a user's model may have its own
     return vit.eval()
 
 
@@ -118,10 +117,10 @@ def _from_checkpoint(name: str, kwargs: dict, template: nn.Module, found: Checkp
     attn_pool = any(key.startswith("attn_pool.") for key in found.state)
     if found.student and describe(template).pool == "map" and not attn_pool:
         kwargs = {**kwargs, "global_pool": ""}  # a student has no pooling
-        template = _template(name, kwargs)
+        template = empty_model(name, kwargs)
     state, spec = timm_state(found, template, path), describe(template)
     check_config(spec, found.config, path)
-    if _is_moco(name):  # its table is computed, not read
+    if is_moco(name):  # its table is computed, not read
         state["pos_embed"] = torch.zeros(template.pos_embed.shape)
         grid = spec.grid
     else:
@@ -129,7 +128,7 @@ def _from_checkpoint(name: str, kwargs: dict, template: nn.Module, found: Checkp
     stored = {}
     if grid != spec.grid:
         stored["img_size"] = (grid[0] * spec.patch_size[0], grid[1] * spec.patch_size[1])
-    source = _create_timm(name, {**kwargs, **stored})
+    source = create_timm(name, {**kwargs, **stored})
     try:
         source.load_state_dict(state)
     except RuntimeError as error:
@@ -147,7 +146,7 @@ def _finish(name: str, kwargs: dict, template: nn.Module, source: nn.Module) -> 
     if (pair(embed.img_size), pair(embed.patch_size)) != (spec.image_size, spec.patch_size):
         source.set_input_size(img_size=spec.image_size, patch_size=spec.patch_size)
     changes = {}
-    if _is_moco(name):
+    if is_moco(name):
         changes = {"position_fixed": True, "fresh_norm_eps": 1e-5}  # it is made of torch's norm class
         with torch.no_grad():
             source.pos_embed.copy_(sincos_position(spec.grid, spec.block.width, spec.prefix))
@@ -157,7 +156,7 @@ def _finish(name: str, kwargs: dict, template: nn.Module, source: nn.Module) -> 
 def _with_facts(found: Checkpoint, facts: dict, path: str) -> Checkpoint:
     """A checkpoint with what `backbone.json` says of it."""
     try:
-        grid = describe(_template(facts["name"], facts["kwargs"])).grid
+        grid = describe(empty_model(facts["name"], facts["kwargs"])).grid
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return found._replace(
@@ -166,57 +165,6 @@ def _with_facts(found: Checkpoint, facts: dict, path: str) -> Checkpoint:
         student=found.student or facts["kwargs"].get("global_pool") == "",
         grid=grid,
     )
-
-
-def _is_moco(name: str) -> bool:
-    return name.split(".")[0] == MOCO
-
-
-def _template(name: str, kwargs: dict) -> nn.Module:
-    """The timm model without memory for its weights, checked: `ViT` can be made of it."""
-    architecture = name.split(".")[0]
-    if architecture != MOCO and not timm.is_model(architecture):
-        modules = ("vision_transformer", "deit", "beit", "eva")  # with supported architectures
-        names = [MOCO, *(name for module in modules for name in timm.list_models(module=module))]
-        near = sorted((name for name in names if name.startswith(architecture)), key=len)[:4]
-        near = near or difflib.get_close_matches(architecture, names, n=4, cutoff=0.5)
-        raise UserError(f"unknown backbone {name!r}: the nearest names are {', '.join(near) or 'none'}")
-    with torch.device("meta"):
-        template = _create_timm(name, kwargs)
-    try:
-        spec = from_timm(template).spec
-    except UserError as error:
-        raise UserError(f"backbone {name}: {error}") from error
-    # timm ignores a remainder of the image. That is meant for native sizes (384 / 14), not for a size asked for.
-    native = tuple(template.pretrained_cfg.get("input_size", (3, 0, 0))[-2:])
-    for side, patch in zip(spec.image_size, spec.patch_size, strict=True):
-        if side % patch and spec.image_size != native:
-            below = max(side // patch, 1) * patch
-            raise UserError(
-                f"{name}: img_size {side} is not a multiple of the patch size {patch}: "
-                f"use {below} or {below + patch}"
-            )
-    return template
-
-
-def _create_timm(name: str, kwargs: dict, pretrained: bool = False) -> nn.Module:
-    options = {}
-    if _is_moco(name):
-        name, options = "vit_base_patch16_224", {"pretrained_cfg_overlay": MOCO_DATA}
-    try:
-        return timm.create_model(name, pretrained=pretrained, **options, **kwargs)
-    except Exception as error:
-        if pretrained:
-            raise UserError(
-                f"cannot load the published weights of {name!r} ({first_line(error)}): check the network, "
-                f"{_OTHER_WEIGHTS}"
-            ) from error
-        known = timm.list_pretrained(name.split(".")[0] + ".*")
-        if "." in name and name not in known:
-            remedy = f"weights known for it: {', '.join(known[:4]) or 'none'}"
-        else:
-            remedy = f"correct its arguments {kwargs}"
-        raise UserError(f"backbone {name}: {first_line(error)}; {remedy}") from error
 
 
 def sincos_position(grid: tuple[int, int], width: int, prefix: int) -> Tensor:

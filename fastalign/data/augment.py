@@ -55,18 +55,6 @@ def _auto_contrast(image: Tensor, level: float, increasing: bool) -> Tensor:
     return _look_up(image, torch.where(high > low, stretched, levels).to(torch.uint8))
 
 
-def _equalize(image: Tensor, level: float, increasing: bool) -> Tensor:
-    levels = torch.arange(256, device=image.device)
-    channel = torch.arange(3, device=image.device).view(3, 1) * 256
-    indices = (image.flatten(1).to(torch.int64) + channel).flatten()
-    counts = torch.bincount(indices, minlength=768).view(3, 256)
-    last = torch.where(counts > 0, levels, -1).amax(1, keepdim=True)
-    step = (counts.sum(1, keepdim=True) - counts.gather(1, last)) // 255
-    before = counts.cumsum(1) - counts
-    table = ((before + step // 2) // step.clamp(min=1)).clamp(max=255)
-    return _look_up(image, torch.where(step > 0, table, levels).to(torch.uint8))
-
-
 def _posterize(image: Tensor, level: float, increasing: bool) -> Tensor:
     bits = 4 - int(4 * level) if increasing else int(4 * level)
     return image if bits >= 8 else image & (0xFF & ~((1 << (8 - bits)) - 1))
@@ -112,6 +100,12 @@ def _affine(image: Tensor, matrix: tuple[float, ...], fill: tuple[int, int, int]
     return torch.where(inside, sampled.round_().clamp_(0, 255), color).to(torch.uint8)
 
 
+def _equalize(image: Tensor) -> Tensor:
+    from torchvision.transforms.v2 import functional  # here, because it imports torch._dynamo
+
+    return functional.equalize(image)
+
+
 def _rotation(degrees: float, height: int, width: int) -> tuple[float, ...]:
     """The sampling matrix of a counter-clockwise rotation about the centre."""
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -135,7 +129,7 @@ _ENHANCE: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 _OTHER: dict[str, Callable[[Tensor, float, bool], Tensor]] = {
     "AutoContrast": _auto_contrast,
-    "Equalize": _equalize,
+    "Equalize": lambda image, level, increasing: _equalize(image),
     "Invert": lambda image, level, increasing: 255 - image,
     "Posterize": _posterize,
     "Solarize": _solarize,

@@ -3,7 +3,7 @@
 In training the next good sample in source order replaces a bad one. That depends on the files alone: not on ranks,
 resuming, a quarantine list, or when a sample was found to be bad. Evaluation leaves bad samples out.
 
-A list has one JSON object per line: `id` (null for a tar shard or folder), `name` (portable) and `reason`.
+A list has one JSON object per line: `id` (null for a tar shard), `name` (portable) and `reason`.
 """
 
 import json
@@ -131,7 +131,7 @@ def check_in_a_row(bad: list[BadSample]) -> None:
 def too_many(bad: int, drawn: int, share: float) -> bool:
     """Whether a run must stop: more than 10 bad samples, and more than `share` of the images drawn so far.
 
-    Quarantined samples, tar shards and folders do not count; share 0 stops at the first.
+    Quarantined samples and tar shards do not count; share 0 stops at the first.
     """
     return bad > ALWAYS_ALLOWED * (share > 0) and bad > share * drawn
 

@@ -6,7 +6,6 @@ every process more than a gigabyte.
 
 import contextlib
 import csv
-import errno
 import fcntl
 import hashlib
 import os
@@ -26,8 +25,6 @@ from fastalign.utils.files import write_tensors
 from fastalign.utils.paths import home_folder
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-DANGLING = "a link that leads nowhere"
-MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _SUFFIXES = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
 # A directory that changes twice within one tick of its file system's clock keeps its mtime, so a list made this soon
 # after a change is not cached.
@@ -78,22 +75,8 @@ def is_image(name: bytes) -> bool:
     return not any(part.startswith(b".") and part not in (b".", b"..") for part in name.split(b"/"))
 
 
-def is_dangling(path: str | bytes) -> bool:
-    """Whether a path is a link to nothing, or part of a cycle of links; raises OSError if the disk fails."""
-    try:
-        os.stat(path)  # noqa: PTH116, names are bytes
-    except OSError as error:
-        if error.errno not in MISSING:
-            raise
-        return os.path.islink(path)  # noqa: PTH114
-    return False
-
-
-def _walk(root: str) -> Iterator[tuple[bytes, int, list[bytes], list[bytes]]]:
-    """Each directory below `root`, depth first: name, mtime in ns, its images, its dangling links to other things.
-
-    Names are relative to `root` and sorted. A dangling link whose name is an image's counts as an image.
-    """
+def _walk(root: str) -> Iterator[tuple[bytes, int, list[bytes]]]:
+    """Each directory below `root`, depth first: name, mtime in ns and images; names relative to `root`, sorted."""
     stack: list[tuple[bytes, tuple]] = [(b"", ())]
     while stack:
         relative, ancestors = stack.pop()
@@ -103,58 +86,52 @@ def _walk(root: str) -> Iterator[tuple[bytes, int, list[bytes], list[bytes]]]:
         if inode in ancestors:
             continue  # a link to a directory that contains it
         prefix = relative + b"/" if relative else b""
-        images, folders, dangling = [], [], []
+        images, folders = [], []
         with os.scandir(path) as entries:
             for entry in entries:
                 if entry.name.startswith(b"."):
                     continue
-                leads_nowhere = entry.is_symlink() and is_dangling(entry.path)
-                if not leads_nowhere and entry.is_dir():
+                if entry.is_dir():
                     folders.append(prefix + entry.name)
                 elif is_image(entry.name):
                     images.append(prefix + entry.name)
-                elif leads_nowhere:
-                    dangling.append(prefix + entry.name)
-        yield relative, status.st_mtime_ns, sorted(images), sorted(dangling)
+                elif entry.is_symlink():
+                    os.stat(entry.path)  # noqa: PTH116, fails if it is to a folder that is not mounted
+        yield relative, status.st_mtime_ns, sorted(images)
         stack += [(name, (*ancestors, inode)) for name in sorted(folders, reverse=True)]
 
 
 def _scan_folder(root: str) -> dict[str, np.ndarray]:
-    directories, mtimes, dangling = [], [], []
+    directories, mtimes = [], []
 
     def images() -> Iterator[bytes]:
-        for directory, mtime, found, lost in _walk(root):
+        for directory, mtime, found in _walk(root):
             directories.append(directory)
             mtimes.append(mtime)
-            dangling.extend(lost)
             yield from found
 
     try:
-        arrays = Names.pack(images()).arrays()
+        arrays = Names.pack(images()).arrays() | Names.pack(directories).arrays("tree_")
     except OSError as error:
-        raise UserError(f"cannot read {error.filename!r}: {error.strerror}; check its permissions") from error
-    arrays |= Names.pack(directories).arrays("tree_") | Names.pack(dangling).arrays("missing_")
+        path = os.fsdecode(error.filename)
+        raise UserError(f"cannot read {path}: {error.strerror}; repair, mount or remove it") from error
     return arrays | {"mtimes": np.array(mtimes, dtype=np.int64)}
 
 
 def _is_current(root: str, arrays: dict[str, np.ndarray]) -> bool:
-    """Whether all directories still have the mtimes of the index and its dangling links still lead nowhere."""
-    tree, dangling = Names.of(arrays, "tree_"), Names.of(arrays, "missing_")
+    """Whether all directories still have the mtimes of the index."""
+    pairs = zip(Names.of(arrays, "tree_"), arrays["mtimes"].tolist(), strict=True)
     try:
-        return all(
-            (Path(root) / folder).stat().st_mtime_ns == mtime
-            for folder, mtime in zip(tree, arrays["mtimes"].tolist(), strict=True)
-        ) and all(is_dangling(f"{root}/{link}") for link in dangling)
+        return all((Path(root) / folder).stat().st_mtime_ns == mtime for folder, mtime in pairs)
     except OSError:
         return False
 
 
-def index_folder(root: str) -> tuple[Names, Names]:
-    """The images below a folder, depth first, and dangling links that are not named as images; relative to `root`."""
-    arrays = cached_index(
-        f"folder:{root}", lambda index: _is_current(root, index), lambda: _scan_folder(root)
+def index_folder(root: str) -> Names:
+    """The images below a folder, depth first, relative to it."""
+    return Names.of(
+        cached_index(f"folder:{root}", lambda index: _is_current(root, index), lambda: _scan_folder(root))
     )
-    return Names.of(arrays), Names.of(arrays, "missing_")
 
 
 def read_labels(path: Path) -> dict[str, str]:

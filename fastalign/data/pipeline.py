@@ -5,7 +5,7 @@ resizing the whole image and cropping afterwards. The region may reach outside t
 those pixels later, on the device.
 """
 
-from types import SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -20,17 +20,16 @@ class DecodeError(UserError):
     """DALI cannot decode some sample of a batch."""
 
 
-def load_dali() -> SimpleNamespace:
-    """NVIDIA DALI's `fn`, `types` and `Pipeline`; a UserError if it is missing."""
+def load_dali() -> ModuleType:
+    """NVIDIA DALI, with `fn`, `types` and `Pipeline`; a UserError if it is missing."""
     try:
-        import nvidia.dali.fn as fn
-        from nvidia.dali import Pipeline, types
+        import nvidia.dali.fn
     except ImportError as error:
         raise UserError(
             f"NVIDIA DALI is not installed ({error}): pip install nvidia-dali-cuda130 (CUDA 12: "
             "nvidia-dali-cuda120), or train on `synthetic` data"
         ) from error
-    return SimpleNamespace(fn=fn, types=types, Pipeline=Pipeline)
+    return nvidia.dali
 
 
 class Decoder:

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from fastalign.data.index import (
-    DANGLING,
     IMAGE_EXTENSIONS,
-    MISSING,
     Names,
     index_folder,
     is_image,
@@ -55,7 +53,7 @@ class Source:
 
     Subclasses define `__len__`; `name(index)`, for messages and label files, relative to `root` if there is one; and
     `read(index)`: [bytes] uint8, thread-safe, raises `Unreadable`. `damaged`: (portable name, reason) of damaged tar
-    shards and of dangling links to folders.
+    shards.
     """
 
     root: str | None = None
@@ -169,8 +167,6 @@ def _read(
     except IsADirectoryError:
         raise Unreadable(name, "not a regular file") from None
     except OSError as error:
-        if error.errno in MISSING and os.path.islink(path):  # noqa: PTH114
-            raise Unreadable(name, DANGLING) from None  # without a cause it is not tried again
         raise Unreadable(name, error.strerror) from error
 
 
@@ -178,18 +174,15 @@ class FolderSource(Source):
     """Every image below the folder `root`.
 
     Classes: `labels.csv` in the folder with the header `name,label` (name relative to it, label an integer), else the
-    first-level sub-folders. `damaged`: list dangling links to folders in `damaged`, instead of raising.
+    first-level sub-folders.
     """
 
-    def __init__(self, root: str, *, damaged: bool = False):
+    def __init__(self, root: str):
         path = Path(root)
         if not path.is_dir():
             raise UserError(f"no such folder: {root}; check the path of the data set")
         self.root = str(path.resolve())
-        self._names, missing = index_folder(self.root)
-        self.damaged = tuple((name, DANGLING) for name in missing)
-        if self.damaged and not damaged:
-            raise UserError(f"{path / missing[0]} is {DANGLING}; mount its target or remove it")
+        self._names = index_folder(self.root)
         if len(self._names) == 0:
             raise UserError(f"no images in {root}; looked for {_EXTENSIONS} in all sub-folders")
 
@@ -281,7 +274,7 @@ def _contains_tars(path: Path) -> bool:
 def open_source(spec: str, *, damaged: bool = False) -> Source:
     """Opens `synthetic` or `synthetic:N`; a .tar file, a folder or a pattern of them; else a folder of images.
 
-    `damaged`: use what is left of a damaged data set (see `TarSource` and `FolderSource`), instead of raising.
+    `damaged`: use the images before the damage of a tar shard, instead of raising.
     """
     if spec == "synthetic" or re.fullmatch(r"synthetic:\d+", spec):
         return SyntheticSource(int(spec.partition(":")[2] or SYNTHETIC_LENGTH))
@@ -295,4 +288,4 @@ def open_source(spec: str, *, damaged: bool = False) -> Source:
         raise UserError(f"{spec} is a file; name a folder of images, a .tar file or `synthetic`")
     else:
         tars = tars or any(c in spec for c in "*?[{")
-    return (TarSource if tars else FolderSource)(spec, damaged=damaged)
+    return TarSource(spec, damaged=damaged) if tars else FolderSource(spec)

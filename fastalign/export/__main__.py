@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from fastalign.export.card import change_in_words
+from fastalign.export.run import Run, read_weights
 from fastalign.export.targets import TARGETS
 from fastalign.export.write import export
 from fastalign.training.command import run_command
@@ -29,39 +31,51 @@ def push(folder: Path, name: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="fastalign export", description="Export an aligned backbone.")
-    parser.add_argument("run", type=path_argument, metavar="RUN", help="the folder of a finished run")
-    parser.add_argument("--to", required=True, choices=TARGETS, help="the library")
-    parser.add_argument(
-        "--output", type=path_argument, help="the folder to write; default RUN/exports/TARGET"
-    )
-    parser.add_argument(
-        "--drop-softcap", action="store_true", help="export without the cap, and measure the effect"
-    )
-    parser.add_argument(
-        "--images",
-        type=path_argument,
-        help="image folder or tar shards to measure features on; default validation data",
-    )
-    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it to the model hub")
+    add = parser.add_argument
+    add("run", nargs="?", type=path_argument, metavar="RUN", help="the folder of a run or of save_backbone")
+    add("--weights", type=path_argument, help="instead of RUN: a file or folder of weights, with --name")
+    add("--name", help="the timm name of --weights")
+    add("--kwargs", default="{}", help="timm's arguments of --weights, in YAML")
+    add("--softcap", type=float, help="that --weights were trained with, if the file does not record it")
+    add("--to", required=True, choices=TARGETS, help="the library")
+    add("--output", type=path_argument, help="the folder to write; default RUN/exports/TARGET")
+    add("--drop-softcap", action="store_true", help="export without the cap")
+    add("--text-tower", metavar="PLACE", help="for open-clip: the CLIP model with the text tower")
+    images = "image folder or tar shards to measure features on; default validation data"
+    add("--images", type=path_argument, help=images)
+    add("--push-to-hub", metavar="OWNER/NAME", dest="hub", help="upload it to the model hub")
     options = parser.parse_args(arguments)
-    return run_command(lambda: _run(**vars(options)))
+    return run_command(lambda: _run(options))
 
 
-def _run(run: str, to: str, push_to_hub: str | None, **options) -> None:
-    folder, facts = export(run, to, **options)
-    parity = facts["parity"]
+def _source(given: argparse.Namespace) -> str | Run:
+    """What is exported: RUN, or the weights that are not a run."""
+    if given.run is not None:
+        if extra := [key for key in ("weights", "name", "softcap") if getattr(given, key) is not None]:
+            raise UserError(f"--{extra[0]} is for weights that are not a run: remove it, or RUN")
+        return given.run
+    if given.weights is None or given.name is None:
+        raise UserError("give the folder of a run, or --weights FILE and --name TIMM_NAME")
+    return read_weights(given.name, given.weights, kwargs=given.kwargs, softcap=given.softcap)
+
+
+def _run(given: argparse.Namespace) -> None:
+    options = {key: getattr(given, key) for key in ("output", "drop_softcap", "images", "hub", "text_tower")}
+    folder, facts = export(_source(given), given.to, **options)
+    parity, softcap = facts["parity"], facts["softcap"]
     print(f"parity: largest relative error {parity['largest_relative_error']:.1e} of {parity['of']}")
-    for name, change in facts["softcap"].get("dropped", {}).items():
-        print(
-            f"soft-cap dropped: features on {name} change by {100 * change['relative_change']:.3g}%, "
-            f"lowest cosine of a token {change['lowest_cosine']:.4f}"
-        )
+    if softcap["value"] is not None:
+        change = change_in_words(softcap["effect"])
+        if softcap["applied"]:
+            print(f"soft-cap: {TARGETS[given.to].how_capped}\n--drop-softcap would change features {change}")
+        else:
+            print(f"soft-cap dropped: features change {change}")
     if facts["features"]["mean"] is None:
         print(f"feature mean and std {facts['features']['of']}")
     print("\n".join([*facts["notes"], f"exported: {folder}"]))
-    if push_to_hub:
-        push(folder, push_to_hub)
-        print(f"uploaded: {push_to_hub}")
+    if given.hub:
+        push(folder, given.hub)
+        print(f"uploaded: {given.hub}")
 
 
 if __name__ == "__main__":

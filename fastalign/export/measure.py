@@ -17,6 +17,7 @@ from fastalign.utils.errors import UserError
 
 PARITY = 1e-4
 """The largest relative error that an export may have: a misplaced weight causes a larger one."""
+PARITY_OF = "any token, fp32, 4 images of noise in batches of 1 and 3"
 IMAGES, BATCH = 256, 16
 """Images that features are measured on, at most."""
 
@@ -29,12 +30,28 @@ def noise(vit: ViT, count: int = 4) -> Tensor:
 
 @torch.no_grad()
 def parity(vit: ViT, tokens: Callable[[Tensor], Tensor]) -> float:
-    """The largest error of a token of the exported model, relative to the token's norm, in fp32 on noise."""
+    """The `token_error` of the exported model in fp32 on noise."""
     images = noise(vit)
-    wanted, found = vit.forward_features(images).double(), tokens(images).double()
+    found = torch.cat([tokens(batch) for batch in images.split([1, 3])])
+    return token_error(found, vit.forward_features(images))
+
+
+def token_error(found: Tensor, wanted: Tensor) -> float:
+    """The largest error of a token relative to the token's norm; infinite for another shape or what is not finite."""
     if found.shape != wanted.shape:
         return float("inf")
+    found, wanted = found.double(), wanted.double()
     return ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().nan_to_num(float("inf")).item()
+
+
+def check_parity(vit: ViT, tokens: Callable[[Tensor], Tensor], name: str) -> float:
+    """`parity`, or UserError if it exceeds `PARITY`; `name` is what was exported."""
+    if (error := parity(vit, tokens)) > PARITY:
+        raise UserError(
+            f"{name}: the exported model differs from ours by {error:.1e} (at most {PARITY:g}): not written; check "
+            "the versions of the libraries"
+        )
+    return error
 
 
 def find_images(given: str | None, val: str | None) -> tuple[Source | None, str]:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,26 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastalign.backbones.blocks import MLP
-from fastalign.backbones.spec import BlockSpec
+from fastalign.backbones.saving import backbone_facts
+from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
-from fastalign.backbones.weight_files import read_json
+from fastalign.backbones.weight_files import read_facts, read_json
 from fastalign.backbones.zoo import MOCO, load_backbone
 from fastalign.config import Config, load_config
 from fastalign.method.decoder import MaskEmbedDecoder, decoder_block_spec
+from fastalign.training.build import named_backbone
 from fastalign.utils.errors import UserError, first_line
 
-MOCO_LICENCE = "cc-by-nc-4.0"
+MOCO_LICENCE, MOCO_PAGE = "cc-by-nc-4.0", "https://github.com/facebookresearch/moco-v3"
 DECODER = "decoder.safetensors"
 
 
 @dataclass
 class Run:
-    """A finished run: its backbone and what is known about it."""
+    """A finished run, or weights that are not one: a backbone and what is known about it."""
 
-    folder: Path
+    folder: Path | None
+    """None for weights that are not a run"""
     vit: ViT
     facts: dict[str, Any]
     """backbone.json"""
@@ -39,27 +43,36 @@ class Run:
     probe: Any = None
     """probe.json, if the run was probed"""
     notes: list[str] = field(default_factory=list)
+    text_tower: str | None = None
+    """where the text tower of a CLIP model is; None = where `weights` are"""
+
+    @property
+    def weights(self) -> str | None:
+        """What it was made from: "pretrained", "random", a path, or None = unknown."""
+        return self.config.student.weights if self.config else self.facts.get("weights")
 
     def source(self) -> dict[str, Any]:
-        """The backbone that was aligned and its licence, as timm records it; None = unknown."""
-        name, licence = self.facts["name"], None
-        weights = self.config.student.weights if self.config else None
-        if weights == "pretrained":
-            known = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
-            licence = MOCO_LICENCE if name.startswith(MOCO) else getattr(known, "license", None)
-        return {"name": name, "weights": weights, "licence": licence}
+        """The backbone that was aligned, the page of its published weights, and their licence as timm records it.
+
+        None = unknown; the licence is known only if alignment started from the published weights.
+        """
+        name, weights = self.facts["name"], self.weights
+        known = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+        licence, hub = getattr(known, "license", None), getattr(known, "hf_hub_id", None)
+        page = f"https://huggingface.co/{hub}" if hub else None
+        if name.startswith(MOCO):
+            licence, page = MOCO_LICENCE, MOCO_PAGE
+        licence = licence if weights == "pretrained" else None
+        return {"name": name, "weights": weights, "licence": licence, "page": page}
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read a run."""
+    """Read a run, or the folder of `fastalign.save_backbone`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"RUN {folder} is not a directory: give the folder of a finished run")
-    vit = load_backbone(folder)
-    bad = [name for name, value in vit.state_dict().items() if not torch.isfinite(value).all()]
-    if bad:
-        raise UserError(f"{folder / 'backbone.safetensors'}: {bad[0]} is not finite; export an earlier run")
-    run = Run(folder, vit, json.loads((folder / "backbone.json").read_text()))
+    vit = _finite(load_backbone(folder), str(folder / "backbone.safetensors"))
+    run = Run(folder, vit, read_facts(folder / "backbone.json"))
     if (folder / "probe.json").is_file():
         run.probe = read_json(folder / "probe.json")
     if not (folder / "config.yaml").is_file():
@@ -73,6 +86,39 @@ def read_run(folder: str | Path) -> Run:
     else:
         run.decoder, run.decoder_weights = describe_decoder(vit, run.config, student)
     return run
+
+
+def read_weights(name: str, weights: str, *, kwargs: str = "{}", softcap: float | None = None) -> Run:
+    """The backbone in a file of weights that is not a run; its head, decoder and pooling are left out.
+
+    Args:
+        name, kwargs: timm's, the arguments in YAML.
+        weights: as `student.weights` of a recipe.
+        softcap: that the weights were trained with; None = the one that the file records, if any.
+    """
+    vit, _ = named_backbone(name, weights=weights, kwargs=kwargs, softcap=softcap)
+    vit.attn_pool, vit.pool, vit.head = None, "none", nn.Identity()
+    facts = backbone_facts(_finite(vit.eval(), f"--weights {weights}"), weights=weights)
+    return Run(None, vit, facts, notes=["not a run of fastalign: no recipe and no decoder"])
+
+
+def misfits_of(wanted: dict[str, Any], spec: ViTSpec) -> list[str]:
+    """What of a backbone a library cannot express that needs the `wanted` fields; empty = the backbone fits."""
+    found = []
+    for name, value in wanted.items():
+        have = attrgetter(name)(spec)
+        if (have or None) != (value or None):  # absent is None, False or 0
+            found.append(f"{name.removeprefix('block.')} is {have}, wanted {value}")
+    if any(len({*size}) > 1 for size in (spec.grid, spec.image_size, spec.patch_size)):
+        found.append(f"images of {spec.image_size[0]}x{spec.image_size[1]}, wanted square ones")
+    return found
+
+
+def _finite(vit: ViT, where: str) -> ViT:
+    bad = [name for name, value in vit.state_dict().items() if not torch.isfinite(value).all()]
+    if bad:
+        raise UserError(f"{where}: {bad[0]} is not finite; export other weights")
+    return vit
 
 
 def _student(run: Run) -> dict[str, Tensor] | None:

@@ -11,7 +11,12 @@ from torch import nn
 
 from fastalign.backbones.accelerate import accelerate
 
-ARCHITECTURE = "fastalign_softcap"
+CAPPED = (
+    "fastalign_softcap.attention logits are capped: install fastalign and `import fastalign.export.timm_model` "
+    "first, or export again with --drop-softcap"
+)
+"""The architecture in config.json. timm takes what follows the first dot for a tag, and prints it all if it does not
+know the name before it."""
 
 
 @register_model

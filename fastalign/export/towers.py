@@ -1,4 +1,4 @@
-"""Files for transformers: towers of its own classes or, with a cap, of `fastalign.export.hf`."""
+"""Files for transformers: weights, configuration and `modeling_fastalign.py`, which adds the soft-cap and norm."""
 
 import json
 from collections.abc import Callable
@@ -13,6 +13,9 @@ from fastalign.backbones.vit import ViT
 from fastalign.export.run import Run
 from fastalign.utils.files import write_tensors
 
+MODELING = "modeling_fastalign"
+"""The module that travels with an export."""
+HOW_CAPPED = f"{MODELING}.py in this folder applies the cap: load with `trust_remote_code=True`."
 Tokens = Callable[[Tensor], Tensor]
 """From images to our features: all tokens, prefix first."""
 
@@ -69,45 +72,60 @@ class Tower(NamedTuple):
         """Write a folder for `from_pretrained`."""
         import transformers
 
-        from fastalign.export import hf
+        from fastalign.export import modeling_fastalign
 
         vit, block = run.vit, run.vit.spec.block
-        model = getattr(transformers, self._class_name(vit))
-        settings = {
-            "hidden_size": block.width,
-            "num_hidden_layers": vit.spec.depth,
-            "num_attention_heads": block.heads,
-            "image_size": vit.spec.image_size[0],
-            "patch_size": vit.spec.patch_size[0],
-            "num_channels": vit.spec.channels,
-            "hidden_act": HF_ACTIVATIONS[block.activation],
-            "layer_norm_eps": block.norm_eps,
+        stock = getattr(transformers, self._class_name(vit))
+        model = modeling_fastalign.TOWERS[stock.config_class.model_type]
+        config = model.config_class(
+            architectures=[model.__name__],
+            auto_map={"AutoModel": f"{MODELING}.{model.__name__}"},
+            dtype="float32",
+            softcap=vit.softcap,
+            final_norm_eps=vit.norm.eps,
+            hidden_size=block.width,
+            num_hidden_layers=vit.spec.depth,
+            num_attention_heads=block.heads,
+            image_size=vit.spec.image_size[0],
+            patch_size=vit.spec.patch_size[0],
+            num_channels=vit.spec.channels,
+            hidden_act=HF_ACTIVATIONS[block.activation],
+            layer_norm_eps=block.norm_eps,
             **self.settings(vit),
-        }
-        if vit.softcap is not None:
-            model = hf.TOWERS[model.config_class.model_type]
-            settings["softcap"] = vit.softcap
-        config = model.config_class(architectures=[model.__name__], dtype="float32", **settings)
-        config.save_pretrained(folder)
+        )
+        config.save_pretrained(folder)  # and the module that defines it
+        written = json.loads((folder / "config.json").read_text())
+        if vit.softcap is None:  # transformers' own class computes the same features
+            written |= {"model_type": stock.config_class.model_type, "architectures": [stock.__name__]}
+        write_json(folder / "config.json", {"how_to_load": _how_to_load(vit)} | written)
         write_tensors(folder / "model.safetensors", self.state(vit))
         write_json(folder / "preprocessor_config.json", _processor(vit))
 
     def usage(self, run: Run) -> str:
         """Lines of Python for the model card."""
         lines = [
-            "from transformers import LlavaForConditionalGeneration",
-            "from fastalign.export import hf",
+            "from transformers import AutoModel",
             "",
-            'tower = hf.load_tower("FOLDER").eval()',
+            'tower = AutoModel.from_pretrained("FOLDER", trust_remote_code=True).eval()',
             "tokens = tower(images).last_hidden_state  # prefix tokens first; hidden_states[-1] is the same",
-            "",
-            'llava = LlavaForConditionalGeneration(hf.llava_config("FOLDER", text_config))',
-            "llava.model.vision_tower = tower",
         ]
         if run.vit.softcap is None:
             name, last = self._class_name(run.vit), "tower(images).last_hidden_state"
-            lines += ["", "# or without fastalign:", f'tower = {name}.from_pretrained("FOLDER").eval()']
-            lines += [f"tokens = {f'tower.post_layernorm({last})' if name.startswith('CLIP') else last}"]
+            lines += [
+                "",
+                f"# Without trust_remote_code, and with hidden_states that are not normed: {name}",
+                f'# tower = {name}.from_pretrained("FOLDER").eval()',
+                f"# tokens = {f'tower.post_layernorm({last})' if name.startswith('CLIP') else last}",
+            ]
+        lines += [
+            "",
+            "# Pixels of a PIL image, by transformers' AutoImageProcessor:",
+            '# processor = AutoImageProcessor.from_pretrained("FOLDER", trust_remote_code=True)',
+            '# images = processor(picture, return_tensors="pt")["pixel_values"]',
+            "# LLaVA; saved, it loads with AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True):",
+            "# llava = LlavaForConditionalGeneration(tower.config.llava_config(text_config))",
+            "# llava.model.vision_tower = tower",
+        ]
         return "\n".join(lines)
 
 
@@ -151,28 +169,33 @@ DINOV2 = Tower(
 
 
 def read(folder: Path) -> Tokens:
-    """Load the class that the folder names. CLIP's own does not norm its tokens, so that is done here."""
-    from transformers import AutoModel
+    """Load the tower as `AutoModel` does with `trust_remote_code`, from this package's copy of the module."""
     from transformers.utils import logging
 
-    from fastalign.export import hf  # noqa: F401  (registers the classes with a cap)
+    from fastalign.export import hf
 
     logging.disable_progress_bar()
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    bare_clip = model.config.model_type == "clip_vision_model"
+    model = hf.load_tower(folder).eval()
+    return lambda images: model(images).last_hidden_state
 
-    def tokens(images: Tensor) -> Tensor:
-        last = model(pixel_values=images).last_hidden_state
-        return model.post_layernorm(last) if bare_clip else last
 
-    return tokens
+def _how_to_load(vit: ViT) -> str:
+    """For people who open config.json."""
+    loader = "transformers.AutoModel.from_pretrained(FOLDER, trust_remote_code=True)"
+    if vit.softcap is None:
+        return f"{loader}, which norms all outputs; without trust_remote_code transformers' own class"
+    return (
+        f"{loader}: {MODELING}.py caps the attention logits at {vit.softcap:g}; transformers' own classes do not, "
+        "which changes the features"
+    )
 
 
 def _processor(vit: ViT) -> dict[str, Any]:
-    """The backbone's evaluation transform, as transformers' image processor of CLIP."""
+    """The backbone's evaluation transform, for the module's image processor, and for transformers' own of CLIP."""
     height, width = vit.spec.image_size
     return {
         "image_processor_type": "CLIPImageProcessor",
+        "auto_map": {"AutoImageProcessor": f"{MODELING}.AlignedImageProcessor"},
         "do_resize": True,
         "size": {"shortest_edge": int(height / vit.data["crop_pct"])},
         "resample": {"lanczos": 1, "bilinear": 2, "bicubic": 3}[vit.data["interpolation"]],
@@ -188,7 +211,6 @@ def _processor(vit: ViT) -> dict[str, Any]:
 
 
 PROCESSOR_NOTE = (
-    "Image processor: transformers rounds the offset of a centre crop down, timm to the nearest even number. If the "
-    "resized side minus the crop is 3 modulo 4, the crop lies one pixel further left or up than timm's. timm's own "
-    "transform gives the pixels of training and evaluation."
+    "Image processor: without trust_remote_code transformers uses its own, which resamples with torchvision and "
+    "rounds the offset of the centre crop down: its crop may lie one pixel further left or up than in training."
 )

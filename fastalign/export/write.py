@@ -1,11 +1,13 @@
 """Writing an export: the target's files, `fastalign.json`, the decoder and the model card; all of them or nothing."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastalign import __version__
 from fastalign.export import measure
+from fastalign.export.card import model_card
 from fastalign.export.run import DECODER, Run, read_run
 from fastalign.export.targets import Target, find_target
 from fastalign.export.towers import write_json
@@ -17,21 +19,26 @@ FACTS = "fastalign.json"
 
 
 def export(
-    folder: str | Path,
+    run: str | Path | Run,
     to: str,
     *,
     output: str | Path | None = None,
     drop_softcap: bool = False,
     images: str | None = None,
+    hub: str | None = None,
+    text_tower: str | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Export the backbone and the decoder of a run.
 
     Args:
-        folder: of the run.
+        run: its folder, or what `fastalign.export.run.read_weights` returns.
         to: a name of `fastalign.export.targets.TARGETS`.
         output: the folder to write; None = ``exports/TARGET`` in the run's. An earlier export there is replaced.
-        drop_softcap: export without the cap, for the library's own classes, and measure the effect.
+        drop_softcap: export without the cap, for the library's own classes.
         images: folder, tar shards or ``synthetic:COUNT`` that features are measured on; None = validation data.
+        text_tower: for open_clip: the CLIP model whose text tower is kept, a file, a folder or ``hf-hub:OWNER/NAME``;
+            None = the weights that the run started from.
+        hub: OWNER/NAME under which the export will be uploaded; the model card loads it from there.
 
     Returns:
         The folder and the content of its fastalign.json.
@@ -39,22 +46,20 @@ def export(
     Raises:
         UserError: a damaged run, a target that does not fit or cannot cap, or an export that is not exact.
     """
-    run = read_run(folder)
+    run = replace(run if isinstance(run, Run) else read_run(run), text_tower=text_tower)
     target, cap = find_target(to, run), run.vit.softcap
-    output = Path(output) if output else run.folder / "exports" / to
-    if output.exists() and not (output / FACTS).is_file():
-        raise UserError(f"--output {output} exists and is not an export: choose another folder")
-    if cap is not None and not drop_softcap and not target.can_cap:
+    output = _output(run, to, output)
+    if cap is not None and not drop_softcap and target.how_capped is None:
         raise UserError(
-            f"--to {to} cannot apply the soft-cap of {cap:g} that {run.folder} was trained with: choose another "
-            "target, or give --drop-softcap, which changes the features and measures by how much"
+            f"--to {to} cannot apply the soft-cap of {cap:g} that {run.facts['name']} was trained with: choose "
+            "another target, or give --drop-softcap, which changes the features and measures by how much"
         )
     found, where = measure.find_images(images, run.config.data.val if run.config else None)
     softcap = {"value": cap, "applied": cap is not None and not drop_softcap}
-    if cap is not None and drop_softcap:
-        softcap["dropped"] = measure.without_softcap(run.vit, found)
-        run.vit.softcap = None
-    facts = _facts(run, to, softcap) | {"notes": [*run.notes, *target.notes]}
+    if cap is not None:
+        softcap["effect"] = measure.without_softcap(run.vit, found)
+        run.vit.softcap = cap if softcap["applied"] else None
+    facts = _facts(run, to, softcap)
     facts["features"] = measure.moments(run.vit, found) if found else {"mean": None, "std": None}
     facts["features"]["of"] = where
     temporary = temporary_name(output)
@@ -62,6 +67,11 @@ def export(
     try:
         temporary.mkdir(parents=True)
         _write(run, target, facts, temporary)
+        usage = target.usage(run)
+        if hub:
+            usage = usage.replace("local-dir:FOLDER", f"hf-hub:{hub}")
+        usage = usage.replace("FOLDER", hub or str(output))
+        (temporary / "README.md").write_text(model_card(facts, target.package, usage, target.how_capped))
         shutil.rmtree(output, ignore_errors=True)
         temporary.replace(output)
     finally:
@@ -69,20 +79,25 @@ def export(
     return output, facts
 
 
+def _output(run: Run, to: str, given: str | Path | None) -> Path:
+    """The folder to write."""
+    if given is None and run.folder is None:
+        raise UserError("--output: give the folder to write, because --weights is not a run")
+    output = Path(given) if given else run.folder / "exports" / to
+    if output.exists() and not (output / FACTS).is_file():
+        raise UserError(f"--output {output} exists and is not an export: choose another folder")
+    return output
+
+
 def _write(run: Run, target: Target, facts: dict[str, Any], folder: Path) -> None:
-    """All files, if the library's own model, loaded from them, gives our features."""
-    target.write(run, folder)
-    error = measure.parity(run.vit, target.read(folder))
-    if error > measure.PARITY:
-        raise UserError(
-            f"--to {facts['target']}: the exported model differs from ours by {error:.1e} (at most "
-            f"{measure.PARITY:g}): not written; check the versions of the libraries"
-        )
-    facts["parity"] = {"largest_relative_error": error, "of": "any token, fp32, 4 images of noise"}
+    """All files but the card, if the library's own model, loaded from them, gives our features."""
+    notes = target.write(run, folder) or []
+    error = measure.check_parity(run.vit, target.read(folder), f"--to {facts['target']}")
+    facts["parity"] = {"largest_relative_error": error, "of": measure.PARITY_OF}
+    facts["notes"] = [*run.notes, *target.notes, *notes]
     if run.decoder:
         write_tensors(folder / DECODER, run.decoder_weights)
     write_json(folder / FACTS, facts)
-    (folder / "README.md").write_text(_model_card(facts, target.package, target.usage(run)))
 
 
 def _facts(run: Run, to: str, softcap: dict[str, Any]) -> dict[str, Any]:
@@ -110,61 +125,3 @@ def _facts(run: Run, to: str, softcap: dict[str, Any]) -> dict[str, Any]:
         "changes": run.facts.get("changes"),
         "decoder": run.decoder,
     }
-
-
-def _model_card(facts: dict[str, Any], library: str, usage: str) -> str:
-    """README.md of an export; `usage` is Python that loads it with `library`."""
-    source, read, images, data = facts["source"], facts["read"], facts["images"], facts["data"]
-    features, parity, grid = facts["features"], facts["parity"], read["patch_grid"]
-    loss = "not measured" if facts["val_loss"] is None else f"{facts['val_loss']:.4f}"
-    licence = f"{source['licence']}, as timm records it; see the source's own page"
-    measured = f"in fastalign.json: {features.get('images')} images, {features['of']}"
-    rows = {
-        "backbone": f"`{source['name']}`, weights: {source['weights'] or 'unknown'}",
-        "licence of its weights": licence if source["licence"] else "unknown: that of the original weights",
-        "soft-cap": _softcap(facts["softcap"]),
-        "tokens to read": f"the last layer's{', normed' if read['normed'] else ''}: {read['prefix_tokens']} prefix "
-        f"tokens, then {grid[0]} x {grid[1]} patches of width {read['width']}",
-        "images": ", ".join(f"{name} {value}" for name, value in images.items()),
-        "data": f"train `{data['train']}`, validation `{data['val']}`" if data else "unknown",
-        "trained": f"{facts['objective']}, {facts['step']} updates, validation loss {loss}",
-        "patch probe": facts["probe"] if facts["probe"] is not None else "not measured",
-        "feature mean and std": features["of"] if features["mean"] is None else measured,
-        "difference from fastalign's own model": f"{parity['largest_relative_error']:.1e} ({parity['of']})",
-        "MaskEmbed decoder": "`fastalign.export.load_decoder(FOLDER)`" if facts["decoder"] else "none",
-    }
-    lines = [
-        "---",
-        f"license: {source['licence'] or 'unknown'}",
-        f"library_name: {library}",
-        "pipeline_tag: image-feature-extraction",
-        "tags: [locality-alignment, fastalign]",
-        "---",
-        f"# {source['name']}, locality-aligned",
-        "",
-        "A vision transformer after [MaskEmbed](https://arxiv.org/abs/2410.11087) with fastalign "
-        f"{facts['fastalign']}, for `{facts['target']}`.",
-        "",
-        "```python",
-        usage,
-        "```",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows.items()),
-        "",
-        "`fastalign.json` has all of this, the whole recipe and the features' mean and std by channel.",
-        *(["", *facts["notes"]] if facts["notes"] else []),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _softcap(softcap: dict[str, Any]) -> str:
-    if softcap["value"] is None:
-        return "none: trained with plain attention"
-    if softcap["applied"]:
-        return f"{softcap['value']:g}, applied by the import above; without it the features differ"
-    changes = ", ".join(
-        f"{100 * v['relative_change']:.2g}% on {name}" for name, v in softcap["dropped"].items()
-    )
-    return f"**dropped**: trained with {softcap['value']:g}; relative change of the features {changes}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastalign import __version__
-from fastalign.backbones.weight_files import embedded_facts
+from fastalign.backbones.saving import backbone_facts, facts_text, is_written, write_backbone
 from fastalign.config import Config, kinds, resolve, to_yaml
 from fastalign.training import sharding
 from fastalign.training.build import teacher_of
@@ -19,7 +19,7 @@ from fastalign.training.metrics import plain_number
 from fastalign.training.optim import class_name
 from fastalign.training.run import Run
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import wrap_io_errors, write_atomically, write_tensors
+from fastalign.utils.files import wrap_io_errors, write_atomically
 from fastalign.utils.sections import Kind, get_key, select
 
 
@@ -80,7 +80,7 @@ def save(run: Run, *, evaluated: bool = False) -> None:
         return
     best = score is not None
     published = (best or (run.val is None and not best_by_probe)) and not run.config.student.freeze
-    facts = backbone_facts(run, evaluated=evaluated) if published else None
+    facts = describe_backbone(run, evaluated=evaluated) if published else None
     state = snapshot({**checkpoint_state(run), "is_best": best, "backbone": facts}, keep=run.world.main)
     if run.world.main:
         run.checkpoints.save(state, run.state.step, best=best, publish=partial(publish_backbone, run.folder))
@@ -213,20 +213,11 @@ def _differences(key: str, old: Any, new: Any) -> Iterator[Change]:
         yield Change(key, old, new)
 
 
-def backbone_facts(run: Run, *, evaluated: bool) -> str:
+def describe_backbone(run: Run, *, evaluated: bool) -> str:
     """The text of `backbone.json`: what a user of the aligned backbone must know."""
-    state, recipe = run.state, run.backbone.recipe
-    kwargs = {**recipe["kwargs"], "num_classes": 0}
-    if run.backbone.spec.pool == "map":
-        kwargs["global_pool"] = ""  # the student has no pooling to save
+    state = run.state
     teacher, weights, _ = teacher_of(run.config)
     facts = {
-        "name": recipe["name"],
-        "kwargs": kwargs,
-        "softcap": run.config.student.softcap,
-        "norm_eps": getattr(run.objective.student.encoder.norm, "eps", None),
-        **run.backbone.data,
-        "features": "the tokens after the final norm; prefix tokens first",
         "objective": run.config.objective,
         "teacher": {"name": teacher, "weights": weights},
         "step": state.step,
@@ -237,26 +228,14 @@ def backbone_facts(run: Run, *, evaluated: bool) -> str:
     }
     if state.current_probe:
         facts["probe"] = {name: plain_number(value) for name, value in state.current_probe.items()}
-    return json.dumps(facts, indent=2, allow_nan=False) + "\n"
+    return facts_text(backbone_facts(run.objective.student.encoder, **facts))
 
 
 def publish_backbone(folder: Path, state: dict) -> None:
-    """Write a checkpoint's backbone with timm's keys, without the student's head, and its facts.
-
-    `backbone.safetensors` holds the text of `backbone.json` too, so that the next start notices if a kill left one
-    without the other. A state without `backbone` was not the best.
-    """
+    """Write a checkpoint's backbone and its facts. A state without `backbone` was not the best."""
     text = state.get("backbone")
-    if text is None:
+    if text is None or is_written(folder, text):
         return
-    weights_file, facts_file = folder / "backbone.safetensors", folder / "backbone.json"
-    if embedded_facts(weights_file) != text:
-        source = state["average"] or state["student"]
-        weights = {
-            name.removeprefix("encoder."): value.contiguous().float()
-            for name, value in source.items()
-            if name.startswith("encoder.") and not name.startswith("encoder.head.")
-        }
-        write_tensors(weights_file, weights, softcap=str(json.loads(text)["softcap"]), facts=text)
-    if not facts_file.exists() or facts_file.read_text() != text:
-        write_atomically(facts_file, lambda file: file.write(text.encode()))
+    source, prefix = state["average"] or state["student"], "encoder."
+    weights = {name.removeprefix(prefix): value for name, value in source.items() if name.startswith(prefix)}
+    write_backbone(folder, weights, text)

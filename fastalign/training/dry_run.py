@@ -9,8 +9,8 @@ import torch
 from fastalign.config import Config
 from fastalign.data.sources import open_source
 from fastalign.training.distributed import World
+from fastalign.training.messages import duration, start_lines
 from fastalign.training.metrics import peak_memory
-from fastalign.training.reporter import duration, start_lines
 from fastalign.training.run import Run
 from fastalign.utils.errors import UserError
 

@@ -1,25 +1,19 @@
-"""Metrics: a line of JSON per step, TensorBoard and Weights & Biases on request, speed, loss spikes.
+"""What is measured of a run: speed, compilation, loss spikes; and the files of metrics."""
 
-Values stay on the device until they are flushed, so that the host never waits for a step.
-"""
-
-import importlib
 import json
 import math
-import os
 import resource
 import statistics
 import time
-import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from fastalign.method.flops import peak_flops
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import wrap_io_errors, write_atomically
+from fastalign.utils.files import write_atomically
 
 # torch's names for capturing a graph with its forward code, and for backward code that is generated later
 _COMPILE_TIMES = ("_compile.compile_inner", "backward._backward_impl")
@@ -71,59 +65,6 @@ class SpikeDetector:
         median = statistics.median(earlier)
         spread = _MAD_TO_STD * statistics.median(abs(value - median) for value in earlier)
         return median if loss > max(median + _MIN_DEVIATIONS * spread, _MIN_RATIO * median) else None
-
-
-class MetricLog:
-    """Writes a run's metrics on the main rank; does nothing on the others.
-
-    Args:
-        folder: the run folder; lines go to its `metrics.jsonl`.
-        step, evaluated: of `drop_later_lines`: lines written before an interruption are dropped.
-        main: whether this rank writes.
-        sinks: also log to "tensorboard" (events in `folder`) and "wandb:PROJECT".
-    """
-
-    def __init__(self, folder: Path, *, step=0, evaluated=True, main=True, sinks: Sequence[str] = ()):
-        self._pending: list[dict] = []
-        self._compile_stats = CompileStats()
-        self._file, self._sinks = None, []
-        if not main:
-            return
-        self._path = path = folder / "metrics.jsonl"
-        if path.exists():
-            drop_later_lines(path, step, evaluated=evaluated)
-        self._file = path.open("a")
-        self._sinks = [_open_sink(sink, folder, step) for sink in sinks]
-
-    def add(self, **values) -> None:
-        """Keep a line until the next flush, with what was compiled for it; values may be tensors on the device."""
-        if self._file:
-            self._pending.append(values | self._compile_stats.delta())
-
-    def flush(self, speed: "Speed | None" = None) -> list[dict]:
-        """Fetch the pending lines, add the interval's speed to training lines, write and return them."""
-        lines = [{key: plain_number(value) for key, value in line.items()} for line in self._pending]
-        self._pending.clear()
-        common = speed.measure() if speed else {}  # after the fetch, when the device has done the work
-        for line in lines:
-            if "loss" in line:
-                line |= common
-        if lines:
-            with wrap_io_errors(self._path):
-                self._file.writelines(json.dumps(line) + "\n" for line in lines)
-                self._file.flush()
-        for line in lines:
-            for sink in self._sinks:
-                sink({k: v for k, v in line.items() if k != "step" and v is not None}, line["step"])
-        return lines
-
-    def close(self) -> None:
-        """Write what is pending."""
-        if self._file:
-            self.flush()
-            with wrap_io_errors(self._path):
-                os.fsync(self._file.fileno())
-                self._file.close()
 
 
 class Speed:
@@ -215,24 +156,3 @@ def mean_and_spread(values: Sequence[float]) -> dict[str, float | None]:
     if not all(map(math.isfinite, values)):
         return {"mean": sum(values) / len(values), "std": None}
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
-
-
-def _open_sink(sink: str, folder: Path, step: int) -> Callable[[dict, int], None]:
-    kind, _, project = sink.partition(":")
-    try:
-        module = importlib.import_module("wandb" if kind == "wandb" else "torch.utils.tensorboard")
-    except ImportError:
-        raise UserError(f"log.to=[{sink}] needs a package: pip install {kind}") from None
-    if kind == "wandb":
-        # Resuming in the same folder continues the same run; two folders of one name are two runs.
-        identity = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"
-        run = module.init(project=project, name=folder.name, id=identity, dir=str(folder), resume="allow")
-        return lambda values, step: run.log(values, step=step)
-    writer = module.SummaryWriter(str(folder), purge_step=step + 1)
-
-    def write(values: dict, step: int) -> None:
-        for key, value in values.items():
-            writer.add_scalar(key, value, step)
-        writer.flush()
-
-    return write

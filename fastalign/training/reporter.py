@@ -1,48 +1,69 @@
-"""What a run says: metrics to their log, and its start, progress and end to the terminal."""
+"""What a run reports: metrics to files and services, and progress to the terminal."""
 
+import importlib
+import json
+import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from fastalign import __version__
-from fastalign.training.build import teacher_of
-from fastalign.training.metrics import MetricLog, Speed, SpikeDetector
-from fastalign.training.run import Run
+from fastalign.training.messages import clock, duration
+from fastalign.training.metrics import CompileStats, Speed, SpikeDetector, drop_later_lines, plain_number
+from fastalign.utils.errors import UserError
+from fastalign.utils.files import wrap_io_errors
 
 _Item = TypeVar("_Item")
 LINE_SECONDS = 10
 """Between two lines of progress where there is no terminal, at least."""
 
 
-def duration(seconds: float) -> str:
-    """45 s, 12 min, 3 h 20 min"""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def clock(seconds: float) -> str:
-    """The local time in so many seconds: 15:42, on another day with its date."""
-    end, now = time.localtime(time.time() + seconds), time.localtime()
-    return time.strftime("%H:%M" if end[:3] == now[:3] else "%a %d %b, %H:%M", end)
-
-
 class Reporter:
-    """A bar on a terminal, plain lines elsewhere; silent unless `main`. `total`, `step`: of the run."""
+    """Metrics, a line of JSON per step, and progress: a bar on a terminal, plain lines elsewhere.
 
-    def __init__(self, log: MetricLog, *, total: int, step: int, main: bool):
-        self.log, self.main, self.total, self.first, self._bar = log, main, total, step, None
-        self._spikes, self._shown, self._announced = SpikeDetector(), 0.0, False
+    Values stay on the device until they are flushed, so that the host never waits for a step.
+
+    Args:
+        folder: the run folder; lines go to its `metrics.jsonl`.
+        speed: measures training lines.
+        step, evaluated: of `drop_later_lines`: lines written before an interruption are dropped.
+        total: the last step.
+        main: whether this rank reports; others are silent.
+        sinks: also log to "tensorboard" (events in `folder`) and "wandb:PROJECT".
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        speed: Speed | None = None,
+        *,
+        step: int = 0,
+        evaluated: bool = True,
+        total: int = 0,
+        main: bool = True,
+        sinks: Sequence[str] = (),
+    ):
+        self.main, self.total, self.first, self.speed = main, total, step, speed
+        self._pending: list[dict] = []
+        self._bar, self._spikes, self._compile_stats = None, SpikeDetector(), CompileStats()
+        self._shown, self._announced = 0.0, False
         self.start_clock()
-        if main and sys.stderr.isatty():
+        if not main:
+            return
+        self._path = folder / "metrics.jsonl"
+        if self._path.exists():
+            drop_later_lines(self._path, step or -1, evaluated=evaluated)
+        self._file = self._path.open("a")
+        self._sinks = [_open_sink(sink, folder, step or -1) for sink in sinks]
+        if sys.stderr.isatty():
+            # Fits 80 columns: bar, steps, figures, time left.
             columns = [BarColumn(bar_width=12), MofNCompleteColumn(), TextColumn("{task.fields[text]}")]
-            columns.append(TextColumn("{task.fields[left]}"))  # all fits 80 columns
+            columns.append(TextColumn("{task.fields[left]}"))
             self._bar = Progress(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task("training", total=total, completed=step, text="", left="")
             self._bar.start()
@@ -88,22 +109,42 @@ class Reporter:
         done = step - self.first
         return (time.monotonic() - self.started) / done * (self.total - step) if done >= 2 else None
 
-    def flush(self, speed: Speed | None = None) -> None:
-        """Write the pending metrics; report compilation, loss spikes, and the newest training line."""
-        lines = self.log.flush(speed)
-        for line in lines:
-            if "compile_seconds" in line:
-                hits, misses = line["compile_cache_hits"], line["compile_cache_misses"]
-                text = f"compiled in {line['compile_seconds']:.1f} s"
-                self.say(f"{text}, {hits} of {hits + misses} graphs from torch's cache")
+    def add(self, **values) -> None:
+        """Keep a line until the next flush, with what was compiled for it; values may be tensors on the device."""
+        if self.main:
+            self._pending.append(values | self._compile_stats.delta())
+
+    def flush(self) -> None:
+        """Fetch and write the pending lines, training lines with the interval's speed, and report what is new."""
+        if not self._pending:
+            return
+        lines = [{key: plain_number(value) for key, value in line.items()} for line in self._pending]
+        self._pending.clear()
         training = [line for line in lines if "loss" in line]
-        for line in training:
-            median = None if line["loss"] is None else self._spikes.update(line["loss"])
-            if median is not None:
-                jump = f"the loss jumped to {line['loss']:.4f}, from about {median:.4f}"
-                self.say(f"step {line['step']}: {jump}")
-        if training and self.main:
+        if training and self.speed:
+            figures = self.speed.measure()  # after the fetch, when the device has done the work
+            for line in training:
+                line |= figures
+        with wrap_io_errors(self._path):
+            self._file.writelines(json.dumps(line) + "\n" for line in lines)
+            self._file.flush()
+        for line in lines:
+            for sink in self._sinks:
+                sink({k: v for k, v in line.items() if k != "step" and v is not None}, line["step"])
+            self._report(line)
+        if training and self.speed:
             self._show(training[-1])
+
+    def _report(self, line: dict) -> None:
+        """Compilation and loss spikes."""
+        if "compile_seconds" in line:
+            hits, misses = line["compile_cache_hits"], line["compile_cache_misses"]
+            text = f"compiled in {line['compile_seconds']:.1f} s"
+            self.say(f"{text}, {hits} of {hits + misses} graphs from torch's cache")
+        loss = line.get("loss")
+        median = None if loss is None else self._spikes.update(loss)
+        if median is not None:
+            self.say(f"step {line['step']}: the loss jumped to {loss:.4f}, from about {median:.4f}")
 
     def _show(self, line: dict) -> None:
         step, left = line["step"], self._left(line["step"])
@@ -121,49 +162,32 @@ class Reporter:
             self.say(f"step {step}/{self.total}  epoch {line['epoch']}  {text}{remaining}")
 
     def close(self) -> None:
-        """Remove the bar and close the log."""
+        """Remove the bar, write what is pending and close the file."""
         if self._bar:
             self._bar.stop()
-        self.log.close()
+        if self.main:
+            self.flush()
+            with wrap_io_errors(self._path):
+                os.fsync(self._file.fileno())
+                self._file.close()
 
 
-def start_lines(run: Run) -> list[str]:
-    """What a run is about to do, one fact per line."""
-    config, world, spec, optim = run.config, run.world, run.backbone.spec, run.config.optim
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    parameters = sum(p.numel() for p in run.objective.student.encoder.parameters())
-    cap, rows, columns = config.student.softcap, *spec.grid
-    images, epoch = len(run.train.source), run.epoch_steps * optim.batch_size
-    batch = optim.batch_size // (world.size * optim.accumulate)
-    teacher = teacher_of(config)
-    lines = [
-        f"fastalign {__version__}, torch {torch.__version__}, {device}, {world.size} rank{'s' * (world.size > 1)}, "
-        f"{optim.accumulate} pass{'es' * (optim.accumulate > 1)} per update",
-        *run.notes,
-        f"backbone: {config.student.name}, {parameters / 1e6:.1f} M parameters, {rows} x {columns} patches of "
-        f"{' x '.join(map(str, spec.image_size))} pixels, soft-cap {cap or 'none'}, weights {config.student.weights}",
-        f"data: {images} images"
-        + (f", of which each epoch leaves out {images - epoch}" if images > epoch else "")
-        + (f"; {len(run.val.source)} for validation" if run.val else "; none for validation"),
-        f"batch: {optim.batch_size} images, {batch} per rank and pass",
-        f"length: {optim.epochs} epoch{'s' * (optim.epochs > 1)} of {run.epoch_steps} updates"
-        + (f", stopped after {run.last_step} updates" if run.last_step < run.total_steps else ""),
-    ]
-    if teacher[:2] != (config.student.name, config.student.weights):
-        lines.insert(-3, f"teacher: {teacher[0]}, weights {teacher[1]}")
-    return lines
+def _open_sink(sink: str, folder: Path, step: int) -> Callable[[dict, int], None]:
+    kind, _, project = sink.partition(":")
+    try:
+        module = importlib.import_module("wandb" if kind == "wandb" else "torch.utils.tensorboard")
+    except ImportError:
+        raise UserError(f"log.to=[{sink}] needs a package: pip install {kind}") from None
+    if kind == "wandb":
+        # Resuming in the same folder continues the same run; two folders of one name are two runs.
+        identity = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"
+        run = module.init(project=project, name=folder.name, id=identity, dir=str(folder), resume="allow")
+        return lambda values, step: run.log(values, step=step)
+    writer = module.SummaryWriter(str(folder), purge_step=step + 1)
 
+    def write(values: dict, step: int) -> None:
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()
 
-def end_lines(run: Run) -> list[str]:
-    """Where the backbone is, and what to do with it."""
-    if not (run.folder / "backbone.json").exists():
-        return []
-    best, place = run.state.best if run.val and not run.config.probe.best else None, run.folder
-    return [
-        f"aligned backbone: {place / 'backbone.safetensors'}"
-        + ("" if best is None else f", validation loss {best:.4f}"),
-        "next:",
-        f"  fastalign probe --backbone {place} --before --data coco:PATH",
-        f"  fastalign export {place} --to timm",
-        f"  fastalign report {place}",
-    ]
+    return write

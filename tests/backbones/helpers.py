@@ -1,4 +1,4 @@
-"""Names and sizes of small backbones for the tests of weights files."""
+"""Names and sizes of small backbones, and attention with a cap by its definition."""
 
 import torch
 
@@ -17,3 +17,17 @@ HF = {
 """SMALL for transformers"""
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(7))
 ONE = torch.ones(1)
+
+
+def capped(cap: float):
+    """torch's function with the cap by its definition; a bias or mask is added to capped logits."""
+
+    def function(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+        logits = torch.einsum("bhqd,bhkd->bhqk", q, k) / q.shape[-1] ** 0.5
+        logits = cap * torch.tanh(logits / cap)
+        if attn_mask is not None:
+            added = attn_mask.dtype != torch.bool
+            logits = logits + attn_mask if added else logits.masked_fill(~attn_mask, -torch.inf)
+        return torch.einsum("bhqk,bhkd->bhqd", logits.softmax(-1), v)
+
+    return function

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastalign as fa
-from fastalign.backbones.layouts import HF_DEFAULTS
+from fastalign.backbones.hf_config import HF_DEFAULTS
 from fastalign.backbones.vit import ViT
 from tests.backbones.helpers import AT_16, CLIP, DINO, HF, IMAGES, REGISTERS, SIGLIP, SMALL, VIT
 from tests.numerics import randomise, relative_error

@@ -28,6 +28,8 @@ FAMILIES = {
     "map pooling": ("vit_base_patch16_siglip_224", SMALL, {"skip_blocks": 0, "prefix_only": True}),
     "beit": ("beit_base_patch16_224", SMALL, {}),
     "eva": ("eva02_base_patch16_clip_224", SMALL, {}),
+    "dinov3": ("vit_small_patch16_dinov3_qkvb", SMALL, {}),
+    "mixed rope": ("vit_base_patch16_rope_mixed_ape_224", SMALL, {}),
     "dinov2": ("vit_base_patch14_reg4_dinov2", {**SMALL, "img_size": 42}, {}),
     "qk norm": ("vit_tiny_patch16_224", {**SMALL, "qk_norm": True}, {}),
 }

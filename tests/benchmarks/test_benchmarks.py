@@ -11,7 +11,7 @@ from torch import nn
 import fastalign as fa
 from benchmarks import checkpoint, export, fp8, masks, record, step, step_bench, summary
 from benchmarks.baseline import Baseline
-from benchmarks.step_bench import KEY, TINY_KWARGS, Row, StepBench
+from benchmarks.step_bench import FIXED_SIZE, KEY, TINY_KWARGS, Row, StepBench
 from tests.numerics import gradient_error, randomise, relative_error
 
 CPU = torch.device("cpu")
@@ -66,11 +66,19 @@ def test_both_sides_keep_their_weights_in_the_same_precision():
         assert {p.dtype for p in model.teacher.parameters() if id(p) not in others} == {torch.float32}, mode
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch16_clip_quickgelu_224"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", {}),
+        ("vit_base_patch16_clip_quickgelu_224", {}),
+        ("vit_base_patch16_dinov3", FIXED_SIZE),
+        ("vit_pe_core_large_patch14_336", {"patch_size": 16, "attn_pool_num_heads": 3}),
+    ],
+)
 @pytest.mark.parametrize("softcap", [0.5, None])
-def test_the_baseline_computes_the_same_loss(name, softcap, monkeypatch):
+def test_the_baseline_computes_the_same_loss(name, options, softcap, monkeypatch):
     """With our masks and weights it gives our loss and gradient."""
-    kwargs = {"img_size": 48, "embed_dim": 96, "num_heads": 3, "depth": 3}
+    kwargs = {"img_size": 48, "embed_dim": 96, "num_heads": 3, "depth": 3, **options}
     baseline = Baseline(name, softcap, **kwargs).double()
     randomise(baseline)
     vit = fa.create_backbone(name, **kwargs).double()

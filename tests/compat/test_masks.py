@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import fastalign.compat.locality_alignment as la
-from fastalign.compat.locality_alignment import loss_utils
 from tests import truth
 from tests.numerics import randomise, relative_error
 
@@ -52,15 +51,11 @@ def test_masks_without_a_seed_follow_torchs():
     assert not torch.equal(first[0], other[0])
 
 
-def test_blockwise_share_and_errors():
-    masks = la.BlockwiseMaskSampler(196, 0.4, False, False)(300, seed=0)
-    assert masks.mean(1).min() >= 0.4
-    assert 0.45 < masks.mean() < 0.53
+def test_bad_masks():
     with pytest.raises(ValueError, match="square"):
         la.BlockwiseMaskSampler(10)(1)
     with pytest.raises(ValueError, match="ratio"):
         la.BernoulliMaskSampler(9, mask_ratio=1.5)
-    assert loss_utils.UniformMaskSampler is la.UniformMaskSampler
 
 
 def test_mask_layer():

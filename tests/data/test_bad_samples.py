@@ -147,8 +147,8 @@ def test_unreadable_files_are_bad_and_block_nothing(tmp_path, fast):
     (root / "2.jpg").symlink_to(root / "nowhere")
     reader = SampleReader(source, (bad := BadSamples()), replace=True)
     assert [reader.read(i).id for i in range(8)] == [4, 4, 4, 4, 4, 5, 4, 4]
-    dangling, other = "a link that leads nowhere", "not a regular file"
-    reasons = {0: other, 1: other, 2: dangling, 3: "No such file or directory", 6: other, 7: dangling}
+    missing, other = "No such file or directory", "not a regular file"
+    reasons = {0: other, 1: other, 2: missing, 3: missing, 6: other, 7: missing}
     assert {i: sample.reason for i, sample in bad.found.items()} == reasons
 
 

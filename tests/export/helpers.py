@@ -4,12 +4,14 @@ import json
 from functools import partial
 from pathlib import Path
 
+import onnxruntime
 import open_clip
 import timm
 import torch
 import transformers
 from safetensors.torch import load_file
 
+from tests.numerics import relative_error
 from tests.truth import CappedAttention
 
 FAMILIES = {
@@ -90,14 +92,25 @@ def by_transformers(folder: Path, x: torch.Tensor, family: str) -> torch.Tensor:
 
 
 def by_open_clip(folder: Path, x: torch.Tensor, family: str) -> torch.Tensor:
-    config = json.loads((folder / "visual.json").read_text())
-    visual = open_clip.CLIP(**config, text_cfg=open_clip.CLIPTextCfg(width=64, heads=1, layers=1)).visual
-    visual.load_state_dict(load_file(folder / "visual.safetensors"))
-    first, patches = visual.eval()(x)
-    return torch.cat([first[:, None], patches], 1)
+    """The tokens that a hook finds after the last norm of the whole image tower."""
+    model = open_clip.create_model(f"local-dir:{folder}").eval()
+    found = []
+    model.visual.ln_post.register_forward_hook(lambda module, args, out: found.append(out))
+    model.encode_image(x)
+    return found[0]
 
 
-LOADERS = {"timm": by_timm, "prismatic": by_prismatic, "open-clip": by_open_clip}
+def by_onnxruntime(folder: Path, x: torch.Tensor, family: str) -> torch.Tensor:
+    """One image at a time, then the rest together; the program of torch.export gives the same."""
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    found = [session.run(["tokens"], {"images": part.numpy()})[0] for part in x.split([1, len(x) - 1])]
+    found = torch.cat([torch.from_numpy(part) for part in found])
+    program = torch.export.load(folder / "model.pt2").module()
+    assert relative_error(program(x), found) < 1e-5
+    return found
+
+
+LOADERS = {"timm": by_timm, "prismatic": by_prismatic, "open-clip": by_open_clip, "onnx": by_onnxruntime}
 
 
 def evaluation_transform(family: str):

@@ -18,13 +18,17 @@ BACKBONES = {
     "siglip": ("vit_base_patch16_siglip_224", {"img_size": 48, **NARROW}, 30.0),
     "dinov2": ("vit_base_patch14_reg4_dinov2", {"img_size": 42, **NARROW}, None),
     "eva": ("eva02_base_patch16_clip_224", {"img_size": 48, **NARROW}, None),
+    # Of a fixed size timm keeps its table in fp32, as we do.
+    "dinov3": ("vit_small_patch16_dinov3_qkvb", {"img_size": 48, "dynamic_img_size": False, **NARROW}, None),
+    "pe": ("vit_pe_core_base_patch16_224", {"img_size": 48, "attn_pool_num_heads": 3, **NARROW}, None),
+    "mixed": ("vit_base_patch16_rope_mixed_ape_224", {"img_size": 48, **NARROW}, None),
 }
 
 
 def build(case, loss="mse"):
     """Our objective in mode drop, timm's backbone, the student's truth, with the same random weights, and images."""
     name, kwargs, softcap = BACKBONES[case]
-    backbone = timm.create_model(name, num_classes=0, **kwargs).double().eval()
+    backbone = in_float64(timm.create_model(name, num_classes=0, **kwargs)).eval()
     randomise(backbone)
     vit = fa.create_backbone(name, **kwargs).double()
     vit.load_state_dict(backbone.state_dict())
@@ -35,7 +39,24 @@ def build(case, loss="mse"):
     randomise(student.decoder), randomise(student.encoder.head)
     truth = StudentTruth(name, cap=softcap, target_dim=vit.embed_dim, **kwargs).double()
     truth.load_state_dict(student.state_dict())
+    in_float64(truth.encoder)
     return objective, backbone, truth, torch.randn(3, 3, *vit.spec.image_size, dtype=torch.float64)
+
+
+def in_float64(model):
+    """timm's model, its mixed rope in float64 too, where timm's own rounds to fp32."""
+    if isinstance(rope := getattr(model, "rope", None), timm.layers.RotaryEmbeddingMixed):
+
+        def get_embed():
+            x, y = (
+                place[:, None] * f[..., None, :]
+                for place, f in zip((rope.t_x, rope.t_y), rope.freqs, strict=True)
+            )
+            angles = (x + y).repeat_interleave(2, -1)
+            return torch.cat([angles.sin(), angles.cos()], -1)
+
+        rope.get_embed = get_embed
+    return model.double()
 
 
 def kept(mask, prefix):
@@ -48,8 +69,9 @@ def through(model, image, mask, blocks):
     x = model._pos_embed(model.patch_embed(image[None]))
     x, rope = x if isinstance(x, tuple) else (x, None)
     x = model.norm_pre(x[:, kept(mask, model.num_prefix_tokens)])
-    for block in model.blocks[:blocks]:
-        x = block(x) if rope is None else block(x, rope=rope[mask])
+    for index, block in enumerate(model.blocks[:blocks]):
+        table = rope[index] if rope is not None and rope.dim() == 4 else rope
+        x = block(x) if rope is None else block(x, rope=table[..., mask, :])
     return model.norm(x)[0]
 
 
@@ -128,7 +150,7 @@ def test_losses_are_means_over_the_tokens_present(loss):
 
 
 @pytest.mark.parametrize("complement", [True, False])
-@pytest.mark.parametrize("case", ["vit", "siglip", "eva"])
+@pytest.mark.parametrize("case", ["vit", "siglip", "eva", "mixed"])
 def test_masked_image_modeling_packs_the_student(case, complement):
     """Visible tokens of the packed student against the teacher's of the whole image."""
     name, kwargs, _ = BACKBONES[case]
@@ -138,7 +160,7 @@ def test_masked_image_modeling_packs_the_student(case, complement):
     randomise(student)
     masks = fa.UniformMasks(complement=complement, full=False, seed=3)
     objective = fa.MaskedImageModeling(fa.MaskedTeacher(vit, skip_blocks=0), student, masks)
-    truth = timm.create_model(name, num_classes=0, **kwargs).double().eval()
+    truth = in_float64(timm.create_model(name, num_classes=0, **kwargs)).eval()
     weights = {k: v for k, v in student.encoder.state_dict().items() if "head" not in k}
     truth.load_state_dict(weights, strict=False)
     images, ids = torch.randn(3, 3, 48, 48, dtype=torch.float64), torch.arange(3)
@@ -197,7 +219,7 @@ def test_where_lengths_vary_few_graphs_fit_them_all():
     assert len(graphs) == 4, "student and teacher, for the first length and for all others"
 
 
-@pytest.mark.parametrize("name", ["vit", "siglip", "eva"])
+@pytest.mark.parametrize("name", ["vit", "siglip", "eva", "mixed"])
 def test_on_kernels(name, monkeypatch):
     """Everything in Triton, against float64."""
     objective, _, _, images = build(name)

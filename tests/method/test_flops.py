@@ -24,6 +24,8 @@ def build(name="vit_tiny_patch16_224", mim=False, teacher=None, **options):
 CASES = {
     "maskembed": {},
     "swiglu": {"name": "eva02_base_patch16_clip_224", "softcap": None},
+    "gated, registers": {"name": "vit_small_plus_patch16_dinov3", "softcap": None},
+    "mixed rope": {"name": "vit_small_patch16_rope_mixed_ape_224"},
     "no prefix": {"name": "vit_base_patch16_siglip_224"},
     "mlp head": {"head": "mlp"},
     "narrow decoder": {"decoder_width": 96, "decoder_layers": 3},

@@ -148,6 +148,8 @@ def test_bad_arguments_are_named(make, words):
         "vit_base_patch16_siglip_224",
         "beit_base_patch16_224",
         "eva02_base_patch16_clip_224",
+        "vit_small_plus_patch16_dinov3_qkvb",
+        "vit_base_patch16_rope_mixed_ape_224",
     ],
 )
 def test_each_family_in_bf16_autocast_is_close_and_one_graph(name, softcap):

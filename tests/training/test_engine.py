@@ -13,8 +13,9 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from fastalign.training.metrics import CompileStats, MetricLog, Speed
+from fastalign.training.metrics import CompileStats, Speed
 from fastalign.training.optim import MovingAverage, class_name, learning_rate, make_optimizer
+from fastalign.training.reporter import Reporter
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import write_atomically
 
@@ -57,16 +58,16 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
 
 def test_metrics_continue_after_an_interruption(tmp_path):
-    log = MetricLog(tmp_path)
+    log = Reporter(tmp_path)
     for step in (1, 2, 3):
         log.add(step=step, loss=torch.tensor(0.5 * step))
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    other = MetricLog(tmp_path, main=False)  # another rank writes nothing
+    other = Reporter(tmp_path, main=False)  # another rank writes nothing
     other.add(step=1, loss=1.0)
-    assert other.flush() == []
-    log = MetricLog(tmp_path, step=2)
+    other.close()
+    log = Reporter(tmp_path, step=2)
     log.add(step=3, loss=9.0)
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -76,7 +77,7 @@ def test_metrics_continue_after_an_interruption(tmp_path):
 def test_tensorboard_events_are_written(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = MetricLog(tmp_path, sinks=["tensorboard"])
+    log = Reporter(tmp_path, sinks=["tensorboard"])
     log.add(step=5, loss=1.25)
     log.close()
     events = EventAccumulator(str(tmp_path))
@@ -88,7 +89,7 @@ def test_tensorboard_events_are_written(tmp_path):
 def test_missing_wandb_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
-        MetricLog(tmp_path, sinks=["wandb:project"])
+        Reporter(tmp_path, sinks=["wandb:project"])
 
 
 def test_compilation_is_reported_once_and_left_out_of_the_speed():

@@ -8,8 +8,8 @@ import pytest
 
 from fastalign import train
 from fastalign.training import reporter
-from fastalign.training.metrics import MetricLog
-from fastalign.training.reporter import Reporter, clock, duration
+from fastalign.training.messages import clock, duration
+from fastalign.training.reporter import Reporter
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_bar_of_its_own_for_what_is_slow(tmp_path, monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr("sys.stderr", terminal)
-    bars = Reporter(MetricLog(tmp_path, main=True), total=10, step=0, main=True)
+    bars = Reporter(tmp_path, total=10)
     task = bars._bar.tasks[0]
     bars.update(1)
     assert (task.completed, task.fields["left"]) == (1, "")
@@ -73,7 +73,7 @@ def test_a_bar_of_its_own_for_what_is_slow(tmp_path, monkeypatch):
 
 def test_lines_for_what_is_slow_without_a_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reporter, "LINE_SECONDS", -1)
-    lines = Reporter(MetricLog(tmp_path, main=True), total=10, step=0, main=True)
+    lines = Reporter(tmp_path, total=10)
     assert list(lines.track("abc", "validating", 3)) == ["a", "b", "c"]
     assert capsys.readouterr().out.splitlines() == [
         "validating: 1 of 3 batches",

@@ -2,7 +2,7 @@
 
 import json
 from contextlib import nullcontext
-from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -142,10 +142,12 @@ def test_parts_of_the_decoder_and_batches_of_the_scale_arrive():
         assert [set(gamma.tolist()) == {torch.tensor(1e-6).item()} for gamma in gammas] == (
             [] if kwargs else [True, True]
         )
-    val = SimpleNamespace(batches=lambda: iter(range(9)))
+    val = MagicMock(**{"batches": lambda: iter(range(9)), "__len__.return_value": 9})
     for scale, count in (("auto", 9), ("auto:4", 4), ("auto:20", 9)):
         config = Config.model_validate({"loss": {"target_scale": scale}})
-        assert list(build.scale_batches(config, None, None, val)) == list(range(count))
+        batches, total = build.scale_batches(config, None, None, val)
+        assert list(batches) == list(range(count))
+        assert total == count
 
 
 def test_a_student_may_start_from_an_earlier_run(recipe):

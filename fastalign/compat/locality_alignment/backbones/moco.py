@@ -6,8 +6,9 @@ from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from fastalign.backbones.timm_models import MOCO_DATA
 from fastalign.backbones.weights import interpret
-from fastalign.backbones.zoo import MOCO, MOCO_DATA, MOCO_URL, sincos_position
+from fastalign.backbones.zoo import MOCO, MOCO_URL, sincos_position
 from fastalign.utils.errors import UserError
 
 

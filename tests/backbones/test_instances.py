@@ -1,0 +1,142 @@
+"""Backbones from a user's timm model: equal to it, independent of it, and saved with what builds it again."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import fastalign as fa
+from tests.numerics import randomise
+
+SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}
+MODELS = {
+    "vit_base_patch16_224": {"num_classes": 5},
+    "vit_base_patch16_siglip_224.v2_webli": {"img_size": (32, 64)},
+    "vit_base_patch14_reg4_dinov2": {"patch_size": 16, "init_values": None},
+    "beit_base_patch16_224": {"num_classes": 0, "drop_path_rate": 0.3},
+    "eva02_base_patch16_clip_224": {"num_classes": 0},
+    "vit_small_patch16_224": {
+        **{"class_token": False, "global_pool": "avg", "qkv_bias": False, "qk_norm": True, "mlp_ratio": 2.5},
+        **{
+            "act_layer": "gelu_tanh",
+            "reg_tokens": 2,
+            "in_chans": 1,
+            "init_values": 0.1,
+            "no_embed_class": True,
+        },
+    },
+}
+
+
+def finetuned(name: str = "vit_base_patch16_224", **kwargs) -> nn.Module:
+    """timm's model with random weights in every parameter."""
+    model = timm.create_model(name, **{**SMALL, **kwargs}).eval()
+    randomise(model, 0.2)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_equals_the_model_and_is_built_again_from_its_recipe(name, tmp_path):
+    model = finetuned(name, **MODELS[name])
+    vit = fa.create_backbone(model)
+    images = torch.randn(2, *vit.patch_embed.image_shape)
+    wanted = model(images)
+    assert torch.equal(vit(images), wanted)
+    assert not vit.training
+
+    recipe = json.loads(json.dumps(vit.recipe))
+    again = fa.create_backbone(recipe["name"], **recipe["kwargs"]).eval()
+    assert again.spec == vit.spec
+    again.load_state_dict(vit.state_dict())
+    assert torch.equal(again(images), wanted)
+
+    save_file(model.state_dict(), tmp_path / "backbone.safetensors")  # a run's folder
+    facts = {**recipe, "softcap": 30.0, **vit.data}
+    (tmp_path / "backbone.json").write_text(json.dumps(facts))
+    loaded = fa.load_backbone(tmp_path)
+    loaded.softcap = None
+    assert torch.equal(loaded(images), wanted)
+    assert (loaded.data, loaded.recipe) == (vit.data, recipe)
+
+    for parameter in vit.parameters():
+        parameter.zero_()
+    assert torch.equal(model(images), wanted)
+
+
+def test_keeps_dtype_mode_and_preprocessing(tmp_path):
+    model = finetuned(pretrained_cfg_overlay={"mean": (0.1, 0.2, 0.3), "crop_pct": 0.7}).double().train()
+    vit = fa.create_backbone(model)
+    assert {value.dtype for value in vit.state_dict().values()} == {torch.float64}
+    assert vit.training
+    assert (vit.data["mean"], vit.data["crop_pct"]) == ([0.1, 0.2, 0.3], 0.7)
+    save_file(vit.state_dict(), tmp_path / "backbone.safetensors")
+    (tmp_path / "backbone.json").write_text(json.dumps({**vit.recipe, "softcap": None, **vit.data}))
+    assert fa.load_backbone(tmp_path).data == vit.data
+
+
+def edited(path: str, value) -> nn.Module:
+    model, (parent, _, name) = finetuned(), path.rpartition(".")
+    setattr(model.get_submodule(parent), name, value)
+    return model
+
+
+def hooked() -> nn.Module:
+    model = finetuned()
+    model.blocks[1].register_forward_hook(lambda *args: None)
+    return model
+
+
+class Own(VisionTransformer):
+    """A user's subclass."""
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: Own(**SMALL), r"Own is not supported: choose"),
+        (lambda: timm.create_model("resnet18"), r"ResNet is not supported: choose"),
+        (lambda: nn.DataParallel(finetuned()), r"wrapped in DataParallel: give model\.module"),
+        (lambda: torch.compile(finetuned()), r"wrapped in OptimizedModule: give model\._orig_mod"),
+        (lambda: fa.accelerate(finetuned()), r"changed by fastalign\.accelerate: give it before"),
+        (lambda: fa.create_backbone(finetuned()), r"a fastalign backbone already: use it"),
+        (hooked, r"blocks\.1 has hooks or its own forward, which would be lost: remove them"),
+        (lambda: finetuned(attn_drop_rate=0.1), r"VisionTransformer with dropout is not supported"),
+        (lambda: edited("norm.eps", 0.1), r"VisionTransformer with another epsilon in norm is not supported"),
+        (lambda: edited("blocks.1.attn.num_heads", 4), r"with blocks that differ is not supported"),
+        (lambda: edited("blocks.1.mlp.act", nn.ReLU()), r"with blocks that differ is not supported"),
+    ],
+)
+def test_says_what_it_cannot_take(model, message):
+    with pytest.raises(fa.UserError, match=message) as error:
+        fa.create_backbone(model())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{"pretrained": True}, {"checkpoint": "a.pth"}, {"img_size": 64}])
+def test_takes_no_other_arguments_with_a_model(options):
+    with pytest.raises(fa.UserError, match="no other arguments: build the model with them"):
+        fa.create_backbone(finetuned(), **options)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: VisionTransformer(**SMALL),  # of no name
+        lambda: finetuned(
+            "eva02_base_patch16_clip_224", ref_feat_shape=(7, 7)
+        ),  # rotary frequencies of its own
+    ],
+)
+def test_an_unknown_recipe_is_an_error_when_it_is_needed(model):
+    """Not before: such a backbone trains."""
+    vit = fa.create_backbone(model())
+    student = fa.MaskEmbedStudent.from_backbone(vit)
+    assert student.encoder.spec.block.softcap == 30.0
+    for part in (vit, student.encoder):
+        with pytest.raises(fa.UserError, match="timm name and arguments of this backbone are not known"):
+            _ = part.recipe

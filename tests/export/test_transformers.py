@@ -1,0 +1,152 @@
+"""Exports for transformers in a process that cannot import fastalign, against timm in float64; and with it."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+import fastalign as fa
+from fastalign.export import hf
+from fastalign.export.__main__ import main
+from tests.export import alone as script
+from tests.export.helpers import evaluation_transform, images, tokens, truth
+from tests.numerics import relative_error
+
+TOWERS = {
+    "clip": ("clip", "hf-clip", 0.5),
+    "siglip": ("siglip", "hf-siglip", 0.5),
+    "dinov2": ("dinov2", "hf-dinov2", 0.5),
+    "registers": ("registers", "hf-dinov2", 0.5),
+    "clip-plain": ("clip", "hf-clip", None),
+    "siglip-plain": ("siglip", "hf-siglip", None),
+}
+PICTURES = ("openclip", "vit", "dinov2")
+SIZES = [(64, 48), (48, 64), (62, 40), (61, 40), (63, 40), (50, 37), (64, 43), (40, 41), (90, 33), (32, 32)]
+
+
+def picture(size: tuple[int, int]) -> Image.Image:
+    small = np.random.default_rng(0).integers(0, 255, (7, 9, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+def cotangent(family: str, count: int) -> torch.Tensor:
+    return torch.randn(2, count, 48, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="session")
+def alone(runs, tmp_path_factory):
+    """The results of `alone.py`."""
+    folder = tmp_path_factory.mktemp("alone")
+    cases = {"refused": "clip", "towers": {}, "pictures": {}}
+
+    def export(name: str, family: str, target: str, softcap: float | None) -> None:
+        assert main([str(runs(family, softcap)), "--to", target, "--output", str(folder / name)]) == 0
+
+    for name, (family, target, softcap) in TOWERS.items():
+        export(name, family, target, softcap)
+        count = tokens(runs(family, softcap), family, softcap).shape[1]
+        cases["towers"][name] = {"images": images(family), "cotangent": cotangent(family, count)}
+    for family in PICTURES:
+        if family not in TOWERS:
+            export(family, family, "hf-clip" if family == "openclip" else "hf-dinov2", 0.5)
+        cases["pictures"][family] = [torch.from_numpy(np.array(picture(size))) for size in SIZES]
+    script.llava(hf.load_tower(folder / "clip").eval()).save_pretrained(folder / "vlm")
+    torch.save(cases, folder / "cases.pt")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        [sys.executable, script.__file__], cwd=folder, env=environment, input="", text=True, check=True
+    )
+    return torch.load(folder / "results.pt")
+
+
+def test_without_trust_remote_code_a_capped_tower_is_refused(alone):
+    auto, own_class = alone["refusals"]
+    assert "Please pass the argument `trust_remote_code=True`" in auto
+    assert 'attn_implementation="fastalign_softcap"` is not supported' in own_class
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_features_without_fastalign(runs, alone, name):
+    family, _, softcap = TOWERS[name]
+    run, found = runs(family, softcap), alone[name]
+    wanted = tokens(run, family, softcap)
+    for key in ("tokens", "tuple", "saved", "eager"):
+        assert relative_error(found[key], wanted) < 1e-5, key
+    assert torch.equal(found["hidden"][-1], found["tokens"])
+    assert len(found["hidden"]) == 3
+    assert found["files"] == ["config.json", "model.safetensors", "modeling_fastalign.py"]
+    if softcap:
+        assert all(layer.sum(-1).allclose(torch.ones(())) for layer in found["attentions"])
+        assert len(found["attentions"]) == 2
+    with torch.no_grad():
+        ours = fa.load_backbone(run).bfloat16().forward_features(images(family).bfloat16())
+    assert found["bf16"].dtype == torch.bfloat16
+    assert relative_error(found["bf16"], wanted) < 2 * relative_error(ours, wanted)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_gradients_without_fastalign(runs, alone, name):
+    family, _, softcap = TOWERS[name]
+    model = truth(runs(family, softcap), family, softcap)
+    out = model.forward_features(images(family).double())
+    out.backward(cotangent(family, out.shape[1]).double())
+    for key in ("gradient", "checkpointed"):
+        found = alone[name][key]
+        assert relative_error(found["patch"], model.patch_embed.proj.weight.grad) < 1e-4, key
+        assert set(found["none"]) <= {"embeddings.mask_token"}, "only masked image modeling trains it"
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_llava_without_fastalign(runs, alone, name):
+    """It reads the patches; with registers, which it does not know, all tokens."""
+    family, _, softcap = TOWERS[name]
+    skip = 1 if family in ("clip", "dinov2") else 0
+    wanted = tokens(runs(family, softcap), family, softcap)[:, skip:]
+    for key in ("llava", "llava eager", "llava saved"):
+        assert relative_error(alone[name][key], wanted) < 1e-5, key
+    if name == "clip":
+        assert relative_error(alone["vlm"], wanted) < 1e-5, "saved by a process with fastalign"
+
+
+@pytest.mark.parametrize("softcap", [0.5, None])
+def test_llava_with_fastalign(runs, exported, tmp_path, softcap):
+    """`hf` makes a saved model known without `trust_remote_code`."""
+    output = exported("clip", "hf-clip", softcap=softcap)
+    vlm = script.llava(hf.load_tower(output).eval())
+    config = hf.llava_config(output, vlm.config.text_config)
+    assert isinstance(config, transformers.LlavaConfig)
+    assert (config.vision_feature_layer, config.image_seq_length) == (-1, 4)
+    vlm.save_pretrained(tmp_path / "vlm")
+    again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "vlm").eval()
+    wanted = tokens(runs("clip", softcap), "clip", softcap)[:, 1:]
+    assert relative_error(script.seen(again, images("clip")), wanted) < 1e-5
+
+
+def pixels(family: str, size: tuple[int, int]) -> torch.Tensor:
+    return evaluation_transform(family)(picture(size))
+
+
+@pytest.mark.parametrize("family", PICTURES)
+def test_the_image_processor_is_the_evaluation_transform(alone, family):
+    for size, found in zip(SIZES, alone[family]["pixels"], strict=True):
+        assert relative_error(found, pixels(family, size)) < 1e-6, size
+
+
+def test_transformers_own_image_processor(exported):
+    """Without `trust_remote_code`: another resampling, and another crop in the cases that the card names."""
+    processor = transformers.AutoImageProcessor.from_pretrained(exported("openclip", "hf-clip"))
+    resize, crop, *rest = evaluation_transform("openclip").transforms
+    for size in SIZES:
+        wanted = resize(picture(size))
+        x, y = [(side - cropped) % 4 == 3 for side, cropped in zip(wanted.size, crop.size, strict=True)]
+        wanted = wanted.transform(wanted.size, Image.Transform.AFFINE, (1, 0, -x, 0, 1, -y))
+        for step in (crop, *rest):
+            wanted = step(wanted)
+        found = processor(picture(size), return_tensors="pt")["pixel_values"][0]
+        assert relative_error(found, wanted) < 0.02
