@@ -107,7 +107,7 @@ def test_save_waits_for_the_previous_save_only(tmp_path, gate):
     second.start()
     second.join(0.3)
     assert second.is_alive(), "the previous write is not finished"
-    assert sum(thread.name == "checkpoint" for thread in threading.enumerate()) == 1
+    assert sum(thread.name == "checkpoint_0" for thread in threading.enumerate()) == 1
     gate.set()
     second.join(30)
     assert checkpoints.steps()[0] == 1
