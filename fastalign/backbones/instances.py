@@ -13,13 +13,8 @@ from fastalign.backbones.vit import ViT
 from fastalign.utils.errors import UserError
 
 _NOT_SETTINGS = {
-    "training",
-    "grad_checkpointing",
-    "num_classes",
-    "init_values",
-    "drop_prob",
-    "scale_by_keep",
-    "p",
+    *("training", "grad_checkpointing", "num_classes", "init_values", "drop_prob", "scale_by_keep", "p"),
+    *("dynamic_img_size", "strict_img_size", "flatten", "output_fmt", "feat_shape"),
 }
 """Attributes of timm's modules that may differ between two models of one name and arguments."""
 
@@ -94,6 +89,6 @@ def _settings(model: nn.Module) -> dict:
         f"{path}.{key}": value
         for path, part in model.named_modules()
         for key, value in vars(part).items()
-        if key not in _NOT_SETTINGS and isinstance(value, (bool, int, float, str, tuple))
-        if path not in ("head", "head_dist")
+        if isinstance(value, (bool, int, float, str, tuple)) and path not in ("head", "head_dist")
+        if key not in _NOT_SETTINGS and not key.startswith("_")
     }

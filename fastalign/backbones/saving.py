@@ -26,14 +26,14 @@ def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
             the student started from, which an export needs to name the licence.
 
     Raises:
-        UserError: another kind of module.
+        UserError: another kind of module, or a backbone whose timm name is not known.
     """
     student = getattr(student, "module", student)
     vit = getattr(student, "encoder", student)
     vit = getattr(vit, "_orig_mod", vit)
-    if not isinstance(vit, ViT) or not (vit.recipe or {}).get("name"):
+    if not isinstance(vit, ViT):
         raise UserError(
-            f"save_backbone: got {type(vit).__name__}; give a student, or a backbone that fa.create_backbone made"
+            f"save_backbone: got {type(vit).__name__}; give a student, or a backbone of fa.create_backbone"
         )
     write_backbone(Path(folder), vit.state_dict(), facts_text(backbone_facts(vit, **facts)))
 

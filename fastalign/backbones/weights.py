@@ -73,6 +73,10 @@ def interpret(content: Any, path: str) -> Checkpoint:
     if not states:
         raise UserError(f"{path} holds no weights: give a state dict, a dictionary of tensors by name")
     if (chosen := _choose(states, path)) is None:
+        if any(key.endswith("patch_generator.pos_embed") for state in states.values() for key in state):
+            raise UserError(
+                f"{path} has NVIDIA's layout of C-RADIO, which is not read: give timm's weights of it"
+            )
         return Checkpoint(states[min(states, key=_state_rank)], *trained_as(content, path))
     key, layout, prefix = chosen
     state = {name[len(prefix) :]: value for name, value in states[key].items() if name.startswith(prefix)}

@@ -103,12 +103,15 @@ def read_weights(name: str, weights: str, *, kwargs: str = "{}", softcap: float 
 
 
 def misfits_of(wanted: dict[str, Any], spec: ViTSpec) -> list[str]:
-    """What of a backbone a library cannot express that needs the `wanted` fields; empty = the backbone fits."""
+    """What of a backbone a library cannot express that needs the `wanted` fields; empty = the backbone fits.
+
+    A tuple has alternatives.
+    """
     found = []
     for name, value in wanted.items():
-        have = attrgetter(name)(spec)
-        if (have or None) != (value or None):  # absent is None, False or 0
-            found.append(f"{name.removeprefix('block.')} is {have}, wanted {value}")
+        have, allowed = attrgetter(name)(spec), value if isinstance(value, tuple) else (value,)
+        if have not in allowed:
+            found.append(f"{name.removeprefix('block.')} is {have}, wanted {' or '.join(map(str, allowed))}")
     if any(len({*size}) > 1 for size in (spec.grid, spec.image_size, spec.patch_size)):
         found.append(f"images of {spec.image_size[0]}x{spec.image_size[1]}, wanted square ones")
     return found
