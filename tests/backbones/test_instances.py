@@ -19,6 +19,8 @@ MODELS = {
     "beit_base_patch16_224": {"num_classes": 0, "drop_path_rate": 0.3},
     "eva02_base_patch16_clip_224": {"num_classes": 0, "dynamic_img_size": True},
     "vit_base_patch16_dinov3": {"num_classes": 0, "dynamic_img_size": False},
+    "aimv2_large_patch14_224": {"num_classes": 0, "patch_size": 16},
+    "deit_tiny_distilled_patch16_224": {"num_classes": 5},
     "vit_small_patch16_224": {
         **{"class_token": False, "global_pool": "avg", "qkv_bias": False, "qk_norm": True, "mlp_ratio": 2.5},
         **{
