@@ -35,7 +35,6 @@ BACKBONES = [
     "vit_base_patch16_224.augreg_in21k_ft_in1k",
     "beit_base_patch16_224.in22k_ft_in22k",
     "eva02_base_patch16_clip_224.merged2b",
-    "vit_small_patch16_dinov3.lvd1689m",
 ]
 TINY = {"img_size": 32, "depth": 1, "embed_dim": 48, "num_heads": 3}
 TABLE = record.ROOT / "docs" / "export.md"
