@@ -9,7 +9,6 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,12 +49,11 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
             batch = next(batches)
             run.beat("computing")
             waited += batch.wait
-            ids.append(batch.ids_host)
+            ids.append(batch.ids)
             bad += (sample for sample in batch.bad if sample.id not in state.bad)
-            sample_ids = torch.from_numpy(batch.ids_host)
             with run.grad_sync(part == accumulate - 1):
                 with run.autocast():
-                    loss = run.model(batch.images, sample_ids, epoch) / accumulate
+                    loss = run.model(batch.images, batch.ids, epoch) / accumulate
                 loss.backward()
             total += loss.detach()
     norm = run.clip_gradients()
@@ -63,7 +61,7 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
         state.step + 1,
         total,
         norm,
-        ids=np.concatenate(ids),
+        ids=torch.cat(ids).numpy(),
         found=tuple(bad),
         stop=run.stop_reason,
         overdue=run.checkpoint_overdue,

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 ROOT = Path(__file__).parents[1]
 MODEL = {"name": "vit_tiny_patch16_224", "weights": "random", "kwargs": {"img_size": 32, "depth": 2}}
@@ -28,6 +29,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(newest, weights_only=True)["student"]
 
 
+def assert_same(found, wanted, where: str = "") -> None:
+    """Nested containers of tensors and plain values, to the bit."""
+    (ours, structure), (theirs, expected) = map(tree_flatten_with_path, (found, wanted))
+    assert structure == expected, where
+    for (path, one), (_, other) in zip(ours, theirs, strict=True):
+        assert type(one) is type(other), where + keystr(path)
+        same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+        assert same, where + keystr(path)
+
+
 def flip(path: Path, position: int) -> None:
     """Flip a bit of a file."""
     content = bytearray(path.read_bytes())
@@ -46,10 +57,10 @@ def middle_of_weights(path: Path) -> int:
 
 
 def torchrun(*arguments: str | Path, expect: int = 0) -> str:
-    """Run a program or `-m` module on two ranks. Returns what they print on stderr."""
+    """Run a program or `-m` module on two ranks. Returns what they print."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command += map(str, arguments)
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == expect, result.stderr
-    return result.stderr
+    return result.stdout + result.stderr

@@ -27,5 +27,5 @@ def run_of_batches(tmp_path, *overrides):
     dtype, batches = run.dtype, []
     for first in range(0, 48, 4):
         images, ids = torch.randn(4, 3, 64, 64, device=device, dtype=dtype), torch.arange(first, first + 4)
-        batches.append(Batch(images, ids.to(device), ids.numpy(), 0.0))
+        batches.append(Batch(images, ids))
     return run, iter(batches)

@@ -30,7 +30,7 @@ _READ_AHEAD = 2
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch: images [b, 3, h, w], normalised, and sample ids [b] int64, on the loader's device.
+    """One micro-batch: images [b, 3, h, w], normalised, on the loader's device, and sample ids [b] int64 on the host.
 
     `wait`: seconds that the consumer waited for it. `weight`: share of the batch's own images in mixup or cutmix; the
     rest is the batch reversed. `bad`: bad samples met in making it, also if an earlier batch met them, without
@@ -39,7 +39,6 @@ class Batch:
 
     images: Tensor
     ids: Tensor
-    ids_host: np.ndarray
     wait: float = 0.0
     weight: float = 1.0
     bad: tuple[BadSample, ...] = ()
@@ -75,8 +74,7 @@ class Prefetcher:
         self._ready.append(self._pool.submit(*self._arguments))
         if self._device.type == "cuda":
             # The allocator must not give this memory to the side stream before the consumer's work on it is done.
-            for tensor in (batch.images, batch.ids):
-                tensor.record_stream(torch.cuda.current_stream(self._device))
+            batch.images.record_stream(torch.cuda.current_stream(self._device))
         return replace(batch, wait=time.perf_counter() - begin)
 
     def close(self) -> None:
@@ -285,7 +283,7 @@ class Loader:
 
     def _mix(self, images: Tensor, ids: np.ndarray, epoch: int, bad: tuple[BadSample, ...]) -> Batch:
         images, weight = mix(images, ids, epoch=epoch, **self._mixing)
-        batch = Batch(images, torch.from_numpy(ids).to(self.device), ids, weight=weight, bad=bad)
+        batch = Batch(images, torch.from_numpy(ids), weight=weight, bad=bad)
         self._synchronize()
         return batch
 

@@ -150,18 +150,13 @@ def _read_classes(path: Path) -> tuple[tuple[str, ...], int | None]:
     """The names in classes.txt and the id of `unlabeled`, None where there is none."""
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
-    except FileNotFoundError:
-        raise UserError(f"no {path}; {_IDS}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason}); save it in that encoding") from error
-    if not names:
-        raise UserError(f"{path} is empty; {_IDS}")
-    if len(names) > _MAX_CLASSES:
-        raise UserError(f"{path} has {len(names)} lines, at most {_MAX_CLASSES} classes are possible")
-    seen: dict[str, int] = {}
-    for number, name in enumerate(names, start=1):
-        if not name:
-            raise UserError(f"{path} line {number} is empty; {_IDS}")
-        if seen.setdefault(name, number) != number:
-            raise UserError(f"{path} lines {seen[name]} and {number} are both {name!r}; names must differ")
-    return tuple(names), seen["unlabeled"] - 1 if "unlabeled" in seen else None
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        reason = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "is missing"
+        raise UserError(f"{path} {reason}; {_IDS}") from error
+    if not 0 < len(names) <= _MAX_CLASSES:
+        raise UserError(f"{path} has {len(names)} lines, not 1 to {_MAX_CLASSES}; {_IDS}")
+    ids: dict[str, int] = {}
+    for number, name in enumerate(names):
+        if not name or ids.setdefault(name, number) != number:
+            raise UserError(f"{path} line {number + 1} is empty or occurs before: {name!r}; {_IDS}")
+    return tuple(names), ids.get("unlabeled")

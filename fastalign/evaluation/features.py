@@ -155,11 +155,11 @@ def read_features(
         outputs = [as_tensor(array) for array in arrays.values()]
         with ThreadPoolExecutor(threads) as pool:
             for batch in loader.batches():
-                others = [pool.submit(each, arrays, int(index)) for index in batch.ids_host]
+                others = [pool.submit(each, arrays, index) for index in batch.ids.tolist()]
                 with autocast(world.device, dtype):
                     found = encode(batch.images)
                 for output, features in zip(outputs, found, strict=False):
-                    output[torch.from_numpy(batch.ids_host)] = features.to(output.dtype).cpu()
+                    output[batch.ids] = features.to(output.dtype).cpu()
                 for other in others:
                     other.result()
 

@@ -47,7 +47,7 @@ class FeatureLoader:
             rows = order[step * self.batch_size : (step + 1) * self.batch_size]
             ids = torch.from_numpy(rows)
             features = self.features[ids.to(self.features.device)].to(self.device, non_blocking=True)
-            yield Batch(features.to(self.dtype), ids.to(self.device), rows, 0.0)
+            yield Batch(features.to(self.dtype), ids)
 
 
 @dataclass

@@ -39,16 +39,12 @@ def open_image_splits(
     Returns:
         The splits by name, and the class names: those of train, sorted (as numbers where all are integers).
     """
-    root = Path(user_path(root))
-    if not root.is_dir():
-        raise UserError(f"--data {root}: no such folder; give one that contains train/ and val/")
-    for name in ("train", "val"):
-        if not (root / name).is_dir():
+    root, opened = Path(user_path(root)), {}
+    for name in ("train", "val", "test"):
+        if (root / name).is_dir():
+            opened[name] = _open(root / name)
+        elif name != "test" or os.path.lexists(root / name):  # such as a link whose target is not mounted
             raise UserError(f"--data {root} has no folder {name}/; it must contain train/ and val/")
-    test = root / "test"
-    if os.path.lexists(test) and not test.is_dir():
-        raise UserError(f"--data: {test} is not a folder; mount its target, or remove it")
-    opened = {name: _open(root / name) for name in ("train", "val", "test") if (root / name).is_dir()}
     classes = _sorted(set(opened["train"][1]))
     if len(classes) < 2:
         raise UserError(f"--data {root}: train/ has the class {classes[0]} only; give at least two classes")

@@ -149,13 +149,13 @@ def train_on_images(job: Job) -> list[dict]:
 def train_seed(job: Job, model: nn.Module, loaders: Loaders, seed: int, world: World) -> dict:
     """Trains a model; returns the seed, what `update_best` selected, and a line for each epoch as "curve"."""
     options, say = job.options, job.say if job.options.live else lambda text: None
-    labels = {name: split.labels.to(world.device) for name, split in job.splits.items()}
+    labels = {name: split.labels for name, split in job.splits.items()}
     fit = make_fit(model, len(loaders["train"]), labels["train"], options, seed, world, job.dtype)
     updates = len(loaders["train"]) // options.accumulate
 
     def measure(split: str) -> dict:
         counts = ImageCounts(job.classes, world.device)
-        add = lambda logits, batch: counts.add(logits, labels[split][batch.ids])  # noqa: E731
+        add = lambda logits, batch: counts.add(logits, labels[split][batch.ids].to(world.device))  # noqa: E731
         evaluate(model, loaders[split].batches(), add, world.device, job.dtype)
         return counts.results(world)
 
@@ -229,7 +229,9 @@ def make_fit(
     rate = partial(learning_rate, **schedule, lr=options.lr, min_lr=options.min_lr)
 
     def loss(logits: Tensor, batch: Batch) -> Tensor:
-        return mixed_loss(logits, labels[batch.ids], weight=batch.weight, smoothing=smoothing)
+        return mixed_loss(
+            logits, labels[batch.ids].to(world.device), weight=batch.weight, smoothing=smoothing
+        )
 
     how = {"seed": seed, "accumulate": options.accumulate, "clip": options.clip}
     return Fit(model, groups, loss, rate, world, dtype, **how)

@@ -165,27 +165,27 @@ def location(source: Source, index: int) -> str:
 
 def pair(images: Source, maps: Source) -> Source:
     """The label maps in the order of the images, matched by name without suffix; UserError where one is missing."""
-    by_image, by_map = _by_stem(images, "images"), _by_stem(maps, "label maps")
-    for source, these, those, of, to in (
-        (images, by_image, by_map, "images", "label map"),
-        (maps, by_map, by_image, "label maps", "image"),
+    by_image, by_map = _by_stem(images), _by_stem(maps)
+    for source, keys, text in (
+        (images, by_image.keys() - by_map.keys(), "images have no label map"),
+        (maps, by_map.keys() - by_image.keys(), "label maps have no image"),
     ):
-        alone = [index for key, index in these.items() if key not in those]
-        if alone:
+        if keys:
+            first = min(_by_stem(source)[key] for key in keys)
             raise UserError(
-                f"{len(alone)} of {len(source)} {of} have no {to}, first {location(source, alone[0])}; "
+                f"{len(keys)} of {len(source)} {text}, first {location(source, first)}; "
                 "an image and its map have the same name (in shards, in the same one), the map with .png"
             )
     return Subset(maps, np.array([by_map[key] for key in by_image]))
 
 
-def _by_stem(source: Source, of: str) -> dict[str, int]:
+def _by_stem(source: Source) -> dict[str, int]:
     found: dict[str, int] = {}
     for index in range(len(source)):
         other = found.setdefault(stem(source.name(index)), index)
         if other != index:
             both = f"{location(source, other)} and {location(source, index)}"
-            raise UserError(f"two {of} of one name: {both}; remove one")
+            raise UserError(f"two files of one name: {both}; remove one")
     return found
 
 

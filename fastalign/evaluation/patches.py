@@ -60,7 +60,7 @@ def fit_head(
         return np.sort(shuffled[: steps * size].reshape(steps, size), 1).ravel()
 
     def loss(logits: Tensor, batch: Batch) -> Tensor:
-        return patch_loss(logits, train.labels(batch.ids_host, task.labels).to(device))
+        return patch_loss(logits, train.labels(batch.ids.numpy(), task.labels).to(device))
 
     head = head.to(device)
     groups = [{"params": list(head.parameters()), "factor": 1.0, "weight_decay": recipe.weight_decay}]
@@ -98,7 +98,7 @@ def evaluate_head(
     loader = _loader(features, task, _EVALUATION_BATCH, device)
 
     def add(logits: Tensor, batch: Batch) -> None:
-        counts.add(logits, features.labels(batch.ids_host, task.labels).to(device))
+        counts.add(logits, features.labels(batch.ids.numpy(), task.labels).to(device))
 
     evaluate(head, loader.batches(), add, device, dtype)
     return counts.results()

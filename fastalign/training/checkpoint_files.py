@@ -3,11 +3,11 @@
 import os
 import pickle
 import shutil
-import threading
 import time
 import zipfile
 import zlib
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
-        self._writer: threading.Thread | None = None
-        self._failure: UserError | None = None
-        self.newest_step: int | None = None  # of the checkpoint last written or read here
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future | None = None
         self._last_save = time.monotonic()
 
     @property
@@ -116,28 +115,23 @@ class Checkpoints:
         """
         self.wait()
         self._last_save = time.monotonic()
-        options = {"target": self._write, "args": (state, step, best, publish), "name": "checkpoint"}
-        self._writer = threading.Thread(**options)
-        self._writer.start()
+        self._writing = self._pool.submit(self._write, state, step, best, publish)
 
     def wait(self) -> None:
         """Return when the newest checkpoint is on the disk; UserError, once, if it could not be written."""
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
-        if self.failed:
-            failure, self._failure = self._failure, None
-            raise failure
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     @property
     def failed(self) -> bool:
         """Whether `save` and `wait` will raise; does not wait."""
-        return self._failure is not None
+        writing = self._writing
+        return writing is not None and writing.done() and writing.exception() is not None
 
     def _write(self, state: dict, step: int, best: bool, publish: Callable[[dict], None]) -> None:
         try:
             write_atomically(self.path(step), lambda file: torch.save(state, file))
-            self.newest_step = step
             if best:
                 self.make_best(step)
             publish(state)
@@ -146,7 +140,7 @@ class Checkpoints:
             message = f"{self.path(step)} could not be written ({reason(system_error(error) or error)})"
             good = f"; the newest good checkpoint is {self.path(self.steps()[-1])}" if self.steps() else ""
             remedy = "free some space, or make the directory writable, and run the same command again"
-            self._failure = UserError(f"{message}{good}: {remedy}")
+            raise UserError(f"{message}{good}: {remedy}") from error
 
     def prune(self) -> None:
         """Remove the checkpoints too old to keep."""
@@ -213,5 +207,4 @@ class Checkpoints:
         for message in world.gather(failure):
             if message is not None:
                 raise SharedError(message)
-        self.newest_step = step
         return step, loaded.get("state", {}), notes

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -32,12 +32,11 @@ class HangTimer:
     """Ends the process with exit code `RANK_FAILED` after `timeout` seconds without a `beat`.
 
     A rank that waits for others has half as long again, so that the rank that hangs reports first. Only seconds in
-    which the process runs count: a run goes on after its machine was suspended. `saved` returns, without blocking,
-    the step of the newest checkpoint on disk, None if unknown.
+    which the process runs count: a run goes on after its machine was suspended.
     """
 
-    def __init__(self, world: World, timeout: float, saved: Callable[[], int | None] = lambda: None):
-        self._world, self._timeout, self._saved = world, timeout, saved
+    def __init__(self, world: World, timeout: float):
+        self._world, self._timeout = world, timeout
         self._progress, self._paused = (0, "starting"), 0
         self._stop, self._main = threading.Event(), threading.get_ident()
         self._thread = threading.Thread(target=self._watch, name="hang-timer", daemon=True)
@@ -84,14 +83,13 @@ class HangTimer:
         guard = threading.Timer(10, os._exit, [RANK_FAILED])  # printing may block, too
         guard.daemon = True
         guard.start()
-        (step, doing), saved, rank = self._progress, self._saved(), self._world.rank
+        (step, doing), rank = self._progress, self._world.rank
         if doing != WAITING and self._waits():
             doing += f", {WAITING}"
-        checkpoint = "newest checkpoint" if saved is None else f"checkpoint of step {saved}"
         line = (
             f"fastalign: rank {rank} ({socket.gethostname()}, pid {os.getpid()}) hangs at step {step}: {doing} for "
             f"{idle:.0f} s; the run ends after faults.timeout={self._timeout:g} s; the same command goes on from the "
-            f"{checkpoint}; if the run was only slow, set a larger faults.timeout"
+            "newest checkpoint; if the run was only slow, set a larger faults.timeout"
         )
         print(line, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(2)

@@ -110,8 +110,7 @@ class Run:
         self.contents = on_first_rank(world, lambda: self._contents() | (labelled or {}))
         self.status = Status(world, sticky=config.faults.nonfinite == "stop")
         self.preemption = preemption or Preemption()
-        checkpoints = self.checkpoints
-        self.hang_timer = HangTimer(world, config.faults.timeout, saved=lambda: checkpoints.newest_step)
+        self.hang_timer = HangTimer(world, config.faults.timeout)
         if config.efficiency.compile:
             objective.compile(blocks=config.efficiency.compile == "blocks")
         self.model: nn.Module = objective

@@ -38,10 +38,10 @@ def test_two_thousand_mutations(tmp_path):
     source = open_source(str(write_folder(tmp_path / "a", files)))
     known = BadSamples()
     loader = Loader(source, EVAL, device="cpu", batch_size=50, threads=2, train=False, bad=known)
-    delivered = [int(i) for batch in loader.batches() for i in batch.ids_host]
+    delivered = [int(i) for batch in loader.batches() for i in batch.ids]
     assert sorted(delivered + list(known.found)) == list(range(2500))
     assert set(range(0, 2500, 5)) <= set(delivered)
     assert 200 < len(known.found) < 1800
     # The same loader once more.
-    assert [int(i) for batch in loader.batches() for i in batch.ids_host] == delivered
+    assert [int(i) for batch in loader.batches() for i in batch.ids] == delivered
     loader.close()

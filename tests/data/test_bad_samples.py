@@ -64,7 +64,7 @@ def test_bad_samples_are_replaced_by_the_next_good_one_bit_for_bit(clean, dirty)
     pixels = {
         int(i): image
         for batch in batches_of(clean, TRAIN, batch_size=16, **options)
-        for i, image in zip(batch.ids_host, batch.images, strict=True)
+        for i, image in zip(batch.ids, batch.images, strict=True)
     }
     expected = [replacement(int(i)) for i in permutation(COUNT, seed=3, epoch=1)]
 
@@ -73,7 +73,7 @@ def test_bad_samples_are_replaced_by_the_next_good_one_bit_for_bit(clean, dirty)
         loaders = [batches_of(dirty, TRAIN, rank=rank, **other) for rank in range(world)]
         for step, ranks in enumerate(zip(*loaders, strict=True), start):
             ids = expected[step * 16 : step * 16 + 16]
-            assert [int(i) for batch in ranks for i in batch.ids_host] == ids
+            assert [int(i) for batch in ranks for i in batch.ids] == ids
             assert torch.cat([batch.ids for batch in ranks]).tolist() == ids
             assert torch.equal(torch.cat([b.images for b in ranks]), torch.stack([pixels[i] for i in ids]))
         return [{sample for batch in ranks for sample in batch.bad} for ranks in zip(*loaders, strict=True)]
@@ -107,7 +107,7 @@ def test_evaluation_leaves_bad_samples_out(clean, dirty, monkeypatch):
     monkeypatch.setattr(Decoder, "collect", short_of_memory)
     for size in (1, 7, 16):
         batches = batches_of(dirty, EVAL, batch_size=size, train=False, bad=(known := BadSamples()))
-        ids = np.concatenate([b.ids_host for b in batches]).tolist()
+        ids = np.concatenate([b.ids for b in batches]).tolist()
         assert ids == [i for i in range(COUNT) if i not in BAD]
         assert torch.equal(torch.cat([b.images for b in batches]), images[ids])
         assert set(known.found) == set(BAD)
@@ -123,7 +123,7 @@ def test_a_hundred_bad_samples_in_a_row_are_an_error(tmp_path):
         with pytest.raises(UserError, match=r"100 images in a row cannot be used.*'103\.jpg'.*is the disk"):
             batches_of(source, EVAL, batch_size=4, train=train, bad=BadSamples())
         rest = batches_of(source, EVAL, batch_size=4, train=train, bad=BadSamples([50]))
-        assert {int(i) for batch in rest for i in batch.ids_host} == {0, 1, 2, 3}
+        assert {int(i) for batch in rest for i in batch.ids} == {0, 1, 2, 3}
     few = open_source(str(write_folder(tmp_path / "b", dict(list(files.items())[4:20]))))
     with pytest.raises(UserError, match="none of the 16 images can be used"):
         batches_of(few, TRAIN, batch_size=4, bad=BadSamples())

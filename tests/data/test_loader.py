@@ -43,7 +43,7 @@ def source(folder):
 
 
 def run(source, transform, **options):
-    return [(b.ids_host, b.images) for b in batches_of(source, transform, **options)]
+    return [(b.ids, b.images) for b in batches_of(source, transform, **options)]
 
 
 def same(left, right):
@@ -76,7 +76,7 @@ def test_every_world_size_sees_the_same(source):
 def test_epochs_and_seeds_differ_and_repeat(source):
     options = {"batch_size": 8, "seed": 1, "mixup": 0.5, "cutmix": 1.0}
     loader = Loader(source, TRAIN, device="cpu", threads=3, **options)
-    first, second, again = ([(b.ids_host, b.images) for b in loader.batches(e)] for e in (0, 1, 0))
+    first, second, again = ([(b.ids, b.images) for b in loader.batches(e)] for e in (0, 1, 0))
     loader.close()
     same(first, again)
     same(first, run(source, TRAIN, **options))
@@ -95,7 +95,7 @@ def test_a_start_inside_an_epoch_and_an_epoch_left_early(source):
         for _ in range(taken):
             next(iterator)
         time.sleep(0.05)
-        same([(b.ids_host, b.images) for b in loader.batches(1)], expected)
+        same([(b.ids, b.images) for b in loader.batches(1)], expected)
     loader.close()
 
 
@@ -106,7 +106,7 @@ def test_a_start_inside_an_epoch_and_an_epoch_left_early(source):
 def test_an_epoch_is_whole_updates(total, world, batch, accumulate, steps):
     options = {"batch_size": batch, "world_size": world, "accumulate": accumulate, "epoch": 1}
     seen = [
-        b.ids_host
+        b.ids
         for r in range(world)
         for b in batches_of(open_source(f"synthetic:{total}"), EVAL, rank=r, **options)
     ]
@@ -121,7 +121,7 @@ def test_evaluation_covers_everything_once(total, world, batch):
     source, seen = open_source(f"synthetic:{total}"), []
     for rank in range(world):
         options = {"batch_size": batch, "rank": rank, "world_size": world, "train": False}
-        batches = [b.ids_host for b in batches_of(source, EVAL, **options)]
+        batches = [b.ids for b in batches_of(source, EVAL, **options)]
         assert len(batches) == len(Loader(source, EVAL, device="cpu", **options))
         assert all(len(b) for b in batches)
         seen += batches
@@ -178,7 +178,7 @@ def test_bad_files_are_named(tmp_path, damage):
     message = r"cannot use 2 images of a batch of 5 of .*/bad, first 05\.jpg \(.*\); replace"
     with pytest.raises(UserError, match=message):
         list(loader.batches())
-    assert [b.ids_host[0] for b in loader.batches(start=2)] == [10, 15]
+    assert [b.ids[0] for b in loader.batches(start=2)] == [10, 15]
     loader.close()
 
 

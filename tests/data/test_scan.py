@@ -28,7 +28,7 @@ def test_scan_lists_what_training_finds(tmp_path, capsys):
     output_text, error_text = capsys.readouterr()
     source, known = open_source(str(root)), BadSamples()
     loader = Loader(source, EVAL, device="cpu", batch_size=16, train=False, threads=2, bad=known)
-    seen = [int(i) for batch in loader.batches() for i in batch.ids_host]
+    seen = [int(i) for batch in loader.batches() for i in batch.ids]
     loader.close()
     assert [known.found[index] for index in sorted(known.found)] == read_list(output)
     assert read_quarantine(output, source) == set(range(101)) - set(seen)

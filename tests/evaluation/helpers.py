@@ -1,9 +1,6 @@
 """Small images with label maps or classes, tiny backbones, the two commands and their results."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +16,6 @@ from fastalign.evaluation.heads import TokenShape
 from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 NAME = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SINGLE = World(0, 1, torch.device("cpu"))
@@ -179,11 +175,3 @@ def command_error(capsys, command: str, arguments: list) -> str:
 
 def results(path: Path) -> dict:
     return json.loads(path.read_text())
-
-
-def torchrun(module: str, *arguments) -> subprocess.CompletedProcess:
-    """A command on two ranks."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", module]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    line += map(str, arguments)
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)

@@ -10,7 +10,7 @@ import zipfile
 import pytest
 
 from fastalign.evaluation.datasets import open_labelled
-from tests.evaluation.helpers import ROOT
+from tests.run_helpers import ROOT
 
 SCRIPT = ROOT / "examples/download.sh"
 

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 import fastalign as fa
@@ -21,10 +20,8 @@ from fastalign.evaluation.heads import make_patch_head
 from fastalign.evaluation.options import Recipe
 from fastalign.evaluation.patches import Task, evaluate_head, fit_head
 from fastalign.training import metrics
-from tests.evaluation.helpers import CPU, SINGLE, put, torchrun
-
-MODEL = {"name": "vit_tiny_patch16_224", "weights": "random", "kwargs": {"img_size": 32, "depth": 2}}
-MODEL["kwargs"] |= {"embed_dim": 48, "num_heads": 3}
+from tests.evaluation.helpers import CPU, SINGLE, put
+from tests.run_helpers import losses, torchrun
 
 
 @pytest.fixture(scope="module")
@@ -42,31 +39,16 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def recipe(tmp_path, data):
-    """Runs the command in this process; returns the run folder."""
-    tree = {
-        "student": MODEL,
-        "data": {"train": str(data / "train" / "images"), "val": str(data / "val" / "images"), "threads": 1},
-        "optim": {"batch_size": 8, "epochs": 2, "lr": 1e-3},
-        "log": {"every_steps": 2},
-    }
-
-    def run(*overrides, name="run", expect=0) -> Path:
-        assert train.main([str(run.path), f"output={tmp_path / name}", *overrides]) == expect
-        return tmp_path / name
-
-    run.path = tmp_path / "recipe.yaml"
-    run.path.write_text(yaml.safe_dump(tree))
-    return run
+def recipe(recipe, data):
+    """Runs the command on these images; returns the run folder."""
+    narrow = ["student.kwargs.embed_dim=48", "student.kwargs.num_heads=3"]
+    paths = [f"data.{split}={data}/{split}/images" for split in ("train", "val")]
+    return lambda *overrides, name="run": recipe(*narrow, *paths, *overrides, name=name)
 
 
 def lines(folder: Path, key: str) -> list[dict]:
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in found if key in line]
-
-
-def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in lines(folder, "loss")]
 
 
 @pytest.fixture
@@ -215,8 +197,8 @@ def test_two_ranks(recipe, data, tmp_path):
     """Rank 0 probes, both know the score, and both end where it fails."""
     options = [f"probe.data={data}", "probe.every_steps=3", "probe.best=true"]
     alone, two = recipe(*options, name="alone"), tmp_path / "two"
-    result = torchrun("fastalign.train", recipe.path, *options, f"output={two}")
-    assert result.returncode == 0, result.stderr
+    command, same = ("-m", "fastalign.train"), alone / "config.yaml"
+    torchrun(*command, same, f"output={two}")
     ours, theirs = lines(two, "probe_map"), lines(alone, "probe_map")
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [0, 3, 6, 9, 10]
     assert ours[0]["probe_loss"] == pytest.approx(theirs[0]["probe_loss"], rel=1e-5)
@@ -225,8 +207,6 @@ def test_two_ranks(recipe, data, tmp_path):
     bad = Path(shutil.copytree(data, tmp_path / "bad"))
     put(bad / "train/labels/00.png", Image.fromarray(np.full((32, 32), 9, np.uint8)))
     for place, words in ((bad, "00.png"), (tmp_path / "none", "no such folder")):
-        line = [recipe.path, f"probe.data={place}", f"output={tmp_path / 'fails'}"]
-        result = torchrun("fastalign.train", *line)
-        assert result.returncode != 0
-        assert result.stderr.count("fastalign:") == 1
-        assert words in result.stderr
+        said = torchrun(*command, same, f"probe.data={place}", f"output={tmp_path / 'fails'}", expect=1)
+        assert said.count("fastalign:") == 1
+        assert words in said

@@ -41,9 +41,9 @@ def test_maps_follow_their_images_whatever_the_suffixes(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, "no "),
-        (b"\n\n", "is empty"),
-        (b"cat\ndog\ncat\n", "lines 1 and 3"),
+        (None, "is missing"),
+        (b"\n\n", "has 0 lines"),
+        (b"cat\ndog\ncat\n", "line 3 is empty or occurs before: 'cat'"),
         (b"caf\xe9\n", "not UTF-8"),
     ],
 )
@@ -137,7 +137,7 @@ def test_images_and_maps_must_pair(own):
     assert "1 of 3 label maps" in message
     assert str(labels / "deep/b.png") in message
     put(own / "train/images/a.png", picture())
-    assert "two images of one name" in data_error(own)
+    assert "two files of one name" in data_error(own)
 
 
 def test_missing_parts_are_named(own, tmp_path):

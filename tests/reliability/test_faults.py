@@ -140,7 +140,7 @@ def test_a_signal_is_acted_on_at_once_or_an_update_later(recipe, in_passes, host
 
 def test_a_bad_validation_loss_is_never_the_best(recipe, monkeypatch):
     found = [1.0, float("nan"), 0.9, 0.95]
-    monkeypatch.setattr("fastalign.train.evaluate", lambda run: found.pop(0))
+    monkeypatch.setattr("fastalign.train.evaluate", lambda *_: found.pop(0))
     folder = recipe("optim.epochs=3")
     facts = json.loads((folder / "backbone.json").read_text())
     assert (facts["step"], facts["val_loss"]) == (10, 0.9)

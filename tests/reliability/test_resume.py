@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from fastalign import MaskEmbed, train
 from fastalign.utils.random import EVAL_EPOCH
 from tests.data_helpers import needs_dali
 from tests.reliability.crash import Ranks, finish, lines_of, losses, write_recipe
+from tests.run_helpers import assert_same
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +42,6 @@ def whole(recipe, tmp_path_factory):
 def once(recipe, tmp_path_factory):
     """A run with a single save."""
     return uninterrupted(recipe, tmp_path_factory.mktemp("once"), *ONE_SAVE)
-
-
-def assert_same(found, wanted, where: str) -> None:
-    """Nested containers of tensors and plain values, to the bit."""
-    (ours, structure), (theirs, expected) = map(tree_flatten_with_path, (found, wanted))
-    assert structure == expected, where
-    for (path, one), (_, other) in zip(ours, theirs, strict=True):
-        assert type(one) is type(other), where + keystr(path)
-        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, where + keystr(
-            path
-        )
 
 
 def backbone_of(run: Path) -> dict:

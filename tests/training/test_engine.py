@@ -119,20 +119,17 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 OPTIONS = {"lr": 1e-3, "betas": (0.8, 0.9), "weight_decay": 0.1}
 
 
-class FusedAdam(torch.optim.SGD):
-    """The constructor of NVIDIA's apex."""
+def fake(name: str) -> type:
+    """An optimizer of NVIDIA's apex, which keeps what it is given."""
 
-    def __init__(self, params, lr, betas, adam_w_mode, weight_decay):
-        super().__init__(params, lr)
-        self.given = {"lr": lr, "betas": betas, "adam_w_mode": adam_w_mode, "weight_decay": weight_decay}
+    def init(self, params, lr, **given):
+        torch.optim.SGD.__init__(self, params, lr)
+        self.given = {"lr": lr, **given}
+
+    return type(name, (torch.optim.SGD,), {"__init__": init, "__module__": "apex.optimizers"})
 
 
-class FusedLAMB(torch.optim.SGD):
-    """The constructor of NVIDIA's apex."""
-
-    def __init__(self, params, lr, betas, weight_decay, max_grad_norm):
-        super().__init__(params, lr)
-        self.given = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm}
+FusedAdam, FusedLAMB = fake("FusedAdam"), fake("FusedLAMB")
 
 
 def install(monkeypatch, *optimizers: type, extensions: bool = True) -> None:
@@ -140,7 +137,6 @@ def install(monkeypatch, *optimizers: type, extensions: bool = True) -> None:
     modules = {name: ModuleType(name) for name in ("apex", "apex.optimizers", "amp_C")}
     modules["amp_C"].__spec__ = ModuleSpec("amp_C", None)
     for optimizer in optimizers:
-        monkeypatch.setattr(optimizer, "__module__", "apex.optimizers")
         setattr(modules["apex.optimizers"], optimizer.__name__, optimizer)
     if not optimizers:
         modules["apex.optimizers"] = None
