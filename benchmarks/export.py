@@ -31,9 +31,11 @@ BACKBONES = [
     "vit_base_patch16_siglip_224.webli",
     "vit_base_patch14_reg4_dinov2.lvd142m",
     "vit_base_patch14_dinov2.lvd142m",
+    "vit_base_patch16_dinov3.lvd1689m",
     "vit_base_patch16_224.augreg_in21k_ft_in1k",
     "beit_base_patch16_224.in22k_ft_in22k",
     "eva02_base_patch16_clip_224.merged2b",
+    "vit_small_patch16_dinov3.lvd1689m",
 ]
 TINY = {"img_size": 32, "depth": 1, "embed_dim": 48, "num_heads": 3}
 TABLE = record.ROOT / "docs" / "export.md"
@@ -44,8 +46,8 @@ def make_run(folder: Path, name: str, **kwargs) -> None:
     torch.manual_seed(0)
     encoder = student_encoder(create_backbone(name, **kwargs), out=1)
     with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
+        for parameter in encoder.parameters():  # tokens and positions as large as patch embeddings
+            parameter.add_((1 if parameter.ndim == 3 else 0.02) * torch.randn_like(parameter))
     save_backbone(encoder, folder)
 
 
@@ -120,10 +122,19 @@ def measure(name: str, **kwargs) -> list[dict]:
     return list(rows.values())
 
 
-def cells(row: dict) -> list[str]:
-    """A row of the table."""
-    capped = "refused" if row["capped"] is None else f"{row['capped']:.1e}"
-    return [row["backbone"], row["target"], capped, f"{row['plain']:.1e}"]
+COLUMNS = {"timm": "timm", "hf-": "transformers", "open-clip": "open_clip", "onnx": "onnx"}
+"""Titles of the table by the beginning of a target's name."""
+
+
+def line(rows: list[dict]) -> list[str]:
+    """The line of a backbone in the table: with the cap / without."""
+    found = {row["target"]: f"{_figure(row['capped'])} / {_figure(row['plain'])}" for row in rows}
+    cells = [next((found[name] for name in found if name.startswith(start)), "-") for start in COLUMNS]
+    return [rows[0]["backbone"], *cells]
+
+
+def _figure(error: float | None) -> str:
+    return "refused" if error is None else f"{error:.1e}"
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
@@ -133,14 +144,15 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     options = parser.parse_args(arguments)
     whole = not options.names and not options.tiny
     kwargs = TINY if options.tiny else {"depth": 2} if whole else {}
-    rows = []
+    groups = []
     for name in options.names or (BACKBONES[:1] if options.tiny else BACKBONES):
-        rows += measure(name, **kwargs)
-        print("\n".join(" ".join(cells(row)) for row in rows if row["backbone"] == name), flush=True)
+        groups.append(measure(name, **kwargs))
+        print(" | ".join(line(groups[-1])), flush=True)
+    rows = [row for group in groups for row in group]
     if whole:
         record.write("export", rows)
-        table = record.markdown("| backbone | target | with the cap | without |", list(map(cells, rows)))
-        record.replace_table(TABLE, table)
+        header = f"| backbone | {' | '.join(COLUMNS.values())} |"
+        record.replace_table(TABLE, record.markdown(header, list(map(line, groups))))
     return rows
 
 

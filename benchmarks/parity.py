@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import record
+from benchmarks.tolerance import gradient_error
+from fastalign.backbones import naflex
+from fastalign.backbones.vit import ViT
 from fastalign.backbones.zoo import MOCO, create_backbone, from_timm
 
 BACKBONES = [
@@ -44,12 +47,14 @@ BACKBONES = [
 
 
 def measure(name: str, images: int = 1, **kwargs) -> dict[str, float]:
-    """Relative errors, in the Euclidean norm, of the tokens, the pooled output and the gradient against timm's.
+    """Relative errors, in the Euclidean norm, of tokens, pooled output and gradients (the largest) against timm's.
 
     `images` is the batch, `kwargs` are timm's arguments.
     """
     torch.manual_seed(0)
-    theirs = timm.create_model("vit_base_patch16_224" if name == MOCO else name, num_classes=0, **kwargs)
+    theirs = timm.create_model(
+        "vit_base_patch16_224" if name == MOCO else name, **{"num_classes": 0, **kwargs}
+    )
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -59,19 +64,36 @@ def measure(name: str, images: int = 1, **kwargs) -> dict[str, float]:
     ours = from_timm(copy.deepcopy(theirs))
     if name == MOCO:
         ours.pos_embed.requires_grad_(False)
+    return compare(theirs, ours, images)
+
+
+def compare(theirs: nn.Module, ours: ViT, images: int = 1) -> dict[str, float]:
+    """As `measure`, of a timm model and ours with the same weights; for the gradient the largest of a parameter."""
     theirs.eval(), ours.eval()
     pixels = torch.randn(images, ours.spec.channels, *ours.spec.image_size)
     cotangent = torch.randn(images, ours.spec.prefix + ours.spec.patches, ours.embed_dim)
     results = [_run(model, pixels, cotangent) for model in (theirs, ours)]
     (tokens, pooled, gradient), (our_tokens, our_pooled, our_gradient) = results
+    if isinstance(theirs, naflex.NaFlexVit):
+        our_gradient = _naflex_gradient(theirs, our_gradient, ours.spec.grid)
     assert gradient.keys() == our_gradient.keys(), "the trained parameters differ"
-    whole = torch.cat([value.flatten() for value in gradient.values()])
-    our_whole = torch.cat([our_gradient[name].flatten() for name in gradient])
     return {
         "tokens": _error(our_tokens, tokens),
         "pooled": _error(our_pooled, pooled),
-        "gradient": _error(our_whole, whole),
+        "gradient": gradient_error(our_gradient, gradient, floor=1e-3),
     }
+
+
+def _naflex_gradient(
+    theirs: nn.Module, gradient: dict[str, Tensor], grid: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Our gradient by timm's parameters, of which ours are functions: through the position table's resampling."""
+    state, parameters = naflex.vit_state(theirs, grid), dict(theirs.named_parameters())
+    outputs = [state[name] for name in gradient]
+    found = torch.autograd.grad(
+        outputs, list(parameters.values()), list(gradient.values()), allow_unused=True
+    )
+    return {name: value for name, value in zip(parameters, found, strict=True) if value is not None}
 
 
 def _run(model: nn.Module, pixels: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

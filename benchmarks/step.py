@@ -23,7 +23,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.compare import attempt, free, timed
-from benchmarks.step_bench import BACKBONES, KEY, MODES, PRECISIONS, SMALL, Measured, Row, measure
+from benchmarks.step_bench import BACKBONES, FAMILIES, KEY, KNOWN, MODES, PRECISIONS, Measured, Row, measure
 from fastalign.backbones.precision import compute_dtype
 from fastalign.training.distributed import keep_freed_memory
 
@@ -41,7 +41,9 @@ CPU_ROWS = [
 
 
 def headline(backbone: str) -> list[Row]:
-    """The main rows, the most important first."""
+    """The main rows, the most important first. The baseline has the modules of CLIP and SigLIP only."""
+    if backbone in FAMILIES:
+        return [Row(backbone, "zero"), Row(backbone, "drop"), Row(backbone, "zero", None)]
     compiled = [Row(backbone, mode) for mode in ("zero", "baseline", "drop")]
     return [*compiled, Row(backbone, "baseline", compiled="eager")]
 
@@ -59,8 +61,10 @@ def every_row(backbone: str) -> list[Row]:
 def parse(text: str) -> list[Row]:
     """Rows by their name: B/16-224 (its headline), or B/16-224:zero:30:compiled."""
     backbone, *rest = text.split(":")
-    if backbone not in BACKBONES | SMALL:
-        raise SystemExit(f"--only: unknown backbone {backbone}; choose from {', '.join(BACKBONES)}")
+    if backbone not in KNOWN:
+        raise SystemExit(
+            f"--only: unknown backbone {backbone}; choose from {', '.join(BACKBONES | FAMILIES)}"
+        )
     if not rest:
         return headline(backbone)
     if len(rest) != 3 or rest[0] not in MODES or rest[2] not in COMPILED:

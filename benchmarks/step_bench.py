@@ -24,8 +24,15 @@ BACKBONES = {
     "PE-L/14-336": ("vit_pe_core_large_patch14_336", 32, {}),
 }
 """timm's name, images per step, and timm's arguments, on a GPU."""
+FAMILIES = {
+    "SigLIP2-SO400M/16-256": ("vit_so400m_patch16_siglip_256", 64, {}),
+    "InternViT/14-448": ("vit_intern300m_patch14_448", 16, {}),
+    "RADIO-B/16-512": ("vit_base_patch16_radio_v3", 32, {}),
+}
+"""The same for other families, measured only if asked for."""
 SMALL = {"S/16-224": ("vit_small_patch16_224", 8, {}), "tiny": ("vit_tiny_patch16_224", 2, TINY_KWARGS)}
 """The same on a CPU."""
+KNOWN = BACKBONES | FAMILIES | SMALL
 MODES = ("zero", "drop", "fp8", "baseline")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UP, STEPS, ROUNDS = 3, 5, 4
@@ -43,7 +50,7 @@ class Row(NamedTuple):
     @property
     def default_batch(self) -> int:
         """Images per step."""
-        return (BACKBONES | SMALL)[self.backbone][1]
+        return KNOWN[self.backbone][1]
 
     def __str__(self) -> str:
         return f"{self.backbone}:{self.mode}:{self.softcap or 'none'}:{self.compiled}"
@@ -56,7 +63,7 @@ class StepBench:
     """A model with its optimizer and `batch` random images, ready to step."""
 
     def __init__(self, row: Row, batch: int, device: torch.device):
-        name, _, kwargs = (BACKBONES | SMALL)[row.backbone]
+        name, _, kwargs = KNOWN[row.backbone]
         vit = fa.create_backbone(name, **kwargs)
         student = fa.MaskEmbedStudent.from_backbone(vit, softcap=row.softcap)
         teacher = fa.MaskedTeacher(vit, masking="drop" if row.mode == "drop" else "zero")

@@ -63,3 +63,19 @@ def evaluate(
     named = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
     named |= {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
     return named, cotangents
+
+
+def gradient_error(found: dict[str, Tensor], wanted: dict[str, Tensor], floor: float = 1e-6) -> float:
+    """The largest relative error of any parameter's gradient.
+
+    A gradient that is zero in exact arithmetic is only rounding noise, so norms count as at least `floor` of the
+    whole gradient's.
+    """
+    assert found.keys() == wanted.keys()
+    smallest = floor * torch.stack([value.double().norm() for value in wanted.values()]).norm()
+    errors = [
+        (found[name].double() - wanted[name].double()).norm()
+        / torch.maximum(wanted[name].double().norm(), smallest)
+        for name in wanted
+    ]
+    return torch.stack(errors).max().item()

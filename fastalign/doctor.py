@@ -60,11 +60,9 @@ def machine() -> list[str]:
         lines.append(
             f"GPU {index}: {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
         )
-    if found := [f"{name} {version(name)}" for name in DALI_PACKAGES if version(name)]:
-        return [*lines, f"decoding and transforms: {', '.join(found)}"]
-    wrong = "; the package nvidia-dali is another project" if version("nvidia-dali") else ""
-    install = "pip install nvidia-dali-cuda130 (CUDA 12: nvidia-dali-cuda120)"
-    return [*lines, f"DALI: missing, needed for training{wrong}: {install}"]
+    dali = ", ".join(f"{name} {version(name)}" for name in DALI_PACKAGES if version(name))
+    missing = "missing: pip install nvidia-dali-cuda130 (CUDA 12: nvidia-dali-cuda120), not nvidia-dali"
+    return [*lines, f"decoding and transforms: {dali or missing}"]
 
 
 def operations() -> list[str]:
@@ -108,12 +106,7 @@ def attention() -> list[str]:
 
 def optional() -> list[str]:
     """Optional packages."""
-    found = {name: version(name) for name in OPTIONAL}
-    if found["apex"] and not any(
-        path.parts[:2] == ("apex", "optimizers") for path in metadata.files("apex") or ()
-    ):
-        found["apex"] += ", another project"
-    return [f"{name}: {found[name] or 'not installed'} ({purpose})" for name, purpose in OPTIONAL.items()]
+    return [f"{name}: {version(name) or 'not installed'} ({purpose})" for name, purpose in OPTIONAL.items()]
 
 
 def smoke(device: str) -> str:

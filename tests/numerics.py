@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.tolerance import allowed, errors, evaluate, is_floating
+from benchmarks.tolerance import gradient_error as gradient_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where kernels are tested; on a CPU they run in the interpreter."""
@@ -26,22 +27,6 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     assert found.shape == wanted.shape, f"{tuple(found.shape)} against {tuple(wanted.shape)}"
     assert torch.isfinite(found).all(), "not finite"
     return ((found - wanted).norm() / wanted.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
-
-
-def gradient_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """The largest relative error of any parameter's gradient.
-
-    A gradient that is zero in exact arithmetic is only rounding noise, so norms count as at least a millionth of the
-    whole gradient's.
-    """
-    assert found.keys() == wanted.keys()
-    smallest = 1e-6 * torch.stack([value.double().norm() for value in wanted.values()]).norm()
-    errors = [
-        (found[name].double() - wanted[name].double()).norm()
-        / torch.maximum(wanted[name].double().norm(), smallest)
-        for name in wanted
-    ]
-    return torch.stack(errors).max().item()
 
 
 def randomise(module: torch.nn.Module, scale: float = 0.02) -> None:

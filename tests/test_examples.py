@@ -1,6 +1,7 @@
 """The examples learn."""
 
 import runpy
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,19 @@ def test_dbot():
         assert len(own) == 30
         assert own[-1] < 0.9 * own[0]
     assert all(torch.equal(value, before[name]) for name, value in vit.state_dict().items())
+
+
+def test_the_notebook_runs():
+    """With fewer pictures than it asks for."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(ROOT / "examples/quickstart.ipynb", as_version=4)
+    sizes = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    assert sizes.source.startswith("images, epochs = 2000, 2")
+    sizes.source = "images, epochs = 128, 1"
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("demo", "configs"):
+            (Path(folder) / name).symlink_to(ROOT / name)
+        nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": folder}}).execute()
+        assert (Path(folder) / "runs/quickstart/run/exports/timm/model.safetensors").is_file()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 1

@@ -11,7 +11,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.step_bench import BACKBONES, FAMILIES
 from fastalign.backbones.zoo import create_backbone
 from fastalign.compat.reference_config import make_config
 from fastalign.config import Config, load_config
@@ -30,18 +33,26 @@ CLIP_B = "vit_base_patch16_clip_quickgelu_224.openai"
 # Recipes of ours for other backbones, by the size that decides batch and learning rate.
 BASE = {
     "siglip2-vit-b": "vit_base_patch16_siglip_224.v2_webli",
+    "dinov3-vit-s": "vit_small_patch16_dinov3.lvd1689m",
+    "dinov3-vit-b": "vit_base_patch16_dinov3.lvd1689m",
+    "pe-core-vit-b": "vit_pe_core_base_patch16_224.fb",
     "metaclip-vit-b": "vit_base_patch16_clip_quickgelu_224.metaclip_2pt5b",
 }
+BASE_512 = {
+    "pe-spatial-vit-b": "vit_pe_spatial_base_patch16_512.fb",
+    "radio-v3-b": "vit_base_patch16_radio_v3.c_radio",
+}
 LARGE = {
+    "dinov3-vit-l": "vit_large_patch16_dinov3.lvd1689m",
     "metaclip-vit-l": "vit_large_patch14_clip_quickgelu_224.metaclip_2pt5b",
 }
-LARGE_336 = {}
+LARGE_336 = {"pe-core-vit-l-336": "vit_pe_core_large_patch14_336.fb"}
 SO400M = {"siglip2-vit-so400m": "vit_so400m_patch16_siglip_256.v2_webli"}
 SO400M_384 = {
     "siglip2-vit-so400m-384": "vit_so400m_patch14_siglip_378.v2_webli",
+    "internvit-300m": "vit_intern300m_patch14_448.ogvl_2pt5",
     "dfn-vit-h-378": "vit_huge_patch14_clip_quickgelu_378.dfn5b",
 }
-BASE_512 = {"radio-v3-b": "vit_base_patch16_radio_v3.c_radio"}
 # Our own recipes: each is another recipe with these overrides.
 OURS = {
     "mim-clip-vit-b-aligned": ("mim-clip-vit-b", ["student.weights=runs/clip-vit-b"]),
@@ -169,6 +180,11 @@ def test_operations_an_image(stem):
     assert {same: gigaflop(same) for same in STEPS[stem]} == dict.fromkeys(STEPS[stem], computed)
 
 
+def test_the_step_benchmark_has_backbones_of_recipes():
+    names = {load_config(path).student.name.split(".")[0] for path in RECIPES.values()}
+    assert {name for name, *_ in (BACKBONES | FAMILIES).values()} <= names
+
+
 @pytest.mark.parametrize("stem", STEPS)
 def test_image_constants_are_those_of_the_published_weights(stem):
     student = load_config(RECIPES[stem]).student
@@ -235,14 +251,17 @@ def reduced(stem: str, *, full_depth: bool) -> list[str]:
 
 
 def take_a_step(config: Config) -> MaskEmbed | MaskedImageModeling:
-    """Forward, backward and AdamW; the loss is finite and the weights move."""
+    """Forward, backward and AdamW; the loss is finite, the operations are those of the formula, the weights move."""
     objective = build_objective(config)[0].train()
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     before = [parameter.detach().norm() for parameter in trained]
     optim = config.optim
     optimizer = adamw(trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
-    loss = objective(torch.randn(2, 3, *objective.teacher.spec.image_size), torch.arange(2))
-    loss.backward()
+    images = torch.randn(2, 3, *objective.teacher.spec.image_size)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss = objective(images, torch.arange(2))
+        loss.backward()
+    assert flops_per_image(objective) == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
     torch.nn.utils.clip_grad_norm_(trained, optim.clip)
     optimizer.step()
     assert loss.isfinite()

@@ -8,6 +8,7 @@ import math
 
 import timm
 import torch
+from timm.layers import apply_rot_embed_cat
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -43,18 +44,34 @@ class CappedAttention(nn.Module):
         super().__init__()
         self.qkv, self.proj, self.heads, self.cap = inner.qkv, inner.proj, inner.num_heads, cap
         self.q_norm, self.k_norm = inner.q_norm, inner.k_norm
+        self.prefix, self.half = getattr(inner, "num_prefix_tokens", 0), getattr(inner, "rotate_half", False)
+        self.biases = [getattr(inner, "q_bias", None), getattr(inner, "v_bias", None)]  # Eva's keys have none
 
-    def forward(self, x: Tensor, **_) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor | None = None, **_) -> Tensor:
         width = x.shape[-1]
         size = width // self.heads
         q, k, v = self.qkv(x).split(width, dim=-1)
+        if self.biases[0] is not None:
+            q, v = q + self.biases[0], v + self.biases[1]
         outputs = []
         for head in range(self.heads):
             part = slice(head * size, (head + 1) * size)
-            logits = self.q_norm(q[..., part]) @ self.k_norm(k[..., part]).mT / math.sqrt(size)
+            query, key = (
+                self.turn(self.q_norm(q[..., part]), rope),
+                self.turn(self.k_norm(k[..., part]), rope),
+            )
+            logits = query @ key.mT / math.sqrt(size)
             logits = self.cap * torch.tanh(logits / self.cap)
             outputs.append(torch.softmax(logits, -1) @ v[..., part])
         return self.proj(torch.cat(outputs, -1))
+
+    def turn(self, x: Tensor, rope: Tensor | None) -> Tensor:
+        """A head's queries or keys by the rotary embedding of the patches."""
+        if rope is None:
+            return x
+        return torch.cat(
+            [x[:, : self.prefix], apply_rot_embed_cat(x[:, self.prefix :], rope, half=self.half)], 1
+        )
 
 
 class StudentTruth(nn.Module):
@@ -90,6 +107,8 @@ class StudentTruth(nn.Module):
             if head == "mlp":
                 encoder.head = timm.layers.Mlp(dim, hidden, width, act_layer=type(block.mlp.act))
         encoder.attn_pool, encoder.global_pool = None, ""
+        if hasattr(encoder, "head_dist"):
+            del encoder.head_dist
         if frozen:
             encoder.fc_norm = nn.Identity()
         heads = decoder_heads or block.attn.num_heads
@@ -110,9 +129,13 @@ class StudentTruth(nn.Module):
         self.decoder.head = nn.Linear(width, target_dim)
         self.prefix, self.prefix_only = encoder.num_prefix_tokens, prefix_only
 
+    def tokens(self, images: Tensor) -> Tensor:
+        """The encoder's, [B, T, width]; distilled DeiT's own forward pools them."""
+        return self.encoder.head(self.encoder.fc_norm(self.encoder.forward_features(images)))
+
     def forward(self, images: Tensor, visible: Tensor) -> Tensor:
         """[B, M, T, D]"""
-        tokens = self.encoder(images)
+        tokens = self.tokens(images)
         return torch.stack(
             [
                 torch.stack([self.decode(t, m) for m in masks])

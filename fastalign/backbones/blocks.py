@@ -28,11 +28,21 @@ ACTIVATIONS = {
 }
 
 
+class RMSNorm(nn.RMSNorm):
+    """In the dtype of its weight under autocast too, as LayerNorm on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": RMSNorm}
+
+
 def make_norm(spec: BlockSpec, width: int | None = None, *, present: bool = True) -> nn.Module:
     """The block's kind of norm over `width` channels, or the identity."""
     if not present or spec.norm == "identity":
         return nn.Identity()
-    return nn.LayerNorm(width or spec.width, eps=spec.norm_eps)
+    return NORMS[spec.norm](width or spec.width, eps=spec.norm_eps)
 
 
 class PatchEmbed(nn.Module):
@@ -57,9 +67,12 @@ class PatchEmbed(nn.Module):
         return self.norm(self.proj(images).flatten(2).transpose(1, 2))
 
     def blank(self) -> Tensor:
-        """[D]: the embedding of a patch whose pixels are zero, in the dtype of the parameters."""
+        """[D]: the embedding of a patch whose pixels are zero."""
         weight, bias = self.proj.weight, self.proj.bias
-        return self.norm(weight.new_zeros(len(weight)) if bias is None else bias)
+        blank = weight.new_zeros(len(weight)) if bias is None else bias
+        if torch.is_autocast_enabled(blank.device.type):  # as the convolution rounds it
+            blank = blank.to(torch.get_autocast_dtype(blank.device.type))
+        return self.norm(blank)
 
 
 class LayerScale(nn.Module):
@@ -97,7 +110,7 @@ class Attention(nn.Module):
         self.q_norm = make_norm(spec, head_width, present=spec.qk_norm)
         self.k_norm = make_norm(spec, head_width, present=spec.qk_norm)
         self.norm = make_norm(spec, present=spec.attention_norm)
-        self.proj = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width, bias=spec.proj_bias)
 
     @property
     def biased(self) -> bool:
@@ -148,27 +161,31 @@ class MLP(nn.Module):
 
     def __init__(self, spec: BlockSpec, out: int | None = None):
         super().__init__()
-        self.gated = spec.mlp == "swiglu"
-        if self.gated:
-            self.fc1_g = nn.Linear(spec.width, spec.mlp_hidden)
-            self.fc1_x = nn.Linear(spec.width, spec.mlp_hidden)
+        self.kind, hidden, bias = spec.mlp, spec.mlp_hidden, spec.proj_bias
+        if self.kind == "swiglu":
+            self.fc1_g = nn.Linear(spec.width, hidden, bias)
+            self.fc1_x = nn.Linear(spec.width, hidden, bias)
         else:
-            self.fc1 = nn.Linear(spec.width, spec.mlp_hidden)
+            self.fc1 = nn.Linear(spec.width, (spec.mlp_matrices - 1) * hidden, bias)
         self.act = ACTIVATIONS[spec.activation]()
-        self.norm = make_norm(spec, spec.mlp_hidden, present=spec.mlp_norm)
-        self.fc2 = nn.Linear(spec.mlp_hidden, out or spec.width)
+        self.norm = make_norm(spec, hidden, present=spec.mlp_norm)
+        self.fc2 = nn.Linear(hidden, out or spec.width, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.fc1_g(x)) * self.fc1_x(x) if self.gated else self.act(self.fc1(x))
+        if self.kind == "mlp":
+            x = self.act(self.fc1(x))
+        else:
+            gate, x = (self.fc1_g(x), self.fc1_x(x)) if self.kind == "swiglu" else self.fc1(x).chunk(2, -1)
+            x = self.act(gate) * x
         return self.fc2(self.norm(x))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; `window` as for `Attention`."""
+    """Transformer block, with norms before its branches or (`post_norm`) after them; `window` as for `Attention`."""
 
     def __init__(self, spec: BlockSpec, *, drop_path: float = 0.0, window: tuple[int, int] | None = None):
         super().__init__()
-        self.norm1 = make_norm(spec)
+        self.norm1, self.post_norm = make_norm(spec), spec.post_norm
         self.attn = Attention(spec, window=window)
         self.norm2 = make_norm(spec)
         self.mlp = MLP(spec)
@@ -196,7 +213,10 @@ class Block(nn.Module):
     ) -> Tensor:
         """[B, T, D] -> [B, T, D], or packed, [L, D] -> [L, D]. Arguments as for `Attention`."""
         scales = self.layer_scales()
-        branch = self.attn(self.norm1(x), position, sequences)
+        if self.post_norm:
+            branch = self.norm1(self.attn(x, position, sequences))
+        else:
+            branch = self.attn(self.norm1(x), position, sequences)
         x = x + self.drop_path(branch if scales is None else branch * scales[0])
-        branch = self.mlp(self.norm2(x))
+        branch = self.norm2(self.mlp(x)) if self.post_norm else self.mlp(self.norm2(x))
         return x + self.drop_path(branch if scales is None else branch * scales[1])

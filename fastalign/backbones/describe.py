@@ -10,9 +10,10 @@ import timm
 import torch
 from timm import layers
 from timm.layers import activations
-from timm.models import beit, eva, vision_transformer
+from timm.models import beit, deit, eva, naflexvit, vision_transformer
 from torch import nn
 
+from fastalign.backbones import naflex
 from fastalign.backbones.rope import read_position
 from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
@@ -20,8 +21,10 @@ from fastalign.utils.errors import UserError
 
 MODELS = {
     vision_transformer.VisionTransformer: vision_transformer.checkpoint_filter_fn,
+    deit.VisionTransformerDistilled: vision_transformer.checkpoint_filter_fn,
     beit.Beit: beit.checkpoint_filter_fn,
     eva.Eva: eva.checkpoint_filter_fn,
+    naflex.NaFlexVit: naflex.checkpoint_filter_fn,
 }
 """timm's supported classes, each with timm's function that converts other layouts of its weights to timm's keys."""
 _ACTIVATIONS = {
@@ -33,26 +36,32 @@ _ACTIVATIONS = {
     activations.Swish: "silu",
     nn.ReLU: "relu",
 }
+_NORMS = {nn.LayerNorm: "layer_norm", layers.LayerNorm: "layer_norm", layers.RmsNorm: "rms_norm"}
+_POST_NORM = (vision_transformer.ResPostBlock, eva.EvaBlockPostNorm)
 _MODULES = {
     *MODELS,
     *_ACTIVATIONS,
-    *(nn.ModuleList, nn.Sequential, nn.Identity, nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Dropout),
-    *(vision_transformer.Block, beit.Block, eva.EvaBlock),
+    *_NORMS,
+    *(nn.ModuleList, nn.Sequential, nn.Identity, nn.Linear, nn.Conv2d, nn.Dropout),
+    *(vision_transformer.Block, beit.Block, eva.EvaBlock, *_POST_NORM),
     *(layers.Attention, layers.AttentionRope, beit.Attention, eva.EvaAttention),
     *(layers.RotaryEmbeddingCat, layers.RotaryEmbeddingDinoV3, layers.RotaryEmbeddingMixed),
-    *(layers.PatchEmbed, layers.LayerNorm, layers.LayerScale, layers.DropPath, layers.Mlp, layers.SwiGLU),
+    *(layers.PatchEmbed, layers.LayerScale, layers.DropPath, layers.Mlp, layers.SwiGLU, layers.GluMlp),
+    naflexvit.NaFlexEmbeds,
 }
 
 
 def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
-    """Our backbone from a timm VisionTransformer, Beit or Eva, whose parameters it shares.
+    """Our backbone from a timm model, whose parameters it shares.
 
     Args:
         source: the timm model, on any device.
         recipe: its name and arguments for `fastalign.create_backbone`, where known.
         **changes: fields of `ViTSpec` that timm's modules do not show.
     """
-    spec = replace(describe(source), **changes)
+    spec, flexible = replace(describe(source), **changes), isinstance(source, naflex.NaFlexVit)
+    if recipe and flexible:
+        recipe = {**recipe, "kwargs": {**recipe["kwargs"], **naflex.vit_arguments(spec)}}
     rate = max((getattr(part, "drop_prob", None) or 0.0) for part in source.modules())
     if rate >= 1:
         raise UserError(f"drop_path_rate must be less than 1, got {rate}")
@@ -61,17 +70,17 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
     data |= {"interpolation": found["interpolation"], "crop_pct": found["crop_pct"]}
     with torch.device("meta"):
         vit = ViT(spec, drop_path=rate, data=data, recipe=recipe)
-        classes = getattr(source.head, "out_features", 0)
-        vit.head = nn.Linear(spec.block.width, classes) if classes else nn.Identity()
+        if classes := getattr(source.head, "out_features", 0):
+            vit.head = nn.Linear(spec.block.width, classes)
+            vit.head_dist = nn.Linear(spec.block.width, classes) if spec.distilled else None
     vit.attn_pool = getattr(source, "attn_pool", None)
     theirs, ours = source.state_dict(), vit.state_dict()
+    if flexible:
+        with torch.no_grad():
+            theirs = {key: value.detach() for key, value in naflex.vit_state(source, spec.grid).items()}
     other = [key for key, value in ours.items() if key in theirs and value.shape != theirs[key].shape]
     if wrong := sorted(set(theirs) ^ set(ours)) + other:
         raise _unsupported(source, wrong)
-    norms = dict(vit.named_modules())
-    for path, part in source.named_modules():
-        if getattr(part, "eps", None) != getattr(norms.get(path), "eps", None):
-            raise _unsupported(source, [f"another epsilon in {path}"])
     vit.load_state_dict(theirs, assign=True)
     if spec.rotary:
         vit.position = read_position(source.rope, spec)
@@ -91,20 +100,23 @@ def describe(source: nn.Module) -> ViTSpec:
         raise UserError("depth must be at least 1")
     if found := _unknown_parts(source):
         raise _unsupported(source, found)
-    embed, rope = source.patch_embed, getattr(source, "rope", None)
+    flexible, rope = isinstance(source, naflex.NaFlexVit), getattr(source, "rope", None)
+    embed = source.embeds if flexible else source.patch_embed
+    tokens = embed if flexible else source
     block = _describe_block(source.blocks[0], source)
     if any(_describe_block(other, source) != block for other in source.blocks):
         raise _unsupported(source, ["blocks that differ"])
     return ViTSpec(
         block=block,
         depth=len(source.blocks),
-        image_size=pair(embed.img_size),
+        image_size=naflex.image_size(source) if flexible else pair(embed.img_size),
         patch_size=pair(embed.patch_size),
-        channels=embed.proj.in_channels,
-        class_token=source.cls_token is not None,
-        registers=0 if getattr(source, "reg_token", None) is None else source.reg_token.shape[1],
-        position=source.pos_embed is not None,
-        position_prefix=not getattr(source, "no_embed_class", False),
+        channels=embed.in_chans if flexible else embed.proj.in_channels,
+        class_token=tokens.cls_token is not None,
+        distilled=isinstance(source, deit.VisionTransformerDistilled),
+        registers=0 if getattr(tokens, "reg_token", None) is None else tokens.reg_token.shape[1],
+        position=embed.pos_embed_type != "none" if flexible else source.pos_embed is not None,
+        position_prefix=not flexible and not getattr(source, "no_embed_class", False),
         relative_position=isinstance(source, beit.Beit),
         rotary=rope is not None,
         rotary_mixed=isinstance(rope, layers.RotaryEmbeddingMixed),
@@ -113,7 +125,7 @@ def describe(source: nn.Module) -> ViTSpec:
         pre_norm=_has_norm(getattr(source, "norm_pre", None)),
         final_norm=_has_norm(source.norm),
         pooled_norm=_has_norm(source.fc_norm),
-        pool=source.global_pool or "none",
+        pool=_pool(source),
         # Eva's attention pooling reads all tokens.
         pool_prefix=getattr(source, "pool_include_prefix", getattr(source, "attn_pool", None) is not None),
         fresh_norm_eps=next(
@@ -132,12 +144,12 @@ def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
         qkv, bias = "fused", attention.qkv.bias
     gamma = getattr(block, "gamma_1", None)
     scale = getattr(getattr(block, "ls1", None), "gamma", gamma)
-    gated = hasattr(mlp, "fc1_g")
+    packed, gated = isinstance(mlp, layers.GluMlp), isinstance(mlp, layers.SwiGLU)
     return BlockSpec(
         width=source.embed_dim,
         heads=attention.num_heads,
-        mlp_hidden=(mlp.fc1_g if gated else mlp.fc1).out_features,
-        mlp="swiglu" if gated else "mlp",
+        mlp_hidden=mlp.fc2.in_features,
+        mlp="swiglu" if gated else "swiglu_packed" if packed else "mlp",
         activation="gelu_tanh"
         if getattr(mlp.act, "approximate", "none") == "tanh"
         else _ACTIVATIONS[type(mlp.act)],
@@ -146,11 +158,21 @@ def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
         qkv_bias=bias is not None,
         qk_norm=_has_norm(getattr(attention, "q_norm", None)),
         attention_norm=_has_norm(getattr(attention, "norm", None)),
+        proj_bias=mlp.fc2.bias is not None,
         rotate_half=getattr(source, "rope", None) is not None and attention.rotate_half,
         layer_scale=None if scale is None else 1.0,
         layer_scale_keys="gamma" if gamma is not None else "ls",
+        post_norm=isinstance(block, _POST_NORM),
+        norm=_NORMS[type(block.norm1)],
         norm_eps=block.norm1.eps,
     )
+
+
+def _pool(source: nn.Module) -> str:
+    """The kind of pooling; timm has several modules of attention pooling."""
+    if getattr(source, "attn_pool", None) is not None:
+        return "map"
+    return "pair" if isinstance(source, deit.VisionTransformerDistilled) else source.global_pool or "none"
 
 
 def _unknown_parts(source: nn.Module) -> list[str]:
@@ -159,7 +181,15 @@ def _unknown_parts(source: nn.Module) -> list[str]:
     found = [type(part).__name__ for part in parts.values() if type(part) not in _MODULES]
     if any(isinstance(part, nn.Dropout) and part.p > 0 and k != "head_drop" for k, part in parts.items()):
         found.append("dropout")
-    if getattr(source.patch_embed, "dynamic_img_pad", False):
+    if isinstance(source, deit.VisionTransformerDistilled) and _has_norm(source.fc_norm):
+        found.append("fc_norm")
+    if any(part.num_kv_heads != part.num_heads for part in parts.values() if hasattr(part, "num_kv_heads")):
+        found.append("grouped heads")
+    if any(getattr(part, "gate_last", False) for part in parts.values()):
+        found.append("the gate last")
+    if isinstance(source, naflex.NaFlexVit):
+        found += naflex.unsupported(source)
+    elif getattr(source.patch_embed, "dynamic_img_pad", False):
         found.append("padded images")
     return list(dict.fromkeys(found))
 

@@ -5,6 +5,7 @@ import copy
 import timm
 from torch import nn
 
+from fastalign.backbones import naflex
 from fastalign.backbones.describe import describe, from_timm
 from fastalign.backbones.spec import ViTSpec
 from fastalign.backbones.timm_models import empty_model
@@ -12,13 +13,8 @@ from fastalign.backbones.vit import ViT
 from fastalign.utils.errors import UserError
 
 _NOT_SETTINGS = {
-    "training",
-    "grad_checkpointing",
-    "num_classes",
-    "init_values",
-    "drop_prob",
-    "scale_by_keep",
-    "p",
+    *("training", "grad_checkpointing", "num_classes", "init_values", "drop_prob", "scale_by_keep", "p"),
+    *("dynamic_img_size", "strict_img_size", "flatten", "output_fmt", "feat_shape"),
 }
 """Attributes of timm's modules that may differ between two models of one name and arguments."""
 
@@ -58,7 +54,11 @@ def _recipe_of(model: nn.Module, spec: ViTSpec) -> dict | None:
         return None
     if describe(made) != spec or _settings(made) != _settings(model):
         return None
-    return {"name": name, "kwargs": {"num_classes": getattr(model.head, "out_features", 0), **kwargs}}
+    table = naflex.vit_arguments(spec) if isinstance(model, naflex.NaFlexVit) else {}
+    return {
+        "name": name,
+        "kwargs": {"num_classes": getattr(model.head, "out_features", 0), **kwargs, **table},
+    }
 
 
 def _arguments(spec: ViTSpec) -> dict:
@@ -89,5 +89,6 @@ def _settings(model: nn.Module) -> dict:
         f"{path}.{key}": value
         for path, part in model.named_modules()
         for key, value in vars(part).items()
-        if key not in _NOT_SETTINGS and isinstance(value, (bool, int, float, str, tuple)) and path != "head"
+        if isinstance(value, (bool, int, float, str, tuple)) and path != "head"
+        if key not in _NOT_SETTINGS and not key.startswith("_")
     }

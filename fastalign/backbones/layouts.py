@@ -268,8 +268,8 @@ def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
 
 def _split_pooling(state: dict[str, Tensor]) -> None:
     """Attention pooling with one matrix for query, key and value; SigLIP 2 flattens its patches, channels last."""
-    patch = state["patch_embed.proj.weight"]
-    if patch.ndim == 2:
+    patch = state.get("patch_embed.proj.weight")  # a text tower has none
+    if patch is not None and patch.ndim == 2:
         side = math.isqrt(patch.shape[1] // 3)
         state["patch_embed.proj.weight"] = patch.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)
     for kind in ("weight", "bias"):

@@ -26,14 +26,14 @@ def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
             the student started from, which an export needs to name the licence.
 
     Raises:
-        UserError: another kind of module.
+        UserError: another kind of module, or a backbone whose timm name is not known.
     """
     student = getattr(student, "module", student)
     vit = getattr(student, "encoder", student)
     vit = getattr(vit, "_orig_mod", vit)
-    if not isinstance(vit, ViT) or not (vit.recipe or {}).get("name"):
+    if not isinstance(vit, ViT):
         raise UserError(
-            f"save_backbone: got {type(vit).__name__}; give a student, or a backbone that fa.create_backbone made"
+            f"save_backbone: got {type(vit).__name__}; give a student, or a backbone of fa.create_backbone"
         )
     write_backbone(Path(folder), vit.state_dict(), facts_text(backbone_facts(vit, **facts)))
 
@@ -67,7 +67,7 @@ def write_backbone(folder: Path, weights: dict[str, Tensor], text: str) -> None:
     weights = {
         name: value.detach().contiguous().float()
         for name, value in weights.items()
-        if not name.startswith("head.")
+        if not name.startswith(("head.", "head_dist."))
     }
     softcap = str(json.loads(text)["softcap"])
     write_tensors(folder / "backbone.safetensors", weights, softcap=softcap, facts=text)

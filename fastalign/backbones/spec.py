@@ -29,7 +29,7 @@ class BlockSpec:
     heads: int
     mlp_hidden: int
     mlp: str = "mlp"
-    """mlp (fc1, fc2) | swiglu (fc1_g, fc1_x, fc2)"""
+    """mlp (fc1, fc2) | swiglu (fc1_g, fc1_x, fc2) | swiglu_packed (fc1 = both, fc2)"""
     activation: str = "gelu"
     mlp_norm: bool = False
     qkv: str = "fused"
@@ -38,19 +38,28 @@ class BlockSpec:
     qk_norm: bool = False
     attention_norm: bool = False
     """a norm between attention and its projection (EVA02)"""
+    proj_bias: bool = True
+    """of the attention's projection and the MLP's layers"""
     rotate_half: bool = False
     """rotary embeddings turn channels i and i + d / 2, not neighbours (DINOv3)"""
     layer_scale: float | None = None
     layer_scale_keys: str = "ls"
     """ls (ls1.gamma) | gamma (gamma_1)"""
+    post_norm: bool = False
+    """norms follow attention and MLP instead of preceding them"""
     norm: str = "layer_norm"
-    """layer_norm | identity"""
+    """layer_norm | rms_norm | identity"""
     norm_eps: float = 1e-6
     softcap: float | None = None
     """attention logits s become softcap * tanh(s / softcap); None = plain attention"""
 
     def __post_init__(self):
         check_softcap(self.softcap)
+
+    @property
+    def mlp_matrices(self) -> int:
+        """How many matrices of width x mlp_hidden the MLP has: three if it is gated."""
+        return 2 if self.mlp == "mlp" else 3
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,8 @@ class ViTSpec:
     patch_size: tuple[int, int]
     channels: int = 3
     class_token: bool = True
+    distilled: bool = False
+    """a distillation token follows the class token (DeiT)"""
     registers: int = 0
     position: bool = True
     """a position embedding is added"""
@@ -83,7 +94,7 @@ class ViTSpec:
     pooled_norm: bool = False
     """fc_norm: a norm after pooling"""
     pool: str = "token"
-    """token | avg | avgmax | max | map (attention pooling) | none"""
+    """token | pair (mean of class and distillation token) | avg | avgmax | max | map (attention pooling) | none"""
     pool_prefix: bool = False
     fresh_norm_eps: float = 1e-6
     """epsilon of a newly made norm of the backbone's norm class, which the student's norms and decoder get"""
@@ -101,7 +112,7 @@ class ViTSpec:
     @property
     def prefix(self) -> int:
         """P"""
-        return int(self.class_token) + self.registers
+        return int(self.class_token) + int(self.distilled) + self.registers
 
 
 def split_svit(name: str, kwargs: dict) -> tuple[str, dict, float | None]:

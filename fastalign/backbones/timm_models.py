@@ -29,7 +29,7 @@ def empty_model(name: str, kwargs: dict) -> nn.Module:
     """The timm model without memory for its weights, checked: `ViT` can be made of it."""
     architecture = name.split(".")[0]
     if architecture != MOCO and not timm.is_model(architecture):
-        modules = ("vision_transformer", "deit", "beit", "eva")  # with supported architectures
+        modules = ("vision_transformer", "deit", "beit", "eva", "naflexvit")  # with supported architectures
         names = [MOCO, *(name for module in modules for name in timm.list_models(module=module))]
         near = sorted((name for name in names if name.startswith(architecture)), key=len)[:4]
         near = near or difflib.get_close_matches(architecture, names, n=4, cutoff=0.5)

@@ -38,6 +38,7 @@ class ViT(nn.Module):
         width = spec.block.width
         self.patch_embed = PatchEmbed(spec)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if spec.class_token else None
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, width)) if spec.distilled else None
         self.reg_token = nn.Parameter(torch.zeros(1, spec.registers, width)) if spec.registers else None
         entries = spec.patches + (spec.prefix if spec.position_prefix else 0)
         self.pos_embed = (
@@ -50,7 +51,7 @@ class ViT(nn.Module):
         self.norm = make_norm(spec.block, present=spec.final_norm)
         self.attn_pool = None
         self.fc_norm = make_norm(spec.block, present=spec.pooled_norm)
-        self.head = nn.Identity()
+        self.head, self.head_dist = nn.Identity(), None
         self.pool = spec.pool
         self.grad_checkpointing = False
         self.rope = MixedRope(spec.block, spec.depth) if spec.rotary_mixed else None
@@ -115,7 +116,8 @@ class ViT(nn.Module):
 
     def prefix_rows(self) -> Tensor | None:
         """[P, D]: the prefix tokens with their position."""
-        tokens = [token[0] for token in (self.cls_token, self.reg_token) if token is not None]
+        tokens = (self.cls_token, self.dist_token, self.reg_token)
+        tokens = [token[0] for token in tokens if token is not None]
         if not tokens:
             return None
         prefix = torch.cat(tokens)
@@ -198,6 +200,8 @@ class ViT(nn.Module):
                 tokens = self.attn_pool(pooling)
             elif self.pool == "token":
                 tokens = tokens[:, 0]
+            elif self.pool == "pair":
+                tokens = tokens[:, :2].mean(1)
             elif self.pool == "avg":
                 tokens = pooling.mean(1)
             elif self.pool == "max":
@@ -207,7 +211,9 @@ class ViT(nn.Module):
         return self.fc_norm(tokens)
 
     def forward_head(self, tokens: Tensor) -> Tensor:
-        """Pooling, norm and the output layer."""
+        """Pooling, norm and the output layer; with two (DeiT's) the mean of both outputs."""
+        if self.head_dist is not None and self.pool == "pair":
+            return (self.head(tokens[:, 0]) + self.head_dist(tokens[:, 1])) / 2
         return self.head(self.pooled(tokens))
 
     def forward(self, images: Tensor) -> Tensor:

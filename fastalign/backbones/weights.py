@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastalign.backbones import layouts
-from fastalign.backbones.describe import MODELS
+from fastalign.backbones import layouts, naflex
+from fastalign.backbones.describe import MODELS, describe
 from fastalign.backbones.hf_config import recorded_grid, vision_config
 from fastalign.backbones.spec import ViTSpec, check_softcap, split_svit
 from fastalign.backbones.weight_files import locate, plain, read_weights
@@ -73,6 +73,10 @@ def interpret(content: Any, path: str) -> Checkpoint:
     if not states:
         raise UserError(f"{path} holds no weights: give a state dict, a dictionary of tensors by name")
     if (chosen := _choose(states, path)) is None:
+        if any(key.endswith("patch_generator.pos_embed") for state in states.values() for key in state):
+            raise UserError(
+                f"{path} has NVIDIA's layout of C-RADIO, which is not read: give timm's weights of it"
+            )
         return Checkpoint(states[min(states, key=_state_rank)], *trained_as(content, path))
     key, layout, prefix = chosen
     state = {name[len(prefix) :]: value for name, value in states[key].items() if name.startswith(prefix)}
@@ -141,7 +145,7 @@ def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[s
     LayerScale that the model lacks is folded into the projections before it; one that the file lacks is 1.
     """
     wanted, state = template.state_dict(), checkpoint.state
-    heads = {key: state[key] for key in wanted if key.startswith("head.") and key in state}
+    heads = {key: state[key] for key in wanted if key.startswith(("head.", "head_dist.")) and key in state}
     state = {key: value for key, value in state.items() if not key.startswith(_NOT_BACKBONE)}
     state |= {} if checkpoint.student else heads
     tables = {key: state.pop(key) for key in [key for key in state if key.endswith(_RELATIVE)]}
@@ -149,6 +153,11 @@ def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[s
     # they were square, so it gets a model without any.
     bare = copy.deepcopy(template)
     bare.pos_embed = None
+    if (
+        isinstance(template, naflex.NaFlexVit) and "pos_embed" in state
+    ):  # there timm's tables have rows and columns
+        grid = checkpoint.grid or table_grid(state, describe(template), path)
+        state["pos_embed"] = state["pos_embed"].reshape(1, *grid, -1)
     try:
         state = MODELS[type(template)](state, bare) | tables
     except Exception as error:

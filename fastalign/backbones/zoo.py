@@ -11,7 +11,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fastalign.backbones.describe import describe, from_timm, pair
+from fastalign.backbones import naflex
+from fastalign.backbones.describe import describe, from_timm
 from fastalign.backbones.hf_config import check_config
 from fastalign.backbones.instances import from_model
 from fastalign.backbones.spec import split_svit
@@ -120,12 +121,11 @@ def _from_checkpoint(name: str, kwargs: dict, template: nn.Module, found: Checkp
         template = empty_model(name, kwargs)
     state, spec = timm_state(found, template, path), describe(template)
     check_config(spec, found.config, path)
+    stored, grid = naflex.table_arguments(state), spec.grid
     if is_moco(name):  # its table is computed, not read
         state["pos_embed"] = torch.zeros(template.pos_embed.shape)
-        grid = spec.grid
-    else:
+    elif not stored:
         grid = found.grid or table_grid(state, spec, path)
-    stored = {}
     if grid != spec.grid:
         stored["img_size"] = (grid[0] * spec.patch_size[0], grid[1] * spec.patch_size[1])
     source = create_timm(name, {**kwargs, **stored})
@@ -135,17 +135,19 @@ def _from_checkpoint(name: str, kwargs: dict, template: nn.Module, found: Checkp
         raise misfit(found, path, str(error).splitlines()[-1].strip()) from error
     vit = _finish(name, kwargs, template, source)
     for norm in (vit.norm, vit.fc_norm):
-        if isinstance(norm, nn.LayerNorm):  # a student's was re-initialised, with another epsilon
+        if not isinstance(norm, nn.Identity):  # a student's was re-initialised, with another epsilon
             norm.eps = found.norm_eps or norm.eps
     return vit
 
 
 def _finish(name: str, kwargs: dict, template: nn.Module, source: nn.Module) -> ViT:
     """Our backbone from a timm model with its weights, resized as `template` is."""
-    spec, embed = describe(template), source.patch_embed
-    if (pair(embed.img_size), pair(embed.patch_size)) != (spec.image_size, spec.patch_size):
+    spec, changes = describe(template), {}
+    if isinstance(source, naflex.NaFlexVit):
+        naflex.check_patch_size(source, spec)
+        changes = {"image_size": spec.image_size}
+    elif (found := describe(source)).image_size != spec.image_size or found.patch_size != spec.patch_size:
         source.set_input_size(img_size=spec.image_size, patch_size=spec.patch_size)
-    changes = {}
     if is_moco(name):
         changes = {"position_fixed": True, "fresh_norm_eps": 1e-5}  # it is made of torch's norm class
         with torch.no_grad():

@@ -269,17 +269,12 @@ class Loader:
         except DecodeError:
             error_of = self._decoder.error_of
             samples = [self._reader.replace_undecodable(sample, error_of) for sample in work.samples]
-            work = self._plan(samples, epoch)
-        try:
-            self._submit(work)
-            return work, self._decoder.collect() if work.good else None
-        except DecodeError:  # although it decodes each image, perhaps for lack of memory
-            pixels = []
-            for sample in work.good:
-                self._submit(self._plan([sample], epoch))
-                pixels.append(self._decoder.collect().clone())
-                self._synchronize()
-            return work, torch.cat(pixels)
+        work, pixels = self._plan(samples, epoch), []
+        for sample in work.good:  # one by one: the batch may have failed for lack of memory
+            self._submit(self._plan([sample], epoch))
+            pixels.append(self._decoder.collect().clone())
+            self._synchronize()
+        return work, torch.cat(pixels) if pixels else None
 
     def _finish(self, work: _Work, pixels: Tensor, epoch: int, bad: tuple[BadSample, ...]) -> Batch:
         pixels = reflect(pixels, work.sampling)

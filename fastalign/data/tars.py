@@ -1,7 +1,6 @@
 """Tar shards in WebDataset layout: their images are indexed by the headers and never extracted; class labels."""
 
 import errno
-import itertools
 import os
 import re
 import tarfile
@@ -123,17 +122,13 @@ def is_tar(name: str) -> bool:
 
 def _expand_braces(pattern: str) -> list[str]:
     """`{000..009}` and `{a,b}` as a shell expands them, with zero padding."""
-    choices: list[list[str]] = []
-    for position, part in enumerate(re.split(r"\{([^{}]*)\}", pattern)):
-        span = re.fullmatch(r"(\d+)\.\.(\d+)", part)
-        if position % 2 == 0:
-            choices.append([part])
-        elif span:
-            first, last = span.groups()
-            choices.append([f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)])
-        else:
-            choices.append(part.split(","))
-    return ["".join(choice) for choice in itertools.product(*choices)]
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if not found:
+        return [pattern]
+    words, before, after = found[1].split(","), pattern[: found.start()], pattern[found.end() :]
+    if span := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
+        words = [f"{number:0{len(span[1])}d}" for number in range(int(span[1]), int(span[2]) + 1)]
+    return [text for word in words for text in _expand_braces(f"{before}{word}{after}")]
 
 
 def expand_shards(spec: str) -> list[str]:

@@ -68,11 +68,11 @@ def class_names(key: str) -> tuple[str, ...]:
     return tuple(json.loads((Path(__file__).parent / "classes.json").read_text(encoding="utf-8"))[key])
 
 
-def _folders(data: Path, folders: tuple[Path, Path], remedy: str) -> tuple[FolderSource, FolderSource]:
+def _folders(folders: tuple[Path, Path], remedy: str) -> tuple[FolderSource, FolderSource]:
     """The images and the maps in two folders."""
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"{data}: no folder {folder}; {remedy}")
+            raise UserError(f"no such folder: {folder}; {remedy}")
     images, maps = (FolderSource(str(folder)) for folder in folders)
     return images, pair(images, maps)
 
@@ -101,7 +101,7 @@ def _open_published(kind: str, root: Path, split: str) -> LabelledImages:
         name = f"panoptic_{year}" if kind == "coco-panoptic" else year
         folders = root / "images" / year, root / "annotations" / name
     remedy = _REMEDY.format(kind if kind == "coco-panoptic" else base, root)
-    source, labels = _part(*_folders(root, folders, remedy), split, HELD_OUT[base])
+    source, labels = _part(*_folders(folders, remedy), split, HELD_OUT[base])
     if kind == "coco-panoptic":
         content = read_panoptic(root / "annotations" / f"{name}.json")
         missing = [n for n in map(labels.name, range(len(labels))) if stem(n) not in content.segments]
@@ -129,7 +129,7 @@ def _open_own(root: Path, split: str) -> LabelledImages:
         images, maps = _split_shards(root, split, shards)
     else:
         folders = folder / "images", folder / "labels"
-        images, maps = _folders(root, folders, f"{split}/ must contain images/ and labels/")
+        images, maps = _folders(folders, f"{split}/ must contain images/ and labels/")
     return LabelledImages(images, classes, unlabeled, maps, partial(decode_ids, classes=len(classes)))
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastalign.backbones.blocks import MLP
+from fastalign.backbones.blocks import MLP, NORMS
 from fastalign.backbones.saving import backbone_facts
 from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
@@ -103,12 +103,15 @@ def read_weights(name: str, weights: str, *, kwargs: str = "{}", softcap: float 
 
 
 def misfits_of(wanted: dict[str, Any], spec: ViTSpec) -> list[str]:
-    """What of a backbone a library cannot express that needs the `wanted` fields; empty = the backbone fits."""
+    """What of a backbone a library cannot express that needs the `wanted` fields; empty = the backbone fits.
+
+    A tuple has alternatives.
+    """
     found = []
     for name, value in wanted.items():
-        have = attrgetter(name)(spec)
-        if (have or None) != (value or None):  # absent is None, False or 0
-            found.append(f"{name.removeprefix('block.')} is {have}, wanted {value}")
+        have, allowed = attrgetter(name)(spec), value if isinstance(value, tuple) else (value,)
+        if have not in allowed:
+            found.append(f"{name.removeprefix('block.')} is {have}, wanted {' or '.join(map(str, allowed))}")
     if any(len({*size}) > 1 for size in (spec.grid, spec.image_size, spec.patch_size)):
         found.append(f"images of {spec.image_size[0]}x{spec.image_size[1]}, wanted square ones")
     return found
@@ -145,7 +148,8 @@ class AlignedDecoder(nn.Module):
     def __init__(self, facts: dict[str, Any]):
         super().__init__()
         block, width = BlockSpec(**facts["block"]), facts["backbone_width"]
-        self.norm = nn.LayerNorm(width, eps=facts["norm_eps"]) if facts["norm"] else nn.Identity()
+        norm = NORMS[facts.get("norm_kind", "layer_norm")]
+        self.norm = norm(width, eps=facts["norm_eps"]) if facts["norm"] else nn.Identity()
         if facts["mlp_hidden"]:
             shape = {"width": width, "heads": 1, "mlp_hidden": facts["mlp_hidden"]}
             self.head = MLP(BlockSpec(**shape, activation=facts["head_activation"]), block.width)
@@ -183,6 +187,7 @@ def describe_decoder(
         "prefix_only": config.teacher.prefix_only,
         "backbone_width": vit.embed_dim,
         "norm": "norm.weight" in weights,
+        "norm_kind": vit.spec.block.norm,
         "norm_eps": vit.spec.fresh_norm_eps,
         "mlp_hidden": len(weights["head.fc1.weight"]) if "head.fc1.weight" in weights else None,
         "head_activation": vit.spec.block.activation,

@@ -55,19 +55,22 @@ def _only(wanted: dict[str, Any]) -> Callable[[Run], list[str]]:
 
 
 _TIMM = (to_timm.write, to_timm.read)
-_HF = {"clip": towers.CLIP, "siglip": towers.SIGLIP, "dinov2": towers.DINOV2}
 _HF_NOTES = (towers.HOW_CAPPED, (towers.PROCESSOR_NOTE,))
 TARGETS = {
     "timm": Target("timm", _anything, *_TIMM, to_timm.usage, to_timm.HOW_CAPPED),
     **{
         f"hf-{name}": Target("transformers", _only(t.wanted), t.write, towers.read, t.usage, *_HF_NOTES)
-        for name, t in _HF.items()
+        for name, t in towers.TOWERS.items()
     },
     "open-clip": Target(
         "open_clip", to_open_clip.misfits, to_open_clip.write, to_open_clip.read, to_open_clip.usage, None
     ),
     "onnx": Target("onnxruntime", _anything, to_onnx.write, to_onnx.read, to_onnx.usage, to_onnx.HOW_CAPPED),
     "prismatic": Target(
-        "timm", _only({"block.qkv": "fused"}), *_TIMM, to_timm.prismatic_usage, to_timm.HOW_CAPPED
+        "timm",
+        _only({"block.qkv": "fused", "rotary": False}),
+        *_TIMM,
+        to_timm.prismatic_usage,
+        to_timm.HOW_CAPPED,
     ),
 }

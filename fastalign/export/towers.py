@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.backbones.layouts import HF_ACTIVATIONS, HF_CLIP, HF_DINOV2, Layout, from_timm
+from fastalign.backbones.layouts import HF_ACTIVATIONS, HF_CLIP, HF_DINOV2, HF_DINOV3, Layout, from_timm
 from fastalign.backbones.vit import ViT
 from fastalign.export.run import Run
 from fastalign.utils.files import write_tensors
 
 MODELING = "modeling_fastalign"
 """The module that travels with an export."""
-HOW_CAPPED = f"{MODELING}.py in this folder applies the cap: load with `trust_remote_code=True`."
+HOW_CAPPED = (
+    f"{MODELING}.py in this folder caps: load with `trust_remote_code=True`, transformers 5.20 or newer."
+)
 Tokens = Callable[[Tensor], Tensor]
 """From images to our features: all tokens, prefix first."""
 
@@ -54,11 +56,29 @@ def _dinov2_state(vit: ViT) -> dict[str, Tensor]:
     return convert(state, HF_DINOV2)
 
 
+def _dinov3_state(vit: ViT) -> dict[str, Tensor]:
+    return convert(vit.state_dict(), HF_DINOV3) | {"embeddings.mask_token": torch.zeros(1, 1, vit.embed_dim)}
+
+
+def _dinov3_settings(vit: ViT) -> dict[str, Any]:
+    block = vit.spec.block
+    bias = block.qkv_bias or block.qkv == "no_k_bias"
+    return {
+        "intermediate_size": block.mlp_hidden,
+        "use_gated_mlp": block.mlp == "swiglu",
+        "query_bias": bias,
+        "key_bias": bias and block.qkv == "fused",
+        "value_bias": bias,
+        "num_register_tokens": vit.spec.registers,
+        "pos_embed_rescale": None,  # augments coordinates in training mode, which alignment does not
+    }
+
+
 class Tower(NamedTuple):
     """A family of transformers' vision towers."""
 
     wanted: dict[str, Any]
-    """the fields of `ViTSpec` that it can express"""
+    """the fields of `ViTSpec` that it can express; a tuple has alternatives"""
     class_name: str
     settings: Callable[[ViT], dict[str, Any]]
     """of its configuration, besides the common ones"""
@@ -66,7 +86,8 @@ class Tower(NamedTuple):
     """the weights by their names in files"""
 
     def _class_name(self, vit: ViT) -> str:
-        return "Dinov2WithRegistersModel" if vit.spec.registers else self.class_name
+        plain = self.class_name != "Dinov2Model" or not vit.spec.registers
+        return self.class_name if plain else "Dinov2WithRegistersModel"
 
     def write(self, run: Run, folder: Path) -> None:
         """Write a folder for `from_pretrained`."""
@@ -137,7 +158,10 @@ _PLAIN = {
     "patch_norm": False,
     "final_norm": True,
     "block.mlp": "mlp",
+    "distilled": False,
     "block.mlp_norm": False,
+    "block.proj_bias": True,
+    "block.post_norm": False,
     "block.qkv": "fused",
     "block.qkv_bias": True,
     "block.qk_norm": False,
@@ -167,6 +191,27 @@ DINOV2 = Tower(
     _dinov2_state,
 )
 
+DINOV3 = Tower(
+    _PLAIN
+    | {
+        "class_token": True,
+        "position": False,
+        "pre_norm": False,
+        "patch_bias": True,
+        "rotary": True,
+        "rotary_mixed": False,
+        "block.rotate_half": True,
+        "block.layer_scale_keys": "gamma",
+        "block.qkv": ("fused", "no_k_bias"),
+        "block.qkv_bias": (True, False),
+        "block.mlp": ("mlp", "swiglu"),
+    },
+    "DINOv3ViTModel",
+    _dinov3_settings,
+    _dinov3_state,
+)
+TOWERS = {"clip": CLIP, "siglip": SIGLIP, "dinov2": DINOV2, "dinov3": DINOV3}
+
 
 def read(folder: Path) -> Tokens:
     """Load the tower as `AutoModel` does with `trust_remote_code`, from this package's copy of the module."""
@@ -181,11 +226,11 @@ def read(folder: Path) -> Tokens:
 
 def _how_to_load(vit: ViT) -> str:
     """For people who open config.json."""
-    loader = "transformers.AutoModel.from_pretrained(FOLDER, trust_remote_code=True)"
+    loader = "transformers (5.20 or newer): AutoModel.from_pretrained(FOLDER, trust_remote_code=True)"
     if vit.softcap is None:
         return f"{loader}, which norms all outputs; without trust_remote_code transformers' own class"
     return (
-        f"{loader}: {MODELING}.py caps the attention logits at {vit.softcap:g}; transformers' own classes do not, "
+        f"{loader}; {MODELING}.py caps the attention logits at {vit.softcap:g}; transformers' own classes do not, "
         "which changes the features"
     )
 

@@ -27,7 +27,8 @@ def decoder_block_spec(
     return BlockSpec(
         width=width,
         heads=heads,
-        mlp_hidden=4 * width,
+        # The first layer of the MLP has 4 width outputs. Packed, these are the gate and what it gates.
+        mlp_hidden=(2 if block.mlp == "swiglu_packed" else 4) * width,
         mlp=block.mlp,
         activation=block.activation,
         qkv_bias=block.qkv_bias if qkv_bias is None else qkv_bias,

@@ -21,7 +21,7 @@ def peak_flops(device_name: str) -> float | None:
 
 def block_flops(block: BlockSpec, tokens: float, squares: float) -> float:
     """One block's forward pass: `tokens` in all, `squares` = the sum of the squared sequence lengths."""
-    mlp = (3 if block.mlp == "swiglu" else 2) * block.width * block.mlp_hidden
+    mlp = block.mlp_matrices * block.width * block.mlp_hidden
     return 2 * (4 * block.width**2 + mlp) * tokens + 4 * block.width * squares
 
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from fastalign.backbones.blocks import MLP
+from fastalign.backbones.blocks import MLP, make_norm
+from fastalign.backbones.spec import BlockSpec
 from fastalign.backbones.vit import ViT
 from fastalign.method.decoder import MaskEmbedDecoder, decoder_block_spec
 from fastalign.method.teacher import check_masking
@@ -25,7 +26,7 @@ def student_encoder(
         frozen: no head and the backbone's own norm instead, and nothing is trained.
     """
     encoder = copy.deepcopy(vit)
-    encoder.pool, encoder.attn_pool = "none", None
+    encoder.pool, encoder.attn_pool, encoder.head_dist = "none", None, None
     encoder.softcap = softcap
     if frozen:
         encoder.head, encoder.fc_norm = nn.Identity(), nn.Identity()
@@ -33,17 +34,23 @@ def student_encoder(
     encoder.freeze(False)
     for name in ("norm", "fc_norm"):
         if not isinstance(getattr(encoder, name), nn.Identity):
-            setattr(encoder, name, nn.LayerNorm(vit.embed_dim, eps=vit.spec.fresh_norm_eps))
+            setattr(encoder, name, make_norm(replace(vit.spec.block, norm_eps=vit.spec.fresh_norm_eps)))
     if head == "linear":
         encoder.head = last = nn.Linear(vit.embed_dim, out)
     elif head == "mlp":
-        encoder.head = MLP(replace(vit.spec.block, mlp="mlp", mlp_norm=False), out)
+        encoder.head = MLP(head_spec(vit.spec.block), out)
         last = encoder.head.fc2
     else:
         raise ValueError(f"student head must be 'linear' or 'mlp', got {head!r}")
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     return encoder
+
+
+def head_spec(block: BlockSpec) -> BlockSpec:
+    """The shape of the head "mlp": an MLP without gate or norm, as wide as the output of the block's `fc1`."""
+    hidden = block.mlp_hidden * (2 if block.mlp == "swiglu_packed" else 1)
+    return replace(block, mlp="mlp", mlp_hidden=hidden, mlp_norm=False, proj_bias=True)
 
 
 class MaskEmbedStudent(nn.Module):

@@ -35,7 +35,7 @@ class MaskedTeacher(nn.Module):
                 f"MaskedTeacher: skip_blocks must lie in 0..{vit.spec.depth - 1}, got {skip_blocks}"
             )
         self.vit = copy.deepcopy(vit).freeze()
-        self.vit.head = nn.Identity()
+        self.vit.head, self.vit.head_dist = nn.Identity(), None
         self.vit.grad_checkpointing = False
         self.vit.blocks = self.vit.blocks[: vit.spec.depth - skip_blocks]
         if not prefix_only:

@@ -29,6 +29,15 @@ VARIANTS = {
     "average pooling": (VIT, {"img_size": 64, "global_pool": "avg"}),
     "maximum pooling": (VIT, {"img_size": 64, "global_pool": "max"}),
     "no class token": (VIT, {"img_size": 64, "class_token": False, "global_pool": "avg"}),
+    "two classifiers": ("deit_tiny_distilled_patch16_224", {"img_size": 64, "num_classes": 7}),
+    "residual pooling": (VIT, {"img_size": 64, "global_pool": "prr"}),
+    "aimv2, oblong": ("aimv2_large_patch14_224", {"img_size": (28, 56), "embed_dim": 96, "num_heads": 2}),
+    "radio, oblong": (
+        "naflexvit_base_patch16_radio_v3",
+        {"img_size": (32, 64), "embed_dim": 96, "num_heads": 2},
+    ),
+    "any image size": ("vit_intern300m_patch14_448", {"img_size": (28, 42), "embed_dim": 96, "num_heads": 2}),
+    "naflex of a vit": ("vit_base_patch16_clip_224", {"img_size": 64, "use_naflex": True}),
     "beit, smaller": ("beit_base_patch16_224", {"img_size": 64}),
     "eva, smaller": ("eva02_base_patch16_clip_224", {"img_size": 64}),
 }

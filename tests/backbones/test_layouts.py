@@ -13,8 +13,22 @@ from torch import Tensor, nn
 
 import fastalign as fa
 from fastalign.backbones.hf_config import HF_DEFAULTS
+from fastalign.backbones.layouts import HF_AIMV2, HF_DINOV3, HF_INTERN, INTERN, find, from_timm, to_timm
 from fastalign.backbones.vit import ViT
-from tests.backbones.helpers import AT_16, CLIP, DINO, HF, IMAGES, REGISTERS, SIGLIP, SMALL, VIT
+from tests.backbones.helpers import (
+    AIM,
+    AT_16,
+    CLIP,
+    DINO,
+    DINOV3,
+    HF,
+    IMAGES,
+    INTERNVIT,
+    REGISTERS,
+    SIGLIP,
+    SMALL,
+    VIT,
+)
 from tests.numerics import randomise, relative_error
 
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
@@ -51,6 +65,10 @@ def transformers_models() -> dict:
     def clips(model):
         return model.post_layernorm(last(model))
 
+    def dinov3(**changes):
+        return t.DINOv3ViTModel(t.DINOv3ViTConfig(**HF, num_register_tokens=4, **changes))
+
+    intern = t.models.internvl.InternVLVisionConfig(**HF, attention_bias=True)
     clip = t.CLIPModel(t.CLIPConfig(vision_config=HF, text_config=text))
     return {
         "CLIP": (CLIP, {}, t.CLIPVisionModel(t.CLIPVisionConfig(**HF)), clips),
@@ -59,6 +77,18 @@ def transformers_models() -> dict:
         "SigLIP without pooling": (SIGLIP, {}, t.SiglipVisionModel(no_head), last),
         "DINOv2": (DINO, AT_16, t.Dinov2Model(t.Dinov2Config(**plain)), last),
         "registers": (REGISTERS, AT_16, t.Dinov2WithRegistersModel(registers), last),
+        "DINOv3": (DINOV3, {}, dinov3(), last),
+        "DINOv3 without bias": (
+            DINOV3.removesuffix("_qkvb"),
+            {},
+            dinov3(query_bias=False, value_bias=False),
+            last,
+        ),
+        "DINOv3 with a gated MLP": (
+            *("vit_small_plus_patch16_dinov3_qkvb", {"mlp_ratio": 4}),
+            *(dinov3(use_gated_mlp=True, hidden_act="silu"), last),
+        ),
+        "InternViT": (INTERNVIT, AT_16, t.models.internvl.InternVLVisionModel(intern), last),
         "ViT": (VIT, {}, t.ViTModel(vit), last),
         "ViT's classifier": (VIT, {}, t.ViTForImageClassification(vit), lambda model: last(model.vit)),
     }
@@ -92,6 +122,34 @@ def test_towers_of_transformers(tmp_path, name, kind):
         assert (vit.pool, vit.attn_pool) == ("none", None)
 
 
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [(DINOV3, HF_DINOV3), (AIM, HF_AIMV2), (INTERNVIT, HF_INTERN), (INTERNVIT, INTERN)],
+    ids=["DINOv3", "AIMv2", "InternViT", "InternVL"],
+)
+def test_names_are_those_of_a_file_again(name, layout):
+    """A model of timm, written by a layout's names and read again: every key and value is the same."""
+    state = timm.create_model(name, num_classes=0, **SMALL).state_dict()
+    written = from_timm(state, layout)
+    assert find(written) == [(layout, "")]
+    again = to_timm(written, layout)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], value) for key, value in state.items())
+
+
+def test_biases_that_the_backbone_lacks_must_be_zero(tmp_path):
+    """Published DINOv3 has zero biases in sizes B and L, and timm a name without any."""
+    config = transformers.DINOv3ViTConfig(**HF, num_register_tokens=4)
+    model, name = saved(transformers.DINOv3ViTModel(config), tmp_path), DINOV3.removesuffix("_qkvb")
+    with pytest.raises(fa.UserError, match=r"another model: it has blocks\.0\.attn\.[qv]_bias too"):
+        fa.create_backbone(name, checkpoint=tmp_path, **SMALL)
+    for key, value in model.state_dict().items():
+        if key.endswith(("q_proj.bias", "v_proj.bias")):
+            value.zero_()
+    model.save_pretrained(tmp_path)
+    check(name, tmp_path, last(model))
+
+
 @pytest.mark.parametrize("kind", HF_DEFAULTS)
 def test_defaults_of_transformers_apply_to_keys_that_config_json_omits(tmp_path, kind):
     config = transformers.AutoConfig.for_model(kind)
@@ -99,7 +157,8 @@ def test_defaults_of_transformers_apply_to_keys_that_config_json_omits(tmp_path,
     torch.save(timm.create_model(VIT, num_classes=0, **SMALL).state_dict(), tmp_path / "a.pth")
     config = {"model_type": "x", "vision_config": {"model_type": kind}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(fa.UserError, match="num_attention_heads=12, the backbone has 3"):
+    heads = HF_DEFAULTS[kind]["num_attention_heads"]
+    with pytest.raises(fa.UserError, match=f"num_attention_heads={heads}, the backbone has 3"):
         fa.create_backbone(VIT, checkpoint=tmp_path / "a.pth", **SMALL)
 
 

@@ -8,7 +8,7 @@ import timm
 import torch
 
 import fastalign as fa
-from fastalign.backbones.zoo import MOCO
+from fastalign.backbones.zoo import MOCO, from_timm
 from fastalign.training.build import make_backbone, named_backbone
 from tests.numerics import randomise, relative_error
 
@@ -24,6 +24,11 @@ FAMILIES = {
     "Perception Encoder": ("vit_pe_spatial_base_patch16_512", {}),
     "mixed rope": ("vit_base_patch16_rope_mixed_ape_224", {}),
 }
+FLEXIBLE = {
+    "NaFlexViT": ("naflexvit_base_patch16_siglip", {"global_pool": ""}),
+    "NaFlexViT, aspect ratio kept": ("naflexvit_base_patch16_radio_v3", {}),
+}
+"""timm resamples their tables to each image."""
 GRIDS = [((2, 8), (4, 2)), ((2, 8), (6, 6)), ((2, 8), (4, 4)), ((2, 4), (4, 4)), ((4, 4), (2, 8))]
 """From, to: fewer patches, more, as many in another shape, a number that is no square's, and back."""
 BOUND = 1e-6
@@ -35,6 +40,8 @@ def pixels(grid: tuple[int, int]) -> tuple[int, int]:
 
 def timm_model(name: str, grid: tuple[int, int], **kwargs):
     torch.manual_seed(grid[0])
+    if "naflex" in name:
+        kwargs = {"pos_embed_grid_size": grid, **kwargs}
     model = timm.create_model(name, img_size=pixels(grid), **{"num_classes": 0, **NARROW, **kwargs}).eval()
     randomise(model, 0.1)
     return model
@@ -42,7 +49,8 @@ def timm_model(name: str, grid: tuple[int, int], **kwargs):
 
 def same(vit, model, grid: tuple[int, int], patch_size: int = 16) -> bool:
     """Whether our tokens are those of timm's model, resized by timm."""
-    model.set_input_size(img_size=pixels(grid), patch_size=patch_size)
+    if hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=pixels(grid), patch_size=patch_size)
     images = torch.randn(2, 3, *pixels(grid))
     found, wanted = vit.eval().forward_features(images), model.forward_features(images)
     return relative_error(found, wanted) < BOUND
@@ -54,14 +62,14 @@ def save_run(folder, model, name: str, kwargs: dict):
     facts = {"name": name, "kwargs": {"num_classes": 0, **NARROW, **kwargs}, "softcap": None}
     (folder / "backbone.json").write_text(json.dumps(facts))
     metadata = {"format": "pt", "facts": json.dumps(facts)}
-    safetensors.torch.save_file(model.state_dict(), folder / "backbone.safetensors", metadata)
+    safetensors.torch.save_file(from_timm(model).state_dict(), folder / "backbone.safetensors", metadata)
     return folder
 
 
 @pytest.mark.parametrize(("before", "after"), GRIDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | FLEXIBLE)
 def test_a_run_is_read_at_another_image_size(tmp_path, family, before, after):
-    name, kwargs = FAMILIES[family]
+    name, kwargs = (FAMILIES | FLEXIBLE)[family]
     model = timm_model(name, before, **kwargs)
     run = save_run(tmp_path / "run", model, name, {**kwargs, "img_size": pixels(before)})
     wanted = {"img_size": list(pixels(after))}
@@ -113,6 +121,22 @@ def test_published_weights_are_resampled_from_their_native_grid(tmp_path, monkey
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in native.state_dict().items())
     vit = fa.create_backbone(name, pretrained=True, **options, img_size=(112, 448))
     assert same(vit, model, (7, 28), patch_size=model.patch_embed.patch_size[0])
+
+
+@pytest.mark.parametrize("axes", ["learned", "factorized"])
+def test_a_table_for_images_of_any_size_is_resampled_once(tmp_path, axes):
+    """The file has timm's table, 6x4; what is saved has that of the backbone's grid, and timm reads it."""
+    name, kwargs = "naflexvit_base_patch16_par_gap", {"num_classes": 0, "pos_embed": axes, **NARROW}
+    model = timm_model(name, (3, 5), pos_embed=axes, pos_embed_grid_size=(6, 4))
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    for grid in ((4, 7), (5, 5)):
+        vit = fa.create_backbone(name, checkpoint=tmp_path / "w.pth", **kwargs, img_size=pixels(grid))
+        assert same(vit, model, grid)
+    torch.save(vit.state_dict(), tmp_path / "aligned.pth")
+    overlay = {"file": str(tmp_path / "aligned.pth"), "custom_load": False, "num_classes": 0}
+    assert same(vit, timm.create_model(name, True, None, overlay, **vit.recipe["kwargs"]).eval(), (5, 5))
+    with pytest.raises(fa.UserError, match=r"proj\.weight"):
+        fa.create_backbone(name, checkpoint=tmp_path / "w.pth", **kwargs, patch_size=8)
 
 
 def test_an_export_to_timm_knows_its_grid_and_cap(tmp_path):

@@ -5,7 +5,7 @@ import timm
 import torch
 
 import fastalign as fa
-from tests.backbones.helpers import AT_16, DINO, IMAGES, ONE, REGISTERS, SMALL, VIT
+from tests.backbones.helpers import AIM, AT_16, DINO, DINOV3, IMAGES, INTERNVIT, ONE, REGISTERS, SMALL, VIT
 from tests.numerics import randomise, relative_error
 
 
@@ -35,6 +35,59 @@ def dinov2s(state: dict) -> dict:
     }
 
 
+def dinov3s(state: dict) -> dict:
+    """Biases of query, key and value in one, of which a mask removes the keys', and what only training needs."""
+    names = {"reg_token": "storage_tokens", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
+    more = {
+        "mask_token": torch.ones(1, 48),
+        "rope_embed.periods": torch.ones(4),
+        "local_cls_norm.weight": ONE,
+    }
+    for block in range(2):
+        q, v = (state.pop(f"blocks.{block}.attn.{part}_bias") for part in "qv")
+        more[f"blocks.{block}.attn.qkv.bias"] = torch.cat([q, torch.randn(48), v])
+        more[f"blocks.{block}.attn.qkv.bias_mask"] = torch.cat([0 * q + 1, 0 * q, 0 * q + 1])
+    return renamed(state, names) | more
+
+
+def renamed(state: dict, names: dict[str, str]) -> dict:
+    """Keys in which each name is replaced by the other, in order."""
+    for old, new in names.items():
+        state = {key.replace(old, new): value for key, value in state.items()}
+    return state
+
+
+def perception_encoders(state: dict) -> dict:
+    """Names of open_clip, with LayerScale and attention pooling of its own."""
+    joint = {f"attn_pool.attn.in_proj_{kind}": [state.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv")]
+             for kind in ("weight", "bias")}  # fmt: skip
+    names = {"patch_embed.proj": "conv1", "pos_embed": "positional_embedding", "cls_token": "class_embedding"}
+    names |= {
+        "attn_pool.norm": "attn_pool.layernorm",
+        "attn_pool.latent": "attn_pool.probe",
+        "norm_pre": "ln_pre",
+    }
+    names |= {"attn_pool.proj": "attn_pool.attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    names |= {"norm1": "ln_1", "norm2": "ln_2", "attn.qkv.": "attn.in_proj_", "attn.proj": "attn.out_proj"}
+    names |= {"blocks.": "transformer.resblocks.", "gamma_1": "ls_1.gamma", "gamma_2": "ls_2.gamma"}
+    state = renamed(state, names) | {key: torch.cat(parts) for key, parts in joint.items()}
+    state |= {f"ln_post.{kind}": state.pop(f"norm.{kind}") for kind in ("weight", "bias")}
+    state |= {"class_embedding": state["class_embedding"][0, 0], "proj": torch.randn(48, 24)}
+    return state | {"positional_embedding": state["positional_embedding"][0]}
+
+
+APPLE = {
+    "norm1": "norm_1",
+    "norm2": "norm_2",
+    "blocks.": "trunk.blocks.",
+    "mlp.fc1_g": "mlp.fc1",
+    "mlp.fc1_x": "mlp.fc3",
+}
+INTERNS = {"patch_embed.proj": "embeddings.patch_embedding", "pos_embed": "embeddings.position_embedding"}
+INTERNS |= {"cls_token": "embeddings.class_embedding", "blocks.": "encoder.layers."}
+INTERNS |= {"ls1.gamma": "ls1", "ls2.gamma": "ls2"}
+
+
 def maes(state: dict) -> dict:
     decoder = {"decoder_embed.weight": (8, 48), "decoder_pos_embed": (1, 5, 8), "decoder_norm.weight": (8,)}
     decoder |= {"decoder_blocks.0.norm1.weight": (8,), "decoder_pred.bias": (768,), "mask_token": (1, 1, 8)}
@@ -45,6 +98,8 @@ def projector(prefix: str) -> dict:
     return {f"{prefix}mlp.0.weight": torch.randn(4, 48), f"{prefix}last_layer.weight": torch.randn(4, 4)}
 
 
+PE = "vit_pe_core_base_patch16_224"
+MORE = {AIM: {"mlp_ratio": 4}, PE: {"init_values": 0.1, "attn_pool_num_heads": 3}}
 SCRIPTS = {
     "dinov2's teacher": (
         DINO,
@@ -58,6 +113,19 @@ SCRIPTS = {
         },
     ),
     "dinov2's backbone": (REGISTERS, lambda x, y: chunked(dinov2s(x))),
+    "dinov3's backbone": (DINOV3, lambda x, y: dinov3s(x)),
+    "dinov3's teacher": (
+        DINOV3,
+        lambda x, y: {"teacher": prefixed("backbone.", chunked(dinov3s(x))) | projector("dino_head.")},
+    ),
+    "Perception Encoder": (
+        PE,
+        lambda x, y: prefixed("visual.", perception_encoders(x)) | {"logit_scale": ONE, "ln_final.weight": ONE},
+    ),
+    "InternVL": (
+        INTERNVIT,
+        lambda x, y: prefixed("vision_model.", renamed(x, INTERNS)) | {"language_model.model.norm.weight": ONE},
+    ),
     "DINO": (
         VIT,
         lambda x, y: {
@@ -99,7 +167,7 @@ SCRIPTS = {
 def test_checkpoints_of_training_scripts(tmp_path, script):
     """`y` are weights that must not be read."""
     name, save = SCRIPTS[script]
-    kwargs = SMALL if name == VIT else {**SMALL, **AT_16}
+    kwargs = SMALL if name == VIT else {**SMALL, **AT_16, **MORE.get(name, {})}
     model, other = (timm.create_model(name, num_classes=0, **kwargs).eval() for _ in range(2))
     randomise(model, 0.2)
     torch.save(save(model.state_dict(), other.state_dict()), tmp_path / "last.ckpt")
@@ -109,3 +177,23 @@ def test_checkpoints_of_training_scripts(tmp_path, script):
         assert relative_error(found, wanted.double()) < 1e-6
     else:
         assert torch.equal(found, wanted)
+
+
+def test_the_dinov3_of_its_authors_is_not_read_without_its_biases(tmp_path):
+    """timm's own function leaves them out where the model has none."""
+    model = timm.create_model(DINOV3, num_classes=0, **SMALL)
+    randomise(model, 0.2)
+    torch.save(dinov3s(model.state_dict()), tmp_path / "a.pth")
+    with pytest.raises(fa.UserError, match=r"it has blocks\.0\.attn\.[qv]_bias too"):
+        fa.create_backbone(DINOV3.removesuffix("_qkvb"), checkpoint=tmp_path / "a.pth", **SMALL)
+
+
+def test_the_layout_of_radio_is_refused(tmp_path):
+    """Its table of positions is for 2048 pixels and resampled otherwise than timm's."""
+    model = timm.create_model("vit_base_patch16_radio_v3", **SMALL)
+    state = renamed(
+        model.state_dict(), {"patch_embed.proj": "patch_generator.embedder", "pos": "patch_generator.pos"}
+    )
+    torch.save(prefixed("radio_model.model.", state), tmp_path / "a.pth")
+    with pytest.raises(fa.UserError, match=r"NVIDIA's layout of C-RADIO, .* give timm's weights"):
+        fa.create_backbone("vit_base_patch16_radio_v3", checkpoint=tmp_path / "a.pth", **SMALL)

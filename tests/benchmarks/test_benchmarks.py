@@ -133,6 +133,11 @@ def test_rows_by_name(monkeypatch):
         "B/16-224:baseline:30.0:eager",
     ]
     assert step.parse("L/14-336:drop:none:blocks") == [Row("L/14-336", "drop", None, "blocks")]
+    assert [str(row) for row in step.parse("RADIO-B/16-512")] == [
+        "RADIO-B/16-512:zero:30.0:compiled",
+        "RADIO-B/16-512:drop:30.0:compiled",
+        "RADIO-B/16-512:zero:none:compiled",
+    ]
     for text, message in {
         "B/32": "unknown backbone B/32",
         "B/16-224:zero": "expected BACKBONE",

@@ -67,13 +67,6 @@ def bmp_with(place: int, value: int) -> bytes:
     return bytes(data)
 
 
-def webp_claiming_exif(size: int) -> np.ndarray:
-    """A WebP whose Exif chunk claims a size, whatever there is."""
-    data = bytearray(encode(SMALL.convert("RGBA").rotate(20), "WEBP").tobytes())
-    data[20] |= 8
-    return np.frombuffer(bytes(data[:30]) + b"EXIF" + struct.pack("<I", size) + bytes(data[30:]), np.uint8)
-
-
 def webp_with_exif(odd: bytes, image=SMALL, **options) -> np.ndarray:
     """A WebP with Exif, and a chunk of another kind whose size is odd, so that a byte of padding follows it."""
     exif = type(SMALL.getexif())()

@@ -20,12 +20,15 @@ FAMILIES = {
     "siglip": "vit_base_patch16_siglip_224.webli",
     "dinov2": "vit_base_patch14_dinov2.lvd142m",
     "registers": "vit_base_patch14_reg4_dinov2.lvd142m",
+    "dinov3": "vit_small_patch16_dinov3_qkvb.lvd1689m",
+    "gated": "vit_small_plus_patch16_dinov3.lvd1689m",
     "vit": "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
 }
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}
 STOCK = {
     "hf-clip": "CLIPVisionModel",
     "hf-siglip": "SiglipVisionModel",
+    "hf-dinov3": "DINOv3ViTModel",
     "dinov2": "Dinov2Model",
     "registers": "Dinov2WithRegistersModel",
     "vit": "Dinov2Model",

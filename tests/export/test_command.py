@@ -1,16 +1,22 @@
 """The command: what it refuses, replaces and publishes."""
 
+import argparse
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from safetensors.torch import load_file, save_file
 
 import fastalign as fa
 from fastalign.export import hf, targets, towers
 from fastalign.export.__main__ import main
-from tests.export.helpers import facts
+from tests.export.helpers import FAMILIES, LOADERS, by_transformers, facts, images, small
+from tests.numerics import randomise, relative_error
+from tests.truth import CappedAttention
 
 
 def test_a_model_that_differs_is_not_written(runs, tmp_path, capsys, monkeypatch):
@@ -68,6 +74,50 @@ def test_bad_input_is_one_line_and_exit_code_2(damaged, capsys, case):
     assert len(error) == 1
     assert words in error[0]
     assert not (damaged / "exports" / "timm").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"), [("clip", ["timm", "hf-clip"]), ("siglip", ["timm", "hf-siglip"])]
+)
+@torch.no_grad()
+def test_weights_that_are_not_a_run(tmp_path, family, targets):
+    """A student's checkpoint of the authors' scripts; its head and decoder, and SigLIP's pooling, are left out."""
+    name, kwargs = FAMILIES[family], small(family)
+    model = timm.create_model(name, num_classes=0, **kwargs).eval()
+    randomise(model, 0.2)
+    student = {f"encoder.{key}": value for key, value in model.state_dict().items()}
+    student |= {"encoder.head.weight": torch.ones(48, 48), "decoder.pos_embed": torch.ones(1, 5, 48)}
+    arguments = argparse.Namespace(student_model=f"s{name}")
+    torch.save({"state_dict": student, "args": arguments}, tmp_path / "model_best.pth.tar")
+    line = ["--weights", str(tmp_path / "model_best.pth.tar"), "--name", name, "--kwargs", json.dumps(kwargs)]
+    for block in model.blocks:
+        block.attn = CappedAttention(block.attn, 0.5)
+    wanted = model.double().forward_features(images(family).double())
+    for target in targets:
+        output = tmp_path / target
+        assert main([*line, "--to", target, "--output", str(output)]) == 0
+        assert facts(output)["softcap"]["value"] == 30, "recorded in the file"
+        assert main([*line, "--softcap", "0.5", "--to", target, "--output", str(output)]) == 0
+        found = LOADERS.get(target, by_transformers)(output, images(family), family)
+        assert relative_error(found, wanted) < 1e-4, "timm's epsilon of the last norm"
+    assert "started from | `model_best.pth.tar`" in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["RUN", "--weights", "a.pth"], "--weights is for weights that are not a run"),
+        (["--weights", "a.pth"], "give the folder of a run, or --weights FILE and --name TIMM_NAME"),
+        (["--weights", "/no/a.pth", "--name", "vit_tiny_patch16_224"], "--weights=/no/a.pth: not found"),
+        (
+            ["--weights", "random", "--name", "vit_tiny_patch16_224", "--kwargs", "{depth: 1}"],
+            "--output: give",
+        ),
+    ],
+)
+def test_bad_weights(capsys, arguments, words):
+    assert main([*arguments, "--to", "timm"]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_a_library_that_is_not_installed(runs, capsys, monkeypatch):

@@ -123,11 +123,11 @@ def test_the_code_of_model_cards_without_fastalign(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(benchmark, "TABLE", tmp_path / "export.md")
     monkeypatch.setattr(benchmark, "BACKBONES", [FAMILIES["clip"]])
     monkeypatch.setattr(benchmark, "measure", lambda name, **_: measured(name, **{**SMALL, "depth": 1}))
-    (tmp_path / "export.md").write_text("# Export\n\n| backbone | target | old |\n")
+    (tmp_path / "export.md").write_text("# Export\n\n| backbone | timm | old |\n")
     benchmark.main([])
     table = (tmp_path / "export.md").read_text()
-    assert table.count("| refused |") == 1
-    assert table.startswith("# Export\n\n| backbone | target | with the cap | without |\n|---|")
+    assert table.count("| refused / ") == 1
+    assert table.startswith("# Export\n\n| backbone | timm | transformers | open_clip | onnx |\n|---|")
     found = json.loads((tmp_path / "export.json").read_text())["rows"]
     assert [row["target"] for row in found] == ["timm", "hf-clip", "open-clip", "onnx"]
     assert all(row["plain"] < 1e-5 and (row["capped"] or 0) < 1e-5 for row in found)

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import transformers
 from PIL import Image
 
 import fastalign as fa
-from fastalign.export import hf
+from fastalign.export import hf, modeling_fastalign
 from fastalign.export.__main__ import main
 from tests.export import alone as script
 from tests.export.helpers import evaluation_transform, images, tokens, truth
@@ -22,6 +24,8 @@ TOWERS = {
     "siglip": ("siglip", "hf-siglip", 0.5),
     "dinov2": ("dinov2", "hf-dinov2", 0.5),
     "registers": ("registers", "hf-dinov2", 0.5),
+    "dinov3": ("dinov3", "hf-dinov3", 0.5),
+    "gated": ("gated", "hf-dinov3", 0.5),
     "clip-plain": ("clip", "hf-clip", None),
     "siglip-plain": ("siglip", "hf-siglip", None),
 }
@@ -69,6 +73,14 @@ def test_without_trust_remote_code_a_capped_tower_is_refused(alone):
     auto, own_class = alone["refusals"]
     assert "Please pass the argument `trust_remote_code=True`" in auto
     assert 'attn_implementation="fastalign_softcap"` is not supported' in own_class
+
+
+def test_config_json_says_how_to_load(exported):
+    for softcap, words in ((0.5, "caps the attention logits at 0.5"), (None, "transformers' own class")):
+        first = (exported("clip", "hf-clip", softcap=softcap) / "config.json").read_text().splitlines()[1]
+        assert "how_to_load" in first
+        assert "trust_remote_code=True" in first
+        assert words in first
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -122,10 +134,45 @@ def test_llava_with_fastalign(runs, exported, tmp_path, softcap):
     config = hf.llava_config(output, vlm.config.text_config)
     assert isinstance(config, transformers.LlavaConfig)
     assert (config.vision_feature_layer, config.image_seq_length) == (-1, 4)
+    if softcap:
+        with pytest.raises(ValueError, match="output_attentions"):
+            vlm.model.vision_tower.config.output_attentions = True
     vlm.save_pretrained(tmp_path / "vlm")
     again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "vlm").eval()
     wanted = tokens(runs("clip", softcap), "clip", softcap)[:, 1:]
     assert relative_error(script.seen(again, images("clip")), wanted) < 1e-5
+
+
+@torch.no_grad()
+def test_flex_attention_caps_alike():
+    """transformers' FlexAttention, which the module calls on a GPU, here without compilation."""
+    module = torch.nn.Identity().eval()
+    module.config = SimpleNamespace(softcap=0.5)
+    q, k, v = torch.randn(3, 2, 3, 9, 16)
+    wanted, _ = modeling_fastalign.softcap_attention(module, q, k, v, None, scaling=0.25)
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found, _ = modeling_fastalign.flex_attention_forward(module, q, k, v, None, scaling=0.25, softcap=0.5)
+    assert relative_error(found, wanted) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_in_bf16(runs, exported):
+    """Features and gradients by FlexAttention are as exact as those of explicit attention on the CPU."""
+    output, model, errors = exported("clip", "hf-clip"), truth(runs("clip"), "clip", 0.5), {}
+    wanted = model.forward_features(images("clip").double())
+    wanted.backward(cotangent("clip", 5).double())
+    for device in ("cpu", "cuda"):
+        tower = hf.load_tower(output, dtype=torch.bfloat16).to(device)
+        found = tower(images("clip").to(device)).last_hidden_state
+        found.backward(cotangent("clip", 5).to(found))
+        gradient = tower.embeddings.patch_embedding.weight.grad.cpu()
+        errors[device] = [
+            relative_error(found.cpu(), wanted),
+            relative_error(gradient, model.patch_embed.proj.weight.grad),
+        ]
+    assert all(gpu < 2 * cpu for cpu, gpu in zip(*errors.values(), strict=True)), errors
 
 
 def pixels(family: str, size: tuple[int, int]) -> torch.Tensor:

@@ -18,6 +18,8 @@ BACKBONES = {
     "siglip": ("vit_base_patch16_siglip_224", {"img_size": 48, **NARROW}, 30.0),
     "dinov2": ("vit_base_patch14_reg4_dinov2", {"img_size": 42, **NARROW}, None),
     "eva": ("eva02_base_patch16_clip_224", {"img_size": 48, **NARROW}, None),
+    "aimv2": ("aimv2_large_patch14_224", {"img_size": 42, **NARROW}, 0.5),
+    "distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 48, **NARROW}, 30.0),
     # Of a fixed size timm keeps its table in fp32, as we do.
     "dinov3": ("vit_small_patch16_dinov3_qkvb", {"img_size": 48, "dynamic_img_size": False, **NARROW}, None),
     "pe": ("vit_pe_core_base_patch16_224", {"img_size": 48, "attn_pool_num_heads": 3, **NARROW}, None),
@@ -37,7 +39,8 @@ def build(case, loss="mse"):
     objective = fa.MaskEmbed(fa.MaskedTeacher(vit, masking="drop"), student, masks, loss=loss).double()
     objective.target_scale.fill_(1.3)
     randomise(student.decoder), randomise(student.encoder.head)
-    truth = StudentTruth(name, cap=softcap, target_dim=vit.embed_dim, **kwargs).double()
+    qkv_bias = {"decoder_qkv_bias": vit.spec.block.qkv_bias}
+    truth = StudentTruth(name, cap=softcap, target_dim=vit.embed_dim, **qkv_bias, **kwargs).double()
     truth.load_state_dict(student.state_dict())
     in_float64(truth.encoder)
     return objective, backbone, truth, torch.randn(3, 3, *vit.spec.image_size, dtype=torch.float64)
@@ -95,7 +98,7 @@ def true_targets(backbone, images, visible):
 
 def true_predictions(truth, images, visible):
     """The student's predictions of every sequence in order: a list of [t, D]."""
-    tokens = truth.encoder(images)
+    tokens = truth.tokens(images)
     return [decoded(truth, tokens[b], visible[b, m]) for b, m in each(visible)]
 
 

@@ -9,11 +9,12 @@ import fastalign as fa
 from fastalign.method.flops import flops_per_image, peak_flops
 
 SMALL = {"img_size": 64, "depth": 3}
+NARROW = {"embed_dim": 96, "num_heads": 3, "patch_size": 16}
 
 
-def build(name="vit_tiny_patch16_224", mim=False, teacher=None, **options):
+def build(name="vit_tiny_patch16_224", mim=False, teacher=None, kwargs=None, **options):
     """A small objective."""
-    vit = fa.create_backbone(name, **SMALL)
+    vit = fa.create_backbone(name, **SMALL, **(kwargs or {}))
     if mim:
         student = fa.MIMStudent.from_backbone(vit)
         return fa.MaskedImageModeling(fa.MaskedTeacher(vit, 0), student, fa.UniformMasks())
@@ -24,6 +25,8 @@ def build(name="vit_tiny_patch16_224", mim=False, teacher=None, **options):
 CASES = {
     "maskembed": {},
     "swiglu": {"name": "eva02_base_patch16_clip_224", "softcap": None},
+    "packed swiglu": {"name": "vit_giant_patch14_dinov2", "kwargs": NARROW},
+    "aimv2": {"name": "aimv2_large_patch14_224", "kwargs": NARROW},
     "gated, registers": {"name": "vit_small_plus_patch16_dinov3", "softcap": None},
     "mixed rope": {"name": "vit_small_patch16_rope_mixed_ape_224"},
     "no prefix": {"name": "vit_base_patch16_siglip_224"},
