@@ -10,7 +10,7 @@ import timm
 import torch
 from timm import layers
 from timm.layers import activations
-from timm.models import beit, deit, eva, naflexvit, vision_transformer
+from timm.models import beit, deit, eva, vision_transformer
 from torch import nn
 
 from fastalign.backbones import naflex
@@ -47,7 +47,7 @@ _MODULES = {
     *(layers.Attention, layers.AttentionRope, beit.Attention, eva.EvaAttention),
     *(layers.RotaryEmbeddingCat, layers.RotaryEmbeddingDinoV3, layers.RotaryEmbeddingMixed),
     *(layers.PatchEmbed, layers.LayerScale, layers.DropPath, layers.Mlp, layers.SwiGLU, layers.GluMlp),
-    naflexvit.NaFlexEmbeds,
+    naflex.Embeds,
 }
 
 
@@ -87,6 +87,8 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
     ]:
         raise _unsupported(source, [f"another epsilon in {path}" for path in uneven])
     vit.load_state_dict(theirs, assign=True)
+    if flexible:
+        vit.register_load_state_dict_pre_hook(naflex.TimmKeys.of(source, spec.grid))
     if spec.rotary:
         vit.position = read_position(source.rope, spec)
     elif spec.relative_position:

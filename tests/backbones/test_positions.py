@@ -133,6 +133,12 @@ def test_a_table_for_images_of_any_size_is_resampled_once(tmp_path, axes):
     for grid in ((4, 7), (5, 5)):
         vit = fa.create_backbone(name, checkpoint=tmp_path / "w.pth", **kwargs, img_size=pixels(grid))
         assert same(vit, model, grid)
+        student = fa.MaskEmbedStudent.from_backbone(vit, freeze_encoder=True, softcap=None)
+        torch.nn.init.zeros_(student.encoder.pos_embed)
+        theirs = {f"encoder.{key}": value for key, value in model.state_dict().items()}
+        theirs |= {f"decoder.{key}": value for key, value in student.decoder.state_dict().items()}
+        student.load_state_dict({key: v for key, v in theirs.items() if "fc_norm" not in key})
+        assert torch.equal(student.encoder.pos_embed, vit.pos_embed)
         fa.save_backbone(vit, tmp_path / "run")
         folder, _ = export(tmp_path / "run", "timm", output=tmp_path / f"{grid}", images="synthetic:4")
         assert same(vit, timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), grid)
