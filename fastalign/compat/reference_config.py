@@ -64,7 +64,7 @@ def read_reference(
 def _supported(given: dict, mim: bool) -> dict:
     """The options that decide our keys, and unknown ones; an error for a value that is refused."""
     if "model" in given:
-        raise UserError("a file of the authors' finetune.py (option model): use python -m fastalign.classify")
+        raise UserError("a file of the authors' finetune.py (option model): use fastalign classify")
     for name, value in given.items():
         if mim and (name in NOT_MIM or (name in ("skip_blocks", "prefix_only") and value)):
             raise UserError(f"mim.py does not use {name}: remove it")
