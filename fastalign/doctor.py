@@ -32,12 +32,6 @@ PARTS = {
     "teacher, mode drop": {"capped": False, "packed": True, "gradient": False},
 }
 """Whose attention is reported."""
-OPTIONAL = {
-    "tensorboard": "log.to=[tensorboard]",
-    "wandb": "log.to=[wandb:PROJECT]",
-    "apex": "optim.name=apex_adam and apex_lamb; built from NVIDIA's repository",
-}
-"""Packages with their purpose; attention lists its own."""
 
 
 def version(package: str) -> str | None:
@@ -105,8 +99,13 @@ def attention() -> list[str]:
 
 
 def optional() -> list[str]:
-    """Optional packages."""
-    return [f"{name}: {version(name) or 'not installed'} ({purpose})" for name, purpose in OPTIONAL.items()]
+    """Optional packages, except those for attention."""
+    purposes = {
+        "tensorboard": "log.to=[tensorboard]",
+        "wandb": "log.to=[wandb:PROJECT]",
+        "apex": "optim.name=apex_adam and apex_lamb; built from NVIDIA's repository",
+    }
+    return [f"{name}: {version(name) or 'not installed'} ({purpose})" for name, purpose in purposes.items()]
 
 
 def smoke(device: str) -> str:
