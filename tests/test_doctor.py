@@ -34,6 +34,14 @@ def test_a_failing_step_is_reported_and_counts(capsys, monkeypatch):
     assert "FAILED on the cpu: RuntimeError: two\\nlines" in capsys.readouterr().out
 
 
+def test_another_project_under_a_known_name_is_recognised(tmp_path, monkeypatch):
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "apex", raising=False)
+    assert any(line.startswith("apex: another project") for line in doctor.optional())
+
+
 def test_kernels_switched_off_are_named(monkeypatch):
     monkeypatch.setattr(ops, "MODE", "0")
     assert any("because FASTALIGN_KERNELS=0" in line for line in doctor.operations())
