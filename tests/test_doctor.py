@@ -1,7 +1,8 @@
 """The doctor's report: true about this machine, complete, and honest about failures."""
 
-from types import SimpleNamespace
+from types import sys
 
+import SimpleNamespace
 import torch
 
 from fastalign import doctor, ops
