@@ -81,6 +81,11 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
     other = [key for key, value in ours.items() if key in theirs and value.shape != theirs[key].shape]
     if wrong := sorted(set(theirs) ^ set(ours)) + other:
         raise _unsupported(source, wrong)
+    norms = {path: part.eps for path, part in vit.named_modules() if hasattr(part, "eps")}
+    if uneven := [
+        path for path, part in source.named_modules() if getattr(part, "eps", 0) != norms.get(path, 0)
+    ]:
+        raise _unsupported(source, [f"another epsilon in {path}" for path in uneven])
     vit.load_state_dict(theirs, assign=True)
     if flexible:
         vit.register_load_state_dict_pre_hook(naflex.TimmKeys.of(source, spec.grid))

@@ -112,12 +112,6 @@ class ArrayFiles:
         """The mapped arrays. Not copy-on-write: Linux counts such maps as memory."""
         return {name: np.load(self._path(name), mmap_mode="r+" if write else "r") for name in self.arrays}
 
-    def take(self, made: "ArrayFiles") -> None:
-        """Names what `create` made, unless another command was faster: its arrays are the same."""
-        with suppress(OSError):
-            made.folder.rename(self.folder)
-        made.remove()
-
     def remove(self) -> None:
         """Deletes the folder. Open maps stay valid."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -173,14 +167,19 @@ def read_features(
         if not all(world.gather(files.complete())):  # every rank looks before any writes
             with report_rank_error(world.rank):
                 made = on_first_rank(world, files.create)
-                arrays = made.open(write=True)
-                fill(arrays)
-                for array in arrays.values():
-                    array.flush()
-                world.barrier()
-                if world.main:
-                    files.take(made)
-                world.barrier()
+                try:
+                    arrays = made.open(write=True)
+                    fill(arrays)
+                    for array in arrays.values():
+                        array.flush()
+                    world.barrier()
+                    if world.main:
+                        with suppress(OSError):  # another command was faster, with the same arrays
+                            made.folder.rename(files.folder)
+                    world.barrier()
+                finally:
+                    if world.main:
+                        made.remove()
     return files.open(write=False)
 
 

@@ -4,7 +4,6 @@ Shapes: B images, N patches, P prefix tokens, T = P + N tokens, D width, C class
 """
 
 import copy
-import re
 from typing import NamedTuple
 
 import torch
@@ -189,12 +188,6 @@ def _initialize(head: nn.Module) -> None:
             nn.init.zeros_(part.bias)
 
 
-_BLOCK = re.compile(r"backbone\.blocks\.(\d+)\.")
-_BEFORE_BLOCKS = tuple(
-    f"backbone.{part}" for part in ("patch_embed.", "cls_token", "reg_token", "pos_embed", "norm_pre.")
-)
-
-
 def head_input(vit: ViT, tokens: Tensor, head: str) -> Tensor:
     """What an image head reads of a backbone's tokens [B, T, D]: for "linear" [B, D], else all of them.
 
@@ -232,22 +225,24 @@ class Classifier(nn.Module):
         return self.head(features)
 
 
-def learning_rate_factor(name: str, depth: int, decay: float) -> float:
-    """Relative to the head's: decay^(depth - i) in block i from 0, decay^(depth + 1) before them, 1 after them."""
-    block = _BLOCK.match(name)
-    if block:
-        return decay ** (depth - int(block[1]))
-    return decay ** (depth + 1) if name.startswith(_BEFORE_BLOCKS) else 1.0
+_BEFORE_BLOCKS = ("patch_embed", "cls_token", "reg_token", "pos_embed", "norm_pre")
 
 
 def parameter_groups(model: nn.Module, *, decay: float, weight_decay: float) -> list[dict]:
-    """Trained parameters by learning-rate "factor" and weight decay; only matrices have weight decay."""
+    """Trained parameters by learning-rate "factor" and weight decay; only matrices have weight decay.
+
+    The factor in a `Classifier` of depth d is decay^(d - i) in block i from 0, decay^(d + 1) before them, else 1.
+    """
     depth = model.backbone.spec.depth if isinstance(model, Classifier) else 0
     groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        factor = learning_rate_factor(name, depth, decay)
+        parts, factor = name.split("."), 1.0
+        if parts[:2] == ["backbone", "blocks"]:
+            factor = decay ** (depth - int(parts[2]))
+        elif parts[0] == "backbone" and parts[1] in _BEFORE_BLOCKS:
+            factor = decay ** (depth + 1)
         decayed = weight_decay if name.endswith("weight") and parameter.ndim > 1 else 0.0
         group = {"params": [], "factor": factor, "weight_decay": decayed}
         groups.setdefault((factor, decayed), group)["params"].append(parameter)

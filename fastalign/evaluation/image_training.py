@@ -16,6 +16,7 @@ from fastalign.backbones.precision import compute_dtype
 from fastalign.backbones.vit import ViT
 from fastalign.data.loader import Batch, Loader
 from fastalign.data.transforms import Transform
+from fastalign.evaluation.datasets import ImageSplit
 from fastalign.evaluation.features import ArrayFiles, as_tensor, frozen_encoder, read_features
 from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate
 from fastalign.evaluation.heads import (
@@ -26,7 +27,6 @@ from fastalign.evaluation.heads import (
     make_image_head,
     parameter_groups,
 )
-from fastalign.evaluation.image_folders import ImageSplit
 from fastalign.evaluation.metrics import ImageCounts
 from fastalign.evaluation.options import ImageOptions
 from fastalign.evaluation.results import difference

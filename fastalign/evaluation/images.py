@@ -9,7 +9,7 @@ import torch
 
 from fastalign import __version__
 from fastalign.backbones.vit import ViT
-from fastalign.evaluation.image_folders import open_image_splits
+from fastalign.evaluation.datasets import open_image_splits
 from fastalign.evaluation.image_training import Job, train_on_features, train_on_images
 from fastalign.evaluation.metrics import IMAGE_METRICS
 from fastalign.evaluation.options import ImageOptions

@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from fastalign.report.features import PatchMaps, Pictures
-from fastalign.report.probe import Probe, setting_text
+from fastalign.report.run import Probe, setting_text
 from fastalign.training.metrics import series
 from fastalign.utils.errors import UserError
 

@@ -13,8 +13,7 @@ from PIL import Image
 from fastalign.config import to_yaml
 from fastalign.report.charts import colours_of, curves, line_chart, ramp, size_chart, tiles
 from fastalign.report.features import PatchMaps, Pictures
-from fastalign.report.probe import ALIGNED, BEFORE, METRICS, Probe, Setting, score_text, setting_text
-from fastalign.report.run import Run
+from fastalign.report.run import ALIGNED, BEFORE, METRICS, Probe, Run, Setting, score_text, setting_text
 from fastalign.training.metrics import series
 
 OBJECTIVES = {"maskembed": "MaskEmbed", "mim": "masked image modeling"}

@@ -65,16 +65,15 @@ def read_state(path: Path) -> dict:
     try:
         with zipfile.ZipFile(path) as file:
             # zipfile ignores this flag; torch takes the part for a folder and leaves its numbers to chance.
-            if file.testzip() or any(part.external_attr & 0x10 for part in file.infolist()):
-                raise DamagedFile("a part of it is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except DamagedFile:
-        raise
+            damaged = file.testzip() or any(part.external_attr & 0x10 for part in file.infolist())
+        if not damaged:
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile and torch document no list of what they raise for damaged files
         obstacle = error if isinstance(error, pickle.UnpicklingError) else system_error(error)
         if obstacle is None:
             raise DamagedFile(reason(error)) from error
         raise UserError(f"{path} cannot be read ({reason(obstacle)}): make it readable") from error
+    raise DamagedFile("a part of it is damaged")
 
 
 class Checkpoints:
@@ -183,7 +182,7 @@ class Checkpoints:
         if not damaged:
             return None, {}, []
         path, error = next(iter(damaged.items()))
-        others = f", nor can the {len(damaged) - 1} before it" if len(damaged) > 1 else ""
+        others = ", nor can those before it" if len(damaged) > 1 else ""
         raise UserError(
             f"{path} cannot be read ({error}){others}: restore one, or remove {self.folder} to start over"
         )

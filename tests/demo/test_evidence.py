@@ -12,7 +12,7 @@ from benchmarks import ablation
 from demo import evidence, mosaics, trials
 from demo.trials import Trial
 from fastalign.config import load_config
-from fastalign.report.probe import read_probe
+from fastalign.report.run import read_probe
 from fastalign.train import main as train
 from fastalign.training.build import build_objective
 from fastalign.utils.errors import UserError

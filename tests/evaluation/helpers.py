@@ -91,10 +91,10 @@ def scene(draw: np.random.Generator, split: str) -> tuple[Image.Image, Image.Ima
     return Image.fromarray(pixels), Image.fromarray(labels)
 
 
-def models():
+def models(**kwargs):
     """Our backbone and timm's with the same, moved weights."""
-    vit = fa.create_backbone(NAME, **PROBE_KWARGS)
-    model = timm.create_model(NAME, num_classes=0, **PROBE_KWARGS).eval()
+    kwargs = kwargs or PROBE_KWARGS
+    vit, model = fa.create_backbone(NAME, **kwargs), timm.create_model(NAME, num_classes=0, **kwargs).eval()
     with torch.no_grad():
         for parameter in vit.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -3,13 +3,11 @@
 from functools import partial
 
 import pytest
-import timm
 import torch
 from sklearn import preprocessing
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import nn
 
-import fastalign as fa
 from fastalign.evaluation.heads import (
     AttentionHead,
     ClassTokenTransformer,
@@ -18,7 +16,7 @@ from fastalign.evaluation.heads import (
     head_input,
     make_patch_head,
 )
-from tests.evaluation.helpers import KWARGS, NAME
+from tests.evaluation.helpers import KWARGS, models
 
 SHAPE = TokenShape(patches=9, prefix=2, width=24, heads=3)
 
@@ -86,16 +84,11 @@ def test_simple_heads_read_the_right_tokens(name):
     ids=["class token", "class token and registers", "mean of patches and fc_norm"],
 )
 def test_what_a_linear_head_reads_is_what_timm_pools(kwargs):
-    vit = fa.create_backbone(NAME, **KWARGS, **kwargs)
-    model = timm.create_model(NAME, num_classes=0, **KWARGS, **kwargs)
-    with torch.no_grad():
-        for parameter in vit.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.load_state_dict(vit.state_dict())
+    vit, model = models(**KWARGS, **kwargs)
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         ours = head_input(vit.eval(), vit.forward_features(images), "linear")
-        torch.testing.assert_close(ours, model.eval()(images))
+        torch.testing.assert_close(ours, model(images))
         everything = head_input(vit, vit.forward_features(images), "attention")
         torch.testing.assert_close(everything, model.forward_features(images))
 

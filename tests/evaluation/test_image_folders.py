@@ -7,7 +7,7 @@ import pytest
 
 import fastalign as fa
 from fastalign.data.sources import open_source
-from fastalign.evaluation.image_folders import open_image_splits
+from fastalign.evaluation.datasets import open_image_splits
 from tests.data_helpers import encode, write_tar
 from tests.evaluation.helpers import SINGLE, coloured, write_split
 

@@ -198,7 +198,3 @@ def lines_of(run: Path) -> list[dict]:
     assert (run / "metrics.jsonl").read_bytes().endswith(b"\n")
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
-
-
-def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in lines_of(run) if "loss" in line]

@@ -212,7 +212,7 @@ def test_if_all_are_damaged_none_is_renamed(tmp_path):
     for step in (1, 2):
         flip(checkpoints.path(step), middle_of_weights(checkpoints.path(step)))
     with pytest.raises(
-        UserError, match=r"step-00000002\.pt cannot be read .*nor can the 1 before it: .*remove"
+        UserError, match=r"step-00000002\.pt cannot be read .*nor can those before it: .*remove"
     ):
         checkpoints.load()
     assert checkpoints.steps() == [1, 2]

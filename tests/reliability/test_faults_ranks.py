@@ -12,7 +12,8 @@ import torch
 from fastalign.method.objectives import MaskEmbed
 from fastalign.training import run as runs
 from tests.data_helpers import needs_dali
-from tests.reliability.crash import Ranks, finish, lines_of, losses, write_recipe
+from tests.reliability.crash import Ranks, finish, lines_of, write_recipe
+from tests.run_helpers import losses
 
 pytestmark = needs_dali
 

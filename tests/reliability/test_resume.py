@@ -14,8 +14,8 @@ import torch
 from fastalign import MaskEmbed, train
 from fastalign.utils.random import EVAL_EPOCH
 from tests.data_helpers import needs_dali
-from tests.reliability.crash import Ranks, finish, lines_of, losses, write_recipe
-from tests.run_helpers import assert_same
+from tests.reliability.crash import Ranks, finish, lines_of, write_recipe
+from tests.run_helpers import assert_same, losses
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from fastalign.ops.reference import LOSSES
 from fastalign.utils.random import EVAL_EPOCH
 from tests.data_helpers import needs_dali
 from tests.numerics import randomise, relative_error
-from tests.reliability.crash import MODEL, finish, losses, write_recipe
+from tests.reliability.crash import MODEL, finish, write_recipe
+from tests.run_helpers import losses
 
 
 @pytest.fixture(scope="module")

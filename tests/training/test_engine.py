@@ -17,7 +17,6 @@ from fastalign.training.metrics import CompileStats, Speed
 from fastalign.training.optim import MovingAverage, class_name, learning_rate, make_optimizer
 from fastalign.training.reporter import Reporter
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import write_atomically
 
 
 @pytest.mark.parametrize("warmup", [0, 7])
@@ -41,20 +40,6 @@ def test_moving_average_by_hand():
         module.weight.data.fill_(value)
         average.update()
     assert average.state["weight"].item() == pytest.approx(0.9 * (0.9 * 1 + 0.1 * 2) + 0.1 * 3)
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a" / "file"
-    write_atomically(path, lambda file: file.write(b"old"))
-
-    def fail(file):
-        file.write(b"half of the ne")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, fail)
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in path.parent.iterdir()] == ["file"]
 
 
 def test_metrics_continue_after_an_interruption(tmp_path):
