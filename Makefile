@@ -18,11 +18,15 @@ own-venv:
 		{ echo "FASTALIGN_VENV=$(FASTALIGN_VENV) is neither empty nor a virtual environment: name another directory" >&2; exit 2; }
 
 # torch first, without build isolation: the extension must be built against the torch that will run.
+PIP := $(PY) -m pip install -q -c constraints.txt
+FAILED := { echo "make install: pip failed, see above; it needs the network, or an index that PIP_INDEX_URL names" >&2; exit 1; }
 $(FASTALIGN_VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*) | own-venv
+	@command -v c++ >/dev/null || echo "make install: no C++ compiler (c++): the extension is left out, masks are drawn in PyTorch"
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(FASTALIGN_VENV)
-	$(PY) -m pip install -q -c constraints.txt setuptools wheel
-	$(PY) -m pip install -q -c constraints.txt torch torchvision
-	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[$(DALI),demo,dev]"
+	$(PIP) setuptools wheel || $(FAILED)
+	$(PIP) torch torchvision || $(FAILED)
+	$(PIP) --no-build-isolation -e ".[$(DALI),demo,dev]" || $(FAILED)
+	@$(PY) -c "from fastalign.ops import extension; print('installed; extension for masks:', extension.status())"
 	touch $@
 
 # tests/reliability depends on timeouts of seconds, so it runs alone; the rest runs two files at once.

@@ -72,7 +72,8 @@ class Student(nn.Module):
         self.pos_embed = nn.Parameter(
             0.02 * torch.randn(1, backbone.patch_embed.num_patches + self.prefix, width)
         )
-        options = {"qkv_bias": bias, "init_values": 1e-6, "act_layer": type(block.mlp.act)}
+        layers = {"norm_layer": norm, "act_layer": type(block.mlp.act), "mlp_layer": type(block.mlp)}
+        options = {"qkv_bias": bias, "init_values": 1e-6, **layers}
         self.blocks = nn.Sequential(*(Block(width, block.attn.num_heads, **options) for _ in range(2)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, width)
 

@@ -21,6 +21,7 @@ BACKBONES = {
     "L/14-336": ("vit_large_patch14_clip_quickgelu_336", 32, {}),
     "SO400M/14-384": ("vit_so400m_patch14_siglip_384", 16, {}),
     "DINOv3-B/16-256": ("vit_base_patch16_dinov3", 192, FIXED_SIZE),
+    "AIMv2-L/14-224": ("aimv2_large_patch14_224", 64, {}),
     "PE-L/14-336": ("vit_pe_core_large_patch14_336", 32, {}),
 }
 """timm's name, images per step, and timm's arguments, on a GPU."""

@@ -189,6 +189,12 @@ class Faults(Section):
     """seconds that a step may take before its rank counts as hung"""
 
 
+class Export(Section):
+    kind: ClassVar[Kind] = Kind.FREE
+    to: list[str] = Field([])
+    """targets of `fastalign export` that are written when the run ends: timm, hf-clip, onnx..."""
+
+
 class Log(Section):
     kind: ClassVar[Kind] = Kind.FREE
     every_steps: int = Field(20, gt=0)
@@ -233,6 +239,7 @@ class Config(Section):
     optim: Optim = Optim()
     checkpoint: Checkpoint = Checkpoint()
     probe: Probe = Probe()
+    export: Export = Export()
     log: Log = Log()
     faults: Faults = Faults()
     efficiency: Efficiency = Efficiency()

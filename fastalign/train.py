@@ -85,6 +85,10 @@ def train(config: Config, world: distributed.World) -> None:
         can_be_folder(f"output={config.output}", config.output)
         if world.main:
             clear_marker(Path(config.output))
+        if config.export.to:
+            from fastalign.export.targets import check_names  # imports timm
+
+            check_names(config.export.to, "export.to")
         splits = open_splits(config, world)
         run = Run(config, world, preemption=preemption, labelled=contents(splits))
         changes, notes = resume(run)
@@ -119,6 +123,8 @@ def run_training(run: Run, splits: Splits, *, notes: list[str], new_scale: bool)
             train_loop(run, splits, reporter)
             wait_for_checkpoint(run)
             reporter.say("\n".join(end_lines(run)))
+            if config.export.to and world.main:
+                export_backbone(run, reporter)
     finally:
         with contextlib.suppress(UserError):
             run.checkpoints.wait()  # a checkpoint that is being written is completed
@@ -128,6 +134,15 @@ def run_training(run: Run, splits: Splits, *, notes: list[str], new_scale: bool)
                 loader.close()
 
 
+def export_backbone(run: Run, reporter: Reporter) -> None:
+    """Export the aligned backbone as `export.to` asks, on rank 0."""
+    from fastalign.export import export
+
+    with run.hang_timer.paused():
+        for target in run.config.export.to:
+            reporter.say(f"exported: {export(run.folder, target)[0]}")
+
+
 def initial_eval(run: Run, splits: Splits, reporter: Reporter) -> None:
     """The target scale, and the loss and the probe of the untrained student."""
     measure_target_scale(run, reporter.track)
@@ -135,7 +150,7 @@ def initial_eval(run: Run, splits: Splits, reporter: Reporter) -> None:
     reporter.say(f"target scale {scale:.4g}: the targets are multiplied by it (loss.target_scale)")
     if run.val is not None:
         validate(run, reporter, epoch=0)
-    if should_probe(run):
+    if run.should_probe:
         probe(run, splits, reporter, epoch=0)
 
 
@@ -150,7 +165,7 @@ def train_loop(run: Run, splits: Splits, reporter: Reporter) -> None:
         epoch = (run.state.step - 1) // run.epoch_steps
         if run.val is not None:
             validate(run, reporter, epoch)
-        if should_probe(run):
+        if run.should_probe:
             probe(run, splits, reporter, epoch)
         run.state.last_eval_step = run.state.step
         save(run, evaluated=run.val is not None)
@@ -170,7 +185,7 @@ def train_epoch(run: Run, splits: Splits, reporter: Reporter) -> None:
             reporter.add(step=state.step, epoch=epoch, **metrics)
             at_end = state.step == end
             saving = itstime(state.step, config.checkpoint.every_steps) and not at_end
-            probing = should_probe(run) and not at_end
+            probing = run.should_probe and not at_end
             run.beat(WAITING)
             # Before saving: what a checkpoint includes is reported and on record.
             stop, overdue = handle_status(run, reporter, everything=saving or probing or at_end)
@@ -189,12 +204,6 @@ def train_epoch(run: Run, splits: Splits, reporter: Reporter) -> None:
                 save(run)
             if saving or probing:
                 reporter.speed.start()
-
-
-def should_probe(run: Run) -> bool:
-    """Whether the student is probed at the run's step."""
-    every = run.config.probe.every_steps or run.epoch_steps
-    return run.config.probe.data is not None and itstime(run.state.step, every, run.last_step)
 
 
 def validate(run: Run, reporter: Reporter, epoch: int) -> None:

@@ -21,12 +21,12 @@ optim.name optim.batch_size optim.accumulate optim.epochs optim.lr optim.min_lr 
 optim.betas optim.clip optim.ema
 checkpoint.every_steps checkpoint.keep
 probe.data probe.every_steps probe.best
-log.every_steps log.to
+export.to log.every_steps log.to
 efficiency.precision efficiency.compile efficiency.grad_checkpointing efficiency.shard efficiency.attention
 faults.bad_samples faults.quarantine faults.nonfinite faults.timeout
 """
 FREE = """
-output resume data.threads data.hw_decoder_load optim.accumulate checkpoint.every_steps checkpoint.keep
+output resume export.to data.threads data.hw_decoder_load optim.accumulate checkpoint.every_steps checkpoint.keep
 log.every_steps log.to efficiency.compile efficiency.grad_checkpointing efficiency.shard efficiency.attention
 faults.bad_samples faults.quarantine faults.nonfinite faults.timeout
 """
@@ -41,7 +41,7 @@ def write(tmp_path, text, name="c.yaml"):
 
 def test_the_list_of_keys_is_frozen_and_each_is_documented():
     assert sorted(keys()) == sorted(KEYS.split()), "a key was added or removed: note it in the CHANGELOG"
-    assert len(keys()) == 68
+    assert len(keys()) == 69
     assert all(keys().values())
 
 

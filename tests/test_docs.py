@@ -1,11 +1,13 @@
 """The documentation: the site builds without a broken link, and has every public name."""
 
+import doctest
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastalign as fa
 
@@ -36,3 +38,21 @@ def test_pages_link_to_files_of_the_repository(site):
     targets = re.findall(r'href="([^"#]+\.yaml)"', page)
     assert targets
     assert all((site / "recipes" / target).is_file() for target in targets)
+
+
+CLASSES = [name for name in fa.__all__ if isinstance(getattr(fa, name), type) and name != "UserError"]
+
+
+@pytest.mark.parametrize("name", [*CLASSES, "ops.softcap_attention"])
+def test_examples_in_docstrings(name):
+    found = fa
+    for part in name.split("."):
+        found = getattr(found, part)
+    (test,) = doctest.DocTestFinder(recurse=False).find(found, name, globs={"fa": fa, "torch": torch})
+    assert test.examples
+    assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_dir_shows_public_names():
+    assert dir(fa) == sorted(fa.__all__)
+    assert dir(fa.ops) == sorted(fa.ops.__all__)

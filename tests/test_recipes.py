@@ -44,6 +44,7 @@ BASE_512 = {
 }
 LARGE = {
     "dinov3-vit-l": "vit_large_patch16_dinov3.lvd1689m",
+    "aimv2-vit-l": "aimv2_large_patch14_224.apple_pt",
     "metaclip-vit-l": "vit_large_patch14_clip_quickgelu_224.metaclip_2pt5b",
 }
 LARGE_336 = {"pe-core-vit-l-336": "vit_pe_core_large_patch14_336.fb"}

@@ -10,7 +10,7 @@ import timm
 import torch
 from timm import layers
 from timm.layers import activations
-from timm.models import beit, deit, eva, naflexvit, vision_transformer
+from timm.models import beit, deit, eva, vision_transformer
 from torch import nn
 
 from fastalign.backbones import naflex
@@ -47,7 +47,7 @@ _MODULES = {
     *(layers.Attention, layers.AttentionRope, beit.Attention, eva.EvaAttention),
     *(layers.RotaryEmbeddingCat, layers.RotaryEmbeddingDinoV3, layers.RotaryEmbeddingMixed),
     *(layers.PatchEmbed, layers.LayerScale, layers.DropPath, layers.Mlp, layers.SwiGLU, layers.GluMlp),
-    naflexvit.NaFlexEmbeds,
+    naflex.Embeds,
 }
 
 
@@ -81,7 +81,14 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
     other = [key for key, value in ours.items() if key in theirs and value.shape != theirs[key].shape]
     if wrong := sorted(set(theirs) ^ set(ours)) + other:
         raise _unsupported(source, wrong)
+    norms = {path: part.eps for path, part in vit.named_modules() if hasattr(part, "eps")}
+    if uneven := [
+        path for path, part in source.named_modules() if getattr(part, "eps", 0) != norms.get(path, 0)
+    ]:
+        raise _unsupported(source, [f"another epsilon in {path}" for path in uneven])
     vit.load_state_dict(theirs, assign=True)
+    if flexible:
+        vit.register_load_state_dict_pre_hook(naflex.TimmKeys.of(source, spec.grid))
     if spec.rotary:
         vit.position = read_position(source.rope, spec)
     elif spec.relative_position:

@@ -89,6 +89,6 @@ def _settings(model: nn.Module) -> dict:
         f"{path}.{key}": value
         for path, part in model.named_modules()
         for key, value in vars(part).items()
-        if isinstance(value, (bool, int, float, str, tuple)) and path != "head"
+        if isinstance(value, (bool, int, float, str, tuple)) and path not in ("head", "head_dist")
         if key not in _NOT_SETTINGS and not key.startswith("_")
     }

@@ -1,10 +1,13 @@
 """NaFlexViT and RADIO: timm's `NaFlexVit`, which takes images of any size, as a ViT of one image size.
 
 timm resamples the position table (16x16 patches; RADIO 128x128) to each image. The ViT has the table of its own
-grid, resampled once, and the keys and shapes of timm's VisionTransformer, which timm's NaFlexVit also loads.
+grid, resampled once, and the keys and shapes of timm's VisionTransformer.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 from timm.models import get_model_input_config, naflexvit
 from torch import Tensor, nn
@@ -12,7 +15,8 @@ from torch import Tensor, nn
 from fastalign.backbones.spec import ViTSpec
 from fastalign.utils.errors import UserError
 
-NaFlexVit, checkpoint_filter_fn = naflexvit.NaFlexVit, naflexvit.checkpoint_filter_fn
+NaFlexVit, Embeds = naflexvit.NaFlexVit, naflexvit.NaFlexEmbeds
+checkpoint_filter_fn = naflexvit.checkpoint_filter_fn
 
 
 def image_size(source: nn.Module) -> tuple[int, int]:
@@ -35,23 +39,63 @@ def unsupported(source: nn.Module) -> list[str]:
 
 def vit_state(source: nn.Module, grid: tuple[int, int]) -> dict[str, Tensor]:
     """The parameters by the keys of timm's VisionTransformer, differentiable; positions for a grid of patches."""
-    embeds, state = source.embeds, {}
-    for key, value in source.state_dict(keep_vars=True).items():
-        if key.startswith("embeds.proj."):
-            if value.ndim == 2:
-                value = value.unflatten(1, (*embeds.patch_size, -1)).permute(0, 3, 1, 2).contiguous()
-            state[f"patch_embed.{key.removeprefix('embeds.')}"] = value
-        elif key.startswith("embeds.norm."):
-            state[f"patch_embed.{key.removeprefix('embeds.')}"] = value
-        elif not key.startswith("embeds.pos_embed"):
-            state[key.removeprefix("embeds.")] = value
-    if embeds.pos_embed_type != "none":
-        learned = embeds.pos_embed_type == "learned"
-        add = embeds._apply_learned_pos_embed if learned else embeds._apply_factorized_pos_embed
-        table = embeds.proj.weight.new_zeros(1, grid[0] * grid[1], source.embed_dim)
-        add(table, grid)
-        state["pos_embed"] = table
-    return state
+    return TimmKeys.of(source, grid).rename(source.state_dict(keep_vars=True))
+
+
+@dataclass
+class TimmKeys:
+    """A hook of `load_state_dict` that takes the keys and tables of timm's NaFlexVit too."""
+
+    options: dict[str, Any]
+    """of timm's NaFlexEmbeds"""
+    grid: tuple[int, int]
+
+    @classmethod
+    def of(cls, source: nn.Module, grid: tuple[int, int]) -> "TimmKeys":
+        """For models like a NaFlexVit."""
+        names = ("interp_mode", "ar_preserving", "antialias", "align_corners")
+        names = ("patch_size", *(f"pos_embed_{name}" for name in names))
+        return cls({name: getattr(source.embeds, name) for name in names}, grid)
+
+    def __call__(self, vit: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
+        theirs = [key for key in state if key.startswith(f"{prefix}embeds.")]
+        renamed = self.rename({key.removeprefix(prefix): state.pop(key) for key in theirs})
+        state.update({prefix + key: value for key, value in renamed.items()})
+
+    def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By the keys of timm's VisionTransformer."""
+        renamed, tables = {}, {}
+        for key, value in state.items():
+            name = key.removeprefix("embeds.")
+            if key == "embeds.proj.weight":
+                value = value.unflatten(1, (*self.options["patch_size"], -1)).permute(0, 3, 1, 2).contiguous()
+            if key.startswith("embeds.pos_embed"):
+                tables[name] = value
+            else:
+                renamed[
+                    f"patch_embed.{name}" if key.startswith(("embeds.proj.", "embeds.norm.")) else name
+                ] = value
+        if tables:
+            embeds, table = SimpleNamespace(**self.options, **tables), next(iter(tables.values()))
+            learned = "pos_embed" in tables
+            add = Embeds._apply_learned_pos_embed if learned else Embeds._apply_factorized_pos_embed
+            renamed["pos_embed"] = table.new_zeros(1, self.grid[0] * self.grid[1], table.shape[-1])
+            add(embeds, renamed["pos_embed"], self.grid)  # in place
+        return renamed
+
+
+def timm_state(state: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
+    """The inverse of `vit_state`: a ViT's parameters by the keys of a NaFlexVit with `vit_arguments`."""
+    renamed = {}
+    for key, value in state.items():
+        if key == "patch_embed.proj.weight":
+            value = value.permute(0, 2, 3, 1).flatten(1)
+        elif key == "pos_embed":
+            value = value.unflatten(1, grid)
+        if key in ("cls_token", "reg_token", "pos_embed"):
+            key = f"embeds.{key}"
+        renamed[key.replace("patch_embed.", "embeds.")] = value
+    return renamed
 
 
 def table_arguments(state: Mapping[str, Tensor]) -> dict:

@@ -25,6 +25,7 @@ _BACKBONES = (".teacher.backbone.", ".weights.", ".student.", ".base_encoder.", 
 """Which of several backbones is read, by the end of its prefix: DINO's average first, then the trained one."""
 _NOT_BACKBONE = ("head.", "head_dist.", "decoder.", "decoder_")
 _RELATIVE = ".relative_position_bias_table"
+_RADIO = "radio_model.model.patch_generator.pos_embed"
 _LAYER_SCALE = re.compile(r"(blocks\.\d+\.)(?:ls([12])\.gamma|gamma_([12]))")
 
 
@@ -73,10 +74,6 @@ def interpret(content: Any, path: str) -> Checkpoint:
     if not states:
         raise UserError(f"{path} holds no weights: give a state dict, a dictionary of tensors by name")
     if (chosen := _choose(states, path)) is None:
-        if any(key.endswith("patch_generator.pos_embed") for state in states.values() for key in state):
-            raise UserError(
-                f"{path} has NVIDIA's layout of C-RADIO, which is not read: give timm's weights of it"
-            )
         return Checkpoint(states[min(states, key=_state_rank)], *trained_as(content, path))
     key, layout, prefix = chosen
     state = {name[len(prefix) :]: value for name, value in states[key].items() if name.startswith(prefix)}
@@ -145,6 +142,11 @@ def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[s
     LayerScale that the model lacks is folded into the projections before it; one that the file lacks is 1.
     """
     wanted, state = template.state_dict(), checkpoint.state
+    if _RADIO in state and not isinstance(template, naflex.NaFlexVit):
+        raise UserError(
+            f"{path} has the layout of NVIDIA's C-RADIO, whose position table only the names naflexvit_*_radio_* "
+            "read: give that name, or timm's weights of this one"
+        )
     heads = {key: state[key] for key in wanted if key.startswith(("head.", "head_dist.")) and key in state}
     state = {key: value for key, value in state.items() if not key.startswith(_NOT_BACKBONE)}
     state |= {} if checkpoint.student else heads
@@ -190,7 +192,9 @@ def fit_names(state: dict[str, Tensor], wanted: Container[str]) -> dict[str, Ten
             renamed |= dict(zip(names, value.chunk(3), strict=True))
         else:
             renamed[key] = value
-    return {key: v for key, v in renamed.items() if key in wanted or not key.endswith("bias") or v.any()}
+    return {
+        k: v for k, v in renamed.items() if k in wanted or not re.fullmatch(r".*\.attn\..*bias", k) or v.any()
+    }
 
 
 def misfit(checkpoint: Checkpoint, path: str, problem: str) -> UserError:

@@ -5,6 +5,7 @@ header and end are sound is the decoder's to find out.
 
 Headers that DALI's parser refuses, or has no sample type for (a JPEG of 40 bits or 9 components, a BMP of an unknown
 kind), must be refused here: DALI 2.4 abandons such a batch while its threads work on it, and the process crashes.
+Pillow accepts many of them, such as a JPEG with junk between its segments.
 """
 
 import re
@@ -71,7 +72,9 @@ def _png(view: memoryview) -> tuple[int, int] | str:
 
 
 def _webp(view: memoryview) -> tuple[int, int] | str:
-    (size,) = struct.unpack_from("<I", view, 4)
+    size, form = struct.unpack_from("<I4s", view, 4)
+    if form != b"WEBP":
+        return f"a RIFF file of the kind {form!r}, not WebP"
     if size + 8 > len(view):
         return f"truncated: a WebP of {size + 8} bytes ends after {len(view)}"
     kind = bytes(view[12:16])
@@ -110,17 +113,7 @@ def _bmp(view: memoryview) -> tuple[int, int] | str:
     return height, width
 
 
-def _claimed_size(view: memoryview) -> tuple[int, int] | str:
-    head = bytes(view[:32])
-    if head.startswith(b"\xff\xd8"):
-        return _jpeg(view)
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return _png(view)
-    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-        return _webp(view)
-    if head.startswith(b"BM"):
-        return _bmp(view)
-    return f"not a JPEG, PNG, WebP or BMP file: it begins with {head[:12]!r}"
+_PARSERS = {b"\xff\xd8": _jpeg, b"\x89PNG\r\n\x1a\n": _png, b"RIFF": _webp, b"BM": _bmp}  # by signature
 
 
 def read_size(encoded: np.ndarray | bytes) -> tuple[int, int] | str:
@@ -131,8 +124,12 @@ def read_size(encoded: np.ndarray | bytes) -> tuple[int, int] | str:
     view = memoryview(encoded)
     if len(view) == 0:
         return "zero bytes"
+    head = bytes(view[:12])
+    parse = next((parser for signature, parser in _PARSERS.items() if head.startswith(signature)), None)
+    if parse is None:
+        return f"not a JPEG, PNG, WebP or BMP file: it begins with {head!r}"
     try:
-        size = _claimed_size(view)
+        size = parse(view)
     except (struct.error, IndexError):
         return "truncated: it ends within its header"
     if isinstance(size, str):

@@ -88,9 +88,8 @@ def _licence(source: dict[str, Any]) -> str:
 
 
 def _training(facts: dict[str, Any]) -> str:
-    if facts["objective"] is None:
-        return "not recorded"
-    return f"{facts['objective']}, {facts['step']} updates"
+    updates = None if facts["step"] is None else f"{facts['step']} updates"
+    return ", ".join(filter(None, (facts["objective"], updates))) or "not recorded"
 
 
 def _softcap(softcap: dict[str, Any], how_capped: str | None) -> str:

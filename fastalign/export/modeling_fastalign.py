@@ -1,4 +1,4 @@
-"""Vision towers aligned with fastalign, for transformers. The file needs torch and transformers alone.
+"""Vision towers aligned with fastalign, for transformers. The file needs only transformers (5.20 or newer).
 
 Every export for transformers carries it: ``AutoModel.from_pretrained(FOLDER, trust_remote_code=True)`` runs it.
 The classes extend transformers' own in two ways:
@@ -8,9 +8,10 @@ The classes extend transformers' own in two ways:
 - `last_hidden_state` and `hidden_states[-1]` are both the normed tokens, prefix first. transformers' own classes
   never norm `hidden_states`, which LLaVA reads, and CLIP's does not norm `last_hidden_state`.
 
-Importing it also registers the classes with `AutoConfig` and `AutoModel`.
+Importing it also registers the classes with `AutoConfig` and `AutoModel`. Licence: Apache-2.0.
 """
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -136,6 +137,12 @@ class AlignedImageProcessor(CLIPImageProcessorPil):
     """The evaluation transform of timm and fastalign, to the pixel: PIL's resampling, torchvision's centre crop."""
 
     _auto_class = "AutoImageProcessor"
+
+    def convert_to_rgb(self, image, input_data_format=None):
+        """Transparency is left out; transformers' own puts it on white."""
+        if hasattr(image, "convert"):  # of PIL
+            return np.array(image.convert("RGB"))
+        return super().convert_to_rgb(image, input_data_format)
 
     def center_crop(self, image, size, **_):
         """[C, height, width]; the offset is rounded to the nearest even number, transformers' own down."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from fastalign.export import to_onnx, to_open_clip, to_timm, towers
 from fastalign.export.run import Run, misfits_of
 from fastalign.export.towers import Tokens
-from fastalign.utils.errors import UserError
+from fastalign.utils.errors import UserError, unknown
 
 EXTRA = "'transformers>=5.20' 'open_clip_torch>=3.3' onnx onnxruntime onnxscript"
 """The packages of the extra `export`."""
@@ -33,11 +33,19 @@ class Target(NamedTuple):
     """sentences for the user"""
 
 
+def check_names(names: list[str], key: str) -> None:
+    """Refuse a name that is no target, or whose library is missing, in a list that a key gives."""
+    for name in names:
+        if name not in TARGETS:
+            raise UserError(f"{key}: {unknown('target', name, TARGETS)}; choose from {', '.join(TARGETS)}")
+        if find_spec(TARGETS[name].package) is None:
+            raise UserError(f"{key}: {name} needs {TARGETS[name].package}: pip install {EXTRA}")
+
+
 def find_target(name: str, run: Run) -> Target:
     """The target of a name, checked against the backbone."""
+    check_names([name], "--to")
     target = TARGETS[name]
-    if find_spec(target.package) is None:
-        raise UserError(f"--to {name} needs {target.package}: pip install {EXTRA}")
     if problems := target.misfits(run):
         fitting = ", ".join(other for other in TARGETS if not TARGETS[other].misfits(run))
         raise UserError(

@@ -16,6 +16,8 @@ _OPEN_CLIP_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"
 _DOWNLOADED = ["*.json", "*.txt", "*.model", "*.safetensors"]
 _TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "spiece", "added_tokens")
 """How the names of a tokenizer's files begin."""
+NO_TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
+"""The smallest text tower, for an export of the visual tower alone: open_clip builds no model without one."""
 _HF_TEXT = HF_CLIP._replace(
     root={
         "pos_embed": "text_model.embeddings.position_embedding.weight",
@@ -55,7 +57,7 @@ def read_text_tower(place: str) -> TextTower:
     content = read_weights(path)
     state = next((content[key] for key in STATES if isinstance(content.get(key), dict)), content)
     state = {plain(key): value for key, value in state.items() if isinstance(value, Tensor)}
-    settings = path.with_name("open_clip_config.json")
+    config, settings = {"text_cfg": NO_TEXT}, path.with_name("open_clip_config.json")
     try:
         if "text_model.final_layer_norm.weight" in state:
             config, state = _from_transformers(path, state)
@@ -63,14 +65,15 @@ def read_text_tower(place: str) -> TextTower:
             config = {"quick_gelu": False, **read_json(settings)["model_cfg"]}
         elif "text_projection" in state:
             config = _measured(state)
-        else:
-            raise UserError(f"{place} has no text tower that open_clip can build")
+        own_tokenizer = config["text_cfg"].get("hf_tokenizer_name")
     except (KeyError, ValueError, OSError) as error:
         raise UserError(
             f"{place}: its text tower cannot be read ({type(error).__name__}: {first_line(error)})"
         ) from error
+    if config["text_cfg"] == NO_TEXT:
+        raise UserError(f"{place} has no text tower that open_clip can build")
     files = [file for file in path.parent.iterdir() if file.name.startswith(_TOKENIZER)]
-    return TextTower(place, config, state, files if config["text_cfg"].get("hf_tokenizer_name") else [])
+    return TextTower(place, config, state, files if own_tokenizer else [])
 
 
 def _download(name: str) -> Path:

@@ -12,13 +12,11 @@ from fastalign.backbones.layouts import OPEN_CLIP
 from fastalign.backbones.saving import facts_text
 from fastalign.backbones.vit import ViT
 from fastalign.export.run import Run, misfits_of
-from fastalign.export.text_tower import HUB, TextTower, read_text_tower
+from fastalign.export.text_tower import HUB, NO_TEXT, TextTower, read_text_tower
 from fastalign.export.towers import CLIP, Tokens, convert, write_json
 from fastalign.utils.errors import UserError, first_line
 from fastalign.utils.files import write_tensors
 
-_NO_TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
-"""The smallest text tower: open_clip builds no model without one."""
 ADD = "`--text-tower PLACE` adds it"
 
 
@@ -35,7 +33,7 @@ def misfits(run: Run) -> list[str]:
 def write(run: Run, folder: Path) -> list[str]:
     """Write a folder for ``open_clip.create_model_and_transforms("local-dir:FOLDER")``."""
     vit, (text, reason) = run.vit, _text_tower(run)
-    config = dict(text.config) if text else {"embed_dim": vit.embed_dim, "text_cfg": _NO_TEXT}
+    config = dict(text.config) if text else {"embed_dim": vit.embed_dim, "text_cfg": NO_TEXT}
     native = _fits(vit) and "timm_model_name" not in config.get("vision_cfg", {})
     known = text.state if text else {}
     if native:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import timm
 
+from fastalign.backbones import naflex
 from fastalign.backbones.zoo import MOCO
 from fastalign.export.run import Run
 from fastalign.export.timm_model import CAPPED
@@ -18,10 +19,12 @@ HOW_CAPPED = (
 
 def write(run: Run, folder: Path) -> None:
     """Write a folder for ``timm.create_model("local-dir:FOLDER", pretrained=True)``."""
-    vit, architecture = run.vit, run.facts["name"].split(".")[0]
+    vit, architecture, state = run.vit, run.facts["name"].split(".")[0], run.vit.state_dict()
     architecture = "vit_base_patch16_224" if architecture == MOCO else architecture
     dropped = ("num_classes", "drop_path_rate")
     arguments = {key: value for key, value in run.facts["kwargs"].items() if key not in dropped}
+    if flexible := "pos_embed_grid_size" in arguments:
+        state = naflex.timm_state(state, vit.spec.grid)
     if vit.softcap is not None:
         arguments |= {"architecture": architecture, "softcap": vit.softcap}
         architecture = CAPPED
@@ -37,13 +40,13 @@ def write(run: Run, folder: Path) -> None:
             "num_classes": 0,
             **vit.data,
             "crop_mode": "center",
-            "first_conv": "patch_embed.proj",
+            "first_conv": "embeds.proj" if flexible else "patch_embed.proj",
             "classifier": "head",
             "license": run.source()["licence"],
         },
     }
     write_json(folder / "config.json", config)
-    write_tensors(folder / "model.safetensors", {k: v.contiguous() for k, v in vit.state_dict().items()})
+    write_tensors(folder / "model.safetensors", {k: v.contiguous() for k, v in state.items()})
 
 
 def read(folder: Path) -> Tokens:

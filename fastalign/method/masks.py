@@ -115,6 +115,9 @@ class _Masks:
 class UniformMasks(_Masks):
     """Per image u ~ U(0, 1), then each patch visible iff its own U(0, 1) exceeds u.
 
+    >>> fa.UniformMasks(seed=0)(torch.tensor([7, 8]), num_patches=196).shape  # mask, complement, full
+    torch.Size([2, 3, 196])
+
     The number of visible patches is therefore uniform on 0..N, both ends included.
     """
 
@@ -126,7 +129,11 @@ class UniformMasks(_Masks):
 
 @dataclass(frozen=True)
 class BernoulliMasks(_Masks):
-    """Each patch visible with probability `ratio`, independently."""
+    """Each patch visible with probability `ratio`, independently.
+
+    >>> fa.BernoulliMasks(ratio=0.25, complement=False, full=False)(torch.tensor([7, 8]), num_patches=196).shape
+    torch.Size([2, 1, 196])
+    """
 
     ratio: float = 0.5
 
@@ -142,6 +149,9 @@ class BernoulliMasks(_Masks):
 @dataclass(frozen=True)
 class BlockwiseMasks(_Masks):
     """Visible rectangles are added until the visible share reaches `ratio`.
+
+    >>> fa.BlockwiseMasks(seed=0)(torch.tensor([7, 8]), num_patches=(14, 14)).shape
+    torch.Size([2, 3, 196])
 
     A rectangle has U{16, ..., ratio * N - 1} patches, aspect U(0.3, 1 / 0.3) and a uniform position, clipped
     to the grid. The last one overshoots: for the default ratio 0.4 the mean visible share is about 0.49.

@@ -153,6 +153,11 @@ class Objective(nn.Module):
 class MaskEmbed(Objective):
     """Locality alignment: predict the teacher's view of the masked image from the student's masked output.
 
+    >>> vit = fa.create_backbone("vit_tiny_patch16_224", depth=2)
+    >>> step = fa.MaskEmbed(fa.MaskedTeacher(vit), fa.MaskEmbedStudent.from_backbone(vit), fa.UniformMasks())
+    >>> step(torch.randn(2, 3, 224, 224), sample_ids=torch.tensor([7, 8])).shape
+    torch.Size([])
+
     Args:
         teacher: `MaskedTeacher`, whose masking mode holds for the decoder too.
         student: `MaskEmbedStudent`.
@@ -183,6 +188,12 @@ class MaskEmbed(Objective):
 
 class MaskedImageModeling(Objective):
     """The student sees the masked image and predicts the teacher's tokens of the unmasked image. No decoder.
+
+    >>> vit = fa.create_backbone("vit_tiny_patch16_224", depth=2)
+    >>> teacher, student = fa.MaskedTeacher(vit, skip_blocks=0), fa.MIMStudent.from_backbone(vit)
+    >>> step = fa.MaskedImageModeling(teacher, student, fa.UniformMasks())
+    >>> step(torch.randn(2, 3, 224, 224), sample_ids=torch.tensor([7, 8])).shape
+    torch.Size([])
 
     Args:
         teacher: `MaskedTeacher`, usually with ``skip_blocks=0``.

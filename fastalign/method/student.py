@@ -54,7 +54,12 @@ def head_spec(block: BlockSpec) -> BlockSpec:
 
 
 class MaskEmbedStudent(nn.Module):
-    """`encoder` reads the unmasked image once; `decoder` predicts the teacher's view for each mask."""
+    """`encoder` reads the unmasked image once; `decoder` predicts the teacher's view for each mask.
+
+    >>> student = fa.MaskEmbedStudent.from_backbone(fa.create_backbone("vit_tiny_patch16_224", depth=2))
+    >>> student.encoder(torch.randn(2, 3, 224, 224)).shape
+    torch.Size([2, 197, 192])
+    """
 
     def __init__(self, encoder: ViT, decoder: MaskEmbedDecoder):
         super().__init__()
@@ -116,7 +121,12 @@ class MaskEmbedStudent(nn.Module):
 
 
 class MIMStudent(nn.Module):
-    """The student of masked image modeling: `encoder` reads the masked image and predicts every token it sees."""
+    """The student of masked image modeling: `encoder` reads the masked image and predicts every token it sees.
+
+    >>> student = fa.MIMStudent.from_backbone(fa.create_backbone("vit_tiny_patch16_224", depth=2))
+    >>> student(torch.randn(2, 3, 224, 224), torch.ones(2, 1, 196, dtype=torch.bool)).shape
+    torch.Size([2, 1, 197, 192])
+    """
 
     def __init__(self, encoder: ViT, masking: str = "zero"):
         super().__init__()

@@ -15,6 +15,10 @@ from fastalign.ops.reference import Packing
 class MaskedTeacher(nn.Module):
     """A frozen copy of a backbone that reads masked images.
 
+    >>> teacher = fa.MaskedTeacher(fa.create_backbone("vit_tiny_patch16_224", depth=2))
+    >>> teacher(torch.randn(2, 3, 224, 224), torch.ones(2, 1, 196, dtype=torch.bool)).shape
+    torch.Size([2, 1, 197, 192])
+
     Its output is the backbone's own final norm of the output of block L - `skip_blocks`, every token; with
     `prefix_only` the pooled output, one vector.
 

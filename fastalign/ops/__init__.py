@@ -18,6 +18,15 @@ from torch import Tensor
 from fastalign.ops import extension, reference
 from fastalign.ops.reference import LOSSES, Packing
 
+__all__ = [
+    "expand_masked",
+    "mask_tokens",
+    "pack",
+    "pack_masks",
+    "reconstruction_loss",
+    "softcap_attention",
+    "unpack",
+]
 MODE = os.environ.get("FASTALIGN_KERNELS", "auto")
 KERNELS: dict[str, Callable] = {}
 """Operation -> its Triton kernel; empty where triton is not installed."""
@@ -195,3 +204,7 @@ def check_length(packing: Packing) -> None:
     """Refuse a packing with more tokens than rows, without waiting for a GPU."""
     length = len(packing.indices)
     torch._assert_async(packing.cu_seqlens[-1] <= length, f"pack_masks: more tokens than length={length}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -136,6 +136,10 @@ def softcap_attention(
 ) -> Tensor:
     """Attention whose scaled logits s become ``softcap * tanh(s / softcap)``.
 
+    >>> q, k, v = torch.randn(3, 2, 12, 197, 64)  # [B, H, T, d] each
+    >>> fa.ops.softcap_attention(q, k, v, softcap=30.0).shape
+    torch.Size([2, 12, 197, 64])
+
     Args:
         q, k, v: [B, H, T, d]; with `cu_seqlens` packed, [L, H, d].
         softcap: None = plain attention.

@@ -181,6 +181,12 @@ class Run:
         return self.world.main and by_time and self.checkpoints.age > MAX_CHECKPOINT_AGE
 
     @property
+    def should_probe(self) -> bool:
+        """Whether the student is probed at this step."""
+        every = self.config.probe.every_steps or self.epoch_steps
+        return self.config.probe.data is not None and itstime(self.state.step, every, self.last_step)
+
+    @property
     def eval_pending(self) -> bool:
         """Whether an epoch or the run has ended at this step and is not yet evaluated."""
         step = self.state.step

@@ -47,7 +47,8 @@ def run(model: nn.Module, images: torch.Tensor, seed: int = 1) -> tuple[torch.Te
 
 def pixels(model: nn.Module, count: int = 4) -> torch.Tensor:
     torch.manual_seed(3)
-    return torch.randn(count, 3, *model.patch_embed.img_size, dtype=torch.float64)
+    size = model.patch_embed.img_size if hasattr(model, "patch_embed") else (32, 48)  # NaFlexViT takes any
+    return torch.randn(count, 3, *size, dtype=torch.float64)
 
 
 def assert_same(ours: nn.Module, theirs: nn.Module, images: torch.Tensor, bound: float = EXACT) -> None:
@@ -80,6 +81,10 @@ VARIANTS = {
     "dropped patches": (VIT, {"patch_drop_rate": 0.5}),
     "dropped patches and depth, rotary": (EVA, {"patch_drop_rate": 0.5, "drop_path_rate": 0.6}),
     "qk norm": (VIT, {"qk_norm": True}),
+    "AIMv2": ("aimv2_large_patch14_224", {"drop_path_rate": 0.6}),
+    "InternViT": ("vit_intern300m_patch14_448", {}),
+    "NaFlexViT": ("naflexvit_base_patch16_gap", {"drop_path_rate": 0.6}),
+    "norms after": ("vit_base_patch16_rpn_224", {}),
     "norms inside": (VIT, {"scale_attn_norm": True, "scale_mlp_norm": True}),
     "no qkv bias": (VIT, {"qkv_bias": False}),
     "registers, no position of theirs": (VIT, {"reg_tokens": 3, "no_embed_class": True}),

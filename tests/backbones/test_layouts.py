@@ -68,6 +68,7 @@ def transformers_models() -> dict:
     def dinov3(**changes):
         return t.DINOv3ViTModel(t.DINOv3ViTConfig(**HF, num_register_tokens=4, **changes))
 
+    aim = t.Aimv2VisionConfig(**HF)
     intern = t.models.internvl.InternVLVisionConfig(**HF, attention_bias=True)
     clip = t.CLIPModel(t.CLIPConfig(vision_config=HF, text_config=text))
     return {
@@ -88,6 +89,7 @@ def transformers_models() -> dict:
             *("vit_small_plus_patch16_dinov3_qkvb", {"mlp_ratio": 4}),
             *(dinov3(use_gated_mlp=True, hidden_act="silu"), last),
         ),
+        "AIMv2": (AIM, {**AT_16, "mlp_ratio": 4}, t.Aimv2VisionModel(aim), last),
         "InternViT": (INTERNVIT, AT_16, t.models.internvl.InternVLVisionModel(intern), last),
         "ViT": (VIT, {}, t.ViTModel(vit), last),
         "ViT's classifier": (VIT, {}, t.ViTForImageClassification(vit), lambda model: last(model.vit)),

@@ -9,6 +9,7 @@ import torch
 
 import fastalign as fa
 from fastalign.backbones.zoo import MOCO, from_timm
+from fastalign.export import export
 from fastalign.training.build import make_backbone, named_backbone
 from tests.numerics import randomise, relative_error
 
@@ -132,16 +133,21 @@ def test_a_table_for_images_of_any_size_is_resampled_once(tmp_path, axes):
     for grid in ((4, 7), (5, 5)):
         vit = fa.create_backbone(name, checkpoint=tmp_path / "w.pth", **kwargs, img_size=pixels(grid))
         assert same(vit, model, grid)
-    torch.save(vit.state_dict(), tmp_path / "aligned.pth")
-    overlay = {"file": str(tmp_path / "aligned.pth"), "custom_load": False, "num_classes": 0}
-    assert same(vit, timm.create_model(name, True, None, overlay, **vit.recipe["kwargs"]).eval(), (5, 5))
+        student = fa.MaskEmbedStudent.from_backbone(vit, freeze_encoder=True, softcap=None)
+        torch.nn.init.zeros_(student.encoder.pos_embed)
+        theirs = {f"encoder.{key}": value for key, value in model.state_dict().items()}
+        theirs |= {f"decoder.{key}": value for key, value in student.decoder.state_dict().items()}
+        student.load_state_dict({key: v for key, v in theirs.items() if "fc_norm" not in key})
+        assert torch.equal(student.encoder.pos_embed, vit.pos_embed)
+        fa.save_backbone(vit, tmp_path / "run")
+        folder, _ = export(tmp_path / "run", "timm", output=tmp_path / f"{grid}", images="synthetic:4")
+        assert same(vit, timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), grid)
+    assert same(fa.create_backbone(model), model, (3, 5))
     with pytest.raises(fa.UserError, match=r"proj\.weight"):
         fa.create_backbone(name, checkpoint=tmp_path / "w.pth", **kwargs, patch_size=8)
 
 
 def test_an_export_to_timm_knows_its_grid_and_cap(tmp_path):
-    from fastalign.export import export
-
     name = "vit_tiny_patch16_224"
     model = timm_model(name, (2, 8))
     run = save_run(tmp_path / "run", model, name, {"img_size": pixels((2, 8))})

@@ -83,6 +83,7 @@ APPLE = {
     "mlp.fc1_g": "mlp.fc1",
     "mlp.fc1_x": "mlp.fc3",
 }
+APPLE |= {"patch_embed.": "preprocessor.patchifier.", "pos_embed": "preprocessor.pos_embed"}
 INTERNS = {"patch_embed.proj": "embeddings.patch_embedding", "pos_embed": "embeddings.position_embedding"}
 INTERNS |= {"cls_token": "embeddings.class_embedding", "blocks.": "encoder.layers."}
 INTERNS |= {"ls1.gamma": "ls1", "ls2.gamma": "ls2"}
@@ -121,6 +122,11 @@ SCRIPTS = {
     "Perception Encoder": (
         PE,
         lambda x, y: prefixed("visual.", perception_encoders(x)) | {"logit_scale": ONE, "ln_final.weight": ONE},
+    ),
+    "AIMv2": (
+        AIM,
+        lambda x, y: {key.replace("norm.weight", "trunk.post_trunk_norm.weight") if key == "norm.weight" else key: v
+                      for key, v in renamed(x, APPLE).items()},
     ),
     "InternVL": (
         INTERNVIT,
@@ -188,12 +194,25 @@ def test_the_dinov3_of_its_authors_is_not_read_without_its_biases(tmp_path):
         fa.create_backbone(DINOV3.removesuffix("_qkvb"), checkpoint=tmp_path / "a.pth", **SMALL)
 
 
-def test_the_layout_of_radio_is_refused(tmp_path):
-    """Its table of positions is for 2048 pixels and resampled otherwise than timm's."""
-    model = timm.create_model("vit_base_patch16_radio_v3", **SMALL)
-    state = renamed(
-        model.state_dict(), {"patch_embed.proj": "patch_generator.embedder", "pos": "patch_generator.pos"}
-    )
-    torch.save(prefixed("radio_model.model.", state), tmp_path / "a.pth")
-    with pytest.raises(fa.UserError, match=r"NVIDIA's layout of C-RADIO, .* give timm's weights"):
+@torch.no_grad()
+def test_radio(tmp_path):
+    """NVIDIA's files: a table of 8x8 positions, which timm's NaFlexVit resamples as NVIDIA does."""
+    kwargs = {**SMALL, "pos_embed_grid_size": (8, 8)}
+    model = timm.create_model("naflexvit_base_patch16_radio_v3", num_classes=0, **kwargs).eval()
+    randomise(model, 0.2)
+    state = {key.removeprefix("embeds."): value for key, value in model.state_dict().items()}
+    weight = state.pop("proj.weight").unflatten(1, (16, 16, 3)).permute(0, 3, 1, 2).flatten(1)
+    model.embeds.proj.bias.zero_()
+    file = {key: value for key, value in state.items() if key.startswith("blocks.")}
+    file |= {
+        "patch_generator.embedder.weight": weight,
+        "patch_generator.pos_embed": state["pos_embed"].flatten(1, 2),
+    }
+    file["patch_generator.cls_token.token"] = torch.cat([state["cls_token"], state["reg_token"]], 1)[0]
+    torch.save(prefixed("radio_model.model.", file), tmp_path / "a.pth")
+    vit = fa.create_backbone("naflexvit_base_patch16_radio_v3", checkpoint=tmp_path / "a.pth", **SMALL).eval()
+    assert relative_error(vit.forward_features(IMAGES), model.forward_features(IMAGES)) < 1e-6
+    with pytest.raises(
+        fa.UserError, match=r"layout of NVIDIA's C-RADIO, .* give that name, or timm's weights"
+    ):
         fa.create_backbone("vit_base_patch16_radio_v3", checkpoint=tmp_path / "a.pth", **SMALL)

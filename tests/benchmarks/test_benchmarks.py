@@ -72,6 +72,7 @@ def test_both_sides_keep_their_weights_in_the_same_precision():
         ("vit_tiny_patch16_224", {}),
         ("vit_base_patch16_clip_quickgelu_224", {}),
         ("vit_base_patch16_dinov3", FIXED_SIZE),
+        ("aimv2_large_patch14_224", {"patch_size": 16}),
         ("vit_pe_core_large_patch14_336", {"patch_size": 16, "attn_pool_num_heads": 3}),
     ],
 )

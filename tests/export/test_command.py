@@ -163,6 +163,7 @@ def test_push_to_hub(runs, tmp_path, capsys, monkeypatch):
     command = [str(runs("clip")), "--to", "timm", "--output", str(tmp_path / "export"), "--push-to-hub"]
     assert main([*command, "me/model"]) == 0
     assert calls[0] == ("me/model", True)
+    assert 'create_model("hf-hub:me/model"' in (tmp_path / "export" / "README.md").read_text()
     assert calls[1][1] == [
         "README.md", "config.json", "decoder.safetensors", "fastalign.json", "model.safetensors",
     ]  # fmt: skip

@@ -150,6 +150,8 @@ def test_only_the_visual_tower(tmp_path, capsys):
         relative_error(fa.create_backbone("tiny_siglip", checkpoint=output).forward_features(x), wanted)
         < 1e-5
     )
+    assert main([str(tmp_path), "--to", "open-clip", "--text-tower", str(output)]) == 2
+    assert "has no text tower" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

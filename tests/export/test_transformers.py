@@ -185,6 +185,14 @@ def test_the_image_processor_is_the_evaluation_transform(alone, family):
         assert relative_error(found, pixels(family, size)) < 1e-6, size
 
 
+def test_a_transparent_picture(exported):
+    transparent = picture((64, 48))
+    transparent.putalpha(picture((64, 48)).getchannel(0))
+    processor = modeling_fastalign.AlignedImageProcessor.from_pretrained(exported("openclip", "hf-clip"))
+    found = processor(transparent, return_tensors="pt")["pixel_values"][0]
+    assert relative_error(found, pixels("openclip", (64, 48))) < 1e-6
+
+
 def test_transformers_own_image_processor(exported):
     """Without `trust_remote_code`: another resampling, and another crop in the cases that the card names."""
     processor = transformers.AutoImageProcessor.from_pretrained(exported("openclip", "hf-clip"))

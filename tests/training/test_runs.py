@@ -199,3 +199,11 @@ def test_print_config(recipe, tmp_path, capsys):
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["optim"]["lr"] == 0.5
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_exports_when_it_ends(recipe, capsys):
+    folder = recipe("max_steps=1", "export.to=[timm]")
+    assert (folder / "exports/timm/model.safetensors").is_file()
+    assert f"exported: {folder}/exports/timm" in capsys.readouterr().out
+    recipe("export.to=[hf-klip]", name="other", expect=2)
+    assert "export.to: unknown target hf-klip; the nearest is hf-clip" in capsys.readouterr().err
