@@ -1,5 +1,8 @@
 # make install | demo | evidence | test | lint | docs | gpu
-override FASTALIGN_VENV := $(or $(FASTALIGN_VENV),.venv)
+# STACK=newest: the newest tested packages instead of the pinned ones, in a virtual environment of its own.
+SUFFIX := $(if $(filter newest,$(STACK)),-newest)
+CONSTRAINTS := constraints$(SUFFIX).txt
+override FASTALIGN_VENV := $(or $(FASTALIGN_VENV),.venv$(SUFFIX))
 ifneq ($(words $(FASTALIGN_VENV)),1)
 $(error FASTALIGN_VENV=$(FASTALIGN_VENV) has a space in it, which make does not support: name another directory)
 endif
@@ -18,9 +21,9 @@ own-venv:
 		{ echo "FASTALIGN_VENV=$(FASTALIGN_VENV) is neither empty nor a virtual environment: name another directory" >&2; exit 2; }
 
 # torch first, without build isolation: the extension must be built against the torch that will run.
-PIP := $(PY) -m pip install -q -c constraints.txt
+PIP := $(PY) -m pip install -q -c $(CONSTRAINTS)
 FAILED := { echo "make install: pip failed, see above; it needs the network, or an index that PIP_INDEX_URL names" >&2; exit 1; }
-$(FASTALIGN_VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*) | own-venv
+$(FASTALIGN_VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*) | own-venv
 	@command -v c++ >/dev/null || echo "make install: no C++ compiler (c++): the extension is left out, masks are drawn in PyTorch"
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(FASTALIGN_VENV)
 	$(PIP) setuptools wheel || $(FAILED)

@@ -1,4 +1,4 @@
-"""The command ``python -m fastalign.classify --backbone NAME_OR_RUN --data ROOT``, and `classify` for Python."""
+"""The command ``fastalign classify --backbone NAME_OR_RUN --data ROOT``, and `classify` for Python."""
 
 import argparse
 import shlex
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         folder = Path(given.output or run_folder or Path("runs") / f"classify-{given.backbone}")
         say = (lambda text: print(text, flush=True)) if world.main else (lambda text: None)
-        command = shlex.join(["python", "-m", "fastalign.classify", *arguments])
+        command = shlex.join(["fastalign", "classify", *arguments])
         results = classify(
             vit, given.data, output=folder, world=world, say=say, command=command, **dict(options)
         )

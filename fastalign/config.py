@@ -216,7 +216,7 @@ class Efficiency(Section):
     shard: bool = False
     """FSDP: the student's weights and the optimizer's state are split among ranks; same checkpoints"""
     attention: str = "auto"
-    """auto = the fastest measured on this GPU; or a name that python -m fastalign.doctor lists"""
+    """auto = the fastest measured on this GPU; or a name that fastalign doctor lists"""
 
 
 class Config(Section):

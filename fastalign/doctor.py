@@ -4,6 +4,8 @@ Ends with a smoke test, a training step on every kind of device; the exit code i
 """
 
 import argparse
+import contextlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -32,12 +34,13 @@ PARTS = {
     "teacher, mode drop": {"capped": False, "packed": True, "gradient": False},
 }
 """Whose attention is reported."""
+
 OPTIONAL = {
-    "tensorboard": "log.to=[tensorboard]",
-    "wandb": "log.to=[wandb:PROJECT]",
-    "apex": "optim.name=apex_adam and apex_lamb; built from NVIDIA's repository",
+    "tensorboard": ("tensorboard.summary", "log.to=[tensorboard]"),
+    "wandb": ("wandb.sdk", "log.to=[wandb:PROJECT]"),
+    "apex": ("apex.optimizers", "optim.name=apex_adam and apex_lamb; built from NVIDIA's repository"),
 }
-"""Packages with their purpose; attention lists its own."""
+"""Package -> a module that only the right project has, and what it is for."""
 
 
 def version(package: str) -> str | None:
@@ -105,8 +108,16 @@ def attention() -> list[str]:
 
 
 def optional() -> list[str]:
-    """Optional packages."""
-    return [f"{name}: {version(name) or 'not installed'} ({purpose})" for name, purpose in OPTIONAL.items()]
+    """Optional packages, except those for attention, and whether each is the right project."""
+    lines = []
+    for name, (proof, purpose) in OPTIONAL.items():
+        found = version(name) or "not installed"
+        if importlib.util.find_spec(name) is not None:
+            with contextlib.suppress(ImportError):
+                found = found if importlib.util.find_spec(proof) else ""
+            found = found or "another project"
+        lines.append(f"{name}: {found} ({purpose})")
+    return lines
 
 
 def smoke(device: str) -> str:

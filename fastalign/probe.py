@@ -1,4 +1,4 @@
-"""The command ``python -m fastalign.probe --backbone NAME_OR_RUN --data DATASET``."""
+"""The command ``fastalign probe --backbone NAME_OR_RUN --data DATASET``."""
 
 import argparse
 import shlex
@@ -96,7 +96,7 @@ def run(given: argparse.Namespace, world: distributed.World, arguments: list[str
     write_results(
         output,
         {
-            "command": shlex.join(["python", "-m", "fastalign.probe", *arguments]),
+            "command": shlex.join(["fastalign", "probe", *arguments]),
             **facts,
             "versions": {"fastalign": __version__, "torch": torch.__version__},
             "results": rows,

@@ -1,4 +1,4 @@
-"""Checks every image of a data set: ``python -m fastalign.scan DATA [--output quarantine.jsonl]``.
+"""Checks every image of a data set: ``fastalign scan DATA [--output quarantine.jsonl]``.
 
 An image is good if training could use it: the header check and DALI's decoder on the CPU decide. The list that it
 writes is what `faults.quarantine` reads. The exit code is 0 whether or not images are bad, and 2 for bad input.

@@ -1,7 +1,8 @@
 """The doctor's report: true about this machine, complete, and honest about failures."""
 
-from types import SimpleNamespace
+from types import sys
 
+import SimpleNamespace
 import torch
 
 from fastalign import doctor, ops
@@ -32,6 +33,14 @@ def test_a_failing_step_is_reported_and_counts(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "smoke", fail)
     assert doctor.main([]) == 1
     assert "FAILED on the cpu: RuntimeError: two\\nlines" in capsys.readouterr().out
+
+
+def test_another_project_under_a_known_name_is_recognised(tmp_path, monkeypatch):
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "apex", raising=False)
+    assert any(line.startswith("apex: another project") for line in doctor.optional())
 
 
 def test_kernels_switched_off_are_named(monkeypatch):

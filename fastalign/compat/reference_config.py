@@ -13,7 +13,7 @@ from fastalign.backbones.zoo import MOCO
 from fastalign.compat.reference_options import IGNORED, KEYS, MIM_DEFAULTS, NOT_MIM, REFUSED, Options
 from fastalign.config import Config, resolve
 from fastalign.utils.errors import UserError
-from fastalign.utils.yaml_files import explain, merge, read_yaml, set_key
+from fastalign.utils.yaml_files import explain, read_yaml, set_key
 
 AUTHORS_WORLD = 4
 """GPUs of the authors' own command, with which each of their files has 1024 images per update."""
@@ -64,7 +64,7 @@ def read_reference(
 def _supported(given: dict, mim: bool) -> dict:
     """The options that decide our keys, and unknown ones; an error for a value that is refused."""
     if "model" in given:
-        raise UserError("a file of the authors' finetune.py (option model): use python -m fastalign.classify")
+        raise UserError("a file of the authors' finetune.py (option model): use fastalign classify")
     for name, value in given.items():
         if mim and (name in NOT_MIM or (name in ("skip_blocks", "prefix_only") and value)):
             raise UserError(f"mim.py does not use {name}: remove it")
@@ -108,12 +108,11 @@ def _tree(v: Options, mim: bool, world: int, notes: list[str]) -> dict:
             "compile": v.torchcompile is not None,
         },
     }
-    direct: dict = {}
     for name, key in KEYS.items():
         if not (mim and name in NOT_MIM):
             value = getattr(v, name)
-            set_key(direct, key.split("."), (value or None) if name == "decoder_init_values" else value)
-    return merge(tree, direct)
+            set_key(tree, key.split("."), (value or None) if name == "decoder_init_values" else value)
+    return tree
 
 
 def _backbones(v: Options) -> tuple[dict, dict]:

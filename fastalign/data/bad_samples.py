@@ -124,7 +124,7 @@ def check_in_a_row(bad: list[BadSample]) -> None:
     if len(bad) >= MAX_IN_A_ROW:
         raise UserError(
             f"{len(bad)} images in a row cannot be used, the last one is {bad[-1].name!r}: {bad[-1].reason}; is the "
-            "disk available, and is this a data set of images? python -m fastalign.scan lists what is bad"
+            "disk available, and is this a data set of images? fastalign scan lists what is bad"
         )
 
 
@@ -188,6 +188,6 @@ def read_quarantine(path: str | Path, source: Source) -> set[int]:
     if samples and not ids:
         raise UserError(
             f"faults.quarantine={path}: none of its {len(samples)} names, such as {samples[0].name!r}, is in the "
-            "data set: make the list with python -m fastalign.scan, or leave the key out"
+            "data set: make the list with fastalign scan, or leave the key out"
         )
     return ids

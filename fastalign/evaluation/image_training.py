@@ -148,10 +148,13 @@ def train_on_images(job: Job) -> list[dict]:
 
 def train_seed(job: Job, model: nn.Module, loaders: Loaders, seed: int, world: World) -> dict:
     """Trains a model; returns the seed, what `update_best` selected, and a line for each epoch as "curve"."""
-    options, say = job.options, job.say if job.options.live else lambda text: None
-    labels = {name: split.labels for name, split in job.splits.items()}
+    options, labels = job.options, {name: split.labels for name, split in job.splits.items()}
     fit = make_fit(model, len(loaders["train"]), labels["train"], options, seed, world, job.dtype)
-    updates = len(loaders["train"]) // options.accumulate
+    epochs, updates = options.epochs, len(loaders["train"]) // options.accumulate
+
+    def say(text: str) -> None:
+        if options.live:
+            job.say(f"seed {seed} {text}")
 
     def measure(split: str) -> dict:
         counts = ImageCounts(job.classes, world.device)
@@ -164,21 +167,16 @@ def train_seed(job: Job, model: nn.Module, loaders: Loaders, seed: int, world: W
         checkpoints = Checkpoints(job.folder / "classify" / f"seed-{seed}" / "checkpoints", keep=1)
         resume(fit, checkpoints, progress, job.identity)
         if fit.step:
-            say(f"seed {seed}: resuming after epoch {fit.step // updates} of {options.epochs}")
-    for epoch in range(fit.step // updates + 1, options.epochs + 1):
-        loss = fit.epoch(
-            loaders["train"].batches(epoch - 1), updates, lambda text: say(f"seed {seed} {text}")
-        )
+            say(f"resumes after epoch {fit.step // updates} of {epochs}")
+    for epoch in range(fit.step // updates + 1, epochs + 1):
+        loss = fit.epoch(loaders["train"].batches(epoch - 1), updates, say)
         if not math.isfinite(loss):
             raise UserError(f"the loss is {loss} in epoch {epoch} of seed {seed}: lower --lr, or set --clip")
-        has_test = "test" in loaders
-        progress["best"], val = update_best(
-            progress["best"], epoch, options.epochs, measure, has_test=has_test
-        )
+        best, val = update_best(progress["best"], epoch, epochs, measure, has_test="test" in loaders)
         figures = {"train_loss": loss, "val_loss": val["loss"], "val_top1": val["top1"]}
+        progress["best"] = best
         progress["curve"].append({"epoch": epoch, **figures})
-        top1 = f"{100 * val['top1']:.2f}%"
-        say(f"seed {seed} epoch {epoch}/{options.epochs}  loss {loss:.4f}  val top-1 {top1}")
+        say(f"epoch {epoch}/{epochs}  loss {loss:.4f}  val top-1 {100 * val['top1']:.2f}%")
         if checkpoints:
             save(fit, checkpoints, progress, job.identity)
     if checkpoints:
@@ -229,9 +227,8 @@ def make_fit(
     rate = partial(learning_rate, **schedule, lr=options.lr, min_lr=options.min_lr)
 
     def loss(logits: Tensor, batch: Batch) -> Tensor:
-        return mixed_loss(
-            logits, labels[batch.ids].to(world.device), weight=batch.weight, smoothing=smoothing
-        )
+        targets = labels[batch.ids].to(world.device)
+        return mixed_loss(logits, targets, weight=batch.weight, smoothing=smoothing)
 
     how = {"seed": seed, "accumulate": options.accumulate, "clip": options.clip}
     return Fit(model, groups, loss, rate, world, dtype, **how)

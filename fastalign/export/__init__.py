@@ -1,4 +1,4 @@
-"""Export of aligned backbones to other libraries: ``python -m fastalign.export RUN --to TARGET``."""
+"""Export of aligned backbones to other libraries: ``fastalign export RUN --to TARGET``."""
 
 from fastalign.export.run import load_decoder
 from fastalign.export.write import export

@@ -1,4 +1,4 @@
-"""The command: ``python -m fastalign.export RUN --to TARGET``."""
+"""The command: ``fastalign export RUN --to TARGET``."""
 
 import argparse
 import sys

@@ -1,7 +1,7 @@
 """timm's vision transformers with soft-capped attention.
 
 Import it before ``timm.create_model("local-dir:FOLDER", pretrained=True)`` of a folder that
-``python -m fastalign.export --to timm`` (or prismatic) wrote with a cap. Without the import timm refuses the folder,
+``fastalign export --to timm`` (or prismatic) wrote with a cap. Without the import timm refuses the folder,
 as an unknown model, instead of silently dropping the cap.
 """
 

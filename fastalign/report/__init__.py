@@ -1,1 +1,1 @@
-"""A page about a run: ``python -m fastalign.report RUN`` (docs/report.md)."""
+"""A page about a run: ``fastalign report RUN`` (docs/report.md)."""

@@ -1,4 +1,4 @@
-"""The command `python -m fastalign.report RUN`."""
+"""The command `fastalign report RUN`."""
 
 import argparse
 import re

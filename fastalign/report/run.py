@@ -1,4 +1,4 @@
-"""What a report reads: the files of a run, finished or not, and the results of `python -m fastalign.probe`."""
+"""What a report reads: the files of a run, finished or not, and the results of `fastalign probe`."""
 
 import json
 from dataclasses import dataclass, field
@@ -71,7 +71,7 @@ def read_probe(path: Path) -> Probe:
     """Read `probe.json`.
 
     Raises:
-        UserError: it is missing, or not in the format of `python -m fastalign.probe`.
+        UserError: it is missing, or not in the format of `fastalign probe`.
     """
 
     def rows(key: str) -> list[tuple[str, Setting, dict]]:
@@ -81,16 +81,14 @@ def read_probe(path: Path) -> Probe:
         ]
 
     if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; write it with python -m fastalign.probe --backbone RUN --data DATA"
-        )
+        raise UserError(f"{path}: no such file; write it with fastalign probe --backbone RUN --data DATA")
     try:
         facts = json.loads(path.read_bytes())
         facts["data"]["classes"], facts["summary"][0]["seeds"]
         return Probe(facts, rows("results"), rows("summary"))
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
-            f"{path} has no results of python -m fastalign.probe ({type(error).__name__}: {error}): run it again, "
+            f"{path} has no results of fastalign probe ({type(error).__name__}: {error}): run it again, "
             "or remove the file"
         ) from None
 

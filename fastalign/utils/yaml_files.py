@@ -38,7 +38,7 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
     """The value of a YAML text; UserError about `where` if it is not YAML."""
     where = where[:80]
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader
+        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
     except RecursionError:
         raise UserError(f"{where}: nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an integer of thousands of digits

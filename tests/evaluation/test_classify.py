@@ -26,7 +26,7 @@ def test_the_command_on_a_run(images, tmp_path, vit, capsys):
     written = results(folder / "classify.json")
     assert written["backbone"]["softcap"] == 12.5
     assert [seed["seed"] for seed in written["seeds"]] == [3, 4]
-    assert written["command"].startswith(f"python -m fastalign.classify --backbone {folder}")
+    assert written["command"].startswith(f"fastalign classify --backbone {folder}")
     assert f"{100 * written['mean']['top1']:.2f}%" in printed
     assert "the class token -> linear" in printed
     names = {path.name for path in folder.iterdir()}

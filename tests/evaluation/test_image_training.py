@@ -234,7 +234,7 @@ def test_fine_tuning_resumes_with_the_same_bits(images, tmp_path, monkeypatch):
         classify(vit, images, output=tmp_path / "parts", **options)
     said = []
     parts = classify(vit, images, output=tmp_path / "parts", say=said.append, **options)
-    assert "seed 0: resuming after epoch 1 of 3" in said
+    assert "seed 0 resumes after epoch 1 of 3" in said
     assert len(calls) == 5 + 6
     assert same_figures(parts, whole)
     paths = [next(tmp_path.glob(f"{n}/classify/seed-0/checkpoints/step-*.pt")) for n in ("whole", "parts")]

@@ -1,8 +1,8 @@
 """Untrusted input is read as data: nothing of it runs, and it is either accepted or refused in one line."""
 
-import ast
 import os
 import pickle
+import re
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -125,24 +125,7 @@ def test_nothing_in_a_checkpoint_runs(recipe, tmp_path, capsys, legacy):
 
 
 def test_no_reader_that_could_run_code():
-    """No pickles but torch's weights-only ones, no eval, no YAML but the safe one, no archive unpacked blindly."""
-    forbidden = {"eval", "exec", "pickle.load", "pickle.loads", "pickle.Unpickler", "os.system"}
-    forbidden.add("yaml.unsafe_load")
-    seen = set()
+    """No pickles, no archive unpacked blindly: what the rules of ruff (S...) do not find."""
+    unsafe = re.compile(r"weights_only=False|unsafe_load|allow_pickle|\.extract(all)?\(")
     for path in [*ROOT.glob("fastalign/**/*.py"), *ROOT.glob("demo/*.py"), *ROOT.glob("kernels/*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Call):
-                continue
-            name, options = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
-            place = f"{path.relative_to(ROOT)}:{node.lineno}"
-            assert name not in forbidden, place
-            assert not name.endswith((".extractall", ".extract")), place
-            if name == "torch.load":
-                assert options.get("weights_only") == "True", place
-                seen.add(name)
-            if name in ("np.load", "numpy.load"):
-                assert "allow_pickle" not in options, place  # off where it is not given
-            if name == "yaml.load":
-                assert ast.unparse(node.args[1]) == "_Loader", place
-                seen.add(name)
-    assert seen == {"torch.load", "yaml.load"}
+        assert not unsafe.search(path.read_text()), path
