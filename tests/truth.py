@@ -4,6 +4,7 @@ It is slow and simple: one image, one mask and one patch at a time, in float64.
 """
 
 import copy
+import functools
 import math
 
 import timm
@@ -123,7 +124,10 @@ class StudentTruth(nn.Module):
         self.decoder = nn.Module()
         self.decoder.pos_embed = nn.Parameter(torch.zeros(1, tokens, width))
         options = {"qkv_bias": decoder_qkv_bias, "qk_norm": norm_on, "init_values": init_values}
-        classes = {"norm_layer": norm_class, "act_layer": type(block.mlp.act), "mlp_layer": type(block.mlp)}
+        mlp = type(block.mlp)
+        if mlp is timm.layers.GluMlp:  # which half is called the gate: the backbone's
+            mlp = functools.partial(mlp, gate_last=False)
+        classes = {"norm_layer": norm_class, "act_layer": type(block.mlp.act), "mlp_layer": mlp}
         self.decoder.blocks = nn.ModuleList(Block(width, heads, **options, **classes) for _ in range(layers))
         self.decoder.norm = nn.LayerNorm(width)
         self.decoder.head = nn.Linear(width, target_dim)

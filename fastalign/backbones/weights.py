@@ -26,6 +26,7 @@ _BACKBONES = (".teacher.backbone.", ".weights.", ".student.", ".base_encoder.", 
 _NOT_BACKBONE = ("head.", "head_dist.", "decoder.", "decoder_")
 _RELATIVE = ".relative_position_bias_table"
 _RADIO = "radio_model.model.patch_generator.pos_embed"
+_QKV_BIAS = re.compile(r".*\.attn\.[qkv][._]bias")
 _LAYER_SCALE = re.compile(r"(blocks\.\d+\.)(?:ls([12])\.gamma|gamma_([12]))")
 
 
@@ -180,21 +181,19 @@ def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[s
 def fit_names(state: dict[str, Tensor], wanted: Container[str]) -> dict[str, Tensor]:
     """LayerScale and the biases of attention by the names of the model's class in timm.
 
-    A bias that the model lacks is left out if it is zero, as in published weights of DINOv3.
+    A bias of query, key or value that the model lacks is left out if it is zero, as in published weights of DINOv3.
     """
     renamed = {}
     for key, value in state.items():
         found = _LAYER_SCALE.fullmatch(key)
         if found and (gamma := f"{found[1]}gamma_{found[2]}") in wanted:
             renamed[gamma] = value
-        elif key.endswith("attn.qkv.bias") and key not in wanted:
+        elif key.endswith("attn.qkv.bias") and key not in wanted and key.replace("bias", "weight") in wanted:
             names = [key.replace("qkv.bias", f"{part}_bias") for part in "qkv"]
             renamed |= dict(zip(names, value.chunk(3), strict=True))
         else:
             renamed[key] = value
-    return {
-        k: v for k, v in renamed.items() if k in wanted or not re.fullmatch(r".*\.attn\..*bias", k) or v.any()
-    }
+    return {k: v for k, v in renamed.items() if k in wanted or not _QKV_BIAS.fullmatch(k) or v.any()}
 
 
 def misfit(checkpoint: Checkpoint, path: str, problem: str) -> UserError:

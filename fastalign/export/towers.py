@@ -86,8 +86,9 @@ class Tower(NamedTuple):
     """the weights by their names in files"""
 
     def _class_name(self, vit: ViT) -> str:
-        plain = self.class_name != "Dinov2Model" or not vit.spec.registers
-        return self.class_name if plain else "Dinov2WithRegistersModel"
+        if self.class_name == "Dinov2Model" and vit.spec.registers:
+            return "Dinov2WithRegistersModel"
+        return self.class_name
 
     def write(self, run: Run, folder: Path) -> None:
         """Write a folder for `from_pretrained`."""

@@ -36,6 +36,7 @@ CASES = {
         {"softcap": 0.5, "decoder_qkv_bias": False},
         {},
     ),
+    "packed swiglu": ("vit_giant_patch14_dinov2", {**SMALL, "img_size": 28}, {"head": "mlp"}, {}),
     "internvit": ("vit_intern300m_patch14_448", {**SMALL, "img_size": 28}, {}, {}),
     "distilled": ("deit_tiny_distilled_patch16_224", SMALL, {}, {}),
     "mlp head": (VIT, SMALL, {"head": "mlp"}, {}),
