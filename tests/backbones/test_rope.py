@@ -221,7 +221,7 @@ def test_packed_tokens_compile_as_one_graph(family):
     [
         ("vit_small_patch16_dinov3", {"dynamic_img_pad": True}, "padded images"),
         ("vit_small_patch16_dinov3", {"patch_drop_rate": 0.5}, "PatchDropoutWithIndices"),
-        ("vit_base_patch16_rope_224", {"qkv_fused": False, "num_kv_heads": 3}, "k_proj"),
+        ("vit_base_patch16_rope_224", {"qkv_fused": False, "num_kv_heads": 3}, "grouped heads"),
         (
             "vit_base_patch16_rope_224",
             {"rope_type": "mrope", "rope_grid_indexing": "ij"},

@@ -117,6 +117,7 @@ def test_without_a_checkpoint_there_is_no_decoder(damaged, capsys):
         load_decoder(damaged / "exports" / "timm")
 
 
+@pytest.mark.slow
 def test_the_code_of_model_cards_without_fastalign(tmp_path, monkeypatch, capsys):
     """The benchmark at a tiny size: each card's code in a process that cannot import fastalign, unless it must."""
     monkeypatch.setattr(benchmark.record, "RESULTS", tmp_path)

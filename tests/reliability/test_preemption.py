@@ -143,18 +143,18 @@ def write_programs(folder: Path, programs: dict[str, str]) -> None:
 @pytest.mark.parametrize(("end", "code"), [("preempted", 75), ("preempted", 143), ("error", 2), ("done", 0)])
 def test_the_slurm_job_is_requeued_if_it_was_preempted_and_only_then(tmp_path, end, code):
     run = f"{tmp_path}/run one"
-    python = 'echo $MASTER_ADDR $MASTER_PORT $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE "$@"'
-    python += f"; mkdir -p '{run}'" + (f"; touch '{run}/preempted'" if end == "preempted" else "")
+    command = 'echo $MASTER_ADDR $MASTER_PORT $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE "$@"'
+    command += f"; mkdir -p '{run}'" + (f"; touch '{run}/preempted'" if end == "preempted" else "")
     scontrol = 'if [ "$1" = show ]; then echo first; echo second; else echo "$@" >> "$PLACE/asked"; fi'
     srun = 'kill -TERM $PPID; shift; SLURM_PROCID=5 SLURM_LOCALID=1 "$@"'  # one task of eight
-    write_programs(tmp_path, {"scontrol": scontrol, "srun": srun, "python": f"{python}; exit {code}"})
+    write_programs(tmp_path, {"scontrol": scontrol, "srun": srun, "fastalign": f"{command}; exit {code}"})
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PLACE": str(tmp_path)}
     slurm = ["JOB_ID=123456", "NTASKS=8", "NTASKS_PER_NODE=4", "JOB_NODELIST=n[1-2]"]
     environment |= dict(f"SLURM_{each}".split("=") for each in slurm)
-    command = ["bash", str(ROOT / "examples/slurm.sbatch"), "a.yaml", run, "data.train=a b"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    line = ["bash", str(ROOT / "examples/slurm.sbatch"), "a.yaml", run, "data.train=a b"]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code
-    assert done.stdout == f"first 23456 5 1 8 4 -m fastalign.train a.yaml output={run} data.train=a b\n"
+    assert done.stdout == f"first 23456 5 1 8 4 train a.yaml output={run} data.train=a b\n"
     asked = tmp_path / "asked"
     assert (asked.read_text() if asked.exists() else "") == ("requeue 123456\n" if end == "preempted" else "")
 
