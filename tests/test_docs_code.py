@@ -120,7 +120,7 @@ def names() -> dict:
         **{"images": images, "sample_ids": ids, "batches": [(images, ids)], "student": student, "step": 1},
         **{"picture": picture, "image": picture, "visible": torch.rand(2, 3, 196) < 0.5},
         **{"patches": torch.randn(2, 196, 8), "hidden": torch.randn(8), "prefix": torch.randn(1, 8)},
-        "position": torch.randn(196, 8),
+        **{"position": torch.randn(196, 8), "qkv": lambda rows: torch.randn(3, len(rows), 2, 4)},
     }
 
 
