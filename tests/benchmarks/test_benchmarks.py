@@ -285,8 +285,8 @@ def test_padding_is_not_a_target(monkeypatch):
 
 def test_export():
     rows = {row["target"]: row for row in export.main(["--tiny"])}
-    assert rows["hf-clip"]["plain"] > 0  # the epsilon of its final norm differs
-    assert set(rows) == {"timm", "hf-clip", "open-clip", "prismatic"}
+    assert set(rows) == {"timm", "hf-clip", "open-clip", "onnx"}
+    assert rows["open-clip"]["plain"] > 0  # the epsilon of its final norm differs
     assert rows["open-clip"].pop("capped") is None
     assert all(max(row["plain"], row.get("capped", 0)) < 1e-5 for row in rows.values())
 
