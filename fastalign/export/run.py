@@ -62,7 +62,8 @@ class Run:
         page = f"https://huggingface.co/{hub}" if hub else None
         if name.startswith(MOCO):
             licence, page = MOCO_LICENCE, MOCO_PAGE
-        licence = licence if weights == "pretrained" else None
+        if weights != "pretrained":  # derived from published weights only if the name has their tag
+            licence, page = None, page if "." in name or name.startswith(MOCO) else None
         return {"name": name, "weights": weights, "licence": licence, "page": page}
 
 
