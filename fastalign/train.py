@@ -18,7 +18,7 @@ from fastalign.evaluation.label_maps import LabelledImages
 from fastalign.method.flops import flops_per_image
 from fastalign.training import distributed
 from fastalign.training.checkpoint import new_best, resume, save, save_settings, wait_for_checkpoint
-from fastalign.training.command import report_rank_error, run_command
+from fastalign.training.command import report_rank_error, run_command, train_parser
 from fastalign.training.dry_run import dry_run
 from fastalign.training.faults import handle_status, prepare_logs, report_bad_validation_samples
 from fastalign.training.hang import WAITING, collective_timeout
@@ -31,7 +31,7 @@ from fastalign.training.run import Run, itstime
 from fastalign.training.validation import evaluate, measure_target_scale
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import can_be_folder
-from fastalign.utils.paths import path_argument, user_path
+from fastalign.utils.paths import user_path
 
 Splits = dict[str, LabelledImages]
 
@@ -255,21 +255,7 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command's exit code: 0, 2 for bad input, 70 for a lost or hung rank, 75 for a signal, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="fastalign train", description="Align a backbone with MaskEmbed.")
-    add, about = parser.add_argument, "a name (`fastalign recipes` lists them) or a file, and keys to change"
-    add(
-        "given",
-        nargs="*",
-        metavar="RECIPE section.key=value",
-        help=f"{about}; without a recipe, of the defaults",
-    )
-    add("--print-config", action="store_true", help="print the resolved configuration and stop")
-    about = "take a few updates on synthetic images; print memory, speed and the time of the whole run"
-    add("--dry-run", action="store_true", help=about)
-    about = "a YAML file of the authors' code, instead of a recipe"
-    add("--reference-config", type=path_argument, metavar="FILE", help=about)
-    about = "GPUs that FILE's batch is for (torchrun's, else 4)"
-    add("--world-size", type=int, metavar="N", help=about)
+    parser = train_parser()
     options = parser.parse_intermixed_args(arguments)
     if not (options.given or options.reference_config):
         parser.error("give a recipe (`fastalign recipes` lists them), keys, or --reference-config FILE")

@@ -1,15 +1,28 @@
 """What every command does about errors and signals, alone and under torchrun: one line and an exit code."""
 
+import argparse
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from fastalign.config import Config
 from fastalign.training import distributed
 from fastalign.training.hang import RANK_FAILED
 from fastalign.training.preemption import INTERRUPTED, Preempted
 from fastalign.utils.errors import SharedError, UserError, describe, first_line
+from fastalign.utils.paths import path_argument
+
+HELP = """
+examples:
+  fastalign train clip-vit-b data.train=/data/train data.val=/data/val
+  fastalign train student.name=vit_base_patch16_dinov3.lvd1689m data.train=/data/train output=runs/mine --dry-run
+
+sections of keys (--print-config prints every key, its values and what it does):
+"""
+HELP += textwrap.fill(", ".join(Config.model_fields), 78, initial_indent="  ", subsequent_indent="  ")
 
 
 def run_command(body: Callable[[], object]) -> int:
@@ -56,3 +69,28 @@ def report_rank_error(rank: int) -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, SharedError):
             print(f"fastalign: rank {rank}: {error}", file=sys.stderr)
         raise
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """The options of `fastalign train`."""
+    parser = argparse.ArgumentParser(
+        prog="fastalign train",
+        description="Align a backbone with MaskEmbed.",
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add, about = parser.add_argument, "a name (`fastalign recipes` lists them) or a file, and keys to change"
+    add(
+        "given",
+        nargs="*",
+        metavar="RECIPE section.key=value",
+        help=f"{about}; without a recipe, of the defaults",
+    )
+    add("--print-config", action="store_true", help="print the resolved configuration and stop")
+    about = "take a few updates on synthetic images; print memory, speed and the time of the whole run"
+    add("--dry-run", action="store_true", help=about)
+    about = "a YAML file of the authors' code, instead of a recipe"
+    add("--reference-config", type=path_argument, metavar="FILE", help=about)
+    about = "GPUs that FILE's batch is for (torchrun's, else 4)"
+    add("--world-size", type=int, metavar="N", help=about)
+    return parser

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -79,13 +79,21 @@ def select(config: Section, kind: Kind) -> dict[str, Any]:
     return selected
 
 
+def _choices(field: FieldInfo) -> str:
+    """The values of a key that has few, such as " [linear | mlp]"."""
+    kinds = [field.annotation, *get_args(field.annotation)]
+    values = [value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
+    values = ["true", "false", *values] if values and bool in kinds else values
+    return f" [{' | '.join(map(str, values))}]" if values else ""
+
+
 def to_yaml(config: Section, *, comments: bool = False) -> str:
     """The configuration as YAML; with `comments`, each key's documentation stands after its value."""
     text = yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False)
     if not comments:
         return text
     documentation = {
-        key: f"{field.description}{'' if kind is Kind.RESULT else f' ({kind.value})'}"
+        key: f"{field.description}{_choices(field)}{'' if kind is Kind.RESULT else f' ({kind.value})'}"
         for key, field, kind in fields(type(config))
     }
     lines, path = [], []
