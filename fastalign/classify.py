@@ -12,7 +12,7 @@ from fastalign.evaluation.images import RESULTS, classify
 from fastalign.evaluation.options import ImageOptions, add_flags, evaluation_parser, from_flags
 from fastalign.evaluation.results import image_table
 from fastalign.training import distributed
-from fastalign.training.build import named_backbone
+from fastalign.training.build import backbone_before, named_backbone
 from fastalign.training.command import run_command
 
 __all__ = ["classify", "main"]
@@ -25,6 +25,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "Image classification with a backbone: a head on its frozen features, or fine-tuning.",
         data="folder with train/ and val/, and perhaps test/",
         output="RUN or runs/classify-NAME, a folder",
+    )
+    parser.add_argument(
+        "--before", action="store_true", help="also, and first, the backbone that the run started from"
     )
     parser.epilog = "Defaults that depend on head and mode are in docs/classify.md."
     add_flags(parser, ImageOptions)
@@ -44,17 +47,27 @@ def main(arguments: list[str] | None = None) -> int:
         vit, run_folder = named_backbone(
             given.backbone, weights=given.weights, kwargs=given.kwargs, softcap=given.softcap
         )
+        models = {".": vit}
+        if given.before:
+            models = {"before": backbone_before(given.backbone, run_folder), **models}
         folder = Path(given.output or run_folder or Path("runs") / f"classify-{given.backbone}")
         say = (lambda text: print(text, flush=True)) if world.main else (lambda text: None)
         command = shlex.join(["fastalign", "classify", *arguments])
-        results = classify(
-            vit, given.data, output=folder, world=world, say=say, command=command, **dict(options)
-        )
-        if world.main:
-            console = Console()
-            console.print(image_table(results))
-            console.print(f"chosen: {results['selection']}", highlight=False)
-            console.print(f"written: {folder / RESULTS}", highlight=False, soft_wrap=True)
+        for name, model in models.items():
+            results = classify(
+                model,
+                given.data,
+                output=folder / name,
+                world=world,
+                say=say,
+                command=command,
+                **dict(options),
+            )
+            if world.main:
+                console = Console()
+                console.print(image_table(results, name))
+                console.print(f"chosen: {results['selection']}", highlight=False)
+                console.print(f"written: {folder / name / RESULTS}", highlight=False, soft_wrap=True)
 
     return run_command(run)
 

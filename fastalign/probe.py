@@ -12,16 +12,14 @@ from rich.console import Console
 
 from fastalign import __version__
 from fastalign.backbones.precision import compute_dtype
-from fastalign.config import load_config
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.evaluation.features import Encoder, frozen_encoder
 from fastalign.evaluation.options import Plan, Precision, Recipe, add_flags, evaluation_parser, from_flags
 from fastalign.evaluation.patches import probe
 from fastalign.evaluation.results import check_output, patch_table, summarise, write_results
 from fastalign.training import distributed
-from fastalign.training.build import named_backbone, starting_backbone
+from fastalign.training.build import backbone_before, named_backbone
 from fastalign.training.command import run_command
-from fastalign.utils.errors import UserError
 from fastalign.utils.paths import path_argument
 
 
@@ -52,10 +50,7 @@ def _encoders(given: argparse.Namespace, device: torch.device) -> tuple[dict[str
     )
     models = {"aligned" if folder else given.backbone: vit}
     if given.before:
-        recipe = (folder or Path(given.backbone)) / "config.yaml"
-        if not recipe.is_file():
-            raise UserError(f"--before: {recipe} is missing; use it with the folder of a run")
-        models = {"before": starting_backbone(load_config(recipe)), **models}
+        models = {"before": backbone_before(given.backbone, folder), **models}
     return {name: frozen_encoder(vit.to(device), given.skip_blocks) for name, vit in models.items()}, folder
 
 

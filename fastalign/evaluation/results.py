@@ -67,10 +67,13 @@ def percent(value: dict | None, sign: str = "-") -> str:
     return f"{100 * value['mean']:{sign}.1f}{spread}"
 
 
-def image_table(results: dict) -> Table:
-    """The results of image classification, a row for each seed."""
+def image_table(results: dict, name: str = ".") -> Table:
+    """The results of image classification, a row for each seed; `name` is the model's, "." = it needs none."""
     reported = results["reported"]
-    table = Table(title=f"{reported} split, {results['backbone']['reads']} -> {results['settings']['head']}")
+    model = "" if name == "." else f"{name}: "
+    table = Table(
+        title=f"{model}{reported} split, {results['backbone']['reads']} -> {results['settings']['head']}"
+    )
     for title in ("seed", "top-1", "top-5", "mean per class", "loss", "epoch"):
         table.add_column(title, justify="right")
     rows = [(str(seed["seed"]), seed[reported], str(seed["epoch"])) for seed in results["seeds"]]

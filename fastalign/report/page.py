@@ -60,6 +60,11 @@ def _key_numbers(run: Run) -> list[tuple[str, str]]:
             if scores:
                 about = f"Patch probe, {title}, % {' → '.join(scores)}, {setting_text(setting)}"
                 found.append((about, " → ".join(map(score_text, scores.values()))))
+    top1 = {model: 100 * facts["mean"]["top1"] for model, facts in run.classified.items()}
+    if top1:
+        head = next(iter(run.classified.values()))["settings"]["head"]
+        about = f"Image classification, top-1, % {' → '.join(top1)}, {head} head"
+        found.append((about, " → ".join(f"{value:.1f}" for value in top1.values())))
     if values := series(run.metrics, "images_per_second")[1]:
         found.append(("Images per second, median", f"{median(values):.0f}"))
     if values := series(run.metrics, "data_wait")[1]:

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from fastalign.backbones.vit import ViT
-from fastalign.backbones.weight_files import read_facts
+from fastalign.backbones.weight_files import read_facts, read_json
 from fastalign.backbones.zoo import load_backbone
 from fastalign.config import Config, load_config
 from fastalign.evaluation.results import percent
@@ -114,6 +114,8 @@ class Run:
     facts: dict[str, Any] | None = None
     """backbone.json; None if no backbone has been saved yet"""
     probe: Probe | None = None
+    classified: dict[str, dict] = field(default_factory=dict)
+    """classify.json, by model"""
     notes: list[str] = field(default_factory=list)
     """what is missing, and why"""
 
@@ -144,6 +146,9 @@ def read_run(folder: Path, probe: Path | None = None) -> Run:
         run.notes.append(f"This run has saved no backbone ({reason}): there are no patch features.")
     if probe is not None or (folder / "probe.json").is_file():
         run.probe = read_probe(probe or folder / "probe.json")
+    for model, place in ((BEFORE, folder / "before"), (ALIGNED, folder)):
+        if (place / "classify.json").is_file():
+            run.classified[model] = read_json(place / "classify.json")
     return run
 
 

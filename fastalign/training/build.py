@@ -9,7 +9,7 @@ import torch
 from fastalign.backbones.precision import FP8_CAPABILITY, compute_dtype
 from fastalign.backbones.spec import split_svit
 from fastalign.backbones.vit import ViT
-from fastalign.config import Config, Teacher
+from fastalign.config import Config, Teacher, load_config
 from fastalign.data.bad_samples import BadSamples, read_quarantine
 from fastalign.data.loader import Batch, Loader
 from fastalign.data.sources import open_source
@@ -71,6 +71,14 @@ def starting_backbone(config: Config) -> ViT:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # the same random weights as in training
         return build_backbones(config.model_copy(update={"teacher": Teacher()}))[0]
+
+
+def backbone_before(place: str, folder: Path | None) -> ViT:
+    """`starting_backbone` of the run that a command's --backbone names; `folder` is the run's, None = not a run."""
+    recipe = (folder or Path(place)) / "config.yaml"
+    if not recipe.is_file():
+        raise UserError(f"--before: {recipe} is missing; use it with the folder of a run")
+    return starting_backbone(load_config(recipe))
 
 
 def named_backbone(

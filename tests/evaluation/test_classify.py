@@ -10,7 +10,10 @@ from safetensors.torch import save_file
 
 import fastalign as fa
 from fastalign.classify import classify, main
+from fastalign.config import load_config
 from fastalign.training import distributed
+from fastalign.training.build import starting_backbone
+from fastalign.training.checkpoint_files import checksum
 from tests.evaluation.helpers import KWARGS, NAME, QUICK, classify_line, command_error, results, write_split
 
 
@@ -36,6 +39,17 @@ def test_the_command_on_a_run(images, tmp_path, vit, capsys):
         capsys, "classify", line
     )
     assert results(folder / "classify.json") == written
+
+
+def test_before_is_the_backbone_that_the_run_started_from(images, recipe, capsys):
+    folder = recipe("max_steps=2", "optim.lr=0.1")
+    line = classify_line(images, "--epochs", "1", "--before", backbone=folder)
+    assert main(line) == 0
+    assert "before: " in capsys.readouterr().out
+    before, aligned = (results(folder / place / "classify.json")["backbone"] for place in ("before", "."))
+    assert (before["softcap"], aligned["softcap"]) == (None, 30.0)
+    start = starting_backbone(load_config(folder / "config.yaml"))
+    assert before["weights"] == f"{checksum(start):08x}" != aligned["weights"]
 
 
 @pytest.mark.parametrize(

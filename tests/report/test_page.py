@@ -153,3 +153,14 @@ def test_both_themes_have_all_colours():
     light, dark = (dict(re.findall(r"--(\w+): (#\w{6})", s)) for s in re.findall(r":root \{([^}]*)\}", css))
     assert light.keys() == dark.keys()
     assert charts.THEME.items() <= light.items()
+
+
+def test_image_classification_before_and_after(run):
+    for place, share in ((run / "before", 0.712), (run, 0.7)):
+        place.mkdir(exist_ok=True)
+        facts = {"mean": {"top1": share}, "settings": {"head": "linear"}}
+        (place / "classify.json").write_text(json.dumps(facts))
+    render(run, "--images", "0")
+    page = (run / "report.html").read_text()
+    assert "Image classification, top-1, % before → aligned, linear head" in page
+    assert "<dd>71.2 → 70.0</dd>" in page
