@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import re
+import sys
 import time
 import zlib
 from array import array
@@ -29,6 +30,7 @@ _SUFFIXES = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
 # A directory that changes twice within one tick of its file system's clock keeps its mtime, so a list made this soon
 # after a change is not cached.
 _SETTLE_NS = 2_000_000_000
+_LINE_SECONDS = 10  # between two lines about the progress of a scan
 
 
 class Names:
@@ -105,10 +107,15 @@ def _scan_folder(root: str) -> dict[str, np.ndarray]:
     directories, mtimes = [], []
 
     def images() -> Iterator[bytes]:
+        count, shown = 0, time.monotonic()
         for directory, mtime, found in _walk(root):
             directories.append(directory)
             mtimes.append(mtime)
             yield from found
+            count += len(found)
+            if time.monotonic() - shown > _LINE_SECONDS:
+                shown = time.monotonic()
+                print(f"indexing {root}: {count} images so far", file=sys.stderr, flush=True)
 
     try:
         arrays = Names.pack(images()).arrays() | Names.pack(directories).arrays("tree_")

@@ -42,6 +42,13 @@ def test_folder_lists_images_in_a_stable_order(tmp_path):
         np.testing.assert_array_equal(source.read(i), files[name])
 
 
+def test_a_long_scan_reports_its_progress(tmp_path, monkeypatch, capsys):
+    root, _ = nested(tmp_path / "data")
+    monkeypatch.setattr(index, "_LINE_SECONDS", -1)
+    open_source(str(root))
+    assert capsys.readouterr().err.splitlines()[-1] == f"indexing {root}: 6 images so far"
+
+
 def test_folder_index_is_cached_and_renewed(tmp_path, scans):
     root, files = nested(tmp_path / "data")
 
