@@ -49,7 +49,7 @@ def _recipe_of(model: nn.Module, spec: ViTSpec) -> dict | None:
     try:
         usual = _arguments(describe(empty_model(name, {"num_classes": 0})))
         kwargs = {key: value for key, value in _arguments(spec).items() if value != usual[key]}
-        made = empty_model(name, {"num_classes": 0, **kwargs})
+        made = empty_model(name, {"num_classes": 0, **kwargs, **naflex.model_arguments(model)})
     except UserError:
         return None
     if describe(made) != spec or _settings(made) != _settings(model):

@@ -106,6 +106,14 @@ def table_arguments(state: Mapping[str, Tensor]) -> dict:
     return {"pos_embed_grid_size": tuple(axes)} if axes else {}
 
 
+def model_arguments(model: nn.Module) -> dict:
+    """timm's arguments for the position table of a model, which may not be a NaFlexVit."""
+    if not isinstance(model, NaFlexVit):
+        return {}
+    embeds = model.embeds
+    return {"pos_embed": embeds.pos_embed_type, "pos_embed_grid_size": embeds.pos_embed_grid_size}
+
+
 def vit_arguments(spec: ViTSpec) -> dict:
     """timm's arguments for a NaFlexVit with the ViT's position table."""
     return {"pos_embed": "learned", "pos_embed_grid_size": list(spec.grid)} if spec.position else {}

@@ -59,7 +59,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         vision_config(path.with_name("config.json")),
     )
     softcap = check_softcap(config.get("softcap", checkpoint.softcap), f"{path}: ")
-    return checkpoint._replace(softcap=softcap, config=config, grid=recorded_grid(config))
+    eps = config.get("final_norm_eps")  # of our exports
+    eps = eps if isinstance(eps, float) else checkpoint.norm_eps
+    return checkpoint._replace(softcap=softcap, config=config, grid=recorded_grid(config), norm_eps=eps)
 
 
 def interpret(content: Any, path: str) -> Checkpoint:

@@ -60,6 +60,8 @@ def create_backbone(
         if pretrained or checkpoint is not None or kwargs:
             raise UserError("create_backbone(model) takes no other arguments: build the model with them")
         return from_model(name)
+    if not isinstance(name, str):
+        raise UserError(f"create_backbone: got {type(name).__name__}, not a timm name or model: give one")
     name, kwargs, softcap = split_svit(name, {"num_classes": 0, **kwargs})
     template = empty_model(name, kwargs)
     if checkpoint is not None:

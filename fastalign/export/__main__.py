@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("run", nargs="?", type=path_argument, metavar="RUN", help="the folder of a run or of save_backbone")
     add("--weights", type=path_argument, help="instead of RUN: a file or folder of weights, with --name")
     add("--name", help="the timm name of --weights")
-    add("--kwargs", default="{}", help="timm's arguments of --weights, in YAML")
+    add("--kwargs", help="timm's arguments of --weights, in YAML")
     add("--softcap", type=float, help="that --weights were trained with, if the file does not record it")
     add("--to", required=True, choices=TARGETS, help="the library")
     add("--output", type=path_argument, help="the folder to write; default RUN/exports/TARGET")
@@ -51,15 +51,18 @@ def main(arguments: list[str] | None = None) -> int:
 def _source(given: argparse.Namespace) -> str | Run:
     """What is exported: RUN, or the weights that are not a run."""
     if given.run is not None:
-        if extra := [key for key in ("weights", "name", "softcap") if getattr(given, key) is not None]:
+        names = ("weights", "name", "kwargs", "softcap")
+        if extra := [key for key in names if getattr(given, key) is not None]:
             raise UserError(f"--{extra[0]} is for weights that are not a run: remove it, or RUN")
         return given.run
-    if given.weights is None or given.name is None:
+    if not given.weights or not given.name:
         raise UserError("give the folder of a run, or --weights FILE and --name TIMM_NAME")
-    return read_weights(given.name, given.weights, kwargs=given.kwargs, softcap=given.softcap)
+    return read_weights(given.name, given.weights, kwargs=given.kwargs or "{}", softcap=given.softcap)
 
 
 def _run(given: argparse.Namespace) -> None:
+    if given.text_tower is not None and given.to != "open-clip":
+        raise UserError(f"--text-tower is for --to open-clip, not {given.to}: remove it")
     options = {key: getattr(given, key) for key in ("output", "drop_softcap", "images", "hub", "text_tower")}
     folder, facts = export(_source(given), given.to, **options)
     parity, softcap = facts["parity"], facts["softcap"]

@@ -18,6 +18,10 @@ from fastalign.utils.errors import UserError
 PARITY = 1e-4
 """The largest relative error that an export may have: a misplaced weight causes a larger one."""
 PARITY_OF = "any token, fp32, 4 images of noise in batches of 1 and 3"
+EPSILON = (
+    "tokens near zero, as of random weights, also feel that the student's final norm has an epsilon of {ours:g}, "
+    "the library's perhaps {theirs:g}: then use --to onnx"
+)
 IMAGES, BATCH = 256, 16
 """Images that features are measured on, at most."""
 
@@ -47,9 +51,11 @@ def token_error(found: Tensor, wanted: Tensor) -> float:
 def check_parity(vit: ViT, tokens: Callable[[Tensor], Tensor], name: str) -> float:
     """`parity`, or UserError if it exceeds `PARITY`; `name` is what was exported."""
     if (error := parity(vit, tokens)) > PARITY:
+        ours, theirs = getattr(vit.norm, "eps", None), vit.spec.block.norm_eps
         raise UserError(
             f"{name}: the exported model differs from ours by {error:.1e} (at most {PARITY:g}): not written; check "
             "the versions of the libraries"
+            + ("" if ours in (None, theirs) else f"; {EPSILON.format(ours=ours, theirs=theirs)}")
         )
     return error
 

@@ -19,6 +19,7 @@ MODELS = {
     "beit_base_patch16_224": {"num_classes": 0, "drop_path_rate": 0.3},
     "eva02_base_patch16_clip_224": {"num_classes": 0, "dynamic_img_size": True},
     "naflexvit_base_patch16_siglip": {"num_classes": 0},
+    "naflexvit_base_patch16_gap": {"num_classes": 5, "pos_embed_grid_size": [3, 5]},
     "vit_base_patch16_dinov3": {"num_classes": 0, "dynamic_img_size": False},
     "aimv2_large_patch14_224": {"num_classes": 0, "patch_size": 16},
     "deit_tiny_distilled_patch16_224": {"num_classes": 5},
@@ -115,6 +116,12 @@ def test_says_what_it_cannot_take(model, message):
     with pytest.raises(fa.UserError, match=message) as error:
         fa.create_backbone(model())
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [None, VisionTransformer])
+def test_takes_a_name_or_a_model(value):
+    with pytest.raises(fa.UserError, match=r"create_backbone: got .*, not a timm name or model"):
+        fa.create_backbone(value)
 
 
 @pytest.mark.parametrize("options", [{"pretrained": True}, {"checkpoint": "a.pth"}, {"img_size": 64}])

@@ -35,6 +35,13 @@ def test_a_model_that_differs_is_not_written(runs, tmp_path, capsys, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_random_weights_feel_the_epsilon_of_the_final_norm(tmp_path, capsys):
+    vit = fa.create_backbone(FAMILIES["dinov3"], **small("dinov3"))
+    fa.save_backbone(fa.MaskEmbedStudent.from_backbone(vit), tmp_path)
+    assert main([str(tmp_path), "--to", "timm"]) == 2
+    assert "an epsilon of 1e-06, the library's perhaps 1e-05: then use --to onnx" in capsys.readouterr().err
+
+
 def half(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -107,6 +114,9 @@ def test_weights_that_are_not_a_run(tmp_path, family, targets):
     ("arguments", "words"),
     [
         (["RUN", "--weights", "a.pth"], "--weights is for weights that are not a run"),
+        (["RUN", "--kwargs", "{}"], "--kwargs is for weights that are not a run"),
+        (["RUN", "--text-tower", "a.pth"], "--text-tower is for --to open-clip, not timm"),
+        (["--weights", "a.pth", "--name", ""], "give the folder of a run, or --weights FILE and --name"),
         (["--weights", "a.pth"], "give the folder of a run, or --weights FILE and --name TIMM_NAME"),
         (["--weights", "/no/a.pth", "--name", "vit_tiny_patch16_224"], "--weights=/no/a.pth: not found"),
         (

@@ -68,6 +68,8 @@ def test_each_library_gives_our_features(runs, tmp_path, capsys, family, target,
     again = fa.create_backbone(FAMILIES[family], checkpoint=output, **kwargs).eval()
     assert again.softcap == (0.5 if softcap == "applied" else None)
     assert relative_error(again.forward_features(images(family)), wanted) < 1e-5
+    if target.startswith("hf-"):
+        assert again.norm.eps == fa.load_backbone(folder).norm.eps
 
 
 def test_the_file_alone_for_timm(runs, exported):
