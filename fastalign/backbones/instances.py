@@ -28,7 +28,10 @@ def from_model(model: nn.Module) -> ViT:
             raise UserError(f"the model is wrapped in {type(model).__name__}: give model.{inner}")
     for path, part in model.named_modules():
         if type(part).__module__ == "fastalign.backbones.accelerate":
-            raise UserError("the model was changed by fastalign.accelerate: give it before that")
+            raise UserError(
+                "the model was changed by fastalign.accelerate: give it before that, or timm's name and its file or "
+                "folder as checkpoint="
+            )
         if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
             raise UserError(
                 f"{path or 'the model'} has hooks or its own forward, which would be lost: remove them"

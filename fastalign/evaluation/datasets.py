@@ -126,9 +126,9 @@ def _open_own(root: Path, split: str) -> LabelledImages:
     """A folder of folders or of tar shards, with classes.txt."""
     shards, folder = each_once(root.glob(f"{split}-*.tar")), root / split
     if bool(shards) == folder.is_dir():
-        found = "both" if shards else "neither"
+        found, word = ("both", "and") if shards else ("neither", "nor")
         raise UserError(
-            f"{root} has {found} {split}/ and {split}-*.tar: give one, or name a kind (coco:ROOT)"
+            f"{root} has {found} {split}/ {word} {split}-*.tar: give one, or name a kind (coco:ROOT)"
         )
     classes, unlabeled = _read_classes(root / "classes.txt")
     if shards:

@@ -80,6 +80,13 @@ def test_keeps_dtype_mode_and_preprocessing(tmp_path):
     assert fa.load_backbone(tmp_path).data == vit.data
 
 
+def test_a_model_without_weights_is_not_saved(tmp_path):
+    with torch.device("meta"):
+        vit = fa.create_backbone(timm.create_model("vit_base_patch16_224", **SMALL))
+    with pytest.raises(fa.UserError, match="on the meta device, without weights: load them first"):
+        fa.save_backbone(vit, tmp_path)
+
+
 def edited(path: str, value) -> nn.Module:
     model, (parent, _, name) = finetuned(), path.rpartition(".")
     setattr(model.get_submodule(parent), name, value)
