@@ -57,6 +57,11 @@ def test_bad_classes_txt_is_refused(own, text, words):
     assert str(path) in message
 
 
+def test_a_split_that_is_missing(own):
+    shutil.rmtree(own / "val")
+    assert "has neither val/ nor val-*.tar: give one" in data_error(own, "val")
+
+
 def test_the_fingerprint_is_of_the_contents_not_of_the_location(own, tmp_path):
     first = open_labelled(str(own), "train").fingerprint()
     shutil.copytree(own, tmp_path / "copy")
