@@ -22,8 +22,8 @@ def student_encoder(
         vit: the backbone.
         out: the head's width.
         head: "linear" or "mlp".
-        softcap: of the attention logits; None = plain attention.
-        frozen: no head and the backbone's own norm instead, and nothing is trained.
+        softcap: the cap of the attention logits; None = plain attention.
+        frozen: keep the backbone's norm, add no head, train nothing.
     """
     encoder = copy.deepcopy(vit)
     encoder.pool, encoder.attn_pool, encoder.head_dist = "none", None, None
