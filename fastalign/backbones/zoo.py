@@ -50,7 +50,7 @@ def create_backbone(
             Position tables are resampled to another `img_size`.
 
     Returns:
-        A `ViT`. Its `data` says how images are normalised and cropped; its `recipe` is the name and the arguments.
+        A `ViT`. Its `data` says how images are normalized and cropped; its `recipe` is the name and the arguments.
 
     Raises:
         UserError: an unknown name (with the nearest ones), weights that cannot be loaded or do not fit, a wrapped or
@@ -106,7 +106,7 @@ def load_backbone(path: str | Path, **kwargs) -> ViT:
 
 
 def transform(vit: ViT) -> Callable:
-    """timm's evaluation transform for a backbone: a PIL image -> its normalised input, [3, height, width].
+    """timm's evaluation transform for a backbone: a PIL image -> its normalized input, [3, height, width].
 
     It crops the centre, as runs do, even for the few backbones that timm evaluates on squashed images.
     """
@@ -135,7 +135,7 @@ def _from_checkpoint(name: str, kwargs: dict, template: nn.Module, found: Checkp
         raise misfit(found, path, str(error).splitlines()[-1].strip()) from error
     vit = _finish(name, kwargs, template, source)
     for norm in (vit.norm, vit.fc_norm):
-        if not isinstance(norm, nn.Identity):  # a student's was re-initialised, with another epsilon
+        if not isinstance(norm, nn.Identity):  # a student's was re-initialized, with another epsilon
             norm.eps = found.norm_eps or norm.eps
     return vit
 

@@ -64,7 +64,7 @@ class Objective(nn.Module):
         """The loss of a batch.
 
         Args:
-            images: [B, C, height, width], normalised.
+            images: [B, C, height, width], normalized.
             sample_ids: [B] int64, on the host or the device; with `epoch` and the masks' seed they decide the masks.
             epoch: the training epoch, or `fastalign.utils.random.EVAL_EPOCH`.
 

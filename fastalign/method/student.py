@@ -16,7 +16,7 @@ from fastalign.ops.reference import Packing
 def student_encoder(
     vit: ViT, out: int, *, head: str = "linear", softcap: float | None = 30.0, frozen: bool = False
 ) -> ViT:
-    """A trainable copy of the backbone: norms re-initialised, pooling removed, a new head initialised to zero.
+    """A trainable copy of the backbone: norms re-initialized, pooling removed, a new head initialized to zero.
 
     Args:
         vit: the backbone.

@@ -68,7 +68,7 @@ class MaskedTeacher(nn.Module):
         """Targets, unscaled.
 
         Args:
-            images: [B, C, height, width], normalised.
+            images: [B, C, height, width], normalized.
             visible: [B, M, N] bool; None = the whole image, M = 1.
             packing: in mode drop, where the visible tokens are packed; computed if not given.
 
