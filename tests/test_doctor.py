@@ -1,8 +1,8 @@
 """The doctor's report: true about this machine, complete, and honest about failures."""
 
-from types import sys
+import sys
+from types import SimpleNamespace
 
-import SimpleNamespace
 import torch
 
 from fastalign import doctor, ops

@@ -21,7 +21,7 @@ def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
     Args:
         student: a student of fastalign or a `ViT`, perhaps wrapped in DDP or torch.compile. Soft-cap, preprocessing
             and timm name are read from it. Weights are written in fp32.
-        folder: it is created.
+        folder: where to write; created if missing.
         **facts: JSON values to record too, such as `step`, `val_loss`, or `weights`: "pretrained" or the file that
             the student started from, which an export needs to name the licence.
 

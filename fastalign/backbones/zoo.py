@@ -41,8 +41,8 @@ def create_backbone(
 
     Args:
         name: timm's name, with or without the tag of the weights, or `MOCO`; the authors' `svit_X` is `vit_X` with
-            attention logits capped at 30 (`max_attn_val`). Or a timm model, which is copied: its weights, devices,
-            dtypes and classifier are kept, and it stays as it is. It takes no other arguments.
+            attention logits capped at 30 (`max_attn_val`). Or a timm model: it is copied with its weights, devices,
+            dtypes and classifier, is not changed, and takes no other arguments.
         pretrained: load the published weights (through timm; needs the network or timm's cache).
         checkpoint: load these weights instead: a file or a folder, in a layout that docs/backbones.md names. Code
             in it is never run.
@@ -50,7 +50,7 @@ def create_backbone(
             Position tables are resampled to another `img_size`.
 
     Returns:
-        A `ViT` with `data`, how its images are normalised and cropped, and `recipe`, its name and arguments.
+        A `ViT`. Its `data` says how images are normalized and cropped; its `recipe` is the name and the arguments.
 
     Raises:
         UserError: an unknown name (with the nearest ones), weights that cannot be loaded or do not fit, a wrapped or
@@ -108,9 +108,9 @@ def load_backbone(path: str | Path, **kwargs) -> ViT:
 
 
 def transform(vit: ViT) -> Callable:
-    """timm's evaluation transform for a backbone: a PIL image -> its normalised input, [3, height, width].
+    """timm's evaluation transform for a backbone: a PIL image -> its normalized input, [3, height, width].
 
-    It crops the centre, as runs do, also for the few backbones that timm evaluates on squashed images.
+    It crops the centre, as runs do, even for the few backbones that timm evaluates on squashed images.
     """
     return timm.data.create_transform(**timm.data.resolve_model_data_config(vit), is_training=False)
 
@@ -137,7 +137,7 @@ def _from_checkpoint(name: str, kwargs: dict, template: nn.Module, found: Checkp
         raise misfit(found, path, str(error).splitlines()[-1].strip()) from error
     vit = _finish(name, kwargs, template, source)
     for norm in (vit.norm, vit.fc_norm):
-        if not isinstance(norm, nn.Identity):  # a student's was re-initialised, with another epsilon
+        if not isinstance(norm, nn.Identity):  # a student's was re-initialized, with another epsilon
             norm.eps = found.norm_eps or norm.eps
     return vit
 

@@ -34,7 +34,7 @@ def decoder_block_spec(
         qkv_bias=block.qkv_bias if qkv_bias is None else qkv_bias,
         qk_norm=block.qk_norm if qk_norm is None else qk_norm,
         layer_scale=init_values or None,
-        # The norm class is that of the student's final norm: BEiT has none, so its decoder has no norms.
+        # The norm class is that of the student's final norm: BEiT has none, so its decoder's blocks have none.
         norm=block.norm if student.final_norm else "identity",
         norm_eps=student.fresh_norm_eps,
     )
@@ -48,7 +48,7 @@ class MaskEmbedDecoder(nn.Module):
         tokens, prefix: T and P.
         out: D, the teacher's width.
         layers: number of blocks.
-        prefix_only: predict one vector, from the first prefix token (with P = 0 from the mean of all tokens).
+        prefix_only: predict one vector, from the first prefix token (with P = 0 the mean of all predictions).
     """
 
     def __init__(

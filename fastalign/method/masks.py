@@ -1,11 +1,11 @@
 """Mask distributions. A mask is True where the patch is visible.
 
 Every distribution is called as ``masks(sample_ids, num_patches, epoch=0)`` and returns [B, M, N] bool on the device
-of `sample_ids`: one sample, then its complement and the full mask where asked for. A mask is a pure function of
+of `sample_ids`: one sample, then, if requested, its complement and the full mask. A mask is a pure function of
 (seed, epoch, sample id): the same on every device, for every number of ranks and after every resume. Source: Covert
 et al., ICLR 2025.
 
-The PyTorch code here is the definition. The extension of `csrc/`, where it is installed, draws the same bits.
+The PyTorch code here is the definition. The extension in `csrc/`, if installed, draws the same bits.
 """
 
 import math
@@ -63,8 +63,8 @@ class _Masks:
     ) -> tuple[Tensor, Packing]:
         """Masks, and the position of their visible tokens in one packed row.
 
-        With complements the row's length is fixed, and on a GPU this is one launch. Otherwise it is that of
-        `fastalign.ops.pack_masks`, which waits for a GPU.
+        With complements the row has a fixed length, and a GPU needs one kernel launch. Otherwise
+        `fastalign.ops.pack_masks` computes the length, which waits for the GPU.
 
         Args:
             sample_ids, num_patches, epoch: as for the masks alone.

@@ -17,7 +17,7 @@ from fastalign.utils.errors import UserError
 
 
 class Objective(nn.Module):
-    """What both objectives have: a frozen teacher, a student, masks, the name of a loss and the targets' scale."""
+    """The base of both objectives: a frozen teacher, a student, masks, a loss and the scale of the targets."""
 
     prefix_visible = False
     """whether prefix tokens count as visible in the loss"""
@@ -45,7 +45,7 @@ class Objective(nn.Module):
     def draw(self, images: Tensor, sample_ids: Tensor, epoch: int) -> tuple[Tensor, Packing | None]:
         """The masks of a batch, [B, M, N] bool, and in mode drop where the visible tokens are packed.
 
-        Where lengths vary they are computed where the sample ids are: on the host, nothing waits for the device.
+        If lengths vary, they are computed on the device of `sample_ids`: on the host, nothing waits for a GPU.
         """
         device, spec = images.device, self.teacher.spec
         if self.fixed_lengths:
@@ -64,7 +64,7 @@ class Objective(nn.Module):
         """The loss of a batch.
 
         Args:
-            images: [B, C, height, width], normalised.
+            images: [B, C, height, width], normalized.
             sample_ids: [B] int64, on the host or the device; with `epoch` and the masks' seed they decide the masks.
             epoch: the training epoch, or `fastalign.utils.random.EVAL_EPOCH`.
 
@@ -132,9 +132,9 @@ class Objective(nn.Module):
         """torch.compile the student and the teacher without a graph break.
 
         Args:
-            blocks: compile each transformer block by itself: equal blocks share a graph, so that the first step
-                comes sooner; what lies between blocks is not fused.
-            **options: of torch.compile.
+            blocks: compile each transformer block separately. Equal blocks share a graph, so the first step starts
+                sooner; operations between blocks are not fused.
+            **options: passed to torch.compile.
         """
         modules = [self.teacher, self.student]
         if blocks:
@@ -151,7 +151,7 @@ class Objective(nn.Module):
 
 
 class MaskEmbed(Objective):
-    """Locality alignment: predict the teacher's view of the masked image from the student's masked output.
+    """Locality alignment: predict the teacher's output for a masked image from the student's masked tokens.
 
     >>> vit = fa.create_backbone("vit_tiny_patch16_224", depth=2)
     >>> step = fa.MaskEmbed(fa.MaskedTeacher(vit), fa.MaskEmbedStudent.from_backbone(vit), fa.UniformMasks())

@@ -16,14 +16,14 @@ from fastalign.ops.reference import Packing
 def student_encoder(
     vit: ViT, out: int, *, head: str = "linear", softcap: float | None = 30.0, frozen: bool = False
 ) -> ViT:
-    """A trainable copy of the backbone: norms re-initialised, pooling removed, a new head initialised to zero.
+    """A trainable copy of the backbone: norms re-initialized, pooling removed, a new head initialized to zero.
 
     Args:
         vit: the backbone.
         out: the head's width.
         head: "linear" or "mlp".
-        softcap: of the attention logits; None = plain attention.
-        frozen: no head and the backbone's own norm instead, and nothing is trained.
+        softcap: the cap of the attention logits; None = plain attention.
+        frozen: keep the backbone's norm, add no head, train nothing.
     """
     encoder = copy.deepcopy(vit)
     encoder.pool, encoder.attn_pool, encoder.head_dist = "none", None, None

@@ -19,13 +19,13 @@ class MaskedTeacher(nn.Module):
     >>> teacher(torch.randn(2, 3, 224, 224), torch.ones(2, 1, 196, dtype=torch.bool)).shape
     torch.Size([2, 1, 197, 192])
 
-    Its output is the backbone's own final norm of the output of block L - `skip_blocks`, every token; with
-    `prefix_only` the pooled output, one vector.
+    It returns all tokens of the last block that is left, after the backbone's final norm; with `prefix_only` the
+    pooled output, one vector.
 
     Args:
         vit: the backbone; it is copied.
         skip_blocks: how many of the last blocks are removed.
-        masking: "zero": a hidden patch is blank pixels (the mean colour); "drop": it leaves the sequence.
+        masking: "zero": hidden patches are blank (the mean colour); "drop": they leave the sequence.
         prefix_only: the pooled output instead of the tokens; needs ``skip_blocks=0``.
     """
 
@@ -51,7 +51,7 @@ class MaskedTeacher(nn.Module):
         """Keep the matrices in a lower precision. From then on the teacher runs under bf16 autocast only.
 
         Args:
-            dtype: torch.bfloat16: autocast's own targets to the bit, half the memory, no cast at each step;
+            dtype: torch.bfloat16: bit for bit the targets of autocast, half the memory, no cast at each step;
                 torch.float8_e4m3fn: the linear layers of the blocks multiply in FP8, the rest is bf16.
         """
         if dtype == torch.float8_e4m3fn:
@@ -68,7 +68,7 @@ class MaskedTeacher(nn.Module):
         """Targets, unscaled.
 
         Args:
-            images: [B, C, height, width], normalised.
+            images: [B, C, height, width], normalized.
             visible: [B, M, N] bool; None = the whole image, M = 1.
             packing: in mode drop, where the visible tokens are packed; computed if not given.
 

@@ -206,7 +206,7 @@ def test_other_values_are_refused_by_name(write, name):
 BAD = """
 bach_size: 3 -> unknown key bach_size | nearest is batch_size
 data-dir: /d -> unknown key data-dir | nearest is data_dir
-model: vit, num_classes: 1000 -> finetune.py | fastalign.classify
+model: vit, num_classes: 1000 -> finetune.py | fastalign classify
 prefix_only: "False" -> prefix_only: Input should be a valid boolean, got 'False'
 batch_size: null -> batch_size: Input should be a valid integer, got None
 opt: sgd -> opt: Input should be 'adamw', got 'sgd'
