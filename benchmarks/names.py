@@ -180,13 +180,13 @@ def _list(names: list[str]) -> str:
 
 
 def summary(results: list[Result]) -> str:
-    """The counts in one sentence."""
+    """The counts in two sentences."""
     counted = [result for result in results if result.counted]
     taken = [[result for result in part if result.errors] for part in (results, counted)]
+    equal, refused = len(taken[0]), len(results) - len(taken[0])
     return (
-        f"{len(taken[0])} of timm's {len(results)} vision transformers are equal to timm's and "
-        f"{len(results) - len(taken[0])} are refused; of the {len(counted)} plain ones of at most a billion "
-        f"parameters {len(taken[1])} are equal."
+        f"Of timm's {len(results)} vision transformers, {equal} equal timm's and {refused} are refused. Of the "
+        f"{len(counted)} plain ones with at most a billion parameters, {len(taken[1])} are equal."
     )
 
 
