@@ -199,7 +199,7 @@ def main(arguments: list[str]) -> None:
         results.append(result)
     print(summary(results), table(results), sep="\n\n")
     if "--write" in arguments:
-        page, mark = PAGE.read_text(), re.compile(r"\d+ of timm's \d+ vision[^.]+\.")
+        page, mark = PAGE.read_text(), re.compile(r"Of timm's \d+\s+vision[^.]+\.[^.]+\.")
         PAGE.write_text(mark.sub(summary(results), page))
         record.replace_table(PAGE, table(results))
 
