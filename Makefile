@@ -26,9 +26,10 @@ FAILED := { echo "make install: pip failed, see above; it needs the network, or 
 $(FASTALIGN_VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*) | own-venv
 	@command -v c++ >/dev/null || echo "make install: no C++ compiler (c++): the extension is left out, masks are drawn in PyTorch"
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(FASTALIGN_VENV)
-	$(PIP) setuptools wheel || $(FAILED)
-	$(PIP) torch torchvision || $(FAILED)
-	$(PIP) --no-build-isolation -e ".[$(DALI),demo,dev]" || $(FAILED)
+	@echo "installing packages into $(FASTALIGN_VENV), a few minutes"
+	@$(PIP) setuptools wheel || $(FAILED)
+	@$(PIP) torch torchvision || $(FAILED)
+	@$(PIP) --no-build-isolation -e ".[$(DALI),demo,dev]" || $(FAILED)
 	@$(PY) -c "from fastalign.ops import extension; print('installed; extension for masks:', extension.status())"
 	touch $@
 
