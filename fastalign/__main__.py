@@ -1,10 +1,10 @@
 """The command ``fastalign COMMAND ...``; ``python -m fastalign.COMMAND ...`` is the same."""
 
-import difflib
 import importlib
 import sys
 
 from fastalign import __version__
+from fastalign.utils.errors import unknown
 
 COMMANDS = {
     "train": "align a backbone; torchrun -m fastalign.train on several GPUs",
@@ -27,8 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     elif name == "--version":
         print(f"fastalign {__version__}")
     elif name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
-        print(f"fastalign: unknown command {name!r}; the nearest is {near}", file=sys.stderr)
+        print(f"fastalign: {unknown('command', name, COMMANDS)}", file=sys.stderr)
         return 2
     else:
         package = importlib.import_module(f"fastalign.{name}")

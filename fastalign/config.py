@@ -5,7 +5,6 @@ value. A recipe may name another file as its `base`, relative to itself; its own
 """
 
 import contextlib
-import difflib
 import math
 import re
 from pathlib import Path
@@ -16,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from fastalign.backbones.spec import check_svit
 from fastalign.method.masks import MASKS
 from fastalign.utils import sections
-from fastalign.utils.errors import UserError
+from fastalign.utils.errors import UserError, unknown
 from fastalign.utils.paths import UserPath
 from fastalign.utils.sections import Kind, Section, to_yaml
 from fastalign.utils.yaml_files import read_with_bases
@@ -305,8 +304,7 @@ def _recipe_path(recipe: str | Path) -> Path:
     if path.suffix or len(path.parts) > 1 or path.is_file():
         return path
     if (known := recipes()).get(path.name) is None:
-        near = difflib.get_close_matches(path.name, known, n=1, cutoff=0.0)[0]
-        raise UserError(f"no recipe {path.name!r}; the nearest is {near} (`fastalign recipes` lists them)")
+        raise UserError(f"{unknown('recipe', path.name, known)} (`fastalign recipes` lists them)")
     return known[path.name]
 
 

@@ -114,7 +114,7 @@ def run_training(run: Run, splits: Splits, *, notes: list[str], new_scale: bool)
             else:
                 begins = f"resuming {run.folder} at {at}" if state.step else f"new run in {run.folder}"
                 reporter.say("\n".join([*start_lines(run), begins]))
-            reporter.say("".join(f"{note}\n" for note in notes).rstrip())
+            reporter.say("\n".join(notes))
             prepare_logs(run, reporter)
             if state.step == 0:
                 initial_eval(run, splits, reporter)

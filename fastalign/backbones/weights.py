@@ -158,9 +158,8 @@ def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[s
     # they were square, so it gets a model without any.
     bare = copy.deepcopy(template)
     bare.pos_embed = None
-    if (
-        isinstance(template, naflex.NaFlexVit) and "pos_embed" in state
-    ):  # there timm's tables have rows and columns
+    if isinstance(template, naflex.NaFlexVit) and "pos_embed" in state:
+        # There timm's tables have rows and columns.
         grid = checkpoint.grid or table_grid(state, describe(template), path)
         state["pos_embed"] = state["pos_embed"].reshape(1, *grid, -1)
     try:

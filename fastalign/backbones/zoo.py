@@ -101,9 +101,8 @@ def load_backbone(path: str | Path, **kwargs) -> ViT:
     found = _with_facts(read_checkpoint(weights), facts, str(path))
     vit = _from_checkpoint(name, kwargs, empty_model(name, kwargs), found, str(weights))
     vit.softcap = found.softcap
-    vit.data = {
-        key: facts.get(key, value) for key, value in vit.data.items()
-    }  # a user's model may have its own
+    # A user's model may have preprocessing of its own.
+    vit.data = {key: facts.get(key, value) for key, value in vit.data.items()}
     return vit.eval()
 
 

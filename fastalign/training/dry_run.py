@@ -9,7 +9,7 @@ import torch
 from fastalign.config import Config
 from fastalign.data.sources import open_source
 from fastalign.training.distributed import World
-from fastalign.training.messages import duration, start_lines
+from fastalign.training.messages import duration, setup_lines
 from fastalign.training.metrics import peak_memory
 from fastalign.training.run import Run
 from fastalign.utils.errors import UserError
@@ -49,7 +49,7 @@ def dry_run(config: Config, world: World, update: Callable) -> list[str]:
                 started = _now(world)
             update(run, batches, 0)
         seconds = (_now(world) - started) / UPDATES
-        lines = [line for line in start_lines(run) if not line.startswith(("data:", "length:"))]
+        lines = setup_lines(run)
         for loader in (batches, run.train):
             loader.close()
     updates = min(images // size * config.optim.epochs, config.max_steps or 1 << 62)

@@ -23,31 +23,37 @@ def clock(seconds: float) -> str:
     return time.strftime("%H:%M" if end[:3] == now[:3] else "%a %d %b, %H:%M", end)
 
 
-def start_lines(run: Run) -> list[str]:
-    """What a run is about to do, one fact per line."""
+def setup_lines(run: Run) -> list[str]:
+    """What a run trains with, one fact per line."""
     config, world, spec, optim = run.config, run.world, run.backbone.spec, run.config.optim
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     parameters = sum(p.numel() for p in run.objective.student.encoder.parameters())
     cap, rows, columns = config.student.softcap, *spec.grid
-    images, epoch = len(run.train.source), run.epoch_steps * optim.batch_size
-    batch = optim.batch_size // (world.size * optim.accumulate)
-    teacher = teacher_of(config)
-    lines = [
+    teacher, weights, _ = teacher_of(config)
+    other = (teacher, weights) != (config.student.name, config.student.weights)
+    return [
         f"fastalign {__version__}, torch {torch.__version__}, {device}, {world.size} rank{'s' * (world.size > 1)}, "
         f"{optim.accumulate} pass{'es' * (optim.accumulate > 1)} per update",
         *run.notes,
         f"backbone: {config.student.name}, {parameters / 1e6:.1f} M parameters, {rows} x {columns} patches of "
         f"{' x '.join(map(str, spec.image_size))} pixels, soft-cap {cap or 'none'}, weights {config.student.weights}",
+        *([f"teacher: {teacher}, weights {weights}"] if other else []),
+        f"batch: {optim.batch_size} images, {optim.batch_size // (world.size * optim.accumulate)} per rank and pass",
+    ]
+
+
+def start_lines(run: Run) -> list[str]:
+    """What a run is about to do, one fact per line."""
+    epochs, size = run.config.optim.epochs, run.config.optim.batch_size
+    images, epoch = len(run.train.source), run.epoch_steps * size
+    return [
+        *setup_lines(run),
         f"data: {images} images"
         + (f", of which each epoch leaves out {images - epoch}" if images > epoch else "")
         + (f"; {len(run.val.source)} for validation" if run.val else "; none for validation"),
-        f"batch: {optim.batch_size} images, {batch} per rank and pass",
-        f"length: {optim.epochs} epoch{'s' * (optim.epochs > 1)} of {run.epoch_steps} updates"
+        f"length: {epochs} epoch{'s' * (epochs > 1)} of {run.epoch_steps} updates"
         + (f", stopped after {run.last_step} updates" if run.last_step < run.total_steps else ""),
     ]
-    if teacher[:2] != (config.student.name, config.student.weights):
-        lines.insert(-3, f"teacher: {teacher[0]}, weights {teacher[1]}")
-    return lines
 
 
 def end_lines(run: Run) -> list[str]:

@@ -86,7 +86,7 @@ def test_bad_input_is_one_line_and_exit_code_2(recipe, tmp_path, capsys, case):
     [
         (["optim.lr=3", "recipe.yaml"], "no recipe at recipe.yaml"),
         (["clip-vit-b", "siglip-vit-b"], "give one recipe, got clip-vit-b, siglip-vit-b"),
-        (["clipvit-b"], "no recipe 'clipvit-b'; the nearest is clip-vit-b"),
+        (["clipvit-b"], "unknown recipe clipvit-b; the nearest is clip-vit-b"),
     ],
 )
 def test_the_recipe_is_named_in_the_message(arguments, message, capsys):
