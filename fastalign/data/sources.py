@@ -44,30 +44,22 @@ def _crc(*texts: str) -> int:
 class Source:
     """A list of encoded images.
 
-    Subclasses define `__len__`; `name(index)`, for messages and label files, relative to `root` if there is one;
-    `read(index)`: [bytes] uint8, thread-safe, raises `Unreadable`; and for `identity` `crc_of_names`, of all portable
-    names. `damaged`: (portable name, reason) of damaged tar shards.
+    Subclasses define `__len__`; `name(index)`, without the location of the data set, which is `root`; `read(index)`:
+    [bytes] uint8, thread-safe, raises `Unreadable`; and for `identity` `crc_of_names`. Those with labels define
+    `class_names`: of each sample, as the data set writes it, or None. `damaged`: (name, reason) of tar shards.
     """
 
     root: str | None = None
     damaged: tuple[tuple[str, str], ...] = ()
 
-    def portable_name(self, index: int) -> str:
-        """The sample's name without the location of the data set."""
-        return self.name(index)
-
-    def class_names(self) -> list[str | None]:
-        """The class of each sample as the data set writes it; None for a sample without one."""
-        return [None] * len(self)
-
     def fingerprint(self) -> int:
-        """A CRC-32 of the length and of the first, middle and last portable names: quick, to compare ranks."""
+        """A CRC-32 of the length and of the first, middle and last names: quick, to compare ranks."""
         total = len(self)
-        return _crc(str(total), *(self.portable_name(i) for i in (0, total // 2, total - 1)))
+        return _crc(str(total), *(self.name(i) for i in (0, total // 2, total - 1)))
 
     @cached_property
     def identity(self) -> dict[str, int | list[int]]:
-        """CRC-32 of all portable names, and of the bytes of nine samples, for checkpoints. 0 = unreadable."""
+        """CRC-32 of all names, and of the bytes of nine samples, for checkpoints. 0 = unreadable."""
         samples = []
         for index in sorted({i * (len(self) - 1) // 8 for i in range(9)}):
             try:
@@ -99,9 +91,6 @@ class Subset(Source):
 
     def name(self, index: int) -> str:
         return self.whole.name(int(self.indices[index]))
-
-    def portable_name(self, index: int) -> str:
-        return self.whole.portable_name(int(self.indices[index]))
 
     def read(self, index: int) -> np.ndarray:
         return self.whole.read(int(self.indices[index]))
@@ -227,13 +216,13 @@ class TarSource(Source):
         self._names = Names(index)
         self._shard, self._start, self._size = index["shard"], index["start"], index["size"]
         # Relative to their common folder: many data sets have a 00000.tar.
-        common = os.path.commonpath([os.path.dirname(shard) for shard in self.shards])  # noqa: PTH120
-        self._portable = [os.path.relpath(shard, common) for shard in self.shards]
+        self.root = os.path.commonpath([os.path.dirname(shard) for shard in self.shards])  # noqa: PTH120
+        self._portable = [os.path.relpath(shard, self.root) for shard in self.shards]
         damages = zip(self._portable, Names(index, "damage_"), strict=True)
         self.damaged = tuple((shard, damage) for shard, damage in damages if damage)
         if self.damaged and not (damaged and len(self._names)):
             shard, damage = self.damaged[0]
-            place = f"{common}/{shard}: {damage}"
+            place = f"{self.root}/{shard}: {damage}"
             raise UserError(f"broken tar shard {place}; fetch it again (plain .tar only, not compressed)")
         if len(self._names) == 0:
             raise UserError(f"no images in the {len(self.shards)} shards of {spec}; looked for {_EXTENSIONS}")
@@ -244,9 +233,6 @@ class TarSource(Source):
         return len(self._names)
 
     def name(self, index: int) -> str:
-        return f"{self.shards[self._shard[index]]}:{self._names[index]}"
-
-    def portable_name(self, index: int) -> str:
         return f"{self._portable[self._shard[index]]}:{self._names[index]}"
 
     def crc_of_names(self) -> int:
@@ -257,9 +243,9 @@ class TarSource(Source):
         return [class_of(name, found[shard]) for name, shard in zip(self._names, self._shard, strict=True)]
 
     def read(self, index: int) -> np.ndarray:
-        shard = self.shards[self._shard[index]]
+        shard, name = self.shards[self._shard[index]], f"{self.root}/{self.name(index)}"
         start, size = int(self._start[index]), int(self._size[index])
-        return _read(shard, self.name(index), start, size, lambda path: nullcontext(self._open(path)))
+        return _read(shard, name, start, size, lambda path: nullcontext(self._open(path)))
 
 
 def _contains_tars(path: Path) -> bool:

@@ -6,18 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from fastalign.data import bad_samples
+from fastalign.data import pipeline
 from fastalign.data.bad_samples import (
     BadSample,
     BadSamples,
-    SampleReader,
     append_to_list,
     read_list,
     read_quarantine,
     to_line,
     too_many,
 )
-from fastalign.data.pipeline import DecodeError, Decoder
+from fastalign.data.pipeline import DecodeError, Decoder, SampleReader
 from fastalign.data.sources import open_source
 from fastalign.utils.errors import UserError
 from fastalign.utils.random import permutation
@@ -99,10 +98,10 @@ def test_evaluation_leaves_bad_samples_out(clean, dirty, monkeypatch):
     collect = Decoder.collect
 
     def short_of_memory(decoder):
-        count, pixels = len(decoder._in_flight[0]), collect(decoder)
-        if count > 7:
+        decoded = collect(decoder)
+        if decoded and len(decoded[0][0]) > 7:
             raise DecodeError("out of memory")
-        return pixels
+        return decoded
 
     monkeypatch.setattr(Decoder, "collect", short_of_memory)
     for size in (1, 7, 16):
@@ -131,7 +130,7 @@ def test_a_hundred_bad_samples_in_a_row_are_an_error(tmp_path):
 
 @pytest.fixture
 def fast(monkeypatch):
-    monkeypatch.setattr(bad_samples, "_RETRY_AFTER", (0.01, 0.01))
+    monkeypatch.setattr(pipeline, "_RETRY_AFTER", (0.01, 0.01))
 
 
 def test_unreadable_files_are_bad_and_block_nothing(tmp_path, fast):

@@ -8,7 +8,7 @@ from timm.data import transforms as timm_transforms
 from torchvision.transforms import functional as vision
 
 from fastalign.data.headers import read_size
-from fastalign.data.pipeline import Decoder
+from fastalign.data.pipeline import Decoder, Sample
 from fastalign.data.transforms import Transform, geometry, normalize, reflect
 from fastalign.utils.random import Stream, random_uniform
 from tests.data_helpers import CLIP_MEAN, CLIP_STD, Scripted, decode, encode, photo
@@ -26,11 +26,11 @@ FILES = {
 
 
 def dali_pixels(transform: Transform, files: list, ids: np.ndarray, seed=0, epoch=0) -> torch.Tensor:
-    decoder = Decoder(transform.size, batch_size=len(files), device=torch.device("cpu"), threads=2)
-    shapes = np.array([read_size(data) for data in files])
-    sampling = geometry(transform, shapes, ids, seed=seed, epoch=epoch)
-    decoder.submit(files, sampling)
-    return reflect(decoder.collect(), sampling)
+    decoder = Decoder(transform, batch_size=len(files), device=torch.device("cpu"), threads=2)
+    samples = [Sample(i, i, data, read_size(data)) for i, data in zip(ids.tolist(), files, strict=True)]
+    decoder.submit(samples, seed=seed, epoch=epoch)
+    ((pixels, sampling),) = decoder.collect()
+    return reflect(pixels, sampling)
 
 
 def levels(images: torch.Tensor, timm_output: list) -> np.ndarray:

@@ -62,7 +62,7 @@ def test_bad_input_is_refused_before_the_scan(tmp_path, capsys, monkeypatch):
         ([str(tmp_path / "none")], "no such folder"),
         (["synthetic"], "no file to check"),
         ([str(root), "--workers", "0"], "--workers 0"),
-        ([str(root), "--output", str(tmp_path)], "is a directory: name a file"),
+        ([str(root), "--output", str(tmp_path)], "cannot be written (Is a directory)"),
         ([str(root), "--output", "/proc/q.jsonl"], "/proc/q.jsonl cannot be written ("),
     ):
         assert main(arguments) == 2

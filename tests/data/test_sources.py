@@ -132,7 +132,7 @@ def test_messages_name_the_path_and_the_remedy(tmp_path):
     for spec, expected in (
         ("nowhere", f"no such folder: {tmp_path}/nowhere"),
         ("text", f"no images in {tmp_path}/text; looked for .jpg .jpeg .png .webp .bmp"),
-        ("x-*.tar", f"no tar file matches {tmp_path}/x-*.tar"),
+        ("x-*.tar", f"no such tar file: {tmp_path}/x-*.tar"),
         ("t/{000..001}.tar", f"no such tar file: {tmp_path}/t/001.tar"),
         ("n", "no images in the 1 shards"),
         ("mixed", "has tar files (0.tar) and others (stray.png)"),

@@ -24,8 +24,8 @@ def scans(monkeypatch):
     return count_calls(monkeypatch, tars, "_scan_shard")
 
 
-def portable_names(source):
-    return [source.portable_name(i) for i in range(len(source))]
+def names(source):
+    return [source.name(i) for i in range(len(source))]
 
 
 def test_tar_forms_agree_and_a_changed_shard_is_noticed(tmp_path, scans):
@@ -36,7 +36,7 @@ def test_tar_forms_agree_and_a_changed_shard_is_noticed(tmp_path, scans):
         for i in range(12):
             np.testing.assert_array_equal(source.read(i), photos[i])
         assert len(os.listdir("/proc/self/fd")) == before + 3, "each shard is opened once"  # noqa: PTH208
-        assert (len(source), source.name(5)) == (12, f"{tmp_path}/t/001.tar:1001.jpg")
+        assert (len(source), source.name(5)) == (12, "001.tar:1001.jpg")
         del source
         assert len(os.listdir("/proc/self/fd")) <= before, "closed with the source"  # noqa: PTH208
     assert len(scans) == 3
@@ -71,7 +71,7 @@ def test_only_regular_visible_members_are_images(tmp_path):
             info.size = len(photo)
             tar.addfile(info, io.BytesIO(bytes(photo)))
     source = open_source(str(path))
-    assert portable_names(source) == [f"t.tar:{long}", "t.tar:./a/x.jpg"]
+    assert names(source) == [f"t.tar:{long}", "t.tar:./a/x.jpg"]
     np.testing.assert_array_equal(source.read(0), photo)
 
 
@@ -86,7 +86,7 @@ def test_tars_joined_end_to_end_are_read_as_tar_lists_them(tmp_path):
     joined.write_bytes(parts[0] + bytes(3 << 20) + parts[1] + parts[2].rstrip(b"\0") + bytes(512 + 100))
     listed = subprocess.run(["tar", "itf", str(joined)], capture_output=True, text=True, check=True)
     source = open_source(str(joined))
-    assert portable_names(source) == [f"joined.tar:{name}" for name in listed.stdout.split()]
+    assert names(source) == [f"joined.tar:{name}" for name in listed.stdout.split()]
     for i, photo in enumerate(photos):
         np.testing.assert_array_equal(source.read(i), photo)
     joined.write_bytes(parts[0] + b"what is this" + parts[1])
@@ -100,8 +100,8 @@ def test_names_tell_shards_of_different_folders_apart(tmp_path):
     for name, photo in photos.items():
         write_tar(tmp_path / f"{name}/00000.tar", [("000000000.jpg", photo)])
     two, three = (open_source(f"{tmp_path}/{sets}/00000.tar") for sets in ("{cc3m,cc12m}", "*"))
-    assert two.portable_name(0) == "cc12m/00000.tar:000000000.jpg"
-    append_to_list(tmp_path / "q.jsonl", [BadSample(i, two.portable_name(i), "GIF") for i in range(2)])
+    assert two.name(0) == "cc12m/00000.tar:000000000.jpg"
+    append_to_list(tmp_path / "q.jsonl", [BadSample(i, two.name(i), "GIF") for i in range(2)])
     found = read_quarantine(tmp_path / "q.jsonl", three)
     assert {three.read(i).tobytes() for i in found} == {photos[n].tobytes() for n in ("cc12m", "cc3m")}
     assert two.fingerprint() != three.fingerprint()
@@ -120,7 +120,7 @@ def test_links_to_shards_keep_their_own_names(tmp_path):
         (tmp_path / "links" / name).symlink_to(write_tar(tmp_path / "store" / stored, [("a.jpg", photo)]))
     shutil.copytree(tmp_path / "links", tmp_path / "local")
     links, local = (open_source(f"{tmp_path}/{place}/**/*.tar") for place in ("links", "local"))
-    assert portable_names(links) == ["0.tar:a.jpg", "deep/1.tar:a.jpg"]
+    assert names(links) == ["0.tar:a.jpg", "deep/1.tar:a.jpg"]
     assert [links.read(i).tobytes() for i in range(2)] == [photo.tobytes() for photo in photos]
     assert links.differs_from(local.identity) is None
     (tmp_path / "links/again.tar").symlink_to("0.tar")
@@ -155,7 +155,7 @@ def test_a_damaged_shard_is_refused_or_used_up_to_its_damage(tmp_path):
         age(tmp_path / "t")
         for _ in range(2):  # scanned, then from the cache
             source = open_source(str(tmp_path / "t"), damaged=True)
-            assert portable_names(source) == ["0.tar:a.jpg", "1.tar:0.jpg"]
+            assert names(source) == ["0.tar:a.jpg", "1.tar:0.jpg"]
             np.testing.assert_array_equal(source.read(1), photos[0])
             ((name, reason),) = source.damaged
             assert name == "1.tar"
@@ -210,5 +210,5 @@ def test_crafted_members_end_a_shard_without_harm(tmp_path, crafted):
     path.write_bytes(begin + crafted + bytes(1024))
     source = open_source(str(path), damaged=True)
     np.testing.assert_array_equal(source.read(0), photo)
-    assert source.name(0).endswith("t.tar:../../a.jpg")
+    assert source.name(0) == "t.tar:../../a.jpg"
     assert all(int(source._start[i] + source._size[i]) <= path.stat().st_size for i in range(len(source)))
