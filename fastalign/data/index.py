@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import write_tensors
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 _SUFFIXES = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
 # A directory that changes twice within one tick of its file system's clock keeps its mtime, so a list made this soon
 # after a change is not cached.

@@ -38,7 +38,7 @@ def test_scan_lists_what_training_finds(tmp_path, capsys):
         "  3 x damaged: DALI cannot decode it (such as '050.jpg')",
         "  2 x truncated: a JPEG without its end (such as '004.jpg')",
         "  1 x No such file or directory (such as '080.jpg')",
-        "  1 x not a JPEG, PNG, WebP or BMP file: it begins with b'this is no i' (such as 'a\\nb.jpg')",
+        "  1 x not a JPEG, PNG or WebP file: it begins with b'this is no i' (such as 'a\\nb.jpg')",
         f"quarantine list: {output}; train with faults.quarantine={output}",
     ]
     assert "101 of 101 images checked, 7 bad" in error_text
