@@ -149,8 +149,7 @@ class Loader:
         Work starts at once; an earlier iterator of this loader is closed. Evaluation ignores `epoch`.
         """
         self._stop_active()
-        batches = self._generate(epoch if self.train else EVAL_EPOCH, start)
-        iterator = _prefetch(batches, self.device)
+        iterator = _prefetch(self._generate(epoch if self.train else EVAL_EPOCH, start), self.device)
         next(iterator)
         self._active = weakref.ref(iterator)
         return iterator
@@ -189,15 +188,12 @@ class Loader:
         def read(part: np.ndarray) -> list[Sample]:
             return [self._reader.read(index) for index in part.tolist()]
 
-        waiting: deque[Iterator[list[Sample]]] = deque()
-        remaining = self._ids(epoch, start)
-        while True:
-            while len(waiting) <= _READ_AHEAD and (ids := next(remaining, None)) is not None:
-                parts = np.array_split(ids, min(self._threads, len(ids)))
-                waiting.append(self._pool.map(read, parts))
-            if not waiting:
-                return
+        parts = (np.array_split(ids, min(self._threads, len(ids))) for ids in self._ids(epoch, start))
+        reads = (self._pool.map(read, each) for each in parts)
+        waiting = deque(itertools.islice(reads, _READ_AHEAD + 1))
+        while waiting:
             yield list(itertools.chain.from_iterable(waiting.popleft()))
+            waiting.extend(itertools.islice(reads, 1))
 
     def _decode(self, reads: Iterator[list[Sample]], epoch: int) -> Iterator[Batch]:
         """While DALI decodes a batch, the previous one is finished and delivered."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastalign.data.bad_samples import BadSample, BadSamples, check_in_a_row
 from fastalign.data.headers import read_size, without_exif
 from fastalign.data.sources import Source, Unreadable
-from fastalign.data.transforms import BILINEAR, Geometry, Transform, geometry
+from fastalign.data.transforms import Geometry, Transform, geometry
 from fastalign.utils.errors import UserError
 
 _RETRY_AFTER = (0.1, 0.4)
@@ -170,7 +170,7 @@ class Decoder:
         ids, shapes = np.array([sample.id for sample in samples]), np.array([s.size for s in samples])
         sampling = geometry(self._transform, shapes, ids, seed=seed, epoch=epoch)
         encoded, types = [without_exif(sample.encoded) for sample in samples], self._dali.types
-        kinds = np.where(sampling.interpolation == BILINEAR, types.INTERP_LINEAR, types.INTERP_CUBIC)
+        kinds = np.where(sampling.bicubic, types.INTERP_CUBIC, types.INTERP_LINEAR)
         self._pipeline.feed_input("encoded", encoded)
         self._pipeline.feed_input("roi_start", sampling.roi_start)
         self._pipeline.feed_input("roi_end", sampling.roi_end)

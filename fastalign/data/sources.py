@@ -84,7 +84,7 @@ class Subset(Source):
 
     def __init__(self, whole: Source, indices: np.ndarray):
         self.whole, self.indices = whole, np.asarray(indices, dtype=np.int64)
-        self.root, self.damaged = whole.root, whole.damaged
+        self.root = whole.root
 
     def __len__(self) -> int:
         return len(self.indices)
