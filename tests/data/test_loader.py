@@ -8,7 +8,6 @@ import threading
 import time
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -38,9 +37,8 @@ def run(source, transform, **options):
 
 
 def same(left, right):
-    for (ids, images), (other_ids, other_images) in zip(left, right, strict=True):
-        np.testing.assert_array_equal(ids, other_ids)
-        assert torch.equal(images, other_images)
+    for ours, theirs in zip(left, right, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @needs_dali
@@ -49,38 +47,24 @@ def test_every_world_size_sees_the_same(source):
     one = run(source, TRAIN, batch_size=16, **options)
     assert [images.shape for _, images in one] == [(16, 3, 32, 32)] * 3
     assert one[0][1].dtype == torch.float32
-    order = torch.cat([ids for ids, _ in one])
-    np.testing.assert_array_equal(order, permutation(COUNT, seed=7, epoch=2)[:48])
+    order = torch.cat([ids for ids, _ in one]).tolist()
+    assert order == permutation(COUNT, seed=7, epoch=2)[:48].tolist()
     for world in (2, 4):
         size = {"batch_size": 16 // world, "world_size": world}
-        ranks = [run(source, TRAIN, rank=rank, **size, **options) for rank in range(world)]
-        same(
-            [[torch.cat(parts) for parts in zip(*step, strict=True)] for step in zip(*ranks, strict=True)],
-            one,
-        )
+        steps = zip(*(run(source, TRAIN, rank=r, **size, **options) for r in range(world)), strict=True)
+        same([[torch.cat(parts) for parts in zip(*step, strict=True)] for step in steps], one)
     accumulated = run(source, TRAIN, batch_size=4, accumulate=4, **options)
     assert len(accumulated) == 12
     assert torch.equal(torch.cat([images for _, images in accumulated]), torch.cat([x for _, x in one]))
 
 
 @needs_dali
-def test_epochs_and_seeds_differ_and_repeat(source):
-    options = {"batch_size": 8, "seed": 1, "mixup": 0.5, "cutmix": 1.0}
-    loader = Loader(source, TRAIN, device="cpu", threads=3, **options)
-    first, second, again = ([(b.ids, b.images) for b in loader.batches(e)] for e in (0, 1, 0))
-    loader.close()
-    same(first, again)
-    same(first, run(source, TRAIN, **options))
-    assert not np.array_equal(first[0][0], second[0][0])
-    assert not np.array_equal(first[0][0], run(source, TRAIN, **options | {"seed": 2})[0][0])
-
-
-@needs_dali
 def test_a_start_inside_an_epoch_and_an_epoch_left_early(source):
-    expected = run(source, TRAIN, batch_size=8, epoch=1)
+    options = {"batch_size": 8, "mixup": 0.5, "cutmix": 1.0}
+    expected = run(source, TRAIN, epoch=1, **options)
     for start in (2, 5, 6):
-        same(run(source, TRAIN, batch_size=8, epoch=1, start=start), expected[start:])
-    loader = Loader(source, TRAIN, device="cpu", batch_size=8, threads=2)
+        same(run(source, TRAIN, epoch=1, start=start, **options), expected[start:])
+    loader = Loader(source, TRAIN, device="cpu", threads=3, **options)
     for taken in range(3):
         assert len(list(itertools.islice(loader.batches(0), taken))) == taken
         same([(b.ids, b.images) for b in loader.batches(1)], expected)
@@ -97,12 +81,10 @@ def test_an_epoch_is_whole_updates(total, world, batch, accumulate, steps):
     for rank in range(world):
         seen += [b.ids for b in batches_of(source, EVAL, rank=rank, **options)]
     assert [len(ids) for ids in seen] == [batch] * steps * world
-    assert len(set(np.concatenate(seen).tolist())) == steps * batch * world
+    assert len(torch.cat(seen).unique()) == steps * batch * world
 
 
-@pytest.mark.parametrize(
-    ("total", "world", "batch"), [(50, 1, 16), (50, 4, 8), (50, 3, 40), (7, 4, 2), (3, 4, 2)]
-)
+@pytest.mark.parametrize(("total", "world", "batch"), [(50, 1, 16), (50, 3, 40), (7, 4, 2), (3, 4, 2)])
 def test_evaluation_covers_everything_once(total, world, batch):
     source, seen = open_source(f"synthetic:{total}"), []
     for rank in range(world):
@@ -111,16 +93,14 @@ def test_evaluation_covers_everything_once(total, world, batch):
         assert len(batches) == len(Loader(source, EVAL, device="cpu", **options))
         assert all(len(b) for b in batches)
         seen += batches
-    assert sorted(np.concatenate(seen).tolist()) == list(range(total))
+    assert sorted(torch.cat(seen).tolist()) == list(range(total))
 
 
 @needs_dali
 def test_evaluation_pixels_do_not_depend_on_anything_else(source):
     options = {"train": False, "dtype": torch.bfloat16}
-    one = run(source, EVAL, batch_size=16, **options)
-    assert [len(i) for i, _ in one] == [16, 16, 16, 2]
-    assert one[0][1].dtype == torch.bfloat16
-    images = torch.cat([x for _, x in one])
+    images = torch.cat([part for _, part in run(source, EVAL, batch_size=16, **options)])
+    assert images.dtype == torch.bfloat16
     for rank in range(2):
         for ids, part in run(source, EVAL, batch_size=9, rank=rank, world_size=2, epoch=3, seed=5, **options):
             assert torch.equal(part, images[ids])
@@ -160,10 +140,10 @@ def test_a_missing_dali_is_explained(folder, monkeypatch):
         next(Loader(open_source(str(folder)), EVAL, device="cpu", batch_size=2).batches())
 
 
-def threads_end() -> bool:
+def threads_end(name: str = "fastalign") -> bool:
     gc.collect()
     deadline = time.monotonic() + 5
-    while any(t.name.startswith("fastalign") for t in threading.enumerate()):
+    while any(thread.name.startswith(name) for thread in threading.enumerate()):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.01)
@@ -171,15 +151,12 @@ def threads_end() -> bool:
 
 
 def test_leaving_early_leaves_no_thread(source):
-    assert threads_end()
     loader = Loader(source, TRAIN, device="cpu", batch_size=4)
-    for _ in loader.batches():
-        break
-    assert not any(thread.name.startswith("fastalign-loader") for thread in threading.enumerate())
+    next(loader.batches())
+    assert threads_end("fastalign-loader")
     old, new = loader.batches(), loader.batches(1)
     assert list(old) == []
     assert next(new).wait >= 0
-    new.close()
     loader.close()
     assert threads_end()
     dropped = Loader(source, TRAIN, device="cpu", batch_size=4)
