@@ -31,10 +31,7 @@ class BadSample:
 
 
 class BadSamples:
-    """The known bad samples of one source; thread-safe.
-
-    `quarantined` ids are skipped silently; `found` samples are skipped and reported by each batch that meets them.
-    """
+    """The known bad samples of one source: `quarantined` ids are skipped, `found` ones also reported. Thread-safe."""
 
     def __init__(self, quarantined: Iterable[int] = ()):
         self.quarantined = frozenset(quarantined)
@@ -56,10 +53,7 @@ def check_in_a_row(bad: list[BadSample]) -> None:
 
 
 def too_many(bad: int, drawn: int, share: float) -> bool:
-    """Whether a run must stop: more than 10 bad samples, and more than `share` of the images drawn so far.
-
-    Quarantined samples and tar shards do not count; share 0 stops at the first.
-    """
+    """Whether a run must stop: more than 10 bad samples and `share` of the drawn images; with 0 at the first."""
     return bad > ALWAYS_ALLOWED * (share > 0) and bad > share * drawn
 
 
@@ -71,11 +65,8 @@ def to_line(sample: BadSample) -> bytes:
 def _parse(line: bytes) -> BadSample | None:
     with suppress(ValueError, KeyError, TypeError):
         row = json.loads(line)
-        sample = BadSample(row["id"], row["name"], str(row.get("reason", "")))
-        if isinstance(sample.name, str) and (
-            sample.id is None or (type(sample.id) is int and sample.id >= 0)
-        ):
-            return sample
+        if type(row["id"]) in (int, type(None)) and isinstance(row["name"], str):
+            return BadSample(row["id"], row["name"], str(row.get("reason", "")))
     return None
 
 
@@ -96,12 +87,10 @@ def read_list(path: Path) -> list[BadSample]:
 
 def append_to_list(path: Path, samples: Iterable[BadSample]) -> None:
     """Appends samples to a list and flushes it to the disk; an incomplete last line is removed first."""
-    if not (text := b"".join(to_line(sample) for sample in samples)):
-        return
     with path.open("a+b") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(text)
+        file.writelines(map(to_line, samples))
         file.flush()
         os.fsync(file.fileno())
 
