@@ -1,7 +1,5 @@
 """From a configuration to the objects of a run."""
 
-import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,7 +9,7 @@ from fastalign.backbones.spec import split_svit
 from fastalign.backbones.vit import ViT
 from fastalign.config import Config, Teacher, load_config
 from fastalign.data.bad_samples import BadSamples, read_quarantine
-from fastalign.data.loader import Batch, Loader
+from fastalign.data.loader import Loader
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
 from fastalign.method.masks import MASKS
@@ -233,21 +231,3 @@ def _common(config: Config, world: World) -> dict:
         "threads": config.data.threads,
         "hw_decoder_load": config.data.hw_decoder_load,
     }
-
-
-def scale_batches(
-    config: Config, world: World, backbone: ViT, val: Loader | None
-) -> tuple[Iterator[Batch], int]:
-    """The batches for measuring the target scale, and their number: of validation, else of unaugmented training."""
-    given = str(config.loss.target_scale).partition(":")[2]
-    limit = int(given) if given else 50 if val is None else None
-    loader = evaluation_loader(config, world, backbone, config.data.train) if val is None else val
-
-    def batches() -> Iterator[Batch]:
-        try:
-            yield from itertools.islice(loader.batches(), limit)
-        finally:
-            if val is None:
-                loader.close()
-
-    return batches(), len(loader) if limit is None else min(limit, len(loader))

@@ -26,10 +26,18 @@ from tests.run_helpers import assert_same, flip, losses, middle_of_weights, weig
 OPTIONS = ["optim.ema=0.9", "checkpoint.every_steps=2"]
 
 
-def state_of(step: int) -> dict:
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def state_of(step: int, best: bool = False) -> dict:
     """Tensors that are a function of the step."""
     generator = torch.Generator().manual_seed(step)
-    return {"step": step, "a": torch.randn(1000, generator=generator), "b": torch.full((3,), step)}
+    return {
+        "step": step,
+        "is_best": best,
+        "a": torch.randn(1000, generator=generator),
+        "b": torch.full((3,), step),
+    }
 
 
 def same(found: dict, step: int) -> bool:
@@ -83,7 +91,7 @@ def test_later_updates_do_not_change_a_snapshot(tmp_path, gate):
     assert not torch.equal(module.weight, wanted["m"]["weight"])
     gate.set()
     checkpoints.wait()
-    assert_same(checkpoints.load()[1], wanted)
+    assert_same(checkpoints.resume(ALONE)[1], wanted)
 
 
 @pytest.mark.gpu
@@ -125,14 +133,14 @@ def test_the_newest_and_the_best_are_kept(tmp_path, monkeypatch, linked):
 
         monkeypatch.setattr(os, "link", refuse)
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
-    assert checkpoints.load() == (None, {}, [])
+    assert checkpoints.resume(ALONE) == (None, {}, [])
     for step, best in ((1, True), (1, True), (2, False), (3, True), (4, False), (5, False)):
-        checkpoints.save(state_of(step), step, best=best)
+        checkpoints.save(state_of(step, best), step)
     checkpoints.wait()
     assert same(torch.load(tmp_path / "c" / "best.pt", weights_only=True), 3)
     names = ["best.pt", "step-00000004.pt", "step-00000005.pt"]
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == names
-    assert same(checkpoints.load()[1], 5)
+    assert same(checkpoints.resume(ALONE)[1], 5)
 
 
 def test_only_leftovers_of_dead_processes_are_removed(tmp_path):
@@ -169,15 +177,15 @@ def test_the_checkpoint_before_a_damaged_one_is_loaded(tmp_path, kind):
     else:
         path.write_bytes(DAMAGE[kind](path.read_bytes()))
     content = path.read_bytes()
-    step, state, (note,) = checkpoints.resume(World(0, 1, torch.device("cpu")))
+    step, state, (note,) = checkpoints.resume(ALONE)
     assert step == 2
     assert same(state, 2)
     for part in (str(path), "is damaged", "step-00000003.pt.damaged", "step-00000002.pt"):
         assert part in note
     assert "\n" not in note
     assert (tmp_path / "step-00000003.pt.damaged").read_bytes() == content
-    assert checkpoints.load()[::2] == (2, [])
-    assert same(written(tmp_path, 3, keep=2).load()[1], 3)
+    assert checkpoints.resume(ALONE)[::2] == (2, [])
+    assert same(written(tmp_path, 3, keep=2).resume(ALONE)[1], 3)
 
 
 def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path):
@@ -188,7 +196,7 @@ def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path):
     for position in (*rng.integers(0, len(content), 200), *index):
         checkpoints.path(2).write_bytes(content)
         flip(checkpoints.path(2), int(position))
-        step, state, _ = checkpoints.load()
+        step, state, _ = checkpoints.resume(ALONE)
         assert same(state, step)
         noticed += step == 1
     assert noticed > 150
@@ -203,7 +211,7 @@ def test_a_failing_disk_renames_nothing(tmp_path, monkeypatch, error, place):
     checkpoints = written(tmp_path, 1, 2)
     monkeypatch.setattr(*place, fail)
     with pytest.raises(UserError, match=r"step-00000002\.pt cannot be read \(.*[Ee]rror\): make it readable"):
-        checkpoints.load()
+        checkpoints.resume(ALONE)
     assert checkpoints.steps() == [1, 2]
 
 
@@ -214,7 +222,7 @@ def test_if_all_are_damaged_none_is_renamed(tmp_path):
     with pytest.raises(
         UserError, match=r"step-00000002\.pt cannot be read .*nor can those before it: .*remove"
     ):
-        checkpoints.load()
+        checkpoints.resume(ALONE)
     assert checkpoints.steps() == [1, 2]
 
 

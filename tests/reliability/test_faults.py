@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from fastalign.method.objectives import MaskEmbed
-from fastalign.training.metrics import SpikeDetector
 from fastalign.training.optim import step_unless
 from fastalign.training.status import Status
 from tests.data_helpers import needs_dali, write_tar
@@ -155,19 +154,6 @@ def test_an_optimizer_without_a_skip_on_the_device_skips_on_the_host():
     assert weight.tolist() == [1, 1, 1]
     step_unless(optimizer, torch.tensor(False))
     assert weight.tolist() == [0, 0, 0]
-
-
-def test_a_spike_of_the_loss_is_reported_and_noise_is_not(recipe, in_passes, capsys):
-    noise = (1 + 0.1 * torch.randn(5000)).tolist()
-    spikes = SpikeDetector()
-    assert [loss for loss in noise if spikes.update(loss) is not None] == []
-    assert spikes.update(3.0) == pytest.approx(1, abs=0.05)
-    assert spikes.update(1.05) is None
-    falling = SpikeDetector()
-    assert not [i for i in range(2000) if falling.update(1 / (1 + i / 100)) is not None]
-    in_passes({60}, lambda loss, _: 100 * loss)
-    recipe("optim.batch_size=2", "optim.epochs=4", "max_steps=62", "data.val=null")
-    assert "step 60: the loss jumped to " in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastalign.training.command import run_command
-from fastalign.training.preemption import MARKER, Preempted, Preemption, StopReason, clear_marker, preempted
+from fastalign.training.command import MARKER, Preempted, Preemption, StopReason, preempted, run_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +40,7 @@ def test_the_first_signal_is_remembered_and_the_marker_lasts_until_the_next_star
     signal.raise_signal(reason)  # as torchrun does to the other ranks when the first has ended
     assert heard == ["the old handler"]
     assert (tmp_path / MARKER).exists()
-    clear_marker(tmp_path)
+    (tmp_path / MARKER).unlink()
     preempted(tmp_path, reason, 8, main=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -76,7 +75,7 @@ from pathlib import Path
 import torch
 from fastalign.training import distributed
 from fastalign.training.command import run_command
-from fastalign.training.preemption import Preemption, StopReason, preempted
+from fastalign.training.command import Preemption, StopReason, preempted
 folder = Path(sys.argv[1])
 attempt, newest = os.environ["TORCHELASTIC_RESTART_COUNT"], folder / "checkpoint"
 

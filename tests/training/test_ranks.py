@@ -24,7 +24,6 @@ def test_two_compiled_ranks_have_the_losses_of_one(recipe, tmp_path, setting):
     two = tmp_path / "two"
     train_on_two(tmp_path, *options, f"output={two}", f"efficiency.compile={setting}", program=[program])
     assert losses(two) == pytest.approx(losses(alone), rel=1e-4)
-    assert ["compile_seconds" in line for line in metrics(two)[0]] == [True] + [False] * 5
 
 
 @pytest.mark.slow
