@@ -20,7 +20,7 @@ from fastalign.evaluation.label_maps import LabelledImages
 from fastalign.method.flops import flops_per_image
 from fastalign.training import distributed
 from fastalign.training.checkpoint import new_best, resume, save, save_settings, wait_for_checkpoint
-from fastalign.training.command import MARKER, Preemption, preempted, report_rank_error, run_command
+from fastalign.training.command import MARKER, Preempted, Preemption, report_rank_error, run_command
 from fastalign.training.dry_run import dry_run
 from fastalign.training.faults import handle_status, prepare_logs, report_bad_validation_samples
 from fastalign.training.hang import WAITING, collective_timeout
@@ -200,7 +200,9 @@ def train_epoch(run: Run, splits: Splits, reporter: Reporter) -> None:
             if stop:
                 save(run)
                 wait_for_checkpoint(run)
-                raise preempted(run.folder, stop, state.step, main=run.world.main)
+                if run.world.main:
+                    (run.folder / MARKER).write_text(f"{stop.name} at step {state.step}\n")
+                raise Preempted(run.folder, stop, state.step)
             if probing:
                 probe(run, splits, reporter, epoch)
             if saving or (probing and new_best(run) is not None):

@@ -38,17 +38,9 @@ def snapshot(tree: Any, *, keep: bool = True) -> Any:
         if not isinstance(value, Tensor):
             return value
         value = full_tensor(value.detach())
-        if not keep:
-            return None
-        if value.device.type != "cuda":
-            return value.clone()
-        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-        return host.copy_(value, non_blocking=True)
+        return value.to("cpu", copy=True) if keep else None
 
-    copied = tree_map(copy, tree)
-    if torch.cuda.is_initialized():
-        torch.cuda.current_stream().synchronize()
-    return copied
+    return tree_map(copy, tree)
 
 
 class DamagedFile(UserError):

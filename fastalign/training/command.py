@@ -31,11 +31,13 @@ class StopReason(IntEnum):
 
 
 class Preempted(Exception):
-    """The run was asked to stop, and its checkpoint is on disk; `code` is the exit code."""
+    """The run in `folder` was asked to stop, and its checkpoint of `step` is on disk; `code` is the exit code."""
 
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.code = code
+    def __init__(self, folder: Path, reason: StopReason, step: int):
+        super().__init__(
+            f"{reason.name}: saved {folder} at step {step}; run the same command again to go on from there"
+        )
+        self.code = INTERRUPTED if reason == StopReason.SIGINT else PREEMPTED
 
 
 class Preemption:
@@ -76,16 +78,6 @@ class Preemption:
         self.reason = self.reason or StopReason(number)
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)  # which also ends a process inside a collective or a kernel
-
-
-def preempted(folder: Path, reason: StopReason, step: int, *, main: bool) -> Preempted:
-    """What every rank raises after the checkpoint of `step` is on disk; rank 0 (`main`) writes the marker."""
-    if main:
-        (folder / MARKER).write_text(f"{reason.name} at step {step}\n")
-    return Preempted(
-        f"{reason.name}: saved {folder} at step {step}; run the same command again to go on from there",
-        INTERRUPTED if reason == StopReason.SIGINT else PREEMPTED,
-    )
 
 
 def run_command(body: Callable[[], object]) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from fastalign.utils.errors import UserError
 from fastalign.utils.files import checksum_of, remove_leftovers
 
 _WEIGHTS = {".safetensors", ".pth", ".pt", ".bin", ".npz"}  # suffixes
+_KEYS = {"last_eval_step": "judged_at"}  # attributes that a checkpoint calls differently
 MAX_CHECKPOINT_AGE = 15 * 60  # seconds, if `checkpoint.every_steps` is null
 
 
@@ -35,21 +36,21 @@ class TrainState:
     best: float | None = None  # score: of the probe (mAP) with `probe.best`, else the lowest validation loss
     val_loss: float | None = None  # of the last validation
     probed: dict[str, float] | None = None  # the last probe: step, macro_recall, map, loss
-    # The step up to which the evaluations at the ends of epochs are done.
-    last_eval_step: int = field(default=0, metadata={"key": "judged_at"})
+    last_eval_step: int = 0  # up to which the evaluations at the ends of epochs are done
     skipped_in_a_row: int = 0  # updates, because the loss or the gradient was not finite
     bad: set[int] = field(default_factory=set)  # ids known to every rank, without the quarantined ones
     changes: list[dict[str, Any]] = field(default_factory=list)  # by `resume=force`: step, key, before, now
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, by the keys of a checkpoint."""
-        state = {each.metadata.get("key", each.name): getattr(self, each.name) for each in fields(self)}
-        return state | {"bad": sorted(self.bad)}
+        return {_KEYS.get(name, name): value for name, value in vars(self).items()} | {
+            "bad": sorted(self.bad)
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the values from a checkpoint."""
-        for each in fields(self):
-            setattr(self, each.name, state[each.metadata.get("key", each.name)])
+        for name in vars(self):
+            setattr(self, name, state[_KEYS.get(name, name)])
         self.bad = set(self.bad)
 
     @property

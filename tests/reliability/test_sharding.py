@@ -12,7 +12,7 @@ from fastalign.config import Config
 from fastalign.training.distributed import World
 from fastalign.training.run import is_sharded
 from fastalign.utils.errors import UserError
-from tests.run_helpers import metrics, torchrun
+from tests.run_helpers import checkpoint, losses, torchrun
 
 SIZES = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
 MODEL = {"name": "vit_tiny_patch16_224", "weights": "random", "kwargs": SIZES}
@@ -68,14 +68,6 @@ def tree(folder: Path) -> dict:
     }
 
 
-def lines(folder: Path, key: str) -> list[float]:
-    return [line[key] for part in metrics(folder) for line in part if key in line]
-
-
-def load(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
-
-
 def layout(value) -> object:
     """Keys, types, shapes and dtypes."""
     return tree_map(lambda x: (type(x), x.shape, x.dtype) if isinstance(x, torch.Tensor) else type(x), value)
@@ -114,21 +106,18 @@ def alone(root: Path, name: str, *overrides: str) -> Path:
 def test_ddp_then_fsdp_then_one_process_is_one_run(done):
     """With accumulation, clipping, an average and recomputation, against a run that nobody interrupted."""
     whole, parts = alone(done, "whole"), done / "run"
-    checkpoints = parts / "checkpoints"
-    ddp, fsdp = (load(checkpoints / f"step-0000000{step}.pt") for step in (3, 7))
-    single = load(whole / "checkpoints" / "step-00000003.pt")
+    ddp, fsdp, single = checkpoint(parts, 3), checkpoint(parts, 7), checkpoint(whole, 3)
     assert list(fsdp) == list(ddp) == list(single)
     for part in ("student", "average", "optimizer"):
         assert layout(fsdp[part]) == layout(ddp[part]) == layout(single[part])
-    assert_close(fsdp, load(whole / "checkpoints" / "step-00000007.pt"))
+    assert_close(fsdp, checkpoint(whole, 7))
     alone(done, "run")
     for key in ("loss", "grad_norm", "val_loss"):
         # Its validation losses: of steps 0, 3 (the first part's last), 5, 7 and 10.
-        found = lines(parts, key)
+        found = losses(parts, key)
         found = [found[index] for index in (0, 2, 4)] if key == "val_loss" else found
-        assert found == pytest.approx(lines(whole, key), rel=1e-4)
-    last = "checkpoints/step-00000010.pt"
-    assert_close(load(parts / last), load(whole / last))
+        assert found == pytest.approx(losses(whole, key), rel=1e-4)
+    assert_close(checkpoint(parts), checkpoint(whole))
 
 
 @pytest.mark.slow
@@ -136,8 +125,8 @@ def test_ddp_then_fsdp_then_one_process_is_one_run(done):
 def test_variants_have_the_losses_of_one_process(done, name):
     single = alone(done, f"{name}-alone", "max_steps=2", *VARIANTS[name])
     close = 0.02 if name == "bf16" else 1e-4
-    assert lines(done / name, "loss") == pytest.approx(lines(single, "loss"), rel=close)
-    assert lines(done / name, "val_loss") == pytest.approx(lines(single, "val_loss"), rel=close)
+    assert losses(done / name) == pytest.approx(losses(single), rel=close)
+    assert losses(done / name, "val_loss") == pytest.approx(losses(single, "val_loss"), rel=close)
     assert (done / name / "backbone.json").exists() == (name != "frozen")
 
 
