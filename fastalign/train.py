@@ -215,18 +215,24 @@ def validate(run: Run, reporter: Reporter, epoch: int) -> None:
     reporter.say(f"step {run.state.step}: validation loss {loss:.4f}")
 
 
-def probe_student(run: Run, splits: Splits) -> dict[str, float]:
+def probe_student(run: Run, splits: Splits, reporter: Reporter) -> dict[str, float]:
     """Probe the student's encoder on rank 0, while the others wait."""
+
+    def track(items, text: str, total: int):
+        for item in reporter.track(items, f"probe: {text}", total):
+            run.beat("probing")
+            yield item
+
     encoder, average = run.objective.student.encoder, run.average and run.average.state
     options = {"dtype": run.dtype, "threads": run.config.data.threads, "seed": run.config.seed}
-    options |= {"average": average, "beat": lambda: run.beat("probing")}
+    options |= {"average": average, "track": track}
     with contextlib.nullcontext() if run.world.main else run.hang_timer.paused():
         return probe_encoder(encoder, splits, run.world, **options)
 
 
 def probe(run: Run, splits: Splits, reporter: Reporter, epoch: int) -> None:
     """Probe the student and report the scores."""
-    step, scores = run.state.step, probe_student(run, splits)
+    step, scores = run.state.step, probe_student(run, splits, reporter)
     run.state.probed = {"step": step, **scores}
     reporter.add(step=step, epoch=epoch, **{f"probe_{name}": value for name, value in scores.items()})
     reporter.flush()

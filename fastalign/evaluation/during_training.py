@@ -1,7 +1,6 @@
 """A small probe of the student while it trains; docs/probe.md, "During training", describes it."""
 
 import copy
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from fastalign.backbones.vit import ViT
 from fastalign.config import Config
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.evaluation.features import frozen_encoder, read_patch_features
+from fastalign.evaluation.fit import Track
 from fastalign.evaluation.heads import make_patch_head
 from fastalign.evaluation.label_maps import LabelledImages
 from fastalign.evaluation.options import Recipe
@@ -56,11 +56,11 @@ def probe_encoder(
     dtype: torch.dtype,
     threads: int,
     seed: int,
-    beat: Callable[[], None],
+    track: Track,
 ) -> dict[str, float]:
     """Trains a head on an encoder's frozen tokens on rank 0, in memory, and evaluates its last epoch on val.
 
-    `average`: averaged weights of the student, used instead of the encoder's; `beat` is called at each batch.
+    `average`: averaged weights of the student, used instead of the encoder's.
     """
     device = world.device
 
@@ -68,21 +68,19 @@ def probe_encoder(
         vit = copy.deepcopy(encoder)  # a copy is not compiled, so no graph of training is compiled again
         if average is not None:
             vit.load_state_dict({name: average[f"encoder.{name}"] for name in vit.state_dict()})
-        vit.patch_embed.register_forward_hook(lambda *_: beat())
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            return train_head(vit)
-
-    def train_head(vit: ViT) -> dict[str, float]:
-        tokens, how = frozen_encoder(vit), {"threads": threads, "dtype": dtype}
+        tokens, where = frozen_encoder(vit), {"dtype": dtype, "track": track}
         alone = World(0, 1, device)
-        read = {name: read_patch_features(tokens, split, alone, **how) for name, split in splits.items()}
+        read = {
+            name: read_patch_features(tokens, split, alone, threads=threads, **where)
+            for name, split in splits.items()
+        }
+        where["device"] = device
         task = Task("transformer", "union", skip_blocks=0, seed=seed)
         recipe = Recipe(epochs=EPOCHS, batch_size=min(Recipe().batch_size, len(read["train"])))
-        torch.manual_seed(task.seed)
-        head = make_patch_head(task.head, task.labels, tokens.shape, read["train"].classes)
-        head.register_forward_hook(lambda *_: beat())
-        where = {"device": device, "dtype": dtype}
-        fit_head(head, task, read["train"], None, recipe, **where)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(task.seed)
+            head = make_patch_head(task.head, task.labels, tokens.shape, read["train"].classes)
+            fit_head(head, task, read["train"], None, recipe, **where)
         scores = evaluate_head(head, task, read["val"], **where)
         return {name: scores[name] for name in REPORTED}
 

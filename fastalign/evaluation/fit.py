@@ -1,7 +1,7 @@
-"""Training of heads and classifiers on batches, and their evaluation."""
+"""Training of heads and classifiers on batches, and their predictions."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
@@ -17,24 +17,27 @@ from fastalign.training.optim import seed_update
 
 _SAY_SECONDS = 30.0
 
+Track = Callable[[Iterable, str, int], Iterable]
+"""Shows the progress of an iteration, with a text and the number of items, as `Reporter.track` does."""
 
+
+def untracked(items: Iterable, text: str, total: int) -> Iterable:
+    """Shows nothing."""
+    return items
+
+
+@dataclass
 class FeatureLoader:
     """Batches of features [n, ...] on one rank, in the form of a `Loader`'s.
 
     `order` gives the rows of an epoch, of which an incomplete last batch is dropped; None = all rows in order.
     """
 
-    def __init__(
-        self,
-        features: Tensor,
-        *,
-        batch_size: int,
-        device: torch.device,
-        order: Callable[[int], np.ndarray] | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        self.features, self.batch_size, self.device, self.order = features, batch_size, device, order
-        self.dtype = dtype or features.dtype
+    features: Tensor
+    batch_size: int
+    device: torch.device
+    order: Callable[[int], np.ndarray] | None = None
+    dtype: torch.dtype | None = None  # of the batches; None = as they are
 
     def __len__(self) -> int:
         count = len(self.features)
@@ -44,10 +47,9 @@ class FeatureLoader:
         """The batches of an epoch; `images` are features."""
         order = self.order(epoch) if self.order else np.arange(len(self.features))
         for step in range(len(self)):
-            rows = order[step * self.batch_size : (step + 1) * self.batch_size]
-            ids = torch.from_numpy(rows)
+            ids = torch.from_numpy(order[step * self.batch_size : (step + 1) * self.batch_size])
             features = self.features[ids.to(self.features.device)].to(self.device, non_blocking=True)
-            yield Batch(features.to(self.dtype), ids)
+            yield Batch(features.to(self.dtype or features.dtype), ids)
 
 
 @dataclass
@@ -69,9 +71,8 @@ class Fit:
         self.optimizer = torch.optim.AdamW(self.groups, betas=(0.9, 0.999), fused=True)
         self.model = self.module
         if self.world.size > 1:
-            self.model = DistributedDataParallel(
-                self.module, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            how = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+            self.model = DistributedDataParallel(self.module, **how)
 
     def epoch(
         self, batches: Iterator[Batch], updates: int, say: Callable[[str], None] = lambda text: None
@@ -113,17 +114,13 @@ class Fit:
 
 
 @torch.no_grad()
-def evaluate(
-    module: nn.Module,
-    batches: Iterator[Batch],
-    add: Callable[[Tensor, Batch], None],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Passes the logits of every batch to `add`, in evaluation mode and under autocast of `dtype`."""
+def predict(
+    module: nn.Module, batches: Iterator[Batch], device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Batch]]:
+    """The logits of every batch, in evaluation mode and under autocast of `dtype`."""
     module.eval()
     with closing(batches):
         for batch in batches:
             with autocast(device, dtype):
                 logits = module(batch.images)
-            add(logits, batch)
+            yield logits, batch

@@ -17,8 +17,8 @@ from fastalign.backbones.vit import ViT
 from fastalign.data.loader import Batch, Loader
 from fastalign.data.transforms import Transform
 from fastalign.evaluation.datasets import ImageSplit
-from fastalign.evaluation.features import ArrayFiles, as_tensor, frozen_encoder, read_features
-from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate
+from fastalign.evaluation.features import as_tensor, frozen_encoder, read_features
+from fastalign.evaluation.fit import FeatureLoader, Fit, predict
 from fastalign.evaluation.heads import (
     Classifier,
     StandardizedLinear,
@@ -54,8 +54,8 @@ class Job:
     options: ImageOptions  # resolved
     world: World
     say: Callable[[str], None]
-    folder: Path  # for checkpoints and features; the same on all ranks
-    identity: dict | None  # plain values that a checkpoint must share; None = no checkpoints
+    folder: Path | None  # for checkpoints and features; the same on all ranks; None = neither is in files
+    identity: dict  # plain values that a checkpoint must share
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,8 +106,7 @@ def train_on_features(job: Job) -> list[dict]:
                 features[name] = values.to(device)
     done = {}
     for seed in options.seeds[world.rank :: world.size]:
-        common = {"batch_size": options.batch_size, "device": device}
-        loaders = {name: FeatureLoader(values, **common) for name, values in features.items()}
+        loaders = {name: FeatureLoader(each, options.batch_size, device) for name, each in features.items()}
         loaders["train"].order = lambda epoch, seed=seed: permutation(len(on_cpu), seed=seed, epoch=epoch)
         torch.manual_seed(seed)
         head = make_image_head(options.head, job.backbone, job.classes)
@@ -158,12 +157,12 @@ def train_seed(job: Job, model: nn.Module, loaders: Loaders, seed: int, world: W
 
     def measure(split: str) -> dict:
         counts = ImageCounts(job.classes, world.device)
-        add = lambda logits, batch: counts.add(logits, labels[split][batch.ids].to(world.device))  # noqa: E731
-        evaluate(model, loaders[split].batches(), add, world.device, job.dtype)
+        for logits, batch in predict(model, loaders[split].batches(), world.device, job.dtype):
+            counts.add(logits, labels[split][batch.ids].to(world.device))
         return counts.results(world)
 
     progress, checkpoints = {"best": None, "curve": []}, None
-    if options.live and job.identity is not None:
+    if options.live and job.folder:
         checkpoints = Checkpoints(job.folder / "classify" / f"seed-{seed}" / "checkpoints", keep=1)
         resume(fit, checkpoints, progress, job.identity)
         if fit.step:
@@ -236,17 +235,13 @@ def make_fit(
 
 def _read(job: Job, split: str) -> Tensor:
     """What the head reads of every image of a split: [n, D] float32, or [n, T, D] in the compute dtype."""
-    head, world, data = job.options.head, job.world, job.splits[split]
-    vit = copy_for_head(job.backbone, head).to(world.device)
+    head, data = job.options.head, job.splits[split]
+    vit = copy_for_head(job.backbone, head).to(job.world.device)
     encoder, tokens = frozen_encoder(vit), () if head == "linear" else (vit.spec.prefix + vit.spec.patches,)
     job.say(f"{split}: features of {len(data.source)} images")
     kind = np.uint16 if tokens and job.dtype == torch.bfloat16 else np.float32
-    arrays = {"features": ((len(data.source), *tokens, vit.embed_dim), kind)}
-    files = ArrayFiles.named(job.folder, arrays, encoder.identity, arrays, job.dtype, data.facts())
+    layout = {"features": ((len(data.source), *tokens, vit.embed_dim), kind)}
     encode = lambda images: [head_input(vit, encoder.encode(images)[0], head)]  # noqa: E731
     loader = job.open_loader(split, Transform(crop="eval", **image_constants(vit)), _READ_BATCH)
-    features = read_features(files, encode, loader, world, job.dtype)["features"]
-    world.barrier()
-    if world.main:
-        files.remove()  # the map stays valid
-    return as_tensor(features)
+    arrays = read_features(layout, encode, loader, job.world, job.dtype, folder=job.folder)
+    return as_tensor(arrays["features"])

@@ -1,6 +1,5 @@
 """The probe: heads on the patch tokens of frozen encoders, trained, selected, evaluated, and shared among ranks."""
 
-import contextlib
 import copy
 import itertools
 import math
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.data.loader import Batch
-from fastalign.evaluation.features import ArrayFiles, Encoder, PatchFeatures, patch_files, read_patch_features
-from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate
+from fastalign.evaluation.features import Encoder, PatchFeatures, read_patch_features
+from fastalign.evaluation.fit import FeatureLoader, Fit, Track, predict, untracked
 from fastalign.evaluation.heads import TokenShape, make_patch_head, supports
 from fastalign.evaluation.label_maps import LabelledImages
 from fastalign.evaluation.metrics import MultiClassCounts, MultiLabelCounts, patch_loss
@@ -35,6 +34,12 @@ class Task:
     skip_blocks: int
     seed: int
 
+    def loader(
+        self, features: PatchFeatures, batch_size: int, device: torch.device, order=None
+    ) -> FeatureLoader:
+        """Batches of the tokens, in fp32."""
+        return FeatureLoader(features.tokens[self.skip_blocks], batch_size, device, order, torch.float32)
+
 
 def fit_head(
     head: nn.Module,
@@ -45,6 +50,7 @@ def fit_head(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    track: Track = untracked,
 ) -> tuple[nn.Module, int, dict]:
     """Trains a fresh head and keeps the epoch that is best on `val` by `recipe.select`; without `val` the last one.
 
@@ -56,7 +62,7 @@ def fit_head(
 
     def order(epoch: int) -> np.ndarray:
         """Sorted within batches, so that files are read in order."""
-        shuffled = np.random.default_rng([task.seed, epoch + 1]).permutation(count)
+        shuffled = np.random.default_rng([task.seed, epoch]).permutation(count)
         return np.sort(shuffled[: steps * size].reshape(steps, size), 1).ravel()
 
     def loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -64,12 +70,11 @@ def fit_head(
 
     head = head.to(device)
     groups = [{"params": list(head.parameters()), "factor": 1.0, "weight_decay": recipe.weight_decay}]
-    rate, world = recipe.schedule(steps * recipe.epochs), World(0, 1, device)
-    fit = Fit(head, groups, loss, rate, world, dtype)
-    loader = _loader(train, task, size, device, order)
+    fit = Fit(head, groups, loss, recipe.schedule(steps * recipe.epochs), World(0, 1, device), dtype)
+    loader = task.loader(train, size, device, order)
     best, best_score = (head.state_dict(), recipe.epochs, {}), -math.inf
     for epoch in range(1, recipe.epochs + 1):
-        fit.epoch(loader.batches(epoch - 1), steps)
+        fit.epoch(track(loader.batches(epoch), f"epoch {epoch} of {recipe.epochs} of the head", steps), steps)
         if val is None:
             continue
         found = evaluate_head(head, task, val, device=device, dtype=dtype)
@@ -89,24 +94,18 @@ def evaluate_head(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    track: Track = untracked,
 ) -> dict:
     """The metrics of a head on a split, and its mean `loss` over all answers (`majority`: labelled patches)."""
     if task.labels == "majority":
         counts = MultiClassCounts(features.classes, device)
     else:
         counts = MultiLabelCounts(features.classes, device, by_size=task.labels == "union")
-    loader = _loader(features, task, _EVALUATION_BATCH, device)
-
-    def add(logits: Tensor, batch: Batch) -> None:
+    loader = task.loader(features, _EVALUATION_BATCH, device)
+    batches = track(loader.batches(), "evaluation of the head", len(loader))
+    for logits, batch in predict(head, batches, device, dtype):
         counts.add(logits, features.labels(batch.ids.numpy(), task.labels).to(device))
-
-    evaluate(head, loader.batches(), add, device, dtype)
     return counts.results()
-
-
-def _loader(features: PatchFeatures, task: Task, batch_size: int, device: torch.device, order=None):
-    tokens = features.tokens[task.skip_blocks]
-    return FeatureLoader(tokens, batch_size=batch_size, device=device, order=order, dtype=torch.float32)
 
 
 def probe(
@@ -116,8 +115,7 @@ def probe(
     world: World,
     *,
     report_on: Sequence[str] = ("test",),
-    cache: Path | None = None,
-    keep_features: bool = True,
+    folder: Path | None = None,
     batch_size: int = 64,
     threads: int = 4,
     dtype: torch.dtype = torch.float32,
@@ -129,18 +127,21 @@ def probe(
         encoders: by the name that results carry.
         splits: train, val (which selects the epoch), and those of `report_on`.
         plans: heads, labels, seeds, recipe.
-        world: with several ranks, `cache` is needed.
         report_on: splits that a finished head is evaluated on, once; `val` always is.
-        cache: folder of the features; None = in memory.
-        keep_features: leave in `cache` what this call read.
-        batch_size, threads, dtype: as of `read_patch_features`.
+        folder, batch_size, threads, dtype: as of `read_patch_features`.
         say: gets progress lines.
     """
     count, largest = len(splits["train"]), max(plan.recipe.batch_size for plan in plans)
     if count < largest:
         raise UserError(f"--batch-size {largest}: the training split has {count} images; lower it")
-    how = {"batch_size": batch_size, "threads": threads, "dtype": dtype}
-    read, fresh = _read(encoders, splits, world, cache, say, how)
+    how = {"folder": folder, "batch_size": batch_size, "threads": threads, "dtype": dtype}
+    read = {name: {} for name in encoders}
+    for name, split in itertools.product(encoders, splits):
+        if world.main:
+            say(f"{name}: {len(splits[split])} images ({split})")
+        read[name][split] = read_patch_features(encoders[name], splits[split], world, **how)
+        if not read[name][split].image.any():
+            raise UserError(f"the {split} split has void pixels only: check its label maps")
     # Heads of all encoders are shared out together, so that ranks wait for each other once, at the end.
     tasks = [
         (name, plan, Task(head, labels, skip, seed))
@@ -160,36 +161,7 @@ def probe(
         rows[number] = {"model": name, **row}
     for part in world.gather(rows):
         rows |= part
-    if fresh and world.main and not keep_features:
-        for each in fresh:
-            each.remove()
-        with contextlib.suppress(OSError):
-            cache.rmdir()  # unless it holds something else
     return [rows[number] for number in range(len(tasks))]
-
-
-def _read(
-    encoders: dict[str, Encoder],
-    splits: dict[str, LabelledImages],
-    world: World,
-    cache: Path | None,
-    say: Callable[[str], None],
-    how: dict,
-) -> tuple[dict[str, dict[str, PatchFeatures]], list[ArrayFiles]]:
-    """Features by encoder and split, and the files that were not there before."""
-    fresh, read = [], {name: {} for name in encoders}
-    for name, split in itertools.product(encoders, splits):
-        files = cache and patch_files(encoders[name], splits[split], cache, how["dtype"])
-        known = cache is not None and files.complete()
-        if cache and not known:
-            fresh.append(files)
-        if world.main:
-            say(f"{name}: {len(splits[split])} images ({split}){', read before' if known else ''}")
-        found = read_patch_features(encoders[name], splits[split], world, folder=cache, **how)
-        if not found.image.any():
-            raise UserError(f"the {split} split has void pixels only: check its label maps")
-        read[name][split] = found
-    return read, fresh
 
 
 def _probe_task(

@@ -5,6 +5,7 @@ from datetime import timedelta
 from unittest.mock import Mock
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
@@ -95,6 +96,13 @@ def test_bad_data(tmp_path, capsys, val, message):
     if val:
         write_split(tmp_path, "val", dict.fromkeys(val, 0))
     assert message in command_error(capsys, "classify", classify_line(tmp_path))
+
+
+def test_a_model_without_a_name(images):
+    """A user's own timm model, which no timm name builds."""
+    own = fa.create_backbone(timm.models.VisionTransformer(**KWARGS, num_classes=0))
+    about = classify(own, images, epochs=1, **QUICK)["backbone"]
+    assert (about["name"], about["weights"]) == (None, f"{checksum(own):08x}")
 
 
 def test_a_loss_that_is_not_finite_ends_the_command(images, tmp_path, vit):

@@ -20,6 +20,7 @@ from fastalign.evaluation.heads import make_patch_head
 from fastalign.evaluation.options import Recipe
 from fastalign.evaluation.patches import Task, evaluate_head, fit_head
 from fastalign.training import metrics
+from fastalign.training.reporter import Reporter
 from tests.evaluation.helpers import CPU, SINGLE, put
 from tests.run_helpers import losses, torchrun
 
@@ -57,7 +58,7 @@ def scripted(monkeypatch):
     asked = []
 
     def install(answers: dict[int, float]) -> list[int]:
-        def probe_student(run, splits):
+        def probe_student(run, splits, reporter):
             asked.append(run.state.step)
             return {"macro_recall": 0.5, "map": answers[run.state.step], "loss": 0.7}
 
@@ -111,6 +112,20 @@ def test_training_has_the_same_bits_with_and_without(recipe, data, every, steps)
     assert found[0].keys() == {"step", "epoch", "probe_macro_recall", "probe_map", "probe_loss"}
 
 
+def test_its_progress_is_shown(recipe, data, monkeypatch):
+    shown, track = [], Reporter.track
+
+    def watched(self, items, text, total):
+        shown.append(text)
+        return track(self, items, text, total)
+
+    monkeypatch.setattr(Reporter, "track", watched)
+    recipe(f"probe.data={data}", "data.val=null", "max_steps=1", "loss.target_scale=1.0")
+    fitted = [f"epoch {epoch} of 3 of the head" for epoch in (1, 2, 3)]
+    wanted = ["features of 40 images", "features of 12 images", *fitted, "evaluation of the head"]
+    assert shown == [f"probe: {text}" for text in wanted] * 2
+
+
 @pytest.mark.parametrize("setting", ["true", "blocks"])
 def test_no_graph_is_compiled_for_it(recipe, data, capturing, setting):
     options = [f"efficiency.compile={setting}", "max_steps=3", "data.val=null"]
@@ -126,7 +141,7 @@ def test_its_time_does_not_count_as_training(recipe, data, monkeypatch):
     """The clock jumps by a day at each probe: a step of 8 images in it would be 0.0001 images per second."""
     jumped = [0.0]
 
-    def slow(run, splits):
+    def slow(run, splits, reporter):
         jumped[0] += 86_400
         return {"macro_recall": 0.5, "map": 0.5, "loss": 0.5}
 

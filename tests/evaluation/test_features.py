@@ -1,6 +1,9 @@
-"""What a probe reads: tokens against timm, labels of patches by hand and against PIL."""
+"""What a probe reads: tokens against timm, labels of patches by hand and against PIL, each image once."""
 
+import errno
+import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,8 +13,9 @@ from PIL import Image
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.evaluation.features import frozen_encoder, read_patch_features
 from fastalign.evaluation.label_maps import VOID, crop_and_resize, patch_labels
+from fastalign.probe import main
 from tests.data_helpers import needs_dali
-from tests.evaluation.helpers import COUNTS, SINGLE, models
+from tests.evaluation.helpers import COUNTS, SINGLE, command_error, models, probe_line
 
 
 def pil_input(path: Path, vit) -> torch.Tensor:
@@ -102,3 +106,39 @@ def test_patch_labels_worked_by_hand(rows, unlabeled, union, majority, image):
     assert [set(np.flatnonzero(patch)) for patch in found[0]] == union
     assert found[1].tolist() == majority
     assert set(np.flatnonzero(found[2])) == image
+
+
+@needs_dali
+def test_features_are_read_once_and_leave_nothing_behind(scenes, tmp_path, passes, monkeypatch):
+    """One pass for two heads and layers; while heads are fitted the files are gone, whatever ends the command."""
+    allocated, allocate = [], os.posix_fallocate
+
+    def watched(file, start, size):
+        allocated.append(size - 128)  # .npy's header
+        allocate(file, start, size)
+
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError
+
+    output, features = tmp_path / "out" / "probe.json", tmp_path / "features"
+    more = ["--output", output, "--cache", features, "--heads", "linear", "mlp", "--skip-blocks", "0", "1"]
+    line = probe_line(scenes, *more)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", watched)
+        patch.setattr("fastalign.evaluation.patches.fit_head", broken)
+        with pytest.raises(ZeroDivisionError):
+            main(line)
+    assert sum(passes) == sum(COUNTS.values())
+    assert {count * 18 * 32 * 2 for count in COUNTS.values()} < set(allocated)
+    assert not list(features.iterdir())
+    assert main(probe_line(scenes, *more[:2])) == 0
+    assert [path.name for path in output.parent.iterdir()] == ["probe.json"]
+
+
+def test_a_full_disk(scenes, tmp_path, capsys, monkeypatch):
+    """Found before anything is written to the file's map, which would kill the process."""
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    line = probe_line(scenes, "--output", tmp_path / "p.json", "--cache", tmp_path / "c")
+    assert f"{tmp_path / 'c'} has no space for features of 0.0 GB" in command_error(capsys, "probe", line)
+    assert not list((tmp_path / "c").iterdir())

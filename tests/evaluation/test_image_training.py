@@ -19,7 +19,7 @@ from fastalign.classify import classify, main
 from fastalign.data.loader import Batch, Loader
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
-from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate
+from fastalign.evaluation.fit import FeatureLoader, Fit, predict
 from fastalign.evaluation.heads import Classifier, StandardizedLinear, parameter_groups
 from fastalign.evaluation.image_training import make_fit, update_best
 from fastalign.evaluation.metrics import ImageCounts
@@ -46,7 +46,8 @@ def whole_batch(features: torch.Tensor):
 
 def figures_of(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, classes: int) -> dict:
     counts = ImageCounts(classes, torch.device("cpu"))
-    evaluate(model, whole_batch(inputs)(), lambda logits, batch: counts.add(logits, labels[batch.ids]), **CPU)
+    for logits, batch in predict(model, whole_batch(inputs)(), **CPU):
+        counts.add(logits, labels[batch.ids])
     return counts.results(SINGLE)
 
 
