@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastalign.config import Config, load_config, to_yaml
-from fastalign.evaluation.during_training import contents, open_splits, probe_encoder
 from fastalign.evaluation.label_maps import LabelledImages
+from fastalign.evaluation.patches import contents, open_splits, probe_encoder
 from fastalign.method.flops import flops_per_image
 from fastalign.training import distributed
 from fastalign.training.checkpoint import new_best, resume, save, save_settings, wait_for_checkpoint

@@ -12,8 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastalign.backbones.precision import autocast
 from fastalign.data.loader import Batch
-from fastalign.training.distributed import World
+from fastalign.evaluation.results import difference
+from fastalign.training.checkpoint_files import Checkpoints, snapshot
+from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.optim import seed_update
+from fastalign.utils.errors import UserError
+from fastalign.utils.files import remove_leftovers
 
 _SAY_SECONDS = 30.0
 
@@ -24,6 +28,20 @@ Track = Callable[[Iterable, str, int], Iterable]
 def untracked(items: Iterable, text: str, total: int) -> Iterable:
     """Shows nothing."""
     return items
+
+
+def say_progress(say: Callable[[str], None]) -> Track:
+    """Says every half minute how far an iteration is."""
+
+    def track(items: Iterable, text: str, total: int) -> Iterator:
+        said = time.monotonic()
+        for number, item in enumerate(items, 1):
+            yield item
+            if time.monotonic() - said > _SAY_SECONDS:
+                said = time.monotonic()
+                say(f"{text}: {number} of {total} batches")
+
+    return track
 
 
 @dataclass
@@ -74,19 +92,13 @@ class Fit:
             how = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
             self.model = DistributedDataParallel(self.module, **how)
 
-    def epoch(
-        self, batches: Iterator[Batch], updates: int, say: Callable[[str], None] = lambda text: None
-    ) -> float:
-        """Makes so many updates, and says now and then where it is. Returns the mean loss."""
+    def epoch(self, batches: Iterator[Batch], updates: int) -> float:
+        """Makes so many updates. Returns the mean loss."""
         self.module.train()
-        total, said = torch.zeros((), dtype=torch.float64, device=self.world.device), time.monotonic()
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         with closing(batches):
             for _ in range(updates):
-                loss = self.update(batches)
-                total += loss
-                if time.monotonic() - said > _SAY_SECONDS:
-                    said = time.monotonic()
-                    say(f"update {self.step}  loss {loss:.4f}")
+                total += self.update(batches)
         return total.item() / updates
 
     def update(self, batches: Iterator[Batch]) -> Tensor:
@@ -111,6 +123,31 @@ class Fit:
         self.optimizer.zero_grad()
         self.step += 1
         return self.world.sum(total) / self.world.size
+
+    def save(self, checkpoints: Checkpoints, progress: dict, identity: dict) -> None:
+        """Writes a checkpoint in the background, without frozen weights, which are the backbone's own."""
+        on_first_rank(self.world, checkpoints.wait)
+        if self.world.main:
+            frozen = {name for name, value in self.module.named_parameters() if not value.requires_grad}
+            weights = {name: value for name, value in self.module.state_dict().items() if name not in frozen}
+            state = {"weights": weights, "optimizer": self.optimizer.state_dict(), "step": self.step}
+            checkpoints.save(snapshot({**state, "identity": identity, "progress": progress}), self.step)
+
+    def resume(self, checkpoints: Checkpoints, progress: dict, identity: dict) -> None:
+        """Continues from the newest checkpoint, if any; it updates `progress`. UserError: of another identity."""
+        if self.world.main:
+            remove_leftovers(checkpoints.folder)
+        step, state, _ = checkpoints.resume(self.world)
+        if step is None:
+            return
+        if changed := difference(state.get("identity", {}), identity):
+            raise UserError(
+                f"{checkpoints.folder}: {changed}: set it back, remove the folder, or choose another --output"
+            )
+        self.module.load_state_dict(state["weights"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = step
+        progress |= state["progress"]
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fastalign.evaluation import datasets
-from fastalign.evaluation.datasets import VOID, open_labelled
+from fastalign.evaluation.datasets import open_labelled
+from fastalign.evaluation.label_maps import VOID
 from tests.data_helpers import encode, write_tar
 from tests.evaluation.helpers import COCO_TRAIN, COCO_VAL, data_error, expected, grey, names, picture, put
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import fastalign as fa
 from fastalign import train
-from fastalign.evaluation import during_training
+from fastalign.evaluation import patches
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.evaluation.features import frozen_encoder, read_patch_features
 from fastalign.evaluation.heads import make_patch_head
@@ -79,7 +79,7 @@ def facts(folder: Path) -> dict:
 @pytest.mark.parametrize("options", [[], ["optim.ema=0.5"]], ids=["live", "averaged"])
 def test_the_score_is_that_of_the_saved_backbone(recipe, data, monkeypatch, options):
     """Read again from the run folder, with 24 and 8 images that are chosen here."""
-    monkeypatch.setattr(during_training, "IMAGES", {"train": 24, "val": 8})
+    monkeypatch.setattr(patches, "IMAGES", {"train": 24, "val": 8})
     folder = recipe(f"probe.data={data}", "data.val=null", "seed=3", *options)
     vit, features = frozen_encoder(fa.load_backbone(folder)), {}
     for split, total, most in (("train", 40, 24), ("val", 12, 8)):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from demo import mosaics
-from fastalign.evaluation.datasets import VOID, open_labelled
+from fastalign.evaluation.datasets import open_labelled
+from fastalign.evaluation.label_maps import VOID
 from tests.data_helpers import encode
 from tests.evaluation.helpers import data_error, expected, grey, names, picture, put
 
@@ -115,12 +116,12 @@ def test_bad_maps_are_refused_with_their_file(own):
     path = own / "train/labels/a.png"
     valid = path.read_bytes()
     for words, data in {
-        "is RGB": encode(picture(), "PNG").tobytes(),
+        "mode RGB, 8 bits": encode(picture(), "PNG").tobytes(),
         "not a PNG": encode(grey(1), "JPEG").tobytes(),
         "cannot decode": valid[: len(valid) // 2 + 10],
         "the id 3": encode(grey(1, 3), "PNG").tobytes(),
         "5 x 4 pixels": encode(grey(1, size=(5, 4)), "PNG").tobytes(),
-        "grey with 1 bits": encode(grey(1).convert("1"), "PNG").tobytes(),  # PIL would scale its values
+        "mode 1, 1 bits": encode(grey(1).convert("1"), "PNG").tobytes(),  # PIL would scale its values
     }.items():
         path.write_bytes(data)
         message = data_error(own, index=0)
@@ -148,7 +149,7 @@ def test_images_and_maps_must_pair(own):
 def test_missing_parts_are_named(own, tmp_path):
     for data, words in (
         (tmp_path / "nothing", "no such folder"),
-        ("", "no labelled data"),
+        ("", "no such folder: ''"),
         ("coco-panoptik:/data", "nearest is coco-panoptic"),
     ):
         assert words in data_error(data)

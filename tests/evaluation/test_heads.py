@@ -10,10 +10,10 @@ from torch import nn
 
 from fastalign.evaluation.heads import (
     AttentionHead,
+    Classifier,
     ClassTokenTransformer,
     StandardizedLinear,
     TokenShape,
-    head_input,
     make_patch_head,
 )
 from tests.evaluation.helpers import KWARGS, models
@@ -87,9 +87,8 @@ def test_what_a_linear_head_reads_is_what_timm_pools(kwargs):
     vit, model = models(**KWARGS, **kwargs)
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
-        ours = head_input(vit.eval(), vit.forward_features(images), "linear")
-        torch.testing.assert_close(ours, model(images))
-        everything = head_input(vit, vit.forward_features(images), "attention")
+        torch.testing.assert_close(Classifier(vit, "linear", 6).features(images), model(images))
+        everything = Classifier(vit, "attention", 6).features(images)
         torch.testing.assert_close(everything, model.forward_features(images))
 
 
