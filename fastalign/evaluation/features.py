@@ -1,14 +1,13 @@
 """Features of frozen backbones: each image is read once, into memory or into memory-mapped files."""
 
-import errno
 import math
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -24,8 +23,7 @@ from fastalign.evaluation.heads import TokenShape
 from fastalign.evaluation.label_maps import LabelledImages, patch_labels
 from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World, on_first_rank
-from fastalign.utils.errors import UserError
-from fastalign.utils.files import remove_leftovers, temporary_name
+from fastalign.utils.errors import SharedError, UserError
 
 Arrays = dict[str, np.ndarray]
 Layout = dict[str, tuple[tuple[int, ...], type]]
@@ -61,47 +59,36 @@ def frozen_encoder(vit: ViT, skip_blocks: Sequence[int] = (0,)) -> Encoder:
 
 
 def make_arrays(layout: Layout, folder: Path | None, world: World) -> Arrays:
-    """Arrays of zeros: in memory, or mapped from files in `folder`, which the ranks of one machine share.
+    """Arrays of zeros: in memory, or mapped from nameless files in `folder`, which the ranks of one machine share.
 
-    The files are deleted at once, and their space is free when the last array is dropped or the process ends.
+    The space of the files is free when their last array is dropped, and when the process ends, however it ends.
     """
     if folder is None:
         return {name: np.zeros(*array) for name, array in layout.items()}
     if world.size > int(os.environ.get("LOCAL_WORLD_SIZE", world.size)):
         raise UserError("features are in files that the ranks of one machine share: use one machine")
-    place = on_first_rank(world, lambda: _allocate(layout, folder))
-    try:
-        # Not copy-on-write: Linux counts such maps as memory.
-        arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r+") for name in layout}
-        world.barrier()
-    finally:
-        if world.main:
-            shutil.rmtree(place, ignore_errors=True)
-    return arrays
+    sizes = {name: math.prod(shape) * np.dtype(kind).itemsize for name, (shape, kind) in layout.items()}
+    with ExitStack() as files:
 
-
-def _allocate(layout: Layout, folder: Path) -> Path:
-    """Files of zeros in a temporary folder; UserError for too little space."""
-    remove_leftovers(folder, "features")
-    place = temporary_name(folder / "features")
-    place.mkdir(parents=True, exist_ok=True)
-    try:
-        for name, (shape, kind) in layout.items():
-            path = place / f"{name}.npy"
-            np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape).flush()
-            with path.open("r+b") as file:
+        def allocate() -> dict[str, str]:
+            folder.mkdir(parents=True, exist_ok=True)
+            handles = {name: files.enter_context(TemporaryFile(dir=folder)).fileno() for name in layout}
+            for name, handle in handles.items():
                 # Writing to the map of a sparse file on a full disk kills the process with SIGBUS.
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-    except OSError as error:
-        shutil.rmtree(place, ignore_errors=True)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        size = sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in layout.values())
-        raise UserError(
-            f"{folder} has no space for features of {size / 1e9:.1f} GB; "
-            "name a folder with enough space (probe --cache, classify --output)"
-        ) from error
-    return place
+                os.posix_fallocate(handle, 0, sizes[name])
+            return {name: f"/proc/{os.getpid()}/fd/{handle}" for name, handle in handles.items()}
+
+        try:
+            paths = on_first_rank(world, allocate)
+        except SharedError as error:
+            text = f"{folder} cannot hold features of {sum(sizes.values()) / 1e9:.1f} GB: {error}"
+            raise SharedError(f"{text}; name another folder (probe --cache, classify --output)") from error
+        # Not copy-on-write: Linux counts such maps as memory.
+        arrays = {
+            name: np.memmap(paths[name], kind, "r+", shape=shape) for name, (shape, kind) in layout.items()
+        }
+        world.barrier()
+    return arrays
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
