@@ -18,14 +18,17 @@ from tests.data_helpers import needs_dali
 from tests.evaluation.helpers import COUNTS, SINGLE, command_error, models, probe_line
 
 
-def pil_input(path: Path, vit) -> torch.Tensor:
-    """The largest centre square, resized and normalised."""
-    image = Image.open(path)
+def pil_square(image: Image.Image, size: int, resample: Image.Resampling) -> np.ndarray:
+    """The largest centre square, resized."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side)).resize((32, 32), Image.Resampling.BILINEAR)
+    return np.asarray(image.crop((left, top, left + side, top + side)).resize((size, size), resample))
+
+
+def pil_input(path: Path, vit) -> torch.Tensor:
+    pixels = pil_square(Image.open(path), 32, Image.Resampling.BILINEAR)
     mean, std = (np.array(vit.data[name]) for name in ("mean", "std"))
-    return torch.from_numpy((np.asarray(image) / 255 - mean) / std).float().permute(2, 0, 1)
+    return torch.from_numpy((pixels / 255 - mean) / std).float().permute(2, 0, 1)
 
 
 @needs_dali
@@ -49,10 +52,8 @@ def test_features_are_timms_of_pils_pixels(scenes):
         assert error.max() < 0.06, "each token of each image in its place"
         for index, path in enumerate(files):
             labels = Image.open(scenes / split / "labels" / path.name)
-            side = min(labels.size)
-            left, top = (labels.width - side) // 2, (labels.height - side) // 2
-            cut = labels.crop((left, top, left + side, top + side)).resize((32, 32), Image.Resampling.NEAREST)
-            patches = np.asarray(cut).reshape(4, 8, 4, 8).swapaxes(1, 2).reshape(16, 64)
+            cut = pil_square(labels, 32, Image.Resampling.NEAREST)
+            patches = cut.reshape(4, 8, 4, 8).swapaxes(1, 2).reshape(16, 64)
             union = np.stack([(patches == c).any(1) for c in range(4)], 1)
             rows = np.array([index])
             assert np.array_equal(read.labels(rows, "union")[0].numpy(), union)
@@ -78,18 +79,11 @@ def test_a_label_map_is_cropped_and_resized_as_pil_does():
     rng = np.random.default_rng(0)
     for height, width, size in ((37, 61, 24), (61, 37, 24), (24, 24, 24), (16, 40, 48), (333, 500, 224)):
         labels = rng.integers(0, 200, (height, width)).astype(np.uint8)
-        side = min(height, width)
-        left, top = (width - side) // 2, (height - side) // 2
-        wanted = Image.fromarray(labels).crop((left, top, left + side, top + side))
-        wanted = np.asarray(wanted.resize((size, size), Image.Resampling.NEAREST))
+        wanted = pil_square(Image.fromarray(labels), size, Image.Resampling.NEAREST)
         assert np.array_equal(crop_and_resize(labels, (size, size)), wanted)
-
-
-def test_a_rectangular_input_takes_the_largest_crop_of_its_shape():
-    labels = np.arange(8 * 12).reshape(8, 12)
-    assert np.array_equal(
-        crop_and_resize(labels, (4, 8)), labels[np.ix_((1, 3, 4, 6), (0, 2, 3, 5, 6, 8, 9, 11))]
-    )
+    wide = np.arange(8 * 12).reshape(8, 12)  # the largest crop of the shape
+    picked = wide[np.ix_((1, 3, 4, 6), (0, 2, 3, 5, 6, 8, 9, 11))]
+    assert np.array_equal(crop_and_resize(wide, (4, 8)), picked)
 
 
 @pytest.mark.parametrize(
@@ -140,5 +134,7 @@ def test_a_full_disk(scenes, tmp_path, capsys, monkeypatch):
     full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(os, "posix_fallocate", full)
     line = probe_line(scenes, "--output", tmp_path / "p.json", "--cache", tmp_path / "c")
-    assert f"{tmp_path / 'c'} cannot hold features of 0.0 GB: [Errno 28] No space" in command_error(capsys, "probe", line)
+    assert f"{tmp_path / 'c'} cannot hold features of 0.0 GB: [Errno 28] No space" in command_error(
+        capsys, "probe", line
+    )
     assert not list((tmp_path / "c").iterdir())
