@@ -175,7 +175,7 @@ def encoder_of(trial: Trial, folder: Path, device: torch.device) -> Encoder:
 
     def encode(images: torch.Tensor) -> list[torch.Tensor]:
         tokens = encoder.encode(images)[0]
-        visible = tokens.new_ones(len(tokens), 1, encoder.shape.patches, dtype=torch.bool)
+        visible = tokens.new_ones(len(tokens), 1, encoder.spec.patches, dtype=torch.bool)
         return [decoder(tokens, visible)[:, 0]]
 
     return replace(encoder, encode=encode)

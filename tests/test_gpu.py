@@ -12,8 +12,9 @@ import torch
 
 import fastalign as fa
 from fastalign.backbones.precision import FP8_CAPABILITY, FP8Linear
+from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.evaluation.features import PatchFeatures
-from fastalign.evaluation.heads import TokenShape, make_patch_head
+from fastalign.evaluation.heads import make_patch_head
 from fastalign.evaluation.options import Recipe
 from fastalign.evaluation.patches import Task, evaluate_head, fit_head
 from fastalign.train import update
@@ -189,7 +190,7 @@ def test_the_command_trains_on_the_gpu(tmp_path):
 @pytest.mark.parametrize("labels", ["union", "majority", "global-union"])
 def test_a_probe_learns_as_on_the_cpu(labels):
     torch.manual_seed(0)
-    shape, images = TokenShape(patches=16, prefix=1, width=32, heads=2), 96
+    spec, images = ViTSpec(BlockSpec(32, 2, 128), 1, image_size=(4, 4), patch_size=(1, 1)), 96
     union = torch.rand(images, 16, 5) < 0.3
     tokens = torch.randn(images, 17, 32)
     tokens[:, 1:, :5] += 3 * union
@@ -199,7 +200,7 @@ def test_a_probe_learns_as_on_the_cpu(labels):
     found = {}
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
         torch.manual_seed(0)
-        head, task = make_patch_head("transformer", labels, shape, 5), Task("transformer", labels, 0, 0)
+        head, task = make_patch_head("transformer", labels, spec, 5), Task("transformer", labels, 0, 0)
         where = {"device": torch.device(device), "dtype": dtype}
         head, _, _ = fit_head(head, task, features, None, Recipe(epochs=40, lr=3e-3), **where)
         found[device, dtype] = evaluate_head(head, task, features, **where)["macro_f1"]

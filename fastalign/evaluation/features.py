@@ -19,7 +19,6 @@ from fastalign.backbones.vit import ViT
 from fastalign.data.loader import Loader
 from fastalign.data.transforms import Transform
 from fastalign.evaluation.fit import Track, untracked
-from fastalign.evaluation.heads import TokenShape
 from fastalign.evaluation.label_maps import LabelledImages, patch_labels
 from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World, on_first_rank
@@ -40,11 +39,6 @@ class Encoder:
     spec: ViTSpec  # of the backbone: image size, patches
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-
-    @property
-    def shape(self) -> TokenShape:
-        """Of the tokens."""
-        return TokenShape(self.spec.patches, self.spec.prefix, self.spec.block.width, self.spec.block.heads)
 
 
 def frozen_encoder(vit: ViT, skip_blocks: Sequence[int] = (0,)) -> Encoder:
@@ -174,14 +168,14 @@ def read_patch_features(
         threads: reading threads, and as many for decoding and for label maps.
         dtype: of autocast.
     """
-    shape, count, classes = encoder.shape, len(data), len(data.classes)
-    size, patch = encoder.spec.image_size, encoder.spec.patch_size
+    spec, count, classes = encoder.spec, len(data), len(data.classes)
+    size, patch = spec.image_size, spec.patch_size
     tokens = {skip: f"tokens-{skip}" for skip in encoder.skip_blocks}
     layout = dict.fromkeys(
-        tokens.values(), ((count, shape.prefix + shape.patches, shape.width), np.uint16)
+        tokens.values(), ((count, spec.prefix + spec.patches, spec.block.width), np.uint16)
     ) | {
-        "union": ((count, shape.patches, -(-classes // 8)), np.uint8),
-        "majority": ((count, shape.patches), np.int16),
+        "union": ((count, spec.patches, -(-classes // 8)), np.uint8),
+        "majority": ((count, spec.patches), np.int16),
         "image": ((count, classes), np.bool_),
     }
 

@@ -4,14 +4,13 @@ Shapes: B images, N patches, P prefix tokens, T = P + N tokens, D width, C class
 """
 
 import copy
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fastalign.backbones.blocks import Block
-from fastalign.backbones.spec import BlockSpec
+from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
 
 PATCH_HEADS = ("linear", "mlp", "transformer", "latent", "latent-global")
@@ -19,15 +18,6 @@ PATCH_LABELS = ("union", "majority", "global-union", "global-in-patch")
 IMAGE_HEADS = ("linear", "attention", "transformer")
 _STD = 0.02
 _CHUNK = 65_536
-
-
-class TokenShape(NamedTuple):
-    """The tokens of a backbone, and its attention heads."""
-
-    patches: int
-    prefix: int
-    width: int
-    heads: int
 
 
 def image_token(tokens: Tensor, prefix: int) -> Tensor:
@@ -55,13 +45,13 @@ class PatchTransformer(nn.Module):
     `image` the output is [B, 1, C], the `image_token` of the answers.
     """
 
-    def __init__(self, shape: TokenShape, classes: int, tokens: int, layers: int, latent: bool, image: bool):
+    def __init__(self, spec: ViTSpec, classes: int, tokens: int, layers: int, latent: bool, image: bool):
         super().__init__()
-        self.shape, self.latent, self.image = shape, latent, image
-        width = shape.width
+        self.spec, self.latent, self.image = spec, latent, image
+        width = spec.block.width
         how = {"mlp_hidden": 4 * width, "qkv_bias": False, "layer_scale": 0.01, "norm_eps": 1e-5}
-        block = BlockSpec(width, shape.heads, **how)
-        self.pos_embed = nn.Parameter(_STD * torch.randn(shape.patches if latent else tokens, width))
+        block = BlockSpec(width, spec.block.heads, **how)
+        self.pos_embed = nn.Parameter(_STD * torch.randn(spec.patches if latent else tokens, width))
         self.norm_pre = nn.LayerNorm(width)
         self.blocks = nn.Sequential(*(Block(block) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
@@ -73,7 +63,7 @@ class PatchTransformer(nn.Module):
         else:
             tokens = tokens + self.pos_embed
         answers = self.head(self.norm(self.blocks(self.norm_pre(tokens))))
-        return image_token(answers, self.shape.prefix) if self.image else answers[:, -self.shape.patches :]
+        return image_token(answers, self.spec.prefix) if self.image else answers[:, -self.spec.patches :]
 
 
 def supports(head: str, labels: str) -> bool:
@@ -84,21 +74,24 @@ def supports(head: str, labels: str) -> bool:
 
 
 def make_patch_head(
-    name: str, labels: str, shape: TokenShape, classes: int, *, hidden: int = 1024, layers: int = 2
+    name: str, labels: str, spec: ViTSpec, classes: int, *, hidden: int = 1024, layers: int = 2
 ) -> nn.Module:
-    """A patch head with fresh weights: tokens [B, T, D] -> logits [B, N, C], or [B, 1, C] for `global-union`."""
-    image = labels == "global-union"
+    """A patch head with fresh weights: tokens [B, T, D] -> logits [B, N, C], or [B, 1, C] for `global-union`.
+
+    `spec`: the backbone's.
+    """
+    image, width = labels == "global-union", spec.block.width
     which = {"latent-global": "image", "latent": "all", "transformer": "all"}.get(
         name, "image" if image else "patches"
     )
     if name == "linear":
-        head = nn.Linear(shape.width, classes)
+        head = nn.Linear(width, classes)
     elif name == "mlp":
-        head = nn.Sequential(nn.Linear(shape.width, hidden), nn.GELU(), nn.Linear(hidden, classes))
+        head = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, classes))
     else:
-        tokens = 1 if which == "image" else shape.prefix + shape.patches
-        head = PatchTransformer(shape, classes, tokens, layers, name != "transformer", image)
-    return nn.Sequential(SelectTokens(which, shape.prefix), head)
+        tokens = 1 if which == "image" else spec.prefix + spec.patches
+        head = PatchTransformer(spec, classes, tokens, layers, name != "transformer", image)
+    return nn.Sequential(SelectTokens(which, spec.prefix), head)
 
 
 class StandardizedLinear(nn.Module):

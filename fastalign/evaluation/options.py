@@ -1,8 +1,6 @@
 """Options of the evaluation commands: checked fields, and the flags of a command line that set them."""
 
 import argparse
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -12,7 +10,6 @@ from fastalign.backbones.vit import ViT
 from fastalign.evaluation.heads import IMAGE_HEADS, PATCH_HEADS, PATCH_LABELS, supports
 from fastalign.evaluation.metrics import PATCH_METRICS
 from fastalign.training.build import backbone_before, named_backbone
-from fastalign.training.optim import learning_rate
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import path_argument
 
@@ -111,11 +108,6 @@ class Recipe(Options):
         if self.min_lr > self.lr:
             raise UserError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}: lower it")
         return self
-
-    def schedule(self, total: int) -> Callable[[int], float]:
-        """The learning rate of each of so many updates."""
-        rates = {"warmup": min(self.warmup_steps, total // 10), "lr": self.lr, "min_lr": self.min_lr}
-        return partial(learning_rate, total=total, start=0.0, **rates)
 
 
 class Plan(Options):

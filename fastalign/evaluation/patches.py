@@ -5,24 +5,27 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastalign.backbones.spec import ViTSpec
 from fastalign.backbones.vit import ViT
 from fastalign.config import Config
 from fastalign.data.loader import Batch
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.evaluation.features import Encoder, PatchFeatures, frozen_encoder, read_patch_features
 from fastalign.evaluation.fit import FeatureLoader, Fit, Track, predict, say_progress, untracked
-from fastalign.evaluation.heads import TokenShape, make_patch_head, supports
+from fastalign.evaluation.heads import make_patch_head, supports
 from fastalign.evaluation.label_maps import LabelledImages
 from fastalign.evaluation.metrics import MultiClassCounts, MultiLabelCounts, patch_loss
 from fastalign.evaluation.options import Plan, Recipe
 from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World, on_first_rank
+from fastalign.training.optim import learning_rate
 from fastalign.utils.errors import UserError
 
 _EVALUATION_BATCH = 256
@@ -77,7 +80,10 @@ def fit_head(
 
     head = head.to(device)
     groups = [{"params": list(head.parameters()), "factor": 1.0, "weight_decay": recipe.weight_decay}]
-    fit = Fit(head, groups, loss, recipe.schedule(steps * recipe.epochs), World(0, 1, device), dtype)
+    total, ends = steps * recipe.epochs, {"lr": recipe.lr, "min_lr": recipe.min_lr}
+    warmup = min(recipe.warmup_steps, total // 10)
+    rate = partial(learning_rate, total=total, warmup=warmup, start=0.0, **ends)
+    fit = Fit(head, groups, loss, rate, World(0, 1, device), dtype)
     loader = task.loader(train, size, device, order)
     best, best_score = (head.state_dict(), recipe.epochs, {}), -math.inf
     for epoch in range(1, recipe.epochs + 1):
@@ -163,7 +169,7 @@ def probe(
     for number in range(world.rank, len(tasks), world.size):
         name, plan, task = tasks[number]
         with report_rank_error(world.rank):
-            row = _probe_task(task, encoders[name].shape, read[name], plan, report_on, world.device, dtype)
+            row = _probe_task(task, encoders[name].spec, read[name], plan, report_on, world.device, dtype)
         about = f"{task.labels} {task.head}, {task.skip_blocks} blocks skipped, seed {task.seed}"
         say(f"{name}: {about}: macro recall {row[report_on[-1]]['macro_recall']:.4f}")
         rows[number] = {"model": name, **row}
@@ -174,7 +180,7 @@ def probe(
 
 def _probe_task(
     task: Task,
-    shape: TokenShape,
+    spec: ViTSpec,
     features: dict[str, PatchFeatures],
     plan: Plan,
     report_on: Sequence[str],
@@ -183,7 +189,7 @@ def _probe_task(
 ) -> dict:
     torch.manual_seed(task.seed)
     classes, where = features["train"].classes, {"device": device, "dtype": dtype}
-    head = make_patch_head(task.head, task.labels, shape, classes, hidden=plan.hidden, layers=plan.layers)
+    head = make_patch_head(task.head, task.labels, spec, classes, hidden=plan.hidden, layers=plan.layers)
     head, epoch, val = fit_head(head, task, features["train"], features["val"], plan.recipe, **where)
     if not math.isfinite(val["loss"]):
         about = f"{task.labels} {task.head}, seed {task.seed}"
@@ -250,7 +256,7 @@ def probe_encoder(
         recipe = Recipe(epochs=EPOCHS, batch_size=min(Recipe().batch_size, len(read["train"])))
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(task.seed)
-            head = make_patch_head(task.head, task.labels, tokens.shape, read["train"].classes)
+            head = make_patch_head(task.head, task.labels, tokens.spec, read["train"].classes)
             fit_head(head, task, read["train"], None, recipe, **where)
         scores = evaluate_head(head, task, read["val"], **where)
         return {name: scores[name] for name in REPORTED}

@@ -87,7 +87,7 @@ def test_the_score_is_that_of_the_saved_backbone(recipe, data, monkeypatch, opti
         features[split] = read_patch_features(vit, part, SINGLE, threads=1)
     task = Task("transformer", "union", 0, 3)
     torch.manual_seed(3)
-    head = make_patch_head("transformer", "union", vit.shape, 2)
+    head = make_patch_head("transformer", "union", vit.spec, 2)
     head, *_ = fit_head(head, task, features["train"], None, Recipe(epochs=3, batch_size=24), **CPU)
     wanted = evaluate_head(head, task, features["val"], **CPU)
     found = lines(folder, "probe_map")[-1]
