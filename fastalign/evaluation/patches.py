@@ -52,22 +52,22 @@ class Task:
 
 
 def fit_head(
-    head: nn.Module,
     task: Task,
+    spec: ViTSpec,
     train: PatchFeatures,
     val: PatchFeatures | None,
-    recipe: Recipe,
+    plan: Plan,
     *,
     device: torch.device,
     dtype: torch.dtype,
     track: Track = untracked,
 ) -> tuple[nn.Module, int, dict]:
-    """Trains a fresh head and keeps the epoch that is best on `val` by `recipe.select`; without `val` the last one.
+    """Trains a head on the tokens of a backbone and keeps the epoch that is best on `val`, without it the last one.
 
     Returns:
         The head, the epoch (from 1), and its metrics on `val`, {} without one.
     """
-    count, size = len(train), recipe.batch_size
+    recipe, count, size = plan.recipe, len(train), plan.recipe.batch_size
     steps = count // size
 
     def order(epoch: int) -> np.ndarray:
@@ -78,7 +78,9 @@ def fit_head(
     def loss(logits: Tensor, batch: Batch) -> Tensor:
         return patch_loss(logits, train.labels(batch.ids.numpy(), task.labels).to(device))
 
-    head = head.to(device)
+    torch.manual_seed(task.seed)
+    shape = {"hidden": plan.hidden, "layers": plan.layers}
+    head = make_patch_head(task.head, task.labels, spec, train.classes, **shape).to(device)
     groups = [{"params": list(head.parameters()), "factor": 1.0, "weight_decay": recipe.weight_decay}]
     total, ends = steps * recipe.epochs, {"lr": recipe.lr, "min_lr": recipe.min_lr}
     warmup = min(recipe.warmup_steps, total // 10)
@@ -187,10 +189,8 @@ def _probe_task(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict:
-    torch.manual_seed(task.seed)
-    classes, where = features["train"].classes, {"device": device, "dtype": dtype}
-    head = make_patch_head(task.head, task.labels, spec, classes, hidden=plan.hidden, layers=plan.layers)
-    head, epoch, val = fit_head(head, task, features["train"], features["val"], plan.recipe, **where)
+    where = {"device": device, "dtype": dtype}
+    head, epoch, val = fit_head(task, spec, features["train"], features["val"], plan, **where)
     if not math.isfinite(val["loss"]):
         about = f"{task.labels} {task.head}, seed {task.seed}"
         raise UserError(f"--lr: the loss of {about} is {val['loss']}; lower the rate")
@@ -255,9 +255,7 @@ def probe_encoder(
         task = Task("transformer", "union", skip_blocks=0, seed=seed)
         recipe = Recipe(epochs=EPOCHS, batch_size=min(Recipe().batch_size, len(read["train"])))
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(task.seed)
-            head = make_patch_head(task.head, task.labels, tokens.spec, read["train"].classes)
-            fit_head(head, task, read["train"], None, recipe, **where)
+            head, *_ = fit_head(task, tokens.spec, read["train"], None, Plan(recipe=recipe), **where)
         scores = evaluate_head(head, task, read["val"], **where)
         return {name: scores[name] for name in REPORTED}
 
