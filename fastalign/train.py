@@ -227,7 +227,8 @@ def probe_student(run: Run, splits: Splits, reporter: Reporter) -> dict[str, flo
     options = {"dtype": run.dtype, "threads": run.config.data.threads, "seed": run.config.seed}
     options |= {"average": average, "track": track}
     with contextlib.nullcontext() if run.world.main else run.hang_timer.paused():
-        return probe_encoder(encoder, splits, run.world, **options)
+        probed = lambda: probe_encoder(encoder, splits, run.world.device, **options)  # noqa: E731
+        return distributed.on_first_rank(run.world, probed)
 
 
 def probe(run: Run, splits: Splits, reporter: Reporter, epoch: int) -> None:

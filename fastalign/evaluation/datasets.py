@@ -118,24 +118,19 @@ def _open_own(root: Path, split: str) -> LabelledImages:
         )
     classes, unlabeled = _read_classes(root / "classes.txt")
     if shards:
-        images, maps = _split_shards(root, split, shards)
+        members = TarSource(f"{root}/{split}-*.tar", shards)
+        is_map = np.array([members.name(index).lower().endswith(".png") for index in range(len(members))])
+        if is_map.all() or not is_map.any():
+            missing = "images" if is_map.all() else "label maps"
+            raise UserError(
+                f"{root}/{split}-*.tar have no {missing}; a sample is KEY.jpg and KEY.png in one shard"
+            )
+        images, maps = (Subset(members, np.flatnonzero(chosen)) for chosen in (~is_map, is_map))
+        maps = pair(images, maps)
     else:
         folders = folder / "images", folder / "labels"
         images, maps = _folders(folders, f"{split}/ must contain images/ and labels/")
     return LabelledImages(images, classes, unlabeled, maps, partial(decode_ids, classes=len(classes)))
-
-
-def _split_shards(root: Path, split: str, shards: list[str]) -> tuple[Source, Source]:
-    """Images and label maps of tar shards; the maps are the .png members."""
-    members = TarSource(f"{root}/{split}-*.tar", shards)
-    is_map = np.array([members.name(index).lower().endswith(".png") for index in range(len(members))])
-    if is_map.all() or not is_map.any():
-        missing = "images" if is_map.all() else "label maps"
-        raise UserError(
-            f"{root}/{split}-*.tar have no {missing}; a sample is KEY.jpg and KEY.png in one shard"
-        )
-    images, maps = (Subset(members, np.flatnonzero(chosen)) for chosen in (~is_map, is_map))
-    return images, pair(images, maps)
 
 
 def _read_classes(path: Path) -> tuple[tuple[str, ...], int | None]:

@@ -227,7 +227,7 @@ def contents(splits: dict[str, LabelledImages]) -> dict[str, str]:
 def probe_encoder(
     encoder: ViT,
     splits: dict[str, LabelledImages],
-    world: World,
+    device: torch.device,
     *,
     average: dict[str, Tensor] | None,
     dtype: torch.dtype,
@@ -235,28 +235,19 @@ def probe_encoder(
     seed: int,
     track: Track,
 ) -> dict[str, float]:
-    """Trains a head on an encoder's frozen tokens on rank 0, in memory, and evaluates its last epoch on val.
+    """Trains a head on an encoder's frozen tokens, in memory, and evaluates its last epoch on val.
 
     `average`: averaged weights of the student, used instead of the encoder's.
     """
-    device = world.device
-
-    def probe() -> dict[str, float]:
-        vit = copy.deepcopy(encoder)  # a copy is not compiled, so no graph of training is compiled again
-        if average is not None:
-            vit.load_state_dict({name: average[f"encoder.{name}"] for name in vit.state_dict()})
-        tokens, where = frozen_encoder(vit), {"dtype": dtype, "track": track}
-        alone = World(0, 1, device)
-        read = {
-            name: read_patch_features(tokens, split, alone, threads=threads, **where)
-            for name, split in splits.items()
-        }
-        where["device"] = device
-        task = Task("transformer", "union", skip_blocks=0, seed=seed)
-        recipe = Recipe(epochs=EPOCHS, batch_size=min(Recipe().batch_size, len(read["train"])))
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            head, *_ = fit_head(task, tokens.spec, read["train"], None, Plan(recipe=recipe), **where)
-        scores = evaluate_head(head, task, read["val"], **where)
-        return {name: scores[name] for name in REPORTED}
-
-    return on_first_rank(world, probe)
+    vit = copy.deepcopy(encoder)  # a copy is not compiled, so no graph of training is compiled again
+    if average is not None:
+        vit.load_state_dict({name: average[f"encoder.{name}"] for name in vit.state_dict()})
+    tokens, how = frozen_encoder(vit), {"dtype": dtype, "track": track}
+    more = {"world": World(0, 1, device), "threads": threads, **how}
+    read = {name: read_patch_features(tokens, split, **more) for name, split in splits.items()}
+    task = Task("transformer", "union", skip_blocks=0, seed=seed)
+    plan = Plan(recipe=Recipe(epochs=EPOCHS, batch_size=min(Recipe().batch_size, len(read["train"]))))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        head, *_ = fit_head(task, tokens.spec, read["train"], None, plan, device=device, **how)
+    scores = evaluate_head(head, task, read["val"], device=device, **how)
+    return {name: scores[name] for name in REPORTED}
