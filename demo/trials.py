@@ -175,10 +175,10 @@ def encoder_of(trial: Trial, folder: Path, device: torch.device) -> Encoder:
 
     def encode(images: torch.Tensor) -> list[torch.Tensor]:
         tokens = encoder.encode(images)[0]
-        visible = tokens.new_ones(len(tokens), 1, encoder.shape.patches, dtype=torch.bool)
+        visible = tokens.new_ones(len(tokens), 1, encoder.spec.patches, dtype=torch.bool)
         return [decoder(tokens, visible)[:, 0]]
 
-    return replace(encoder, encode=encode, identity=f"{encoder.identity} decoder {trial.seed}")
+    return replace(encoder, encode=encode)
 
 
 def run_trial(trial: Trial, root: Path) -> None:
