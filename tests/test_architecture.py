@@ -30,8 +30,7 @@ LAYERS = [
     {"ops"},
     {"kernels", "utils"},
 ]
-LONG_FILES = {"config.py": "every key of a run in one place"}
-MAX_LINES, MAX_LINES_EXCEPTION, MAX_FUNCTION = 300, 340, 60
+MAX_LINES, MAX_FUNCTION = 300, 60
 
 
 def package(module: str) -> str:
@@ -86,32 +85,28 @@ def test_contributing_lists_every_package():
 
 
 def test_the_files_that_documents_name_are_there():
-    named = r"(?<![\w/.])((?:tests|examples|configs|docs|benchmarks)/[\w./-]+\.\w+)"
+    named = r"(?<![\w/.])(?:tests|examples|configs|docs|benchmarks)/[\w./-]+\.\w+"
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("demo/*.md")]:
-        missing = [
-            name
-            for name in re.findall(named, page.read_text())
-            if not (ROOT / name).exists() and "NAME" not in name
-        ]
-        assert not missing, f"{page.name} names {missing}"
+        text = page.read_text()
+        places = {ROOT / name for name in re.findall(named, text) if "NAME" not in name}
+        places |= {page.parent / link for link in re.findall(r"\]\((?!http)([^)#]+)\)", text)}
+        assert not [place for place in places if not place.exists()], page.name
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_files_and_functions_are_short(path):
     source = path.read_text()
-    limit = MAX_LINES_EXCEPTION if path.name in LONG_FILES else MAX_LINES
-    assert len(source.splitlines()) <= limit
+    assert len(source.splitlines()) <= MAX_LINES
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < MAX_FUNCTION, f"{path.name}: {node.name} is long"
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_public_functions_and_classes_have_docstrings(path):
-    tree = ast.parse(path.read_text())
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-            assert ast.get_docstring(node) or isinstance(node, ast.ClassDef), f"{path.name}: {node.name}"
+def test_public_functions_have_docstrings(path):
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{path.name}: {node.name}"
 
 
 @pytest.mark.parametrize("target", ["install", "demo", "clean"])
@@ -197,11 +192,3 @@ def test_kernels_need_only_torch_and_triton(path):
     """A kernel file can be copied into another project."""
     for module in imported(path):
         assert package(module) == "kernels", f"{path.name} must not import {module}"
-
-
-def test_readme_names_only_what_exists():
-    text = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (ROOT / target).exists(), target
-    for name in re.findall(r"configs/[\w/-]+\.yaml", text):
-        assert (ROOT / name).exists(), name
