@@ -21,12 +21,16 @@ def render_page(run: Run, maps: PatchMaps | None) -> str:
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["score"] = score_text
     name, probe = run.folder.resolve().name, run.probe
+    steps, losses = series(run.metrics, "val_loss")
+    speed, wait = (series(run.metrics, key)[1] for key in ("images_per_second", "data_wait"))
     return environment.get_template("page.html").render(
         run=run,
         name=run.facts["name"] if run.facts else run.config.student.name if run.config else name,
         objective=OBJECTIVES[run.config.objective] if run.config else "",
         last_step=max((line["step"] for line in run.metrics), default=0),
-        numbers=_key_numbers(run),
+        validation=[(steps[end], losses[end]) for end in (0, -1)[: len(losses)]],
+        speed=median(speed) if speed else None,
+        wait=median(wait) if wait else None,
         charts=[
             charts.inline_svg(charts.curves_figure({title: lines}), title)
             for title, lines in charts.curves(run.metrics).items()
@@ -43,39 +47,6 @@ def render_page(run: Run, maps: PatchMaps | None) -> str:
     )
 
 
-def _key_numbers(run: Run) -> list[tuple[str, str]]:
-    found = []
-    steps, losses = series(run.metrics, "val_loss")
-    if losses:
-        ends = (0, -1)[: len(losses)]
-        about = f"Validation loss, step {' → '.join(str(steps[end]) for end in ends)}"
-        found.append((about, " → ".join(f"{losses[end]:.4f}" for end in ends)))
-    if run.facts and "step" in run.facts:
-        found.append(("Backbone of step", str(run.facts["step"])))
-    if run.probe:
-        setting = run.probe.settings()[0]
-        for key, title in (("macro_recall", "macro recall"), ("map", "mAP")):
-            scores = {
-                m: score for m in run.probe.models(setting) if (score := run.probe.score(setting, m, key))
-            }
-            if scores:
-                about = f"Patch probe, {title}, % {' → '.join(scores)}, {setting}"
-                found.append((about, " → ".join(map(score_text, scores.values()))))
-    if run.classified:
-        head = next(iter(run.classified.values()))["settings"]["head"]
-        about = f"Image classification, top-1, % {' → '.join(run.classified)}, {head} head"
-        found.append(
-            (about, " → ".join(f"{100 * each['mean']['top1']:.1f}" for each in run.classified.values()))
-        )
-    for about, key, form in (
-        ("Images per second, median", "images_per_second", ".0f"),
-        ("Time spent waiting for data, median", "data_wait", ".1%"),
-    ):
-        if values := series(run.metrics, key)[1]:
-            found.append((about, f"{median(values):{form}}"))
-    return found
-
-
 def _details(probe: Probe, setting: str) -> dict:
     """Scores, recall by size and by class in a setting; the largest gain first, classes without patches last."""
     count, recall, precision = (
@@ -88,6 +59,7 @@ def _details(probe: Probe, setting: str) -> dict:
     order = sorted(range(len(gain)), key=lambda index: (-np.nan_to_num(gain[index], nan=-2.0), names[index]))
     return {
         "setting": setting,
+        "models": probe.models(setting),
         "chart": charts.inline_svg(charts.probe_figure(probe, setting), setting),
         "colours": charts.colours_of(recall),
         "precision": list(precision),
