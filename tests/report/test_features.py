@@ -28,9 +28,8 @@ def test_shuffled_and_flipped_components_are_put_back(order):
     values = np.random.default_rng(1).standard_normal((2, 50, 3)) * [5, 2, 1]
     shuffled = 3 * values[..., list(order)] * [1, -1, -1] + 7
     signs = dict(zip(order, (1, -1, -1), strict=True))
-    wanted = 3 * values + 7 * np.array(
-        [signs[c] for c in range(3)]
-    )  # factor and shift stay, the shift with the sign
+    shift = 7 * np.array([signs[c] for c in range(3)])
+    wanted = 3 * values + shift  # factor and shift stay, the shift with the sign
     np.testing.assert_allclose(features.match_components(shuffled, values), wanted, atol=1e-12)
 
 
