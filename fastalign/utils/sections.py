@@ -81,7 +81,7 @@ def explain(error: ValidationError, names: Iterable[str]) -> tuple[str, str]:
     if first["type"] == "string_type" and first["input"] is not None:
         text = f"YAML reads this value as {first['input']!r}, not as text; put it in quotes"
         return key, f"{key}: {text} (in a shell: \"{key}='...'\")"
-    return key, f"{key}: {', or: '.join(texts)}, got {first['input']!r}" if key else texts[0]
+    return key, f"{key}: {', or: '.join(dict.fromkeys(texts))}, got {first['input']!r}" if key else texts[0]
 
 
 def get_key(tree: dict, key: str) -> Any:
