@@ -92,7 +92,7 @@ def _handle_skipped(run: Run, status: StepStatus, reporter: Reporter) -> None:
     """Record the samples of a skipped update, and end the run if the configuration says so or after too many."""
     involved = run.world.rank in status.ranks or not status.ranks
     source = run.train.source
-    names = [source.portable_name(int(i)) for i in status.ids] if involved else []
+    names = [source.name(int(i)) for i in status.ids] if involved else []
     line = {"step": status.step, "rank": run.world.rank, "ids": status.ids.tolist(), "names": names}
     lines = [line for line in run.world.gather(line) if line["names"]]
     path = run.folder / NONFINITE

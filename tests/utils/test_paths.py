@@ -92,7 +92,7 @@ def test_home_user_and_locks_are_optional(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     monkeypatch.setattr(pwd, "getpwuid", fails(KeyError("uid not found")))
-    with pytest.raises(OSError, match="no home folder"):
+    with pytest.raises(RuntimeError, match="home directory"):
         index.cache_folder()
     assert len(open_source(".")) == 1
     with pytest.raises(UserError, match=r"the home folder of ~ is not known; write the path out"):
