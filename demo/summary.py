@@ -31,8 +31,8 @@ def summarise(run: Path) -> Table:
     steps, losses = series(lines, "val_loss")
     if not steps:
         raise UserError(f"{run} has no validation loss yet; let the run reach its first validation")
-    figure = charts.curves_figure(lines, (charts.LOSS, "Learning rate", charts.THROUGHPUT))
-    figure.savefig(curves, **charts.PNG)
+    shown = charts.curves(lines, (charts.LOSS, "Learning rate", charts.THROUGHPUT))
+    charts.curves_figure(shown).savefig(curves, **charts.PNG)
     speed, wait = series(lines, "images_per_second")[1], series(lines, "data_wait")[1]
     table = Table(title=str(run), show_header=False)
     table.add_row("validation loss at the start", f"{losses[0]:.4f}  (step {steps[0]})")

@@ -13,7 +13,7 @@ from fastalign.backbones.zoo import MOCO
 from fastalign.compat.reference_options import IGNORED, KEYS, MIM_DEFAULTS, NOT_MIM, REFUSED, Options
 from fastalign.config import Config, resolve
 from fastalign.utils.errors import UserError
-from fastalign.utils.yaml_files import explain, read_yaml, set_key
+from fastalign.utils.sections import explain, read_yaml, set_key
 
 AUTHORS_WORLD = 4
 """GPUs of the authors' own command, with which each of their files has 1024 images per update."""

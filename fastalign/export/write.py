@@ -13,7 +13,7 @@ from fastalign.export.targets import Target, find_target
 from fastalign.export.towers import write_json
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import temporary_name, write_tensors
-from fastalign.utils.yaml_files import merge
+from fastalign.utils.sections import merge
 
 FACTS = "fastalign.json"
 
