@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastalign as fa
-from fastalign.export import hf, targets, towers
+from fastalign.export import hf, targets, to_transformers
 from fastalign.export.__main__ import main
 from tests.export.helpers import FAMILIES, LOADERS, by_transformers, facts, images, small
 from tests.numerics import randomise, relative_error
@@ -21,15 +21,14 @@ from tests.truth import CappedAttention
 
 def test_a_model_that_differs_is_not_written(runs, tmp_path, capsys, monkeypatch):
     """A weight that goes astray: the fresh libraries' classes would load it without a word."""
-    right = targets.TARGETS["hf-clip"]
 
     def astray(vit):
-        state = towers.CLIP.state(vit)
+        settings, weights = right(vit)
         names = [f"vision_model.encoder.layers.1.layer_norm{number}.bias" for number in (1, 2)]
-        return state | dict(zip(names, [state[name] for name in reversed(names)], strict=True))
+        return settings, weights | dict(zip(names, [weights[name] for name in reversed(names)], strict=True))
 
-    misplaced = right._replace(write=towers.CLIP._replace(state=astray).write)
-    monkeypatch.setitem(targets.TARGETS, "hf-clip", misplaced)
+    right = to_transformers.CONTENT["clip"]
+    monkeypatch.setitem(to_transformers.CONTENT, "clip", astray)
     assert main([str(runs("clip")), "--to", "hf-clip", "--output", str(tmp_path / "export")]) == 2
     assert "differs from ours by" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -136,11 +135,11 @@ def test_a_library_that_is_not_installed(runs, capsys, monkeypatch):
     assert "pip install 'transformers>=5.20'" in capsys.readouterr().err
 
 
-def test_loading_what_is_no_export(tmp_path):
-    with pytest.raises(fa.UserError, match=r"no config\.json"):
-        hf.load_tower(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(fa.UserError, match="bert"):
+@pytest.mark.parametrize("content", [None, '{"model_type": "bert"}'])
+def test_loading_what_is_no_export(tmp_path, content):
+    if content:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(fa.UserError, match=r"config\.json is not of an export --to hf-"):
         hf.load_tower(tmp_path)
 
 
