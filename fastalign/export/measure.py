@@ -39,11 +39,7 @@ def token_error(found: Tensor, wanted: Tensor) -> float:
 
 @torch.no_grad()
 def check_parity(vit: ViT, tokens: Callable[[Tensor], Tensor], name: str) -> float:
-    """The `token_error` of the exported model in fp32 on noise; `name` is what was exported.
-
-    Raises:
-        UserError: it exceeds `PARITY`.
-    """
+    """The `token_error` of the exported model on noise; UserError, naming the export, if it exceeds `PARITY`."""
     images = noise(vit)
     found = torch.cat([tokens(batch) for batch in images.split([1, 3])])
     if (error := token_error(found, vit.forward_features(images))) <= PARITY:
@@ -61,7 +57,7 @@ def check_parity(vit: ViT, tokens: Callable[[Tensor], Tensor], name: str) -> flo
 
 
 def find_images(given: str | None, val: str | None) -> tuple[Source | None, str]:
-    """The images to measure on, and which they are or why there are none. `given`: --images; `val`: the run's."""
+    """The images of --images or the run's validation data to measure on, and which they are or why none."""
     if given is not None:
         return open_source(given), f"--images {Path(given).name}"
     if val is None:
@@ -96,7 +92,7 @@ def moments(vit: ViT, source: Source | None, say: Callable[[str], object]) -> di
     images, count, total, squares = 0, 0, 0.0, 0.0
     for number, batch in enumerate(_batches(vit, source)):
         if number % 4 == 0:
-            say(f"measuring features: {number * BATCH} of {min(len(source), IMAGES)} images")
+            say(f"measuring features: image {number * BATCH + 1} of {min(len(source), IMAGES)}")
         patches = vit.forward_features(batch)[:, vit.num_prefix_tokens :].flatten(0, 1).double()
         images, count, total = images + len(batch), count + len(patches), total + patches.sum(0)
         squares = squares + patches.square().sum(0)
@@ -107,10 +103,7 @@ def moments(vit: ViT, source: Source | None, say: Callable[[str], object]) -> di
 
 @torch.no_grad()
 def without_softcap(vit: ViT, source: Source | None) -> dict[str, Any]:
-    """How dropping the cap changes the features on noise and, if there are any, on real images.
-
-    The relative change in the Euclidean norm, and the lowest cosine of a token.
-    """
+    """How dropping the cap changes features of noise and real images: relative change, lowest cosine of a token."""
     measured: dict[str, Iterable[Tensor]] = {"noise": [noise(vit)]}
     if source is not None:
         measured["images"] = itertools.islice(_batches(vit, source), 4)

@@ -53,7 +53,7 @@ class Run:
         return self.config.student.weights if self.config else self.facts.get("weights")
 
     def source(self) -> dict[str, Any]:
-        """The backbone that was aligned, the page of its published weights, and their licence as timm records it.
+        """The backbone's name and weights, the page of the published ones, and their licence as timm records it.
 
         None = unknown; the licence is known only if alignment started from the published weights.
         """
@@ -73,9 +73,9 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"RUN {folder} is not a directory: give the folder of a finished run")
+    probe = folder / "probe.json"
     run = Run(folder, load_backbone(folder), read_facts(folder / "backbone.json"))
-    if (folder / "probe.json").is_file():
-        run.probe = read_json(folder / "probe.json")
+    run.probe = read_json(probe) if probe.is_file() else None
     if not (folder / "config.yaml").is_file():
         run.notes.append("config.yaml is missing: no recipe and no decoder")
         return run
@@ -93,13 +93,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def read_weights(name: str, weights: str, *, kwargs: str = "{}", softcap: float | None = None) -> Run:
-    """The backbone in a file of weights that is not a run; its head, decoder and pooling are left out.
-
-    Args:
-        name, kwargs: timm's, the arguments in YAML.
-        weights: as `student.weights` of a recipe.
-        softcap: that the weights were trained with; None = the one that the file records, if any.
-    """
+    """The backbone in weights that are not a run, without head, decoder and pooling; arguments as the command's."""
     vit, _ = named_backbone(name, weights=weights, kwargs=kwargs, softcap=softcap)
     vit.attn_pool, vit.pool, vit.head = None, "none", nn.Identity()
     facts = backbone_facts(vit.eval(), weights=weights)
@@ -177,11 +171,7 @@ def _describe_decoder(
 
 
 def load_decoder(folder: str | Path) -> AlignedDecoder:
-    """The MaskEmbed decoder in the folder of an export, ready for further training.
-
-    Raises:
-        UserError: the export has no decoder.
-    """
+    """The MaskEmbed decoder in the folder of an export, ready for further training; UserError if there is none."""
     path = Path(folder) / DECODER
     if not path.is_file():
         raise UserError(

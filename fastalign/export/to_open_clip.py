@@ -171,14 +171,7 @@ def _no_text_tower(embed_dim: int) -> TextTower:
 
 
 def _read_text_tower(place: str) -> TextTower:
-    """The text tower of a model of open_clip.
-
-    Args:
-        place: a folder with weights and open_clip_config.json, a file of weights in it, or ``hf-hub:OWNER/NAME``.
-
-    Raises:
-        UserError: it cannot be read, or has no text tower.
-    """
+    """That of a folder with weights and open_clip_config.json, a file of weights in it, or ``hf-hub:OWNER/NAME``."""
     folder = _download(place.removeprefix(HUB)) if place.startswith(HUB) else Path(user_path(place))
     path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), folder)
     settings = path.with_name("open_clip_config.json")

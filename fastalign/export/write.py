@@ -147,23 +147,12 @@ def change_in_words(effect: dict[str, dict[str, float]]) -> str:
 
 
 def _write_card(folder: Path, facts: dict[str, Any], target: Target, name: str) -> None:
-    """Write README.md of an export.
-
-    Args:
-        folder: where it is written now, with the other files.
-        facts: of fastalign.json.
-        target: the library.
-        name: where its user loads it from: its folder, or hf-hub:OWNER/NAME.
-    """
+    """README.md of an export; `name` is where its user loads it from: its folder, or hf-hub:OWNER/NAME."""
     weights, config = facts["source"]["weights"], folder / "config.json"
     words = {None: "not recorded", "pretrained": "its published weights", "random": "random weights"}
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    card = environment.get_template("card.md").render(
+    text = Path(__file__).with_name("card.md").read_text()
+    template = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    card = template.render(
         facts,
         package=target.package,
         how_capped=target.how_capped,
