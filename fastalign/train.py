@@ -140,7 +140,7 @@ def export_backbone(run: Run, reporter: Reporter) -> None:
 
     with run.hang_timer.paused():
         for target in run.config.export.to:
-            reporter.say(f"exported: {export(run.folder, target)[0]}")
+            reporter.say(f"exported: {export(run.folder, target, say=reporter.say)[0]}")
 
 
 def initial_eval(run: Run, splits: Splits, reporter: Reporter) -> None:

@@ -45,19 +45,15 @@ class Run:
     """probe.json, if the run was probed"""
     notes: list[str] = field(default_factory=list)
     text_tower: str | None = None
-    """where the text tower of a CLIP model is; None = where `weights` are"""
-
-    @property
-    def weights(self) -> str | None:
-        """What it was made from: "pretrained", "random", a path, or None = unknown."""
-        return self.config.student.weights if self.config else self.facts.get("weights")
+    """where the text tower of a CLIP model is; None = where the weights are"""
 
     def source(self) -> dict[str, Any]:
-        """The backbone's name and weights, the page of the published ones, and their licence as timm records it.
+        """The name, the weights that it started from, the page of the published ones, and their licence.
 
         None = unknown; the licence is known only if alignment started from the published weights.
         """
-        name, weights = self.facts["name"], self.weights
+        name = self.facts["name"]
+        weights = self.config.student.weights if self.config else self.facts.get("weights")
         known = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
         licence, hub = getattr(known, "license", None), getattr(known, "hf_hub_id", None)
         page = f"https://huggingface.co/{hub}" if hub else None

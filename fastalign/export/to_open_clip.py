@@ -88,9 +88,10 @@ def write(run: Run, folder: Path) -> list[str]:
 
 def _text_tower(run: Run) -> tuple[TextTower, str]:
     """What was asked for, else that of the weights that the backbone started from, else none; a note for the user."""
-    place, page = run.text_tower or run.weights, run.source()["page"] or ""
+    source = run.source()
+    place = run.text_tower or source["weights"]
     if place == "pretrained":
-        place = HUB + page.removeprefix("https://huggingface.co/")
+        place = HUB + (source["page"] or "").removeprefix("https://huggingface.co/")
     reason = "the weights that the backbone started from are not known"
     if run.text_tower or place not in (None, "random"):
         try:

@@ -49,7 +49,7 @@ _ANY = {
     "activation", "norm_eps", "softcap", "fresh_norm_eps", "position_fixed", "position_prefix", "pooled_norm", "pool",
     "pool_prefix",
 }  # fmt: skip
-"""Fields of a backbone that every tower can express, or that do not change its tokens."""
+"""Fields that the towers express, or that do not change the tokens."""
 _PLAIN = {
     field.name: field.default
     for kind in (ViTSpec, BlockSpec)
@@ -121,12 +121,7 @@ def _dinov3(vit: ViT) -> Content:
     return settings, from_timm(vit.state_dict(), HF_DINOV3) | mask_token
 
 
-CONTENT: dict[str, Callable[[ViT], Content]] = {
-    "clip": _clip,
-    "siglip": _siglip,
-    "dinov2": _dinov2,
-    "dinov3": _dinov3,
-}
+CONTENT = {"clip": _clip, "siglip": _siglip, "dinov2": _dinov2, "dinov3": _dinov3}
 
 
 def write(name: str, run: Run, folder: Path) -> list[str]:

@@ -69,6 +69,8 @@ def test_each_library_gives_our_features(runs, tmp_path, capsys, family, target,
     assert again.softcap == (0.5 if softcap == "applied" else None)
     assert relative_error(again.forward_features(images(family)), wanted) < 1e-5
     if target.startswith("hf-"):
+        how_to_load = (output / "config.json").read_text().splitlines()[1]
+        assert ("caps the attention logits at 0.5" in how_to_load) == (softcap == "applied")
         assert again.norm.eps == fa.load_backbone(folder).norm.eps
 
 

@@ -11,10 +11,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 import fastalign as fa
 from fastalign.export.__main__ import main
-from tests.export.helpers import FAMILIES, facts
+from tests.export.helpers import FAMILIES, SMALL, facts
 from tests.numerics import randomise, relative_error
 
-CLIP = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
 TEXT = {"context_length": 6, "vocab_size": 50, "width": 48, "heads": 3, "layers": 2}
 TOKENS = torch.tensor([[48, 3, 5, 49, 0, 0], [48, 7, 9, 11, 13, 49]])
 
@@ -23,7 +22,7 @@ TOKENS = torch.tensor([[48, 3, 5, 49, 0, 0], [48, 7, 9, 11, 13, 49]])
 def tiny_siglip(pretrained: bool = False, **kwargs) -> VisionTransformer:
     """SigLIP in small: open_clip builds timm's models by name alone."""
     kwargs = {key: kwargs[key] for key in ("num_classes", "global_pool") if key in kwargs}
-    shape = {**CLIP, "class_token": False, "act_layer": "gelu_tanh", "norm_layer": None}
+    shape = {**SMALL, "class_token": False, "act_layer": "gelu_tanh", "norm_layer": None}
     model = VisionTransformer(**shape, **{"global_pool": "map", **kwargs})
     model.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     return model
@@ -44,8 +43,8 @@ SIGLIP = {
 }  # fmt: skip
 # The model, the backbone's name and arguments, the model's configuration.
 SOURCES = {
-    "CLIP": (open_clip.CLIP, FAMILIES["openclip"], CLIP, NATIVE),
-    "QuickGELU": (open_clip.CLIP, FAMILIES["clip"], CLIP, {**NATIVE, "quick_gelu": True}),
+    "CLIP": (open_clip.CLIP, FAMILIES["openclip"], SMALL, NATIVE),
+    "QuickGELU": (open_clip.CLIP, FAMILIES["clip"], SMALL, {**NATIVE, "quick_gelu": True}),
     "SigLIP": (open_clip.CustomTextCLIP, "tiny_siglip", {}, SIGLIP),
 }
 
