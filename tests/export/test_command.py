@@ -73,6 +73,14 @@ BAD = [
     (keep, "--to timm --weights a.pth", "give the folder of a run, or --weights FILE and --name TIMM_NAME"),
     (keep, "--to timm --weights /no/a.pth --name vit_tiny_patch16_224", "--weights=/no/a.pth: not found"),
     (keep, f"--to timm {WEIGHTS} --kwargs '{{depth: 1}}'", "--output: give"),
+    (keep, "RUN --to open-clip", "cannot apply the soft-cap of 0.5"),
+    (keep, "RUN --to open-clip --drop-softcap --text-tower hf-hub:a/b", "hf-hub:a/b cannot be loaded"),
+    (keep, "RUN --to open-clip --drop-softcap --text-tower RUN", "has no text tower: open_clip_config.json"),
+    (
+        keep,
+        f"--to open-clip {WEIGHTS} --kwargs '{{depth: 1}}' --output RUN/exports/timm",
+        "open_clip builds timm's vit_tiny_patch16_224 without arguments, not with {'depth': 1}",
+    ),
     (
         keep,
         f"--to hf-dinov2 {WEIGHTS} --kwargs '{{depth: 1, mlp_ratio: 2.5}}' --output RUN/exports/timm",
@@ -88,7 +96,7 @@ def test_bad_input_is_one_line_and_exit_code_2(damaged, capsys, damage, line, wo
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastalign:")]
     assert len(error) == 1
     assert words in error[0]
-    assert not (damaged / "exports" / "timm").exists()
+    assert not list(damaged.glob("exports/*"))
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ CASES = [
     }.items()
     for target in fitting
     for softcap in ("applied", "dropped", *(["none"] if family in ("clip", "siglip") else []))
+    if (target, softcap) != ("open-clip", "applied")  # refused
 ]
 
 
@@ -46,15 +47,7 @@ CASES = [
 def test_each_library_gives_our_features(runs, tmp_path, capsys, family, target, softcap):
     folder, output = runs(family, None if softcap == "none" else 0.5), tmp_path / "export"
     options = ["--drop-softcap"] if softcap == "dropped" else []
-    code = main([str(folder), "--to", target, "--output", str(output), *options])
-    if target == "open-clip" and softcap == "applied":
-        error = capsys.readouterr().err
-        assert code == 2
-        assert "cannot apply the soft-cap of 0.5" in error
-        assert "--drop-softcap" in error
-        assert not output.exists()
-        return
-    assert code == 0
+    assert main([str(folder), "--to", target, "--output", str(output), *options]) == 0
     wanted = tokens(folder, family, 0.5 if softcap == "applied" else None)
     found = LOADERS.get(target, by_transformers)(output, images(family), family)
     prefix = facts(output)["read"]["prefix_tokens"]
