@@ -14,7 +14,6 @@ from fastalign.export import measure
 from fastalign.export.files import write_json, write_weights
 from fastalign.export.run import DECODER, Run, read_run
 from fastalign.export.targets import Target, find_target
-from fastalign.export.to_open_clip import HUB
 from fastalign.utils.errors import UserError, first_line
 from fastalign.utils.files import temporary_name
 
@@ -74,7 +73,7 @@ def export(
     try:
         temporary.mkdir(parents=True)
         _write(run, target, facts, temporary, say)
-        _write_card(temporary, facts, target, f"{HUB}{hub}" if hub else str(output))
+        _write_card(temporary, facts, target, hub, output)
         shutil.rmtree(output, ignore_errors=True)
         temporary.replace(output)
     finally:
@@ -146,19 +145,25 @@ def change_in_words(effect: dict[str, dict[str, float]]) -> str:
     )
 
 
-def _write_card(folder: Path, facts: dict[str, Any], target: Target, name: str) -> None:
-    """README.md of an export; `name` is where its user loads it from: its folder, or hf-hub:OWNER/NAME."""
+def _write_card(folder: Path, facts: dict[str, Any], target: Target, hub: str | None, output: Path) -> None:
+    """README.md in `folder`, for an export that is loaded from the model hub or from `output`."""
     weights, config = facts["source"]["weights"], folder / "config.json"
     words = {None: "not recorded", "pretrained": "its published weights", "random": "random weights"}
-    text = Path(__file__).with_name("card.md").read_text()
-    template = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    template = jinja2.Template(
+        Path(__file__).with_name("card.md").read_text(),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
     card = template.render(
         facts,
         package=target.package,
         how_capped=target.how_capped,
         config=read_json(config) if config.is_file() else {},
-        folder=name.removeprefix(HUB),
-        place=name if name.startswith(HUB) else f"local-dir:{name}",
+        hub=hub,
+        folder=hub or output,
+        place=f"hf-hub:{hub}" if hub else f"local-dir:{output}",
         started_from=words.get(weights) or f"`{Path(weights).name}`",
         change=change_in_words(facts["softcap"].get("effect", {})),
     )
