@@ -145,7 +145,7 @@ def export_backbone(run: Run, reporter: Reporter) -> None:
             reporter.say(f"already exported: {done.parent}")
             continue
         with run.hang_timer.paused():
-            reporter.say(f"exported: {export(run.folder, target)[0]}")
+            reporter.say(f"exported: {export(run.folder, target, say=reporter.say)[0]}")
 
 
 def initial_eval(run: Run, splits: Splits, reporter: Reporter) -> None:
