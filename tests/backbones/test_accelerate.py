@@ -63,7 +63,7 @@ def test_every_family_equals_timm(name):
     theirs = tiny("vit_base_patch16_224" if name == MOCO else name)
     ours = copy.deepcopy(theirs)
     assert fa.accelerate(ours) is ours
-    assert sum("Attention" in kind for kind in fa.accelerated(ours).values()) == 2
+    assert len(fa.accelerated(ours)) == 2
     for training in (False, True):
         assert_same(ours.train(training), theirs.train(training), pixels(theirs))
     assert_same(ours.float(), theirs.float(), pixels(theirs).float(), 1e-5)
@@ -71,19 +71,16 @@ def test_every_family_equals_timm(name):
 
 VIT, EVA, BEIT = "vit_tiny_patch16_224", "eva02_base_patch16_clip_224", "beit_base_patch16_224"
 VARIANTS = {
-    "stochastic depth": (VIT, {"drop_path_rate": 0.6}),
-    "stochastic depth, beit": (BEIT, {"drop_path_rate": 0.6}),
-    "stochastic depth, eva": (EVA, {"drop_path_rate": 0.6}),
     "stochastic depth and layer scale": (VIT, {"drop_path_rate": 0.6, "init_values": 0.1}),
     "dropped attention weights": (VIT, {"attn_drop_rate": 0.3, "proj_drop_rate": 0.2, "drop_rate": 0.1}),
     "dropped attention weights, eva": (EVA, {"attn_drop_rate": 0.3, "proj_drop_rate": 0.2}),
     "dropped attention weights, beit": (BEIT, {"attn_drop_rate": 0.3, "proj_drop_rate": 0.2}),
     "dropped patches": (VIT, {"patch_drop_rate": 0.5}),
-    "dropped patches and depth, rotary": (EVA, {"patch_drop_rate": 0.5, "drop_path_rate": 0.6}),
+    "dropped patches, rotary": (EVA, {"patch_drop_rate": 0.5}),
     "qk norm": (VIT, {"qk_norm": True}),
-    "AIMv2": ("aimv2_large_patch14_224", {"drop_path_rate": 0.6}),
+    "AIMv2": ("aimv2_large_patch14_224", {}),
     "InternViT": ("vit_intern300m_patch14_448", {}),
-    "NaFlexViT": ("naflexvit_base_patch16_gap", {"drop_path_rate": 0.6}),
+    "NaFlexViT": ("naflexvit_base_patch16_gap", {}),
     "norms after": ("vit_base_patch16_rpn_224", {}),
     "norms inside": (VIT, {"scale_attn_norm": True, "scale_mlp_norm": True}),
     "no qkv bias": (VIT, {"qkv_bias": False}),
@@ -93,7 +90,7 @@ VARIANTS = {
     "parallel branches": ("vit_small_patch16_18x2_224", {}),
     "SO150M": ("vit_so150m_patch16_reg4_map_256", {}),
     "rotary": ("vit_base_patch16_rope_224", {}),
-    "rotary, mixed": ("vit_base_patch16_rope_mixed_224", {"drop_path_rate": 0.6}),
+    "rotary, mixed": ("vit_base_patch16_rope_mixed_224", {}),
     "DINOv3": ("vit_small_patch16_dinov3", {}),
     "perception encoder": ("vit_pe_core_tiny_patch16_384", {}),
     "eva, fused": (EVA, {"qkv_fused": True}),
@@ -188,12 +185,7 @@ def test_twice_with_another_cap_or_backend_and_back():
     kinds, images = [type(part) for part in model.modules()], pixels(model)
     plain = model(images)
     fa.accelerate(model, softcap=0.5)
-    swapped = {
-        "blocks.0.attn": "Attention",
-        "blocks.1": "Block",  # the first block's rate is zero
-        "blocks.1.attn": "Attention",
-    }
-    assert fa.accelerated(model) == swapped
+    assert fa.accelerated(model) == {"blocks.0.attn": "Attention", "blocks.1.attn": "Attention"}
     first = model(images)
     fa.accelerate(model, softcap=0.2)
     assert not torch.equal(model(images), first)
@@ -209,8 +201,10 @@ def test_twice_with_another_cap_or_backend_and_back():
 
 @needs_compiler
 @pytest.mark.parametrize("softcap", [None, 0.5])
-def test_torch_compile_without_a_break(softcap):
-    model = fa.accelerate(tiny("vit_base_patch16_clip_quickgelu_224", drop_path_rate=0.3), softcap=softcap)
+@pytest.mark.parametrize("name", ["vit_base_patch16_clip_quickgelu_224", BEIT])
+def test_torch_compile_without_a_break(softcap, name):
+    torch._dynamo.reset()
+    model = fa.accelerate(tiny(name, drop_path_rate=0.3), softcap=softcap)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     images = pixels(model)
     for training in (False, True):
@@ -246,25 +240,6 @@ def test_autocast(name):
     assert relative_error(out, exact) < 2 * relative_error(wanted, exact) + 2**-8
 
 
-def test_stochastic_depth_computes_only_what_is_kept():
-    model = fa.accelerate(tiny(drop_path_rate=0.5)).train()
-    block, seen = model.blocks[1], []
-    block.attn.register_forward_hook(lambda module, arguments, out: seen.append(len(out)))
-    block(torch.randn(1, 7, 48, dtype=torch.float64).expand(4000, -1, -1))
-    assert seen[0] / 4000 == pytest.approx(0.5, abs=0.04)
-
-
-@pytest.mark.parametrize("name", [VIT, BEIT, EVA])
-def test_every_parameter_has_a_gradient_when_no_sample_is_kept(name):
-    theirs = tiny(name, drop_path_rate=0.9)
-    for block in theirs.blocks:
-        if hasattr(block.drop_path1, "drop_prob"):
-            block.drop_path1.drop_prob = block.drop_path2.drop_prob = 1.0
-    ours = fa.accelerate(copy.deepcopy(theirs)).train()
-    assert_same(ours, theirs.train(), pixels(theirs, 2))
-    assert all(parameter.grad is not None for parameter in ours.blocks.parameters())
-
-
 def refused(match: str, *args, **kwargs) -> None:
     with pytest.raises(fa.UserError, match=match) as error:
         fa.accelerate(*args, **kwargs)
@@ -275,7 +250,7 @@ def test_what_is_not_known_is_refused_and_nothing_changed():
     refused("softcap must be a positive number or None, got -1.0", tiny(), softcap=-1.0)
     refused("backend: unknown name sdp; the nearest is sdpa", tiny(), backend="sdp")
     refused("Linear has no attention of a timm", nn.Linear(2, 2))
-    refused("has these parts already: set its softcap instead", fa.create_backbone(VIT, img_size=32, depth=1))
+    refused("is fastalign.backbones.blocks.Attention", fa.create_backbone(VIT, img_size=32, depth=1))
     refused("blocks.0.attn is timm.*diff_attention.DiffAttention, an", tiny(attn_layer="diff"))
     swin = timm.create_model("swin_tiny_patch4_window7_224")
     refused("layers.0.blocks.0.attn is timm.*WindowAttention, an", swin)
@@ -294,9 +269,9 @@ def test_what_is_not_known_is_refused_and_nothing_changed():
 
 
 def test_a_cap_and_dropped_weights_are_refused():
-    words = "blocks.0.attn drops attention weights .* make the model with attn_drop_rate=0"
-    refused(words, tiny(attn_drop_rate=0.2), softcap=30.0)
-    model = fa.accelerate(tiny(), softcap=30.0)
-    model.blocks[0].attn.attn_drop.p = 0.1
-    with pytest.raises(fa.UserError, match="drops attention weights"):
+    model = fa.accelerate(tiny(attn_drop_rate=0.2), softcap=30.0)
+    assert model.eval()(pixels(model)).isfinite().all()
+    with pytest.raises(
+        fa.UserError, match=r"dropout of its weights \(p = 0.2\): make the model with attn_drop_rate=0"
+    ):
         model.train()(pixels(model))
