@@ -88,7 +88,7 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
         raise _unsupported(source, [f"another epsilon in {path}" for path in uneven])
     vit.load_state_dict(theirs, assign=True)
     if flexible:
-        vit.register_load_state_dict_pre_hook(naflex.TimmKeys.of(source, spec.grid))
+        vit.register_load_state_dict_pre_hook(naflex.TimmKeys(source, spec.grid))
     if spec.rotary:
         vit.position = read_position(source.rope, spec)
     elif spec.relative_position:

@@ -84,10 +84,6 @@ class ViT(nn.Module):
             )
         return self._recipe
 
-    @recipe.setter
-    def recipe(self, value: dict | None) -> None:
-        self._recipe = value
-
     @property
     def pretrained_cfg(self) -> dict:
         """What `timm.data.resolve_model_data_config` reads."""

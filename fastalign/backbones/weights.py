@@ -14,9 +14,16 @@ from torch import Tensor, nn
 
 from fastalign.backbones import layouts, naflex
 from fastalign.backbones.describe import MODELS, describe
-from fastalign.backbones.hf_config import recorded_grid, vision_config
 from fastalign.backbones.spec import ViTSpec, check_softcap, split_svit
-from fastalign.backbones.weight_files import locate, plain, read_weights
+from fastalign.backbones.timm_models import empty_model
+from fastalign.backbones.weight_files import (
+    find_facts,
+    locate,
+    plain,
+    read_weights,
+    recorded_grid,
+    vision_config,
+)
 from fastalign.utils.errors import UserError, first_line
 
 STATES = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -51,17 +58,25 @@ class Checkpoint(NamedTuple):
     """epsilon of the last norm, where it is not the backbone's"""
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """The backbone in a file, or in a folder of transformers, timm or open_clip."""
+def read_checkpoint(path: str | Path, facts: dict | None = None) -> Checkpoint:
+    """The backbone in a file, or in a folder of transformers, timm or open_clip; `facts` are its `backbone.json`."""
     path = locate(path)
-    checkpoint, config = (
-        interpret(read_weights(path), str(path)),
-        vision_config(path.with_name("config.json")),
-    )
-    softcap = check_softcap(config.get("softcap", checkpoint.softcap), f"{path}: ")
-    eps = config.get("final_norm_eps")  # of our exports
-    eps = eps if isinstance(eps, float) else checkpoint.norm_eps
-    return checkpoint._replace(softcap=softcap, config=config, grid=recorded_grid(config), norm_eps=eps)
+    found, config = interpret(read_weights(path), str(path)), vision_config(path.with_name("config.json"))
+    facts = facts or find_facts(path)
+    if facts is None:
+        softcap, norm_eps = (
+            config.get("softcap", found.softcap),
+            config.get("final_norm_eps"),
+        )  # of our exports
+        softcap, grid = check_softcap(softcap, f"{path}: "), recorded_grid(config)
+        return found._replace(softcap=softcap, config=config, grid=grid, norm_eps=norm_eps)
+    try:
+        grid = describe(empty_model(facts["name"], facts["kwargs"])).grid
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    student = found.student or facts["kwargs"].get("global_pool") == ""
+    recorded = {"softcap": facts["softcap"], "norm_eps": facts.get("norm_eps")}
+    return found._replace(**recorded, student=student, config=config, grid=grid)
 
 
 def interpret(content: Any, path: str) -> Checkpoint:
@@ -72,8 +87,7 @@ def interpret(content: Any, path: str) -> Checkpoint:
         )
     if {"student", "optimizer", "step", "config"} <= content.keys():
         raise UserError(f"{path} is a checkpoint for resuming a run: give the run's folder")
-    states = {key: _tensors(value) for key, value in {"": content, **content}.items()}
-    states = {key: state for key, state in states.items() if state}
+    states = {key: state for key, value in {"": content, **content}.items() if (state := _tensors(value))}
     if not states:
         raise UserError(f"{path} holds no weights: give a state dict, a dictionary of tensors by name")
     if (chosen := _choose(states, path)) is None:

@@ -66,7 +66,7 @@ REFUSED = {
     ),
     "timm's config of another library's model": (
         lambda p: hf_folder(p, timm_config(architecture="resnet50")),
-        ["{path}: backbone resnet50", "img_size"],
+        ["model.safetensors: backbone resnet50", "img_size"],
     ),
     "timm's config with a wrong cap": (
         lambda p: hf_folder(p, timm_config(model_args={"softcap": "x"})),

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastalign as fa
-from fastalign.backbones.hf_config import HF_DEFAULTS
 from fastalign.backbones.layouts import HF_AIMV2, HF_DINOV3, HF_INTERN, INTERN, find, from_timm, to_timm
 from fastalign.backbones.vit import ViT
+from fastalign.backbones.weight_files import HF_DEFAULTS
 from tests.backbones.helpers import (
     AIM,
     AT_16,
