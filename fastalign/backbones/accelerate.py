@@ -32,10 +32,7 @@ class FastSelfAttention:
         if not self.training or self.attn_drop.p == 0:
             return self._fast(x, *args, **kwargs)
         if self.softcap is not None:
-            raise UserError(
-                f"attention with a softcap does not support dropout of its weights (p = {self.attn_drop.p}): "
-                "make the model with attn_drop_rate=0, or leave softcap=None"
-            )
+            raise UserError("attn_drop_rate is incompatible with a softcap: make the model without it")
         return super().forward(x, *args, **kwargs)
 
     def _project(self, x: Tensor) -> list[Tensor]:
@@ -140,11 +137,7 @@ def accelerate(
         undo: restore timm's modules.
 
     Returns:
-        The model itself. `accelerated` lists what was swapped.
-
-    Raises:
-        UserError: a wrong argument; or the model has no attention of a known class, one of an unknown class, or one
-            whose forward was replaced. The model is then unchanged.
+        The model itself; `accelerated` lists what was swapped. UserErrors leave it unchanged.
     """
     _check(model, softcap, backend)
     for module in model.modules():
@@ -177,12 +170,9 @@ def _check(model: nn.Module, softcap: float | None, backend: str) -> None:
             and not isinstance(module, nn.Identity)
             and "Pool" not in kind.__name__
         ):
+            name = f"{kind.__module__}.{kind.__qualname__}"
             raise UserError(
-                f"accelerate: {path} is {kind.__module__}.{kind.__qualname__}, an attention that is not supported: "
-                "leave the model as it is, or pass only parts without it"
+                f"accelerate: {path} is {name}, which is not supported: pass only parts without it"
             )
     if not known:
-        raise UserError(
-            f"accelerate: {type(model).__name__} has no attention of a timm VisionTransformer, Eva or Beit: "
-            "leave it as it is"
-        )
+        raise UserError(f"accelerate: {type(model).__name__} has no attention of a timm ViT, Eva or Beit")

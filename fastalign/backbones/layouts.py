@@ -15,18 +15,14 @@ from torch import Tensor
 class Layout(NamedTuple):
     """Names in a library, as pairs of timm's name and theirs; other names are the same in both."""
 
-    name: str
-    """for messages"""
-    root: dict[str, str]
-    """outside of the blocks: a key, or its prefix"""
-    blocks: str
-    """the prefix of a block's number"""
-    block: dict[str, str]
-    """as `root`, within a block; `attn.q.`, `attn.k.`, `attn.v.` where these are separate"""
-    flat: bool = False
-    """class token [D] and positions [T, D]; timm's have a first axis of 1"""
-    unread: tuple[str, ...] = ()
-    """prefixes of keys that the backbone does not have"""
+    name: str  # for messages
+    root: dict[str, str]  # outside of the blocks: a key, or its prefix
+    blocks: str  # the prefix of a block's number
+    block: dict[
+        str, str
+    ]  # as `root`, within a block; `attn.q.`, `attn.k.`, `attn.v.` where these are separate
+    flat: bool = False  # class token [D] and positions [T, D]; timm's have a first axis of 1
+    unread: tuple[str, ...] = ()  # prefixes of keys that the backbone does not have
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -39,7 +35,6 @@ class Layout(NamedTuple):
 _HF_ATTENTION = {f"attn.{part[0]}.": f"attention.attention.{part}." for part in ("query", "key", "value")}
 _HF_ATTENTION |= {"attn.proj.": "attention.output.dense."}
 _HF_NEW_ATTENTION = dict(zip(_HF_ATTENTION, [f"attention.{part}_proj." for part in "qkvo"], strict=True))
-_HF_GATED_MLP = {"mlp.fc1_g.": "mlp.gate_proj.", "mlp.fc1_x.": "mlp.up_proj.", "mlp.fc2.": "mlp.down_proj."}
 
 TIMM = Layout(
     "timm (and training checkpoints of DINO, DINOv2, DINOv3, MAE, MoCo-v3 and Lightning)", {}, "blocks", {}
@@ -144,53 +139,12 @@ HF_DINOV3 = Layout(
         "gamma_1": "layer_scale1.lambda1",
         "gamma_2": "layer_scale2.lambda1",
         "norm1.": "norm1.",
-        **_HF_GATED_MLP,
+        "mlp.fc1_g.": "mlp.gate_proj.",
+        "mlp.fc1_x.": "mlp.up_proj.",
+        "mlp.fc2.": "mlp.down_proj.",
         "mlp.fc1.": "mlp.up_proj.",
     },
     unread=("embeddings.mask_token",),
-)
-HF_AIMV2 = Layout(
-    "transformers' AIMv2",
-    {
-        "patch_embed.proj.": "embeddings.patch_embed.",
-        "patch_embed.norm.": "embeddings.rms_norm.",
-        "pos_embed": "embeddings.position_embedding.weight",
-        "norm.": "rms_norm.",
-    },
-    "encoder.layers",
-    {
-        **_HF_NEW_ATTENTION,
-        "attn.proj.": "attention.out_proj.",
-        "norm1.": "rms_norm1.",
-        "norm2.": "rms_norm2.",
-        **{ours: theirs.replace("mlp", "ffn") for ours, theirs in _HF_GATED_MLP.items()},
-    },
-    flat=True,
-    unread=("head.",),
-)
-HF_INTERN = Layout(
-    "transformers' InternViT",
-    HF_VIT.root,
-    "encoder.layer",
-    {
-        **_HF_NEW_ATTENTION,
-        "attn.proj.": "attention.projection_layer.",
-        "norm1.": "layernorm_before.",
-        "norm2.": "layernorm_after.",
-        "ls1.gamma": "lambda_1",
-        "ls2.gamma": "lambda_2",
-    },
-    unread=("embeddings.mask_token",),
-)
-INTERN = Layout(
-    "InternViT",
-    {
-        "cls_token": "embeddings.class_embedding",
-        "pos_embed": "embeddings.position_embedding",
-        "patch_embed.proj.": "embeddings.patch_embedding.",
-    },
-    "encoder.layers",
-    {"attn.qkv.": "attn.qkv.", "norm1.": "norm1.", "ls1.gamma": "ls1", "ls2.gamma": "ls2"},
 )
 LAYOUTS = (
     TIMM,
@@ -199,9 +153,6 @@ LAYOUTS = (
     HF_VIT,
     HF_DINOV2,
     HF_DINOV3,
-    HF_AIMV2,
-    HF_INTERN,
-    INTERN,
     # transformers 5 has these names in memory; its files have those above.
     HF_DINOV3._replace(blocks="model.layer"),
     HF_VIT._replace(
@@ -248,9 +199,7 @@ def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         parts = [key.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
         if all(part in state for part in parts):
             state[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat([state.pop(part) for part in parts])
-    if any(
-        ".mlp.fc1_g." in key for key in state
-    ):  # DINOv3's files name a part of a gated MLP as one of a plain MLP
+    if any(".mlp.fc1_g." in key for key in state):  # where DINOv3's files have the name of a plain MLP's part
         state = {key.replace(".mlp.fc1.", ".mlp.fc1_x."): value for key, value in state.items()}
     _split_pooling(state)
     if "storage_tokens" in state:  # Meta's DINOv3; a mask removes the bias of its keys

@@ -5,7 +5,6 @@ grid, resampled once, and the keys and shapes of timm's VisionTransformer.
 """
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 
 from timm.models import get_model_input_config, naflexvit
 from torch import Tensor, nn
@@ -36,42 +35,22 @@ def unsupported(source: nn.Module) -> list[str]:
 
 def vit_state(source: nn.Module, grid: tuple[int, int]) -> dict[str, Tensor]:
     """The parameters by the keys of timm's VisionTransformer, differentiable; positions for a grid of patches."""
-    return TimmKeys(source, grid).rename(source.state_dict(keep_vars=True))
-
-
-class TimmKeys:
-    """A hook of `load_state_dict` that takes the keys and tables of timm's NaFlexVit, `source`, too."""
-
-    def __init__(self, source: nn.Module, grid: tuple[int, int]):
-        names = ("interp_mode", "ar_preserving", "antialias", "align_corners")
-        names = ("patch_size", *(f"pos_embed_{name}" for name in names))
-        self.options, self.grid = {name: getattr(source.embeds, name) for name in names}, grid
-
-    def __call__(self, vit: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
-        theirs = [key for key in state if key.startswith(f"{prefix}embeds.")]
-        renamed = self.rename({key.removeprefix(prefix): state.pop(key) for key in theirs})
-        state.update({prefix + key: value for key, value in renamed.items()})
-
-    def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By the keys of timm's VisionTransformer."""
-        renamed, tables = {}, {}
-        for key, value in state.items():
-            name = key.removeprefix("embeds.")
-            if key == "embeds.proj.weight":
-                value = value.unflatten(1, (*self.options["patch_size"], -1)).permute(0, 3, 1, 2).contiguous()
-            if key.startswith("embeds.pos_embed"):
-                tables[name] = value
-            elif key.startswith(("embeds.proj.", "embeds.norm.")):
-                renamed[f"patch_embed.{name}"] = value
-            else:
-                renamed[name] = value
-        if tables:
-            embeds, table = SimpleNamespace(**self.options, **tables), next(iter(tables.values()))
-            learned = "pos_embed" in tables
-            add = Embeds._apply_learned_pos_embed if learned else Embeds._apply_factorized_pos_embed
-            renamed["pos_embed"] = table.new_zeros(1, self.grid[0] * self.grid[1], table.shape[-1])
-            add(embeds, renamed["pos_embed"], self.grid)  # in place
-        return renamed
+    embeds, state, table = source.embeds, {}, None
+    for key, value in source.state_dict(keep_vars=True).items():
+        if key == "embeds.proj.weight":
+            value = value.unflatten(1, (*embeds.patch_size, -1)).permute(0, 3, 1, 2).contiguous()
+        if key.startswith("embeds.pos_embed"):
+            table = value
+        elif key.startswith(("embeds.proj.", "embeds.norm.")):
+            state[key.replace("embeds.", "patch_embed.")] = value
+        else:
+            state[key.removeprefix("embeds.")] = value
+    if table is not None:
+        factorized = embeds.pos_embed_type == "factorized"
+        add = embeds._apply_factorized_pos_embed if factorized else embeds._apply_learned_pos_embed
+        state["pos_embed"] = table.new_zeros(1, grid[0] * grid[1], table.shape[-1])
+        add(state["pos_embed"], grid)  # in place
+    return state
 
 
 def timm_state(state: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:

@@ -20,7 +20,6 @@ MOCO_DATA = {
     "interpolation": "bicubic",
     "crop_pct": 0.875,
 }
-OTHER_WEIGHTS = "or give a file or random weights: student.weights=FILE or random (in Python checkpoint=FILE)"
 _FAMILIES = ("vision_transformer", "deit", "beit", "eva", "naflexvit")
 """timm's modules with supported architectures."""
 _NOT_SETTINGS = {
@@ -52,9 +51,9 @@ def empty_model(name: str, kwargs: dict) -> nn.Module:
     for side, patch in zip(spec.image_size, spec.patch_size, strict=True):
         if side % patch and spec.image_size != native:
             below = max(side // patch, 1) * patch
+            near = f"{below} or {below + patch}"
             raise UserError(
-                f"{name}: img_size {side} is not a multiple of the patch size {patch}: "
-                f"use {below} or {below + patch}"
+                f"{name}: img_size {side} is not a multiple of the patch size {patch}: use {near}"
             )
     return model
 
@@ -68,15 +67,18 @@ def create_timm(name: str, kwargs: dict, pretrained: bool = False) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained, **options, **kwargs)
     except Exception as error:
         if pretrained:
-            raise UserError(
-                f"cannot load the published weights of {name!r} ({first_line(error)}): check the network, "
-                f"{OTHER_WEIGHTS}"
-            ) from error
+            raise no_download(f"the published weights of {name!r}", error) from error
         known = timm.list_pretrained(name.split(".")[0] + ".*")
         remedy = f"correct its arguments {kwargs}"
         if "." in name and name not in known:
             remedy = f"weights known for it: {', '.join(known[:4]) or 'none'}"
         raise UserError(f"backbone {name}: {first_line(error)}; {remedy}") from error
+
+
+def no_download(what: str, error: Exception) -> UserError:
+    """The error for weights that cannot be downloaded."""
+    other = "give a file or random weights: student.weights=FILE or random (in Python checkpoint=FILE)"
+    return UserError(f"cannot load {what} ({first_line(error)}): check the network, or {other}")
 
 
 def from_model(model: nn.Module) -> ViT:
@@ -86,9 +88,7 @@ def from_model(model: nn.Module) -> ViT:
             raise UserError(f"the model is wrapped in {type(model).__name__}: give model.{inner}")
     for path, part in model.named_modules():
         if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
-            raise UserError(
-                f"{path or 'the model'} has hooks or its own forward, which would be lost: remove them"
-            )
+            raise UserError(f"{path or 'the model'} has hooks or its own forward: remove them")
     vit = from_timm(model, _recipe_of(model, describe(model)))
     return copy.deepcopy(vit).train(model.training)
 

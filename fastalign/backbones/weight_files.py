@@ -46,8 +46,6 @@ HF_DEFAULTS = {
         ("gelu_pytorch_tanh", 12, ["siglip_vision_model", "siglip2_vision_model"]),
         ("gelu", 12, ["vit", "dinov2", "dinov2_with_registers"]),
         ("gelu", 6, ["dinov3_vit"]),
-        ("gelu", 16, ["internvl_vision"]),
-        ("silu", 8, ["aimv2_vision_model"]),
     )
     for kind in kinds
 }
@@ -66,9 +64,7 @@ def locate(path: str | Path) -> Path:
         return path
     files = (path / f"{name}{end}" for name in _NAMES for end in ("", _INDEX))
     if (found := next((file for file in files if file.is_file()), None)) is None:
-        raise UserError(
-            f"no weights in {path}: give a file, the folder of a finished run, or one with {', '.join(_NAMES)}"
-        )
+        raise UserError(f"no weights in {path}: give a file or a folder with {', '.join(_NAMES)}")
     return found
 
 
@@ -86,15 +82,11 @@ def read_file(path: Path, device: str | torch.device = "cpu") -> Any:
     except Exception as error:  # torch's unpickler raises errors of many classes
         problem = "is damaged, cut short or not a weights file: copy it again"
         if isinstance(error, OSError):
-            problem = (
-                f"cannot be read ({error.strerror or first_line(error)}): check the path and its permissions"
-            )
+            problem = f"cannot be read ({error.strerror or first_line(error)}): check the path"
         elif "TorchScript" in str(error):
             problem = "is a TorchScript program, as OpenAI publishes CLIP: give a file of its state_dict()"
         elif found := re.search(r"GLOBAL (\S+)", str(error)):
-            problem = (
-                f"cannot be read safely, it pickles {found[1]}: nothing of it was run; give a file of tensors"
-            )
+            problem = f"pickles {found[1]}, which is not safe: nothing of it was run; give a file of tensors"
         raise UserError(f"{path} {problem}") from error
 
 
@@ -111,9 +103,7 @@ def read_weights(path: Path) -> Any:
     for file in sorted({file for name, file in shards.items() if name.startswith(prefixes)}):
         shard = read_file(path.with_name(Path(file).name))
         if not isinstance(shard, dict):
-            raise UserError(
-                f"{file} is not a shard of weights, it holds a {type(shard).__name__}: copy it again"
-            )
+            raise UserError(f"{file} is not a shard of weights but a {type(shard).__name__}: copy it again")
         content |= shard
     return content
 
@@ -201,7 +191,5 @@ def check_config(spec: ViTSpec, config: Mapping[str, Any], path: str) -> None:
     timms = {theirs: timm for timm, theirs in layouts.HF_ACTIVATIONS.items()}
     for key, argument in (("num_attention_heads", "num_heads"), ("hidden_act", "act_layer")):
         if (theirs := config.get(key, ours[key])) != ours[key]:
-            raise UserError(
-                f"{path}: its config.json has {key}={theirs}, the backbone has {ours[key]}: give the right name, "
-                f"or the argument {argument}={timms.get(theirs, theirs)}"
-            )
+            remedy = f"give the right name, or {argument}={timms.get(theirs, theirs)}"
+            raise UserError(f"{path}: config.json has {key}={theirs}, the backbone has {ours[key]}: {remedy}")

@@ -15,11 +15,11 @@ from fastalign.backbones import naflex
 from fastalign.backbones.describe import describe, from_timm
 from fastalign.backbones.spec import split_svit
 from fastalign.backbones.timm_models import MOCO as MOCO
-from fastalign.backbones.timm_models import OTHER_WEIGHTS, create_timm, empty_model, from_model, is_moco
+from fastalign.backbones.timm_models import create_timm, empty_model, from_model, is_moco, no_download
 from fastalign.backbones.vit import ViT
 from fastalign.backbones.weight_files import check_config, read_facts
 from fastalign.backbones.weights import Checkpoint, interpret, misfit, read_checkpoint, table_grid, timm_state
-from fastalign.utils.errors import UserError, first_line
+from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
 
 MOCO_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
@@ -61,9 +61,7 @@ def create_backbone(
         try:
             content = torch.hub.load_state_dict_from_url(MOCO_URL, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise UserError(
-                f"cannot load {MOCO_URL} ({first_line(error)}): check the network, {OTHER_WEIGHTS}"
-            ) from error
+            raise no_download(MOCO_URL, error) from error
         vit = _from_checkpoint(name, kwargs, template, interpret(content, MOCO_URL), MOCO_URL)
     else:
         native = {key: value for key, value in kwargs.items() if key not in ("img_size", "patch_size")}
@@ -135,10 +133,7 @@ def _finish(name: str, kwargs: dict, template: nn.Module, source: nn.Module) -> 
     if isinstance(source, naflex.NaFlexVit):
         changes = {"image_size": spec.image_size}
         if found.patch_size != spec.patch_size:
-            raise UserError(
-                f"patch_size {spec.patch_size[0]}: the weights of a NaFlexVit have {found.patch_size[0]} and are not "
-                "resampled: leave patch_size out"
-            )
+            raise UserError("patch_size: a NaFlexVit's weights are not resampled to another: leave it out")
     elif (found.image_size, found.patch_size) != (spec.image_size, spec.patch_size):
         source.set_input_size(img_size=spec.image_size, patch_size=spec.patch_size)
     if is_moco(name):

@@ -4,11 +4,7 @@ import torch
 
 VIT, DINO, REGISTERS = "vit_base_patch16_224", "vit_base_patch14_dinov2", "vit_base_patch14_reg4_dinov2"
 CLIP, SIGLIP = "vit_base_patch16_clip_quickgelu_224", "vit_base_patch16_siglip_224"
-DINOV3, AIM, INTERNVIT = (
-    "vit_base_patch16_dinov3_qkvb",
-    "aimv2_large_patch14_224",
-    "vit_intern300m_patch14_448",
-)
+DINOV3, AIM = "vit_base_patch16_dinov3_qkvb", "aimv2_large_patch14_224"
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}
 AT_16 = {"patch_size": 16}
 HF = {

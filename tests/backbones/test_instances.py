@@ -112,7 +112,7 @@ class Own(VisionTransformer):
         (lambda: torch.compile(finetuned()), r"wrapped in OptimizedModule: give model\._orig_mod"),
         (lambda: fa.accelerate(finetuned()), r"with FastAttention is not supported"),
         (lambda: fa.create_backbone(finetuned()), r"ViT is not supported: choose"),
-        (hooked, r"blocks\.1 has hooks or its own forward, which would be lost: remove them"),
+        (hooked, r"blocks\.1 has hooks or its own forward: remove them"),
         (lambda: finetuned(attn_drop_rate=0.1), r"VisionTransformer with dropout is not supported"),
         (lambda: edited("norm.eps", 0.1), r"with another epsilon in norm is not supported"),
         (lambda: edited("blocks.1.attn.num_heads", 4), r"with blocks that differ is not supported"),

@@ -96,7 +96,7 @@ def test_a_bare_file_is_of_a_square_grid(tmp_path, family):
         assert same(fa.create_backbone(name, checkpoint=tmp_path / "w.pth", **options), model, after)
     if family not in ("rotary", "DINOv3"):
         with pytest.raises(
-            fa.UserError, match="neither a square grid nor the 4x4 patches asked for; give img_size"
+            fa.UserError, match="positions are no square grid and not 4x4 patches: give img_size"
         ):
             fa.create_backbone(name, checkpoint=tmp_path / "w.pth", **{**options, "img_size": 64})
 
@@ -133,12 +133,6 @@ def test_a_table_for_images_of_any_size_is_resampled_once(tmp_path, axes):
     for grid in ((4, 7), (5, 5)):
         vit = fa.create_backbone(name, checkpoint=tmp_path / "w.pth", **kwargs, img_size=pixels(grid))
         assert same(vit, model, grid)
-        student = fa.MaskEmbedStudent.from_backbone(vit, freeze_encoder=True, softcap=None)
-        torch.nn.init.zeros_(student.encoder.pos_embed)
-        theirs = {f"encoder.{key}": value for key, value in model.state_dict().items()}
-        theirs |= {f"decoder.{key}": value for key, value in student.decoder.state_dict().items()}
-        student.load_state_dict({key: v for key, v in theirs.items() if "fc_norm" not in key})
-        assert torch.equal(student.encoder.pos_embed, vit.pos_embed)
         fa.save_backbone(vit, tmp_path / "run")
         folder, _ = export(tmp_path / "run", "timm", output=tmp_path / f"{grid}", images="synthetic:4")
         assert same(vit, timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), grid)

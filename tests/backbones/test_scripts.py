@@ -5,7 +5,7 @@ import timm
 import torch
 
 import fastalign as fa
-from tests.backbones.helpers import AIM, AT_16, DINO, DINOV3, IMAGES, INTERNVIT, ONE, REGISTERS, SMALL, VIT
+from tests.backbones.helpers import AIM, AT_16, DINO, DINOV3, IMAGES, ONE, REGISTERS, SMALL, VIT
 from tests.numerics import randomise, relative_error
 
 
@@ -84,9 +84,6 @@ APPLE = {
     "mlp.fc1_x": "mlp.fc3",
 }
 APPLE |= {"patch_embed.": "preprocessor.patchifier.", "pos_embed": "preprocessor.pos_embed"}
-INTERNS = {"patch_embed.proj": "embeddings.patch_embedding", "pos_embed": "embeddings.position_embedding"}
-INTERNS |= {"cls_token": "embeddings.class_embedding", "blocks.": "encoder.layers."}
-INTERNS |= {"ls1.gamma": "ls1", "ls2.gamma": "ls2"}
 
 
 def maes(state: dict) -> dict:
@@ -113,8 +110,6 @@ SCRIPTS = {
             "iteration": 3,
         },
     ),
-    "dinov2's backbone": (REGISTERS, lambda x, y: chunked(dinov2s(x))),
-    "dinov3's backbone": (DINOV3, lambda x, y: dinov3s(x)),
     "dinov3's teacher": (
         DINOV3,
         lambda x, y: {"teacher": prefixed("backbone.", chunked(dinov3s(x))) | projector("dino_head.")},
@@ -127,10 +122,6 @@ SCRIPTS = {
         AIM,
         lambda x, y: {key.replace("norm.weight", "trunk.post_trunk_norm.weight") if key == "norm.weight" else key: v
                       for key, v in renamed(x, APPLE).items()},
-    ),
-    "InternVL": (
-        INTERNVIT,
-        lambda x, y: prefixed("vision_model.", renamed(x, INTERNS)) | {"language_model.model.norm.weight": ONE},
     ),
     "DINO": (
         VIT,
@@ -212,7 +203,5 @@ def test_radio(tmp_path):
     torch.save(prefixed("radio_model.model.", file), tmp_path / "a.pth")
     vit = fa.create_backbone("naflexvit_base_patch16_radio_v3", checkpoint=tmp_path / "a.pth", **SMALL).eval()
     assert relative_error(vit.forward_features(IMAGES), model.forward_features(IMAGES)) < 1e-6
-    with pytest.raises(
-        fa.UserError, match=r"layout of NVIDIA's C-RADIO, .* give that name, or timm's weights"
-    ):
+    with pytest.raises(fa.UserError, match="layout of NVIDIA's C-RADIO"):
         fa.create_backbone("vit_base_patch16_radio_v3", checkpoint=tmp_path / "a.pth", **SMALL)
