@@ -24,21 +24,17 @@ EXACT = 1e-12
 
 def tiny(name: str = "vit_tiny_patch16_224", **kwargs) -> nn.Module:
     """timm's model, narrow, two patches high and three wide, random weights in every parameter."""
-    kwargs = NARROW | kwargs
     patch = 14 if "patch14" in name else 16
-    if not {"img_size", "unsized"} & kwargs.keys():
-        kwargs["img_size"] = (2 * patch, 3 * patch)
-    kwargs.pop("unsized", None)
     torch.manual_seed(0)
-    model = timm.create_model(name, **kwargs).double()
+    model = timm.create_model(name, img_size=(2 * patch, 3 * patch), **NARROW, **kwargs).double()
     randomise(model, 0.1)
     return model
 
 
-def run(model: nn.Module, images: torch.Tensor, seed: int = 1) -> tuple[torch.Tensor, dict]:
+def run(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, dict]:
     """The output, and every gradient for a random cotangent."""
     model.zero_grad()
-    torch.manual_seed(seed)
+    torch.manual_seed(1)
     out = model(images)
     torch.manual_seed(2)
     out.backward(torch.randn(out.shape, dtype=torch.float64).to(out.dtype))
@@ -51,22 +47,10 @@ def pixels(model: nn.Module, count: int = 4) -> torch.Tensor:
     return torch.randn(count, 3, *size, dtype=torch.float64)
 
 
-def assert_same(ours: nn.Module, theirs: nn.Module, images: torch.Tensor, bound: float = EXACT) -> None:
+def assert_same(ours: nn.Module, theirs: nn.Module, images: torch.Tensor) -> None:
     (out, gradients), (wanted, their_gradients) = run(ours, images), run(theirs, images)
-    assert out.dtype == wanted.dtype
-    assert relative_error(out, wanted) < bound
-    assert gradient_error(gradients, their_gradients) < bound
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-def test_every_family_equals_timm(name):
-    theirs = tiny("vit_base_patch16_224" if name == MOCO else name)
-    ours = copy.deepcopy(theirs)
-    assert fa.accelerate(ours) is ours
-    assert len(fa.accelerated(ours)) == 2
-    for training in (False, True):
-        assert_same(ours.train(training), theirs.train(training), pixels(theirs))
-    assert_same(ours.float(), theirs.float(), pixels(theirs).float(), 1e-5)
+    assert relative_error(out, wanted) < EXACT
+    assert gradient_error(gradients, their_gradients) < EXACT
 
 
 VIT, EVA, BEIT = "vit_tiny_patch16_224", "eva02_base_patch16_clip_224", "beit_base_patch16_224"
@@ -79,37 +63,30 @@ VARIANTS = {
     "dropped patches, rotary": (EVA, {"patch_drop_rate": 0.5}),
     "qk norm": (VIT, {"qk_norm": True}),
     "AIMv2": ("aimv2_large_patch14_224", {}),
-    "InternViT": ("vit_intern300m_patch14_448", {}),
     "NaFlexViT": ("naflexvit_base_patch16_gap", {}),
     "norms after": ("vit_base_patch16_rpn_224", {}),
     "norms inside": (VIT, {"scale_attn_norm": True, "scale_mlp_norm": True}),
     "no qkv bias": (VIT, {"qkv_bias": False}),
-    "registers, no position of theirs": (VIT, {"reg_tokens": 3, "no_embed_class": True}),
     "any image size": (VIT, {"dynamic_img_size": True}),
     "distilled": ("deit_tiny_distilled_patch16_224", {}),
     "parallel branches": ("vit_small_patch16_18x2_224", {}),
-    "SO150M": ("vit_so150m_patch16_reg4_map_256", {}),
-    "rotary": ("vit_base_patch16_rope_224", {}),
-    "rotary, mixed": ("vit_base_patch16_rope_mixed_224", {}),
-    "DINOv3": ("vit_small_patch16_dinov3", {}),
-    "perception encoder": ("vit_pe_core_tiny_patch16_384", {}),
     "eva, fused": (EVA, {"qkv_fused": True}),
     "eva, grouped heads": (EVA, {"attn_type": "rope", "num_kv_heads": 1, "scale_attn_inner": False}),
-    "eva, giant": ("eva_giant_patch14_224", {}),
     "beit, one bias for all": (BEIT, {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}),
     "beit, both biases": (BEIT, {"use_shared_rel_pos_bias": True}),
     "beit, no bias": (BEIT, {"use_rel_pos_bias": False, "qkv_bias": False}),
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variants_equal_timm(variant):
-    name, kwargs = VARIANTS[variant]
+@pytest.mark.parametrize("variant", [*(name for name in BACKBONES if name != MOCO), *VARIANTS])
+def test_outputs_and_gradients_equal_timm(variant):
+    name, kwargs = VARIANTS.get(variant, (variant, {}))
     theirs = tiny(name, **kwargs)
-    ours = fa.accelerate(copy.deepcopy(theirs))
+    ours = copy.deepcopy(theirs)
+    assert fa.accelerate(ours) is ours
+    assert len(fa.accelerated(ours)) == (4 if "18x2" in name else 2)
     for training in (False, True):
-        images = pixels(theirs, 6)
-        assert_same(ours.train(training), theirs.train(training), images)
+        assert_same(ours.train(training), theirs.train(training), pixels(theirs, 6))
 
 
 @pytest.mark.parametrize("name", [VIT, BEIT, EVA, "vit_base_patch16_rope_224", "vit_base_patch16_siglip_224"])
@@ -156,7 +133,7 @@ def test_masks(kind, softcap, monkeypatch):
         assert relative_error(ours[0](x, attn_mask=mask), theirs[0](x, attn_mask=mask)) < EXACT, name
 
 
-def test_state_dict_copies_pickles_and_modes(tmp_path):
+def test_state_dict_copies_pickles_and_modes():
     theirs = tiny(EVA, drop_path_rate=0.3)
     before = dict(theirs.state_dict(keep_vars=True))
     fa.accelerate(theirs, softcap=0.5)
@@ -164,14 +141,9 @@ def test_state_dict_copies_pickles_and_modes(tmp_path):
     assert list(before) == list(after)
     assert all(before[name] is after[name] for name in before)
     tiny(EVA).load_state_dict(theirs.state_dict())
-    torch.save(theirs, tmp_path / "model.pt")
     images = pixels(theirs)
     out = theirs.eval()(images)
-    for other in (
-        copy.deepcopy(theirs),
-        pickle.loads(pickle.dumps(theirs)),
-        torch.load(tmp_path / "model.pt", weights_only=False),
-    ):
+    for other in (copy.deepcopy(theirs), pickle.loads(pickle.dumps(theirs))):
         assert torch.equal(other.eval()(images), out)
         assert fa.accelerated(other) == fa.accelerated(theirs)
         assert other.blocks[0].attn.softcap == 0.5
@@ -214,18 +186,6 @@ def test_torch_compile_without_a_break(softcap, name):
         assert training or relative_error(out, model(images)) < EXACT
 
 
-@pytest.mark.parametrize("name", [VIT, BEIT, EVA])
-def test_gradient_checkpointing(name):
-    ours = fa.accelerate(tiny(name, drop_path_rate=0.6), softcap=0.5).train()
-    images = pixels(ours)
-    out, gradients = run(ours, images)
-    gradients = {name: gradient.clone() for name, gradient in gradients.items()}
-    ours.set_grad_checkpointing()
-    again, recomputed = run(ours, images)
-    assert torch.equal(out, again)
-    assert gradient_error(recomputed, gradients) < EXACT
-
-
 @pytest.mark.parametrize("name", [VIT, BEIT, EVA, "vit_base_patch16_clip_quickgelu_224"])
 def test_autocast(name):
     theirs = tiny(name, drop_path_rate=0.3, **({"qk_norm": True} if name == VIT else {})).float()
@@ -251,9 +211,9 @@ def test_what_is_not_known_is_refused_and_nothing_changed():
     refused("backend: unknown name sdp; the nearest is sdpa", tiny(), backend="sdp")
     refused("Linear has no attention of a timm", nn.Linear(2, 2))
     refused("is fastalign.backbones.blocks.Attention", fa.create_backbone(VIT, img_size=32, depth=1))
-    refused("blocks.0.attn is timm.*diff_attention.DiffAttention, an", tiny(attn_layer="diff"))
+    refused("blocks.0.attn is timm.*diff_attention.DiffAttention", tiny(attn_layer="diff"))
     swin = timm.create_model("swin_tiny_patch4_window7_224")
-    refused("layers.0.blocks.0.attn is timm.*WindowAttention, an", swin)
+    refused("layers.0.blocks.0.attn is timm.*WindowAttention", swin)
 
     class Mine(Attention):
         pass

@@ -11,7 +11,8 @@ import fastalign as fa
 from fastalign.backbones.zoo import MOCO, from_timm
 from fastalign.export import export
 from fastalign.training.build import make_backbone, named_backbone
-from tests.numerics import randomise, relative_error
+from tests.backbones.helpers import random_timm
+from tests.numerics import relative_error
 
 NARROW = {"depth": 1, "embed_dim": 64, "num_heads": 2}
 FAMILIES = {
@@ -43,9 +44,7 @@ def timm_model(name: str, grid: tuple[int, int], **kwargs):
     torch.manual_seed(grid[0])
     if "naflex" in name:
         kwargs = {"pos_embed_grid_size": grid, **kwargs}
-    model = timm.create_model(name, img_size=pixels(grid), **{"num_classes": 0, **NARROW, **kwargs}).eval()
-    randomise(model, 0.1)
-    return model
+    return random_timm(name, 0.1, img_size=pixels(grid), **NARROW, **kwargs)
 
 
 def same(vit, model, grid: tuple[int, int], patch_size: int = 16) -> bool:
@@ -107,8 +106,7 @@ def test_published_weights_are_resampled_from_their_native_grid(tmp_path, monkey
     name, kwargs = FAMILIES[family]
     options = {**NARROW, **{key: value for key, value in kwargs.items() if key != "patch_size"}}
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=0, **options).eval()
-    randomise(model, 0.1)
+    model = random_timm(name, 0.1, **options)
     torch.save(model.state_dict(), tmp_path / "published.pth")
     create = timm.create_model
 
@@ -127,7 +125,7 @@ def test_published_weights_are_resampled_from_their_native_grid(tmp_path, monkey
 @pytest.mark.parametrize("axes", ["learned", "factorized"])
 def test_a_table_for_images_of_any_size_is_resampled_once(tmp_path, axes):
     """The file has timm's table, 6x4; what is saved has that of the backbone's grid, and timm reads it."""
-    name, kwargs = "naflexvit_base_patch16_par_gap", {"num_classes": 0, "pos_embed": axes, **NARROW}
+    name, kwargs = "naflexvit_base_patch16_par_gap", {"pos_embed": axes, **NARROW}
     model = timm_model(name, (3, 5), pos_embed=axes, pos_embed_grid_size=(6, 4))
     torch.save(model.state_dict(), tmp_path / "w.pth")
     for grid in ((4, 7), (5, 5)):
