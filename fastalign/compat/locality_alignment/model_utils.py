@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastalign import ops
-from fastalign.backbones.accelerate import FAST, FastSelfAttention
+from fastalign.backbones.accelerate import FAST
 from fastalign.compat import ArgumentError
 
 
 def use_our_attention(model: nn.Module, softcap: float | None = None) -> nn.Module:
     """Let timm's attention modules use `fastalign.ops.attention`. Parameters, keys and objects stay."""
     for module in model.modules():
-        fast = FAST.get(type(module), object)
-        if issubclass(fast, FastSelfAttention):
+        if fast := FAST.get(type(module)):
             module.__class__, module.softcap = fast, softcap
     return model
 
