@@ -24,14 +24,10 @@ REPEATS, WARM_UP = 50, 5
 def functions(kind: str, device: str, images: int) -> dict[str, Callable[[], object]]:
     """The timed functions: drawing in PyTorch, in the extension, and drawing and packing in one call."""
     masks, ids = KINDS[kind], torch.arange(images, device=device)
-    rows = images * (2 * GRID[0] * GRID[1] + masks.copies * PREFIX)
-    ratio = getattr(masks, "ratio", 0.0)
-    options = {"kind": kind, "ratio": ratio, "seed": 0, "complement": True, "full": True}
-    packing = options | {"prefix": PREFIX, "length": rows}
     return {
         "pytorch": lambda: masks.eager(ids, GRID),
-        "draw": lambda: extension.draw_masks(ids, GRID, **options),
-        "draw_and_pack": lambda: extension.draw_packed_masks(ids, GRID, **packing),
+        "draw": lambda: masks(ids, GRID),
+        "draw_and_pack": lambda: masks.packed(ids, GRID, PREFIX),
     }
 
 
