@@ -50,7 +50,7 @@ def test_pictures_have_one_to_four_regions_of_distinct_classes():
     counts = set()
     for index in range(60):
         regions = mosaics.draw_regions(np.random.default_rng([0, 0, index]), 96)
-        _, labels = mosaics.draw_mosaic(mosaics.load_photos(), 0, "train", index, 96)
+        _, labels = mosaics.draw_mosaic(0, "train", index, 96)
         # One class a region: the two maps cut the picture into the same cells.
         pairs = set(zip(regions.ravel().tolist(), labels.ravel().tolist(), strict=True))
         assert len(pairs) == len({region for region, _ in pairs}) == len({label for _, label in pairs})
@@ -62,9 +62,9 @@ def test_pictures_have_one_to_four_regions_of_distinct_classes():
 def test_a_picture_depends_on_seed_split_and_index_alone(rendered, tmp_path):
     assert mosaics.render(tmp_path / "again", SETTINGS, workers=2)
     assert contents(tmp_path / "again") == contents(rendered)
-    alone, labels = mosaics.draw_mosaic(mosaics.load_photos(), SETTINGS.seed, "val", 5, SETTINGS.size)
+    alone, labels = mosaics.draw_mosaic(SETTINGS.seed, "val", 5, SETTINGS.size)
     assert np.array_equal(labels, np.asarray(Image.open(rendered / "val" / "labels" / "00005.png")))
-    other, _ = mosaics.draw_mosaic(mosaics.load_photos(), SETTINGS.seed, "train", 5, SETTINGS.size)
+    other, _ = mosaics.draw_mosaic(SETTINGS.seed, "train", 5, SETTINGS.size)
     assert not np.array_equal(alone, other)
 
 
@@ -121,7 +121,7 @@ def test_the_teacher_in_the_repository_knows_fresh_validation_mosaics():
     card = json.loads((DEMO / "teacher.json").read_text())
     model = timm.create_model(card["architecture"], **card["kwargs"])
     model.load_state_dict(load_file(DEMO / "teacher.safetensors"), strict=True)
-    pairs = [mosaics.draw_mosaic(mosaics.load_photos(), 77, "val", index, 96) for index in range(300)]
+    pairs = [mosaics.draw_mosaic(77, "val", index, 96) for index in range(300)]
     images = [train_teacher.evaluation_view(Image.fromarray(picture)) for picture, _ in pairs]
     labels = torch.tensor([mosaics.image_label(labels) for _, labels in pairs])
     accuracy = train_teacher.top1(model, train_teacher.to_input(images), labels)

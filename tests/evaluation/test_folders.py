@@ -88,7 +88,7 @@ def test_the_demos_mosaics_are_such_a_folder(tmp_path):
         images = open_labelled(str(tmp_path / "mosaics"), split)
         assert images.classes == mosaics.CLASSES
         assert images.unlabeled is None
-        _, labels = mosaics.draw_mosaic(mosaics.load_photos(), 0, split, 1, 32)
+        _, labels = mosaics.draw_mosaic(0, split, 1, 32)
         assert np.array_equal(images.label_map(1), labels)
 
 
