@@ -6,7 +6,6 @@ cost is by formula (`fastalign.method.flops`), operations per image of a trainin
 `benchmarks/results/ablation.json` and the table `ablation.md`; finished trials are reused from their folder.
 """
 
-import math
 import sys
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from fastalign.method.flops import flops_per_image
 from fastalign.training.build import build_objective
 from fastalign.training.command import run_command
 from fastalign.training.metrics import mean_and_spread
-from fastalign.utils.errors import UserError
 
 RECIPE = "configs/demo.yaml"
 LENGTH = ("optim.epochs=1",)
@@ -106,21 +104,14 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     """Train, probe, print, write."""
     parser = record.parser("ablation", __doc__, "two steps of two variants")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="some of the variants")
     parser.add_argument("--root", type=Path, default=Path("runs/ablation"), help="folder of the trials")
     parser.add_argument("--recipe", default=RECIPE)
     parser.add_argument("--workers", type=int, default=CORES, help="trials at once")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start no trial after this")
     options = parser.parse_args(arguments)
     common = {"recipe": options.recipe}
     if options.tiny:
         common |= {"images": 64, "epochs": 1, "heads": ("linear", "mlp", "transformer")}
     variants = [(group, name, keys) for group, members in VARIANTS.items() for name, keys in members.items()]
-    known = sorted(name for _, name, _ in variants)
-    for name in options.only or ():
-        if name not in known:
-            raise UserError(f"--only {name}: choose from {', '.join(known)}")
-    variants = [variant for variant in variants if options.only is None or variant[1] in options.only]
     if options.tiny:
         variants = [(group, name, (*overrides, "max_steps=2")) for group, name, overrides in variants[:2]]
     # Seed by seed, so that an interrupted measurement has all variants of the first seeds.
@@ -129,15 +120,12 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         for seed in options.seeds
         for _, name, overrides in variants
     ]
-    results = run_trials(order, options.root, options.workers, options.minutes)
     finished: dict[str, dict[int, list[dict]]] = {}
-    for trial, found in zip(order, results, strict=True):
-        if found is not None:
-            finished.setdefault(trial.name, {})[trial.seed] = found
-    done = [variant for variant in variants if variant[1] in finished]
-    rows = [row_of(*variant, finished[variant[1]], options.recipe) for variant in done]
+    for trial, found in zip(order, run_trials(order, options.root, options.workers), strict=True):
+        finished.setdefault(trial.name, {})[trial.seed] = found
+    rows = [row_of(*variant, finished[variant[1]], options.recipe) for variant in variants]
     print(table(rows))
-    if not options.tiny and options.only is None:
+    if not options.tiny:
         facts = {"split": "val", "recipe": options.recipe, "common": list(LENGTH)}
         record.write("ablation", rows, facts | {"gpu": torch.cuda.is_available()})
         record.replace(record.RESULTS / "ablation.md", table(rows))

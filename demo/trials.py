@@ -7,12 +7,10 @@ A finished trial is found again, an interrupted one resumes. Several run at once
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -95,21 +93,16 @@ def _digest(text: str, config: Config, *files: Path) -> str:
     return digest.hexdigest()[:8]
 
 
-def run_trials(
-    trials: Sequence[Trial], root: Path, workers: int = CORES, minutes: float = math.inf
-) -> list[list[dict] | None]:
-    """Run the trials that are not finished yet, `workers` at once; start none after so many `minutes`.
+def run_trials(trials: Sequence[Trial], root: Path, workers: int = CORES) -> list[list[dict]]:
+    """Run the trials that are not finished yet, `workers` at once, and return the rows of each as in `probe.json`.
 
-    Returns for each trial its rows as in `probe.json`; None for one that was not started. UserError names the log of
-    a trial that failed.
+    UserError names the log of a trial that failed.
     """
-    done, began = itertools.count(1), time.monotonic()
+    done = itertools.count(1)
 
-    def run(trial: Trial) -> list[dict] | None:
+    def run(trial: Trial) -> list[dict]:
         file = trial.results(root)
         if not file.is_file():
-            if time.monotonic() - began > 60 * minutes:
-                return None
             start_trial(trial, root)
         rows = json.loads(file.read_text())["rows"]
         last, found = rows[-1], rows[-1][trial.splits[-1]]

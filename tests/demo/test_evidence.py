@@ -55,19 +55,6 @@ def here(monkeypatch):
     return started
 
 
-def test_a_trial_is_trained_and_probed_once(recipe, here, tmp_path):
-    trial = Trial("aligned", 1, recipe=str(recipe), images=32, epochs=1, heads=("linear",))
-    first = trials.run_trials([trial], tmp_path)
-    again = trials.run_trials([trial], tmp_path)
-    assert again == first
-    assert len(here) == 1
-    lines = [json.loads(line) for line in (trial.path(tmp_path) / "metrics.jsonl").read_text().splitlines()]
-    assert max(line["step"] for line in lines) == 2
-    asked = {(row["labels"], row["head"]) for row in first[0]}
-    assert asked == {("union", "linear"), ("global-union", "linear"), ("global-in-patch", "linear")}
-    assert load_config(trial.path(tmp_path) / "config.yaml").seed == 1
-
-
 def test_another_training_teacher_or_probe_has_files_of_its_own(recipe, tmp_path):
     def files(**options):
         trial = Trial("a", 0, recipe=str(recipe), **options)
