@@ -209,7 +209,6 @@ def test_documentation_lists_every_recipe():
                 "passes": str(optim.accumulate),
                 "lr": f"{optim.lr:.0e}".replace("e-0", "e-"),
                 "soft-cap": "none" if softcap is None else f"{softcap:g}",
-                "GFLOP": f"{gigaflop(stem):.1f}",
             }
             cells.pop("what differs", None)
             assert {**common, **cells} == wanted, stem
