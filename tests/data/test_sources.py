@@ -127,6 +127,7 @@ def test_messages_name_the_path_and_the_remedy(tmp_path):
         ("x-*.tar", f"no such tar file: {tmp_path}/x-*.tar"),
         ("t/{000..001}.tar", f"no such tar file: {tmp_path}/t/001.tar"),
         ("{t,x}/*.tar", f"no such tar file: {tmp_path}/x/*.tar"),
+        ("t/{001..000}.tar", f"no such tar file: {tmp_path}/t/{{001..000}}.tar"),
         ("n", "no images in the 1 shards"),
         ("mixed", "has tar files (0.tar) and others (stray.png)"),
         ("f/a.jpg", "is a file"),
