@@ -19,7 +19,7 @@ from fastalign.config import Config, load_config
 from fastalign.method.decoder import MaskEmbedDecoder, decoder_block_spec
 from fastalign.training.build import named_backbone
 from fastalign.utils.errors import UserError, first_line
-from fastalign.utils.yaml_files import merge
+from fastalign.utils.sections import merge
 
 MOCO_LICENCE, MOCO_PAGE = "cc-by-nc-4.0", "https://github.com/facebookresearch/moco-v3"
 DECODER = "decoder.safetensors"
