@@ -89,7 +89,7 @@ def test_two_ranks_have_the_results_of_one(scenes, tmp_path):
         ("--lr 1e-5", "--min-lr 0.0001 is above --lr 1e-05: lower it"),
         ("--seeds 0 -3", "--seeds 0 -3: "),
         ("--colour", "unrecognized arguments: --colour; --help lists the options"),
-        ("--skip-blocks 0 3", "--skip-blocks 0 3: the backbone has 2 blocks; give numbers from 0 to 2"),
+        ("--skip-blocks 0 3", "--skip-blocks 0 3: the backbone has 2 blocks; give 0 to 2"),
         (
             "--labels global-in-patch",
             "--heads transformer needs one of --labels union majority global-union",
