@@ -134,7 +134,7 @@ class LabelledImages:
         """CRC-32 of all file names, the bytes of a few files, and the classes; independent of the location."""
         crc = zlib.crc32(json.dumps([self.classes, self.unlabeled]).encode())
         for source in (self.source, self.maps):
-            names = "\0".join(source.portable_name(i) for i in range(len(source)))
+            names = "\0".join(source.name(i) for i in range(len(source)))
             crc = zlib.crc32(names.encode("utf-8", "surrogateescape"), crc)
             # Names alone would not distinguish two renderings with numbered files.
             for i in sorted({i * (len(source) - 1) // _SAMPLED for i in range(_SAMPLED + 1)}):
