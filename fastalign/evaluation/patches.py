@@ -3,7 +3,7 @@
 import copy
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -235,15 +235,22 @@ def probe_encoder(
     threads: int,
     seed: int,
     track: Track,
+    beat: Callable[[], None],
 ) -> dict[str, float]:
     """Trains a head on an encoder's frozen tokens, in memory, and evaluates its last epoch on val.
 
-    `average`: averaged weights of the student, used instead of the encoder's.
+    `average`: averaged weights of the student, used instead of the encoder's; `beat` is called at each batch.
     """
+
+    def beating(items: Iterable, text: str, total: int) -> Iterator:
+        for item in track(items, f"probe: {text}", total):
+            beat()
+            yield item
+
     vit = copy.deepcopy(encoder).eval()  # a copy is not compiled, so no graph of training is compiled again
     if average is not None:
         vit.load_state_dict({name: average[f"encoder.{name}"] for name in vit.state_dict()})
-    how = {"dtype": dtype, "track": track}
+    how = {"dtype": dtype, "track": beating}
     more = {"world": World(0, 1, device), "threads": threads, **how}
     read = {name: read_patch_features(vit, split, **more) for name, split in splits.items()}
     task = Task("transformer", "union", skip_blocks=0, seed=seed)
