@@ -19,7 +19,7 @@ from fastalign.data.loader import Batch
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.evaluation.features import PatchFeatures, read_patch_features
 from fastalign.evaluation.fit import FeatureLoader, Fit, Track, predict, say_progress, untracked
-from fastalign.evaluation.heads import make_patch_head, supports
+from fastalign.evaluation.heads import HEADS_FOR, make_patch_head
 from fastalign.evaluation.label_maps import LabelledImages
 from fastalign.evaluation.metrics import MultiClassCounts, MultiLabelCounts, patch_loss
 from fastalign.evaluation.options import Plan, Recipe
@@ -166,7 +166,7 @@ def probe(
         for skip, labels, head, seed in itertools.product(
             dict.fromkeys(skip_blocks), plan.labels, plan.heads, plan.seeds
         )
-        if supports(head, labels)
+        if head in HEADS_FOR[labels]
     ]
     rows = {}
     for number in range(world.rank, len(tasks), world.size):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastalign.evaluation.heads import PATCH_HEADS, PATCH_LABELS
+from fastalign.evaluation.heads import HEADS_FOR, PATCH_HEADS
 from fastalign.probe import main
 from tests.data_helpers import needs_dali
 from tests.evaluation.helpers import (
@@ -25,11 +25,11 @@ from tests.run_helpers import torchrun
 def test_every_head_with_every_label(scenes, tmp_path):
     output = tmp_path / "probe.json"
     small = ["--hidden", "8", "--layers", "1", "--epochs", "1"]
-    every = ["--heads", *PATCH_HEADS, "--labels", *PATCH_LABELS, *small]
+    every = ["--heads", *PATCH_HEADS, "--labels", *HEADS_FOR, *small]
     assert main(probe_line(scenes, *every, "--output", output)) == 0
     found = results(output)
     assert {(row["head"], row["labels"]) for row in found["results"]} == {
-        *((head, labels) for head in ("linear", "mlp") for labels in PATCH_LABELS),
+        *((head, labels) for head in ("linear", "mlp") for labels in HEADS_FOR),
         *((head, labels) for head in PATCH_HEADS[2:] for labels in ("union", "majority")),
         ("transformer", "global-union"),
     }
@@ -88,7 +88,6 @@ def test_two_ranks_have_the_results_of_one(scenes, tmp_path):
         ("--lr nan", "--lr nan: "),
         ("--lr 1e-5", "--min-lr 0.0001 is above --lr 1e-05: lower it"),
         ("--seeds 0 -3", "--seeds 0 -3: "),
-        ("--colour", "unrecognized arguments: --colour; --help lists the options"),
         ("--skip-blocks 0 3", "--skip-blocks 0 3: the backbone has 2 blocks; give 0 to 2"),
         (
             "--labels global-in-patch",
