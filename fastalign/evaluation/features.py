@@ -31,6 +31,8 @@ def make_tensors(
 
     The space of the files is free when their last tensor is dropped, and when the process ends, however it ends.
     """
+    if folder is None and world.size > 1:
+        raise UserError("several ranks share features in files: give an output")
     if folder is None:
         return {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
     if world.size > int(os.environ.get("LOCAL_WORLD_SIZE", world.size)):

@@ -14,6 +14,8 @@ from fastalign.evaluation.datasets import open_labelled
 from fastalign.evaluation.features import read_patch_features
 from fastalign.evaluation.label_maps import VOID, crop_and_resize, patch_labels
 from fastalign.probe import main
+from fastalign.training.distributed import World
+from fastalign.utils.errors import UserError
 from tests.data_helpers import needs_dali
 from tests.evaluation.helpers import COUNTS, SINGLE, command_error, models, probe_line
 
@@ -125,6 +127,12 @@ def test_features_are_read_once_and_leave_nothing_behind(scenes, tmp_path, passe
     assert not list(features.iterdir())
     assert main(probe_line(scenes, *more[:2])) == 0
     assert [path.name for path in output.parent.iterdir()] == ["probe.json"]
+
+
+def test_ranks_need_files(scenes):
+    """Each would have its share only."""
+    with pytest.raises(UserError, match="several ranks share features in files"):
+        read_patch_features(models()[0], open_labelled(str(scenes), "val"), World(0, 2, SINGLE.device))
 
 
 def test_a_full_disk(scenes, tmp_path, capsys, monkeypatch):
