@@ -13,16 +13,17 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
+from fastalign.backbones.vit import ViT
 from fastalign.backbones.zoo import load_backbone
 from fastalign.config import Config, load_config
 from fastalign.evaluation.datasets import open_labelled
-from fastalign.evaluation.features import Encoder, frozen_encoder
 from fastalign.evaluation.options import Plan, Recipe
 from fastalign.evaluation.patches import probe
 from fastalign.train import train
@@ -141,27 +142,27 @@ def start_trial(trial: Trial, root: Path) -> None:
     spec.unlink()
 
 
-def encoder_of(trial: Trial, folder: Path, device: torch.device) -> Encoder:
-    """What the trial's heads read."""
+def encoder_of(trial: Trial, folder: Path, device: torch.device) -> ViT | SimpleNamespace:
+    """What the trial's heads read: a backbone, or what `probe` needs of one."""
     if trial.read == "student":
-        return frozen_encoder(load_backbone(folder).to(device))
+        return load_backbone(folder).to(device)
     config = trial.config(folder)
     if trial.read == "teacher":
-        return frozen_encoder(build.starting_backbone(config).to(device))
+        return build.starting_backbone(config).to(device).eval()
     objective, backbone = build.build_objective(config)
-    encoder, decoder = frozen_encoder(backbone.to(device)), objective.student.decoder.to(device).eval()
+    backbone, decoder = backbone.to(device).eval(), objective.student.decoder.to(device).eval()
     # LayerScale begins at 1e-6, with which an untrained decoder does nothing. The heads read its last norm.
     for block in decoder.blocks:
         for scale in block.layer_scales() or ():
             torch.nn.init.ones_(scale)
     decoder.head = torch.nn.Identity()
 
-    def encode(images: torch.Tensor) -> list[torch.Tensor]:
-        tokens = encoder.encode(images)[0]
-        visible = tokens.new_ones(len(tokens), 1, encoder.spec.patches, dtype=torch.bool)
+    def forward_layers(images: torch.Tensor, skip_blocks: Sequence[int]) -> list[torch.Tensor]:
+        (tokens,) = backbone.forward_layers(images, skip_blocks)
+        visible = tokens.new_ones(len(tokens), 1, backbone.spec.patches, dtype=torch.bool)
         return [decoder(tokens, visible)[:, 0]]
 
-    return replace(encoder, encode=encode)
+    return SimpleNamespace(spec=backbone.spec, data=backbone.data, forward_layers=forward_layers)
 
 
 def run_trial(trial: Trial, root: Path) -> None:

@@ -194,8 +194,8 @@ def test_a_probe_learns_as_on_the_cpu(labels):
     tokens = torch.randn(images, 17, 32)
     tokens[:, 1:, :5] += 3 * union
     tokens[:, 0, :5] += 3 * union.any(1)
-    packed, majority = np.packbits(union.numpy(), axis=-1), union.int().argmax(-1).numpy().astype(np.int16)
-    features = PatchFeatures({0: tokens.bfloat16()}, packed, majority, union.any(1).numpy(), 5)
+    packed, majority = torch.from_numpy(np.packbits(union.numpy(), axis=-1)), union.int().argmax(-1).short()
+    features = PatchFeatures({0: tokens.bfloat16()}, packed, majority, union.any(1), 5)
     found = {}
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
         task, plan = Task("transformer", labels, 0, 0), Plan(recipe=Recipe(epochs=40, lr=3e-3))
