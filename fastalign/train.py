@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fastalign.config import Config, load_config, to_yaml
-from fastalign.evaluation.during_training import contents, open_splits, probe_encoder
 from fastalign.evaluation.label_maps import LabelledImages
+from fastalign.evaluation.patches import contents, open_splits, probe_encoder
 from fastalign.method.flops import flops_per_image
 from fastalign.training import distributed
 from fastalign.training.checkpoint import new_best, resume, save, save_settings, wait_for_checkpoint
@@ -148,7 +148,7 @@ def export_backbone(run: Run, reporter: Reporter) -> None:
             reporter.say(f"already exported: {done.parent}")
             continue
         with run.hang_timer.paused():
-            reporter.say(f"exported: {export(run.folder, target)[0]}")
+            reporter.say(f"exported: {export(run.folder, target, say=reporter.say)[0]}")
 
 
 def initial_eval(run: Run, splits: Splits, reporter: Reporter) -> None:
@@ -223,18 +223,25 @@ def validate(run: Run, reporter: Reporter, epoch: int) -> None:
     reporter.say(f"step {run.state.step}: validation loss {loss:.4f}")
 
 
-def probe_student(run: Run, splits: Splits) -> dict[str, float]:
+def probe_student(run: Run, splits: Splits, reporter: Reporter) -> dict[str, float]:
     """Probe the student's encoder on rank 0, while the others wait."""
+
+    def track(items, text: str, total: int):
+        for item in reporter.track(items, f"probe: {text}", total):
+            run.beat("probing")
+            yield item
+
     encoder, average = run.objective.student.encoder, run.average and run.average.state
     options = {"dtype": run.dtype, "threads": run.config.data.threads, "seed": run.config.seed}
-    options |= {"average": average, "beat": lambda: run.beat("probing")}
+    options |= {"average": average, "track": track}
     with contextlib.nullcontext() if run.world.main else run.hang_timer.paused():
-        return probe_encoder(encoder, splits, run.world, **options)
+        probed = lambda: probe_encoder(encoder, splits, run.world.device, **options)  # noqa: E731
+        return distributed.on_first_rank(run.world, probed)
 
 
 def probe(run: Run, splits: Splits, reporter: Reporter, epoch: int) -> None:
     """Probe the student and report the scores."""
-    step, scores = run.state.step, probe_student(run, splits)
+    step, scores = run.state.step, probe_student(run, splits, reporter)
     run.state.probed = {"step": step, **scores}
     reporter.add(step=step, epoch=epoch, **{f"probe_{name}": value for name, value in scores.items()})
     reporter.flush()

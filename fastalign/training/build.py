@@ -20,7 +20,7 @@ from fastalign.ops.attention.choice import check as check_attention
 from fastalign.ops.attention.choice import choose
 from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError
-from fastalign.utils.yaml_files import parse_yaml
+from fastalign.utils.sections import parse_yaml
 
 _TRANSFORM_KEYS = ("crop", "scale", "ratio", "hflip", "color_jitter", "randaugment")
 

@@ -94,7 +94,7 @@ def _handle_skipped(run: Run, status: StepStatus, reporter: Reporter) -> None:
     """Record the samples of a skipped update, and end the run if the configuration says so or after too many."""
     path, names = run.folder / NONFINITE, []
     if run.world.rank in status.ranks or not status.ranks:
-        names = [run.train.source.portable_name(int(i)) for i in status.ids]
+        names = [run.train.source.name(int(i)) for i in status.ids]
     line = {"step": status.step, "rank": run.world.rank, "ids": status.ids.tolist(), "names": names}
     lines = [line for line in run.world.gather(line) if line["names"]]
     if run.world.main:
