@@ -184,6 +184,10 @@ def train_epoch(run: Run, splits: Splits, reporter: Reporter) -> None:
     config, state = run.config, run.state
     epoch, position = divmod(state.step, run.epoch_steps)
     end = min(run.last_step, (epoch + 1) * run.epoch_steps)
+    if run.should_probe and state.current_probe is None:  # a signal came before it
+        probe(run, splits, reporter, epoch)
+        if new_best(run) is not None:
+            save(run)
     with contextlib.closing(run.train.batches(epoch, start=position * config.optim.accumulate)) as batches:
         reporter.speed.start()
         while state.step < end:
