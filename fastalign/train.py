@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -239,8 +240,8 @@ def probe_student(run: Run, splits: Splits, reporter: Reporter) -> dict[str, flo
     options = {"dtype": run.dtype, "threads": run.config.data.threads, "seed": run.config.seed}
     options |= {"average": average, "track": track}
     with contextlib.nullcontext() if run.world.main else run.hang_timer.paused():
-        probed = lambda: probe_encoder(encoder, splits, run.world.device, **options)  # noqa: E731
-        return distributed.on_first_rank(run.world, probed)
+        work = partial(probe_encoder, encoder, splits, run.world.device, **options)
+        return distributed.on_first_rank(run.world, work)
 
 
 def probe(run: Run, splits: Splits, reporter: Reporter, epoch: int) -> None:

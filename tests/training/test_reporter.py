@@ -15,24 +15,11 @@ from tests.run_helpers import losses
 from tests.update_helpers import run_of_batches
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (3.4, "3 s"),
-        (119, "119 s"),
-        (120, "2 min"),
-        (3600, "60 min"),
-        (7200, "2 h 0 min"),
-        (12000, "3 h 20 min"),
-    ],
-)
-def test_durations(seconds, text):
-    assert duration(seconds) == text
-
-
-def test_a_clock_names_the_day_if_it_is_another():
+def test_durations_and_clocks():
+    texts = {3.4: "3 s", 119: "119 s", 120: "2 min", 3600: "60 min", 7200: "2 h 0 min", 12000: "3 h 20 min"}
+    assert {seconds: duration(seconds) for seconds in texts} == texts
     assert re.fullmatch(r"\d\d:\d\d", clock(0))
-    assert clock(7 * 86400).startswith(time.strftime("%a"))
+    assert clock(7 * 86400).startswith(time.strftime("%a")), "another day is named"
 
 
 def test_start_and_end_of_a_run(recipe, capsys):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import fastalign as fa
 from fastalign import train
 from fastalign.config import Config
-from fastalign.training import build, reporter
+from fastalign.training import reporter
 from fastalign.training.build import build_backbones
 from tests.run_helpers import MODEL, checkpoint, lines, losses
 from tests.update_helpers import run_of_batches
@@ -121,25 +121,6 @@ def test_target_scale_is_stored_and_not_measured_again(recipe, monkeypatch):
     monkeypatch.setattr("fastalign.train.measure_target_scale", lambda *given: 1 / 0)
     recipe("max_steps=2", "loss.target_scale=auto:1")
     assert checkpoint(folder, 2)["target_scale"] == scale
-
-
-def test_parts_of_the_decoder_arrive():
-    """In its parameters, by hand."""
-    for kwargs, names, scales in (
-        ({}, {"attn.qkv.bias"}, 2),
-        (
-            {"qk_norm": True, "qkv_bias": False, "init_values": None},
-            {"attn.q_norm.weight", "attn.k_norm.bias"},
-            0,
-        ),
-    ):
-        config = Config.model_validate({"student": MODEL, "decoder": {"layers": 1, "kwargs": kwargs}})
-        found = dict(build.build_objective(config)[0].student.decoder.blocks[0].named_parameters())
-        assert names <= found.keys()
-        assert ("attn.q_norm.bias" in found) == ("attn.qkv.bias" not in found) == bool(kwargs)
-        gammas = [value for name, value in found.items() if name.endswith("gamma")]
-        assert len(gammas) == scales
-        assert all(torch.equal(gamma, torch.full_like(gamma, 1e-6)) for gamma in gammas)
 
 
 def test_the_batches_of_the_target_scale(recipe, capsys, monkeypatch):
