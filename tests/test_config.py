@@ -87,8 +87,13 @@ def test_overrides_are_parsed_by_the_type_of_their_key(tmp_path):
     assert config.data.train == "a=b"
 
 
-def test_a_nested_section_keeps_its_other_keys(tmp_path):
-    path = write(tmp_path, "decoder: {kwargs: {qk_norm: true}}\n")
+def test_a_section_keeps_its_other_keys(tmp_path):
+    path = write(
+        tmp_path, "decoder: {kwargs: {qk_norm: true}}\noptim: {lr: 1e-4}\nstudent: {kwargs: {depth: 2}}"
+    )
+    whole = load_config(path, ["optim={epochs: 7, clip: null}", "student={kwargs: {img_size: 64}}"])
+    assert (whole.optim.lr, whole.optim.epochs, whole.optim.clip) == (1e-4, 7, None)
+    assert whole.student.kwargs == {"img_size": 64}  # a value, not a section
     parts, default = (
         load_config(path, ["decoder.kwargs.init_values=null"]).decoder.kwargs,
         Config().decoder.kwargs,
