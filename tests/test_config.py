@@ -162,6 +162,7 @@ def test_yaml_out_is_yaml_in(tmp_path):
         ("", "log.to=[wandb]", ["log.to: ", "wandb:.+"]),
         ("optim: 3", None, ["optim", "3"]),
         ("- a", None, ["mapping"]),
+        ("false", None, ["mapping", "bool"]),
         ("a: [", None, ["not YAML"]),
         (
             "optim: {lr: 1}\nseed: 1\noptim: {clip: 1}",

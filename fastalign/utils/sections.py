@@ -156,7 +156,8 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict:
         raise UserError(f"no recipe at {path}: check the path, or give a name that `fastalign recipes` lists")
     if path.resolve() in seen:
         raise UserError(f"{path}: its bases form a cycle")
-    tree = parse_yaml(path.read_bytes(), str(path)) or {}
+    tree = parse_yaml(path.read_bytes(), str(path))
+    tree = {} if tree is None else tree  # an empty file
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
     base = tree.pop("base", None)
