@@ -40,14 +40,13 @@ _SAFE_GLOBALS = [
 Creating one of these has no side effect. Everything else is refused.
 """
 HF_DEFAULTS = {
-    kind: {"hidden_act": activation, "num_attention_heads": heads}
-    for activation, heads, kinds in (
-        ("quick_gelu", 12, ["clip_vision_model"]),
-        ("gelu_pytorch_tanh", 12, ["siglip_vision_model", "siglip2_vision_model"]),
-        ("gelu", 12, ["vit", "dinov2", "dinov2_with_registers"]),
-        ("gelu", 6, ["dinov3_vit"]),
-    )
-    for kind in kinds
+    "clip_vision_model": {"hidden_act": "quick_gelu", "num_attention_heads": 12},
+    "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh", "num_attention_heads": 12},
+    "siglip2_vision_model": {"hidden_act": "gelu_pytorch_tanh", "num_attention_heads": 12},
+    "vit": {"hidden_act": "gelu", "num_attention_heads": 12},
+    "dinov2": {"hidden_act": "gelu", "num_attention_heads": 12},
+    "dinov2_with_registers": {"hidden_act": "gelu", "num_attention_heads": 12},
+    "dinov3_vit": {"hidden_act": "gelu", "num_attention_heads": 6},
 }
 """By model type: transformers' defaults of keys that a config.json may omit, as google/siglip-base's does."""
 
