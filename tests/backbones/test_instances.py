@@ -132,5 +132,5 @@ def test_an_unknown_recipe_is_an_error_when_saving(kind, tmp_path):
     vit = fa.create_backbone(VisionTransformer(**SMALL) if kind == "of no name" else rotary)
     student = fa.MaskEmbedStudent.from_backbone(vit)
     assert student.encoder.spec.block.softcap == 30.0
-    with pytest.raises(fa.UserError, match="timm name and arguments of this backbone are not known"):
+    with pytest.raises(fa.UserError, match="timm name and arguments are not known"):
         fa.save_backbone(student, tmp_path)
