@@ -13,7 +13,7 @@ import torch
 
 import fastalign as fa
 from benchmarks import record
-from benchmarks.compare import timed
+from benchmarks.timing import timed
 from fastalign.ops import extension
 
 KINDS = {"uniform": fa.UniformMasks(), "bernoulli": fa.BernoulliMasks(), "blockwise": fa.BlockwiseMasks()}
@@ -24,14 +24,10 @@ REPEATS, WARM_UP = 50, 5
 def functions(kind: str, device: str, images: int) -> dict[str, Callable[[], object]]:
     """The timed functions: drawing in PyTorch, in the extension, and drawing and packing in one call."""
     masks, ids = KINDS[kind], torch.arange(images, device=device)
-    rows = images * (2 * GRID[0] * GRID[1] + masks.copies * PREFIX)
-    ratio = getattr(masks, "ratio", 0.0)
-    options = {"kind": kind, "ratio": ratio, "seed": 0, "complement": True, "full": True}
-    packing = options | {"prefix": PREFIX, "length": rows}
     return {
         "pytorch": lambda: masks.eager(ids, GRID),
-        "draw": lambda: extension.draw_masks(ids, GRID, **options),
-        "draw_and_pack": lambda: extension.draw_packed_masks(ids, GRID, **packing),
+        "draw": lambda: masks(ids, GRID),
+        "draw_and_pack": lambda: masks.packed(ids, GRID, PREFIX),
     }
 
 
@@ -40,7 +36,7 @@ def measure(kind: str, device: str, threads: int, images: int, repeats: int) -> 
     torch.set_num_threads(threads)
     seconds = {}
     for name, function in functions(kind, device, images).items():
-        times = timed(function, repeats + WARM_UP, device == "cuda", time.perf_counter)
+        times = timed(function, repeats + WARM_UP, device, time.perf_counter)
         seconds[name] = statistics.median(times[WARM_UP:])
     row = {"kind": kind, "device": device, "threads": threads, "images": images, "patches": GRID[0] * GRID[1]}
     row |= {f"{name}_speedup": seconds["pytorch"] / seconds[name] for name in ("draw", "draw_and_pack")}

@@ -1,7 +1,7 @@
 // The operators: schema, checks, allocation, and the spread over threads or the launch.
 //
 // Only the stable ABI of LibTorch is used, so that one binary serves torch 2.11 and later and every Python.
-// Argument checks with the caller's names are in fastalign/ops/extension.py; those here keep memory safe.
+// `Masks` in fastalign/method/masks.py and `pack_masks` in fastalign/ops pass what is checked here.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -50,7 +50,7 @@ class _Masks:
         grid = self._grid(num_patches)
         if (arguments := self._for_extension(sample_ids, grid, epoch)) is None:
             return self.eager(sample_ids, grid, epoch)
-        return extension.draw_masks(**arguments)
+        return torch.ops.fastalign.draw_masks(*arguments)
 
     def eager(self, sample_ids: Tensor, num_patches: int | tuple[int, int], epoch: int = 0) -> Tensor:
         """The same masks in PyTorch operations, whether or not the extension is installed."""
@@ -80,25 +80,17 @@ class _Masks:
         if length is None or arguments is None:
             visible = self(sample_ids, grid, epoch)
             return visible, ops.pack_masks(visible, prefix, length)
-        visible, *packing = extension.draw_packed_masks(**arguments, prefix=prefix, length=length)
+        visible, *packing = torch.ops.fastalign.draw_packed_masks(*arguments, prefix, length)
         return visible, Packing(*packing)
 
-    def _for_extension(self, sample_ids: Tensor, grid: tuple[int, int], epoch: int) -> dict | None:
-        """The extension's arguments; None = it does not draw these masks."""
-        # By exact class: a subclass may have a `sample` of its own.
-        kind = next((name for name, kind in MASKS.items() if kind is type(self)), None)
-        if kind not in extension.KINDS or not extension.available(sample_ids.device):
+    def _for_extension(self, sample_ids: Tensor, grid: tuple[int, int], epoch: int) -> tuple | None:
+        """The arguments of the extension's operators; None = it does not draw these masks."""
+        kind = _EXTENSION_KINDS.get(type(self))  # by exact class: a subclass may have a `sample` of its own
+        if kind is None or not extension.available(sample_ids.device):
             return None
-        return {
-            "sample_ids": sample_ids.to(torch.int64),
-            "grid": grid,
-            "kind": kind,
-            "ratio": getattr(self, "ratio", 0.0),
-            "seed": self.seed,
-            "epoch": epoch,
-            "complement": self.complement,
-            "full": self.full,
-        }
+        seed = ((self.seed + 2**63) & (2**64 - 1)) - 2**63  # the signed integer of the same bits
+        ratio = getattr(self, "ratio", 0.0)
+        return sample_ids.to(torch.int64), *grid, kind, ratio, seed, epoch, self.complement, self.full
 
     def _grid(self, num_patches: int | tuple[int, int]) -> tuple[int, int]:
         if isinstance(num_patches, (tuple, list)):
@@ -206,4 +198,6 @@ class BlockwiseMasks(_Masks):
 
 
 MASKS = {"uniform": UniformMasks, "bernoulli": BernoulliMasks, "blockwise": BlockwiseMasks}
-"""Every distribution by its name in a configuration, which is also its name in the extension."""
+"""Every distribution by its name in a configuration."""
+_EXTENSION_KINDS = {UniformMasks: 0, BernoulliMasks: 1, BlockwiseMasks: 2}
+"""`Kind` of csrc/masks.h"""

@@ -1,8 +1,9 @@
 """The only entry point to the kernels: checks arguments, then runs Triton on a GPU and eager PyTorch elsewhere.
 
 Both give the same result to rounding. `fastalign.ops.reference` defines each operation; the function here and the
-kernel of the same name have its signature. The environment variable FASTALIGN_KERNELS=0 selects eager PyTorch;
-FASTALIGN_KERNELS=1 selects Triton also on a CPU, which then needs TRITON_INTERPRET=1 (slow, for tests).
+kernel of the same name have its signature. A wrong dtype, shape or device is a ValueError that names the argument.
+The environment variable FASTALIGN_KERNELS=0 selects eager PyTorch; FASTALIGN_KERNELS=1 selects Triton also on a CPU,
+which then needs TRITON_INTERPRET=1 (slow, for tests).
 """
 
 import functools
@@ -28,20 +29,12 @@ __all__ = [
     "unpack",
 ]
 MODE = os.environ.get("FASTALIGN_KERNELS", "auto")
-KERNELS: dict[str, Callable] = {}
-"""Operation -> its Triton kernel; empty where triton is not installed."""
+_NAMES = [name for name in __all__ if name != "pack_masks"]
 try:
-    for _name in (
-        "mask_tokens",
-        "expand_masked",
-        "pack",
-        "unpack",
-        "softcap_attention",
-        "reconstruction_loss",
-    ):
-        KERNELS[_name] = getattr(import_module(f"fastalign.kernels.{_name}"), _name)
+    KERNELS = {name: getattr(import_module(f"fastalign.kernels.{name}"), name) for name in _NAMES}
 except ImportError:
-    KERNELS.clear()
+    KERNELS = {}
+"""Operation -> its Triton kernel; empty where triton is not installed."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = {"bool": torch.bool, "int32": torch.int32}
@@ -51,10 +44,6 @@ _PACKING = {
     "packing.cu_seqlens": "int32 S",
     "packing.counts": "int32 C",
 }
-_RAISES = """
-
-Raises:
-    ValueError: an argument has a wrong dtype, shape or device; the message names it."""
 _F = TypeVar("_F", bound=Callable)
 
 
@@ -84,12 +73,10 @@ def _check_shape(name: str, tensor: Tensor, spec: str, sizes: dict[str, int]) ->
 
 
 def _operation(definition: _F, check: Callable[..., bool] = lambda sizes, **given: True, **specs: str) -> _F:
-    """The operation with the signature and docstring of its definition in `reference`.
+    """The operation with the signature and docstring of its definition in `reference`, the eager function.
 
-    Args:
-        definition: the eager function.
-        check: (sizes, **arguments) -> whether the kernel can do this case; raises for what specs do not say.
-        **specs: dtype and shape of each tensor argument, as `_check_shape` takes them; those of a packing are known.
+    `check`: (sizes, **arguments) -> whether the kernel can do this case; it raises for what specs do not say.
+    `specs`: dtype and shape of each tensor argument, as `_check_shape` takes them; those of a packing are known.
     """
     parameters = inspect.signature(definition).parameters.values()
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -118,7 +105,6 @@ def _operation(definition: _F, check: Callable[..., bool] = lambda sizes, **give
             return KERNELS[name](*args, **{key: value for key, value in kwargs.items() if value is not None})
         return definition(*args, **kwargs)
 
-    operation.__doc__ = f"{inspect.getdoc(definition)}{_RAISES}"
     return operation
 
 
@@ -193,17 +179,12 @@ def pack_masks(visible: Tensor, prefix: int, length: int | None = None) -> Packi
         step = max(1, -(-images * copies * (patches + prefix) // 16))
         length = -(-tokens // step) * step
     if extension.available(visible.device):
-        packing = Packing(*extension.pack_masks(visible, prefix, length))
+        packing = Packing(*torch.ops.fastalign.pack_masks(visible, prefix, length))
     else:
         packing = reference.pack_masks(visible, prefix, length)
-    check_length(packing)
-    return packing
-
-
-def check_length(packing: Packing) -> None:
-    """Refuse a packing with more tokens than rows, without waiting for a GPU."""
-    length = len(packing.indices)
+    # Without waiting for a GPU.
     torch._assert_async(packing.cu_seqlens[-1] <= length, f"pack_masks: more tokens than length={length}")
+    return packing
 
 
 def __dir__() -> list[str]:

@@ -81,7 +81,7 @@ def test_every_implementation_here_equals_the_definition(name, softcap, packed):
 
 @needs_compiler
 @with_packing
-@pytest.mark.parametrize("name", ["auto", "sdpa_flash", "sdpa_math"])
+@pytest.mark.parametrize("name", ["auto", "sdpa_flash", "eager"])
 def test_torch_compile_makes_one_graph(name, packed):
     torch._dynamo.reset()
     compiled = torch.compile(attention, fullgraph=True)
@@ -127,25 +127,6 @@ def test_flash_attn_is_called_as_documented(name, module, softcap, packed, monke
     monkeypatch.setitem(sys.modules, "flash_attn", _library(False))
     monkeypatch.setitem(sys.modules, module, _library(name == "flash_attn_3"))
     compare(lambda q, k, v, cap, s: BACKENDS[name].run(q, k, v, cap, None, s), softcap, packed)
-
-
-@no_gpu
-@with_packing
-def test_xformers_is_called_as_documented(packed, monkeypatch):
-    def memory_efficient_attention(q, k, v, attn_bias=None):
-        if attn_bias is None:
-            return reference.softcap_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-        bounds = torch.tensor([0, *attn_bias]).cumsum(0).int()
-        assert bounds[-1] == q.shape[1]
-        return reference.softcap_attention(q[0], k[0], v[0], cu_seqlens=bounds)[None]
-
-    mask = SimpleNamespace(from_seqlens=lambda lengths, device: lengths)
-    library = SimpleNamespace(
-        fmha=SimpleNamespace(BlockDiagonalMask=mask), memory_efficient_attention=memory_efficient_attention
-    )
-    monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace(__path__=[]))
-    monkeypatch.setitem(sys.modules, "xformers.ops", library)
-    compare(lambda q, k, v, cap, s: BACKENDS["xformers"].run(q, k, v, cap, None, s), None, packed)
 
 
 def test_varlen_attn_is_called_as_every_release_since_2_10_takes_it(monkeypatch):
@@ -213,21 +194,20 @@ def hopper(tmp_path, monkeypatch):
         return default | facts | {"ms": ms}
 
     rows = [
-        row({"sdpa_cudnn": 1.0, "sdpa_flash": 1.5, "triton": 2.0, "xformers": 0.1}),
+        row({"sdpa_cudnn": 1.0, "sdpa_flash": 1.5, "triton": 2.0, "flash_attn_2": 0.1}),
         row({"sdpa_cudnn": 2.0, "sdpa_flash": 1.0}, length=197),
         row({"sdpa_flash": 3.0, "triton": 2.0}, width=72),
         row({"flash_attn_3": 1.0, "triton": 1.3, "flex": 4.0}, capped=True),
-        row({"sdpa_math": 0.1, "sdpa_flash": 1.0}, gradient=False),
+        row({"sdpa_flash": 1.0, "triton": 2.0}, gradient=False),
     ]
     table = tmp_path / "table.json"
     table.write_text(json.dumps({"sm_90": {"environment": {}, "rows": rows}}))
     monkeypatch.setattr(choice, "TABLE", table)
     monkeypatch.setattr(choice, "architecture", lambda: 90)
     monkeypatch.setattr(ops, "MODE", "auto")
-    libraries = ("flash_attn", "xformers")  # as if they were not installed
-    missing = backends._missing
+    missing = backends._missing  # as if flash-attn were not installed
     monkeypatch.setattr(
-        backends, "_missing", lambda needs: "no such thing" if needs.startswith(libraries) else missing(needs)
+        backends, "_missing", lambda needs: "no such" if needs.startswith("flash_attn") else missing(needs)
     )
     choice._choose.cache_clear(), choice._table.cache_clear()
     yield
@@ -260,10 +240,9 @@ def test_the_choice_and_its_reason(hopper, changes, wanted, name, words):
 
 
 def test_what_would_be_faster(hopper):
-    assert [(found.backend, found.times) for found in choice.faster(CALL)] == [("xformers", 10.0)]
+    assert [(found.backend, found.times) for found in choice.faster(CALL)] == [("flash_attn_2", 10.0)]
     assert choice.faster(CALL._replace(length=197)) == []
-    (known,) = choice.faster(CALL._replace(gradient=False))
-    assert known.refusal == "is used only with efficiency.attention=sdpa_math"
+    assert choice.faster(CALL._replace(dtype=torch.float32)) == []
     (found,) = choice.faster(CALL._replace(capped=True))
     assert found.backend == "flash_attn_3"
     assert found.times == pytest.approx(1.3)

@@ -25,7 +25,7 @@ no_gpu = pytest.mark.skipif(
 on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])])
 
 GRIDS = [(1, 1), (1, 7), (14, 14), (16, 16), (27, 27), (8, 20)]
-DRAW = {"kind": "uniform", "ratio": 0.5, "seed": 3, "complement": True, "full": True}
+PACK = getattr(torch.ops.fastalign, "pack_masks", None)
 
 
 def test_it_is_built_if_there_is_a_compiler():
@@ -74,7 +74,7 @@ def test_masks_of_any_seed_epoch_and_id(kind, ids, seed, epoch, grid):
 
 @needs
 @on_devices
-@pytest.mark.parametrize("function", [extension.pack_masks, reference.pack_masks])
+@pytest.mark.parametrize("function", [PACK, reference.pack_masks])
 def test_packing_worked_by_hand(function, device):
     visible = torch.tensor([[[1, 0, 1], [0, 1, 0]], [[0, 0, 0], [1, 1, 1]]], dtype=torch.bool, device=device)
     indices, slots, starts, counts = (t.tolist() for t in function(visible, 1, 12))
@@ -103,11 +103,10 @@ def test_packing_equals_a_loop(shape, share, prefix, device, poisoned):
     visible = torch.rand(shape) < share
     length = int(visible.sum()) + shape[0] * shape[1] * prefix
     for padding in (0, 1, 1000):
-        found = extension.pack_masks(visible.to(device), prefix, length + padding)
+        found = PACK(visible.to(device), prefix, length + padding)
+        wanted = packed_by_loop(visible.numpy(), prefix, length + padding)
         assert all(tensor.dtype == torch.int32 for tensor in found)
-        assert [tensor.tolist() for tensor in found] == packed_by_loop(
-            visible.numpy(), prefix, length + padding
-        )
+        assert [tensor.tolist() for tensor in found] == wanted
 
 
 @needs
@@ -115,17 +114,18 @@ def test_packing_equals_a_loop(shape, share, prefix, device, poisoned):
 @pytest.mark.parametrize("grid", [(1, 1), (14, 14), (8, 20), (27, 27)], ids=str)
 @pytest.mark.parametrize(("complement", "full"), COPIES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_draw_and_pack_in_one_call(kind, complement, full, grid, device, poisoned):
-    options = {"kind": kind, "ratio": 0.4, "seed": 9, "epoch": 2, "complement": complement, "full": full}
-    ids = torch.arange(40, device=device)
-    copies, patches = 1 + complement + full, grid[0] * grid[1]
+def test_masks_come_packed(kind, complement, full, grid, device, poisoned):
+    """With complements drawn and packed in one call, in rows without padding."""
+    masks = KINDS[kind](complement=complement, full=full, seed=9)
+    ids, patches = torch.arange(40, device=device), grid[0] * grid[1]
     for prefix in (0, 5):
-        length = 40 * copies * (prefix + patches) + 3
-        visible, *packing = extension.draw_packed_masks(ids, grid, **options, prefix=prefix, length=length)
-        assert torch.equal(visible, extension.draw_masks(ids, grid, **options))
-        assert [tensor.tolist() for tensor in packing] == packed_by_loop(
-            visible.cpu().numpy(), prefix, length
-        )
+        visible, packing = masks.packed(ids, grid, prefix, epoch=2)
+        assert torch.equal(visible, masks(ids, grid, 2))
+        length = len(packing.indices)
+        if complement:
+            assert length == 40 * ((masks.copies - 1) * patches + masks.copies * prefix)
+        wanted = packed_by_loop(visible.cpu().numpy(), prefix, length)
+        assert [tensor.tolist() for tensor in packing] == wanted
 
 
 @needs
@@ -133,8 +133,7 @@ def test_inputs_need_not_be_contiguous():
     ids = torch.arange(20)[::2]
     assert torch.equal(fa.UniformMasks()(ids, 9), fa.UniformMasks()(ids.contiguous(), 9))
     visible = (torch.rand(5, 3, 4) < 0.5).transpose(0, 2)
-    found, wanted = extension.pack_masks(visible, 1, 200), extension.pack_masks(visible.contiguous(), 1, 200)
-    assert all(map(torch.equal, found, wanted))
+    assert all(map(torch.equal, PACK(visible, 1, 200), PACK(visible.contiguous(), 1, 200)))
 
 
 @needs
@@ -143,8 +142,8 @@ def test_results_do_not_depend_on_the_number_of_threads(kind):
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        options = {**DRAW, "kind": kind, "prefix": 2, "length": 200 * (2 * 3 + 2 * 60)}
-        results.append(extension.draw_packed_masks(torch.arange(200), (6, 10), **options))
+        visible, packing = KINDS[kind]().packed(torch.arange(200), (6, 10), prefix=2)
+        results.append([visible, *packing])
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
@@ -171,13 +170,7 @@ def test_compiled_in_one_graph_for_all_epochs(kind):
 
 
 @needs
-def test_masks_use_it_unless_a_subclass_draws_itself(monkeypatch):
-    calls = []
-    monkeypatch.setattr(extension, "draw_masks", lambda *args, **options: calls.append(options["kind"]))
-    for kind in KINDS.values():
-        kind()(torch.arange(2), 16)
-    assert calls == list(KINDS)
-
+def test_a_subclass_may_draw_itself():
     class AllHidden(fa.UniformMasks):
         def sample(self, sample_ids, grid, epoch):
             return torch.zeros(len(sample_ids), grid[0] * grid[1], dtype=torch.bool)
@@ -189,29 +182,15 @@ def test_masks_use_it_unless_a_subclass_draws_itself(monkeypatch):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (
-            lambda: extension.draw_masks(torch.zeros(2), (2, 2), **DRAW),
-            "sample_ids must be torch.int64 with 1",
-        ),
-        (lambda: extension.draw_masks(torch.arange(4).view(2, 2), (2, 2), **DRAW), "sample_ids must be"),
-        (lambda: extension.draw_masks(torch.arange(4, device="meta"), (2, 2), **DRAW), "not support meta"),
-        (lambda: extension.draw_masks(torch.arange(4), (-2, 2), **DRAW), "grid"),
-        (lambda: extension.draw_masks(torch.arange(4), (2, 2), **{**DRAW, "kind": "x"}), "kind"),
-        (lambda: extension.draw_masks(torch.arange(4), (2, 2), **{**DRAW, "ratio": 2.0}), "ratio"),
-        (lambda: extension.pack_masks(torch.ones(1, 1, 2), 0, 2), "visible must be torch.bool with 3"),
-        (lambda: extension.pack_masks(torch.ones(1, 1, 2) > 0, -1, 2), "prefix and length"),
+        (lambda: fa.UniformMasks()(torch.arange(4).view(2, 2), 4), r"sample_ids must be \[B\]"),
+        (lambda: fa.UniformMasks()(torch.arange(4), (-2, 2)), "grid must not be negative"),
+        (lambda: PACK(torch.ones(1, 1, 2) > 0, -1, 2), "prefix and length"),
+        (lambda: PACK(torch.ones(1, 2, 2) > 0, 1, 5), "length is 5, but 6 tokens are visible"),
     ],
 )
 def test_bad_arguments_are_named(call, words):
-    with pytest.raises(ValueError, match=words) as error:
+    with pytest.raises(RuntimeError, match=words) as error:
         call()
-    assert "\n" not in str(error.value)
-
-
-@needs
-def test_a_length_that_is_too_small_is_refused():
-    with pytest.raises(RuntimeError, match="length is 5, but 6 tokens are visible") as error:
-        extension.pack_masks(torch.ones(1, 2, 2, dtype=torch.bool), 1, 5)
     assert "\n" not in str(error.value)
 
 

@@ -81,9 +81,7 @@ def test_the_reference_the_kernel_and_the_operation_have_one_signature(name):
     assert inspect.signature(getattr(ops, name)) == wanted
     parameters = {p.name: (p.kind, p.default) for p in wanted.parameters.values() if p.name != "bias"}
     assert {p.name: (p.kind, p.default) for p in kernel.parameters.values()} == parameters
-    text = inspect.getdoc(getattr(ops, name))
-    assert text.startswith(inspect.getdoc(getattr(reference, name)))
-    assert "ValueError" in text
+    assert inspect.getdoc(getattr(ops, name)) == inspect.getdoc(getattr(reference, name))
 
 
 def test_torch_compile_does_not_change_the_assembler():
@@ -110,19 +108,6 @@ def test_kernels_are_selected_by_device_dtype_and_environment(monkeypatch):
     assert not ops.kernels_on("cuda", torch.float64)
     monkeypatch.setattr(ops, "MODE", "0")
     assert not ops.kernels_on("cuda", torch.float32)
-
-
-@pytest.mark.parametrize("complement", [True, False])
-@pytest.mark.parametrize("kind", [fa.UniformMasks, fa.BernoulliMasks, fa.BlockwiseMasks])
-def test_masks_come_packed(kind, complement):
-    masks, ids = kind(complement=complement, seed=3), torch.arange(5, device=DEVICE)
-    visible, packing = masks.packed(ids, (6, 6), 2, epoch=4)
-    assert torch.equal(visible, masks(ids, (6, 6), 4))
-    wanted = reference.pack_masks(visible, 2, len(packing.indices))
-    for name in packing._fields:
-        assert torch.equal(getattr(packing, name), getattr(wanted, name)), name
-    if complement:
-        assert len(packing.indices) == packing.cu_seqlens[-1] == 5 * (2 * 36 + 3 * 2)
 
 
 def test_lengths_of_packed_rows_are_few_and_enough():

@@ -34,20 +34,11 @@ def attention(
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm may have returned fp32
     if bias is not None:
         bias = bias.to(v.dtype)
-    longest = q.shape[2] if sequences is None else sequences.longest
+    length = q.shape[2] if sequences is None else sequences.longest
     gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    name = _name(
-        backend,
-        q.device.type,
-        v.dtype,
-        softcap is not None,
-        bias is not None,
-        sequences is not None,
-        int(longest),
-        int(q.shape[-1]),
-        gradient,
-        torch.compiler.is_compiling(),
-    )
+    kind = softcap is not None, bias is not None, sequences is not None
+    compiled = torch.compiler.is_compiling()
+    name = _name(backend, q.device.type, v.dtype, *kind, int(length), int(q.shape[-1]), gradient, compiled)
     return BACKENDS[name].run(q, k, v, softcap, bias, sequences)
 
 

@@ -26,65 +26,44 @@ ANY = (*SINGLE, torch.float64)
 
 
 class Sequences(NamedTuple):
-    """Sequences packed in L rows."""
+    """Sequences packed in L rows: sequence s is rows bounds[s] to bounds[s + 1]; rows after the last are padding."""
 
-    bounds: Tensor
-    """[S + 1] int32: sequence s is rows bounds[s] to bounds[s + 1]; rows after the last are padding."""
-    longest: int
-    """An upper bound of their lengths."""
+    bounds: Tensor  # [S + 1] int32
+    longest: int  # an upper bound of their lengths
 
 
 class Case(NamedTuple):
     """The facts of a call that decide which implementations support it."""
 
-    device: str
-    """cpu or cuda"""
+    device: str  # cpu or cuda
     dtype: torch.dtype
     capped: bool
     biased: bool
     packed: bool
-    length: int
-    """T, or the longest packed sequence"""
-    width: int
-    """d, of a head"""
-    gradient: bool
-    """with a backward pass"""
-    compiled: bool = False
-    """inside torch.compile"""
+    length: int  # T, or of the longest packed sequence
+    width: int  # d, of a head
+    gradient: bool  # with a backward pass
+    compiled: bool = False  # inside torch.compile
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation and the cases that it supports.
+    """One implementation and the cases that it supports."""
 
-    Args:
-        run: (q, k, v, softcap, bias, sequences) -> out, shapes as for `fastalign.ops.attention.attention`.
-        needs: "module:attribute" that must be importable.
-        get: how to install it.
-        capped, biased, dense, packed: what it supports.
-        dtypes: supported on a GPU.
-        cpu: whether it runs on a CPU too, in any dtype.
-        step, widest: the head width must be a multiple of `step`, at most `widest`.
-        archs: first and last GPU architecture, such as 80 and 90; with a cap only up to `capped_arch`.
-        compiles: without a graph break under torch.compile.
-        automatic: "auto" may choose it.
-    """
-
-    run: Callable
-    needs: str = "torch:nn"
-    get: str = ""
+    run: Callable  # (q, k, v, softcap, bias, sequences) -> out, shapes as for `attention`
+    needs: str = "torch:nn"  # "module:attribute" that must be importable
+    get: str = ""  # how to install it
     capped: bool = False
     biased: bool = False
     dense: bool = True
     packed: bool = False
-    dtypes: tuple[torch.dtype, ...] = HALF
-    cpu: bool = False
-    step: int = 8
+    dtypes: tuple[torch.dtype, ...] = HALF  # on a GPU
+    cpu: bool = False  # it runs on a CPU too, in any dtype
+    step: int = 8  # the head width must be a multiple of it
     widest: int = 256
-    archs: tuple[int, int] = (80, 999)
-    capped_arch: int = 999
-    compiles: bool = True
-    automatic: bool = True
+    archs: tuple[int, int] = (80, 999)  # first and last GPU architecture
+    capped_arch: int = 999  # the last with a cap
+    compiles: bool = True  # without a graph break under torch.compile
 
     def missing(self) -> str | None:
         """Why it cannot be imported, or None."""
@@ -93,10 +72,10 @@ class Backend:
     def refuses(self, case: Case, arch: int = 0) -> str | None:
         """Why it does not support this case on a GPU of this architecture, or None."""
         cuda = case.device == "cuda"
+        dtype = str(case.dtype).removeprefix("torch.")
         refusals = {
             "does not support this device": not (cuda or self.cpu),
-            f"does not support {str(case.dtype).removeprefix('torch.')}": cuda
-            and case.dtype not in self.dtypes,
+            f"does not support {dtype}": cuda and case.dtype not in self.dtypes,
             "does not support a soft-cap": case.capped and not self.capped,
             "does not support a bias": case.biased and not self.biased,
             "does not support packed sequences": case.packed and not self.packed,
@@ -208,16 +187,6 @@ def _flash_attn(module: str, q, k, v, softcap, bias, sequences):
     return out[0] if isinstance(out, tuple) else out
 
 
-def _xformers(q, k, v, softcap, bias, sequences):
-    from xformers.ops import fmha, memory_efficient_attention
-
-    if sequences is None:
-        return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-    lengths = covering(sequences, len(q)).diff().tolist()  # on the host: this waits for the GPU
-    mask = fmha.BlockDiagonalMask.from_seqlens(lengths, device=q.device)
-    return memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0]
-
-
 def _flex(q, k, v, softcap, bias, sequences):
     from fastalign.ops.attention.flex import block_mask, flex
 
@@ -238,7 +207,6 @@ BACKENDS = {
     "sdpa_flash": Backend(partial(_one_sdpa, SDPBackend.FLASH_ATTENTION), cpu=True),
     "sdpa_cudnn": Backend(partial(_one_sdpa, SDPBackend.CUDNN_ATTENTION), widest=128),
     "sdpa_efficient": Backend(partial(_one_sdpa, SDPBackend.EFFICIENT_ATTENTION), dtypes=SINGLE, archs=(0, 999)),
-    "sdpa_math": Backend(partial(_one_sdpa, SDPBackend.MATH), **_WHOLE | {"packed": False}, automatic=False),
     "varlen_attn": Backend(_varlen, "torch.nn.attention.varlen:varlen_attn", dense=False, packed=True),
     "flash_attn_2": Backend(partial(_flash_attn, "flash_attn"), "flash_attn:flash_attn_func", _SOURCE, **_FLASH),
     "flash_attn_3": Backend(
@@ -249,10 +217,6 @@ BACKENDS = {
         # It may hang with a cap on Blackwell: issue 2466 of its repository.
         partial(_flash_attn, "flash_attn.cute"), "flash_attn.cute:flash_attn_func",
         "pip install --pre flash-attn-4", archs=(90, 999), capped_arch=90, compiles=False, **_FLASH,
-    ),
-    "xformers": Backend(
-        _xformers, "xformers.ops:memory_efficient_attention", "pip install xformers==0.0.35", packed=True,
-        dtypes=SINGLE, compiles=False, automatic=False,
     ),
     "flex": Backend(
         _flex, "torch.nn.attention.flex_attention:flex_attention", capped=True, packed=True, dtypes=SINGLE,

@@ -12,18 +12,11 @@ from typing import NamedTuple
 import torch
 
 from fastalign import ops
-from fastalign.ops.attention.backends import BACKENDS, Case
+from fastalign.ops.attention.backends import BACKENDS, HALF, Case
 from fastalign.utils.errors import unknown
 
 TABLE = Path(__file__).with_name("table.json")
 """Architecture ("sm_90") -> the environment, and milliseconds by implementation for each case."""
-_RULES = {
-    # capped or packed, biased
-    (True, False): ("triton", "sdpa", "eager"),
-    (True, True): ("sdpa", "eager"),
-    (False, False): ("sdpa", "triton", "eager"),
-    (False, True): ("sdpa", "eager"),
-}
 
 
 class Choice(NamedTuple):
@@ -49,11 +42,7 @@ def architecture() -> int:
 
 
 def choose(case: Case, wanted: str = "auto") -> Choice:
-    """The implementation for a case.
-
-    Args:
-        case: the facts of the call.
-        wanted: a name of `BACKENDS`, or "auto".
+    """The implementation for a case, if `wanted` (a name of `BACKENDS`, or "auto") supports it that one.
 
     Raises:
         ValueError: an unknown name, or a bias with packed sequences.
@@ -72,45 +61,43 @@ def _choose(case: Case, wanted: str, mode: str) -> Choice:
     if wanted != "auto" and refusals[wanted] is None:
         return Choice(wanted, "as configured")
     prefix = "" if wanted == "auto" else f"{wanted} {refusals[wanted]}; "
-    row = _measured(case, arch)
-    ranked = sorted(row["ms"], key=row["ms"].get) if row else []
-    for name in ranked:
-        if refusals.get(name, "unknown") is None and BACKENDS[name].automatic:
-            where = f"T {row['length']}, d {row['width']} on sm_{arch}"
-            return Choice(name, f"{prefix}the fastest usable one of {len(ranked)} measured at {where}")
-    name = next(name for name in _RULES[case.capped or case.packed, case.biased] if refusals[name] is None)
+    times, where = _measured(case, arch)
+    if fastest := next((name for name in times if refusals[name] is None), None):
+        return Choice(fastest, f"{prefix}the fastest usable one of {len(times)} measured at {where}")
+    rule = ("triton", "sdpa", "eager") if case.capped or case.packed else ("sdpa", "triton", "eager")
+    name = next(name for name in rule if refusals[name] is None)
     if case.device == "cpu":
         return Choice(name, prefix + ("FASTALIGN_KERNELS=1" if name == "triton" else "the default on a CPU"))
     kind = " and ".join(kind for kind in ("capped", "packed", "biased") if getattr(case, kind)) or "plain"
-    rule = f"the default for {kind} attention; sm_{arch} is not measured (python -m benchmarks.attention)"
-    return Choice(name, prefix + rule)
+    reason = f"the default for {kind} attention; sm_{arch} is not measured (python -m benchmarks.attention)"
+    return Choice(name, prefix + reason)
 
 
-def _measured(case: Case, arch: int) -> dict | None:
-    """The nearest row of the table: the same kind, then the nearest head width, then length."""
-    if case.device != "cuda" or case.biased or case.dtype not in (torch.bfloat16, torch.float16):
-        return None
+def _measured(case: Case, arch: int) -> tuple[dict[str, float], str]:
+    """Milliseconds by implementation, the fastest first, where the table is nearest to the case, and that place.
+
+    Nearest is the same kind, then the nearest head width, then length.
+    """
     kind = {"capped": case.capped, "packed": case.packed, "gradient": case.gradient}
     rows = [row for row in _table().get(f"sm_{arch}", {}).get("rows", []) if kind.items() <= row.items()]
-    return min(
-        rows, key=lambda row: (abs(row["width"] - case.width), abs(row["length"] - case.length)), default=None
-    )
+    if case.device != "cuda" or case.biased or case.dtype not in HALF or not rows:
+        return {}, ""
+    row = min(rows, key=lambda row: (abs(row["width"] - case.width), abs(row["length"] - case.length)))
+    times = {name: ms for name, ms in row["ms"].items() if name in BACKENDS}
+    fastest_first = dict(sorted(times.items(), key=lambda item: item[1]))
+    return fastest_first, f"T {row['length']}, d {row['width']} on sm_{arch}"
 
 
 def faster(case: Case) -> list[Faster]:
     """Implementations that the table has as faster than the choice, and why they are not used; the fastest first."""
     arch = architecture()
-    row = _measured(case, arch)
-    if row is None or (chosen := row["ms"].get(choose(case).backend)) is None:
-        return []
-    found = []
-    for name in sorted(row["ms"], key=row["ms"].get):
-        backend = BACKENDS.get(name)
-        if backend is None or row["ms"][name] >= chosen:
-            continue
-        refusal = backend.refuses(case, arch) or f"is used only with efficiency.attention={name}"
-        found.append(Faster(name, chosen / row["ms"][name], refusal, backend.get))
-    return found
+    times, _ = _measured(case, arch)
+    chosen = times.get(choose(case).backend, 0.0)
+    return [
+        Faster(name, chosen / ms, BACKENDS[name].refuses(case, arch), BACKENDS[name].get)
+        for name, ms in times.items()
+        if ms < chosen
+    ]
 
 
 @lru_cache
