@@ -67,7 +67,7 @@ ls2.gamma     ls_2.gamma       -                     -                          
 gamma_1       -                -                     -                            layer_scale1.lambda1
 gamma_2       -                -                     -                            layer_scale2.lambda1
 """
-"""Names within a block: of open_clip and transformers' models. "-" = as timm's, or not there."""
+"""Names within a block; the first row that fits applies. "-" = as timm's, or not there."""
 
 
 def _column(table: str, library: str) -> dict[str, str]:

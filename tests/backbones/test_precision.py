@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastalign as fa
-from fastalign import doctor, train
+from fastalign import doctor
 from fastalign.backbones.precision import NATIVE_BF16, FP8Linear, compute_dtype
 from fastalign.config import Config
 from fastalign.training.build import teacher_dtype
@@ -98,30 +98,23 @@ class Casts(TorchDispatchMode):
         self.shape, self.count = shape, 0
 
     def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
-        if function is torch.ops.aten._to_copy.default:
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
             self.count += arguments[0].shape == self.shape and arguments[0].dtype == torch.float32
-        return function(*arguments, **(kwargs or {}))
+        return function(*arguments, **kwargs)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_weight_is_cast_once_an_update_and_nothing_else_changes(tmp_path, monkeypatch, checkpointing):
+def test_a_weight_is_cast_once_an_update_and_nothing_else_changes(recipe, monkeypatch, checkpointing):
     """Three passes per update, EMA and its evaluation, against a separate autocast in each pass."""
-    tiny = {"img_size": 32, **NARROW, "depth": 2}
+    options = ["efficiency.precision=bf16", f"efficiency.grad_checkpointing={checkpointing}", "max_steps=2"]
+    options += ["data.train=synthetic:6", "data.val=synthetic:4", "optim.ema=0.9"]
+    options += ["optim.batch_size=6", "optim.accumulate=3"]
 
     def trained(name):
-        config = Config.model_validate(
-            {
-                "output": str(tmp_path / name),
-                "max_steps": 2,
-                "student": {"name": "vit_tiny_patch16_224", "weights": "random", "kwargs": tiny},
-                "data": {"train": "synthetic:6", "val": "synthetic:4", "threads": 1},
-                "optim": {"batch_size": 6, "accumulate": 3, "epochs": 2, "lr": 1e-3, "ema": 0.9},
-                "efficiency": {"precision": "bf16", "grad_checkpointing": checkpointing},
-            }
-        )
-        with Casts((3 * 96, 96)) as casts:  # qkv
-            train.train(config, World(0, 1, CPU))
-        return casts.count, checkpoint(tmp_path / name)
+        with Casts((3 * 192, 192)) as casts:  # qkv
+            run = recipe(*options, name=name)
+        return casts.count, checkpoint(run)
 
     count, state = trained("once")
     monkeypatch.setattr(Run, "cached_autocast", lambda run: nullcontext())
