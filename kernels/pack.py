@@ -11,6 +11,7 @@ copies without atomics; sums over images take two stages. So results are reprodu
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastalign.kernels.common import (
     image_chunks,
@@ -19,6 +20,7 @@ from fastalign.kernels.common import (
     row_tile,
     row_tiles,
     store,
+    tile_of_rows,
     with_unit_stride,
 )
 
@@ -35,15 +37,13 @@ def _forward_kernel(
     M: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T, BLOCK_T) * tl.cdiv(D, BLOCK_D)
-    i_b, i_tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    i_t = i_tile // tl.cdiv(D, BLOCK_D)
-    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_d = i_tile % tl.cdiv(D, BLOCK_D) * BLOCK_D + tl.arange(0, BLOCK_D)
+    i_b = (tl.program_id(0) // tiles).to(tl.int64)
+    o_t, o_d = tile_of_rows(tl.program_id(0) % tiles, D, BLOCK_T, BLOCK_D)
     m_d = (o_d < D)[None, :]
     if i_b == B:  # the programs after the last image clear the padding, which is often empty
         step = tl.cdiv(T, BLOCK_T) * BLOCK_T
-        for i_row in range(tl.load(p_end).to(tl.int64) + i_t * BLOCK_T, L, step):
-            o_row = i_row + tl.arange(0, BLOCK_T)
+        for i_row in range(tl.load(p_end).to(tl.int64), L, step):
+            o_row = i_row + o_t
             b_zero = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
             store(p_out + o_row[:, None] * D + o_d[None, :], b_zero, (o_row < L)[:, None] & m_d)
         return
@@ -72,9 +72,7 @@ def _backward_kernel(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i_chunk = tl.program_id(1).to(tl.int64)
-    i_t, i_d = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
-    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_t, o_d = tile_of_rows(tl.program_id(0), D, BLOCK_T, BLOCK_D)
     m_d = (o_d < D)[None, :]
     m_t = (o_t < T)[:, None] & m_d
     m_patch = (o_t >= P)[:, None] & m_t
@@ -92,7 +90,10 @@ def _backward_kernel(
         tl.store(p_rows + (i_chunk * T + o_t[:, None]) * D + o_d[None, :], b_rows, mask=m_t)
 
 
-def _allocate(patches, slots, cu_seqlens, length, prefix, position):
+def _allocate(
+    patches: Tensor, slots: Tensor, cu_seqlens: Tensor, length: int, prefix: Tensor | None,
+    position: Tensor | None,
+) -> Tensor:  # fmt: skip
     return patches.new_empty((length, patches.shape[-1]), dtype=promoted(patches, prefix, position))
 
 
@@ -110,7 +111,9 @@ def _forward(out, patches, slots, cu_seqlens, length, prefix, position) -> None:
     )  # fmt: skip
 
 
-def _allocate_gradients(gradient, slots, count, dtype, patches, rows):
+def _allocate_gradients(
+    gradient: Tensor, slots: Tensor, count: int, dtype: torch.dtype, patches: bool, rows: bool
+) -> tuple[Tensor, Tensor]:
     width = gradient.shape[-1]
     return (
         gradient.new_empty((slots.shape[0], count, width) if patches else (0,), dtype=dtype),
@@ -133,18 +136,8 @@ def _backward(out, gradient, slots, count, dtype, patches, rows) -> None:
         torch.sum(sums, 0, out=out[1])
 
 
-forward_op = register(
-    "pack",
-    "(Tensor patches, Tensor slots, Tensor cu_seqlens, SymInt length, Tensor? prefix, Tensor? position) -> Tensor",
-    _allocate,
-    _forward,
-)
-backward_op = register(
-    "pack_backward",
-    "(Tensor gradient, Tensor slots, SymInt count, ScalarType dtype, bool patches, bool rows) -> (Tensor, Tensor)",
-    _allocate_gradients,
-    _backward,
-)
+forward_op = register("pack", _allocate, _forward)
+backward_op = register("pack_backward", _allocate_gradients, _backward)
 
 
 class _Pack(torch.autograd.Function):
