@@ -8,7 +8,7 @@ import fastalign as fa
 from fastalign import ops
 from fastalign.ops.reference import LOSSES
 from tests.method.helpers import NARROW, gradients
-from tests.numerics import DEVICE, gradient_error, needs_compiler, randomise, relative_error
+from tests.numerics import gradient_error, needs_compiler, randomise, relative_error
 from tests.truth import StudentTruth
 
 # timm's name and arguments, the soft-cap of the student.
@@ -220,21 +220,3 @@ def test_where_lengths_vary_few_graphs_fit_them_all():
     lengths = {len(objective.draw(images, ids, 0)[1].indices) for ids in batches}
     assert len(lengths) > 3
     assert len(graphs) == 4, "student and teacher, for the first length and for all others"
-
-
-@pytest.mark.parametrize("name", ["vit", "siglip", "eva", "mixed"])
-def test_on_kernels(name, monkeypatch):
-    """Everything in Triton, against float64."""
-    objective, _, _, images = build(name)
-    ids = torch.arange(3)
-    wanted = objective(images, ids)
-    wanted.backward()
-    exact = gradients(objective.student)
-    objective = objective.float().to(DEVICE)
-    objective.zero_grad()
-    monkeypatch.setattr(ops, "MODE", "1")
-    loss = objective(images.float().to(DEVICE), ids)
-    loss.backward()
-    assert relative_error(loss.cpu(), wanted) < 1e-5
-    found = {name: grad.cpu() for name, grad in gradients(objective.student).items()}
-    assert gradient_error(found, exact) < 1e-3

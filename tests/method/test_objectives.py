@@ -12,7 +12,7 @@ from fastalign.backbones.zoo import from_timm
 from fastalign.ops.reference import LOSSES
 from tests.method.helpers import SMALL, VIT, gradients
 from tests.numerics import gradient_error, randomise, relative_error
-from tests.truth import CappedAttention, StudentTruth, blank_pixels, loss_truth, teacher_targets
+from tests.truth import CappedAttention, StudentTruth, loss_truth, of_masked_images, teacher_targets
 
 EXACT = 1e-10
 DEEP = {"decoder_layers": 3, "decoder_width": 64, "decoder_heads": 4, "decoder_init_values": None}
@@ -84,7 +84,7 @@ def test_targets_tokens_predictions_loss_and_gradients(case, loss):
     images, ids = torch.randn(2, 3, *spec.image_size, dtype=torch.float64), torch.tensor([3, 8])
     visible = objective.masks(ids, spec.grid, 0)
     if teacher_options.get("prefix_only"):
-        wanted = pooled_targets(backbone, images, visible)
+        wanted = of_masked_images(backbone, images, visible, 16).unsqueeze(2).detach()
     else:
         wanted = teacher_targets(backbone, images, visible, teacher_options.get("skip_blocks", 1))
     assert relative_error(objective.teacher(images, visible), wanted) < EXACT
@@ -97,16 +97,6 @@ def test_targets_tokens_predictions_loss_and_gradients(case, loss):
     trained = {name for name, p in objective.student.named_parameters() if p.requires_grad}
     torch.autograd.backward(true_loss, inputs=[p for name, p in truth.named_parameters() if name in trained])
     assert gradient_error(gradients(objective.student), gradients(truth)) < 1e-8
-
-
-def pooled_targets(backbone, images, visible):
-    """[B, M, 1, D]: the class output of the whole model for each masked image."""
-    patch = backbone.patch_embed.patch_size[0]
-    rows = [
-        torch.cat([backbone(blank_pixels(image, mask, patch)[None]) for mask in masks])
-        for image, masks in zip(images, visible, strict=True)
-    ]
-    return torch.stack(rows).unsqueeze(2).detach()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -129,11 +119,7 @@ def test_masked_image_modeling(loss, softcap):
         for block in truth.blocks:
             block.attn = CappedAttention(block.attn, softcap)
     truth.load_state_dict(student.encoder.state_dict())
-    copies = [
-        torch.stack([blank_pixels(image, mask, 16) for mask in masks])
-        for image, masks in zip(images, visible, strict=True)
-    ]
-    predictions = torch.stack([truth(each) for each in copies])
+    predictions = of_masked_images(truth, images, visible, 16)
     targets = backbone.forward_features(images)[:, None].expand_as(predictions).detach()
     wanted = loss_truth(loss, predictions, targets, visible, prefix_hidden=False)
     found = objective(images, ids)
@@ -142,18 +128,10 @@ def test_masked_image_modeling(loss, softcap):
     assert gradient_error(gradients(student.encoder), gradients(truth)) < 1e-8
 
 
-@pytest.mark.parametrize(
-    ("name", "kwargs"),
-    [
-        (VIT, {}),
-        ("vit_base_patch16_clip_224", {}),
-        ("vit_base_patch16_siglip_224", {}),
-        (VIT, {"embed_norm_layer": "layernorm", "img_size": 50}),
-    ],
-)
-def test_one_patch_embedding_for_all_masks_equals_blanking_pixels(name, kwargs):
-    """With a bias, without one, and with a norm; an image with a remainder; a mask that hides everything."""
-    model = timm.create_model(name, num_classes=0, depth=1, **{"img_size": 48, **kwargs}).double().eval()
+def test_one_patch_embedding_for_all_masks_equals_blanking_pixels():
+    """With a norm of the patch embedding; an image with a remainder; a mask that hides everything."""
+    options = {"img_size": 50, "embed_norm_layer": "layernorm"}
+    model = timm.create_model(VIT, num_classes=0, depth=1, **options).double().eval()
     randomise(model)
     teacher = fa.MaskedTeacher(from_timm(copy.deepcopy(model)), skip_blocks=0)
     images = torch.randn(2, 3, *teacher.spec.image_size, dtype=torch.float64)
