@@ -1,14 +1,12 @@
 """What each choice of the method does, in miniature: ``python -m benchmarks.ablation [--seeds 0 1 2]``.
 
-Every variant differs from the demo's recipe (configs/demo.yaml) in the keys of `VARIANTS`, trains half as long, and
-is probed as `demo.evidence` probes, on the validation split, because the result decides defaults; the test split is
-not read. The cost is by formula (`fastalign.method.flops`), operations per image of a training step, forward and
-backward. Writes `benchmarks/results/ablation.json` and the table `ablation.md`; finished trials are reused from
-their folder.
+Every variant differs from the demo's recipe in the keys of `VARIANTS`, trains half as long, and is probed as
+`demo.evidence` probes, on the validation split, because the result decides defaults; the test split is not read. The
+cost is by formula (`fastalign.method.flops`), operations per image of a training step. Writes
+`benchmarks/results/ablation.json` and the table `ablation.md`; finished trials are reused from their folder.
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +19,6 @@ from fastalign.method.flops import flops_per_image
 from fastalign.training.build import build_objective
 from fastalign.training.command import run_command
 from fastalign.training.metrics import mean_and_spread
-from fastalign.utils.errors import UserError
 
 RECIPE = "configs/demo.yaml"
 LENGTH = ("optim.epochs=1",)
@@ -67,24 +64,13 @@ COLUMNS = {
 """Column -> (labels, head, metric)."""
 
 
-def gigaflops(overrides: tuple[str, ...], recipe: str = RECIPE) -> float:
-    """10^9 operations per image of a training step."""
-    objective, _ = build_objective(load_config(recipe, list(overrides)))
-    return flops_per_image(objective) / 1e9
-
-
 def row_of(
     group: str, name: str, overrides: tuple[str, ...], results: dict[int, list[dict]], recipe: str
 ) -> dict:
-    """A variant's scores and its cost.
-
-    Args:
-        group, name, overrides: of `VARIANTS`.
-        results: seed -> rows of its `probe.json`.
-        recipe: the file.
-    """
+    """A variant's scores, from the rows of its `probe.json` by seed, and its cost."""
     row = {"group": group, "variant": name, "overrides": list(overrides), "seeds": sorted(results)}
-    row["gflop_per_image"] = gigaflops(overrides, recipe)
+    objective, _ = build_objective(load_config(recipe, list(overrides)))
+    row["gflop_per_image"] = flops_per_image(objective) / 1e9
     for column, wanted in COLUMNS.items():
         values = [score(results[seed], "val", *wanted)["mean"] for seed in row["seeds"]]
         row[column] = {"values": values, **mean_and_spread(values)}
@@ -118,23 +104,14 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     """Train, probe, print, write."""
     parser = record.parser("ablation", __doc__, "two steps of two variants")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="some of the variants")
     parser.add_argument("--root", type=Path, default=Path("runs/ablation"), help="folder of the trials")
     parser.add_argument("--recipe", default=RECIPE)
     parser.add_argument("--workers", type=int, default=CORES, help="trials at once")
-    parser.add_argument(
-        "--minutes", type=float, help="start no trial after this; the table has what is finished"
-    )
     options = parser.parse_args(arguments)
     common = {"recipe": options.recipe}
     if options.tiny:
         common |= {"images": 64, "epochs": 1, "heads": ("linear", "mlp", "transformer")}
     variants = [(group, name, keys) for group, members in VARIANTS.items() for name, keys in members.items()]
-    known = sorted(name for _, name, _ in variants)
-    for name in options.only or ():
-        if name not in known:
-            raise UserError(f"--only {name}: choose from {', '.join(known)}")
-    variants = [variant for variant in variants if options.only is None or variant[1] in options.only]
     if options.tiny:
         variants = [(group, name, (*overrides, "max_steps=2")) for group, name, overrides in variants[:2]]
     # Seed by seed, so that an interrupted measurement has all variants of the first seeds.
@@ -143,19 +120,12 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         for seed in options.seeds
         for _, name, overrides in variants
     ]
-    say = partial(print, flush=True)
-    results = run_trials(order, options.root, say, options.workers, options.minutes)
     finished: dict[str, dict[int, list[dict]]] = {}
-    for trial, found in zip(order, results, strict=True):
-        if found is not None:
-            finished.setdefault(trial.name, {})[trial.seed] = found
-    rows = [
-        row_of(*variant, finished[variant[1]], options.recipe)
-        for variant in variants
-        if variant[1] in finished
-    ]
+    for trial, found in zip(order, run_trials(order, options.root, options.workers), strict=True):
+        finished.setdefault(trial.name, {})[trial.seed] = found
+    rows = [row_of(*variant, finished[variant[1]], options.recipe) for variant in variants]
     print(table(rows))
-    if not options.tiny and options.only is None:
+    if not options.tiny:
         facts = {"split": "val", "recipe": options.recipe, "common": list(LENGTH)}
         record.write("ablation", rows, facts | {"gpu": torch.cuda.is_available()})
         record.replace(record.RESULTS / "ablation.md", table(rows))

@@ -1,8 +1,8 @@
 """Compile every Triton kernel ahead of time: ``python -m benchmarks.aot [--arch 80 90 100]``, no GPU needed.
 
-The launchers run as in training, on CPU tensors, with a driver that only names an architecture; kernels are compiled
-instead of launched. Prints registers, shared memory and spills of each kernel and writes the result `aot.json`.
-Spilled registers and matrix instructions that the assembler serializes are errors.
+The launchers run on CPU tensors with a driver that only names an architecture; kernels are compiled instead of
+launched. Prints registers, shared memory and spills of each kernel and writes `aot.json`. Spilled registers and
+matrix instructions that the assembler serializes are errors.
 
 ``--cache DIR`` fills DIR with what a GPU of that architecture (default sm_90) compiles for batches divisible by 16.
 The GPU's machine uses it with TRITON_CACHE_DIR set to the same absolute path, the same version of Triton and the same
@@ -122,12 +122,11 @@ def compile_all(arch: int, names: list[str] | None = None, batch: int = 2) -> li
                 row = {"arch": arch, "case": case.label, "kernel": name, **assembled(kernel.asm["ptx"])}
                 row |= {"shared_bytes": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
                 rows.append(row)
-                print(
-                    f"sm_{arch:<4}{row['kernel']:46} {case.label:44} {row['registers']:4} registers "
-                    f"{row['shared_bytes']:7} bytes shared {row['spilled_bytes']:5} spilled"
-                    f"{' serialized' if row['serialized'] else ''}",
-                    flush=True,
+                line = (
+                    "sm_{arch:<4}{kernel:46} {case:44} {registers:4} registers {shared_bytes:7} bytes shared "
                 )
+                line += "{spilled_bytes:5} spilled" + " serialized" * row["serialized"]
+                print(line.format(**row), flush=True)
     return rows
 
 
@@ -152,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = faults(rows)
     if found:
         print(f"{len(found)} faults in {len(rows)} kernels: {', '.join(found)}", file=sys.stderr)
-    return 1 if found else 0
+    return int(bool(found))
 
 
 if __name__ == "__main__":

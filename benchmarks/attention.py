@@ -1,23 +1,19 @@
 """Speed of attention by every installed implementation: ``python -m benchmarks.attention [--cases LABEL ...]``.
 
-Cases are lengths, head widths, caps and layouts of vision transformers, compared as `benchmarks.compare` describes.
+Cases are lengths, head widths, caps and layouts of vision transformers, compared as in `benchmarks.kernels`.
 In capped cases the `UNCAPPED` implementations are timed without the cap, as an upper bound of its cost. On a GPU it
 also writes the table by which `auto` chooses on this architecture, `fastalign/ops/attention/table.json`.
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-if "--tiny" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
-
 from torch import Tensor
 
-from benchmarks import compare, record
+from benchmarks import kernels, record
 from benchmarks.cases import TINY_CASES, Case, attention_case
 from fastalign.ops.attention import BACKENDS, Sequences, choice
 from fastalign.ops.attention import Case as Call
@@ -43,16 +39,9 @@ CASES = [_case(length, width, *kind) for length in LENGTHS for width in (64, 72,
 TINY = [case for case in TINY_CASES if case.name == "softcap_attention"]
 
 
-def _run(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None, cu_seqlens: Tensor | None = None,
-    max_seqlen: int = 0,
-) -> Tensor:  # fmt: skip
-    sequences = None if cu_seqlens is None else Sequences(cu_seqlens, max_seqlen)
-    return BACKENDS[backend].run(q, k, v, softcap, None, sequences)
-
-
-def _uncapped(backend: str, *, softcap: float | None, **inputs) -> Tensor:
-    return _run(backend, softcap=None, **inputs)
+def _run(backend: str, q: Tensor, k: Tensor, v: Tensor, capped=True, softcap=None, **packing) -> Tensor:
+    sequences = Sequences(packing["cu_seqlens"], packing["max_seqlen"]) if packing else None
+    return BACKENDS[backend].run(q, k, v, softcap if capped else None, None, sequences)
 
 
 def _packed_flex(inputs: dict) -> Callable:
@@ -75,7 +64,7 @@ def implementations(case: Case, inputs: dict, tiny: bool) -> tuple[dict[str, Cal
         if backend.refuses(call, arch) is None:
             functions[name] = _packed_flex(inputs) if name == "flex" and packed else partial(_run, name)
         elif name in UNCAPPED and backend.refuses(call._replace(capped=False), arch) is None:
-            functions[name] = partial(_uncapped, name)
+            functions[name] = partial(_run, name, capped=False)
             uncapped.add(name)
     return functions, uncapped
 
@@ -87,14 +76,10 @@ def table(rows: list[dict]) -> list[dict]:
         name = "triton" if row["implementation"] == "ours" else row["implementation"]
         if "ms" not in row or row["mode"] == "backward" or name not in BACKENDS or "computes" in row:
             continue
-        facts = {
-            "capped": row["softcap"] is not None,
-            "packed": row["packed"],
-            "gradient": row["mode"] == "full",
-            "length": row["length"],
-            "width": row["width"],
-        }
-        case = tuple(facts[key] for key in FACTS)
+        case = (
+            row["softcap"] is not None, row["packed"], row["mode"] == "full", row["length"], row["width"]
+        )  # fmt: skip
+        facts = dict(zip(FACTS, case, strict=True))
         found.setdefault(case, facts | {"ms": {}})["ms"][name] = round(row["ms"], 5)
     return list(found.values())
 
@@ -114,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, backend in BACKENDS.items():
         if backend.missing():
             print(f"not installed: {name} ({backend.missing()})")
-    code, rows = compare.main("attention", __doc__, CASES, TINY, implementations, arguments)
+    code, rows = kernels.run("attention", __doc__, CASES, TINY, implementations, arguments)
     if "--tiny" not in (arguments or sys.argv) and any("ms" in row for row in rows):
         write_table(rows, record.environment())
     return code

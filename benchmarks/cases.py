@@ -7,16 +7,11 @@ training under autocast: activations in bf16; parameters, targets and the residu
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from fastalign.kernels.expand_masked import expand_masked
-from fastalign.kernels.mask_tokens import mask_tokens
-from fastalign.kernels.pack import pack
-from fastalign.kernels.reconstruction_loss import reconstruction_loss
-from fastalign.kernels.softcap_attention import softcap_attention
-from fastalign.kernels.unpack import unpack
 from fastalign.ops import reference
 
 MODELS = {
@@ -36,8 +31,6 @@ class Case:
     batch: int
     inputs: Callable[[int, str], dict]
     """(batch, device) -> the keyword arguments."""
-    kernel: Callable
-    reference: Callable
     leaves: tuple[str, ...]
     """The inputs with a gradient."""
     bytes: Callable[[int], tuple[int, int]]
@@ -49,6 +42,11 @@ class Case:
     """torch.compile makes one graph of the reference."""
     options: dict = field(default_factory=dict)
     """For other implementations: the cap, the packing, the length."""
+    kernel: Callable | None = None
+
+    def __post_init__(self):
+        self.reference = getattr(reference, self.name)
+        self.kernel = self.kernel or getattr(import_module(f"fastalign.kernels.{self.name}"), self.name)
 
     def build(self, device: str, batch: int = 2) -> dict:
         """Inputs on a device."""
@@ -67,8 +65,7 @@ class Case:
         """One forward and backward pass of the kernel, with cotangents of ones."""
         inputs = self.build(device, batch)
         outputs = self.kernel(**inputs)
-        if self.leaves:
-            self.backward(inputs, outputs, [torch.ones_like(outputs)])
+        self.backward(inputs, outputs, [torch.ones_like(outputs)])
 
 
 def _random(*shape: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -80,7 +77,8 @@ def _visible(batch: int, patches: int, device: str) -> Tensor:
     return torch.stack([sample, ~sample, torch.ones_like(sample)], 1)
 
 
-def _token_cases(model: str, batch: int, patches: int, prefix: int, width: int, heads: int) -> Iterator[Case]:
+def _row_cases(model: str, batch: int, patches: int, prefix: int, width: int, heads: int) -> Iterator[Case]:
+    """The operations on tokens, and the loss."""
     tokens, present = prefix + patches, 2 * patches + 3 * prefix
 
     def masked(b: int, device: str) -> dict:
@@ -109,49 +107,33 @@ def _token_cases(model: str, batch: int, patches: int, prefix: int, width: int, 
         packing = packed(b, device)["packing"]
         return {"packed": _random(b * present, width, device=device), "packing": packing}
 
-    def moved(rows: int) -> Callable[[int], tuple[int, int]]:
-        return lambda b: (b * width * (2 * patches + 4 * rows),) * 2
-
-    copied = moved(COPIES * tokens)
-    common = {"label": model, "batch": batch}
-    yield Case(
-        name="mask_tokens", inputs=masked, kernel=mask_tokens, reference=reference.mask_tokens,
-        leaves=("patches", "position"), bytes=copied, **common,
-    )  # fmt: skip
-    yield Case(
-        name="expand_masked", inputs=expanded, kernel=expand_masked, reference=reference.expand_masked,
-        leaves=("tokens", "position"), bytes=copied, **common,
-    )  # fmt: skip
-    yield Case(
-        name="pack", inputs=packed, kernel=pack, reference=reference.pack, leaves=("patches", "position"),
-        bytes=moved(present), **common,
-    )  # fmt: skip
-    yield Case(
-        name="unpack", inputs=unpacked, kernel=unpack,
-        reference=reference.unpack, leaves=("packed",),
-        bytes=lambda b: (2 * b * width * (present + COPIES * tokens), 4 * b * width * present), **common,
-    )  # fmt: skip
-
-
-def _loss_cases(model: str, batch: int, patches: int, prefix: int, width: int, heads: int) -> Iterator[Case]:
-    shape = (COPIES, prefix + patches, width)
-
-    def inputs(loss: str) -> Callable[[int, str], dict]:
+    def compared(loss: str) -> Callable[[int, str], dict]:
         return lambda b, device: {
-            "prediction": _random(b, *shape, device=device),
-            "target": _random(b, *shape, device=device, dtype=torch.float32),
+            "prediction": _random(b, COPIES, tokens, width, device=device),
+            "target": _random(b, COPIES, tokens, width, device=device, dtype=torch.float32),
             "visible": _visible(b, patches, device),
             "loss": loss,
             "scale": torch.full((), 0.7, device=device),
         }
 
+    def moved(rows: int) -> Callable[[int], tuple[int, int]]:
+        return lambda b: (b * width * (2 * patches + 4 * rows),) * 2
+
+    def of_unpack(b: int) -> tuple[int, int]:
+        return 2 * b * width * (present + COPIES * tokens), 4 * b * width * present
+
+    def of_loss(b: int) -> tuple[int, int]:  # forward writes the gradient; backward has nothing left to do
+        return 8 * b * COPIES * tokens * width, 0
+
+    yield Case("mask_tokens", model, batch, masked, ("patches", "position"), moved(COPIES * tokens))
+    yield Case("expand_masked", model, batch, expanded, ("tokens", "position"), moved(COPIES * tokens))
+    yield Case("pack", model, batch, packed, ("patches", "position"), moved(present))
+    yield Case("unpack", model, batch, unpacked, ("packed",), of_unpack)
     for loss in ("mse", "cosine", "masked_mse"):
+        label, inputs = f"{model} {loss}", compared(loss)
         yield Case(
-            "reconstruction_loss", f"{model} {loss}", batch, inputs(loss), reconstruction_loss,
-            reference.reconstruction_loss, ("prediction",), backward_alone=False,
-            # The forward pass writes the gradient; the backward pass has nothing left to do.
-            bytes=lambda b: (8 * b * COPIES * (prefix + patches) * width, 0),
-        )  # fmt: skip
+            "reconstruction_loss", label, batch, inputs, ("prediction",), of_loss, backward_alone=False
+        )
 
 
 def attention_case(
@@ -178,8 +160,7 @@ def attention_case(
     square = share * heads * width * length * length
     kind = ("cap" if softcap else "plain") + (" packed" if packed else "")
     return Case(
-        "softcap_attention", f"{label} T {length} d {width} {kind}".lstrip(), batch, inputs,
-        softcap_attention, reference.softcap_attention, ("q", "k", "v"),
+        "softcap_attention", f"{label} T {length} d {width} {kind}".lstrip(), batch, inputs, ("q", "k", "v"),
         # q, k, v and out; then those, the gradient of out and the three of q, k and v.
         bytes=lambda b: tuple(n * dtype.itemsize * b * heads * length * width for n in (4, 8)),
         operations=lambda b: (int(4 * b * square), int(10 * b * square)),
@@ -188,13 +169,9 @@ def attention_case(
     )  # fmt: skip
 
 
-def _row_cases(model: str, shape: dict) -> list[Case]:
-    return [*_token_cases(model, **shape), *_loss_cases(model, **shape)]
-
-
 def _cases() -> Iterator[Case]:
     for model, shape in MODELS.items():
-        yield from _row_cases(model, shape)
+        yield from _row_cases(model, **shape)
     for model, shape in MODELS.items():
         length, width = shape["prefix"] + shape["patches"], shape["width"] // shape["heads"]
         for softcap in (30.0, None):
@@ -214,23 +191,22 @@ def _cases() -> Iterator[Case]:
 CASES = list(_cases())
 
 TINY_CASES = [
-    *_row_cases("tiny", {"batch": 2, "patches": 5, "prefix": 1, "width": 24, "heads": 2}),
+    *_row_cases("tiny", batch=2, patches=5, prefix=1, width=24, heads=2),
     attention_case("tiny", 2, 18, 2, 16, 30.0),
     attention_case("tiny", 2, 18, 2, 16, None, packed=True),
 ]
 """Every operation at a tiny size, for checks without a GPU."""
+
+
+def _one_row(b: int, device: str) -> dict:
+    row = {name: _random(1, 1, 1, 8, device=device) for name in ("prediction", "target")}
+    return row | {"visible": torch.ones(1, 1, 1, dtype=torch.bool, device=device)}
+
+
 DEGENERATE_CASES = [
-    *_row_cases("one", {"batch": 1, "patches": 1, "prefix": 0, "width": 1, "heads": 1}),
+    *_row_cases("one", batch=1, patches=1, prefix=0, width=1, heads=1),
     attention_case("one", 1, 1, 1, 1, 30.0),
     attention_case("one", 1, 1, 1, 1, None, packed=True),
-    Case(
-        "reconstruction_loss", "one row", 1,
-        lambda b, device: {
-            "prediction": _random(1, 1, 1, 8, device=device), "target": _random(1, 1, 1, 8, device=device),
-            "visible": torch.ones(1, 1, 1, dtype=torch.bool, device=device),
-        },
-        reconstruction_loss, reference.reconstruction_loss, ("prediction",), lambda b: (0, 0),
-        backward_alone=False,
-    ),
-]  # fmt: skip
+    Case("reconstruction_loss", "one row", 1, _one_row, ("prediction",), lambda b: (0, 0)),
+]
 """Sizes of one, which Triton compiles as constants, for `benchmarks.aot`."""

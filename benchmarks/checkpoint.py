@@ -1,9 +1,8 @@
 """What a checkpoint costs in training time: ``python -m benchmarks.checkpoint [--models demo vit_b] [--tiny]``.
 
-In steps, for each model: how long the step loop stops for the snapshot, how much longer the steps during the write
-take, and a write that the loop waits for; and the cost as a share of training time at the default interval (an
-epoch) and every 1,000 steps. Each checkpoint writes the backbone too, as the best one does. Writes
-`benchmarks/results/checkpoint.json`; milliseconds on a GPU only.
+In steps: how long the loop stops for the snapshot, how much longer the steps during the write take, and a write that
+the loop waits for; and the cost as a share of training time at the default interval (an epoch) and every 1,000 steps.
+Each checkpoint writes the backbone too. Writes `benchmarks/results/checkpoint.json`; milliseconds on a GPU only.
 """
 
 import itertools
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import record
+from benchmarks.timing import wait
 from fastalign.config import Config
 from fastalign.train import update
 from fastalign.training.checkpoint import save, wait_for_checkpoint
@@ -47,14 +47,12 @@ def make_run(model: str, folder: Path, device: torch.device) -> tuple[Run, itert
     return run, itertools.repeat(next(iter(run.train.batches(0))))
 
 
-def timed(device: torch.device, function, *arguments) -> float:
-    """Seconds of a call, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def seconds_of(device: torch.device, function, *arguments) -> float:
+    """Of a call, the device's work included."""
+    wait(device.type)
     before = time.perf_counter()
     function(*arguments)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait(device.type)
     return time.perf_counter() - before
 
 
@@ -63,24 +61,25 @@ def once(run: Run, batches: itertools.repeat, quiet: int) -> dict[str, float]:
     device = run.world.device
 
     def step() -> float:
-        return timed(device, update, run, batches, 0)
+        return seconds_of(device, update, run, batches, 0)
 
     step()
     alone = [step() for _ in range(quiet)]
-    blocked = timed(device, save, run)
+    blocked = seconds_of(device, save, run)
     during = []
     while any(thread.name == "checkpoint" for thread in threading.enumerate()) or not during:
         during.append(step())
     wait_for_checkpoint(run)
     alone += [step() for _ in range(quiet)]
-    waited = timed(device, lambda: (save(run), wait_for_checkpoint(run)))
-    step_seconds = statistics.median(alone)
+    waited = seconds_of(device, lambda: (save(run), wait_for_checkpoint(run)))
+    own = statistics.median(alone)
     return {
-        "step_seconds": step_seconds,
-        "blocked": blocked / step_seconds,
-        "steps_beside": len(during),
-        "slowed": sum(during) / step_seconds - len(during),
-        "waited": waited / step_seconds,
+        "step_ms": 1e3 * own,
+        "blocked_ms": 1e3 * blocked,
+        "blocked_steps": blocked / own,
+        "slowed_steps": sum(during) / own - len(during),
+        "steps_beside_the_writer": len(during),
+        "synchronous_steps": waited / own,
     }
 
 
@@ -94,24 +93,20 @@ def measure(model: str, repeats: int, quiet: int, device: torch.device) -> dict:
         finally:
             run.train.close()
     middle = {key: statistics.median(each[key] for each in found) for key in found[0]}
-    seconds, cost, epoch = middle.pop("step_seconds"), middle["blocked"] + middle["slowed"], MODELS[model][4]
-    row = {
+    times = {key: middle.pop(key) for key in ("step_ms", "blocked_ms")}
+    cost, epoch = middle["blocked_steps"] + middle["slowed_steps"], MODELS[model][4]
+    return {
         "model": model,
         "device": device.type,
         "checkpoint_mib": size / 2**20,
-        "blocked_steps": middle["blocked"],
-        "slowed_steps": middle["slowed"],
-        "steps_beside_the_writer": middle["steps_beside"],
-        "synchronous_steps": middle["waited"],
+        **middle,
         "epoch_steps": epoch,
         "share_each_epoch": cost / epoch,
         "share_each_1000_steps": cost / 1000,
-        "synchronous_share_each_1000_steps": middle["waited"] / 1000,
+        "synchronous_share_each_1000_steps": middle["synchronous_steps"] / 1000,
         "checkpoints": len(found),
+        **(times if device.type == "cuda" else {}),
     }
-    if device.type == "cuda":
-        row |= {"step_ms": 1e3 * seconds, "blocked_ms": 1e3 * seconds * middle["blocked"]}
-    return row
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:

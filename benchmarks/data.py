@@ -24,19 +24,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import record
+from benchmarks.timing import in_turns, wait
 from fastalign.data.loader import Loader
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
 
 PIXELS = (500, 375)
 SIZE = 224
-TRANSFORM = {
-    "scale": (0.08, 1.0),
-    "ratio": (3 / 4, 4 / 3),
-    "hflip": 0.5,
-    "mean": (0.5,) * 3,
-    "std": (0.5,) * 3,
-}
+HALF = (0.5,) * 3
+TRANSFORM = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5, "mean": HALF, "std": HALF}
 
 
 def make_images(folder: Path, count: int) -> Path:
@@ -109,38 +105,28 @@ def rate(batches: Iterator[Tensor], threads: int, count: int, device: torch.devi
     with closing(batches):
         for _ in range(2 * threads + 2):  # while workers start
             images = next(batches)
-        _wait(device)
+        wait(device.type)
         started = time.perf_counter()
         for _ in range(threads * count):
             images = next(batches)
-        _wait(device)
+        wait(device.type)
         return len(images) * threads * count / (time.perf_counter() - started)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def measure(folder: Path, crop: str, threads: int, load: float, sizes: tuple[int, int, int]) -> dict:
-    """A row. The two sides take turns, every second round in reverse order.
+    """A row; the two sides take turns.
 
-    Args:
-        folder: of JPEGs.
-        crop: "rkrc" or "rrc".
-        threads: cores, our threads, and workers of the DataLoader.
-        load: the share of JPEGs for a GPU's hardware decoder.
-        sizes: images per batch, batches per thread and round, rounds.
+    `threads` are cores, our threads, and workers of the DataLoader; `load` is the share of JPEGs for a GPU's hardware
+    decoder; `sizes` are images per batch, batches per thread and round, and rounds.
     """
     batch, count, rounds = sizes
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     common = (folder, crop, batch, threads, device)
     found = {"ours": [], "torch": []}
     with cores(threads):
-        for number in range(rounds):
-            for side in ("ours", "torch")[:: -1 if number % 2 else 1]:
-                batches = ours(*common, load) if side == "ours" else plain(*common)
-                found[side].append(rate(batches, threads, count, device))
+        for side in in_turns(["ours", "torch"], rounds):
+            batches = ours(*common, load) if side == "ours" else plain(*common)
+            found[side].append(rate(batches, threads, count, device))
     ratios = [left / right for left, right in zip(found["ours"], found["torch"], strict=True)]
     row = {"crop": crop, "threads": threads, "ratio": statistics.median(ratios), "ratios": ratios}
     if device.type == "cuda":

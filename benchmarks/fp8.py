@@ -1,10 +1,9 @@
 """Errors of the teacher's targets in lower precision: ``python -m benchmarks.fp8 [--backbones NAME ...]``.
 
-Targets with matrices in bf16 and in FP8 (`MaskedTeacher.store_as`) against fp32, in modes zero and drop: the
-relative error in the Euclidean norm, and the mean square error over the variance of the targets, which it adds to a
-loss that starts at 1.33. Backbones: the demo's trained teacher on its validation images (rendered by ``make
-demo``), and random weights on random images. Writes `benchmarks/results/fp8.json`. FP8 products are the GPU's own,
-or the reference's.
+Targets with matrices in bf16 and in FP8 (`MaskedTeacher.store_as`) against fp32, in modes zero and drop: the relative
+error in the Euclidean norm, and the mean square error over the variance of the targets, which it adds to a loss that
+starts at 1.33. Backbones: the demo's teacher on its validation images (rendered by ``make demo``), and random weights
+on random images. Writes `benchmarks/results/fp8.json`. FP8 products are the GPU's own, or the reference's.
 """
 
 import copy
@@ -76,9 +75,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         try:
             batches["demo/teacher.safetensors"] = demo_batch(device, options.images)
         except fa.UserError as error:
-            print(
-                f"skipping the demo's teacher: {error}; python -m demo.mosaics --out demo/data renders its images"
-            )
+            print(f"skipping the demo's teacher: {error}; python -m demo.mosaics renders its images")
     rows = []
     for name, (vit, images) in batches.items():
         for masking in ("zero", "drop"):

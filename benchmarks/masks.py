@@ -13,7 +13,7 @@ import torch
 
 import fastalign as fa
 from benchmarks import record
-from benchmarks.compare import timed
+from benchmarks.timing import timed
 from fastalign.ops import extension
 
 KINDS = {"uniform": fa.UniformMasks(), "bernoulli": fa.BernoulliMasks(), "blockwise": fa.BlockwiseMasks()}
@@ -36,7 +36,7 @@ def measure(kind: str, device: str, threads: int, images: int, repeats: int) -> 
     torch.set_num_threads(threads)
     seconds = {}
     for name, function in functions(kind, device, images).items():
-        times = timed(function, repeats + WARM_UP, device == "cuda", time.perf_counter)
+        times = timed(function, repeats + WARM_UP, device, time.perf_counter)
         seconds[name] = statistics.median(times[WARM_UP:])
     row = {"kind": kind, "device": device, "threads": threads, "images": images, "patches": GRID[0] * GRID[1]}
     row |= {f"{name}_speedup": seconds["pytorch"] / seconds[name] for name in ("draw", "draw_and_pack")}

@@ -46,17 +46,7 @@ FAMILIES = {
 """The first that matches; other names are "ViT"."""
 ABOVE_1B = re.compile(r"giant|gigantic|enormous|_\d+b_")
 NARROW = ({"depth": 1, "embed_dim": 96, "num_heads": 2}, {"depth": 1}, {})
-_SIZES = (
-    "size",
-    "grid",
-    "shape",
-    "patches",
-    "_traits",
-    "_model_args",
-    "pretrained",
-    "default_cfg",
-    "feature_info",
-)
+_SIZES = re.compile("size|grid|shape|patches|_traits|_model_args|pretrained|default_cfg|feature_info")
 
 
 class Result(NamedTuple):
@@ -78,13 +68,9 @@ class Result(NamedTuple):
 def names() -> list[tuple[str, str]]:
     """Every name with its family."""
     plain = [name for module in PLAIN for name in timm.list_models(module=module)]
-    family = {
-        name: next((f for f, mark in FAMILIES.items() if re.search(mark, name)), "ViT") for name in plain
-    }
-    return [
-        *family.items(),
-        *((name, "other") for module in OTHER for name in timm.list_models(module=module)),
-    ]
+    families = [next((f for f, mark in FAMILIES.items() if re.search(mark, name)), "ViT") for name in plain]
+    other = [(name, "other") for module in OTHER for name in timm.list_models(module=module)]
+    return [*zip(plain, families, strict=True), *other]
 
 
 def survey() -> Iterator[Result]:
@@ -129,11 +115,10 @@ def architecture(model: nn.Module) -> str:
     """Everything that modules say of themselves and every shape, but for image sizes."""
     parts = []
     for path, part in model.named_modules():
-        facts = {k: v for k, v in vars(part).items() if _simple(v) and not any(word in k for word in _SIZES)}
+        facts = {k: v for k, v in vars(part).items() if _simple(v) and not _SIZES.search(k)}
         parts.append((path, type(part).__name__, sorted(facts.items())))
-    tables = ("pos_embed", "relative_position")
-    shapes = [(k, v.shape) for k, v in model.state_dict().items() if not any(word in k for word in tables)]
-    return str((parts, shapes))
+    tables = re.compile("pos_embed|relative_position")
+    return str((parts, [(k, v.shape) for k, v in model.state_dict().items() if not tables.search(k)]))
 
 
 def _simple(value: object) -> bool:
@@ -162,10 +147,10 @@ def table(results: list[Result]) -> str:
     rows = []
     for family in [*FAMILIES, "ViT", "other"]:
         taken = [result.errors for result in families[family] if result.errors]
-        worst = [
-            f"{max(e[part] for e in taken):.0e}".replace("0e+00", "0") if taken else "-"
-            for part in ("tokens", "pooled", "gradient")
-        ]
+        worst = ["-"] * 3
+        if taken:
+            largest = [max(e[part] for e in taken) for part in ("tokens", "pooled", "gradient")]
+            worst = [f"{error:.0e}".replace("0e+00", "0") for error in largest]
         refused = defaultdict(list)
         for result in families[family]:
             if result.reason:
@@ -182,11 +167,10 @@ def _list(names: list[str]) -> str:
 def summary(results: list[Result]) -> str:
     """The counts in two sentences."""
     counted = [result for result in results if result.counted]
-    taken = [[result for result in part if result.errors] for part in (results, counted)]
-    equal, refused = len(taken[0]), len(results) - len(taken[0])
+    equal, counted_equal = (sum(bool(result.errors) for result in part) for part in (results, counted))
     return (
-        f"Of timm's {len(results)} vision transformers, {equal} equal timm's and {refused} are refused. Of the "
-        f"{len(counted)} plain ones with at most a billion parameters, {len(taken[1])} are equal."
+        f"Of timm's {len(results)} vision transformers, {equal} equal timm's and {len(results) - equal} are refused. "
+        f"Of the {len(counted)} plain ones with at most a billion parameters, {counted_equal} are equal."
     )
 
 

@@ -47,14 +47,10 @@ BACKBONES = [
 
 
 def measure(name: str, images: int = 1, **kwargs) -> dict[str, float]:
-    """Relative errors, in the Euclidean norm, of tokens, pooled output and gradients (the largest) against timm's.
-
-    `images` is the batch, `kwargs` are timm's arguments.
-    """
+    """Relative errors, in the Euclidean norm, of tokens, pooled output and gradients against timm's."""
     torch.manual_seed(0)
-    theirs = timm.create_model(
-        "vit_base_patch16_224" if name == MOCO else name, **{"num_classes": 0, **kwargs}
-    )
+    base = "vit_base_patch16_224" if name == MOCO else name
+    theirs = timm.create_model(base, **{"num_classes": 0, **kwargs})
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -84,16 +80,12 @@ def compare(theirs: nn.Module, ours: ViT, images: int = 1) -> dict[str, float]:
     }
 
 
-def _naflex_gradient(
-    theirs: nn.Module, gradient: dict[str, Tensor], grid: tuple[int, int]
-) -> dict[str, Tensor]:
+def _naflex_gradient(theirs: nn.Module, gradient: dict[str, Tensor], grid: tuple) -> dict[str, Tensor]:
     """Our gradient by timm's parameters, of which ours are functions: through the position table's resampling."""
-    state, parameters = naflex.vit_state(theirs, grid), dict(theirs.named_parameters())
+    state, (names, parameters) = naflex.vit_state(theirs, grid), zip(*theirs.named_parameters(), strict=True)
     outputs = [state[name] for name in gradient]
-    found = torch.autograd.grad(
-        outputs, list(parameters.values()), list(gradient.values()), allow_unused=True
-    )
-    return {name: value for name, value in zip(parameters, found, strict=True) if value is not None}
+    found = torch.autograd.grad(outputs, parameters, list(gradient.values()), allow_unused=True)
+    return {name: value for name, value in zip(names, found, strict=True) if value is not None}
 
 
 def _run(model: nn.Module, pixels: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

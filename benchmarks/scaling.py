@@ -12,8 +12,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import record
-from benchmarks.compare import timed
 from benchmarks.step_bench import BACKBONES, WARM_UP, Row, StepBench
+from benchmarks.timing import timed
 from fastalign.training import distributed
 
 STEPS = 20
@@ -39,9 +39,7 @@ def main(arguments: list[str] | None = None) -> dict:
         for _ in range(1 if options.tiny else 1 + WARM_UP):
             bench.step()
         world.barrier()
-        seconds = statistics.median(
-            timed(bench.step, 2 if options.tiny else STEPS, world.device.type == "cuda")
-        )
+        seconds = statistics.median(timed(bench.step, 2 if options.tiny else STEPS, world.device.type))
     finally:
         distributed.stop()
     rate = world.size * batch / seconds

@@ -1,10 +1,7 @@
 """Speed of a training step, without data: ``python -m benchmarks.step [--only BACKBONE[:MODE:CAP:COMPILED] ...]``.
 
-Forward, backward and AdamW on random images, in bf16 autocast with fp32 trained weights and bf16 frozen ones: our
-step in modes zero and drop, and zero with an FP8 teacher, against `benchmarks.baseline`, compiled and eager. All
-rows of a backbone and soft-cap run in one process with one batch, in rounds of alternating order. Reports images
-per second, model FLOPs utilization by `fastalign.method.flops`, and peak memory; writes `step.json` after each
-round.
+Our step in modes zero and drop, and zero with an FP8 teacher, against `benchmarks.baseline`, compiled and eager, as
+benchmarks/README.md describes. Writes images per second, MFU and peak memory to `step.json` after each round.
 
 ``--missing`` measures only rows without a figure of this GPU; ``--warm`` compiles each row with one step, for
 Inductor's disk cache, and measures nothing. Exit code 1 if a row fails.
@@ -22,22 +19,18 @@ from functools import partial
 import torch
 
 from benchmarks import record
-from benchmarks.compare import attempt, free, timed
 from benchmarks.step_bench import BACKBONES, FAMILIES, KEY, KNOWN, MODES, PRECISIONS, Measured, Row, measure
+from benchmarks.timing import attempt, free, timed
 from fastalign.backbones.precision import compute_dtype
 from fastalign.training.distributed import keep_freed_memory
 
 COMPILED = ("compiled", "blocks", "eager")
-CPU_ROWS = [
-    *(Row("S/16-224", "baseline", 30.0, "eager", precision) for precision in PRECISIONS),
-    *(
-        Row("S/16-224", mode, 30.0, compiled, precision)
-        for precision in PRECISIONS
-        for compiled in ("eager", "compiled")
-        for mode in ("zero", "drop")
-    ),
-]
+CPU_ROWS = [Row("S/16-224", "baseline", 30.0, "eager", precision) for precision in PRECISIONS]
 """Of --ratios; the first is the reference point."""
+CPU_ROWS += [
+    Row("S/16-224", mode, 30.0, compiled, precision)
+    for precision, compiled, mode in itertools.product(PRECISIONS, ("eager", "compiled"), ("zero", "drop"))
+]
 
 
 def headline(backbone: str) -> list[Row]:
@@ -129,11 +122,11 @@ def ratios(tiny: bool) -> list[dict]:
         found = measure(rows, rows[0].default_batch, device, *((1, 1) if tiny else (3, 2)))
     finally:
         torch.set_num_threads(threads)
-    results, reference_point = [], found[0]["ms"]
+    results = []
     for row in found:
         result = {key: row[key] for key in (*KEY, "batch", "failed", "steps") if key in row}
         if "failed" not in row:
-            result["speedup"] = reference_point / row["ms"]
+            result["speedup"] = found[0]["ms"] / row["ms"]
             result["matmul_share"] = row["flops_per_second"] / peak[row["precision"]]
             name = f"{row['mode']:9}{row['compiled']:9}{row['precision']}"
             print(f"{name} {result['speedup']:6.2f}x  {result['matmul_share']:4.0%} of the matmul rate")
@@ -146,7 +139,7 @@ def ratios(tiny: bool) -> list[dict]:
 def matmul_rate(dtype: torch.dtype, size: int) -> float:
     """FLOP/s of a square matrix product, in CPU time."""
     a, b = torch.randn(2, size, size, dtype=dtype)
-    return 2 * size**3 / statistics.median(timed(lambda: a @ b, 10, cuda=False)[2:])
+    return 2 * size**3 / statistics.median(timed(lambda: a @ b, 10, "cpu")[2:])
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:

@@ -8,14 +8,13 @@ import torch
 
 import fastalign as fa
 from benchmarks.baseline import Baseline
-from benchmarks.compare import attempt, free, quantiles, timed
+from benchmarks.timing import attempt, free, in_turns, quantiles, timed, wait
 from fastalign.backbones.precision import autocast, store_as
 from fastalign.method.flops import flops_per_image, peak_flops
 from fastalign.training.optim import adamw
 
 TINY_KWARGS = {"img_size": 32, "depth": 2}
-FIXED_SIZE = {"dynamic_img_size": False}
-"""So that timm's model, too, makes its rotary table once."""
+FIXED_SIZE = {"dynamic_img_size": False}  # so that timm's model, too, makes its rotary table once
 BACKBONES = {
     "B/16-224": ("vit_base_patch16_clip_quickgelu_224", 256, {}),
     "L/14-336": ("vit_large_patch14_clip_quickgelu_336", 32, {}),
@@ -100,43 +99,42 @@ class Measured:
     """A bench that stays in memory between its rounds, with its times so far."""
 
     def __init__(self, row: Row, batch: int, device: torch.device):
-        self.cuda, self.seconds, self.peak = device.type == "cuda", [], 0
+        self.device, self.seconds, self.peak = device.type, [], 0
         before = self._allocated()
         self.bench = StepBench(row, batch, device)
         started = time.perf_counter()
         self.bench.step()
-        if self.cuda:
-            torch.cuda.synchronize()
+        wait(self.device)
         self.first = time.perf_counter() - started
         self.own = self._allocated() - before
 
     def _allocated(self) -> int:
-        return torch.cuda.memory_allocated() if self.cuda else 0
+        return torch.cuda.memory_allocated() if self.device == "cuda" else 0
 
     def round(self, steps: int, warm_up: int) -> None:
         """Time some steps."""
-        free("cuda" if self.cuda else "cpu")
+        free(self.device)
         others = self._allocated() - self.own
         for _ in range(warm_up):
             self.bench.step()
-        if self.cuda:
+        if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()  # without compilation's
-        self.seconds += timed(self.bench.step, steps, self.cuda)
-        if self.cuda:
+        self.seconds += timed(self.bench.step, steps, self.device)
+        if self.device == "cuda":
             self.peak = max(self.peak, torch.cuda.max_memory_allocated() - others)
 
     def figures(self) -> dict:
         """The columns of a row."""
         batch, found = len(self.bench.images), quantiles([1e3 * second for second in self.seconds])
-        rate = 1e3 * batch / found["ms"]
-        peak = peak_flops(torch.cuda.get_device_name()) if self.cuda else None
+        rate, cuda = 1e3 * batch / found["ms"], self.device == "cuda"
+        peak = peak_flops(torch.cuda.get_device_name()) if cuda else None
         return {
             "batch": batch,
             "images_per_second": rate,
             **found,
             "flops_per_second": rate * self.bench.flops,
             "mfu": rate * self.bench.flops / peak if peak else None,
-            "peak_gib": self.peak / 2**30 if self.cuda else None,
+            "peak_gib": self.peak / 2**30 if cuda else None,
             "first_step_s": self.first,
             "steps": len(self.seconds),
         }
@@ -146,15 +144,7 @@ def measure(
     rows: list[Row], batch: int, device: torch.device, rounds: int = ROUNDS, steps: int = STEPS,
     save: Callable[[list[dict]], object] = lambda results: None,
 ) -> list[dict]:  # fmt: skip
-    """Measure rows of one backbone in turns, every second round in reverse order.
-
-    Args:
-        rows: all stay in memory together.
-        batch: images per step.
-        device: for the models.
-        rounds, steps: the number of rounds, and of steps in each turn.
-        save: called with the results after each round.
-    """
+    """Measure rows of one backbone, all in memory together, in turns; `save` gets the results after each round."""
     torch._dynamo.reset()
     measured, failed, results = {}, {}, []
 
@@ -164,17 +154,17 @@ def measure(
             measured[row] = Measured(row, batch, device)
         measured[row].round(steps, WARM_UP if first else 1)
 
-    for index in range(rounds):
-        for row in rows[:: -1 if index % 2 else 1]:
-            if row not in failed:
-                _, why = attempt(advance, row)
-                if why:
-                    failed[row] = why
-                    measured.pop(row, None)
-        figures = {row: one.figures() for row, one in measured.items()}
-        figures |= {row: {"batch": batch, "failed": why} for row, why in failed.items()}
-        results = [row._asdict() | figures[row] for row in rows]
-        save(results)
+    for turn, row in enumerate(in_turns(rows, rounds), 1):
+        if row not in failed:
+            _, why = attempt(advance, row)
+            if why:
+                failed[row] = why
+                measured.pop(row, None)
+        if turn % len(rows) == 0:
+            figures = {row: one.figures() for row, one in measured.items()}
+            figures |= {row: {"batch": batch, "failed": why} for row, why in failed.items()}
+            results = [row._asdict() | figures[row] for row in rows]
+            save(results)
     measured.clear()
     free(device.type)
     return results

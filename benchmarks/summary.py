@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from benchmarks import record
-from benchmarks.compare import KEY as OPERATION_KEY
+from benchmarks.kernels import KEY as OPERATION_KEY
 from benchmarks.step_bench import KEY as STEP_KEY
 from benchmarks.step_bench import Row
 

@@ -3,11 +3,11 @@
     python -m demo.evidence runs/demo                 (before and after, one seed: what `make demo` runs)
     python -m demo.evidence runs/demo --controls      (controls too, three seeds: `make evidence`)
 
-A seed is that of training, masks and data order (of what is trained), and of the probes' heads. The
-setting was chosen on the validation split before any figure of the test split was seen (demo/README.md).
+A seed is that of training, masks and data order (of what is trained), and of the probes' heads.
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -25,18 +25,13 @@ from fastalign.utils.errors import UserError
 RECIPE = "configs/demo.yaml"
 SEEDS = (0, 1, 2)
 TEACHER, ALIGNED = "teacher", "aligned (MaskEmbed)"
-NOTHING_HIDDEN = (
-    "masks.distribution=bernoulli",
-    "masks.ratio=1.0",
-    "masks.complement=false",
-    "masks.full=false",
-)
+VISIBLE = ("masks.distribution=bernoulli", "masks.ratio=1.0", "masks.complement=false", "masks.full=false")
 ROWS = {
     TEACHER: {"read": "teacher"},
     "teacher + untrained decoder": {"read": "decoder"},
     ALIGNED: {},
     "masked image modeling": {"overrides": ("objective=mim",)},
-    "distilled, nothing hidden": {"overrides": NOTHING_HIDDEN},
+    "distilled, nothing hidden": {"overrides": VISIBLE},
 }
 """What is compared: how each trial differs from the demo's recipe."""
 
@@ -54,38 +49,24 @@ COLUMNS = {
 def compare(
     run: Path, root: Path, seeds: list[int], split: str, workers: int, controls: bool = True
 ) -> dict[str, dict[str, dict]]:
-    """Run the trials; without `controls`, of the teacher and the aligned student alone.
+    """Row -> column -> mean and spread over seeds; without `controls`, of teacher and aligned student alone.
 
-    Writes `evidence-SPLIT.json` and, of the test split, the `probe.json` that a report shows. The demo's
-    finished run is the aligned student of its own seed; `root` is the folder of the other trials.
-
-    Returns:
-        Row -> column -> mean and spread over the seeds.
+    Runs the trials. Writes `evidence-SPLIT.json` and, of the test split, the `probe.json` that a report shows. The
+    demo's finished run is the aligned student of its own seed; `root` is the folder of the other trials.
     """
     if not (run / "backbone.json").is_file():
         raise UserError(f"evidence: {run} is not a finished run; train configs/demo.yaml first")
-    own, names = load_config(RECIPE).seed, ROWS if controls else (TEACHER, ALIGNED)
-    trials = [
-        Trial(
-            name,
-            seed,
-            RECIPE,
-            **ROWS[name],
-            splits=(split,),
-            folder=str(run) if (name, seed) == (ALIGNED, own) else "",
-        )
-        for name in names
-        for seed in seeds
-    ]
-    results = run_trials(trials, root, lambda text: print(text, flush=True), workers)
+    demo_seed, names = load_config(RECIPE).seed, ROWS if controls else (TEACHER, ALIGNED)
+    trials = []
+    for name, seed in itertools.product(names, seeds):
+        folder = str(run) if (name, seed) == (ALIGNED, demo_seed) else ""
+        trials.append(Trial(name, seed, RECIPE, **ROWS[name], splits=(split,), folder=folder))
+    results = run_trials(trials, root, workers)
     rows = [{**row, "model": trial.name} for trial, part in zip(trials, results, strict=True) for row in part]
-    table = {
-        name: {
-            column: score([row for row in rows if row["model"] == name], split, *asked)
-            for column, asked in COLUMNS.items()
-        }
-        for name in names
-    }
+    table = {}
+    for name in names:
+        own = [row for row in rows if row["model"] == name]
+        table[name] = {column: score(own, split, *asked) for column, asked in COLUMNS.items()}
     facts = {"split": split, "seeds": seeds, "table": table, "versions": {"fastalign": __version__}}
     write_results(run / f"evidence-{split}.json", facts)
     if split == "test":
@@ -102,9 +83,8 @@ def compare(
 
 def show(table: dict[str, dict[str, dict]], split: str, seeds: int) -> None:
     """Print the table, and what the aligned student gains on the teacher."""
-    shown = Table(
-        title=f"{split} split, percent{f', mean ± standard deviation of {seeds} seeds' * (seeds > 1)}"
-    )
+    spread = f", mean ± standard deviation of {seeds} seeds" * (seeds > 1)
+    shown = Table(title=f"{split} split, percent{spread}")
     shown.add_column("features of")
     for column in COLUMNS:
         shown.add_column(column, justify="right")

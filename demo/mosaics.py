@@ -1,11 +1,6 @@
-"""Renders the demo's data: mosaics of ten photographs that scikit-image and scikit-learn ship in their wheels.
+"""Renders the demo's data, mosaics of ten photographs: ``python -m demo.mosaics`` (demo/README.md describes them).
 
-A picture is a Voronoi mosaic of one to four regions, each filled with a crop of a different photograph, which is the
-class; the map of regions is the segmentation label. Training crops come from the left 60 % of every photograph,
-validation crops from the next 20 %, test crops from the right 20 %. A picture is a pure function of (seed, split,
-index): any number of workers renders the same bytes.
-
-    python -m demo.mosaics [--out demo/data] [--train 12000] [--val 2000] [--test 2000] [--seed 0] [--size 96]
+A picture is a pure function of (seed, split, index): any number of workers renders the same bytes.
 """
 
 import argparse
@@ -49,6 +44,7 @@ RECIPE = 2
 """Increase it when the same settings give other pictures: old data is then rendered again."""
 
 _PARTS = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}
+# Of the short side of the part. Val and test have narrow parts, and must show things at a size that training shows.
 _CROP_SHARE = {"train": (0.25, 0.6), "val": (0.6, 0.95), "test": (0.6, 0.95)}
 _PHOTO_SIDE = 512
 _MIN_CONTRAST = 12.0
@@ -67,14 +63,14 @@ class Settings:
     seed: int = 0
     size: int = 96
 
+    def __post_init__(self):
+        if min(self.train, self.val, self.test) < 1 or self.size < 16 or self.seed < 0:
+            raise UserError("mosaics: --train, --val and --test start at 1, --size at 16, --seed at 0")
+
     @property
     def key(self) -> dict[str, int]:
         """Two renders with the same key are the same data."""
         return {"recipe": RECIPE, **asdict(self)}
-
-    def __post_init__(self):
-        if min(self.train, self.val, self.test) < 1 or self.size < 16 or self.seed < 0:
-            raise UserError("mosaics: --train, --val and --test start at 1, --size at 16, --seed at 0")
 
 
 def photo_path(name: str) -> Path:
@@ -103,14 +99,8 @@ def load_photos() -> tuple[Image.Image, ...]:
     return tuple(photos)
 
 
-def crop_window(
-    rng: np.random.Generator, width: int, height: int, split: str
-) -> tuple[float, float, float, float]:
-    """A random square (left, top, right, bottom) inside a split's part of a photograph, in fractional pixels.
-
-    The side is 0.25 to 0.6 (train) or 0.6 to 0.95 (val, test) of the short side of the part: val and test have narrow
-    parts, and their crops must show things at a size that training shows, too.
-    """
+def crop_window(rng: np.random.Generator, width: int, height: int, split: str) -> tuple[float, ...]:
+    """A random square (left, top, right, bottom) inside a split's part of a photograph, in fractional pixels."""
     first, end = (int(width * share) for share in _PARTS[split])
     side = rng.uniform(*_CROP_SHARE[split]) * min(end - first, height)
     left = rng.uniform(first, end - side)
@@ -119,10 +109,7 @@ def crop_window(
 
 
 def draw_regions(rng: np.random.Generator, size: int) -> np.ndarray:
-    """The region (0, 1, ...) of each pixel, [size, size] int64: a Voronoi diagram of 1 to 4 random sites.
-
-    Each region covers at least 5 % of the picture.
-    """
+    """The region (0, 1, ...) of each pixel, [size, size] int64: a Voronoi diagram of 1 to 4 sites, none below 5 %."""
     count = int(rng.integers(1, 5))
     centres = np.arange(size) + 0.5
     while True:
@@ -150,11 +137,9 @@ def draw_filling(rng: np.random.Generator, photo: Image.Image, split: str, size:
     return ((colour + share * (grey - colour)) * gain).clip(0, 255).round().astype(np.uint8)
 
 
-def draw_mosaic(
-    photos: tuple[Image.Image, ...], seed: int, split: str, index: int, size: int
-) -> tuple[np.ndarray, np.ndarray]:
+def draw_mosaic(seed: int, split: str, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """A picture, [size, size, 3] uint8, and the class of each of its pixels, [size, size] uint8."""
-    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    photos, rng = load_photos(), np.random.default_rng([seed, SPLITS.index(split), index])
     regions = draw_regions(rng, size)
     classes = rng.permutation(len(photos))[: regions.max() + 1]
     picture = np.empty((size, size, 3), np.uint8)
@@ -172,7 +157,7 @@ def image_label(labels: np.ndarray) -> int:
 def _write_picture(folder: Path, settings: Settings, job: tuple[str, int]) -> int:
     """Render and write one picture (split, index). Returns its image-level label."""
     split, index = job
-    picture, labels = draw_mosaic(load_photos(), settings.seed, split, index, settings.size)
+    picture, labels = draw_mosaic(settings.seed, split, index, settings.size)
     Image.fromarray(picture).save(folder / split / f"images/{index:05d}.jpg", quality=_JPEG_QUALITY)
     Image.fromarray(labels).save(folder / split / f"labels/{index:05d}.png")
     return image_label(labels)
@@ -195,35 +180,24 @@ def _write_all(folder: Path, settings: Settings, workers: int) -> None:
         tables[split] += f"{index:05d}.jpg,{label}\n"
     for split, table in tables.items():
         (folder / split / "images/labels.csv").write_text(table)
-    versions = {
-        name: importlib.metadata.version(name) for name in ("numpy", "pillow", *DISTRIBUTIONS.values())
-    }
+    packages = ("numpy", "pillow", *DISTRIBUTIONS.values())
+    versions = {name: importlib.metadata.version(name) for name in packages}
     facts = {"settings": settings.key, "classes": list(CLASSES), "versions": versions}
     (folder / "mosaics.json").write_text(json.dumps(facts, indent=1) + "\n")
     (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
 
 
-def _rendered_key(folder: Path) -> dict | None:
-    """The key that a folder was rendered with; None if it holds no mosaics."""
-    try:
-        return json.loads((folder / "mosaics.json").read_text())["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def render(out: Path, settings: Settings, workers: int = 2) -> bool:
     """Render the mosaics into a folder, which appears only when complete; other mosaics in it are replaced.
 
-    Returns:
-        Whether anything was rendered; False if the folder has the same settings.
-
-    Raises:
-        UserError: the folder holds something else.
+    Returns whether anything was rendered: False if the folder has the same settings. UserError if it holds something
+    else.
     """
-    found = _rendered_key(out)
-    if found == settings.key:
-        return False
-    if found is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    facts = out / "mosaics.json"
+    if facts.is_file():
+        if json.loads(facts.read_text())["settings"] == settings.key:
+            return False
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"mosaics: --out {out} holds something other than mosaics; name another folder")
     for name in CLASSES:
         photo_path(name)  # an error in a worker would come with a long trace

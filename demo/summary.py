@@ -18,32 +18,27 @@ from fastalign.utils.errors import UserError
 
 
 def summarise(run: Path) -> Table:
-    """The summary of a run as a two-column table; draws the curves.
-
-    Raises:
-        UserError: no metrics, or none of a validation yet.
-    """
-    lines, curves, backbone = (
-        read_metrics(run / "metrics.jsonl"),
-        run / "curves.png",
-        run / "backbone.safetensors",
-    )
+    """The summary of a run as a two-column table; draws the curves. UserError if there was no validation yet."""
+    lines, curves = read_metrics(run / "metrics.jsonl"), run / "curves.png"
+    backbone = run / "backbone.safetensors"
     steps, losses = series(lines, "val_loss")
     if not steps:
         raise UserError(f"{run} has no validation loss yet; let the run reach its first validation")
-    figure = charts.curves_figure(lines, (charts.LOSS, "Learning rate", charts.THROUGHPUT))
-    figure.savefig(curves, **charts.PNG)
+    shown = charts.curves(lines, (charts.LOSS, "Learning rate", charts.THROUGHPUT))
+    charts.curves_figure(shown).savefig(curves, **charts.PNG)
     speed, wait = series(lines, "images_per_second")[1], series(lines, "data_wait")[1]
+    rows = {
+        "validation loss at the start": f"{losses[0]:.4f}  (step {steps[0]})",
+        "validation loss at the end": f"{losses[-1]:.4f}  (step {steps[-1]})",
+        "steps": max(line["step"] for line in lines),
+        "images/s, median": f"{median(speed):.0f}" if speed else "unknown",
+        "share of time spent waiting for data, median": f"{median(wait):.1%}" if wait else "unknown",
+        "backbone": backbone if backbone.is_file() else "not saved yet",
+        "curves": curves,
+    }
     table = Table(title=str(run), show_header=False)
-    table.add_row("validation loss at the start", f"{losses[0]:.4f}  (step {steps[0]})")
-    table.add_row("validation loss at the end", f"{losses[-1]:.4f}  (step {steps[-1]})")
-    table.add_row("steps", str(max(line["step"] for line in lines)))
-    table.add_row("images/s, median", f"{median(speed):.0f}" if speed else "unknown")
-    table.add_row(
-        "share of time spent waiting for data, median", f"{median(wait):.1%}" if wait else "unknown"
-    )
-    table.add_row("backbone", str(backbone) if backbone.is_file() else "not saved yet")
-    table.add_row("curves", str(curves))
+    for name, value in rows.items():
+        table.add_row(name, str(value))
     return table
 
 

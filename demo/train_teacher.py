@@ -93,9 +93,7 @@ def train(args: argparse.Namespace) -> tuple[nn.Module, float]:
     rng = np.random.default_rng(args.seed)
     pictures, labels = load_split(args.data / "train")
     if args.batch > len(pictures):
-        raise UserError(
-            f"train_teacher: --batch {args.batch} is more than the {len(pictures)} training pictures"
-        )
+        raise UserError(f"train_teacher: --batch {args.batch} exceeds the {len(pictures)} training pictures")
     val_pictures, val_labels = load_split(args.data / "val")
     val_images = to_input([evaluation_view(picture) for picture in val_pictures])
     # Half of the patches of a training view are dropped: twice as fast, and the teacher of masked views should
@@ -121,8 +119,7 @@ def train(args: argparse.Namespace) -> tuple[nn.Module, float]:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             total += loss.item()
-        accuracy = top1(model, val_images, val_labels)
-        seconds = time.perf_counter() - started
+        accuracy, seconds = top1(model, val_images, val_labels), time.perf_counter() - started
         figures = f"loss {total / batches:.3f}  val top-1 {accuracy:.3f}  {seconds:.0f} s"
         print(f"epoch {epoch + 1:2d}  {figures}", flush=True)
     return model, accuracy
@@ -150,9 +147,7 @@ def save(out: Path, model: nn.Module, accuracy: float, seed: int, argv: list[str
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m demo.train_teacher", description="Train the demo's teacher."
-    )
+    parser = argparse.ArgumentParser(prog="python -m demo.train_teacher", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--data", type=Path, default=Path("demo/data"), help="the rendered mosaics")
     add("--out", type=Path, default=Path("demo/teacher.safetensors"), help="file to write")

@@ -1,9 +1,7 @@
 """Trials: trainings that differ in a few keys of one recipe, and probes of the results, a folder each.
 
-A finished trial is found again, an interrupted one resumes. Several run at once, each in a process with one thread,
-which on a CPU is faster than one after another on all cores.
-
-    python -m demo.trials SPEC.json       (what `run_trials` starts for each trial)
+A finished trial is found again, an interrupted one resumes. Several run at once, each in a process with one thread
+(``python -m demo.trials SPEC.json``), which on a CPU is faster than one after another on all cores.
 """
 
 import hashlib
@@ -13,8 +11,7 @@ import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -75,9 +72,8 @@ class Trial:
 
     def results(self, root: Path) -> Path:
         """The file with the results of the probes."""
-        asked = {
-            key: value for key, value in asdict(self).items() if key not in ("name", "overrides", "folder")
-        }
+        others = ("name", "overrides", "folder")
+        asked = {key: value for key, value in asdict(self).items() if key not in others}
         made = (Path(self.folder) / "backbone.safetensors",) if self.folder else ()
         code = _digest(json.dumps(asked, sort_keys=True), self.config("x"), *made)
         return self.path(root) / f"probes-{self.read}-{self.seed}-{code}.json"
@@ -97,33 +93,21 @@ def _digest(text: str, config: Config, *files: Path) -> str:
     return digest.hexdigest()[:8]
 
 
-def run_trials(
-    trials: Sequence[Trial],
-    root: Path,
-    say: Callable[[str], None] = print,
-    workers: int = CORES,
-    minutes: float | None = None,
-) -> list[list[dict] | None]:
-    """Run the trials that are not finished yet, `workers` at once; start none after so many `minutes`.
+def run_trials(trials: Sequence[Trial], root: Path, workers: int = CORES) -> list[list[dict]]:
+    """Run the trials that are not finished yet, `workers` at once, and return the rows of each as in `probe.json`.
 
-    Returns:
-        For each trial its rows as in `probe.json`; None for one that was not started.
-
-    Raises:
-        UserError: a trial failed; the message names its log.
+    UserError names the log of a trial that failed.
     """
-    done, began = itertools.count(1), time.monotonic()
+    done = itertools.count(1)
 
-    def run(trial: Trial) -> list[dict] | None:
+    def run(trial: Trial) -> list[dict]:
         file = trial.results(root)
         if not file.is_file():
-            if minutes is not None and time.monotonic() - began > 60 * minutes:
-                return None
             start_trial(trial, root)
         rows = json.loads(file.read_text())["rows"]
         last, found = rows[-1], rows[-1][trial.splits[-1]]
         figure = f"{last['labels']} {last['head']} {100 * found.get('map', found['macro_recall']):.1f}"
-        say(f"[{next(done)}/{len(trials)}] {trial.name}, seed {trial.seed}: {figure}")
+        print(f"[{next(done)}/{len(trials)}] {trial.name}, seed {trial.seed}: {figure}", flush=True)
         return rows
 
     with ThreadPoolExecutor(max(1, min(workers, len(trials)))) as pool:
@@ -137,9 +121,8 @@ def run_trials(
 
 def score(rows: Iterable[dict], split: str, labels: str, head: str, metric: str) -> dict[str, float | None]:
     """Mean and spread over seeds of a metric of one head."""
-    return mean_and_spread(
-        [row[split][metric] for row in rows if (row["labels"], row["head"]) == (labels, head)]
-    )
+    asked = [row for row in rows if (row["labels"], row["head"]) == (labels, head)]
+    return mean_and_spread([row[split][metric] for row in asked])
 
 
 def start_trial(trial: Trial, root: Path) -> None:
@@ -175,10 +158,10 @@ def encoder_of(trial: Trial, folder: Path, device: torch.device) -> Encoder:
 
     def encode(images: torch.Tensor) -> list[torch.Tensor]:
         tokens = encoder.encode(images)[0]
-        visible = tokens.new_ones(len(tokens), 1, encoder.shape.patches, dtype=torch.bool)
+        visible = tokens.new_ones(len(tokens), 1, encoder.spec.patches, dtype=torch.bool)
         return [decoder(tokens, visible)[:, 0]]
 
-    return replace(encoder, encode=encode, identity=f"{encoder.identity} decoder {trial.seed}")
+    return replace(encoder, encode=encode)
 
 
 def run_trial(trial: Trial, root: Path) -> None:
@@ -195,15 +178,8 @@ def run_trial(trial: Trial, root: Path) -> None:
         Plan(heads=("linear",), labels=("global-union", "global-in-patch"), **common),
         Plan(heads=trial.heads, labels=("union",), hidden=256, **common),
     )
-    rows = probe(
-        {trial.name: encoder_of(trial, folder, device)},
-        splits,
-        plans,
-        world,
-        report_on=trial.splits,
-        threads=1,
-        say=lambda text: print(text, flush=True),
-    )
+    how = {"report_on": trial.splits, "threads": 1, "say": lambda text: print(text, flush=True)}
+    rows = probe({trial.name: encoder_of(trial, folder, device)}, splits, plans, world, **how)
     text = json.dumps({"trial": asdict(trial), "rows": rows}) + "\n"
     write_atomically(trial.results(root), lambda file: file.write(text.encode()))
 

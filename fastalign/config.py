@@ -4,26 +4,20 @@ Every key is here, with its documentation and its kind (`utils/sections.py`): wh
 value. A recipe may name another file as its `base`, relative to itself; its own keys win.
 """
 
-import contextlib
-import math
-import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from fastalign.backbones.spec import check_svit
 from fastalign.method.masks import MASKS
 from fastalign.utils import sections
 from fastalign.utils.errors import UserError, unknown
 from fastalign.utils.paths import UserPath
-from fastalign.utils.sections import Kind, Section, to_yaml
-from fastalign.utils.yaml_files import read_with_bases
+from fastalign.utils.sections import Kind, Section, read_yaml, to_yaml
 
-__all__ = ["Config", "keys", "kinds", "load_config", "recipes", "resolve", "to_yaml"]
-
-KEYS_OF_KWARGS = {"name": "name", "weights": "weights", "pretrained": "weights", "checkpoint": "weights"}
-"""Arguments of a backbone that are keys of `student` and `teacher`."""
+__all__ = ["Config", "kinds", "load_config", "recipes", "resolve", "to_yaml"]
 
 
 class Student(Section):
@@ -91,18 +85,8 @@ class Masks(Section):
 class Loss(Section):
     name: Literal["mse", "cosine", "l1", "masked_mse", "unmasked_mse"] = "mse"
     """the reconstruction loss"""
-    target_scale: float | str = "auto"
+    target_scale: float | Annotated[str, Field(pattern=r"^auto(:0*[1-9]\d*)?$")] = "auto"
     """factor of the targets; auto = unit variance for mse, else 1; auto:BATCHES = measured on so many per rank"""
-
-    @field_validator("target_scale")
-    @classmethod
-    def _number_or_auto(cls, value: float | str) -> float | str:
-        if re.fullmatch(r"auto(:0*[1-9]\d*)?", str(value)):
-            return value
-        with contextlib.suppress(ValueError):
-            if math.isfinite(float(value)):
-                return float(value)
-        raise ValueError("write a number, auto, or auto:BATCHES (validation batches per rank)")
 
 
 class Data(Section):
@@ -149,7 +133,7 @@ class Optim(Section):
     """linear warm-up"""
     weight_decay: float = Field(0.01, ge=0)
     """decoupled, on all parameters"""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """of the moments"""
     clip: float | None = Field(1.0, gt=0)
     """largest norm of the gradient; null = no clipping"""
@@ -198,7 +182,7 @@ class Log(Section):
     kind: ClassVar[Kind] = Kind.FREE
     every_steps: int = Field(20, gt=0)
     """steps between fetching metrics from the device"""
-    to: list[str] = Field([])
+    to: list[Annotated[str, Field(pattern="^(tensorboard|wandb:.+)$")]] = Field([])
     """in addition to metrics.jsonl: tensorboard (events in the run folder), wandb:PROJECT (Weights & Biases)"""
 
 
@@ -247,14 +231,12 @@ class Config(Section):
     def _possible(self) -> "Config":
         student, teacher, optim, masks = self.student, self.teacher, self.optim, self.masks
         for name, kwargs in (("student", student.kwargs), ("teacher", teacher.kwargs)):
-            for own, key in KEYS_OF_KWARGS.items():
-                if own in kwargs:
-                    raise ValueError(f"{name}.kwargs.{own}: write {name}.{key} instead")
+            for key in ("name", "weights", "pretrained", "checkpoint"):
+                if key in kwargs:
+                    raise ValueError(f"{name}.kwargs.{key}: write {name}.name and {name}.weights instead")
         check_svit(student.name, student.kwargs, teacher.name, teacher.kwargs)
         if optim.batch_size % optim.accumulate:
             raise ValueError(f"optim.batch_size {optim.batch_size} is not a multiple of optim.accumulate")
-        if not all(0 <= beta < 1 for beta in optim.betas):
-            raise ValueError(f"optim.betas must be at least 0 and below 1, got {list(optim.betas)}")
         if optim.warmup_epochs > optim.epochs:
             raise ValueError("optim.warmup_epochs must not exceed optim.epochs")
         if teacher.prefix_only and teacher.skip_blocks:
@@ -265,9 +247,6 @@ class Config(Section):
             raise ValueError("teacher.prefix_only requires masks.mode=zero")
         if self.objective == "mim" and (teacher.prefix_only or student.freeze):
             raise ValueError("objective=mim is incompatible with teacher.prefix_only and student.freeze")
-        for sink in self.log.to:
-            if sink != "tensorboard" and not sink.startswith("wandb:"):
-                raise ValueError(f"log.to: {sink!r} is neither tensorboard nor wandb:PROJECT")
         if self.probe.data is None and self.probe.best:
             raise ValueError("probe.best needs a probe: set probe.data, or probe.best=false")
         if self.probe.data is not None and student.freeze:
@@ -289,8 +268,12 @@ def load_config(recipe: str | Path | None, overrides: list[str] | None = None) -
     """
     if recipe is None:
         return resolve({}, overrides or [], "command line")
-    path = _recipe_path(recipe)
-    return resolve(read_with_bases(path), overrides or [], path)
+    path = Path(recipe)
+    if not (path.suffix or len(path.parts) > 1 or path.is_file()):
+        if path.name not in (known := recipes()):
+            raise UserError(f"{unknown('recipe', path.name, known)} (`fastalign recipes` lists them)")
+        path = known[path.name]
+    return resolve(read_yaml(path), overrides or [], path)
 
 
 def recipes() -> dict[str, Path]:
@@ -299,23 +282,8 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(files) if path.parent.name != "base"}
 
 
-def _recipe_path(recipe: str | Path) -> Path:
-    path = Path(recipe)
-    if path.suffix or len(path.parts) > 1 or path.is_file():
-        return path
-    if (known := recipes()).get(path.name) is None:
-        raise UserError(f"{unknown('recipe', path.name, known)} (`fastalign recipes` lists them)")
-    return known[path.name]
-
-
-def resolve(tree: dict, overrides: list[str], where: str | Path) -> Config:
-    """The configuration of a tree with overrides; `where` is the tree's file, for error messages."""
-    return sections.resolve(Config, tree, overrides, where)
-
-
-def keys() -> dict[str, str]:
-    """Every dotted key with its documentation."""
-    return {key: field.description or "" for key, field, _ in sections.fields(Config)}
+resolve = partial(sections.resolve, Config)
+"""The configuration of a tree with overrides: `sections.resolve`."""
 
 
 def kinds() -> dict[str, Kind]:

@@ -4,7 +4,6 @@ Ends with a smoke test, a training step on every kind of device; the exit code i
 """
 
 import argparse
-import contextlib
 import importlib.util
 import os
 import platform
@@ -13,6 +12,7 @@ import sys
 from importlib import metadata
 
 import torch
+from torch.torch_version import TorchVersion
 
 from fastalign import ops
 from fastalign.backbones.precision import autocast, compute_dtype, has_bf16
@@ -34,6 +34,16 @@ PARTS = {
     "teacher, mode drop": {"capped": False, "packed": True, "gradient": False},
 }
 """Whose attention is reported."""
+
+TESTED = {
+    "torch": ("2.11.0", "2.14.1"),
+    "torchvision": ("0.26.0", "0.29.1"),
+    "triton": ("3.6.0", "3.8.0"),
+    "timm": ("1.0.31", "1.0.31"),
+    "transformers": ("5.23.0", "5.24.0"),
+    "nvidia-dali-cuda130": ("2.4.0", "2.4.0"),
+}
+"""Package -> the oldest and the newest version tested, those of constraints.txt and constraints-newest.txt."""
 
 OPTIONAL = {
     "tensorboard": ("tensorboard.summary", "log.to=[tensorboard]"),
@@ -66,6 +76,17 @@ def machine() -> list[str]:
     dali = ", ".join(f"{name} {version(name)}" for name in DALI_PACKAGES if version(name))
     missing = "missing: pip install nvidia-dali-cuda130 (CUDA 12: nvidia-dali-cuda120), not nvidia-dali"
     return [*lines, f"decoding and transforms: {dali or missing}"]
+
+
+def tested() -> list[str]:
+    """The versions that were tested, and what is newer here."""
+    stacks = (f"{name} {' and '.join(dict.fromkeys(versions))}" for name, versions in TESTED.items())
+    lines = [f"oldest and newest stack: {', '.join(stacks)}"]
+    for name, (_, newest) in TESTED.items():
+        found = (version(name) or "0").partition("+")[0]  # 2.11.0+cu130
+        if TorchVersion(found) > newest:
+            lines.append(f"{name} {found} is newer than tested; if it fails: pip install '{name}<={newest}'")
+    return lines
 
 
 def operations() -> list[str]:
@@ -111,11 +132,10 @@ def optional() -> list[str]:
     """Optional packages, except those for attention, and whether each is the right project."""
     lines = []
     for name, (proof, purpose) in OPTIONAL.items():
-        found = version(name) or "not installed"
-        if importlib.util.find_spec(name) is not None:
-            with contextlib.suppress(ImportError):
-                found = found if importlib.util.find_spec(proof) else ""
-            found = found or "another project"
+        try:
+            found = version(name) or "installed" if importlib.util.find_spec(proof) else "another project"
+        except ImportError:
+            found = "not installed"
         lines.append(f"{name}: {found} ({purpose})")
     return lines
 
@@ -138,10 +158,9 @@ def smoke(device: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the report; 1 if a smoke test fails."""
-    argparse.ArgumentParser(prog="fastalign doctor", description=__doc__.splitlines()[0]).parse_args(
-        arguments
-    )
-    for section in (machine, operations, attention, optional):
+    about = "What is installed, what will be used, and what would be faster."
+    argparse.ArgumentParser(prog="fastalign doctor", description=about).parse_args(arguments)
+    for section in (machine, tested, operations, attention, optional):
         print(f"{section.__name__}\n  " + "\n  ".join(section()))
     print("smoke test")
     failed = False

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 
-from fastalign.data.bad_samples import BadSample, BadSamples, SampleReader, to_line
-from fastalign.data.pipeline import Decoder, load_dali
+from fastalign.data.bad_samples import BadSample, BadSamples, to_line
+from fastalign.data.pipeline import Decoder, SampleReader, load_dali
 from fastalign.data.sources import SyntheticSource, open_source
+from fastalign.data.transforms import Transform
 from fastalign.training.command import run_command
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import temporary_name, wrap_io_errors, write_atomically
+from fastalign.utils.files import wrap_io_errors, write_atomically
 from fastalign.utils.paths import path_argument
 
 
@@ -30,23 +31,25 @@ def scan(data: str, workers: int) -> tuple[int, list[BadSample]]:
         raise UserError(f"{data} is made on the device: there is no file to check")
     load_dali()
     reader = SampleReader(source, BadSamples(), replace=False)
+    pixel = Transform((1, 1), mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1e-3)  # decodes all, resizes little
 
     def check(ids: range) -> list[BadSample]:
         if not hasattr(local, "decoder"):
-            local.decoder = Decoder((1, 1), batch_size=1, device=torch.device("cpu"), threads=1)
-        samples = (reader.replace_undecodable(reader.read(i), local.decoder.error_of) for i in ids)
-        return [bad for sample in samples for bad in sample.bad]
+            local.decoder = Decoder(pixel, batch_size=1, device=torch.device("cpu"), threads=1)
+        return [bad for i in ids for bad in reader.decode(reader.read(i), local.decoder)[0].bad]
 
-    total, bad = len(source), []
+    total, shown = len(source), 0.0
+    bad = [BadSample(None, name, reason) for name, reason in source.damaged]
     chunk = max(64, total // 50_000)
-    seen, shown = 0, 0.0
+    chunks = [range(first, min(first + chunk, total)) for first in range(0, total, chunk)]
     with ThreadPoolExecutor(workers) as pool:
-        for found in pool.map(check, (range(i, min(i + chunk, total)) for i in range(0, total, chunk))):
-            seen, bad = min(seen + chunk, total), bad + found
-            if seen / total >= shown + 0.05:
-                shown = seen / total
-                print(f"{seen} of {total} images checked, {len(bad)} bad", file=sys.stderr, flush=True)
-    return total, [BadSample(None, name, reason) for name, reason in source.damaged] + bad
+        for ids, found in zip(chunks, pool.map(check, chunks), strict=True):
+            bad += found
+            if ids.stop / total >= shown + 0.05:
+                shown = ids.stop / total
+                count = len(bad) - len(source.damaged)
+                print(f"{ids.stop} of {total} images checked, {count} bad", file=sys.stderr, flush=True)
+    return total, bad
 
 
 def _summary(data: str, total: int, bad: list[BadSample], output: Path | None) -> list[str]:
@@ -71,16 +74,12 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError(f"--workers {options.workers}: it must be at least 1")
     output = Path(options.output) if options.output else None
     if output:  # before hours of checking, not after
-        if output.is_dir():
-            raise UserError(f"--output {output} is a directory: name a file")
         with wrap_io_errors(output):
             output.parent.mkdir(parents=True, exist_ok=True)
-            temporary_name(output).touch()
-            temporary_name(output).unlink()
+            output.open("ab").close()
     total, bad = scan(options.data, options.workers)
     if output:
-        text = b"".join(to_line(sample) for sample in bad)
-        write_atomically(output, lambda file: file.write(text))
+        write_atomically(output, lambda file: file.writelines(map(to_line, bad)))
     print("\n".join(_summary(options.data, total, bad, output)))
 
 
@@ -92,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     add, cores = parser.add_argument, len(os.sched_getaffinity(0))
     add("data", type=path_argument, help="a folder of images, tar shards or a pattern of them, as data.train")
     add("--output", type=path_argument, metavar="FILE", help="write the bad ones here, for faults.quarantine")
-    add("--workers", type=int, default=cores, metavar="N", help="processes (one per core)")
+    add("--workers", type=int, default=cores, metavar="N", help="threads (one per core)")
     options = parser.parse_args(arguments)
     return run_command(lambda: _run(options))
 

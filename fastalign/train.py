@@ -5,35 +5,43 @@
 
 import argparse
 import contextlib
+import json
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastalign.config import Config, load_config, to_yaml
-from fastalign.evaluation.during_training import contents, open_splits, probe_encoder
 from fastalign.evaluation.label_maps import LabelledImages
+from fastalign.evaluation.patches import contents, open_splits, probe_encoder
 from fastalign.method.flops import flops_per_image
 from fastalign.training import distributed
 from fastalign.training.checkpoint import new_best, resume, save, save_settings, wait_for_checkpoint
-from fastalign.training.command import report_rank_error, run_command, train_parser
+from fastalign.training.command import MARKER, Preempted, Preemption, report_rank_error, run_command
 from fastalign.training.dry_run import dry_run
 from fastalign.training.faults import handle_status, prepare_logs, report_bad_validation_samples
 from fastalign.training.hang import WAITING, collective_timeout
-from fastalign.training.messages import end_lines, start_lines
 from fastalign.training.metrics import Speed
 from fastalign.training.optim import seed_update, step_unless
-from fastalign.training.preemption import Preemption, clear_marker, preempted
-from fastalign.training.reporter import Reporter
+from fastalign.training.reporter import Reporter, end_lines, start_lines
 from fastalign.training.run import Run, itstime
 from fastalign.training.validation import evaluate, measure_target_scale
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import can_be_folder
-from fastalign.utils.paths import user_path
+from fastalign.utils.paths import path_argument, user_path
 
 Splits = dict[str, LabelledImages]
+HELP = """
+examples:
+  fastalign train clip-vit-b data.train=/data/train data.val=/data/val
+  fastalign train student.name=vit_base_patch16_dinov3.lvd1689m data.train=/data/train output=runs/mine --dry-run
+
+sections of keys (--print-config prints every key, its values and what it does):
+"""
+HELP += textwrap.fill(", ".join(Config.model_fields), 78, initial_indent="  ", subsequent_indent="  ")
 
 
 def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
@@ -57,15 +65,9 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
                 loss.backward()
             total += loss.detach()
     norm = run.clip_gradients()
-    loss, skip = run.status.exchange(
-        state.step + 1,
-        total,
-        norm,
-        ids=torch.cat(ids).numpy(),
-        found=tuple(bad),
-        stop=run.stop_reason,
-        overdue=run.checkpoint_overdue,
-    )
+    mine = {"ids": torch.cat(ids).numpy(), "found": tuple(bad)}
+    mine |= {"stop": run.stop_reason, "overdue": run.checkpoint_overdue}
+    loss, skip = run.status.exchange(state.step + 1, total, norm, **mine)
     step_unless(run.optimizer, skip)
     run.optimizer.zero_grad()
     if run.average:
@@ -84,7 +86,7 @@ def train(config: Config, world: distributed.World) -> None:
     with Preemption() as preemption:
         can_be_folder(f"output={config.output}", config.output)
         if world.main:
-            clear_marker(Path(config.output))
+            (Path(config.output) / MARKER).unlink(missing_ok=True)
         if config.export.to:
             from fastalign.export.targets import check_names  # imports timm
 
@@ -108,13 +110,7 @@ def run_training(run: Run, splits: Splits, *, notes: list[str], new_scale: bool)
     reporter = Reporter(run.folder, speed, **position, main=world.main, sinks=config.log.to)
     try:
         with report_rank_error(world.rank):
-            at = f"step {state.step} of {run.last_step}"
-            if run.finished:
-                reporter.say(f"{run.folder} is finished: {at}, nothing to train")
-            else:
-                begins = f"resuming {run.folder} at {at}" if state.step else f"new run in {run.folder}"
-                reporter.say("\n".join([*start_lines(run), begins]))
-            reporter.say("\n".join(notes))
+            reporter.say("\n".join([*start_lines(run), *notes]))
             prepare_logs(run, reporter)
             if state.step == 0:
                 initial_eval(run, splits, reporter)
@@ -135,12 +131,21 @@ def run_training(run: Run, splits: Splits, *, notes: list[str], new_scale: bool)
 
 
 def export_backbone(run: Run, reporter: Reporter) -> None:
-    """Export the aligned backbone as `export.to` asks, on rank 0."""
+    """Export the aligned backbone as `export.to` asks, on rank 0, unless an earlier start of the run has done so."""
     from fastalign.export import export
+    from fastalign.export.write import FACTS
 
-    with run.hang_timer.paused():
-        for target in run.config.export.to:
-            reporter.say(f"exported: {export(run.folder, target)[0]}")
+    def of_weights(path: Path) -> list:
+        facts = json.loads(path.read_text())
+        return [facts.get(key) for key in ("step", "val_loss", "changes")]
+
+    for target in run.config.export.to:
+        done = run.folder / "exports" / target / FACTS
+        if done.is_file() and of_weights(done) == of_weights(run.folder / "backbone.json"):
+            reporter.say(f"already exported: {done.parent}")
+            continue
+        with run.hang_timer.paused():
+            reporter.say(f"exported: {export(run.folder, target, say=reporter.say)[0]}")
 
 
 def initial_eval(run: Run, splits: Splits, reporter: Reporter) -> None:
@@ -189,15 +194,15 @@ def train_epoch(run: Run, splits: Splits, reporter: Reporter) -> None:
             run.beat(WAITING)
             # Before saving: what a checkpoint includes is reported and on record.
             stop, overdue = handle_status(run, reporter, everything=saving or probing or at_end)
-            if stop or overdue:
-                handle_status(run, reporter, everything=True)
             saving = saving or (overdue and not at_end)
             if saving or probing or stop or at_end or itstime(state.step, config.log.every_steps):
                 reporter.flush()
             if stop:
                 save(run)
                 wait_for_checkpoint(run)
-                raise preempted(run.folder, stop, state.step, main=run.world.main)
+                if run.world.main:
+                    (run.folder / MARKER).write_text(f"{stop.name} at step {state.step}\n")
+                raise Preempted(run.folder, stop, state.step)
             if probing:
                 probe(run, splits, reporter, epoch)
             if saving or (probing and new_best(run) is not None):
@@ -215,18 +220,25 @@ def validate(run: Run, reporter: Reporter, epoch: int) -> None:
     reporter.say(f"step {run.state.step}: validation loss {loss:.4f}")
 
 
-def probe_student(run: Run, splits: Splits) -> dict[str, float]:
+def probe_student(run: Run, splits: Splits, reporter: Reporter) -> dict[str, float]:
     """Probe the student's encoder on rank 0, while the others wait."""
+
+    def track(items, text: str, total: int):
+        for item in reporter.track(items, f"probe: {text}", total):
+            run.beat("probing")
+            yield item
+
     encoder, average = run.objective.student.encoder, run.average and run.average.state
     options = {"dtype": run.dtype, "threads": run.config.data.threads, "seed": run.config.seed}
-    options |= {"average": average, "beat": lambda: run.beat("probing")}
+    options |= {"average": average, "track": track}
     with contextlib.nullcontext() if run.world.main else run.hang_timer.paused():
-        return probe_encoder(encoder, splits, run.world, **options)
+        probed = lambda: probe_encoder(encoder, splits, run.world.device, **options)  # noqa: E731
+        return distributed.on_first_rank(run.world, probed)
 
 
 def probe(run: Run, splits: Splits, reporter: Reporter, epoch: int) -> None:
     """Probe the student and report the scores."""
-    step, scores = run.state.step, probe_student(run, splits)
+    step, scores = run.state.step, probe_student(run, splits, reporter)
     run.state.probed = {"step": step, **scores}
     reporter.add(step=step, epoch=epoch, **{f"probe_{name}": value for name, value in scores.items()})
     reporter.flush()
@@ -236,26 +248,37 @@ def probe(run: Run, splits: Splits, reporter: Reporter, epoch: int) -> None:
 
 def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
     """The configuration that the command line asks for, and lines for the user."""
-    named = [text for text in options.given if "=" not in text or Path(text).is_file()]
-    overrides = [text for text in options.given if text not in named]
-    if len(named) + (options.reference_config is not None) > 1:
+    reference, size = options.reference_config, options.world_size
+    recipes = [text for text in options.given if "=" not in text or Path(text).is_file()]
+    overrides = [text for text in options.given if text not in recipes]
+    recipes += [reference] if reference else []
+    if len(recipes) > 1:
+        raise UserError(f"give one recipe, got {', '.join(recipes)}")
+    if size is not None and (reference is None or size < 1):
         raise UserError(
-            f"give one recipe, got {', '.join([*named, *filter(None, [options.reference_config])])}"
+            "--world-size must be at least 1 and needs --reference-config; in a recipe set optim.batch_size"
         )
-    if options.reference_config is None:
-        if options.world_size is not None:
-            raise UserError("--world-size requires --reference-config; in a recipe set optim.batch_size")
-        return load_config(user_path(named[0]) if named else None, overrides), []
-    if options.world_size is not None and options.world_size < 1:
-        raise UserError(f"--world-size must be at least 1, got {options.world_size}")
+    if reference is None:
+        return load_config(user_path(recipes[0]) if recipes else None, overrides), []
     from fastalign.compat.reference_config import read_reference  # imports timm, which takes a second
 
-    return read_reference(options.reference_config, overrides, world_size=options.world_size)
+    return read_reference(reference, overrides, world_size=size)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command's exit code: 0, 2 for bad input, 70 for a lost or hung rank, 75 for a signal, 130 for Ctrl-C."""
-    parser = train_parser()
+    about, raw = "Align a backbone with MaskEmbed.", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("fastalign train", description=about, epilog=HELP, formatter_class=raw)
+    add = parser.add_argument
+    add("given", nargs="*", metavar="RECIPE section.key=value", help="a name or file, and keys to change")
+    add("--print-config", action="store_true", help="print the resolved configuration and stop")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="a few updates on synthetic images: memory, speed, time of the run",
+    )
+    add("--reference-config", type=path_argument, metavar="FILE", help="a YAML file of the authors' code")
+    add("--world-size", type=int, metavar="N", help="GPUs that FILE's batch is for (torchrun's, else 4)")
     options = parser.parse_intermixed_args(arguments)
     if not (options.given or options.reference_config):
         parser.error("give a recipe (`fastalign recipes` lists them), keys, or --reference-config FILE")

@@ -30,24 +30,15 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    """Tests never touch the user's cache."""
+def _same_everywhere(tmp_path, monkeypatch):
+    """No test touches the user's cache; seed, threads and precision are fixed: `precision=auto` is fp32 on a CPU."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture(autouse=True)
-def _fixed_seed():
+    monkeypatch.setattr("fastalign.backbones.precision.NATIVE_BF16", ())
     # The models are too small for two threads; test files run in parallel instead.
     torch.set_num_threads(1)
     torch.manual_seed(0)
     # fp32 means fp32, also in convolutions on a GPU.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-
-
-@pytest.fixture(autouse=True)
-def _same_precision(monkeypatch):
-    """`precision=auto` is fp32 on every CPU."""
-    monkeypatch.setattr("fastalign.backbones.precision.NATIVE_BF16", ())
 
 
 @pytest.fixture

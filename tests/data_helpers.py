@@ -130,6 +130,10 @@ def count_calls(monkeypatch, module, name: str) -> list:
     return counted
 
 
+def names_of(source) -> list[str]:
+    return [source.name(index) for index in range(len(source))]
+
+
 def message(spec) -> str:
     """The one line with which a source is refused."""
     with pytest.raises(UserError) as caught:

@@ -72,24 +72,10 @@ SHORT = {
     "OUT": "teacher_pretrained: false, teacher_checkpoint: output",
 }
 COMMON = """
-train_split: train
-val_split: val
-teacher_pretrained: true
-student_pretrained: true
-amp: true
-amp_dtype: bfloat16
-torchcompile: inductor
-opt: adamw
-weight_decay: 0.01
-clip_grad: 1.0
-opt_kwargs: {betas: [0.9, 0.95]}
-sched: cosine
-sched_on_updates: true
-train_crop_mode: rkrc
-color_jitter: null
-workers: 24
-pin_mem: true
-log_wandb: true
+{train_split: train, val_split: val, teacher_pretrained: true, student_pretrained: true, amp: true,
+amp_dtype: bfloat16, torchcompile: inductor, opt: adamw, weight_decay: 0.01, clip_grad: 1.0,
+opt_kwargs: {betas: [0.9, 0.95]}, sched: cosine, sched_on_updates: true, train_crop_mode: rkrc,
+color_jitter: null, workers: 24, pin_mem: true, log_wandb: true}
 """
 FILES = {row.partition(" |")[0]: row for row in ROWS.strip().splitlines()}
 RUNS = {

@@ -14,19 +14,20 @@ ROOT = Path(__file__).parents[1]
 MODEL = {"name": "vit_tiny_patch16_224", "weights": "random", "kwargs": {"img_size": 32, "depth": 2}}
 
 
-def metrics(folder: Path) -> tuple[list[dict], list[dict]]:
-    """The training lines and the validation lines of a run."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line], [line for line in lines if "val_loss" in line]
+def lines(folder: Path, key: str = "step") -> list[dict]:
+    """The lines of a run's metrics that have a key."""
+    found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in found if key in line]
 
 
-def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in metrics(folder)[0]]
+def losses(folder: Path, key: str = "loss") -> list[float]:
+    return [line[key] for line in lines(folder, key)]
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    newest = max((folder / "checkpoints").glob("step-*.pt"))
-    return torch.load(newest, weights_only=True)["student"]
+def checkpoint(folder: Path, step: int | None = None) -> dict:
+    """The state in the checkpoint of a step, or in the newest one."""
+    pattern = "step-*.pt" if step is None else f"step-{step:08d}.pt"
+    return torch.load(max((folder / "checkpoints").glob(pattern)), weights_only=True)
 
 
 def assert_same(found, wanted, where: str = "") -> None:

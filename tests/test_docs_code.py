@@ -31,11 +31,12 @@ LABELLED = ("coco:/data/coco", "ade20k:/data/ade20k", "demo/data")
 
 def blocks(language: str) -> dict[Path, list[str]]:
     """The blocks to run, by page."""
-    found = {
-        page: [m[3] for m in BLOCK.finditer(page.read_text()) if m[2] == language and not m[1]]
-        for page in PAGES
-    }
-    return {page: texts for page, texts in found.items() if texts}
+    found = {}
+    for page in PAGES:
+        for skipped, kind, text in BLOCK.findall(page.read_text()):
+            if kind == language and not skipped:
+                found.setdefault(page, []).append(text)
+    return found
 
 
 def commands() -> list[str]:

@@ -1,6 +1,8 @@
 """The doctor's report: true about this machine, complete, and honest about failures."""
 
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -41,6 +43,21 @@ def test_another_project_under_a_known_name_is_recognised(tmp_path, monkeypatch)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "apex", raising=False)
     assert any(line.startswith("apex: another project") for line in doctor.optional())
+
+
+def test_tested_versions_are_those_of_the_constraints():
+    for position, file in enumerate(("constraints.txt", "constraints-newest.txt")):
+        text = (Path(__file__).parents[1] / file).read_text()
+        pinned = dict(re.findall(r"^(\S+)==([\d.]+)(?:$|; python_version >=)", text, re.M))
+        assert {name: both[position] for name, both in doctor.TESTED.items()}.items() <= pinned.items()
+
+
+def test_a_version_newer_than_tested_is_named(monkeypatch):
+    found = {"torch": "2.15.0+cu130", "torchvision": "0.29.1+cu130", "triton": "3.10.0", "timm": "1.0.9"}
+    monkeypatch.setattr(doctor, "version", found.get)
+    stack, *newer = doctor.tested()
+    assert "torch 2.11.0 and 2.14.1, " in stack
+    assert [line.partition(" is newer")[0] for line in newer] == ["torch 2.15.0", "triton 3.10.0"]
 
 
 def test_kernels_switched_off_are_named(monkeypatch):

@@ -12,9 +12,9 @@ import torch
 
 import fastalign as fa
 from fastalign.backbones.precision import FP8_CAPABILITY, FP8Linear
+from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.evaluation.features import PatchFeatures
-from fastalign.evaluation.heads import TokenShape, make_patch_head
-from fastalign.evaluation.options import Recipe
+from fastalign.evaluation.options import Plan, Recipe
 from fastalign.evaluation.patches import Task, evaluate_head, fit_head
 from fastalign.train import update
 from tests.numerics import gradient_error, randomise, relative_error
@@ -189,7 +189,7 @@ def test_the_command_trains_on_the_gpu(tmp_path):
 @pytest.mark.parametrize("labels", ["union", "majority", "global-union"])
 def test_a_probe_learns_as_on_the_cpu(labels):
     torch.manual_seed(0)
-    shape, images = TokenShape(patches=16, prefix=1, width=32, heads=2), 96
+    spec, images = ViTSpec(BlockSpec(32, 2, 128), 1, image_size=(4, 4), patch_size=(1, 1)), 96
     union = torch.rand(images, 16, 5) < 0.3
     tokens = torch.randn(images, 17, 32)
     tokens[:, 1:, :5] += 3 * union
@@ -198,10 +198,9 @@ def test_a_probe_learns_as_on_the_cpu(labels):
     features = PatchFeatures({0: tokens.bfloat16()}, packed, majority, union.any(1).numpy(), 5)
     found = {}
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
-        torch.manual_seed(0)
-        head, task = make_patch_head("transformer", labels, shape, 5), Task("transformer", labels, 0, 0)
+        task, plan = Task("transformer", labels, 0, 0), Plan(recipe=Recipe(epochs=40, lr=3e-3))
         where = {"device": torch.device(device), "dtype": dtype}
-        head, _, _ = fit_head(head, task, features, None, Recipe(epochs=40, lr=3e-3), **where)
+        head, *_ = fit_head(task, spec, features, None, plan, **where)
         found[device, dtype] = evaluate_head(head, task, features, **where)["macro_f1"]
     reference = found["cpu", torch.float32]
     assert reference > 0.5

@@ -35,17 +35,17 @@ except (AttributeError, ValueError) as error:
 """
 
 
+def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> str:
+    """What a new Python prints."""
+    command, environment = [sys.executable, *arguments], {**os.environ, **environment}
+    return subprocess.check_output(command, cwd=cwd, env=environment, text=True)
+
+
 @pytest.mark.parametrize("triton", ["with", "without"])
 def test_kernels_and_masks_alone(triton):
     """On the CPU and without Triton's interpreter, where a kernel names the function to call instead."""
-    result = subprocess.run(
-        [sys.executable, "-c", ALONE, triton],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-    )
-    masks, attention, pack, nothing, heavy, refusal = result.stdout.splitlines()
+    printed = python("-c", ALONE, triton, TRITON_INTERPRET="0")
+    masks, attention, pack, nothing, heavy, refusal = printed.splitlines()
     assert (masks, attention, heavy) == ("[2, 3, 4]", "[1, 2, 5, 8]", "[]")
     assert nothing.startswith("AttributeError")
     if triton == "with":
@@ -77,15 +77,9 @@ def test_the_wheel_works_away_from_the_clone(source, tmp_path, monkeypatch):
         scripts = next(name for name in file.namelist() if name.endswith("entry_points.txt"))
         assert "fastalign = fastalign.__main__:main" in file.read(scripts).decode()
     for arguments in (["recipes"], ["train", "clip-vit-b", "data.train=/data", "--print-config"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "fastalign", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "COLUMNS": "120"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert "vit_base_patch16_clip_quickgelu_224.openai" in done.stdout
+        site = {"PYTHONPATH": str(tmp_path / "site"), "COLUMNS": "120"}
+        printed = python("-m", "fastalign", *arguments, cwd=tmp_path, **site)
+        assert "vit_base_patch16_clip_quickgelu_224.openai" in printed
 
 
 def test_a_script_beside_an_editable_clone_imports_it(source, tmp_path, monkeypatch):
@@ -93,17 +87,11 @@ def test_a_script_beside_an_editable_clone_imports_it(source, tmp_path, monkeypa
     with zipfile.ZipFile(build(source, "editable", tmp_path, monkeypatch)) as wheel:
         (entry,) = (name for name in wheel.namelist() if name.endswith(".pth"))
         path = wheel.read(entry).decode().strip()
-    code = f"import sys; sys.path.append({path!r}); import fastalign; print(fastalign.__version__)"
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", f"import sys; sys.path += {sys.path!r}; {code}"],
-        cwd=source.parent,
-        env={**os.environ, "PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
     assert path == str(source)
-    assert done.stdout.strip() == __version__
+    others = [place for place in sys.path if not Path(place, "fastalign/__init__.py").exists()]
+    code = f"import sys; sys.path += {[*others, path]!r}; import fastalign; print(fastalign.__file__)"
+    printed = python("-S", "-c", code, cwd=source.parent, PYTHONPATH="")
+    assert printed.strip() == str(source / "fastalign/__init__.py")
 
 
 def test_the_command(capsys):

@@ -65,8 +65,7 @@ class CappedAttention(nn.Module):
                 self.turn(self.q_norm(q[..., part]), rope),
                 self.turn(self.k_norm(k[..., part]), rope),
             )
-            logits = query @ key.mT / math.sqrt(size)
-            logits = self.cap * torch.tanh(logits / self.cap)
+            logits = self.cap * torch.tanh(query @ key.mT / math.sqrt(size) / self.cap)
             outputs.append(torch.softmax(logits, -1) @ v[..., part])
         return self.proj(torch.cat(outputs, -1))
 
@@ -74,9 +73,8 @@ class CappedAttention(nn.Module):
         """A head's queries or keys by the rotary embedding of the patches."""
         if rope is None:
             return x
-        return torch.cat(
-            [x[:, : self.prefix], apply_rot_embed_cat(x[:, self.prefix :], rope, half=self.half)], 1
-        )
+        patches = apply_rot_embed_cat(x[:, self.prefix :], rope, half=self.half)
+        return torch.cat([x[:, : self.prefix], patches], 1)
 
 
 class StudentTruth(nn.Module):
@@ -143,21 +141,16 @@ class StudentTruth(nn.Module):
 
     def forward(self, images: Tensor, visible: Tensor) -> Tensor:
         """[B, M, T, D]"""
-        tokens = self.tokens(images)
+        pairs = zip(self.tokens(images), visible, strict=True)
         return torch.stack(
-            [
-                torch.stack([self.decode(t, m) for m in masks])
-                for t, masks in zip(tokens, visible, strict=True)
-            ]
+            [torch.stack([self.decode(tokens, mask) for mask in masks]) for tokens, masks in pairs]
         )
 
     def decode(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """[T, width], [N] -> [T, D]"""
         keep = [0.0] * self.prefix + [float(shown) for shown in mask.tolist()]
-        x = (
-            torch.stack([token * k for token, k in zip(tokens, keep, strict=True)])[None]
-            + self.decoder.pos_embed
-        )
+        kept = [token * factor for token, factor in zip(tokens, keep, strict=True)]
+        x = torch.stack(kept)[None] + self.decoder.pos_embed
         for block in self.decoder.blocks:
             x = block(x)
         x = self.decoder.head(self.decoder.norm(x))[0]

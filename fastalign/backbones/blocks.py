@@ -58,9 +58,10 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, height, width] -> [B, N, D]"""
         if images.shape[1:] != self.image_shape:
+            wanted = f"[B, {', '.join(map(str, self.image_shape))}]"
             raise ValueError(
-                f"images are {list(images.shape)}, the backbone takes [B, {', '.join(map(str, self.image_shape))}]: "
-                f"resize them (fastalign.transform), or build it with img_size={tuple(images.shape[-2:])}"
+                f"images are {list(images.shape)}, the backbone takes {wanted}: resize them (fastalign.transform), "
+                f"or build it with img_size={tuple(images.shape[-2:])}"
             )
         if images.is_cuda:  # channels last, so that a patch's embedding comes out contiguous
             images = images.contiguous(memory_format=torch.channels_last)
@@ -75,21 +76,8 @@ class PatchEmbed(nn.Module):
         return self.norm(blank)
 
 
-class LayerScale(nn.Module):
-    """A factor per channel, key `gamma`."""
-
-    def __init__(self, width: int, value: float):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((width,), float(value)))
-
-
 class Attention(nn.Module):
-    """Multi-head self-attention with every variation of the supported families.
-
-    Args:
-        spec: of the block.
-        window: the grid of patches, where a relative position bias is added.
-    """
+    """Multi-head self-attention; with `window`, the grid of patches, it adds a relative position bias."""
 
     def __init__(self, spec: BlockSpec, *, window: tuple[int, int] | None = None):
         super().__init__()
@@ -133,12 +121,9 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, position: Tensor | None = None, sequences: Sequences | None = None
     ) -> Tensor:
-        """Attention within each sequence.
+        """[B, T, D] -> [B, T, D], or with `sequences`, the bounds of packed sequences, [L, D] -> [L, D].
 
-        Args:
-            x: [B, T, D], or with `sequences` packed, [L, D].
-            position: the rotary table [1 or H, T, d] (packed: [L, 1 or H, d]) or the relative index [T, T].
-            sequences: the bounds of packed sequences.
+        `position` is the rotary table [1 or H, T, d] (packed: [L, 1 or H, d]) or the relative index [T, T].
         """
         q, k, v = self.project(x)
         q, k, bias = self.q_norm(q), self.k_norm(k), None
@@ -148,9 +133,8 @@ class Attention(nn.Module):
             bias = self.relative_position_bias_table[position].permute(2, 0, 1).unsqueeze(0)
         elif position is not None:
             q, k = (rotate(part, position, self.spec.rotate_half) for part in (q, k))
-        x = attention(
-            q, k, v, bias=bias, sequences=sequences, softcap=self.spec.softcap, backend=self.backend
-        )
+        options = {"softcap": self.spec.softcap, "backend": self.backend}
+        x = attention(q, k, v, bias=bias, sequences=sequences, **options)
         if sequences is None:
             x = x.transpose(1, 2)
         return self.proj(self.norm(x.flatten(-2)))
@@ -195,12 +179,12 @@ class Block(nn.Module):
 
             self.drop_path = DropPath(drop_path)
         self.scale_keys = spec.layer_scale_keys if spec.layer_scale else "none"
-        if self.scale_keys == "ls":
-            self.ls1 = LayerScale(spec.width, spec.layer_scale)
-            self.ls2 = LayerScale(spec.width, spec.layer_scale)
-        elif self.scale_keys == "gamma":
-            self.gamma_1 = nn.Parameter(torch.full((spec.width,), float(spec.layer_scale)))
-            self.gamma_2 = nn.Parameter(torch.full((spec.width,), float(spec.layer_scale)))
+        for number in (1, 2) if spec.layer_scale else ():
+            gamma = nn.Parameter(torch.full((spec.width,), float(spec.layer_scale)))
+            if self.scale_keys == "ls":
+                setattr(self, f"ls{number}", nn.ParameterDict({"gamma": gamma}))
+            else:
+                setattr(self, f"gamma_{number}", gamma)
 
     def layer_scales(self) -> tuple[Tensor, Tensor] | None:
         """The two LayerScale vectors, under whichever key they are stored."""

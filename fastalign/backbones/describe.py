@@ -65,9 +65,9 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
     rate = max((getattr(part, "drop_prob", None) or 0.0) for part in source.modules())
     if rate >= 1:
         raise UserError(f"drop_path_rate must be less than 1, got {rate}")
-    found = timm.data.resolve_model_data_config(source)
-    data = {"mean": list(found["mean"]), "std": list(found["std"])}
-    data |= {"interpolation": found["interpolation"], "crop_pct": found["crop_pct"]}
+    data = timm.data.resolve_model_data_config(source)
+    data = {key: data[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    data |= {"mean": list(data["mean"]), "std": list(data["std"])}
     with torch.device("meta"):
         vit = ViT(spec, drop_path=rate, data=data, recipe=recipe)
         if classes := getattr(source.head, "out_features", 0):
@@ -78,17 +78,15 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
     if flexible:
         with torch.no_grad():
             theirs = {key: value.detach() for key, value in naflex.vit_state(source, spec.grid).items()}
-    other = [key for key, value in ours.items() if key in theirs and value.shape != theirs[key].shape]
-    if wrong := sorted(set(theirs) ^ set(ours)) + other:
-        raise _unsupported(source, wrong)
+    wrong = sorted(set(theirs) ^ set(ours))
+    wrong += [key for key in ours if key in theirs and ours[key].shape != theirs[key].shape]
     norms = {path: part.eps for path, part in vit.named_modules() if hasattr(part, "eps")}
-    if uneven := [
-        path for path, part in source.named_modules() if getattr(part, "eps", 0) != norms.get(path, 0)
-    ]:
-        raise _unsupported(source, [f"another epsilon in {path}" for path in uneven])
+    for path, part in source.named_modules():
+        if getattr(part, "eps", 0) != norms.get(path, 0):
+            wrong.append(f"another epsilon in {path}")
+    if wrong:
+        raise _unsupported(source, wrong)
     vit.load_state_dict(theirs, assign=True)
-    if flexible:
-        vit.register_load_state_dict_pre_hook(naflex.TimmKeys.of(source, spec.grid))
     if spec.rotary:
         vit.position = read_position(source.rope, spec)
     elif spec.relative_position:
@@ -100,9 +98,7 @@ def describe(source: nn.Module) -> ViTSpec:
     """Read the shape of a timm model from its modules."""
     if type(source) not in MODELS:
         supported = ", ".join(model.__name__ for model in MODELS)
-        raise UserError(
-            f"{type(source).__name__} is not supported: choose a backbone that is one of timm's {supported}"
-        )
+        raise UserError(f"{type(source).__name__} is not supported: choose one of timm's {supported}")
     if not len(source.blocks):
         raise UserError("depth must be at least 1")
     if found := _unknown_parts(source):
@@ -110,14 +106,15 @@ def describe(source: nn.Module) -> ViTSpec:
     flexible, rope = isinstance(source, naflex.NaFlexVit), getattr(source, "rope", None)
     embed = source.embeds if flexible else source.patch_embed
     tokens = embed if flexible else source
-    block = _describe_block(source.blocks[0], source)
-    if any(_describe_block(other, source) != block for other in source.blocks):
+    block, *others = (_describe_block(block, source) for block in source.blocks)
+    if any(other != block for other in others):
         raise _unsupported(source, ["blocks that differ"])
+    fresh = [type(norm)(8).eps for norm in (source.norm, source.fc_norm) if _has_norm(norm)]
     return ViTSpec(
         block=block,
         depth=len(source.blocks),
-        image_size=naflex.image_size(source) if flexible else pair(embed.img_size),
-        patch_size=pair(embed.patch_size),
+        image_size=naflex.image_size(source) if flexible else layers.to_2tuple(embed.img_size),
+        patch_size=layers.to_2tuple(embed.patch_size),
         channels=embed.in_chans if flexible else embed.proj.in_channels,
         class_token=tokens.cls_token is not None,
         distilled=isinstance(source, deit.VisionTransformerDistilled),
@@ -135,9 +132,7 @@ def describe(source: nn.Module) -> ViTSpec:
         pool=_pool(source),
         # Eva's attention pooling reads all tokens.
         pool_prefix=getattr(source, "pool_include_prefix", getattr(source, "attn_pool", None) is not None),
-        fresh_norm_eps=next(
-            (type(norm)(8).eps for norm in (source.norm, source.fc_norm) if _has_norm(norm)), 1e-6
-        ),
+        fresh_norm_eps=fresh[0] if fresh else 1e-6,
     )
 
 
@@ -151,15 +146,13 @@ def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
         qkv, bias = "fused", attention.qkv.bias
     gamma = getattr(block, "gamma_1", None)
     scale = getattr(getattr(block, "ls1", None), "gamma", gamma)
-    packed, gated = isinstance(mlp, layers.GluMlp), isinstance(mlp, layers.SwiGLU)
+    tanh = getattr(mlp.act, "approximate", "none") == "tanh"
     return BlockSpec(
         width=source.embed_dim,
         heads=attention.num_heads,
         mlp_hidden=mlp.fc2.in_features,
-        mlp="swiglu" if gated else "swiglu_packed" if packed else "mlp",
-        activation="gelu_tanh"
-        if getattr(mlp.act, "approximate", "none") == "tanh"
-        else _ACTIVATIONS[type(mlp.act)],
+        mlp={layers.SwiGLU: "swiglu", layers.GluMlp: "swiglu_packed"}.get(type(mlp), "mlp"),
+        activation="gelu_tanh" if tanh else _ACTIVATIONS[type(mlp.act)],
         mlp_norm=_has_norm(mlp.norm),
         qkv=qkv,
         qkv_bias=bias is not None,
@@ -186,14 +179,15 @@ def _unknown_parts(source: nn.Module) -> list[str]:
     """What fastalign does not support, each once. Attention pooling stays timm's own module, with any parts."""
     parts = {k: part for k, part in source.named_modules() if not f"{k}.".startswith("attn_pool.")}
     found = [type(part).__name__ for part in parts.values() if type(part) not in _MODULES]
-    if any(isinstance(part, nn.Dropout) and part.p > 0 and k != "head_drop" for k, part in parts.items()):
-        found.append("dropout")
+    for path, part in parts.items():
+        if isinstance(part, nn.Dropout) and part.p > 0 and path != "head_drop":
+            found.append("dropout")
+        if hasattr(part, "num_kv_heads") and part.num_kv_heads != part.num_heads:
+            found.append("grouped heads")
+        if getattr(part, "gate_last", False):
+            found.append("the gate last")
     if isinstance(source, deit.VisionTransformerDistilled) and _has_norm(source.fc_norm):
         found.append("fc_norm")
-    if any(part.num_kv_heads != part.num_heads for part in parts.values() if hasattr(part, "num_kv_heads")):
-        found.append("grouped heads")
-    if any(getattr(part, "gate_last", False) for part in parts.values()):
-        found.append("the gate last")
     if isinstance(source, naflex.NaFlexVit):
         found += naflex.unsupported(source)
     elif getattr(source.patch_embed, "dynamic_img_pad", False):
@@ -202,15 +196,9 @@ def _unknown_parts(source: nn.Module) -> list[str]:
 
 
 def _unsupported(source: nn.Module, parts: list[str]) -> UserError:
-    return UserError(
-        f"{type(source).__name__} with {', '.join(parts[:3])} is not supported: choose another backbone or argument"
-    )
+    parts, name = ", ".join(parts[:3]), type(source).__name__
+    return UserError(f"{name} with {parts} is not supported: choose another backbone or argument")
 
 
 def _has_norm(module: nn.Module | None) -> bool:
     return module is not None and not isinstance(module, nn.Identity)
-
-
-def pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of a size that may be one number."""
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))

@@ -15,18 +15,14 @@ from torch import Tensor
 class Layout(NamedTuple):
     """Names in a library, as pairs of timm's name and theirs; other names are the same in both."""
 
-    name: str
-    """for messages"""
-    root: dict[str, str]
-    """outside of the blocks: a key, or its prefix"""
-    blocks: str
-    """the prefix of a block's number"""
-    block: dict[str, str]
-    """as `root`, within a block; `attn.q.`, `attn.k.`, `attn.v.` where these are separate"""
-    flat: bool = False
-    """class token [D] and positions [T, D]; timm's have a first axis of 1"""
-    unread: tuple[str, ...] = ()
-    """prefixes of keys that the backbone does not have"""
+    name: str  # for messages
+    root: dict[str, str]  # outside of the blocks: a key, or its prefix
+    blocks: str  # the prefix of a block's number
+    block: dict[
+        str, str
+    ]  # as `root`, within a block; `attn.q.`, `attn.k.`, `attn.v.` where these are separate
+    flat: bool = False  # class token [D] and positions [T, D]; timm's have a first axis of 1
+    unread: tuple[str, ...] = ()  # prefixes of keys that the backbone does not have
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -36,99 +32,89 @@ class Layout(NamedTuple):
         return (f"{patch}weight", *(f"{self.blocks}.0.{self.block[key]}weight" for key in first))
 
 
-_HF_ATTENTION = {f"attn.{part[0]}.": f"attention.attention.{part}." for part in ("query", "key", "value")}
-_HF_ATTENTION |= {"attn.proj.": "attention.output.dense."}
-_HF_NEW_ATTENTION = dict(zip(_HF_ATTENTION, [f"attention.{part}_proj." for part in "qkvo"], strict=True))
-_HF_GATED_MLP = {"mlp.fc1_g.": "mlp.gate_proj.", "mlp.fc1_x.": "mlp.up_proj.", "mlp.fc2.": "mlp.down_proj."}
+_ROOT = """
+timm                  open_clip                  CLIP
+cls_token             class_embedding            embeddings.class_embedding
+pos_embed             positional_embedding       embeddings.position_embedding.weight
+patch_embed.proj.     conv1.                     embeddings.patch_embedding.
+norm_pre.             ln_pre.                    pre_layrnorm.
+norm.                 ln_post.                   post_layernorm.
+attn_pool.latent      attn_pool.probe            head.probe
+attn_pool.in_proj.    attn_pool.attn.in_proj_    head.attention.in_proj_
+attn_pool.proj.       attn_pool.attn.out_proj.   head.attention.out_proj.
+attn_pool.norm.       attn_pool.layernorm.       head.layernorm.
+attn_pool.mlp.fc1.    attn_pool.mlp.c_fc.        head.mlp.fc1.
+attn_pool.mlp.fc2.    attn_pool.mlp.c_proj.      head.mlp.fc2.
+"""
+"""Names outside of the blocks. Those of pooling in open_clip's column are Perception Encoder's."""
+_BLOCK = """
+timm          open_clip        CLIP                  ViT                          DINOv3
+norm1.        ln_1.            layer_norm1.          layernorm_before.            norm1.
+norm2.        ln_2.            layer_norm2.          layernorm_after.             -
+attn.qkv.     attn.in_proj_    -                     -                            -
+attn.q_bias   -                -                     -                            attention.q_proj.bias
+attn.v_bias   -                -                     -                            attention.v_proj.bias
+attn.q.       -                self_attn.q_proj.     attention.attention.query.   attention.q_proj.
+attn.k.       -                self_attn.k_proj.     attention.attention.key.     attention.k_proj.
+attn.v.       -                self_attn.v_proj.     attention.attention.value.   attention.v_proj.
+attn.proj.    attn.out_proj.   self_attn.out_proj.   attention.output.dense.      attention.o_proj.
+mlp.fc1_g.    -                -                     -                            mlp.gate_proj.
+mlp.fc1_x.    -                -                     -                            mlp.up_proj.
+mlp.fc1.      mlp.c_fc.        -                     intermediate.dense.          mlp.up_proj.
+mlp.fc2.      mlp.c_proj.      -                     output.dense.                mlp.down_proj.
+ls1.gamma     ls_1.gamma       -                     -                            -
+ls2.gamma     ls_2.gamma       -                     -                            -
+gamma_1       -                -                     -                            layer_scale1.lambda1
+gamma_2       -                -                     -                            layer_scale2.lambda1
+"""
+"""Names within a block: of open_clip and transformers' models. "-" = as timm's, or not there."""
+
+
+def _column(table: str, library: str) -> dict[str, str]:
+    header, *rows = (line.split() for line in table.strip().splitlines())
+    return {row[0]: row[header.index(library)] for row in rows if row[header.index(library)] != "-"}
+
+
+_VIT_ROOT = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
+    "norm.": "layernorm.",
+    "register_tokens": "embeddings.register_tokens",
+    "mask_token": "embeddings.mask_token",
+}
+_VIT, _DINOV3 = _column(_BLOCK, "ViT"), _column(_BLOCK, "DINOv3")
+_DINOV2 = {
+    **{ours: theirs for ours, theirs in _VIT.items() if ours.startswith("attn.")},
+    "norm1.": "norm1.",
+    "ls1.gamma": "layer_scale1.lambda1",
+    "ls2.gamma": "layer_scale2.lambda1",
+}
+_IN_MEMORY = {ours: _DINOV3[ours] for ours in ("attn.q.", "attn.k.", "attn.v.", "attn.proj.")}
 
 TIMM = Layout(
     "timm (and training checkpoints of DINO, DINOv2, DINOv3, MAE, MoCo-v3 and Lightning)", {}, "blocks", {}
 )
 OPEN_CLIP = Layout(
     "open_clip",
-    {
-        "cls_token": "class_embedding",
-        "pos_embed": "positional_embedding",
-        "patch_embed.proj.": "conv1.",
-        "norm_pre.": "ln_pre.",
-        "norm.": "ln_post.",
-        # of Perception Encoder, which has the other names of open_clip
-        "attn_pool.latent": "attn_pool.probe",
-        "attn_pool.in_proj.": "attn_pool.attn.in_proj_",
-        "attn_pool.proj.": "attn_pool.attn.out_proj.",
-        "attn_pool.norm.": "attn_pool.layernorm.",
-        "attn_pool.mlp.fc1.": "attn_pool.mlp.c_fc.",
-        "attn_pool.mlp.fc2.": "attn_pool.mlp.c_proj.",
-    },
+    _column(_ROOT, "open_clip"),
     "transformer.resblocks",
-    {
-        "norm1.": "ln_1.",
-        "norm2.": "ln_2.",
-        "attn.qkv.": "attn.in_proj_",
-        "attn.proj.": "attn.out_proj.",
-        "mlp.fc1.": "mlp.c_fc.",
-        "mlp.fc2.": "mlp.c_proj.",
-        "ls1.": "ls_1.",
-        "ls2.": "ls_2.",
-    },
+    _column(_BLOCK, "open_clip"),
     flat=True,
     unread=("proj",),
 )
 HF_CLIP = Layout(
     "transformers' CLIP and SigLIP",
-    {
-        "cls_token": "embeddings.class_embedding",
-        "pos_embed": "embeddings.position_embedding.weight",
-        "patch_embed.proj.": "embeddings.patch_embedding.",
-        "norm_pre.": "pre_layrnorm.",
-        "norm.": "post_layernorm.",
-        "attn_pool.latent": "head.probe",
-        "attn_pool.in_proj.": "head.attention.in_proj_",
-        "attn_pool.proj.": "head.attention.out_proj.",
-        "attn_pool.norm.": "head.layernorm.",
-        "attn_pool.mlp.": "head.mlp.",
-    },
+    _column(_ROOT, "CLIP"),
     "encoder.layers",
-    {
-        "norm1.": "layer_norm1.",
-        "norm2.": "layer_norm2.",
-        "attn.q.": "self_attn.q_proj.",
-        "attn.k.": "self_attn.k_proj.",
-        "attn.v.": "self_attn.v_proj.",
-        "attn.proj.": "self_attn.out_proj.",
-    },
+    _column(_BLOCK, "CLIP"),
     flat=True,
     unread=("embeddings.position_ids",),
 )
 HF_VIT = Layout(
-    "transformers' ViT",
-    {
-        "cls_token": "embeddings.cls_token",
-        "pos_embed": "embeddings.position_embeddings",
-        "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
-        "norm.": "layernorm.",
-    },
-    "encoder.layer",
-    {
-        **_HF_ATTENTION,
-        "norm1.": "layernorm_before.",
-        "norm2.": "layernorm_after.",
-        "mlp.fc1.": "intermediate.dense.",
-        "mlp.fc2.": "output.dense.",
-    },
-    unread=("embeddings.mask_token", "pooler."),
+    "transformers' ViT", _VIT_ROOT, "encoder.layer", _VIT, unread=("embeddings.mask_token", "pooler.")
 )
-HF_DINOV2 = Layout(
-    "transformers' DINOv2",
-    {**HF_VIT.root, "register_tokens": "embeddings.register_tokens", "mask_token": "embeddings.mask_token"},
-    "encoder.layer",
-    {
-        **_HF_ATTENTION,
-        "norm1.": "norm1.",
-        "ls1.gamma": "layer_scale1.lambda1",
-        "ls2.gamma": "layer_scale2.lambda1",
-    },
-)
+HF_DINOV2 = Layout("transformers' DINOv2", _VIT_ROOT, "encoder.layer", _DINOV2)
 HF_DINOV3 = Layout(
     "transformers' DINOv3",
     {
@@ -137,60 +123,8 @@ HF_DINOV3 = Layout(
         "patch_embed.proj.": "embeddings.patch_embeddings.",
     },
     "layer",
-    {
-        "attn.q_bias": "attention.q_proj.bias",
-        "attn.v_bias": "attention.v_proj.bias",
-        **_HF_NEW_ATTENTION,
-        "gamma_1": "layer_scale1.lambda1",
-        "gamma_2": "layer_scale2.lambda1",
-        "norm1.": "norm1.",
-        **_HF_GATED_MLP,
-        "mlp.fc1.": "mlp.up_proj.",
-    },
+    _DINOV3,
     unread=("embeddings.mask_token",),
-)
-HF_AIMV2 = Layout(
-    "transformers' AIMv2",
-    {
-        "patch_embed.proj.": "embeddings.patch_embed.",
-        "patch_embed.norm.": "embeddings.rms_norm.",
-        "pos_embed": "embeddings.position_embedding.weight",
-        "norm.": "rms_norm.",
-    },
-    "encoder.layers",
-    {
-        **_HF_NEW_ATTENTION,
-        "attn.proj.": "attention.out_proj.",
-        "norm1.": "rms_norm1.",
-        "norm2.": "rms_norm2.",
-        **{ours: theirs.replace("mlp", "ffn") for ours, theirs in _HF_GATED_MLP.items()},
-    },
-    flat=True,
-    unread=("head.",),
-)
-HF_INTERN = Layout(
-    "transformers' InternViT",
-    HF_VIT.root,
-    "encoder.layer",
-    {
-        **_HF_NEW_ATTENTION,
-        "attn.proj.": "attention.projection_layer.",
-        "norm1.": "layernorm_before.",
-        "norm2.": "layernorm_after.",
-        "ls1.gamma": "lambda_1",
-        "ls2.gamma": "lambda_2",
-    },
-    unread=("embeddings.mask_token",),
-)
-INTERN = Layout(
-    "InternViT",
-    {
-        "cls_token": "embeddings.class_embedding",
-        "pos_embed": "embeddings.position_embedding",
-        "patch_embed.proj.": "embeddings.patch_embedding.",
-    },
-    "encoder.layers",
-    {"attn.qkv.": "attn.qkv.", "norm1.": "norm1.", "ls1.gamma": "ls1", "ls2.gamma": "ls2"},
 )
 LAYOUTS = (
     TIMM,
@@ -199,16 +133,12 @@ LAYOUTS = (
     HF_VIT,
     HF_DINOV2,
     HF_DINOV3,
-    HF_AIMV2,
-    HF_INTERN,
-    INTERN,
     # transformers 5 has these names in memory; its files have those above.
     HF_DINOV3._replace(blocks="model.layer"),
     HF_VIT._replace(
-        blocks="layers",
-        block={"norm1.": "layernorm_before.", "norm2.": "layernorm_after.", **_HF_NEW_ATTENTION},
+        blocks="layers", block={"norm1.": _VIT["norm1."], "norm2.": _VIT["norm2."], **_IN_MEMORY}
     ),
-    HF_DINOV2._replace(block={**HF_DINOV2.block, **_HF_NEW_ATTENTION}),
+    HF_DINOV2._replace(block=_DINOV2 | _IN_MEMORY),
 )
 HF_ACTIVATIONS = {name: name for name in ("gelu", "quick_gelu", "silu", "relu")}
 HF_ACTIVATIONS["gelu_tanh"] = "gelu_pytorch_tanh"
@@ -248,9 +178,7 @@ def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         parts = [key.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
         if all(part in state for part in parts):
             state[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat([state.pop(part) for part in parts])
-    if any(
-        ".mlp.fc1_g." in key for key in state
-    ):  # DINOv3's files name a part of a gated MLP as one of a plain MLP
+    if any(".mlp.fc1_g." in key for key in state):  # where DINOv3's files have the name of a plain MLP's part
         state = {key.replace(".mlp.fc1.", ".mlp.fc1_x."): value for key, value in state.items()}
     _split_pooling(state)
     if "storage_tokens" in state:  # Meta's DINOv3; a mask removes the bias of its keys

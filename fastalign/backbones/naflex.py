@@ -5,15 +5,11 @@ grid, resampled once, and the keys and shapes of timm's VisionTransformer.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 from timm.models import get_model_input_config, naflexvit
 from torch import Tensor, nn
 
 from fastalign.backbones.spec import ViTSpec
-from fastalign.utils.errors import UserError
 
 NaFlexVit, Embeds = naflexvit.NaFlexVit, naflexvit.NaFlexEmbeds
 checkpoint_filter_fn = naflexvit.checkpoint_filter_fn
@@ -39,49 +35,22 @@ def unsupported(source: nn.Module) -> list[str]:
 
 def vit_state(source: nn.Module, grid: tuple[int, int]) -> dict[str, Tensor]:
     """The parameters by the keys of timm's VisionTransformer, differentiable; positions for a grid of patches."""
-    return TimmKeys.of(source, grid).rename(source.state_dict(keep_vars=True))
-
-
-@dataclass
-class TimmKeys:
-    """A hook of `load_state_dict` that takes the keys and tables of timm's NaFlexVit too."""
-
-    options: dict[str, Any]
-    """of timm's NaFlexEmbeds"""
-    grid: tuple[int, int]
-
-    @classmethod
-    def of(cls, source: nn.Module, grid: tuple[int, int]) -> "TimmKeys":
-        """For models like a NaFlexVit."""
-        names = ("interp_mode", "ar_preserving", "antialias", "align_corners")
-        names = ("patch_size", *(f"pos_embed_{name}" for name in names))
-        return cls({name: getattr(source.embeds, name) for name in names}, grid)
-
-    def __call__(self, vit: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
-        theirs = [key for key in state if key.startswith(f"{prefix}embeds.")]
-        renamed = self.rename({key.removeprefix(prefix): state.pop(key) for key in theirs})
-        state.update({prefix + key: value for key, value in renamed.items()})
-
-    def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By the keys of timm's VisionTransformer."""
-        renamed, tables = {}, {}
-        for key, value in state.items():
-            name = key.removeprefix("embeds.")
-            if key == "embeds.proj.weight":
-                value = value.unflatten(1, (*self.options["patch_size"], -1)).permute(0, 3, 1, 2).contiguous()
-            if key.startswith("embeds.pos_embed"):
-                tables[name] = value
-            else:
-                renamed[
-                    f"patch_embed.{name}" if key.startswith(("embeds.proj.", "embeds.norm.")) else name
-                ] = value
-        if tables:
-            embeds, table = SimpleNamespace(**self.options, **tables), next(iter(tables.values()))
-            learned = "pos_embed" in tables
-            add = Embeds._apply_learned_pos_embed if learned else Embeds._apply_factorized_pos_embed
-            renamed["pos_embed"] = table.new_zeros(1, self.grid[0] * self.grid[1], table.shape[-1])
-            add(embeds, renamed["pos_embed"], self.grid)  # in place
-        return renamed
+    embeds, state, table = source.embeds, {}, None
+    for key, value in source.state_dict(keep_vars=True).items():
+        if key == "embeds.proj.weight":
+            value = value.unflatten(1, (*embeds.patch_size, -1)).permute(0, 3, 1, 2).contiguous()
+        if key.startswith("embeds.pos_embed"):
+            table = value
+        elif key.startswith(("embeds.proj.", "embeds.norm.")):
+            state[key.replace("embeds.", "patch_embed.")] = value
+        else:
+            state[key.removeprefix("embeds.")] = value
+    if table is not None:
+        factorized = embeds.pos_embed_type == "factorized"
+        add = embeds._apply_factorized_pos_embed if factorized else embeds._apply_learned_pos_embed
+        state["pos_embed"] = table.new_zeros(1, grid[0] * grid[1], table.shape[-1])
+        add(state["pos_embed"], grid)  # in place
+    return state
 
 
 def timm_state(state: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
@@ -99,30 +68,13 @@ def timm_state(state: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, 
 
 
 def table_arguments(state: Mapping[str, Tensor]) -> dict:
-    """timm's arguments for a model with the position table of a state dict."""
+    """timm's arguments for the position table in a NaFlexVit's weights; none if there is no such table."""
     if (table := state.get("embeds.pos_embed")) is not None:
-        return {"pos_embed_grid_size": tuple(table.shape[1:3])}
+        return {"pos_embed": "learned", "pos_embed_grid_size": tuple(table.shape[1:3])}
     axes = [state[key].shape[1] for key in ("embeds.pos_embed_y", "embeds.pos_embed_x") if key in state]
-    return {"pos_embed_grid_size": tuple(axes)} if axes else {}
-
-
-def model_arguments(model: nn.Module) -> dict:
-    """timm's arguments for the position table of a model, which may not be a NaFlexVit."""
-    if not isinstance(model, NaFlexVit):
-        return {}
-    embeds = model.embeds
-    return {"pos_embed": embeds.pos_embed_type, "pos_embed_grid_size": embeds.pos_embed_grid_size}
+    return {"pos_embed": "factorized", "pos_embed_grid_size": tuple(axes)} if axes else {}
 
 
 def vit_arguments(spec: ViTSpec) -> dict:
     """timm's arguments for a NaFlexVit with the ViT's position table."""
     return {"pos_embed": "learned", "pos_embed_grid_size": list(spec.grid)} if spec.position else {}
-
-
-def check_patch_size(source: nn.Module, spec: ViTSpec) -> None:
-    """timm resamples no patch embedding here."""
-    if source.embeds.patch_size != spec.patch_size:
-        raise UserError(
-            f"patch_size {spec.patch_size[0]}: the weights of a NaFlexVit have {source.embeds.patch_size[0]} and are "
-            "not resampled: leave patch_size out"
-        )

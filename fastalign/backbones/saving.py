@@ -13,15 +13,14 @@ from fastalign.utils.files import write_atomically, write_tensors
 
 
 def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
-    """Save the backbone of a student, without its head and decoder, as a run does.
+    """Save the backbone of a student, without its head and decoder, as a run does: every command reads the folder.
 
-    `load_backbone`, `student.weights` and the commands `export`, `probe` and `classify` read the folder like a run's.
-    Earlier files there are replaced. With several ranks, call it on one of them with full, not sharded, tensors.
+    With several ranks, call it on one of them with full, not sharded, tensors.
 
     Args:
-        student: a student of fastalign or a `ViT`, perhaps wrapped in DDP or torch.compile. Soft-cap, preprocessing
-            and timm name are read from it. Weights are written in fp32.
-        folder: where to write; created if missing.
+        student: a student of fastalign or a `ViT`, perhaps wrapped in DDP or torch.compile. Weights are written in
+            fp32, with soft-cap, preprocessing and timm name.
+        folder: where to write; created if missing. Earlier files there are replaced.
         **facts: JSON values to record too, such as `step`, `val_loss`, or `weights`: "pretrained" or the file that
             the student started from, which an export needs to name the licence.
 
@@ -32,9 +31,7 @@ def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
     vit = getattr(student, "encoder", student)
     vit = getattr(vit, "_orig_mod", vit)
     if not isinstance(vit, ViT):
-        raise UserError(
-            f"save_backbone: got {type(vit).__name__}; give a student, or a backbone of fa.create_backbone"
-        )
+        raise UserError(f"save_backbone: got {type(vit).__name__}; give a student or a fastalign backbone")
     if any(value.is_meta for value in vit.parameters()):
         raise UserError("save_backbone: the backbone is on the meta device, without weights: load them first")
     write_backbone(Path(folder), vit.state_dict(), facts_text(backbone_facts(vit, **facts)))
@@ -66,11 +63,8 @@ def write_backbone(folder: Path, weights: dict[str, Tensor], text: str) -> None:
 
     `backbone.safetensors` holds the text too: `is_written` tells whether a kill left one file without the other.
     """
-    weights = {
-        name: value.detach().contiguous().float()
-        for name, value in weights.items()
-        if not name.startswith(("head.", "head_dist."))
-    }
+    weights = {key: value for key, value in weights.items() if not key.startswith(("head.", "head_dist."))}
+    weights = {key: value.detach().contiguous().float() for key, value in weights.items()}
     softcap = str(json.loads(text)["softcap"])
     write_tensors(folder / "backbone.safetensors", weights, softcap=softcap, facts=text)
     write_atomically(folder / "backbone.json", lambda file: file.write(text.encode()))
@@ -79,8 +73,5 @@ def write_backbone(folder: Path, weights: dict[str, Tensor], text: str) -> None:
 def is_written(folder: Path, text: str) -> bool:
     """Whether both files of a backbone are there, with this text."""
     facts = folder / "backbone.json"
-    return (
-        embedded_facts(folder / "backbone.safetensors") == text
-        and facts.exists()
-        and facts.read_text() == text
-    )
+    same = facts.exists() and facts.read_text() == text
+    return same and embedded_facts(folder / "backbone.safetensors") == text

@@ -9,15 +9,11 @@ from fastalign.utils.errors import UserError
 AUTHORS_SOFTCAP = 30.0
 
 
-def is_softcap(value: Any) -> bool:
-    """Whether attention logits can be capped at a value: a positive finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def check_softcap(value: Any, where: str = "") -> float | None:
-    """The value itself, a cap or None; `where` precedes the message."""
-    if value is not None and not is_softcap(value):
-        raise UserError(f"{where}softcap must be a positive number or None, got {value!r}")
+def check_softcap(value: Any, where: str = "", key: str = "softcap") -> float | None:
+    """The value itself, a positive finite number or None; `where` precedes the message."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and 0 < value < math.inf):
+        raise UserError(f"{where}{key} must be a positive number or None, got {value!r}")
     return value
 
 
@@ -28,30 +24,24 @@ class BlockSpec:
     width: int
     heads: int
     mlp_hidden: int
-    mlp: str = "mlp"
-    """mlp (fc1, fc2) | swiglu (fc1_g, fc1_x, fc2) | swiglu_packed (fc1 = both, fc2)"""
+    mlp: str = "mlp"  # mlp (fc1, fc2) | swiglu (fc1_g, fc1_x, fc2) | swiglu_packed (fc1 = both, fc2)
     activation: str = "gelu"
     mlp_norm: bool = False
+    # fused | no_k_bias (one weight, q_bias and v_bias: BEiT, DINOv3) | split (q_proj, k_proj, v_proj: EVA02)
     qkv: str = "fused"
-    """fused | no_k_bias (one weight, q_bias and v_bias: BEiT, DINOv3) | split (q_proj, k_proj, v_proj: EVA02)"""
     qkv_bias: bool = True
     qk_norm: bool = False
-    attention_norm: bool = False
-    """a norm between attention and its projection (EVA02)"""
-    proj_bias: bool = True
-    """of the attention's projection and the MLP's layers"""
-    rotate_half: bool = False
-    """rotary embeddings turn channels i and i + d / 2, not neighbours (DINOv3)"""
+    attention_norm: bool = False  # a norm between attention and its projection (EVA02)
+    proj_bias: bool = True  # of the attention's projection and the MLP's layers
+    rotate_half: bool = False  # rotary embeddings turn channels i and i + d / 2, not neighbours (DINOv3)
     layer_scale: float | None = None
-    layer_scale_keys: str = "ls"
-    """ls (ls1.gamma) | gamma (gamma_1)"""
-    post_norm: bool = False
-    """norms follow attention and MLP instead of preceding them"""
-    norm: str = "layer_norm"
-    """layer_norm | rms_norm | identity"""
+    layer_scale_keys: str = "ls"  # ls (ls1.gamma) | gamma (gamma_1)
+    post_norm: bool = False  # norms follow attention and MLP instead of preceding them
+    norm: str = "layer_norm"  # layer_norm | rms_norm | identity
     norm_eps: float = 1e-6
-    softcap: float | None = None
-    """attention logits s become softcap * tanh(s / softcap); None = plain attention"""
+    softcap: float | None = (
+        None  # attention logits s become softcap * tanh(s / softcap); None = plain attention
+    )
 
     def __post_init__(self):
         check_softcap(self.softcap)
@@ -72,32 +62,25 @@ class ViTSpec:
     patch_size: tuple[int, int]
     channels: int = 3
     class_token: bool = True
-    distilled: bool = False
-    """a distillation token follows the class token (DeiT)"""
+    distilled: bool = False  # a distillation token follows the class token (DeiT)
     registers: int = 0
-    position: bool = True
-    """a position embedding is added"""
-    position_fixed: bool = False
-    """not trained (MoCo-v3's sin-cos table)"""
-    position_prefix: bool = True
-    """the position embedding has entries for the prefix tokens"""
-    relative_position: bool = False
-    """a relative position bias in each block (BEiT)"""
-    rotary: bool = False
-    """rotary position embeddings of the patches in each block"""
-    rotary_mixed: bool = False
-    """whose angles are learned for each block and head (RoPE-mixed)"""
+    position: bool = True  # a position embedding is added
+    position_fixed: bool = False  # not trained (MoCo-v3's sin-cos table)
+    position_prefix: bool = True  # the position embedding has entries for the prefix tokens
+    relative_position: bool = False  # a relative position bias in each block (BEiT)
+    rotary: bool = False  # rotary position embeddings of the patches in each block
+    rotary_mixed: bool = False  # whose angles are learned for each block and head (RoPE-mixed)
     patch_bias: bool = True
     patch_norm: bool = False
     pre_norm: bool = False
     final_norm: bool = True
-    pooled_norm: bool = False
-    """fc_norm: a norm after pooling"""
+    pooled_norm: bool = False  # fc_norm: a norm after pooling
+    # token | pair (mean of class and distillation token) | avg | avgmax | max | map (attention pooling) | none
     pool: str = "token"
-    """token | pair (mean of class and distillation token) | avg | avgmax | max | map (attention pooling) | none"""
     pool_prefix: bool = False
-    fresh_norm_eps: float = 1e-6
-    """epsilon of a newly made norm of the backbone's norm class, which the student's norms and decoder get"""
+    fresh_norm_eps: float = (
+        1e-6  # of a newly made norm of its norm class: the student's norms and the decoder's
+    )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -122,10 +105,10 @@ def split_svit(name: str, kwargs: dict) -> tuple[str, dict, float | None]:
     """
     if not name.startswith("svit_"):
         return name, kwargs, None
-    cap = kwargs.get("max_attn_val", AUTHORS_SOFTCAP)
-    if not is_softcap(cap):
-        raise UserError(f"max_attn_val must be a positive number, got {cap!r}: give one, or omit it for 30")
-    rest = {key: value for key, value in kwargs.items() if key != "max_attn_val"}
+    rest = dict(kwargs)
+    cap = check_softcap(rest.pop("max_attn_val", AUTHORS_SOFTCAP), key="max_attn_val")
+    if cap is None:
+        raise UserError("max_attn_val must be a positive number, got None: omit it for 30")
     return name.removeprefix("s"), rest, float(cap)
 
 

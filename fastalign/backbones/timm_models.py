@@ -1,13 +1,16 @@
-"""timm models by name: built, and checked before any weights are read."""
+"""timm models: by name, checked before any weights are read; or a user's, with the name that builds it again."""
 
-import difflib
+import copy
 
 import timm
 import torch
 from torch import nn
 
-from fastalign.backbones.describe import from_timm
-from fastalign.utils.errors import UserError, first_line
+from fastalign.backbones import naflex
+from fastalign.backbones.describe import describe, from_timm
+from fastalign.backbones.spec import ViTSpec
+from fastalign.backbones.vit import ViT
+from fastalign.utils.errors import UserError, first_line, unknown
 
 MOCO = "vit_base_patch16_mocov3_224"
 """Not in timm: a ViT-B/16 with a fixed sin-cos position embedding (Chen et al., 2021)."""
@@ -17,7 +20,13 @@ MOCO_DATA = {
     "interpolation": "bicubic",
     "crop_pct": 0.875,
 }
-OTHER_WEIGHTS = "or give a file or random weights: student.weights=FILE or random (in Python checkpoint=FILE)"
+_FAMILIES = ("vision_transformer", "deit", "beit", "eva", "naflexvit")
+"""timm's modules with supported architectures."""
+_NOT_SETTINGS = {
+    *("training", "grad_checkpointing", "num_classes", "init_values", "drop_prob", "scale_by_keep", "p"),
+    *("dynamic_img_size", "strict_img_size", "flatten", "output_fmt", "feat_shape", "pos_embed_grid_size"),
+}
+"""Attributes of timm's modules that may differ between two models of one name and arguments."""
 
 
 def is_moco(name: str) -> bool:
@@ -29,11 +38,8 @@ def empty_model(name: str, kwargs: dict) -> nn.Module:
     """The timm model without memory for its weights, checked: `ViT` can be made of it."""
     architecture = name.split(".")[0]
     if architecture != MOCO and not timm.is_model(architecture):
-        modules = ("vision_transformer", "deit", "beit", "eva", "naflexvit")  # with supported architectures
-        names = [MOCO, *(name for module in modules for name in timm.list_models(module=module))]
-        near = sorted((name for name in names if name.startswith(architecture)), key=len)[:4]
-        near = near or difflib.get_close_matches(architecture, names, n=4, cutoff=0.5)
-        raise UserError(f"unknown backbone {name!r}: the nearest names are {', '.join(near) or 'none'}")
+        names = [MOCO, *(name for family in _FAMILIES for name in timm.list_models(module=family))]
+        raise UserError(unknown("backbone", name, names))
     with torch.device("meta"):
         model = create_timm(name, kwargs)
     try:
@@ -45,9 +51,9 @@ def empty_model(name: str, kwargs: dict) -> nn.Module:
     for side, patch in zip(spec.image_size, spec.patch_size, strict=True):
         if side % patch and spec.image_size != native:
             below = max(side // patch, 1) * patch
+            near = f"{below} or {below + patch}"
             raise UserError(
-                f"{name}: img_size {side} is not a multiple of the patch size {patch}: "
-                f"use {below} or {below + patch}"
+                f"{name}: img_size {side} is not a multiple of the patch size {patch}: use {near}"
             )
     return model
 
@@ -61,13 +67,79 @@ def create_timm(name: str, kwargs: dict, pretrained: bool = False) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained, **options, **kwargs)
     except Exception as error:
         if pretrained:
-            raise UserError(
-                f"cannot load the published weights of {name!r} ({first_line(error)}): check the network, "
-                f"{OTHER_WEIGHTS}"
-            ) from error
+            raise no_download(f"the published weights of {name!r}", error) from error
         known = timm.list_pretrained(name.split(".")[0] + ".*")
+        remedy = f"correct its arguments {kwargs}"
         if "." in name and name not in known:
             remedy = f"weights known for it: {', '.join(known[:4]) or 'none'}"
-        else:
-            remedy = f"correct its arguments {kwargs}"
         raise UserError(f"backbone {name}: {first_line(error)}; {remedy}") from error
+
+
+def no_download(what: str, error: Exception) -> UserError:
+    """The error for weights that cannot be downloaded."""
+    other = "give a file or random weights: student.weights=FILE or random (in Python checkpoint=FILE)"
+    return UserError(f"cannot load {what} ({first_line(error)}): check the network, or {other}")
+
+
+def from_model(model: nn.Module) -> ViT:
+    """A copy of a user's timm model on our parts."""
+    for inner in ("module", "_orig_mod"):
+        if isinstance(getattr(model, inner, None), nn.Module):
+            raise UserError(f"the model is wrapped in {type(model).__name__}: give model.{inner}")
+    for path, part in model.named_modules():
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+            raise UserError(f"{path or 'the model'} has hooks or its own forward: remove them")
+    vit = from_timm(model, _recipe_of(model, describe(model)))
+    return copy.deepcopy(vit).train(model.training)
+
+
+def _recipe_of(model: nn.Module, spec: ViTSpec) -> dict | None:
+    """The name and arguments that build a timm model of the same shape and settings; None if they are not found."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    architecture = config.get("architecture")
+    if not architecture or not timm.is_model(architecture):
+        return None
+    name = f"{architecture}.{config.get('tag')}"
+    name = name if name in timm.list_pretrained(f"{architecture}.*") else architecture
+    try:
+        usual = _arguments(describe(empty_model(name, {"num_classes": 0})))
+        kwargs = {key: value for key, value in _arguments(spec).items() if value != usual[key]}
+        made = empty_model(name, {"num_classes": 0, **kwargs, **naflex.table_arguments(model.state_dict())})
+    except UserError:
+        return None
+    if describe(made) != spec or _settings(made) != _settings(model):
+        return None
+    return {"name": name, "kwargs": {"num_classes": getattr(model.head, "out_features", 0), **kwargs}}
+
+
+def _arguments(spec: ViTSpec) -> dict:
+    """timm's arguments that a shape shows."""
+    block = spec.block
+    sizes = {"img_size": spec.image_size, "patch_size": spec.patch_size}
+    return {
+        **{key: size[0] if size[0] == size[1] else list(size) for key, size in sizes.items()},
+        "in_chans": spec.channels,
+        "depth": spec.depth,
+        "embed_dim": block.width,
+        "num_heads": block.heads,
+        "mlp_ratio": block.mlp_hidden / block.width,
+        "init_values": block.layer_scale,
+        "global_pool": "" if spec.pool == "none" else spec.pool,
+        "class_token": spec.class_token,
+        "reg_tokens": spec.registers,
+        "no_embed_class": not spec.position_prefix,
+        "qkv_bias": block.qkv_bias,
+        "qk_norm": block.qk_norm,
+        "act_layer": block.activation,
+    }
+
+
+def _settings(model: nn.Module) -> dict:
+    """What decides a timm model's function besides its parameters, by path."""
+    return {
+        f"{path}.{key}": value
+        for path, part in model.named_modules()
+        for key, value in vars(part).items()
+        if isinstance(value, (bool, int, float, str, tuple)) and path not in ("head", "head_dist")
+        if key not in _NOT_SETTINGS and not key.startswith("_")
+    }

@@ -49,10 +49,9 @@ class ViT(nn.Module):
         rates = torch.linspace(0, drop_path, spec.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(spec.block, drop_path=rate, window=window) for rate in rates)
         self.norm = make_norm(spec.block, present=spec.final_norm)
-        self.attn_pool = None
+        self.pool, self.attn_pool = spec.pool, None
         self.fc_norm = make_norm(spec.block, present=spec.pooled_norm)
         self.head, self.head_dist = nn.Identity(), None
-        self.pool = spec.pool
         self.grad_checkpointing = False
         self.rope = MixedRope(spec.block, spec.depth) if spec.rotary_mixed else None
         # The relative position index, the rotary table or mixed rope's coordinates: not a parameter, not stored.
@@ -62,7 +61,7 @@ class ViT(nn.Module):
         """Fix the weights and stay in evaluation mode, also within a module in training; False: train them again."""
         self.frozen = frozen
         self.requires_grad_(not frozen)
-        if self.pos_embed is not None and self.spec.position_fixed:
+        if self.spec.position_fixed:
             self.pos_embed.requires_grad_(False)
         return self.train(not frozen)
 
@@ -72,21 +71,13 @@ class ViT(nn.Module):
 
     @property
     def recipe(self) -> dict:
-        """The "name" and "kwargs" for `fastalign.create_backbone`, with which a backbone is saved.
-
-        Raises:
-            UserError: they are not known, as of some backbones that were made from a user's timm model.
-        """
+        """The "name" and "kwargs" for `fastalign.create_backbone`; a UserError if they are not known."""
         if self._recipe is None:
             raise UserError(
-                "the timm name and arguments of this backbone are not known, so it cannot be saved or loaded: "
-                "build the timm model with timm.create_model and plain arguments"
+                "the timm name and arguments of this backbone are not known, so it cannot be saved: build it with "
+                "fa.create_backbone and its timm name, and load the weights"
             )
         return self._recipe
-
-    @recipe.setter
-    def recipe(self, value: dict | None) -> None:
-        self._recipe = value
 
     @property
     def pretrained_cfg(self) -> dict:
@@ -121,9 +112,8 @@ class ViT(nn.Module):
         if not tokens:
             return None
         prefix = torch.cat(tokens)
-        if self.pos_embed is not None and self.spec.position_prefix:
-            prefix = prefix + self.pos_embed[0, : self.num_prefix_tokens]
-        return prefix
+        with_position = self.pos_embed is not None and self.spec.position_prefix
+        return prefix + self.pos_embed[0, : len(prefix)] if with_position else prefix
 
     def patch_position(self) -> Tensor | None:
         """[N, D]: the position embedding of the patches."""
@@ -136,20 +126,14 @@ class ViT(nn.Module):
         return self.norm_pre(with_prefix(patches, self.prefix_rows(), self.patch_position()))
 
     def embed_masked(self, images: Tensor, visible: Tensor) -> Tensor:
-        """The first block's input for masked copies of images, whose hidden patches are blank.
-
-        Normalised images [B, C, height, width], visible [B, M, N] bool -> [B M, T, D].
-        """
+        """Images and visible [B, M, N] bool -> the first block's input with blank hidden patches, [B M, T, D]."""
         patches = self.patch_embed(images)
         blank = self.patch_embed.blank().to(patches.dtype)
         tokens = ops.mask_tokens(patches, blank, visible, self.prefix_rows(), self.patch_position())
         return self.norm_pre(tokens.flatten(0, 1))
 
     def embed_packed(self, images: Tensor, packing: Packing) -> Tensor:
-        """The first block's input for masked copies of images, without their hidden patches.
-
-        Normalised images [B, C, height, width], `packing` of `ops.pack_masks` with P prefix tokens -> [L, D].
-        """
+        """Images and their packed masks -> the first block's input without hidden patches, [L, D]."""
         tokens = ops.pack(self.patch_embed(images), packing, self.prefix_rows(), self.patch_position())
         return self.norm_pre(tokens)
 
@@ -183,32 +167,26 @@ class ViT(nn.Module):
         if not wanted or min(wanted) < 0 or max(wanted) > len(self.blocks):
             raise ValueError(f"skip_blocks must lie in 0..{len(self.blocks)}, got {list(skip_blocks)}")
         tokens = self.add_position(self.patch_embed(images))
-        found, positions = {0: self.norm(tokens)} if 0 in wanted else {}, self.positions()
-        for depth, (block, position) in enumerate(
-            zip(self.blocks[: max(wanted)], positions, strict=False), 1
-        ):
-            tokens = block(tokens, position)
+        found = {0: self.norm(tokens)} if 0 in wanted else {}
+        for depth, position in zip(range(1, max(wanted) + 1), self.positions(), strict=False):
+            tokens = self.blocks[depth - 1](tokens, position)
             if depth in wanted:
                 found[depth] = self.norm(tokens)
         return [found[depth] for depth in wanted]
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """[B, T, D] -> [B, D], pooled and normed; with pool "none" every token, [B, T, D]."""
-        if self.pool != "none":
-            pooling = tokens if self.spec.pool_prefix else tokens[:, self.num_prefix_tokens :]
-            if self.pool == "map":
-                tokens = self.attn_pool(pooling)
-            elif self.pool == "token":
-                tokens = tokens[:, 0]
-            elif self.pool == "pair":
-                tokens = tokens[:, :2].mean(1)
-            elif self.pool == "avg":
-                tokens = pooling.mean(1)
-            elif self.pool == "max":
-                tokens = pooling.amax(1)
-            else:
-                tokens = 0.5 * (pooling.mean(1) + pooling.amax(1))
-        return self.fc_norm(tokens)
+        read = tokens if self.spec.pool_prefix else tokens[:, self.num_prefix_tokens :]
+        pools = {
+            "none": lambda: tokens,
+            "map": lambda: self.attn_pool(read),
+            "token": lambda: tokens[:, 0],
+            "pair": lambda: tokens[:, :2].mean(1),
+            "avg": lambda: read.mean(1),
+            "max": lambda: read.amax(1),
+            "avgmax": lambda: 0.5 * (read.mean(1) + read.amax(1)),
+        }
+        return self.fc_norm(pools[self.pool]())
 
     def forward_head(self, tokens: Tensor) -> Tensor:
         """Pooling, norm and the output layer; with two (DeiT's) the mean of both outputs."""

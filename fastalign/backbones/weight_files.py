@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import safetensors.torch
 import torch
 
 from fastalign.backbones import layouts
-from fastalign.backbones.spec import check_softcap
+from fastalign.backbones.spec import ViTSpec, check_softcap
 from fastalign.utils.errors import UserError, first_line
 from fastalign.utils.paths import user_path
 
@@ -28,7 +29,7 @@ _TIMM_NAMES = _NAMES[:2]
 """Weights in a folder of timm's format, which is that of `fastalign.export --to timm`."""
 _INDEX = ".index.json"
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-SAFE_GLOBALS = [
+_SAFE_GLOBALS = [
     argparse.Namespace,
     np.dtype,
     *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.bool_)),
@@ -38,6 +39,17 @@ SAFE_GLOBALS = [
 
 Creating one of these has no side effect. Everything else is refused.
 """
+HF_DEFAULTS = {
+    kind: {"hidden_act": activation, "num_attention_heads": heads}
+    for activation, heads, kinds in (
+        ("quick_gelu", 12, ["clip_vision_model"]),
+        ("gelu_pytorch_tanh", 12, ["siglip_vision_model", "siglip2_vision_model"]),
+        ("gelu", 12, ["vit", "dinov2", "dinov2_with_registers"]),
+        ("gelu", 6, ["dinov3_vit"]),
+    )
+    for kind in kinds
+}
+"""By model type: transformers' defaults of keys that a config.json may omit, as google/siglip-base's does."""
 
 
 def plain(name: str) -> str:
@@ -52,9 +64,7 @@ def locate(path: str | Path) -> Path:
         return path
     files = (path / f"{name}{end}" for name in _NAMES for end in ("", _INDEX))
     if (found := next((file for file in files if file.is_file()), None)) is None:
-        raise UserError(
-            f"no weights in {path}: give a file, the folder of a finished run, or one with {', '.join(_NAMES)}"
-        )
+        raise UserError(f"no weights in {path}: give a file or a folder with {', '.join(_NAMES)}")
     return found
 
 
@@ -62,26 +72,21 @@ def read_file(path: Path, device: str | torch.device = "cpu") -> Any:
     """The content of a safetensors file, or of one of `torch.save`.
 
     Raises:
-        UserError: it cannot be opened, is damaged, or pickles what is not in `SAFE_GLOBALS`.
+        UserError: it cannot be opened, is damaged, or pickles what is not in `_SAFE_GLOBALS`.
     """
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path, device=str(device))
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
             return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch's unpickler raises errors of many classes
+        problem = "is damaged, cut short or not a weights file: copy it again"
         if isinstance(error, OSError):
-            problem = (
-                f"cannot be read ({error.strerror or first_line(error)}): check the path and its permissions"
-            )
+            problem = f"cannot be read ({error.strerror or first_line(error)}): check the path"
         elif "TorchScript" in str(error):
             problem = "is a TorchScript program, as OpenAI publishes CLIP: give a file of its state_dict()"
         elif found := re.search(r"GLOBAL (\S+)", str(error)):
-            problem = (
-                f"cannot be read safely, it pickles {found[1]}: nothing of it was run; give a file of tensors"
-            )
-        else:
-            problem = "is damaged, cut short or not a weights file: copy it again"
+            problem = f"pickles {found[1]}, which is not safe: nothing of it was run; give a file of tensors"
         raise UserError(f"{path} {problem}") from error
 
 
@@ -92,15 +97,13 @@ def read_weights(path: Path) -> Any:
     try:
         shards = {plain(str(name)): str(file) for name, file in read_json(path)["weight_map"].items()}
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): copy it again") from None
+        raise _damaged(path, error) from None
     prefixes = tuple(prefix for _, prefix in layouts.find(shards.keys())) or ("",)
     content: dict[str, Any] = {}
     for file in sorted({file for name, file in shards.items() if name.startswith(prefixes)}):
         shard = read_file(path.with_name(Path(file).name))
         if not isinstance(shard, dict):
-            raise UserError(
-                f"{file} is not a shard of weights, it holds a {type(shard).__name__}: copy it again"
-            )
+            raise UserError(f"{file} is not a shard of weights but a {type(shard).__name__}: copy it again")
         content |= shard
     return content
 
@@ -110,7 +113,11 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): copy it again") from None
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({type(error).__name__}: {error}): copy it again")
 
 
 def read_facts(path: Path) -> dict:
@@ -151,5 +158,38 @@ def _parsed(text: str | bytes, path: Path) -> dict:
         facts = json.loads(text)
         facts["name"], facts["kwargs"], check_softcap(facts["softcap"], f"{path}: ")
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): copy it again") from error
+        raise _damaged(path, error) from error
     return facts
+
+
+def vision_config(path: Path) -> dict[str, Any]:
+    """The vision model in transformers' config.json, with transformers' defaults."""
+    config = read_json(path) if path.is_file() else {}
+    config = config if isinstance(config, dict) and "model_type" in config else {}
+    vision = config.get("vision_config", config)
+    if not isinstance(vision, dict):
+        return {}
+    kind = vision.get("model_type", f"{config.get('model_type')}_vision_model")
+    return HF_DEFAULTS.get(kind, {}) | vision
+
+
+def recorded_grid(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Patches along height and width of transformers' position tables; SigLIP 2 records no image size."""
+    sizes = [config.get(key) for key in ("image_size", "patch_size")]
+    sizes = [[size, size] if isinstance(size, int) else size for size in sizes]
+    if not all(isinstance(size, list) and len(size) == 2 for size in sizes):
+        return None
+    return sizes[0][0] // sizes[1][0], sizes[0][1] // sizes[1][1]
+
+
+def check_config(spec: ViTSpec, config: Mapping[str, Any], path: str) -> None:
+    """Compare a backbone with what transformers' config.json says and weights do not show."""
+    ours = {
+        "num_attention_heads": spec.block.heads,
+        "hidden_act": layouts.HF_ACTIVATIONS[spec.block.activation],
+    }
+    timms = {theirs: timm for timm, theirs in layouts.HF_ACTIVATIONS.items()}
+    for key, argument in (("num_attention_heads", "num_heads"), ("hidden_act", "act_layer")):
+        if (theirs := config.get(key, ours[key])) != ours[key]:
+            remedy = f"give the right name, or {argument}={timms.get(theirs, theirs)}"
+            raise UserError(f"{path}: config.json has {key}={theirs}, the backbone has {ours[key]}: {remedy}")

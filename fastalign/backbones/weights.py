@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import math
 import re
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -12,11 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastalign.backbones import layouts, naflex
+from fastalign.backbones import layouts, naflex, weight_files
 from fastalign.backbones.describe import MODELS, describe
-from fastalign.backbones.hf_config import recorded_grid, vision_config
 from fastalign.backbones.spec import ViTSpec, check_softcap, split_svit
-from fastalign.backbones.weight_files import locate, plain, read_weights
+from fastalign.backbones.timm_models import empty_model
 from fastalign.utils.errors import UserError, first_line
 
 STATES = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -33,47 +31,46 @@ _LAYER_SCALE = re.compile(r"(blocks\.\d+\.)(?:ls([12])\.gamma|gamma_([12]))")
 class Checkpoint(NamedTuple):
     """The backbone in a file of weights, and what the file says of it."""
 
-    state: dict[str, Tensor]
-    """the weights by timm's keys, without a prefix"""
-    arch: str | None = None
-    """the model's name"""
-    softcap: float | None = None
-    """of the attention logits in training"""
-    student: bool = False
-    """a student of MaskEmbed or masked image modeling: its head is not a classifier, and it has no pooling"""
-    layout: str | None = None
-    """of the file; None = unknown, the keys are unchanged"""
-    config: Mapping[str, Any] = MappingProxyType({})
-    """the vision model in transformers' config.json next to the file"""
-    grid: tuple[int, int] | None = None
-    """patches along height and width of its position tables"""
-    norm_eps: float | None = None
-    """epsilon of the last norm, where it is not the backbone's"""
-
-
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """The backbone in a file, or in a folder of transformers, timm or open_clip."""
-    path = locate(path)
-    checkpoint, config = (
-        interpret(read_weights(path), str(path)),
-        vision_config(path.with_name("config.json")),
+    state: dict[str, Tensor]  # the weights by timm's keys, without a prefix
+    arch: str | None = None  # the model's name
+    softcap: float | None = None  # of the attention logits in training
+    student: bool = (
+        False  # of MaskEmbed or masked image modeling: its head is no classifier, and it has no pooling
     )
-    softcap = check_softcap(config.get("softcap", checkpoint.softcap), f"{path}: ")
-    eps = config.get("final_norm_eps")  # of our exports
-    eps = eps if isinstance(eps, float) else checkpoint.norm_eps
-    return checkpoint._replace(softcap=softcap, config=config, grid=recorded_grid(config), norm_eps=eps)
+    layout: str | None = None  # of the file; None = unknown, the keys are unchanged
+    config: Mapping[str, Any] = MappingProxyType(
+        {}
+    )  # the vision model in transformers' config.json next to it
+    grid: tuple[int, int] | None = None  # patches along height and width of its position tables
+    norm_eps: float | None = None  # epsilon of the last norm, where it is not the backbone's
+
+
+def read_checkpoint(path: str | Path, facts: dict | None = None) -> Checkpoint:
+    """The backbone in a file, or in a folder of transformers, timm or open_clip; `facts` are its `backbone.json`."""
+    path = weight_files.locate(path)
+    config = weight_files.vision_config(path.with_name("config.json"))
+    found = interpret(weight_files.read_weights(path), str(path))._replace(config=config)
+    facts = facts or weight_files.find_facts(path)
+    if facts is None:  # `softcap` and `final_norm_eps` are of our exports
+        softcap = check_softcap(config.get("softcap", found.softcap), f"{path}: ")
+        grid, norm_eps = weight_files.recorded_grid(config), config.get("final_norm_eps")
+        return found._replace(softcap=softcap, grid=grid, norm_eps=norm_eps)
+    try:
+        grid = describe(empty_model(facts["name"], facts["kwargs"])).grid
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    student = found.student or facts["kwargs"].get("global_pool") == ""
+    softcap, norm_eps = facts["softcap"], facts.get("norm_eps")
+    return found._replace(softcap=softcap, grid=grid, norm_eps=norm_eps, student=student)
 
 
 def interpret(content: Any, path: str) -> Checkpoint:
     """The backbone in the content of a file; `path` is for messages."""
     if not isinstance(content, dict):
-        raise UserError(
-            f"{path} is not a weights file, it holds a {type(content).__name__}: give a state dict"
-        )
+        raise UserError(f"{path} holds a {type(content).__name__}, not weights: give a state dict")
     if {"student", "optimizer", "step", "config"} <= content.keys():
         raise UserError(f"{path} is a checkpoint for resuming a run: give the run's folder")
-    states = {key: _tensors(value) for key, value in {"": content, **content}.items()}
-    states = {key: state for key, state in states.items() if state}
+    states = {key: state for key, value in {"": content, **content}.items() if (state := _tensors(value))}
     if not states:
         raise UserError(f"{path} holds no weights: give a state dict, a dictionary of tensors by name")
     if (chosen := _choose(states, path)) is None:
@@ -83,10 +80,8 @@ def interpret(content: Any, path: str) -> Checkpoint:
     try:
         state = layouts.to_timm(state, layout)
     except (KeyError, IndexError, RuntimeError) as error:
-        raise UserError(
-            f"{path} is incomplete: it has the names of {layout.name}, but not their weights "
-            f"({type(error).__name__}: {first_line(error)}); copy it again"
-        ) from error
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{path} is an incomplete {layout.name} ({problem}): copy it again") from error
     student = bool({key, *prefix.split(".")} & {"student", "encoder"}) or "student_model" in _args(content)
     # A tower of transformers without its pooling head.
     student |= layout is layouts.HF_CLIP and not any(name.startswith("attn_pool.") for name in state)
@@ -116,7 +111,7 @@ def _state_rank(key: str) -> int:
 def _tensors(value: Any) -> dict[str, Tensor]:
     """The named tensors of a dictionary, without the names of torch's wrappers."""
     items = value.items() if isinstance(value, dict) else ()
-    return {plain(k): v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
+    return {weight_files.plain(k): v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
 
 
 def trained_as(content: dict, path: str) -> tuple[str | None, float | None]:
@@ -146,13 +141,9 @@ def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[s
     """
     wanted, state = template.state_dict(), checkpoint.state
     if _RADIO in state and not isinstance(template, naflex.NaFlexVit):
-        raise UserError(
-            f"{path} has the layout of NVIDIA's C-RADIO, whose position table only the names naflexvit_*_radio_* "
-            "read: give that name, or timm's weights of this one"
-        )
-    heads = {key: state[key] for key in wanted if key.startswith(("head.", "head_dist.")) and key in state}
-    state = {key: value for key, value in state.items() if not key.startswith(_NOT_BACKBONE)}
-    state |= {} if checkpoint.student else heads
+        raise UserError(f"{path} has the layout of NVIDIA's C-RADIO: load it as naflexvit_*_radio_*")
+    heads = () if checkpoint.student else wanted
+    state = {k: v for k, v in state.items() if not k.startswith(_NOT_BACKBONE) or k in heads}
     tables = {key: state.pop(key) for key in [key for key in state if key.endswith(_RELATIVE)]}
     # timm's function reads other layouts of the same weights. It also resamples the model's position tables as if
     # they were square, so it gets a model without any.
@@ -202,9 +193,8 @@ def misfit(checkpoint: Checkpoint, path: str, problem: str) -> UserError:
     if checkpoint.layout is None:
         return UserError(f"{path} has an unknown layout ({problem}): convert it to that of {layouts.READ}")
     arch = f" ({checkpoint.arch})" if checkpoint.arch else ""
-    return UserError(
-        f"{path} holds the weights of another model{arch}: {problem}; give the name and arguments it was built with"
-    )
+    remedy = "give the name and arguments it was built with"
+    return UserError(f"{path} holds the weights of another model{arch}: {problem}; {remedy}")
 
 
 def fold_layer_scale(state: dict[str, Tensor], wanted: Container[str]) -> dict[str, Tensor]:
@@ -225,21 +215,20 @@ def table_grid(state: dict[str, Tensor], spec: ViTSpec, path: str) -> tuple[int,
     """The grid of position tables of which only the length is known: a square if possible, else the backbone's."""
     relative = next((value for key, value in state.items() if key.endswith(_RELATIVE)), None)
     if relative is not None:
-        # Displacements from -(side - 1) to side - 1 each way, and three entries of the class token.
-        found, wanted = len(relative) - 3, (2 * spec.grid[0] - 1) * (2 * spec.grid[1] - 1)
-        side = (math.isqrt(max(found, 0)) + 1) // 2
-        square = (2 * side - 1) ** 2
+        found = len(relative) - 3  # three entries are of the class token
     elif spec.position and "pos_embed" in state:
-        found, wanted = state["pos_embed"].shape[-2] - spec.prefix * spec.position_prefix, spec.patches
-        side = math.isqrt(max(found, 0))
-        square = side**2
+        found = state["pos_embed"].shape[-2] - spec.prefix * spec.position_prefix
     else:
         return spec.grid
-    if side and found == square:
-        return side, side
-    if found == wanted:
-        return spec.grid
+
+    def entries(rows: int, columns: int) -> int:
+        # Relative ones are of displacements from -(side - 1) to side - 1 each way.
+        return rows * columns if relative is None else (2 * rows - 1) * (2 * columns - 1)
+
+    for grid in (*((side, side) for side in range(1, found + 1)), spec.grid):
+        if entries(*grid) == found:
+            return grid
+    wanted = f"{spec.grid[0]}x{spec.grid[1]} patches"
     raise UserError(
-        f"{path}: its position tables have {found} entries, which is neither a square grid nor the "
-        f"{spec.grid[0]}x{spec.grid[1]} patches asked for; give img_size as in training, or the run's folder"
+        f"{path}: its {found} positions are no square grid and not {wanted}: give img_size as in training"
     )

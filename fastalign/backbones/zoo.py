@@ -13,22 +13,13 @@ from torch import Tensor, nn
 
 from fastalign.backbones import naflex
 from fastalign.backbones.describe import describe, from_timm
-from fastalign.backbones.hf_config import check_config
-from fastalign.backbones.instances import from_model
 from fastalign.backbones.spec import split_svit
 from fastalign.backbones.timm_models import MOCO as MOCO
-from fastalign.backbones.timm_models import OTHER_WEIGHTS, create_timm, empty_model, is_moco
+from fastalign.backbones.timm_models import create_timm, empty_model, from_model, is_moco, no_download
 from fastalign.backbones.vit import ViT
-from fastalign.backbones.weight_files import find_facts, locate, read_facts
-from fastalign.backbones.weights import (
-    Checkpoint,
-    interpret,
-    misfit,
-    read_checkpoint,
-    table_grid,
-    timm_state,
-)
-from fastalign.utils.errors import UserError, first_line
+from fastalign.backbones.weight_files import check_config, read_facts
+from fastalign.backbones.weights import Checkpoint, interpret, misfit, read_checkpoint, table_grid, timm_state
+from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
 
 MOCO_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
@@ -53,8 +44,8 @@ def create_backbone(
         A `ViT`. Its `data` says how images are normalized and cropped; its `recipe` is the name and the arguments.
 
     Raises:
-        UserError: an unknown name (with the nearest ones), weights that cannot be loaded or do not fit, a wrapped or
-            accelerated model, or an unsupported architecture, which is refused before any weights are read.
+        UserError: an unknown name (with the nearest one), weights that cannot be loaded or do not fit, a wrapped
+            model, or an unsupported architecture, which is refused before any weights are read.
     """
     if isinstance(name, nn.Module):
         if pretrained or checkpoint is not None or kwargs:
@@ -65,23 +56,18 @@ def create_backbone(
     name, kwargs, softcap = split_svit(name, {"num_classes": 0, **kwargs})
     template = empty_model(name, kwargs)
     if checkpoint is not None:
-        found, facts = read_checkpoint(checkpoint), find_facts(locate(checkpoint))
-        found = found if facts is None else _with_facts(found, facts, str(checkpoint))
-        vit = _from_checkpoint(name, kwargs, template, found, str(checkpoint))
-        softcap = found.softcap or softcap
+        vit = _from_checkpoint(name, kwargs, template, read_checkpoint(checkpoint), str(checkpoint))
     elif pretrained and is_moco(name):
         try:
             content = torch.hub.load_state_dict_from_url(MOCO_URL, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise UserError(
-                f"cannot load {MOCO_URL} ({first_line(error)}): check the network, {OTHER_WEIGHTS}"
-            ) from error
+            raise no_download(MOCO_URL, error) from error
         vit = _from_checkpoint(name, kwargs, template, interpret(content, MOCO_URL), MOCO_URL)
     else:
         native = {key: value for key, value in kwargs.items() if key not in ("img_size", "patch_size")}
         source = create_timm(name, native if pretrained else kwargs, pretrained)
         vit = _finish(name, kwargs, template, source)
-    vit.softcap = softcap
+    vit.softcap = vit.softcap or softcap
     return vit
 
 
@@ -98,9 +84,8 @@ def load_backbone(path: str | Path, **kwargs) -> ViT:
         path = path / "backbone.json"
     facts, weights = read_facts(path.with_suffix(".json")), path.with_suffix(".safetensors")
     name, kwargs = facts["name"], {"num_classes": 0, **facts["kwargs"], **kwargs}
-    found = _with_facts(read_checkpoint(weights), facts, str(path))
+    found = read_checkpoint(weights, facts)
     vit = _from_checkpoint(name, kwargs, empty_model(name, kwargs), found, str(weights))
-    vit.softcap = found.softcap
     # A user's model may have preprocessing of its own.
     vit.data = {key: facts.get(key, value) for key, value in vit.data.items()}
     return vit.eval()
@@ -135,6 +120,7 @@ def _from_checkpoint(name: str, kwargs: dict, template: nn.Module, found: Checkp
     except RuntimeError as error:
         raise misfit(found, path, str(error).splitlines()[-1].strip()) from error
     vit = _finish(name, kwargs, template, source)
+    vit.softcap = found.softcap
     for norm in (vit.norm, vit.fc_norm):
         if not isinstance(norm, nn.Identity):  # a student's was re-initialized, with another epsilon
             norm.eps = found.norm_eps or norm.eps
@@ -143,31 +129,18 @@ def _from_checkpoint(name: str, kwargs: dict, template: nn.Module, found: Checkp
 
 def _finish(name: str, kwargs: dict, template: nn.Module, source: nn.Module) -> ViT:
     """Our backbone from a timm model with its weights, resized as `template` is."""
-    spec, changes = describe(template), {}
+    spec, found, changes = describe(template), describe(source), {}
     if isinstance(source, naflex.NaFlexVit):
-        naflex.check_patch_size(source, spec)
         changes = {"image_size": spec.image_size}
-    elif (found := describe(source)).image_size != spec.image_size or found.patch_size != spec.patch_size:
+        if found.patch_size != spec.patch_size:
+            raise UserError("patch_size: a NaFlexVit's weights are not resampled to another: leave it out")
+    elif (found.image_size, found.patch_size) != (spec.image_size, spec.patch_size):
         source.set_input_size(img_size=spec.image_size, patch_size=spec.patch_size)
     if is_moco(name):
         changes = {"position_fixed": True, "fresh_norm_eps": 1e-5}  # it is made of torch's norm class
         with torch.no_grad():
             source.pos_embed.copy_(sincos_position(spec.grid, spec.block.width, spec.prefix))
     return from_timm(source, {"name": name, "kwargs": kwargs}, **changes)
-
-
-def _with_facts(found: Checkpoint, facts: dict, path: str) -> Checkpoint:
-    """A checkpoint with what `backbone.json` says of it."""
-    try:
-        grid = describe(empty_model(facts["name"], facts["kwargs"])).grid
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    return found._replace(
-        softcap=facts["softcap"],
-        norm_eps=facts.get("norm_eps"),
-        student=found.student or facts["kwargs"].get("global_pool") == "",
-        grid=grid,
-    )
 
 
 def sincos_position(grid: tuple[int, int], width: int, prefix: int) -> Tensor:

@@ -38,13 +38,13 @@ def main(arguments: list[str]) -> int:
     try:
         if len(arguments) < 2 or arguments[0] != "run":
             raise UserError(USAGE)
-        script = user_path(arguments[1])
-        if not Path(script).is_file():
+        script = Path(user_path(arguments[1]))
+        if not script.is_file():
             raise UserError(f"{script} is not a file: give the path of a Python script")
         install()
-        sys.argv = [script, *arguments[2:]]
-        sys.path.insert(0, str(Path(script).resolve().parent))
-        runpy.run_path(script, run_name="__main__")
+        sys.argv = [str(script), *arguments[2:]]
+        sys.path.insert(0, str(script.resolve().parent))
+        runpy.run_path(str(script), run_name="__main__")
     except UserError as error:
         print(f"fastalign.compat: {error}", file=sys.stderr)
         return 2

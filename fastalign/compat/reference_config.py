@@ -2,8 +2,8 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import timm
 from pydantic import ValidationError
@@ -13,7 +13,7 @@ from fastalign.backbones.zoo import MOCO
 from fastalign.compat.reference_options import IGNORED, KEYS, MIM_DEFAULTS, NOT_MIM, REFUSED, Options
 from fastalign.config import Config, resolve
 from fastalign.utils.errors import UserError
-from fastalign.utils.yaml_files import explain, read_yaml, set_key
+from fastalign.utils.sections import explain, read_yaml, set_key
 
 AUTHORS_WORLD = 4
 """GPUs of the authors' own command, with which each of their files has 1024 images per update."""
@@ -21,15 +21,13 @@ _SPLITS = ("train", "training"), ("val", "valid", "validation", "eval", "evaluat
 """Names of folders that timm takes for the same split."""
 
 
-def make_config(
-    path: str | Path, overrides: list[str] | None = None, *, world_size: int | None = None
-) -> Config:
+def make_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Config:
     """Our configuration of one of the authors' YAML files. Arguments and errors as for `read_reference`."""
     return read_reference(path, overrides, world_size=world_size)[0]
 
 
 def read_reference(
-    path: str | Path, overrides: list[str] | None = None, *, world_size: int | None = None
+    path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None
 ) -> tuple[Config, list[str]]:
     """Our configuration of one of the authors' YAML files, and notes for the user.
 
@@ -42,51 +40,53 @@ def read_reference(
     Raises:
         UserError: no such file, an unknown option, or a value that is not supported.
     """
-    path, overrides = Path(path), overrides or []
+    path = Path(path)
     chosen = [text.partition("=")[2] for text in overrides if text.startswith("objective=")]
     mim = chosen[-1] == "mim" if chosen else path.resolve().parent.name == "configs-mim"
     given, world = read_yaml(path), world_size or int(os.environ.get("WORLD_SIZE", AUTHORS_WORLD))
-    notes = [f"{path.name} is in a folder configs-mim: objective=mim"] if mim and not chosen else []
     try:
-        given = _supported(given, mim)
-        values = Options.model_validate((MIM_DEFAULTS | given) if mim else given)
-        tree = _tree(values, mim, world, notes)
+        _check(given, mim)
+        options = {name: given[name] for name in given if name not in IGNORED and name not in REFUSED}
+        v = Options.model_validate((MIM_DEFAULTS | options) if mim else options)
+        tree = _tree(v, mim, v.batch_size * v.grad_accum_steps * world)
     except ValidationError as error:
         names = [*Options.model_fields, *IGNORED, *REFUSED]
         raise UserError(f"{path}: {explain(error, names)[1]}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    batch, passes = values.batch_size, values.grad_accum_steps
-    line = f"{batch} images per GPU x {passes} passes x {world} GPUs = {batch * passes * world} images per update; "
-    return resolve(tree, overrides, path), [line + "--world-size=N for other GPUs", *notes]
+    images = f"{v.batch_size} images per GPU x {v.grad_accum_steps} passes x {world} GPUs"
+    notes = [f"{images} = {tree['optim']['batch_size']} images per update; --world-size=N for other GPUs"]
+    if mim and not chosen:
+        notes.append(f"{path.name} is in a folder configs-mim: objective=mim")
+    if v.log_wandb and not tree["log"]["to"]:
+        notes.append("log_wandb: wandb is not installed, metrics go to metrics.jsonl only; pip install wandb")
+    return resolve(tree, list(overrides), path), notes
 
 
-def _supported(given: dict, mim: bool) -> dict:
-    """The options that decide our keys, and unknown ones; an error for a value that is refused."""
+def _check(given: dict, mim: bool) -> None:
+    """Refuse options that are not of this script, and values that are not supported."""
     if "model" in given:
         raise UserError("a file of the authors' finetune.py (option model): use fastalign classify")
     for name, value in given.items():
         if mim and (name in NOT_MIM or (name in ("skip_blocks", "prefix_only") and value)):
             raise UserError(f"mim.py does not use {name}: remove it")
-        if name in REFUSED and not _is_accepted(value, REFUSED[name]):
+        if value not in REFUSED.get(name, (value,)):
             raise UserError(
                 f"{name}={value} is not supported: remove it; docs/reference-configs.md gives the reason"
             )
-    return {name: value for name, value in given.items() if name not in IGNORED and name not in REFUSED}
 
 
-def _is_accepted(value: Any, accepted: tuple) -> bool:
-    try:
-        return float(value) in accepted  # YAML 1.1 reads 1e-8 as a text
-    except (TypeError, ValueError):
-        return value in accepted
-
-
-def _tree(v: Options, mim: bool, world: int, notes: list[str]) -> dict:
+def _tree(v: Options, mim: bool, batch_size: int) -> dict:
     """Our keys, by section."""
     student, teacher = _backbones(v)
     if v.amp and v.amp_dtype != "bfloat16":
         raise UserError(f"amp_dtype={v.amp_dtype} is not supported: set amp_dtype: bfloat16")
+    if v.warmup_epochs and v.warmup_lr != v.min_lr:
+        raise UserError(
+            f"warmup_lr is {v.warmup_lr}, and the warm-up starts at min_lr: set warmup_lr: {v.min_lr}"
+        )
+    logs = v.log_wandb and importlib.util.find_spec("wandb") is not None
+    power = 1.0 if v.lr_base_scale == "linear" else 0.5
     tree = {
         "output": f"{v.output or 'output/train'}/{v.experiment or v.student_model}",
         "objective": "mim" if mim else "maskembed",
@@ -100,9 +100,14 @@ def _tree(v: Options, mim: bool, world: int, notes: list[str]) -> dict:
             "color_jitter": 0.0 if v.aa else v.color_jitter or 0.0,
             "randaugment": v.aa or "",
         },
-        "optim": _optim(v, world),
+        "optim": {
+            "batch_size": batch_size,
+            "lr": v.lr or v.lr_base * (batch_size / v.lr_base_size) ** power,
+            "betas": v.opt_kwargs.betas or v.opt_betas or [0.9, 0.999],
+            "ema": v.model_ema_decay if v.model_ema else None,
+        },
         "checkpoint": {"every_steps": v.recovery_interval or None},
-        "log": {"to": _sinks(v, notes)},
+        "log": {"to": [f"wandb:{v.project or 'uncategorized'}"] if logs else []},
         "efficiency": {
             "precision": "auto" if v.amp else "fp32",
             "compile": v.torchcompile is not None,
@@ -110,8 +115,9 @@ def _tree(v: Options, mim: bool, world: int, notes: list[str]) -> dict:
     }
     for name, key in KEYS.items():
         if not (mim and name in NOT_MIM):
-            value = getattr(v, name)
-            set_key(tree, key.split("."), (value or None) if name == "decoder_init_values" else value)
+            set_key(tree, key.split("."), getattr(v, name))
+    if v.decoder_init_values == 0 and not mim:
+        set_key(tree, ["decoder", "kwargs", "init_values"], None)
     return tree
 
 
@@ -178,27 +184,3 @@ def _place(v: Options, split: str) -> str | None:
     names = next((names for names in _SPLITS if split in names), ())
     found = next((name for name in (split, *names) if (Path(root) / name).exists()), split)
     return str(Path(root) / found)
-
-
-def _optim(v: Options, world: int) -> dict:
-    if v.warmup_epochs and v.warmup_lr != v.min_lr:
-        raise UserError(
-            f"warmup_lr is {v.warmup_lr}, and the warm-up starts at min_lr: set warmup_lr: {v.min_lr}"
-        )
-    batch = v.batch_size * v.grad_accum_steps * world
-    power = 1.0 if v.lr_base_scale == "linear" else 0.5
-    return {
-        "batch_size": batch,
-        "lr": v.lr or v.lr_base * (batch / v.lr_base_size) ** power,
-        "betas": v.opt_kwargs.betas or v.opt_betas or [0.9, 0.999],
-        "ema": v.model_ema_decay if v.model_ema else None,
-    }
-
-
-def _sinks(v: Options, notes: list[str]) -> list[str]:
-    if not v.log_wandb:
-        return []
-    if importlib.util.find_spec("wandb") is None:
-        notes.append("log_wandb: wandb is not installed, metrics go to metrics.jsonl only; pip install wandb")
-        return []
-    return [f"wandb:{v.project or 'uncategorized'}"]

@@ -5,26 +5,25 @@ docs/reference-configs.md lists them with reasons; a test compares.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool
+from pydantic import BaseModel, Field, StrictBool
 
+from fastalign.config import Loss
+from fastalign.method.masks import MASKS
 from fastalign.utils.paths import UserPath
 
+_LOSSES = Loss.model_fields["name"].annotation
 _IN1K = "vit_base_patch16_224.augreg_in21k_ft_in1k"
 
 
-class OptKwargs(BaseModel, extra="forbid"):
-    """What the authors' files pass to AdamW."""
-
+class _OptKwargs(BaseModel, extra="forbid"):
     betas: list[float] | None = None
 
 
-class Options(BaseModel):
+class Options(BaseModel, extra="forbid", validate_default=True, protected_namespaces=()):
     """The options that decide our keys, with the authors' defaults.
 
     The text in an annotation is our key for the same value; `reference_config` computes with the others.
     """
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
 
     data_dir: UserPath | None = None
     dataset: str | None = ""
@@ -40,9 +39,7 @@ class Options(BaseModel):
     teacher_checkpoint: UserPath | None = ""
     skip_blocks: Annotated[int, "teacher.skip_blocks"] = 1
     prefix_only: Annotated[StrictBool, "teacher.prefix_only"] = False
-    loss_function: Annotated[Literal["mse", "cosine", "l1", "masked_mse", "unmasked_mse"], "loss.name"] = (
-        "mse"
-    )
+    loss_function: Annotated[_LOSSES, "loss.name"] = "mse"
     decoder_layers: Annotated[int, "decoder.layers"] = 2
     decoder_width: Annotated[int | None, "decoder.kwargs.width"] = None
     decoder_num_heads: Annotated[int | None, "decoder.kwargs.heads"] = None
@@ -63,7 +60,7 @@ class Options(BaseModel):
     opt_betas: list[float] | None = None
     weight_decay: Annotated[float, "optim.weight_decay"] = 0.01
     clip_grad: Annotated[float | None, "optim.clip"] = None
-    opt_kwargs: OptKwargs = OptKwargs()
+    opt_kwargs: _OptKwargs = _OptKwargs()
     sched_on_updates: Literal[True] = False
     lr: float | None = None
     lr_base: float = 0.1
@@ -92,19 +89,15 @@ class Options(BaseModel):
     experiment: str | None = ""
     project: str | None = None
     log_wandb: StrictBool = False
-    mask_sampling: Annotated[Literal["uniform", "bernoulli", "blockwise"], "masks.distribution"] = "uniform"
+    mask_sampling: Annotated[Literal[tuple(MASKS)], "masks.distribution"] = "uniform"
     bernoulli_mask_ratio: float = 0.5
     blockwise_mask_ratio: float = 0.4
     antithetical_sampling: Annotated[StrictBool, "masks.complement"] = True
     include_null_mask: Annotated[StrictBool, "masks.full"] = True
 
 
-KEYS = {
-    name: key
-    for name, field in Options.model_fields.items()
-    for key in field.metadata
-    if isinstance(key, str)
-}
+_FIELDS = Options.model_fields.items()
+KEYS = {name: key for name, field in _FIELDS for key in field.metadata if isinstance(key, str)}
 """The options that become one of our keys as they are."""
 _IGNORED = """
 train_num_samples val_num_samples class_map target_key channels_last torchscript synchronize_step workers pin_mem
@@ -125,7 +118,7 @@ _REFUSED = {
     "input_img_mode": (None, "RGB"),
     "in_chans": (None, 3),
     "device": ("cuda",),
-    "opt_eps": (None, 1e-8),
+    "opt_eps": (None, "1e-8", 1e-8),  # YAML 1.1 reads 1e-8 as a text
     "clip_mode": ("norm",),
     "sched": ("cosine",),
     "mixup_switch_prob": (0.5,),

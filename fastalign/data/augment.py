@@ -41,18 +41,18 @@ def _blend(images: Tensor, other: Tensor | int, factor: Tensor | float) -> Tenso
     return moved.clamp_(0, 255).to(torch.uint8)
 
 
-def _look_up(image: Tensor, table: Tensor) -> Tensor:
-    """table: [3, 256] uint8."""
-    return torch.gather(table, 1, image.flatten(1).to(torch.int64)).view_as(image)
-
-
 def _auto_contrast(image: Tensor, level: float, increasing: bool) -> Tensor:
     flat = image.flatten(1).to(torch.float64)
     low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
     scale = 255.0 / (high - low).clamp(min=1)
-    levels = torch.arange(256, device=image.device, dtype=torch.float64)
-    stretched = (levels * scale - low * scale).trunc().clamp(0, 255)
-    return _look_up(image, torch.where(high > low, stretched, levels).to(torch.uint8))
+    stretched = (flat * scale - low * scale).trunc().clamp(0, 255)
+    return torch.where(high > low, stretched, flat).to(torch.uint8).view_as(image)
+
+
+def _equalize(image: Tensor, level: float, increasing: bool) -> Tensor:
+    from torchvision.transforms.v2 import functional  # here, because it imports torch._dynamo
+
+    return functional.equalize(image)
 
 
 def _posterize(image: Tensor, level: float, increasing: bool) -> Tensor:
@@ -71,7 +71,8 @@ def _solarize_add(image: Tensor, level: float, increasing: bool) -> Tensor:
     return torch.where(wide < 128, (wide + min(128, int(110 * level))).clamp(max=255), wide).to(torch.uint8)
 
 
-def _sharpness(image: Tensor, factor: float) -> Tensor:
+def _smooth(image: Tensor) -> Tensor:
+    """PIL's filter SMOOTH, with which its sharpness blends, as int32; the border stays."""
     wide = image.to(torch.int32)
     height, width = image.shape[-2:]
     smooth = wide.clone()
@@ -80,7 +81,7 @@ def _sharpness(image: Tensor, factor: float) -> Tensor:
         for y, x in itertools.product(range(3), range(3)):
             total = total + wide[:, y : height - 2 + y, x : width - 2 + x]
         smooth[:, 1:-1, 1:-1] = (2 * total + 13) // 26
-    return _blend(image, smooth, factor)
+    return smooth
 
 
 def _affine(image: Tensor, matrix: tuple[float, ...], fill: tuple[int, int, int], bicubic: bool) -> Tensor:
@@ -100,12 +101,6 @@ def _affine(image: Tensor, matrix: tuple[float, ...], fill: tuple[int, int, int]
     return torch.where(inside, sampled.round_().clamp_(0, 255), color).to(torch.uint8)
 
 
-def _equalize(image: Tensor) -> Tensor:
-    from torchvision.transforms.v2 import functional  # here, because it imports torch._dynamo
-
-    return functional.equalize(image)
-
-
 def _rotation(degrees: float, height: int, width: int) -> tuple[float, ...]:
     """The sampling matrix of a counter-clockwise rotation about the centre."""
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -121,15 +116,16 @@ _GEOMETRIC: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
     "TranslateXRel": lambda level, height, width: (1, 0, _TRANSLATE * level * width, 0, 1, 0),
     "TranslateYRel": lambda level, height, width: (1, 0, 0, 0, 1, _TRANSLATE * level * height),
 }
-_ENHANCE: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "Color": lambda image, factor: _blend(image, _gray(image), factor),
-    "Contrast": lambda image, factor: _blend(image, _mean_gray(image), factor),
-    "Brightness": lambda image, factor: _blend(image, 0, factor),
-    "Sharpness": _sharpness,
+# What an image is blended with, by PIL's enhancer.
+_BLENDED: dict[str, Callable[[Tensor], Tensor | int]] = {
+    "Brightness": lambda image: 0,
+    "Contrast": _mean_gray,
+    "Color": _gray,
+    "Sharpness": _smooth,
 }
 _OTHER: dict[str, Callable[[Tensor, float, bool], Tensor]] = {
     "AutoContrast": _auto_contrast,
-    "Equalize": lambda image, level, increasing: _equalize(image),
+    "Equalize": _equalize,
     "Invert": lambda image, level, increasing: 255 - image,
     "Posterize": _posterize,
     "Solarize": _solarize,
@@ -161,9 +157,9 @@ def rand_augment(
         if name in _GEOMETRIC:
             matrix = _GEOMETRIC[name](signed, *image.shape[-2:])
             image = _affine(image, matrix, fill, bicubic=sampling < 0.5)
-        elif name in _ENHANCE:
+        elif name in _BLENDED:
             factor = max(0.1, 1 + 0.9 * signed) if policy.increasing else 1.8 * level + 0.1
-            image = _ENHANCE[name](image, factor)
+            image = _blend(image, _BLENDED[name](image), factor)
         else:
             image = _OTHER[name](image, level, policy.increasing)
     return image
@@ -179,11 +175,11 @@ def color_jitter(images: Tensor, strength: float, draws: np.ndarray) -> Tensor:
     factors = factors.to(images.device, torch.float32)
     orders = np.array(list(itertools.permutations(range(3))))[(draws[:, 0] * 6).astype(np.int64)]
     images = images.clone()
-    for position, (op, other) in itertools.product(range(3), enumerate((lambda _: 0, _mean_gray, _gray))):
+    for position, (op, name) in itertools.product(range(3), enumerate(("Brightness", "Contrast", "Color"))):
         chosen = torch.from_numpy(np.flatnonzero(orders[:, position] == op)).to(images.device)
         if len(chosen):
             part = images[chosen]
-            images[chosen] = _blend(part, other(part), factors[chosen, op].view(-1, 1, 1, 1))
+            images[chosen] = _blend(part, _BLENDED[name](part), factors[chosen, op].view(-1, 1, 1, 1))
     return images
 
 

@@ -3,9 +3,9 @@
 The format is recognised by content. Nothing is allocated, whatever size a header claims. Whether the data between
 header and end are sound is the decoder's to find out.
 
-Headers that DALI's parser refuses, or has no sample type for (a JPEG of 40 bits or 9 components, a BMP of an unknown
-kind), must be refused here: DALI 2.4 abandons such a batch while its threads work on it, and the process crashes.
-Pillow accepts many of them, such as a JPEG with junk between its segments.
+Headers that DALI's parser refuses, or has no sample type for (a JPEG of 40 bits or 9 components), must be refused
+here: DALI 2.4 abandons such a batch while its threads work on it, and the process crashes. Pillow accepts many of
+them, such as a JPEG with junk between its segments.
 """
 
 import re
@@ -22,8 +22,6 @@ _SCAN = 0xDA
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _MISPLACED = frozenset(range(0xD0, 0xDA)) | {0x00, 0x01}  # restarts, start and end: not allowed before a scan
 _PNG_BITS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # by type of colour
-_BMP_HEADERS = (12, 40, 52, 56, 108, 124)
-_BMP_BITS = {0: (1, 4, 8, 24, 32), 3: (16, 32)}  # by compression: none, none with masks
 
 
 def _jpeg(view: memoryview) -> tuple[int, int] | str:
@@ -91,35 +89,13 @@ def _webp(view: memoryview) -> tuple[int, int] | str:
     return "broken WebP header"
 
 
-def _bmp(view: memoryview) -> tuple[int, int] | str:
-    start, kind = struct.unpack_from("<II", view, 10)
-    if kind not in _BMP_HEADERS:
-        return "broken BMP header"
-    if kind == 12:  # OS/2
-        width, height, planes, bits = struct.unpack_from("<HHHH", view, 18)
-        compression = colors = 0
-    else:
-        width, height, planes, bits, compression = struct.unpack_from("<iiHHI", view, 18)
-        (colors,) = struct.unpack_from("<I", view, 46)
-        height = abs(height)  # negative: rows from the top
-    if bits not in _BMP_BITS.get(compression, ()):
-        return f"a BMP of {bits} bits and compression {compression}"
-    palette = (colors or 1 << bits if bits <= 8 else 0) * (3 if kind == 12 else 4)
-    if planes != 1 or (bits <= 8 and colors > 1 << bits) or start < 14 + kind + palette:
-        return "broken BMP header"
-    needed = start + (width * bits + 31) // 32 * 4 * height
-    if needed > len(view) and 0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE:
-        return f"truncated: a BMP of {needed} bytes ends after {len(view)}"
-    return height, width
-
-
-_PARSERS = {b"\xff\xd8": _jpeg, b"\x89PNG\r\n\x1a\n": _png, b"RIFF": _webp, b"BM": _bmp}  # by signature
+_PARSERS = {b"\xff\xd8": _jpeg, b"\x89PNG\r\n\x1a\n": _png, b"RIFF": _webp}  # by signature
 
 
 def read_size(encoded: np.ndarray | bytes) -> tuple[int, int] | str:
     """The size (height, width) of an encoded image, before any Exif rotation, or why it is refused. Never raises.
 
-    Accepted are complete JPEG, PNG, WebP and BMP files of at most 100 million pixels and 65,500 a side.
+    Accepted are complete JPEG, PNG and WebP files of at most 100 million pixels and 65,500 a side.
     """
     view = memoryview(encoded)
     if len(view) == 0:
@@ -127,7 +103,7 @@ def read_size(encoded: np.ndarray | bytes) -> tuple[int, int] | str:
     head = bytes(view[:12])
     parse = next((parser for signature, parser in _PARSERS.items() if head.startswith(signature)), None)
     if parse is None:
-        return f"not a JPEG, PNG, WebP or BMP file: it begins with {head!r}"
+        return f"not a JPEG, PNG or WebP file: it begins with {head!r}"
     try:
         size = parse(view)
     except (struct.error, IndexError):

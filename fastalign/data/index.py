@@ -1,20 +1,18 @@
-"""Lists of images: packed names, scans of folders, labels, and the cache on disk; `tars.py` reads tar shards.
+"""Lists of images: packed names, scans of folders, and the cache on disk; `tars.py` reads tar shards.
 
 Names are one blob of bytes with int64 offsets, memory-mapped from the cache: 13 million Python strings would cost
 every process more than a gigabyte.
 """
 
 import contextlib
-import csv
 import fcntl
 import hashlib
 import os
-import re
 import sys
 import time
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,51 +21,42 @@ from safetensors import SafetensorError, safe_open
 
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import write_tensors
-from fastalign.utils.paths import home_folder
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 _SUFFIXES = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
 # A directory that changes twice within one tick of its file system's clock keeps its mtime, so a list made this soon
 # after a change is not cached.
 _SETTLE_NS = 2_000_000_000
 _LINE_SECONDS = 10  # between two lines about the progress of a scan
 
+Index = dict[str, np.ndarray]
+"""What is known of a data set, as [n] uint8 and int64 arrays. A list of names is two of them, see `pack`."""
 
-class Names:
-    """A packed, read-only list of file names: `blob` [total] uint8, `offsets` [n + 1] int64 of the names in it."""
 
-    def __init__(self, blob: np.ndarray, offsets: np.ndarray):
-        self.blob, self.offsets = blob, offsets
+def pack(names: Iterable[bytes], key: str = "") -> Index:
+    """Names as `names` [total] uint8, their bytes, and `offsets` [n + 1] int64 of each; `key` goes before both."""
+    blob, offsets = bytearray(), array("q", [0])
+    for name in names:
+        blob += name
+        offsets.append(len(blob))
+    return {f"{key}names": np.frombuffer(blob, np.uint8), f"{key}offsets": np.frombuffer(offsets, np.int64)}
 
-    @classmethod
-    def pack(cls, names: Iterable[bytes]) -> "Names":
-        blob, offsets = bytearray(), array("q", [0])
-        for name in names:
-            blob += name
-            offsets.append(len(blob))
-        return cls(np.frombuffer(blob, np.uint8), np.frombuffer(offsets, np.int64))
 
-    @classmethod
-    def of(cls, arrays: dict[str, np.ndarray], key: str = "") -> "Names":
-        """The inverse of `arrays`."""
-        return cls(arrays[f"{key}names"], arrays[f"{key}offsets"])
+class Names(Sequence[str]):
+    """A list of names that was packed into an index."""
 
-    def arrays(self, key: str = "") -> dict[str, np.ndarray]:
-        """Its arrays, as an index has them."""
-        return {f"{key}names": self.blob, f"{key}offsets": self.offsets}
+    def __init__(self, index: Index, key: str = ""):
+        self._blob, self._offsets = index[f"{key}names"], index[f"{key}offsets"]
 
     def crc(self, start: int = 0) -> int:
         """CRC-32 of all names, continued from `start`."""
-        return zlib.crc32(self.blob, zlib.crc32(self.offsets, start))
+        return zlib.crc32(self._blob, zlib.crc32(self._offsets, start))
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[index] for index in range(len(self)))
+        return len(self._offsets) - 1
 
     def __getitem__(self, index: int) -> str:
-        return os.fsdecode(self.blob[self.offsets[index] : self.offsets[index + 1]].tobytes())
+        return os.fsdecode(self._blob[self._offsets[index] : self._offsets[index + 1]].tobytes())
 
 
 def is_image(name: bytes) -> bool:
@@ -103,8 +92,8 @@ def _walk(root: str) -> Iterator[tuple[bytes, int, list[bytes]]]:
         stack += [(name, (*ancestors, inode)) for name in sorted(folders, reverse=True)]
 
 
-def _scan_folder(root: str) -> dict[str, np.ndarray]:
-    directories, mtimes = [], []
+def _scan_folder(root: str) -> Index:
+    directories, mtimes = [], array("q")
 
     def images() -> Iterator[bytes]:
         count, shown = 0, time.monotonic()
@@ -118,75 +107,49 @@ def _scan_folder(root: str) -> dict[str, np.ndarray]:
                 print(f"indexing {root}: {count} images so far", file=sys.stderr, flush=True)
 
     try:
-        arrays = Names.pack(images()).arrays() | Names.pack(directories).arrays("tree_")
+        index = pack(images())
     except OSError as error:
         path = os.fsdecode(error.filename)
         raise UserError(f"cannot read {path}: {error.strerror}; repair, mount or remove it") from error
-    return arrays | {"mtimes": np.array(mtimes, dtype=np.int64)}
+    return index | pack(directories, "tree_") | {"mtimes": np.frombuffer(mtimes, np.int64)}
 
 
-def _is_current(root: str, arrays: dict[str, np.ndarray]) -> bool:
-    """Whether all directories still have the mtimes of the index."""
-    pairs = zip(Names.of(arrays, "tree_"), arrays["mtimes"].tolist(), strict=True)
-    try:
-        return all((Path(root) / folder).stat().st_mtime_ns == mtime for folder, mtime in pairs)
-    except OSError:
+def index_folder(root: str) -> Index:
+    """The images below a folder, depth first, as `names` relative to it; from the cache if no directory changed."""
+
+    def is_current(index: Index) -> bool:
+        pairs = zip(Names(index, "tree_"), index["mtimes"].tolist(), strict=True)
+        with contextlib.suppress(OSError):
+            return all((Path(root) / folder).stat().st_mtime_ns == mtime for folder, mtime in pairs)
         return False
 
-
-def index_folder(root: str) -> Names:
-    """The images below a folder, depth first, relative to it."""
-    return Names.of(
-        cached_index(f"folder:{root}", lambda index: _is_current(root, index), lambda: _scan_folder(root))
-    )
+    return cached_index(f"folder:{root}", is_current, lambda: _scan_folder(root))
 
 
-def read_labels(path: Path) -> dict[str, str]:
-    """The labels of a `labels.csv`, by image name."""
-    labels: dict[str, str] = {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
-            reader = csv.DictReader(file)
-            if reader.fieldnames != ["name", "label"]:
-                raise UserError(f"{path}: the first line must be `name,label`")
-            for row in reader:
-                where, label = f"{path} line {reader.line_num}: {row['name']}", row["label"] or ""
-                if not re.fullmatch(r"\s*[+-]?\d+\s*", label):
-                    raise UserError(f"{where} has the label {label!r}; write an integer")
-                if (other := labels.setdefault(row["name"], str(int(label)))) != str(int(label)):
-                    raise UserError(f"{where} has two labels, {other} and {label}; remove one")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from error
-    return labels
-
-
-def cached_index(
-    key: str, is_current: Callable[[dict[str, np.ndarray]], bool], scan: Callable[[], dict[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """The index that `scan` makes, or the cached one if `is_current`: [n] uint8 and int64 arrays.
-
-    It is cached if all its `mtimes`, in ns, are more than 2 s old.
-    """
+def cached_index(key: str, is_current: Callable[[Index], bool], scan: Callable[[], Index]) -> Index:
+    """The index that `scan` makes, or the cached one if `is_current`. It is cached if all its `mtimes` are old."""
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         file = cache_folder() / f"index-{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.safetensors"
         locked = file.with_suffix(".lock").open("w")
-    except OSError:  # no cache
+    except (OSError, RuntimeError):  # no cache, or no home folder
         return scan()
     with locked:
-        lock(locked.fileno(), wait=True)  # one process of a machine scans while the others wait for its index
-        arrays = _load(file)
-        if arrays is None or not is_current(arrays):
+        with contextlib.suppress(OSError):  # of a file system without locks
+            # One process of a machine scans while the others wait for its index.
+            fcntl.flock(locked, fcntl.LOCK_EX)
+        index = _load(file)
+        if index is None or not is_current(index):
             start = time.time_ns()
-            arrays = scan()
-            if start - arrays["mtimes"].max() > _SETTLE_NS:
+            index = scan()
+            if start - index["mtimes"].max() > _SETTLE_NS:
                 with contextlib.suppress(OSError):
-                    write_tensors(file, {name: torch.from_numpy(values) for name, values in arrays.items()})
-                    arrays = _load(file) or arrays  # processes of a machine share mapped pages
-    return arrays
+                    write_tensors(file, {name: torch.from_numpy(values) for name, values in index.items()})
+                    index = _load(file) or index  # processes of a machine share mapped pages
+    return index
 
 
-def _load(file: Path) -> dict[str, np.ndarray] | None:
+def _load(file: Path) -> Index | None:
     """The arrays of a cache file, memory-mapped; None if it is missing or damaged."""
     try:
         with safe_open(file, "pt") as tensors:
@@ -196,18 +159,5 @@ def _load(file: Path) -> dict[str, np.ndarray] | None:
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/fastalign, else ~/.cache/fastalign; raises OSError without a home folder."""
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "fastalign"
-    if (home := home_folder()) is None:
-        raise FileNotFoundError("no home folder")
-    return Path(home) / ".cache/fastalign"
-
-
-def lock(descriptor: int, *, wait: bool) -> bool:
-    """Locks an open file or folder until it is closed; False if another process has it. Without support, True."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:  # ENOSYS, ENOTSUP, ENOLCK: no locks
-        return not isinstance(error, BlockingIOError)
-    return True
+    """$XDG_CACHE_HOME/fastalign, else ~/.cache/fastalign; raises RuntimeError without a home folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastalign"

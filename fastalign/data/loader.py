@@ -7,25 +7,24 @@ import itertools
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastalign.data.augment import augment, mix
-from fastalign.data.bad_samples import BadSample, BadSamples, Sample, SampleReader, check_in_a_row
-from fastalign.data.pipeline import DecodeError, Decoder
+from fastalign.data.bad_samples import BadSample, BadSamples, check_in_a_row
+from fastalign.data.pipeline import Decoded, DecodeError, Decoder, Sample, SampleReader
 from fastalign.data.sources import Source, SyntheticSource
-from fastalign.data.transforms import Geometry, Transform, geometry, normalize, reflect
+from fastalign.data.transforms import Transform, normalize, reflect
 from fastalign.utils.errors import UserError
 from fastalign.utils.random import EVAL_EPOCH, permutation
 
-_READ_AHEAD = 2
+_READ_AHEAD, _PREFETCH = 2, 2  # batches that are read, and batches that are finished, ahead of time
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,56 +43,33 @@ class Batch:
     bad: tuple[BadSample, ...] = ()
 
 
-def _next(batches: Iterator[Batch], stream: torch.cuda.Stream | None) -> Batch:
-    with torch.cuda.stream(stream) if stream else nullcontext():
-        return next(batches)
+def _prefetch(batches: Generator[Batch], device: torch.device) -> Generator[Batch]:
+    """The batches, made ahead by a background thread, on CUDA on a side stream; `close` stops it and waits for it.
 
+    The first `next` starts the thread and returns None.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-class Prefetcher:
-    """Iterates over batches that a background thread makes, on CUDA on a side stream, `depth` ahead."""
+    def make() -> Batch | None:
+        with torch.cuda.stream(stream) if stream else nullcontext():
+            return next(batches, None)
 
-    def __init__(self, batches: Iterator[Batch], device: torch.device, depth: int):
-        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._batches, self._device = batches, device
-        self._pool = ThreadPoolExecutor(1, "fastalign-loader")
-        self._arguments = (_next, batches, stream)  # without `self`, which may be dropped
-        self._ready: deque[Future] = deque(self._pool.submit(*self._arguments) for _ in range(depth + 1))
-
-    def __iter__(self) -> "Prefetcher":
-        return self
-
-    def __next__(self) -> Batch:
-        if not self._ready:
-            raise StopIteration
-        begin = time.perf_counter()
-        try:
-            batch = self._ready.popleft().result()
-        except BaseException:
-            self.close()
-            raise
-        self._ready.append(self._pool.submit(*self._arguments))
-        if self._device.type == "cuda":
-            # The allocator must not give this memory to the side stream before the consumer's work on it is done.
-            batch.images.record_stream(torch.cuda.current_stream(self._device))
-        return replace(batch, wait=time.perf_counter() - begin)
-
-    def close(self) -> None:
-        """Stops the background thread and waits for it."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._ready.clear()
-        self._batches.close()
-
-    def __del__(self):
-        self.close()
-
-
-class _Work(NamedTuple):
-    """A batch in the decoder: its samples, those of them with bytes, and where the pixels of these come from."""
-
-    samples: list[Sample]
-    good: list[Sample]
-    ids: np.ndarray
-    sampling: Geometry | None
+    pool = ThreadPoolExecutor(1, "fastalign-loader")
+    ready = deque(pool.submit(make) for _ in range(_PREFETCH + 1))
+    try:
+        yield None
+        while True:
+            begin = time.perf_counter()
+            if (batch := ready.popleft().result()) is None:
+                return
+            ready.append(pool.submit(make))
+            if stream:
+                # The allocator must not give this memory to the side stream before the consumer's work on it is done.
+                batch.images.record_stream(torch.cuda.current_stream(device))
+            yield replace(batch, wait=time.perf_counter() - begin)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        batches.close()
 
 
 class Loader:
@@ -109,7 +85,6 @@ class Loader:
         seed: decides order and augmentation.
         accumulate: micro-batches per update.
         threads: for reading, and as many for decoding.
-        prefetch: finished batches kept ready.
         hw_decoder_load: share of JPEGs for the GPU's hardware decoder; strictly between 0 and 1 two decoders share
             a batch, and their pixels may differ by a level.
         mixup, cutmix: alpha, 0 is off; training only.
@@ -133,14 +108,13 @@ class Loader:
         train: bool = True,
         accumulate: int = 1,
         threads: int = 4,
-        prefetch: int = 2,
         hw_decoder_load: float = 0.9,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         bad: BadSamples | None = None,
     ):
-        if min(batch_size, accumulate, threads, prefetch) < 1:
-            raise UserError("batch_size, accumulate, threads and prefetch must be at least 1")
+        if min(batch_size, accumulate, threads) < 1:
+            raise UserError("batch_size, accumulate and threads must be at least 1")
         update = world_size * batch_size * accumulate
         if train and len(source) < update:
             raise UserError(
@@ -153,12 +127,13 @@ class Loader:
             # The current device is a property of the thread: in the background thread it is GPU 0.
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._batch, self._rank, self._world, self._accumulate = batch_size, rank, world_size, accumulate
-        self._threads, self._prefetch = threads, prefetch
-        self._decoding = {"batch_size": batch_size, "threads": threads, "hw_decoder_load": hw_decoder_load}
         self._mixing = {"mixup": mixup, "cutmix": cutmix, "seed": seed}
         self._reader = SampleReader(source, bad or BadSamples(), replace=train and bad is not None)
-        self._pool = ThreadPoolExecutor(threads, "fastalign-read")
+        self._threads, self._pool = threads, ThreadPoolExecutor(threads, "fastalign-read")
         self._decoder: Decoder | None = None
+        if not isinstance(source, SyntheticSource):
+            options = {"batch_size": batch_size, "threads": threads, "hw_decoder_load": hw_decoder_load}
+            self._decoder = Decoder(transform, device=self.device, **options)
         self._active = lambda: None
 
     def __len__(self) -> int:
@@ -174,8 +149,8 @@ class Loader:
         Work starts at once; an earlier iterator of this loader is closed. Evaluation ignores `epoch`.
         """
         self._stop_active()
-        batches = self._generate(epoch if self.train else EVAL_EPOCH, start)
-        iterator = Prefetcher(batches, self.device, self._prefetch)
+        iterator = _prefetch(self._generate(epoch if self.train else EVAL_EPOCH, start), self.device)
+        next(iterator)
         self._active = weakref.ref(iterator)
         return iterator
 
@@ -196,16 +171,14 @@ class Loader:
             first = step * stride + self._rank * self._batch
             yield np.ascontiguousarray(order[first : first + self._batch], dtype=np.int64)
 
-    def _generate(self, epoch: int, start: int) -> Iterator[Batch]:
+    def _generate(self, epoch: int, start: int) -> Generator[Batch]:
         """Runs in the background thread."""
-        size = self.transform.size
-        if isinstance(self.source, SyntheticSource):
+        if self._decoder is None:
             for ids in self._ids(epoch, start):
                 place = torch.from_numpy(ids).to(self.device)
-                images = self.source.images(place, size, seed=self.seed, dtype=self.dtype)
-                yield self._mix(images, ids, epoch, ())
+                images = self.source.images(place, self.transform.size, seed=self.seed, dtype=self.dtype)
+                yield self._mix(images, ids, epoch, [])
             return
-        self._decoder = self._decoder or Decoder(size, device=self.device, **self._decoding)
         try:
             yield from self._decode(self._read_ahead(epoch, start), epoch)
         finally:
@@ -215,75 +188,64 @@ class Loader:
         def read(part: np.ndarray) -> list[Sample]:
             return [self._reader.read(index) for index in part.tolist()]
 
-        waiting: deque[Iterator[list[Sample]]] = deque()
-        remaining = self._ids(epoch, start)
-        while True:
-            while len(waiting) <= _READ_AHEAD and (ids := next(remaining, None)) is not None:
-                parts = np.array_split(ids, min(self._threads, len(ids)))
-                waiting.append(self._pool.map(read, parts))
-            if not waiting:
-                return
+        parts = (np.array_split(ids, min(self._threads, len(ids))) for ids in self._ids(epoch, start))
+        reads = (self._pool.map(read, each) for each in parts)
+        waiting = deque(itertools.islice(reads, _READ_AHEAD + 1))
+        while waiting:
             yield list(itertools.chain.from_iterable(waiting.popleft()))
+            waiting.extend(itertools.islice(reads, 1))
 
     def _decode(self, reads: Iterator[list[Sample]], epoch: int) -> Iterator[Batch]:
         """While DALI decodes a batch, the previous one is finished and delivered."""
-        running: _Work | None = None
+        running: list[Sample] = []
         in_a_row: list[BadSample] = []
         bad: list[BadSample] = []
-        for samples in itertools.chain(reads, [None]):
-            work = self._plan(samples, epoch) if samples else None
-            if running:
-                running, pixels = self._collect(running, epoch)
-            if work:
-                self._submit(work)
-            if running:
-                for sample in running.samples:
-                    in_a_row = in_a_row + sample.bad if sample.encoded is None else []
-                    check_in_a_row(in_a_row)
-                    bad += sample.bad
-                if running.good:
-                    yield self._finish(running, pixels, epoch, tuple(dict.fromkeys(bad)))
-                    bad = []
-            running = work
+        for samples in itertools.chain(reads, [[]]):
+            self._check(samples)
+            done, decoded = self._collect(running, epoch)
+            self._decoder.submit(samples, seed=self.seed, epoch=epoch)
+            for sample in done:
+                in_a_row = in_a_row + sample.bad if sample.encoded is None else []
+                check_in_a_row(in_a_row)
+                bad += sample.bad
+            if decoded:
+                yield self._finish(done, decoded, epoch, bad)
+                bad = []
+            running = samples
 
-    def _plan(self, samples: list[Sample], epoch: int) -> _Work:
+    def _check(self, samples: list[Sample]) -> None:
         bad = [each for sample in samples for each in sample.bad]
         if self.bad is None and bad:
             where = f"{len(bad)} images of a batch of {len(samples)} of {self.source.root or 'the data set'}"
             first = f"{self.source.name(bad[0].id)} ({bad[0].reason})"
             raise UserError(f"cannot use {where}, first {first}; replace or remove them")
-        good = [sample for sample in samples if sample.encoded is not None]
-        ids = np.array([sample.id for sample in good], dtype=np.int64)
-        shapes = np.array([sample.size for sample in good])
-        sampling = geometry(self.transform, shapes, ids, seed=self.seed, epoch=epoch) if good else None
-        return _Work(samples, good, ids, sampling)
 
-    def _submit(self, work: _Work) -> None:
-        if work.good:
-            self._decoder.submit([sample.encoded for sample in work.good], work.sampling)
-
-    def _collect(self, work: _Work, epoch: int) -> tuple[_Work, Tensor | None]:
-        """The pixels of a submitted batch. If DALI fails on it, bad samples are found, replaced or left out."""
+    def _collect(self, samples: list[Sample], epoch: int) -> tuple[list[Sample], list[Decoded]]:
+        """The submitted samples and their pixels. If DALI fails, bad samples are found, and replaced or left out."""
         try:
-            return work, self._decoder.collect() if work.good else None
+            return samples, self._decoder.collect()
         except DecodeError:
-            error_of = self._decoder.error_of
-            samples = [self._reader.replace_undecodable(sample, error_of) for sample in work.samples]
-        work, pixels = self._plan(samples, epoch), []
-        for sample in work.good:  # one by one: the batch may have failed for lack of memory
-            self._submit(self._plan([sample], epoch))
-            pixels.append(self._decoder.collect().clone())
+            done, decoded = [], []
+        for sample in samples:  # one by one: the batch may have failed for lack of memory
+            used, found = self._reader.decode(sample, self._decoder, seed=self.seed, epoch=epoch)
+            done.append(used)
+            decoded += [(pixels.clone(), sampling) for pixels, sampling in found]
             self._synchronize()
-        return work, torch.cat(pixels) if pixels else None
+        self._check(done)
+        return done, decoded
 
-    def _finish(self, work: _Work, pixels: Tensor, epoch: int, bad: tuple[BadSample, ...]) -> Batch:
-        pixels = reflect(pixels, work.sampling)
-        pixels = augment(pixels, self.transform, work.ids, seed=self.seed, epoch=epoch)
-        return self._mix(normalize(pixels, self.transform, self.dtype), work.ids, epoch, bad)
+    def _finish(
+        self, samples: list[Sample], decoded: list[Decoded], epoch: int, bad: list[BadSample]
+    ) -> Batch:
+        ids = np.array([sample.id for sample in samples if sample.encoded is not None])
+        parts = [reflect(pixels, sampling) for pixels, sampling in decoded]
+        pixels = torch.cat(parts) if len(parts) > 1 else parts[0]
+        pixels = augment(pixels, self.transform, ids, seed=self.seed, epoch=epoch)
+        return self._mix(normalize(pixels, self.transform, self.dtype), ids, epoch, bad)
 
-    def _mix(self, images: Tensor, ids: np.ndarray, epoch: int, bad: tuple[BadSample, ...]) -> Batch:
+    def _mix(self, images: Tensor, ids: np.ndarray, epoch: int, bad: list[BadSample]) -> Batch:
         images, weight = mix(images, ids, epoch=epoch, **self._mixing)
-        batch = Batch(images, torch.from_numpy(ids), weight=weight, bad=bad)
+        batch = Batch(images, torch.from_numpy(ids), weight=weight, bad=tuple(dict.fromkeys(bad)))
         self._synchronize()
         return batch
 

@@ -3,6 +3,7 @@
 A source is a list: a sample's id is its index in the source's sorted order, which is the same in every process.
 """
 
+import csv
 import io
 import os
 import re
@@ -17,19 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.data.index import (
-    IMAGE_EXTENSIONS,
-    Names,
-    index_folder,
-    is_image,
-    read_labels,
-)
+from fastalign.data.index import IMAGE_EXTENSIONS, Names, index_folder, is_image
 from fastalign.data.tars import class_of, expand_shards, index_tars, is_tar, read_classes
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
 from fastalign.utils.random import Stream, random_uniform
 
-SYNTHETIC_LENGTH = 50_000
 MAX_IMAGE_BYTES = 256 * 1024 * 1024
 _OPEN_SHARDS = 256
 _EXTENSIONS = " ".join(IMAGE_EXTENSIONS)
@@ -43,46 +37,36 @@ class Unreadable(UserError):
         self.reason = reason
 
 
-def crc_of_texts(*texts: str) -> int:
-    """CRC-32 of texts, separated by null bytes."""
+def _crc(*texts: str) -> int:
     return zlib.crc32("\0".join(texts).encode("utf-8", "surrogateescape"))
 
 
 class Source:
     """A list of encoded images.
 
-    Subclasses define `__len__`; `name(index)`, for messages and label files, relative to `root` if there is one; and
-    `read(index)`: [bytes] uint8, thread-safe, raises `Unreadable`. `damaged`: (portable name, reason) of damaged tar
-    shards.
+    Subclasses define `__len__`; `name(index)`, without the location of the data set, which is `root`; `read(index)`:
+    [bytes] uint8, thread-safe, raises `Unreadable`; and for `identity` `crc_of_names`. Those with labels define
+    `class_names`: of each sample, as the data set writes it, or None. `damaged`: (name, reason) of tar shards.
     """
 
     root: str | None = None
     damaged: tuple[tuple[str, str], ...] = ()
 
-    def portable_name(self, index: int) -> str:
-        """The sample's name without the location of the data set."""
-        return self.name(index)
-
-    def class_names(self) -> list[str | None]:
-        """The class of each sample as the data set writes it; None for a sample without one."""
-        return [None] * len(self)
-
     def fingerprint(self) -> int:
-        """A CRC-32 of the length and of the first, middle and last portable names: quick, to compare ranks."""
+        """A CRC-32 of the length and of the first, middle and last names: quick, to compare ranks."""
         total = len(self)
-        return crc_of_texts(str(total), *(self.portable_name(i) for i in (0, total // 2, total - 1)))
+        return _crc(str(total), *(self.name(i) for i in (0, total // 2, total - 1)))
 
     @cached_property
     def identity(self) -> dict[str, int | list[int]]:
-        """CRC-32 of all portable names, and of the bytes of nine samples, for checkpoints. 0 = unreadable."""
-        spread = sorted({i * (len(self) - 1) // 8 for i in range(9)})
+        """CRC-32 of all names, and of the bytes of nine samples, for checkpoints. 0 = unreadable."""
         samples = []
-        for index in spread:
+        for index in sorted({i * (len(self) - 1) // 8 for i in range(9)}):
             try:
                 samples.append(zlib.crc32(self.read(index)))
             except Unreadable:
                 samples.append(0)
-        return {"names": self._crc_of_names(), "samples": samples}
+        return {"names": self.crc_of_names(), "samples": samples}
 
     def differs_from(self, identity: dict[str, int | list[int]]) -> str | None:
         """How this data set differs from one with another `identity`; None if it is the same.
@@ -94,25 +78,19 @@ class Source:
         same = sum(a == b for a, b in zip(self.identity["samples"], identity["samples"], strict=True))
         return "other images of the same names" if 2 * same < len(identity["samples"]) else None
 
-    def _crc_of_names(self) -> int:
-        return crc_of_texts(*(self.portable_name(index) for index in range(len(self))))
-
 
 class Subset(Source):
     """The samples `indices` [n >= 1] of another source."""
 
     def __init__(self, whole: Source, indices: np.ndarray):
         self.whole, self.indices = whole, np.asarray(indices, dtype=np.int64)
-        self.root, self.damaged = whole.root, whole.damaged
+        self.root = whole.root
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def name(self, index: int) -> str:
         return self.whole.name(int(self.indices[index]))
-
-    def portable_name(self, index: int) -> str:
-        return self.whole.portable_name(int(self.indices[index]))
 
     def read(self, index: int) -> np.ndarray:
         return self.whole.read(int(self.indices[index]))
@@ -121,7 +99,7 @@ class Subset(Source):
 class SyntheticSource(Source):
     """Random images made on the device, without disk and decoder, for benchmarks and tests."""
 
-    def __init__(self, length: int = SYNTHETIC_LENGTH):
+    def __init__(self, length: int):
         if length < 1:
             raise UserError(f"synthetic:{length}: the number of samples must be at least 1")
         self._length, self.identity = length, {"names": length, "samples": []}
@@ -161,20 +139,19 @@ def _read(
             if not 0 < size <= MAX_IMAGE_BYTES:
                 raise Unreadable(name, f"{size} bytes, more than {MAX_IMAGE_BYTES}" if size else "zero bytes")
             data = os.pread(file.fileno(), size, offset)
-        if len(data) != size:
-            raise Unreadable(name, f"it became shorter while in use ({len(data)} of {size} bytes)")
-        return np.frombuffer(data, dtype=np.uint8)
     except IsADirectoryError:
         raise Unreadable(name, "not a regular file") from None
     except OSError as error:
         raise Unreadable(name, error.strerror) from error
+    if len(data) != size:
+        raise Unreadable(name, f"it became shorter while in use ({len(data)} of {size} bytes)")
+    return np.frombuffer(data, dtype=np.uint8)
 
 
 class FolderSource(Source):
     """Every image below the folder `root`.
 
-    Classes: `labels.csv` in the folder with the header `name,label` (name relative to it, label an integer), else the
-    first-level sub-folders.
+    Classes: `labels.csv` in the folder with the header `name,label` (an integer), else the first-level sub-folders.
     """
 
     def __init__(self, root: str):
@@ -182,7 +159,7 @@ class FolderSource(Source):
         if not path.is_dir():
             raise UserError(f"no such folder: {root}; check the path of the data set")
         self.root = str(path.resolve())
-        self._names = index_folder(self.root)
+        self._names = Names(index_folder(self.root))
         if len(self._names) == 0:
             raise UserError(f"no images in {root}; looked for {_EXTENSIONS} in all sub-folders")
 
@@ -196,38 +173,56 @@ class FolderSource(Source):
         path = f"{self.root}/{self._names[index]}"
         return _read(path, path)
 
-    def _crc_of_names(self) -> int:
+    def crc_of_names(self) -> int:
         return self._names.crc()
 
     def class_names(self) -> list[str | None]:
         table = Path(self.root) / "labels.csv"
         if table.is_file():
-            labels = read_labels(table)
+            labels = _read_labels(table)
             return [labels.get(name) for name in self._names]
         return [name.split("/", 1)[0] if "/" in name else None for name in self._names]
+
+
+def _read_labels(path: Path) -> dict[str, str]:
+    """The labels of a `labels.csv`, by image name."""
+    labels: dict[str, str] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
+            reader = csv.DictReader(file)
+            if reader.fieldnames != ["name", "label"]:
+                raise UserError(f"{path}: the first line must be `name,label`")
+            for row in reader:
+                where, label = f"{path} line {reader.line_num}: {row['name']}", row["label"] or ""
+                if not re.fullmatch(r"\s*[+-]?\d+\s*", label):
+                    raise UserError(f"{where} has the label {label!r}; write an integer")
+                if (other := labels.setdefault(row["name"], str(int(label)))) != str(int(label)):
+                    raise UserError(f"{where} has two labels, {other} and {label}; remove one")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from error
+    return labels
 
 
 class TarSource(Source):
     """The image members of plain tar files (WebDataset layout), read in place.
 
-    Classes: the `.cls` member with the image's stem, else with its WebDataset key, in the same shard. `shards`: paths
-    of the .tar files, else those that `spec` names (see `expand_shards`). `damaged`: use the images before the damage
-    of a shard and list it in `damaged`, instead of raising.
+    `shards`: paths of the .tar files, else those that `spec` names (see `expand_shards`). `damaged`: use the images
+    before the damage of a shard and list it in `damaged`, instead of raising.
     """
 
     def __init__(self, spec: str, shards: list[str] | None = None, *, damaged: bool = False):
         self.shards = expand_shards(spec) if shards is None else shards
-        arrays = index_tars(self.shards)
-        self._names = Names.of(arrays)
-        self._shard, self._start, self._size = arrays["shard"], arrays["start"], arrays["size"]
+        index = index_tars(self.shards)
+        self._names = Names(index)
+        self._shard, self._start, self._size = index["shard"], index["start"], index["size"]
         # Relative to their common folder: many data sets have a 00000.tar.
-        common = os.path.commonpath([os.path.dirname(shard) for shard in self.shards])  # noqa: PTH120
-        self._portable = [os.path.relpath(shard, common) for shard in self.shards]
-        damages = dict(zip(self.shards, Names.of(arrays, "damage_"), strict=True))
-        broken = [shard for shard in self.shards if damages[shard]]
-        self.damaged = tuple((os.path.relpath(shard, common), damages[shard]) for shard in broken)
-        if broken and not (damaged and len(self._names)):
-            place = f"{broken[0]}: {damages[broken[0]]}"
+        self.root = os.path.commonpath([os.path.dirname(shard) for shard in self.shards])  # noqa: PTH120
+        self._portable = [os.path.relpath(shard, self.root) for shard in self.shards]
+        damages = zip(self._portable, Names(index, "damage_"), strict=True)
+        self.damaged = tuple((shard, damage) for shard, damage in damages if damage)
+        if self.damaged and not (damaged and len(self._names)):
+            shard, damage = self.damaged[0]
+            place = f"{self.root}/{shard}: {damage}"
             raise UserError(f"broken tar shard {place}; fetch it again (plain .tar only, not compressed)")
         if len(self._names) == 0:
             raise UserError(f"no images in the {len(self.shards)} shards of {spec}; looked for {_EXTENSIONS}")
@@ -238,22 +233,19 @@ class TarSource(Source):
         return len(self._names)
 
     def name(self, index: int) -> str:
-        return f"{self.shards[self._shard[index]]}:{self._names[index]}"
-
-    def portable_name(self, index: int) -> str:
         return f"{self._portable[self._shard[index]]}:{self._names[index]}"
 
-    def _crc_of_names(self) -> int:
-        return self._names.crc(zlib.crc32(self._shard, crc_of_texts(*self._portable)))
+    def crc_of_names(self) -> int:
+        return self._names.crc(zlib.crc32(self._shard, _crc(*self._portable)))
 
     def class_names(self) -> list[str | None]:
         found = [read_classes(shard) for shard in self.shards]
-        return [class_of(self._names[i], found[shard]) for i, shard in enumerate(self._shard.tolist())]
+        return [class_of(name, found[shard]) for name, shard in zip(self._names, self._shard, strict=True)]
 
     def read(self, index: int) -> np.ndarray:
-        shard = self.shards[self._shard[index]]
+        shard, name = self.shards[self._shard[index]], f"{self.root}/{self.name(index)}"
         start, size = int(self._start[index]), int(self._size[index])
-        return _read(shard, self.name(index), start, size, lambda path: nullcontext(self._open(path)))
+        return _read(shard, name, start, size, lambda path: nullcontext(self._open(path)))
 
 
 def _contains_tars(path: Path) -> bool:
@@ -276,8 +268,8 @@ def open_source(spec: str, *, damaged: bool = False) -> Source:
 
     `damaged`: use the images before the damage of a tar shard, instead of raising.
     """
-    if spec == "synthetic" or re.fullmatch(r"synthetic:\d+", spec):
-        return SyntheticSource(int(spec.partition(":")[2] or SYNTHETIC_LENGTH))
+    if synthetic := re.fullmatch(r"synthetic(?::(\d+))?", spec):
+        return SyntheticSource(int(synthetic[1] or 50_000))
     if not spec:
         raise UserError("no data set given; name a folder of images, a .tar pattern or `synthetic`")
     spec = user_path(spec)

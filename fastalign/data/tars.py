@@ -4,14 +4,14 @@ import errno
 import os
 import re
 import tarfile
-from collections import Counter
+from array import array
 from collections.abc import Iterable, Iterator
 from glob import glob
 from pathlib import Path
 
 import numpy as np
 
-from fastalign.data.index import Names, cached_index, is_image
+from fastalign.data.index import Index, cached_index, is_image, pack
 from fastalign.utils.errors import UserError
 
 _BLOCK = 512
@@ -67,43 +67,41 @@ def _after_zeros(file, position: int) -> int | None:
     return None
 
 
-def _scan_shard(path: str) -> tuple[list[bytes], list[tuple[int, int]], str]:
-    """Names of the images of a tar up to its damage; (offset, size) of each; the damage, "" for none."""
-    names, places, damage = [], [], ""
+def _scan_shard(path: str) -> tuple[dict[bytes, tuple[int, int]], str]:
+    """(offset, size) of the images of a tar up to its damage, by name; the damage, "" for none."""
+    places: dict[bytes, tuple[int, int]] = {}
     try:
         for member in members(path):
             if member.isreg() and not member.issparse() and is_image(name := os.fsencode(member.name)):
-                names.append(name)
-                places.append((member.offset_data, member.size))
+                if name in places:
+                    raise UserError(f"{path} has two images called {member.name!r}; rename or remove one")
+                places[name] = member.offset_data, member.size
     except DamagedTar as error:
-        damage = str(error)
-    if len(set(names)) < len(names):
-        ((name, _),) = Counter(names).most_common(1)
-        raise UserError(f"{path} has two images called {os.fsdecode(name)!r}; rename or remove one")
-    return names, places, damage
+        return places, str(error)
+    return places, ""
 
 
-def _scan_shards(shards: list[str]) -> dict[str, np.ndarray]:
-    owners, places, damages = [], [], []
+def _scan_shards(shards: list[str]) -> Index:
+    damages, rows = [], array("q")
 
     def names() -> Iterator[bytes]:
         for number, shard in enumerate(shards):
-            found, where, damage = _scan_shard(shard)
+            places, damage = _scan_shard(shard)
             damages.append(damage.encode("utf-8", "replace"))
-            owners.append(np.full(len(found), number, dtype=np.int64))
-            places.append(np.array(where, dtype=np.int64).reshape(-1, 2))
-            yield from found
+            for name, place in places.items():
+                rows.extend((number, *place))
+                yield name
 
-    arrays = Names.pack(names()).arrays() | Names.pack(damages).arrays("damage_")
-    start, size = np.ascontiguousarray(np.concatenate(places).T)
-    return arrays | {"shard": np.concatenate(owners), "start": start, "size": size}
+    index = pack(names())
+    shard, start, size = np.ascontiguousarray(np.array(rows, dtype=np.int64).reshape(-1, 3).T)
+    return index | pack(damages, "damage_") | {"shard": shard, "start": start, "size": size}
 
 
-def index_tars(shards: list[str]) -> dict[str, np.ndarray]:
+def index_tars(shards: list[str]) -> Index:
     """The images in tar files, from the cache if no shard's size or mtime changed since.
 
-    `names`, `offsets`: packed member names; `shard`, `start`, `size` [n] int64: number of the shard, place and bytes
-    in it; `damage_names`, `damage_offsets`: packed, the damage of each shard, whose earlier members count.
+    `names`: of the members; `shard`, `start`, `size` [n]: number of the shard, place and bytes in it; `damage_names`:
+    the damage of each shard, whose earlier members count.
     """
     status = [Path(shard).stat() for shard in shards]
     check = {"shard_sizes": np.array([s.st_size for s in status])}
@@ -135,17 +133,14 @@ def expand_shards(spec: str) -> list[str]:
     """The tar files of a folder, or of a pattern with {000..009}, {a,b}, *, ** or ?: absolute, sorted, each once."""
     path = Path(spec)
     if path.is_dir():
-        found = [str(p) for p in path.iterdir() if is_tar(p.name)]
+        found = [each for each in path.iterdir() if is_tar(each.name)]
     elif path.is_file():
-        found = [str(path)]
+        found = [path]
     else:
-        found = []
-        for pattern in _expand_braces(str(path)):
-            found += glob(pattern, recursive=True) if any(c in pattern for c in "*?[") else [pattern]  # noqa: PTH207
-    missing = next((name for name in found if not Path(name).is_file()), None)
-    if not found or missing:
-        what = f"no such tar file: {missing} (of {spec})" if missing else f"no tar file matches {spec}"
-        raise UserError(f"{what}; check the pattern, a range is written {{000..009}}")
+        patterns = _expand_braces(str(path))
+        found = [name for pattern in patterns for name in glob(pattern, recursive=True) or [pattern]]  # noqa: PTH207
+    if missing := next((each for each in found if not Path(each).is_file()), None):
+        raise UserError(f"no such tar file: {missing}; check the pattern, a range is written {{000..009}}")
     return each_once(found)
 
 
@@ -164,9 +159,8 @@ def stem(name: str) -> str:
 
 def class_of(image: str, classes: dict[str, str]) -> str | None:
     """The class of an image: that of its own stem, else of its WebDataset key, which ends at the first dot."""
-    folder, base = os.path.split(image)
-    key = os.path.join(folder, base.split(".", 1)[0])  # noqa: PTH118, the name of a member
-    return classes.get(stem(image), classes.get(key))
+    folder, slash, base = image.rpartition("/")
+    return classes.get(stem(image), classes.get(folder + slash + base.split(".", 1)[0]))
 
 
 def read_classes(shard: str) -> dict[str, str]:

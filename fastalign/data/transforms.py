@@ -14,10 +14,8 @@ from torch import Tensor
 from fastalign.utils.errors import UserError
 from fastalign.utils.random import Stream, random_uniform
 
-BILINEAR, BICUBIC = 0, 1
 MAX_LEVEL = 10.0
 """timm's largest magnitude of RandAugment."""
-_INTERPOLATIONS = {"bilinear": BILINEAR, "bicubic": BICUBIC}
 _RRC_TRIES = 10
 _PROBABILITY = 0.5
 
@@ -42,10 +40,9 @@ def parse_randaugment(text: str) -> RandAugment:
     """
     keys = {"m": "magnitude", "n": "layers", "p": "probability", "mstd": "magnitude_std"}
     keys |= {"mmax": "magnitude_max", "inc": "increasing"}
-    head, *parts = text.split("-")
-    found = [re.fullmatch(r"(m|p|mstd|mmax)(\d+(?:\.\d+)?)|(n|inc)(\d+)", part) for part in parts]
-    fields = {keys[match[1] or match[3]]: float(match[2] or match[4]) for match in found if match}
-    if head != "rand" or None in found or fields.get("probability", 0) > 1:
+    valid = re.fullmatch(r"rand(-(m|p|mstd|mmax)\d+(\.\d+)?|-(n|inc)\d+)*", text)
+    fields = {keys[key]: float(value) for key, value in re.findall(r"-([a-z]+)([\d.]+)", text) if valid}
+    if not valid or fields.get("probability", 0) > 1:
         raise UserError(f"randaugment {text!r} is not valid; write for example rand-m9-p0.5-mstd0.5-inc1")
     if fields.get("magnitude_std", 0) > 100:
         fields["magnitude_std"] = math.inf
@@ -82,11 +79,9 @@ class Transform:
     "timm's spelling, e.g. rand-m9-mstd0.5-inc1; empty is off. Unlike timm's, it does not switch color_jitter off."
 
     def __post_init__(self):
-        size = len(self.size) == 2 and all(isinstance(n, int) and n >= 1 for n in self.size)
         checks = (
-            ("size", size, "two positive integers, height and width"),
             ("std", min(self.std) > 0, "positive"),
-            ("interpolation", self.interpolation in _INTERPOLATIONS, "bilinear or bicubic"),
+            ("interpolation", self.interpolation in ("bilinear", "bicubic"), "bilinear or bicubic"),
             ("crop", self.crop in ("eval", "center", "rkrc", "rrc"), "eval, center, rkrc or rrc"),
             ("crop_pct", 0 < self.crop_pct <= 1, "in (0, 1]"),
             ("scale", 0 < self.scale[0] <= self.scale[1], "positive, lowest first"),
@@ -108,14 +103,14 @@ class Transform:
 class Geometry:
     """Where the output pixels of a batch come from.
 
-    roi_start, roi_end: [B, 2] float32, the region in source pixels (y, x); a flip swaps the two x. interpolation: [B]
-    int64, BILINEAR or BICUBIC. padded: [P] int64, the samples whose region reaches outside the image, and for these
-    rows [P, h] and columns [P, w] int64: the output row and column to show in each (reflection).
+    roi_start, roi_end: [B, 2] float32, the region in source pixels (y, x); a flip swaps the two x. bicubic: [B] bool,
+    not bilinear. padded: [P] int64, the samples whose region reaches outside the image, and for these rows [P, h] and
+    columns [P, w] int64: the output row and column to show in each (reflection).
     """
 
     roi_start: np.ndarray
     roi_end: np.ndarray
-    interpolation: np.ndarray
+    bicubic: np.ndarray
     padded: np.ndarray
     rows: np.ndarray
     columns: np.ndarray
@@ -181,26 +176,23 @@ def geometry(transform: Transform, shapes: np.ndarray, ids: np.ndarray, *, seed:
 
     shapes: [B, 2] int, height and width of the decoded images, B >= 1; ids: [B] int64.
     """
-    shapes = np.asarray(shapes, dtype=np.float64)
-    size = np.array(transform.size, dtype=np.float64)
-    batch, flip = len(shapes), np.zeros(len(shapes), dtype=bool)
-    interpolation = np.full(batch, _INTERPOLATIONS[transform.interpolation], dtype=np.int64)
+    shapes, size = np.asarray(shapes, dtype=np.float64), np.array(transform.size, dtype=np.float64)
+    flip = np.zeros(len(shapes), dtype=bool)
+    bicubic = np.full(len(shapes), transform.interpolation == "bicubic")
     if transform.is_random:
         count = 6 if transform.crop == "rkrc" else 4 + 2 * _RRC_TRIES
         stream = {"seed": seed, "stream": Stream.GEOMETRY, "epoch": epoch}
         draws = random_uniform(torch.from_numpy(ids), count, **stream).numpy()
-        flip = draws[:, 1] < transform.hflip
-        interpolation = np.where(draws[:, 0] < _PROBABILITY, BILINEAR, BICUBIC)
-    if transform.crop in ("rrc", "center"):
-        if transform.crop == "rrc":
-            start, extent = _rrc_boxes(transform, shapes, draws[:, 2:])
-        else:
-            extent = np.minimum(shapes, np.rint((shapes / size).min(axis=1, keepdims=True) * size))
-            start = (shapes - extent) // 2
-        resized, first = np.repeat(size[None], batch, axis=0), np.zeros_like(start)
+        bicubic, flip, draws = draws[:, 0] >= _PROBABILITY, draws[:, 1] < transform.hflip, draws[:, 2:]
+    resized, first = np.broadcast_to(size, shapes.shape), np.zeros(shapes.shape)
+    if transform.crop == "rrc":
+        start, extent = _rrc_boxes(transform, shapes, draws)
+    elif transform.crop == "center":
+        extent = np.minimum(shapes, np.rint((shapes / size).min(axis=1, keepdims=True) * size))
+        start = (shapes - extent) // 2
     else:
         if transform.crop == "rkrc":
-            resized, first = _rkrc_boxes(transform, shapes, draws[:, 2:])
+            resized, first = _rkrc_boxes(transform, shapes, draws)
         else:
             resized, first = _eval_boxes(transform, shapes)
         start, extent = first * (shapes / resized), size * (shapes / resized)
@@ -211,7 +203,7 @@ def geometry(transform: Transform, shapes: np.ndarray, ids: np.ndarray, *, seed:
     columns = _reflected(first[padded, 1], resized[padded, 1], transform.size[1])
     mirrored = transform.size[1] - 1 - columns[:, ::-1]
     columns = np.where(flip[padded, None], mirrored, columns)
-    return Geometry(start.astype(np.float32), end.astype(np.float32), interpolation, padded, rows, columns)
+    return Geometry(start.astype(np.float32), end.astype(np.float32), bicubic, padded, rows, columns)
 
 
 def reflect(images: Tensor, sampling: Geometry) -> Tensor:
@@ -228,10 +220,7 @@ def reflect(images: Tensor, sampling: Geometry) -> Tensor:
 
 def normalize(images: Tensor, transform: Transform, dtype: torch.dtype) -> Tensor:
     """(value / 255 - mean) / std in float32: [B, h, w, 3] uint8 -> [B, 3, h, w] of `dtype`, contiguous."""
-    mean = torch.tensor(transform.mean, dtype=torch.float64)
-    std = torch.tensor(transform.std, dtype=torch.float64)
-    scale, shift = (1 / (255 * std)).float(), (mean / std).float()
+    mean, std = np.array(transform.mean), np.array(transform.std)
     planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    shape = (1, 3, 1, 1)
-    planes.mul_(scale.to(images.device).view(shape)).sub_(shift.to(images.device).view(shape))
-    return planes.to(dtype)
+    scale, shift = (planes.new_tensor(each).view(1, 3, 1, 1) for each in (1 / (255 * std), mean / std))
+    return planes.mul_(scale).sub_(shift).to(dtype)

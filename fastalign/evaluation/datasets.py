@@ -16,19 +16,10 @@ from torch import Tensor
 
 from fastalign.data.sources import FolderSource, Source, Subset, TarSource, open_source
 from fastalign.data.tars import each_once, stem
-from fastalign.evaluation.label_maps import (
-    VOID,
-    LabelledImages,
-    decode_ids,
-    decode_panoptic,
-    pair,
-    read_panoptic,
-)
+from fastalign.evaluation.label_maps import LabelledImages, decode_ids, decode_panoptic, pair, read_panoptic
 from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError, unknown
 from fastalign.utils.paths import user_path
-
-__all__ = ["VOID", "ImageSplit", "LabelledImages", "open_image_splits", "open_labelled"]
 
 SPLITS = ("train", "val", "test")
 KINDS = ("coco", "coco-things", "coco-panoptic", "ade20k")
@@ -48,25 +39,18 @@ def open_labelled(data: str, split: str) -> LabelledImages:
     """
     if split not in SPLITS:
         raise UserError(f"{unknown('split', split, SPLITS)}; there are train, val and test")
-    if not data:
-        raise UserError("no labelled data given; name a folder, or KIND:ROOT")
-    try:
-        kind, root = _parse(user_path(data))
-        return _open_published(kind, root, split) if kind else _open_own(root, split)
-    except OSError as error:
-        raise UserError(f"cannot open {data}: {error.strerror or error}") from error
-
-
-def _parse(data: str) -> tuple[str, Path]:
-    """The kind of data set ("" = a folder of one's own) and its folder, which exists."""
-    kind, colon, rest = data.partition(":")
+    data = user_path(data)
+    kind, colon, root = data.partition(":")
     if not (colon and re.fullmatch(r"[\w-]+", kind)) or Path(data).exists():
-        kind, rest = "", data
+        kind, root = "", data
     elif kind not in KINDS:
         raise UserError(f"{data}: {unknown('data set', kind, KINDS)}; there are {' '.join(KINDS)}")
-    if not rest or not Path(rest).is_dir():
-        raise UserError(f"no such folder: {rest or data}; check the path of the data set")
-    return kind, Path(rest)
+    if not root or not Path(root).is_dir():
+        raise UserError(f"no such folder: {root or repr(data)}; check the path of the data set")
+    try:
+        return _open_published(kind, Path(root), split) if kind else _open_own(Path(root), split)
+    except OSError as error:
+        raise UserError(f"cannot open {data}: {error.strerror or error}") from error
 
 
 def class_names(key: str) -> tuple[str, ...]:
@@ -109,11 +93,13 @@ def _open_published(kind: str, root: Path, split: str) -> LabelledImages:
     remedy = _REMEDY.format(kind if kind == "coco-panoptic" else base, root)
     source, labels = _part(*_folders(folders, remedy), split, HELD_OUT[base])
     if kind == "coco-panoptic":
-        content = read_panoptic(root / "annotations" / f"{name}.json")
-        missing = [n for n in map(labels.name, range(len(labels))) if stem(n) not in content.segments]
+        path = root / "annotations" / f"{name}.json"
+        classes, segments = read_panoptic(path)
+        missing = [n for n in map(labels.name, range(len(labels))) if stem(n) not in segments]
         if missing:
-            raise UserError(f"{content.path} lacks {len(missing)} maps of {folders[1]}, first {missing[0]}")
-        return LabelledImages(source, content.classes, 0, labels, partial(decode_panoptic, panoptic=content))
+            raise UserError(f"{path} lacks {len(missing)} maps of {folders[1]}, first {missing[0]}")
+        decode = partial(decode_panoptic, segments=segments, path=path)
+        return LabelledImages(source, classes, 0, labels, decode)
     classes, ids = class_names(base), np.arange(256)
     if base == "coco":
         classes, ids = classes[: 92 if kind == "coco-things" else 183], (ids + 1) % 256
@@ -132,24 +118,19 @@ def _open_own(root: Path, split: str) -> LabelledImages:
         )
     classes, unlabeled = _read_classes(root / "classes.txt")
     if shards:
-        images, maps = _split_shards(root, split, shards)
+        members = TarSource(f"{root}/{split}-*.tar", shards)
+        is_map = np.array([members.name(index).lower().endswith(".png") for index in range(len(members))])
+        if is_map.all() or not is_map.any():
+            missing = "images" if is_map.all() else "label maps"
+            raise UserError(
+                f"{root}/{split}-*.tar have no {missing}; a sample is KEY.jpg and KEY.png in one shard"
+            )
+        images, maps = (Subset(members, np.flatnonzero(chosen)) for chosen in (~is_map, is_map))
+        maps = pair(images, maps)
     else:
         folders = folder / "images", folder / "labels"
         images, maps = _folders(folders, f"{split}/ must contain images/ and labels/")
     return LabelledImages(images, classes, unlabeled, maps, partial(decode_ids, classes=len(classes)))
-
-
-def _split_shards(root: Path, split: str, shards: list[str]) -> tuple[Source, Source]:
-    """Images and label maps of tar shards; the maps are the .png members."""
-    members = TarSource(f"{root}/{split}-*.tar", shards)
-    is_map = np.array([members.name(index).lower().endswith(".png") for index in range(len(members))])
-    if is_map.all() or not is_map.any():
-        missing = "images" if is_map.all() else "label maps"
-        raise UserError(
-            f"{root}/{split}-*.tar have no {missing}; a sample is KEY.jpg and KEY.png in one shard"
-        )
-    images, maps = (Subset(members, np.flatnonzero(chosen)) for chosen in (~is_map, is_map))
-    return images, pair(images, maps)
 
 
 def _read_classes(path: Path) -> tuple[tuple[str, ...], int | None]:

@@ -1,7 +1,7 @@
-"""Training of heads and classifiers on batches, and their evaluation."""
+"""Training of heads and classifiers on batches, and their predictions."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
@@ -12,29 +12,50 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastalign.backbones.precision import autocast
 from fastalign.data.loader import Batch
-from fastalign.training.distributed import World
+from fastalign.evaluation.results import difference
+from fastalign.training.checkpoint_files import Checkpoints, snapshot
+from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.optim import seed_update
+from fastalign.utils.errors import UserError
+from fastalign.utils.files import remove_leftovers
 
 _SAY_SECONDS = 30.0
 
+Track = Callable[[Iterable, str, int], Iterable]
+"""Shows the progress of an iteration, with a text and the number of items, as `Reporter.track` does."""
 
+
+def untracked(items: Iterable, text: str, total: int) -> Iterable:
+    """Shows nothing."""
+    return items
+
+
+def say_progress(say: Callable[[str], None]) -> Track:
+    """Says every half minute how far an iteration is."""
+
+    def track(items: Iterable, text: str, total: int) -> Iterator:
+        said = time.monotonic()
+        for number, item in enumerate(items, 1):
+            yield item
+            if time.monotonic() - said > _SAY_SECONDS:
+                said = time.monotonic()
+                say(f"{text}: {number} of {total} batches")
+
+    return track
+
+
+@dataclass
 class FeatureLoader:
     """Batches of features [n, ...] on one rank, in the form of a `Loader`'s.
 
     `order` gives the rows of an epoch, of which an incomplete last batch is dropped; None = all rows in order.
     """
 
-    def __init__(
-        self,
-        features: Tensor,
-        *,
-        batch_size: int,
-        device: torch.device,
-        order: Callable[[int], np.ndarray] | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        self.features, self.batch_size, self.device, self.order = features, batch_size, device, order
-        self.dtype = dtype or features.dtype
+    features: Tensor
+    batch_size: int
+    device: torch.device
+    order: Callable[[int], np.ndarray] | None = None
+    dtype: torch.dtype | None = None  # of the batches; None = as they are
 
     def __len__(self) -> int:
         count = len(self.features)
@@ -44,10 +65,9 @@ class FeatureLoader:
         """The batches of an epoch; `images` are features."""
         order = self.order(epoch) if self.order else np.arange(len(self.features))
         for step in range(len(self)):
-            rows = order[step * self.batch_size : (step + 1) * self.batch_size]
-            ids = torch.from_numpy(rows)
+            ids = torch.from_numpy(order[step * self.batch_size : (step + 1) * self.batch_size])
             features = self.features[ids.to(self.features.device)].to(self.device, non_blocking=True)
-            yield Batch(features.to(self.dtype), ids)
+            yield Batch(features.to(self.dtype or features.dtype), ids)
 
 
 @dataclass
@@ -69,23 +89,16 @@ class Fit:
         self.optimizer = torch.optim.AdamW(self.groups, betas=(0.9, 0.999), fused=True)
         self.model = self.module
         if self.world.size > 1:
-            self.model = DistributedDataParallel(
-                self.module, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            how = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+            self.model = DistributedDataParallel(self.module, **how)
 
-    def epoch(
-        self, batches: Iterator[Batch], updates: int, say: Callable[[str], None] = lambda text: None
-    ) -> float:
-        """Makes so many updates, and says now and then where it is. Returns the mean loss."""
+    def epoch(self, batches: Iterator[Batch], updates: int) -> float:
+        """Makes so many updates. Returns the mean loss."""
         self.module.train()
-        total, said = torch.zeros((), dtype=torch.float64, device=self.world.device), time.monotonic()
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         with closing(batches):
             for _ in range(updates):
-                loss = self.update(batches)
-                total += loss
-                if time.monotonic() - said > _SAY_SECONDS:
-                    said = time.monotonic()
-                    say(f"update {self.step}  loss {loss:.4f}")
+                total += self.update(batches)
         return total.item() / updates
 
     def update(self, batches: Iterator[Batch]) -> Tensor:
@@ -111,19 +124,40 @@ class Fit:
         self.step += 1
         return self.world.sum(total) / self.world.size
 
+    def save(self, checkpoints: Checkpoints, progress: dict, identity: dict) -> None:
+        """Writes a checkpoint in the background, without frozen weights, which are the backbone's own."""
+        on_first_rank(self.world, checkpoints.wait)
+        if self.world.main:
+            frozen = {name for name, value in self.module.named_parameters() if not value.requires_grad}
+            weights = {name: value for name, value in self.module.state_dict().items() if name not in frozen}
+            state = {"weights": weights, "optimizer": self.optimizer.state_dict(), "step": self.step}
+            checkpoints.save(snapshot({**state, "identity": identity, "progress": progress}), self.step)
+
+    def resume(self, checkpoints: Checkpoints, progress: dict, identity: dict) -> None:
+        """Continues from the newest checkpoint, if any; it updates `progress`. UserError: of another identity."""
+        if self.world.main:
+            remove_leftovers(checkpoints.folder)
+        step, state, _ = checkpoints.resume(self.world)
+        if step is None:
+            return
+        if changed := difference(state.get("identity", {}), identity):
+            raise UserError(
+                f"{checkpoints.folder}: {changed}: set it back, remove the folder, or choose another --output"
+            )
+        self.module.load_state_dict(state["weights"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = step
+        progress |= state["progress"]
+
 
 @torch.no_grad()
-def evaluate(
-    module: nn.Module,
-    batches: Iterator[Batch],
-    add: Callable[[Tensor, Batch], None],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Passes the logits of every batch to `add`, in evaluation mode and under autocast of `dtype`."""
+def predict(
+    module: nn.Module, batches: Iterator[Batch], device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Batch]]:
+    """The logits of every batch, in evaluation mode and under autocast of `dtype`."""
     module.eval()
     with closing(batches):
         for batch in batches:
             with autocast(device, dtype):
                 logits = module(batch.images)
-            add(logits, batch)
+            yield logits, batch

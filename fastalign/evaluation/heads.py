@@ -4,14 +4,13 @@ Shapes: B images, N patches, P prefix tokens, T = P + N tokens, D width, C class
 """
 
 import copy
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fastalign.backbones.blocks import Block
-from fastalign.backbones.spec import BlockSpec
+from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
 
 PATCH_HEADS = ("linear", "mlp", "transformer", "latent", "latent-global")
@@ -21,17 +20,13 @@ _STD = 0.02
 _CHUNK = 65_536
 
 
-class TokenShape(NamedTuple):
-    """The tokens of a backbone, and its attention heads."""
-
-    patches: int
-    prefix: int
-    width: int
-    heads: int
+def image_token(tokens: Tensor, prefix: int) -> Tensor:
+    """[B, T, D] -> [B, 1, D]: the mean of the prefix tokens, without a prefix of all."""
+    return tokens[:, : prefix or None].mean(1, keepdim=True)
 
 
 class SelectTokens(nn.Module):
-    """`patches` [B, N, D], `all` [B, T, D], or `image` [B, 1, D]: the mean of the prefix (without one: of all)."""
+    """`patches` [B, N, D], `all` [B, T, D], or `image` [B, 1, D]."""
 
     def __init__(self, which: str, prefix: int):
         super().__init__()
@@ -39,7 +34,7 @@ class SelectTokens(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.which == "image":
-            return tokens[:, : self.prefix or None].mean(1, keepdim=True)
+            return image_token(tokens, self.prefix)
         return tokens[:, self.prefix :] if self.which == "patches" else tokens
 
 
@@ -47,17 +42,16 @@ class PatchTransformer(nn.Module):
     """Position embedding, norm, pre-norm blocks with LayerScale 0.01, norm, linear layer: tokens -> [B, N, C].
 
     With `latent`, N learnt queries are appended and give the answers; the tokens then get no position embedding. With
-    `image` the output is [B, 1, C], the mean answer of the prefix tokens (without a prefix: of all).
+    `image` the output is [B, 1, C], the `image_token` of the answers.
     """
 
-    def __init__(self, shape: TokenShape, classes: int, tokens: int, layers: int, latent: bool, image: bool):
+    def __init__(self, spec: ViTSpec, classes: int, tokens: int, layers: int, latent: bool, image: bool):
         super().__init__()
-        self.shape, self.latent, self.image = shape, latent, image
-        width = shape.width
-        block = BlockSpec(
-            width, shape.heads, mlp_hidden=4 * width, qkv_bias=False, layer_scale=0.01, norm_eps=1e-5
-        )
-        self.pos_embed = nn.Parameter(_STD * torch.randn(shape.patches if latent else tokens, width))
+        self.spec, self.latent, self.image = spec, latent, image
+        width = spec.block.width
+        how = {"mlp_hidden": 4 * width, "qkv_bias": False, "layer_scale": 0.01, "norm_eps": 1e-5}
+        block = BlockSpec(width, spec.block.heads, **how)
+        self.pos_embed = nn.Parameter(_STD * torch.randn(spec.patches if latent else tokens, width))
         self.norm_pre = nn.LayerNorm(width)
         self.blocks = nn.Sequential(*(Block(block) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
@@ -69,9 +63,7 @@ class PatchTransformer(nn.Module):
         else:
             tokens = tokens + self.pos_embed
         answers = self.head(self.norm(self.blocks(self.norm_pre(tokens))))
-        if self.image:
-            return answers[:, : self.shape.prefix or None].mean(1, keepdim=True)
-        return answers[:, -self.shape.patches :]
+        return image_token(answers, self.spec.prefix) if self.image else answers[:, -self.spec.patches :]
 
 
 def supports(head: str, labels: str) -> bool:
@@ -82,21 +74,24 @@ def supports(head: str, labels: str) -> bool:
 
 
 def make_patch_head(
-    name: str, labels: str, shape: TokenShape, classes: int, *, hidden: int = 1024, layers: int = 2
+    name: str, labels: str, spec: ViTSpec, classes: int, *, hidden: int = 1024, layers: int = 2
 ) -> nn.Module:
-    """A patch head with fresh weights: tokens [B, T, D] -> logits [B, N, C], or [B, 1, C] for `global-union`."""
-    image = labels == "global-union"
+    """A patch head with fresh weights: tokens [B, T, D] -> logits [B, N, C], or [B, 1, C] for `global-union`.
+
+    `spec`: the backbone's.
+    """
+    image, width = labels == "global-union", spec.block.width
     which = {"latent-global": "image", "latent": "all", "transformer": "all"}.get(
         name, "image" if image else "patches"
     )
     if name == "linear":
-        head = nn.Linear(shape.width, classes)
+        head = nn.Linear(width, classes)
     elif name == "mlp":
-        head = nn.Sequential(nn.Linear(shape.width, hidden), nn.GELU(), nn.Linear(hidden, classes))
+        head = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, classes))
     else:
-        tokens = 1 if which == "image" else shape.prefix + shape.patches
-        head = PatchTransformer(shape, classes, tokens, layers, name != "transformer", image)
-    return nn.Sequential(SelectTokens(which, shape.prefix), head)
+        tokens = 1 if which == "image" else spec.prefix + spec.patches
+        head = PatchTransformer(spec, classes, tokens, layers, name != "transformer", image)
+    return nn.Sequential(SelectTokens(which, spec.prefix), head)
 
 
 class StandardizedLinear(nn.Module):
@@ -188,41 +183,37 @@ def _initialize(head: nn.Module) -> None:
             nn.init.zeros_(part.bias)
 
 
-def head_input(vit: ViT, tokens: Tensor, head: str) -> Tensor:
-    """What an image head reads of a backbone's tokens [B, T, D]: for "linear" [B, D], else all of them.
-
-    "linear" reads the class token, or the mean of the patches where there is none, after the norm after pooling. A
-    published model's own pooling is not used: alignment drops it, and both backbones must be read in the same way.
-    """
-    if head != "linear":
-        return tokens
-    pooled = tokens[:, 0] if vit.spec.class_token else tokens[:, vit.num_prefix_tokens :].mean(1)
-    return vit.fc_norm(pooled)
-
-
-def copy_for_head(vit: ViT, head: str) -> ViT:
-    """A copy of the backbone without what the head does not read: pooling, output layer, norm after pooling."""
-    copied = copy.deepcopy(vit)
-    copied.head, copied.attn_pool, copied.pool = nn.Identity(), None, "none"
-    if head != "linear":
-        copied.fc_norm = nn.Identity()
-    return copied
-
-
 class Classifier(nn.Module):
     """A copy of a backbone, frozen or trained, and a fresh head."""
 
-    def __init__(self, vit: ViT, head: str, classes: int, *, unfreeze: bool):
+    def __init__(self, vit: ViT, head: str, classes: int, *, unfreeze: bool = False):
         super().__init__()
-        self.head_name, self.unfreeze = head, unfreeze
-        self.backbone = copy_for_head(vit, head).freeze(not unfreeze)
+        self.pooled, self.unfreeze = head == "linear", unfreeze
+        self.backbone = copy.deepcopy(vit).freeze(not unfreeze)
+        # What no head reads must not be trained: torchrun waits for all gradients.
+        self.backbone.head, self.backbone.attn_pool, self.backbone.pool = nn.Identity(), None, "none"
+        if not self.pooled:
+            self.backbone.fc_norm = nn.Identity()
         self.head = make_image_head(head, vit, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """[B, 3, height, width], normalized -> what the head reads: [B, D] for "linear", else all tokens [B, T, D].
+
+        "linear" reads the class token, or the mean of the patches where there is none, after the norm after pooling.
+        A published model's own pooling is not used: alignment drops it, and both must be read in the same way.
+        """
+        vit = self.backbone
+        with torch.set_grad_enabled(self.unfreeze and torch.is_grad_enabled()):
+            tokens = vit.forward_features(images)
+            if not self.pooled:
+                return tokens
+            return vit.fc_norm(
+                tokens[:, 0] if vit.spec.class_token else tokens[:, vit.num_prefix_tokens :].mean(1)
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, height, width], normalized -> logits [B, C]"""
-        with torch.set_grad_enabled(self.unfreeze and torch.is_grad_enabled()):
-            features = head_input(self.backbone, self.backbone.forward_features(images), self.head_name)
-        return self.head(features)
+        return self.head(self.features(images))
 
 
 _BEFORE_BLOCKS = ("patch_embed", "cls_token", "reg_token", "pos_embed", "norm_pre")
@@ -233,16 +224,15 @@ def parameter_groups(model: nn.Module, *, decay: float, weight_decay: float) -> 
 
     The factor in a `Classifier` of depth d is decay^(d - i) in block i from 0, decay^(d + 1) before them, else 1.
     """
-    depth = model.backbone.spec.depth if isinstance(model, Classifier) else 0
     groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         parts, factor = name.split("."), 1.0
         if parts[:2] == ["backbone", "blocks"]:
-            factor = decay ** (depth - int(parts[2]))
+            factor = decay ** (model.backbone.spec.depth - int(parts[2]))
         elif parts[0] == "backbone" and parts[1] in _BEFORE_BLOCKS:
-            factor = decay ** (depth + 1)
+            factor = decay ** (model.backbone.spec.depth + 1)
         decayed = weight_decay if name.endswith("weight") and parameter.ndim > 1 else 0.0
         group = {"params": [], "factor": factor, "weight_decay": decayed}
         groups.setdefault((factor, decayed), group)["params"].append(parameter)

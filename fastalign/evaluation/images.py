@@ -1,27 +1,212 @@
-"""Image classification: from a backbone and a labelled image folder to `classify.json`."""
+"""Image classification, from a backbone and labelled images to `classify.json`: a head or fine-tuning per seed."""
 
-import tempfile
+import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 from fastalign import __version__
+from fastalign.backbones.precision import compute_dtype
 from fastalign.backbones.vit import ViT
-from fastalign.evaluation.datasets import open_image_splits
-from fastalign.evaluation.image_training import Job, train_on_features, train_on_images
-from fastalign.evaluation.metrics import IMAGE_METRICS
+from fastalign.data.loader import Batch, Loader
+from fastalign.data.transforms import Transform
+from fastalign.evaluation.datasets import ImageSplit, open_image_splits
+from fastalign.evaluation.features import as_tensor, read_features
+from fastalign.evaluation.fit import FeatureLoader, Fit, predict, say_progress
+from fastalign.evaluation.heads import Classifier, StandardizedLinear, make_image_head, parameter_groups
+from fastalign.evaluation.metrics import IMAGE_METRICS, ImageCounts
 from fastalign.evaluation.options import ImageOptions
 from fastalign.evaluation.results import check_output, write_results
-from fastalign.training.checkpoint_files import checksum
+from fastalign.training.build import image_constants
+from fastalign.training.checkpoint_files import Checkpoints, checksum
 from fastalign.training.command import report_rank_error
-from fastalign.training.distributed import World
+from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.metrics import mean_and_spread
+from fastalign.training.optim import learning_rate
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import can_be_folder
+from fastalign.utils.random import permutation
 
 RESULTS = "classify.json"
+_READ_BATCH = 256
+_GPU_SHARE = 0.25  # of the free GPU memory, for the features of a split
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the trainings of all seeds share."""
+
+    backbone: ViT
+    splits: dict[str, ImageSplit]
+    classes: int
+    options: ImageOptions  # resolved
+    world: World
+    say: Callable[[str], None]
+    folder: Path | None  # for checkpoints and features; the same on all ranks; None = neither is in files
+    identity: dict  # plain values that a checkpoint must share
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of autocast."""
+        return compute_dtype(self.options.precision, self.world.device)
+
+    def open_loader(self, split: str, transform: Transform, batch_size: int, **more) -> Loader:
+        """A loader of a split for this rank, in order unless `train` is given."""
+        world, source = self.world, self.splits[split].source
+        more = {"train": False, "dtype": self.dtype, "threads": self.options.threads} | more
+        more |= {"device": world.device, "rank": world.rank, "world_size": world.size}
+        return Loader(source, transform, batch_size=batch_size, **more)
+
+
+def update_best(
+    best: dict | None, epoch: int, measure: Callable[[str], dict], *, has_test: bool
+) -> tuple[dict, dict]:
+    """After an epoch: what is reported if training ends here, and the validation metrics.
+
+    With a test split, the first epoch with the best validation top-1; without one, the last epoch.
+    """
+    val = measure("val")
+    if best is None or not has_test or val["top1"] > best["val"]["top1"]:
+        best = {"epoch": epoch, "val": val, **({"test": measure("test")} if has_test else {})}
+    return best, val
+
+
+def train_on_features(job: Job) -> list[dict]:
+    """Frozen backbone: all ranks compute its features once; then each rank trains its share of the seeds."""
+    options, world, device = job.options, job.world, job.world.device
+    features, done = {name: _read(job, name) for name in job.splits}, {}
+    train = features["train"]
+    for name, values in features.items():
+        if device.type == "cuda" and values.nbytes <= _GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
+            features[name] = values.to(device)
+    for seed in options.seeds[world.rank :: world.size]:
+        loaders = {name: FeatureLoader(each, options.batch_size, device) for name, each in features.items()}
+        loaders["train"].order = lambda epoch, seed=seed: permutation(len(train), seed=seed, epoch=epoch)
+        torch.manual_seed(seed)
+        head = make_image_head(options.head, job.backbone, job.classes)
+        if isinstance(head, StandardizedLinear):
+            head.standardize(train)
+        done[seed] = found = train_seed(job, head.to(device), loaders, seed, World(0, 1, device))
+        job.say(f"seed {seed}: val top-1 {100 * found['val']['top1']:.2f}% after epoch {found['epoch']}")
+    results = {seed: result for part in world.gather(done) for seed, result in part.items()}
+    return [results[seed] for seed in options.seeds]
+
+
+def train_on_images(job: Job) -> list[dict]:
+    """Augmented images go through the backbone in each epoch; all ranks share the batches of each seed."""
+    options, world = job.options, job.world
+    size = options.batch_size // (options.accumulate * world.size)
+    constants = image_constants(job.backbone)
+    evaluated = Transform(crop="eval", **constants)
+    augment = {name: getattr(options, name) for name in ("crop", "color_jitter", "randaugment")}
+    mix = {name: getattr(options, name) for name in ("accumulate", "mixup", "cutmix")}
+    standardize = options.head == "linear" and not options.unfreeze
+    statistics = _read(job, "train") if standardize else None
+    results = []
+    for seed in options.seeds:
+        loaders = {name: job.open_loader(name, evaluated, size) for name in job.splits if name != "train"}
+        training = Transform(**augment, **constants)
+        loaders["train"] = job.open_loader("train", training, size, train=True, seed=seed, **mix)
+        torch.manual_seed(seed)
+        model = Classifier(job.backbone, options.head, job.classes, unfreeze=options.unfreeze)
+        model.backbone.grad_checkpointing = options.grad_checkpointing
+        if standardize:
+            model.head.standardize(statistics)
+        with ExitStack() as stack:
+            for loader in loaders.values():
+                stack.enter_context(closing(loader))
+            results.append(train_seed(job, model.to(world.device), loaders, seed, world))
+    return results
+
+
+def train_seed(
+    job: Job, model: nn.Module, loaders: dict[str, Loader | FeatureLoader], seed: int, world: World
+) -> dict:
+    """Trains a model; returns the seed, what `update_best` selected, and a line for each epoch as "curve"."""
+    options, labels = job.options, {name: split.labels for name, split in job.splits.items()}
+    fit = make_fit(model, len(loaders["train"]), labels["train"], options, seed, world, job.dtype)
+    epochs, updates = options.epochs, len(loaders["train"]) // options.accumulate
+
+    def say(text: str) -> None:
+        if options.live:
+            job.say(f"seed {seed} {text}")
+
+    def measure(split: str) -> dict:
+        counts = ImageCounts(job.classes, world.device)
+        for logits, batch in predict(model, loaders[split].batches(), world.device, job.dtype):
+            counts.add(logits, labels[split][batch.ids].to(world.device))
+        return counts.results(world)
+
+    progress, checkpoints, track = {"best": None, "curve": []}, None, say_progress(say)
+    if options.live and job.folder:
+        checkpoints = Checkpoints(job.folder / "classify" / f"seed-{seed}" / "checkpoints", keep=1)
+        fit.resume(checkpoints, progress, job.identity)
+        if fit.step:
+            say(f"resumes after epoch {fit.step // updates} of {epochs}")
+    for epoch in range(fit.step // updates + 1, epochs + 1):
+        batches = track(loaders["train"].batches(epoch - 1), f"epoch {epoch}", len(loaders["train"]))
+        loss = fit.epoch(batches, updates)
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} in epoch {epoch} of seed {seed}: lower --lr, or set --clip")
+        progress["best"], val = update_best(progress["best"], epoch, measure, has_test="test" in loaders)
+        figures = {"train_loss": loss, "val_loss": val["loss"], "val_top1": val["top1"]}
+        progress["curve"].append({"epoch": epoch, **figures})
+        say(f"epoch {epoch}/{epochs}  loss {loss:.4f}  val top-1 {100 * val['top1']:.2f}%")
+        if checkpoints:
+            fit.save(checkpoints, progress, job.identity)
+    if checkpoints:
+        on_first_rank(world, checkpoints.wait)
+    return {"seed": seed, **progress["best"], "curve": progress["curve"]}
+
+
+def make_fit(
+    model: nn.Module,
+    batches: int,
+    labels: Tensor,
+    options: ImageOptions,
+    seed: int,
+    world: World,
+    dtype: torch.dtype,
+) -> Fit:
+    """The training loop of a head or a `Classifier`: batches per epoch, labels of all training images."""
+    steps, epochs = batches // options.accumulate, options.epochs
+    groups = parameter_groups(model, decay=options.layer_decay or 1.0, weight_decay=options.weight_decay)
+    schedule = {"total": epochs * steps, "warmup": round(options.warmup_epochs * steps)}
+    rate = partial(learning_rate, **schedule, lr=options.lr, min_lr=options.min_lr)
+
+    def loss(logits: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy; of a mixed batch, also against its labels in reverse order, at 1 - `weight`."""
+        targets, weight = labels[batch.ids].to(world.device), batch.weight
+        entropy = partial(functional.cross_entropy, logits.float(), label_smoothing=options.label_smoothing)
+        if weight == 1:
+            return entropy(targets)
+        return weight * entropy(targets) + (1 - weight) * entropy(targets.flip(0))
+
+    how = {"seed": seed, "accumulate": options.accumulate, "clip": options.clip}
+    return Fit(model, groups, loss, rate, world, dtype, **how)
+
+
+def _read(job: Job, split: str) -> Tensor:
+    """What the head reads of every image of a split: [n, D] float32, or [n, T, D] in the compute dtype."""
+    head, spec, count = job.options.head, job.backbone.spec, len(job.splits[split].source)
+    job.say(f"{split}: features of {count} images")
+    model = Classifier(job.backbone, head, job.classes).to(job.world.device)
+    tokens = () if head == "linear" else (spec.prefix + spec.patches,)
+    kind = np.uint16 if tokens and job.dtype == torch.bfloat16 else np.float32
+    layout = {"features": ((count, *tokens, job.backbone.embed_dim), kind)}
+    loader = job.open_loader(split, Transform(crop="eval", **image_constants(job.backbone)), _READ_BATCH)
+    encode = lambda images: [model.features(images)]  # noqa: E731
+    arrays = read_features(
+        layout, encode, loader, job.world, job.dtype, folder=job.folder, track=say_progress(job.say)
+    )
+    return as_tensor(arrays["features"])
 
 
 def classify(
@@ -40,8 +225,9 @@ def classify(
         backbone: it is copied and stays unchanged.
         data: a folder with ``train`` and ``val``, and perhaps ``test``: class folders, images with ``labels.csv``,
             or tar shards with ``.cls`` members.
-        output: the folder for classify.json and checkpoints; None = nothing is written, nothing can be resumed.
-        world: the ranks that share the work; None = this process alone.
+        output: the folder for classify.json, checkpoints and features; None = nothing is written, features are in
+            memory, nothing can be resumed.
+        world: the ranks that share the work, with an output; None = this process alone.
         say: gets lines about the progress.
         command: kept in the result.
         **options: fields of `fastalign.evaluation.options.ImageOptions`: head, seeds, unfreeze, epochs, lr...
@@ -50,53 +236,47 @@ def classify(
         UserError: bad data or options; the message names the command's flag.
     """
     chosen = ImageOptions(**options).resolved()
-    if world is None:
-        gpu = torch.cuda.is_available()
-        world = World(0, 1, torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu"))
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    world = world or World(0, 1, torch.device(device))
     if backbone.spec.channels != 3:
         raise UserError(f"--kwargs in_chans={backbone.spec.channels}: images have 3 channels; remove it")
-    with ExitStack() as stack:
-        splits, classes = open_image_splits(data, world, say)
-        _check_batch_size(chosen, len(splits["train"].source), world)
-        described = {name: split.facts() for name, split in splits.items()}
-        about = {"root": str(data), "splits": described, "classes": classes}
-        facts = _facts(backbone, chosen, command, about)
-        folder = Path(output or world.share(stack.enter_context(tempfile.TemporaryDirectory())))
+    splits, classes = open_image_splits(data, world, say)
+    size, parts = chosen.batch_size, chosen.accumulate * world.size if chosen.live else 1
+    if size % parts:
+        raise UserError(f"--batch-size {size} must be a multiple of --accumulate x ranks = {parts}")
+    if size > (images := len(splits["train"].source)):
+        raise UserError(f"--batch-size {size} is more than the {images} images of train/: lower it")
+    described = {name: split.facts() for name, split in splits.items()}
+    about = {"root": str(data), "splits": described, "classes": classes}
+    facts = {"command": command, **_facts(backbone, chosen, about)}
+    folder = Path(output) if output else None
+    if folder:
         can_be_folder(f"--output {folder}", folder)
-        identity = _identity(facts)
-        # Figures of the same settings on older weights are out of date and may be replaced.
-        check_output(
-            folder / RESULTS, lambda old: _identity(old) | {"backbone": identity["backbone"]}, identity
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        shared = identity | {"ranks": world.size} if output else None
-        job = Job(backbone, splits, len(classes), chosen, world, say, folder, shared)
-        with report_rank_error(world.rank):
-            results = (train_on_images if chosen.live else train_on_features)(job)
+        check_output(folder / RESULTS, facts)
+    identity = {key: facts[key] for key in ("settings", "backbone")} | {
+        "data": described,
+        "ranks": world.size,
+    }
+    job = Job(backbone, splits, len(classes), chosen, world, say, folder, identity)
+    with report_rank_error(world.rank):
+        results = (train_on_images if chosen.live else train_on_features)(job)
     facts |= _outcome(results, facts["reported"], world)
-    if output and world.main:
+    if folder and world.main:
         write_results(folder / RESULTS, facts)
     world.barrier()
     return facts
 
 
-def _check_batch_size(options: ImageOptions, images: int, world: World) -> None:
-    size, parts = options.batch_size, options.accumulate * world.size if options.live else 1
-    if size % parts:
-        raise UserError(f"--batch-size {size} must be a multiple of --accumulate x ranks = {parts}")
-    if size > images:
-        raise UserError(f"--batch-size {size} is more than the {images} images of train/: lower it")
-
-
-def _facts(vit: ViT, options: ImageOptions, command: str | None, data: dict) -> dict:
+def _facts(vit: ViT, options: ImageOptions, data: dict) -> dict:
     """The part of the results that is known before training."""
     reads = "the class token" if vit.spec.class_token else "the mean of the patches"
-    recipe = getattr(vit, "recipe", {"name": None, "kwargs": {}})
     reported, selection = "val", "none, the last epoch: there is no test split to report a chosen one on"
     if "test" in data["splits"]:
         reported, selection = "test", "the epoch with the best validation top-1, the first of equals"
+    recipe = {"name": None, "kwargs": {}}
+    with suppress(UserError):  # a user's own timm model may have no name
+        recipe = vit.recipe
     return {
-        "command": command,
         "settings": options.model_dump(exclude={"threads", "seeds"}),
         "backbone": {
             **recipe,
@@ -110,19 +290,11 @@ def _facts(vit: ViT, options: ImageOptions, command: str | None, data: dict) -> 
     }
 
 
-def _identity(facts: dict) -> dict:
-    """What results and checkpoints must share to continue one another."""
-    return {**{key: facts[key] for key in ("settings", "backbone")}, "data": facts["data"]["splits"]}
-
-
 def _outcome(results: list[dict], split: str, world: World) -> dict:
     """The results of all seeds, with mean and sample standard deviation, and what they were computed on."""
     values = {name: [result[split][name] for result in results] for name in IMAGE_METRICS}
     found = {name: {} if None in of_seeds else mean_and_spread(of_seeds) for name, of_seeds in values.items()}
     over_seeds = {key: {name: each.get(key) for name, each in found.items()} for key in ("mean", "std")}
-    versions = {
-        "fastalign": __version__,
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU",
-    }
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    versions = {"fastalign": __version__, "torch": torch.__version__, "device": device}
     return {**over_seeds, "seeds": results, "ranks": world.size, "versions": versions}

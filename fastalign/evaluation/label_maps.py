@@ -2,13 +2,11 @@
 
 import io
 import json
-import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -20,29 +18,24 @@ from fastalign.utils.errors import UserError, first_line
 VOID = -1
 """The id of pixels that belong to no class."""
 
-_GREY, _RGB, _PALETTE = 0, 2, 3
-_COLOURS = {_GREY: "grey", _RGB: "RGB", _PALETTE: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
+_ID_BITS = {"L": (8,), "P": (1, 2, 4, 8)}
+"""Bits of a PNG by PIL's mode; PIL scales grey values of fewer than 8 bits."""
+_DEEP_ID_BITS = _ID_BITS | {"I;16": (16,), "I": (16,)}
 
 
-def _read_png(
-    encoded: np.ndarray, name: str, colours: tuple[int, ...], depths: tuple[int, ...]
-) -> np.ndarray:
-    """The pixel values of a PNG that has one of the colour types and bit depths."""
-    head = encoded[:26].tobytes()
-    if len(head) < 26 or not head.startswith(b"\x89PNG\r\n\x1a\n"):
+def _read_png(encoded: np.ndarray, name: str, bits: dict[str, tuple[int, ...]]) -> np.ndarray:
+    """The pixel values of a PNG that has one of the modes and numbers of bits."""
+    if encoded[:8].tobytes() != b"\x89PNG\r\n\x1a\n":
         raise UserError(f"label map {name} is not a PNG; a label map is a PNG of class ids")
-    bits, colour = struct.unpack_from("BB", head, 24)
-    # PIL would silently scale grey values of fewer than 8 bits.
-    if colour not in colours or (bits not in depths and colour != _PALETTE):
-        wanted = " or ".join(_COLOURS[each] for each in colours)
-        raise UserError(
-            f"label map {name} is {_COLOURS[colour]} with {bits} bits, not {wanted} of {depths} bits; save it so"
-        )
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            return np.asarray(image)
+            pixels, mode = np.asarray(image), image.mode
     except Exception as error:  # the decoder raises a dozen classes for damaged files
         raise UserError(f"cannot decode label map {name}: {first_line(error)}; replace it") from error
+    if encoded[24] not in bits.get(mode, ()):
+        wanted = " or ".join(bits)
+        raise UserError(f"label map {name} has mode {mode}, {encoded[24]} bits, not {wanted}; save it so")
+    return pixels
 
 
 def decode_ids(
@@ -52,12 +45,9 @@ def decode_ids(
 
     With `table`, [256], the map has 8 bits and the ids are looked up there. UserError for an id of `classes` or more.
     """
-    pixels = _read_png(encoded, name, (_GREY, _PALETTE), (8, 16) if table is None else (8,))
-    if table is None:
-        void = pixels == (255 if pixels.dtype == np.uint8 else 65535)
-        ids = np.where(void, VOID, pixels.astype(np.int32))
-    else:
-        ids = table[pixels]
+    pixels = _read_png(encoded, name, _DEEP_ID_BITS if table is None else _ID_BITS).astype(np.int32)
+    void = 65535 if encoded[24] == 16 else 255
+    ids = np.where(pixels == void, VOID, pixels) if table is None else table[pixels]
     unknown = ids >= classes
     if unknown.any():
         raise UserError(
@@ -67,28 +57,21 @@ def decode_ids(
     return ids.astype(np.int16)
 
 
-class Panoptic(NamedTuple):
-    """The content of a panoptic JSON: class names, and for each map the class of every segment."""
-
-    path: str
-    classes: tuple[str, ...]
-    segments: dict[str, tuple[np.ndarray, np.ndarray]]
-    """name of a map without suffix -> ids, ascending and beginning with 0 (unlabeled), and their classes"""
-
-
 @lru_cache(maxsize=2)  # train and val are parts of one file, which takes seconds
-def read_panoptic(path: Path) -> Panoptic:
-    """Reads `panoptic_*2017.json`; class 0 is "unlabeled", then the categories by ascending id."""
+def read_panoptic(path: Path) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    """Reads `panoptic_*2017.json`: class names (0 is "unlabeled", then by category id), and the segments of each map.
+
+    They are by the map's name without suffix: [n, 2] segment ids, ascending from 0 (unlabeled), and their classes.
+    """
     try:
         content = json.loads(path.read_bytes())
         categories = sorted((int(entry["id"]), str(entry["name"])) for entry in content["categories"])
         of_category = {number: index for index, (number, _) in enumerate(categories, start=1)}
         segments = {}
         for entry in content["annotations"]:
-            pairs = sorted((int(s["id"]), of_category[s["category_id"]]) for s in entry["segments_info"])
-            ids, labels = np.array([(0, 0), *pairs], np.int32).T
-            segments[str(entry["file_name"]).rpartition(".")[0]] = (ids.copy(), labels.astype(np.int16))
-        return Panoptic(str(path), ("unlabeled", *(name for _, name in categories)), segments)
+            pairs = ((int(each["id"]), of_category[each["category_id"]]) for each in entry["segments_info"])
+            segments[str(entry["file_name"]).rpartition(".")[0]] = np.array([(0, 0), *sorted(pairs)])
+        return ("unlabeled", *(name for _, name in categories)), segments
     except FileNotFoundError:
         remedy = "`bash examples/download.sh coco-panoptic ROOT` in a clone of fastalign fetches it"
         raise UserError(f"no such file: {path}; {remedy}") from None
@@ -97,16 +80,17 @@ def read_panoptic(path: Path) -> Panoptic:
         raise UserError(f"{path} is not a panoptic JSON: {reason}; download it again") from error
 
 
-def decode_panoptic(encoded: np.ndarray, name: str, stem: str, panoptic: Panoptic) -> np.ndarray:
-    """A panoptic map: a pixel's segment is R + 256 G + 65536 B, and the JSON has the segment's class."""
-    pixels = _read_png(encoded, name, (_RGB,), (8,)).astype(np.int32)
-    segments = pixels[..., 0] + 256 * pixels[..., 1] + 65536 * pixels[..., 2]
-    ids, labels = panoptic.segments[stem]
-    position = np.searchsorted(ids, segments).clip(max=len(ids) - 1)
-    unknown = ids[position] != segments
+def decode_panoptic(
+    encoded: np.ndarray, name: str, stem: str, *, segments: dict[str, np.ndarray], path: Path
+) -> np.ndarray:
+    """A panoptic map: a pixel's segment is R + 256 G + 65536 B; `segments` are those of the JSON file `path`."""
+    pixels = _read_png(encoded, name, {"RGB": (8,)}) @ np.array([1, 256, 65536])
+    ids, classes = segments[stem].T
+    position = np.searchsorted(ids, pixels).clip(max=len(ids) - 1)
+    unknown = ids[position] != pixels
     if unknown.any():
-        raise UserError(f"label map {name} has the segment {segments[unknown][0]}, not in {panoptic.path}")
-    return labels[position]
+        raise UserError(f"label map {name} has the segment {pixels[unknown][0]}, not in {path}")
+    return classes[position].astype(np.int16)
 
 
 _SAMPLED = 8
@@ -150,7 +134,7 @@ class LabelledImages:
         """CRC-32 of all file names, the bytes of a few files, and the classes; independent of the location."""
         crc = zlib.crc32(json.dumps([self.classes, self.unlabeled]).encode())
         for source in (self.source, self.maps):
-            names = "\0".join(source.portable_name(i) for i in range(len(source)))
+            names = "\0".join(source.name(i) for i in range(len(source)))
             crc = zlib.crc32(names.encode("utf-8", "surrogateescape"), crc)
             # Names alone would not distinguish two renderings with numbered files.
             for i in sorted({i * (len(source) - 1) // _SAMPLED for i in range(_SAMPLED + 1)}):

@@ -1,15 +1,15 @@
 """Options of the evaluation commands: checked fields, and the flags of a command line that set them."""
 
 import argparse
-from collections.abc import Callable
-from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fastalign.backbones.vit import ViT
 from fastalign.evaluation.heads import IMAGE_HEADS, PATCH_HEADS, PATCH_LABELS, supports
 from fastalign.evaluation.metrics import PATCH_METRICS
-from fastalign.training.optim import learning_rate
+from fastalign.training.build import backbone_before, named_backbone
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import path_argument
 
@@ -47,16 +47,24 @@ def evaluation_parser(prog: str, description: str, *, data: str, output: str) ->
         raise UserError(f"{message}; --help lists the options")
 
     parser.error = refuse
-    add = parser.add_argument
-    add(
-        "--backbone", required=True, type=path_argument, metavar="NAME_OR_RUN", help="timm name or run folder"
-    )
+    add, name = parser.add_argument, "NAME_OR_RUN"
+    add("--backbone", required=True, type=path_argument, metavar=name, help="timm name or run folder")
+    add("--before", action="store_true", help="also, and first, the backbone that the run started from")
     add("--data", required=True, type=path_argument, metavar="DATA", help=data)
     add("--weights", type=path_argument, help="of a timm name: pretrained (default), random, or a file")
     add("--kwargs", default="{}", metavar="YAML", help="timm's arguments, as in '{img_size: 336}'")
     add("--softcap", type=float, metavar="CAP", help="of a timm name's attention logits; default none")
     add("--output", type=path_argument, help=f"default {output}")
     return parser
+
+
+def open_backbones(given: argparse.Namespace) -> tuple[dict[str, ViT], Path | None]:
+    """The backbones that these flags name ("before", and "aligned" or timm's name), and the run folder if any."""
+    vit, folder = named_backbone(
+        given.backbone, weights=given.weights, kwargs=given.kwargs, softcap=given.softcap
+    )
+    before = {"before": backbone_before(given.backbone, folder)} if given.before else {}
+    return {**before, "aligned" if folder else given.backbone: vit}, folder
 
 
 def add_flags(parser: argparse.ArgumentParser, *models: type[Options]) -> None:
@@ -100,11 +108,6 @@ class Recipe(Options):
         if self.min_lr > self.lr:
             raise UserError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}: lower it")
         return self
-
-    def schedule(self, total: int) -> Callable[[int], float]:
-        """The learning rate of each of so many updates."""
-        rates = {"warmup": min(self.warmup_steps, total // 10), "lr": self.lr, "min_lr": self.min_lr}
-        return partial(learning_rate, total=total, start=0.0, **rates)
 
 
 class Plan(Options):

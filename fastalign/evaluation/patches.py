@@ -1,29 +1,38 @@
 """The probe: heads on the patch tokens of frozen encoders, trained, selected, evaluated, and shared among ranks."""
 
-import contextlib
 import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastalign.backbones.spec import ViTSpec
+from fastalign.backbones.vit import ViT
+from fastalign.config import Config
 from fastalign.data.loader import Batch
-from fastalign.evaluation.features import ArrayFiles, Encoder, PatchFeatures, patch_files, read_patch_features
-from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate
-from fastalign.evaluation.heads import TokenShape, make_patch_head, supports
+from fastalign.evaluation.datasets import open_labelled
+from fastalign.evaluation.features import Encoder, PatchFeatures, frozen_encoder, read_patch_features
+from fastalign.evaluation.fit import FeatureLoader, Fit, Track, predict, say_progress, untracked
+from fastalign.evaluation.heads import make_patch_head, supports
 from fastalign.evaluation.label_maps import LabelledImages
 from fastalign.evaluation.metrics import MultiClassCounts, MultiLabelCounts, patch_loss
 from fastalign.evaluation.options import Plan, Recipe
 from fastalign.training.command import report_rank_error
-from fastalign.training.distributed import World
+from fastalign.training.distributed import World, on_first_rank
+from fastalign.training.optim import learning_rate
 from fastalign.utils.errors import UserError
 
 _EVALUATION_BATCH = 256
+IMAGES = {"train": 2_000, "val": 1_000}
+"""At most so many of each split, evenly chosen, during training."""
+EPOCHS, REPORTED = 3, ("macro_recall", "map", "loss")
+"""During training."""
 
 
 @dataclass(frozen=True)
@@ -35,41 +44,52 @@ class Task:
     skip_blocks: int
     seed: int
 
+    def loader(
+        self, features: PatchFeatures, batch_size: int, device: torch.device, order=None
+    ) -> FeatureLoader:
+        """Batches of the tokens, in fp32."""
+        return FeatureLoader(features.tokens[self.skip_blocks], batch_size, device, order, torch.float32)
+
 
 def fit_head(
-    head: nn.Module,
     task: Task,
+    spec: ViTSpec,
     train: PatchFeatures,
     val: PatchFeatures | None,
-    recipe: Recipe,
+    plan: Plan,
     *,
     device: torch.device,
     dtype: torch.dtype,
+    track: Track = untracked,
 ) -> tuple[nn.Module, int, dict]:
-    """Trains a fresh head and keeps the epoch that is best on `val` by `recipe.select`; without `val` the last one.
+    """Trains a head on the tokens of a backbone and keeps the epoch that is best on `val`, without it the last one.
 
     Returns:
         The head, the epoch (from 1), and its metrics on `val`, {} without one.
     """
-    count, size = len(train), recipe.batch_size
+    recipe, count, size = plan.recipe, len(train), plan.recipe.batch_size
     steps = count // size
 
     def order(epoch: int) -> np.ndarray:
         """Sorted within batches, so that files are read in order."""
-        shuffled = np.random.default_rng([task.seed, epoch + 1]).permutation(count)
+        shuffled = np.random.default_rng([task.seed, epoch]).permutation(count)
         return np.sort(shuffled[: steps * size].reshape(steps, size), 1).ravel()
 
     def loss(logits: Tensor, batch: Batch) -> Tensor:
         return patch_loss(logits, train.labels(batch.ids.numpy(), task.labels).to(device))
 
-    head = head.to(device)
+    torch.manual_seed(task.seed)
+    shape = {"hidden": plan.hidden, "layers": plan.layers}
+    head = make_patch_head(task.head, task.labels, spec, train.classes, **shape).to(device)
     groups = [{"params": list(head.parameters()), "factor": 1.0, "weight_decay": recipe.weight_decay}]
-    rate, world = recipe.schedule(steps * recipe.epochs), World(0, 1, device)
-    fit = Fit(head, groups, loss, rate, world, dtype)
-    loader = _loader(train, task, size, device, order)
+    total, ends = steps * recipe.epochs, {"lr": recipe.lr, "min_lr": recipe.min_lr}
+    warmup = min(recipe.warmup_steps, total // 10)
+    rate = partial(learning_rate, total=total, warmup=warmup, start=0.0, **ends)
+    fit = Fit(head, groups, loss, rate, World(0, 1, device), dtype)
+    loader = task.loader(train, size, device, order)
     best, best_score = (head.state_dict(), recipe.epochs, {}), -math.inf
     for epoch in range(1, recipe.epochs + 1):
-        fit.epoch(loader.batches(epoch - 1), steps)
+        fit.epoch(track(loader.batches(epoch), f"epoch {epoch} of {recipe.epochs} of the head", steps), steps)
         if val is None:
             continue
         found = evaluate_head(head, task, val, device=device, dtype=dtype)
@@ -89,24 +109,18 @@ def evaluate_head(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    track: Track = untracked,
 ) -> dict:
     """The metrics of a head on a split, and its mean `loss` over all answers (`majority`: labelled patches)."""
     if task.labels == "majority":
         counts = MultiClassCounts(features.classes, device)
     else:
         counts = MultiLabelCounts(features.classes, device, by_size=task.labels == "union")
-    loader = _loader(features, task, _EVALUATION_BATCH, device)
-
-    def add(logits: Tensor, batch: Batch) -> None:
+    loader = task.loader(features, _EVALUATION_BATCH, device)
+    batches = track(loader.batches(), "evaluation of the head", len(loader))
+    for logits, batch in predict(head, batches, device, dtype):
         counts.add(logits, features.labels(batch.ids.numpy(), task.labels).to(device))
-
-    evaluate(head, loader.batches(), add, device, dtype)
     return counts.results()
-
-
-def _loader(features: PatchFeatures, task: Task, batch_size: int, device: torch.device, order=None):
-    tokens = features.tokens[task.skip_blocks]
-    return FeatureLoader(tokens, batch_size=batch_size, device=device, order=order, dtype=torch.float32)
 
 
 def probe(
@@ -116,8 +130,7 @@ def probe(
     world: World,
     *,
     report_on: Sequence[str] = ("test",),
-    cache: Path | None = None,
-    keep_features: bool = True,
+    folder: Path | None = None,
     batch_size: int = 64,
     threads: int = 4,
     dtype: torch.dtype = torch.float32,
@@ -129,18 +142,22 @@ def probe(
         encoders: by the name that results carry.
         splits: train, val (which selects the epoch), and those of `report_on`.
         plans: heads, labels, seeds, recipe.
-        world: with several ranks, `cache` is needed.
         report_on: splits that a finished head is evaluated on, once; `val` always is.
-        cache: folder of the features; None = in memory.
-        keep_features: leave in `cache` what this call read.
-        batch_size, threads, dtype: as of `read_patch_features`.
+        folder, batch_size, threads, dtype: as of `read_patch_features`.
         say: gets progress lines.
     """
     count, largest = len(splits["train"]), max(plan.recipe.batch_size for plan in plans)
     if count < largest:
         raise UserError(f"--batch-size {largest}: the training split has {count} images; lower it")
-    how = {"batch_size": batch_size, "threads": threads, "dtype": dtype}
-    read, fresh = _read(encoders, splits, world, cache, say, how)
+    how = {"folder": folder, "batch_size": batch_size, "threads": threads, "dtype": dtype}
+    how["track"] = say_progress(say) if world.main else untracked
+    read = {name: {} for name in encoders}
+    for name, split in itertools.product(encoders, splits):
+        if world.main:
+            say(f"{name}: {len(splits[split])} images ({split})")
+        read[name][split] = read_patch_features(encoders[name], splits[split], world, **how)
+        if not read[name][split].image.any():
+            raise UserError(f"the {split} split has void pixels only: check its label maps")
     # Heads of all encoders are shared out together, so that ranks wait for each other once, at the end.
     tasks = [
         (name, plan, Task(head, labels, skip, seed))
@@ -154,57 +171,26 @@ def probe(
     for number in range(world.rank, len(tasks), world.size):
         name, plan, task = tasks[number]
         with report_rank_error(world.rank):
-            row = _probe_task(task, encoders[name].shape, read[name], plan, report_on, world.device, dtype)
+            row = _probe_task(task, encoders[name].spec, read[name], plan, report_on, world.device, dtype)
         about = f"{task.labels} {task.head}, {task.skip_blocks} blocks skipped, seed {task.seed}"
         say(f"{name}: {about}: macro recall {row[report_on[-1]]['macro_recall']:.4f}")
         rows[number] = {"model": name, **row}
     for part in world.gather(rows):
         rows |= part
-    if fresh and world.main and not keep_features:
-        for each in fresh:
-            each.remove()
-        with contextlib.suppress(OSError):
-            cache.rmdir()  # unless it holds something else
     return [rows[number] for number in range(len(tasks))]
-
-
-def _read(
-    encoders: dict[str, Encoder],
-    splits: dict[str, LabelledImages],
-    world: World,
-    cache: Path | None,
-    say: Callable[[str], None],
-    how: dict,
-) -> tuple[dict[str, dict[str, PatchFeatures]], list[ArrayFiles]]:
-    """Features by encoder and split, and the files that were not there before."""
-    fresh, read = [], {name: {} for name in encoders}
-    for name, split in itertools.product(encoders, splits):
-        files = cache and patch_files(encoders[name], splits[split], cache, how["dtype"])
-        known = cache is not None and files.complete()
-        if cache and not known:
-            fresh.append(files)
-        if world.main:
-            say(f"{name}: {len(splits[split])} images ({split}){', read before' if known else ''}")
-        found = read_patch_features(encoders[name], splits[split], world, folder=cache, **how)
-        if not found.image.any():
-            raise UserError(f"the {split} split has void pixels only: check its label maps")
-        read[name][split] = found
-    return read, fresh
 
 
 def _probe_task(
     task: Task,
-    shape: TokenShape,
+    spec: ViTSpec,
     features: dict[str, PatchFeatures],
     plan: Plan,
     report_on: Sequence[str],
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict:
-    torch.manual_seed(task.seed)
-    classes, where = features["train"].classes, {"device": device, "dtype": dtype}
-    head = make_patch_head(task.head, task.labels, shape, classes, hidden=plan.hidden, layers=plan.layers)
-    head, epoch, val = fit_head(head, task, features["train"], features["val"], plan.recipe, **where)
+    where = {"device": device, "dtype": dtype}
+    head, epoch, val = fit_head(task, spec, features["train"], features["val"], plan, **where)
     if not math.isfinite(val["loss"]):
         about = f"{task.labels} {task.head}, seed {task.seed}"
         raise UserError(f"--lr: the loss of {about} is {val['loss']}; lower the rate")
@@ -213,3 +199,55 @@ def _probe_task(
         name: evaluate_head(head, task, features[name], **where) for name in report_on if name != "val"
     }
     return {**asdict(task), "epoch": epoch, "val": short, **reported}
+
+
+def open_splits(config: Config, world: World) -> dict[str, LabelledImages]:
+    """Parts of the train and val splits of `probe.data` on rank 0, nothing elsewhere; `test` is not opened."""
+    found = {}
+
+    def open_parts() -> None:
+        for split, most in IMAGES.items():
+            try:
+                data = open_labelled(config.probe.data, split)
+            except UserError as error:
+                raise UserError(f"probe.data: {error}") from error
+            found[split] = data.subset(np.arange(most) * len(data) // most) if len(data) > most else data
+
+    if config.probe.data is not None:
+        on_first_rank(world, open_parts)
+    return found
+
+
+def contents(splits: dict[str, LabelledImages]) -> dict[str, str]:
+    """What identifies the images of `probe.data` to a run that resumes."""
+    marks = " ".join(f"{split.fingerprint():08x}" for split in splits.values())
+    return {"probe.data": marks} if marks else {}
+
+
+def probe_encoder(
+    encoder: ViT,
+    splits: dict[str, LabelledImages],
+    device: torch.device,
+    *,
+    average: dict[str, Tensor] | None,
+    dtype: torch.dtype,
+    threads: int,
+    seed: int,
+    track: Track,
+) -> dict[str, float]:
+    """Trains a head on an encoder's frozen tokens, in memory, and evaluates its last epoch on val.
+
+    `average`: averaged weights of the student, used instead of the encoder's.
+    """
+    vit = copy.deepcopy(encoder)  # a copy is not compiled, so no graph of training is compiled again
+    if average is not None:
+        vit.load_state_dict({name: average[f"encoder.{name}"] for name in vit.state_dict()})
+    tokens, how = frozen_encoder(vit), {"dtype": dtype, "track": track}
+    more = {"world": World(0, 1, device), "threads": threads, **how}
+    read = {name: read_patch_features(tokens, split, **more) for name, split in splits.items()}
+    task = Task("transformer", "union", skip_blocks=0, seed=seed)
+    plan = Plan(recipe=Recipe(epochs=EPOCHS, batch_size=min(Recipe().batch_size, len(read["train"]))))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        head, *_ = fit_head(task, tokens.spec, read["train"], None, plan, device=device, **how)
+    scores = evaluate_head(head, task, read["val"], device=device, **how)
+    return {name: scores[name] for name in REPORTED}

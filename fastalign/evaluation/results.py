@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +66,11 @@ def percent(value: dict | None, sign: str = "-") -> str:
     return f"{100 * value['mean']:{sign}.1f}{spread}"
 
 
-def image_table(results: dict, name: str = ".") -> Table:
-    """The results of image classification, a row for each seed; `name` is the model's, "." = it needs none."""
+def image_table(results: dict, name: str = "") -> Table:
+    """The results of image classification, a row for each seed; `name`: of the model, if it needs one."""
     reported = results["reported"]
-    model = "" if name == "." else f"{name}: "
-    table = Table(
-        title=f"{model}{reported} split, {results['backbone']['reads']} -> {results['settings']['head']}"
-    )
+    title = f"{reported} split, {results['backbone']['reads']} -> {results['settings']['head']}"
+    table = Table(title=f"{name}: {title}" if name else title)
     for title in ("seed", "top-1", "top-5", "mean per class", "loss", "epoch"):
         table.add_column(title, justify="right")
     rows = [(str(seed["seed"]), seed[reported], str(seed["epoch"])) for seed in results["seeds"]]
@@ -87,19 +84,19 @@ def image_table(results: dict, name: str = ".") -> Table:
     return table
 
 
-def check_output(path: Path, identity: Callable[[dict], dict], wanted: dict) -> None:
-    """Refuses to overwrite the results of other settings or data; makes the file's folder.
-
-    `identity` gives what decides results, `wanted` is the same of the results to come.
-    """
+def check_output(path: Path, facts: dict) -> None:
+    """Refuses to overwrite results of other `settings` or `data`; makes the file's folder."""
     if path.is_dir():
         raise UserError(f"--output {path}: it is a folder; name a file, such as {path / 'probe.json'}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         return
     try:
-        changed = difference(identity(json.loads(path.read_bytes())), json.loads(json.dumps(_plain(wanted))))
-    except (ValueError, AttributeError, TypeError, KeyError):
+        before, now = json.loads(path.read_bytes()), json.loads(json.dumps(facts))
+        changed = difference(
+            *({key: each.get(key) for key in ("settings", "data")} for each in (before, now))
+        )
+    except (ValueError, AttributeError):
         changed = "it is not a file of results"
     if changed:
         raise UserError(
@@ -109,11 +106,13 @@ def check_output(path: Path, identity: Callable[[dict], dict], wanted: dict) -> 
 
 def difference(before: dict, now: dict, path: str = "") -> str:
     """The first value in which two trees of plain values differ: section.key was 1, is 2."""
-    for key in sorted(before.keys() | now.keys()):
+    for key in sorted((before.keys() | now.keys()) - {"path", "root"}):  # the data set may be elsewhere
         old, new = before.get(key), now.get(key)
-        if old != new:
-            nested = isinstance(old, dict) and isinstance(new, dict)
-            return difference(old, new, f"{path}{key}.") if nested else f"{path}{key} was {old}, is {new}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            if changed := difference(old, new, f"{path}{key}."):
+                return changed
+        elif old != new:
+            return f"{path}{key} was {old}, is {new}"
     return ""
 
 

@@ -4,10 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from fastalign.export.card import change_in_words
+from rich.console import Console
+from rich.text import Text
+
 from fastalign.export.run import Run, read_weights
 from fastalign.export.targets import TARGETS
-from fastalign.export.write import export
+from fastalign.export.write import change_in_words, export
 from fastalign.training.command import run_command
 from fastalign.utils.errors import UserError, first_line
 from fastalign.utils.paths import path_argument
@@ -64,7 +66,13 @@ def _run(given: argparse.Namespace) -> None:
     if given.text_tower is not None and given.to != "open-clip":
         raise UserError(f"--text-tower is for --to open-clip, not {given.to}: remove it")
     options = {key: getattr(given, key) for key in ("output", "drop_softcap", "images", "hub", "text_tower")}
-    folder, facts = export(_source(given), given.to, **options)
+    console = Console(stderr=True)
+    with console.status("reading") as status:  # on a terminal; plain lines elsewhere
+
+        def say(text: str) -> None:
+            status.update(Text(text)) if console.is_terminal else print(text, file=sys.stderr, flush=True)
+
+        folder, facts = export(_source(given), given.to, **options, say=say)
     parity, softcap = facts["parity"], facts["softcap"]
     print(f"parity: largest relative error {parity['largest_relative_error']:.1e} of {parity['of']}")
     if softcap["value"] is not None:

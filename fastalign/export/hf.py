@@ -3,13 +3,13 @@
 Importing it makes a capped export, and a saved VLM around one, known to transformers' auto classes.
 """
 
-import json
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from fastalign.export.modeling_fastalign import TOWERS, LlavaConfig
+from fastalign.backbones.weight_files import read_json
+from fastalign.export.modeling_fastalign import TOWERS
 from fastalign.utils.errors import UserError
 
 
@@ -23,25 +23,8 @@ def load_tower(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
     Raises:
         UserError: not an export.
     """
-    return _tower_class(folder).from_pretrained(folder, dtype=dtype)
-
-
-def llava_config(folder: str | Path, text_config: PreTrainedConfig, **kwargs) -> LlavaConfig:
-    """LLaVA around the tower of an export: its configuration's method `llava_config`.
-
-    Args:
-        folder: the export.
-        text_config: of the language model.
-        **kwargs: other arguments of `LlavaConfig`, which take precedence.
-    """
-    return _tower_class(folder).config_class.from_pretrained(folder).llava_config(text_config, **kwargs)
-
-
-def _tower_class(folder: str | Path) -> type[PreTrainedModel]:
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise UserError(f"no config.json in {folder}: give the folder of an export --to hf-*")
-    kind = json.loads(path.read_text()).get("model_type", "")
+    kind = read_json(path).get("model_type") if path.is_file() else None
     if kind not in TOWERS:
-        raise UserError(f"{path}: model type {kind!r} is not one of an export --to hf-*")
-    return TOWERS[kind]
+        raise UserError(f"{path} is not of an export --to hf-*, its model type is {kind}: give such a folder")
+    return TOWERS[kind].from_pretrained(folder, dtype=dtype)

@@ -1,5 +1,6 @@
 """Measurements of an export: parity with our own model, the effect of dropping the soft-cap, feature statistics."""
 
+import contextlib
 import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -18,26 +19,14 @@ from fastalign.utils.errors import UserError
 PARITY = 1e-4
 """The largest relative error that an export may have: a misplaced weight causes a larger one."""
 PARITY_OF = "any token, fp32, 4 images of noise in batches of 1 and 3"
-EPSILON = (
-    "tokens near zero, as of random weights, also feel that the student's final norm has an epsilon of {ours:g}, "
-    "the library's perhaps {theirs:g}: then use --to onnx"
-)
 IMAGES, BATCH = 256, 16
 """Images that features are measured on, at most."""
 
 
-def noise(vit: ViT, count: int = 4) -> Tensor:
-    """[count, C, height, width]: the same normalised noise for each export."""
+def noise(vit: ViT) -> Tensor:
+    """[4, C, height, width]: the same normalised noise for each export."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, vit.spec.channels, *vit.spec.image_size, generator=generator)
-
-
-@torch.no_grad()
-def parity(vit: ViT, tokens: Callable[[Tensor], Tensor]) -> float:
-    """The `token_error` of the exported model in fp32 on noise."""
-    images = noise(vit)
-    found = torch.cat([tokens(batch) for batch in images.split([1, 3])])
-    return token_error(found, vit.forward_features(images))
+    return torch.randn(4, vit.spec.channels, *vit.spec.image_size, generator=generator)
 
 
 def token_error(found: Tensor, wanted: Tensor) -> float:
@@ -48,20 +37,27 @@ def token_error(found: Tensor, wanted: Tensor) -> float:
     return ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().nan_to_num(float("inf")).item()
 
 
+@torch.no_grad()
 def check_parity(vit: ViT, tokens: Callable[[Tensor], Tensor], name: str) -> float:
-    """`parity`, or UserError if it exceeds `PARITY`; `name` is what was exported."""
-    if (error := parity(vit, tokens)) > PARITY:
-        ours, theirs = getattr(vit.norm, "eps", None), vit.spec.block.norm_eps
-        raise UserError(
-            f"{name}: the exported model differs from ours by {error:.1e} (at most {PARITY:g}): not written; check "
-            "the versions of the libraries"
-            + ("" if ours in (None, theirs) else f"; {EPSILON.format(ours=ours, theirs=theirs)}")
+    """The `token_error` of the exported model on noise; UserError, naming the export, if it exceeds `PARITY`."""
+    images = noise(vit)
+    found = torch.cat([tokens(batch) for batch in images.split([1, 3])])
+    if (error := token_error(found, vit.forward_features(images))) <= PARITY:
+        return error
+    ours, theirs, remedy = getattr(vit.norm, "eps", None), vit.spec.block.norm_eps, ""
+    if ours not in (None, theirs):
+        remedy = (
+            "; tokens near zero, as of random weights, also feel that the student's final norm has an epsilon of "
+            f"{ours:g}, the library's perhaps {theirs:g}: then use --to onnx"
         )
-    return error
+    raise UserError(
+        f"{name}: the exported model differs from ours by {error:.1e} (at most {PARITY:g}): not written; check the "
+        f"versions of the libraries{remedy}"
+    )
 
 
 def find_images(given: str | None, val: str | None) -> tuple[Source | None, str]:
-    """The images to measure on, and which they are or why there are none. `given`: --images; `val`: the run's."""
+    """The images of --images or the run's validation data to measure on, and which they are or why none."""
     if given is not None:
         return open_source(given), f"--images {Path(given).name}"
     if val is None:
@@ -73,7 +69,7 @@ def find_images(given: str | None, val: str | None) -> tuple[Source | None, str]
 
 
 def _batches(vit: ViT, source: Source) -> Iterator[Tensor]:
-    """At most `IMAGES` images, evenly spaced, transformed as for evaluation."""
+    """At most `IMAGES` images, evenly spaced, transformed as for evaluation; unreadable ones are left out."""
     read = transform(vit)
     for ids in torch.linspace(0, len(source) - 1, min(len(source), IMAGES)).long().split(BATCH):
         if isinstance(source, SyntheticSource):
@@ -81,43 +77,46 @@ def _batches(vit: ViT, source: Source) -> Iterator[Tensor]:
             continue
         images = []
         for index in ids.tolist():
-            try:
+            with contextlib.suppress(UserError, OSError, SyntaxError, ValueError):  # of our reader and of PIL
                 images.append(read(Image.open(io.BytesIO(source.read(index).tobytes())).convert("RGB")))
-            except OSError as error:
-                raise UserError(f"{source.name(index)} is not a readable image: remove it") from error
+        if not images:
+            raise UserError(f"{source.name(index)} and others cannot be read: give --images FOLDER")
         yield torch.stack(images)
 
 
 @torch.no_grad()
-def moments(vit: ViT, source: Source) -> dict[str, Any]:
+def moments(vit: ViT, source: Source | None, say: Callable[[str], object]) -> dict[str, Any]:
     """Mean and standard deviation of each channel of the patch tokens, without the prefix, summed in float64."""
-    count, total, squares = 0, 0.0, 0.0
-    for batch in _batches(vit, source):
+    if source is None:
+        return {"mean": None, "std": None}
+    images, count, total, squares = 0, 0, 0.0, 0.0
+    for number, batch in enumerate(_batches(vit, source)):
+        if number % 4 == 0:
+            say(f"measuring features: image {number * BATCH + 1} of {min(len(source), IMAGES)}")
         patches = vit.forward_features(batch)[:, vit.num_prefix_tokens :].flatten(0, 1).double()
-        count, total = count + len(patches), total + patches.sum(0)
+        images, count, total = images + len(batch), count + len(patches), total + patches.sum(0)
         squares = squares + patches.square().sum(0)
     mean = total / count
     std = (squares / count - mean.square()).clamp_min(0).sqrt()
-    return {"mean": mean.tolist(), "std": std.tolist(), "images": min(len(source), IMAGES)}
-
-
-def without_softcap(vit: ViT, source: Source | None) -> dict[str, Any]:
-    """How dropping the cap changes the features on noise and, if there are any, on real images.
-
-    The relative change in the Euclidean norm, and the lowest cosine of a token.
-    """
-    images = {} if source is None else {"images": _change(vit, itertools.islice(_batches(vit, source), 4))}
-    return {"noise": _change(vit, [noise(vit)])} | images
+    return {"mean": mean.tolist(), "std": std.tolist(), "images": images}
 
 
 @torch.no_grad()
-def _change(vit: ViT, batches: Iterable[Tensor]) -> dict[str, float]:
-    cap, change, norm, cosine = vit.softcap, 0.0, 0.0, 1.0
-    for batch in batches:
-        capped = vit.forward_features(batch).double()
-        vit.softcap = None
-        plain = vit.forward_features(batch).double()
-        vit.softcap = cap
-        change, norm = change + (plain - capped).square().sum().item(), norm + capped.square().sum().item()
-        cosine = min(cosine, torch.cosine_similarity(plain, capped, dim=-1).min().item())
-    return {"relative_change": (change / norm) ** 0.5, "lowest_cosine": cosine}
+def without_softcap(vit: ViT, source: Source | None) -> dict[str, Any]:
+    """How dropping the cap changes features of noise and real images: relative change, lowest cosine of a token."""
+    measured: dict[str, Iterable[Tensor]] = {"noise": [noise(vit)]}
+    if source is not None:
+        measured["images"] = itertools.islice(_batches(vit, source), 4)
+    found, cap = {}, vit.softcap
+    for name, batches in measured.items():
+        change, norm, cosine = 0.0, 0.0, 1.0
+        for batch in batches:
+            capped = vit.forward_features(batch).double()
+            vit.softcap = None
+            plain = vit.forward_features(batch).double()
+            vit.softcap = cap
+            change += (plain - capped).square().sum().item()
+            norm += capped.square().sum().item()
+            cosine = min(cosine, torch.cosine_similarity(plain, capped, dim=-1).min().item())
+        found[name] = {"relative_change": (change / norm) ** 0.5, "lowest_cosine": cosine}
+    return found

@@ -1,8 +1,6 @@
 """What an export is made from: a run's backbone, the facts about it, and its MaskEmbed decoder."""
 
-import json
 from dataclasses import asdict, dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 
 from fastalign.backbones.blocks import MLP, NORMS
 from fastalign.backbones.saving import backbone_facts
-from fastalign.backbones.spec import BlockSpec, ViTSpec
+from fastalign.backbones.spec import BlockSpec
 from fastalign.backbones.vit import ViT
 from fastalign.backbones.weight_files import read_facts, read_json
 from fastalign.backbones.zoo import MOCO, load_backbone
@@ -21,6 +19,7 @@ from fastalign.config import Config, load_config
 from fastalign.method.decoder import MaskEmbedDecoder, decoder_block_spec
 from fastalign.training.build import named_backbone
 from fastalign.utils.errors import UserError, first_line
+from fastalign.utils.sections import merge
 
 MOCO_LICENCE, MOCO_PAGE = "cc-by-nc-4.0", "https://github.com/facebookresearch/moco-v3"
 DECODER = "decoder.safetensors"
@@ -36,7 +35,9 @@ class Run:
     facts: dict[str, Any]
     """backbone.json"""
     config: Config | None = None
-    """None where config.yaml is missing"""
+    """that trained the backbone; None where config.yaml is missing"""
+    val: str | None = None
+    """where its validation data is now"""
     decoder: dict[str, Any] | None = None
     """the arguments of `AlignedDecoder`; None = no decoder, and `notes` says why"""
     decoder_weights: dict[str, Tensor] = field(default_factory=dict)
@@ -44,19 +45,15 @@ class Run:
     """probe.json, if the run was probed"""
     notes: list[str] = field(default_factory=list)
     text_tower: str | None = None
-    """where the text tower of a CLIP model is; None = where `weights` are"""
-
-    @property
-    def weights(self) -> str | None:
-        """What it was made from: "pretrained", "random", a path, or None = unknown."""
-        return self.config.student.weights if self.config else self.facts.get("weights")
+    """where the text tower of a CLIP model is; None = where the weights are"""
 
     def source(self) -> dict[str, Any]:
-        """The backbone that was aligned, the page of its published weights, and their licence as timm records it.
+        """The name, the weights that it started from, the page of the published ones, and their licence.
 
         None = unknown; the licence is known only if alignment started from the published weights.
         """
-        name, weights = self.facts["name"], self.weights
+        name = self.facts["name"]
+        weights = self.config.student.weights if self.config else self.facts.get("weights")
         known = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
         licence, hub = getattr(known, "license", None), getattr(known, "hf_hub_id", None)
         page = f"https://huggingface.co/{hub}" if hub else None
@@ -72,57 +69,31 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"RUN {folder} is not a directory: give the folder of a finished run")
-    vit = _finite(load_backbone(folder), str(folder / "backbone.safetensors"))
-    run = Run(folder, vit, read_facts(folder / "backbone.json"))
-    if (folder / "probe.json").is_file():
-        run.probe = read_json(folder / "probe.json")
+    probe = folder / "probe.json"
+    run = Run(folder, load_backbone(folder), read_facts(folder / "backbone.json"))
+    run.probe = read_json(probe) if probe.is_file() else None
     if not (folder / "config.yaml").is_file():
         run.notes.append("config.yaml is missing: no recipe and no decoder")
         return run
-    run.config = load_config(folder / "config.yaml")
+    # config.yaml is of the newest start, which may have forced other settings than those of this backbone.
+    newest = load_config(folder / "config.yaml")
+    run.val = newest.data.val
+    run.config = Config(**merge(newest.model_dump(mode="json"), run.facts.get("settings", {})))
     if run.config.objective != "maskembed":
         run.notes.append("masked image modeling has no decoder")
     elif (student := _student(run)) is None:
         run.notes.append(f"the checkpoint of step {run.facts.get('step')} is gone: no decoder")
     else:
-        run.decoder, run.decoder_weights = describe_decoder(vit, run.config, student)
+        run.decoder, run.decoder_weights = _describe_decoder(run.vit, run.config, student)
     return run
 
 
 def read_weights(name: str, weights: str, *, kwargs: str = "{}", softcap: float | None = None) -> Run:
-    """The backbone in a file of weights that is not a run; its head, decoder and pooling are left out.
-
-    Args:
-        name, kwargs: timm's, the arguments in YAML.
-        weights: as `student.weights` of a recipe.
-        softcap: that the weights were trained with; None = the one that the file records, if any.
-    """
+    """The backbone in weights that are not a run, without head, decoder and pooling; arguments as the command's."""
     vit, _ = named_backbone(name, weights=weights, kwargs=kwargs, softcap=softcap)
     vit.attn_pool, vit.pool, vit.head = None, "none", nn.Identity()
-    facts = backbone_facts(_finite(vit.eval(), f"--weights {weights}"), weights=weights)
+    facts = backbone_facts(vit.eval(), weights=weights)
     return Run(None, vit, facts, notes=["not a run of fastalign: no recipe and no decoder"])
-
-
-def misfits_of(wanted: dict[str, Any], spec: ViTSpec) -> list[str]:
-    """What of a backbone a library cannot express that needs the `wanted` fields; empty = the backbone fits.
-
-    A tuple has alternatives.
-    """
-    found = []
-    for name, value in wanted.items():
-        have, allowed = attrgetter(name)(spec), value if isinstance(value, tuple) else (value,)
-        if have not in allowed:
-            found.append(f"{name.removeprefix('block.')} is {have}, wanted {' or '.join(map(str, allowed))}")
-    if any(len({*size}) > 1 for size in (spec.grid, spec.image_size, spec.patch_size)):
-        found.append(f"images of {spec.image_size[0]}x{spec.image_size[1]}, wanted square ones")
-    return found
-
-
-def _finite(vit: ViT, where: str) -> ViT:
-    bad = [name for name, value in vit.state_dict().items() if not torch.isfinite(value).all()]
-    if bad:
-        raise UserError(f"{where}: {bad[0]} is not finite; export other weights")
-    return vit
 
 
 def _student(run: Run) -> dict[str, Tensor] | None:
@@ -149,13 +120,12 @@ class AlignedDecoder(nn.Module):
     def __init__(self, facts: dict[str, Any]):
         super().__init__()
         block, width = BlockSpec(**facts["block"]), facts["backbone_width"]
-        norm = NORMS[facts.get("norm_kind", "layer_norm")]
+        norm = NORMS[facts["norm_kind"]]
         self.norm = norm(width, eps=facts["norm_eps"]) if facts["norm"] else nn.Identity()
-        if facts["mlp_hidden"]:
-            shape = {"width": width, "heads": 1, "mlp_hidden": facts["mlp_hidden"]}
-            self.head = MLP(BlockSpec(**shape, activation=facts["head_activation"]), block.width)
-        else:
-            self.head = nn.Linear(width, block.width)
+        self.head = nn.Linear(width, block.width)
+        if hidden := facts["mlp_hidden"]:
+            shape = BlockSpec(width=width, heads=1, mlp_hidden=hidden, activation=facts["head_activation"])
+            self.head = MLP(shape, block.width)
         names = ("tokens", "prefix", "out", "layers", "prefix_only")
         self.decoder = MaskEmbedDecoder(block, **{name: facts[name] for name in names})
 
@@ -166,7 +136,7 @@ class AlignedDecoder(nn.Module):
         return self.decoder(self.head(self.norm(tokens)), visible)[:, 0]
 
 
-def describe_decoder(
+def _describe_decoder(
     vit: ViT, config: Config, student: dict[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The argument of `AlignedDecoder` and its weights, from the weights `encoder.*`, `decoder.*` of a student."""
@@ -177,13 +147,13 @@ def describe_decoder(
         for name, value in student.items()
         if name.startswith(theirs)
     }
-    position = weights["decoder.pos_embed"]
-    block = decoder_block_spec(vit.spec, **{**config.decoder.kwargs.model_dump(), "width": position.shape[2]})
+    _, tokens, width = weights["decoder.pos_embed"].shape
+    block = decoder_block_spec(vit.spec, **{**config.decoder.kwargs.model_dump(), "width": width})
     facts = {
         "block": asdict(block),
-        "tokens": position.shape[1],
+        "tokens": tokens,
         "prefix": vit.spec.prefix,
-        "out": weights["decoder.head.weight"].shape[0],
+        "out": len(weights["decoder.head.weight"]),
         "layers": config.decoder.layers,
         "prefix_only": config.teacher.prefix_only,
         "backbone_width": vit.embed_dim,
@@ -197,16 +167,12 @@ def describe_decoder(
 
 
 def load_decoder(folder: str | Path) -> AlignedDecoder:
-    """The MaskEmbed decoder in the folder of an export, ready for further training.
-
-    Raises:
-        UserError: the export has no decoder.
-    """
-    path = Path(folder)
-    if not (path / DECODER).is_file():
+    """The MaskEmbed decoder in the folder of an export, ready for further training; UserError if there is none."""
+    path = Path(folder) / DECODER
+    if not path.is_file():
         raise UserError(
             f"no {DECODER} in {folder}: give an export of a MaskEmbed run that kept its checkpoints"
         )
-    decoder = AlignedDecoder(json.loads((path / "fastalign.json").read_text())["decoder"])
-    decoder.load_state_dict(load_file(path / DECODER))
+    decoder = AlignedDecoder(read_json(path.with_name("fastalign.json"))["decoder"])
+    decoder.load_state_dict(load_file(path))
     return decoder

@@ -1,13 +1,16 @@
 """The libraries that a backbone can be exported to: what fits, the files, and how they are read back."""
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fastalign.export import to_onnx, to_open_clip, to_timm, towers
-from fastalign.export.run import Run, misfits_of
-from fastalign.export.towers import Tokens
+from torch import Tensor
+
+from fastalign.export import timm_model, to_onnx, to_open_clip, to_transformers
+from fastalign.export.run import Run
+from fastalign.export.to_transformers import misfits_of
 from fastalign.utils.errors import UserError, unknown
 
 EXTRA = "'transformers>=5.20' 'open_clip_torch>=3.3' onnx onnxruntime onnxscript"
@@ -21,16 +24,12 @@ class Target(NamedTuple):
     """must be installed"""
     misfits: Callable[[Run], list[str]]
     """what of a backbone the library cannot express; empty = it fits"""
-    write: Callable[[Run, Path], list[str] | None]
+    write: Callable[[Run, Path], list[str]]
     """returns sentences for the user"""
-    read: Callable[[Path], Tokens]
-    """loads the files with the library's own classes"""
-    usage: Callable[[Run], str]
-    """lines of Python for the model card: with FOLDER and `images`, they compute `tokens`"""
+    read: Callable[[Path], Callable[[Tensor], Tensor]]
+    """loads the files with the library's own classes: from images to all tokens, prefix first"""
     how_capped: str | None
     """a sentence for the user of a capped export; None = the library cannot cap"""
-    notes: tuple[str, ...] = ()
-    """sentences for the user"""
 
 
 def check_names(names: list[str], key: str) -> None:
@@ -42,43 +41,37 @@ def check_names(names: list[str], key: str) -> None:
             raise UserError(f"{key}: {name} needs {TARGETS[name].package}: pip install {EXTRA}")
 
 
-def find_target(name: str, run: Run) -> Target:
+def find_target(name: str, run: Run, drop_softcap: bool) -> Target:
     """The target of a name, checked against the backbone."""
     check_names([name], "--to")
-    target = TARGETS[name]
+    target, backbone, cap = TARGETS[name], run.facts["name"], run.vit.softcap
     if problems := target.misfits(run):
         fitting = ", ".join(other for other in TARGETS if not TARGETS[other].misfits(run))
         raise UserError(
-            f"--to {name}: {run.facts['name']} does not fit ({'; '.join(problems[:3])}); what fits: {fitting}"
+            f"--to {name}: {backbone} does not fit ({'; '.join(problems[:3])}); what fits: {fitting}"
+        )
+    if cap is not None and not drop_softcap and target.how_capped is None:
+        raise UserError(
+            f"--to {name} cannot apply the soft-cap of {cap:g} that {backbone} was trained with: choose another "
+            "target, or give --drop-softcap, which changes the features and measures by how much"
         )
     return target
 
 
-def _anything(run: Run) -> list[str]:
-    return []
-
-
-def _only(wanted: dict[str, Any]) -> Callable[[Run], list[str]]:
-    return lambda run: misfits_of(wanted, run.vit.spec)
-
-
-_TIMM = (to_timm.write, to_timm.read)
-_HF_NOTES = (towers.HOW_CAPPED, (towers.PROCESSOR_NOTE,))
+_TIMM = Target("timm", lambda run: [], timm_model.write, timm_model.read, timm_model.HOW_CAPPED)
 TARGETS = {
-    "timm": Target("timm", _anything, *_TIMM, to_timm.usage, to_timm.HOW_CAPPED),
+    "timm": _TIMM,
     **{
-        f"hf-{name}": Target("transformers", _only(t.wanted), t.write, towers.read, t.usage, *_HF_NOTES)
-        for name, t in towers.TOWERS.items()
+        f"hf-{name}": Target(
+            "transformers",
+            partial(misfits_of, wanted),
+            partial(to_transformers.write, name),
+            to_transformers.read,
+            to_transformers.HOW_CAPPED,
+        )
+        for name, wanted in to_transformers.WANTED.items()
     },
-    "open-clip": Target(
-        "open_clip", to_open_clip.misfits, to_open_clip.write, to_open_clip.read, to_open_clip.usage, None
-    ),
-    "onnx": Target("onnxruntime", _anything, to_onnx.write, to_onnx.read, to_onnx.usage, to_onnx.HOW_CAPPED),
-    "prismatic": Target(
-        "timm",
-        _only({"block.qkv": "fused", "rotary": False}),
-        *_TIMM,
-        to_timm.prismatic_usage,
-        to_timm.HOW_CAPPED,
-    ),
+    "open-clip": Target("open_clip", to_open_clip.misfits, to_open_clip.write, to_open_clip.read, None),
+    "onnx": Target("onnxruntime", _TIMM.misfits, to_onnx.write, to_onnx.read, to_onnx.HOW_CAPPED),
+    "prismatic": _TIMM._replace(misfits=partial(misfits_of, {"qkv": "fused", "rotary": False})),
 }

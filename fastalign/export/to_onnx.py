@@ -3,17 +3,15 @@
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fastalign.backbones.vit import ViT
-from fastalign.export import measure
+from fastalign.export.measure import check_parity
 from fastalign.export.run import Run
-from fastalign.export.towers import Tokens
 
 ONNX, PROGRAM = "model.onnx", "model.pt2"
 HOW_CAPPED = "The graph contains the cap; nothing else is needed."
@@ -37,49 +35,29 @@ def write(run: Run, folder: Path) -> list[str]:
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(_Encoder(vit), (example,), dynamic_shapes=({0: batch},))
     torch.export.save(program, folder / PROGRAM)
-    with warnings.catch_warnings(), _quiet("onnxscript", "torch.onnx"):
-        warnings.simplefilter("ignore")
-        error = measure.check_parity(run.vit, torch.export.load(folder / PROGRAM).module(), PROGRAM)
-        graph = torch.onnx.export(
-            program,
-            dynamo=True,
-            verbose=False,
-            input_names=["images"],
-            output_names=["tokens"],
-            dynamic_shapes=({0: "batch"},),
-        )
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # a line for each operator that is not folded
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            error = check_parity(run.vit, torch.export.load(folder / PROGRAM).module(), PROGRAM)
+            graph = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                input_names=["images"],
+                output_names=["tokens"],
+                dynamic_shapes=({0: "batch"},),
+            )
+    finally:
+        logging.disable(disabled)
     graph.save(folder / ONNX)
     return [f"{PROGRAM}: largest relative error {error:.1e}."]
 
 
-@contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Loggers that report each operator that they do not fold."""
-    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
-    try:
-        for logger in levels:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)
-
-
-def read(folder: Path) -> Tokens:
+def read(folder: Path) -> Callable[[Tensor], Tensor]:
     """onnxruntime on a CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / ONNX, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-
-def usage(run: Run) -> str:
-    """Lines of Python for the model card."""
-    return (
-        "import onnxruntime, torch\n\n"
-        f'session = onnxruntime.InferenceSession("FOLDER/{ONNX}")\n'
-        '(tokens,) = session.run(None, {"images": images.numpy()})  # prefix tokens first; any batch size\n\n'
-        "# or as a program of torch.export, for AOTInductor and other compilers:\n"
-        f'encoder = torch.export.load("FOLDER/{PROGRAM}").module()\n'
-        "same = encoder(images)"
-    )

@@ -1,97 +1,112 @@
 """Files for open_clip: the whole CLIP model where its text tower is known, else the visual tower alone."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
 from torch import Tensor
 
-from fastalign.backbones.layouts import OPEN_CLIP
+from fastalign.backbones.layouts import OPEN_CLIP, from_timm
 from fastalign.backbones.saving import facts_text
 from fastalign.backbones.vit import ViT
-from fastalign.export.run import Run, misfits_of
-from fastalign.export.text_tower import HUB, NO_TEXT, TextTower, read_text_tower
-from fastalign.export.towers import CLIP, Tokens, convert, write_json
+from fastalign.backbones.weight_files import plain, read_json, read_weights
+from fastalign.export.files import write_json, write_weights
+from fastalign.export.run import Run
+from fastalign.export.to_transformers import WANTED, misfits_of
 from fastalign.utils.errors import UserError, first_line
-from fastalign.utils.files import write_tensors
+from fastalign.utils.paths import user_path
 
-ADD = "`--text-tower PLACE` adds it"
+HUB = "hf-hub:"
+_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_DOWNLOADED = ["*.json", "*.txt", "*.model", "*.safetensors"]
+_TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "spiece", "added_tokens")
+"""How the names of a tokenizer's files begin."""
+_NO_TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
+"""The smallest text tower, for an export of the visual tower alone: open_clip builds no model without one."""
 
 
-def _fits(vit: ViT) -> bool:
-    """Whether open_clip's own vision transformer can express a backbone."""
-    return not misfits_of(CLIP.wanted, vit.spec)
+class TextTower(NamedTuple):
+    """The rest of a CLIP model."""
+
+    config: dict[str, Any]
+    """open_clip's `model_cfg`"""
+    state: dict[str, Tensor]
+    """the weights of the whole model, as far as they are known"""
+    tokenizer: list[Path]
+    """files of its tokenizer; empty = open_clip has it"""
 
 
 def misfits(run: Run) -> list[str]:
     """What of a backbone neither open_clip nor timm within it can express."""
-    return [] if _fits(run.vit) else _timm_misfits(run)
+    return misfits_of(WANTED["clip"], run) and _timm_misfits(run)
+
+
+def _timm_misfits(run: Run) -> list[str]:
+    """open_clip builds timm's models by name alone."""
+    name, free = run.facts["name"].split(".")[0], ("num_classes", "drop_path_rate", "global_pool")
+    if not timm.is_model(name):
+        return [f"{name} is not a model of timm"]
+    given = {key: value for key, value in run.facts["kwargs"].items() if key not in free}
+    known = timm.get_pretrained_cfg(name)
+    if known is not None and known.input_size[1:] == run.vit.spec.image_size:
+        given.pop("img_size", None)
+    return [f"open_clip builds timm's {name} without arguments, not with {given}"] if given else []
 
 
 def write(run: Run, folder: Path) -> list[str]:
     """Write a folder for ``open_clip.create_model_and_transforms("local-dir:FOLDER")``."""
-    vit, (text, reason) = run.vit, _text_tower(run)
-    config = dict(text.config) if text else {"embed_dim": vit.embed_dim, "text_cfg": NO_TEXT}
-    native = _fits(vit) and "timm_model_name" not in config.get("vision_cfg", {})
-    known = text.state if text else {}
-    if native:
-        vision, quick = _vision(vit), vit.spec.block.activation == "quick_gelu"
-        if config.setdefault("quick_gelu", quick) != quick:
-            raise UserError(
-                f"--to open-clip: the text tower of {text.place} has another activation than the backbone"
-            )
-        state = convert(vit.state_dict(), OPEN_CLIP, "visual.")
-        known = {"visual.proj": torch.eye(vit.embed_dim)} | known
+    vit, (text, note) = run.vit, _text_tower(run)
+    config, weights = dict(text.config), text.state
+    if "timm_model_name" in config.get("vision_cfg", {}) or misfits_of(WANTED["clip"], run):
+        config["vision_cfg"] = _timm_vision(run, text)
+        weights = weights | {f"visual.trunk.{key}": value for key, value in vit.state_dict().items()}
     else:
-        vision = _timm_vision(run, config.get("vision_cfg", {}), known)
-        state = {f"visual.trunk.{key}": value for key, value in vit.state_dict().items()}
-    config = {**config, "vision_cfg": vision}
-    state = {**({} if text else _zeros(config)), **known, **state}
+        quick = vit.spec.block.activation == "quick_gelu"
+        if config.setdefault("quick_gelu", quick) != quick:
+            raise UserError("--to open-clip: the text tower has another activation than the backbone")
+        config["vision_cfg"] = _vision(vit)
+        state = from_timm(vit.state_dict(), OPEN_CLIP)
+        weights = {"visual.proj": torch.eye(vit.embed_dim)} | weights
+        weights |= {f"visual.{key}": value for key, value in state.items()}
     preprocess = {key: vit.data[key] for key in ("mean", "std", "interpolation")}
-    write_json(
-        folder / "open_clip_config.json",
-        {"model_cfg": config, "preprocess_cfg": {**preprocess, "resize_mode": "shortest"}},
-    )
-    state = {key: value.detach().float().contiguous().clone() for key, value in state.items()}
-    write_tensors(folder / "open_clip_model.safetensors", state, facts=facts_text(_facts(run)))
-    for file in text.tokenizer if text else []:
+    config = {"model_cfg": config, "preprocess_cfg": {**preprocess, "resize_mode": "shortest"}}
+    write_json(folder / "open_clip_config.json", config)
+    # For `student.weights`: a student has no attention pooling and a norm of its own.
+    facts = run.facts | {"softcap": None}
+    facts = {key: facts.get(key) for key in ("name", "kwargs", "softcap", "norm_eps")}
+    write_weights(folder / "open_clip_model.safetensors", weights, facts=facts_text(facts))
+    for file in text.tokenizer:
         shutil.copy(file, folder)
-    return [*_crop_note(vit), _text_note(text, reason)]
+    if (share := vit.data["crop_pct"]) == 1:
+        return [note]
+    crop = f"the whole centre square; training and evaluation cropped it to {share:g}."
+    return [f"open_clip's transform keeps {crop}", note]
 
 
-def _text_tower(run: Run) -> tuple[TextTower | None, str]:
-    """What was asked for, else the text tower of the weights that the backbone started from; or why there is none."""
-    if run.text_tower is not None:
-        return read_text_tower(run.text_tower), ""
-    place, page = run.weights, run.source()["page"] or ""
+def _text_tower(run: Run) -> tuple[TextTower, str]:
+    """What was asked for, else that of the weights that the backbone started from, else none; a note for the user."""
+    source = run.source()
+    place = run.text_tower or source["weights"]
     if place == "pretrained":
-        place = HUB + page.removeprefix("https://huggingface.co/")
-    if place in (None, "random"):
-        return None, "the weights that the backbone started from are not known"
-    try:
-        return read_text_tower(place), ""
-    except UserError as error:
-        return None, str(error)
-
-
-def _text_note(text: TextTower | None, reason: str) -> str:
-    if text is None:
-        return f"There is only the visual tower, `encode_text` gives zeros ({reason}); {ADD}."
-    return (
-        f"The text tower and the projections are those of {Path(text.place).name}, unchanged. Alignment trained "
-        "neither them nor the pooled output, and its final norm is new: measure zero-shot accuracy before use."
+        place = HUB + (source["page"] or "").removeprefix("https://huggingface.co/")
+    reason = "the weights that the backbone started from are not known"
+    if run.text_tower or place not in (None, "random"):
+        try:
+            return _read_text_tower(place), (
+                f"The text tower and the projections are those of {Path(place).name}, unchanged. Alignment trained "
+                "neither them nor the pooled output, and its final norm is new: measure zero-shot accuracy before "
+                "use."
+            )
+        except UserError as error:
+            if run.text_tower:
+                raise
+            reason = str(error)
+    return _no_text_tower(run.vit.embed_dim), (
+        f"There is only the visual tower, `encode_text` gives zeros ({reason}); `--text-tower PLACE` adds it."
     )
-
-
-def _crop_note(vit: ViT) -> list[str]:
-    if vit.data["crop_pct"] == 1:
-        return []
-    share = f"{vit.data['crop_pct']:g}"
-    return [
-        f"open_clip's transform keeps the whole centre square; training and evaluation cropped it to {share}."
-    ]
 
 
 def _vision(vit: ViT) -> dict[str, Any]:
@@ -109,87 +124,84 @@ def _vision(vit: ViT) -> dict[str, Any]:
     }
 
 
-def _timm_vision(run: Run, source: dict[str, Any], known: dict[str, Tensor]) -> dict[str, Any]:
+def _timm_vision(run: Run, text: TextTower) -> dict[str, Any]:
     """A timm model within open_clip."""
     if problems := _timm_misfits(run):
         raise UserError(f"--to open-clip: {problems[0]}; choose --to timm")
-    pool = "map" if any(key.startswith("visual.trunk.attn_pool.") for key in known) else ""
-    own = {"timm_model_name": run.facts["name"].split(".")[0], "timm_model_pretrained": False}
     return {
-        "timm_pool": pool,
+        "timm_pool": "map" if any(key.startswith("visual.trunk.attn_pool.") for key in text.state) else "",
         "timm_proj": "none",
-        **source,
-        **own,
+        **text.config.get("vision_cfg", {}),
+        "timm_model_name": run.facts["name"].split(".")[0],
+        "timm_model_pretrained": False,
         "image_size": list(run.vit.spec.image_size),
     }
 
 
-def _timm_misfits(run: Run) -> list[str]:
-    """open_clip builds timm's models by name alone."""
-    name, free = run.facts["name"].split(".")[0], ("num_classes", "drop_path_rate", "global_pool")
-    if not timm.is_model(name):
-        return [f"{name} is not a model of timm"]
-    given = {key: value for key, value in run.facts["kwargs"].items() if key not in free}
-    known = timm.get_pretrained_cfg(name)
-    if known is not None and known.input_size[1:] == run.vit.spec.image_size:
-        given.pop("img_size", None)
-    return [f"open_clip builds timm's {name} without arguments, not with {given}"] if given else []
-
-
-def _zeros(config: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights of a text tower that says nothing."""
-    import open_clip
-
-    with torch.device("meta"):
-        model = open_clip.CLIP(**config)
-    return {
-        key: torch.zeros(v.shape) for key, v in model.state_dict().items() if not key.startswith("visual.")
-    }
-
-
-def _facts(run: Run) -> dict[str, Any]:
-    """What `student.weights` must know of the folder: a student has no attention pooling and a norm of its own."""
-    return {
-        "name": run.facts["name"],
-        "kwargs": run.facts["kwargs"],
-        "softcap": None,
-        "norm_eps": run.facts.get("norm_eps"),
-    }
-
-
-def read(folder: Path) -> Tokens:
+def read(folder: Path) -> Callable[[Tensor], Tensor]:
     """Load the folder as a user does."""
     import open_clip
 
-    try:
-        visual = open_clip.create_model(f"local-dir:{folder}").eval().visual
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"--to open-clip: open_clip cannot load the model ({first_line(error)})") from error
+    visual = open_clip.create_model(f"local-dir:{folder}").eval().visual
 
     def tokens(images: Tensor) -> Tensor:
-        out = visual.forward_intermediates(images, **_LAST)
+        out = visual.forward_intermediates(
+            images,
+            indices=1,  # the last layer's tokens alone
+            normalize_intermediates=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
         parts = ("image_intermediates_prefix", "image_intermediates")
         return torch.cat([out[part][-1] for part in parts if part in out], 1)
 
     return tokens
 
 
-_LAST = {
-    "indices": 1, "normalize_intermediates": True, "intermediates_only": True, "output_fmt": "NLC",
-    "output_extra_tokens": True,
-}  # fmt: skip
-"""Arguments for the normed tokens of the last layer."""
+def _no_text_tower(embed_dim: int) -> TextTower:
+    """A text tower that says nothing: its weights are zero."""
+    import open_clip
+
+    config = {"embed_dim": embed_dim, "text_cfg": _NO_TEXT}
+    vision = {"layers": 1, "width": 64, "patch_size": 8, "image_size": 8}
+    with torch.device("meta"):
+        state = open_clip.CLIP(**config, vision_cfg=vision).state_dict()
+    zeros = {key: torch.zeros(v.shape) for key, v in state.items() if not key.startswith("visual.")}
+    return TextTower(config, zeros, [])
 
 
-def usage(run: Run) -> str:
-    """Lines of Python for the model card."""
-    options = ", ".join(f"{key}={value!r}" for key, value in _LAST.items())
-    tokens = 'out["image_intermediates"][-1]'
-    if run.vit.spec.prefix:
-        tokens = f'torch.cat([out["image_intermediates_prefix"][-1], {tokens}], 1)  # prefix tokens first'
-    return (
-        "import open_clip, torch\n\n"
-        'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")\n'
-        f"out = model.eval().visual.forward_intermediates(\n    images, {options}\n)\n"
-        f"tokens = {tokens}"
-    )
+def _read_text_tower(place: str) -> TextTower:
+    """That of a folder with weights and open_clip_config.json, a file of weights in it, or ``hf-hub:OWNER/NAME``."""
+    folder = _download(place.removeprefix(HUB)) if place.startswith(HUB) else Path(user_path(place))
+    path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), folder)
+    settings = path.with_name("open_clip_config.json")
+    if not path.is_file() or not settings.is_file():
+        raise UserError(
+            f"{place} has no text tower: open_clip_config.json and weights of open_clip are needed"
+        )
+    config, content = read_json(settings), read_weights(path)
+    try:
+        config = {"quick_gelu": False, **config["model_cfg"]}
+        own_tokenizer = config["text_cfg"].get("hf_tokenizer_name")
+        content = content.get("state_dict", content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{place}: its text tower cannot be read ({type(error).__name__}: {error}): copy it again"
+        ) from error
+    if config["text_cfg"] == _NO_TEXT:
+        raise UserError(f"{place} has no text tower: give the model that it was exported with")
+    state = {plain(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    files = [file for file in path.parent.iterdir() if file.name.startswith(_TOKENIZER)]
+    return TextTower(config, state, files if own_tokenizer else [])
+
+
+def _download(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
+    except Exception as error:  # the package, the network, the name: no common class
+        raise UserError(
+            f"{HUB}{name} cannot be loaded ({first_line(error)}): check the network and the name"
+        ) from error

@@ -1,19 +1,21 @@
 """Writing an export: the target's files, `fastalign.json`, the decoder and the model card; all of them or nothing."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from fastalign import __version__
+from fastalign.backbones.weight_files import read_json
 from fastalign.export import measure
-from fastalign.export.card import model_card
+from fastalign.export.files import write_json, write_weights
 from fastalign.export.run import DECODER, Run, read_run
 from fastalign.export.targets import Target, find_target
-from fastalign.export.towers import write_json
-from fastalign.utils.errors import UserError
-from fastalign.utils.files import temporary_name, write_tensors
-from fastalign.utils.yaml_files import merge
+from fastalign.utils.errors import UserError, first_line
+from fastalign.utils.files import temporary_name
 
 FACTS = "fastalign.json"
 
@@ -27,6 +29,7 @@ def export(
     images: str | None = None,
     hub: str | None = None,
     text_tower: str | None = None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> tuple[Path, dict[str, Any]]:
     """Export the backbone and the decoder of a run.
 
@@ -36,9 +39,10 @@ def export(
         output: the folder to write; None = ``exports/TARGET`` in the run's. An earlier export there is replaced.
         drop_softcap: export without the cap, for the library's own classes.
         images: folder, tar shards or ``synthetic:COUNT`` that features are measured on; None = validation data.
-        text_tower: for open_clip: the CLIP model whose text tower is kept, a file, a folder or ``hf-hub:OWNER/NAME``;
-            None = the weights that the run started from.
+        text_tower: for open_clip: its model whose text tower is kept, a folder or ``hf-hub:OWNER/NAME``; None = the
+            weights that the run started from.
         hub: OWNER/NAME under which the export will be uploaded; the model card loads it from there.
+        say: gets a line for each thing that is done.
 
     Returns:
         The folder and the content of its fastalign.json.
@@ -46,32 +50,30 @@ def export(
     Raises:
         UserError: a damaged run, a target that does not fit or cannot cap, or an export that is not exact.
     """
-    run = replace(run if isinstance(run, Run) else read_run(run), text_tower=text_tower)
-    target, cap = find_target(to, run), run.vit.softcap
+    if not isinstance(run, Run):
+        say(f"reading {run}")
+        run = read_run(run)
+    for name, value in run.vit.state_dict().items():
+        if not value.isfinite().all():
+            raise UserError(f"{run.folder or '--weights'}: {name} is not finite; export other weights")
+    run, cap = replace(run, text_tower=text_tower), run.vit.softcap
+    target = find_target(to, run, drop_softcap)
     output = _output(run, to, output)
-    if cap is not None and not drop_softcap and target.how_capped is None:
-        raise UserError(
-            f"--to {to} cannot apply the soft-cap of {cap:g} that {run.facts['name']} was trained with: choose "
-            "another target, or give --drop-softcap, which changes the features and measures by how much"
-        )
-    found, where = measure.find_images(images, run.config.data.val if run.config else None)
+    found, where = measure.find_images(images, run.val)
     softcap = {"value": cap, "applied": cap is not None and not drop_softcap}
     if cap is not None:
+        say("measuring what the soft-cap changes")
         softcap["effect"] = measure.without_softcap(run.vit, found)
-        run.vit.softcap = cap if softcap["applied"] else None
+    if drop_softcap:
+        run.vit.softcap = None
     facts = _facts(run, to, softcap)
-    facts["features"] = measure.moments(run.vit, found) if found else {"mean": None, "std": None}
-    facts["features"]["of"] = where
+    facts["features"] = {**measure.moments(run.vit, found, say), "of": where}
     temporary = temporary_name(output)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        _write(run, target, facts, temporary)
-        usage = target.usage(run)
-        if hub:
-            usage = usage.replace("local-dir:FOLDER", f"hf-hub:{hub}")
-        usage = usage.replace("FOLDER", hub or str(output))
-        (temporary / "README.md").write_text(model_card(facts, target.package, usage, target.how_capped))
+        _write(run, target, facts, temporary, say)
+        _write_card(temporary, facts, target, hub, output)
         shutil.rmtree(output, ignore_errors=True)
         temporary.replace(output)
     finally:
@@ -89,14 +91,25 @@ def _output(run: Run, to: str, given: str | Path | None) -> Path:
     return output
 
 
-def _write(run: Run, target: Target, facts: dict[str, Any], folder: Path) -> None:
+def _write(
+    run: Run, target: Target, facts: dict[str, Any], folder: Path, say: Callable[[str], object]
+) -> None:
     """All files but the card, if the library's own model, loaded from them, gives our features."""
-    notes = target.write(run, folder) or []
-    error = measure.check_parity(run.vit, target.read(folder), f"--to {facts['target']}")
+    name = f"--to {facts['target']}"
+    say(f"writing files for {target.package}")
+    notes = target.write(run, folder)
+    say(f"comparing what {target.package} computes from them")
+    try:
+        tokens = target.read(folder)
+    except Exception as error:  # of the library
+        raise UserError(
+            f"{name}: {target.package} cannot load it ({first_line(error)}): not written; choose another target"
+        ) from error
+    error = measure.check_parity(run.vit, tokens, name)
     facts["parity"] = {"largest_relative_error": error, "of": measure.PARITY_OF}
-    facts["notes"] = [*run.notes, *target.notes, *notes]
+    facts["notes"] = [*run.notes, *notes]
     if run.decoder:
-        write_tensors(folder / DECODER, run.decoder_weights)
+        write_weights(folder / DECODER, run.decoder_weights)
     write_json(folder / FACTS, facts)
 
 
@@ -106,9 +119,7 @@ def _facts(run: Run, to: str, softcap: dict[str, Any]) -> dict[str, Any]:
         "target": to,
         "fastalign": __version__,
         "source": run.source(),
-        "objective": run.facts.get("objective"),
-        "step": run.facts.get("step"),
-        "val_loss": run.facts.get("val_loss"),
+        **{key: run.facts.get(key) for key in ("objective", "step", "val_loss")},
         "probe": run.probe,
         "softcap": softcap,
         "read": {
@@ -120,8 +131,40 @@ def _facts(run: Run, to: str, softcap: dict[str, Any]) -> dict[str, Any]:
         },
         "images": {"size": list(spec.image_size), **run.vit.data},
         "data": {"train": config.data.train, "val": config.data.val} if config else None,
-        # config.yaml is of the newest start, which may have forced other settings than those of this backbone.
-        "recipe": merge(config.model_dump(mode="json"), run.facts.get("settings", {})) if config else None,
+        "recipe": config.model_dump(mode="json") if config else None,
         "changes": run.facts.get("changes"),
         "decoder": run.decoder,
     }
+
+
+def change_in_words(effect: dict[str, dict[str, float]]) -> str:
+    """How much the features change without the soft-cap."""
+    return ", ".join(
+        f"{100 * change['relative_change']:.2g}% on {name} (lowest cosine of a token {change['lowest_cosine']:.4f})"
+        for name, change in effect.items()
+    )
+
+
+def _write_card(folder: Path, facts: dict[str, Any], target: Target, hub: str | None, output: Path) -> None:
+    """README.md in `folder`, for an export that is loaded from the model hub or from `output`."""
+    weights, config = facts["source"]["weights"], folder / "config.json"
+    words = {None: "not recorded", "pretrained": "its published weights", "random": "random weights"}
+    template = jinja2.Template(
+        Path(__file__).with_name("card.md").read_text(),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    card = template.render(
+        facts,
+        package=target.package,
+        how_capped=target.how_capped,
+        config=read_json(config) if config.is_file() else {},
+        hub=hub,
+        folder=hub or output,
+        place=f"hf-hub:{hub}" if hub else f"local-dir:{output}",
+        started_from=words.get(weights) or f"`{Path(weights).name}`",
+        change=change_in_words(facts["softcap"].get("effect", {})),
+    )
+    (folder / "README.md").write_text(card)

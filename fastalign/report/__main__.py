@@ -1,7 +1,6 @@
 """The command `fastalign report RUN`."""
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -13,75 +12,59 @@ from fastalign.utils.paths import path_argument
 IMAGES = 6
 
 
-def _wanted_images(given: list[str]) -> int | list[str]:
-    """--images: a number, or files."""
-    if len(given) > 1 or not re.fullmatch(r"[+-]?\d+", given[0]):
-        return given
-    if int(given[0]) < 0:
-        raise UserError(f"--images {given[0]}: give how many pictures (0 = none), or image files")
-    return int(given[0])
-
-
 def write_report(options: argparse.Namespace) -> list[str]:
     """Write what the options ask for. Returns the lines that the command prints."""
-    folder = Path(options.run)
-    output = Path(options.output) if options.output else folder / "report.html"
+    folder, wanted = Path(options.run), options.images
+    if len(wanted) == 1 and wanted[0].isdecimal():
+        wanted = int(wanted[0])
+    output = Path(options.output or folder / "report.html")
     if output.is_dir():
-        raise UserError(
-            f"--output {output}: it is a directory; name a file, such as {output / 'report.html'}"
-        )
-    wanted = _wanted_images(options.images or [str(IMAGES)])
-    # Here: they need matplotlib, which `--help` does not.
+        example = output / "report.html"
+        raise UserError(f"--output {output}: it is a directory; name a file, such as {example}")
+    # Here: they need matplotlib and timm, which `--help` does not.
     from fastalign.report import charts, features
     from fastalign.report.page import render_page
     from fastalign.report.run import load_backbones, read_run
 
-    run = read_run(folder, Path(options.probe) if options.probe else None)
-    pictures = maps = None
+    run, maps = read_run(folder, Path(options.probe) if options.probe else None), None
     if run.facts and wanted != 0:
         models = load_backbones(run)
         data = (run.config.data.val or run.config.data.train) if run.config else None
         try:
-            pictures = features.load_pictures(wanted, data, next(iter(models.values())))
-            maps = features.compute_maps(models, pictures.inputs)
+            names, inputs = features.read_pictures(wanted, data, next(iter(models.values())))
+            maps = features.compute_maps(names, inputs, models)
         except UserError as error:
-            if pictures or isinstance(wanted, list):
+            if isinstance(wanted, list):
                 raise
             run.notes.append(f"No pictures are shown: {error}")
-    text = render_page(run, pictures, maps).encode()
+    text = render_page(run, maps).encode()
     write_atomically(output, lambda file: file.write(text))
     lines = [*run.notes, f"report: {output} ({len(text) / 1e6:.1f} MB)"]
     if options.pngs:
-        place = Path(options.pngs)
-        place.mkdir(parents=True, exist_ok=True)
+        curves = charts.curves(run.metrics, (charts.LOSS, charts.PROBE, charts.THROUGHPUT))
         figures = {
-            "curves": charts.curves_figure(run.metrics, (charts.LOSS, charts.PROBE, charts.THROUGHPUT)),
-            "patches": charts.patches_figure(pictures, maps) if pictures else None,
-            "probe": charts.probe_figure(run.probe) if run.probe else None,
+            "curves": charts.curves_figure(curves) if curves else None,
+            "patches": charts.patches_figure(maps, range(len(maps.names))) if maps else None,
+            "probe": charts.probe_figure(run.probe, run.probe.settings()[0]) if run.probe else None,
         }
+        Path(options.pngs).mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             if figure:
-                figure.savefig(place / f"{name}.png", **charts.PNG)
-                lines.append(f"picture: {place / name}.png")
+                path = Path(options.pngs, f"{name}.png")
+                figure.savefig(path, **charts.PNG)
+                lines.append(f"picture: {path}")
     return lines
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(
-        prog="fastalign report",
-        description="A page about a run: one HTML file that loads nothing else.",
-    )
+    about = "A page about a run: one HTML file that loads nothing else."
+    parser = argparse.ArgumentParser(prog="fastalign report", description=about)
     add = parser.add_argument
     add("run", type=path_argument, metavar="RUN", help="the folder of a run, finished or not")
     add("--output", type=path_argument, metavar="FILE.html", help="the page; default RUN/report.html")
-    add(
-        "--images",
-        nargs="+",
-        type=path_argument,
-        metavar="N",
-        help=f"how many pictures of the run's validation data (default {IMAGES}; 0 = none), or image files",
-    )
+    about = f"how many pictures of the run's validation data (default {IMAGES}; 0 = none), or image files"
+    add("--images", nargs="+", type=path_argument, default=[str(IMAGES)], metavar="N", help=about)
     add("--probe", type=path_argument, metavar="FILE", help="results of a probe; default RUN/probe.json")
     add("--pngs", type=path_argument, metavar="DIR", help="also write pictures for a README")
     options = parser.parse_args(arguments)

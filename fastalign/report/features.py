@@ -13,78 +13,42 @@ from torch import Tensor
 from fastalign.backbones.vit import ViT
 from fastalign.backbones.zoo import transform
 from fastalign.data.sources import SyntheticSource, open_source
-from fastalign.data.transforms import Transform, geometry
 from fastalign.utils.errors import UserError
 
 COMPONENTS = 3
-SHOWN = 256
-"""Pixels of a shown picture's longer side, at least."""
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """B pictures."""
-
-    names: list[str]
-    inputs: Tensor
-    """[B, 3, height, width] float32, normalised"""
-    shown: list[np.ndarray]
-    """[h, w, 3] uint8: the part that the patches cover, at least `SHOWN` pixels on the longer side"""
-
-
-def load_pictures(wanted: int | list[str], data: str | None, vit: ViT) -> Pictures:
-    """So many pictures of a data set, evenly spread, or image files, as inputs of a backbone.
+def read_pictures(wanted: int | list[str], data: str | None, vit: ViT) -> tuple[list[str], Tensor]:
+    """So many pictures of a data set, evenly spread, or image files: their names, and a backbone's inputs.
 
     Raises:
         UserError: data or a picture that cannot be read.
     """
-    if not isinstance(wanted, int):
-        return _prepare(wanted, [_open(Path(path), f"--images {path}") for path in wanted], vit)
-    if data is None:
-        raise UserError("the run names no data set; give image files, --images FILE ...")
-    source = open_source(data)
-    ids = torch.linspace(0, len(source) - 1, min(wanted, len(source))).long()
-    names = [source.name(index) for index in ids.tolist()]
-    if isinstance(source, SyntheticSource):
-        inputs = source.images(ids, vit.spec.image_size, seed=0, dtype=torch.float32)
-        levels = ((inputs + 3) * (255 / 6)).round().byte()
-        return Pictures(names, inputs, [*levels.permute(0, 2, 3, 1).numpy()])
-    files = [io.BytesIO(source.read(index).tobytes()) for index in ids.tolist()]
-    return _prepare(names, [_open(*pair) for pair in zip(files, names, strict=True)], vit)
+    if isinstance(wanted, int):
+        if data is None:
+            raise UserError("the run names no data set; give image files, --images FILE ...")
+        source = open_source(data)
+        ids = torch.linspace(0, len(source) - 1, min(wanted, len(source))).long()
+        names = [source.name(index) for index in ids.tolist()]
+        if isinstance(source, SyntheticSource):
+            return names, source.images(ids, vit.spec.image_size, seed=0, dtype=torch.float32)
+        files = [io.BytesIO(source.read(index).tobytes()) for index in ids.tolist()]
+    else:
+        files = names = wanted
+    read, inputs = transform(vit), []
+    for name, file in zip(names, files, strict=True):
+        try:
+            inputs.append(read(Image.open(file).convert("RGB")))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            message = f"{name} cannot be read as an image ({error}): --images takes a number, or image files"
+            raise UserError(message) from error
+    return [Path(name).name for name in names], torch.stack(inputs)
 
 
-def _open(file: Path | io.BytesIO, name: str) -> Image.Image:
-    try:
-        return Image.open(file).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{name} cannot be read as an image ({error}): give a number, or image files"
-        ) from error
-
-
-def _prepare(names: list[str], images: list[Image.Image], vit: ViT) -> Pictures:
-    read = transform(vit)
-    inputs = torch.stack([read(image) for image in images])
-    return Pictures([Path(name).name for name in names], inputs, [_enlarge(image, vit) for image in images])
-
-
-def _enlarge(image: Image.Image, vit: ViT) -> np.ndarray:
-    """The part of an image that the patches cover, with more pixels than the input has."""
-    shape, size = np.array([image.height, image.width]), np.array(vit.spec.image_size)
-    cut = Transform(vit.spec.image_size, crop="eval", **vit.data)
-    place = geometry(cut, shape[None], np.zeros(1, np.int64), seed=0, epoch=0)
-    start, end = place.roi_start[0].astype(float), place.roi_end[0].astype(float)
-    covered = np.multiply(vit.spec.grid, vit.spec.patch_size)
-    end = (start + (end - start) * covered / size).clip(0, shape)
-    height, width = -(-SHOWN // max(size)) * covered
-    box = (*start.clip(0, end)[::-1], *end[::-1])
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box))
-
-
-@torch.no_grad()
 def patch_tokens(vit: ViT, images: Tensor) -> np.ndarray:
     """The patch tokens after the final norm: [B, 3, height, width] normalised -> [B, N, D] float64."""
-    tokens = [vit.forward_features(image[None])[0, vit.num_prefix_tokens :] for image in images]
+    with torch.no_grad():
+        tokens = [vit.forward_features(image[None])[0, vit.num_prefix_tokens :] for image in images]
     return torch.stack(tokens).double().numpy()
 
 
@@ -120,49 +84,51 @@ def component_colours(values: np.ndarray) -> np.ndarray:
     return np.rint(255 * scaled.clip(0, 1)).astype(np.uint8)
 
 
-def cosines(tokens: np.ndarray, query: int) -> np.ndarray:
-    """Cosine similarity of each patch of an image with one of them: [N, D] -> [N]."""
-    norms = np.linalg.norm(tokens, axis=1, keepdims=True)
+def cosines(tokens: np.ndarray) -> np.ndarray:
+    """Cosine similarity of the patches of each image with one another: [B, N, D] -> [B, N, N]."""
+    norms = np.linalg.norm(tokens, axis=-1, keepdims=True)
     unit = tokens / np.where(norms > 0, norms, 1.0)
-    return unit @ unit[query]
-
-
-def query_patches(tokens: np.ndarray, grid: tuple[int, int]) -> tuple[int, int]:
-    """The patch in the centre of the grid (rows, columns), and the patch whose cosine with it is lowest."""
-    centre = grid[0] // 2 * grid[1] + grid[1] // 2
-    return centre, int(cosines(tokens, centre).argmin())
+    return unit @ unit.swapaxes(-1, -2)
 
 
 @dataclass(frozen=True)
 class PatchMaps:
     """What is drawn of B pictures, by model; R rows and C columns of patches."""
 
-    grid: tuple[int, int]
-    """R, C"""
+    names: list[str]
+    shown: np.ndarray
+    """[B, h, w, 3] uint8: the part of the input that the patches cover"""
     colours: dict[str, np.ndarray]
     """[B, R, C, 3] uint8: principal components"""
     shares: dict[str, float]
     """of the variance, by the three components together"""
     queries: list[tuple[int, int]]
-    """two patches a picture"""
+    """two patches a picture: the central one, A, and the one least similar to it, B"""
     cosines: dict[str, np.ndarray]
     """[B, 2, R, C] float64, with each of the two"""
     low: float
     """where the colour scale of all cosines begins"""
 
 
-def compute_maps(models: dict[str, ViT], images: Tensor) -> PatchMaps:
+def compute_maps(names: list[str], inputs: Tensor, models: dict[str, ViT]) -> PatchMaps:
     """Maps of normalised images, [B, 3, height, width]; the first model sets query patches and component order."""
-    grid = next(iter(models.values())).spec.grid
-    tokens = {name: patch_tokens(vit, images) for name, vit in models.items()}
-    queries = [query_patches(picture, grid) for picture in next(iter(tokens.values()))]
-    anchor, colours, shares, similar = None, {}, {}, {}
-    for name, rows in tokens.items():
-        values, shares[name] = principal_components(rows)
-        anchor = values if anchor is None else anchor
-        colours[name] = component_colours(match_components(values, anchor)).reshape(len(rows), *grid, 3)
-        pairs = zip(rows, queries, strict=True)
-        maps = [[cosines(picture, query) for query in two] for picture, two in pairs]
-        similar[name] = np.array(maps).reshape(len(rows), 2, *grid)
-    low = np.percentile(np.stack(list(similar.values())), 1)
-    return PatchMaps(grid, colours, shares, queries, similar, float(min(low, 0.99)))
+    vit = next(iter(models.values()))
+    (rows, columns), count = vit.spec.grid, len(inputs)
+    tokens = {name: patch_tokens(each, inputs) for name, each in models.items()}
+    similar = {name: cosines(values) for name, values in tokens.items()}
+    centre = rows // 2 * columns + columns // 2
+    others = next(iter(similar.values()))[:, centre].argmin(1)
+    queries = [(centre, other) for other in others.tolist()]
+    index = np.arange(count)[:, None]
+    similar = {name: each[index, queries].reshape(count, 2, rows, columns) for name, each in similar.items()}
+    anchor, colours, shares = None, {}, {}
+    for name, values in tokens.items():
+        components, shares[name] = principal_components(values)
+        anchor = components if anchor is None else anchor
+        colours[name] = component_colours(match_components(components, anchor))
+        colours[name] = colours[name].reshape(count, rows, columns, COMPONENTS)
+    low = float(min(np.percentile(np.stack(list(similar.values())), 1), 0.99))
+    mean, std = (torch.tensor(vit.data[key])[:, None, None] for key in ("mean", "std"))
+    height, width = np.multiply(vit.spec.grid, vit.spec.patch_size)
+    pixels = (255 * (inputs * std + mean)[..., :height, :width]).clamp(0, 255).round().byte()
+    return PatchMaps(names, pixels.permute(0, 2, 3, 1).numpy(), colours, shares, queries, similar, low)

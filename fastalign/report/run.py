@@ -1,10 +1,12 @@
 """What a report reads: the files of a run, finished or not, and the results of `fastalign probe`."""
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from fastalign.backbones.vit import ViT
 from fastalign.backbones.weight_files import read_facts, read_json
@@ -17,54 +19,42 @@ from fastalign.utils.errors import UserError
 
 BEFORE, ALIGNED = "before", "aligned"
 METRICS = {"macro_recall": "Macro recall", "map": "mAP", "macro_f1": "Macro F1", "accuracy": "Accuracy"}
-Setting = tuple[str, str, str]
-"""Labels, head, skipped blocks: what two models must share to be compared."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """`probe.json`."""
+    """`probe.json`, and its test splits by setting (labels, head, skipped blocks) and model."""
 
     facts: dict
-    results: list[tuple[str, Setting, dict]]
-    """model, setting and test split of each head and seed"""
-    summary: list[tuple[str, Setting, dict]]
-    """the same over seeds: metric -> "mean", "std" """
+    summary: dict[str, dict[str, dict]]
+    """over seeds: metric -> "mean", "std" """
+    seeds: dict[str, dict[str, list[dict]]]
 
-    def settings(self) -> list[Setting]:
+    def settings(self) -> list[str]:
         """Every setting: those with both `before` and `aligned` first, then patch labels, then transformer heads."""
-        models: dict[Setting, set[str]] = {}
-        for model, setting, _ in self.summary:
-            models.setdefault(setting, set()).add(model)
 
-        def rank(setting: Setting) -> tuple[bool, bool, bool]:
-            both = {BEFORE, ALIGNED} <= models[setting]
-            return (not both, setting[0].startswith("global"), setting[1] != "transformer")
+        def rank(setting: str) -> tuple[bool, bool, bool]:
+            both = {BEFORE, ALIGNED} <= self.summary[setting].keys()
+            return (not both, setting.startswith("global"), "transformer head" not in setting)
 
-        return sorted(models, key=rank)
+        return sorted(self.summary, key=rank)
 
-    def models(self, setting: Setting) -> list[str]:
+    def models(self, setting: str) -> list[str]:
         """At most two models to compare in a setting: before and aligned come first."""
-        found = dict.fromkeys(model for model, other, _ in self.results if other == setting)
-        return sorted(found, key=lambda name: {BEFORE: 0, ALIGNED: 1}.get(name, 2))[:2]
+        return sorted(self.summary[setting], key=lambda name: {BEFORE: 0, ALIGNED: 1}.get(name, 2))[:2]
 
-    def score(self, model: str, setting: Setting, metric: str) -> dict | None:
-        """Mean and spread over seeds on the test split; None if it was not measured."""
-        found = [test.get(metric) for *key, test in self.summary if key == [model, setting]]
-        return found[0] if found else None
+    def score(self, setting: str, model: str, metric: str) -> dict | None:
+        """Mean and spread over seeds; None if it was not measured."""
+        return self.summary[setting][model].get(metric)
 
-    def average(self, model: str, setting: Setting, part: str, key: str) -> list[float | None]:
-        """A list of `per_class` or `by_size`, mean over seeds; empty if it was not measured."""
-        tests = [test for *key, test in self.results if key == [model, setting]]
-        lists = [values for test in tests if (values := test.get(part, {}).get(key))]
-        columns = [[value for value in column if value is not None] for column in zip(*lists, strict=True)]
-        return [fmean(column) if column else None for column in columns]
-
-    def by_size(self, setting: Setting) -> tuple[list[float], dict[str, list[float | None]]]:
-        """The upper edges of the bins, and each model's recall by size, if it was measured."""
-        recall = {model: self.average(model, setting, "by_size", "recall") for model in self.models(setting)}
-        recall = {model: values for model, values in recall.items() if values}
-        return self.average(next(iter(recall), ""), setting, "by_size", "edges")[1:], recall
+    def average(self, setting: str, part: str, key: str) -> dict[str, np.ndarray]:
+        """Of each model that has it a list of `per_class` or `by_size`: mean over seeds, NaN where it is unknown."""
+        found = {}
+        for model in self.models(setting):
+            tests = self.seeds[setting][model]
+            if lists := [values for test in tests if (values := test.get(part, {}).get(key))]:
+                found[model] = np.ma.masked_invalid(np.array(lists, float)).mean(0).filled(np.nan)
+        return found
 
 
 def read_probe(path: Path) -> Probe:
@@ -73,19 +63,17 @@ def read_probe(path: Path) -> Probe:
     Raises:
         UserError: it is missing, or not in the format of `fastalign probe`.
     """
-
-    def rows(key: str) -> list[tuple[str, Setting, dict]]:
-        return [
-            (row["model"], (row["labels"], row["head"], str(row.get("skip_blocks", 0))), row["test"])
-            for row in facts[key]
-        ]
-
     if not path.is_file():
         raise UserError(f"{path}: no such file; write it with fastalign probe --backbone RUN --data DATA")
+    summary, seeds = defaultdict(dict), defaultdict(lambda: defaultdict(list))
     try:
         facts = json.loads(path.read_bytes())
         facts["data"]["classes"], facts["summary"][0]["seeds"]
-        return Probe(facts, rows("results"), rows("summary"))
+        for row in facts["summary"]:
+            summary[_setting(row)][row["model"]] = row["test"]
+        for row in facts["results"]:
+            seeds[_setting(row)][row["model"]].append(row["test"])
+        return Probe(facts, summary, seeds)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
             f"{path} has no results of fastalign probe ({type(error).__name__}: {error}): run it again, "
@@ -93,15 +81,15 @@ def read_probe(path: Path) -> Probe:
         ) from None
 
 
+def _setting(row: dict) -> str:
+    """What two models must share to be compared, in words."""
+    skipped = row.get("skip_blocks", 0)
+    return f"{row['labels']} labels, {row['head']} head" + (f", {skipped} blocks skipped" if skipped else "")
+
+
 def score_text(score: dict | None) -> str:
     """In percent, with the standard deviation if there are several seeds: 71.3 ± 0.4"""
     return "–" if score is None or score["mean"] is None else percent(score)
-
-
-def setting_text(setting: Setting) -> str:
-    """A setting in words."""
-    labels, head, skipped = setting
-    return f"{labels} labels, {head} head" + (f", {skipped} blocks skipped" if skipped != "0" else "")
 
 
 @dataclass
@@ -146,22 +134,21 @@ def read_run(folder: Path, probe: Path | None = None) -> Run:
         run.notes.append(f"This run has saved no backbone ({reason}): there are no patch features.")
     if probe is not None or (folder / "probe.json").is_file():
         run.probe = read_probe(probe or folder / "probe.json")
-    for model, place in ((BEFORE, folder / "before"), (ALIGNED, folder)):
-        if (place / "classify.json").is_file():
-            run.classified[model] = read_json(place / "classify.json")
+    places = {BEFORE: folder / "before/classify.json", ALIGNED: folder / "classify.json"}
+    run.classified = {model: read_json(path) for model, path in places.items() if path.is_file()}
     return run
 
 
 def load_backbones(run: Run) -> dict[str, ViT]:
     """The aligned backbone and, first, the one before alignment (without the run's soft-cap), if it is available."""
-    found = {}
+    found = {ALIGNED: load_backbone(run.folder)}
     if run.config is not None:
         try:
-            found[BEFORE] = starting_backbone(run.config).eval()
+            before = starting_backbone(run.config).eval()
         except UserError as error:
             run.notes.append(f"Features before are not shown, their weights are not available: {error}")
-    found[ALIGNED] = load_backbone(run.folder)
-    if BEFORE in found and found[BEFORE].spec.grid != found[ALIGNED].spec.grid:
-        del found[BEFORE]
+            return found
+        if before.spec.grid == found[ALIGNED].spec.grid:
+            return {BEFORE: before, **found}
         run.notes.append("Features before are not shown: that backbone has another grid of patches.")
     return found

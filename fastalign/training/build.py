@@ -1,7 +1,5 @@
 """From a configuration to the objects of a run."""
 
-import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,8 +9,8 @@ from fastalign.backbones.spec import split_svit
 from fastalign.backbones.vit import ViT
 from fastalign.config import Config, Teacher, load_config
 from fastalign.data.bad_samples import BadSamples, read_quarantine
-from fastalign.data.loader import Batch, Loader
-from fastalign.data.sources import open_source
+from fastalign.data.loader import Loader
+from fastalign.data.sources import Source, open_source
 from fastalign.data.transforms import Transform
 from fastalign.method.masks import MASKS
 from fastalign.method.objectives import MaskedImageModeling, MaskEmbed
@@ -22,7 +20,7 @@ from fastalign.ops.attention.choice import check as check_attention
 from fastalign.ops.attention.choice import choose
 from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError
-from fastalign.utils.yaml_files import parse_yaml
+from fastalign.utils.sections import parse_yaml
 
 _TRANSFORM_KEYS = ("crop", "scale", "ratio", "hflip", "color_jitter", "randaugment")
 
@@ -50,9 +48,7 @@ def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
     if weights in ("pretrained", "random"):
         return create_backbone(name, pretrained=weights == "pretrained", **kwargs)
     if not Path(weights).exists():
-        raise UserError(
-            f"{key}={weights}: not found; give a weights file, a run folder, pretrained or random"
-        )
+        raise UserError(f"{key}={weights}: not found; give a file, a run folder, pretrained or random")
     if not (Path(weights) / "backbone.json").is_file() and Path(weights).suffix != ".json":
         return create_backbone(name, checkpoint=weights, **kwargs)
     name, kwargs, _ = split_svit(name, kwargs)  # the run recorded its soft-cap
@@ -60,9 +56,7 @@ def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
     vit = load_backbone(weights, **free)
     aligned, made = vit.recipe["name"], vit.recipe["kwargs"]
     if aligned.split(".")[0] != name.split(".")[0] or made != made | kwargs:
-        raise UserError(
-            f"{weights} is a run of {aligned} with {made}, not of {name} with {kwargs}: set the same"
-        )
+        raise UserError(f"{weights} is of {aligned} with {made}, not of {name} with {kwargs}: set the same")
     return vit
 
 
@@ -187,22 +181,15 @@ def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, 
         raise UserError("data.train is not set: give it an image folder or tar shards, data.train=PATH")
     source, quarantine = open_source(data.train, damaged=True), config.faults.quarantine
     parts = optim.accumulate * world.size
-    most = len(source) // parts * parts
-    if optim.batch_size % parts or optim.batch_size > most:
-        remedy = f"set it to at most {most}, a multiple of optim.accumulate x ranks = {parts}"
+    if optim.batch_size % parts or optim.batch_size > len(source):
         raise UserError(
-            f"optim.batch_size={optim.batch_size}: data.train has {len(source)} images; "
-            f"{remedy if most else 'lower optim.accumulate'}"
+            f"optim.batch_size={optim.batch_size}: data.train has {len(source)} images; set it to at most that, and "
+            f"to a multiple of optim.accumulate x ranks = {parts}"
         )
-    train = Loader(
-        source,
-        Transform(**{key: getattr(data, key) for key in _TRANSFORM_KEYS}, **image_constants(backbone)),
-        accumulate=optim.accumulate,
-        mixup=data.mixup,
-        cutmix=data.cutmix,
-        bad=BadSamples(read_quarantine(quarantine, source) if quarantine else ()),
-        **_common(config, world),
-    )
+    augment = {key: getattr(data, key) for key in _TRANSFORM_KEYS}
+    mixing = {"accumulate": optim.accumulate, "mixup": data.mixup, "cutmix": data.cutmix}
+    bad = BadSamples(read_quarantine(quarantine, source) if quarantine else ())
+    train = _loader(config, world, backbone, source, augment, bad=bad, **mixing)
     val = evaluation_loader(config, world, backbone, data.val) if data.val is not None else None
     for key, loader in (("data.train", train), ("data.val", val)):
         if loader is not None and not world.agree(loader.source.fingerprint()):
@@ -212,42 +199,28 @@ def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, 
 
 def evaluation_loader(config: Config, world: World, backbone: ViT, path: str) -> Loader:
     """Loads every image once, in order, without augmentation, and leaves bad ones out."""
-    transform = Transform(crop="eval", **image_constants(backbone))
     source = open_source(path, damaged=True)
-    return Loader(source, transform, train=False, bad=BadSamples(), **_common(config, world))
+    return _loader(config, world, backbone, source, {"crop": "eval"}, train=False, bad=BadSamples())
+
+
+def _loader(
+    config: Config, world: World, backbone: ViT, source: Source, transform: dict, **options
+) -> Loader:
+    return Loader(
+        source,
+        Transform(**transform, **image_constants(backbone)),
+        batch_size=config.optim.batch_size // (config.optim.accumulate * world.size),
+        device=world.device,
+        dtype=compute_dtype(config.efficiency.precision, world.device),
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+        threads=config.data.threads,
+        hw_decoder_load=config.data.hw_decoder_load,
+        **options,
+    )
 
 
 def image_constants(backbone: ViT) -> dict:
     """Arguments of `Transform` that the backbone fixes: size, mean, std, interpolation, crop_pct."""
     return {"size": backbone.spec.image_size, **backbone.data}
-
-
-def _common(config: Config, world: World) -> dict:
-    return {
-        "batch_size": config.optim.batch_size // (config.optim.accumulate * world.size),
-        "device": world.device,
-        "dtype": compute_dtype(config.efficiency.precision, world.device),
-        "seed": config.seed,
-        "rank": world.rank,
-        "world_size": world.size,
-        "threads": config.data.threads,
-        "hw_decoder_load": config.data.hw_decoder_load,
-    }
-
-
-def scale_batches(
-    config: Config, world: World, backbone: ViT, val: Loader | None
-) -> tuple[Iterator[Batch], int]:
-    """The batches for measuring the target scale, and their number: of validation, else of unaugmented training."""
-    given = str(config.loss.target_scale).partition(":")[2]
-    limit = int(given) if given else 50 if val is None else None
-    loader = evaluation_loader(config, world, backbone, config.data.train) if val is None else val
-
-    def batches() -> Iterator[Batch]:
-        try:
-            yield from itertools.islice(loader.batches(), limit)
-        finally:
-            if val is None:
-                loader.close()
-
-    return batches(), len(loader) if limit is None else min(limit, len(loader))

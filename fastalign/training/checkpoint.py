@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 from fastalign import __version__
 from fastalign.backbones.saving import backbone_facts, facts_text, is_written, write_backbone
 from fastalign.config import Config, kinds, resolve, to_yaml
-from fastalign.training import sharding
 from fastalign.training.build import teacher_of
 from fastalign.training.checkpoint_files import snapshot
-from fastalign.training.distributed import on_first_rank
+from fastalign.training.distributed import load_module, load_optimizer, on_first_rank
 from fastalign.training.hang import WAITING
 from fastalign.training.metrics import plain_number
 from fastalign.training.optim import class_name
@@ -55,14 +54,15 @@ def checkpoint_state(run: Run) -> dict[str, Any]:
 def new_best(run: Run, *, evaluated: bool = False) -> float | None:
     """This step's score if it is the best so far: of the probe if `probe.best`, else the validation loss."""
     state = run.state
-    none = state.best is None
-    if not run.config.probe.best:
-        better = evaluated and math.isfinite(state.val_loss) and (none or state.val_loss < state.best)
-        return state.val_loss if better else None
-    if state.current_probe is None:
-        return None
-    score = -math.inf if math.isnan(state.probed["map"]) else state.probed["map"]
-    return score if none or score > state.best else None
+    if run.config.probe.best:
+        if state.current_probe is None:
+            return None
+        score = -math.inf if math.isnan(state.probed["map"]) else state.probed["map"]
+        return score if state.best is None or score > state.best else None
+    better = (
+        evaluated and math.isfinite(state.val_loss) and (state.best is None or state.val_loss < state.best)
+    )
+    return state.val_loss if better else None
 
 
 def save(run: Run, *, evaluated: bool = False) -> None:
@@ -72,18 +72,18 @@ def save(run: Run, *, evaluated: bool = False) -> None:
     the state's `val_loss` is of this step. SharedError: the previous checkpoint could not be written.
     """
     wait_for_checkpoint(run)  # one copy in memory at a time
-    score, best_by_probe = new_best(run, evaluated=evaluated), run.config.probe.best
+    score = new_best(run, evaluated=evaluated)
     if score is not None:
         run.state.best = score
     run.beat("saving")
     if not (run.world.main or run.sharded):
         return
-    best = score is not None
-    published = (best or (run.val is None and not best_by_probe)) and not run.config.student.freeze
+    best, selects = score is not None, run.val is not None or run.config.probe.best
+    published = (best or not selects) and not run.config.student.freeze
     facts = describe_backbone(run, evaluated=evaluated) if published else None
     state = snapshot({**checkpoint_state(run), "is_best": best, "backbone": facts}, keep=run.world.main)
     if run.world.main:
-        run.checkpoints.save(state, run.state.step, best=best, publish=partial(publish_backbone, run.folder))
+        run.checkpoints.save(state, run.state.step, partial(publish_backbone, run.folder))
 
 
 def wait_for_checkpoint(run: Run) -> None:
@@ -115,17 +115,14 @@ def resume(run: Run) -> tuple[list[Change], list[str]]:
     step, saved, notes = run.checkpoints.resume(run.world)
     if step is None:
         return [], notes
-    path = run.checkpoints.path(step)
+    path, state = run.checkpoints.path(step), run.state
     if not isinstance(saved, dict) or not checkpoint_state(run).keys() <= saved.keys():
         raise UserError(f"{path} is not a checkpoint of this version: remove it, or choose another output")
-    state = run.state
     state.load_state_dict(saved)
 
     def compare() -> tuple[list[Change], list[str]]:
         before, now = saved["contents"], run.contents
-        places = {
-            key: None if now[key] == before[key] else "other contents" for key in now.keys() & before.keys()
-        }
+        places = {k: "other contents" if now[k] != before[k] else None for k in now.keys() & before.keys()}
         places |= {k: source.differs_from(before[k]) for k, source in run.sources.items() if k in before}
         return changed_settings(saved, path, run.config, places, finished=run.finished)
 
@@ -139,15 +136,8 @@ def resume(run: Run) -> tuple[list[Change], list[str]]:
         state.best = None  # scores under different settings are not comparable
         notes += [f"resume=force: from step {step} on {change}" for change in changes]
         notes.append("the target scale is measured again; the best checkpoint is chosen anew from here on")
-
-    def complete_save() -> None:
-        """What a killed writer left undone after writing the checkpoint itself."""
-        if saved.get("is_best"):
-            run.checkpoints.make_best(step)
-        publish_backbone(run.folder, saved)
-        run.checkpoints.prune()
-
-    on_first_rank(run.world, complete_save)
+    publish = partial(publish_backbone, run.folder)
+    on_first_rank(run.world, lambda: run.checkpoints.complete(saved, step, publish))
     return changes, notes
 
 
@@ -157,8 +147,8 @@ def _load_tensors(run: Run, saved: dict, path: Path, changes: list[Change]) -> N
         raise UserError(f"{path} holds the state of {old}, not of {new}: choose another output")
     options = [{key: group[key] for key in ("betas", "weight_decay")} for group in run.optimizer.param_groups]
     try:
-        sharding.load_module(run.objective.student, saved["student"])
-        sharding.load_optimizer(run.optimizer, saved["optimizer"])
+        load_module(run.objective.student, saved["student"])
+        load_optimizer(run.optimizer, saved["optimizer"])
         if run.average:
             run.average.load(saved["average"] or saved["student"])  # a new average starts here
     except (RuntimeError, ValueError, LookupError, TypeError) as error:

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fastalign.training.distributed import World, on_first_rank
-from fastalign.training.sharding import full_tensor
-from fastalign.utils import files
-from fastalign.utils.errors import SharedError, UserError
-from fastalign.utils.files import reason, system_error, write_atomically
+from fastalign.training.distributed import World, full_tensor, on_first_rank
+from fastalign.utils.errors import UserError
+from fastalign.utils.files import flush_folder, reason, system_error, temporary_name, write_atomically
 
 
 def checksum(module: nn.Module) -> int:
@@ -40,20 +38,12 @@ def snapshot(tree: Any, *, keep: bool = True) -> Any:
         if not isinstance(value, Tensor):
             return value
         value = full_tensor(value.detach())
-        if not keep:
-            return None
-        if value.device.type != "cuda":
-            return value.clone()
-        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-        return host.copy_(value, non_blocking=True)
+        return value.to("cpu", copy=True) if keep else None
 
-    copied = tree_map(copy, tree)
-    if torch.cuda.is_initialized():
-        torch.cuda.current_stream().synchronize()
-    return copied
+    return tree_map(copy, tree)
 
 
-class DamagedFile(Exception):
+class DamagedFile(UserError):
     """A checkpoint whose content is damaged."""
 
 
@@ -72,7 +62,8 @@ def read_state(path: Path) -> dict:
         obstacle = error if isinstance(error, pickle.UnpicklingError) else system_error(error)
         if obstacle is None:
             raise DamagedFile(reason(error)) from error
-        raise UserError(f"{path} cannot be read ({reason(obstacle)}): make it readable") from error
+        where = "make it readable, on every machine"
+        raise UserError(f"{path} cannot be read ({reason(obstacle)}): {where}") from error
     raise DamagedFile("a part of it is damaged")
 
 
@@ -99,22 +90,11 @@ class Checkpoints:
         """The file of a step."""
         return self.folder / f"step-{step:08d}.pt"
 
-    def save(
-        self,
-        state: dict,
-        step: int,
-        *,
-        best: bool = False,
-        publish: Callable[[dict], None] = lambda state: None,
-    ) -> None:
-        """Write a `snapshot` in the background, as `best.pt` too if it is the best; then remove old checkpoints.
-
-        `publish` is called in the background with the state once it is on the disk, before anything is removed.
-        UserError: the previous write failed.
-        """
+    def save(self, state: dict, step: int, publish: Callable[[dict], None] | None = None) -> None:
+        """Write a `snapshot` in the background, then `complete` it. UserError: the previous write failed."""
         self.wait()
         self._last_save = time.monotonic()
-        self._writing = self._pool.submit(self._write, state, step, best, publish)
+        self._writing = self._pool.submit(self._write, state, step, publish)
 
     def wait(self) -> None:
         """Return when the newest checkpoint is on the disk; UserError, once, if it could not be written."""
@@ -128,82 +108,74 @@ class Checkpoints:
         writing = self._writing
         return writing is not None and writing.done() and writing.exception() is not None
 
-    def _write(self, state: dict, step: int, best: bool, publish: Callable[[dict], None]) -> None:
+    def _write(self, state: dict, step: int, publish: Callable[[dict], None] | None) -> None:
         try:
             write_atomically(self.path(step), lambda file: torch.save(state, file))
-            if best:
-                self.make_best(step)
-            publish(state)
-            self.prune()
+            self.complete(state, step, publish)
         except Exception as error:  # whatever it is, the next step must learn of it
             message = f"{self.path(step)} could not be written ({reason(system_error(error) or error)})"
             good = f"; the newest good checkpoint is {self.path(self.steps()[-1])}" if self.steps() else ""
             remedy = "free some space, or make the directory writable, and run the same command again"
             raise UserError(f"{message}{good}: {remedy}") from error
 
-    def prune(self) -> None:
-        """Remove the checkpoints too old to keep."""
+    def complete(self, state: dict, step: int, publish: Callable[[dict], None] | None = None) -> None:
+        """After a checkpoint is written: make it `best.pt` if it `is_best`, call `publish`, remove old checkpoints.
+
+        If a kill interrupts this, the next start does it again.
+        """
+        if state.get("is_best"):
+            self._make_best(step)
+        if publish:
+            publish(state)
         for old in self.steps()[: -self.keep]:
             self.path(old).unlink(missing_ok=True)
 
-    def make_best(self, step: int) -> None:
+    def _make_best(self, step: int) -> None:
         """Make `best.pt` the checkpoint of a step: a hard link if the file system has them, else a copy."""
         source, best = self.path(step), self.folder / "best.pt"
         if best.exists() and best.samefile(source):
             return
-        temporary = files.temporary_name(best)
+        temporary = temporary_name(best)
         temporary.unlink(missing_ok=True)
         try:
             os.link(source, temporary)
             temporary.replace(best)
-            files.flush_folder(self.folder)
+            flush_folder(self.folder)
         except OSError:
             with source.open("rb") as file:
                 write_atomically(best, lambda copy: shutil.copyfileobj(file, copy))
 
-    def load(self) -> tuple[int | None, dict, list[str]]:
-        """The newest undamaged checkpoint; damaged ones newer than it are renamed to `.damaged`.
+    def resume(self, world: World) -> tuple[int | None, dict, list[str]]:
+        """The newest undamaged checkpoint, on every rank; damaged ones newer than it are renamed to `.damaged`.
 
         Returns its step (None if there is no checkpoint), its state on the CPU, and a line about each renamed file.
         UserError: all checkpoints are damaged (none is renamed), or one cannot be read.
         """
+        states = {}
+        step, notes = on_first_rank(world, lambda: self._newest(states))
+        if step is not None and not world.main:
+            states[step] = read_state(self.path(step))
+        return step, states.get(step, {}), notes
+
+    def _newest(self, states: dict[int, dict]) -> tuple[int | None, list[str]]:
+        """The newest undamaged step, whose state is added to `states`."""
         damaged, notes = {}, []
         for step in reversed(self.steps()):
             try:
-                state = read_state(self.path(step))
+                states[step] = read_state(self.path(step))
             except DamagedFile as error:
                 damaged[self.path(step)] = error
                 continue
             for path, error in damaged.items():
                 aside = path.replace(path.with_name(f"{path.name}.damaged")).name
-                good = self.path(step).name
-                notes.append(f"{path} is damaged ({error}) and now {aside}: resuming from {good}")
-            return step, state, notes
+                notes.append(
+                    f"{path} is damaged ({error}) and now {aside}: resuming from {self.path(step).name}"
+                )
+            return step, notes
         if not damaged:
-            return None, {}, []
+            return None, []
         path, error = next(iter(damaged.items()))
         others = ", nor can those before it" if len(damaged) > 1 else ""
         raise UserError(
             f"{path} cannot be read ({error}){others}: restore one, or remove {self.folder} to start over"
         )
-
-    def resume(self, world: World) -> tuple[int | None, dict, list[str]]:
-        """`load` on every rank: rank 0 chooses the step, each rank reads its file; SharedError if one cannot."""
-        loaded: dict = {}
-
-        def choose() -> tuple[int | None, list[str]]:
-            step, loaded["state"], notes = self.load()
-            return step, notes
-
-        step, notes = on_first_rank(world, choose)
-        failure = None
-        if step is not None and not world.main:
-            try:
-                loaded["state"] = read_state(self.path(step))
-            except (UserError, DamagedFile) as error:
-                failure = f"rank {world.rank} cannot read {self.path(step)}"
-                failure += f" ({reason(error.__cause__ or error)}): give every machine the same output"
-        for message in world.gather(failure):
-            if message is not None:
-                raise SharedError(message)
-        return step, loaded.get("state", {}), notes

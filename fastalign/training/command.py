@@ -1,28 +1,83 @@
-"""What every command does about errors and signals, alone and under torchrun: one line and an exit code."""
+"""What a command does about errors and signals, alone and under torchrun: it saves if it can, and says one line."""
 
-import argparse
 import os
+import signal
 import sys
-import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+from types import FrameType
 
-from fastalign.config import Config
 from fastalign.training import distributed
-from fastalign.training.hang import RANK_FAILED
-from fastalign.training.preemption import INTERRUPTED, Preempted
 from fastalign.utils.errors import SharedError, UserError, describe, first_line
-from fastalign.utils.paths import path_argument
 
-HELP = """
-examples:
-  fastalign train clip-vit-b data.train=/data/train data.val=/data/val
-  fastalign train student.name=vit_base_patch16_dinov3.lvd1689m data.train=/data/train output=runs/mine --dry-run
+RANK_FAILED = 70  # exit code after a hang, or after the connection to another rank was lost
+PREEMPTED = 75  # exit code of a run that was asked to stop and has saved: EX_TEMPFAIL, try again later
+INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT, as in shells
+MARKER = "preempted"  # the file in the run folder that tells a script to start the same command again
 
-sections of keys (--print-config prints every key, its values and what it does):
-"""
-HELP += textwrap.fill(", ".join(Config.model_fields), 78, initial_indent="  ", subsequent_indent="  ")
+
+class StopReason(IntEnum):
+    """Why a run is to stop before its last step; signals by their number."""
+
+    SAVE_FAILED = -1
+    NONE = 0
+    SIGINT = signal.SIGINT
+    SIGUSR1 = signal.SIGUSR1
+    SIGTERM = signal.SIGTERM
+
+
+class Preempted(Exception):
+    """The run in `folder` was asked to stop, and its checkpoint of `step` is on disk; `code` is the exit code."""
+
+    def __init__(self, folder: Path, reason: StopReason, step: int):
+        super().__init__(
+            f"{reason.name}: saved {folder} at step {step}; run the same command again to go on from there"
+        )
+        self.code = INTERRUPTED if reason == StopReason.SIGINT else PREEMPTED
+
+
+class Preemption:
+    """A context around a run: remembers SIGTERM and SIGUSR1 instead of ending the process.
+
+    On exit the old handlers come back. Only after `Preempted` both signals stay ignored: the process is about to end
+    with its own exit code, while torchrun sends SIGTERM to all ranks as soon as the first one has ended. Outside of
+    the main thread, which alone receives signals, nothing is installed.
+    """
+
+    def __init__(self) -> None:
+        self.reason = StopReason.NONE  # the first signal
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "Preemption":
+        self._remember(signal.SIGTERM, signal.SIGUSR1)
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        for number, handler in self._before.items():
+            ignored = isinstance(error, Preempted) and number != signal.SIGINT
+            # None is a handler that was not installed from Python: it cannot be put back.
+            signal.signal(number, signal.SIG_IGN if ignored else handler or signal.SIG_DFL)
+
+    def hold_interrupts(self) -> None:
+        """From here on there is something to save: remember the first SIGINT; a second one ends the process at once.
+
+        An ignored SIGINT stays ignored, as of `command &` in a shell script.
+        """
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            self._remember(signal.SIGINT)
+
+    def _remember(self, *numbers: signal.Signals) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before |= {number: signal.signal(number, self._handle) for number in numbers}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.reason = self.reason or StopReason(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)  # which also ends a process inside a collective or a kernel
 
 
 def run_command(body: Callable[[], object]) -> int:
@@ -69,28 +124,3 @@ def report_rank_error(rank: int) -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, SharedError):
             print(f"fastalign: rank {rank}: {error}", file=sys.stderr)
         raise
-
-
-def train_parser() -> argparse.ArgumentParser:
-    """The options of `fastalign train`."""
-    parser = argparse.ArgumentParser(
-        prog="fastalign train",
-        description="Align a backbone with MaskEmbed.",
-        epilog=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add, about = parser.add_argument, "a name (`fastalign recipes` lists them) or a file, and keys to change"
-    add(
-        "given",
-        nargs="*",
-        metavar="RECIPE section.key=value",
-        help=f"{about}; without a recipe, of the defaults",
-    )
-    add("--print-config", action="store_true", help="print the resolved configuration and stop")
-    about = "take a few updates on synthetic images; print memory, speed and the time of the whole run"
-    add("--dry-run", action="store_true", help=about)
-    about = "a YAML file of the authors' code, instead of a recipe"
-    add("--reference-config", type=path_argument, metavar="FILE", help=about)
-    about = "GPUs that FILE's batch is for (torchrun's, else 4)"
-    add("--world-size", type=int, metavar="N", help=about)
-    return parser

@@ -9,8 +9,8 @@ import torch
 from fastalign.config import Config
 from fastalign.data.sources import open_source
 from fastalign.training.distributed import World
-from fastalign.training.messages import duration, setup_lines
 from fastalign.training.metrics import peak_memory
+from fastalign.training.reporter import duration, setup_lines
 from fastalign.training.run import Run
 from fastalign.utils.errors import UserError
 
@@ -19,39 +19,31 @@ UPDATES = 2
 
 
 def dry_run(config: Config, world: World, update: Callable) -> list[str]:
-    """Build everything and take updates on synthetic images. Writes nothing that stays.
+    """Build everything and take updates (`fastalign.train.update`) on synthetic images. Writes nothing that stays.
 
-    Args:
-        config: of the run; its training data is counted, not read.
-        world: the ranks.
-        update: `fastalign.train.update`.
-
-    Returns:
-        Lines for the user: what the run would do, its memory, speed and time.
+    The training data is counted, not read. Returns lines for the user: the run, its memory, speed and time.
     """
     if config.data.train is None:
         raise UserError("data.train is not set: give it an image folder or tar shards, data.train=PATH")
     images, size = len(open_source(config.data.train, damaged=True)), config.optim.batch_size
+    data = {"train": f"synthetic:{(1 + UPDATES) * size}", "val": None}
     with tempfile.TemporaryDirectory(prefix="fastalign-dry-run-") as folder:
         changes = {
             "output": folder,
-            "data": config.data.model_copy(
-                update={"train": f"synthetic:{(1 + UPDATES) * size}", "val": None}
-            ),
+            "data": config.data.model_copy(update=data),
             "probe": type(config.probe)(),
             "faults": config.faults.model_copy(update={"quarantine": None}),
         }
         run = Run(config.model_copy(update=changes), world)
         run.model.train()
         batches = run.train.batches()
-        for number in range(1 + UPDATES):
-            if number == 1:
-                started = _now(world)
+        update(run, batches, 0)
+        started = _now(world)
+        for _ in range(UPDATES):
             update(run, batches, 0)
         seconds = (_now(world) - started) / UPDATES
         lines = setup_lines(run)
-        for loader in (batches, run.train):
-            loader.close()
+        run.train.close()
     updates = min(images // size * config.optim.epochs, config.max_steps or 1 << 62)
     kind = "of each GPU" if world.device.type == "cuda" else "of the process"
     return [

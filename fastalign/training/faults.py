@@ -4,8 +4,8 @@ import json
 
 from fastalign.data.bad_samples import FILE, BadSample, append_to_list, read_list, too_many
 from fastalign.training.build import teacher_of
+from fastalign.training.command import StopReason
 from fastalign.training.metrics import drop_later_lines
-from fastalign.training.preemption import StopReason
 from fastalign.training.reporter import Reporter
 from fastalign.training.run import Run
 from fastalign.training.status import StepStatus
@@ -33,21 +33,23 @@ def prepare_logs(run: Run, reporter: Reporter) -> None:
         record_bad_samples(run, name, [BadSample(None, part, reason) for part, reason in damaged])
 
 
-def handle_status(run: Run, reporter: Reporter, *, everything: bool = False) -> tuple[StopReason, bool]:
-    """Act on the statuses that are due (with `everything`: on all, for which the host waits).
+def handle_status(run: Run, reporter: Reporter, *, everything: bool) -> tuple[StopReason, bool]:
+    """Act on the statuses that are due (with `everything`, or if one asks to save: on all, for which the host waits).
 
     Returns why the run must stop, and whether a checkpoint is overdue. SharedError: too many bad samples or updates.
     """
-    stop, overdue = StopReason.NONE, False
-    for status in run.status.read(everything=everything):
-        stop, overdue = stop or status.stop, overdue or status.overdue
+    statuses = run.status.read(everything=everything)
+    if any(status.stop or status.overdue for status in statuses):
+        statuses += run.status.read(everything=True)
+    for status in statuses:
         if status.bad:
             _handle_bad_samples(run, status, reporter)
         if status.skipped:
             _handle_skipped(run, status, reporter)
         else:
             run.state.skipped_in_a_row = 0
-    return stop, overdue
+    stop = next((status.stop for status in statuses if status.stop), StopReason.NONE)
+    return stop, any(status.overdue for status in statuses)
 
 
 def _handle_bad_samples(run: Run, status: StepStatus, reporter: Reporter) -> None:
@@ -90,12 +92,11 @@ def report_bad_validation_samples(run: Run, reporter: Reporter) -> None:
 
 def _handle_skipped(run: Run, status: StepStatus, reporter: Reporter) -> None:
     """Record the samples of a skipped update, and end the run if the configuration says so or after too many."""
-    involved = run.world.rank in status.ranks or not status.ranks
-    source = run.train.source
-    names = [source.portable_name(int(i)) for i in status.ids] if involved else []
+    path, names = run.folder / NONFINITE, []
+    if run.world.rank in status.ranks or not status.ranks:
+        names = [run.train.source.name(int(i)) for i in status.ids]
     line = {"step": status.step, "rank": run.world.rank, "ids": status.ids.tolist(), "names": names}
     lines = [line for line in run.world.gather(line) if line["names"]]
-    path = run.folder / NONFINITE
     if run.world.main:
         with wrap_io_errors(path), path.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)

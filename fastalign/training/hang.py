@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import distributed
 
+from fastalign.training.command import RANK_FAILED
 from fastalign.training.distributed import World
 
-RANK_FAILED = 70  # exit code after a hang, or after the connection to another rank was lost
 WAITING = "waiting for the device or the other ranks"
 _TORCH = Path(torch.__file__).parent
 _COLLECTIVES = (f"{_TORCH}/distributed/", f"{_TORCH}/autograd/graph.py")  # backward passes, where DDP reduces
@@ -37,7 +37,7 @@ class HangTimer:
 
     def __init__(self, world: World, timeout: float):
         self._world, self._timeout = world, timeout
-        self._progress, self._paused = (0, "starting"), 0
+        self._progress, self._paused = (0, "starting"), False
         self._stop, self._main = threading.Event(), threading.get_ident()
         self._thread = threading.Thread(target=self._watch, name="hang-timer", daemon=True)
 
@@ -48,11 +48,11 @@ class HangTimer:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """The timer restarts at the end."""
-        self._paused += 1
+        self._paused = True
         try:
             yield
         finally:
-            self._paused -= 1
+            self._paused = False
 
     def __enter__(self) -> "HangTimer":
         self._thread.start()

@@ -1,11 +1,10 @@
-"""What is measured of a run: speed, compilation, loss spikes; and the files of metrics."""
+"""What is measured of a run: speed and memory; and the files of metrics."""
 
 import json
 import math
 import resource
 import statistics
 import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,63 +14,12 @@ from fastalign.method.flops import peak_flops
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import write_atomically
 
-# torch's names for capturing a graph with its forward code, and for backward code that is generated later
-_COMPILE_TIMES = ("_compile.compile_inner", "backward._backward_impl")
-_WINDOW, _MIN_LOSSES, _MIN_DEVIATIONS, _MIN_RATIO = 200, 50, 8.0, 1.2
-_MAD_TO_STD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
-
-
-def compile_seconds() -> float:
-    """Seconds that torch.compile has taken in this process."""
-    times = dict(zip(*torch._dynamo.utils.compile_times(repr="csv", aggregate=True), strict=True))
-    return sum(float(times.get(name, 0)) for name in _COMPILE_TIMES)
-
-
-class CompileStats:
-    """What torch.compile did since the last `delta`. torch imports torch._dynamo on first use."""
-
-    def __init__(self):
-        self._graphs, self._totals = 0, {}
-        self.delta()
-
-    def delta(self) -> dict[str, float]:
-        """Seconds, and graphs found and not found in torch's cache; empty if nothing was compiled."""
-        counters, before = torch._dynamo.utils.counters, self._totals
-        graphs, cache = counters["stats"]["unique_graphs"], counters["inductor"]
-        if before and graphs == self._graphs:
-            return {}
-        hits, misses = cache["fxgraph_cache_hit"], cache["fxgraph_cache_miss"]
-        now = {
-            "compile_seconds": compile_seconds(),
-            "compile_cache_hits": hits,
-            "compile_cache_misses": misses,
-        }
-        self._graphs, self._totals = graphs, now
-        return {name: value - before.get(name, 0) for name, value in now.items()}
-
-
-class SpikeDetector:
-    """Finds losses above the median of the last 200 by 8 robust standard deviations and by a fifth."""
-
-    def __init__(self):
-        self._losses: deque[float] = deque(maxlen=_WINDOW)
-
-    def update(self, loss: float) -> float | None:
-        """The median of the earlier losses if this one is a spike, else None (always for the first 50)."""
-        earlier = list(self._losses)
-        self._losses.append(loss)
-        if len(earlier) < _MIN_LOSSES:
-            return None
-        median = statistics.median(earlier)
-        spread = _MAD_TO_STD * statistics.median(abs(value - median) for value in earlier)
-        return median if loss > max(median + _MIN_DEVIATIONS * spread, _MIN_RATIO * median) else None
-
 
 class Speed:
     """Images per second, share of time spent waiting for data, and model FLOPs utilisation, by interval.
 
-    Compilation time is left out. On a GPU the wait is the host's, an upper bound of the device's. `images`: per
-    update, over all `ranks`; `flops`: of one image, forward and backward.
+    On a GPU the wait is the host's, an upper bound of the device's. `images`: per update, over all `ranks`; `flops`:
+    of one image, forward and backward.
     """
 
     def __init__(self, *, images: int, ranks: int, flops: float, device: torch.device):
@@ -82,7 +30,7 @@ class Speed:
 
     def start(self) -> None:
         """Begin an interval."""
-        self._since, self._steps, self._waited = time.perf_counter() - compile_seconds(), 0, 0.0
+        self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
     def tick(self, waited: float) -> None:
         """Count an update, which waited so many seconds for data."""
@@ -91,7 +39,7 @@ class Speed:
 
     def measure(self) -> dict[str, float]:
         """The interval's figures; a new interval begins."""
-        seconds = time.perf_counter() - compile_seconds() - self._since
+        seconds = time.perf_counter() - self._since
         rate = self._steps * self.images / seconds
         figures = {"images_per_second": rate, "data_wait": self._waited / seconds}
         figures["memory"] = peak_memory(self.device)
@@ -116,33 +64,35 @@ def plain_number(value):
 
 def drop_later_lines(path: Path, step: int, *, evaluated: bool = True) -> None:
     """Keep the lines of a file up to a step, without that step's validation and probe unless `evaluated`."""
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            found = json.loads(line)
-            if found["step"] < step or (found["step"] == step and (evaluated or "loss" in found)):
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue  # a line that an interruption cut short
-    write_atomically(path, lambda file: file.write("".join(kept).encode()))
+    kept = [
+        line + b"\n"
+        for line in path.read_bytes().splitlines()
+        if (found := _parse(line))
+        and (found["step"] < step or (found["step"] == step and (evaluated or "loss" in found)))
+    ]
+    write_atomically(path, lambda file: file.write(b"".join(kept)))
 
 
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics file, without a last line that an interruption cut short."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; name the folder of a run that has started")
-    lines, found = path.read_bytes().splitlines(), []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(line))
-            if type(found[-1]["step"]) is not int:
-                raise TypeError
-        except (ValueError, KeyError, TypeError):
-            if number < len(lines):
-                message = f"{path}, line {number} is not a JSON object with a step; remove that line"
-                raise UserError(message) from None
-            del found[number - 1 :]
+    found = [_parse(line) for line in path.read_bytes().splitlines()]
+    if found and found[-1] is None:
+        found.pop()
+    if None in found:
+        line = found.index(None) + 1
+        raise UserError(f"{path}, line {line} is not a JSON object with a step; remove that line")
     return found
+
+
+def _parse(line: bytes) -> dict | None:
+    """A line of a metrics file; None if it is not an object with a step."""
+    try:
+        found = json.loads(line)
+        return found if type(found["step"]) is int else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:

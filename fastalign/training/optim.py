@@ -1,14 +1,14 @@
 """Optimizer, learning-rate schedule and moving average."""
 
 import importlib
-import importlib.util
 import math
 from collections.abc import Iterable
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from fastalign.training.sharding import shard_like, to_local
+from fastalign.training.distributed import shard_like, to_local
 from fastalign.utils.errors import UserError
 
 
@@ -22,31 +22,25 @@ def make_optimizer(
 ) -> tuple[torch.optim.Optimizer, list[str]]:
     """The optimizer of `optim.name` over the trained parameters, and lines for the user."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    missing = None if name == "adamw" else _apex_is_missing(device)
-    if name == "adamw" or (missing and name == "apex_adam"):
-        note = f"optim.name=apex_adam: {missing}: torch's fused AdamW, the same update"
-        return adamw(trained, **options), [note] if missing else []
-    if missing:
-        raise UserError(
-            f"optim.name={name}: {missing}; build it from NVIDIA's repository, or set optim.name=adamw"
-        )
-    apex = importlib.import_module("apex.optimizers")
+    apex = None if name == "adamw" else _import_apex(device)
+    if apex is None:
+        missing = f"optim.name={name}: NVIDIA's apex with its CUDA extensions and a GPU are needed"
+        if name == "apex_lamb":
+            raise UserError(f"{missing}; build it from NVIDIA's repository, or set optim.name=adamw")
+        notes = [f"{missing}: torch's fused AdamW, the same update"] if name == "apex_adam" else []
+        return adamw(trained, **options), notes
     if name == "apex_adam":
         return apex.FusedAdam(trained, adam_w_mode=True, **options), []
     return apex.FusedLAMB(trained, max_grad_norm=math.inf, **options), []  # the gradient is clipped before
 
 
-def _apex_is_missing(device: torch.device) -> str | None:
-    """Why NVIDIA's apex cannot be used, else None. The package index has another project of that name."""
-    if device.type != "cuda":
-        return f"apex runs on GPUs only, not on a {device.type.upper()}"
+def _import_apex(device: torch.device) -> ModuleType | None:
+    """NVIDIA's `apex.optimizers`, None if it cannot be used. The package index has another project called apex."""
     try:
-        found = hasattr(importlib.import_module("apex.optimizers"), "FusedAdam")
+        importlib.import_module("amp_C")  # its CUDA extensions
+        return importlib.import_module("apex.optimizers") if device.type == "cuda" else None
     except Exception:  # whatever another project raises when it is imported
-        found = False
-    if not found:
-        return "NVIDIA's apex is not installed"
-    return None if importlib.util.find_spec("amp_C") else "apex is installed without its CUDA extensions"
+        return None
 
 
 def class_name(optimizer: torch.optim.Optimizer) -> str:

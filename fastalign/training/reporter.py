@@ -1,4 +1,4 @@
-"""What a run reports: metrics to files and services, and progress to the terminal."""
+"""What a run reports: metrics to files and services, progress and a few lines to the terminal."""
 
 import importlib
 import json
@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from fastalign.training.messages import clock, duration
-from fastalign.training.metrics import CompileStats, Speed, SpikeDetector, drop_later_lines, plain_number
+from fastalign import __version__
+from fastalign.training.build import teacher_of
+from fastalign.training.metrics import Speed, drop_later_lines, plain_number
+from fastalign.training.run import Run
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import wrap_io_errors
 
@@ -50,8 +53,7 @@ class Reporter:
     ):
         self.main, self.total, self.first, self.speed = main, total, step, speed
         self._pending: list[dict] = []
-        self._bar, self._spikes, self._compile_stats = None, SpikeDetector(), CompileStats()
-        self._shown, self._announced = 0.0, False
+        self._bar, self._text, self._shown, self._announced = None, "", 0.0, False
         self.start_clock()
         if not main:
             return
@@ -62,10 +64,9 @@ class Reporter:
         self._sinks = [_open_sink(sink, folder, step or -1) for sink in sinks]
         if sys.stderr.isatty():
             # Fits 80 columns: bar, steps, figures, time left.
-            columns = [BarColumn(bar_width=12), MofNCompleteColumn(), TextColumn("{task.fields[text]}")]
-            columns.append(TextColumn("{task.fields[left]}"))
+            columns = [BarColumn(bar_width=12), MofNCompleteColumn(), TextColumn("{task.description}")]
             self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("training", total=total, completed=step, text="", left="")
+            self._task = self._bar.add_task("", total=total, completed=step)
             self._bar.start()
 
     def start_clock(self) -> None:
@@ -74,17 +75,15 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Print lines that stay."""
-        if not text:
-            return
-        if self._bar:
+        if self._bar and text:
             self._bar.console.print(text, highlight=False, markup=False)
-        elif self.main:
+        elif self.main and text:
             print(text, flush=True)
 
     def track(self, items: Iterable[_Item], text: str, total: int) -> Iterator[_Item]:
         """Iterate with a bar of its own, or with a line at times where there is no terminal."""
         shown = time.monotonic()
-        task = self._bar and self._bar.add_task(text, total=total, text=text, left="")
+        task = self._bar and self._bar.add_task(text, total=total)
         try:
             for number, item in enumerate(items, 1):
                 yield item
@@ -101,8 +100,8 @@ class Reporter:
         """Move the bar: an update is done, on the host at least."""
         if self._bar:
             left = self._left(step)
-            text = "" if left is None else f"{duration(left)} left"
-            self._bar.update(self._task, completed=step, left=text)
+            text = self._text if left is None else f"{self._text} {duration(left)} left"
+            self._bar.update(self._task, completed=step, description=text)
 
     def _left(self, step: int) -> float | None:
         """Seconds to the end of the run, after two updates."""
@@ -110,18 +109,18 @@ class Reporter:
         return (time.monotonic() - self.started) / done * (self.total - step) if done >= 2 else None
 
     def add(self, **values) -> None:
-        """Keep a line until the next flush, with what was compiled for it; values may be tensors on the device."""
+        """Keep a line until the next flush; values may be tensors on the device."""
         if self.main:
-            self._pending.append(values | self._compile_stats.delta())
+            self._pending.append(values)
 
     def flush(self) -> None:
-        """Fetch and write the pending lines, training lines with the interval's speed, and report what is new."""
+        """Fetch and write the pending lines, training lines with the interval's speed, and show the last one."""
         if not self._pending:
             return
         lines = [{key: plain_number(value) for key, value in line.items()} for line in self._pending]
         self._pending.clear()
-        training = [line for line in lines if "loss" in line]
-        if training and self.speed:
+        training = [line for line in lines if "loss" in line and self.speed]
+        if training:
             figures = self.speed.measure()  # after the fetch, when the device has done the work
             for line in training:
                 line |= figures
@@ -131,35 +130,24 @@ class Reporter:
         for line in lines:
             for sink in self._sinks:
                 sink({k: v for k, v in line.items() if k != "step" and v is not None}, line["step"])
-            self._report(line)
-        if training and self.speed:
+        if training:
             self._show(training[-1])
-
-    def _report(self, line: dict) -> None:
-        """Compilation and loss spikes."""
-        if "compile_seconds" in line:
-            hits, misses = line["compile_cache_hits"], line["compile_cache_misses"]
-            text = f"compiled in {line['compile_seconds']:.1f} s"
-            self.say(f"{text}, {hits} of {hits + misses} graphs from torch's cache")
-        loss = line.get("loss")
-        median = None if loss is None else self._spikes.update(loss)
-        if median is not None:
-            self.say(f"step {line['step']}: the loss jumped to {loss:.4f}, from about {median:.4f}")
 
     def _show(self, line: dict) -> None:
         step, left = line["step"], self._left(line["step"])
-        speed, wait = f"{line['images_per_second']:.0f} images/s", f"{100 * line['data_wait']:.1f}%"
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
-        text = f"loss {loss}  {speed}  data wait {wait}"
+        self._text = (
+            f"loss {loss}  {line['images_per_second']:.0f} images/s  data wait {line['data_wait']:.1%}"
+        )
         if not self._announced and left:
             self._announced = True
             self.say(f"expected end: {clock(left)}, in {duration(left)}")
         if self._bar:
-            self._bar.update(self._task, completed=step, text=text)
+            self.update(step)
         elif step == self.total or time.monotonic() - self._shown > LINE_SECONDS:
             self._shown = time.monotonic()
             remaining = f"  {duration(left)} left" if left else ""
-            self.say(f"step {step}/{self.total}  epoch {line['epoch']}  {text}{remaining}")
+            self.say(f"step {step}/{self.total}  epoch {line['epoch']}  {self._text}{remaining}")
 
     def close(self) -> None:
         """Remove the bar, write what is pending and close the file."""
@@ -191,3 +179,69 @@ def _open_sink(sink: str, folder: Path, step: int) -> Callable[[dict, int], None
         writer.flush()
 
     return write
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 3 h 20 min"""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def clock(seconds: float) -> str:
+    """The local time in so many seconds: 15:42, on another day with its date."""
+    end, now = time.localtime(time.time() + seconds), time.localtime()
+    return time.strftime("%H:%M" if end[:3] == now[:3] else "%a %d %b, %H:%M", end)
+
+
+def setup_lines(run: Run) -> list[str]:
+    """What a run trains with, one fact per line."""
+    config, world, spec, optim = run.config, run.world, run.backbone.spec, run.config.optim
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    parameters = sum(p.numel() for p in run.objective.student.encoder.parameters())
+    cap, rows, columns = config.student.softcap, *spec.grid
+    teacher, weights, _ = teacher_of(config)
+    other = (teacher, weights) != (config.student.name, config.student.weights)
+    return [
+        f"fastalign {__version__}, torch {torch.__version__}, {device}, {world.size} rank{'s' * (world.size > 1)}, "
+        f"{optim.accumulate} pass{'es' * (optim.accumulate > 1)} per update",
+        *run.notes,
+        f"backbone: {config.student.name}, {parameters / 1e6:.1f} M parameters, {rows} x {columns} patches of "
+        f"{' x '.join(map(str, spec.image_size))} pixels, soft-cap {cap or 'none'}, weights {config.student.weights}",
+        *([f"teacher: {teacher}, weights {weights}"] if other else []),
+        f"batch: {optim.batch_size} images, {optim.batch_size // (world.size * optim.accumulate)} per rank and pass",
+    ]
+
+
+def start_lines(run: Run) -> list[str]:
+    """What a run is about to do, one fact per line."""
+    epochs, size = run.config.optim.epochs, run.config.optim.batch_size
+    images, epoch = len(run.train.source), run.epoch_steps * size
+    at = f"step {run.state.step} of {run.last_step}"
+    if run.finished:
+        return [f"{run.folder} is finished: {at}, nothing to train"]
+    return [
+        *setup_lines(run),
+        f"data: {images} images"
+        + (f", of which each epoch leaves out {images - epoch}" if images > epoch else "")
+        + (f"; {len(run.val.source)} for validation" if run.val else "; none for validation"),
+        f"length: {epochs} epoch{'s' * (epochs > 1)} of {run.epoch_steps} updates"
+        + (f", stopped after {run.last_step} updates" if run.last_step < run.total_steps else ""),
+        f"resuming {run.folder} at {at}" if run.state.step else f"new run in {run.folder}",
+    ]
+
+
+def end_lines(run: Run) -> list[str]:
+    """Where the backbone is, and what to do with it."""
+    if not (run.folder / "backbone.json").exists():
+        return []
+    best, place = run.state.best if run.val and not run.config.probe.best else None, run.folder
+    return [
+        f"aligned backbone: {place / 'backbone.safetensors'}"
+        + ("" if best is None else f", validation loss {best:.4f}"),
+        "next:",
+        f"  fastalign probe --backbone {place} --before --data coco:PATH",
+        f"  fastalign export {place} --to timm",
+        f"  fastalign report {place}",
+    ]

@@ -2,7 +2,7 @@
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,18 @@ from torch.nn.parallel import DistributedDataParallel
 from fastalign.backbones.blocks import Block
 from fastalign.backbones.precision import autocast, compute_dtype
 from fastalign.config import Config
-from fastalign.training import build, sharding
+from fastalign.training import build, distributed
 from fastalign.training.checkpoint_files import Checkpoints
+from fastalign.training.command import Preemption, StopReason
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.hang import HangTimer
 from fastalign.training.optim import MovingAverage, learning_rate, make_optimizer
-from fastalign.training.preemption import Preemption, StopReason
 from fastalign.training.status import Status
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import checksum_of, remove_leftovers
 
 _WEIGHTS = {".safetensors", ".pth", ".pt", ".bin", ".npz"}  # suffixes
+_KEYS = {"last_eval_step": "judged_at"}  # attributes that a checkpoint calls differently
 MAX_CHECKPOINT_AGE = 15 * 60  # seconds, if `checkpoint.every_steps` is null
 
 
@@ -35,21 +36,21 @@ class TrainState:
     best: float | None = None  # score: of the probe (mAP) with `probe.best`, else the lowest validation loss
     val_loss: float | None = None  # of the last validation
     probed: dict[str, float] | None = None  # the last probe: step, macro_recall, map, loss
-    # The step up to which the evaluations at the ends of epochs are done.
-    last_eval_step: int = field(default=0, metadata={"key": "judged_at"})
+    last_eval_step: int = 0  # up to which the evaluations at the ends of epochs are done
     skipped_in_a_row: int = 0  # updates, because the loss or the gradient was not finite
     bad: set[int] = field(default_factory=set)  # ids known to every rank, without the quarantined ones
     changes: list[dict[str, Any]] = field(default_factory=list)  # by `resume=force`: step, key, before, now
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, by the keys of a checkpoint."""
-        state = {each.metadata.get("key", each.name): getattr(self, each.name) for each in fields(self)}
-        return state | {"bad": sorted(self.bad)}
+        return {_KEYS.get(name, name): value for name, value in vars(self).items()} | {
+            "bad": sorted(self.bad)
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the values from a checkpoint."""
-        for each in fields(self):
-            setattr(self, each.name, state[each.metadata.get("key", each.name)])
+        for name in vars(self):
+            setattr(self, name, state[_KEYS.get(name, name)])
         self.bad = set(self.bad)
 
     @property
@@ -73,30 +74,29 @@ class Run:
         self, config: Config, world: World, preemption: Preemption | None = None, labelled: dict | None = None
     ):
         self.config, self.world, self.folder = config, world, Path(config.output)
-        self.state = TrainState()
+        self.state, self.preemption = TrainState(), preemption or Preemption()
         self.sharded = is_sharded(config, world)
+        optim, efficiency, device = config.optim, config.efficiency, world.device
         objective, self.backbone = build.build_objective(config)
-        self.dtype = compute_dtype(config.efficiency.precision, world.device)
+        self.dtype = compute_dtype(efficiency.precision, device)
         if not world.agree(self.dtype == torch.bfloat16):
             raise UserError("efficiency.precision=auto: not every rank's CPU has bf16; set bf16 or fp32")
         if self.dtype == torch.bfloat16:
-            objective.teacher.store_as(build.teacher_dtype(config, world.device))
-        self.objective = objective.to(world.device)
-        attention = build.choose_attention(config, objective, world.device)
+            objective.teacher.store_as(build.teacher_dtype(config, device))
+        self.objective = objective.to(device)
+        attention = build.choose_attention(config, objective, device)
         self.train, self.val = build.build_loaders(config, world, self.backbone)
         if self.sharded:
-            sharding.broadcast_module(objective)
             blocks = [part for part in objective.student.modules() if isinstance(part, Block)]
-            sharding.shard(objective.student, blocks, world)
+            distributed.shard(objective, objective.student, blocks, world)
         self.trained = [p for p in objective.parameters() if p.requires_grad]
-        optim = config.optim
         options = {"lr": optim.lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
-        self.optimizer, notes = make_optimizer(optim.name, self.trained, world.device, **options)
-        precision = config.efficiency.precision
+        self.optimizer, notes = make_optimizer(optim.name, self.trained, device, **options)
+        precision = efficiency.precision
         if precision == "auto":
             precision = "bf16" if self.dtype == torch.bfloat16 else "fp32"
         self.notes = [f"precision: {precision}", attention, *notes]  # lines for the user
-        if config.efficiency.shard and not self.sharded:
+        if efficiency.shard and not self.sharded:
             self.notes.append("efficiency.shard: one process has nothing to shard, the student stays whole")
         self.average = MovingAverage(objective.student, optim.ema) if optim.ema else None
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
@@ -106,13 +106,13 @@ class Run:
         self.epoch_steps = len(self.train) // optim.accumulate
         self.total_steps = optim.epochs * self.epoch_steps
         self.last_step = min(config.max_steps or self.total_steps, self.total_steps)
-        self.sources = {"data.train": self.train.source} | ({"data.val": self.val.source} if self.val else {})
+        loaders = {"data.train": self.train, "data.val": self.val}
+        self.sources = {key: loader.source for key, loader in loaders.items() if loader is not None}
         self.contents = on_first_rank(world, lambda: self._contents() | (labelled or {}))
         self.status = Status(world, sticky=config.faults.nonfinite == "stop")
-        self.preemption = preemption or Preemption()
         self.hang_timer = HangTimer(world, config.faults.timeout)
-        if config.efficiency.compile:
-            objective.compile(blocks=config.efficiency.compile == "blocks")
+        if efficiency.compile:
+            objective.compile(blocks=efficiency.compile == "blocks")
         self.model: nn.Module = objective
         if world.size > 1 and not self.sharded:
             self.model = DistributedDataParallel(
@@ -148,7 +148,7 @@ class Run:
 
     def unsharded(self) -> AbstractContextManager:
         """Around passes without gradient that ranks may have different numbers of; every rank must enter."""
-        return sharding.unsharded(self.objective.student) if self.sharded else nullcontext()
+        return distributed.unsharded(self.objective.student) if self.sharded else nullcontext()
 
     def set_learning_rate(self) -> float:
         """Set and return the learning rate of the next update."""
@@ -163,7 +163,7 @@ class Run:
     def clip_gradients(self) -> Tensor:
         """Clip by `optim.clip`. Returns the norm before, [] on the device, the same on every rank."""
         limit = self.config.optim.clip or math.inf
-        return sharding.full_tensor(nn.utils.clip_grad_norm_(self.trained, limit))
+        return distributed.full_tensor(nn.utils.clip_grad_norm_(self.trained, limit))
 
     def beat(self, doing: str) -> None:
         """Restart the hang timer: what this rank does next."""

@@ -11,10 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastalign.training.command import StopReason
 from fastalign.training.distributed import World
-from fastalign.training.preemption import StopReason
-
-_LOSS, _BAD, _OVERDUE, _RANKS = range(4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,23 +54,19 @@ class Status:
     ) -> tuple[Tensor, Tensor]:
         """Share an update's status, with the fields of `StepStatus`; a collective. `read` returns it later.
 
-        Args:
-            loss: [] this rank's, on the device.
-            norm: [] of the gradient over all ranks.
-
-        Returns:
-            [] fp32, the mean loss over ranks, and [] bool, whether to skip the update; on the device.
+        `loss`: [] this rank's; `norm`: [] of the gradient over all ranks; both on the device. Returns [] fp32, the
+        mean loss over ranks, and [] bool, whether to skip the update; on the device.
         """
         rank, size = self._world.rank, self._world.size
-        values = torch.zeros(_RANKS + 2 * size, dtype=torch.float32, device=loss.device)
-        values[_LOSS] = loss
-        values[_RANKS + rank] = ~loss.isfinite()
+        values = torch.zeros(3 + 2 * size, dtype=torch.float32, device=loss.device)
+        total, nonfinite, stops = values[0], values[3 : 3 + size], values[3 + size :]
+        total.copy_(loss)
+        nonfinite[rank] = ~loss.isfinite()
         # Filled, not copied: a copy from the host would wait for the device.
-        values[_RANKS + size + rank].fill_(float(stop))
-        values[_BAD].fill_(float(len(found)))
-        values[_OVERDUE].fill_(float(overdue))
+        for place, number in ((values[1], len(found)), (values[2], overdue), (stops[rank], stop)):
+            place.fill_(float(number))
         self._world.sum(values)
-        skip = ~(norm.isfinite() & values[_LOSS].isfinite())
+        skip = ~(norm.isfinite() & total.isfinite())
         if self._tripped is not None:
             skip = self._tripped.logical_or_(skip)
         host, event = torch.cat([values[1:], skip.float().reshape(1)]), None
@@ -81,7 +75,7 @@ class Status:
             host, event = pinned.copy_(host, non_blocking=True), torch.cuda.Event()
             event.record()
         self._pending.append((step, host, event, ids, found))
-        return values[_LOSS] / size, skip
+        return total / size, skip
 
     def read(self, *, everything: bool = False) -> list[StepStatus]:
         """The statuses that are due, oldest first; with `everything` the newest too, for which the host waits."""

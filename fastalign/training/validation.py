@@ -1,10 +1,11 @@
 """Passes over the validation set: its loss, and the scale of the targets."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastalign.training import build
 from fastalign.training.hang import WAITING
@@ -48,36 +49,41 @@ def evaluate(run: Run, track: Track = _untracked) -> float:
             with run.autocast():
                 loss = run.objective(batch.images, batch.ids, EVAL_EPOCH)
             sums += torch.stack([loss.double() * len(batch.ids), loss.new_tensor(len(batch.ids)).double()])
-    run.beat(WAITING)
-    with run.hang_timer.paused():  # another rank may validate for longer
-        total, count = run.world.sum(sums).tolist()
-    _check_count(run, count)
+    total, count = _sum(run, sums, "val", count=1).tolist()
     return total / count
 
 
-def _check_count(run: Run, count: float) -> None:
-    if not count:
-        key = "train" if run.val is None else "val"
-        place = getattr(run.config.data, key)
-        raise SharedError(f"data.{key}={place}: none of its images can be used; name another data set")
+def _sum(run: Run, sums: Tensor, split: str, *, count: int) -> Tensor:
+    """The sums over ranks; SharedError if that of the images, at index `count`, is zero."""
+    run.beat(WAITING)
+    with run.hang_timer.paused():  # another rank may take longer
+        run.world.sum(sums)
+    if not sums[count].item():
+        place = getattr(run.config.data, split)
+        raise SharedError(f"data.{split}={place}: none of its images can be used; name another data set")
+    return sums
 
 
 def measure_target_scale(run: Run, track: Track = _untracked) -> None:
-    """Set the objective's target scale: measured, given, or 1, by the configuration."""
-    scale = run.config.loss.target_scale
-    if not isinstance(scale, str):
-        run.objective.target_scale.fill_(scale)
-    elif run.config.loss.name == "mse":
-        moments = torch.zeros(3, dtype=torch.float64, device=run.world.device)
-        batches, count = build.scale_batches(run.config, run.world, run.backbone, run.val)
-        for batch in track(batches, "measuring the scale of the targets", count):
-            run.beat("measuring the target scale")
-            with run.autocast():
-                moments += run.objective.target_moments(batch.images, batch.ids, EVAL_EPOCH)
-        run.beat(WAITING)
-        with run.hang_timer.paused():
-            run.world.sum(moments)
-            _check_count(run, moments[0].item())
-        run.objective.set_target_scale(moments)
-    else:
-        run.objective.target_scale.fill_(1.0)
+    """Set the objective's target scale: given, or measured for the mean squared error, else 1.
+
+    It is measured on the validation set, or on unaugmented training images.
+    """
+    scale, objective = run.config.loss.target_scale, run.objective
+    if not isinstance(scale, str) or run.config.loss.name != "mse":
+        objective.target_scale.fill_(1.0 if isinstance(scale, str) else scale)
+        return
+    loader, split, limit = run.val, "val", None
+    if loader is None:
+        loader = build.evaluation_loader(run.config, run.world, run.backbone, run.config.data.train)
+        split, limit = "train", 50
+    limit = int(scale.partition(":")[2] or limit or len(loader))
+    moments = torch.zeros(3, dtype=torch.float64, device=run.world.device)
+    batches, count = itertools.islice(loader.batches(), limit), min(limit, len(loader))
+    for batch in track(batches, "measuring the scale of the targets", count):
+        run.beat("measuring the target scale")
+        with run.autocast():
+            moments += objective.target_moments(batch.images, batch.ids, EVAL_EPOCH)
+    if loader is not run.val:
+        loader.close()
+    objective.set_target_scale(_sum(run, moments, split, count=0))

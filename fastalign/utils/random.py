@@ -29,14 +29,9 @@ class Stream(IntEnum):
     SYNTHETIC = 6
 
 
-def _multiply_high_low(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The high and low words of the 64-bit product of two 32-bit words, without leaving int64."""
-    a_high, a_low = a >> 16, a & 0xFFFF
-    b_high, b_low = b >> 16, b & 0xFFFF
-    low_low, cross = a_low * b_low, a_high * b_low
-    middle = a_low * b_high + (low_low >> 16) + (cross & 0xFFFF)
-    high = a_high * b_high + (cross >> 16) + (middle >> 16)
-    return high, ((middle & 0xFFFF) << 16) | (low_low & 0xFFFF)
+def _high_low(product: Tensor) -> tuple[Tensor, Tensor]:
+    """The high and the low word of 64-bit products that may have wrapped: the bits are those without a sign."""
+    return (product >> 32) & _WORD, product & _WORD
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -44,8 +39,8 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        high0, low0 = _multiply_high_low(_MULTIPLIER_0, c0)
-        high1, low1 = _multiply_high_low(_MULTIPLIER_1, c2)
+        high0, low0 = _high_low(c0 * _MULTIPLIER_0)
+        high1, low1 = _high_low(c2 * _MULTIPLIER_1)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _WEYL_0) & _WORD, (k1 + _WEYL_1) & _WORD
     return c0, c1, c2, c3

@@ -1,8 +1,10 @@
 """Typed configuration sections: declared as classes, read from YAML and overrides, written with documentation."""
 
 import copy
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from enum import Enum
+from functools import reduce
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
@@ -10,10 +12,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from fastalign.utils.errors import UserError
-from fastalign.utils.yaml_files import Dumper, explain, parse_yaml, set_key
+from fastalign.utils.errors import UserError, unknown
+from fastalign.utils.paths import user_path
 
 _Tree = TypeVar("_Tree", bound="Section")
+_BRANCH = re.compile(r"float|bool|constrained-str|literal\[.*")
+"""An alternative in the location of an error by pydantic."""
 
 
 class Kind(Enum):
@@ -46,27 +50,61 @@ def resolve(section: type[_Tree], tree: dict, overrides: list[str], where: str |
 
     A UserError is about the file `where`, or about the command line if an override may be wrong.
     """
-    merged = copy.deepcopy(tree)
+    merged, given = copy.deepcopy(tree), []
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:
             raise UserError(f"override {override!r} is not of the form section.key=value")
         set_key(merged, key.split("."), parse_yaml(value, f"override {override!r}"), override)
+        given.append(key)
     try:
         return section.model_validate(merged)
     except ValidationError as error:
         key, text = explain(error, [*section.model_fields, *(name for name, _, _ in fields(section))])
-        given = [override.partition("=")[0] for override in overrides]
         if any(not key or f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in given):
             where = "command line"
         raise UserError(f"{where}: {text}") from None
 
 
+def explain(error: ValidationError, names: Iterable[str]) -> tuple[str, str]:
+    """The first wrong key of a tree ("" for a conflict between keys) and what is wrong with it.
+
+    The nearest of `names`, all dotted keys, to an unknown key is suggested.
+    """
+    messages: dict[str, list[str]] = {}  # several of a key with alternatives
+    for each in error.errors():
+        parts = [part for part in each["loc"] if isinstance(part, str) and not _BRANCH.fullmatch(part)]
+        messages.setdefault(".".join(parts), []).append(each["msg"].removeprefix("Value error, "))
+    first, (key, texts) = error.errors()[0], next(iter(messages.items()))
+    if first["type"] == "extra_forbidden":
+        return key, unknown("key", key, names)
+    if first["type"] == "string_type" and first["input"] is not None:
+        text = f"YAML reads this value as {first['input']!r}, not as text; put it in quotes"
+        return key, f"{key}: {text} (in a shell: \"{key}='...'\")"
+    return key, f"{key}: {', or: '.join(dict.fromkeys(texts))}, got {first['input']!r}" if key else texts[0]
+
+
 def get_key(tree: dict, key: str) -> Any:
     """The value of a dotted key in nested dictionaries."""
-    for name in key.split("."):
-        tree = tree[name]
-    return tree
+    return reduce(dict.__getitem__, key.split("."), tree)
+
+
+def set_key(tree: dict, path: list[str], value: Any, override: str = "") -> None:
+    """Set a key of nested dictionaries; UserError about `override` if part of the path is not a section."""
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"override {override!r}: {name} is not a section")
+    tree[path[-1]] = value
+
+
+def merge(base: dict, top: dict) -> dict:
+    """A tree merged over another one."""
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = merge(base[key], value) if both else value
+    return merged
 
 
 def select(config: Section, kind: Kind) -> dict[str, Any]:
@@ -79,6 +117,23 @@ def select(config: Section, kind: Kind) -> dict[str, Any]:
     return selected
 
 
+def to_yaml(config: Section, *, comments: bool = False) -> str:
+    """The configuration as YAML; with `comments`, each key's documentation stands after its value."""
+    text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    if not comments:
+        return text
+    documentation = {
+        key: f"  # {field.description}{_choices(field)}{'' if kind is Kind.RESULT else f' ({kind.value})'}"
+        for key, field, kind in fields(type(config))
+    }
+    lines, path = [], []
+    for line in text.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        path[depth:] = [line.strip().split(":")[0]]
+        lines.append(line + documentation.get(".".join(path), "") + "\n")
+    return "".join(lines)
+
+
 def _choices(field: FieldInfo) -> str:
     """The values of a key that has few, such as " [linear | mlp]"."""
     kinds = [field.annotation, *get_args(field.annotation)]
@@ -87,19 +142,58 @@ def _choices(field: FieldInfo) -> str:
     return f" [{' | '.join(map(str, values))}]" if values else ""
 
 
-def to_yaml(config: Section, *, comments: bool = False) -> str:
-    """The configuration as YAML; with `comments`, each key's documentation stands after its value."""
-    text = yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False)
-    if not comments:
-        return text
-    documentation = {
-        key: f"{field.description}{_choices(field)}{'' if kind is Kind.RESULT else f' ({kind.value})'}"
-        for key, field, kind in fields(type(config))
-    }
-    lines, path = [], []
-    for line in text.splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        path[depth:] = [line.strip().split(":")[0]]
-        key = ".".join(path)
-        lines.append(f"{line}  # {documentation[key]}" if key in documentation else line)
-    return "\n".join(lines) + "\n"
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+    """The mapping in a YAML file, merged over that of the file that it names as its `base`; UserError if none."""
+    if not path.is_file():
+        raise UserError(f"no recipe at {path}: check the path, or give a name that `fastalign recipes` lists")
+    if path.resolve() in seen:
+        raise UserError(f"{path}: its bases form a cycle")
+    tree = parse_yaml(path.read_bytes(), str(path)) or {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base must be the path of another recipe, got {base!r:.80}")
+    return merge(read_yaml(path.parent / user_path(base), (*seen, path.resolve())), tree)
+
+
+def parse_yaml(text: str | bytes, where: str) -> Any:
+    """The value of a YAML text; UserError about `where` if it is not YAML."""
+    where = where[:80]
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an integer of thousands of digits
+        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only: no aliases, which let a short text grow without bound, no dates, no key twice."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        line = self.peek_event().start_mark.line + 1
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"an alias in line {line}: write the value out")
+        node = super().compose_node(parent, index)
+        names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        if twice := next((name for number, name in enumerate(names) if name in names[:number]), None):
+            raise yaml.YAMLError(f"the key {twice} twice in the mapping of line {line}: remove one")
+        return node
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Sections in blocks, lists on one line."""
+
+
+_Dumper.add_representer(
+    list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+)

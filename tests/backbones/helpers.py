@@ -1,14 +1,14 @@
-"""Names and sizes of small backbones, and attention with a cap by its definition."""
+"""Names and sizes of small backbones, timm's models with random weights, attention with a cap by its definition."""
 
+import timm
 import torch
+from torch import nn
+
+from tests.numerics import randomise
 
 VIT, DINO, REGISTERS = "vit_base_patch16_224", "vit_base_patch14_dinov2", "vit_base_patch14_reg4_dinov2"
 CLIP, SIGLIP = "vit_base_patch16_clip_quickgelu_224", "vit_base_patch16_siglip_224"
-DINOV3, AIM, INTERNVIT = (
-    "vit_base_patch16_dinov3_qkvb",
-    "aimv2_large_patch14_224",
-    "vit_intern300m_patch14_448",
-)
+DINOV3 = "vit_base_patch16_dinov3_qkvb"
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}
 AT_16 = {"patch_size": 16}
 HF = {
@@ -22,6 +22,13 @@ HF = {
 """SMALL for transformers"""
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(7))
 ONE = torch.ones(1)
+
+
+def random_timm(name: str, scale: float = 0.2, **kwargs) -> nn.Module:
+    """timm's model in evaluation mode, without a head, with random weights in every parameter."""
+    model = timm.create_model(name, **{"num_classes": 0, **kwargs}).eval()
+    randomise(model, scale)
+    return model
 
 
 def capped(cap: float):

@@ -24,21 +24,17 @@ EXACT = 1e-12
 
 def tiny(name: str = "vit_tiny_patch16_224", **kwargs) -> nn.Module:
     """timm's model, narrow, two patches high and three wide, random weights in every parameter."""
-    kwargs = NARROW | kwargs
     patch = 14 if "patch14" in name else 16
-    if not {"img_size", "unsized"} & kwargs.keys():
-        kwargs["img_size"] = (2 * patch, 3 * patch)
-    kwargs.pop("unsized", None)
     torch.manual_seed(0)
-    model = timm.create_model(name, **kwargs).double()
+    model = timm.create_model(name, img_size=(2 * patch, 3 * patch), **NARROW, **kwargs).double()
     randomise(model, 0.1)
     return model
 
 
-def run(model: nn.Module, images: torch.Tensor, seed: int = 1) -> tuple[torch.Tensor, dict]:
+def run(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, dict]:
     """The output, and every gradient for a random cotangent."""
     model.zero_grad()
-    torch.manual_seed(seed)
+    torch.manual_seed(1)
     out = model(images)
     torch.manual_seed(2)
     out.backward(torch.randn(out.shape, dtype=torch.float64).to(out.dtype))
@@ -51,68 +47,46 @@ def pixels(model: nn.Module, count: int = 4) -> torch.Tensor:
     return torch.randn(count, 3, *size, dtype=torch.float64)
 
 
-def assert_same(ours: nn.Module, theirs: nn.Module, images: torch.Tensor, bound: float = EXACT) -> None:
+def assert_same(ours: nn.Module, theirs: nn.Module, images: torch.Tensor) -> None:
     (out, gradients), (wanted, their_gradients) = run(ours, images), run(theirs, images)
-    assert out.dtype == wanted.dtype
-    assert relative_error(out, wanted) < bound
-    assert gradient_error(gradients, their_gradients) < bound
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-def test_every_family_equals_timm(name):
-    theirs = tiny("vit_base_patch16_224" if name == MOCO else name)
-    ours = copy.deepcopy(theirs)
-    assert fa.accelerate(ours) is ours
-    assert sum("Attention" in kind for kind in fa.accelerated(ours).values()) == 2
-    for training in (False, True):
-        assert_same(ours.train(training), theirs.train(training), pixels(theirs))
-    assert_same(ours.float(), theirs.float(), pixels(theirs).float(), 1e-5)
+    assert relative_error(out, wanted) < EXACT
+    assert gradient_error(gradients, their_gradients) < EXACT
 
 
 VIT, EVA, BEIT = "vit_tiny_patch16_224", "eva02_base_patch16_clip_224", "beit_base_patch16_224"
 VARIANTS = {
-    "stochastic depth": (VIT, {"drop_path_rate": 0.6}),
-    "stochastic depth, beit": (BEIT, {"drop_path_rate": 0.6}),
-    "stochastic depth, eva": (EVA, {"drop_path_rate": 0.6}),
     "stochastic depth and layer scale": (VIT, {"drop_path_rate": 0.6, "init_values": 0.1}),
     "dropped attention weights": (VIT, {"attn_drop_rate": 0.3, "proj_drop_rate": 0.2, "drop_rate": 0.1}),
     "dropped attention weights, eva": (EVA, {"attn_drop_rate": 0.3, "proj_drop_rate": 0.2}),
     "dropped attention weights, beit": (BEIT, {"attn_drop_rate": 0.3, "proj_drop_rate": 0.2}),
     "dropped patches": (VIT, {"patch_drop_rate": 0.5}),
-    "dropped patches and depth, rotary": (EVA, {"patch_drop_rate": 0.5, "drop_path_rate": 0.6}),
+    "dropped patches, rotary": (EVA, {"patch_drop_rate": 0.5}),
     "qk norm": (VIT, {"qk_norm": True}),
-    "AIMv2": ("aimv2_large_patch14_224", {"drop_path_rate": 0.6}),
-    "InternViT": ("vit_intern300m_patch14_448", {}),
-    "NaFlexViT": ("naflexvit_base_patch16_gap", {"drop_path_rate": 0.6}),
+    "AIMv2": ("aimv2_large_patch14_224", {}),
+    "NaFlexViT": ("naflexvit_base_patch16_gap", {}),
     "norms after": ("vit_base_patch16_rpn_224", {}),
     "norms inside": (VIT, {"scale_attn_norm": True, "scale_mlp_norm": True}),
     "no qkv bias": (VIT, {"qkv_bias": False}),
-    "registers, no position of theirs": (VIT, {"reg_tokens": 3, "no_embed_class": True}),
     "any image size": (VIT, {"dynamic_img_size": True}),
     "distilled": ("deit_tiny_distilled_patch16_224", {}),
     "parallel branches": ("vit_small_patch16_18x2_224", {}),
-    "SO150M": ("vit_so150m_patch16_reg4_map_256", {}),
-    "rotary": ("vit_base_patch16_rope_224", {}),
-    "rotary, mixed": ("vit_base_patch16_rope_mixed_224", {"drop_path_rate": 0.6}),
-    "DINOv3": ("vit_small_patch16_dinov3", {}),
-    "perception encoder": ("vit_pe_core_tiny_patch16_384", {}),
     "eva, fused": (EVA, {"qkv_fused": True}),
     "eva, grouped heads": (EVA, {"attn_type": "rope", "num_kv_heads": 1, "scale_attn_inner": False}),
-    "eva, giant": ("eva_giant_patch14_224", {}),
     "beit, one bias for all": (BEIT, {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}),
     "beit, both biases": (BEIT, {"use_shared_rel_pos_bias": True}),
     "beit, no bias": (BEIT, {"use_rel_pos_bias": False, "qkv_bias": False}),
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variants_equal_timm(variant):
-    name, kwargs = VARIANTS[variant]
+@pytest.mark.parametrize("variant", [*(name for name in BACKBONES if name != MOCO), *VARIANTS])
+def test_outputs_and_gradients_equal_timm(variant):
+    name, kwargs = VARIANTS.get(variant, (variant, {}))
     theirs = tiny(name, **kwargs)
-    ours = fa.accelerate(copy.deepcopy(theirs))
+    ours = copy.deepcopy(theirs)
+    assert fa.accelerate(ours) is ours
+    assert len(fa.accelerated(ours)) == (4 if "18x2" in name else 2)
     for training in (False, True):
-        images = pixels(theirs, 6)
-        assert_same(ours.train(training), theirs.train(training), images)
+        assert_same(ours.train(training), theirs.train(training), pixels(theirs, 6))
 
 
 @pytest.mark.parametrize("name", [VIT, BEIT, EVA, "vit_base_patch16_rope_224", "vit_base_patch16_siglip_224"])
@@ -159,7 +133,7 @@ def test_masks(kind, softcap, monkeypatch):
         assert relative_error(ours[0](x, attn_mask=mask), theirs[0](x, attn_mask=mask)) < EXACT, name
 
 
-def test_state_dict_copies_pickles_and_modes(tmp_path):
+def test_state_dict_copies_pickles_and_modes():
     theirs = tiny(EVA, drop_path_rate=0.3)
     before = dict(theirs.state_dict(keep_vars=True))
     fa.accelerate(theirs, softcap=0.5)
@@ -167,14 +141,9 @@ def test_state_dict_copies_pickles_and_modes(tmp_path):
     assert list(before) == list(after)
     assert all(before[name] is after[name] for name in before)
     tiny(EVA).load_state_dict(theirs.state_dict())
-    torch.save(theirs, tmp_path / "model.pt")
     images = pixels(theirs)
     out = theirs.eval()(images)
-    for other in (
-        copy.deepcopy(theirs),
-        pickle.loads(pickle.dumps(theirs)),
-        torch.load(tmp_path / "model.pt", weights_only=False),
-    ):
+    for other in (copy.deepcopy(theirs), pickle.loads(pickle.dumps(theirs))):
         assert torch.equal(other.eval()(images), out)
         assert fa.accelerated(other) == fa.accelerated(theirs)
         assert other.blocks[0].attn.softcap == 0.5
@@ -188,12 +157,7 @@ def test_twice_with_another_cap_or_backend_and_back():
     kinds, images = [type(part) for part in model.modules()], pixels(model)
     plain = model(images)
     fa.accelerate(model, softcap=0.5)
-    swapped = {
-        "blocks.0.attn": "Attention",
-        "blocks.1": "Block",  # the first block's rate is zero
-        "blocks.1.attn": "Attention",
-    }
-    assert fa.accelerated(model) == swapped
+    assert fa.accelerated(model) == {"blocks.0.attn": "Attention", "blocks.1.attn": "Attention"}
     first = model(images)
     fa.accelerate(model, softcap=0.2)
     assert not torch.equal(model(images), first)
@@ -209,8 +173,10 @@ def test_twice_with_another_cap_or_backend_and_back():
 
 @needs_compiler
 @pytest.mark.parametrize("softcap", [None, 0.5])
-def test_torch_compile_without_a_break(softcap):
-    model = fa.accelerate(tiny("vit_base_patch16_clip_quickgelu_224", drop_path_rate=0.3), softcap=softcap)
+@pytest.mark.parametrize("name", ["vit_base_patch16_clip_quickgelu_224", BEIT])
+def test_torch_compile_without_a_break(softcap, name):
+    torch._dynamo.reset()
+    model = fa.accelerate(tiny(name, drop_path_rate=0.3), softcap=softcap)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     images = pixels(model)
     for training in (False, True):
@@ -218,18 +184,6 @@ def test_torch_compile_without_a_break(softcap):
         out = compiled(images)
         out.sum().backward()
         assert training or relative_error(out, model(images)) < EXACT
-
-
-@pytest.mark.parametrize("name", [VIT, BEIT, EVA])
-def test_gradient_checkpointing(name):
-    ours = fa.accelerate(tiny(name, drop_path_rate=0.6), softcap=0.5).train()
-    images = pixels(ours)
-    out, gradients = run(ours, images)
-    gradients = {name: gradient.clone() for name, gradient in gradients.items()}
-    ours.set_grad_checkpointing()
-    again, recomputed = run(ours, images)
-    assert torch.equal(out, again)
-    assert gradient_error(recomputed, gradients) < EXACT
 
 
 @pytest.mark.parametrize("name", [VIT, BEIT, EVA, "vit_base_patch16_clip_quickgelu_224"])
@@ -246,25 +200,6 @@ def test_autocast(name):
     assert relative_error(out, exact) < 2 * relative_error(wanted, exact) + 2**-8
 
 
-def test_stochastic_depth_computes_only_what_is_kept():
-    model = fa.accelerate(tiny(drop_path_rate=0.5)).train()
-    block, seen = model.blocks[1], []
-    block.attn.register_forward_hook(lambda module, arguments, out: seen.append(len(out)))
-    block(torch.randn(1, 7, 48, dtype=torch.float64).expand(4000, -1, -1))
-    assert seen[0] / 4000 == pytest.approx(0.5, abs=0.04)
-
-
-@pytest.mark.parametrize("name", [VIT, BEIT, EVA])
-def test_every_parameter_has_a_gradient_when_no_sample_is_kept(name):
-    theirs = tiny(name, drop_path_rate=0.9)
-    for block in theirs.blocks:
-        if hasattr(block.drop_path1, "drop_prob"):
-            block.drop_path1.drop_prob = block.drop_path2.drop_prob = 1.0
-    ours = fa.accelerate(copy.deepcopy(theirs)).train()
-    assert_same(ours, theirs.train(), pixels(theirs, 2))
-    assert all(parameter.grad is not None for parameter in ours.blocks.parameters())
-
-
 def refused(match: str, *args, **kwargs) -> None:
     with pytest.raises(fa.UserError, match=match) as error:
         fa.accelerate(*args, **kwargs)
@@ -275,17 +210,17 @@ def test_what_is_not_known_is_refused_and_nothing_changed():
     refused("softcap must be a positive number or None, got -1.0", tiny(), softcap=-1.0)
     refused("backend: unknown name sdp; the nearest is sdpa", tiny(), backend="sdp")
     refused("Linear has no attention of a timm", nn.Linear(2, 2))
-    refused("has these parts already: set its softcap instead", fa.create_backbone(VIT, img_size=32, depth=1))
-    refused("blocks.0.attn is timm.*diff_attention.DiffAttention, an", tiny(attn_layer="diff"))
+    refused("is fastalign.backbones.blocks.Attention", fa.create_backbone(VIT, img_size=32, depth=1))
+    refused("blocks.0.attn is timm.*diff_attention.DiffAttention", tiny(attn_layer="diff"))
     swin = timm.create_model("swin_tiny_patch4_window7_224")
-    refused("layers.0.blocks.0.attn is timm.*WindowAttention, an", swin)
+    refused("layers.0.blocks.0.attn is timm.*WindowAttention", swin)
 
     class Mine(Attention):
         pass
 
     model = tiny()
     model.blocks[1].attn = Mine(48, num_heads=2)
-    refused("blocks.1.attn is .*Mine, an attention that is not supported", model, softcap=3.0)
+    refused("blocks.1.attn is .*Mine, which is not supported", model, softcap=3.0)
     assert fa.accelerated(model) == {}
     model = tiny()
     model.blocks[1].attn.forward = model.blocks[0].attn.forward
@@ -294,9 +229,7 @@ def test_what_is_not_known_is_refused_and_nothing_changed():
 
 
 def test_a_cap_and_dropped_weights_are_refused():
-    words = "blocks.0.attn drops attention weights .* make the model with attn_drop_rate=0"
-    refused(words, tiny(attn_drop_rate=0.2), softcap=30.0)
-    model = fa.accelerate(tiny(), softcap=30.0)
-    model.blocks[0].attn.attn_drop.p = 0.1
-    with pytest.raises(fa.UserError, match="drops attention weights"):
+    model = fa.accelerate(tiny(attn_drop_rate=0.2), softcap=30.0)
+    assert model.eval()(pixels(model)).isfinite().all()
+    with pytest.raises(fa.UserError, match="attn_drop_rate is incompatible with a softcap"):
         model.train()(pixels(model))

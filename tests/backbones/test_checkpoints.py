@@ -15,9 +15,11 @@ import fastalign as fa
 import fastalign.compat.locality_alignment as la
 from fastalign.config import Config
 from fastalign.training.build import build_backbones
-from tests.numerics import randomise, relative_error
+from tests.backbones.helpers import random_timm
+from tests.numerics import relative_error
 
 NAME, KWARGS = "vit_tiny_patch16_224", {"img_size": 32, "depth": 2}
+SVIT = {"student_model": f"s{NAME}"}
 ARGS = {
     "lr": 3e-4,
     "opt_kwargs": {"betas": [0.9, 0.95]},
@@ -38,10 +40,7 @@ class Student(nn.Module):
 
 
 def plain(name: str = NAME, **kwargs) -> nn.Module:
-    """timm's model with random weights in every parameter."""
-    model = timm.create_model(name, num_classes=0, **{**KWARGS, **kwargs})
-    randomise(model, 0.2)
-    return model.eval()
+    return random_timm(name, **{**KWARGS, **kwargs})
 
 
 def save(folder: Path, model: nn.Module, *, ema=None, metric=0.5, **args) -> Path:
@@ -66,15 +65,15 @@ def same(vit: nn.Module, model: nn.Module) -> bool:
     return torch.equal(vit.eval().forward_features(images), model.forward_features(images))
 
 
-@pytest.mark.parametrize(
-    ("wrappers", "metric"),
-    [
-        ("", 0.5),
-        ("module.", np.float64(0.5)),
-        ("_orig_mod.module.", np.float32(0.5)),
-        ("student.", torch.ones(())),
-    ],
-)
+METRICS = {
+    "": 0.5,
+    "module.": np.float64(0.5),
+    "_orig_mod.module.": np.float32(0.5),
+    "student.": torch.ones(()),
+}
+
+
+@pytest.mark.parametrize(("wrappers", "metric"), METRICS.items())
 def test_a_student_of_the_authors_scripts(tmp_path, wrappers, metric):
     """Wrapped in any way, with metrics of any type; its head is never a classifier."""
     encoder = plain()
@@ -125,20 +124,15 @@ def test_the_softcap_comes_with_the_file_or_the_name(tmp_path, args, name, cap):
 
 def test_a_recorded_softcap_is_read_first(tmp_path):
     """The drop-in saver's own file, without arguments; then against the arguments, and None as it stands."""
-    student = la.MaskEmbedStudent(
-        timm.create_model(f"s{NAME}", num_classes=0, **KWARGS, max_attn_val=7.0),
-        timm.create_model(f"s{NAME}", num_classes=0, **KWARGS),
-    )
+    encoder = timm.create_model(f"s{NAME}", num_classes=0, **KWARGS, max_attn_val=7.0)
+    student = la.MaskEmbedStudent(encoder, copy.deepcopy(encoder))
     saver = la.CheckpointSaver(student, torch.optim.AdamW(student.parameters()), checkpoint_dir=str(tmp_path))
     saver.save_checkpoint(0)
     path = tmp_path / "last.pth.tar"
     content = torch.load(path)
-    assert (content["arch"], content["softcap"], "args" in content) == ("maskembedstudent", 7.0, False)
-    for recorded in (7.0, 5, None):
-        args = {} if recorded == 7.0 else {"args": {"student_model": f"s{NAME}"}}
-        torch.save({**content, **args, "softcap": recorded}, path)
-        assert fa.create_backbone(NAME, checkpoint=path, **KWARGS).softcap == recorded
-        assert la.train_utils.trained_as(torch.load(path), str(path))[1] == recorded
+    for changes in ({}, {"softcap": 5, "args": SVIT}, {"softcap": None, "args": SVIT}):
+        torch.save(content | changes, path)
+        assert fa.create_backbone(NAME, checkpoint=path, **KWARGS).softcap == changes.get("softcap", 7.0)
 
 
 @pytest.mark.parametrize("cap", ["30", -3, 0, None, True, float("nan"), float("inf")])
@@ -146,7 +140,7 @@ def test_the_authors_names_take_their_argument_a_positive_number(cap):
     vit = fa.create_backbone(f"s{NAME}", **KWARGS, max_attn_val=7)
     assert vit.softcap == 7.0
     assert vit.recipe == {"name": NAME, "kwargs": {"num_classes": 0, **KWARGS}}
-    with pytest.raises(fa.UserError, match=r"max_attn_val must be a positive number, got .*: give one"):
+    with pytest.raises(fa.UserError, match=r"max_attn_val must be a positive number.*, got"):
         fa.create_backbone(f"s{NAME}", **KWARGS, max_attn_val=cap)
 
 
@@ -174,9 +168,8 @@ def test_layer_scale_that_the_file_lacks_is_one(tmp_path):
     assert torch.equal(vit.state_dict()["blocks.1.ls2.gamma"], torch.ones(192))
     assert same(vit, encoder)
     scaled = plain(init_values=0.1).state_dict()
-    torch.save(
-        {key: value for key, value in scaled.items() if key != "blocks.1.ls2.gamma"}, tmp_path / "a.pth"
-    )
+    del scaled["blocks.1.ls2.gamma"]
+    torch.save(scaled, tmp_path / "a.pth")
     with pytest.raises(fa.UserError, match=r"lacks blocks\.1\.ls2\.gamma"):
         fa.create_backbone(NAME, checkpoint=tmp_path / "a.pth", init_values=1e-5, **KWARGS)
 

@@ -15,19 +15,6 @@ from benchmarks.step_bench import FIXED_SIZE, KEY, TINY_KWARGS, Row, StepBench
 from tests.numerics import gradient_error, randomise, relative_error
 
 CPU = torch.device("cpu")
-COMMANDS = [
-    path.stem
-    for path in sorted((record.ROOT / "benchmarks").glob("*.py"))
-    if 'if __name__ == "__main__"' in path.read_text()
-]
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_is_run_by_a_test(name):
-    """A new benchmark needs a test that runs it at a tiny size."""
-    tests = "".join(path.read_text() for path in (record.ROOT / "tests").rglob("test_*.py"))
-    tests += (record.ROOT / "benchmarks/gpu.sh").read_text().partition("\nrest() {")[0]  # what --tiny runs
-    assert re.search(rf"\b{name}\.main\(|\bbenchmarks\.{name}\b|^ +measure \S+ \d+ {name}\b", tests, re.M)
 
 
 @pytest.mark.parametrize("mode", ["baseline", "zero", "drop"])
@@ -102,47 +89,28 @@ def test_the_baseline_computes_the_same_loss(name, options, softcap, monkeypatch
     assert gradient_error(theirs, ours) < 1e-4
 
 
-def test_rows_take_turns_and_are_written_after_each_round(monkeypatch):
-    """A row that fails is named; the others continue."""
-    order, saved = [], []
+def test_a_row_that_fails_is_named_and_the_others_continue(monkeypatch):
+    saved, bench = [], step_bench.StepBench
 
-    class Measured:
-        def __init__(self, row, batch, device):
-            if row.mode == "fp8":
-                raise torch.OutOfMemoryError
-            self.row = row
+    def build(row, *arguments):
+        if row.mode == "fp8":
+            raise torch.OutOfMemoryError
+        return bench(row, *arguments)
 
-        def round(self, steps, warm_up):
-            order.append((self.row.mode, warm_up))
-
-        def figures(self):
-            return {"batch": 2, "images_per_second": 1.0}
-
-    monkeypatch.setattr(step_bench, "Measured", Measured)
-    rows = [Row("tiny", mode) for mode in ("zero", "fp8", "baseline")]
-    step_bench.measure(rows, 2, CPU, rounds=2, save=saved.append)
-    first = step_bench.WARM_UP
-    assert order == [("zero", first), ("baseline", first), ("baseline", 1), ("zero", 1)]
-    assert [["failed" in row for row in rows] for rows in saved] == [[False, True, False]] * 2
+    monkeypatch.setattr(step_bench, "StepBench", build)
+    rows = [Row("tiny", mode, compiled="eager") for mode in ("zero", "fp8", "baseline")]
+    step_bench.measure(rows, 2, CPU, rounds=2, steps=1, save=saved.append)
+    assert [[row.get("failed") for row in rows] for rows in saved] == [[None, "out of memory", None]] * 2
+    assert [rows[0]["steps"] for rows in saved] == [1, 2]
 
 
 def test_rows_by_name(monkeypatch):
-    assert [str(row) for row in step.parse("B/16-224")] == [
-        "B/16-224:zero:30.0:compiled",
-        "B/16-224:baseline:30.0:compiled",
-        "B/16-224:drop:30.0:compiled",
-        "B/16-224:baseline:30.0:eager",
-    ]
+    modes = [("zero", "compiled"), ("baseline", "compiled"), ("drop", "compiled"), ("baseline", "eager")]
+    assert step.parse("B/16-224") == [Row("B/16-224", mode, 30.0, compiled) for mode, compiled in modes]
     assert step.parse("L/14-336:drop:none:blocks") == [Row("L/14-336", "drop", None, "blocks")]
-    assert [str(row) for row in step.parse("RADIO-B/16-512")] == [
-        "RADIO-B/16-512:zero:30.0:compiled",
-        "RADIO-B/16-512:drop:30.0:compiled",
-        "RADIO-B/16-512:zero:none:compiled",
-    ]
     for text, message in {
         "B/32": "unknown backbone B/32",
-        "B/16-224:zero": "expected BACKBONE",
-        "B/16-224:x:30:eager": "got",
+        "B/16-224:x:30:eager": "expected BACKBONE",
     }.items():
         with pytest.raises(SystemExit, match=message):
             step.parse(text)
@@ -170,32 +138,14 @@ def test_ratios_on_a_cpu(capsys, monkeypatch):
 def test_earlier_rows_of_the_same_machine_stay(monkeypatch):
     place = {"gpu": "G", "cpu": "C", "commit": "a", "date": "1"}
     monkeypatch.setattr(record, "environment", lambda: place)
-    record.write("x", [{"name": "a", "v": 1}, {"name": "b", "v": 1}], key=("name",))
+    record.write("x", [{"name": "a"}, {"name": "b"}], key=("name",))
     place["commit"] = "b"
-    record.write("x", [{"name": "b", "v": 2}], key=("name",))
+    record.write("x", [{"name": "b"}], key=("name",))
     rows = record.read("x")["rows"]
-    assert [(row["name"], row["v"], row["commit"]) for row in rows] == [("a", 1, "a"), ("b", 2, "b")]
+    assert [(row["name"], row["commit"]) for row in rows] == [("a", "a"), ("b", "b")]
     place["gpu"] = "another"
-    record.write("x", [{"name": "c", "v": 3}], key=("name",))
+    record.write("x", [{"name": "c"}], key=("name",))
     assert [row["name"] for row in record.read("x")["rows"]] == ["c"]
-    record.write("x", [{"name": "d"}])
-    assert record.read("x")["rows"] == [{"name": "d"}]
-
-
-def test_the_environment_needs_no_git(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    found = record.environment()
-    assert found["commit"] is None
-    assert found["torch"] == torch.__version__
-    assert {"gpu", "cpu", "command", "date"} <= found.keys()
-
-
-def test_a_table_at_the_end_of_a_page_is_replaced(tmp_path):
-    table = record.markdown("| a | b | c |", [["1", "2", "3"]])
-    assert table == "| a | b | c |\n|---|---|---|\n| 1 | 2 | 3 |\n"
-    (tmp_path / "page.md").write_text("# A\n\n| a | b | old |\n|---|---|---|\n| 1 | 2 | 4 |\n")
-    record.replace_table(tmp_path / "page.md", table)
-    assert (tmp_path / "page.md").read_text() == f"# A\n\n{table}"
 
 
 def test_the_summary_compares_only_equal_conditions(monkeypatch):
@@ -217,18 +167,15 @@ def test_the_summary_compares_only_equal_conditions(monkeypatch):
 
 
 def test_the_summary_of_operations():
-    def operation(name, label, mode, **extra):
-        return {"op": name, "label": label, "implementation": "ours", "mode": mode, "ms": 1.0} | extra
-
-    faster = {"times_faster_than": {"compile": 1.2}}
+    row = {"op": "pack", "implementation": "ours", "ms": 1.0, "times_faster_than": {"compile": 1.2}}
     rows = [
-        operation("pack", "x", "forward", copy_share=0.9, **faster),
-        operation("pack", "y", "forward", copy_share=0.8, times_faster_than={"compile": 0.99}),
-        operation("pack", "x", "backward", copy_share=0.1, derived="full - forward", **faster),
+        row | {"label": "x", "mode": "forward", "copy_share": 0.9},
+        row | {"label": "y", "mode": "forward", "copy_share": 0.8, "times_faster_than": {"compile": 0.99}},
+        row | {"label": "x", "mode": "backward", "copy_share": 0.1, "derived": "full - forward"},
     ]
     record.write("kernels", rows)
-    capped = {"times_faster_than": {"flex": 1.6, "sdpa_flash": 0.9}}
-    record.write("attention", [operation("softcap_attention", "T 577 d 64 cap", "full", **capped)])
+    capped = {"op": "softcap_attention", "label": "T 577 d 64 cap", "mode": "full"}
+    record.write("attention", [row | capped | {"times_faster_than": {"flex": 1.6, "sdpa_flash": 0.9}}])
     text = summary.main()
     assert "| pack: least share of the copy bandwidth | 0.80 | >= 0.85 |" in text
     assert "| pack: least speed over torch.compile | 0.99 | >= 1 |" in text

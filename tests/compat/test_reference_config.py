@@ -1,7 +1,6 @@
 """The authors' YAML files: every option, what it means here, and what is refused."""
 
 import re
-import shutil
 from operator import attrgetter
 from pathlib import Path
 
@@ -80,7 +79,9 @@ def test_the_documentation_lists_every_option():
     rows = re.findall(r"^- ((?:`\w+`(?:, )?)+): (.+)$", mapped, re.M)
     rows = {name: key for names, key in rows for name in re.findall(r"`(\w+)`", names)}
     assert set(rows) == set(Options.model_fields)
-    assert all(f"`{key}`" in rows[name] for name, key in KEYS.items())
+    for name, key in KEYS.items():
+        section, _, last = key.rpartition(".")
+        assert f"`{key}`" in rows[name] or (last == name and f"`{section}.*`" in rows[name]), name
     for part, expected, first in ((ignored, IGNORED, ": "), (refused, REFUSED, "- ")):
         rows = re.findall(r"^- .*$", part, re.M)
         names = [row.rpartition(first)[2] if first == ": " else row.partition(": ")[0] for row in rows]
@@ -113,6 +114,7 @@ drop_path: 0.1 -> student.kwargs: {drop_path_rate: 0.1}, teacher.name: null
 model_kwargs: {depth: 2} -> student.kwargs: {depth: 2}, teacher.name: null
 teacher_model_kwargs: {depth: 2} -> student.kwargs: {}, teacher.kwargs: {depth: 2}
 student_model: svit_a.b, student_model_kwargs: {max_attn_val: 20} -> student.name: vit_a.b, student.softcap: 20.0
+student_model: svit_a_siglip_b, teacher_model: vit_a_siglip_b -> student.name: vit_a_siglip_b.webli
 teacher_model: svit_a.b -> teacher.name: svit_a.b, teacher.kwargs: {}, student.softcap: null
 teacher_model: svit_a.b, teacher_model_kwargs: {max_attn_val: 2} -> teacher.kwargs: {max_attn_val: 2}
 decoder_init_values: 0, decoder_num_heads: 4 -> decoder.kwargs.init_values: null, decoder.kwargs.heads: 4
@@ -146,16 +148,10 @@ def test_the_batch_is_a_gpus_times_the_gpus(write, monkeypatch):
 def test_paths_and_splits(write, tmp_path, monkeypatch):
     """Read as a shell reads them; a split under another usual name; the folder of a run of ours in a chain."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("NONE", raising=False)
     for folder in ("data/val", "data/training", "run"):
         (tmp_path / folder).mkdir(parents=True)
-    theirs = {
-        "data_dir": "~/data",
-        "student_checkpoint": "$HOME/run/a.pth",
-        "output": "~/out",
-        "experiment": "a",
-    }
-    path = write(LEAST | theirs)
+    theirs = {"data_dir": "~/data", "student_checkpoint": "$HOME/run/a.pth"}
+    path = write(LEAST | theirs | {"output": "~/out", "experiment": "a"})
     config = make_config(path)
     assert [config.data.train, config.data.val] == [f"{tmp_path}/data/training", f"{tmp_path}/data/val"]
     assert [config.student.weights, config.output] == [f"{tmp_path}/run/a.pth", f"{tmp_path}/out/a"]
@@ -163,10 +159,6 @@ def test_paths_and_splits(write, tmp_path, monkeypatch):
     assert make_config(path).student.weights == f"{tmp_path}/run"
     (tmp_path / "run/a.pth").touch()
     assert make_config(path).student.weights == f"{tmp_path}/run/a.pth"
-    with pytest.raises(
-        UserError, match=r"their.yaml: output: \$NONE/x: the environment variable NONE is not"
-    ):
-        make_config(write(LEAST | {"output": "$NONE/x"}))
 
 
 def test_a_file_of_mim(write):
@@ -189,12 +181,6 @@ def test_wandb_is_left_out_if_it_is_missing(write, monkeypatch):
         assert ("wandb is not installed" in " ".join(notes)) == (not sinks)
 
 
-def test_siglip_names_without_a_tag_are_the_first_siglip(write):
-    name = "vit_base_patch16_siglip_224"
-    path = write(LEAST | {"student_model": f"s{name}", "teacher_model": name})
-    assert make_config(path).student.name == f"{name}.webli"
-
-
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_values_are_refused_by_name(write, name):
     for value in REFUSED[name]:
@@ -204,6 +190,7 @@ def test_other_values_are_refused_by_name(write, name):
 
 
 BAD = """
+output: $NO_SUCH_VARIABLE/x -> output: $NO_SUCH_VARIABLE/x: the environment variable
 bach_size: 3 -> unknown key bach_size | nearest is batch_size
 data-dir: /d -> unknown key data-dir | nearest is data_dir
 model: vit, num_classes: 1000 -> finetune.py | fastalign classify
@@ -245,23 +232,21 @@ def test_the_command_prints_ours(write, tmp_path, capsys):
     assert load_config(tmp_path / "ours.yaml") == make_config(path, ["seed=3", "optim.epochs=2"])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--reference-config", "none.yaml"], "none.yaml"),
-        (["configs/demo.yaml", "--world-size", "4"], "--world-size"),
-        (["--reference-config", "none.yaml", "--world-size", "0"], "--world-size must be at least 1"),
-    ],
-)
-def test_the_command_refuses(arguments, words, capsys):
-    assert train.main(arguments) == 2
-    assert words in capsys.readouterr().err
+def test_the_command_refuses(capsys):
+    for arguments, words in {
+        "--reference-config none.yaml": "none.yaml",
+        "configs/demo.yaml --world-size 4": "--world-size",
+        "--reference-config none.yaml --world-size 0": "--world-size must be at least 1",
+    }.items():
+        assert train.main(arguments.split()) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_a_file_of_theirs_trains(write, tmp_path, images, monkeypatch, capsys):
     """With random weights and a tiny model."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(images, tmp_path / "data" / "imagenet21k")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "imagenet21k").symlink_to(images)
     path = write(reference_options("in1k-vit-t"))
     tiny = [f"student.kwargs={{img_size: 32, depth: {MODEL['kwargs']['depth']}}}", "student.weights=random"]
     tiny += ["efficiency.compile=false", "optim.batch_size=8", "data.threads=1", "max_steps=2", "log.to=[]"]

@@ -11,11 +11,7 @@ import fastalign.compat.__main__ as command
 ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
-import argparse
-
-import timm
-import torch
-
+import argparse, timm, torch
 import locality_alignment.backbones.svit
 from locality_alignment import MaskEmbedDecoder, MaskEmbedStudent, UniformMaskSampler
 from locality_alignment import convert_to_student_model, convert_to_teacher_model

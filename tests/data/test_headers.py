@@ -22,7 +22,7 @@ def test_other_files_are_refused_by_name(reason):
     assert reason in read_size(REFUSED[reason])
 
 
-@pytest.mark.parametrize("kind", ["jpeg", "progressive", "thumbnail", "exif 6", "png", "webp", "bmp"])
+@pytest.mark.parametrize("kind", ["jpeg", "progressive", "thumbnail", "exif 6", "png", "webp"])
 def test_every_truncation_is_noticed(kind):
     whole = GOOD[kind]()
     for length in range(len(whole)):
@@ -32,15 +32,12 @@ def test_every_truncation_is_noticed(kind):
 
 
 def test_a_size_that_would_fill_memory_is_refused_in_any_format():
-    big = struct.pack(">HH", 65_000, 65_000)
     jpeg = bytearray(encode(SMALL).tobytes())
     place = jpeg.index(b"\xff\xc0") + 5
-    jpeg[place : place + 4] = big
-    bmp = bytearray(encode(SMALL, "BMP").tobytes())
-    bmp[18:26] = struct.pack("<ii", 1 << 30, -(1 << 30))
+    jpeg[place : place + 4] = struct.pack(">HH", 65_000, 65_000)
     webp = bytearray(encode(SMALL.convert("RGBA").rotate(20), "WEBP").tobytes())
     webp[24:30] = b"\xff" * 6
-    for data in (jpeg, bmp, webp):
+    for data in (jpeg, webp):
         assert f"more than {MAX_PIXELS // 10**6} million" in read_size(bytes(data))
 
 

@@ -5,7 +5,6 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,7 +12,18 @@ from fastalign.data import index, sources
 from fastalign.data.index import cache_folder
 from fastalign.data.sources import open_source
 from fastalign.utils.errors import UserError
-from tests.data_helpers import age, count_calls, message, shards, small_photos, write_folder, write_tar
+from tests.data_helpers import (
+    age,
+    count_calls,
+    message,
+    names_of,
+    shards,
+    small_photos,
+    write_folder,
+    write_tar,
+)
+
+SORTED = ["top.webp", "a/ä ö.Jpg", "a/deep/er/x.png", "b/a.JPEG", "b/c.jpg", "b/z.jpg"]
 
 
 @pytest.fixture
@@ -21,46 +31,32 @@ def scans(monkeypatch):
     return count_calls(monkeypatch, index, "_scan_folder")
 
 
-def nested(root):
-    photos = small_photos(6)
-    names = ["b/z.jpg", "b/a.JPEG", "a/deep/er/x.png", "a/ä ö.Jpg", "top.webp", "b/c.bmp"]
-    files = dict(zip(names, photos, strict=True))
+@pytest.fixture
+def root(tmp_path):
+    """Six images at several depths, among files that do not count."""
     others = ("b/notes.txt", ".hidden.jpg", ".git/x.jpg", "a/._x.jpg")
-    return write_folder(root, files | dict.fromkeys(others, photos[0])), files
+    files = dict(zip(reversed(SORTED), small_photos(6), strict=True))
+    return write_folder(tmp_path / "data", files | dict.fromkeys(others, files["top.webp"]))
 
 
-def names(source):
-    return [source.name(i) for i in range(len(source))]
-
-
-def test_folder_lists_images_in_a_stable_order(tmp_path):
-    root, files = nested(tmp_path / "data")
-    expected = ["top.webp", "a/ä ö.Jpg", "a/deep/er/x.png", "b/a.JPEG", "b/c.bmp", "b/z.jpg"]
-    source = open_source(str(root))
-    assert names(source) == expected
-    for i, name in enumerate(expected):
-        np.testing.assert_array_equal(source.read(i), files[name])
-
-
-def test_a_long_scan_reports_its_progress(tmp_path, monkeypatch, capsys):
-    root, _ = nested(tmp_path / "data")
+def test_folder_lists_images_in_a_stable_order(root, monkeypatch, capsys):
     monkeypatch.setattr(index, "_LINE_SECONDS", -1)
-    open_source(str(root))
+    source = open_source(str(root))
+    assert names_of(source) == SORTED
+    for i, name in enumerate(SORTED):
+        assert source.read(i).tobytes() == (root / name).read_bytes()
     assert capsys.readouterr().err.splitlines()[-1] == f"indexing {root}: 6 images so far"
 
 
-def test_folder_index_is_cached_and_renewed(tmp_path, scans):
-    root, files = nested(tmp_path / "data")
-
+def test_folder_index_is_cached_and_renewed(root, scans):
     def opened():
-        return names(open_source(str(root))), len(scans)
+        return names_of(open_source(str(root))), len(scans)
 
-    first, _ = opened()
-    assert opened() == (first, 1)
+    assert [opened(), opened()] == [(SORTED, 1)] * 2
     source = open_source(str(root))
     assert str(cache_folder()) in Path("/proc/self/maps").read_text(), "mapped, not read"
     del source
-    (root / "a/deep/er/new.jpg").write_bytes(files["top.webp"].tobytes())
+    shutil.copy(root / "top.webp", root / "a/deep/er/new.jpg")
     renewed, count = opened()
     assert ("a/deep/er/new.jpg" in renewed, count) == (True, 2)
     # That folder changed a moment ago: another change in the same clock tick would not be noticed.
@@ -71,46 +67,42 @@ def test_folder_index_is_cached_and_renewed(tmp_path, scans):
     assert "b/z.jpg" not in opened()[0]
 
 
-def test_damaged_or_unwritable_cache_is_ignored(tmp_path, scans, monkeypatch):
-    root, _ = nested(tmp_path / "data")
-    expected = names(open_source(str(root)))
+def test_damaged_or_unwritable_cache_is_ignored(root, scans, monkeypatch):
+    open_source(str(root))
     (file,) = cache_folder().glob("*.safetensors")
     good = file.read_bytes()
-    for content in (b"", b"{}\n", b"\xff\xfe\x00", good[:-8]):
+    for content in (b"", b"\xff\xfe\x00", good[:-8]):
         file.write_bytes(content)
-        assert names(open_source(str(root))) == expected
+        assert names_of(open_source(str(root))) == SORTED
         assert file.read_bytes() == good
-    assert len(scans) == 5
+    assert len(scans) == 4
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # not a directory
-    assert names(open_source(str(root))) == expected
+    assert names_of(open_source(str(root))) == SORTED
 
 
-def test_links_are_followed(tmp_path):
+def test_links_are_followed(root, tmp_path):
     """A dangling link to an image is a sample that cannot be read; one to a folder is refused."""
-    root, files = nested(tmp_path / "data")
     (root / "b/again").symlink_to(root, target_is_directory=True)  # a cycle
-    (root / "linked").symlink_to(write_folder(tmp_path / "outside", {"o.jpg": files["top.webp"]}))
+    (root / "linked").symlink_to(write_folder(tmp_path / "outside", {"o.jpg": small_photos(1)[0]}))
     (root / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     source = open_source(str(root))
+    names = names_of(source)
     assert len(source) == 8
-    np.testing.assert_array_equal(source.read(names(source).index("linked/o.jpg")), files["top.webp"])
+    assert source.read(names.index("linked/o.jpg")).tobytes() == (tmp_path / "outside/o.jpg").read_bytes()
     with pytest.raises(UserError, match=r"cannot read .*gone\.jpg: No such file or directory; repair"):
-        source.read(names(source).index("gone.jpg"))
+        source.read(names.index("gone.jpg"))
     (root / "cat").symlink_to(tmp_path / "mount/cat")
     assert f"cannot read {root}/cat: No such file or directory; repair, mount" in message(root)
     shutil.copytree(root / "b", tmp_path / "mount/cat", symlinks=True)
-    assert "cat/z.jpg" in names(open_source(str(root)))
+    assert "cat/z.jpg" in names_of(open_source(str(root)))
 
 
-def test_class_names(tmp_path):
-    root, _ = nested(tmp_path / "data")
+def test_class_names(root):
     source, table = open_source(str(root)), root / "labels.csv"
     assert source.class_names() == [None, "a", "a", "b", "b", "b"]
-    lines = ["name,label", *(f"{name},{i * 10}" for i, name in enumerate(names(source)))]
+    lines = ["name,label", *(f"{name},{i * 10}" for i, name in enumerate(SORTED[:5]))]
     table.write_text("\n".join(lines), encoding="utf-8-sig")
-    assert source.class_names() == ["0", "10", "20", "30", "40", "50"]
-    table.write_text("name,label\ntop.webp,1")
-    assert source.class_names() == ["1", None, None, None, None, None]
+    assert source.class_names() == ["0", "10", "20", "30", "40", None]
     for content, text in (
         ("name,label\ntop.webp,0.5", "line 2: top.webp has the label '0.5'"),
         ("name,label\na,0\nb,1\na,0\na,1\n", "line 5: a has two labels, 0 and 1"),
@@ -131,9 +123,10 @@ def test_messages_name_the_path_and_the_remedy(tmp_path):
     write_folder(tmp_path / "mixed", {"stray.png": photo, "0.tar": photo})
     for spec, expected in (
         ("nowhere", f"no such folder: {tmp_path}/nowhere"),
-        ("text", f"no images in {tmp_path}/text; looked for .jpg .jpeg .png .webp .bmp"),
-        ("x-*.tar", f"no tar file matches {tmp_path}/x-*.tar"),
+        ("text", f"no images in {tmp_path}/text; looked for .jpg .jpeg .png .webp"),
+        ("x-*.tar", f"no such tar file: {tmp_path}/x-*.tar"),
         ("t/{000..001}.tar", f"no such tar file: {tmp_path}/t/001.tar"),
+        ("{t,x}/*.tar", f"no such tar file: {tmp_path}/x/*.tar"),
         ("n", "no images in the 1 shards"),
         ("mixed", "has tar files (0.tar) and others (stray.png)"),
         ("f/a.jpg", "is a file"),
@@ -147,8 +140,6 @@ def test_messages_name_the_path_and_the_remedy(tmp_path):
 def test_identity_knows_a_copy_and_repaired_images_but_no_other_data(tmp_path, kind):
     files = {f"{i // 4}/{i}.jpg": p for i, p in enumerate(small_photos(12))}
     others = dict(zip(files, small_photos(12, seed=1), strict=True))
-    repaired = {**files, "0/0.jpg": others["0/0.jpg"]}
-    moved = {name: files[name] for name in files if name != "1/6.jpg"} | {"1/6-7.jpg": files["1/6.jpg"]}
 
     def made(name, content):
         if kind == "folder":
@@ -158,15 +149,18 @@ def test_identity_knows_a_copy_and_repaired_images_but_no_other_data(tmp_path, k
             write_tar(tmp_path / f"{name}/{shard}/0.tar", members)
         return open_source(str(tmp_path / f"{name}/*/0.tar"))
 
-    kept = made("a", files).identity
+    first = made("a", files)
+    kept = first.identity
     assert kept == json.loads(json.dumps(kept))
-    assert made("elsewhere/b", files).differs_from(kept) is None
-    assert made("elsewhere/b", files).fingerprint() == made("a", files).fingerprint()
-    assert made("repaired", repaired).differs_from(kept) is None
+    copy, moved = made("elsewhere/b", files), files.copy()
+    assert copy.differs_from(kept) is None
+    assert copy.fingerprint() == first.fingerprint()
+    assert made("repaired", files | {"0/0.jpg": others["0/0.jpg"]}).differs_from(kept) is None
     assert made("others", others).differs_from(kept) == "other images of the same names"
+    moved["1/6-7.jpg"] = moved.pop("1/6.jpg")
     assert made("moved", moved).differs_from(kept) == "other names"
     fewer = {name: files[name] for name in list(files)[1:]}
-    assert made("fewer", fewer).fingerprint() != made("a", files).fingerprint()
+    assert made("fewer", fewer).fingerprint() != first.fingerprint()
 
 
 def test_files_that_change_while_in_use(tmp_path, monkeypatch):
@@ -182,11 +176,10 @@ def test_files_that_change_while_in_use(tmp_path, monkeypatch):
 
 def test_synthetic_images_are_a_function_of_the_id():
     source = open_source("synthetic:100")
-    ids, options = torch.tensor([3, 50, 99]), {"size": (24, 40), "dtype": torch.float32}
-    images = source.images(ids, seed=1, **options)
-    assert images.shape == (3, 3, 24, 40)
-    assert torch.equal(images[1:2], source.images(ids[1:2], seed=1, **options))
-    assert not torch.equal(images, source.images(ids, seed=2, **options))
-    many = source.images(torch.arange(100), seed=0, size=(64, 64), dtype=torch.float32)
-    assert abs(many.mean()) < 0.02
-    assert abs(many.std() - 1) < 0.02
+    options = {"size": (24, 40), "dtype": torch.float32}
+    images = source.images(torch.arange(100), seed=1, **options)
+    assert images.shape == (100, 3, 24, 40)
+    assert torch.equal(images[[50]], source.images(torch.tensor([50]), seed=1, **options))
+    assert not torch.equal(images, source.images(torch.arange(100), seed=2, **options))
+    assert abs(images.mean()) < 0.02
+    assert abs(images.std() - 1) < 0.02

@@ -63,7 +63,7 @@ def coco(tmp_path, monkeypatch):
 
 @pytest.fixture
 def ade(tmp_path, monkeypatch):
-    monkeypatch.setitem(datasets.HELD_OUT, "ade20k", 1)
+    monkeypatch.setitem(datasets.HELD_OUT, "ade20k", 2)
     root = tmp_path / "ade"
     for part, number in (("train", 1), ("train", 2), ("train", 3), ("val", 1), ("val", 2)):
         folder, name = {"train": "training", "val": "validation"}[part], f"ADE_{part}_{number:08d}"

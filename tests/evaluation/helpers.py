@@ -10,9 +10,9 @@ from PIL import Image
 
 import fastalign as fa
 from fastalign import classify, probe
+from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.evaluation.features import PatchFeatures
-from fastalign.evaluation.heads import TokenShape
 from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError
 
@@ -71,7 +71,7 @@ def data_error(data, split="train", index=None):
 
 CLASSES = ("sky", "grass", "road", "kite")
 COUNTS = {"train": 20, "val": 8, "test": 6}
-SHAPE = TokenShape(patches=4, prefix=1, width=6, heads=2)
+SPEC = ViTSpec(BlockSpec(6, 2, 24), depth=1, image_size=(2, 2), patch_size=(1, 1))
 PROBE_KWARGS = {**KWARGS, "reg_tokens": 1}
 
 

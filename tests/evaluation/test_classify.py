@@ -1,12 +1,11 @@
 """The classify command: a run's backbone, bad flags, bad data."""
 
-import json
 from datetime import timedelta
 from unittest.mock import Mock
 
 import pytest
+import timm
 import torch
-from safetensors.torch import save_file
 
 import fastalign as fa
 from fastalign.classify import classify, main
@@ -14,42 +13,30 @@ from fastalign.config import load_config
 from fastalign.training import distributed
 from fastalign.training.build import starting_backbone
 from fastalign.training.checkpoint_files import checksum
-from tests.evaluation.helpers import KWARGS, NAME, QUICK, classify_line, command_error, results, write_split
+from tests.evaluation.helpers import KWARGS, QUICK, classify_line, command_error, results, write_split
 
 
-def test_the_command_on_a_run(images, tmp_path, vit, capsys):
-    """The soft-cap of the run is applied; the results are next to the backbone and are not overwritten."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    save_file(vit.state_dict(), folder / "backbone.safetensors")
-    facts = {"name": NAME, "kwargs": {**KWARGS, "num_classes": 0}, "softcap": 12.5, **vit.data}
-    (folder / "backbone.json").write_text(json.dumps(facts))
-    assert main(classify_line(images, "--epochs", "2", "--seeds", "3", "4", backbone=folder)) == 0
-    printed = capsys.readouterr().out
-    written = results(folder / "classify.json")
-    assert written["backbone"]["softcap"] == 12.5
-    assert [seed["seed"] for seed in written["seeds"]] == [3, 4]
-    assert written["command"].startswith(f"fastalign classify --backbone {folder}")
-    assert f"{100 * written['mean']['top1']:.2f}%" in printed
-    assert "the class token -> linear" in printed
+def test_the_command_on_a_run(images, recipe, capsys):
+    """With the run's soft-cap, and before it; the results are next to the backbone and are not overwritten."""
+    folder = recipe("max_steps=2", "optim.lr=0.1", "student.softcap=12.5")
     names = {path.name for path in folder.iterdir()}
-    assert names == {"backbone.safetensors", "backbone.json", "classify.json"}, "no features are left"
-    line = classify_line(images, "--epochs", "2", "--head", "attention", backbone=folder)
-    assert "classify.json has the results of another setting (settings." in command_error(
-        capsys, "classify", line
-    )
-    assert results(folder / "classify.json") == written
-
-
-def test_before_is_the_backbone_that_the_run_started_from(images, recipe, capsys):
-    folder = recipe("max_steps=2", "optim.lr=0.1")
-    line = classify_line(images, "--epochs", "1", "--before", backbone=folder)
-    assert main(line) == 0
-    assert "before: " in capsys.readouterr().out
-    before, aligned = (results(folder / place / "classify.json")["backbone"] for place in ("before", "."))
-    assert (before["softcap"], aligned["softcap"]) == (None, 30.0)
+    capsys.readouterr()
+    line = ["--epochs", "2", "--seeds", "3", "4", "--before"]
+    assert main(classify_line(images, *line, backbone=folder)) == 0
+    printed = capsys.readouterr().out
+    before, aligned = (results(folder / place / "classify.json") for place in ("before", "."))
+    assert (before["backbone"]["softcap"], aligned["backbone"]["softcap"]) == (None, 12.5)
     start = starting_backbone(load_config(folder / "config.yaml"))
-    assert before["weights"] == f"{checksum(start):08x}" != aligned["weights"]
+    assert before["backbone"]["weights"] == f"{checksum(start):08x}" != aligned["backbone"]["weights"]
+    assert [seed["seed"] for seed in aligned["seeds"]] == [3, 4]
+    assert aligned["command"].startswith(f"fastalign classify --backbone {folder}")
+    assert "before: test split, the class token -> linear" in printed
+    assert f"{100 * aligned['mean']['top1']:.2f}%" in printed
+    assert {path.name for path in folder.iterdir()} == names | {"classify.json", "before"}
+    line = classify_line(images, "--epochs", "2", "--head", "attention", backbone=folder)
+    error = command_error(capsys, "classify", line)
+    assert "classify.json has the results of another setting (settings." in error
+    assert results(folder / "classify.json") == aligned
 
 
 @pytest.mark.parametrize(
@@ -95,6 +82,13 @@ def test_bad_data(tmp_path, capsys, val, message):
     if val:
         write_split(tmp_path, "val", dict.fromkeys(val, 0))
     assert message in command_error(capsys, "classify", classify_line(tmp_path))
+
+
+def test_a_model_without_a_name(images):
+    """A user's own timm model, which no timm name builds."""
+    own = fa.create_backbone(timm.models.VisionTransformer(**KWARGS, num_classes=0))
+    about = classify(own, images, epochs=1, **QUICK)["backbone"]
+    assert (about["name"], about["weights"]) == (None, f"{checksum(own):08x}")
 
 
 def test_a_loss_that_is_not_finite_ends_the_command(images, tmp_path, vit):

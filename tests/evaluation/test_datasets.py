@@ -1,22 +1,34 @@
-"""COCO, ADE20K and tar shards, as they are published, in miniature."""
+"""Images with label maps: one's own folder or shards, and COCO and ADE20K as they are published, in miniature."""
 
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fastalign.evaluation import datasets
-from fastalign.evaluation.datasets import VOID, open_labelled
+from fastalign.evaluation.datasets import open_labelled
+from fastalign.evaluation.label_maps import VOID
 from tests.data_helpers import encode, write_tar
 from tests.evaluation.helpers import COCO_TRAIN, COCO_VAL, data_error, expected, grey, names, picture, put
 
+# --- one's own
 
-def lowest_digests(files, count):
-    """The files whose names have the lowest SHA-256, as `printf NAME | sha256sum` prints them, and the others."""
-    ordered = sorted(files, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    return set(ordered[:count]), set(ordered[count:])
+
+def test_a_folder_with_nested_images(own, tmp_path):
+    """A colon in its path; a byte-order mark, Windows line ends and spaces in classes.txt."""
+    own = Path(shutil.move(own, tmp_path / "mine:2026"))
+    (own / "classes.txt").write_bytes("\ufeffchâteau\r\nunlabeled \r\nla mer\r\n\r\n".encode())
+    train = open_labelled(str(own), "train")
+    assert names(train) == ["a.jpg", "deep/er/b.jpg"]
+    assert (train.classes, train.unlabeled) == (("château", "unlabeled", "la mer"), 1)
+    for index in range(2):
+        assert train.label_map(index).dtype == np.int16
+        assert np.array_equal(train.label_map(index), expected(1, 2, VOID))
+    for split, name in (("val", "c.jpg"), ("test", "d.jpg")):
+        assert names(open_labelled(str(own), split)) == [name]
 
 
 def test_tar_shards(tars):
@@ -28,52 +40,124 @@ def test_tar_shards(tars):
         assert np.array_equal(train.source.read(index), encode(picture(index)))
         assert np.array_equal(train.label_map(index), expected(index % 2, VOID))
     assert np.array_equal(open_labelled(str(tars), "val").source.read(1), encode(picture(5)))
-    assert len(open_labelled(str(tars), "test")) == 2
     assert (train.classes, train.unlabeled) == (("sea", "land"), None)
 
 
-def test_coco_stuff(coco):
-    test = open_labelled(f"coco:{coco}", "test")
-    assert names(test) == [f"{number}.jpg" for number in COCO_VAL]
-    # The annotations say: 255 unlabeled, 0 person; 91 is the first stuff class, 181 the last.
-    assert np.array_equal(test.label_map(0), expected(0, 1, 91, 92, 182, rest=1))
-    assert len(test.classes) == 183
-    spot = {0: "unlabeled", 1: "person", 90: "toothbrush", 92: "banner", 157: "sky-other", 182: "wood"}
-    assert {i: test.classes[i] for i in spot} == spot
-    assert test.unlabeled == 0
-    things = open_labelled(f"coco-things:{coco}", "test")
-    assert np.array_equal(things.label_map(0), expected(0, 1, 91, 0, 0, rest=1))
-    assert (len(things.classes), things.classes[91], things.unlabeled) == (92, "hair brush", 0)
+def test_maps_follow_their_images_whatever_the_suffixes(tmp_path):
+    """a.jpg comes before a.k.jpg, but a.k.png before a.png."""
+    (tmp_path / "classes.txt").write_text("a\nb\nc\nd\n")
+    for value, name in enumerate(("a.jpg", "a.k.jpg", "b.webp", "A.JPG")):
+        put(tmp_path / "train/images" / name, picture(value))
+        put(tmp_path / "train/labels" / f"{name.rpartition('.')[0]}.png", grey(*[value] * 24))
+    train = open_labelled(str(tmp_path), "train")
+    assert names(train.maps) != sorted(names(train.maps))
+    written = {"a.jpg": 0, "a.k.jpg": 1, "b.webp": 2, "A.JPG": 3}
+    assert {name: int(train.label_map(i)[0, 0]) for i, name in enumerate(names(train))} == written
 
 
-def test_coco_panoptic(coco):
-    test = open_labelled(f"coco-panoptic:{coco}", "test")
-    assert test.classes == ("unlabeled", "person", "rug")  # by category id
-    assert np.array_equal(test.label_map(1), expected(2, 1, 1))
-    assert test.unlabeled == 0
+def test_the_fingerprint_is_of_the_contents_not_of_the_location(own, tmp_path):
+    first = open_labelled(str(own), "train").fingerprint()
+    shutil.copytree(own, tmp_path / "copy")
+    assert open_labelled(str(tmp_path / "copy"), "train").fingerprint() == first
+    seen = {first}
+    for change in (
+        lambda: put(own / "train/labels/a.png", grey(2)),
+        lambda: put(own / "train/images/a.jpg", picture(99)),
+        lambda: (own / "classes.txt").write_text("unlabeled\ncat\nmouse\n"),
+        lambda: [
+            shutil.move(own / f"train/{old}", own / f"train/{old.replace('a.', 'x.')}")
+            for old in ("images/a.jpg", "labels/a.png")
+        ],
+    ):
+        change()
+        seen.add(open_labelled(str(own), "train").fingerprint())
+    assert len(seen) == 5
 
 
-@pytest.mark.parametrize("kind", ["coco", "coco-panoptic"])
-def test_val_is_a_fixed_part_of_the_training_split(coco, kind):
-    val, train = lowest_digests([f"{number}.jpg" for number in COCO_TRAIN], 2)
-    assert set(names(open_labelled(f"{kind}:{coco}", "val"))) == val
-    rest = open_labelled(f"{kind}:{coco}", "train")
-    assert set(names(rest)) == train
-    assert [name[:-4] for name in names(rest.maps)] == [name[:-4] for name in names(rest)]
+def test_kinds_of_png(own):
+    path = own / "train/labels/a.png"
+    (own / "classes.txt").write_text("\n".join(f"class {i}" for i in range(1000)))
+    train = open_labelled(str(own), "train")
+    put(path, grey(999, 256, 65535, dtype=np.uint16))
+    assert np.array_equal(train.label_map(0), expected(999, 256, VOID))
+    put(path, grey(1, 2, 255, dtype=np.uint16))
+    assert np.array_equal(train.label_map(0), expected(1, 2, 255)), "void only in a map of 8 bits"
+    palette = grey(1, 2, 255).convert("P")
+    palette.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
+    palette.putdata([1, 2, 255] + [0] * 21)
+    put(path, palette)
+    assert np.array_equal(train.label_map(0), expected(1, 2, VOID))
+    palette.putdata([1, 2] + [0] * 22)
+    palette.save(path, bits=2)
+    assert path.read_bytes()[24] == 2
+    assert np.array_equal(train.label_map(0), expected(1, 2))
 
 
-def test_ade20k(ade):
-    test = open_labelled(f"ade20k:{ade}", "test")
-    assert names(test) == ["ADE_val_00000001.jpg", "ADE_val_00000002.jpg"]
-    assert np.array_equal(test.label_map(1), expected(0, 1, 150))
-    assert len(test.classes) == 151
-    spot = {0: "unlabeled", 1: "wall", 3: "sky", 150: "flag"}
-    assert {i: test.classes[i] for i in spot} == spot
-    val, train = lowest_digests([f"ADE_train_{n:08d}.jpg" for n in (1, 2, 3)], 1)
-    assert set(names(open_labelled(f"ade20k:{ade}", "val"))) == val
-    assert set(names(open_labelled(f"ade20k:{ade}", "train"))) == train
-    put(ade / "ADEChallengeData2016/annotations/validation/ADE_val_00000002.png", grey(151))
-    assert "the id 151" in data_error(f"ade20k:{ade}", "test", index=1)
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "is missing"),
+        (b"\n\n", "has 0 lines"),
+        (b"cat\ndog\ncat\n", "line 3 is empty or occurs before: 'cat'"),
+        (b"caf\xe9\n", "not UTF-8"),
+    ],
+)
+def test_bad_classes_txt_is_refused(own, text, words):
+    path = own / "classes.txt"
+    path.unlink()
+    if text is not None:
+        path.write_bytes(text)
+    message = data_error(own)
+    assert words in message
+    assert str(path) in message
+
+
+def test_bad_maps_are_refused_with_their_file(own):
+    path = own / "train/labels/a.png"
+    valid = path.read_bytes()
+    for words, data in {
+        "mode RGB, 8 bits": encode(picture(), "PNG").tobytes(),
+        "not a PNG": encode(grey(1), "JPEG").tobytes(),
+        "cannot decode": valid[: len(valid) // 2 + 10],
+        "the id 3": encode(grey(1, 3), "PNG").tobytes(),
+        "5 x 4 pixels": encode(grey(1, size=(5, 4)), "PNG").tobytes(),
+        "mode 1, 1 bits": encode(grey(1).convert("1"), "PNG").tobytes(),  # PIL would scale its values
+    }.items():
+        path.write_bytes(data)
+        message = data_error(own, index=0)
+        assert words in message
+        assert str(path) in message
+    path.write_bytes(valid)
+    (own / "train/images/a.jpg").write_bytes(b"no image")
+    assert "a.jpg" in data_error(own, index=0)
+
+
+def test_images_and_maps_must_pair(own):
+    labels = own / "train/labels"
+    shutil.move(labels / "deep/er/b.png", labels / "deep/b.png")
+    message = data_error(own)
+    assert "1 of 2 images" in message
+    assert str(own / "train/images/deep/er/b.jpg") in message
+    put(labels / "deep/er/b.png", grey(0))
+    message = data_error(own)
+    assert "1 of 3 label maps" in message
+    assert str(labels / "deep/b.png") in message
+    put(own / "train/images/a.png", picture())
+    assert "two files of one name" in data_error(own)
+
+
+def test_missing_parts_are_named(own, tmp_path):
+    for data, words in (
+        (tmp_path / "nothing", "no such folder"),
+        ("", "no such folder: ''"),
+        ("coco-panoptik:/data", "nearest is coco-panoptic"),
+    ):
+        assert words in data_error(data)
+    assert "there are train, val and test" in data_error(own, "valid")
+    shutil.rmtree(own / "train/labels")
+    assert str(own / "train/labels") in data_error(own)
+    shutil.rmtree(own / "test")
+    assert "has neither test/ nor test-*.tar: give one" in data_error(own, "test")
 
 
 def test_bad_tar_shards_are_refused(tars):
@@ -87,6 +171,52 @@ def test_bad_tar_shards_are_refused(tars):
     assert "test-000.tar:x.png has the id 7" in data_error(tars, "test", index=0)
     (tars / "test").mkdir()
     assert "both" in data_error(tars, "test")
+
+
+# --- COCO and ADE20K
+
+
+def check_split(data, training):
+    """`val` has the two files whose names have the lowest SHA-256, as `printf NAME | sha256sum` prints them."""
+    ordered = sorted(training, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    assert set(names(open_labelled(data, "val"))) == set(ordered[:2])
+    train = open_labelled(data, "train")
+    assert set(names(train)) == set(ordered[2:])
+    assert [name[:-4] for name in names(train.maps)] == [name[:-4] for name in names(train)]
+
+
+def spot(images, *ids):
+    return len(images.classes), images.unlabeled, [images.classes[i] for i in ids]
+
+
+def test_coco_stuff(coco):
+    test = open_labelled(f"coco:{coco}", "test")
+    assert names(test) == [f"{number}.jpg" for number in COCO_VAL]
+    # The annotations say: 255 unlabeled, 0 person; 91 is the first stuff class, 181 the last.
+    assert np.array_equal(test.label_map(0), expected(0, 1, 91, 92, 182, rest=1))
+    wanted = ["unlabeled", "person", "toothbrush", "banner", "sky-other", "wood"]
+    assert spot(test, 0, 1, 90, 92, 157, 182) == (183, 0, wanted)
+    things = open_labelled(f"coco-things:{coco}", "test")
+    assert np.array_equal(things.label_map(0), expected(0, 1, 91, 0, 0, rest=1))
+    assert spot(things, 91) == (92, 0, ["hair brush"])
+    check_split(f"coco:{coco}", [f"{number}.jpg" for number in COCO_TRAIN])
+
+
+def test_coco_panoptic(coco):
+    test = open_labelled(f"coco-panoptic:{coco}", "test")
+    assert spot(test, 0, 1, 2) == (3, 0, ["unlabeled", "person", "rug"])  # by category id
+    assert np.array_equal(test.label_map(1), expected(2, 1, 1))
+    check_split(f"coco-panoptic:{coco}", [f"{number}.jpg" for number in COCO_TRAIN])
+
+
+def test_ade20k(ade):
+    test = open_labelled(f"ade20k:{ade}", "test")
+    assert names(test) == ["ADE_val_00000001.jpg", "ADE_val_00000002.jpg"]
+    assert np.array_equal(test.label_map(1), expected(0, 1, 150))
+    assert spot(test, 0, 1, 3, 150) == (151, 0, ["unlabeled", "wall", "sky", "flag"])
+    check_split(f"ade20k:{ade}", [f"ADE_train_{n:08d}.jpg" for n in (1, 2, 3)])
+    put(ade / "ADEChallengeData2016/annotations/validation/ADE_val_00000002.png", grey(151))
+    assert "the id 151" in data_error(f"ade20k:{ade}", "test", index=1)
 
 
 def test_bad_coco_is_refused(coco, monkeypatch):
@@ -109,7 +239,6 @@ def test_bad_coco_is_refused(coco, monkeypatch):
         ("no 77", lambda c: c["annotations"][1]["segments_info"][0].update(category_id=77)),
         ("lacks 1 maps", lambda c: c["annotations"].pop()),
         ("segment 197121", lambda c: c["annotations"][0]["segments_info"].pop()),
-        ("not a panoptic JSON", lambda c: c.clear()),
         ("download.sh coco-panoptic", None),
     ],
 )

@@ -56,7 +56,7 @@ def run(script, site, *arguments):
     return subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(("data", "train"), [("coco", 5), ("coco-panoptic", 5), ("ade20k", 2)])
+@pytest.mark.parametrize(("data", "train"), [("coco", 5), ("coco-panoptic", 5), ("ade20k", 1)])
 def test_what_it_fetches_is_what_the_probe_reads(data, train, published, tmp_path):
     script, root = script_for(published), tmp_path / "root folder"
     result = run(script, published, data, root)

@@ -13,37 +13,22 @@ from PIL import Image
 
 import fastalign as fa
 from fastalign import train
-from fastalign.evaluation import during_training
+from fastalign.evaluation import patches
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.evaluation.features import frozen_encoder, read_patch_features
-from fastalign.evaluation.heads import make_patch_head
-from fastalign.evaluation.options import Recipe
+from fastalign.evaluation.options import Plan, Recipe
 from fastalign.evaluation.patches import Task, evaluate_head, fit_head
 from fastalign.training import metrics
+from fastalign.training.reporter import Reporter
 from tests.evaluation.helpers import CPU, SINGLE, put
 from tests.run_helpers import losses, torchrun
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """40 images of four tiles, dark or light, labelled tile by tile, and 12 for validation; no test split."""
-    root, rng = tmp_path_factory.mktemp("labelled"), np.random.default_rng(0)
-    (root / "classes.txt").write_text("dark\nlight\n")
-    for split, count in (("train", 40), ("val", 12)):
-        for index in range(count):
-            tiles = rng.integers(0, 2, (2, 2)).repeat(16, 0).repeat(16, 1)
-            pixels = tiles[..., None] * 130 + rng.integers(0, 100, (32, 32, 3))
-            put(root / split / "images" / f"{index:02d}.jpg", Image.fromarray(pixels.astype(np.uint8)))
-            put(root / split / "labels" / f"{index:02d}.png", Image.fromarray(tiles.astype(np.uint8)))
-    return root
-
-
 @pytest.fixture
-def recipe(recipe, data):
-    """Runs the command on these images; returns the run folder."""
-    narrow = ["student.kwargs.embed_dim=48", "student.kwargs.num_heads=3"]
-    paths = [f"data.{split}={data}/{split}/images" for split in ("train", "val")]
-    return lambda *overrides, name="run": recipe(*narrow, *paths, *overrides, name=name)
+def recipe(recipe):
+    """Of a narrow student."""
+    narrow = ("student.kwargs.embed_dim=48", "student.kwargs.num_heads=3")
+    return lambda *overrides, name="run": recipe(*narrow, *overrides, name=name)
 
 
 def lines(folder: Path, key: str) -> list[dict]:
@@ -57,7 +42,7 @@ def scripted(monkeypatch):
     asked = []
 
     def install(answers: dict[int, float]) -> list[int]:
-        def probe_student(run, splits):
+        def probe_student(run, splits, reporter):
             asked.append(run.state.step)
             return {"macro_recall": 0.5, "map": answers[run.state.step], "loss": 0.7}
 
@@ -76,72 +61,85 @@ def facts(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("options", [[], ["optim.ema=0.5"]], ids=["live", "averaged"])
-def test_the_score_is_that_of_the_saved_backbone(recipe, data, monkeypatch, options):
-    """Read again from the run folder, with 24 and 8 images that are chosen here."""
-    monkeypatch.setattr(during_training, "IMAGES", {"train": 24, "val": 8})
-    folder = recipe(f"probe.data={data}", "data.val=null", "seed=3", *options)
+def test_the_score_is_that_of_the_saved_backbone(recipe, scenes, monkeypatch, options):
+    """Read again from the run folder, with 12 and 5 images that are chosen here."""
+    monkeypatch.setattr(patches, "IMAGES", {"train": 12, "val": 5})
+    folder = recipe(f"probe.data={scenes}", "data.val=null", "seed=3", *options)
     vit, features = frozen_encoder(fa.load_backbone(folder)), {}
-    for split, total, most in (("train", 40, 24), ("val", 12, 8)):
-        part = open_labelled(str(data), split).subset(np.array([total * i // most for i in range(most)]))
+    for split, total, most in (("train", 20, 12), ("val", 8, 5)):
+        part = open_labelled(str(scenes), split).subset(np.array([total * i // most for i in range(most)]))
         features[split] = read_patch_features(vit, part, SINGLE, threads=1)
     task = Task("transformer", "union", 0, 3)
-    torch.manual_seed(3)
-    head = make_patch_head("transformer", "union", vit.shape, 2)
-    head, *_ = fit_head(head, task, features["train"], None, Recipe(epochs=3, batch_size=24), **CPU)
+    plan = Plan(recipe=Recipe(epochs=3, batch_size=12))
+    head, *_ = fit_head(task, vit.spec, features["train"], None, plan, **CPU)
     wanted = evaluate_head(head, task, features["val"], **CPU)
     found = lines(folder, "probe_map")[-1]
-    assert found["step"] == 10
+    assert found["step"] == 8
     for name in ("macro_recall", "map", "loss"):
         assert found[f"probe_{name}"] == pytest.approx(wanted[name], rel=1e-6)
         assert facts(folder)["probe"][name] == found[f"probe_{name}"]
 
 
-@pytest.mark.parametrize(("every", "steps"), [("null", [0, 5, 10]), ("2", [0, 2, 4, 6, 8, 10])])
-def test_training_has_the_same_bits_with_and_without(recipe, data, every, steps):
+@pytest.mark.parametrize(("every", "steps"), [("null", [0, 4, 8]), ("2", [0, 2, 4, 6, 8])])
+def test_training_has_the_same_bits_with_and_without(recipe, scenes, every, steps):
     options = ["student.kwargs.drop_path_rate=0.3", "optim.ema=0.9", "data.color_jitter=0.4"]
     plain = recipe(*options, name="plain")
-    probed = recipe(*options, f"probe.data={data}", f"probe.every_steps={every}", name="probed")
+    probed = recipe(*options, f"probe.data={scenes}", f"probe.every_steps={every}", name="probed")
     assert losses(probed) == losses(plain)
     assert lines(probed, "val_loss") == lines(plain, "val_loss")
     for part in ("student", "average"):
-        ours, theirs = (state(folder, "step-00000010.pt")[part] for folder in (probed, plain))
+        ours, theirs = (state(folder, "step-00000008.pt")[part] for folder in (probed, plain))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     found = lines(probed, "probe_map")
-    assert [(line["step"], line["epoch"]) for line in found] == [(step, int(step > 5)) for step in steps]
+    assert [(line["step"], line["epoch"]) for line in found] == [(step, int(step > 4)) for step in steps]
     assert found[0].keys() == {"step", "epoch", "probe_macro_recall", "probe_map", "probe_loss"}
 
 
+def test_its_progress_is_shown(recipe, scenes, monkeypatch):
+    shown, track = [], Reporter.track
+
+    def watched(self, items, text, total):
+        shown.append(text)
+        return track(self, items, text, total)
+
+    monkeypatch.setattr(Reporter, "track", watched)
+    recipe(f"probe.data={scenes}", "data.val=null", "max_steps=1", "loss.target_scale=1.0")
+    fitted = [f"epoch {epoch} of 3 of the head" for epoch in (1, 2, 3)]
+    wanted = ["features of 20 images", "features of 8 images", *fitted, "evaluation of the head"]
+    assert shown == [f"probe: {text}" for text in wanted] * 2
+
+
 @pytest.mark.parametrize("setting", ["true", "blocks"])
-def test_no_graph_is_compiled_for_it(recipe, data, capturing, setting):
+def test_no_graph_is_compiled_for_it(recipe, scenes, capturing, setting):
     options = [f"efficiency.compile={setting}", "max_steps=3", "data.val=null"]
     recipe(*options, name="plain")
     wanted = len(capturing)
     assert wanted
     torch._dynamo.reset()
-    recipe(*options, f"probe.data={data}", "probe.every_steps=1", name="probed")
+    recipe(*options, f"probe.data={scenes}", "probe.every_steps=1", name="probed")
     assert len(capturing) == 2 * wanted
 
 
-def test_its_time_does_not_count_as_training(recipe, data, monkeypatch):
+def test_its_time_does_not_count_as_training(recipe, scenes, monkeypatch):
     """The clock jumps by a day at each probe: a step of 8 images in it would be 0.0001 images per second."""
     jumped = [0.0]
 
-    def slow(run, splits):
+    def slow(run, splits, reporter):
         jumped[0] += 86_400
         return {"macro_recall": 0.5, "map": 0.5, "loss": 0.5}
 
     clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + jumped[0], monotonic=time.monotonic)
     monkeypatch.setattr(metrics, "time", clock)
     monkeypatch.setattr(train, "probe_student", slow)
-    folder = recipe(f"probe.data={data}", "probe.every_steps=2", "max_steps=7", "log.every_steps=3")
+    folder = recipe(f"probe.data={scenes}", "probe.every_steps=2", "max_steps=7", "log.every_steps=3")
     assert jumped[0] == 86_400 * len(lines(folder, "probe_map")) == 86_400 * 5
     assert min(line["images_per_second"] for line in lines(folder, "loss")) > 0.01
 
 
-def test_the_best_probe_chooses(recipe, data, scripted):
+def test_the_best_probe_chooses(recipe, scenes, scripted):
     """Also inside an epoch; the probe before the first step does not take part."""
-    scripted({0: 0.9, 2: 0.3, 4: float("nan"), 6: 0.6, 8: 0.6, 10: 0.1})
-    options = [f"probe.data={data}", "probe.every_steps=2"]
+    scripted({0: 0.9, 2: 0.3, 4: float("nan"), 6: 0.6, 8: 0.6})
+    options = [f"probe.data={scenes}", "probe.every_steps=2"]
     folder = recipe(*options, "probe.best=true", name="best")
     assert state(folder, "best.pt")["step"] == facts(folder)["step"] == 6
     assert facts(folder)["probe"] == {"step": 6, "macro_recall": 0.5, "map": 0.6, "loss": 0.7}
@@ -151,13 +149,13 @@ def test_the_best_probe_chooses(recipe, data, scripted):
     usual = recipe(*options, name="usual")
     found = [line["val_loss"] for line in lines(usual, "val_loss")]
     assert found == sorted(found, reverse=True)
-    assert state(usual, "best.pt")["step"] == facts(usual)["step"] == 10, "of the lowest validation loss"
+    assert state(usual, "best.pt")["step"] == facts(usual)["step"] == 8, "of the lowest validation loss"
 
 
-def test_after_a_resume_the_same_one_is_best(recipe, data, scripted, monkeypatch):
+def test_after_a_resume_the_same_one_is_best(recipe, scenes, scripted, monkeypatch):
     """Killed at step 7, once a checkpoint of step 6 is there; what was probed by then is not probed again."""
-    asked = scripted({0: 0.1, 2: 0.5, 4: 0.2, 6: 0.3, 8: 0.4, 10: 0.3})
-    options = [f"probe.data={data}", "probe.every_steps=2", "probe.best=true", "checkpoint.every_steps=3"]
+    asked = scripted({0: 0.1, 2: 0.5, 4: 0.2, 6: 0.3, 8: 0.4})
+    options = [f"probe.data={scenes}", "probe.every_steps=2", "probe.best=true", "checkpoint.every_steps=3"]
     whole = recipe(*options, name="whole")
     asked.clear()
     update = train.update
@@ -172,41 +170,41 @@ def test_after_a_resume_the_same_one_is_best(recipe, data, scripted, monkeypatch
         recipe(*options, name="parts")
     monkeypatch.setattr(train, "update", update)
     parts = recipe(*options, name="parts")
-    assert asked == [0, 2, 4, 6, 8, 10]
+    assert asked == [0, 2, 4, 6, 8]
     assert lines(parts, "probe_map") == lines(whole, "probe_map")
     assert losses(parts) == losses(whole)
     for folder in (whole, parts):
         assert state(folder, "best.pt")["step"] == facts(folder)["step"] == 2
-        assert state(folder, "step-00000010.pt")["best"] == 0.5
-        assert state(folder, "step-00000010.pt")["probed"]["step"] == 10
+        assert state(folder, "step-00000008.pt")["best"] == 0.5
+        assert state(folder, "step-00000008.pt")["probed"]["step"] == 8
 
 
-def test_switched_on_midway_the_selection_starts_again(recipe, data, scripted):
+def test_switched_on_midway_the_selection_starts_again(recipe, scenes, scripted):
     """By force: a loss and a score do not compare, whichever came first."""
-    scripted({0: 0.1, 5: 0.9, 6: 0.3, 10: 0.2})
-    probed, best = f"probe.data={data}", "probe.best=true"
-    assert facts(recipe(probed, "max_steps=5"))["step"] == 5
-    assert facts(recipe(probed, best, "max_steps=6", "resume=force"))["step"] == 6
-    assert facts(recipe(probed, best))["step"] == 6
-    recipe(probed, best, "max_steps=6", name="back")
-    assert facts(recipe("resume=force", name="back"))["step"] == 10
+    scripted({0: 0.1, 4: 0.9, 5: 0.3, 8: 0.2})
+    probed, best = f"probe.data={scenes}", "probe.best=true"
+    assert facts(recipe(probed, "max_steps=4"))["step"] == 4
+    assert facts(recipe(probed, best, "max_steps=5", "resume=force"))["step"] == 5
+    assert facts(recipe(probed, best))["step"] == 5
+    recipe(probed, best, "max_steps=5", name="back")
+    assert facts(recipe("resume=force", name="back"))["step"] == 8
 
 
 @pytest.mark.slow
-def test_two_ranks(recipe, data, tmp_path):
+def test_two_ranks(recipe, scenes, tmp_path):
     """Rank 0 probes, both know the score, and both end where it fails."""
-    options = [f"probe.data={data}", "probe.every_steps=3", "probe.best=true"]
+    options = [f"probe.data={scenes}", "probe.every_steps=3", "probe.best=true"]
     alone, two = recipe(*options, name="alone"), tmp_path / "two"
     command, same = ("-m", "fastalign.train"), alone / "config.yaml"
     torchrun(*command, same, f"output={two}")
     ours, theirs = lines(two, "probe_map"), lines(alone, "probe_map")
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [0, 3, 6, 9, 10]
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [0, 3, 6, 8]
     assert ours[0]["probe_loss"] == pytest.approx(theirs[0]["probe_loss"], rel=1e-5)
     best = max(ours[1:], key=lambda line: line["probe_map"])
     assert state(two, "best.pt")["step"] == facts(two)["step"] == best["step"]
-    bad = Path(shutil.copytree(data, tmp_path / "bad"))
-    put(bad / "train/labels/00.png", Image.fromarray(np.full((32, 32), 9, np.uint8)))
-    for place, words in ((bad, "00.png"), (tmp_path / "none", "no such folder")):
+    bad = Path(shutil.copytree(scenes, tmp_path / "bad"))
+    put(bad / "train/labels/train00.png", Image.fromarray(np.full((32, 32), 9, np.uint8)))
+    for place, words in ((bad, "train00.png"), (tmp_path / "none", "no such folder")):
         said = torchrun(*command, same, f"probe.data={place}", f"output={tmp_path / 'fails'}", expect=1)
         assert said.count("fastalign:") == 1
         assert words in said

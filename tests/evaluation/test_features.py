@@ -1,6 +1,9 @@
-"""What a probe reads: tokens against timm, labels of patches by hand and against PIL."""
+"""What a probe reads: tokens against timm, labels of patches by hand and against PIL, each image once."""
 
+import errno
+import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,18 +13,22 @@ from PIL import Image
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.evaluation.features import frozen_encoder, read_patch_features
 from fastalign.evaluation.label_maps import VOID, crop_and_resize, patch_labels
+from fastalign.probe import main
 from tests.data_helpers import needs_dali
-from tests.evaluation.helpers import COUNTS, SINGLE, models
+from tests.evaluation.helpers import COUNTS, SINGLE, command_error, models, probe_line
+
+
+def pil_square(image: Image.Image, size: int, resample: Image.Resampling) -> np.ndarray:
+    """The largest centre square, resized."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return np.asarray(image.crop((left, top, left + side, top + side)).resize((size, size), resample))
 
 
 def pil_input(path: Path, vit) -> torch.Tensor:
-    """The largest centre square, resized and normalised."""
-    image = Image.open(path)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side)).resize((32, 32), Image.Resampling.BILINEAR)
+    pixels = pil_square(Image.open(path), 32, Image.Resampling.BILINEAR)
     mean, std = (np.array(vit.data[name]) for name in ("mean", "std"))
-    return torch.from_numpy((np.asarray(image) / 255 - mean) / std).float().permute(2, 0, 1)
+    return torch.from_numpy((pixels / 255 - mean) / std).float().permute(2, 0, 1)
 
 
 @needs_dali
@@ -45,10 +52,8 @@ def test_features_are_timms_of_pils_pixels(scenes):
         assert error.max() < 0.06, "each token of each image in its place"
         for index, path in enumerate(files):
             labels = Image.open(scenes / split / "labels" / path.name)
-            side = min(labels.size)
-            left, top = (labels.width - side) // 2, (labels.height - side) // 2
-            cut = labels.crop((left, top, left + side, top + side)).resize((32, 32), Image.Resampling.NEAREST)
-            patches = np.asarray(cut).reshape(4, 8, 4, 8).swapaxes(1, 2).reshape(16, 64)
+            cut = pil_square(labels, 32, Image.Resampling.NEAREST)
+            patches = cut.reshape(4, 8, 4, 8).swapaxes(1, 2).reshape(16, 64)
             union = np.stack([(patches == c).any(1) for c in range(4)], 1)
             rows = np.array([index])
             assert np.array_equal(read.labels(rows, "union")[0].numpy(), union)
@@ -74,18 +79,11 @@ def test_a_label_map_is_cropped_and_resized_as_pil_does():
     rng = np.random.default_rng(0)
     for height, width, size in ((37, 61, 24), (61, 37, 24), (24, 24, 24), (16, 40, 48), (333, 500, 224)):
         labels = rng.integers(0, 200, (height, width)).astype(np.uint8)
-        side = min(height, width)
-        left, top = (width - side) // 2, (height - side) // 2
-        wanted = Image.fromarray(labels).crop((left, top, left + side, top + side))
-        wanted = np.asarray(wanted.resize((size, size), Image.Resampling.NEAREST))
+        wanted = pil_square(Image.fromarray(labels), size, Image.Resampling.NEAREST)
         assert np.array_equal(crop_and_resize(labels, (size, size)), wanted)
-
-
-def test_a_rectangular_input_takes_the_largest_crop_of_its_shape():
-    labels = np.arange(8 * 12).reshape(8, 12)
-    assert np.array_equal(
-        crop_and_resize(labels, (4, 8)), labels[np.ix_((1, 3, 4, 6), (0, 2, 3, 5, 6, 8, 9, 11))]
-    )
+    wide = np.arange(8 * 12).reshape(8, 12)  # the largest crop of the shape
+    picked = wide[np.ix_((1, 3, 4, 6), (0, 2, 3, 5, 6, 8, 9, 11))]
+    assert np.array_equal(crop_and_resize(wide, (4, 8)), picked)
 
 
 @pytest.mark.parametrize(
@@ -102,3 +100,41 @@ def test_patch_labels_worked_by_hand(rows, unlabeled, union, majority, image):
     assert [set(np.flatnonzero(patch)) for patch in found[0]] == union
     assert found[1].tolist() == majority
     assert set(np.flatnonzero(found[2])) == image
+
+
+@needs_dali
+def test_features_are_read_once_and_leave_nothing_behind(scenes, tmp_path, passes, monkeypatch):
+    """One pass for two heads and layers; while heads are fitted the files are gone, whatever ends the command."""
+    allocated, allocate = [], os.posix_fallocate
+
+    def watched(file, start, size):
+        allocated.append(size)
+        allocate(file, start, size)
+
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError
+
+    output, features = tmp_path / "out" / "probe.json", tmp_path / "features"
+    more = ["--output", output, "--cache", features, "--heads", "linear", "mlp", "--skip-blocks", "0", "1"]
+    line = probe_line(scenes, *more)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", watched)
+        patch.setattr("fastalign.evaluation.patches.fit_head", broken)
+        with pytest.raises(ZeroDivisionError):
+            main(line)
+    assert sum(passes) == sum(COUNTS.values())
+    assert {count * 18 * 32 * 2 for count in COUNTS.values()} < set(allocated)
+    assert not list(features.iterdir())
+    assert main(probe_line(scenes, *more[:2])) == 0
+    assert [path.name for path in output.parent.iterdir()] == ["probe.json"]
+
+
+def test_a_full_disk(scenes, tmp_path, capsys, monkeypatch):
+    """Found before anything is written to the file's map, which would kill the process."""
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    line = probe_line(scenes, "--output", tmp_path / "p.json", "--cache", tmp_path / "c")
+    assert f"{tmp_path / 'c'} cannot hold features of 0.0 GB: [Errno 28] No space" in command_error(
+        capsys, "probe", line
+    )
+    assert not list((tmp_path / "c").iterdir())

@@ -1,5 +1,6 @@
 """Heads and what they read, against timm, torch and scikit-learn."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,17 +9,18 @@ from sklearn import preprocessing
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import nn
 
+from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.evaluation.heads import (
     AttentionHead,
+    Classifier,
     ClassTokenTransformer,
     StandardizedLinear,
-    TokenShape,
-    head_input,
     make_patch_head,
 )
 from tests.evaluation.helpers import KWARGS, models
 
-SHAPE = TokenShape(patches=9, prefix=2, width=24, heads=3)
+SPEC = ViTSpec(BlockSpec(24, 3, 96), 1, image_size=(3, 3), patch_size=(1, 1), registers=1)
+BARE = replace(SPEC, class_token=False, registers=0)
 
 
 def timm_head(classes, *, latent=0):
@@ -27,11 +29,11 @@ def timm_head(classes, *, latent=0):
     class Head(nn.Module):
         def __init__(self):
             super().__init__()
-            self.pos_embed = nn.Parameter(torch.zeros(latent or SHAPE.patches + SHAPE.prefix, SHAPE.width))
-            self.norm_pre, self.norm = nn.LayerNorm(SHAPE.width), nn.LayerNorm(SHAPE.width)
-            block = partial(TimmBlock, SHAPE.width, SHAPE.heads, init_values=0.01, norm_layer=nn.LayerNorm)
+            self.pos_embed = nn.Parameter(torch.zeros(latent or 11, 24))
+            self.norm_pre, self.norm = nn.LayerNorm(24), nn.LayerNorm(24)
+            block = partial(TimmBlock, 24, 3, init_values=0.01, norm_layer=nn.LayerNorm)
             self.blocks = nn.Sequential(block(), block())
-            self.head = nn.Linear(SHAPE.width, classes)
+            self.head = nn.Linear(24, classes)
 
         def forward(self, x):
             extra = self.pos_embed.expand(len(x), -1, -1)
@@ -54,7 +56,8 @@ def timm_head(classes, *, latent=0):
 )
 def test_transformer_heads_equal_timms_blocks(name, labels, prefix, take):
     torch.manual_seed(0)
-    head = make_patch_head(name, labels, SHAPE._replace(prefix=prefix, patches=11 - prefix), 4).double()
+    spec = SPEC if prefix else replace(BARE, image_size=(1, 11))
+    head = make_patch_head(name, labels, spec, 4).double()
     theirs = timm_head(4, latent=9 if "latent" in name else 0).double()
     theirs.load_state_dict(head[1].state_dict())
     tokens = torch.randn(3, 11, 24, dtype=torch.float64)
@@ -71,10 +74,9 @@ def test_simple_heads_read_the_right_tokens(name):
         ("global-in-patch", tokens[:, 2:]),
         ("global-union", tokens[:, :2].mean(1, keepdim=True)),
     ):
-        head = make_patch_head(name, labels, SHAPE, 4, hidden=16)
+        head = make_patch_head(name, labels, SPEC, 4, hidden=16)
         assert torch.equal(head(tokens), head[1](seen))
-    bare = SHAPE._replace(prefix=0)
-    head = make_patch_head(name, "global-union", bare, 4)
+    head = make_patch_head(name, "global-union", BARE, 4)
     assert torch.equal(head(tokens), head[1](tokens.mean(1, keepdim=True)))
 
 
@@ -87,9 +89,8 @@ def test_what_a_linear_head_reads_is_what_timm_pools(kwargs):
     vit, model = models(**KWARGS, **kwargs)
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
-        ours = head_input(vit.eval(), vit.forward_features(images), "linear")
-        torch.testing.assert_close(ours, model(images))
-        everything = head_input(vit, vit.forward_features(images), "attention")
+        torch.testing.assert_close(Classifier(vit, "linear", 6).features(images), model(images))
+        everything = Classifier(vit, "attention", 6).features(images)
         torch.testing.assert_close(everything, model.forward_features(images))
 
 

@@ -19,9 +19,9 @@ from fastalign.classify import classify, main
 from fastalign.data.loader import Batch, Loader
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
-from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate
+from fastalign.evaluation.fit import FeatureLoader, Fit, predict
 from fastalign.evaluation.heads import Classifier, StandardizedLinear, parameter_groups
-from fastalign.evaluation.image_training import make_fit, update_best
+from fastalign.evaluation.images import make_fit, update_best
 from fastalign.evaluation.metrics import ImageCounts
 from fastalign.evaluation.options import ImageOptions
 from fastalign.utils.random import permutation
@@ -46,7 +46,8 @@ def whole_batch(features: torch.Tensor):
 
 def figures_of(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, classes: int) -> dict:
     counts = ImageCounts(classes, torch.device("cpu"))
-    evaluate(model, whole_batch(inputs)(), lambda logits, batch: counts.add(logits, labels[batch.ids]), **CPU)
+    for logits, batch in predict(model, whole_batch(inputs)(), **CPU):
+        counts.add(logits, labels[batch.ids])
     return counts.results(SINGLE)
 
 
@@ -212,7 +213,7 @@ def test_the_epoch_that_is_reported(has_test, expected):
     figures, best = {"val": (0.2, 0.6, 0.6, 0.5), "test": (0.1, 0.3, 0.9, 0.8)}, None
     for epoch in range(1, 5):
         measure = lambda split, epoch=epoch: {"top1": figures[split][epoch - 1]}  # noqa: E731
-        best, _ = update_best(best, epoch, 4, measure, has_test=has_test)
+        best, _ = update_best(best, epoch, measure, has_test=has_test)
     assert (best["epoch"], best["val"]["top1"], best.get("test", {}).get("top1")) == expected
 
 

@@ -7,7 +7,6 @@ import pytest
 from rich.console import Console
 
 from fastalign.evaluation.results import check_output, patch_table, percent, summarise, write_results
-from fastalign.probe import identity
 from fastalign.utils.errors import UserError
 from tests.evaluation.helpers import results
 
@@ -48,7 +47,7 @@ def test_results_of_the_same_data_elsewhere_are_overwritten(tmp_path):
     about = {"data": {"path": "coco:/a", "fingerprints": {"test": "12345678"}}, "settings": {"lr": 1e-3}}
     write_results(tmp_path / "p.json", about)
     about["data"]["path"] = "coco:/b"
-    check_output(tmp_path / "p.json", identity, identity(about))
+    check_output(tmp_path / "p.json", about)
     about["data"]["fingerprints"] = {"test": "12345679"}
     with pytest.raises(UserError, match=r"data\.fingerprints\.test was 12345678, is 12345679"):
-        check_output(tmp_path / "p.json", identity, identity(about))
+        check_output(tmp_path / "p.json", about)

@@ -69,61 +69,56 @@ def alone(runs, tmp_path_factory):
     return torch.load(folder / "results.pt")
 
 
+@pytest.fixture(params=TOWERS)
+def tower(request, runs, alone):
+    """A run, what transformers alone computes from its export, and the tokens in float64."""
+    family, _, softcap = TOWERS[request.param]
+    run = runs(family, softcap)
+    wanted = tokens(run, family, softcap)
+    return SimpleNamespace(family=family, softcap=softcap, run=run, found=alone[request.param], wanted=wanted)
+
+
 def test_without_trust_remote_code_a_capped_tower_is_refused(alone):
     auto, own_class = alone["refusals"]
     assert "Please pass the argument `trust_remote_code=True`" in auto
     assert 'attn_implementation="fastalign_softcap"` is not supported' in own_class
 
 
-def test_config_json_says_how_to_load(exported):
-    for softcap, words in ((0.5, "caps the attention logits at 0.5"), (None, "transformers' own class")):
-        first = (exported("clip", "hf-clip", softcap=softcap) / "config.json").read_text().splitlines()[1]
-        assert "how_to_load" in first
-        assert "trust_remote_code=True" in first
-        assert words in first
-
-
-@pytest.mark.parametrize("name", TOWERS)
-def test_features_without_fastalign(runs, alone, name):
-    family, _, softcap = TOWERS[name]
-    run, found = runs(family, softcap), alone[name]
-    wanted = tokens(run, family, softcap)
+def test_features_without_fastalign(tower):
+    found = tower.found
     for key in ("tokens", "tuple", "saved", "eager"):
-        assert relative_error(found[key], wanted) < 1e-5, key
+        assert relative_error(found[key], tower.wanted) < 1e-5, key
     assert torch.equal(found["hidden"][-1], found["tokens"])
     assert len(found["hidden"]) == 3
     assert found["files"] == ["config.json", "model.safetensors", "modeling_fastalign.py"]
-    if softcap:
+    if tower.softcap:
         assert all(layer.sum(-1).allclose(torch.ones(())) for layer in found["attentions"])
         assert len(found["attentions"]) == 2
     with torch.no_grad():
-        ours = fa.load_backbone(run).bfloat16().forward_features(images(family).bfloat16())
+        ours = fa.load_backbone(tower.run).bfloat16().forward_features(images(tower.family).bfloat16())
     assert found["bf16"].dtype == torch.bfloat16
-    assert relative_error(found["bf16"], wanted) < 2 * relative_error(ours, wanted)
+    assert relative_error(found["bf16"], tower.wanted) < 2 * relative_error(ours, tower.wanted)
 
 
-@pytest.mark.parametrize("name", TOWERS)
-def test_gradients_without_fastalign(runs, alone, name):
-    family, _, softcap = TOWERS[name]
-    model = truth(runs(family, softcap), family, softcap)
-    out = model.forward_features(images(family).double())
-    out.backward(cotangent(family, out.shape[1]).double())
+def test_gradients_without_fastalign(tower):
+    model = truth(tower.run, tower.family, tower.softcap)
+    out = model.forward_features(images(tower.family).double())
+    out.backward(cotangent(tower.family, out.shape[1]).double())
     for key in ("gradient", "checkpointed"):
-        found = alone[name][key]
+        found = tower.found[key]
         assert relative_error(found["patch"], model.patch_embed.proj.weight.grad) < 1e-4, key
         assert set(found["none"]) <= {"embeddings.mask_token"}, "only masked image modeling trains it"
 
 
-@pytest.mark.parametrize("name", TOWERS)
-def test_llava_without_fastalign(runs, alone, name):
+def test_llava_without_fastalign(tower):
     """It reads the patches; with registers, which it does not know, all tokens."""
-    family, _, softcap = TOWERS[name]
-    skip = 1 if family in ("clip", "dinov2") else 0
-    wanted = tokens(runs(family, softcap), family, softcap)[:, skip:]
+    wanted = tower.wanted[:, 1:] if tower.family in ("clip", "dinov2") else tower.wanted
     for key in ("llava", "llava eager", "llava saved"):
-        assert relative_error(alone[name][key], wanted) < 1e-5, key
-    if name == "clip":
-        assert relative_error(alone["vlm"], wanted) < 1e-5, "saved by a process with fastalign"
+        assert relative_error(tower.found[key], wanted) < 1e-5, key
+
+
+def test_llava_saved_by_a_process_with_fastalign(runs, alone):
+    assert relative_error(alone["vlm"], tokens(runs("clip"), "clip", 0.5)[:, 1:]) < 1e-5
 
 
 @pytest.mark.parametrize("softcap", [0.5, None])
@@ -131,9 +126,7 @@ def test_llava_with_fastalign(runs, exported, tmp_path, softcap):
     """`hf` makes a saved model known without `trust_remote_code`."""
     output = exported("clip", "hf-clip", softcap=softcap)
     vlm = script.llava(hf.load_tower(output).eval())
-    config = hf.llava_config(output, vlm.config.text_config)
-    assert isinstance(config, transformers.LlavaConfig)
-    assert (config.vision_feature_layer, config.image_seq_length) == (-1, 4)
+    assert (vlm.config.vision_feature_layer, vlm.config.image_seq_length) == (-1, 4)
     if softcap:
         with pytest.raises(ValueError, match="output_attentions"):
             vlm.model.vision_tower.config.output_attentions = True

@@ -10,7 +10,6 @@
 A rank is forked from a server that has imported torch, timm and DALI, which start no thread.
 """
 
-import json
 import multiprocessing
 import os
 import signal
@@ -30,16 +29,14 @@ import fastalign as fa
 from fastalign import train
 from tests.data_helpers import small_photos, write_folder
 from tests.numerics import randomise
+from tests.run_helpers import lines
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 120.0
-"""seconds that a test waits for ranks"""
-SINGLE = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")} | {
-    "CUDA_VISIBLE_DEVICES": ""
-}
-"""one thread, since those of OpenMP and BLAS do not survive the fork; no GPU"""
-LAZY = ["nvidia.dali", "nvidia.dali.fn", "nvidia.dali.types"]
-"""imported by a run at first use, slowly"""
+PATIENCE = 120.0  # seconds that a test waits for ranks
+# One thread, since those of OpenMP and BLAS do not survive the fork; no GPU.
+SINGLE = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
+SINGLE["CUDA_VISIBLE_DEVICES"] = ""
+LAZY = ["nvidia.dali", "nvidia.dali.fn", "nvidia.dali.types"]  # imported by a run at first use, slowly
 
 
 class Ranks:
@@ -95,16 +92,13 @@ class Ranks:
         if self._processes[rank].exitcode is None:
             os.kill(self._processes[rank].pid, number)
 
-    def until(self, condition: Callable[[], object], timeout: float = PATIENCE, poll: float = 0.002) -> bool:
-        """Wait for a condition. Returns whether it came true before a rank ended; fails after `timeout`."""
-        end = time.monotonic() + timeout
-        while time.monotonic() < end:
-            if condition():
-                return True
-            if not self.running():
-                return False
-            time.sleep(poll)
-        raise AssertionError(f"still waiting after {timeout:g} s\n{self.output()}")
+    def until(self, condition: Callable[[], object]) -> bool:
+        """Wait for a condition. Returns whether it came true before a rank ended."""
+        end = time.monotonic() + PATIENCE
+        while not (true := condition()) and self.running():
+            assert time.monotonic() < end, f"still waiting\n{self.output()}"
+            time.sleep(0.002)
+        return bool(true)
 
     def wait(self, timeout: float = PATIENCE) -> list[int]:
         """Wait for the end, as torchrun does: a failure of one rank ends the others. Returns exit codes by rank."""
@@ -123,9 +117,8 @@ class Ranks:
 
     def output(self, rank: int | None = None) -> str:
         """What a rank, or all of them, printed on stdout and stderr."""
-        ranks = range(self.size) if rank is None else [rank]
-        texts = (self.folder / f"rank-{number}.txt" for number in ranks)
-        return "".join(text.read_text(errors="replace") for text in texts if text.exists())
+        texts = sorted(self.folder.glob("rank-*.txt" if rank is None else f"rank-{rank}.txt"))
+        return "".join(text.read_text(errors="replace") for text in texts)
 
 
 def finish(arguments: Sequence[str], size: int = 2, **options) -> str:
@@ -165,8 +158,7 @@ def _free_port() -> int:
 
 
 MODEL = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
-MEASURED = {"images_per_second", "data_wait", "memory"}
-"""metrics that differ from run to run"""
+MEASURED = {"images_per_second", "data_wait", "memory"}  # metrics that differ from run to run
 
 
 def write_recipe(root: Path) -> Path:
@@ -180,15 +172,10 @@ def write_recipe(root: Path) -> Path:
     torch.save(backbone.state_dict(), root / "weights.pth")
     model = {"name": "vit_tiny_patch16_224", "weights": str(root / "weights.pth"), "kwargs": MODEL}
     data = {"train": str(root / "train"), "val": str(root / "val"), "threads": 1}
+    data |= {"color_jitter": 0.4, "randaugment": "rand-m9-mstd0.5-inc1"}
     optim = {"batch_size": 8, "accumulate": 2, "epochs": 8, "lr": 2e-3, "warmup_epochs": 0.5, "ema": 0.9}
-    tree = {
-        "student": model,
-        "data": data | {"color_jitter": 0.4, "randaugment": "rand-m9-mstd0.5-inc1"},
-        "optim": optim,
-        "checkpoint": {"every_steps": 4},
-        "log": {"every_steps": 3},
-        "efficiency": {"precision": "fp32"},
-    }
+    tree = {"student": model, "data": data, "optim": optim, "efficiency": {"precision": "fp32"}}
+    tree |= {"checkpoint": {"every_steps": 4}, "log": {"every_steps": 3}}
     (root / "recipe.yaml").write_text(yaml.safe_dump(tree))
     return root / "recipe.yaml"
 
@@ -196,5 +183,4 @@ def write_recipe(root: Path) -> Path:
 def lines_of(run: Path) -> list[dict]:
     """The lines of `metrics.jsonl`, without `MEASURED`."""
     assert (run / "metrics.jsonl").read_bytes().endswith(b"\n")
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines(run)]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from tests.data_helpers import needs_dali, small_photos, write_folder
-from tests.reliability.crash import Ranks
+from tests.reliability.crash import Ranks, write_recipe
+from tests.run_helpers import lines
 
 STEPS = 10_000
 BYTES_A_STEP = 400
@@ -39,30 +39,27 @@ def newest_step(run: Path) -> int:
 @needs_dali
 def test_nothing_grows_over_ten_thousand_steps(tmp_path):
     """Fifty epochs of real JPEGs, with validation, checkpoints, an average, and metrics every 20 steps."""
-    write_folder(tmp_path / "train", {f"{i}.jpg": data for i, data in enumerate(small_photos(400))})
-    write_folder(tmp_path / "val", {f"{i}.jpg": data for i, data in enumerate(small_photos(4, 1))})
-    run = tmp_path / "run"
-    tree = {
-        "output": str(run),
-        "student": {"name": "vit_tiny_patch16_224", "weights": "random", "kwargs": MODEL},
-        "teacher": {"skip_blocks": 0},
-        "decoder": {"layers": 1},
-        "data": {"train": str(tmp_path / "train"), "val": str(tmp_path / "val"), "threads": 1},
-        "optim": {"batch_size": 2, "epochs": 50, "lr": 1e-3, "ema": 0.99},
-        "checkpoint": {"every_steps": 150},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    recipe, run = str(write_recipe(tmp_path)), tmp_path / "run"
+    write_folder(tmp_path / "images", {f"{i}.jpg": data for i, data in enumerate(small_photos(400))})
+    model = ["student.weights=random", f"student.kwargs={MODEL}", "teacher.skip_blocks=0", "decoder.layers=1"]
+    data = [
+        f"data.train={tmp_path / 'images'}",
+        "optim.batch_size=2",
+        "optim.accumulate=1",
+        "optim.epochs=50",
+    ]
+    data += ["data.color_jitter=0", "data.randaugment=''"]
+    options = [*model, *data, f"output={run}", "checkpoint.every_steps=150", "log.every_steps=20"]
     samples = []
-    with Ranks([str(tmp_path / "recipe.yaml")], 1, folder=tmp_path) as ranks:
+    with Ranks([recipe, *options], 1, folder=tmp_path) as ranks:
         while ranks.running():
             # The file or the process does not exist, or the line is incomplete.
             with contextlib.suppress(OSError, ValueError, IndexError):
                 samples.append([newest_step(run), *sample(ranks.pid(0))])
             time.sleep(0.1)
         assert ranks.wait() == [0], ranks.output()
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
-    assert [line["step"] for line in lines if "val_loss" in line] == list(range(0, STEPS + 1, STEPS // 50))
+    assert [line["step"] for line in lines(run, "loss")] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines(run, "val_loss")] == list(range(0, STEPS + 1, STEPS // 50))
     table = np.array(samples)
     step, resident, *counts = table[table[:, 0] >= STEPS // 5].T
     assert len(step) > 50

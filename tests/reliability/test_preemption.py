@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fastalign.training.command import run_command
-from fastalign.training.preemption import MARKER, Preempted, Preemption, StopReason, clear_marker, preempted
+from fastalign.training.command import Preempted, Preemption, StopReason, run_command
+from tests.data_helpers import needs_dali
+from tests.reliability.crash import write_recipe
+from tests.run_helpers import losses
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +27,7 @@ def _old_handlers():
 
 
 @pytest.mark.parametrize("reason", [StopReason.SIGTERM, StopReason.SIGUSR1])
-def test_the_first_signal_is_remembered_and_the_marker_lasts_until_the_next_start(reason, tmp_path):
+def test_the_first_signal_is_remembered(reason, tmp_path):
     heard = []
     signal.signal(reason, lambda *_: heard.append("the old handler"))
     with Preemption() as preemption:
@@ -37,13 +39,9 @@ def test_the_first_signal_is_remembered_and_the_marker_lasts_until_the_next_star
     signal.raise_signal(reason)
     assert heard == ["the old handler"]
     with pytest.raises(Preempted), Preemption():
-        raise preempted(tmp_path, reason, 7, main=True)
+        raise Preempted(tmp_path, reason, 7)
     signal.raise_signal(reason)  # as torchrun does to the other ranks when the first has ended
     assert heard == ["the old handler"]
-    assert (tmp_path / MARKER).exists()
-    clear_marker(tmp_path)
-    preempted(tmp_path, reason, 8, main=False)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupt_is_remembered_from_the_first_update_unless_it_is_ignored():
@@ -71,66 +69,52 @@ def test_an_interrupted_command_prints_one_line(capsys, monkeypatch, rank, line)
 
 
 PROGRAM = """
-import os, signal, sys, time
-from pathlib import Path
-import torch
-from fastalign.training import distributed
-from fastalign.training.command import run_command
-from fastalign.training.preemption import Preemption, StopReason, preempted
-folder = Path(sys.argv[1])
-attempt, newest = os.environ["TORCHELASTIC_RESTART_COUNT"], folder / "checkpoint"
+import os, signal, sys
+from fastalign import train
+update = train.update
 
-def body():
-    world = distributed.start()
-    (folder / f"start-{attempt}-{world.rank}").write_text(newest.read_text() if newest.exists() else "none")
-    world.barrier()
-    with Preemption() as preemption:
-        if attempt == "0" and world.rank == 1:
-            newest.write_text("12")
-            os.kill(os.getpid(), signal.SIGKILL)
-        while True:
-            reason = torch.tensor([preemption.reason])
-            torch.distributed.all_reduce(reason, torch.distributed.ReduceOp.MAX)
-            (folder / f"running-{attempt}-{world.rank}").touch()
-            if reason.item():
-                time.sleep(1 if world.main else 0)  # to save
-                world.barrier()
-                raise preempted(folder, StopReason(reason.item()), 12, main=world.main)
-            time.sleep(0.02)
+def killed(run, *rest):
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and run.world.rank == 1 and run.state.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(run, *rest)
 
-sys.exit(run_command(body))
+train.update = killed
+sys.exit(train.main())
 """
 
 
 @pytest.mark.slow
+@needs_dali
 def test_torchrun_restarts_after_a_kill_and_hands_a_signal_on(tmp_path):
     """The killed rank's peer ignores torchrun's SIGTERM and ends because its connection is lost.
 
     When torchrun itself gets a signal, it exits with 1, not 75, but the marker exists.
     """
-    program = tmp_path / "program.py"
+    program, recipe, run = tmp_path / "program.py", write_recipe(tmp_path), tmp_path / "run"
     program.write_text(PROGRAM)
     options = ["--max-restarts=1", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
+    command += [str(program), str(recipe), f"output={run}", "optim.epochs=999"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command += [str(program), str(tmp_path)]
     with (tmp_path / "output").open("w") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
         try:
             end = time.monotonic() + 90
-            while not all((tmp_path / f"running-1-{rank}").exists() for rank in range(2)):
+            while not (run / "metrics.jsonl").exists() or len(losses(run)) < 9:
                 assert time.monotonic() < end, (tmp_path / "output").read_text()
-                time.sleep(0.02)
+                time.sleep(0.1)
             process.send_signal(signal.SIGUSR1)
             assert process.wait(45) == 1
         finally:
             process.terminate()
             process.wait(45)
     text = (tmp_path / "output").read_text()
-    starts = {path.name: path.read_text() for path in tmp_path.glob("start-*")}
-    assert starts == {"start-0-0": "none", "start-0-1": "none", "start-1-0": "12", "start-1-1": "12"}
-    assert len(re.findall("fastalign: rank 0: lost the connection to another rank: run again", text)) == 1
-    assert (tmp_path / MARKER).read_text() == "SIGUSR1 at step 12\n"
+    for line in (
+        "resuming .* at step 4 of",
+        "fastalign: rank 0: lost the connection to another rank: run again",
+    ):
+        assert len(re.findall(line, text)) == 1, text
+    assert (run / "preempted").exists()
     assert len(re.findall("fastalign: SIGUSR1: saved", text)) == 1
 
 

@@ -16,7 +16,7 @@ from fastalign.training.checkpoint import changed_settings
 from fastalign.utils.errors import UserError
 from fastalign.utils.sections import Kind
 from tests.data_helpers import needs_dali
-from tests.run_helpers import MODEL, losses, weights
+from tests.run_helpers import MODEL, checkpoint, losses
 
 OTHER = {
     "output": "b", "resume": "force", "seed": 5, "max_steps": 2, "objective": "mim",
@@ -101,13 +101,12 @@ def test_a_finished_run_is_not_relabelled(recipe, capsys):
 
 def optimizer_step(before: dict, after: dict, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight after an update and AdamW by hand, for betas 0.5, 0.6 and decay 0.3."""
-    (index, moments), *_ = before["optimizer"]["state"].items()
-    name = list(before["student"])[index]
-    old, new = after["optimizer"]["state"][index], before["student"][name].double() * (1 - lr * 0.3)
-    t = int(old["step"])
-    first, second = old["exp_avg"].double() / (1 - 0.5**t), old["exp_avg_sq"].double() / (1 - 0.6**t)
-    assert moments["step"] + 1 == t
-    return after["student"][name].double(), new - lr * first / (second.sqrt() + 1e-8)
+    index = next(iter(before["optimizer"]["state"]))
+    name, moments = list(before["student"])[index], after["optimizer"]["state"][index]
+    t, value = int(moments["step"]), before["student"][name].double() * (1 - lr * 0.3)
+    first, second = moments["exp_avg"].double() / (1 - 0.5**t), moments["exp_avg_sq"].double() / (1 - 0.6**t)
+    assert before["optimizer"]["state"][index]["step"] + 1 == t
+    return after["student"][name].double(), value - lr * first / (second.sqrt() + 1e-8)
 
 
 def test_a_forced_change_takes_effect_and_is_recorded(recipe, capsys):
@@ -120,18 +119,16 @@ def test_a_forced_change_takes_effect_and_is_recorded(recipe, capsys):
     recipe("max_steps=4", *every, *new, "resume=force")
     said = capsys.readouterr().out
     assert "resume=force: from step 3 on optim.weight_decay was 0.01, is 0.3" in said
-    before, after = (
-        torch.load(folder / "checkpoints" / f"step-0000000{step}.pt", weights_only=True) for step in (3, 4)
-    )
-    lr = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-2])["lr"]
+    before, after = checkpoint(folder, 3), checkpoint(folder, 4)
+    lr = losses(folder, "lr")[-1]
     assert lr > 0.005  # of ten steps, cosine from 0.01
     found, wanted = optimizer_step(before, after, lr)
     assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-7)
     name = next(name for name, value in after["student"].items() if value.is_floating_point())
     average = 0.9 * before["student"][name] + 0.1 * after["student"][name]
     assert torch.allclose(after["average"][name], average, rtol=1e-5, atol=1e-7)
-    lines = [json.loads(line) for line in (folder / "changes.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["key"], line["now"]) for line in lines] == [
+    changes = map(json.loads, (folder / "changes.jsonl").read_text().splitlines())
+    assert [(change["step"], change["key"], change["now"]) for change in changes] == [
         (3, "optim.lr", 0.01), (3, "optim.weight_decay", 0.3), (3, "optim.betas", [0.5, 0.6]), (3, "optim.ema", 0.9)
     ]  # fmt: skip
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -142,7 +139,7 @@ def test_a_forced_change_takes_effect_and_is_recorded(recipe, capsys):
     assert facts["settings"]["optim"]["weight_decay"] == 0.3
     assert [change["step"] for change in facts["changes"]] == [3, 3, 3, 3, 4]
     weight = next(iter(load_file(folder / "backbone.safetensors").items()))
-    assert torch.equal(weight[1], weights(folder)[f"encoder.{weight[0]}"])
+    assert torch.equal(weight[1], checkpoint(folder)["student"][f"encoder.{weight[0]}"])
 
 
 def test_a_change_without_a_checkpoint_is_not_recorded(recipe, monkeypatch):
@@ -159,10 +156,9 @@ def test_a_change_without_a_checkpoint_is_not_recorded(recipe, monkeypatch):
 
 def test_a_forced_loss_is_measured_and_chosen_anew(recipe):
     """The scale of the targets is the mean squared error's alone, and losses of two kinds do not compare."""
-    folder = recipe("max_steps=1")
-    recipe("max_steps=2", "loss.name=l1", "resume=force")
-    state = torch.load(folder / "checkpoints" / "best.pt", weights_only=True)
-    assert (state["step"], state["target_scale"], state["config"]["loss"]["name"]) == (2, 1.0, "l1")
+    recipe("max_steps=1")
+    state = checkpoint(recipe("max_steps=2", "loss.name=l1", "resume=force"))
+    assert (state["is_best"], state["target_scale"], state["config"]["loss"]["name"]) == (True, 1.0, "l1")
 
 
 @needs_dali

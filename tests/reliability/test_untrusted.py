@@ -13,7 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastalign.config import Config, keys, load_config
+from fastalign.config import Config, kinds, load_config
 from fastalign.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +83,9 @@ VALUES = st.recursive(
     ),
     max_leaves=6,
 )
-NAMES = st.sampled_from([*Config.model_fields, "base", "student.kwargs.depth", *keys()]) | st.text(max_size=6)
+NAMES = st.sampled_from([*Config.model_fields, "base", "student.kwargs.depth", *kinds()]) | st.text(
+    max_size=6
+)
 FUZZ = settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

@@ -1,24 +1,20 @@
 """A finished run of four updates on real JPEGs."""
 
-import numpy as np
+import shutil
+
 import pytest
 import yaml
-from PIL import Image
 
 from fastalign import train
+from tests.data_helpers import small_photos, write_folder
 from tests.report.helpers import MODEL
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A finished run of four updates on real JPEGs."""
-    root, rng = tmp_path_factory.mktemp("report"), np.random.default_rng(0)
+    root = tmp_path_factory.mktemp("report")
     for split, count in (("train", 16), ("val", 5)):
-        for index in range(count):
-            path = root / split / f"{index}.jpg"
-            path.parent.mkdir(exist_ok=True)
-            noise = rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)
-            Image.fromarray(noise).resize((96, 72), Image.Resampling.BICUBIC).save(path)
+        write_folder(root / split, {f"{i}.jpg": photo for i, photo in enumerate(small_photos(count))})
     tree = {
         "output": str(root / "run"),
         "student": MODEL,
@@ -33,9 +29,5 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def run(trained, tmp_path):
-    """The run's small files, to be damaged at will."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for name in ("metrics.jsonl", "config.yaml", "backbone.json", "backbone.safetensors"):
-        (folder / name).write_bytes((trained / name).read_bytes())
-    return folder
+    """The run's files without its checkpoints, to be damaged at will."""
+    return shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))

@@ -5,10 +5,10 @@ import json
 import re
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 from fastalign.report import charts
+from fastalign.report.run import read_probe
 from tests.report.helpers import probe_facts, render
 
 CURVES = [
@@ -26,20 +26,20 @@ def test_curves_go_through_the_metrics(trained):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     lines += [{"step": step, "probe_map": recall} for step, recall in ((4, 0.5), (2, 0.25))]
     lines += [{"step": 2, "epoch": 0, "loss": 0.5, "lr": None}]  # of a resumed run: the later line counts
-    found = charts.curves(lines)
+    found = {axes.get_title(): axes for axes in charts.curves_figure(charts.curves(lines)).axes}
     for title, place, key, factor in CURVES:
         wanted = {line["step"]: factor * line[key] for line in lines if line.get(key) is not None}
         assert len(wanted) > 1
-        axes = Figure().add_subplot()
-        charts.draw_curves(axes, title, found[title])
-        np.testing.assert_allclose(axes.lines[place].get_xydata(), sorted(wanted.items()), rtol=1e-12)
+        points = found[title].lines[place].get_xydata()
+        np.testing.assert_allclose(points, sorted(wanted.items()), rtol=1e-12)
 
 
 def test_long_curves_stay_small_and_keep_their_extremes(run):
     """100,000 steps of noise with one spike up and one down: the path reaches both."""
     values = np.random.default_rng(0).standard_normal(100_000)
     values[43210], values[87654] = 99.0, -99.0
-    svg = charts.line_chart("Loss", [("loss", list(range(100_000)), values.tolist(), "red", "-")])
+    curve = ("loss", list(range(100_000)), values.tolist(), "red", "-")
+    svg = charts.inline_svg(charts.curves_figure({"Loss": [curve]}), "Loss")
     assert len(svg) < 100_000
     path = max(re.findall(r' d="([^"]+)"', svg), key=len)
     heights = np.array([float(y) for _, y in re.findall(r"([\d.]+) ([\d.]+)", path)])
@@ -48,11 +48,14 @@ def test_long_curves_stay_small_and_keep_their_extremes(run):
     assert heights.argmin() < heights.argmax()
 
 
-def test_bars_have_the_height_of_the_shares():
-    axes = Figure().add_subplot()
-    charts.draw_sizes(axes, [0.5, 1.0], {"before": [0.3, None], "aligned": [0.7, 0.2]})
-    assert [bar.get_height() for bar in axes.patches] == [30, 70, 20]  # no bar where nothing was measured
-    assert [text.get_text() for text in axes.get_xticklabels()] == ["50", "100"]
+def test_bars_have_the_height_of_the_shares(run):
+    """Means over seeds by hand; no bar where nothing was measured."""
+    (run / "probe.json").write_text(json.dumps(probe_facts()))
+    probe = read_probe(run / "probe.json")
+    scores, sizes = charts.probe_figure(probe, "union labels, linear head").axes
+    for axes, wanted in ((scores, [55, np.nan, 65, np.nan]), (sizes, [30, np.nan, 70, np.nan])):
+        np.testing.assert_allclose([bar.get_height() for bar in axes.patches], wanted)
+    assert [text.get_text() for text in sizes.get_xticklabels()] == ["50", "100"]
 
 
 def test_pngs(run, tmp_path):

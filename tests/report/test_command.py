@@ -35,7 +35,7 @@ def test_damaged_files_are_named(run, capsys, name, content, message):
 
 def test_bad_arguments(run, tmp_path, capsys, monkeypatch):
     cases = [
-        (("--images", "-1"), "--images -1: give how many"),
+        (("--images", "-1"), "-1 cannot be read as an image"),
         (("--images", tmp_path / "gone.jpg"), "gone.jpg cannot be read as an image"),
         (("--output", tmp_path), "is a directory"),
         (("--images", "0", "--pngs", run / "config.yaml"), "config.yaml: File exists"),

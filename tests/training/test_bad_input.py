@@ -1,5 +1,6 @@
 """What the command refuses: one line, exit code 2."""
 
+import re
 import sys
 
 import pytest
@@ -15,21 +16,10 @@ BAD = {
     "damaged image": (["data.train=BROKEN", "optim.batch_size=2"], ["BROKEN"]),
     "unknown backbone": (["student.name=vit_tinny_patch16_224"], ["vit_tinny", "vit_tiny_patch16_224"]),
     "image size": (["student.kwargs.img_size=50"], ["50", "48 or 64"]),
-    "grids": (
-        ["teacher.weights=random", "teacher.name=vit_tiny_patch16_224", "teacher.kwargs.img_size=64"],
-        ["different patch grids"],
-    ),
+    "grids": (["teacher.weights=random", "teacher.kwargs.img_size=64"], ["different patch grids"]),
     "batch larger than the data": (
         ["optim.batch_size=66", "optim.accumulate=3"],
-        [
-            "optim.batch_size=66",
-            "data.train has 40 images",
-            "at most 39, a multiple of optim.accumulate x ranks = 3",
-        ],
-    ),
-    "more passes than images": (
-        ["optim.batch_size=80", "optim.accumulate=80"],
-        ["optim.batch_size=80", "data.train has 40 images", "lower optim.accumulate"],
+        ["optim.batch_size=66", "data.train has 40 images", "multiple of optim.accumulate x ranks = 3"],
     ),
     "masks.mode=drop with a position bias": (
         ["student.name=beit_base_patch16_224", "student.kwargs={img_size: 32, depth: 2}", "masks.mode=drop"],
@@ -38,26 +28,16 @@ BAD = {
     "weights of another model": (["student.weights=OTHER"], ["OTHER", "another model"]),
     "unreachable weights": (["student.weights=pretrained"], ["vit_tiny_patch16_224"]),
     "LAMB without apex": (["optim.name=apex_lamb"], ["optim.name=apex_lamb", "NVIDIA's repository", "adamw"]),
-    "output is not a directory": (
-        ["output=/dev/null/x"],
-        ["output=/dev/null/x: /dev/null is not a directory; name another"],
-    ),
-    "output is a file": (["output=OTHER"], ["OTHER.pth is not a directory; name another"]),
+    "output in a file": (["output=/dev/null/x"], ["output=/dev/null/x: /dev/null is not a directory"]),
     "depth": (["student.kwargs.depth=0"], ["depth"]),
     "stochastic depth": (["student.kwargs.drop_path_rate=1.5"], ["drop_path_rate"]),
     "channels": (["student.kwargs.in_chans=1"], ["in_chans"]),
     "unknown attention": (["efficiency.attention=flash_atn_2"], ["efficiency.attention", "flash_attn_2"]),
     "attention not installed": (["efficiency.attention=flash_attn_3"], ["not installed", "build it"]),
-    "attention of another device": (
-        ["efficiency.attention=sdpa_cudnn"],
-        ["efficiency.attention: sdpa_cudnn does not support this device", "set auto"],
-    ),
+    "attention of another device": (["efficiency.attention=sdpa_cudnn"], ["sdpa_cudnn", "set auto"]),
     "unknown argument": (["student.kwargs.dept=3"], ["dept"]),
     "too many blocks skipped": (["teacher.skip_blocks=2"], ["skip_blocks"]),
-    "no such run": (
-        ["student.weights=/no/such/run"],
-        ["student.weights=/no/such/run", "pretrained or random"],
-    ),
+    "no such run": (["student.weights=/no/such/run"], ["weights=/no/such/run", "pretrained or random"]),
     "randaugment": (["data.randaugment=rand-q9"], ["rand-q9"]),
 }
 
@@ -65,16 +45,13 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(recipe, tmp_path, capsys, case):
     overrides, words = BAD[case]
-    (tmp_path / "EMPTY").mkdir()
-    for name, content in (("TEXT", b"words"), ("BROKEN", b"\xff\xd8\xff\xe0 not a picture")):
-        (tmp_path / name).mkdir()
-        for index in range(4):
-            (tmp_path / name / f"{index}.{'txt' if name == 'TEXT' else 'jpg'}").write_bytes(content)
-    torch.save({"patch_embed.proj.weight": torch.zeros(2)}, tmp_path / "OTHER.pth")
-    places = {"EMPTY": "EMPTY", "TEXT": "TEXT", "BROKEN": "BROKEN", "OTHER": "OTHER.pth"}
-    for word, place in places.items():
-        overrides = [override.replace(word, str(tmp_path / place)) for override in overrides]
-    recipe(*overrides, expect=2)
+    for path in ("EMPTY", "TEXT/0.txt", *(f"BROKEN/{i}.jpg" for i in range(4))):
+        (tmp_path / path.partition("/")[0]).mkdir(exist_ok=True)
+        if "/" in path:
+            (tmp_path / path).write_bytes(b"\xff\xd8\xff\xe0 not a picture")
+    torch.save({"patch_embed.proj.weight": torch.zeros(2)}, tmp_path / "OTHER")
+    places = re.compile("EMPTY|TEXT|BROKEN|OTHER")
+    recipe(*(places.sub(lambda found: str(tmp_path / found[0]), each) for each in overrides), expect=2)
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastalign:")]
     assert len(error) == 1
     for word in words:

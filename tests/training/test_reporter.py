@@ -8,8 +8,7 @@ import pytest
 
 from fastalign import train
 from fastalign.training import reporter
-from fastalign.training.messages import clock, duration
-from fastalign.training.reporter import Reporter
+from fastalign.training.reporter import Reporter, clock, duration
 
 
 @pytest.mark.parametrize(
@@ -62,10 +61,10 @@ def test_a_bar_of_its_own_for_what_is_slow(tmp_path, monkeypatch):
     bars = Reporter(tmp_path, total=10)
     task = bars._bar.tasks[0]
     bars.update(1)
-    assert (task.completed, task.fields["left"]) == (1, "")
+    assert (task.completed, task.description) == (1, "")
     bars.update(2)
     assert task.completed == 2
-    assert task.fields["left"].endswith(" s left")
+    assert task.description.endswith(" s left")
     assert [len(bars._bar.tasks) for _ in bars.track("ab", "validating", 2)] == [2, 2]
     assert len(bars._bar.tasks) == 1
     bars.close()

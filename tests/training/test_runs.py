@@ -1,8 +1,8 @@
 """The command as users run it: the files of a run, resuming, accumulation, every variant of the objective."""
 
 import json
+import shutil
 from contextlib import nullcontext
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -14,11 +14,11 @@ from torch import nn
 import fastalign as fa
 from fastalign import train
 from fastalign.config import Config
-from fastalign.training import build
+from fastalign.training import build, reporter
 from fastalign.training.build import build_backbones
 from fastalign.training.optim import MovingAverage
 from fastalign.training.validation import eval_mode
-from tests.run_helpers import MODEL, losses, metrics, weights
+from tests.run_helpers import MODEL, checkpoint, lines, losses
 from tests.update_helpers import run_of_batches
 
 
@@ -36,7 +36,7 @@ def test_a_loaded_backbone_gives_the_students_tokens(recipe):
         f"student.name={name}", *(f"student.kwargs.{k}={v}" for k, v in sizes.items()), "max_steps=2"
     )
     student = fa.MaskEmbedStudent.from_backbone(fa.create_backbone(name, img_size=32, depth=2, **sizes))
-    student.load_state_dict(weights(folder))
+    student.load_state_dict(checkpoint(folder)["student"])
     images = torch.randn(2, 3, 32, 32)
     encoder = student.encoder.eval()
     assert torch.equal(fa.load_backbone(folder).forward_features(images), encoder.forward_features(images))
@@ -50,10 +50,10 @@ contents changes config is_best backbone
 
 def test_the_files_of_a_run(recipe):
     folder = recipe()
-    lines, validation = metrics(folder)
-    assert [line["step"] for line in lines] == list(range(1, 11))
+    training, validation = lines(folder, "loss"), lines(folder, "val_loss")
+    assert [line["step"] for line in training] == list(range(1, 11))
     keys = {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "data_wait", "memory"}
-    assert keys <= lines[0].keys()
+    assert keys <= training[0].keys()
     assert [line["step"] for line in validation] == [0, 5, 10]
     assert validation[-1]["val_loss"] < validation[0]["val_loss"]
     assert validation[0]["val_loss"] == pytest.approx(4 / 3, abs=0.15)
@@ -79,10 +79,9 @@ def test_without_apex_its_adam_is_torchs(recipe, capsys):
     said = [line for line in capsys.readouterr().out.splitlines() if "apex" in line]
     assert len([line for line in said if "torch's fused AdamW, the same update" in line]) == 1
     assert losses(folder) == usual
-    path = folder / "checkpoints" / "step-00000003.pt"
-    state = torch.load(path, weights_only=True)
+    state = checkpoint(folder)
     assert state["optimizer_class"] == "torch.AdamW"
-    torch.save({**state, "optimizer_class": "apex.FusedAdam"}, path)
+    torch.save({**state, "optimizer_class": "apex.FusedAdam"}, folder / "checkpoints/step-00000003.pt")
     recipe("optim.name=apex_adam", name="apex", expect=2)
     assert "holds the state of apex.FusedAdam" in capsys.readouterr().err
 
@@ -92,7 +91,7 @@ def test_accumulation_gives_the_same_losses(recipe, size, passes, steps):
     """40 images in updates of 12 are 3 updates an epoch, each over exactly 12 images."""
     once = losses(recipe(f"optim.batch_size={size}", name="once"))
     folder = recipe(f"optim.batch_size={size}", f"optim.accumulate={passes}", name="accumulated")
-    assert [line["step"] for line in metrics(folder)[0]] == list(range(1, steps + 1))
+    assert [line["step"] for line in lines(folder, "loss")] == list(range(1, steps + 1))
     assert losses(folder) == pytest.approx(once, rel=1e-4)
 
 
@@ -121,33 +120,44 @@ def test_variants_train(recipe, options):
 
 def test_target_scale_is_stored_and_not_measured_again(recipe, monkeypatch):
     folder = recipe("max_steps=1", "loss.target_scale=auto:1")
-    state = torch.load(folder / "checkpoints" / "step-00000001.pt", weights_only=True)
-    assert state["target_scale"] != 1.0
+    scale = checkpoint(folder)["target_scale"]
+    assert scale != 1.0
     monkeypatch.setattr("fastalign.train.measure_target_scale", lambda *given: 1 / 0)
     recipe("max_steps=2", "loss.target_scale=auto:1")
-    again = torch.load(folder / "checkpoints" / "step-00000002.pt", weights_only=True)
-    assert again["target_scale"] == state["target_scale"]
+    assert checkpoint(folder, 2)["target_scale"] == scale
 
 
-def test_parts_of_the_decoder_and_batches_of_the_scale_arrive():
-    """In numbers of parameters and batches, by hand."""
-    parts = {"qk_norm": True, "qkv_bias": False, "init_values": None}
-    for kwargs in ({}, parts):
+def test_parts_of_the_decoder_arrive():
+    """In its parameters, by hand."""
+    for kwargs, names, scales in (
+        ({}, {"attn.qkv.bias"}, 2),
+        (
+            {"qk_norm": True, "qkv_bias": False, "init_values": None},
+            {"attn.q_norm.weight", "attn.k_norm.bias"},
+            0,
+        ),
+    ):
         config = Config.model_validate({"student": MODEL, "decoder": {"layers": 1, "kwargs": kwargs}})
-        block = build.build_objective(config)[0].student.decoder.blocks[0]
-        assert {name for name, _ in block.named_parameters() if "qkv.bias" in name or "_norm" in name} == (
-            {f"attn.{q}_norm.{p}" for q in "qk" for p in ("weight", "bias")} if kwargs else {"attn.qkv.bias"}
-        )
-        gammas = [value for name, value in block.named_parameters() if name.endswith("gamma")]
-        assert [set(gamma.tolist()) == {torch.tensor(1e-6).item()} for gamma in gammas] == (
-            [] if kwargs else [True, True]
-        )
-    val = MagicMock(**{"batches": lambda: iter(range(9)), "__len__.return_value": 9})
-    for scale, count in (("auto", 9), ("auto:4", 4), ("auto:20", 9)):
-        config = Config.model_validate({"loss": {"target_scale": scale}})
-        batches, total = build.scale_batches(config, None, None, val)
-        assert list(batches) == list(range(count))
-        assert total == count
+        found = dict(build.build_objective(config)[0].student.decoder.blocks[0].named_parameters())
+        assert names <= found.keys()
+        assert ("attn.q_norm.bias" in found) == ("attn.qkv.bias" not in found) == bool(kwargs)
+        gammas = [value for name, value in found.items() if name.endswith("gamma")]
+        assert len(gammas) == scales
+        assert all(torch.equal(gamma, torch.full_like(gamma, 1e-6)) for gamma in gammas)
+
+
+def test_the_batches_of_the_target_scale(recipe, capsys, monkeypatch):
+    """All of validation, or so many, or 50 of training: 3 batches of 10 images, by 4."""
+    monkeypatch.setattr(reporter, "LINE_SECONDS", -1)
+    for scale, val, count in (
+        ("auto", "10", 3),
+        ("auto:2", "10", 2),
+        ("auto:20", "10", 3),
+        ("auto", None, 10),
+    ):
+        data = [f"loss.target_scale={scale}", f"data.val={f'synthetic:{val}' if val else 'null'}"]
+        recipe(*data, "optim.batch_size=4", "max_steps=1", name=f"{scale}-{val}".replace(":", "-"))
+        assert f"measuring the scale of the targets: 1 of {count} batches" in capsys.readouterr().out
 
 
 def test_a_student_may_start_from_an_earlier_run(recipe):
@@ -202,8 +212,17 @@ def test_print_config(recipe, tmp_path, capsys):
 
 
 def test_a_run_exports_when_it_ends(recipe, capsys):
+    """Again only what is missing, or of other weights."""
     folder = recipe("max_steps=1", "export.to=[timm]")
-    assert (folder / "exports/timm/model.safetensors").is_file()
-    assert f"exported: {folder}/exports/timm" in capsys.readouterr().out
+    place = folder / "exports/timm"
+    assert load_file(place / "model.safetensors")
+    for steps, word in ((1, "already exported"), (2, "exported"), (2, "already exported")):
+        assert f"exported: {place}" in capsys.readouterr().out
+        before = (place / "model.safetensors").stat().st_ino
+        recipe(f"max_steps={steps}", "export.to=[timm]")
+        assert ((place / "model.safetensors").stat().st_ino == before) == (word == "already exported")
+    shutil.rmtree(place)
+    recipe("max_steps=2", "export.to=[timm]")
+    assert place.exists()
     recipe("export.to=[hf-klip]", name="other", expect=2)
     assert "export.to: unknown target hf-klip; the nearest is hf-clip" in capsys.readouterr().err

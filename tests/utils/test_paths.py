@@ -16,6 +16,7 @@ from fastalign.data.sources import open_source
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
+from fastalign.utils.sections import get_key
 from tests.data_helpers import small_photos, write_folder
 
 
@@ -44,19 +45,9 @@ def test_paths_expand_as_in_bash(home):
 
 
 def test_keys_that_are_paths_expand(home):
-    for key in (
-        "output",
-        "data.train",
-        "data.val",
-        "student.weights",
-        "teacher.weights",
-        "probe.data",
-        "faults.quarantine",
-    ):
-        made = config.resolve({}, [f"{key}=~/x"], "FILE").model_dump()
-        for part in key.split("."):
-            made = made[part]
-        assert made == f"{home}/x"
+    keys = "output data.train data.val student.weights teacher.weights probe.data faults.quarantine"
+    for key in keys.split():
+        assert get_key(config.resolve({}, [f"{key}=~/x"], "FILE").model_dump(), key) == f"{home}/x"
     with pytest.raises(UserError, match=r"^command line: data\.val: .*variable NONE is not set"):
         config.resolve({}, ["data.val=$NONE/x"], "FILE")
 
@@ -101,7 +92,7 @@ def test_home_user_and_locks_are_optional(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     monkeypatch.setattr(pwd, "getpwuid", fails(KeyError("uid not found")))
-    with pytest.raises(OSError, match="no home folder"):
+    with pytest.raises(RuntimeError, match="home directory"):
         index.cache_folder()
     assert len(open_source(".")) == 1
     with pytest.raises(UserError, match=r"the home folder of ~ is not known; write the path out"):
@@ -110,8 +101,5 @@ def test_home_user_and_locks_are_optional(tmp_path, monkeypatch):
     ran = subprocess.run([sys.executable, "-c", NOBODY], capture_output=True, text=True, check=False)
     assert ran.stderr == ""
     folder = tempfile.gettempdir()
-    assert ran.stdout.split() == [
-        f"{folder}/torchinductor_{os.getuid()}",
-        f"{folder}/fastalign-{os.getuid()}",
-    ]
+    assert ran.stdout == f"{folder}/torchinductor_{os.getuid()} {folder}/fastalign-{os.getuid()}\n"
     assert [path.name for path in tmp_path.joinpath("data").iterdir()] == ["a.jpg"]

@@ -13,14 +13,15 @@ from fastalign.utils.random import EVAL_EPOCH
 class _Sampler:
     """Without a seed, masks follow `torch.manual_seed` and the images drawn so far; with one, the seed alone."""
 
-    def __init__(self, kind: type, mask_size: int, antithetical_sampling, include_null, **options):
+    kind = UniformMasks
+
+    def __init__(self, mask_size: int, antithetical_sampling: bool, include_null: bool, **options: float):
         self.mask_size, self._drawn = mask_size, 0
         self.antithetical_sampling, self.include_null = bool(antithetical_sampling), bool(include_null)
-        self._masks = kind(self.antithetical_sampling, self.include_null, **options)
+        self._masks = self.kind(self.antithetical_sampling, self.include_null, **options)
 
-    def _seeded(self, rows: int, generator: np.random.Generator) -> np.ndarray | None:
+    def _draw(self, rows: int, generator: np.random.Generator) -> np.ndarray | None:
         """[rows, N] bool: NumPy's draws, as in the authors' runs; None = draw as without a seed."""
-        return None
 
     def __call__(self, batch_size: int, seed: int | None = None) -> Tensor:
         """Masks of B = `batch_size` images, fp32; with a seed, as in validation, the same at every call."""
@@ -28,7 +29,7 @@ class _Sampler:
         if seed is None:
             ids, epoch, seed = ids + self._drawn, 0, torch.initial_seed() % 2**63
             self._drawn += batch_size
-        elif (rows := self._seeded(batch_size * masks.copies, np.random.default_rng(seed))) is not None:
+        elif (rows := self._draw(batch_size * masks.copies, np.random.default_rng(seed))) is not None:
             sample = torch.from_numpy(rows)[:: masks.copies]
             stack = [sample, *[~sample] * masks.complement, *[torch.ones_like(sample)] * masks.full]
             return torch.stack(stack, 1).flatten(0, 1).float()
@@ -45,9 +46,9 @@ class UniformMaskSampler(_Sampler):
     """
 
     def __init__(self, mask_size: int, antithetical_sampling: bool = True, include_null: bool = True):
-        super().__init__(UniformMasks, mask_size, antithetical_sampling, include_null)
+        super().__init__(mask_size, antithetical_sampling, include_null)
 
-    def _seeded(self, rows: int, generator: np.random.Generator) -> np.ndarray:
+    def _draw(self, rows: int, generator: np.random.Generator) -> np.ndarray:
         draws = generator.uniform(size=(rows, self.mask_size + 1))
         return draws[:, 1:] > draws[:, :1]
 
@@ -55,17 +56,13 @@ class UniformMaskSampler(_Sampler):
 class BernoulliMaskSampler(_Sampler):
     """Each patch is visible with probability `mask_ratio`. Other arguments as for `UniformMaskSampler`."""
 
-    def __init__(
-        self,
-        mask_size: int,
-        mask_ratio: float = 0.5,
-        antithetical_sampling: bool = True,
-        include_null: bool = True,
-    ):
-        super().__init__(BernoulliMasks, mask_size, antithetical_sampling, include_null, ratio=mask_ratio)
+    kind = BernoulliMasks
+
+    def __init__(self, mask_size: int, mask_ratio=0.5, antithetical_sampling=True, include_null=True):
+        super().__init__(mask_size, antithetical_sampling, include_null, ratio=mask_ratio)
         self.mask_ratio = mask_ratio
 
-    def _seeded(self, rows: int, generator: np.random.Generator) -> np.ndarray:
+    def _draw(self, rows: int, generator: np.random.Generator) -> np.ndarray:
         return generator.uniform(size=(rows, self.mask_size)) < self.mask_ratio
 
 
@@ -75,12 +72,8 @@ class BlockwiseMaskSampler(_Sampler):
     With a seed too it draws from `fastalign.BlockwiseMasks`: the authors' distribution, not their bits.
     """
 
-    def __init__(
-        self,
-        mask_size: int,
-        target_ratio: float = 0.4,
-        antithetical_sampling: bool = True,
-        include_null: bool = True,
-    ):
-        super().__init__(BlockwiseMasks, mask_size, antithetical_sampling, include_null, ratio=target_ratio)
+    kind = BlockwiseMasks
+
+    def __init__(self, mask_size: int, target_ratio=0.4, antithetical_sampling=True, include_null=True):
+        super().__init__(mask_size, antithetical_sampling, include_null, ratio=target_ratio)
         self.target_ratio = target_ratio

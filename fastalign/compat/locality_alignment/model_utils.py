@@ -10,26 +10,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastalign import ops
-from fastalign.backbones.accelerate import FAST, FastSelfAttention
+from fastalign.backbones.accelerate import FAST
 from fastalign.compat import ArgumentError
 
 
 def use_our_attention(model: nn.Module, softcap: float | None = None) -> nn.Module:
     """Let timm's attention modules use `fastalign.ops.attention`. Parameters, keys and objects stay."""
     for module in model.modules():
-        fast = FAST.get(type(module), object)
-        if issubclass(fast, FastSelfAttention):
+        if fast := FAST.get(type(module)):
             module.__class__, module.softcap = fast, softcap
     return model
 
 
 class MaskLayer(nn.Module):
-    """Blanks the pixels of hidden patches.
-
-    Args:
-        image_width: of the square image.
-        patch_size: of the square patches. A remainder of the image, which no patch reads, is blanked too.
-    """
+    """Blanks the pixels of hidden patches of square images, and a remainder that no patch reads."""
 
     def __init__(self, image_width: int, patch_size: int):
         super().__init__()
@@ -37,10 +31,9 @@ class MaskLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Images [n, C, height, width] times masks [n, N]."""
-        side, size = self.mask_width, self.upsample_factor
-        pixels = mask.view(len(mask), 1, side, side).to(x.dtype)
-        pixels = functional.interpolate(pixels, scale_factor=size)
-        return x * functional.pad(pixels, (0, x.shape[3] - side * size, 0, x.shape[2] - side * size))
+        pixels = mask.view(len(mask), 1, self.mask_width, self.mask_width).to(x.dtype)
+        pixels = functional.interpolate(pixels, scale_factor=self.upsample_factor)
+        return x * functional.pad(pixels, (0, x.shape[3] - pixels.shape[3], 0, x.shape[2] - pixels.shape[2]))
 
 
 def mask_layer(model: nn.Module) -> MaskLayer:
@@ -92,22 +85,17 @@ class MaskEmbedDecoder(nn.Module):
         super().__init__()
         self.prefix_only, self.num_prefix_tokens = prefix_only, num_prefix_tokens
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, num_patch_tokens + num_prefix_tokens, embed_dim))
-        options = {"qkv_bias": qkv_bias, "qk_norm": qk_norm, "init_values": init_values}
-        options |= {"norm_layer": norm_layer, "act_layer": act_layer, "mlp_layer": mlp_layer}
+        layers = {"norm_layer": norm_layer, "act_layer": act_layer, "mlp_layer": mlp_layer}
+        options = {"qkv_bias": qkv_bias, "qk_norm": qk_norm, "init_values": init_values, **layers}
         self.blocks = nn.Sequential(*(Block(embed_dim, num_heads, **options) for _ in range(num_layers)))
         self.norm = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, output_size)
         use_our_attention(self)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Predict the teacher's tokens.
+        """Tokens [n, T, embed_dim], or of each image once [B, T, embed_dim], and masks [n, N] of 0 and 1.
 
-        Args:
-            x: [n, T, embed_dim], or the tokens of each image once, [B, T, embed_dim].
-            mask: [n, N] of 0 and 1.
-
-        Returns:
-            [n, T, output_size], or [n, 1, output_size] with prefix_only.
+        Returns [n, T, output_size], or [n, 1, output_size] with prefix_only.
         """
         if mask.dim() != 2 or len(mask) % len(x):
             raise ArgumentError(
@@ -143,12 +131,7 @@ class MaskEmbedStudent(nn.Module):
 
 
 class TransformerPooling(nn.Module):
-    """A head that pools: position embedding, transformer blocks, norm, mean over tokens.
-
-    Args:
-        embed_dim, num_heads, num_layers: of its blocks, which have no qkv bias.
-        num_tokens: T.
-    """
+    """A head that pools T = `num_tokens` tokens: position embedding, blocks without qkv bias, norm, mean."""
 
     def __init__(self, embed_dim: int, num_heads: int, num_tokens: int, num_layers: int):
         super().__init__()

@@ -10,9 +10,9 @@ from fastalign.compat.locality_alignment.model_utils import mask_layer, use_our_
 
 
 def convert_to_student_model(model: nn.Module, output_dim: int, output_head: str = "linear") -> nn.Module:
-    """Change a timm model in place into the encoder of MaskEmbed: [B, C, h, w] -> [B, T, output_dim].
+    """A timm model, changed in place into the encoder of MaskEmbed: [B, C, h, w] -> [B, T, output_dim].
 
-    `output_head` is "linear" or "mlp". Returns the model.
+    `output_head` is "linear" or "mlp".
     """
     if output_head not in ("linear", "mlp"):
         raise ArgumentError(f"output_head must be 'linear' or 'mlp', got {output_head!r}")
@@ -33,10 +33,7 @@ def convert_to_student_model(model: nn.Module, output_dim: int, output_head: str
 
 
 def convert_to_mim_student_model(model: nn.Module, output_dim: int, output_head: str = "linear") -> nn.Module:
-    """The student of masked image modeling, ``student(x [n, C, h, w], mask [n, N])``: [n, T, output_dim].
-
-    Arguments as for `convert_to_student_model`.
-    """
+    """As `convert_to_student_model`, of masked images: ``model(x [n, C, h, w], mask [n, N])``: [n, T, output_dim]."""
     model.mask_layer = mask_layer(model)
     model.forward = types.MethodType(_masked, convert_to_student_model(model, output_dim, output_head))
     return model

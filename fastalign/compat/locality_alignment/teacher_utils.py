@@ -1,4 +1,4 @@
-"""Teachers: a timm model, changed in place, whose forward gives targets."""
+"""Teachers: a timm model, changed in place, whose forward gives targets times the buffer `output_scaling.scale`."""
 
 import types
 
@@ -9,11 +9,10 @@ from fastalign.compat.locality_alignment.model_utils import Scale, mask_layer, u
 
 
 def convert_to_teacher_model(model: nn.Module, skip_blocks: int = 0, prefix_only: bool = False) -> nn.Module:
-    """Let a timm model read masked images: ``teacher(x [n, C, h, w], mask [n, N])``.
+    """A timm model, changed in place to read masked images: ``teacher(x [n, C, h, w], mask [n, N])``.
 
     The output is the final norm of the last `skip_blocks` blocks' input [n, T, D]; these blocks are removed. With
-    `prefix_only`, which needs ``skip_blocks=0``, it is the pooled output [n, 1, D]. Both are multiplied by the buffer
-    `output_scaling.scale`. The model is changed in place and returned.
+    `prefix_only`, which needs ``skip_blocks=0``, it is the pooled output [n, 1, D].
     """
     if prefix_only and skip_blocks:
         raise ArgumentError("convert_to_teacher_model: prefix_only reads the whole model; set skip_blocks=0")
@@ -22,28 +21,31 @@ def convert_to_teacher_model(model: nn.Module, skip_blocks: int = 0, prefix_only
         raise ArgumentError(
             f"convert_to_teacher_model: skip_blocks must lie in 0..{depth - 1}, got {skip_blocks}"
         )
-    model.mask_layer, model.output_scaling = mask_layer(model), Scale(1)
+    model.mask_layer = mask_layer(model)
     model.blocks = model.blocks[: depth - skip_blocks]
-    model.forward = types.MethodType(_pooled if prefix_only else _tokens, use_our_attention(model))
-    return model
+    return _with_forward(model, _pooled if prefix_only else _tokens)
 
 
 def convert_to_mim_teacher_model(model: nn.Module) -> nn.Module:
-    """Let a timm model return all tokens of the whole image, ``teacher(x [B, C, h, w])``: [B, T, D], scaled."""
+    """A timm model, changed in place to give all tokens of whole images: ``teacher(x [B, C, h, w])``: [B, T, D]."""
+    return _with_forward(model, _unmasked)
+
+
+def _with_forward(model: nn.Module, forward: types.FunctionType) -> nn.Module:
     model.output_scaling = Scale(1)
-    model.forward = types.MethodType(_unmasked, use_our_attention(model))
+    model.forward = types.MethodType(forward, use_our_attention(model))
     return model
 
 
+def _unmasked(self: nn.Module, x: Tensor) -> Tensor:
+    return self.output_scaling(self.forward_features(x))
+
+
 def _tokens(self: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
-    return self.output_scaling(self.forward_features(self.mask_layer(x, mask)))
+    return _unmasked(self, self.mask_layer(x, mask))
 
 
 def _pooled(self: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
     # [n, 1, D] like the student's prediction: [n, D] would broadcast to [n, n, D] in the loss.
     x = self.forward_head(self.forward_features(self.mask_layer(x, mask)))
     return self.output_scaling(x).unsqueeze(1)
-
-
-def _unmasked(self: nn.Module, x: Tensor) -> Tensor:
-    return self.output_scaling(self.forward_features(x))

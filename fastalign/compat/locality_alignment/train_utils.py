@@ -1,7 +1,6 @@
 """Checkpoints with the authors' layout: `state_dict`, perhaps `state_dict_ema`, keys `encoder.*` and `decoder.*`."""
 
 import json
-import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from timm.utils.model import get_state_dict
 from torch import Tensor, nn
 
-from fastalign.backbones.weight_files import read_file
+from fastalign.backbones.weight_files import plain, read_file
 from fastalign.backbones.weights import fold_layer_scale, trained_as
 from fastalign.compat.locality_alignment.model_utils import MaskEmbedStudent
 
@@ -69,30 +68,16 @@ def load_checkpoint(
     strict: bool = True,
     filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
 ):
-    """Load a checkpoint's weights into a model.
+    """Load the weights in a `.pth.tar`, `.pth` or `.safetensors` file into a model; no code in the file is run.
 
-    Args:
-        model: changed in place.
-        checkpoint_path: `.pth.tar`, `.pth` or `.safetensors`; no code in it is run.
-        use_ema: take the moving average if the checkpoint has one.
-        device: where it is read to.
-        strict: refuse missing and unexpected keys.
-        filter_fn: (state dict, model) -> the state dict to load.
-
-    Returns:
-        torch's record of missing and unexpected keys.
-
-    Raises:
-        UserError: the file cannot be read safely.
+    `use_ema` prefers a moving average; `filter_fn`, (state dict, model) -> state dict, chooses what is loaded.
+    Returns torch's record of missing and unexpected keys, which `strict` refuses. UserError for an unsafe file.
     """
-    checkpoint, softcap = read_file(Path(checkpoint_path), device), None
+    checkpoint = read_file(Path(checkpoint_path), device)
     names = [*(["state_dict_ema", "model_ema"] if use_ema else []), "state_dict", "model"]
     name = next((name for name in names if isinstance(checkpoint.get(name), dict)), None)
-    # Without the leading `module.` and `_orig_mod.` of DDP and torch.compile.
-    state = checkpoint[name] if name else checkpoint
-    state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state.items()}
-    if name:
-        softcap = trained_as(checkpoint, str(checkpoint_path))[1]
+    state = {plain(key): value for key, value in (checkpoint[name] if name else checkpoint).items()}
+    softcap = trained_as(checkpoint, str(checkpoint_path))[1] if name else None
     if softcap and softcap != softcap_of(model):
         warnings.warn(
             f"{checkpoint_path} was trained with attention logits capped at {softcap:g}, and {type(model).__name__} "
@@ -102,28 +87,19 @@ def load_checkpoint(
     return model.load_state_dict(filter_fn(state, model) if filter_fn else state, strict=strict)
 
 
-def load_checkpoint_auto(
-    model: nn.Module,
-    checkpoint_path: str,
-    use_ema: bool = True,
-    device: str | torch.device = "cpu",
-    strict: bool = True,
-):
+def load_checkpoint_auto(model: nn.Module, checkpoint_path: str, use_ema=True, device="cpu", strict=True):
     """As `load_checkpoint`; a student's checkpoint is fitted to a plain backbone by `auto_filter_fn`."""
     return load_checkpoint(model, checkpoint_path, use_ema, device, strict, auto_filter_fn)
 
 
 def auto_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Fit the weights of a `MaskEmbedStudent` to a plain backbone; leave others unchanged.
+    """The encoder of a `MaskEmbedStudent` for a plain backbone, whose pooling is removed; other weights unchanged.
 
-    Only the encoder is kept; its LayerScale is folded into the layers before it if the backbone has none; the
-    backbone's pooling is removed from `model`.
+    LayerScale is folded into the layers before it if the backbone has none.
     """
     parts = {key.partition(".")[0] for key in state_dict}
     if isinstance(model, MaskEmbedStudent) or not parts <= {"encoder", "decoder"}:
         return state_dict
+    model.attn_pool = model.global_pool = None
     state = {key.removeprefix("encoder."): v for key, v in state_dict.items() if key.startswith("encoder.")}
-    state = fold_layer_scale(state, model.state_dict().keys())
-    for name in ("attn_pool", "global_pool"):
-        setattr(model, name, None)
-    return state
+    return fold_layer_scale(state, model.state_dict().keys())

@@ -17,20 +17,17 @@ NAMES = (
 """timm's names of the models below."""
 
 
-def create_svit(model_name: str, pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """A timm vision transformer with attention logits capped at `max_attn_val` (30). Other arguments are timm's."""
-    name, kwargs, softcap = split_svit(f"s{model_name}", kwargs)
-    return use_our_attention(timm.create_model(name, pretrained=pretrained, **kwargs), softcap)
-
-
 def _register(name: str) -> None:
     def build(pretrained: bool = False, **kwargs) -> VisionTransformer:
-        return create_svit(name, pretrained, **kwargs)
+        plain, kwargs, softcap = split_svit(name, kwargs)
+        return use_our_attention(timm.create_model(plain, pretrained=pretrained, **kwargs), softcap)
 
-    build.__name__ = build.__qualname__ = f"s{name}"
-    build.__doc__ = f"timm's {name} with soft-capped attention."
-    globals()[f"s{name}"] = register_model(build)
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = (
+        f"timm's {name[1:]} with attention logits capped at `max_attn_val` (30). Arguments are timm's."
+    )
+    globals()[name] = register_model(build)
 
 
 for _name in NAMES:
-    _register(_name)
+    _register(f"s{_name}")

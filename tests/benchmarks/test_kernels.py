@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import attention, compare, kernels, record
+from benchmarks import attention, kernels, record, timing
 from benchmarks.cases import TINY_CASES, attention_case
 from fastalign import ops
 from fastalign.ops import reference
@@ -64,26 +64,24 @@ def test_failures_are_rows_and_another_function_is_not_timed():
         functions, uncapped = kernels.implementations(case, inputs, tiny)
         return functions | {"large": too_large, "sum": lambda q, k, v, softcap: q + k + v}, uncapped
 
-    rows = compare.measure_case(ATTENTION, "cpu", {}, implementations, tiny=True)
+    rows = kernels.measure_case(ATTENTION, "cpu", {}, implementations, tiny=True)
     failed = {row["implementation"]: row["failed"] for row in rows if "failed" in row}
-    assert failed["large"] == compare.NO_MEMORY
+    assert failed["large"] == timing.NO_MEMORY
     assert "computes another function" in failed["sum"]
     assert {row["implementation"] for row in rows if "ms" in row} == {"ours", "eager", "compile"}
 
 
 def test_a_complete_result(tmp_path, monkeypatch, capsys):
     """The path of a GPU, with a fake clock and fake memory."""
-    original = compare.measure_case
+    original = kernels.measure_case
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(record, "environment", lambda: {"gpu": "G", "commit": None, "date": "d"})
-    monkeypatch.setattr(compare, "machine", lambda: {"copy_gbps": 1e-3, "matmul_tflops": 1e-6})
-    monkeypatch.setattr(compare, "device_times", lambda call: [(call(), 2.0)[1], 1.0])
-    monkeypatch.setattr(compare, "host_ms", lambda call: (call(), 0.5)[1])
-    monkeypatch.setattr(compare, "peak_mib", lambda call: (call(), 7.0)[1])
+    monkeypatch.setattr(timing, "machine", lambda: {"copy_gbps": 1e-3, "matmul_tflops": 1e-6})
+    monkeypatch.setattr(timing, "device_times", lambda call: [(call(), 2.0)[1], 1.0])
+    monkeypatch.setattr(timing, "host_ms", lambda call: (call(), 0.5)[1])
+    monkeypatch.setattr(timing, "peak_mib", lambda call: (call(), 7.0)[1])
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(
-        compare, "measure_case", lambda case, _, *rest, **more: original(case, "cpu", *rest, **more)
-    )
+    monkeypatch.setattr(kernels, "measure_case", lambda case, _, *rest: original(case, "cpu", *rest))
     chosen = [case for case in TINY_CASES if case.label in ("tiny mse", "tiny T 18 d 16 cap")]
     monkeypatch.setattr(kernels, "CASES", chosen)
     assert kernels.main([]) == 0
@@ -103,13 +101,9 @@ def test_a_complete_result(tmp_path, monkeypatch, capsys):
     assert "copy 0 GB/s" in capsys.readouterr().out
 
 
-def test_rounds_alternate():
-    order = []
-    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    times = compare.interleaved(calls, lambda call: [call() or 1.0], rounds=3)
-    assert order == ["a", "b", "b", "a", "a", "b"]
-    assert times == {"a": [1.0] * 3, "b": [1.0] * 3}
-    assert compare.quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == {"ms": 3.5, "ms_p20": 2.0, "ms_p80": 5.0}
+def test_turns_alternate_and_quantiles_by_hand():
+    assert timing.in_turns(["a", "b"], 3) == ["a", "b", "b", "a", "a", "b"]
+    assert timing.quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == {"ms": 3.5, "ms_p20": 2.0, "ms_p80": 5.0}
 
 
 def test_packed_flex_attention_is_timed_without_its_mask(monkeypatch):
@@ -123,52 +117,53 @@ def test_packed_flex_attention_is_timed_without_its_mask(monkeypatch):
         torch.testing.assert_close(function(**inputs), case.reference(**inputs))
 
 
-def test_the_table_is_what_the_choice_reads(tmp_path, monkeypatch):
-    monkeypatch.setattr(choice, "TABLE", tmp_path / "table.json")
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """A table of attention in a folder of the test, with a row of sm_80; its path."""
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"sm_80": {"environment": {}, "rows": []}}))
+    monkeypatch.setattr(choice, "TABLE", path)
+    choice._choose.cache_clear(), choice._table.cache_clear()
+    yield path
+    choice._choose.cache_clear(), choice._table.cache_clear()
+
+
+def measured(implementation, mode, ms, length=577, **more):
+    facts = {"softcap": 30.0, "packed": False, "length": length, "width": 64}
+    return facts | {"implementation": implementation, "mode": mode, "ms": ms} | more
+
+
+def test_the_table_is_what_the_choice_reads(table, monkeypatch):
     monkeypatch.setattr(choice, "architecture", lambda: 90)
     monkeypatch.setattr(ops, "MODE", "auto")
-    (tmp_path / "table.json").write_text(json.dumps({"sm_80": {"environment": {}, "rows": []}}))
-    facts = {"softcap": 30.0, "packed": False, "length": 577, "width": 64}
     rows = [
-        facts | {"implementation": "ours", "mode": "full", "ms": 2.0},
-        facts | {"implementation": "eager", "mode": "full", "ms": 1.0},
-        facts | {"implementation": "ours", "mode": "forward", "ms": 1.0},
-        facts | {"implementation": "eager", "mode": "forward", "ms": 3.0},
-        facts | {"implementation": "compile", "mode": "forward", "ms": 0.1},
-        facts | {"implementation": "sdpa_flash", "mode": "full", "ms": 0.1, "computes": "without the cap"},
-        facts | {"implementation": "ours", "mode": "backward", "ms": 0.5},
-        facts | {"implementation": "flex", "failed": "out of memory"},
+        measured("ours", "full", 2.0),
+        measured("eager", "full", 1.0),
+        measured("ours", "forward", 1.0),
+        measured("eager", "forward", 3.0),
+        measured("compile", "forward", 0.1),
+        measured("sdpa_flash", "full", 0.1, computes="without the cap"),
+        measured("ours", "backward", 0.5),
+        {"softcap": 30.0, "implementation": "flex", "failed": "out of memory"},
     ]
-    choice._choose.cache_clear(), choice._table.cache_clear()
-    try:
-        attention.write_table(rows, {"architecture": "sm_90"})
-        written = json.loads((tmp_path / "table.json").read_text())
-        assert set(written) == {"sm_80", "sm_90"}
-        assert [row["ms"] for row in written["sm_90"]["rows"]] == [
-            {"triton": 2.0, "eager": 1.0},
-            {"triton": 1.0, "eager": 3.0},
-        ]
-        call = Case("cuda", torch.bfloat16, True, False, False, 577, 64, gradient=True)
-        assert choose(call).backend == "eager"
-        assert choose(call._replace(gradient=False)).backend == "triton"
-    finally:
-        choice._choose.cache_clear(), choice._table.cache_clear()
+    attention.write_table(rows, {"architecture": "sm_90"})
+    written = json.loads(table.read_text())
+    assert set(written) == {"sm_80", "sm_90"}
+    times = [row["ms"] for row in written["sm_90"]["rows"]]
+    assert times == [{"triton": 2.0, "eager": 1.0}, {"triton": 1.0, "eager": 3.0}]
+    call = Case("cuda", torch.bfloat16, True, False, False, 577, 64, gradient=True)
+    assert choose(call).backend == "eager"
+    assert choose(call._replace(gradient=False)).backend == "triton"
 
 
-def _row(length, ms):
-    facts = {"softcap": 30.0, "packed": False, "length": length, "width": 64}
-    return facts | {"implementation": "ours", "mode": "full", "ms": ms}
-
-
-def test_cases_that_were_not_measured_stay_in_the_table(tmp_path, monkeypatch):
-    path = tmp_path / "table.json"
-    monkeypatch.setattr(choice, "TABLE", path)
-    attention.write_table([_row(197, 1.0), _row(577, 2.0)], {"architecture": "sm_90"})
-    attention.write_table([_row(577, 3.0)], {"architecture": "sm_90", "date": "later"})
-    found = json.loads(path.read_text())["sm_90"]
+def test_cases_that_were_not_measured_stay_in_the_table(table, monkeypatch):
+    rows = [measured("ours", "full", 1.0, length=197), measured("ours", "full", 2.0)]
+    attention.write_table(rows, {"architecture": "sm_90"})
+    attention.write_table([measured("ours", "full", 3.0)], {"architecture": "sm_90", "date": "later"})
+    found = json.loads(table.read_text())["sm_90"]
     assert [(row["length"], row["ms"]["triton"]) for row in found["rows"]] == [(197, 1.0), (577, 3.0)]
     # Stopped while writing: the old table is intact.
-    monkeypatch.setattr(type(path), "replace", lambda *_: 1 / 0)
+    monkeypatch.setattr(type(table), "replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        attention.write_table([_row(577, 4.0)], {"architecture": "sm_90"})
-    assert json.loads(path.read_text())["sm_90"] == found
+        attention.write_table([measured("ours", "full", 4.0)], {"architecture": "sm_90"})
+    assert json.loads(table.read_text())["sm_90"] == found
