@@ -12,17 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalign.kernels.common import (
-    image_chunks,
-    narrow,
-    promoted,
-    register,
-    row_tile,
-    row_tiles,
-    store,
-    tile_of_rows,
-    with_unit_stride,
-)
+from fastalign.kernels import common
+from fastalign.kernels.common import narrow, store, tile_of_rows
 
 
 @triton.jit
@@ -113,17 +104,17 @@ def _allocate(
 ) -> Tensor:
     tokens = visible.shape[2] + (0 if prefix is None else prefix.shape[0])
     shape = (*visible.shape[:2], tokens, patches.shape[-1])
-    return patches.new_empty(shape, dtype=promoted(patches, prefix, position))
+    return patches.new_empty(shape, dtype=common.promoted(patches, prefix, position))
 
 
 def _forward(out, patches, hidden, visible, prefix, position) -> None:
     images, copies, tokens, width = out.shape
-    count, tile = visible.shape[2], row_tile(width)
+    count, tile = visible.shape[2], common.row_tile(width)
     if out.numel() == 0:
         return
-    patches = with_unit_stride(patches)
+    patches = common.with_unit_stride(patches)
     rows = [None if row is None else row.contiguous() for row in (hidden, prefix, position)]
-    _forward_kernel[(row_tiles(tokens, width, tile) * images,)](
+    _forward_kernel[(common.row_tiles(tokens, width, tile) * images,)](
         patches, *rows, visible.contiguous(), out, patches.stride(0), patches.stride(1),
         count, tokens - count, copies, width, **tile,
     )  # fmt: skip
@@ -149,9 +140,9 @@ def _allocate_gradients(
 
 def _backward(out, gradient, visible, dtype, whole, patches, rows, hidden) -> None:
     images, copies, tokens, width = gradient.shape
-    count, tile = visible.shape[2], row_tile(width)
-    tiles = row_tiles(tokens, width, tile)
-    per_chunk, chunks = image_chunks(images, tiles)
+    count, tile = visible.shape[2], common.row_tile(width)
+    tiles = common.row_tiles(tokens, width, tile)
+    per_chunk, chunks = common.image_chunks(images, tiles)
     shapes = [(chunks, tokens, width) if wanted else (0,) for wanted in (rows, hidden)]
     sums = [gradient.new_empty(shape, dtype=torch.float32) for shape in shapes]
     if images * tokens * width:  # also without a copy, where the sums are zero
@@ -166,8 +157,8 @@ def _backward(out, gradient, visible, dtype, whole, patches, rows, hidden) -> No
         torch.sum(sums[1], (0, 1), out=out[2])
 
 
-forward_op = register("mask_tokens", _allocate, _forward)
-backward_op = register("mask_tokens_backward", _allocate_gradients, _backward)
+forward_op = common.register("mask_tokens", _allocate, _forward)
+backward_op = common.register("mask_tokens_backward", _allocate_gradients, _backward)
 
 
 class _MaskTokens(torch.autograd.Function):

@@ -13,16 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalign.kernels.common import (
-    image_chunks,
-    promoted,
-    register,
-    row_tile,
-    row_tiles,
-    store,
-    tile_of_rows,
-    with_unit_stride,
-)
+from fastalign.kernels import common
+from fastalign.kernels.common import store, tile_of_rows
 
 
 @triton.jit
@@ -94,18 +86,18 @@ def _allocate(
     patches: Tensor, slots: Tensor, cu_seqlens: Tensor, length: int, prefix: Tensor | None,
     position: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    return patches.new_empty((length, patches.shape[-1]), dtype=promoted(patches, prefix, position))
+    return patches.new_empty((length, patches.shape[-1]), dtype=common.promoted(patches, prefix, position))
 
 
 def _forward(out, patches, slots, cu_seqlens, length, prefix, position) -> None:
     images, copies, tokens = slots.shape
-    width, tile = patches.shape[-1], row_tile(patches.shape[-1])
+    width, tile = patches.shape[-1], common.row_tile(patches.shape[-1])
     if out.numel() == 0 or tokens == 0:
         out.zero_()
         return
-    patches = with_unit_stride(patches)
+    patches = common.with_unit_stride(patches)
     rows = [None if row is None else row.contiguous() for row in (prefix, position)]
-    _forward_kernel[(row_tiles(tokens, width, tile) * (images + 1),)](
+    _forward_kernel[(common.row_tiles(tokens, width, tile) * (images + 1),)](
         patches, *rows, slots.contiguous(), cu_seqlens[-1:], out, patches.stride(0), patches.stride(1),
         images, tokens, tokens - patches.shape[1], length, copies, width, **tile,
     )  # fmt: skip
@@ -123,9 +115,9 @@ def _allocate_gradients(
 
 def _backward(out, gradient, slots, count, dtype, patches, rows) -> None:
     images, copies, tokens = slots.shape
-    width, tile = gradient.shape[-1], row_tile(gradient.shape[-1])
-    tiles = row_tiles(tokens, width, tile)
-    per_chunk, chunks = image_chunks(images, tiles)
+    width, tile = gradient.shape[-1], common.row_tile(gradient.shape[-1])
+    tiles = common.row_tiles(tokens, width, tile)
+    per_chunk, chunks = common.image_chunks(images, tiles)
     sums = gradient.new_empty((chunks, tokens, width) if rows else (0,), dtype=torch.float32)
     if images * tokens * width:
         _backward_kernel[(tiles, chunks)](
@@ -136,8 +128,8 @@ def _backward(out, gradient, slots, count, dtype, patches, rows) -> None:
         torch.sum(sums, 0, out=out[1])
 
 
-forward_op = register("pack", _allocate, _forward)
-backward_op = register("pack_backward", _allocate_gradients, _backward)
+forward_op = common.register("pack", _allocate, _forward)
+backward_op = common.register("pack_backward", _allocate_gradients, _backward)
 
 
 class _Pack(torch.autograd.Function):
