@@ -47,9 +47,24 @@ def loss_and_gradient(step, images, ids):
 
 
 @pytest.mark.parametrize("kind", [fa.UniformMasks, fa.BernoulliMasks, fa.BlockwiseMasks])
-def test_masks_are_the_same_bits(kind):
+def test_masks_are_the_same_bits_without_the_extension(kind):
     masks, ids = kind(seed=1), torch.arange(4096)
-    assert torch.equal(masks(ids.cuda(), 196, 2).cpu(), masks(ids, 196, 2))
+    assert torch.equal(masks.eager(ids.cuda(), 196, 2).cpu(), masks(ids, 196, 2))
+
+
+def test_masks_of_varying_lengths_do_not_wait_for_the_gpu():
+    """Their copies, of more than 64 KB, are queued behind what the GPU still has to do."""
+    step, ids = objective("drop").cuda(), torch.arange(512)
+    step.masks = fa.UniformMasks(complement=False)
+    images = torch.empty(512, 3, 64, 64, device="cuda")
+    for _ in range(2):  # the first allocates pinned memory, which waits
+        done = torch.cuda.Event()
+        torch.cuda._sleep(10**9)  # half a second
+        done.record()
+        step.draw(images, ids, 0)
+        finished = done.query()
+        torch.cuda.synchronize()
+    assert not finished
 
 
 @both_modes
