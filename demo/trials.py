@@ -1,7 +1,7 @@
 """Trials: trainings that differ in a few keys of one recipe, and probes of the results, a folder each.
 
 A finished trial is found again, an interrupted one resumes. Several run at once, each in a process with one thread
-(``python -m demo.trials SPEC.json``), which on a CPU is faster than one after another on all cores.
+(``python -m demo.trials TRIAL ROOT``), which on a CPU is faster than one after another on all cores.
 """
 
 import hashlib
@@ -13,16 +13,17 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
+from fastalign.backbones.vit import ViT
 from fastalign.backbones.zoo import load_backbone
 from fastalign.config import Config, load_config
 from fastalign.evaluation.datasets import open_labelled
-from fastalign.evaluation.features import Encoder, frozen_encoder
 from fastalign.evaluation.options import Plan, Recipe
 from fastalign.evaluation.patches import probe
 from fastalign.train import train
@@ -127,41 +128,38 @@ def score(rows: Iterable[dict], split: str, labels: str, head: str, metric: str)
 
 def start_trial(trial: Trial, root: Path) -> None:
     """Run a trial in its own process, so that trials share neither threads nor random numbers."""
-    folder = trial.path(root)
-    folder.mkdir(parents=True, exist_ok=True)
-    spec, log = trial.results(root).with_suffix(".spec"), folder / "log.txt"
-    spec.write_text(json.dumps({"trial": asdict(trial), "root": str(root)}))
+    log = trial.path(root) / "log.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if not torch.cuda.is_available() else None
     with log.open("a") as file:
-        command = [sys.executable, "-m", "demo.trials", str(spec)]
+        command = [sys.executable, "-m", "demo.trials", json.dumps(asdict(trial)), str(root)]
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
     if code:
         last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
         raise UserError(f"trial {trial.name}, seed {trial.seed}, failed ({' '.join(last)}): see {log}")
-    spec.unlink()
 
 
-def encoder_of(trial: Trial, folder: Path, device: torch.device) -> Encoder:
-    """What the trial's heads read."""
+def encoder_of(trial: Trial, folder: Path, device: torch.device) -> ViT | SimpleNamespace:
+    """What the trial's heads read: a backbone, or what `probe` needs of one."""
     if trial.read == "student":
-        return frozen_encoder(load_backbone(folder).to(device))
+        return load_backbone(folder).to(device)
     config = trial.config(folder)
     if trial.read == "teacher":
-        return frozen_encoder(build.starting_backbone(config).to(device))
+        return build.starting_backbone(config).to(device).eval()
     objective, backbone = build.build_objective(config)
-    encoder, decoder = frozen_encoder(backbone.to(device)), objective.student.decoder.to(device).eval()
+    backbone, decoder = backbone.to(device).eval(), objective.student.decoder.to(device).eval()
     # LayerScale begins at 1e-6, with which an untrained decoder does nothing. The heads read its last norm.
     for block in decoder.blocks:
         for scale in block.layer_scales() or ():
             torch.nn.init.ones_(scale)
     decoder.head = torch.nn.Identity()
 
-    def encode(images: torch.Tensor) -> list[torch.Tensor]:
-        tokens = encoder.encode(images)[0]
-        visible = tokens.new_ones(len(tokens), 1, encoder.spec.patches, dtype=torch.bool)
+    def forward_layers(images: torch.Tensor, skip_blocks: Sequence[int]) -> list[torch.Tensor]:
+        (tokens,) = backbone.forward_layers(images, skip_blocks)
+        visible = tokens.new_ones(len(tokens), 1, backbone.spec.patches, dtype=torch.bool)
         return [decoder(tokens, visible)[:, 0]]
 
-    return replace(encoder, encode=encode)
+    return SimpleNamespace(spec=backbone.spec, data=backbone.data, forward_layers=forward_layers)
 
 
 def run_trial(trial: Trial, root: Path) -> None:
@@ -186,9 +184,9 @@ def run_trial(trial: Trial, root: Path) -> None:
 
 def main() -> int:
     """The process of one trial; returns its exit status."""
-    spec = json.loads(Path(sys.argv[1]).read_text())
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in spec["trial"].items()}
-    return run_command(lambda: run_trial(Trial(**fields), Path(spec["root"])))
+    given = json.loads(sys.argv[1])
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    return run_command(lambda: run_trial(Trial(**fields), Path(sys.argv[2])))
 
 
 if __name__ == "__main__":

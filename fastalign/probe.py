@@ -13,7 +13,6 @@ from rich.console import Console
 from fastalign import __version__
 from fastalign.backbones.precision import compute_dtype
 from fastalign.evaluation.datasets import open_labelled
-from fastalign.evaluation.features import frozen_encoder
 from fastalign.evaluation.options import (
     Plan,
     Precision,
@@ -27,6 +26,7 @@ from fastalign.evaluation.patches import probe
 from fastalign.evaluation.results import check_output, patch_table, summarise, write_results
 from fastalign.training import distributed
 from fastalign.training.command import run_command
+from fastalign.utils.errors import UserError
 from fastalign.utils.paths import path_argument
 
 
@@ -56,7 +56,11 @@ def run(arguments: list[str]) -> None:
     plan = from_flags(Plan, given, recipe=from_flags(Recipe, given))
     splits = {name: open_labelled(given.data, name) for name in ("train", "val", "test")}
     vits, folder = open_backbones(given)
-    encoders = {name: frozen_encoder(vit.to(world.device), given.skip_blocks) for name, vit in vits.items()}
+    for vit in vits.values():
+        vit.to(world.device).eval()
+        if min(given.skip_blocks) < 0 or max(given.skip_blocks) > (blocks := len(vit.blocks)):
+            skip = " ".join(map(str, given.skip_blocks))
+            raise UserError(f"--skip-blocks {skip}: the backbone has {blocks} blocks; give 0 to {blocks}")
     default = folder / "probe.json" if folder else Path("runs") / f"probe-{given.backbone}.json"
     output = Path(given.output or default)
     data = {
@@ -68,10 +72,11 @@ def run(arguments: list[str]) -> None:
     facts = {"data": data, "settings": plan.model_dump()}
     check_output(output, facts)
     rows = probe(
-        encoders,
+        vits,
         splits,
         [plan],
         world,
+        skip_blocks=given.skip_blocks,
         folder=Path(given.cache or output.parent),
         batch_size=given.forward_batch,
         threads=given.threads,

@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import textwrap
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -218,18 +217,12 @@ def validate(run: Run, reporter: Reporter, epoch: int) -> None:
 
 def probe_student(run: Run, splits: Splits, reporter: Reporter) -> dict[str, float]:
     """Probe the student's encoder on rank 0, while the others wait."""
-
-    def track(items, text: str, total: int):
-        for item in reporter.track(items, f"probe: {text}", total):
-            run.beat("probing")
-            yield item
-
     encoder, average = run.objective.student.encoder, run.average and run.average.state
     options = {"dtype": run.dtype, "threads": run.config.data.threads, "seed": run.config.seed}
-    options |= {"average": average, "track": track}
+    options |= {"average": average, "track": reporter.track, "beat": lambda: run.beat("probing")}
+    options |= {"encoder": encoder, "splits": splits, "device": run.world.device}
     with contextlib.nullcontext() if run.world.main else run.hang_timer.paused():
-        work = partial(probe_encoder, encoder, splits, run.world.device, **options)
-        return distributed.on_first_rank(run.world, work)
+        return distributed.on_first_rank(run.world, lambda: probe_encoder(**options))
 
 
 def probe(run: Run, splits: Splits, reporter: Reporter, epoch: int) -> None:

@@ -47,10 +47,7 @@ def open_labelled(data: str, split: str) -> LabelledImages:
         raise UserError(f"{data}: {unknown('data set', kind, KINDS)}; there are {' '.join(KINDS)}")
     if not root or not Path(root).is_dir():
         raise UserError(f"no such folder: {root or repr(data)}; check the path of the data set")
-    try:
-        return _open_published(kind, Path(root), split) if kind else _open_own(Path(root), split)
-    except OSError as error:
-        raise UserError(f"cannot open {data}: {error.strerror or error}") from error
+    return _open_published(kind, Path(root), split) if kind else _open_own(Path(root), split)
 
 
 def class_names(key: str) -> tuple[str, ...]:
@@ -94,6 +91,8 @@ def _open_published(kind: str, root: Path, split: str) -> LabelledImages:
     source, labels = _part(*_folders(folders, remedy), split, HELD_OUT[base])
     if kind == "coco-panoptic":
         path = root / "annotations" / f"{name}.json"
+        if not path.is_file():
+            raise UserError(f"no such file: {path}; {remedy}")
         classes, segments = read_panoptic(path)
         missing = [n for n in map(labels.name, range(len(labels))) if stem(n) not in segments]
         if missing:
@@ -158,7 +157,7 @@ class ImageSplit:
 
     def facts(self) -> dict:
         """The number of images, and CRC-32 of file names and labels."""
-        crc = {"fingerprint": self.source.fingerprint(), "labels": zlib.crc32(self.labels.numpy().tobytes())}
+        crc = {"fingerprint": self.source.crc_of_names(), "labels": zlib.crc32(self.labels.numpy().tobytes())}
         return {"images": len(self.source), **{name: f"{value:08x}" for name, value in crc.items()}}
 
 

@@ -25,11 +25,6 @@ Track = Callable[[Iterable, str, int], Iterable]
 """Shows the progress of an iteration, with a text and the number of items, as `Reporter.track` does."""
 
 
-def untracked(items: Iterable, text: str, total: int) -> Iterable:
-    """Shows nothing."""
-    return items
-
-
 def say_progress(say: Callable[[str], None]) -> Track:
     """Says every half minute how far an iteration is."""
 
@@ -42,6 +37,9 @@ def say_progress(say: Callable[[str], None]) -> Track:
                 say(f"{text}: {number} of {total} batches")
 
     return track
+
+
+untracked = say_progress(lambda text: None)
 
 
 @dataclass

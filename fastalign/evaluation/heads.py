@@ -14,7 +14,13 @@ from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
 
 PATCH_HEADS = ("linear", "mlp", "transformer", "latent", "latent-global")
-PATCH_LABELS = ("union", "majority", "global-union", "global-in-patch")
+HEADS_FOR = {
+    "union": PATCH_HEADS,
+    "majority": PATCH_HEADS,
+    "global-union": ("linear", "mlp", "transformer"),
+    "global-in-patch": ("linear", "mlp"),  # read from each token alone
+}
+"""The patch heads that can predict each kind of labels."""
 IMAGE_HEADS = ("linear", "attention", "transformer")
 _STD = 0.02
 _CHUNK = 65_536
@@ -64,13 +70,6 @@ class PatchTransformer(nn.Module):
             tokens = tokens + self.pos_embed
         answers = self.head(self.norm(self.blocks(self.norm_pre(tokens))))
         return image_token(answers, self.spec.prefix) if self.image else answers[:, -self.spec.patches :]
-
-
-def supports(head: str, labels: str) -> bool:
-    """Whether a patch head can predict such labels: `global-in-patch` must be read from each token alone."""
-    if labels == "global-union":
-        return not head.startswith("latent")
-    return labels != "global-in-patch" or head in ("linear", "mlp")
 
 
 def make_patch_head(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,7 +17,7 @@ from fastalign.backbones.vit import ViT
 from fastalign.data.loader import Batch, Loader
 from fastalign.data.transforms import Transform
 from fastalign.evaluation.datasets import ImageSplit, open_image_splits
-from fastalign.evaluation.features import as_tensor, read_features
+from fastalign.evaluation.features import make_tensors, read_features
 from fastalign.evaluation.fit import FeatureLoader, Fit, predict, say_progress
 from fastalign.evaluation.heads import Classifier, StandardizedLinear, make_image_head, parameter_groups
 from fastalign.evaluation.metrics import IMAGE_METRICS, ImageCounts
@@ -199,14 +198,12 @@ def _read(job: Job, split: str) -> Tensor:
     job.say(f"{split}: features of {count} images")
     model = Classifier(job.backbone, head, job.classes).to(job.world.device)
     tokens = () if head == "linear" else (spec.prefix + spec.patches,)
-    kind = np.uint16 if tokens and job.dtype == torch.bfloat16 else np.float32
-    layout = {"features": ((count, *tokens, job.backbone.embed_dim), kind)}
+    shape, dtype = (count, *tokens, job.backbone.embed_dim), job.dtype if tokens else torch.float32
+    (features,) = make_tensors({"features": (shape, dtype)}, job.folder, job.world).values()
     loader = job.open_loader(split, Transform(crop="eval", **image_constants(job.backbone)), _READ_BATCH)
     encode = lambda images: [model.features(images)]  # noqa: E731
-    arrays = read_features(
-        layout, encode, loader, job.world, job.dtype, folder=job.folder, track=say_progress(job.say)
-    )
-    return as_tensor(arrays["features"])
+    read_features(encode, [features], loader, job.world, job.dtype, track=say_progress(job.say))
+    return features
 
 
 def classify(

@@ -72,9 +72,6 @@ def read_panoptic(path: Path) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
             pairs = ((int(each["id"]), of_category[each["category_id"]]) for each in entry["segments_info"])
             segments[str(entry["file_name"]).rpartition(".")[0]] = np.array([(0, 0), *sorted(pairs)])
         return ("unlabeled", *(name for _, name in categories)), segments
-    except FileNotFoundError:
-        remedy = "`bash examples/download.sh coco-panoptic ROOT` in a clone of fastalign fetches it"
-        raise UserError(f"no such file: {path}; {remedy}") from None
     except (ValueError, KeyError, TypeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path} is not a panoptic JSON: {reason}; download it again") from error

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fastalign.backbones.vit import ViT
-from fastalign.evaluation.heads import IMAGE_HEADS, PATCH_HEADS, PATCH_LABELS, supports
+from fastalign.evaluation.heads import HEADS_FOR, IMAGE_HEADS, PATCH_HEADS
 from fastalign.evaluation.metrics import PATCH_METRICS
 from fastalign.training.build import backbone_before, named_backbone
 from fastalign.utils.errors import UserError
@@ -42,11 +42,6 @@ def flag(name: str) -> str:
 def evaluation_parser(prog: str, description: str, *, data: str, output: str) -> argparse.ArgumentParser:
     """A parser with the flags that both commands have: the backbone, the data, the output."""
     parser = argparse.ArgumentParser(prog=f"fastalign {prog}", description=description)
-
-    def refuse(message: str) -> None:
-        raise UserError(f"{message}; --help lists the options")
-
-    parser.error = refuse
     add, name = parser.add_argument, "NAME_OR_RUN"
     add("--backbone", required=True, type=path_argument, metavar=name, help="timm name or run folder")
     add("--before", action="store_true", help="also, and first, the backbone that the run started from")
@@ -114,7 +109,7 @@ class Plan(Options):
     """The heads that are trained on each encoder."""
 
     heads: Annotated[tuple[Literal[PATCH_HEADS], ...], Distinct] = ("transformer",)
-    labels: Annotated[tuple[Literal[PATCH_LABELS], ...], Distinct] = ("union",)
+    labels: Annotated[tuple[Literal[tuple(HEADS_FOR)], ...], Distinct] = ("union",)
     seeds: Seeds = (0,)
     recipe: Recipe = Recipe()
     hidden: Count = 1024
@@ -125,13 +120,12 @@ class Plan(Options):
     @model_validator(mode="after")
     def _check(self) -> "Plan":
         for head in self.heads:
-            fit = [labels for labels in PATCH_LABELS if supports(head, labels)]
+            fit = [labels for labels, heads in HEADS_FOR.items() if head in heads]
             if not set(fit) & set(self.labels):
                 raise UserError(f"--heads {head} needs one of --labels {' '.join(fit)}")
         for labels in self.labels:
-            fit = [head for head in PATCH_HEADS if supports(head, labels)]
-            if not set(fit) & set(self.heads):
-                raise UserError(f"--labels {labels} needs one of --heads {' '.join(fit)}")
+            if not set(HEADS_FOR[labels]) & set(self.heads):
+                raise UserError(f"--labels {labels} needs one of --heads {' '.join(HEADS_FOR[labels])}")
         return self
 
 

@@ -1,9 +1,9 @@
-"""The probe: heads on the patch tokens of frozen encoders, trained, selected, evaluated, and shared among ranks."""
+"""The probe: heads on the patch tokens of frozen backbones, trained, selected, evaluated, and shared among ranks."""
 
 import copy
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,9 @@ from fastalign.backbones.vit import ViT
 from fastalign.config import Config
 from fastalign.data.loader import Batch
 from fastalign.evaluation.datasets import open_labelled
-from fastalign.evaluation.features import Encoder, PatchFeatures, frozen_encoder, read_patch_features
+from fastalign.evaluation.features import PatchFeatures, read_patch_features
 from fastalign.evaluation.fit import FeatureLoader, Fit, Track, predict, say_progress, untracked
-from fastalign.evaluation.heads import make_patch_head, supports
+from fastalign.evaluation.heads import HEADS_FOR, make_patch_head
 from fastalign.evaluation.label_maps import LabelledImages
 from fastalign.evaluation.metrics import MultiClassCounts, MultiLabelCounts, patch_loss
 from fastalign.evaluation.options import Plan, Recipe
@@ -76,7 +76,7 @@ def fit_head(
         return np.sort(shuffled[: steps * size].reshape(steps, size), 1).ravel()
 
     def loss(logits: Tensor, batch: Batch) -> Tensor:
-        return patch_loss(logits, train.labels(batch.ids.numpy(), task.labels).to(device))
+        return patch_loss(logits, train.labels(batch.ids, task.labels).to(device))
 
     torch.manual_seed(task.seed)
     shape = {"hidden": plan.hidden, "layers": plan.layers}
@@ -119,59 +119,60 @@ def evaluate_head(
     loader = task.loader(features, _EVALUATION_BATCH, device)
     batches = track(loader.batches(), "evaluation of the head", len(loader))
     for logits, batch in predict(head, batches, device, dtype):
-        counts.add(logits, features.labels(batch.ids.numpy(), task.labels).to(device))
+        counts.add(logits, features.labels(batch.ids, task.labels).to(device))
     return counts.results()
 
 
 def probe(
-    encoders: dict[str, Encoder],
+    backbones: dict[str, ViT],
     splits: dict[str, LabelledImages],
     plans: Sequence[Plan],
     world: World,
     *,
     report_on: Sequence[str] = ("test",),
+    skip_blocks: Sequence[int] = (0,),
     folder: Path | None = None,
     batch_size: int = 64,
     threads: int = 4,
     dtype: torch.dtype = torch.float32,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[dict]:
-    """Trains and evaluates every head of the plans on every encoder; returns all rows of `probe.json` on every rank.
+    """Trains and evaluates every head of the plans on every backbone; returns all rows of `probe.json` on every rank.
 
     Args:
-        encoders: by the name that results carry.
+        backbones: in evaluation mode, by the name that results carry.
         splits: train, val (which selects the epoch), and those of `report_on`.
         plans: heads, labels, seeds, recipe.
         report_on: splits that a finished head is evaluated on, once; `val` always is.
-        folder, batch_size, threads, dtype: as of `read_patch_features`.
+        skip_blocks, folder, batch_size, threads, dtype: as of `read_patch_features`.
         say: gets progress lines.
     """
     count, largest = len(splits["train"]), max(plan.recipe.batch_size for plan in plans)
     if count < largest:
         raise UserError(f"--batch-size {largest}: the training split has {count} images; lower it")
     how = {"folder": folder, "batch_size": batch_size, "threads": threads, "dtype": dtype}
-    how["track"] = say_progress(say) if world.main else untracked
-    read = {name: {} for name in encoders}
-    for name, split in itertools.product(encoders, splits):
+    how |= {"skip_blocks": skip_blocks, "track": say_progress(say) if world.main else untracked}
+    read = {name: {} for name in backbones}
+    for name, split in itertools.product(backbones, splits):
         if world.main:
             say(f"{name}: {len(splits[split])} images ({split})")
-        read[name][split] = read_patch_features(encoders[name], splits[split], world, **how)
+        read[name][split] = read_patch_features(backbones[name], splits[split], world, **how)
         if not read[name][split].image.any():
             raise UserError(f"the {split} split has void pixels only: check its label maps")
-    # Heads of all encoders are shared out together, so that ranks wait for each other once, at the end.
+    # Heads of all backbones are shared out together, so that ranks wait for each other once, at the end.
     tasks = [
         (name, plan, Task(head, labels, skip, seed))
-        for name, plan in itertools.product(encoders, plans)
+        for name, plan in itertools.product(backbones, plans)
         for skip, labels, head, seed in itertools.product(
-            encoders[name].skip_blocks, plan.labels, plan.heads, plan.seeds
+            dict.fromkeys(skip_blocks), plan.labels, plan.heads, plan.seeds
         )
-        if supports(head, labels)
+        if head in HEADS_FOR[labels]
     ]
     rows = {}
     for number in range(world.rank, len(tasks), world.size):
         name, plan, task = tasks[number]
         with report_rank_error(world.rank):
-            row = _probe_task(task, encoders[name].spec, read[name], plan, report_on, world.device, dtype)
+            row = _probe_task(task, backbones[name].spec, read[name], plan, report_on, world.device, dtype)
         about = f"{task.labels} {task.head}, {task.skip_blocks} blocks skipped, seed {task.seed}"
         say(f"{name}: {about}: macro recall {row[report_on[-1]]['macro_recall']:.4f}")
         rows[number] = {"model": name, **row}
@@ -234,20 +235,27 @@ def probe_encoder(
     threads: int,
     seed: int,
     track: Track,
+    beat: Callable[[], None],
 ) -> dict[str, float]:
     """Trains a head on an encoder's frozen tokens, in memory, and evaluates its last epoch on val.
 
-    `average`: averaged weights of the student, used instead of the encoder's.
+    `average`: averaged weights of the student, used instead of the encoder's; `beat` is called at each batch.
     """
-    vit = copy.deepcopy(encoder)  # a copy is not compiled, so no graph of training is compiled again
+
+    def beating(items: Iterable, text: str, total: int) -> Iterator:
+        for item in track(items, f"probe: {text}", total):
+            beat()
+            yield item
+
+    vit = copy.deepcopy(encoder).eval()  # a copy is not compiled, so no graph of training is compiled again
     if average is not None:
         vit.load_state_dict({name: average[f"encoder.{name}"] for name in vit.state_dict()})
-    tokens, how = frozen_encoder(vit), {"dtype": dtype, "track": track}
+    how = {"dtype": dtype, "track": beating}
     more = {"world": World(0, 1, device), "threads": threads, **how}
-    read = {name: read_patch_features(tokens, split, **more) for name, split in splits.items()}
+    read = {name: read_patch_features(vit, split, **more) for name, split in splits.items()}
     task = Task("transformer", "union", skip_blocks=0, seed=seed)
     plan = Plan(recipe=Recipe(epochs=EPOCHS, batch_size=min(Recipe().batch_size, len(read["train"]))))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        head, *_ = fit_head(task, tokens.spec, read["train"], None, plan, device=device, **how)
+        head, *_ = fit_head(task, vit.spec, read["train"], None, plan, device=device, **how)
     scores = evaluate_head(head, task, read["val"], device=device, **how)
     return {name: scores[name] for name in REPORTED}

@@ -112,7 +112,8 @@ def patch_features(count: int, seed: int, classes: int = 3) -> PatchFeatures:
     tokens[:, 1:] += union @ directions
     tokens[:, 0] += union.any(1) @ directions
     tokens = {0: torch.from_numpy(tokens).bfloat16()}
-    return PatchFeatures(tokens, np.packbits(union, axis=-1), majority, union.any(1), classes)
+    labels = (torch.from_numpy(each) for each in (np.packbits(union, axis=-1), majority, union.any(1)))
+    return PatchFeatures(tokens, *labels, classes)
 
 
 def probe_line(data, *more, backbone=NAME) -> list[str]:

@@ -1,8 +1,5 @@
 """The classify command: a run's backbone, bad flags, bad data."""
 
-from datetime import timedelta
-from unittest.mock import Mock
-
 import pytest
 import timm
 import torch
@@ -10,7 +7,6 @@ import torch
 import fastalign as fa
 from fastalign.classify import classify, main
 from fastalign.config import load_config
-from fastalign.training import distributed
 from fastalign.training.build import starting_backbone
 from fastalign.training.checkpoint_files import checksum
 from tests.evaluation.helpers import KWARGS, QUICK, classify_line, command_error, results, write_split
@@ -59,14 +55,6 @@ def test_bad_flags(images, tmp_path, capsys, flags, message):
     line = classify_line(images, "--output", tmp_path / "out", *flags.split())
     assert message in command_error(capsys, "classify", line)
     assert not (tmp_path / "out" / "classify.json").exists()
-
-
-def test_ranks_wait_for_those_that_train(images, monkeypatch):
-    """Longer than torch's ten minutes: three seeds on two ranks leave one idle for a whole training."""
-    start = Mock(side_effect=fa.UserError("enough"))
-    monkeypatch.setattr(distributed, "start", start)
-    assert main(classify_line(images)) == 2
-    assert max([*start.call_args.args, *start.call_args.kwargs.values()]) >= timedelta(days=1)
 
 
 @pytest.mark.parametrize(

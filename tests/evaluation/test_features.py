@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 
 from fastalign.evaluation.datasets import open_labelled
-from fastalign.evaluation.features import frozen_encoder, read_patch_features
+from fastalign.evaluation.features import read_patch_features
 from fastalign.evaluation.label_maps import VOID, crop_and_resize, patch_labels
 from fastalign.probe import main
+from fastalign.training.distributed import World
+from fastalign.utils.errors import UserError
 from tests.data_helpers import needs_dali
 from tests.evaluation.helpers import COUNTS, SINGLE, command_error, models, probe_line
 
@@ -34,10 +36,9 @@ def pil_input(path: Path, vit) -> torch.Tensor:
 @needs_dali
 def test_features_are_timms_of_pils_pixels(scenes):
     vit, model = models()
-    encoder = frozen_encoder(vit, (0, 1))
     for split in ("val", "test"):
         read = read_patch_features(
-            encoder, open_labelled(str(scenes), split), SINGLE, batch_size=3, threads=1
+            vit.eval(), open_labelled(str(scenes), split), SINGLE, batch_size=3, threads=1
         )
         files = sorted((scenes / split / "images").iterdir())
         images = torch.stack([pil_input(path, vit) for path in files])
@@ -55,7 +56,7 @@ def test_features_are_timms_of_pils_pixels(scenes):
             cut = pil_square(labels, 32, Image.Resampling.NEAREST)
             patches = cut.reshape(4, 8, 4, 8).swapaxes(1, 2).reshape(16, 64)
             union = np.stack([(patches == c).any(1) for c in range(4)], 1)
-            rows = np.array([index])
+            rows = torch.tensor([index])
             assert np.array_equal(read.labels(rows, "union")[0].numpy(), union)
             assert np.array_equal(read.labels(rows, "global-union")[0, 0].numpy(), union.any(0))
             assert read.labels(rows, "global-in-patch")[0].tolist() == [union.any(0).tolist()] * 16
@@ -64,15 +65,14 @@ def test_features_are_timms_of_pils_pixels(scenes):
             assert np.array_equal(read.labels(rows, "majority")[0].numpy(), majority)
 
 
-@pytest.mark.parametrize("skip", [0, 1, 2])
-def test_skipped_blocks_are_pruned_and_the_final_norm_stays(skip):
+def test_skipped_blocks_are_pruned_and_the_final_norm_stays():
     vit, model = models()
-    images = torch.randn(3, 3, 32, 32)
+    images, blocks = torch.randn(3, 3, 32, 32), model.blocks
     with torch.no_grad():
-        found = frozen_encoder(vit, (2, 0, 1, 0)).encode(images)
-        model.blocks = model.blocks[: 2 - skip]
-        torch.testing.assert_close(found[(2, 0, 1).index(skip)], model.forward_features(images))
-    assert len(found) == 3, "asked for twice, read once"
+        found = vit.eval().forward_layers(images, (2, 0, 1))
+        for skip, tokens in zip((2, 0, 1), found, strict=True):
+            model.blocks = blocks[: 2 - skip]
+            torch.testing.assert_close(tokens, model.forward_features(images))
 
 
 def test_a_label_map_is_cropped_and_resized_as_pil_does():
@@ -127,6 +127,12 @@ def test_features_are_read_once_and_leave_nothing_behind(scenes, tmp_path, passe
     assert not list(features.iterdir())
     assert main(probe_line(scenes, *more[:2])) == 0
     assert [path.name for path in output.parent.iterdir()] == ["probe.json"]
+
+
+def test_ranks_need_files(scenes):
+    """Each would have its share only."""
+    with pytest.raises(UserError, match="several ranks share features in files"):
+        read_patch_features(models()[0], open_labelled(str(scenes), "val"), World(0, 2, SINGLE.device))
 
 
 def test_a_full_disk(scenes, tmp_path, capsys, monkeypatch):

@@ -32,20 +32,17 @@ def own(student, tmp_path):
 
 @torch.no_grad()
 def test_the_backbone_comes_back(student, own, tmp_path):
-    images = torch.randn(2, 3, 32, 32)
-    wanted = student.encoder.forward_features(images)
+    """As it is, as the start of a run, from wrapped modules, and after it was saved again with other weights."""
     start = {"name": NAME, "kwargs": KWARGS, "weights": str(own)}
-    again = (fa.load_backbone(own), build_backbones(Config(student=start))[0].eval())
-    for vit in again:
-        assert vit.softcap == 0.5
-        assert torch.equal(vit.forward_features(images), wanted)
+    found = [fa.load_backbone(own), build_backbones(Config(student=start))[0].eval()]
     for number, wrapped in enumerate((torch.compile(student), nn.DataParallel(student), student.encoder)):
         fa.save_backbone(wrapped, tmp_path / str(number))
-        found = fa.load_backbone(tmp_path / str(number))
-        assert torch.equal(found.forward_features(images), wanted)
-
-
-def test_saving_again_replaces_the_weights(student, own):
+        found.append(fa.load_backbone(tmp_path / str(number)))
+    images = torch.randn(2, 3, 32, 32)
+    wanted = student.encoder.forward_features(images)
+    for vit in found:
+        assert vit.softcap == 0.5
+        assert torch.equal(vit.forward_features(images), wanted)
     randomise(student, 0.2)
     fa.save_backbone(student, own, step=7, weights="pretrained")
     assert torch.equal(fa.load_backbone(own).norm.weight, student.encoder.norm.weight)
@@ -53,16 +50,13 @@ def test_saving_again_replaces_the_weights(student, own):
         fa.save_backbone(nn.Linear(2, 2), own)
 
 
-def test_export_and_report(own, capsys):
+@needs_dali
+def test_the_commands(own, scenes, images, capsys):
     assert export([str(own), "--to", "timm"]) == 0
     found = json.loads((own / "exports" / "timm" / "fastalign.json").read_text())
     assert (found["step"], found["source"]["licence"], found["softcap"]["value"]) == (7, "apache-2.0", 0.5)
     assert report([str(own)]) == 0
     assert "before alignment is unknown" in capsys.readouterr().out
-
-
-@needs_dali
-def test_probe_and_classify(own, scenes, images, capsys):
     assert probe.main(probe_line(scenes, "--heads", "linear", "--labels", "union", backbone=own)) == 0
     assert results(own / "probe.json")["results"][0]["model"] == "aligned"
     assert classify.main(classify_line(images, "--epochs", "1", backbone=own)) == 0

@@ -38,7 +38,7 @@ def eager_fit(labels, train_split, val, recipe, seed, linear):
     def batch(features, rows):
         tokens = features.tokens[0][torch.from_numpy(rows)].float()
         seen = tokens[:, :1] if labels == "global-union" else tokens[:, 1:]
-        return linear(seen), features.labels(rows, labels)
+        return linear(seen), features.labels(torch.from_numpy(rows), labels)
 
     optimizer = torch.optim.AdamW(linear.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     steps = len(train_split) // recipe.batch_size
@@ -103,7 +103,7 @@ def test_the_loss_of_a_split_is_over_all_patches(monkeypatch):
     for labels in ("majority", "union"):
         head = make_patch_head("linear", labels, SPEC, 3)
         with torch.no_grad():
-            expected = eager_loss(head(split.tokens[0].float()), split.labels(np.arange(11), labels))
+            expected = eager_loss(head(split.tokens[0].float()), split.labels(torch.arange(11), labels))
         found = evaluate_head(head, Task("linear", labels, 0, 0), split, **CPU)
         assert found["loss"] == pytest.approx(expected.item(), rel=1e-6)
         assert ("by_size" in found) == (labels == "union")
@@ -128,9 +128,9 @@ def test_the_test_split_is_read_last(monkeypatch):
             return original(rows, kind)
 
         object.__setattr__(split, "labels", spy)
-    monkeypatch.setattr(patches, "read_patch_features", lambda encoder, data, *_, **__: splits[data[0]])
-    encoder = SimpleNamespace(skip_blocks=(0,), spec=SPEC)
+    monkeypatch.setattr(patches, "read_patch_features", lambda vit, data, *_, **__: splits[data[0]])
+    backbone = SimpleNamespace(spec=SPEC)
     data = {name: [name] * 16 for name in splits}
-    rows = probe({"m": encoder}, data, [Plan(heads=("linear",), seeds=(0, 1), recipe=recipe)], SINGLE)
+    rows = probe({"m": backbone}, data, [Plan(heads=("linear",), seeds=(0, 1), recipe=recipe)], SINGLE)
     assert "".join(name[1] for name in looked) == 2 * (3 * "rra" + "e")
     assert [row["seed"] for row in rows] == [0, 1]

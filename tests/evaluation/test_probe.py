@@ -1,5 +1,6 @@
 """The probe command: heads and labels, runs, ranks, bad input."""
 
+import math
 import re
 import shutil
 from pathlib import Path
@@ -8,16 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastalign.evaluation.heads import PATCH_HEADS, PATCH_LABELS
+from fastalign.evaluation.heads import HEADS_FOR, PATCH_HEADS
+from fastalign.evaluation.results import check_output, percent, write_results
 from fastalign.probe import main
+from fastalign.utils.errors import UserError
 from tests.data_helpers import needs_dali
-from tests.evaluation.helpers import (
-    CLASSES,
-    COUNTS,
-    command_error,
-    probe_line,
-    results,
-)
+from tests.evaluation.helpers import CLASSES, COUNTS, command_error, probe_line, results
 from tests.run_helpers import torchrun
 
 
@@ -25,11 +22,11 @@ from tests.run_helpers import torchrun
 def test_every_head_with_every_label(scenes, tmp_path):
     output = tmp_path / "probe.json"
     small = ["--hidden", "8", "--layers", "1", "--epochs", "1"]
-    every = ["--heads", *PATCH_HEADS, "--labels", *PATCH_LABELS, *small]
+    every = ["--heads", *PATCH_HEADS, "--labels", *HEADS_FOR, *small]
     assert main(probe_line(scenes, *every, "--output", output)) == 0
     found = results(output)
     assert {(row["head"], row["labels"]) for row in found["results"]} == {
-        *((head, labels) for head in ("linear", "mlp") for labels in PATCH_LABELS),
+        *((head, labels) for head in ("linear", "mlp") for labels in HEADS_FOR),
         *((head, labels) for head in PATCH_HEADS[2:] for labels in ("union", "majority")),
         ("transformer", "global-union"),
     }
@@ -54,7 +51,10 @@ def test_before_and_after_a_run(scenes, recipe, capsys):
     run = recipe("max_steps=2")
     more = ["--before", "--seeds", "0", "1", "--skip-blocks", "0", "1"]
     assert main(probe_line(scenes, *more, backbone=run)) == 0
-    assert f"results: {run / 'probe.json'}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"results: {run / 'probe.json'}" in printed
+    title = printed.index("test split of")
+    assert max(map(len, printed[title:].splitlines()[:-1])) <= 80, "the table fits a terminal"
     found = results(run / "probe.json")
     assert [row["model"] for row in found["results"]] == ["before"] * 4 + ["aligned"] * 4
     assert found["data"]["images"] == COUNTS
@@ -63,8 +63,9 @@ def test_before_and_after_a_run(scenes, recipe, capsys):
     scores = [row["test"]["macro_recall"] for row in found["results"] if row["skip_blocks"] == 1]
     for model, values in (("before", scores[:2]), ("aligned", scores[2:])):
         (row,) = (row for row in found["summary"] if (row["model"], row["skip_blocks"]) == (model, 1))
-        assert row["test"]["macro_recall"]["mean"] == pytest.approx(np.mean(values))
-        assert row["test"]["macro_recall"]["std"] == pytest.approx(np.std(values, ddof=1))
+        mean, std = np.mean(values), np.std(values, ddof=1)
+        assert row["test"]["macro_recall"] == pytest.approx({"mean": mean, "std": std})
+        assert re.search(rf"{model} +1 +union transformer +{100 * mean:.1f}±{100 * std:.1f}", printed)
 
 
 @pytest.mark.slow
@@ -88,8 +89,7 @@ def test_two_ranks_have_the_results_of_one(scenes, tmp_path):
         ("--lr nan", "--lr nan: "),
         ("--lr 1e-5", "--min-lr 0.0001 is above --lr 1e-05: lower it"),
         ("--seeds 0 -3", "--seeds 0 -3: "),
-        ("--colour", "unrecognized arguments: --colour; --help lists the options"),
-        ("--skip-blocks 0 3", "--skip-blocks 0 3: the backbone has 2 blocks; give numbers from 0 to 2"),
+        ("--skip-blocks 0 3", "--skip-blocks 0 3: the backbone has 2 blocks; give 0 to 2"),
         (
             "--labels global-in-patch",
             "--heads transformer needs one of --labels union majority global-union",
@@ -120,3 +120,19 @@ def test_a_loss_that_is_not_finite_ends_the_command(scenes, tmp_path, capsys):
     line = probe_line(scenes, "--heads", "linear", "--lr", "1e38", "--output", tmp_path / "p.json")
     error = command_error(capsys, "probe", line)
     assert re.search(r"--lr: the loss of union linear, seed 0 is (nan|inf); lower the rate", error)
+
+
+def test_numbers_that_are_none_are_written_as_null(tmp_path):
+    write_results(tmp_path / "a" / "p.json", {"a": math.nan, "b": [math.inf, 1.5, {"c": (-math.inf, 2)}]})
+    assert results(tmp_path / "a" / "p.json") == {"a": None, "b": [None, 1.5, {"c": [None, 2]}]}
+    assert percent({"mean": math.nan, "std": None}) == "-"
+
+
+def test_results_of_the_same_data_elsewhere_are_overwritten(tmp_path):
+    about = {"data": {"path": "coco:/a", "fingerprints": {"test": "12345678"}}, "settings": {"lr": 1e-3}}
+    write_results(tmp_path / "p.json", about)
+    about["data"]["path"] = "coco:/b"
+    check_output(tmp_path / "p.json", about)
+    about["data"]["fingerprints"] = {"test": "12345679"}
+    with pytest.raises(UserError, match=r"data\.fingerprints\.test was 12345678, is 12345679"):
+        check_output(tmp_path / "p.json", about)

@@ -139,8 +139,6 @@ def test_only_leftovers_of_dead_processes_are_removed(tmp_path):
     kept = {f".step-00000001.pt.{sleeping.pid}", "step-00000001.pt", ".note", ".x.pt.y"}
     for name in gone | kept:
         (tmp_path / name).write_text("half")
-    (tmp_path / f".timm.{dead.pid}").mkdir()
-    (tmp_path / f".timm.{dead.pid}" / "model.safetensors").write_text("half")  # of an export
     remove_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == kept
     sleeping.communicate()
