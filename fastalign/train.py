@@ -244,9 +244,7 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
     if len(recipes) > 1:
         raise UserError(f"give one recipe, got {', '.join(recipes)}")
     if size is not None and (reference is None or size < 1):
-        raise UserError(
-            "--world-size must be at least 1, for --reference-config; in a recipe set optim.batch_size"
-        )
+        raise UserError("--world-size takes 1 or more, with --reference-config; else set optim.batch_size")
     if reference is None:
         return load_config(user_path(recipes[0]) if recipes else None, overrides), []
     from fastalign.compat.reference_config import read_reference  # imports timm, which takes a second
