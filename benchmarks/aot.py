@@ -1,8 +1,8 @@
 """Compile every Triton kernel ahead of time: ``python -m benchmarks.aot [--arch 80 90 100]``, no GPU needed.
 
 The launchers run on CPU tensors with a driver that only names an architecture; kernels are compiled instead of
-launched. Prints registers, shared memory and spills of each kernel and writes `aot.json`. Spilled registers and
-matrix instructions that the assembler serializes are errors.
+launched. Prints registers, shared memory and spills of each kernel and writes `aot.json`. Spilled registers, matrix
+instructions that the assembler serializes, and more shared memory than a block may have are errors.
 
 ``--cache DIR`` fills DIR with what a GPU of that architecture (default sm_90) compiles for batches divisible by 16.
 The GPU's machine uses it with TRITON_CACHE_DIR set to the same absolute path, the same version of Triton and the same
@@ -34,6 +34,8 @@ from benchmarks.cases import CASES, DEGENERATE_CASES
 
 ARCHITECTURES = (80, 90, 100)
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
+"""The most that a block may have; a launch with more fails."""
 _CACHED_BATCH = 16
 """Triton specializes on divisibility by 16, so one kernel serves all multiples."""
 
@@ -84,6 +86,8 @@ def faults(rows: list[dict]) -> list[str]:
             found.append(f"{where} spills {row['spilled_bytes']} bytes")
         if row["serialized"]:
             found.append(f"{where} has serialized matrix instructions")
+        if row["shared_bytes"] > SHARED_BYTES.get(row["arch"], max(SHARED_BYTES.values())):
+            found.append(f"{where} needs {row['shared_bytes']} bytes of shared memory")
     return found
 
 

@@ -126,13 +126,13 @@ COLUMNS = {"timm": "timm", "hf-": "transformers", "open-clip": "open_clip", "onn
 
 def line(rows: list[dict]) -> list[str]:
     """The line of a backbone in the table: with the cap / without."""
-    found = {row["target"]: f"{_figure(row['capped'])} / {_figure(row['plain'])}" for row in rows}
+    found = {row["target"]: f"{_figure(row['capped'])}/{_figure(row['plain'])}" for row in rows}
     cells = [next((found[name] for name in found if name.startswith(start)), "-") for start in COLUMNS]
     return [rows[0]["backbone"], *cells]
 
 
 def _figure(error: float | None) -> str:
-    return "refused" if error is None else f"{error:.1e}"
+    return "refused" if error is None else f"{error:.1e}".replace("0.0e+00", "0")
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:

@@ -147,17 +147,15 @@ def table(results: list[Result]) -> str:
     rows = []
     for family in [*FAMILIES, "ViT", "other"]:
         taken = [result.errors for result in families[family] if result.errors]
-        worst = ["-"] * 3
-        if taken:
-            largest = [max(e[part] for e in taken) for part in ("tokens", "pooled", "gradient")]
-            worst = [f"{error:.0e}".replace("0e+00", "0") for error in largest]
+        worst = max((error for errors in taken for error in errors.values()), default=None)
+        worst = "-" if worst is None else f"{worst:.0e}".replace("0e+00", "0")
         refused = defaultdict(list)
         for result in families[family]:
             if result.reason:
                 refused[result.reason.split(",")[0].replace(" with", ":")].append(f"`{result.name}`")
         why = "; ".join(f"{reason} ({_list(names)})" for reason, names in refused.items()) or "-"
-        rows.append([family, str(len(families[family])), str(len(taken)), *worst, why])
-    return record.markdown("| family | names | equal | tokens | pooled | gradient | refused |", rows)
+        rows.append([family, str(len(families[family])), str(len(taken)), worst, why])
+    return record.markdown("| family | names | equal | difference | refused |", rows)
 
 
 def _list(names: list[str]) -> str:

@@ -82,7 +82,8 @@ def compare(theirs: nn.Module, ours: ViT, images: int = 1) -> dict[str, float]:
 
 def _naflex_gradient(theirs: nn.Module, gradient: dict[str, Tensor], grid: tuple) -> dict[str, Tensor]:
     """Our gradient by timm's parameters, of which ours are functions: through the position table's resampling."""
-    state, (names, parameters) = naflex.vit_state(theirs, grid), zip(*theirs.named_parameters(), strict=True)
+    names, parameters = zip(*theirs.named_parameters(), strict=True)
+    state = naflex.vit_state(theirs, grid)
     outputs = [state[name] for name in gradient]
     found = torch.autograd.grad(outputs, parameters, list(gradient.values()), allow_unused=True)
     return {name: value for name, value in zip(names, found, strict=True) if value is not None}

@@ -51,9 +51,10 @@ def timed(
     for _ in range(calls):
         function()
         marks.append(mark())
+    if device != "cuda":
+        return [after - before for before, after in pairwise(marks)]
     wait(device)
-    between = (lambda a, b: a.elapsed_time(b) / 1e3) if device == "cuda" else (lambda a, b: b - a)
-    return [between(before, after) for before, after in pairwise(marks)]
+    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
 
 
 def in_turns(names: list, rounds: int) -> list:

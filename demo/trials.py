@@ -1,7 +1,7 @@
 """Trials: trainings that differ in a few keys of one recipe, and probes of the results, a folder each.
 
 A finished trial is found again, an interrupted one resumes. Several run at once, each in a process with one thread
-(``python -m demo.trials SPEC.json``), which on a CPU is faster than one after another on all cores.
+(``python -m demo.trials TRIAL ROOT``), which on a CPU is faster than one after another on all cores.
 """
 
 import hashlib
@@ -128,18 +128,15 @@ def score(rows: Iterable[dict], split: str, labels: str, head: str, metric: str)
 
 def start_trial(trial: Trial, root: Path) -> None:
     """Run a trial in its own process, so that trials share neither threads nor random numbers."""
-    folder = trial.path(root)
-    folder.mkdir(parents=True, exist_ok=True)
-    spec, log = trial.results(root).with_suffix(".spec"), folder / "log.txt"
-    spec.write_text(json.dumps({"trial": asdict(trial), "root": str(root)}))
+    log = trial.path(root) / "log.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if not torch.cuda.is_available() else None
     with log.open("a") as file:
-        command = [sys.executable, "-m", "demo.trials", str(spec)]
+        command = [sys.executable, "-m", "demo.trials", json.dumps(asdict(trial)), str(root)]
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
     if code:
         last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
         raise UserError(f"trial {trial.name}, seed {trial.seed}, failed ({' '.join(last)}): see {log}")
-    spec.unlink()
 
 
 def encoder_of(trial: Trial, folder: Path, device: torch.device) -> ViT | SimpleNamespace:
@@ -187,9 +184,9 @@ def run_trial(trial: Trial, root: Path) -> None:
 
 def main() -> int:
     """The process of one trial; returns its exit status."""
-    spec = json.loads(Path(sys.argv[1]).read_text())
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in spec["trial"].items()}
-    return run_command(lambda: run_trial(Trial(**fields), Path(spec["root"])))
+    given = json.loads(sys.argv[1])
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    return run_command(lambda: run_trial(Trial(**fields), Path(sys.argv[2])))
 
 
 if __name__ == "__main__":

@@ -123,6 +123,8 @@ class Optim(Section):
     """images per update, over all ranks and accumulation steps"""
     accumulate: Annotated[int, Kind.FREE] = Field(1, gt=0)
     """forward and backward passes per update"""
+    micro_batch: Annotated[Annotated[int, Field(gt=0)] | Literal["auto"] | None, Kind.FREE] = None
+    """images per rank and pass, instead of optim.accumulate; auto = as many as fit into the GPU's memory"""
     epochs: int = Field(5, gt=0)
     """passes over the data; length of the schedule"""
     lr: float = Field(3e-4, gt=0)

@@ -70,9 +70,8 @@ def machine() -> list[str]:
         lines.append(f"GPU: none found; torch is built for CUDA {torch.version.cuda}")
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        lines.append(
-            f"GPU {index}: {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
-        )
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        lines.append(f"GPU {index}: {gpu.name}, sm_{gpu.major}{gpu.minor}, {memory}")
     dali = ", ".join(f"{name} {version(name)}" for name in DALI_PACKAGES if version(name))
     missing = "missing: pip install nvidia-dali-cuda130 (CUDA 12: nvidia-dali-cuda120), not nvidia-dali"
     return [*lines, f"decoding and transforms: {dali or missing}"]
@@ -92,11 +91,9 @@ def tested() -> list[str]:
 def operations() -> list[str]:
     """What runs each operation on a GPU and on a CPU, and why."""
     triton = version("triton")
-    kernels = (
-        f"kernels in triton {triton}" if triton else "eager PyTorch, slower, because triton is not installed"
-    )
+    kernels = f"kernels in triton {triton}" if triton else "eager PyTorch, slower: triton is not installed"
     if ops.MODE == "0":
-        kernels = "eager PyTorch, because FASTALIGN_KERNELS=0"
+        kernels = "eager PyTorch: FASTALIGN_KERNELS=0"
     masks = "extension" if extension.available(torch.device("cpu")) else "PyTorch"
     lines = [
         f"masked copies, decoder input, packing, loss on a GPU: {kernels}",
@@ -104,9 +101,7 @@ def operations() -> list[str]:
         f"masks: {masks} ({extension.status()})",
     ]
     if torch.cuda.is_available() and not extension.available(torch.device("cuda")):
-        lines.append(
-            "  faster on this GPU: install the CUDA toolkit of torch's version, then fastalign again"
-        )
+        lines.append("  faster: install the CUDA toolkit of torch's version, then fastalign again")
     if not shutil.which("c++"):
         lines.append("  torch.compile on a CPU and the extension need a C++ compiler: apt install g++")
     return lines

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fastalign.data.bad_samples import BadSample, BadSamples, to_line
-from fastalign.data.pipeline import Decoder, SampleReader, load_dali
+from fastalign.data.pipeline import Decoder, SampleReader
 from fastalign.data.sources import SyntheticSource, open_source
 from fastalign.data.transforms import Transform
 from fastalign.training.command import run_command
@@ -29,7 +29,6 @@ def scan(data: str, workers: int) -> tuple[int, list[BadSample]]:
     source, local = open_source(data, damaged=True), threading.local()
     if isinstance(source, SyntheticSource):
         raise UserError(f"{data} is made on the device: there is no file to check")
-    load_dali()
     reader = SampleReader(source, BadSamples(), replace=False)
     pixel = Transform((1, 1), mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1e-3)  # decodes all, resizes little
 

@@ -21,13 +21,14 @@ from fastalign.method.flops import flops_per_image
 from fastalign.training import distributed
 from fastalign.training.checkpoint import new_best, resume, save, save_settings, wait_for_checkpoint
 from fastalign.training.command import MARKER, Preempted, Preemption, report_rank_error, run_command
-from fastalign.training.dry_run import dry_run
+from fastalign.training.dry_run import dry_run, set_micro_batch
 from fastalign.training.faults import handle_status, prepare_logs, report_bad_validation_samples
 from fastalign.training.hang import WAITING, collective_timeout
 from fastalign.training.metrics import Speed
 from fastalign.training.optim import seed_update, step_unless
 from fastalign.training.reporter import Reporter, end_lines, start_lines
 from fastalign.training.run import Run, itstime
+from fastalign.training.status import StepStatus
 from fastalign.training.validation import evaluate, measure_target_scale
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import can_be_folder
@@ -65,9 +66,10 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
                 loss.backward()
             total += loss.detach()
     norm = run.clip_gradients()
-    mine = {"ids": torch.cat(ids).numpy(), "found": tuple(bad)}
-    mine |= {"stop": run.stop_reason, "overdue": run.checkpoint_overdue}
-    loss, skip = run.status.exchange(state.step + 1, total, norm, **mine)
+    own = StepStatus(
+        state.step + 1, torch.cat(ids).numpy(), tuple(bad), run.stop_reason, run.checkpoint_overdue
+    )
+    loss, skip = run.status.exchange(total, norm, own)
     step_unless(run.optimizer, skip)
     run.optimizer.zero_grad()
     if run.average:
@@ -91,6 +93,7 @@ def train(config: Config, world: distributed.World) -> None:
             from fastalign.export.targets import check_names  # imports timm
 
             check_names(config.export.to, "export.to")
+        config = set_micro_batch(config, world, update)
         splits = open_splits(config, world)
         run = Run(config, world, preemption=preemption, labelled=contents(splits))
         changes, notes = resume(run)
@@ -173,7 +176,7 @@ def train_loop(run: Run, splits: Splits, reporter: Reporter) -> None:
         if run.should_probe:
             probe(run, splits, reporter, epoch)
         run.state.last_eval_step = run.state.step
-        save(run, evaluated=run.val is not None)
+        save(run)
 
 
 def train_epoch(run: Run, splits: Splits, reporter: Reporter) -> None:
@@ -181,6 +184,10 @@ def train_epoch(run: Run, splits: Splits, reporter: Reporter) -> None:
     config, state = run.config, run.state
     epoch, position = divmod(state.step, run.epoch_steps)
     end = min(run.last_step, (epoch + 1) * run.epoch_steps)
+    if run.should_probe and state.current_probe is None:  # a signal came before it
+        probe(run, splits, reporter, epoch)
+        if new_best(run) is not None:
+            save(run)
     with contextlib.closing(run.train.batches(epoch, start=position * config.optim.accumulate)) as batches:
         reporter.speed.start()
         while state.step < end:
@@ -249,9 +256,7 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
     if len(recipes) > 1:
         raise UserError(f"give one recipe, got {', '.join(recipes)}")
     if size is not None and (reference is None or size < 1):
-        raise UserError(
-            "--world-size must be at least 1 and needs --reference-config; in a recipe set optim.batch_size"
-        )
+        raise UserError("--world-size takes 1 or more, with --reference-config; else set optim.batch_size")
     if reference is None:
         return load_config(user_path(recipes[0]) if recipes else None, overrides), []
     from fastalign.compat.reference_config import read_reference  # imports timm, which takes a second
@@ -266,11 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("given", nargs="*", metavar="RECIPE section.key=value", help="a name or file, and keys to change")
     add("--print-config", action="store_true", help="print the resolved configuration and stop")
-    add(
-        "--dry-run",
-        action="store_true",
-        help="a few updates on synthetic images: memory, speed, time of the run",
-    )
+    add("--dry-run", action="store_true", help="a few updates on synthetic images: memory, speed, duration")
     add("--reference-config", type=path_argument, metavar="FILE", help="a YAML file of the authors' code")
     add("--world-size", type=int, metavar="N", help="GPUs that FILE's batch is for (torchrun's, else 4)")
     options = parser.parse_intermixed_args(arguments)

@@ -6,7 +6,8 @@ constants in capitals. Program numbers are widened to int64 before they are mult
 
 import os
 from collections.abc import Callable
-from functools import lru_cache, reduce
+from contextlib import nullcontext
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -37,26 +38,25 @@ if INTERPRETED:
     interpreter._patch_lang_tensor = _patch_tensor_index
 
 
-def register(name: str, schema: str, allocate: Callable, launch: Callable):
+def register(name: str, allocate: Callable, launch: Callable, mutates: tuple[str, ...] = ()):
     """Register ``fastalign::NAME`` and return the operator.
 
     The operator is private and has no gradient: each operation's `autograd.Function` calls forward and backward
     operators, which costs about half of the host time of `torch.library.custom_op`.
 
     Args:
-        name, schema: of the operator.
-        allocate: (*arguments) -> the outputs, empty; also what torch.compile traces.
+        name: of the operator.
+        allocate: (*arguments) -> empty outputs; torch.compile traces it, and its annotations are the schema.
         launch: (outputs, *arguments) writes the outputs.
+        mutates: the arguments that it changes.
     """
 
     def implementation(*arguments):
         device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
         out = allocate(*arguments)
         try:
-            if device.type == "cuda" and device.index != torch.cuda.current_device():
-                with torch.cuda.device(device):  # Triton launches on the current device
-                    launch(out, *arguments)
-            else:
+            # Triton launches on the current device.
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 launch(out, *arguments)
         except (RuntimeError, ValueError) as error:  # Triton's: no driver, or a pointer that no GPU can read
             if device.type != "cpu" or INTERPRETED:
@@ -67,7 +67,7 @@ def register(name: str, schema: str, allocate: Callable, launch: Callable):
             ) from error
         return out
 
-    LIBRARY.define(name + schema)
+    LIBRARY.define(name + torch.library.infer_schema(allocate, mutates_args=mutates))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastalign::{name}", allocate, lib=LIBRARY)
     return getattr(torch.ops.fastalign, name).default
@@ -85,13 +85,7 @@ def with_unit_stride(tensor: Tensor | None) -> Tensor | None:
 
 def architecture() -> int:
     """80, 90, 100...: the current GPU's compute capability, for tables of tiles; 90 in the interpreter."""
-    return 90 if INTERPRETED else _architecture(triton.runtime.driver.active.get_current_device())
-
-
-@lru_cache
-def _architecture(device: int) -> int:
-    arch = triton.runtime.driver.active.get_current_target().arch
-    return arch if isinstance(arch, int) else 90  # an AMD GPU's is a name
+    return 90 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
 
 
 def row_tile(width: int) -> dict[str, int]:
@@ -111,6 +105,13 @@ def image_chunks(images: int, tiles: int) -> tuple[int, int]:
     """
     per_chunk = triton.cdiv(images, max(1, min(images, triton.cdiv(2048, max(tiles, 1)))))
     return per_chunk, triton.cdiv(images, max(per_chunk, 1))
+
+
+@triton.jit
+def tile_of_rows(i_tile, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Offsets [BLOCK_T] of rows and [BLOCK_D] of channels of a tile of [rows, D]."""
+    i_t, i_d = i_tile // tl.cdiv(D, BLOCK_D), i_tile % tl.cdiv(D, BLOCK_D)
+    return i_t * BLOCK_T + tl.arange(0, BLOCK_T), i_d * BLOCK_D + tl.arange(0, BLOCK_D)
 
 
 @triton.jit

@@ -10,17 +10,10 @@ Shapes: B images, M masks, N patches, P prefix tokens, T = P + N, D width. Bytes
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fastalign.kernels.common import (
-    image_chunks,
-    narrow,
-    promoted,
-    register,
-    row_tile,
-    row_tiles,
-    store,
-    with_unit_stride,
-)
+from fastalign.kernels import common
+from fastalign.kernels.common import narrow, store, tile_of_rows
 
 
 @triton.jit
@@ -35,12 +28,10 @@ def _forward_kernel(
     M: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(P + N, BLOCK_T) * tl.cdiv(D, BLOCK_D)
-    i_b, i_tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    o_t = i_tile // tl.cdiv(D, BLOCK_D) * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_d = i_tile % tl.cdiv(D, BLOCK_D) * BLOCK_D + tl.arange(0, BLOCK_D)
+    i_b = (tl.program_id(0) // tiles).to(tl.int64)
+    o_t, o_d = tile_of_rows(tl.program_id(0) % tiles, D, BLOCK_T, BLOCK_D)
     o_n = o_t - P
     m_d = o_d < D
-    m_t = o_t < P + N
     m_patch = (o_n >= 0) & (o_n < N)
     m_patch_d = m_patch[:, None] & m_d[None, :]
     p_row = p_patches + i_b * stride_b + o_n[:, None].to(tl.int64) * stride_n + o_d[None, :]
@@ -52,9 +43,8 @@ def _forward_kernel(
         b_hidden += narrow(b_row, p_patches.dtype.element_ty).to(tl.float32)[None, :]
     b_add = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     if p_position is not None:
-        b_add += tl.load(p_position + o_n[:, None] * D + o_d[None, :], mask=m_patch_d, other=0.0).to(
-            tl.float32
-        )
+        p_row = p_position + o_n[:, None] * D + o_d[None, :]
+        b_add += tl.load(p_row, mask=m_patch_d, other=0.0).to(tl.float32)
     if p_prefix is not None:
         m_prefix = (o_t < P)[:, None] & m_d[None, :]
         b_add += tl.load(p_prefix + o_t[:, None] * D + o_d[None, :], mask=m_prefix, other=0.0).to(tl.float32)
@@ -64,7 +54,7 @@ def _forward_kernel(
         b_token = tl.where(b_visible[:, None], b_patches, b_hidden)
         b_out = tl.where(m_patch[:, None], b_token, 0.0) + b_add
         p_row_out = p_out + (i_copy * (P + N) + o_t[:, None]) * D + o_d[None, :]
-        store(p_row_out, b_out, m_t[:, None] & m_d[None, :])
+        store(p_row_out, b_out, (o_t < P + N)[:, None] & m_d[None, :])
 
 
 @triton.jit
@@ -79,9 +69,7 @@ def _backward_kernel(
     HIDDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i_chunk = tl.program_id(1).to(tl.int64)
-    i_t, i_d = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
-    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_t, o_d = tile_of_rows(tl.program_id(0), D, BLOCK_T, BLOCK_D)
     o_n = o_t - P
     m_patch = (o_n >= 0) & (o_n < N)
     m_out = (o_t < P + N)[:, None] & (o_d < D)[None, :]
@@ -111,26 +99,36 @@ def _backward_kernel(
         tl.store(p_hidden + p_sum, b_hidden, mask=m_out)
 
 
-def _allocate(patches, hidden, visible, prefix, position):
+def _allocate(
+    patches: Tensor, hidden: Tensor | None, visible: Tensor, prefix: Tensor | None, position: Tensor | None
+) -> Tensor:
     tokens = visible.shape[2] + (0 if prefix is None else prefix.shape[0])
     shape = (*visible.shape[:2], tokens, patches.shape[-1])
-    return patches.new_empty(shape, dtype=promoted(patches, prefix, position))
+    return patches.new_empty(shape, dtype=common.promoted(patches, prefix, position))
 
 
 def _forward(out, patches, hidden, visible, prefix, position) -> None:
     images, copies, tokens, width = out.shape
-    count, tile = visible.shape[2], row_tile(width)
+    count, tile = visible.shape[2], common.row_tile(width)
     if out.numel() == 0:
         return
-    patches = with_unit_stride(patches)
+    patches = common.with_unit_stride(patches)
     rows = [None if row is None else row.contiguous() for row in (hidden, prefix, position)]
-    _forward_kernel[(row_tiles(tokens, width, tile) * images,)](
+    _forward_kernel[(common.row_tiles(tokens, width, tile) * images,)](
         patches, *rows, visible.contiguous(), out, patches.stride(0), patches.stride(1),
         count, tokens - count, copies, width, **tile,
     )  # fmt: skip
 
 
-def _allocate_gradients(gradient, visible, dtype, whole, patches, rows, hidden):
+def _allocate_gradients(
+    gradient: Tensor,
+    visible: Tensor,
+    dtype: torch.dtype,
+    whole: bool,
+    patches: bool,
+    rows: bool,
+    hidden: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     images, _, tokens, width = gradient.shape
     shape = (images, tokens if whole else visible.shape[2], width) if patches else (0,)
     return (
@@ -142,9 +140,9 @@ def _allocate_gradients(gradient, visible, dtype, whole, patches, rows, hidden):
 
 def _backward(out, gradient, visible, dtype, whole, patches, rows, hidden) -> None:
     images, copies, tokens, width = gradient.shape
-    count, tile = visible.shape[2], row_tile(width)
-    tiles = row_tiles(tokens, width, tile)
-    per_chunk, chunks = image_chunks(images, tiles)
+    count, tile = visible.shape[2], common.row_tile(width)
+    tiles = common.row_tiles(tokens, width, tile)
+    per_chunk, chunks = common.image_chunks(images, tiles)
     shapes = [(chunks, tokens, width) if wanted else (0,) for wanted in (rows, hidden)]
     sums = [gradient.new_empty(shape, dtype=torch.float32) for shape in shapes]
     if images * tokens * width:  # also without a copy, where the sums are zero
@@ -159,19 +157,8 @@ def _backward(out, gradient, visible, dtype, whole, patches, rows, hidden) -> No
         torch.sum(sums[1], (0, 1), out=out[2])
 
 
-forward_op = register(
-    "mask_tokens",
-    "(Tensor patches, Tensor? hidden, Tensor visible, Tensor? prefix, Tensor? position) -> Tensor",
-    _allocate,
-    _forward,
-)
-backward_op = register(
-    "mask_tokens_backward",
-    "(Tensor gradient, Tensor visible, ScalarType dtype, bool whole, bool patches, bool rows, bool hidden) "
-    "-> (Tensor, Tensor, Tensor)",
-    _allocate_gradients,
-    _backward,
-)
+forward_op = common.register("mask_tokens", _allocate, _forward)
+backward_op = common.register("mask_tokens_backward", _allocate_gradients, _backward)
 
 
 class _MaskTokens(torch.autograd.Function):

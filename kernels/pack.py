@@ -11,16 +11,10 @@ copies without atomics; sums over images take two stages. So results are reprodu
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fastalign.kernels.common import (
-    image_chunks,
-    promoted,
-    register,
-    row_tile,
-    row_tiles,
-    store,
-    with_unit_stride,
-)
+from fastalign.kernels import common
+from fastalign.kernels.common import store, tile_of_rows
 
 
 @triton.jit
@@ -35,15 +29,13 @@ def _forward_kernel(
     M: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T, BLOCK_T) * tl.cdiv(D, BLOCK_D)
-    i_b, i_tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    i_t = i_tile // tl.cdiv(D, BLOCK_D)
-    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_d = i_tile % tl.cdiv(D, BLOCK_D) * BLOCK_D + tl.arange(0, BLOCK_D)
+    i_b = (tl.program_id(0) // tiles).to(tl.int64)
+    o_t, o_d = tile_of_rows(tl.program_id(0) % tiles, D, BLOCK_T, BLOCK_D)
     m_d = (o_d < D)[None, :]
     if i_b == B:  # the programs after the last image clear the padding, which is often empty
         step = tl.cdiv(T, BLOCK_T) * BLOCK_T
-        for i_row in range(tl.load(p_end).to(tl.int64) + i_t * BLOCK_T, L, step):
-            o_row = i_row + tl.arange(0, BLOCK_T)
+        for i_row in range(tl.load(p_end).to(tl.int64), L, step):
+            o_row = i_row + o_t
             b_zero = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
             store(p_out + o_row[:, None] * D + o_d[None, :], b_zero, (o_row < L)[:, None] & m_d)
         return
@@ -72,9 +64,7 @@ def _backward_kernel(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i_chunk = tl.program_id(1).to(tl.int64)
-    i_t, i_d = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
-    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_t, o_d = tile_of_rows(tl.program_id(0), D, BLOCK_T, BLOCK_D)
     m_d = (o_d < D)[None, :]
     m_t = (o_t < T)[:, None] & m_d
     m_patch = (o_t >= P)[:, None] & m_t
@@ -92,25 +82,30 @@ def _backward_kernel(
         tl.store(p_rows + (i_chunk * T + o_t[:, None]) * D + o_d[None, :], b_rows, mask=m_t)
 
 
-def _allocate(patches, slots, cu_seqlens, length, prefix, position):
-    return patches.new_empty((length, patches.shape[-1]), dtype=promoted(patches, prefix, position))
+def _allocate(
+    patches: Tensor, slots: Tensor, cu_seqlens: Tensor, length: int, prefix: Tensor | None,
+    position: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return patches.new_empty((length, patches.shape[-1]), dtype=common.promoted(patches, prefix, position))
 
 
 def _forward(out, patches, slots, cu_seqlens, length, prefix, position) -> None:
     images, copies, tokens = slots.shape
-    width, tile = patches.shape[-1], row_tile(patches.shape[-1])
+    width, tile = patches.shape[-1], common.row_tile(patches.shape[-1])
     if out.numel() == 0 or tokens == 0:
         out.zero_()
         return
-    patches = with_unit_stride(patches)
+    patches = common.with_unit_stride(patches)
     rows = [None if row is None else row.contiguous() for row in (prefix, position)]
-    _forward_kernel[(row_tiles(tokens, width, tile) * (images + 1),)](
+    _forward_kernel[(common.row_tiles(tokens, width, tile) * (images + 1),)](
         patches, *rows, slots.contiguous(), cu_seqlens[-1:], out, patches.stride(0), patches.stride(1),
         images, tokens, tokens - patches.shape[1], length, copies, width, **tile,
     )  # fmt: skip
 
 
-def _allocate_gradients(gradient, slots, count, dtype, patches, rows):
+def _allocate_gradients(
+    gradient: Tensor, slots: Tensor, count: int, dtype: torch.dtype, patches: bool, rows: bool
+) -> tuple[Tensor, Tensor]:
     width = gradient.shape[-1]
     return (
         gradient.new_empty((slots.shape[0], count, width) if patches else (0,), dtype=dtype),
@@ -120,9 +115,9 @@ def _allocate_gradients(gradient, slots, count, dtype, patches, rows):
 
 def _backward(out, gradient, slots, count, dtype, patches, rows) -> None:
     images, copies, tokens = slots.shape
-    width, tile = gradient.shape[-1], row_tile(gradient.shape[-1])
-    tiles = row_tiles(tokens, width, tile)
-    per_chunk, chunks = image_chunks(images, tiles)
+    width, tile = gradient.shape[-1], common.row_tile(gradient.shape[-1])
+    tiles = common.row_tiles(tokens, width, tile)
+    per_chunk, chunks = common.image_chunks(images, tiles)
     sums = gradient.new_empty((chunks, tokens, width) if rows else (0,), dtype=torch.float32)
     if images * tokens * width:
         _backward_kernel[(tiles, chunks)](
@@ -133,18 +128,8 @@ def _backward(out, gradient, slots, count, dtype, patches, rows) -> None:
         torch.sum(sums, 0, out=out[1])
 
 
-forward_op = register(
-    "pack",
-    "(Tensor patches, Tensor slots, Tensor cu_seqlens, SymInt length, Tensor? prefix, Tensor? position) -> Tensor",
-    _allocate,
-    _forward,
-)
-backward_op = register(
-    "pack_backward",
-    "(Tensor gradient, Tensor slots, SymInt count, ScalarType dtype, bool patches, bool rows) -> (Tensor, Tensor)",
-    _allocate_gradients,
-    _backward,
-)
+forward_op = common.register("pack", _allocate, _forward)
+backward_op = common.register("pack_backward", _allocate_gradients, _backward)
 
 
 class _Pack(torch.autograd.Function):

@@ -122,18 +122,16 @@ def _scale_kernel(p_gradient, p_factor, SIZE, BLOCK: tl.constexpr):
 def _tile(loss: str, width: int) -> dict[str, int]:
     """The cosine needs a whole row at once; the others walk over it."""
     whole = triton.next_power_of_2(width)
-    if loss == "cosine":
-        return {
-            "BLOCK_R": max(1, min(4, 2048 // whole)),
-            "BLOCK_D": whole,
-            "num_warps": 8 if whole > 2048 else 4,
-        }
-    return {"BLOCK_R": 4, "BLOCK_D": min(256, whole), "num_warps": 4}
+    if loss != "cosine":
+        return {"BLOCK_R": 4, "BLOCK_D": min(256, whole), "num_warps": 4}
+    rows, warps = max(1, min(4, 2048 // whole)), 8 if whole > 2048 else 4
+    return {"BLOCK_R": rows, "BLOCK_D": whole, "num_warps": warps}
 
 
 def _allocate(
-    prediction, target, visible, scale, indices, cu_seqlens, tokens, loss, prefix_visible, with_gradient
-):
+    prediction: Tensor, target: Tensor, visible: Tensor, scale: Tensor, indices: Tensor | None,
+    cu_seqlens: Tensor | None, tokens: int, loss: str, prefix_visible: bool, with_gradient: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     gradient = prediction.new_empty(prediction.shape if with_gradient else (0,))
     return prediction.new_empty((), dtype=torch.float32), gradient
 
@@ -147,9 +145,7 @@ def _forward(
         return
     width, rows = prediction.shape[-1], prediction.numel() // prediction.shape[-1]
     patches = visible.shape[2]
-    prefix = (
-        tokens - patches if tokens >= patches else tokens
-    )  # with prefix_only all tokens are prefix tokens
+    prefix = tokens - patches if tokens >= patches else tokens  # with prefix_only all are prefix tokens
     gather, strides = indices is not None and target.dim() == 3, (0, 0, 0)
     if indices is None:
         target = with_unit_stride(target).expand(prediction.shape)
@@ -167,22 +163,18 @@ def _forward(
     total.copy_(partial.sum(dtype=torch.float64))
 
 
+def _allocate_nothing(gradient: Tensor, factor: Tensor) -> None:
+    return
+
+
 def _scale(_, gradient, factor) -> None:
     if gradient.numel():
         grid = (min(1024, triton.cdiv(gradient.numel(), 2048)),)  # a few for each processor of a GPU
         _scale_kernel[grid](gradient, factor, gradient.numel(), BLOCK=2048, num_warps=8)
 
 
-forward_op = register(
-    "reconstruction_loss",
-    "(Tensor prediction, Tensor target, Tensor visible, Tensor scale, Tensor? indices, Tensor? cu_seqlens, "
-    "SymInt tokens, str loss, bool prefix_visible, bool with_gradient) -> (Tensor, Tensor)",
-    _allocate,
-    _forward,
-)
-scale_op = register(
-    "scale_gradient_", "(Tensor(a!) gradient, Tensor factor) -> ()", lambda gradient, factor: None, _scale
-)
+forward_op = register("reconstruction_loss", _allocate, _forward)
+scale_op = register("scale_gradient_", _allocate_nothing, _scale, mutates=("gradient",))
 
 
 class _ReconstructionLoss(torch.autograd.Function):

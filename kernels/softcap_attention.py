@@ -119,7 +119,9 @@ def _rows_first(like: Tensor, packed: bool) -> Tensor:
     return like.new_empty((images, length, heads, width)).transpose(1, 2)
 
 
-def _allocate(q, k, v, softcap, cu_seqlens, max_seqlen):
+def _allocate(
+    q: Tensor, k: Tensor, v: Tensor, softcap: float | None, cu_seqlens: Tensor | None, max_seqlen: int
+) -> tuple[Tensor, Tensor]:
     shape = q.shape[:3] if cu_seqlens is None else (q.shape[1], q.shape[0])
     return _rows_first(q, cu_seqlens is not None), q.new_empty(shape, dtype=torch.float32)
 
@@ -133,7 +135,10 @@ def _forward(outputs, q, k, v, softcap, cu_seqlens, max_seqlen) -> None:
         forward_kernel[(programs,)](q, k, v, *outputs, *strides, UNIT=unit, **arguments)
 
 
-def _allocate_gradients(gradient, q, k, v, out, lse, softcap, cu_seqlens, max_seqlen):
+def _allocate_gradients(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, softcap: float | None,
+    cu_seqlens: Tensor | None, max_seqlen: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return tuple(_rows_first(x, cu_seqlens is not None) for x in (q, k, v))
 
 
@@ -149,19 +154,8 @@ def _backward(gradients, gradient, q, k, v, out, lse, softcap, cu_seqlens, max_s
         dkdv_kernel[(programs,)](q, k, v, gradient, rows, dk, dv, *strides, UNIT=unit, **arguments)
 
 
-forward_op = register(
-    "softcap_attention",
-    "(Tensor q, Tensor k, Tensor v, float? softcap, Tensor? cu_seqlens, SymInt max_seqlen) -> (Tensor, Tensor)",
-    _allocate,
-    _forward,
-)
-backward_op = register(
-    "softcap_attention_backward",
-    "(Tensor gradient, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float? softcap, Tensor? cu_seqlens, "
-    "SymInt max_seqlen) -> (Tensor, Tensor, Tensor)",
-    _allocate_gradients,
-    _backward,
-)
+forward_op = register("softcap_attention", _allocate, _forward)
+backward_op = register("softcap_attention_backward", _allocate_gradients, _backward)
 
 
 class _SoftcapAttention(torch.autograd.Function):
@@ -180,8 +174,5 @@ class _SoftcapAttention(torch.autograd.Function):
 
 def softcap_attention(q, k, v, *, softcap=None, cu_seqlens=None, max_seqlen=None):
     """As `fastalign.ops.softcap_attention` without a bias, for fp32, bf16 and fp16 and d <= 128, on a GPU."""
-    if cu_seqlens is None:
-        max_seqlen = q.shape[2]
-    elif max_seqlen is None:
-        raise ValueError("softcap_attention: give max_seqlen with cu_seqlens")
-    return _SoftcapAttention.apply(q, k, v, softcap, cu_seqlens, max_seqlen)
+    length = q.shape[2] if cu_seqlens is None else max_seqlen
+    return _SoftcapAttention.apply(q, k, v, softcap, cu_seqlens, length)

@@ -9,8 +9,9 @@ Shapes: B images, M masks, T tokens, D width, L rows. Bytes moved at s bytes per
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fastalign.kernels.common import register, row_tile, row_tiles
+from fastalign.kernels.common import register, row_tile, row_tiles, tile_of_rows
 
 
 @triton.jit
@@ -21,9 +22,7 @@ def _kernel(
     R,
     D: tl.constexpr, REVERSE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    i_row, i_d = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
-    o_row = i_row.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_row, o_d = tile_of_rows(tl.program_id(0).to(tl.int64), D, BLOCK_T, BLOCK_D)
     o_slot = tl.load(p_slots + o_row, mask=o_row < R, other=-1).to(tl.int64)
     m_slot = (o_slot >= 0)[:, None] & (o_d < D)[None, :]
     p_packed_row = p_packed + o_slot[:, None] * D + o_d[None, :]
@@ -35,7 +34,7 @@ def _kernel(
         tl.store(p_dense_row, b_row, mask=(o_row < R)[:, None] & (o_d < D)[None, :])
 
 
-def _allocate(packed, slots):
+def _allocate(packed: Tensor, slots: Tensor) -> Tensor:
     return packed.new_empty((*slots.shape, packed.shape[-1]))
 
 
@@ -46,7 +45,7 @@ def _forward(dense, packed, slots) -> None:
         dense.zero_()
 
 
-def _allocate_gradient(gradient, slots, length):
+def _allocate_gradient(gradient: Tensor, slots: Tensor, length: int) -> Tensor:
     return gradient.new_zeros((length, gradient.shape[-1]))  # padding rows have no gradient
 
 
@@ -63,13 +62,8 @@ def _launch(packed, slots, dense, reverse) -> None:
         _kernel[grid](packed, slots.contiguous(), dense, rows, width, REVERSE=reverse, **tile)
 
 
-forward_op = register("unpack", "(Tensor packed, Tensor slots) -> Tensor", _allocate, _forward)
-backward_op = register(
-    "unpack_backward",
-    "(Tensor gradient, Tensor slots, SymInt length) -> Tensor",
-    _allocate_gradient,
-    _backward,
-)
+forward_op = register("unpack", _allocate, _forward)
+backward_op = register("unpack_backward", _allocate_gradient, _backward)
 
 
 class _Unpack(torch.autograd.Function):

@@ -17,8 +17,8 @@ masks.distribution masks.ratio masks.complement masks.full masks.mode
 loss.name loss.target_scale
 data.train data.val data.crop data.scale data.ratio data.hflip data.color_jitter data.randaugment data.mixup
 data.cutmix data.threads data.hw_decoder_load
-optim.name optim.batch_size optim.accumulate optim.epochs optim.lr optim.min_lr optim.warmup_epochs optim.weight_decay
-optim.betas optim.clip optim.ema
+optim.name optim.batch_size optim.accumulate optim.micro_batch optim.epochs optim.lr optim.min_lr optim.warmup_epochs
+optim.weight_decay optim.betas optim.clip optim.ema
 checkpoint.every_steps checkpoint.keep
 probe.data probe.every_steps probe.best
 export.to log.every_steps log.to
@@ -26,8 +26,9 @@ efficiency.precision efficiency.compile efficiency.grad_checkpointing efficiency
 faults.bad_samples faults.quarantine faults.nonfinite faults.timeout
 """
 FREE = """
-output resume export.to data.threads data.hw_decoder_load optim.accumulate checkpoint.every_steps checkpoint.keep
-log.every_steps log.to efficiency.compile efficiency.grad_checkpointing efficiency.shard efficiency.attention
+output resume export.to data.threads data.hw_decoder_load optim.accumulate optim.micro_batch
+checkpoint.every_steps checkpoint.keep log.every_steps log.to
+efficiency.compile efficiency.grad_checkpointing efficiency.shard efficiency.attention
 faults.bad_samples faults.quarantine faults.nonfinite faults.timeout
 """
 """May change when a run resumes. `max_steps` may grow; everything else decides the result."""
@@ -44,7 +45,7 @@ def test_the_list_of_keys_is_frozen_and_each_has_its_kind():
     assert kinds() == wanted | {"max_steps": Kind.GROWS}, (
         "a key was added or removed: note it in the CHANGELOG"
     )
-    assert len(kinds()) == 69
+    assert len(kinds()) == 70
 
 
 def test_each_key_is_documented_with_its_kind_and_its_values():
@@ -59,14 +60,9 @@ def test_each_key_is_documented_with_its_kind_and_its_values():
     )
 
 
-def test_defaults_are_the_published_recipe():
-    config = Config()
-    optim = config.optim
-    assert (optim.batch_size, optim.epochs, optim.lr, optim.betas) == (1024, 5, 3e-4, (0.9, 0.95))
-    assert (optim.weight_decay, optim.clip, optim.warmup_epochs, optim.ema) == (0.01, 1.0, 0, None)
-    assert (config.student.softcap, config.teacher.skip_blocks, config.decoder.layers) == (30.0, 1, 2)
-    assert (config.masks.distribution, config.masks.complement, config.masks.full) == ("uniform", True, True)
-    assert (config.data.crop, config.data.scale, config.data.hflip) == ("rkrc", (0.08, 1.0), 0.5)
+def test_defaults_are_a_published_recipe():
+    """Which the tests of recipes compare with the authors'."""
+    assert load_config("in1k-vit-b") == load_config(None, ["output=runs/in1k-vit-b", "optim.min_lr=3e-5"])
 
 
 def test_overrides_are_parsed_by_the_type_of_their_key(tmp_path):
@@ -87,8 +83,13 @@ def test_overrides_are_parsed_by_the_type_of_their_key(tmp_path):
     assert config.data.train == "a=b"
 
 
-def test_a_nested_section_keeps_its_other_keys(tmp_path):
-    path = write(tmp_path, "decoder: {kwargs: {qk_norm: true}}\n")
+def test_a_section_keeps_its_other_keys(tmp_path):
+    path = write(
+        tmp_path, "decoder: {kwargs: {qk_norm: true}}\noptim: {lr: 1e-4}\nstudent: {kwargs: {depth: 2}}"
+    )
+    whole = load_config(path, ["optim={epochs: 7, clip: null}", "student={kwargs: {img_size: 64}}"])
+    assert (whole.optim.lr, whole.optim.epochs, whole.optim.clip) == (1e-4, 7, None)
+    assert whole.student.kwargs == {"img_size": 64}  # a value, not a section
     parts, default = (
         load_config(path, ["decoder.kwargs.init_values=null"]).decoder.kwargs,
         Config().decoder.kwargs,
@@ -132,7 +133,7 @@ def test_yaml_out_is_yaml_in(tmp_path):
         (
             "",
             "loss.target_scale=auto:0",
-            ["loss.target_scale: ", "valid number", "or: ", "'^auto(:", "auto:0"],
+            ["loss.target_scale: ", "valid number", "or: ", "--print-config", "auto:0"],
         ),
         ("", "probe.best=true", ["probe.best", "set probe.data"]),
         ("student: {freeze: true}", "probe.data=a", ["student.freeze", "remove one"]),
@@ -154,9 +155,10 @@ def test_yaml_out_is_yaml_in(tmp_path):
         ("", "teacher.prefix_only=true", ["teacher.skip_blocks=0"]),
         ("", "masks.ratio=0.3", ["masks.ratio"]),
         ("masks: {mode: drop}\nteacher: {prefix_only: true, skip_blocks: 0}", None, ["masks.mode=zero"]),
-        ("", "log.to=[wandb]", ["log.to: ", "wandb:.+"]),
+        ("", "log.to=[wandb]", ["log.to: ", "--print-config", "wandb"]),
         ("optim: 3", None, ["optim", "3"]),
         ("- a", None, ["mapping"]),
+        ("false", None, ["mapping", "bool"]),
         ("a: [", None, ["not YAML"]),
         (
             "optim: {lr: 1}\nseed: 1\noptim: {clip: 1}",

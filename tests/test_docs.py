@@ -1,18 +1,152 @@
-"""The documentation: the site builds without a broken link, and has every public name."""
+"""The documentation: its site builds without a broken link, and its code runs, commands at a tiny size.
+
+A block after the comment `<!-- not run: REASON -->` is left out.
+"""
 
 import doctest
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
+import yaml
+from PIL import Image
 
 import fastalign as fa
+from demo import mosaics
+from fastalign.__main__ import main
+from tests.reference_recipes import reference_options
 
 ROOT = Path(__file__).parents[1]
-MODULES = {"kernels", "masks", "ops"}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\n)?^(?:> )?```(\w*)\n(.*?)^(?:> )?```", re.S | re.M)
+TINY_RUN = ["student.weights=random", "student.kwargs={depth: 2}", "optim.batch_size=2", "max_steps=1"]
+TINY_RUN += ["data.threads=1", "efficiency.precision=fp32"]
+TINY_NAME = ["--weights", "random", "--kwargs", "{depth: 2}"]
+FOLDERS = {"/data/imagenet/": "images/", "/data/": "images/", "photos": "images/train"}
+LABELLED = ("coco:/data/coco", "ade20k:/data/ade20k", "demo/data")
+
+
+def blocks(language: str) -> dict[Path, list[str]]:
+    """The blocks to run, by page."""
+    found = {}
+    for page in PAGES:
+        for skipped, kind, text in BLOCK.findall(page.read_text()):
+            if kind == language and not skipped:
+                found.setdefault(page, []).append(text)
+    return found
+
+
+def commands() -> list[str]:
+    """The arguments of `fastalign` in every shell block, as text; torchrun's are of `fastalign train`."""
+    found = []
+    for text in (text for texts in blocks("").values() for text in texts):
+        for line in text.replace("\\\n", " ").splitlines():
+            if match := re.match(r"(?:> )?fastalign (.+)|torchrun .*-m fastalign\.(train .+)", line):
+                found.append((match[1] or match[2]).partition("  #")[0].strip())
+    return list(dict.fromkeys(found))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with everything that the documents name, tiny."""
+    folder, rng = tmp_path_factory.mktemp("world"), np.random.default_rng(0)
+    mosaics.render(folder / "labelled", mosaics.Settings(train=16, val=8, test=8, size=32), workers=1)
+    for split in ("train", "val"):
+        for index in range(4):
+            path = folder / f"images/{split}/class{index % 2}/{index}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(path)
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "runs").mkdir()
+    (folder / "runs/demo").symlink_to("clip-vit-b")
+    (folder / "their.yaml").write_text(
+        yaml.safe_dump(reference_options("clip-vit-b") | {"torchcompile": None})
+    )
+    name = "vit_large_patch14_clip_quickgelu_336.openai"
+    torch.save(fa.create_backbone(name, depth=2).state_dict(), folder / "model_best.pth.tar")
+    return folder
+
+
+def adapted(text: str, labelled: Path) -> list[str]:
+    """A command's arguments at a tiny size."""
+    name, *rest = [
+        word for word in shlex.split(text.partition(" > ")[0]) if word not in ("key.sub=value", "...")
+    ]
+    for index, word in enumerate(rest):
+        for original in LABELLED:
+            word = word.replace(original, str(labelled))
+        for original, ours in FOLDERS.items():
+            word = word.replace(original, ours) if "photos/" not in word and "runs/" not in word else word
+        rest[index] = word.replace("images/imagenet", "images")
+    if name == "train":
+        data = ["data.train=images/train", "data.val=images/val"] if "--reference-config" in rest else []
+        return [name, *rest, *data, *TINY_RUN]
+    if name in ("probe", "classify"):
+        run = any(word.startswith("runs/") for word in rest)
+        fewer = ["--epochs", "1", "--seeds", "0", "--batch-size", "4"]
+        return [name, *rest, *fewer, *([] if run else TINY_NAME)]
+    if name == "export" and "--weights" in rest:
+        return [name, *rest, "--kwargs", "{depth: 2}"]
+    return [name, *rest]
+
+
+def test_commands(world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    found = commands()
+    assert {text.split()[0] for text in found} >= {
+        "train",
+        "probe",
+        "classify",
+        "export",
+        "report",
+        "recipes",
+    }
+    runs = [text for text in found if text.startswith("train")]
+    for text in runs + [text for text in found if text not in runs]:
+        more = [f"output=runs/{runs.index(text)}"] if text in runs[1:] and " output=" not in text else []
+        assert main([*adapted(text, world / "labelled"), *more]) == 0, (text, capsys.readouterr().err)
+
+
+def names() -> dict:
+    """What blocks of Python use without defining it."""
+    images, ids = torch.randn(2, 3, 224, 224), torch.arange(2)
+    q, k, v = torch.randn(3, 2, 3, 197, 64)
+    student = fa.MaskEmbedStudent.from_backbone(fa.create_backbone("vit_tiny_patch16_224"))
+    picture = Image.new("RGB", (300, 200))
+    return {
+        **{"fa": fa, "torch": torch, "timm": timm, "q": q, "k": k, "v": v},
+        **{"images": images, "sample_ids": ids, "batches": [(images, ids)], "student": student, "step": 1},
+        **{"picture": picture, "image": picture, "visible": torch.rand(2, 3, 196) < 0.5},
+        **{"patches": torch.randn(2, 196, 8), "hidden": torch.randn(8), "prefix": torch.randn(1, 8)},
+        **{"position": torch.randn(196, 8), "qkv": lambda rows: torch.randn(3, len(rows), 2, 4)},
+    }
+
+
+def test_python(world, monkeypatch):
+    """Models have two blocks and random weights."""
+    monkeypatch.chdir(world)
+    create = timm.create_model
+
+    def small(name, pretrained=False, **kwargs):
+        return create(name, **{"depth": 2, **kwargs})
+
+    monkeypatch.setattr(timm, "create_model", small)
+    model = timm.create_model("vit_base_patch16_siglip_224.v2_webli", num_classes=0, img_size=256)
+    torch.save(model.state_dict(), "finetuned.pth")
+    monkeypatch.setattr("fastalign.api.train", lambda config, ranks: None)  # the run of the first command
+    folder = str(world / "runs/clip-vit-b/exports/hf-clip")
+    for page, texts in blocks("python").items():
+        space = names()
+        for text in texts:
+            text = text.replace("FOLDER", folder).replace("demo/data", "images")
+            text = text.replace("epochs=10", "epochs=1, batch_size=4")
+            exec(compile(text, f"{page.name}: {text[:60]}", "exec"), space)  # noqa: S102
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +163,7 @@ def test_api_page_has_every_public_name(site):
     ids = set(
         re.findall(r'id="fastalign\.(?:ops\.reference\.)?(\w+)"', (site / "api/index.html").read_text())
     )
-    assert set(fa.__all__) - MODULES - {"UserError"} <= ids
+    assert set(fa.__all__) - {"kernels", "masks", "ops", "UserError"} <= ids
 
 
 def test_pages_link_to_files_of_the_repository(site):

@@ -58,13 +58,6 @@ for stem in ("pe-spatial-vit-b", "radio-v3-b"):  # 512 pixels
     OURS[stem][1].append("optim.accumulate=8")
 # What recipes leave at the defaults: it does not decide the result.
 DEFAULTS = {"seed", "log", "checkpoint", "efficiency"}
-
-# These train at full depth, one per architecture; the others train two blocks.
-FULL_DEPTH = {
-    *("beit-vit-b", "clip-vit-b", "dinov2-vit-b", "eva02-vit-b"),
-    *("in1k-vit-s", "in1k-vit-t", "siglip-vit-b"),
-}
-SLOW = {"clip-vit-l", "in1k-vit-l", "siglip-vit-so400m"}
 RANDOM = ["student.weights=random", "teacher.weights=random"]
 
 
@@ -86,9 +79,7 @@ def distinct() -> dict[str, list[str]]:
         config = load_config(RECIPES[stem], RANDOM)
         kept = config.model_dump(exclude={"output": True, "data": True, "optim": {"epochs", "warmup_epochs"}})
         groups.setdefault(json.dumps(kept), []).append(stem)
-    return {
-        next((stem for stem in group if stem in FULL_DEPTH), group[0]): group for group in groups.values()
-    }
+    return {group[0]: group for group in groups.values()}
 
 
 STEPS = distinct()
@@ -217,16 +208,13 @@ def test_documentation_lists_every_recipe():
     assert all(path.relative_to(ROOT).as_posix() in text for path in ALL)
 
 
-def reduced(stem: str, *, full_depth: bool) -> list[str]:
-    """Overrides for random weights and the smallest images that the masks allow."""
+def reduced(stem: str) -> list[str]:
+    """Overrides for random weights, two blocks and the smallest images that the masks allow."""
     config = load_config(RECIPES[stem])
     side = 3 if config.masks.distribution == "blockwise" else 2
     size = side * (14 if "patch14" in config.student.name else 16)
-    return [
-        *(["student.weights=random"] if config.student.weights == "pretrained" else []),
-        f"student.kwargs.img_size={size}",
-        *([] if full_depth else ["student.kwargs.depth=2"]),
-    ]
+    weights = ["student.weights=random"] if config.student.weights == "pretrained" else []
+    return [*weights, f"student.kwargs.img_size={size}", "student.kwargs.depth=2"]
 
 
 def take_a_step(config: Config) -> MaskEmbed | MaskedImageModeling:
@@ -251,17 +239,14 @@ def take_a_step(config: Config) -> MaskEmbed | MaskedImageModeling:
     return objective
 
 
-@pytest.mark.parametrize(
-    "stem", [pytest.param(stem, marks=pytest.mark.slow) if stem in SLOW else stem for stem in STEPS]
-)
+@pytest.mark.parametrize("stem", STEPS)
 def test_takes_a_step(stem):
-    overrides = reduced(stem, full_depth=stem in FULL_DEPTH | SLOW)
-    take_a_step(load_config(RECIPES[stem], [*overrides, *RANDOM]))
+    take_a_step(load_config(RECIPES[stem], [*reduced(stem), *RANDOM]))
 
 
 @pytest.mark.parametrize("stem", [stem for stem in RECIPES if "Train configs/" in header(stem)])
 def test_starts_from_the_run_before(stem, tmp_path, monkeypatch):
-    config = load_config(RECIPES[stem], reduced(stem, full_depth=False))
+    config = load_config(RECIPES[stem], reduced(stem))
     folder = tmp_path / (config.teacher.weights or config.student.weights)
     folder.mkdir(parents=True)
     torch.manual_seed(1)  # other weights than a fresh backbone of this run's seed

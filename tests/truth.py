@@ -6,6 +6,7 @@ It is slow and simple: one image, one mask and one patch at a time, in float64.
 import copy
 import functools
 import math
+from collections.abc import Callable
 
 import timm
 import torch
@@ -25,16 +26,20 @@ def blank_pixels(image: Tensor, mask: Tensor, patch: int) -> Tensor:
     return image
 
 
+def of_masked_images(function: Callable, images: Tensor, visible: Tensor, patch: int) -> Tensor:
+    """[B, M, ...]: a function of one image, [1, C, h, w] -> [1, ...], for every masked copy."""
+    rows = [
+        torch.cat([function(blank_pixels(image, mask, patch)[None]) for mask in masks])
+        for image, masks in zip(images, visible, strict=True)
+    ]
+    return torch.stack(rows)
+
+
 def teacher_targets(model: nn.Module, images: Tensor, visible: Tensor, skip_blocks: int) -> Tensor:
     """[B, M, T, D] from a timm model."""
     model = copy.deepcopy(model).eval()
     model.blocks = model.blocks[: len(model.blocks) - skip_blocks]
-    patch = model.patch_embed.patch_size[0]
-    rows = []
-    for image, masks in zip(images, visible, strict=True):
-        views = torch.stack([blank_pixels(image, mask, patch) for mask in masks])
-        rows.append(torch.cat([model.forward_features(view[None]) for view in views]))
-    return torch.stack(rows).detach()
+    return of_masked_images(model.forward_features, images, visible, model.patch_embed.patch_size[0]).detach()
 
 
 class CappedAttention(nn.Module):

@@ -124,10 +124,10 @@ TIMM = {fast: theirs for theirs, fast in FAST.items()}
 def accelerate(
     model: nn.Module, *, softcap: float | None = None, backend: str = "auto", undo: bool = False
 ) -> nn.Module:
-    """Swap the attention of a timm ViT for ours, in place.
+    """Swap the attention of a timm ViT for ours, in place; call it again for another cap or implementation.
 
-    The state dict stays the same; without a cap outputs and gradients too, to rounding. Call it again to change the
-    cap or the implementation. Call it before torch.compile, DDP or FSDP.
+    The state dict stays the same; without a cap outputs and gradients too, to rounding. Call it before
+    torch.compile, DDP or FSDP.
 
     Args:
         model: a timm VisionTransformer, Eva, Beit or anything else made of their attention modules.
@@ -171,8 +171,6 @@ def _check(model: nn.Module, softcap: float | None, backend: str) -> None:
             and "Pool" not in kind.__name__
         ):
             name = f"{kind.__module__}.{kind.__qualname__}"
-            raise UserError(
-                f"accelerate: {path} is {name}, which is not supported: pass only parts without it"
-            )
+            raise UserError(f"accelerate: {path} is a {name}, not supported: pass only parts without it")
     if not known:
         raise UserError(f"accelerate: {type(model).__name__} has no attention of a timm ViT, Eva or Beit")

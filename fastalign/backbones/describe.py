@@ -10,7 +10,7 @@ import timm
 import torch
 from timm import layers
 from timm.layers import activations
-from timm.models import beit, deit, eva, vision_transformer
+from timm.models import beit, deit, eva, get_model_input_config, vision_transformer
 from torch import nn
 
 from fastalign.backbones import naflex
@@ -60,8 +60,9 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
         **changes: fields of `ViTSpec` that timm's modules do not show.
     """
     spec, flexible = replace(describe(source), **changes), isinstance(source, naflex.NaFlexVit)
-    if recipe and flexible:
-        recipe = {**recipe, "kwargs": {**recipe["kwargs"], **naflex.vit_arguments(spec)}}
+    if recipe and flexible and spec.position:
+        table = {"pos_embed": "learned", "pos_embed_grid_size": list(spec.grid)}
+        recipe = {**recipe, "kwargs": {**recipe["kwargs"], **table}}
     rate = max((getattr(part, "drop_prob", None) or 0.0) for part in source.modules())
     if rate >= 1:
         raise UserError(f"drop_path_rate must be less than 1, got {rate}")
@@ -106,6 +107,10 @@ def describe(source: nn.Module) -> ViTSpec:
     flexible, rope = isinstance(source, naflex.NaFlexVit), getattr(source, "rope", None)
     embed = source.embeds if flexible else source.patch_embed
     tokens = embed if flexible else source
+    size = get_model_input_config(source)["input_size"][-2:] if flexible else embed.img_size
+    distilled = isinstance(source, deit.VisionTransformerDistilled)
+    mapped = getattr(source, "attn_pool", None) is not None  # timm has several modules of attention pooling
+    pool = "map" if mapped else "pair" if distilled else source.global_pool or "none"
     block, *others = (_describe_block(block, source) for block in source.blocks)
     if any(other != block for other in others):
         raise _unsupported(source, ["blocks that differ"])
@@ -113,11 +118,11 @@ def describe(source: nn.Module) -> ViTSpec:
     return ViTSpec(
         block=block,
         depth=len(source.blocks),
-        image_size=naflex.image_size(source) if flexible else layers.to_2tuple(embed.img_size),
+        image_size=layers.to_2tuple(size),
         patch_size=layers.to_2tuple(embed.patch_size),
         channels=embed.in_chans if flexible else embed.proj.in_channels,
         class_token=tokens.cls_token is not None,
-        distilled=isinstance(source, deit.VisionTransformerDistilled),
+        distilled=distilled,
         registers=0 if getattr(tokens, "reg_token", None) is None else tokens.reg_token.shape[1],
         position=embed.pos_embed_type != "none" if flexible else source.pos_embed is not None,
         position_prefix=not flexible and not getattr(source, "no_embed_class", False),
@@ -129,9 +134,10 @@ def describe(source: nn.Module) -> ViTSpec:
         pre_norm=_has_norm(getattr(source, "norm_pre", None)),
         final_norm=_has_norm(source.norm),
         pooled_norm=_has_norm(source.fc_norm),
-        pool=_pool(source),
-        # Eva's attention pooling reads all tokens.
-        pool_prefix=getattr(source, "pool_include_prefix", getattr(source, "attn_pool", None) is not None),
+        pool=pool,
+        pool_prefix=getattr(
+            source, "pool_include_prefix", mapped
+        ),  # Eva's attention pooling reads all tokens
         fresh_norm_eps=fresh[0] if fresh else 1e-6,
     )
 
@@ -166,13 +172,6 @@ def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
         norm=_NORMS[type(block.norm1)],
         norm_eps=block.norm1.eps,
     )
-
-
-def _pool(source: nn.Module) -> str:
-    """The kind of pooling; timm has several modules of attention pooling."""
-    if getattr(source, "attn_pool", None) is not None:
-        return "map"
-    return "pair" if isinstance(source, deit.VisionTransformerDistilled) else source.global_pool or "none"
 
 
 def _unknown_parts(source: nn.Module) -> list[str]:

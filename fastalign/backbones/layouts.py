@@ -67,7 +67,7 @@ ls2.gamma     ls_2.gamma       -                     -                          
 gamma_1       -                -                     -                            layer_scale1.lambda1
 gamma_2       -                -                     -                            layer_scale2.lambda1
 """
-"""Names within a block: of open_clip and transformers' models. "-" = as timm's, or not there."""
+"""Names within a block; the first row that fits applies. "-" = as timm's, or not there."""
 
 
 def _column(table: str, library: str) -> dict[str, str]:
@@ -180,7 +180,14 @@ def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
             state[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat([state.pop(part) for part in parts])
     if any(".mlp.fc1_g." in key for key in state):  # where DINOv3's files have the name of a plain MLP's part
         state = {key.replace(".mlp.fc1.", ".mlp.fc1_x."): value for key, value in state.items()}
-    _split_pooling(state)
+    patch = state.get("patch_embed.proj.weight")  # a text tower has none
+    if patch is not None and patch.ndim == 2:  # SigLIP 2 flattens its patches, channels last
+        side = math.isqrt(patch.shape[1] // 3)
+        state["patch_embed.proj.weight"] = patch.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)
+    for kind in ("weight", "bias"):
+        if (joint := state.pop(f"attn_pool.in_proj.{kind}", None)) is not None:
+            width = len(joint) // 3
+            state[f"attn_pool.q.{kind}"], state[f"attn_pool.kv.{kind}"] = joint[:width], joint[width:]
     if "storage_tokens" in state:  # Meta's DINOv3; a mask removes the bias of its keys
         state["reg_token"] = state.pop("storage_tokens")
         for bias in [key.removesuffix("_mask") for key in state if key.endswith(".bias_mask")]:
@@ -192,18 +199,6 @@ def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         state["cls_token"] = state["cls_token"].float() + state["pos_embed"][:, :1].float()
         state["pos_embed"] = state["pos_embed"][:, 1:]
     return {_CHUNKED.sub(r"blocks.\1", key): value for key, value in state.items()}
-
-
-def _split_pooling(state: dict[str, Tensor]) -> None:
-    """Attention pooling with one matrix for query, key and value; SigLIP 2 flattens its patches, channels last."""
-    patch = state.get("patch_embed.proj.weight")  # a text tower has none
-    if patch is not None and patch.ndim == 2:
-        side = math.isqrt(patch.shape[1] // 3)
-        state["patch_embed.proj.weight"] = patch.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)
-    for kind in ("weight", "bias"):
-        if (joint := state.pop(f"attn_pool.in_proj.{kind}", None)) is not None:
-            width = len(joint) // 3
-            state[f"attn_pool.q.{kind}"], state[f"attn_pool.kv.{kind}"] = joint[:width], joint[width:]
 
 
 def from_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:

@@ -6,18 +6,11 @@ grid, resampled once, and the keys and shapes of timm's VisionTransformer.
 
 from collections.abc import Mapping
 
-from timm.models import get_model_input_config, naflexvit
+from timm.models import naflexvit
 from torch import Tensor, nn
-
-from fastalign.backbones.spec import ViTSpec
 
 NaFlexVit, Embeds = naflexvit.NaFlexVit, naflexvit.NaFlexEmbeds
 checkpoint_filter_fn = naflexvit.checkpoint_filter_fn
-
-
-def image_size(source: nn.Module) -> tuple[int, int]:
-    """The size that the model was asked for, or that of its weights."""
-    return tuple(get_model_input_config(source)["input_size"][-2:])
 
 
 def unsupported(source: nn.Module) -> list[str]:
@@ -54,7 +47,7 @@ def vit_state(source: nn.Module, grid: tuple[int, int]) -> dict[str, Tensor]:
 
 
 def timm_state(state: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
-    """The inverse of `vit_state`: a ViT's parameters by the keys of a NaFlexVit with `vit_arguments`."""
+    """The inverse of `vit_state`: a ViT's parameters by the keys of a NaFlexVit with a table for the grid."""
     renamed = {}
     for key, value in state.items():
         if key == "patch_embed.proj.weight":
@@ -73,8 +66,3 @@ def table_arguments(state: Mapping[str, Tensor]) -> dict:
         return {"pos_embed": "learned", "pos_embed_grid_size": tuple(table.shape[1:3])}
     axes = [state[key].shape[1] for key in ("embeds.pos_embed_y", "embeds.pos_embed_x") if key in state]
     return {"pos_embed": "factorized", "pos_embed_grid_size": tuple(axes)} if axes else {}
-
-
-def vit_arguments(spec: ViTSpec) -> dict:
-    """timm's arguments for a NaFlexVit with the ViT's position table."""
-    return {"pos_embed": "learned", "pos_embed_grid_size": list(spec.grid)} if spec.position else {}

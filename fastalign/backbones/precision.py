@@ -40,10 +40,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def store_as(module: nn.Module, dtype: torch.dtype) -> None:
-    """Store in `dtype` what autocast would cast at every use: weights and biases of linear layers and convolutions.
-
-    The module is frozen. Under autocast of that dtype its output keeps its bits.
-    """
+    """Store in `dtype` what autocast of a frozen module would cast at every use; the output keeps its bits."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Conv2d)):
             part.to(dtype)
@@ -69,10 +66,7 @@ def quantize(module: nn.Module) -> None:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[R, K] -> FP8 values [R, K] and fp32 scales [R, 1], whose product is x but for rounding.
-
-    The largest magnitude of each row becomes the largest of FP8.
-    """
+    """[R, K] -> FP8 values [R, K], the largest of each row FP8's largest, and fp32 scales [R, 1]."""
     scale = x.abs().amax(1, keepdim=True).float().clamp_min(1e-12) / E4M3_MAX
     # The division may round up beyond the largest FP8 value, which the cast would turn into NaN.
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale

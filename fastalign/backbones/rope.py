@@ -1,7 +1,6 @@
 """Rotary position embeddings: queries and keys turned by angles that depend on the place of their patch.
 
 A table is [1 or H, T, d]: the sines of d / 2 angles, then their cosines. Prefix tokens have the angle 0.
-
 Shapes: P prefix tokens, N patches, T = P + N tokens, L packed tokens, H heads, d head width.
 """
 

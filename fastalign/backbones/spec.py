@@ -39,9 +39,7 @@ class BlockSpec:
     post_norm: bool = False  # norms follow attention and MLP instead of preceding them
     norm: str = "layer_norm"  # layer_norm | rms_norm | identity
     norm_eps: float = 1e-6
-    softcap: float | None = (
-        None  # attention logits s become softcap * tanh(s / softcap); None = plain attention
-    )
+    softcap: float | None = None  # attention logits s become softcap * tanh(s / softcap)
 
     def __post_init__(self):
         check_softcap(self.softcap)
@@ -78,9 +76,7 @@ class ViTSpec:
     # token | pair (mean of class and distillation token) | avg | avgmax | max | map (attention pooling) | none
     pool: str = "token"
     pool_prefix: bool = False
-    fresh_norm_eps: float = (
-        1e-6  # of a newly made norm of its norm class: the student's norms and the decoder's
-    )
+    fresh_norm_eps: float = 1e-6  # of a new norm of its norm class, as the student's and the decoder's
 
     @property
     def grid(self) -> tuple[int, int]:

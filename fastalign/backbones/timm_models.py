@@ -52,9 +52,7 @@ def empty_model(name: str, kwargs: dict) -> nn.Module:
         if side % patch and spec.image_size != native:
             below = max(side // patch, 1) * patch
             near = f"{below} or {below + patch}"
-            raise UserError(
-                f"{name}: img_size {side} is not a multiple of the patch size {patch}: use {near}"
-            )
+            raise UserError(f"{name}: img_size {side} is no multiple of the patch size {patch}: use {near}")
     return model
 
 

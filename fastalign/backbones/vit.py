@@ -41,9 +41,8 @@ class ViT(nn.Module):
         self.dist_token = nn.Parameter(torch.zeros(1, 1, width)) if spec.distilled else None
         self.reg_token = nn.Parameter(torch.zeros(1, spec.registers, width)) if spec.registers else None
         entries = spec.patches + (spec.prefix if spec.position_prefix else 0)
-        self.pos_embed = (
-            nn.Parameter(torch.zeros(1, entries, width), not spec.position_fixed) if spec.position else None
-        )
+        table = torch.zeros(1, entries, width)
+        self.pos_embed = nn.Parameter(table, not spec.position_fixed) if spec.position else None
         self.norm_pre = make_norm(spec.block, present=spec.pre_norm)
         window = spec.grid if spec.relative_position else None
         rates = torch.linspace(0, drop_path, spec.depth, device="cpu").tolist()
@@ -74,8 +73,7 @@ class ViT(nn.Module):
         """The "name" and "kwargs" for `fastalign.create_backbone`; a UserError if they are not known."""
         if self._recipe is None:
             raise UserError(
-                "the timm name and arguments of this backbone are not known, so it cannot be saved: build it with "
-                "fa.create_backbone and its timm name, and load the weights"
+                "the backbone's timm name and arguments are not known: create it by its timm name"
             )
         return self._recipe
 

@@ -35,19 +35,15 @@ _SAFE_GLOBALS = [
     *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.bool_)),
     *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
 ]
-"""What training scripts pickle besides tensors and plain values: their arguments, a NumPy metric.
-
-Creating one of these has no side effect. Everything else is refused.
-"""
+"""What training scripts pickle besides tensors and plain values: arguments, NumPy metrics, without side effects."""
 HF_DEFAULTS = {
-    kind: {"hidden_act": activation, "num_attention_heads": heads}
-    for activation, heads, kinds in (
-        ("quick_gelu", 12, ["clip_vision_model"]),
-        ("gelu_pytorch_tanh", 12, ["siglip_vision_model", "siglip2_vision_model"]),
-        ("gelu", 12, ["vit", "dinov2", "dinov2_with_registers"]),
-        ("gelu", 6, ["dinov3_vit"]),
-    )
-    for kind in kinds
+    "clip_vision_model": {"hidden_act": "quick_gelu", "num_attention_heads": 12},
+    "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh", "num_attention_heads": 12},
+    "siglip2_vision_model": {"hidden_act": "gelu_pytorch_tanh", "num_attention_heads": 12},
+    "vit": {"hidden_act": "gelu", "num_attention_heads": 12},
+    "dinov2": {"hidden_act": "gelu", "num_attention_heads": 12},
+    "dinov2_with_registers": {"hidden_act": "gelu", "num_attention_heads": 12},
+    "dinov3_vit": {"hidden_act": "gelu", "num_attention_heads": 6},
 }
 """By model type: transformers' defaults of keys that a config.json may omit, as google/siglip-base's does."""
 
@@ -176,20 +172,20 @@ def vision_config(path: Path) -> dict[str, Any]:
 def recorded_grid(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """Patches along height and width of transformers' position tables; SigLIP 2 records no image size."""
     sizes = [config.get(key) for key in ("image_size", "patch_size")]
-    sizes = [[size, size] if isinstance(size, int) else size for size in sizes]
-    if not all(isinstance(size, list) and len(size) == 2 for size in sizes):
+    if None in sizes:
         return None
-    return sizes[0][0] // sizes[1][0], sizes[0][1] // sizes[1][1]
+    image, patch = ([size, size] if isinstance(size, int) else size for size in sizes)
+    return image[0] // patch[0], image[1] // patch[1]
 
 
 def check_config(spec: ViTSpec, config: Mapping[str, Any], path: str) -> None:
     """Compare a backbone with what transformers' config.json says and weights do not show."""
-    ours = {
-        "num_attention_heads": spec.block.heads,
-        "hidden_act": layouts.HF_ACTIVATIONS[spec.block.activation],
-    }
     timms = {theirs: timm for timm, theirs in layouts.HF_ACTIVATIONS.items()}
-    for key, argument in (("num_attention_heads", "num_heads"), ("hidden_act", "act_layer")):
-        if (theirs := config.get(key, ours[key])) != ours[key]:
+    activation = layouts.HF_ACTIVATIONS[spec.block.activation]
+    for key, argument, ours in (
+        ("num_attention_heads", "num_heads", spec.block.heads),
+        ("hidden_act", "act_layer", activation),
+    ):
+        if (theirs := config.get(key, ours)) != ours:
             remedy = f"give the right name, or {argument}={timms.get(theirs, theirs)}"
-            raise UserError(f"{path}: config.json has {key}={theirs}, the backbone has {ours[key]}: {remedy}")
+            raise UserError(f"{path}: config.json has {key}={theirs}, the backbone has {ours}: {remedy}")

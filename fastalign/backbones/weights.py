@@ -3,9 +3,8 @@
 import argparse
 import copy
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -34,13 +33,9 @@ class Checkpoint(NamedTuple):
     state: dict[str, Tensor]  # the weights by timm's keys, without a prefix
     arch: str | None = None  # the model's name
     softcap: float | None = None  # of the attention logits in training
-    student: bool = (
-        False  # of MaskEmbed or masked image modeling: its head is no classifier, and it has no pooling
-    )
+    student: bool = False  # of MaskEmbed or MIM: its head is no classifier, and it has no pooling
     layout: str | None = None  # of the file; None = unknown, the keys are unchanged
-    config: Mapping[str, Any] = MappingProxyType(
-        {}
-    )  # the vision model in transformers' config.json next to it
+    config: dict[str, Any] | None = None  # the vision model in transformers' config.json next to it
     grid: tuple[int, int] | None = None  # patches along height and width of its position tables
     norm_eps: float | None = None  # epsilon of the last norm, where it is not the backbone's
 
@@ -229,6 +224,4 @@ def table_grid(state: dict[str, Tensor], spec: ViTSpec, path: str) -> tuple[int,
         if entries(*grid) == found:
             return grid
     wanted = f"{spec.grid[0]}x{spec.grid[1]} patches"
-    raise UserError(
-        f"{path}: its {found} positions are no square grid and not {wanted}: give img_size as in training"
-    )
+    raise UserError(f"{path}: its {found} positions are no square and not {wanted}: give the right img_size")

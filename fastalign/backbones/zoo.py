@@ -44,8 +44,7 @@ def create_backbone(
         A `ViT`. Its `data` says how images are normalized and cropped; its `recipe` is the name and the arguments.
 
     Raises:
-        UserError: an unknown name (with the nearest one), weights that cannot be loaded or do not fit, a wrapped
-            model, or an unsupported architecture, which is refused before any weights are read.
+        UserError: an unknown name, an unsupported architecture (before weights are read), weights that do not fit.
     """
     if isinstance(name, nn.Module):
         if pretrained or checkpoint is not None or kwargs:
@@ -92,10 +91,7 @@ def load_backbone(path: str | Path, **kwargs) -> ViT:
 
 
 def transform(vit: ViT) -> Callable:
-    """timm's evaluation transform for a backbone: a PIL image -> its normalized input, [3, height, width].
-
-    It crops the centre, as runs do, even for the few backbones that timm evaluates on squashed images.
-    """
+    """timm's evaluation transform with a centre crop: a PIL image -> normalized input, [3, height, width]."""
     return timm.data.create_transform(**timm.data.resolve_model_data_config(vit), is_training=False)
 
 
@@ -106,7 +102,7 @@ def _from_checkpoint(name: str, kwargs: dict, template: nn.Module, found: Checkp
         kwargs = {**kwargs, "global_pool": ""}  # a student has no pooling
         template = empty_model(name, kwargs)
     state, spec = timm_state(found, template, path), describe(template)
-    check_config(spec, found.config, path)
+    check_config(spec, found.config or {}, path)
     stored, grid = naflex.table_arguments(state), spec.grid
     if is_moco(name):  # its table is computed, not read
         state["pos_embed"] = torch.zeros(template.pos_embed.shape)

@@ -98,8 +98,6 @@ def read_size(encoded: np.ndarray | bytes) -> tuple[int, int] | str:
     Accepted are complete JPEG, PNG and WebP files of at most 100 million pixels and 65,500 a side.
     """
     view = memoryview(encoded)
-    if len(view) == 0:
-        return "zero bytes"
     head = bytes(view[:12])
     parse = next((parser for signature, parser in _PARSERS.items() if head.startswith(signature)), None)
     if parse is None:

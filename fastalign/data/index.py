@@ -130,7 +130,8 @@ def cached_index(key: str, is_current: Callable[[Index], bool], scan: Callable[[
     """The index that `scan` makes, or the cached one if `is_current`. It is cached if all its `mtimes` are old."""
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
-        file = cache_folder() / f"index-{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.safetensors"
+        digest = hashlib.sha256(os.fsencode(f"{IMAGE_EXTENSIONS} {key}")).hexdigest()
+        file = cache_folder() / f"index-{digest[:32]}.safetensors"
         locked = file.with_suffix(".lock").open("w")
     except (OSError, RuntimeError):  # no cache, or no home folder
         return scan()

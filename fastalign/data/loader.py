@@ -169,7 +169,7 @@ class Loader:
         order = permutation(total, seed=self.seed, epoch=epoch) if self.train else np.arange(total)
         for step in range(start, len(self)):
             first = step * stride + self._rank * self._batch
-            yield np.ascontiguousarray(order[first : first + self._batch], dtype=np.int64)
+            yield order[first : first + self._batch]
 
     def _generate(self, epoch: int, start: int) -> Generator[Batch]:
         """Runs in the background thread."""

@@ -37,25 +37,16 @@ class Unreadable(UserError):
         self.reason = reason
 
 
-def _crc(*texts: str) -> int:
-    return zlib.crc32("\0".join(texts).encode("utf-8", "surrogateescape"))
-
-
 class Source:
     """A list of encoded images.
 
     Subclasses define `__len__`; `name(index)`, without the location of the data set, which is `root`; `read(index)`:
-    [bytes] uint8, thread-safe, raises `Unreadable`; and for `identity` `crc_of_names`. Those with labels define
-    `class_names`: of each sample, as the data set writes it, or None. `damaged`: (name, reason) of tar shards.
+    [bytes] uint8, thread-safe, raises `Unreadable`; and `crc_of_names()`. Those with labels define `class_names()`:
+    of each sample, as the data set writes it, or None. `damaged`: (name, reason) of tar shards.
     """
 
     root: str | None = None
     damaged: tuple[tuple[str, str], ...] = ()
-
-    def fingerprint(self) -> int:
-        """A CRC-32 of the length and of the first, middle and last names: quick, to compare ranks."""
-        total = len(self)
-        return _crc(str(total), *(self.name(i) for i in (0, total // 2, total - 1)))
 
     @cached_property
     def identity(self) -> dict[str, int | list[int]]:
@@ -236,7 +227,8 @@ class TarSource(Source):
         return f"{self._portable[self._shard[index]]}:{self._names[index]}"
 
     def crc_of_names(self) -> int:
-        return self._names.crc(zlib.crc32(self._shard, _crc(*self._portable)))
+        shards = "\0".join(self._portable).encode("utf-8", "surrogateescape")
+        return self._names.crc(zlib.crc32(self._shard, zlib.crc32(shards)))
 
     def class_names(self) -> list[str | None]:
         found = [read_classes(shard) for shard in self.shards]

@@ -139,7 +139,7 @@ def expand_shards(spec: str) -> list[str]:
     else:
         patterns = _expand_braces(str(path))
         found = [name for pattern in patterns for name in glob(pattern, recursive=True) or [pattern]]  # noqa: PTH207
-    if missing := next((each for each in found if not Path(each).is_file()), None):
+    if missing := next((each for each in found if not Path(each).is_file()), None if found else spec):
         raise UserError(f"no such tar file: {missing}; check the pattern, a range is written {{000..009}}")
     return each_once(found)
 

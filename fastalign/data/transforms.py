@@ -163,12 +163,9 @@ def _rrc_boxes(transform: Transform, shapes: np.ndarray, draws: np.ndarray) -> t
 
 def _reflected(first: np.ndarray, resized: np.ndarray, count: int) -> np.ndarray:
     """Output indices that a reflect-padded axis shows. first, resized: [P]; returns [P, count]."""
-    position = np.arange(count) + first[:, None]
-    period = np.maximum(2 * (resized - 1), 1)[:, None]
-    position = np.mod(position, period)
-    last = (resized - 1)[:, None]
-    position = np.minimum(np.where(position > last, period - position, position), last)
-    return (position - first[:, None]).astype(np.int64)
+    first, last = first[:, None], resized[:, None] - 1
+    position = np.mod(np.arange(count) + first, np.maximum(2 * last, 1))  # there and back
+    return (last - np.abs(position - last) - first).astype(np.int64)
 
 
 def geometry(transform: Transform, shapes: np.ndarray, ids: np.ndarray, *, seed: int, epoch: int) -> Geometry:

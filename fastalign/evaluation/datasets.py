@@ -157,7 +157,7 @@ class ImageSplit:
 
     def facts(self) -> dict:
         """The number of images, and CRC-32 of file names and labels."""
-        crc = {"fingerprint": self.source.fingerprint(), "labels": zlib.crc32(self.labels.numpy().tobytes())}
+        crc = {"fingerprint": self.source.crc_of_names(), "labels": zlib.crc32(self.labels.numpy().tobytes())}
         return {"images": len(self.source), **{name: f"{value:08x}" for name, value in crc.items()}}
 
 

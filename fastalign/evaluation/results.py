@@ -60,7 +60,7 @@ def patch_table(summary: list[dict], title: str) -> Table:
 
 def percent(value: dict | None, sign: str = "-") -> str:
     """71.3 ± 0.4; of a difference, with `sign` "+", +1.2 ± 0.4."""
-    if value is None or math.isnan(value["mean"]):
+    if value is None or value["mean"] is None or math.isnan(value["mean"]):
         return "-"
     spread = "" if value["std"] is None else f" ± {100 * value['std']:.1f}"
     return f"{100 * value['mean']:{sign}.1f}{spread}"

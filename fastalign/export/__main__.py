@@ -43,8 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--output", type=path_argument, help="the folder to write; default RUN/exports/TARGET")
     add("--drop-softcap", action="store_true", help="export without the cap")
     add("--text-tower", metavar="PLACE", help="for open-clip: the CLIP model with the text tower")
-    images = "image folder or tar shards to measure features on; default validation data"
-    add("--images", type=path_argument, help=images)
+    add("--images", type=path_argument, help="images to measure features on; default validation data")
     add("--push-to-hub", metavar="OWNER/NAME", dest="hub", help="upload it to the model hub")
     options = parser.parse_args(arguments)
     return run_command(lambda: _run(options))

@@ -19,8 +19,7 @@ from fastalign.utils.errors import UserError
 PARITY = 1e-4
 """The largest relative error that an export may have: a misplaced weight causes a larger one."""
 PARITY_OF = "any token, fp32, 4 images of noise in batches of 1 and 3"
-IMAGES, BATCH = 256, 16
-"""Images that features are measured on, at most."""
+IMAGES, BATCH = 256, 16  # that features are measured on, at most
 
 
 def noise(vit: ViT) -> Tensor:

@@ -29,23 +29,17 @@ DECODER = "decoder.safetensors"
 class Run:
     """A finished run, or weights that are not one: a backbone and what is known about it."""
 
-    folder: Path | None
-    """None for weights that are not a run"""
+    folder: Path | None  # None for weights that are not a run
     vit: ViT
-    facts: dict[str, Any]
-    """backbone.json"""
-    config: Config | None = None
-    """that trained the backbone; None where config.yaml is missing"""
-    val: str | None = None
-    """where its validation data is now"""
+    facts: dict[str, Any]  # backbone.json
+    config: Config | None = None  # that trained the backbone; None where config.yaml is missing
+    val: str | None = None  # where its validation data is now
     decoder: dict[str, Any] | None = None
     """the arguments of `AlignedDecoder`; None = no decoder, and `notes` says why"""
     decoder_weights: dict[str, Tensor] = field(default_factory=dict)
-    probe: Any = None
-    """probe.json, if the run was probed"""
+    probe: Any = None  # probe.json, if the run was probed
     notes: list[str] = field(default_factory=list)
-    text_tower: str | None = None
-    """where the text tower of a CLIP model is; None = where the weights are"""
+    text_tower: str | None = None  # where the text tower of a CLIP model is; None = where the weights are
 
     def source(self) -> dict[str, Any]:
         """The name, the weights that it started from, the page of the published ones, and their licence.

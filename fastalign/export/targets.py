@@ -20,16 +20,12 @@ EXTRA = "'transformers>=5.20' 'open_clip_torch>=3.3' onnx onnxruntime onnxscript
 class Target(NamedTuple):
     """A library's format. The soft-cap to write is the backbone's: None if it is dropped."""
 
-    package: str
-    """must be installed"""
-    misfits: Callable[[Run], list[str]]
-    """what of a backbone the library cannot express; empty = it fits"""
-    write: Callable[[Run, Path], list[str]]
-    """returns sentences for the user"""
+    package: str  # must be installed
+    misfits: Callable[[Run], list[str]]  # what of a backbone the library cannot express; empty = it fits
+    write: Callable[[Run, Path], list[str]]  # returns sentences for the user
     read: Callable[[Path], Callable[[Tensor], Tensor]]
     """loads the files with the library's own classes: from images to all tokens, prefix first"""
-    how_capped: str | None
-    """a sentence for the user of a capped export; None = the library cannot cap"""
+    how_capped: str | None  # a sentence for the user of a capped export; None = the library cannot cap
 
 
 def check_names(names: list[str], key: str) -> None:

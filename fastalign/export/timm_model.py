@@ -22,7 +22,6 @@ HOW_CAPPED = (
     "timm does not cap by itself: install fastalign and `import fastalign.export.timm_model` before loading. Without "
     "the import timm refuses this folder as an unknown model. An export with `--drop-softcap` needs no import."
 )
-
 CAPPED = (
     "fastalign_softcap.attention logits are capped: install fastalign and `import fastalign.export.timm_model` "
     "first, or export again with --drop-softcap"

@@ -31,12 +31,9 @@ _NO_TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layer
 class TextTower(NamedTuple):
     """The rest of a CLIP model."""
 
-    config: dict[str, Any]
-    """open_clip's `model_cfg`"""
-    state: dict[str, Tensor]
-    """the weights of the whole model, as far as they are known"""
-    tokenizer: list[Path]
-    """files of its tokenizer; empty = open_clip has it"""
+    config: dict[str, Any]  # open_clip's `model_cfg`
+    state: dict[str, Tensor]  # the weights of the whole model, as far as they are known
+    tokenizer: list[Path]  # files of its tokenizer; empty = open_clip has it
 
 
 def misfits(run: Run) -> list[str]:

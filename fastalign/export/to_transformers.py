@@ -16,8 +16,7 @@ from fastalign.backbones.vit import ViT
 from fastalign.export.files import write_json, write_weights
 from fastalign.export.run import Run
 
-MODELING = "modeling_fastalign"
-"""The module that travels with an export."""
+MODELING = "modeling_fastalign"  # the module that travels with an export
 Content = tuple[dict[str, Any], dict[str, Tensor]]
 """Settings of a configuration besides the common ones, and weights by their names in files."""
 HOW_CAPPED = (

@@ -44,10 +44,8 @@ class MaskEmbedDecoder(nn.Module):
     """Masks the student's tokens, adds a position embedding, runs a few blocks, predicts the teacher's tokens.
 
     Args:
-        block: the shape of its blocks.
-        tokens, prefix: T and P.
-        out: D, the teacher's width.
-        layers: number of blocks.
+        block, layers: the shape and the number of its blocks.
+        tokens, prefix, out: T, P and D, the teacher's width.
         prefix_only: predict one vector, from the first prefix token (with P = 0 the mean of all predictions).
     """
 
@@ -71,13 +69,8 @@ class MaskEmbedDecoder(nn.Module):
     def forward(self, tokens: Tensor, visible: Tensor, packing: Packing | None = None) -> Tensor:
         """Predict the teacher's tokens for each mask. Prefix tokens are always masked.
 
-        Args:
-            tokens: [B, T, width], the student's output for the unmasked image.
-            visible: [B, M, N] bool.
-            packing: in mode drop, where the visible tokens are packed.
-
-        Returns:
-            [B, M, T, D], or [B, M, 1, D] with prefix_only; with `packing` [L, D].
+        The student's output [B, T, width] and visible [B, M, N] bool -> [B, M, T, D], or [B, M, 1, D] with
+        prefix_only; in mode drop, with a `packing` of the visible tokens, [L, D].
         """
         if packing is not None:
             position = self.pos_embed[0]

@@ -25,10 +25,8 @@ MAX_BLOCKS = 64
 
 @dataclass(frozen=True)
 class _Masks:
-    complement: bool = True
-    """Add the complement of each sample (antithetical sampling)."""
-    full: bool = True
-    """Add the mask that hides nothing."""
+    complement: bool = True  # add the complement of each sample (antithetical sampling)
+    full: bool = True  # add the mask that hides nothing
     seed: int = 0
 
     @property
@@ -37,15 +35,12 @@ class _Masks:
         return 1 + self.complement + self.full
 
     def __call__(self, sample_ids: Tensor, num_patches: int | tuple[int, int], epoch: int = 0) -> Tensor:
-        """Masks of the given samples.
+        """Masks [B, M, N] bool, True = visible.
 
         Args:
             sample_ids: [B] int64.
             num_patches: N, or the grid (rows, columns).
             epoch: 0..2^32-1; `fastalign.utils.random.EVAL_EPOCH` for evaluation.
-
-        Returns:
-            [B, M, N] bool, True = visible.
         """
         grid = self._grid(num_patches)
         if (arguments := self._for_extension(sample_ids, grid, epoch)) is None:
@@ -61,27 +56,19 @@ class _Masks:
     def packed(
         self, sample_ids: Tensor, num_patches: int | tuple[int, int], prefix: int, epoch: int = 0
     ) -> tuple[Tensor, Packing]:
-        """Masks, and the position of their visible tokens in one packed row.
+        """Masks, and the packing of their visible tokens, with P = `prefix` tokens that every copy keeps.
 
         With complements the row has a fixed length, and a GPU needs one kernel launch. Otherwise
         `fastalign.ops.pack_masks` computes the length, which waits for the GPU.
-
-        Args:
-            sample_ids, num_patches, epoch: as for the masks alone.
-            prefix: P, tokens that every copy keeps.
-
-        Returns:
-            [B, M, N] bool, and the `fastalign.ops.reference.Packing`.
         """
         grid, length = self._grid(num_patches), None
         if self.complement:  # a sample and its complement have N visible patches, and so has a full mask
             length = len(sample_ids) * (grid[0] * grid[1] * (self.copies - 1) + self.copies * prefix)
-        arguments = self._for_extension(sample_ids, grid, epoch)
-        if length is None or arguments is None:
-            visible = self(sample_ids, grid, epoch)
-            return visible, ops.pack_masks(visible, prefix, length)
-        visible, *packing = torch.ops.fastalign.draw_packed_masks(*arguments, prefix, length)
-        return visible, Packing(*packing)
+            if (arguments := self._for_extension(sample_ids, grid, epoch)) is not None:
+                visible, *packing = torch.ops.fastalign.draw_packed_masks(*arguments, prefix, length)
+                return visible, Packing(*packing)
+        visible = self(sample_ids, grid, epoch)
+        return visible, ops.pack_masks(visible, prefix, length)
 
     def _for_extension(self, sample_ids: Tensor, grid: tuple[int, int], epoch: int) -> tuple | None:
         """The arguments of the extension's operators; None = it does not draw these masks."""

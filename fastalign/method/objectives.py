@@ -19,8 +19,8 @@ from fastalign.utils.errors import UserError
 class Objective(nn.Module):
     """The base of both objectives: a frozen teacher, a student, masks, a loss and the scale of the targets."""
 
-    prefix_visible = False
-    """whether prefix tokens count as visible in the loss"""
+    prefix_visible: bool  # whether prefix tokens count as visible in the loss
+    packed_parts: tuple[str, ...]  # the transformers that read packed sequences in mode drop
 
     def __init__(self, teacher: MaskedTeacher, student: nn.Module, masks, loss: str, masking: str):
         super().__init__()
@@ -33,8 +33,7 @@ class Objective(nn.Module):
                 "choose backbones or img_size values with the same"
             )
         self.teacher, self.student, self.masks, self.loss = teacher, student, masks, loss
-        self.masking = masking
-        """"zero" or "drop" """
+        self.masking = masking  # zero or drop
         self.register_buffer("target_scale", torch.ones(()))
 
     @property
@@ -45,7 +44,7 @@ class Objective(nn.Module):
     def draw(self, images: Tensor, sample_ids: Tensor, epoch: int) -> tuple[Tensor, Packing | None]:
         """The masks of a batch, [B, M, N] bool, and in mode drop where the visible tokens are packed.
 
-        If lengths vary, they are computed on the device of `sample_ids`: on the host, nothing waits for a GPU.
+        Where lengths vary, they are computed on the device of `sample_ids`. On the host nothing waits for a GPU.
         """
         device, spec = images.device, self.teacher.spec
         if self.fixed_lengths:
@@ -57,19 +56,19 @@ class Objective(nn.Module):
         else:
             visible = self.masks(sample_ids, spec.grid, epoch)
             packing = ops.pack_masks(visible, spec.prefix)
-        packing = Packing(*(part.to(device, non_blocking=True) for part in packing))
-        return visible.to(device, non_blocking=True), packing
+        if visible.is_cpu and not images.is_cpu:
+            # A copy of more than 64 KB from memory that is not pinned waits for the GPU.
+            parts = (part.pin_memory().to(device, non_blocking=True) for part in (visible, *packing))
+            visible, *packing = parts
+        return visible, Packing(*packing)
 
     def forward(self, images: Tensor, sample_ids: Tensor, epoch: int = 0) -> Tensor:
-        """The loss of a batch.
+        """The loss of a batch, scalar, fp32.
 
         Args:
             images: [B, C, height, width], normalized.
             sample_ids: [B] int64, on the host or the device; with `epoch` and the masks' seed they decide the masks.
             epoch: the training epoch, or `fastalign.utils.random.EVAL_EPOCH`.
-
-        Returns:
-            Scalar, fp32.
         """
         visible, packing = self.draw(images, sample_ids, epoch)
         return ops.reconstruction_loss(
@@ -106,7 +105,10 @@ class Objective(nn.Module):
     def attention_cases(self, device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
         """The attention of teacher, student and decoder in a training step that computes in `dtype`."""
         spec, cases = self.teacher.spec, {}
-        for name, (part, packed) in self.transformers().items():
+        parts = {"teacher": self.teacher, "student": self.student.encoder}
+        if hasattr(self.student, "decoder"):
+            parts["decoder"] = self.student.decoder
+        for name, part in parts.items():
             # The blocks of one transformer are alike; a decoder may have none.
             attention = next((module for module in part.modules() if isinstance(module, Attention)), None)
             if attention is not None:
@@ -115,7 +117,7 @@ class Objective(nn.Module):
                     dtype=dtype,
                     capped=attention.spec.softcap is not None,
                     biased=attention.biased,
-                    packed=packed,
+                    packed=self.masking == "drop" and name in self.packed_parts,
                     length=spec.prefix + spec.patches,
                     width=attention.spec.width // attention.spec.heads,
                     gradient=any(parameter.requires_grad for parameter in part.parameters()),
@@ -131,10 +133,8 @@ class Objective(nn.Module):
     def compile(self, *, blocks: bool = False, **options) -> None:
         """torch.compile the student and the teacher without a graph break.
 
-        Args:
-            blocks: compile each transformer block separately. Equal blocks share a graph, so the first step starts
-                sooner; operations between blocks are not fused.
-            **options: passed to torch.compile.
+        With `blocks` each transformer block separately: equal blocks share a graph, so the first step starts sooner,
+        but operations between blocks are not fused.
         """
         modules = [self.teacher, self.student]
         if blocks:
@@ -166,6 +166,8 @@ class MaskEmbed(Objective):
         loss: mse | cosine | l1 | masked_mse | unmasked_mse.
     """
 
+    prefix_visible, packed_parts = False, ("teacher", "decoder")
+
     def __init__(self, teacher: MaskedTeacher, student: MaskEmbedStudent, masks, loss: str = "mse"):
         super().__init__(teacher, student, masks, loss, teacher.masking)
         if teacher.prefix_only != student.decoder.prefix_only:
@@ -175,11 +177,6 @@ class MaskEmbed(Objective):
                 f"the student predicts {student.decoder.head.out_features} channels, the teacher has "
                 f"{teacher.embed_dim}: give MaskEmbedStudent.from_backbone target_dim={teacher.embed_dim}"
             )
-
-    def transformers(self) -> dict[str, tuple[nn.Module, bool]]:
-        """Each transformer by name, and whether it reads packed sequences."""
-        encoder, decoder, packed = self.student.encoder, self.student.decoder, self.masking == "drop"
-        return {"teacher": (self.teacher, packed), "student": (encoder, False), "decoder": (decoder, packed)}
 
     def targets(self, images: Tensor, visible: Tensor, packing: Packing | None = None) -> Tensor:
         """What the teacher sees in each masked image, unscaled: [B, M, T, D]; packed [L, D]."""
@@ -201,7 +198,7 @@ class MaskedImageModeling(Objective):
         masks, loss: as for `MaskEmbed`. Prefix tokens, never masked here, count as visible.
     """
 
-    prefix_visible = True
+    prefix_visible, packed_parts = True, ("student",)
 
     def __init__(self, teacher: MaskedTeacher, student: MIMStudent, masks, loss: str = "mse"):
         super().__init__(teacher, student, masks, loss, student.masking)
@@ -209,10 +206,6 @@ class MaskedImageModeling(Objective):
             raise ValueError(
                 "masked image modeling predicts every token: the teacher must not be prefix_only"
             )
-
-    def transformers(self) -> dict[str, tuple[nn.Module, bool]]:
-        """Each transformer by name, and whether it reads packed sequences."""
-        return {"teacher": (self.teacher, False), "student": (self.student.encoder, self.masking == "drop")}
 
     def targets(self, images: Tensor, visible: Tensor, packing: Packing | None = None) -> Tensor:
         """The teacher's tokens of each whole image, unscaled: [B, 1, T, D]; for packed predictions [B, T, D]."""

@@ -19,8 +19,7 @@ class MaskedTeacher(nn.Module):
     >>> teacher(torch.randn(2, 3, 224, 224), torch.ones(2, 1, 196, dtype=torch.bool)).shape
     torch.Size([2, 1, 197, 192])
 
-    It returns all tokens of the last block that is left, after the backbone's final norm; with `prefix_only` the
-    pooled output, one vector.
+    It returns all tokens of the last block that is left, after the backbone's final norm.
 
     Args:
         vit: the backbone; it is copied.

@@ -21,14 +21,10 @@ class Packing(NamedTuple):
     another in L rows; the remaining rows are padding.
     """
 
-    indices: Tensor
-    """[L] int32: b T + t for the row of token t of image b; -1 = padding."""
-    slots: Tensor
-    """[B, M, T] int32: the row of each token; -1 = hidden."""
-    cu_seqlens: Tensor
-    """[B M + 1] int32: the first row of each copy, and the end of the last."""
-    counts: Tensor
-    """[B M] int32: the length of each copy."""
+    indices: Tensor  # [L] int32: b T + t for the row of token t of image b; -1 = padding
+    slots: Tensor  # [B, M, T] int32: the row of each token; -1 = hidden
+    cu_seqlens: Tensor  # [B M + 1] int32: the first row of each copy, and the end of the last
+    counts: Tensor  # [B M] int32: the length of each copy
 
 
 def mask_tokens(
@@ -66,15 +62,12 @@ def with_prefix(tokens: Tensor, prefix: Tensor | None, position: Tensor | None) 
 
 
 def expand_masked(tokens: Tensor, visible: Tensor, position: Tensor) -> Tensor:
-    """Decoder input: tokens of visible patches, zeros for hidden patches and prefix tokens, plus position.
+    """Decoder input [B, M, T, D]: tokens of visible patches, zeros elsewhere, plus position.
 
     Args:
         tokens: [B, T, D].
         visible: [B, M, N] bool; the P = T - N prefix tokens are always zeroed.
         position: [1, T, D].
-
-    Returns:
-        [B, M, T, D].
     """
     keep = functional.pad(visible, (tokens.shape[1] - visible.shape[2], 0), value=False)
     return tokens.unsqueeze(1) * keep.unsqueeze(-1) + position

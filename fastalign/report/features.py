@@ -84,11 +84,11 @@ def component_colours(values: np.ndarray) -> np.ndarray:
     return np.rint(255 * scaled.clip(0, 1)).astype(np.uint8)
 
 
-def cosines(tokens: np.ndarray) -> np.ndarray:
-    """Cosine similarity of the patches of each image with one another: [B, N, D] -> [B, N, N]."""
+def cosines(tokens: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Cosine similarity of the patches of each image with Q of them: [B, N, D], [B, Q] -> [B, Q, N]."""
     norms = np.linalg.norm(tokens, axis=-1, keepdims=True)
     unit = tokens / np.where(norms > 0, norms, 1.0)
-    return unit @ unit.swapaxes(-1, -2)
+    return np.take_along_axis(unit, queries[..., None], 1) @ unit.swapaxes(-1, -2)
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ class PatchMaps:
     """[B, R, C, 3] uint8: principal components"""
     shares: dict[str, float]
     """of the variance, by the three components together"""
-    queries: list[tuple[int, int]]
-    """two patches a picture: the central one, A, and the one least similar to it, B"""
+    queries: np.ndarray
+    """[B, 2], two patches a picture: the central one, A, and the one least similar to it, B"""
     cosines: dict[str, np.ndarray]
     """[B, 2, R, C] float64, with each of the two"""
     low: float
@@ -115,14 +115,12 @@ def compute_maps(names: list[str], inputs: Tensor, models: dict[str, ViT]) -> Pa
     vit = next(iter(models.values()))
     (rows, columns), count = vit.spec.grid, len(inputs)
     tokens = {name: patch_tokens(each, inputs) for name, each in models.items()}
-    similar = {name: cosines(values) for name, values in tokens.items()}
-    centre = rows // 2 * columns + columns // 2
-    others = next(iter(similar.values()))[:, centre].argmin(1)
-    queries = [(centre, other) for other in others.tolist()]
-    index = np.arange(count)[:, None]
-    similar = {name: each[index, queries].reshape(count, 2, rows, columns) for name, each in similar.items()}
-    anchor, colours, shares = None, {}, {}
+    centre = np.full((count, 1), rows // 2 * columns + columns // 2)
+    others = cosines(next(iter(tokens.values())), centre).argmin(-1)
+    queries = np.concatenate([centre, others], 1)
+    anchor, colours, shares, similar = None, {}, {}, {}
     for name, values in tokens.items():
+        similar[name] = cosines(values, queries).reshape(count, 2, rows, columns)
         components, shares[name] = principal_components(values)
         anchor = components if anchor is None else anchor
         colours[name] = component_colours(match_components(components, anchor))

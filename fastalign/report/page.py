@@ -7,9 +7,10 @@ import jinja2
 import numpy as np
 
 from fastalign.config import to_yaml
+from fastalign.evaluation.results import percent
 from fastalign.report import charts
 from fastalign.report.features import PatchMaps
-from fastalign.report.run import METRICS, Probe, Run, score_text
+from fastalign.report.run import METRICS, Probe, Run
 from fastalign.training.metrics import series
 
 OBJECTIVES = {"maskembed": "MaskEmbed", "mim": "masked image modeling"}
@@ -19,7 +20,7 @@ def render_page(run: Run, maps: PatchMaps | None) -> str:
     """The HTML of a run; without maps, its section about patch features is left out."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["score"] = score_text
+    environment.filters["percent"] = percent
     name, probe = run.folder.resolve().name, run.probe
     steps, losses = series(run.metrics, "val_loss")
     speed, wait = (series(run.metrics, key)[1] for key in ("images_per_second", "data_wait"))

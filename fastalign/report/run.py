@@ -12,7 +12,6 @@ from fastalign.backbones.vit import ViT
 from fastalign.backbones.weight_files import read_facts, read_json
 from fastalign.backbones.zoo import load_backbone
 from fastalign.config import Config, load_config
-from fastalign.evaluation.results import percent
 from fastalign.training.build import starting_backbone
 from fastalign.training.metrics import read_metrics
 from fastalign.utils.errors import UserError
@@ -85,11 +84,6 @@ def _setting(row: dict) -> str:
     """What two models must share to be compared, in words."""
     skipped = row.get("skip_blocks", 0)
     return f"{row['labels']} labels, {row['head']} head" + (f", {skipped} blocks skipped" if skipped else "")
-
-
-def score_text(score: dict | None) -> str:
-    """In percent, with the standard deviation if there are several seeds: 71.3 ± 0.4"""
-    return "–" if score is None or score["mean"] is None else percent(score)
 
 
 @dataclass

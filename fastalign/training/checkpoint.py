@@ -51,36 +51,36 @@ def checkpoint_state(run: Run) -> dict[str, Any]:
     }
 
 
-def new_best(run: Run, *, evaluated: bool = False) -> float | None:
+def new_best(run: Run) -> float | None:
     """This step's score if it is the best so far: of the probe if `probe.best`, else the validation loss."""
-    state = run.state
-    if run.config.probe.best:
-        if state.current_probe is None:
-            return None
-        score = -math.inf if math.isnan(state.probed["map"]) else state.probed["map"]
-        return score if state.best is None or score > state.best else None
-    better = (
-        evaluated and math.isfinite(state.val_loss) and (state.best is None or state.val_loss < state.best)
-    )
-    return state.val_loss if better else None
+    best, score = run.state.best, run.val_loss
+    if not run.config.probe.best:
+        better = score is not None and math.isfinite(score) and (best is None or score < best)
+    elif (probed := run.state.current_probe) is None:
+        return None
+    else:
+        score = -math.inf if math.isnan(probed["map"]) else probed["map"]
+        better = best is None or score > best
+    return score if better else None
 
 
-def save(run: Run, *, evaluated: bool = False) -> None:
+def save(run: Run) -> None:
     """Write a checkpoint, and the backbone if it is the best so far (or the newest, if nothing selects).
 
-    A copy is written in the background: `wait_for_checkpoint` waits for it. Every rank must call this. `evaluated`:
-    the state's `val_loss` is of this step. SharedError: the previous checkpoint could not be written.
+    A copy is written in the background: `wait_for_checkpoint` waits for it. Every rank must call this. SharedError:
+    the previous checkpoint could not be written.
     """
     wait_for_checkpoint(run)  # one copy in memory at a time
-    score = new_best(run, evaluated=evaluated)
+    score = new_best(run)
     if score is not None:
         run.state.best = score
     run.beat("saving")
     if not (run.world.main or run.sharded):
         return
     best, selects = score is not None, run.val is not None or run.config.probe.best
-    published = (best or not selects) and not run.config.student.freeze
-    facts = describe_backbone(run, evaluated=evaluated) if published else None
+    facts = None
+    if (best or not selects) and not run.config.student.freeze:
+        facts = describe_backbone(run)
     state = snapshot({**checkpoint_state(run), "is_best": best, "backbone": facts}, keep=run.world.main)
     if run.world.main:
         run.checkpoints.save(state, run.state.step, partial(publish_backbone, run.folder))
@@ -203,7 +203,7 @@ def _differences(key: str, old: Any, new: Any) -> Iterator[Change]:
         yield Change(key, old, new)
 
 
-def describe_backbone(run: Run, *, evaluated: bool) -> str:
+def describe_backbone(run: Run) -> str:
     """The text of `backbone.json`: what a user of the aligned backbone must know."""
     state = run.state
     teacher, weights, _ = teacher_of(run.config)
@@ -211,7 +211,7 @@ def describe_backbone(run: Run, *, evaluated: bool) -> str:
         "objective": run.config.objective,
         "teacher": {"name": teacher, "weights": weights},
         "step": state.step,
-        "val_loss": plain_number(state.val_loss) if evaluated else None,
+        "val_loss": plain_number(run.val_loss),
         "fastalign": __version__,
         "settings": select(run.config, Kind.RESULT),
         "changes": state.changes,

@@ -1,21 +1,32 @@
-"""A few updates on synthetic images: does the run fit, and how long will it take?"""
+"""A few updates on synthetic images: does the run fit, in which micro-batches, and how long will it take?"""
 
+import gc
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from fastalign.config import Config
+from fastalign.config import Config, load_config
+from fastalign.data.loader import Batch
 from fastalign.data.sources import open_source
-from fastalign.training.distributed import World
+from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.metrics import peak_memory
 from fastalign.training.reporter import duration, setup_lines
 from fastalign.training.run import Run
 from fastalign.utils.errors import UserError
 
-UPDATES = 2
-"""that are timed, after one that compiles and allocates"""
+UPDATES = 2  # that are timed, after one that compiles and allocates
+GPU_SHARE = 0.85  # of the memory, for a measured micro-batch; decoding and the ranks' exchange take some, too
+
+
+def _on_synthetic(config: Config, images: int, **changes) -> Config:
+    """The configuration of a run on so many synthetic images, with `changes`."""
+    data = config.data.model_copy(update={"train": f"synthetic:{images}", "val": None})
+    faults = config.faults.model_copy(update={"quarantine": None})
+    changes |= {"data": data, "faults": faults, "probe": type(config.probe)()}
+    return config.model_copy(update=changes)
 
 
 def dry_run(config: Config, world: World, update: Callable) -> list[str]:
@@ -25,16 +36,10 @@ def dry_run(config: Config, world: World, update: Callable) -> list[str]:
     """
     if config.data.train is None:
         raise UserError("data.train is not set: give it an image folder or tar shards, data.train=PATH")
+    config = set_micro_batch(config, world, update)
     images, size = len(open_source(config.data.train, damaged=True)), config.optim.batch_size
-    data = {"train": f"synthetic:{(1 + UPDATES) * size}", "val": None}
     with tempfile.TemporaryDirectory(prefix="fastalign-dry-run-") as folder:
-        changes = {
-            "output": folder,
-            "data": config.data.model_copy(update=data),
-            "probe": type(config.probe)(),
-            "faults": config.faults.model_copy(update={"quarantine": None}),
-        }
-        run = Run(config.model_copy(update=changes), world)
+        run = Run(_on_synthetic(config, (1 + UPDATES) * size, output=folder), world)
         run.model.train()
         batches = run.train.batches()
         update(run, batches, 0)
@@ -59,3 +64,61 @@ def _now(world: World) -> float:
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
     return time.monotonic()
+
+
+def set_micro_batch(config: Config, world: World, update: Callable) -> Config:
+    """The configuration with a number instead of `optim.micro_batch=auto`, and the `optim.accumulate` it implies.
+
+    A run that resumes takes the number of its config.yaml again if the number of ranks allows it.
+    """
+    optim = config.optim
+    if optim.micro_batch is None:
+        return config
+    micro, parts = optim.micro_batch, optim.batch_size // world.size
+    if micro == "auto":
+        recipe = Path(config.output) / "config.yaml"
+        micro = on_first_rank(
+            world, lambda: load_config(recipe).optim.micro_batch if recipe.exists() else None
+        )
+        if not isinstance(micro, int) or parts % micro:
+            micro = min(world.gather(_measure_micro_batch(config, parts, world.device, update)))
+    if optim.batch_size % (micro * world.size):
+        multiple = f"optim.micro_batch x ranks = {micro * world.size}"
+        raise UserError(f"optim.batch_size={optim.batch_size}: set it to a multiple of {multiple}")
+    optim = optim.model_copy(update={"micro_batch": micro, "accumulate": parts // micro})
+    return config.model_copy(update={"optim": optim})
+
+
+def _measure_micro_batch(config: Config, parts: int, device: torch.device, update: Callable) -> int:
+    """The largest micro-batch of this rank's `parts` images that fits, by updates on this rank alone."""
+    if device.type != "cuda":
+        raise UserError("optim.micro_batch=auto measures the memory of a GPU: on a CPU set a number or null")
+    efficiency = config.efficiency.model_copy(update={"compile": False, "shard": False})
+    optim = config.optim.model_copy(update={"batch_size": parts, "accumulate": 1})
+    torch.cuda.set_per_process_memory_fraction(GPU_SHARE, device)
+    try:
+        run = Run(_on_synthetic(config, parts, optim=optim, efficiency=efficiency), World(0, 1, device))
+        run.model.train()
+        return largest_fitting(run, parts, update)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        run = None
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def largest_fitting(run: Run, parts: int, update: Callable) -> int:
+    """The largest divisor of `parts` for which two updates of a run do not run out of GPU memory."""
+    for size in (size for size in range(parts, 0, -1) if parts % size == 0):
+        shape = (size, 3, *run.backbone.spec.image_size)
+        try:
+            for _ in range(2):  # the second one has the optimizer's state
+                images = torch.zeros(shape, device=run.world.device, dtype=run.dtype)
+                update(run, iter([Batch(images, torch.arange(size))]), 0)
+            run.status.read(everything=True)
+            return size
+        except torch.cuda.OutOfMemoryError:
+            run.optimizer.zero_grad()
+        torch.cuda.empty_cache()
+    raise UserError("optim.micro_batch=auto: one image does not fit: set efficiency.grad_checkpointing=true")

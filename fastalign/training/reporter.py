@@ -27,17 +27,11 @@ LINE_SECONDS = 10
 
 
 class Reporter:
-    """Metrics, a line of JSON per step, and progress: a bar on a terminal, plain lines elsewhere.
+    """Metrics, a line of JSON per step in the run folder, and progress: a bar on a terminal, plain lines elsewhere.
 
-    Values stay on the device until they are flushed, so that the host never waits for a step.
-
-    Args:
-        folder: the run folder; lines go to its `metrics.jsonl`.
-        speed: measures training lines.
-        step, evaluated: of `drop_later_lines`: lines written before an interruption are dropped.
-        total: the last step.
-        main: whether this rank reports; others are silent.
-        sinks: also log to "tensorboard" (events in `folder`) and "wandb:PROJECT".
+    Values stay on the device until they are flushed, so that the host never waits for a step. `step`, `evaluated`:
+    of `drop_later_lines`, for lines written before an interruption; `total`: the last step; `main`: other ranks are
+    silent; `sinks`: "tensorboard" (events in the folder) and "wandb:PROJECT".
     """
 
     def __init__(

@@ -43,9 +43,8 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, by the keys of a checkpoint."""
-        return {_KEYS.get(name, name): value for name, value in vars(self).items()} | {
-            "bad": sorted(self.bad)
-        }
+        state = {_KEYS.get(name, name): value for name, value in vars(self).items()}
+        return state | {"bad": sorted(self.bad)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the values from a checkpoint."""
@@ -191,6 +190,12 @@ class Run:
         """Whether an epoch or the run has ended at this step and is not yet evaluated."""
         step = self.state.step
         return itstime(step, self.epoch_steps, self.last_step) and self.state.last_eval_step != step
+
+    @property
+    def val_loss(self) -> float | None:
+        """The validation loss of this very step, if there is one."""
+        evaluated = self.val is not None and self.state.last_eval_step == self.state.step
+        return self.state.val_loss if evaluated else None
 
     @property
     def finished(self) -> bool:

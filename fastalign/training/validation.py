@@ -14,12 +14,7 @@ from fastalign.training.run import Run
 from fastalign.utils.errors import SharedError
 from fastalign.utils.random import EVAL_EPOCH
 
-Track = Callable[[Iterable, str, int], Iterable]
-"""Shows the progress of an iteration: `Reporter.track`."""
-
-
-def _untracked(items: Iterable, text: str, total: int) -> Iterable:
-    return items
+Track = Callable[[Iterable, str, int], Iterable]  # `Reporter.track`
 
 
 @contextmanager
@@ -40,7 +35,7 @@ def eval_mode(student: nn.Module, average: MovingAverage | None) -> Iterator[Non
 
 
 @torch.no_grad()
-def evaluate(run: Run, track: Track = _untracked) -> float:
+def evaluate(run: Run, track: Track) -> float:
     """The loss over the validation set with its fixed masks, of the averaged weights if there are any."""
     sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
     with eval_mode(run.objective.student, run.average), run.unsharded(), run.cached_autocast():
@@ -64,7 +59,7 @@ def _sum(run: Run, sums: Tensor, split: str, *, count: int) -> Tensor:
     return sums
 
 
-def measure_target_scale(run: Run, track: Track = _untracked) -> None:
+def measure_target_scale(run: Run, track: Track) -> None:
     """Set the objective's target scale: given, or measured for the mean squared error, else 1.
 
     It is measured on the validation set, or on unaugmented training images.

@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -52,18 +51,18 @@ def flush_folder(folder: Path) -> None:
     os.close(handle)
 
 
-def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Remove the temporary files and folders (of `name`) of writers that were killed; call it before the first write.
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of writers that were killed; call it before the first write.
 
     This process's own number counts as a dead one's: in a container every start may have the same.
     """
-    for path in folder.glob(f".{name}.*"):
+    for path in folder.glob(".*"):
         match = _TEMPORARY.fullmatch(path.name)
-        if not match or (int(match[1]) != os.getpid() and Path("/proc", match[1]).exists()):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
+        if (
+            match
+            and path.is_file()
+            and (int(match[1]) == os.getpid() or not Path("/proc", match[1]).exists())
+        ):
             path.unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""Paths that users give, in configuration keys and arguments; and the home folder, which a container may lack."""
+"""Paths that users give, in configuration keys and arguments; and caches where there is no home folder."""
 
 import argparse
 import getpass
@@ -17,19 +17,13 @@ _HOME = re.compile(r"((?:[\w-]+:(?=~))?)((?:~[^/]*)?)(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$\{?(\w+)")
 
 
-def home_folder() -> str | None:
-    """The user's home folder; None if neither HOME nor the user database has it."""
-    home = os.path.expanduser("~")  # noqa: PTH111, which raises instead of leaving the text as it is
-    return None if home == "~" else home
-
-
 def place_caches() -> None:
     """For a container's user: torch._dynamo's import needs a name, and without a home Triton creates a folder `~`."""
     try:
         getpass.getuser()
     except (KeyError, OSError):  # OSError from Python 3.13 on
         os.environ["USER"] = str(os.getuid())
-    if home_folder() is None:
+    if os.path.expanduser("~") == "~":  # noqa: PTH111, which raises
         os.environ.setdefault("TRITON_HOME", f"{tempfile.gettempdir()}/fastalign-{os.getuid()}")
 
 

@@ -46,21 +46,29 @@ def fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Fiel
 
 
 def resolve(section: type[_Tree], tree: dict, overrides: list[str], where: str | Path) -> _Tree:
-    """The typed tree of a plain one, with `key=value` overrides applied to a copy.
+    """The typed tree of a plain one, with `key=value` overrides applied to a copy; those of sections are merged.
 
     A UserError is about the file `where`, or about the command line if an override may be wrong.
     """
-    merged, given = copy.deepcopy(tree), []
+    merged, given, names = copy.deepcopy(tree), [], [name for name, _, _ in fields(section)]
+
+    def assign(key: str, value: Any, override: str) -> None:
+        if isinstance(value, dict) and any(name.startswith(f"{key}.") for name in names):
+            for name, inner in value.items():
+                assign(f"{key}.{name}", inner, override)
+        else:
+            set_key(merged, key.split("."), value, override)
+
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:
             raise UserError(f"override {override!r} is not of the form section.key=value")
-        set_key(merged, key.split("."), parse_yaml(value, f"override {override!r}"), override)
+        assign(key, parse_yaml(value, f"override {override!r}"), override)
         given.append(key)
     try:
         return section.model_validate(merged)
     except ValidationError as error:
-        key, text = explain(error, [*section.model_fields, *(name for name, _, _ in fields(section))])
+        key, text = explain(error, [*section.model_fields, *names])
         if any(not key or f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in given):
             where = "command line"
         raise UserError(f"{where}: {text}") from None
@@ -74,7 +82,13 @@ def explain(error: ValidationError, names: Iterable[str]) -> tuple[str, str]:
     messages: dict[str, list[str]] = {}  # several of a key with alternatives
     for each in error.errors():
         parts = [part for part in each["loc"] if isinstance(part, str) and not _BRANCH.fullmatch(part)]
-        messages.setdefault(".".join(parts), []).append(each["msg"].removeprefix("Value error, "))
+        known = each["type"] != "string_pattern_mismatch"
+        text = (
+            each["msg"].removeprefix("Value error, ")
+            if known
+            else "no such value (--print-config lists them)"
+        )
+        messages.setdefault(".".join(parts), []).append(text)
     first, (key, texts) = error.errors()[0], next(iter(messages.items()))
     if first["type"] == "extra_forbidden":
         return key, unknown("key", key, names)
@@ -148,7 +162,8 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict:
         raise UserError(f"no recipe at {path}: check the path, or give a name that `fastalign recipes` lists")
     if path.resolve() in seen:
         raise UserError(f"{path}: its bases form a cycle")
-    tree = parse_yaml(path.read_bytes(), str(path)) or {}
+    tree = parse_yaml(path.read_bytes(), str(path))
+    tree = {} if tree is None else tree  # an empty file
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
     base = tree.pop("base", None)

@@ -117,7 +117,7 @@ BAD_INPUT = {
     "a wrong name": ("vit_base_patch61_224", {}, ["unknown backbone", "vit_base_patch16_224"]),
     "another family": ("resnet50", {}, ["ResNet", "VisionTransformer"]),
     "a wrong tag": (f"{VIT}.foo", {}, ["foo", "weights known for it: vit_tiny"]),
-    "a wrong argument": (VIT, {"depht": 3}, ["unexpected keyword argument 'depht'; correct its arguments"]),
+    "a wrong argument": (VIT, {"depht": 3}, ["unexpected keyword argument 'depht'", "correct its arguments"]),
     "an unsupported part": ("vit_base_patch16_18x2_224", {}, ["ParallelThingsBlock is not supported"]),
     "padded images": ("vit_small_patch16_dinov3", {"dynamic_img_pad": True}, ["padded images"]),
     "dropped patches": ("vit_small_patch16_dinov3", {"patch_drop_rate": 0.5}, ["PatchDropoutWithIndices"]),

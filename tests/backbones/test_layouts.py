@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastalign as fa
-from fastalign.backbones.layouts import HF_DINOV3, find, from_timm, to_timm
 from fastalign.backbones.vit import ViT
 from fastalign.backbones.weight_files import HF_DEFAULTS
 from tests.backbones.helpers import AT_16, CLIP, DINO, DINOV3, HF, IMAGES, REGISTERS, SIGLIP, SMALL, VIT
@@ -103,16 +102,6 @@ def test_towers_of_transformers(tmp_path, name, kind):
         assert relative_error(vit(IMAGES), model(IMAGES).pooler_output.double()) < 1e-5
     if name == "SigLIP without pooling":
         assert (vit.pool, vit.attn_pool) == ("none", None)
-
-
-def test_names_are_those_of_a_file_again():
-    """A model of timm, written by a layout's names and read again: every key and value is the same."""
-    state = timm.create_model(DINOV3, num_classes=0, **SMALL).state_dict()
-    written = from_timm(state, HF_DINOV3)
-    assert find(written) == [(HF_DINOV3, "")]
-    again = to_timm(written, HF_DINOV3)
-    assert again.keys() == state.keys()
-    assert all(torch.equal(again[key], value) for key, value in state.items())
 
 
 def test_biases_that_the_backbone_lacks_must_be_zero(tmp_path):

@@ -9,14 +9,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastalign as fa
-from fastalign import doctor, train
+from fastalign import doctor
 from fastalign.backbones.precision import NATIVE_BF16, FP8Linear, compute_dtype
 from fastalign.config import Config
 from fastalign.training.build import teacher_dtype
 from fastalign.training.distributed import World
 from fastalign.training.run import Run
 from tests.numerics import needs_compiler, randomise, relative_error
+from tests.run_helpers import checkpoint
 
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BF16_OF_CPUS = NATIVE_BF16  # which the fixtures of a test hide
 NARROW = {"embed_dim": 96, "num_heads": 3, "depth": 3}
 SMALL = {"img_size": 48, **NARROW}
@@ -96,33 +98,23 @@ class Casts(TorchDispatchMode):
         self.shape, self.count = shape, 0
 
     def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
-        if function is torch.ops.aten._to_copy.default:
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
             self.count += arguments[0].shape == self.shape and arguments[0].dtype == torch.float32
-        return function(*arguments, **(kwargs or {}))
+        return function(*arguments, **kwargs)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_weight_is_cast_once_an_update_and_nothing_else_changes(tmp_path, monkeypatch, checkpointing):
+def test_a_weight_is_cast_once_an_update_and_nothing_else_changes(recipe, monkeypatch, checkpointing):
     """Three passes per update, EMA and its evaluation, against a separate autocast in each pass."""
-
-    tiny = {"img_size": 32, **NARROW, "depth": 2}
+    options = ["efficiency.precision=bf16", f"efficiency.grad_checkpointing={checkpointing}", "max_steps=2"]
+    options += ["data.train=synthetic:6", "data.val=synthetic:4", "optim.ema=0.9"]
+    options += ["optim.batch_size=6", "optim.accumulate=3"]
 
     def trained(name):
-        config = Config.model_validate(
-            {
-                "output": str(tmp_path / name),
-                "max_steps": 2,
-                "student": {"name": "vit_tiny_patch16_224", "weights": "random", "kwargs": tiny},
-                "data": {"train": "synthetic:6", "val": "synthetic:4", "threads": 1},
-                "optim": {"batch_size": 6, "accumulate": 3, "epochs": 2, "lr": 1e-3, "ema": 0.9},
-                "efficiency": {"precision": "bf16", "grad_checkpointing": checkpointing},
-            }
-        )
-        world = World(0, 1, torch.device("cpu"))
-        with Casts((3 * 96, 96)) as casts:  # qkv
-            train.train(config, world)
-        state = torch.load(tmp_path / name / "checkpoints" / "step-00000002.pt", weights_only=True)
-        return casts.count, state
+        with Casts((3 * 192, 192)) as casts:  # qkv
+            run = recipe(*options, name=name)
+        return casts.count, checkpoint(run)
 
     count, state = trained("once")
     monkeypatch.setattr(Run, "cached_autocast", lambda run: nullcontext())
@@ -168,9 +160,6 @@ def test_widths_that_fp8_does_not_support_stay_in_bf16():
     assert (mlp.fc1.weight.dtype, mlp.fc2.weight.dtype) == (torch.bfloat16, torch.bfloat16)
     assert isinstance(teacher.vit.blocks[0].attn.qkv, FP8Linear)
     assert autocast(teacher, torch.randn(1, 3, 32, 32)).isfinite().all()
-
-
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -219,7 +208,7 @@ def test_a_gpu_without_fp8_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     config = Config.model_validate({"efficiency": {"precision": "fp8"}})
     with pytest.raises(
-        fa.UserError, match=r"efficiency.precision=fp8: Some GPU .* set efficiency.precision=bf16"
+        fa.UserError, match=r"efficiency.precision=fp8: Some GPU .* efficiency.precision=bf16"
     ):
-        teacher_dtype(config, torch.device("cuda"))
-    assert teacher_dtype(config, torch.device("cpu")) == torch.float8_e4m3fn
+        teacher_dtype(config, GPU)
+    assert teacher_dtype(config, CPU) == torch.float8_e4m3fn

@@ -88,16 +88,6 @@ def test_a_student_fits_itself_and_averages_are_preferred(tmp_path):
             la.load_checkpoint_auto(other, str(path), use_ema=use_ema)
             shift = 1.0 if use_ema else 0.0
             assert torch.equal(other.decoder.head.bias, ours.decoder.head.bias + shift)
-    marked = tmp_path / "arch.pth.tar"
-    namespace.model = f"s{ONE}"
-    for arguments, cap in (
-        ({}, 30),
-        ({"args": namespace}, 30),
-        ({"args": {"model_kwargs": {"max_attn_val": 7}}}, 7),
-    ):
-        torch.save({"state_dict": ours.state_dict(), "arch": f"s{ONE}", **arguments}, marked)
-        with pytest.warns(UserWarning, match=f"capped at {cap},"):
-            la.load_checkpoint_auto(copy.deepcopy(ours), marked)
 
 
 def test_code_in_a_file_is_refused(tmp_path):

@@ -198,7 +198,7 @@ prefix_only: "False" -> prefix_only: Input should be a valid boolean, got 'False
 batch_size: null -> batch_size: Input should be a valid integer, got None
 opt: sgd -> opt: Input should be 'adamw', got 'sgd'
 amp: true -> amp_dtype=float16 | set amp_dtype: bfloat16
-aa: augmix-m5 -> aa: String should match pattern '^rand', got 'augmix-m5'
+aa: augmix-m5 -> aa: no such value (--print-config lists them), got 'augmix-m5'
 opt_kwargs: {layer_decay: 0.7} -> unknown key opt_kwargs.layer_decay
 lr_base_size: 0 -> lr_base_size: Input should be greater than or equal to 1, got 0
 student_model: svit_a, model_kwargs: {max_attn_val: x} -> max_attn_val must be a positive
@@ -236,7 +236,7 @@ def test_the_command_refuses(capsys):
     for arguments, words in {
         "--reference-config none.yaml": "none.yaml",
         "configs/demo.yaml --world-size 4": "--world-size",
-        "--reference-config none.yaml --world-size 0": "--world-size must be at least 1",
+        "--reference-config none.yaml --world-size 0": "--world-size takes 1 or more",
     }.items():
         assert train.main(arguments.split()) == 2
         assert words in capsys.readouterr().err

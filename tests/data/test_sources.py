@@ -127,6 +127,7 @@ def test_messages_name_the_path_and_the_remedy(tmp_path):
         ("x-*.tar", f"no such tar file: {tmp_path}/x-*.tar"),
         ("t/{000..001}.tar", f"no such tar file: {tmp_path}/t/001.tar"),
         ("{t,x}/*.tar", f"no such tar file: {tmp_path}/x/*.tar"),
+        ("t/{001..000}.tar", f"no such tar file: {tmp_path}/t/{{001..000}}.tar"),
         ("n", "no images in the 1 shards"),
         ("mixed", "has tar files (0.tar) and others (stray.png)"),
         ("f/a.jpg", "is a file"),
@@ -149,18 +150,13 @@ def test_identity_knows_a_copy_and_repaired_images_but_no_other_data(tmp_path, k
             write_tar(tmp_path / f"{name}/{shard}/0.tar", members)
         return open_source(str(tmp_path / f"{name}/*/0.tar"))
 
-    first = made("a", files)
-    kept = first.identity
+    kept = made("a", files).identity
     assert kept == json.loads(json.dumps(kept))
-    copy, moved = made("elsewhere/b", files), files.copy()
-    assert copy.differs_from(kept) is None
-    assert copy.fingerprint() == first.fingerprint()
+    assert made("elsewhere/b", files).differs_from(kept) is None
     assert made("repaired", files | {"0/0.jpg": others["0/0.jpg"]}).differs_from(kept) is None
     assert made("others", others).differs_from(kept) == "other images of the same names"
-    moved["1/6-7.jpg"] = moved.pop("1/6.jpg")
-    assert made("moved", moved).differs_from(kept) == "other names"
-    fewer = {name: files[name] for name in list(files)[1:]}
-    assert made("fewer", fewer).fingerprint() != first.fingerprint()
+    files["1/6-7.jpg"] = files.pop("1/6.jpg")
+    assert made("moved", files).differs_from(kept) == "other names"
 
 
 def test_files_that_change_while_in_use(tmp_path, monkeypatch):

@@ -81,7 +81,6 @@ def test_names_tell_shards_of_different_folders_apart(tmp_path):
     append_to_list(tmp_path / "q.jsonl", [BadSample(i, two.name(i), "GIF") for i in range(2)])
     found = read_quarantine(tmp_path / "q.jsonl", three)
     assert {three.read(i).tobytes() for i in found} == {photos[n].tobytes() for n in ("cc12m", "cc3m")}
-    assert two.fingerprint() != three.fingerprint()
     for name in photos:
         path = tmp_path / f"{name}/00000.tar"
         path.write_bytes(path.read_bytes().rstrip(b"\0") + b"damaged")

@@ -37,8 +37,14 @@ CLEAN = SERIAL.partition("\n")[2]
 
 def test_the_assemblers_faults_are_errors(monkeypatch, capsys):
     rows = [aot.assembled(SPILLING), *map(aot.read_log, (SERIAL, CLEAN))]
-    rows = [{"kernel": f"k{i}", "arch": 90, "case": "c", **row} for i, row in enumerate(rows)]
+    rows = [
+        {"kernel": f"k{i}", "arch": 90, "case": "c", "shared_bytes": 0, **row} for i, row in enumerate(rows)
+    ]
     assert rows[0]["registers"] == 32
+    large = {**rows[2], "arch": 80, "shared_bytes": 200_000}  # sm_90 has it
+    assert aot.faults([large, {**large, "arch": 90}]) == [
+        "k2 on sm_80 (c) needs 200000 bytes of shared memory"
+    ]
     spill, serial = aot.faults(rows)
     assert spill == f"k0 on sm_90 (c) spills {rows[0]['spilled_bytes']} bytes"
     assert serial == "k1 on sm_90 (c) has serialized matrix instructions"

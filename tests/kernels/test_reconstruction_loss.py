@@ -45,6 +45,7 @@ def test_packed(loss, whole_target, dtype, poison):
     visible = mask(3, 2, 7)
     length = int(visible.sum()) + 3 * 2 * 2 + 3  # two prefix tokens, three rows of padding
     packing = reference.pack_masks(visible, 2, length)
+    packing = packing._replace(indices=torch.stack([packing.indices, packing.indices], 1)[:, 0])  # strided
     check(
         prediction=some(length, 72, dtype=dtype),
         target=some(3, 9, 72) if whole_target else some(length, 72),
@@ -77,13 +78,6 @@ def test_any_shape_and_stride(images, copies, patches, prefix, width, loss, flip
     if flipped:
         prediction, target = (some(*size[::-1]).permute(3, 2, 1, 0) for _ in range(2))
     check(prediction=prediction, target=target, visible=mask(images, copies, patches), loss=loss, scale=0.3)
-
-
-def test_strided_indices():
-    visible = mask(2, 2, 4)
-    packing = reference.pack_masks(visible, 1, 24)
-    strided = packing._replace(indices=torch.stack([packing.indices, packing.indices], 1)[:, 0])
-    check(prediction=some(24, 8), target=some(24, 8), visible=visible, packing=strided)
 
 
 def test_equal_vectors_and_zero_vectors():

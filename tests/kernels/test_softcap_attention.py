@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from fastalign.kernels.softcap_attention import _head_split, backward_op, forward_op, softcap_attention
+from fastalign.kernels.softcap_attention import backward_op, forward_op, softcap_attention
 from fastalign.ops import reference
 from tests.kernels.helpers import some
 from tests.numerics import DEVICE, check_kernel, needs_compiler, relative_error
@@ -33,15 +33,16 @@ def test_dense(length, softcap, dtype, poison):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("softcap", CAPS)
-def test_two_tokens(softcap, dtype, poison):
+@pytest.mark.parametrize("length", [1, 2])
+def test_one_and_two_tokens(length, softcap, dtype, poison):
     """Bounds by hand per element, in place of the error of eager PyTorch.
 
     With two keys the gradient of a logit is often the difference of two almost equal numbers, whose rounding is
     random: exact arithmetic breaks the usual rule in 2 to 8 % of the draws. So the bound is relative to the terms.
     """
     width = 32
-    inputs = [x.requires_grad_() for x in qkv(8, 1, 2, width, dtype=dtype)]
-    cotangent = some(8, 1, 2, width, dtype=dtype)
+    inputs = [x.requires_grad_() for x in qkv(8, 1, length, width, dtype=dtype)]
+    cotangent = some(8, 1, length, width, dtype=dtype)
     found = softcap_attention(*inputs, softcap=softcap)
     found = [found, *torch.autograd.grad(found, inputs, cotangent)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
@@ -61,18 +62,6 @@ def test_two_tokens(softcap, dtype, poison):
         assert ((a.double() - b).abs() <= allowed * size).all(), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("softcap", CAPS)
-def test_a_single_token_attends_to_itself(softcap, dtype, poison):
-    """Its output is v; the gradients of q and k are only rounding."""
-    inputs = [x.requires_grad_() for x in qkv(2, 2, 1, 32, dtype=dtype)]
-    out, cotangent = softcap_attention(*inputs, softcap=softcap), some(2, 2, 1, 32, dtype=dtype)
-    dq, dk, dv = torch.autograd.grad(out, inputs, cotangent)
-    eps = 2 * torch.finfo(dtype).eps
-    assert max(relative_error(out, inputs[2]), relative_error(dv, cotangent)) < eps
-    assert max(dq.abs().max(), dk.abs().max()) < 100 * eps
-
-
 @pytest.mark.parametrize("width", [8, 16, 48, 64, 72, 80, 96, 112, 128])
 @pytest.mark.parametrize("softcap", [30.0, None])
 def test_head_widths(width, softcap, poison):
@@ -90,9 +79,10 @@ def test_lengths_of_vision_transformers(length, softcap):
 @pytest.mark.parametrize("softcap", [30.0, None])
 @pytest.mark.parametrize("padding", [0, 70])
 def test_packed(softcap, padding, dtype, poison):
-    """Empty, single and long sequences; padding rows give zeros."""
+    """Empty, single and long sequences, bounds with a stride; padding rows give zeros."""
     lengths = torch.tensor([0, 5, 1, 83, 0, 64, 17])
     bounds = functional.pad(lengths.cumsum(0), (1, 0)).int().to(DEVICE)
+    bounds = torch.stack([bounds, bounds], 1)[:, 0]
     q, k, v = qkv(int(bounds[-1]) + padding, 2, 40, dtype=dtype)
     check(q, k, v, softcap=softcap, cu_seqlens=bounds, max_seqlen=83)
     out = softcap_attention(q, k, v, softcap=softcap, cu_seqlens=bounds, max_seqlen=83)
@@ -129,12 +119,6 @@ def test_large_logits_stay_finite(softcap):
     check(*qkv(1, 1, 40, 64, dtype=torch.bfloat16, scale=12.0), softcap=softcap)
 
 
-def test_plain_attention_equals_torchs():
-    q, k, v = qkv(2, 3, 37, 64)
-    wanted = functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    assert relative_error(softcap_attention(q, k, v), wanted) < 1e-5
-
-
 def test_memory_of_the_output_is_what_the_projection_reads():
     assert softcap_attention(*qkv(2, 3, 5, 16)).transpose(1, 2).is_contiguous()
 
@@ -164,20 +148,10 @@ def test_a_length_that_is_too_small_gives_nothing_that_looks_like_a_result(poiso
         assert out[129].isnan().all()
 
 
-def test_bounds_need_not_be_contiguous():
-    bounds = torch.tensor([0, 9, 10, 9, 30, 9], dtype=torch.int32, device=DEVICE)[::2]
-    check(*qkv(30, 1, 16), softcap=5.0, cu_seqlens=bounds, max_seqlen=20)
-
-
 def test_repeatable():
     q, k, v = (x.requires_grad_() for x in qkv(2, 2, 70, 32))
     losses = [softcap_attention(q, k, v, softcap=30).square().sum() for _ in range(2)]
     assert torch.equal(*(torch.autograd.grad(loss, q)[0] for loss in losses))
-
-
-def test_heads_are_split_without_much_waste():
-    tiles = {8: (16, 0), 32: (32, 0), 64: (64, 0), 72: (64, 16), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
-    assert {width: _head_split(width) for width in tiles} == tiles
 
 
 @pytest.mark.parametrize("packed", [False, True])

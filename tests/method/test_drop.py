@@ -7,9 +7,8 @@ import torch
 import fastalign as fa
 from fastalign import ops
 from fastalign.ops.reference import LOSSES
-from tests.method.helpers import NARROW, gradients
-from tests.numerics import DEVICE, gradient_error, needs_compiler, randomise, relative_error
-from tests.truth import StudentTruth
+from tests.method.helpers import NARROW, build_pair, gradients, in_float64
+from tests.numerics import gradient_error, needs_compiler, randomise, relative_error
 
 # timm's name and arguments, the soft-cap of the student.
 BACKBONES = {
@@ -28,38 +27,10 @@ BACKBONES = {
 
 
 def build(case, loss="mse"):
-    """Our objective in mode drop, timm's backbone, the student's truth, with the same random weights, and images."""
+    """The objective in mode drop, timm's backbone, the student's truth, and images."""
     name, kwargs, softcap = BACKBONES[case]
-    backbone = in_float64(timm.create_model(name, num_classes=0, **kwargs)).eval()
-    randomise(backbone)
-    vit = fa.create_backbone(name, **kwargs).double()
-    vit.load_state_dict(backbone.state_dict())
-    student = fa.MaskEmbedStudent.from_backbone(vit, softcap=softcap).double()
-    masks = fa.UniformMasks(seed=4)
-    objective = fa.MaskEmbed(fa.MaskedTeacher(vit, masking="drop"), student, masks, loss=loss).double()
-    objective.target_scale.fill_(1.3)
-    randomise(student.decoder), randomise(student.encoder.head)
-    qkv_bias = {"decoder_qkv_bias": vit.spec.block.qkv_bias}
-    truth = StudentTruth(name, cap=softcap, target_dim=vit.embed_dim, **qkv_bias, **kwargs).double()
-    truth.load_state_dict(student.state_dict())
-    in_float64(truth.encoder)
-    return objective, backbone, truth, torch.randn(3, 3, *vit.spec.image_size, dtype=torch.float64)
-
-
-def in_float64(model):
-    """timm's model, its mixed rope in float64 too, where timm's own rounds to fp32."""
-    if isinstance(rope := getattr(model, "rope", None), timm.layers.RotaryEmbeddingMixed):
-
-        def get_embed():
-            x, y = (
-                place[:, None] * f[..., None, :]
-                for place, f in zip((rope.t_x, rope.t_y), rope.freqs, strict=True)
-            )
-            angles = (x + y).repeat_interleave(2, -1)
-            return torch.cat([angles.sin(), angles.cos()], -1)
-
-        rope.get_embed = get_embed
-    return model.double()
+    parts = build_pair(name, kwargs, {"softcap": softcap}, {"masking": "drop"}, loss)
+    return *parts, torch.randn(3, 3, *parts[0].teacher.spec.image_size, dtype=torch.float64)
 
 
 def kept(mask, prefix):
@@ -220,21 +191,3 @@ def test_where_lengths_vary_few_graphs_fit_them_all():
     lengths = {len(objective.draw(images, ids, 0)[1].indices) for ids in batches}
     assert len(lengths) > 3
     assert len(graphs) == 4, "student and teacher, for the first length and for all others"
-
-
-@pytest.mark.parametrize("name", ["vit", "siglip", "eva", "mixed"])
-def test_on_kernels(name, monkeypatch):
-    """Everything in Triton, against float64."""
-    objective, _, _, images = build(name)
-    ids = torch.arange(3)
-    wanted = objective(images, ids)
-    wanted.backward()
-    exact = gradients(objective.student)
-    objective = objective.float().to(DEVICE)
-    objective.zero_grad()
-    monkeypatch.setattr(ops, "MODE", "1")
-    loss = objective(images.float().to(DEVICE), ids)
-    loss.backward()
-    assert relative_error(loss.cpu(), wanted) < 1e-5
-    found = {name: grad.cpu() for name, grad in gradients(objective.student).items()}
-    assert gradient_error(found, exact) < 1e-3

@@ -12,7 +12,7 @@ import fastalign as fa
 from fastalign import ops
 from fastalign.ops import reference
 from fastalign.ops.attention import BACKENDS, Case, Sequences, attention, backends, choice, choose
-from tests.numerics import DEVICE, assert_as_exact, needs_compiler
+from tests.numerics import DEVICE, check_kernel, needs_compiler
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 TIMES = 5 if DEVICE == "cuda" else 1
@@ -30,41 +30,32 @@ def tensors(packed):
     """q, k, v in the layout of the projection, and the sequences."""
     torch.manual_seed(0)
     shape = (ROWS, 3, 4, WIDTH) if packed else (2, LENGTH, 3, 4, WIDTH)
-    qkv = torch.randn(shape, device=DEVICE, dtype=DTYPE) * 2
-    q, k, v = (x.clone() for x in qkv.unbind(-3))
-    if not packed:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    sequences = None
+    q, k, v = (torch.randn(shape, device=DEVICE, dtype=DTYPE) * 2).unbind(-3)
     if packed:
-        sequences = Sequences(torch.tensor(BOUNDS, dtype=torch.int32, device=DEVICE), LONGEST)
-    return [x.detach().requires_grad_() for x in (q, k, v)], sequences
+        return (q, k, v), Sequences(torch.tensor(BOUNDS, dtype=torch.int32, device=DEVICE), LONGEST)
+    return [x.transpose(1, 2) for x in (q, k, v)], None
 
 
 def compare(run, softcap, packed):
     """Outputs and gradients of `run(q, k, v, softcap, sequences)`; padding is finite and gets no gradient."""
+    (q, k, v), sequences = tensors(packed)
+    end = BOUNDS[-1] if packed else None
 
-    def truth(q, k, v, softcap, sequences):
-        return reference.softcap_attention(
-            q, k, v, softcap=softcap, cu_seqlens=sequences and sequences.bounds
-        )
+    def no_gradient_of_padding(gradient):
+        assert not gradient[end:].any()
 
-    inputs, sequences = tensors(packed)
-    cotangent = torch.randn_like(inputs[0])
-    if packed:
-        cotangent[BOUNDS[-1] :] = 0  # as the loss gives it
-    results = []
-    for function, dtype in ((run, DTYPE), (truth, DTYPE), (truth, torch.float64)):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        out = function(*leaves, softcap, sequences)
-        gradients = torch.autograd.grad(out, leaves, cotangent.to(dtype))
-        results.append([out.detach(), *gradients])
-    found, eager, exact = results
-    assert all(torch.isfinite(x).all() for x in found)
-    if packed:
-        assert all(not x[BOUNDS[-1] :].any() for x in found[1:])
-        found, eager, exact = ([x[: BOUNDS[-1]] for x in results] for results in (found, eager, exact))
-    for name, *parts in zip(("out", "dq", "dk", "dv"), found, eager, exact, strict=True):
-        assert_as_exact(name, *parts)
+    def found(q, k, v):
+        for x in (q, k, v) if packed else ():
+            x.register_hook(no_gradient_of_padding)
+        out = run(q, k, v, softcap, sequences)
+        assert torch.isfinite(out).all()
+        return out[:end]
+
+    def truth(q, k, v):
+        bounds = sequences and sequences.bounds
+        return reference.softcap_attention(q, k, v, softcap=softcap, cu_seqlens=bounds)[:end]
+
+    check_kernel(found, truth, {"q": q, "k": k, "v": v})
 
 
 @with_packing
@@ -143,26 +134,13 @@ def test_varlen_attn_is_called_as_every_release_since_2_10_takes_it(monkeypatch)
     compare(lambda q, k, v, cap, s: BACKENDS["varlen_attn"].run(q, k, v, cap, None, s), None, True)
 
 
-def test_padding_becomes_sequences_of_its_own():
-    for bounds, longest, length, wanted in [
-        ([0, 3, 7], 4, 7, [0, 3, 7, 7, 7]),
-        ([0, 3, 7], 4, 17, [0, 3, 7, 11, 15, 17, 17, 17]),
-        ([0, 0], 2, 3, [0, 0, 2, 3]),
-    ]:
-        found = backends.covering(Sequences(torch.tensor(bounds, dtype=torch.int32), longest), length)
-        assert found.dtype == torch.int32
-        assert found.tolist() == wanted
-
-
 @pytest.mark.parametrize(
     ("name", "changes", "arch", "words"),
     [
         ("triton", {"device": "cpu"}, 0, "needs a GPU"),
         ("varlen_attn", {}, 90, "packed sequences only"),
-        ("varlen_attn", {"packed": True, "capped": True}, 90, "does not support a soft-cap"),
         ("sdpa_flash", {"packed": True}, 90, "does not support packed sequences"),
         ("sdpa_flash", {"width": 68}, 90, "does not support heads of 68"),
-        ("triton", {"width": 160}, 90, "does not support heads of 160"),
         ("triton", {"biased": True}, 90, "does not support a bias"),
         ("triton", {"dtype": torch.float64}, 90, "does not support float64"),
         ("flash_attn_3", {}, 100, "does not support sm_100"),
@@ -170,7 +148,6 @@ def test_padding_becomes_sequences_of_its_own():
         ("flash_attn_4", {"compiled": True}, 90, "breaks the graph"),
         ("sdpa_cudnn", {"device": "cpu"}, 0, "does not support this device"),
         ("eager", {"capped": True, "packed": True, "dtype": torch.float64}, 70, None),
-        ("sdpa", {"biased": True}, 70, None),
     ],
 )
 def test_refusals(name, changes, arch, words, monkeypatch):
@@ -198,7 +175,6 @@ def hopper(tmp_path, monkeypatch):
         row({"sdpa_cudnn": 2.0, "sdpa_flash": 1.0}, length=197),
         row({"sdpa_flash": 3.0, "triton": 2.0}, width=72),
         row({"flash_attn_3": 1.0, "triton": 1.3, "flex": 4.0}, capped=True),
-        row({"sdpa_flash": 1.0, "triton": 2.0}, gradient=False),
     ]
     table = tmp_path / "table.json"
     table.write_text(json.dumps({"sm_90": {"environment": {}, "rows": rows}}))
@@ -218,14 +194,11 @@ def hopper(tmp_path, monkeypatch):
     ("changes", "wanted", "name", "words"),
     [
         ({}, "auto", "sdpa_cudnn", "fastest usable one of 4 measured at T 577, d 64 on sm_90"),
-        ({"length": 600}, "auto", "sdpa_cudnn", "T 577"),
         ({"length": 201}, "auto", "sdpa_flash", "T 197"),
         ({"width": 80}, "auto", "triton", "d 72"),
-        ({"gradient": False}, "auto", "sdpa_flash", "fastest"),
         ({"capped": True}, "auto", "triton", "fastest usable one of 3"),
         ({"packed": True}, "auto", "triton", "the default for packed attention; sm_90 is not measured"),
         ({"biased": True}, "auto", "sdpa", "the default for biased"),
-        ({"dtype": torch.float32}, "auto", "sdpa", "the default for plain"),
         ({"dtype": torch.float64, "capped": True}, "auto", "eager", "the default for capped"),
         ({}, "sdpa_flash", "sdpa_flash", "as configured"),
         ({"capped": True}, "sdpa_flash", "triton", "sdpa_flash does not support a soft-cap; the fastest"),

@@ -134,6 +134,24 @@ def test_a_signal_is_acted_on_at_once_or_an_update_later(recipe, in_passes, host
     recipe()
 
 
+def test_a_signal_before_a_probe_postpones_it(recipe, in_passes, monkeypatch):
+    asked, scores = [], {"macro_recall": 0.5, "map": 0.5, "loss": 0.7}
+    monkeypatch.setattr("fastalign.train.open_splits", lambda *_: {})
+    monkeypatch.setattr(
+        "fastalign.train.probe_student", lambda run, *_: asked.append(run.state.step) or scores
+    )
+    in_passes({4}, lambda loss, _: (signal.raise_signal(signal.SIGTERM), loss)[1])
+    options = ["probe.data=.", "probe.every_steps=2", "probe.best=true"]
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        recipe(*options, expect=75)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    folder = recipe(*options)
+    assert asked == [0, 2, 4, 6, 8, 10]
+    assert [line["step"] for line in lines(folder, "probe_map")] == asked
+
+
 def test_a_bad_validation_loss_is_never_the_best(recipe, monkeypatch):
     found = [1.0, float("nan"), 0.9, 0.95]
     monkeypatch.setattr("fastalign.train.evaluate", lambda *_: found.pop(0))

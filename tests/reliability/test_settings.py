@@ -34,7 +34,7 @@ OTHER = {
     "data.threads": 2, "data.hw_decoder_load": 0.1,
     "optim.name": "apex_adam", "optim.batch_size": 512, "optim.accumulate": 2, "optim.epochs": 9, "optim.lr": 0.1,
     "optim.min_lr": 0.1, "optim.warmup_epochs": 1.0, "optim.weight_decay": 0.1, "optim.betas": [0.5, 0.6],
-    "optim.clip": None, "optim.ema": 0.9,
+    "optim.clip": None, "optim.ema": 0.9, "optim.micro_batch": 4,
     "checkpoint.every_steps": 7, "checkpoint.keep": 7,
     "probe.data": "b", "probe.every_steps": 7, "probe.best": True,
     "log.every_steps": 7, "log.to": ["tensorboard"], "export.to": ["timm"],

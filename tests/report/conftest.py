@@ -1,5 +1,6 @@
 """A finished run of four updates on real JPEGs."""
 
+import json
 import shutil
 
 import pytest
@@ -7,7 +8,7 @@ import yaml
 
 from fastalign import train
 from tests.data_helpers import small_photos, write_folder
-from tests.report.helpers import MODEL
+from tests.report.helpers import MODEL, probe_facts
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +32,10 @@ def trained(tmp_path_factory):
 def run(trained, tmp_path):
     """The run's files without its checkpoints, to be damaged at will."""
     return shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+
+
+@pytest.fixture
+def probed(run):
+    """The same with the results of a probe."""
+    (run / "probe.json").write_text(json.dumps(probe_facts()))
+    return run

@@ -9,7 +9,7 @@ from PIL import Image
 
 from fastalign.report import charts
 from fastalign.report.run import read_probe
-from tests.report.helpers import probe_facts, render
+from tests.report.helpers import render
 
 CURVES = [
     ("Loss", 0, "loss", 1),
@@ -48,27 +48,25 @@ def test_long_curves_stay_small_and_keep_their_extremes(run):
     assert heights.argmin() < heights.argmax()
 
 
-def test_bars_have_the_height_of_the_shares(run):
+def test_bars_have_the_height_of_the_shares(probed):
     """Means over seeds by hand; no bar where nothing was measured."""
-    (run / "probe.json").write_text(json.dumps(probe_facts()))
-    probe = read_probe(run / "probe.json")
+    probe = read_probe(probed / "probe.json")
     scores, sizes = charts.probe_figure(probe, "union labels, linear head").axes
     for axes, wanted in ((scores, [55, np.nan, 65, np.nan]), (sizes, [30, np.nan, 70, np.nan])):
         np.testing.assert_allclose([bar.get_height() for bar in axes.patches], wanted)
     assert [text.get_text() for text in sizes.get_xticklabels()] == ["50", "100"]
 
 
-def test_pngs(run, tmp_path):
-    (run / "probe.json").write_text(json.dumps(probe_facts()))
+def test_pngs(probed, tmp_path):
     for folder in "ab":
-        render(run, "--images", "2", "--pngs", str(tmp_path / folder))
+        render(probed, "--images", "2", "--pngs", str(tmp_path / folder))
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == ["curves.png", "patches.png", "probe.png"]
     for name in names:
         content = (tmp_path / "a" / name).read_bytes()
         assert content == (tmp_path / "b" / name).read_bytes()
         assert np.asarray(Image.open(io.BytesIO(content)).convert("L")).std() > 5
-    (run / "backbone.json").unlink()
-    (run / "probe.json").unlink()
-    render(run, "--pngs", str(tmp_path / "c"))
+    (probed / "backbone.json").unlink()
+    (probed / "probe.json").unlink()
+    render(probed, "--pngs", str(tmp_path / "c"))
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["curves.png"]

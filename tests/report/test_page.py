@@ -17,15 +17,14 @@ import fastalign as fa
 from fastalign.config import load_config
 from fastalign.report import charts, features
 from fastalign.report.run import load_backbones, read_run
-from tests.report.helpers import GRID, edit_config, probe_facts, render
+from tests.report.helpers import GRID, edit_config, render
 
 
-def test_the_page_needs_nothing_else_and_is_the_same_each_time(run):
-    (run / "probe.json").write_text(json.dumps(probe_facts()))
-    page = render(run, "--images", "3")
-    first = (run / "report.html").read_bytes()
-    render(run, "--images", "3")
-    assert (run / "report.html").read_bytes() == first
+def test_the_page_needs_nothing_else_and_is_the_same_each_time(probed):
+    page = render(probed, "--images", "3")
+    first = (probed / "report.html").read_bytes()
+    render(probed, "--images", "3")
+    assert (probed / "report.html").read_bytes() == first
     assert not re.search(rb"https?:|url\((?!#)|@import", first)
     for _, attrs in page.tags:
         assert not {"srcset", "onload"} & attrs.keys()
@@ -85,17 +84,16 @@ def _pixels(attrs: dict) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def test_scores_and_classes(run):
-    (run / "probe.json").write_text(json.dumps(probe_facts()))
-    for place, share in ((run / "before", 0.712), (run, 0.7)):
+def test_scores_and_classes(probed):
+    for place, share in ((probed / "before", 0.712), (probed, 0.7)):
         place.mkdir(exist_ok=True)
         facts = {"mean": {"top1": share}, "settings": {"head": "linear"}}
         (place / "classify.json").write_text(json.dumps(facts))
-    page = render(run, "--images", "0")
+    page = render(probed, "--images", "0")
     title = "Patch probe, macro recall, % before → aligned, union labels, linear head"
     assert f"{title}\n55.0 ± 10.0 → 65.0" in page.text
     assert "Image classification, top-1, % before → aligned, linear head\n71.2 → 70.0" in page.text
-    table = re.search(r"Recall by class.*?</table>", (run / "report.html").read_text(), re.S)[0]
+    table = re.search(r"Recall by class.*?</table>", (probed / "report.html").read_text(), re.S)[0]
     rows = re.findall(r"<tr><th scope=\"row\">.*?</tr>", table)
     rows = [re.sub("<[^>]+>", " ", row).split() for row in rows]
     # Recall before and aligned, then AP: means over seeds by hand, the largest gain first, the absent class last.

@@ -5,30 +5,21 @@ import re
 import time
 
 import pytest
+import torch
 
 from fastalign import train
-from fastalign.training import reporter
+from fastalign.config import load_config
+from fastalign.training import dry_run, reporter
 from fastalign.training.reporter import Reporter, clock, duration
+from tests.run_helpers import losses
+from tests.update_helpers import run_of_batches
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (3.4, "3 s"),
-        (119, "119 s"),
-        (120, "2 min"),
-        (3600, "60 min"),
-        (7200, "2 h 0 min"),
-        (12000, "3 h 20 min"),
-    ],
-)
-def test_durations(seconds, text):
-    assert duration(seconds) == text
-
-
-def test_a_clock_names_the_day_if_it_is_another():
+def test_durations_and_clocks():
+    texts = {3.4: "3 s", 119: "119 s", 120: "2 min", 3600: "60 min", 7200: "2 h 0 min", 12000: "3 h 20 min"}
+    assert {seconds: duration(seconds) for seconds in texts} == texts
     assert re.fullmatch(r"\d\d:\d\d", clock(0))
-    assert clock(7 * 86400).startswith(time.strftime("%a"))
+    assert clock(7 * 86400).startswith(time.strftime("%a")), "another day is named"
 
 
 def test_start_and_end_of_a_run(recipe, capsys):
@@ -93,3 +84,26 @@ def test_a_dry_run_leaves_nothing(recipe, capsys):
 def test_a_dry_run_needs_data(capsys):
     assert train.main(["in1k-vit-t", "--dry-run"]) == 2
     assert "data.train is not set" in capsys.readouterr().err
+
+
+def test_the_largest_micro_batch_that_fits_is_kept_by_the_run(recipe, tmp_path, monkeypatch, capsys):
+    """A fake GPU that runs out of memory beyond five images; then the same losses by accumulation."""
+    run, _ = run_of_batches(tmp_path, "optim.accumulate=1")
+    assert dry_run.largest_fitting(run, 8, train.update) == 8
+
+    def limited(run, batches, epoch):
+        if len(next(batches).ids) > 5:
+            raise torch.cuda.OutOfMemoryError
+
+    assert dry_run.largest_fitting(run, 8, limited) == 4
+    recipe("optim.micro_batch=auto", expect=2)
+    assert "optim.micro_batch=auto measures the memory of a GPU" in capsys.readouterr().err
+    monkeypatch.setattr(dry_run, "_measure_micro_batch", lambda *_: 4)
+    folder = recipe("optim.micro_batch=auto", "max_steps=3")
+    monkeypatch.delattr(dry_run, "_measure_micro_batch")  # a run measures once
+    recipe("optim.micro_batch=auto")
+    optim = load_config(folder / "config.yaml").optim
+    assert (optim.micro_batch, optim.accumulate) == (4, 2)
+    assert losses(folder) == pytest.approx(losses(recipe(name="plain")), rel=1e-4)
+    recipe("optim.micro_batch=3", expect=2)
+    assert "multiple of optim.micro_batch x ranks = 3" in capsys.readouterr().err

@@ -2,22 +2,18 @@
 
 import json
 import shutil
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from torch import nn
 
 import fastalign as fa
 from fastalign import train
 from fastalign.config import Config
-from fastalign.training import build, reporter
+from fastalign.training import reporter
 from fastalign.training.build import build_backbones
-from fastalign.training.optim import MovingAverage
-from fastalign.training.validation import eval_mode
 from tests.run_helpers import MODEL, checkpoint, lines, losses
 from tests.update_helpers import run_of_batches
 
@@ -127,25 +123,6 @@ def test_target_scale_is_stored_and_not_measured_again(recipe, monkeypatch):
     assert checkpoint(folder, 2)["target_scale"] == scale
 
 
-def test_parts_of_the_decoder_arrive():
-    """In its parameters, by hand."""
-    for kwargs, names, scales in (
-        ({}, {"attn.qkv.bias"}, 2),
-        (
-            {"qk_norm": True, "qkv_bias": False, "init_values": None},
-            {"attn.q_norm.weight", "attn.k_norm.bias"},
-            0,
-        ),
-    ):
-        config = Config.model_validate({"student": MODEL, "decoder": {"layers": 1, "kwargs": kwargs}})
-        found = dict(build.build_objective(config)[0].student.decoder.blocks[0].named_parameters())
-        assert names <= found.keys()
-        assert ("attn.q_norm.bias" in found) == ("attn.qkv.bias" not in found) == bool(kwargs)
-        gammas = [value for name, value in found.items() if name.endswith("gamma")]
-        assert len(gammas) == scales
-        assert all(torch.equal(gamma, torch.full_like(gamma, 1e-6)) for gamma in gammas)
-
-
 def test_the_batches_of_the_target_scale(recipe, capsys, monkeypatch):
     """All of validation, or so many, or 50 of training: 3 batches of 10 images, by 4."""
     monkeypatch.setattr(reporter, "LINE_SECONDS", -1)
@@ -188,20 +165,12 @@ def test_the_teacher_has_the_students_weights_unless_told_otherwise(tmp_path):
         pair(weights="random_ ")
 
 
-@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
-def test_eval_mode_restores_weights_and_modes(error):
-    """Also if it is interrupted; a part that is frozen in eval mode stays so."""
-    student = nn.Sequential(nn.Dropout().eval(), nn.Linear(2, 2), nn.Dropout())
-    average = MovingAverage(student, 0.9)
-    nn.init.ones_(student[1].weight)
-    before = {name: value.clone() for name, value in student.state_dict().items()}
-    with pytest.raises(error) if error else nullcontext(), eval_mode(student, average):
-        assert torch.equal(student[1].weight, average.state["1.weight"])
-        assert not any(part.training for part in student)
-        if error:
-            raise error
-    assert [part.training for part in student] == [False, True, True]
-    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+def test_evaluating_the_average_changes_no_update(recipe):
+    """With stochastic depth, which is off in the evaluation only."""
+    plain = recipe("student.kwargs.drop_path_rate=0.3", name="plain")
+    averaged = recipe("student.kwargs.drop_path_rate=0.3", "optim.ema=0.9", name="averaged")
+    assert losses(averaged) == losses(plain)
+    assert losses(averaged, "val_loss")[1:] != losses(plain, "val_loss")[1:]
 
 
 def test_print_config(recipe, tmp_path, capsys):

@@ -1,0 +1,81 @@
+"""What a step does on a GPU, in fake tensors, which need no GPU."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastalign as fa
+from fastalign import ops
+from fastalign.ops import extension
+from fastalign.ops.attention import choice
+from tests.method.helpers import tiny
+
+ATTENTION = ("softcap_attention", torch.bfloat16)
+PACK, MASK_TOKENS = ("pack", torch.bfloat16), ("mask_tokens", torch.bfloat16)
+LOSS = ("reconstruction_loss", torch.bfloat16)
+# The student's two blocks, the decoder, the teacher. Without a cap, dense attention is torch's.
+CALLS = {
+    "zero": [("draw_masks", torch.int64), *[ATTENTION] * 2, MASK_TOKENS, MASK_TOKENS, LOSS],
+    "drop": [("draw_packed_masks", torch.int64), *[ATTENTION] * 2, PACK, ATTENTION, PACK, ATTENTION, LOSS],
+}
+
+
+class Calls(TorchDispatchMode):
+    """Records the calls of fastalign's operators, with the dtype of the first argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "fastalign":
+            self.found.append((operator.name().removeprefix("fastalign::"), args[0].dtype))
+        return operator(*args, **(kwargs or {}))
+
+
+def move(module, mode):
+    """Replace parameters and buffers by fake ones on a GPU."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    fake = mode.from_tensor(tensor.data).to("cuda")
+                    tensors[name] = torch.nn.Parameter(fake) if tensor.requires_grad else fake
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    """The facts of an H200, and bf16 autocast, which torch.autocast refuses without a GPU."""
+    monkeypatch.setattr(ops, "MODE", "auto")
+    monkeypatch.setattr(choice, "architecture", lambda: 90)
+    monkeypatch.setattr(extension, "_DEVICES", {"cuda"})
+    choice._choose.cache_clear()
+    torch.set_autocast_enabled("cuda", True), torch.set_autocast_dtype("cuda", torch.bfloat16)
+    yield
+    torch.set_autocast_enabled("cuda", False)
+    choice._choose.cache_clear()
+
+
+@pytest.mark.skipif(not extension.available(torch.device("cpu")), reason="needs the extension")
+@pytest.mark.parametrize("masking", CALLS)
+def test_a_step_on_an_h200_runs_every_kernel_in_bf16(masking, h200):
+    student = fa.MaskEmbedStudent.from_backbone(tiny(), decoder_layers=1)
+    step = fa.MaskEmbed(fa.MaskedTeacher(tiny(), masking=masking), student, fa.UniformMasks())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, Calls() as calls:
+        move(step, mode)
+        loss = step(torch.randn(4, 3, 32, 32, device="cuda"), torch.arange(4))
+    assert calls.found == CALLS[masking]
+    assert (loss.device.type, loss.dtype, loss.requires_grad) == ("cuda", torch.float32, True)
+
+
+def test_masks_of_varying_lengths_are_copied_from_pinned_memory(monkeypatch):
+    """A copy of more than 64 KB from other memory waits for the GPU, without a warning."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    masks = fa.UniformMasks(complement=False)
+    teacher = fa.MaskedTeacher(tiny(), masking="drop")
+    step = fa.MaskEmbed(teacher, fa.MaskEmbedStudent.from_backbone(tiny()), masks)
+    parts = step.draw(torch.empty(4, 3, 32, 32, device="meta"), torch.arange(4), 0)
+    assert {part.device.type for part in (parts[0], *parts[1])} == {"meta"}
+    assert len(pinned) == 5
