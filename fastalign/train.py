@@ -217,12 +217,11 @@ def validate(run: Run, reporter: Reporter, epoch: int) -> None:
 
 def probe_student(run: Run, splits: Splits, reporter: Reporter) -> dict[str, float]:
     """Probe the student's encoder on rank 0, while the others wait."""
-    encoder, average = run.objective.student.encoder, run.average and run.average.state
-    options = {"dtype": run.dtype, "threads": run.config.data.threads, "seed": run.config.seed}
-    options |= {"average": average, "track": reporter.track, "beat": lambda: run.beat("probing")}
-    options |= {"encoder": encoder, "splits": splits, "device": run.world.device}
+    options = {"encoder": run.objective.student.encoder, "average": run.average and run.average.state}
+    options |= {"dtype": run.dtype, "seed": run.config.seed, "threads": run.config.data.threads}
+    options |= {"splits": splits, "track": reporter.track, "beat": lambda: run.beat("probing")}
     with contextlib.nullcontext() if run.world.main else run.hang_timer.paused():
-        return distributed.on_first_rank(run.world, lambda: probe_encoder(**options))
+        return distributed.on_first_rank(run.world, lambda: probe_encoder(device=run.world.device, **options))
 
 
 def probe(run: Run, splits: Splits, reporter: Reporter, epoch: int) -> None:
