@@ -79,12 +79,7 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
 
 
 def train(config: Config, world: distributed.World) -> None:
-    """Train to the end of the run, from wherever its folder stands.
-
-    Raises:
-        Preempted: a signal asked the run to stop, and it has saved.
-        UserError: bad input.
-    """
+    """Train to the end of the run, from wherever its folder stands; Preempted if a signal stops it before."""
     with Preemption() as preemption:
         can_be_folder(f"output={config.output}", config.output)
         if world.main:
@@ -115,10 +110,10 @@ def run_training(run: Run, splits: Splits, *, notes: list[str], new_scale: bool)
         with report_rank_error(world.rank):
             reporter.say("\n".join([*start_lines(run), *notes]))
             prepare_logs(run, reporter)
+            if state.step == 0 or new_scale:
+                measure_target_scale(run, reporter)
             if state.step == 0:
-                initial_eval(run, splits, reporter)
-            if new_scale:
-                measure_target_scale(run, reporter.track)
+                validate_and_probe(run, splits, reporter, epoch=0)
             train_loop(run, splits, reporter)
             wait_for_checkpoint(run)
             reporter.say("\n".join(end_lines(run)))
@@ -151,17 +146,6 @@ def export_backbone(run: Run, reporter: Reporter) -> None:
             reporter.say(f"exported: {export(run.folder, target, say=reporter.say)[0]}")
 
 
-def initial_eval(run: Run, splits: Splits, reporter: Reporter) -> None:
-    """The target scale, and the loss and the probe of the untrained student."""
-    measure_target_scale(run, reporter.track)
-    scale = run.objective.target_scale.item()
-    reporter.say(f"target scale {scale:.4g}: the targets are multiplied by it (loss.target_scale)")
-    if run.val is not None:
-        validate(run, reporter, epoch=0)
-    if run.should_probe:
-        probe(run, splits, reporter, epoch=0)
-
-
 def train_loop(run: Run, splits: Splits, reporter: Reporter) -> None:
     """Train epoch by epoch, with an evaluation and a checkpoint after each."""
     reporter.start_clock()
@@ -170,11 +154,7 @@ def train_loop(run: Run, splits: Splits, reporter: Reporter) -> None:
     while not run.finished:
         if not run.eval_pending:
             train_epoch(run, splits, reporter)
-        epoch = (run.state.step - 1) // run.epoch_steps
-        if run.val is not None:
-            validate(run, reporter, epoch)
-        if run.should_probe:
-            probe(run, splits, reporter, epoch)
+        validate_and_probe(run, splits, reporter, (run.state.step - 1) // run.epoch_steps)
         run.state.last_eval_step = run.state.step
         save(run)
 
@@ -218,9 +198,17 @@ def train_epoch(run: Run, splits: Splits, reporter: Reporter) -> None:
                 reporter.speed.start()
 
 
+def validate_and_probe(run: Run, splits: Splits, reporter: Reporter, epoch: int) -> None:
+    """What the configuration asks for before the first update and after each epoch."""
+    if run.val is not None:
+        validate(run, reporter, epoch)
+    if run.should_probe:
+        probe(run, splits, reporter, epoch)
+
+
 def validate(run: Run, reporter: Reporter, epoch: int) -> None:
     """Evaluate on the validation set and report the loss."""
-    loss = run.state.val_loss = evaluate(run, reporter.track)
+    loss = run.state.val_loss = evaluate(run, reporter)
     report_bad_validation_samples(run, reporter)
     reporter.add(step=run.state.step, epoch=epoch, val_loss=loss)
     reporter.flush()

@@ -1,20 +1,20 @@
 """Passes over the validation set: its loss, and the scale of the targets."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from fastalign.data.loader import Loader
 from fastalign.training import build
 from fastalign.training.hang import WAITING
 from fastalign.training.optim import MovingAverage
+from fastalign.training.reporter import Reporter
 from fastalign.training.run import Run
 from fastalign.utils.errors import SharedError
 from fastalign.utils.random import EVAL_EPOCH
-
-Track = Callable[[Iterable, str, int], Iterable]  # `Reporter.track`
 
 
 @contextmanager
@@ -35,11 +35,11 @@ def eval_mode(student: nn.Module, average: MovingAverage | None) -> Iterator[Non
 
 
 @torch.no_grad()
-def evaluate(run: Run, track: Track) -> float:
+def evaluate(run: Run, reporter: Reporter) -> float:
     """The loss over the validation set with its fixed masks, of the averaged weights if there are any."""
     sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
     with eval_mode(run.objective.student, run.average), run.unsharded(), run.cached_autocast():
-        for batch in track(run.val.batches(), "validating", len(run.val)):
+        for batch in reporter.track(run.val.batches(), "validating", len(run.val)):
             run.beat("validating")
             with run.autocast():
                 loss = run.objective(batch.images, batch.ids, EVAL_EPOCH)
@@ -59,26 +59,29 @@ def _sum(run: Run, sums: Tensor, split: str, *, count: int) -> Tensor:
     return sums
 
 
-def measure_target_scale(run: Run, track: Track) -> None:
-    """Set the objective's target scale: given, or measured for the mean squared error, else 1.
+def measure_target_scale(run: Run, reporter: Reporter) -> None:
+    """Set the objective's target scale, and report it: given, or measured for the mean squared error, else 1.
 
     It is measured on the validation set, or on unaugmented training images.
     """
-    scale, objective = run.config.loss.target_scale, run.objective
-    if not isinstance(scale, str) or run.config.loss.name != "mse":
-        objective.target_scale.fill_(1.0 if isinstance(scale, str) else scale)
-        return
-    loader, split, limit = run.val, "val", None
-    if loader is None:
+    given, scale = run.config.loss.target_scale, run.objective.target_scale
+    if not isinstance(given, str) or run.config.loss.name != "mse":
+        scale.fill_(1.0 if isinstance(given, str) else given)
+    elif run.val is not None:
+        _measure(run, reporter, run.val, "val", given, len(run.val))
+    else:
         loader = build.evaluation_loader(run.config, run.world, run.backbone, run.config.data.train)
-        split, limit = "train", 50
-    limit = int(scale.partition(":")[2] or limit or len(loader))
+        with closing(loader):
+            _measure(run, reporter, loader, "train", given, 50)
+    reporter.say(f"target scale {scale.item():.4g}: the targets are multiplied by it (loss.target_scale)")
+
+
+def _measure(run: Run, reporter: Reporter, loader: Loader, split: str, given: str, limit: int) -> None:
+    limit = min(int(given.partition(":")[2] or limit), len(loader))
     moments = torch.zeros(3, dtype=torch.float64, device=run.world.device)
-    batches, count = itertools.islice(loader.batches(), limit), min(limit, len(loader))
-    for batch in track(batches, "measuring the scale of the targets", count):
+    batches = itertools.islice(loader.batches(), limit)
+    for batch in reporter.track(batches, "measuring the scale of the targets", limit):
         run.beat("measuring the target scale")
         with run.autocast():
-            moments += objective.target_moments(batch.images, batch.ids, EVAL_EPOCH)
-    if loader is not run.val:
-        loader.close()
-    objective.set_target_scale(_sum(run, moments, split, count=0))
+            moments += run.objective.target_moments(batch.images, batch.ids, EVAL_EPOCH)
+    run.objective.set_target_scale(_sum(run, moments, split, count=0))
