@@ -1,4 +1,4 @@
-"""How tests compare numbers: relative errors in the Euclidean norm, and the rule for kernels."""
+"""Random inputs, and how tests compare numbers: relative errors in the Euclidean norm, and the rule for kernels."""
 
 import shutil
 import sysconfig
@@ -19,6 +19,18 @@ needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None or not (Path(sysconfig.get_path("include")) / "Python.h").exists(),
     reason="torch.compile on a CPU needs g++ and Python.h (apt install g++ python3-dev)",
 )
+
+
+def some(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    """A random input of a kernel."""
+    return (scale * torch.randn(shape, device=DEVICE)).to(dtype)
+
+
+def mask(images: int, copies: int, patches: int) -> Tensor:
+    """Random masks, with an all-hidden and an all-visible copy if the shape allows."""
+    visible = torch.rand(images, copies, patches, device=DEVICE) < 0.5
+    visible[:1, :1], visible[-1:, -1:] = False, True
+    return visible
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

@@ -16,14 +16,9 @@ from fastalign.ops.reference import Packing
 def student_encoder(
     vit: ViT, out: int, *, head: str = "linear", softcap: float | None = 30.0, frozen: bool = False
 ) -> ViT:
-    """A trainable copy of the backbone: norms re-initialized, pooling removed, a new head initialized to zero.
+    """A trainable copy of the backbone: norms re-initialized, pooling removed, a new head of width `out`, zero.
 
-    Args:
-        vit: the backbone.
-        out: the head's width.
-        head: "linear" or "mlp".
-        softcap: the cap of the attention logits; None = plain attention.
-        frozen: keep the backbone's norm, add no head, train nothing.
+    With `frozen` it keeps the backbone's norm, has no head and trains nothing.
     """
     encoder = copy.deepcopy(vit)
     encoder.pool, encoder.attn_pool, encoder.head_dist = "none", None, None

@@ -37,7 +37,6 @@ except ImportError:
 """Operation -> its Triton kernel; empty where triton is not installed."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_INTEGERS = {"bool": torch.bool, "int32": torch.int32}
 _PACKING = {
     "packing.indices": "int32 L",
     "packing.slots": "int32 B M T",
@@ -63,7 +62,7 @@ def _check_shape(name: str, tensor: Tensor, spec: str, sizes: dict[str, int]) ->
     """Compare a tensor with a spec such as "bool B M N". The first use of a letter sets its size in `sizes`."""
     kind, *dimensions = spec.split()
     wanted = [int(d) if d.isdigit() else sizes.get(d) for d in dimensions]
-    fits = tensor.is_floating_point() if kind == "float" else tensor.dtype == _INTEGERS[kind]
+    fits = tensor.is_floating_point() if kind == "float" else tensor.dtype == getattr(torch, kind)
     fits = fits and tensor.dim() == len(dimensions)
     if not (fits and all(w is None or w == n for w, n in zip(wanted, tensor.shape, strict=True))):
         pairs = zip(dimensions, wanted, strict=True)

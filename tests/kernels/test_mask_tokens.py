@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from fastalign.kernels.expand_masked import expand_masked
 from fastalign.kernels.mask_tokens import backward_op, forward_op, mask_tokens
 from fastalign.ops import reference
-from tests.kernels.helpers import mask, some
-from tests.numerics import DEVICE, check_kernel
+from tests.numerics import DEVICE, check_kernel, mask, some
 
 DTYPES = [(dtype, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 DTYPES.append((torch.bfloat16, torch.float32))

@@ -10,8 +10,7 @@ from fastalign.kernels.unpack import backward_op as unpack_backward_op
 from fastalign.kernels.unpack import forward_op as unpack_op
 from fastalign.kernels.unpack import unpack
 from fastalign.ops import reference
-from tests.kernels.helpers import mask, some
-from tests.numerics import DEVICE, check_kernel
+from tests.numerics import DEVICE, check_kernel, mask, some
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # images, masks, patches, prefix, width, padding rows

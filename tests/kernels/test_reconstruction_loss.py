@@ -9,8 +9,7 @@ from torch.nn import functional
 from fastalign.kernels.reconstruction_loss import forward_op, reconstruction_loss, scale_op
 from fastalign.ops import reference
 from fastalign.ops.reference import LOSSES
-from tests.kernels.helpers import mask, some
-from tests.numerics import DEVICE, check_kernel, needs_compiler
+from tests.numerics import DEVICE, check_kernel, mask, needs_compiler, some
 
 DTYPES = [torch.float32, torch.bfloat16]
 # images, masks, patches, prefix, width

@@ -8,8 +8,7 @@ from torch.nn import functional
 
 from fastalign.kernels.softcap_attention import backward_op, forward_op, softcap_attention
 from fastalign.ops import reference
-from tests.kernels.helpers import some
-from tests.numerics import DEVICE, check_kernel, needs_compiler, relative_error
+from tests.numerics import DEVICE, check_kernel, needs_compiler, relative_error, some
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CAPS = [30.0, 2.0, None, 50.0]  # 50 is beyond the caps that need no running maximum
