@@ -79,7 +79,7 @@ def load_backbone(path: str | Path, **kwargs) -> ViT:
             position tables are resampled.
     """
     path = Path(user_path(path))
-    if path.is_dir():
+    if path.suffix not in (".json", ".safetensors") or path.is_dir():
         path = path / "backbone.json"
     facts, weights = read_facts(path.with_suffix(".json")), path.with_suffix(".safetensors")
     name, kwargs = facts["name"], {"num_classes": 0, **facts["kwargs"], **kwargs}
