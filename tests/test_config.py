@@ -147,6 +147,7 @@ def test_yaml_out_is_yaml_in(tmp_path):
         ("", "teacher.kwargs.max_attn_val=50", ["teacher.kwargs.max_attn_val", "remove it"]),
         ("teacher: {name: vit_a}", "teacher.kwargs.max_attn_val=50", ["teacher.name=svit_... only"]),
         ("", "efficiency.compile=x", ["efficiency.compile: ", "valid boolean", "or: ", "'blocks'"]),
+        ("", "optim.micro_batch=x", ["optim.micro_batch: ", "valid integer", "or: ", "'auto'"]),
         ("", "optim.betas=[0.9, 1]", ["optim.betas: ", "less than 1"]),
         ("", "optim.name=sgd", ["optim.name", "apex_lamb", "sgd"]),
         ("", "optim.epochs", ["optim.epochs", "section.key=value"]),

@@ -16,7 +16,7 @@ from fastalign.utils.errors import UserError, unknown
 from fastalign.utils.paths import user_path
 
 _Tree = TypeVar("_Tree", bound="Section")
-_BRANCH = re.compile(r"float|bool|constrained-str|literal\[.*")
+_BRANCH = re.compile(r"float|bool|constrained-\w+|literal\[.*")
 """An alternative in the location of an error by pydantic."""
 
 
