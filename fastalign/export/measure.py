@@ -69,18 +69,20 @@ def find_images(given: str | None, val: str | None) -> tuple[Source | None, str]
 
 def _batches(vit: ViT, source: Source) -> Iterator[Tensor]:
     """At most `IMAGES` images, evenly spaced, transformed as for evaluation; unreadable ones are left out."""
-    read = transform(vit)
-    for ids in torch.linspace(0, len(source) - 1, min(len(source), IMAGES)).long().split(BATCH):
-        if isinstance(source, SyntheticSource):
-            yield source.images(ids, vit.spec.image_size, seed=0, dtype=torch.float32)
-            continue
-        images = []
-        for index in ids.tolist():
-            with contextlib.suppress(UserError, OSError, SyntaxError, ValueError):  # of our reader and of PIL
-                images.append(read(Image.open(io.BytesIO(source.read(index).tobytes())).convert("RGB")))
-        if not images:
-            raise UserError(f"{source.name(index)} and others cannot be read: give --images FOLDER")
-        yield torch.stack(images)
+    ids = torch.linspace(0, len(source) - 1, min(len(source), IMAGES)).long()
+    if isinstance(source, SyntheticSource):
+        size = vit.spec.image_size
+        yield from (source.images(part, size, seed=0, dtype=torch.float32) for part in ids.split(BATCH))
+        return
+    read, images, found = transform(vit), [], False
+    for number, index in enumerate(ids.tolist(), 1):
+        with contextlib.suppress(Exception):  # of our reader and of PIL, which documents no list of its own
+            images.append(read(Image.open(io.BytesIO(source.read(index).tobytes())).convert("RGB")))
+        if len(images) == BATCH or (images and number == len(ids)):
+            yield torch.stack(images)
+            images, found = [], True
+    if not found:
+        raise UserError(f"{source.name(index)} and all others cannot be read: give --images FOLDER")
 
 
 @torch.no_grad()

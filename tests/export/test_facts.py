@@ -10,7 +10,7 @@ from PIL import Image
 
 import fastalign as fa
 from fastalign.config import Config
-from fastalign.export import hf, load_decoder
+from fastalign.export import hf, load_decoder, measure
 from fastalign.export.__main__ import main
 from fastalign.export.run import Run
 from tests.export.helpers import FAMILIES, evaluation_transform, facts, images, small, truth
@@ -18,9 +18,11 @@ from tests.numerics import relative_error
 from tests.truth import StudentTruth
 
 
-def test_mean_and_std_of_the_features(runs, exported, pictures):
-    """An image that cannot be read is left out, as in training."""
-    (pictures / "broken.png").write_bytes((pictures / "0.png").read_bytes()[:100])
+def test_mean_and_std_of_the_features(runs, exported, pictures, monkeypatch):
+    """Images that cannot be read are left out, as in training, also if they are all of a batch."""
+    for name in ("broken1.png", "broken2.png"):
+        (pictures / name).write_bytes((pictures / "0.png").read_bytes()[:100])
+    monkeypatch.setattr(measure, "BATCH", 2)
     output = exported("clip", "timm", "--images", str(pictures))
     transform = evaluation_transform("clip")
     batch = torch.stack(
