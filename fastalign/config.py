@@ -251,10 +251,11 @@ class Config(Section):
             raise ValueError("objective=mim is incompatible with teacher.prefix_only and student.freeze")
         if self.probe.data is None and self.probe.best:
             raise ValueError("probe.best needs a probe: set probe.data, or probe.best=false")
-        if self.probe.data is not None and student.freeze:
-            raise ValueError(
-                "probe.data has no use with student.freeze, which keeps the backbone: remove one"
-            )
+        for key, value in (("probe.data", self.probe.data), ("export.to", self.export.to)):
+            if value and student.freeze:
+                raise ValueError(
+                    f"{key} has no use with student.freeze, which keeps the backbone: remove one"
+                )
         return self
 
 

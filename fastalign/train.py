@@ -5,7 +5,6 @@
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import textwrap
@@ -131,16 +130,11 @@ def run_training(run: Run, splits: Splits, *, notes: list[str], new_scale: bool)
 def export_backbone(run: Run, reporter: Reporter) -> None:
     """Export the aligned backbone as `export.to` asks, on rank 0, unless an earlier start of the run has done so."""
     from fastalign.export import export
-    from fastalign.export.write import FACTS
-
-    def of_weights(path: Path) -> list:
-        facts = json.loads(path.read_text())
-        return [facts.get(key) for key in ("step", "val_loss", "changes")]
+    from fastalign.export.write import is_exported
 
     for target in run.config.export.to:
-        done = run.folder / "exports" / target / FACTS
-        if done.is_file() and of_weights(done) == of_weights(run.folder / "backbone.json"):
-            reporter.say(f"already exported: {done.parent}")
+        if is_exported(run.folder, target):
+            reporter.say(f"already exported: {run.folder / 'exports' / target}")
             continue
         with run.hang_timer.paused():
             reporter.say(f"exported: {export(run.folder, target, say=reporter.say)[0]}")

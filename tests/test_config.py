@@ -156,6 +156,7 @@ def test_yaml_out_is_yaml_in(tmp_path):
         ("", "teacher.prefix_only=true", ["teacher.skip_blocks=0"]),
         ("", "masks.ratio=0.3", ["masks.ratio"]),
         ("masks: {mode: drop}\nteacher: {prefix_only: true, skip_blocks: 0}", None, ["masks.mode=zero"]),
+        ("student: {freeze: true}", "export.to=[timm]", ["export.to", "student.freeze"]),
         ("", "log.to=[wandb]", ["log.to: ", "--print-config", "wandb"]),
         ("optim: 3", None, ["optim", "3"]),
         ("- a", None, ["mapping"]),

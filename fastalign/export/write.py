@@ -1,5 +1,6 @@
 """Writing an export: the target's files, `fastalign.json`, the decoder and the model card; all of them or nothing."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -79,6 +80,18 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return output, facts
+
+
+def is_exported(folder: Path, to: str) -> bool:
+    """Whether an export of a run in its default place is of the run's present weights."""
+    try:
+        kept, made = (
+            [json.loads(path.read_text()).get(key) for key in ("step", "val_loss", "changes")]
+            for path in (folder / "backbone.json", folder / "exports" / to / FACTS)
+        )
+    except (OSError, ValueError):
+        return False
+    return kept == made
 
 
 def _output(run: Run, to: str, given: str | Path | None) -> Path:

@@ -38,6 +38,8 @@ def dry_run(config: Config, world: World, update: Callable) -> list[str]:
         raise UserError("data.train is not set: give it an image folder or tar shards, data.train=PATH")
     config = set_micro_batch(config, world, update)
     images, size = len(open_source(config.data.train, damaged=True)), config.optim.batch_size
+    if images < size:
+        raise UserError(f"data.train has {images} images: set optim.batch_size={size} to at most as many")
     with tempfile.TemporaryDirectory(prefix="fastalign-dry-run-") as folder:
         run = Run(_on_synthetic(config, (1 + UPDATES) * size, output=folder), world)
         run.model.train()

@@ -190,6 +190,9 @@ def test_a_run_exports_when_it_ends(recipe, capsys):
         before = (place / "model.safetensors").stat().st_ino
         recipe(f"max_steps={steps}", "export.to=[timm]")
         assert ((place / "model.safetensors").stat().st_ino == before) == (word == "already exported")
+    (place / "fastalign.json").write_text("")
+    recipe("max_steps=2", "export.to=[timm]")
+    assert (place / "fastalign.json").read_text()
     shutil.rmtree(place)
     recipe("max_steps=2", "export.to=[timm]")
     assert place.exists()
