@@ -32,6 +32,8 @@ STYLE = {
     **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
     "axes.grid.axis": "y",
     "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
     "path.simplify_threshold": 1.0,  # pixels: a curve of any length stays small and keeps its extremes
     "svg.fonttype": "none",
 }
@@ -80,7 +82,7 @@ def curves_figure(charts: dict[str, list[Curve]]) -> Figure:
         axes.set(title=title, xlabel="step")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if len(lines) > 1:
-            axes.legend()
+            axes.legend(loc="upper right" if title == LOSS else "lower right")
     return figure
 
 
