@@ -144,6 +144,8 @@ def accelerate(
         if (theirs := TIMM.get(type(module), type(module))) in FAST:
             module.__class__ = theirs if undo else FAST[theirs]
             module.softcap, module.backend = softcap, backend
+            if undo:  # as before, also for `create_backbone`, which compares a model's settings
+                del module.softcap, module.backend
     return model
 
 
@@ -154,6 +156,8 @@ def accelerated(model: nn.Module) -> dict[str, str]:
 
 def _check(model: nn.Module, softcap: float | None, backend: str) -> None:
     check_softcap(softcap, "accelerate: ")
+    if not isinstance(model, nn.Module):
+        raise UserError(f"accelerate: got {type(model).__name__}, not a model: give timm's model")
     try:
         check(backend)
     except ValueError as error:

@@ -85,6 +85,9 @@ def from_model(model: nn.Module) -> ViT:
         if isinstance(getattr(model, inner, None), nn.Module):
             raise UserError(f"the model is wrapped in {type(model).__name__}: give model.{inner}")
     for path, part in model.named_modules():
+        if type(part).__module__.startswith("fastalign."):
+            name = f"{path or 'the model'} is fastalign's {type(part).__name__}"
+            raise UserError(f"{name}: give timm's own model, which accelerate(model, undo=True) restores")
         if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
             raise UserError(f"{path or 'the model'} has hooks or its own forward: remove them")
     vit = from_timm(model, _recipe_of(model, describe(model)))

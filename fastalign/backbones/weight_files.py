@@ -152,7 +152,7 @@ def find_facts(path: Path) -> dict | None:
 def _parsed(text: str | bytes, path: Path) -> dict:
     try:
         facts = json.loads(text)
-        facts["name"], facts["kwargs"], check_softcap(facts["softcap"], f"{path}: ")
+        facts["name"] + "", {**facts["kwargs"]}, check_softcap(facts["softcap"], f"{path}: ")
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from error
     return facts
@@ -166,16 +166,17 @@ def vision_config(path: Path) -> dict[str, Any]:
     if not isinstance(vision, dict):
         return {}
     kind = vision.get("model_type", f"{config.get('model_type')}_vision_model")
-    return HF_DEFAULTS.get(kind, {}) | vision
+    return HF_DEFAULTS.get(str(kind), {}) | vision
 
 
 def recorded_grid(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """Patches along height and width of transformers' position tables; SigLIP 2 records no image size."""
     sizes = [config.get(key) for key in ("image_size", "patch_size")]
-    if None in sizes:
+    sizes = [[size, size] if isinstance(size, int) else size for size in sizes]
+    if not all(isinstance(size, list) and len(size) == 2 and all(size) for size in sizes):
         return None
-    image, patch = ([size, size] if isinstance(size, int) else size for size in sizes)
-    return image[0] // patch[0], image[1] // patch[1]
+    (height, width), (rows, columns) = sizes
+    return height // rows, width // columns
 
 
 def check_config(spec: ViTSpec, config: Mapping[str, Any], path: str) -> None:

@@ -115,6 +115,7 @@ def test_timm_reads_the_preprocessing_of_a_backbone(tmp_path):
 
 BAD_INPUT = {
     "a wrong name": ("vit_base_patch61_224", {}, ["unknown backbone", "vit_base_patch16_224"]),
+    "part of a name": ("vit_tiny", {}, ["the nearest is vit_tiny_patch16_224"]),
     "another family": ("resnet50", {}, ["ResNet", "VisionTransformer"]),
     "a wrong tag": (f"{VIT}.foo", {}, ["foo", "weights known for it: vit_tiny"]),
     "a wrong argument": (VIT, {"depht": 3}, ["unexpected keyword argument 'depht'", "correct its arguments"]),

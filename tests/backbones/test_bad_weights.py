@@ -53,7 +53,7 @@ REFUSED = {
     "another model": (lambda p: saved(p, WHOLE | {"args": SVIT}), ["another model (svit_tiny_patch16_224)"]),
     "another activation": (lambda p: hf_folder(p, hidden_act="gelu"), ["hidden_act=gelu", "act_layer=gelu"]),
     "other heads": (
-        lambda p: hf_folder(p, '{"model_type": "x", "num_attention_heads": 6}'),
+        lambda p: hf_folder(p, '{"model_type": ["x"], "num_attention_heads": 6, "image_size": "3", "patch_size": 1}'),
         ["num_attention_heads=6", "num_heads=6"],
     ),
     "timm's config of another library's model": (

@@ -96,8 +96,8 @@ class Own(VisionTransformer):
         (lambda: timm.create_model("resnet18"), r"ResNet is not supported: choose"),
         (lambda: nn.DataParallel(finetuned()), r"wrapped in DataParallel: give model\.module"),
         (lambda: torch.compile(finetuned()), r"wrapped in OptimizedModule: give model\._orig_mod"),
-        (lambda: fa.accelerate(finetuned()), r"with FastAttention is not supported"),
-        (lambda: fa.create_backbone(finetuned()), r"ViT is not supported: choose"),
+        (lambda: fa.accelerate(finetuned()), r"blocks\.0\.attn is fastalign's FastAttention: .* undo=True"),
+        (lambda: fa.create_backbone(finetuned()), r"the model is fastalign's ViT: give timm's"),
         (
             lambda: edited("blocks.1", "forward", print),
             r"blocks\.1 has hooks or its own forward: remove them",

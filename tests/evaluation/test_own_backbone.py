@@ -46,6 +46,8 @@ def test_the_backbone_comes_back(student, own, tmp_path):
     randomise(student, 0.2)
     fa.save_backbone(student, own, step=7, weights="pretrained")
     assert torch.equal(fa.load_backbone(own).norm.weight, student.encoder.norm.weight)
+    with pytest.raises(fa.UserError, match="save_backbone: softcap is recorded of the student"):
+        fa.save_backbone(student, own, softcap=2.0)
     with pytest.raises(fa.UserError, match="save_backbone: got Linear; give a student"):
         fa.save_backbone(nn.Linear(2, 2), own)
 

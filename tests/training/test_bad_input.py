@@ -93,9 +93,10 @@ def test_arguments_that_do_not_fit_an_earlier_run(recipe, capsys):
     capsys.readouterr()
     recipe(f"student.weights={first}", "student.kwargs.depth=3", name="second", expect=2)
     assert "depth" in capsys.readouterr().err
-    (first / "backbone.json").write_text("{")
-    recipe(f"student.weights={first}", name="second", expect=2)
-    assert "backbone.json is damaged" in capsys.readouterr().err
+    for damaged in ("{", '{"name": "vit_tiny_patch16_224", "kwargs": [1], "softcap": 30.0}'):
+        (first / "backbone.json").write_text(damaged)
+        recipe(f"student.weights={first}", name="second", expect=2)
+        assert "backbone.json is damaged" in capsys.readouterr().err
 
 
 def test_more_processes_than_gpus(recipe, monkeypatch, capsys):
