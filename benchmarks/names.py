@@ -5,8 +5,8 @@ tokens, pooled output and every gradient. Names whose models differ in width, de
 computed once. ``--write`` puts the table into docs/backbones.md.
 """
 
+import argparse
 import re
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -172,7 +172,7 @@ def summary(results: list[Result]) -> str:
     )
 
 
-def main(arguments: list[str]) -> None:
+def main(write: bool) -> None:
     """Try, print, write."""
     results = []
     for result in survey():
@@ -180,11 +180,13 @@ def main(arguments: list[str]) -> None:
         print(f"{result.name:44} {found}", flush=True)
         results.append(result)
     print(summary(results), table(results), sep="\n\n")
-    if "--write" in arguments:
+    if write:
         page, mark = PAGE.read_text(), re.compile(r"Of timm's \d+\s+vision[^.]+\.[^.]+\.")
         PAGE.write_text(mark.sub(summary(results), page))
         record.replace_table(PAGE, table(results))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.names", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="the table of docs/backbones.md")
+    main(parser.parse_args().write)

@@ -4,8 +4,8 @@ fp32, each backbone of the method at its native size and full depth, forward pas
 random cotangent. Writes `benchmarks/results/parity.json`; with names other rows stay.
 """
 
+import argparse
 import copy
-import sys
 
 import timm
 import torch
@@ -112,4 +112,6 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of timm; default a selection")
+    main(parser.parse_args().names)

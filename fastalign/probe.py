@@ -61,6 +61,8 @@ def run(arguments: list[str]) -> None:
         if min(given.skip_blocks) < 0 or max(given.skip_blocks) > (blocks := len(vit.blocks)):
             skip = " ".join(map(str, given.skip_blocks))
             raise UserError(f"--skip-blocks {skip}: the backbone has {blocks} blocks; give 0 to {blocks}")
+        if (channels := vit.spec.channels) != 3:
+            raise UserError(f"--kwargs in_chans={channels}: images have 3 channels; remove it")
     default = folder / "probe.json" if folder else Path("runs") / f"probe-{given.backbone}.json"
     output = Path(given.output or default)
     data = {

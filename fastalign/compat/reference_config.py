@@ -81,6 +81,8 @@ def _tree(v: Options, mim: bool, batch_size: int) -> dict:
     student, teacher = _backbones(v)
     if v.amp and v.amp_dtype != "bfloat16":
         raise UserError(f"amp_dtype={v.amp_dtype} is not supported: set amp_dtype: bfloat16")
+    if v.aa and not v.aa.startswith("rand"):
+        raise UserError(f"aa={v.aa} is not supported: give rand-..., or remove it")
     if v.warmup_epochs and v.warmup_lr != v.min_lr:
         raise UserError(
             f"warmup_lr is {v.warmup_lr}, and the warm-up starts at min_lr: set warmup_lr: {v.min_lr}"

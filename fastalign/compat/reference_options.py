@@ -75,7 +75,7 @@ class Options(BaseModel, extra="forbid", validate_default=True, protected_namesp
     ratio: Annotated[list[float], "data.ratio"] = [3 / 4, 4 / 3]
     hflip: Annotated[float, "data.hflip"] = 0.5
     color_jitter: float | None = 0.4
-    aa: str | None = Field(None, pattern="^rand")
+    aa: str | None = None
     mixup: Annotated[float, "data.mixup"] = 0.0
     cutmix: Annotated[float, "data.cutmix"] = 0.0
     drop_path: float | None = None
@@ -118,7 +118,7 @@ _REFUSED = {
     "input_img_mode": (None, "RGB"),
     "in_chans": (None, 3),
     "device": ("cuda",),
-    "opt_eps": (None, "1e-8", 1e-8),  # YAML 1.1 reads 1e-8 as a text
+    "opt_eps": (None, "1e-8", "1e-08", 1e-8),  # YAML 1.1 reads 1e-8 as a text
     "clip_mode": ("norm",),
     "sched": ("cosine",),
     "mixup_switch_prob": (0.5,),

@@ -33,8 +33,10 @@ def _read_png(encoded: np.ndarray, name: str, bits: dict[str, tuple[int, ...]]) 
     except Exception as error:  # the decoder raises a dozen classes for damaged files
         raise UserError(f"cannot decode label map {name}: {first_line(error)}; replace it") from error
     if encoded[24] not in bits.get(mode, ()):
-        wanted = " or ".join(bits)
-        raise UserError(f"label map {name} has mode {mode}, {encoded[24]} bits, not {wanted}; save it so")
+        wanted = " or ".join(f"{mode} of {'/'.join(map(str, depths))}" for mode, depths in bits.items())
+        raise UserError(
+            f"label map {name} has mode {mode}, {encoded[24]} bits, not {wanted} bits; save it so"
+        )
     return pixels
 
 

@@ -22,6 +22,10 @@ PARITY_OF = "any token, fp32, 4 images of noise in batches of 1 and 3"
 IMAGES, BATCH = 256, 16  # that features are measured on, at most
 
 
+_UNREADABLE = (UserError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What our reader and PIL raise."""
+
+
 def noise(vit: ViT) -> Tensor:
     """[4, C, height, width]: the same normalised noise for each export."""
     generator = torch.Generator().manual_seed(0)
@@ -76,7 +80,7 @@ def _batches(vit: ViT, source: Source) -> Iterator[Tensor]:
         return
     read, images, found = transform(vit), [], False
     for number, index in enumerate(ids.tolist(), 1):
-        with contextlib.suppress(Exception):  # of our reader and of PIL, which documents no list of its own
+        with contextlib.suppress(*_UNREADABLE):
             images.append(read(Image.open(io.BytesIO(source.read(index).tobytes())).convert("RGB")))
         if len(images) == BATCH or (images and number == len(ids)):
             yield torch.stack(images)

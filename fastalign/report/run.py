@@ -67,13 +67,13 @@ def read_probe(path: Path) -> Probe:
     summary, seeds = defaultdict(dict), defaultdict(lambda: defaultdict(list))
     try:
         facts = json.loads(path.read_bytes())
-        facts["data"]["classes"], facts["summary"][0]["seeds"]
+        facts["data"]["classes"], facts["data"]["images"].items(), facts["summary"][0]["seeds"]
         for row in facts["summary"]:
             summary[_setting(row)][row["model"]] = row["test"]
         for row in facts["results"]:
             seeds[_setting(row)][row["model"]].append(row["test"])
         return Probe(facts, summary, seeds)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(
             f"{path} has no results of fastalign probe ({type(error).__name__}: {error}): run it again, "
             "or remove the file"
@@ -129,8 +129,20 @@ def read_run(folder: Path, probe: Path | None = None) -> Run:
     if probe is not None or (folder / "probe.json").is_file():
         run.probe = read_probe(probe or folder / "probe.json")
     places = {BEFORE: folder / "before/classify.json", ALIGNED: folder / "classify.json"}
-    run.classified = {model: read_json(path) for model, path in places.items() if path.is_file()}
+    run.classified = {model: _read_classified(path) for model, path in places.items() if path.is_file()}
     return run
+
+
+def _read_classified(path: Path) -> dict:
+    facts = read_json(path)
+    try:
+        facts["settings"]["head"], float(facts["mean"]["top1"])
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{path} has no results of fastalign classify ({reason}): run it again, or remove the file"
+        ) from None
+    return facts
 
 
 def load_backbones(run: Run) -> dict[str, ViT]:

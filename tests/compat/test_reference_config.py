@@ -99,7 +99,7 @@ dataset: wds/in, train_split: "{0..9}.tar", val_split: null -> data.train: "/d/{
 lr: null, batch_size: 64 -> optim.lr: 0.1
 lr: null, batch_size: 256 -> optim.lr: 0.2
 lr: null, batch_size: 256, lr_base_scale: linear -> optim.lr: 0.4
-opt_betas: [0.8, 0.9], opt_eps: 1e-8 -> optim.betas: [0.8, 0.9]
+opt_betas: [0.8, 0.9], opt_eps: 1e-08 -> optim.betas: [0.8, 0.9]
 min_lr: 1e-5, warmup_lr: 1e-5, warmup_epochs: 2 -> optim.min_lr: 0.00001, optim.warmup_epochs: 2
 model_ema: true -> optim.ema: 0.9998
 model_ema_decay: 0.9 -> optim.ema: null
@@ -198,7 +198,7 @@ prefix_only: "False" -> prefix_only: Input should be a valid boolean, got 'False
 batch_size: null -> batch_size: Input should be a valid integer, got None
 opt: sgd -> opt: Input should be 'adamw', got 'sgd'
 amp: true -> amp_dtype=float16 | set amp_dtype: bfloat16
-aa: augmix-m5 -> aa: no such value (--print-config lists them), got 'augmix-m5'
+aa: augmix-m5 -> aa=augmix-m5 is not supported: give rand-..., or remove it
 opt_kwargs: {layer_decay: 0.7} -> unknown key opt_kwargs.layer_decay
 lr_base_size: 0 -> lr_base_size: Input should be greater than or equal to 1, got 0
 student_model: svit_a, model_kwargs: {max_attn_val: x} -> max_attn_val must be a positive

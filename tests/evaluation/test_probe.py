@@ -95,6 +95,7 @@ def test_two_ranks_have_the_results_of_one(scenes, tmp_path):
             "--heads transformer needs one of --labels union majority global-union",
         ),
         ("--labels union global-in-patch", "--labels global-in-patch needs one of --heads linear mlp"),
+        ('--kwargs {"in_chans":1}', "--kwargs in_chans=1: images have 3 channels; remove it"),
         ("--output /", "--output /: it is a folder; name a file"),
         ("--data nowhere", "no such folder: nowhere"),
         ("--before", "--before: vit_tiny_patch16_224/config.yaml is missing"),

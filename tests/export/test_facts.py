@@ -38,7 +38,8 @@ def test_mean_and_std_of_the_features(runs, exported, pictures, monkeypatch):
 
 def test_what_must_be_known_is_written(runs, exported):
     row = {"model": "aligned", "head": "linear", "labels": "patch", "test": {"macro_recall": {"mean": 0.5}}}
-    (runs("clip") / "probe.json").write_text(json.dumps({"summary": [row]}))
+    unknown = row | {"test": {"macro_recall": {"mean": None}}}
+    (runs("clip") / "probe.json").write_text(json.dumps({"summary": [row, unknown]}))
     output = exported("clip", "hf-clip")
     (runs("clip") / "probe.json").unlink()
     found = facts(output)
@@ -46,7 +47,7 @@ def test_what_must_be_known_is_written(runs, exported):
     assert found["source"]["licence"] is None, "unknown for weights from a file"
     assert found["recipe"]["optim"]["lr"] == 0.05
     assert found["data"] == {"train": "synthetic:24", "val": "synthetic:4"}
-    assert found["probe"] == {"summary": [row]}
+    assert found["probe"] == {"summary": [row, unknown]}
     assert (found["softcap"]["value"], found["softcap"]["applied"]) == (0.5, True)
     read = {"layer": -1, "normed": True, "prefix_tokens": 1, "patch_grid": [2, 2], "width": 48}
     assert found["read"] == read

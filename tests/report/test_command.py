@@ -25,6 +25,8 @@ def test_folders_without_a_run(tmp_path, capsys):
             '{"data": {"classes": []}, "summary": [], "results": []}',
             "probe.json has no results",
         ),
+        ("probe.json", '{"data": {"classes": []}, "summary": [{"seeds": 1}]}', "probe.json has no results"),
+        ("classify.json", "{}", "classify.json has no results"),
     ],
 )
 def test_damaged_files_are_named(run, capsys, name, content, message):
