@@ -87,7 +87,7 @@ def named_backbone(
     """
     from fastalign.backbones.zoo import load_backbone
 
-    arguments = parse_yaml(kwargs, f"--kwargs {kwargs}")
+    arguments = parse_yaml(kwargs, f"--kwargs {kwargs:.80}")
     if not isinstance(arguments, dict):
         raise UserError(f"--kwargs {kwargs}: give a mapping in YAML, as in '{{depth: 6}}'")
     path = Path(place)

@@ -63,7 +63,7 @@ def resolve(section: type[_Tree], tree: dict, overrides: list[str], where: str |
         key, separator, value = override.partition("=")
         if not separator or not key:
             raise UserError(f"override {override!r} is not of the form section.key=value")
-        assign(key, parse_yaml(value, f"override {override!r}"), override)
+        assign(key, parse_yaml(value, f"override {override!r:.80}"), override)
         given.append(key)
     try:
         return section.model_validate(merged)
@@ -176,7 +176,6 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict:
 
 def parse_yaml(text: str | bytes, where: str) -> Any:
     """The value of a YAML text; UserError about `where` if it is not YAML."""
-    where = where[:80]
     try:
         return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
     except RecursionError:
