@@ -6,8 +6,7 @@ constants in capitals. Program numbers are widened to int64 before they are mult
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import reduce
+from functools import lru_cache, reduce
 from pathlib import Path
 
 import torch
@@ -55,8 +54,10 @@ def register(name: str, allocate: Callable, launch: Callable, mutates: tuple[str
         device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
         out = allocate(*arguments)
         try:
-            # Triton launches on the current device.
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            if device.type == "cuda" and device.index != torch.cuda.current_device():
+                with torch.cuda.device(device):  # Triton launches on the current device
+                    launch(out, *arguments)
+            else:
                 launch(out, *arguments)
         except (RuntimeError, ValueError) as error:  # Triton's: no driver, or a pointer that no GPU can read
             if device.type != "cpu" or INTERPRETED:
@@ -85,7 +86,12 @@ def with_unit_stride(tensor: Tensor | None) -> Tensor | None:
 
 def architecture() -> int:
     """80, 90, 100...: the current GPU's compute capability, for tables of tiles; 90 in the interpreter."""
-    return 90 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
+    return 90 if INTERPRETED else _architecture(torch.cuda.current_device())
+
+
+@lru_cache  # it is asked for at each launch
+def _architecture(device: int) -> int:
+    return triton.runtime.driver.active.get_current_target().arch
 
 
 def row_tile(width: int) -> dict[str, int]:
