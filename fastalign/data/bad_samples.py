@@ -65,7 +65,8 @@ def to_line(sample: BadSample) -> bytes:
 def _parse(line: bytes) -> BadSample | None:
     with suppress(ValueError, KeyError, TypeError):
         row = json.loads(line)
-        if type(row["id"]) in (int, type(None)) and isinstance(row["name"], str):
+        valid = row["id"] is None or (type(row["id"]) is int and row["id"] >= 0)
+        if valid and isinstance(row["name"], str):
             return BadSample(row["id"], row["name"], str(row.get("reason", "")))
     return None
 
