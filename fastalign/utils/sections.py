@@ -82,12 +82,9 @@ def explain(error: ValidationError, names: Iterable[str]) -> tuple[str, str]:
     messages: dict[str, list[str]] = {}  # several of a key with alternatives
     for each in error.errors():
         parts = [part for part in each["loc"] if isinstance(part, str) and not _BRANCH.fullmatch(part)]
-        known = each["type"] != "string_pattern_mismatch"
-        text = (
-            each["msg"].removeprefix("Value error, ")
-            if known
-            else "no such value (--print-config lists them)"
-        )
+        text = each["msg"].removeprefix("Value error, ")
+        if each["type"] == "string_pattern_mismatch":
+            text = "no such value (--print-config lists them)"
         messages.setdefault(".".join(parts), []).append(text)
     first, (key, texts) = error.errors()[0], next(iter(messages.items()))
     if first["type"] == "extra_forbidden":
