@@ -135,9 +135,8 @@ def describe(source: nn.Module) -> ViTSpec:
         final_norm=_has_norm(source.norm),
         pooled_norm=_has_norm(source.fc_norm),
         pool=pool,
-        pool_prefix=getattr(
-            source, "pool_include_prefix", mapped
-        ),  # Eva's attention pooling reads all tokens
+        # Eva's attention pooling reads all tokens.
+        pool_prefix=getattr(source, "pool_include_prefix", mapped),
         fresh_norm_eps=fresh[0] if fresh else 1e-6,
     )
 

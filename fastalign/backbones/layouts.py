@@ -18,9 +18,8 @@ class Layout(NamedTuple):
     name: str  # for messages
     root: dict[str, str]  # outside of the blocks: a key, or its prefix
     blocks: str  # the prefix of a block's number
-    block: dict[
-        str, str
-    ]  # as `root`, within a block; `attn.q.`, `attn.k.`, `attn.v.` where these are separate
+    # As `root`, within a block; `attn.q.`, `attn.k.`, `attn.v.` where these are separate.
+    block: dict[str, str]
     flat: bool = False  # class token [D] and positions [T, D]; timm's have a first axis of 1
     unread: tuple[str, ...] = ()  # prefixes of keys that the backbone does not have
 
