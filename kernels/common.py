@@ -86,7 +86,7 @@ def with_unit_stride(tensor: Tensor | None) -> Tensor | None:
 
 def architecture() -> int:
     """80, 90, 100...: the current GPU's compute capability, for tables of tiles; 90 in the interpreter."""
-    return 90 if INTERPRETED else _architecture(torch.cuda.current_device())
+    return 90 if INTERPRETED else _architecture(triton.runtime.driver.active.get_current_device())
 
 
 @lru_cache  # it is asked for at each launch
