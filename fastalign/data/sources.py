@@ -44,6 +44,10 @@ class Source:
     root: str | None = None
     damaged: tuple[tuple[str, str], ...] = ()
 
+    def location(self, index: int) -> str:
+        """A sample's path, for messages."""
+        return f"{self.root}/{self.name(index)}" if self.root else self.name(index)
+
     @cached_property
     def identity(self) -> dict[str, int | list[int]]:
         """CRC-32 of all names, and of the bytes of nine samples, for checkpoints. 0 = unreadable."""
@@ -151,8 +155,7 @@ class FolderSource(Source):
         return self._names[index]
 
     def read(self, index: int) -> np.ndarray:
-        path = f"{self.root}/{self._names[index]}"
-        return _read(path, path)
+        return _read(self.location(index), self.location(index))
 
     def crc_of_names(self) -> int:
         return self._names.crc()
@@ -222,8 +225,8 @@ class TarSource(Source):
         return [class_of(name, found[shard]) for name, shard in zip(self._names, self._shard, strict=True)]
 
     def read(self, index: int) -> np.ndarray:
-        shard, name = self.shards[self._shard[index]], f"{self.root}/{self.name(index)}"
-        return _read(shard, name, int(self._start[index]), int(self._size[index]))
+        shard = self.shards[self._shard[index]]
+        return _read(shard, self.location(index), int(self._start[index]), int(self._size[index]))
 
 
 def _shards_in(folder: Path) -> list[str]:
