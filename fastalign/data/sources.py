@@ -8,7 +8,6 @@ import os
 import re
 import stat
 import zlib
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -34,40 +33,33 @@ class Unreadable(UserError):
 
 
 class Source:
-    """A list of encoded images.
+    """A list of encoded images below the folder `root`.
 
-    Subclasses define `__len__`; `name(index)`, without the location of the data set, which is `root`; `read(index)`:
-    [bytes] uint8, thread-safe, raises `Unreadable`; and `crc_of_names()`. Those with labels define `class_names()`:
-    of each sample, as the data set writes it, or None. `damaged`: (name, reason) of tar shards.
+    Subclasses define `read(index)`: [bytes] uint8, thread-safe, raises `Unreadable`. Those with labels define
+    `class_names()`: of each sample, as the data set writes it, or None. `damaged`: (name, reason) of tar shards.
     """
 
-    root: str | None = None
     damaged: tuple[tuple[str, str], ...] = ()
+
+    def __init__(self, root: str | None, names: Names):
+        if len(names) == 0:
+            raise UserError(f"no images in {root}; looked for {_EXTENSIONS}")
+        self.root, self._names = root, names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        """A sample's name, without the location of the data set."""
+        return self._names[index]
 
     def location(self, index: int) -> str:
         """A sample's path, for messages."""
         return f"{self.root}/{self.name(index)}" if self.root else self.name(index)
 
-    @cached_property
-    def identity(self) -> dict[str, int | list[int]]:
-        """CRC-32 of all names, and of the bytes of nine samples, for checkpoints. 0 = unreadable."""
-        samples = []
-        for index in sorted({i * (len(self) - 1) // 8 for i in range(9)}):
-            try:
-                samples.append(zlib.crc32(self.read(index)))
-            except Unreadable:
-                samples.append(0)
-        return {"names": self.crc_of_names(), "samples": samples}
-
-    def differs_from(self, identity: dict[str, int | list[int]]) -> str | None:
-        """How this data set differs from one with another `identity`; None if it is the same.
-
-        Up to half of the samples may differ, because bad images may have been repaired.
-        """
-        if self.identity["names"] != identity["names"]:
-            return "other names"
-        same = sum(a == b for a, b in zip(self.identity["samples"], identity["samples"], strict=True))
-        return "other images of the same names" if 2 * same < len(identity["samples"]) else None
+    def crc_of_names(self) -> int:
+        """CRC-32 of all names, for checkpoints."""
+        return self._names.crc()
 
 
 class Subset(Source):
@@ -93,13 +85,16 @@ class SyntheticSource(Source):
     def __init__(self, length: int):
         if length < 1:
             raise UserError(f"synthetic:{length}: the number of samples must be at least 1")
-        self._length, self.identity = length, {"names": length, "samples": []}
+        self.root, self._length = None, length
 
     def __len__(self) -> int:
         return self._length
 
     def name(self, index: int) -> str:
         return f"synthetic:{index}"
+
+    def crc_of_names(self) -> int:
+        return self._length
 
     def images(self, ids: Tensor, size: tuple[int, int], *, seed: int, dtype: torch.dtype) -> Tensor:
         """Normalised images [B, 3, h, w], a function of (seed, id): mean 0, variance 1, values in -3..3.
@@ -143,22 +138,11 @@ class FolderSource(Source):
         path = Path(root)
         if not path.is_dir():
             raise UserError(f"no such folder: {root}; check the path of the data set")
-        self.root = str(path.resolve())
-        self._names = Names(cached_index(self.root, lambda: scan_folder(self.root)))
-        if len(self._names) == 0:
-            raise UserError(f"no images in {root}; looked for {_EXTENSIONS} in all sub-folders")
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, index: int) -> str:
-        return self._names[index]
+        root = str(path.resolve())
+        super().__init__(root, Names(cached_index(root, lambda: scan_folder(root))))
 
     def read(self, index: int) -> np.ndarray:
         return _read(self.location(index), self.location(index))
-
-    def crc_of_names(self) -> int:
-        return self._names.crc()
 
     def class_names(self) -> list[str | None]:
         table = Path(self.root) / "labels.csv"
@@ -196,22 +180,17 @@ class TarSource(Source):
     def __init__(self, shards: list[str], *, damaged: bool = False):
         self.shards = shards
         index = cached_index("\n".join(shards), lambda: scan_shards(shards))
-        self._names = Names(index)
         self._shard, self._start, self._size = index["shard"], index["start"], index["size"]
         # Relative to their common folder: many data sets have a 00000.tar.
-        self.root = os.path.commonpath([os.path.dirname(shard) for shard in shards])  # noqa: PTH120
-        self._portable = [os.path.relpath(shard, self.root) for shard in shards]
+        root = os.path.commonpath([os.path.dirname(shard) for shard in shards])  # noqa: PTH120
+        self._portable = [os.path.relpath(shard, root) for shard in shards]
         damages = zip(self._portable, Names(index, "damage_"), strict=True)
         self.damaged = tuple((shard, damage) for shard, damage in damages if damage)
-        if self.damaged and not (damaged and len(self._names)):
+        if self.damaged and not (damaged and len(index["shard"])):
             shard, damage = self.damaged[0]
-            place = f"{self.root}/{shard}: {damage}"
+            place = f"{root}/{shard}: {damage}"
             raise UserError(f"broken tar shard {place}; fetch it again (plain .tar only, not compressed)")
-        if len(self._names) == 0:
-            raise UserError(f"no images in the {len(shards)} shards of {self.root}; looked for {_EXTENSIONS}")
-
-    def __len__(self) -> int:
-        return len(self._names)
+        super().__init__(root, Names(index))
 
     def name(self, index: int) -> str:
         return f"{self._portable[self._shard[index]]}:{self._names[index]}"

@@ -1,6 +1,5 @@
 """Tar shards in WebDataset layout: their images are indexed by the headers and never extracted; class labels."""
 
-import errno
 import os
 import re
 import tarfile
@@ -12,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from fastalign.data.index import Index, is_image, pack
-from fastalign.utils.errors import UserError
+from fastalign.utils.errors import UserError, first_line
+from fastalign.utils.files import reason, system_error
 
 _BLOCK = 512
 _PIECE = 1 << 20
@@ -49,11 +49,9 @@ def members(path: str) -> Iterator[tarfile.TarInfo]:
                         raise tarfile.ReadError("no member and no end mark")
                     begin = _after_zeros(file, tar.offset)
     except Exception as error:  # tarfile raises nearly anything on a bad header
-        # EINVAL: a header points before the beginning of the file.
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise UserError(f"cannot read {path}: {error.strerror}; is the disk available?") from error
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DamagedTar(f"damaged at byte {position}: {reason}") from error
+        if system_error(error):
+            raise UserError(f"cannot read {path}: {reason(error)}; is the disk available?") from error
+        raise DamagedTar(f"damaged at byte {position}: {first_line(error)}") from error
 
 
 def _after_zeros(file, position: int) -> int | None:
