@@ -16,7 +16,7 @@ from tests.numerics import DEVICE, check_kernel, needs_compiler
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 TIMES = 5 if DEVICE == "cuda" else 1
-"""Below 128 rows FlexAttention uses its decoding kernel; in the interpreter more rows take too long."""
+"""In the interpreter more rows take too long."""
 BOUNDS = [TIMES * bound for bound in (0, 5, 5, 22, 40)]
 """One sequence is empty; the last seven rows are padding."""
 LENGTH, ROWS, LONGEST, WIDTH = 33 * TIMES, BOUNDS[-1] + 7, 18 * TIMES, 16
@@ -159,7 +159,7 @@ def test_refusals(name, changes, arch, words, monkeypatch):
 def test_missing_libraries_are_named():
     assert backends.Backend(None, "no_such_package:f").missing().startswith("ModuleNotFoundError")
     assert backends.Backend(None, "torch:no_such").missing() == "torch has no no_such"
-    assert all(BACKENDS[name].missing() is None for name in ("sdpa_flash", "flex", "varlen_attn"))
+    assert all(BACKENDS[name].missing() is None for name in ("sdpa_flash", "varlen_attn"))
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def hopper(tmp_path, monkeypatch):
         row({"sdpa_cudnn": 1.0, "sdpa_flash": 1.5, "triton": 2.0, "flash_attn_2": 0.1}),
         row({"sdpa_cudnn": 2.0, "sdpa_flash": 1.0}, length=197),
         row({"sdpa_flash": 3.0, "triton": 2.0}, width=72),
-        row({"flash_attn_3": 1.0, "triton": 1.3, "flex": 4.0}, capped=True),
+        row({"flash_attn_3": 1.0, "triton": 1.3, "eager": 4.0}, capped=True),
     ]
     table = tmp_path / "table.json"
     table.write_text(json.dumps({"sm_90": {"environment": {}, "rows": rows}}))
