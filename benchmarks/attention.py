@@ -16,7 +16,8 @@ from torch import Tensor
 
 from benchmarks import kernels, record
 from benchmarks.cases import TINY_CASES, Case, attention_case
-from fastalign.ops.attention import BACKENDS, Sequences, choice
+from fastalign.ops import attention as selection
+from fastalign.ops.attention import BACKENDS, Sequences
 from fastalign.ops.attention import Case as Call
 
 TOKENS = 49_152  # of a batch: 256 sequences of 192
@@ -88,7 +89,7 @@ def flex(inputs: dict) -> Callable:
 
 def implementations(case: Case, inputs: dict, tiny: bool) -> tuple[dict[str, Callable], set[str]]:
     """Every implementation that supports the case, and those of them without its soft-cap."""
-    q, options, arch = inputs["q"], case.options, choice.architecture()
+    q, options, arch = inputs["q"], case.options, selection.architecture()
     functions, uncapped = {"ours": case.kernel, "eager": case.reference}, set()
     capped, packed = options["softcap"] is not None, options["packed"]
     call = Call(q.device.type, q.dtype, capped, False, packed, options["length"], q.shape[-1], gradient=True)
@@ -122,19 +123,19 @@ def table(rows: list[dict]) -> list[dict]:
 
 def write_table(rows: list[dict], environment: dict) -> None:
     """Update the table that `auto` reads; rows of other cases and architectures stay."""
-    tables = json.loads(choice.TABLE.read_text()) if choice.TABLE.exists() else {}
+    tables = json.loads(selection.TABLE.read_text()) if selection.TABLE.exists() else {}
     earlier = tables.get(environment["architecture"], {}).get("rows", [])
     merged = {tuple(row[key] for key in FACTS): row for row in (*earlier, *table(rows))}
     tables[environment["architecture"]] = {"environment": environment, "rows": list(merged.values())}
-    record.replace(choice.TABLE, json.dumps(tables, indent=1) + "\n")
-    print(f"auto chooses by {choice.TABLE}")
+    record.replace(selection.TABLE, json.dumps(tables, indent=1) + "\n")
+    print(f"auto chooses by {selection.TABLE}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; the exit code."""
     for name, backend in BACKENDS.items():
-        if backend.missing():
-            print(f"not installed: {name} ({backend.missing()})")
+        if missing := backend.missing():
+            print(f"{name} {missing}")
     code, rows = kernels.run("attention", __doc__, CASES, TINY, implementations, arguments)
     if "--tiny" not in (arguments or sys.argv) and any("ms" in row for row in rows):
         write_table(rows, record.environment())

@@ -9,8 +9,9 @@ import torch
 from benchmarks import attention, kernels, record, timing
 from benchmarks.cases import TINY_CASES, attention_case
 from fastalign import ops
+from fastalign.ops import attention as selection
 from fastalign.ops import reference
-from fastalign.ops.attention import Case, choice, choose
+from fastalign.ops.attention import Case, choose
 
 ATTENTION = next(case for case in TINY_CASES if case.name == "softcap_attention")
 
@@ -122,10 +123,10 @@ def table(tmp_path, monkeypatch):
     """A table of attention in a folder of the test, with a row of sm_80; its path."""
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"sm_80": {"environment": {}, "rows": []}}))
-    monkeypatch.setattr(choice, "TABLE", path)
-    choice._choose.cache_clear(), choice._table.cache_clear()
+    monkeypatch.setattr(selection, "TABLE", path)
+    selection._choose.cache_clear(), selection._table.cache_clear()
     yield path
-    choice._choose.cache_clear(), choice._table.cache_clear()
+    selection._choose.cache_clear(), selection._table.cache_clear()
 
 
 def measured(implementation, mode, ms, length=577, **more):
@@ -134,7 +135,7 @@ def measured(implementation, mode, ms, length=577, **more):
 
 
 def test_the_table_is_what_the_choice_reads(table, monkeypatch):
-    monkeypatch.setattr(choice, "architecture", lambda: 90)
+    monkeypatch.setattr(selection, "architecture", lambda: 90)
     monkeypatch.setattr(ops, "MODE", "auto")
     rows = [
         measured("ours", "full", 2.0),

@@ -66,8 +66,9 @@ class Backend:
     compiles: bool = True  # without a graph break under torch.compile
 
     def missing(self) -> str | None:
-        """Why it cannot be imported, or None."""
-        return _missing(self.needs)
+        """That it is not installed, why, and how to get it; or None."""
+        why = _missing(self.needs)
+        return why and f"is not installed ({why})" + (f"; {self.get}" if self.get else "")
 
     def refuses(self, case: Case, arch: int = 0) -> str | None:
         """Why it does not support this case on a GPU of this architecture, or None."""
@@ -91,8 +92,7 @@ class Backend:
             if ops.MODE == "0":
                 return "is disabled by FASTALIGN_KERNELS=0"
             return "needs a GPU" if case.device == "cpu" else "needs the package triton"
-        missing = self.missing()
-        return missing and f"is not installed ({missing})"
+        return self.missing()
 
 
 @lru_cache
