@@ -117,8 +117,8 @@ class Data(Section):
 
 
 class Optim(Section):
-    name: Literal["adamw", "apex_adam", "apex_lamb"] = "adamw"
-    """adamw: torch's, fused; apex_adam: the same by NVIDIA's apex, or torch's without it; apex_lamb: LAMB by apex"""
+    """AdamW, fused."""
+
     batch_size: int = Field(1024, gt=0)
     """images per update, over all ranks and accumulation steps"""
     accumulate: Annotated[int, Kind.FREE] = Field(1, gt=0)

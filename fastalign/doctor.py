@@ -48,7 +48,6 @@ TESTED = {
 OPTIONAL = {
     "tensorboard": ("tensorboard.summary", "log.to=[tensorboard]"),
     "wandb": ("wandb.sdk", "log.to=[wandb:PROJECT]"),
-    "apex": ("apex.optimizers", "optim.name=apex_adam and apex_lamb; built from NVIDIA's repository"),
 }
 """Package -> a module that only the right project has, and what it is for."""
 
