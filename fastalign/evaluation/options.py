@@ -1,6 +1,7 @@
 """Options of the evaluation commands: checked fields, and the flags of a command line that set them."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -32,6 +33,8 @@ class Options(BaseModel):
             value = values.get(first["loc"][0])
             shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else value
             raise UserError(f"{flag(first['loc'][0])} {shown}: {first['msg']}") from None
+        if (getattr(self, "min_lr", None) or 0) > (getattr(self, "lr", None) or math.inf):
+            raise UserError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}: lower it")
 
 
 def flag(name: str) -> str:
@@ -39,8 +42,10 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def evaluation_parser(prog: str, description: str, *, data: str, output: str) -> argparse.ArgumentParser:
-    """A parser with the flags that both commands have: the backbone, the data, the output."""
+def evaluation_parser(
+    prog: str, description: str, *models: type[Options], data: str, output: str
+) -> argparse.ArgumentParser:
+    """A parser with the flags of both commands (backbone, data, output), and one for each field of the options."""
     parser = argparse.ArgumentParser(prog=f"fastalign {prog}", description=description)
     add, name = parser.add_argument, "NAME_OR_RUN"
     add("--backbone", required=True, type=path_argument, metavar=name, help="timm name or run folder")
@@ -50,7 +55,26 @@ def evaluation_parser(prog: str, description: str, *, data: str, output: str) ->
     add("--kwargs", default="{}", metavar="YAML", help="timm's arguments, as in '{img_size: 336}'")
     add("--softcap", type=float, metavar="CAP", help="of a timm name's attention logits; default none")
     add("--output", type=path_argument, help=f"default {output}")
+    for name, field in ((name, field) for model in models for name, field in model.model_fields.items()):
+        kind = field.annotation
+        while get_origin(kind) not in (None, Literal):  # int | None, tuple[Literal[...], ...]
+            kind = get_args(kind)[0]
+        if kind is Recipe:
+            continue
+        if kind is bool:
+            how = {"action": "store_true"}
+        else:
+            how = {"choices": get_args(kind)} if get_origin(kind) else {"metavar": "X"}
+            how["nargs"] = "+" if get_origin(field.annotation) is tuple else None
+        default = "" if field.default in (None, "", False) else f" (default {field.default})"
+        text = f"{field.description or ''}{default}"
+        parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **how)
     return parser
+
+
+def from_flags(model: type[Options], given: argparse.Namespace, **more: Any) -> Any:
+    """The options that a command line gives, and `more`."""
+    return model(**{name: value for name, value in vars(given).items() if name in model.model_fields}, **more)
 
 
 def open_backbones(given: argparse.Namespace) -> tuple[dict[str, ViT], Path | None]:
@@ -58,31 +82,10 @@ def open_backbones(given: argparse.Namespace) -> tuple[dict[str, ViT], Path | No
     vit, folder = named_backbone(
         given.backbone, weights=given.weights, kwargs=given.kwargs, softcap=given.softcap
     )
+    if (channels := vit.spec.channels) != 3:
+        raise UserError(f"--kwargs in_chans={channels}: images have 3 channels; remove it")
     before = {"before": backbone_before(given.backbone, folder)} if given.before else {}
     return {**before, "aligned" if folder else given.backbone: vit}, folder
-
-
-def add_flags(parser: argparse.ArgumentParser, *models: type[Options]) -> None:
-    """Adds a flag for each field that is not itself options."""
-    for name, field in ((name, field) for model in models for name, field in model.model_fields.items()):
-        kind = field.annotation
-        while get_origin(kind) not in (None, Literal):  # int | None, tuple[Literal[...], ...]
-            kind = get_args(kind)[0]
-        if kind is bool:
-            how = {"action": "store_true"}
-        elif get_origin(kind) is None and issubclass(kind, Options):
-            continue
-        else:
-            how = {"choices": get_args(kind)} if get_origin(kind) else {"type": kind, "metavar": "X"}
-            how["nargs"] = "+" if get_origin(field.annotation) is tuple else None
-        default = "" if field.default in (None, "", False) else f" (default {field.default})"
-        text = f"{field.description or ''}{default}"
-        parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **how)
-
-
-def from_flags(model: type[Options], given: argparse.Namespace, **more: Any) -> Any:
-    """The options that a command line gives, and `more`."""
-    return model(**{name: value for name, value in vars(given).items() if name in model.model_fields}, **more)
 
 
 class Recipe(Options):
@@ -97,12 +100,6 @@ class Recipe(Options):
     weight_decay: float = Field(0.01, ge=0)
     select: Literal[PATCH_METRICS] = "macro_recall"
     """metric on val that chooses the epoch; macro recall for labels without that metric"""
-
-    @model_validator(mode="after")
-    def _check(self) -> "Recipe":
-        if self.min_lr > self.lr:
-            raise UserError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}: lower it")
-        return self
 
 
 class Plan(Options):
@@ -132,7 +129,6 @@ class Plan(Options):
 _FROZEN_LINEAR = {"epochs": 50, "lr": 1e-3, "warmup_epochs": 0, "weight_decay": 0.01}
 _FROZEN = {"epochs": 20, "lr": 5e-4, "warmup_epochs": 1, "weight_decay": 0.05}
 _UNFROZEN = {"epochs": 50, "lr": 3e-4, "warmup_epochs": 5, "weight_decay": 0.05, "layer_decay": 0.75}
-_UNFREEZE_ONLY = ("layer_decay", "grad_checkpointing")
 _LIVE_ONLY = ("mixup", "cutmix", "crop", "color_jitter", "randaugment", "accumulate")
 
 
@@ -190,7 +186,7 @@ class ImageOptions(Options):
         if self.unfreeze and self.augment:
             raise UserError("--augment is for a frozen backbone; --unfreeze augments anyway: remove it")
         for names, active, remedy in (
-            (_UNFREEZE_ONLY, self.unfreeze, "the backbone is frozen: add --unfreeze"),
+            (("layer_decay", "grad_checkpointing"), self.unfreeze, "the backbone is frozen: add --unfreeze"),
             (_LIVE_ONLY, self.live, "features are computed once: add --augment or --unfreeze"),
         ):
             for name in names:
@@ -201,9 +197,9 @@ class ImageOptions(Options):
     def resolved(self) -> "ImageOptions":
         """With every default filled in."""
         defaults = _UNFROZEN if self.unfreeze else _FROZEN_LINEAR if self.head == "linear" else _FROZEN
-        given = {name: value for name, value in self if value is not None}
-        values = defaults | given
-        values.setdefault("min_lr", values["lr"] / 10)
-        if values["min_lr"] > values["lr"]:
-            raise UserError(f"--min-lr {values['min_lr']:g} is above --lr {values['lr']:g}: lower it")
-        return ImageOptions(**values)
+        values = defaults | {name: value for name, value in self if value is not None}
+        return ImageOptions(**{"min_lr": values["lr"] / 10, **values})
+
+    def facts(self) -> dict:
+        """What the figures of a seed depend on, as plain values."""
+        return self.model_dump(exclude={"threads", "seeds"})
