@@ -4,7 +4,6 @@ import shlex
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import get_args
 
 import torch
 from rich.console import Console
@@ -12,14 +11,7 @@ from rich.console import Console
 from fastalign import __version__
 from fastalign.backbones.precision import compute_dtype
 from fastalign.evaluation.datasets import SPLITS, open_labelled
-from fastalign.evaluation.options import (
-    Plan,
-    Precision,
-    Recipe,
-    evaluation_parser,
-    from_flags,
-    open_backbones,
-)
+from fastalign.evaluation.options import Plan, Reading, Recipe, evaluation_parser, from_flags, open_backbones
 from fastalign.evaluation.patches import probe
 from fastalign.evaluation.results import check_output, patch_table, summarise, write_results
 from fastalign.training import distributed
@@ -35,6 +27,7 @@ def run(arguments: list[str]) -> None:
         "What a small head predicts from a frozen backbone's tokens.",
         Plan,
         Recipe,
+        Reading,
         data="coco:ROOT, coco-things:ROOT, coco-panoptic:ROOT, ade20k:ROOT, or a folder",
         output="RUN/probe.json or runs/probe-NAME.json",
     )
@@ -42,12 +35,10 @@ def run(arguments: list[str]) -> None:
     add("--cache", type=path_argument, help="folder for features meanwhile; default that of the output")
     add("--skip-blocks", nargs="+", type=int, default=[0], metavar="X", help="last blocks left out")
     add("--forward-batch", type=int, default=64, metavar="X", help="images per forward pass (default 64)")
-    add("--threads", type=int, default=4, metavar="X", help="reading threads per rank (default 4)")
-    add("--precision", choices=get_args(Precision), default="auto", help="auto: bf16 if supported")
     given = parser.parse_args(arguments)
     # Ranks without a head of their own wait while others train.
     world = distributed.start(timeout=timedelta(days=30))
-    plan = from_flags(Plan, given, recipe=from_flags(Recipe, given))
+    plan, reading = from_flags(Plan, given, recipe=from_flags(Recipe, given)), from_flags(Reading, given)
     splits = {name: open_labelled(given.data, name) for name in SPLITS}
     vits, folder = open_backbones(given)
     for vit in vits.values():
@@ -65,10 +56,10 @@ def run(arguments: list[str]) -> None:
     }
     facts = {"data": data, "settings": plan.model_dump(mode="json")}
     check_output(output, facts)
-    reading = {"skip_blocks": given.skip_blocks, "folder": Path(given.cache or output.parent)}
-    reading |= {"batch_size": given.forward_batch, "threads": given.threads}
-    reading["dtype"] = compute_dtype(given.precision, world.device)
-    rows = probe(vits, splits, [plan], world, say=lambda text: print(text, flush=True), **reading)
+    how = {"skip_blocks": given.skip_blocks, "folder": Path(given.cache or output.parent)}
+    how |= {"batch_size": given.forward_batch, "threads": reading.threads}
+    how["dtype"] = compute_dtype(reading.precision, world.device)
+    rows = probe(vits, splits, [plan], world, say=lambda text: print(text, flush=True), **how)
     if world.main:
         command, summary = shlex.join(["fastalign", "probe", *arguments]), summarise(rows)
         versions = {"fastalign": __version__, "torch": torch.__version__}

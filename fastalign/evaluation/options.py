@@ -1,11 +1,10 @@
 """Options of the evaluation commands: checked fields, and the flags of a command line that set them."""
 
 import argparse
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from fastalign.backbones.vit import ViT
 from fastalign.evaluation.heads import HEADS_FOR, IMAGE_HEADS, PATCH_HEADS
@@ -13,28 +12,22 @@ from fastalign.evaluation.metrics import PATCH_METRICS
 from fastalign.training.build import backbone_before, named_backbone
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import path_argument
+from fastalign.utils.sections import Section, explain
 
 Distinct = AfterValidator(lambda values: tuple(dict.fromkeys(values)))
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1), Distinct]
-Precision = Literal["auto", "bf16", "fp32"]
 Count = Annotated[int, Field(ge=1)]
 
 
-class Options(BaseModel):
+class Options(Section):
     """Named values that are checked when they are given; UserError with the flag of an invalid one."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     def __init__(self, **values: Any):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            first = error.errors()[0]
-            value = values.get(first["loc"][0])
-            shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else value
-            raise UserError(f"{flag(first['loc'][0])} {shown}: {first['msg']}") from None
-        if (getattr(self, "min_lr", None) or 0) > (getattr(self, "lr", None) or math.inf):
-            raise UserError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}: lower it")
+            key, text = explain(error, type(self).model_fields)
+            raise UserError(text.replace(key, flag(key), 1)) from None
 
 
 def flag(name: str) -> str:
@@ -88,6 +81,15 @@ def open_backbones(given: argparse.Namespace) -> tuple[dict[str, ViT], Path | No
     return {**before, "aligned" if folder else given.backbone: vit}, folder
 
 
+class Reading(Options):
+    """How images are read."""
+
+    threads: Count = 4
+    """reading threads per rank, and as many for decoding"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the hardware has it"""
+
+
 class Recipe(Options):
     """How a head is trained; the defaults are the paper's."""
 
@@ -116,6 +118,8 @@ class Plan(Options):
 
     @model_validator(mode="after")
     def _check(self) -> "Plan":
+        if self.recipe.min_lr > self.recipe.lr:
+            raise UserError(f"--min-lr {self.recipe.min_lr:g} is above --lr {self.recipe.lr:g}: lower it")
         for head in self.heads:
             fit = [labels for labels, heads in HEADS_FOR.items() if head in heads]
             if not set(fit) & set(self.labels):
@@ -132,7 +136,7 @@ _UNFROZEN = {"epochs": 50, "lr": 3e-4, "warmup_epochs": 5, "weight_decay": 0.05,
 _LIVE_ONLY = ("mixup", "cutmix", "crop", "color_jitter", "randaugment", "accumulate")
 
 
-class ImageOptions(Options):
+class ImageOptions(Reading):
     """How a classifier is trained. `resolved` replaces None by the default of head and mode."""
 
     head: Literal[IMAGE_HEADS] = "linear"
@@ -168,10 +172,6 @@ class ImageOptions(Options):
     """timm's spelling, as in rand-m9-mstd0.5-inc1 (unfreeze, augment)"""
     seeds: Seeds = (0,)
     """one training each"""
-    precision: Precision = "auto"
-    """auto: bf16 where the hardware has it"""
-    threads: Count = 4
-    """reading threads per rank, and as many for decoding"""
     grad_checkpointing: bool = False
     """unfreeze: less memory, more time"""
 
@@ -198,7 +198,10 @@ class ImageOptions(Options):
         """With every default filled in."""
         defaults = _UNFROZEN if self.unfreeze else _FROZEN_LINEAR if self.head == "linear" else _FROZEN
         values = defaults | {name: value for name, value in self if value is not None}
-        return ImageOptions(**{"min_lr": values["lr"] / 10, **values})
+        values.setdefault("min_lr", values["lr"] / 10)
+        if values["min_lr"] > values["lr"]:
+            raise UserError(f"--min-lr {values['min_lr']:g} is above --lr {values['lr']:g}: lower it")
+        return ImageOptions(**values)
 
     def facts(self) -> dict:
         """What the figures of a seed depend on, as plain values."""
