@@ -39,7 +39,6 @@ class Run:
     decoder_weights: dict[str, Tensor] = field(default_factory=dict)
     probe: Any = None  # probe.json, if the run was probed
     notes: list[str] = field(default_factory=list)
-    text_tower: str | None = None  # where the text tower of a CLIP model is; None = where the weights are
 
     def source(self) -> dict[str, Any]:
         """The name, the weights that it started from, the page of the published ones, and their licence.

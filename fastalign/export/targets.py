@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastalign.export import timm_model, to_onnx, to_open_clip, to_transformers
+from fastalign.export import timm_model, to_onnx, to_transformers
 from fastalign.export.run import Run
 from fastalign.export.to_transformers import misfits_of
 from fastalign.utils.errors import UserError, unknown
 
-EXTRA = "'transformers>=5.20' 'open_clip_torch>=3.3' onnx onnxruntime onnxscript"
+EXTRA = "'transformers>=5.20' onnx onnxruntime onnxscript"
 """The packages of the extra `export`."""
 
 
@@ -25,7 +25,7 @@ class Target(NamedTuple):
     write: Callable[[Run, Path], list[str]]  # returns sentences for the user
     read: Callable[[Path], Callable[[Tensor], Tensor]]
     """loads the files with the library's own classes: from images to all tokens, prefix first"""
-    how_capped: str | None  # a sentence for the user of a capped export; None = the library cannot cap
+    how_capped: str  # a sentence for the user of a capped export
 
 
 def check_names(names: list[str], key: str) -> None:
@@ -37,19 +37,14 @@ def check_names(names: list[str], key: str) -> None:
             raise UserError(f"{key}: {name} needs {TARGETS[name].package}: pip install {EXTRA}")
 
 
-def find_target(name: str, run: Run, drop_softcap: bool) -> Target:
+def find_target(name: str, run: Run) -> Target:
     """The target of a name, checked against the backbone."""
     check_names([name], "--to")
-    target, backbone, cap = TARGETS[name], run.facts["name"], run.vit.softcap
+    target, backbone = TARGETS[name], run.facts["name"]
     if problems := target.misfits(run):
         fitting = ", ".join(other for other in TARGETS if not TARGETS[other].misfits(run))
         raise UserError(
             f"--to {name}: {backbone} does not fit ({'; '.join(problems[:3])}); what fits: {fitting}"
-        )
-    if cap is not None and not drop_softcap and target.how_capped is None:
-        raise UserError(
-            f"--to {name} cannot apply the soft-cap of {cap:g} that {backbone} was trained with: choose another "
-            "target, or give --drop-softcap, which changes the features and measures by how much"
         )
     return target
 
@@ -67,7 +62,6 @@ TARGETS = {
         )
         for name, wanted in to_transformers.WANTED.items()
     },
-    "open-clip": Target("open_clip", to_open_clip.misfits, to_open_clip.write, to_open_clip.read, None),
     "onnx": Target("onnxruntime", _TIMM.misfits, to_onnx.write, to_onnx.read, to_onnx.HOW_CAPPED),
     "prismatic": _TIMM._replace(misfits=partial(misfits_of, {"qkv": "fused", "rotary": False})),
 }

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,6 @@ def export(
     output: str | Path | None = None,
     drop_softcap: bool = False,
     images: str | None = None,
-    hub: str | None = None,
-    text_tower: str | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> tuple[Path, dict[str, Any]]:
     """Export the backbone and the decoder of a run.
@@ -40,16 +37,13 @@ def export(
         output: the folder to write; None = ``exports/TARGET`` in the run's. An earlier export there is replaced.
         drop_softcap: export without the cap, for the library's own classes.
         images: folder, tar shards or ``synthetic:COUNT`` that features are measured on; None = validation data.
-        text_tower: for open_clip: its model whose text tower is kept, a folder or ``hf-hub:OWNER/NAME``; None = the
-            weights that the run started from.
-        hub: OWNER/NAME under which the export will be uploaded; the model card loads it from there.
         say: gets a line for each thing that is done.
 
     Returns:
         The folder and the content of its fastalign.json.
 
     Raises:
-        UserError: a damaged run, a target that does not fit or cannot cap, or an export that is not exact.
+        UserError: a damaged run, a target that does not fit, or an export that is not exact.
     """
     if not isinstance(run, Run):
         say(f"reading {run}")
@@ -57,8 +51,7 @@ def export(
     for name, value in run.vit.state_dict().items():
         if not value.isfinite().all():
             raise UserError(f"{run.folder or '--weights'}: {name} is not finite; export other weights")
-    run, cap = replace(run, text_tower=text_tower), run.vit.softcap
-    target = find_target(to, run, drop_softcap)
+    cap, target = run.vit.softcap, find_target(to, run)
     output = _output(run, to, output)
     found, where = measure.find_images(images, run.val)
     softcap = {"value": cap, "applied": cap is not None and not drop_softcap}
@@ -74,7 +67,7 @@ def export(
     try:
         temporary.mkdir(parents=True)
         _write(run, target, facts, temporary, say)
-        _write_card(temporary, facts, target, hub, output)
+        _write_card(temporary, facts, target, output)
         shutil.rmtree(output, ignore_errors=True)
         temporary.replace(output)
     finally:
@@ -158,8 +151,8 @@ def change_in_words(effect: dict[str, dict[str, float]]) -> str:
     )
 
 
-def _write_card(folder: Path, facts: dict[str, Any], target: Target, hub: str | None, output: Path) -> None:
-    """README.md in `folder`, for an export that is loaded from the model hub or from `output`."""
+def _write_card(folder: Path, facts: dict[str, Any], target: Target, output: Path) -> None:
+    """README.md in `folder`, for an export that is loaded from `output`."""
     weights, config = facts["source"]["weights"], folder / "config.json"
     words = {None: "not recorded", "pretrained": "its published weights", "random": "random weights"}
     template = jinja2.Template(
@@ -174,9 +167,7 @@ def _write_card(folder: Path, facts: dict[str, Any], target: Target, hub: str | 
         package=target.package,
         how_capped=target.how_capped,
         config=read_json(config) if config.is_file() else {},
-        hub=hub,
-        folder=hub or output,
-        place=f"hf-hub:{hub}" if hub else f"local-dir:{output}",
+        folder=output,
         started_from=words.get(weights) or f"`{Path(weights).name}`",
         change=change_in_words(facts["softcap"].get("effect", {})),
     )
