@@ -103,7 +103,7 @@ def measure(name: str, **kwargs) -> list[dict]:
         rows = {
             target: {"backbone": name, "target": target}
             for target in TARGETS
-            if target != "prismatic" and not TARGETS[target].misfits(run)  # its files are those for timm
+            if target != "prismatic" and not TARGETS[target].misfits(run.vit)  # its files are those for timm
         }
         for column, softcap in (("capped", vit.softcap), ("plain", None)):
             vit.softcap = softcap

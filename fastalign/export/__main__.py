@@ -3,9 +3,6 @@
 import argparse
 import sys
 
-from rich.console import Console
-from rich.text import Text
-
 from fastalign.export.run import Run, read_weights
 from fastalign.export.targets import TARGETS
 from fastalign.export.write import change_in_words, export
@@ -44,14 +41,14 @@ def _source(given: argparse.Namespace) -> str | Run:
 
 
 def _run(given: argparse.Namespace) -> None:
-    options = {key: getattr(given, key) for key in ("output", "drop_softcap", "images")}
-    console = Console(stderr=True)
-    with console.status("reading") as status:  # on a terminal; plain lines elsewhere
-
-        def say(text: str) -> None:
-            status.update(Text(text)) if console.is_terminal else print(text, file=sys.stderr, flush=True)
-
-        folder, facts = export(_source(given), given.to, **options, say=say)
+    folder, facts = export(
+        _source(given),
+        given.to,
+        output=given.output,
+        drop_softcap=given.drop_softcap,
+        images=given.images,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
     parity, softcap = facts["parity"], facts["softcap"]
     print(f"parity: largest relative error {parity['largest_relative_error']:.1e} of {parity['of']}")
     if softcap["value"] is not None:
