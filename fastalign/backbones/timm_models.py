@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastalign.backbones import naflex
+from fastalign.backbones.accelerate import accelerated
 from fastalign.backbones.describe import describe, from_timm
 from fastalign.backbones.spec import ViTSpec
 from fastalign.backbones.vit import ViT
@@ -48,27 +49,20 @@ def create_timm(name: str, kwargs: dict, pretrained: bool = False) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:
         if pretrained:
-            remedy = "check the network, or give a file or random weights: student.weights=FILE or random"
-            raise UserError(
-                f"cannot load the published weights of {name!r} ({first_line(error)}): {remedy} (in Python "
-                "checkpoint=FILE)"
-            ) from error
-        known = timm.list_pretrained(name.split(".")[0] + ".*")
-        remedy = f"correct its arguments {kwargs}"
-        if "." in name and name not in known:
-            remedy = f"weights known for it: {', '.join(known[:4]) or 'none'}"
+            remedy = (
+                "check the network, or set student.weights to a file or random (in Python checkpoint=FILE)"
+            )
+            problem = f"cannot load the published weights of {name!r} ({first_line(error)})"
+            raise UserError(f"{problem}: {remedy}") from error
+        remedy = f"correct its tag or its arguments {kwargs}"
         raise UserError(f"backbone {name}: {first_line(error)}; {remedy}") from error
 
 
 def from_model(model: nn.Module) -> ViT:
     """A copy of a user's timm model on our parts."""
-    for inner in ("module", "_orig_mod"):
-        if isinstance(getattr(model, inner, None), nn.Module):
-            raise UserError(f"the model is wrapped in {type(model).__name__}: give model.{inner}")
+    if accelerated(model):
+        raise UserError("the model's attention is replaced: restore timm's with accelerate(model, undo=True)")
     for path, part in model.named_modules():
-        if type(part).__module__.startswith("fastalign."):
-            name = f"{path or 'the model'} is fastalign's {type(part).__name__}"
-            raise UserError(f"{name}: give timm's own model, which accelerate(model, undo=True) restores")
         if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
             raise UserError(f"{path or 'the model'} has hooks or its own forward: remove them")
     vit = from_timm(model, _recipe_of(model, describe(model)))

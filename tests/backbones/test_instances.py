@@ -94,10 +94,8 @@ class Own(VisionTransformer):
     [
         (lambda: Own(**SMALL), r"Own is not supported: choose"),
         (lambda: timm.create_model("resnet18"), r"ResNet is not supported: choose"),
-        (lambda: nn.DataParallel(finetuned()), r"wrapped in DataParallel: give model\.module"),
-        (lambda: torch.compile(finetuned()), r"wrapped in OptimizedModule: give model\._orig_mod"),
-        (lambda: fa.accelerate(finetuned()), r"blocks\.0\.attn is fastalign's FastAttention: .* undo=True"),
-        (lambda: fa.create_backbone(finetuned()), r"the model is fastalign's ViT: give timm's"),
+        (lambda: nn.DataParallel(finetuned()), r"DataParallel is not supported: choose"),
+        (lambda: fa.accelerate(finetuned()), r"attention is replaced: .* undo=True"),
         (
             lambda: edited("blocks.1", "forward", print),
             r"blocks\.1 has hooks or its own forward: remove them",
