@@ -69,34 +69,28 @@ def interpret(content: Any, path: str) -> Checkpoint:
     states = {key: state for key, value in {"": content, **content}.items() if (state := _tensors(value))}
     if not states:
         raise UserError(f"{path} holds no weights: give a state dict, a dictionary of tensors by name")
-    if (chosen := _choose(states, path)) is None:
-        return Checkpoint(states[min(states, key=_state_rank)], *trained_as(content, path))
-    key, layout, prefix = chosen
+    if (first := next((key for key in STATES if key in states), None)) is not None:
+        states = {first: states[first]}
+    found = []
+    for key, state in states.items():
+        place = ".weights." if key in ("", *STATES) else f".{key}."
+        for layout, prefix in layouts.find(state):
+            ends = (index for index, end in enumerate(_BACKBONES) if (place + prefix).endswith(end))
+            found.append((next(ends, len(_BACKBONES)), key, layout, prefix))
+    if not found:
+        return Checkpoint(next(iter(states.values())), *trained_as(content, path))
+    lowest = min(rank for rank, *_ in found)
+    best = [place for rank, *place in found if rank == lowest]
+    if len(best) > 1:
+        places = ", ".join(f"{key}.{prefix}".strip(".") for key, _, prefix in best)
+        raise UserError(f"{path} holds several backbones ({places}): save one of them alone")
+    key, layout, prefix = best[0]
     state = {name[len(prefix) :]: value for name, value in states[key].items() if name.startswith(prefix)}
     state = layouts.to_timm(state, layout)
     student = bool({key, *prefix.split(".")} & {"student", "encoder"}) or "student_model" in _args(content)
     # A tower of transformers without its pooling head.
     student |= layout is layouts.HF_CLIP and not any(name.startswith("attn_pool.") for name in state)
     return Checkpoint(state, *trained_as(content, path), student, layout.name)
-
-
-def _choose(states: dict[str, dict[str, Tensor]], path: str) -> tuple[str, layouts.Layout, str] | None:
-    """The state that holds the backbone, its layout, and the prefix of its keys; None = an unknown layout."""
-    found = []
-    for key, state in states.items():
-        place = ".weights." if key in ("", *STATES) else f".{key}."
-        for layout, prefix in layouts.find(state):
-            ends = (index for index, end in enumerate(_BACKBONES) if (place + prefix).endswith(end))
-            found.append(((_state_rank(key), next(ends, len(_BACKBONES))), key, layout, prefix))
-    best = [place for rank, *place in found if rank == min(found)[0]]
-    if len(best) > 1:
-        places = ", ".join(f"{key}.{prefix}".strip(".") for key, _, prefix in best)
-        raise UserError(f"{path} holds several backbones ({places}): save one of them alone")
-    return best[0] if best else None
-
-
-def _state_rank(key: str) -> int:
-    return STATES.index(key) if key in STATES else len(STATES)
 
 
 def _tensors(value: Any) -> dict[str, Tensor]:
@@ -112,8 +106,7 @@ def trained_as(content: dict, path: str) -> tuple[str | None, float | None]:
     arch = next((name for name in names if isinstance(name, str) and name), None)
     if "softcap" in content:
         return arch, check_softcap(content["softcap"], f"{path}: ")
-    given = (args.get("model_kwargs"), args.get("student_model_kwargs"))
-    kwargs = {key: value for part in given if isinstance(part, dict) for key, value in part.items()}
+    kwargs = {**(args.get("model_kwargs") or {}), **(args.get("student_model_kwargs") or {})}
     try:
         return arch, split_svit(arch or "", kwargs)[2]
     except UserError as error:
