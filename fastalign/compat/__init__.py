@@ -1,4 +1,4 @@
-"""The authors' names on our parts: their package `locality_alignment`, their scripts and their YAML files."""
+"""The authors' package `locality_alignment` and their scripts on our parts."""
 
 from fastalign.utils.errors import UserError
 

@@ -11,24 +11,31 @@ import fastalign.compat.__main__ as command
 ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
-import argparse, timm, torch
+import argparse, timm, torch, yaml
 import locality_alignment.backbones.svit
 from locality_alignment import MaskEmbedDecoder, MaskEmbedStudent, UniformMaskSampler
 from locality_alignment import convert_to_student_model, convert_to_teacher_model
 from locality_alignment.loss_utils import UniformMaskSampler as Same
 
 assert Same is UniformMaskSampler
-parser = argparse.ArgumentParser()
+first, parser = argparse.ArgumentParser(), argparse.ArgumentParser()
+first.add_argument("--config")
 parser.add_argument("--steps", type=int, default=1)
-args = parser.parse_args()
+parser.add_argument("--lr", type=float)
+parser.add_argument("--teacher-model")
+parser.add_argument("--student-model")
+parser.add_argument("--model-kwargs")
+config, rest = first.parse_known_args()
+parser.set_defaults(**yaml.safe_load(open(config.config)))
+args = parser.parse_args(rest)
 torch.manual_seed(0)
-options = dict(num_classes=0, img_size=32, depth=2)
-teacher = convert_to_teacher_model(timm.create_model("vit_tiny_patch16_224", **options), skip_blocks=1)
-encoder = convert_to_student_model(timm.create_model("svit_tiny_patch16_224", **options), output_dim=192)
+options = dict(num_classes=0, **args.model_kwargs)
+teacher = convert_to_teacher_model(timm.create_model(args.teacher_model, **options), skip_blocks=1)
+encoder = convert_to_student_model(timm.create_model(args.student_model, **options), output_dim=192)
 student = MaskEmbedStudent(encoder, MaskEmbedDecoder(192, 3, 4, 1, 192, 2))
 sampler = UniformMaskSampler(4, False, True)
 images = torch.randn(2, 3, 32, 32)
-optimizer = torch.optim.AdamW(student.parameters(), 1e-3)
+optimizer = torch.optim.AdamW(student.parameters(), args.lr)
 for _ in range(args.steps):
     mask = sampler(2)
     with torch.no_grad():
@@ -39,13 +46,21 @@ for _ in range(args.steps):
     optimizer.step()
     print("loss", len(mask), loss.item())
 """
+OPTIONS = """
+teacher_model: vit_tiny_patch16_224
+student_model: svit_tiny_patch16_224
+model_kwargs: {img_size: 32, depth: 2}
+lr: 1e-3
+steps: 9
+"""
 
 
 @pytest.mark.slow
-def test_run_a_script(tmp_path):
-    script = tmp_path / "train.py"
+def test_run_a_script_with_its_yaml_file(tmp_path):
+    script, config = tmp_path / "train.py", tmp_path / "their.yaml"
     script.write_text(SCRIPT)
-    line = [sys.executable, "-m", "fastalign.compat", "run", str(script), "--steps", "2"]
+    config.write_text(OPTIONS)
+    line = [sys.executable, "-m", "fastalign.compat", "run", script, "--config", config, "--steps", "2"]
     result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     losses = [line.split() for line in result.stdout.splitlines() if line.startswith("loss")]
