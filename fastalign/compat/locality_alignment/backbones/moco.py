@@ -13,13 +13,11 @@ from fastalign.utils.errors import UserError
 
 
 @register_model
-def vit_base_patch16_mocov3_224(
-    pretrained: bool = False, *, pretrained_cfg=None, pretrained_cfg_overlay=None, **kwargs
-) -> VisionTransformer:
+def vit_base_patch16_mocov3_224(pretrained: bool = False, pretrained_cfg=None, **kwargs) -> VisionTransformer:
     """timm's ViT-B/16 with a fixed sin-cos position embedding and a new head. Arguments are timm's."""
     if pretrained_cfg:
         raise UserError(f"{MOCO} has one set of weights and no tag, got {pretrained_cfg!r}")
-    model = timm.create_model("vit_base_patch16_224", pretrained_cfg_overlay=MOCO_DATA, **kwargs)
+    model = timm.create_model("vit_base_patch16_224", **kwargs | {"pretrained_cfg_overlay": MOCO_DATA})
     table = sincos_position(model.patch_embed.grid_size, model.embed_dim, model.num_prefix_tokens)
     model.pos_embed = nn.Parameter(table, requires_grad=False)
     if pretrained:
