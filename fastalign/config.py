@@ -198,8 +198,6 @@ class Efficiency(Section):
     """torch.compile the student and the teacher; blocks = block by block, which starts sooner"""
     grad_checkpointing: bool = False
     """recompute the student's blocks in the backward pass"""
-    shard: bool = False
-    """FSDP: the student's weights and the optimizer's state are split among ranks; same checkpoints"""
     attention: str = "auto"
     """auto = the fastest measured on this GPU; or a name that fastalign doctor lists"""
 

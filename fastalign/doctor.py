@@ -22,7 +22,7 @@ from fastalign.method.objectives import MaskEmbed
 from fastalign.method.student import MaskEmbedStudent
 from fastalign.method.teacher import MaskedTeacher
 from fastalign.ops import extension
-from fastalign.ops.attention import BACKENDS, Case, choice, choose
+from fastalign.ops.attention import BACKENDS, Case, choose
 from fastalign.utils.errors import on_one_line
 
 DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
@@ -114,9 +114,6 @@ def attention() -> list[str]:
     for part, kind in PARTS.items():
         case = Case(device, dtype, length=577, width=64, biased=False, **kind)
         lines.append("{}: {} ({})".format(part, *choose(case)))
-        for found in choice.faster(case):
-            how = f"; {found.get}" if found.get else ""
-            lines.append(f"  {found.times:.2f}x as fast: {found.backend}, which {found.refusal}{how}")
     installed = [name for name, backend in BACKENDS.items() if not backend.missing()]
     lines.append(f"installed: {', '.join(installed)}")
     lines.append(f"not installed: {', '.join(name for name in BACKENDS if name not in installed)}")

@@ -22,13 +22,13 @@ optim.weight_decay optim.betas optim.clip optim.ema
 checkpoint.every_steps checkpoint.keep
 probe.data probe.every_steps probe.best
 export.to log.every_steps log.to
-efficiency.precision efficiency.compile efficiency.grad_checkpointing efficiency.shard efficiency.attention
+efficiency.precision efficiency.compile efficiency.grad_checkpointing efficiency.attention
 faults.bad_samples faults.quarantine faults.nonfinite faults.timeout
 """
 FREE = """
 output resume export.to data.threads data.hw_decoder_load optim.accumulate optim.micro_batch
 checkpoint.every_steps checkpoint.keep log.every_steps log.to
-efficiency.compile efficiency.grad_checkpointing efficiency.shard efficiency.attention
+efficiency.compile efficiency.grad_checkpointing efficiency.attention
 faults.bad_samples faults.quarantine faults.nonfinite faults.timeout
 """
 """May change when a run resumes. `max_steps` may grow; everything else decides the result."""
@@ -45,7 +45,7 @@ def test_the_list_of_keys_is_frozen_and_each_has_its_kind():
     assert kinds() == wanted | {"max_steps": Kind.GROWS}, (
         "a key was added or removed: note it in the CHANGELOG"
     )
-    assert len(kinds()) == 70
+    assert len(kinds()) == 69
 
 
 def test_each_key_is_documented_with_its_kind_and_its_values():

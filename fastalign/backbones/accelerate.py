@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastalign.backbones.spec import check_softcap
-from fastalign.ops.attention import attention
-from fastalign.ops.attention.choice import check
+from fastalign.ops.attention import attention, check
 from fastalign.utils.errors import UserError
 
 

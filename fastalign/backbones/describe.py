@@ -14,6 +14,7 @@ from timm.models import beit, deit, eva, get_model_input_config, vision_transfor
 from torch import nn
 
 from fastalign.backbones import naflex
+from fastalign.backbones.moco import MoCoViT
 from fastalign.backbones.rope import read_position
 from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
@@ -22,6 +23,7 @@ from fastalign.utils.errors import UserError
 MODELS = {
     vision_transformer.VisionTransformer: vision_transformer.checkpoint_filter_fn,
     deit.VisionTransformerDistilled: vision_transformer.checkpoint_filter_fn,
+    MoCoViT: vision_transformer.checkpoint_filter_fn,
     beit.Beit: beit.checkpoint_filter_fn,
     eva.Eva: eva.checkpoint_filter_fn,
     naflex.NaFlexVit: naflex.checkpoint_filter_fn,
@@ -125,6 +127,7 @@ def describe(source: nn.Module) -> ViTSpec:
         distilled=distilled,
         registers=0 if getattr(tokens, "reg_token", None) is None else tokens.reg_token.shape[1],
         position=embed.pos_embed_type != "none" if flexible else source.pos_embed is not None,
+        position_fixed=isinstance(source, MoCoViT),
         position_prefix=not flexible and not getattr(source, "no_embed_class", False),
         relative_position=isinstance(source, beit.Beit),
         rotary=rope is not None,

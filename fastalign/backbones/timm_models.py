@@ -12,16 +12,8 @@ from fastalign.backbones.spec import ViTSpec
 from fastalign.backbones.vit import ViT
 from fastalign.utils.errors import UserError, first_line, unknown
 
-MOCO = "vit_base_patch16_mocov3_224"
-"""Not in timm: a ViT-B/16 with a fixed sin-cos position embedding (Chen et al., 2021)."""
-MOCO_DATA = {
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
-    "interpolation": "bicubic",
-    "crop_pct": 0.875,
-}
-_FAMILIES = ("vision_transformer", "deit", "beit", "eva", "naflexvit")
-"""timm's modules with supported architectures."""
+_FAMILIES = ("vision_transformer", "deit", "beit", "eva", "naflexvit", "moco")
+"""timm's modules with supported architectures, and ours."""
 _NOT_SETTINGS = {
     *("training", "grad_checkpointing", "num_classes", "init_values", "drop_prob", "scale_by_keep", "p"),
     *("dynamic_img_size", "strict_img_size", "flatten", "output_fmt", "feat_shape", "pos_embed_grid_size"),
@@ -29,16 +21,10 @@ _NOT_SETTINGS = {
 """Attributes of timm's modules that may differ between two models of one name and arguments."""
 
 
-def is_moco(name: str) -> bool:
-    """Whether a name is `MOCO`, with or without a tag."""
-    return name.split(".")[0] == MOCO
-
-
 def empty_model(name: str, kwargs: dict) -> nn.Module:
     """The timm model without memory for its weights, checked: `ViT` can be made of it."""
-    architecture = name.split(".")[0]
-    if architecture != MOCO and not timm.is_model(architecture):
-        names = [MOCO, *(name for family in _FAMILIES for name in timm.list_models(module=family))]
+    if not timm.is_model(name.split(".")[0]):
+        names = (name for family in _FAMILIES for name in timm.list_models(module=family))
         raise UserError(unknown("backbone", name, names))
     with torch.device("meta"):
         model = create_timm(name, kwargs)
@@ -57,26 +43,21 @@ def empty_model(name: str, kwargs: dict) -> nn.Module:
 
 
 def create_timm(name: str, kwargs: dict, pretrained: bool = False) -> nn.Module:
-    """timm's model, `MOCO` included; a UserError names what is wrong with its arguments or the network."""
-    options = {}
-    if is_moco(name):
-        name, options = "vit_base_patch16_224", {"pretrained_cfg_overlay": MOCO_DATA}
+    """timm's model; a UserError names what is wrong with its arguments or the network."""
     try:
-        return timm.create_model(name, pretrained=pretrained, **options, **kwargs)
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:
         if pretrained:
-            raise no_download(f"the published weights of {name!r}", error) from error
+            remedy = "check the network, or give a file or random weights: student.weights=FILE or random"
+            raise UserError(
+                f"cannot load the published weights of {name!r} ({first_line(error)}): {remedy} (in Python "
+                "checkpoint=FILE)"
+            ) from error
         known = timm.list_pretrained(name.split(".")[0] + ".*")
         remedy = f"correct its arguments {kwargs}"
         if "." in name and name not in known:
             remedy = f"weights known for it: {', '.join(known[:4]) or 'none'}"
         raise UserError(f"backbone {name}: {first_line(error)}; {remedy}") from error
-
-
-def no_download(what: str, error: Exception) -> UserError:
-    """The error for weights that cannot be downloaded."""
-    other = "give a file or random weights: student.weights=FILE or random (in Python checkpoint=FILE)"
-    return UserError(f"cannot load {what} ({first_line(error)}): check the network, or {other}")
 
 
 def from_model(model: nn.Module) -> ViT:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastalign.backbones.layouts import OPEN_CLIP, from_timm
+from fastalign.backbones.moco import MOCO
 from fastalign.backbones.saving import facts_text
 from fastalign.backbones.vit import ViT
 from fastalign.backbones.weight_files import plain, read_json, read_weights
@@ -44,7 +45,7 @@ def misfits(run: Run) -> list[str]:
 def _timm_misfits(run: Run) -> list[str]:
     """open_clip builds timm's models by name alone."""
     name, free = run.facts["name"].split(".")[0], ("num_classes", "drop_path_rate", "global_pool")
-    if not timm.is_model(name):
+    if name == MOCO or not timm.is_model(name):
         return [f"{name} is not a model of timm"]
     given = {key: value for key, value in run.facts["kwargs"].items() if key not in free}
     known = timm.get_pretrained_cfg(name)

@@ -12,7 +12,7 @@ from fastalign.backbones.saving import backbone_facts, facts_text, is_written, w
 from fastalign.config import Config, kinds, resolve, to_yaml
 from fastalign.training.build import teacher_of
 from fastalign.training.checkpoint_files import snapshot
-from fastalign.training.distributed import load_module, load_optimizer, on_first_rank
+from fastalign.training.distributed import on_first_rank
 from fastalign.training.hang import WAITING
 from fastalign.training.metrics import plain_number
 from fastalign.training.optim import class_name
@@ -75,15 +75,14 @@ def save(run: Run) -> None:
     if score is not None:
         run.state.best = score
     run.beat("saving")
-    if not (run.world.main or run.sharded):
+    if not run.world.main:
         return
     best, selects = score is not None, run.val is not None or run.config.probe.best
     facts = None
     if (best or not selects) and not run.config.student.freeze:
         facts = describe_backbone(run)
-    state = snapshot({**checkpoint_state(run), "is_best": best, "backbone": facts}, keep=run.world.main)
-    if run.world.main:
-        run.checkpoints.save(state, run.state.step, partial(publish_backbone, run.folder))
+    state = snapshot({**checkpoint_state(run), "is_best": best, "backbone": facts})
+    run.checkpoints.save(state, run.state.step, partial(publish_backbone, run.folder))
 
 
 def wait_for_checkpoint(run: Run) -> None:
@@ -147,8 +146,8 @@ def _load_tensors(run: Run, saved: dict, path: Path, changes: list[Change]) -> N
         raise UserError(f"{path} holds the state of {old}, not of {new}: choose another output")
     options = [{key: group[key] for key in ("betas", "weight_decay")} for group in run.optimizer.param_groups]
     try:
-        load_module(run.objective.student, saved["student"])
-        load_optimizer(run.optimizer, saved["optimizer"])
+        run.objective.student.load_state_dict(saved["student"])
+        run.optimizer.load_state_dict(saved["optimizer"])
         if run.average:
             run.average.load(saved["average"] or saved["student"])  # a new average starts here
     except (RuntimeError, ValueError, LookupError, TypeError) as error:

@@ -8,7 +8,6 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from fastalign.training.distributed import shard_like, to_local
 from fastalign.utils.errors import UserError
 
 
@@ -83,20 +82,19 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 
 
 class MovingAverage:
-    """An exponential moving average of a module's parameters and buffers in fp32, sharded as they are."""
+    """An exponential moving average of a module's parameters and buffers in fp32."""
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
-        self._live = [to_local(value.detach()) for value in module.state_dict().values()]
+        self._live = [value.detach() for value in module.state_dict().values()]
         self.state = {name: value.detach().clone().float() for name, value in module.state_dict().items()}
-        self._average = [to_local(value) for value in self.state.values()]
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the module's current weights."""
-        torch._foreach_lerp_(self._average, self._live, 1 - self.decay)
+        torch._foreach_lerp_(list(self.state.values()), self._live, 1 - self.decay)
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Continue from a saved average of full tensors."""
+        """Continue from a saved average."""
         for name, value in self.state.items():
-            value.copy_(shard_like(state[name], value))
+            value.copy_(state[name])

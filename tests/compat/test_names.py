@@ -76,7 +76,7 @@ def test_capped_features_differ_from_plain_ones_and_equal_the_truth():
 
 
 def test_moco_is_registered():
-    with pytest.raises(UserError, match="no tag"):
+    with pytest.raises(RuntimeError, match="Invalid pretrained tag"):
         timm.create_model("vit_base_patch16_mocov3_224.other")
     model = timm.create_model("vit_base_patch16_mocov3_224", img_size=32, depth=1, num_classes=0)
     assert torch.equal(model.pos_embed, fa.create_backbone(MOCO, img_size=32, depth=1).pos_embed)

@@ -39,7 +39,7 @@ OTHER = {
     "probe.data": "b", "probe.every_steps": 7, "probe.best": True,
     "log.every_steps": 7, "log.to": ["tensorboard"], "export.to": ["timm"],
     "efficiency.precision": "fp32", "efficiency.compile": True, "efficiency.grad_checkpointing": True,
-    "efficiency.shard": True, "efficiency.attention": "eager",
+    "efficiency.attention": "eager",
     "faults.bad_samples": 0.5, "faults.quarantine": "q", "faults.nonfinite": "stop", "faults.timeout": 5.0,
 }  # fmt: skip
 NEEDS = {
