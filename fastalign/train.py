@@ -1,11 +1,7 @@
-"""Training: ``fastalign train RECIPE section.key=value ...``, or ``torchrun -m fastalign.train RECIPE ...``.
-
-``--reference-config FILE`` instead of RECIPE takes one of the authors' files.
-"""
+"""Training: ``fastalign train RECIPE section.key=value ...``, or ``torchrun -m fastalign.train RECIPE ...``."""
 
 import argparse
 import contextlib
-import os
 import sys
 import textwrap
 from pathlib import Path
@@ -24,14 +20,14 @@ from fastalign.training.dry_run import dry_run, set_micro_batch
 from fastalign.training.faults import handle_status, prepare_logs, report_bad_validation_samples
 from fastalign.training.hang import WAITING, collective_timeout
 from fastalign.training.metrics import Speed
-from fastalign.training.optim import seed_update, step_unless
+from fastalign.training.optim import seed_update
 from fastalign.training.reporter import Reporter, end_lines, start_lines
 from fastalign.training.run import Run, itstime
 from fastalign.training.status import StepStatus
 from fastalign.training.validation import evaluate, measure_target_scale
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import can_be_folder
-from fastalign.utils.paths import path_argument, user_path
+from fastalign.utils.paths import user_path
 
 Splits = dict[str, LabelledImages]
 HELP = """
@@ -69,7 +65,8 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
         state.step + 1, torch.cat(ids).numpy(), tuple(bad), run.stop_reason, run.checkpoint_overdue
     )
     loss, skip = run.status.exchange(total, norm, own)
-    step_unless(run.optimizer, skip)
+    run.optimizer.found_inf = skip.float()  # read on the device: a skipped update leaves weights and moments
+    run.optimizer.step()
     run.optimizer.zero_grad()
     if run.average:
         run.average.update()
@@ -228,21 +225,13 @@ def probe(run: Run, splits: Splits, reporter: Reporter, epoch: int) -> None:
     reporter.say(f"step {step}: probe macro recall {recall}, mAP {precision}, loss {scores['loss']:.4f}")
 
 
-def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
-    """The configuration that the command line asks for, and lines for the user."""
-    reference, size = options.reference_config, options.world_size
-    recipes = [text for text in options.given if "=" not in text or Path(text).is_file()]
-    overrides = [text for text in options.given if text not in recipes]
-    recipes += [reference] if reference else []
-    if len(recipes) > 1:
-        raise UserError(f"give one recipe, got {', '.join(recipes)}")
-    if size is not None and (reference is None or size < 1):
-        raise UserError("--world-size takes 1 or more, with --reference-config; else set optim.batch_size")
-    if reference is None:
-        return load_config(user_path(recipes[0]) if recipes else None, overrides), []
-    from fastalign.compat.reference_config import read_reference  # imports timm, which takes a second
-
-    return read_reference(reference, overrides, world_size=size)
+def _configuration(given: list[str]) -> Config:
+    """The configuration that the command line asks for."""
+    names = [text for text in given if "=" not in text or Path(text).is_file()]
+    if len(names) > 1:
+        raise UserError(f"give one recipe, got {', '.join(names)}")
+    overrides = [text for text in given if text not in names]
+    return load_config(user_path(names[0]) if names else None, overrides)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -253,22 +242,17 @@ def main(arguments: list[str] | None = None) -> int:
     add("given", nargs="*", metavar="RECIPE section.key=value", help="a name or file, and keys to change")
     add("--print-config", action="store_true", help="print the resolved configuration and stop")
     add("--dry-run", action="store_true", help="a few updates on synthetic images: memory, speed, duration")
-    add("--reference-config", type=path_argument, metavar="FILE", help="a YAML file of the authors' code")
-    add("--world-size", type=int, metavar="N", help="GPUs that FILE's batch is for (torchrun's, else 4)")
     options = parser.parse_intermixed_args(arguments)
-    if not (options.given or options.reference_config):
-        parser.error("give a recipe (`fastalign recipes` lists them), keys, or --reference-config FILE")
+    if not options.given:
+        parser.error("give a recipe (`fastalign recipes` lists them) or keys")
     return run_command(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:
-    config, notes = _configuration(options)
-    comments = "".join(f"# {note}\n" for note in notes)
+    config = _configuration(options.given)
     if options.print_config:
-        print(comments + to_yaml(config, comments=True), end="")
+        print(to_yaml(config, comments=True), end="")
         return
-    if int(os.environ.get("RANK", 0)) == 0:
-        print("".join(f"{note}\n" for note in notes), end="", flush=True)
     world = distributed.start(collective_timeout(config.faults.timeout))
     if options.dry_run:
         lines = dry_run(config, world, update)

@@ -45,6 +45,7 @@ def open_labelled(data: str, split: str) -> LabelledImages:
         kind, root = "", data
     elif kind not in KINDS:
         raise UserError(f"{data}: {unknown('data set', kind, KINDS)}; there are {' '.join(KINDS)}")
+    root = user_path(root)
     if not root or not Path(root).is_dir():
         raise UserError(f"no such folder: {root or repr(data)}; check the path of the data set")
     return _open_published(kind, Path(root), split) if kind else _open_own(Path(root), split)

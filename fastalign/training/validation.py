@@ -38,7 +38,7 @@ def eval_mode(student: nn.Module, average: MovingAverage | None) -> Iterator[Non
 def evaluate(run: Run, reporter: Reporter) -> float:
     """The loss over the validation set with its fixed masks, of the averaged weights if there are any."""
     sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
-    with eval_mode(run.objective.student, run.average), run.unsharded(), run.cached_autocast():
+    with eval_mode(run.objective.student, run.average), run.cached_autocast():
         for batch in reporter.track(run.val.batches(), "validating", len(run.val)):
             run.beat("validating")
             with run.autocast():
