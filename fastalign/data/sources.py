@@ -8,20 +8,19 @@ import os
 import re
 import stat
 import zlib
+from glob import glob
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.data.index import IMAGE_EXTENSIONS, Names, cached_index, is_image, scan_folder
-from fastalign.data.tars import class_of, expand_shards, is_tar, read_classes, scan_shards
+from fastalign.data.index import IMAGE_EXTENSIONS, Names, classes_of, index_folder, index_shards, is_image
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
 from fastalign.utils.random import Stream, random_uniform
 
 MAX_IMAGE_BYTES = 256 * 1024 * 1024
-_EXTENSIONS = " ".join(IMAGE_EXTENSIONS)
 
 
 class Unreadable(UserError):
@@ -43,7 +42,7 @@ class Source:
 
     def __init__(self, root: str | None, names: Names):
         if len(names) == 0:
-            raise UserError(f"no images in {root}; looked for {_EXTENSIONS}")
+            raise UserError(f"no images in {root}; looked for {' '.join(IMAGE_EXTENSIONS)}")
         self.root, self._names = root, names
 
     def __len__(self) -> int:
@@ -139,7 +138,7 @@ class FolderSource(Source):
         if not path.is_dir():
             raise UserError(f"no such folder: {root}; check the path of the data set")
         root = str(path.resolve())
-        super().__init__(root, Names(cached_index(root, lambda: scan_folder(root))))
+        super().__init__(root, Names(index_folder(root)))
 
     def read(self, index: int) -> np.ndarray:
         return _read(self.location(index), self.location(index))
@@ -179,7 +178,7 @@ class TarSource(Source):
 
     def __init__(self, shards: list[str], *, damaged: bool = False):
         self.shards = shards
-        index = cached_index("\n".join(shards), lambda: scan_shards(shards))
+        index = index_shards(shards)
         self._shard, self._start, self._size = index["shard"], index["start"], index["size"]
         # Relative to their common folder: many data sets have a 00000.tar.
         root = os.path.commonpath([os.path.dirname(shard) for shard in shards])  # noqa: PTH120
@@ -200,23 +199,47 @@ class TarSource(Source):
         return self._names.crc(zlib.crc32(self._shard, zlib.crc32(shards)))
 
     def class_names(self) -> list[str | None]:
-        found = [read_classes(shard) for shard in self.shards]
-        return [class_of(name, found[shard]) for name, shard in zip(self._names, self._shard, strict=True)]
+        return classes_of(self._names, self._shard, self.shards)
 
     def read(self, index: int) -> np.ndarray:
         shard = self.shards[self._shard[index]]
         return _read(shard, self.location(index), int(self._start[index]), int(self._size[index]))
 
 
-def _shards_in(folder: Path) -> list[str]:
-    """The tar files in a folder; raises a UserError if it also holds images or folders."""
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    tars = [str(entry.absolute()) for entry in entries if is_tar(entry.name) and not entry.is_dir()]
-    others = [entry.name for entry in entries if is_image(os.fsencode(entry.name)) or entry.is_dir()]
-    if tars and others:
-        both = f"tar files ({Path(tars[0]).name}) and others ({others[0]})"
-        raise UserError(f"{folder} has {both}; for the tars write {folder}/*.tar")
-    return sorted(tars)
+def _expand_braces(pattern: str) -> list[str]:
+    """`{000..009}` and `{a,b}` as a shell expands them, with zero padding."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if not found:
+        return [pattern]
+    words, before, after = found[1].split(","), pattern[: found.start()], pattern[found.end() :]
+    if span := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
+        words = [f"{number:0{len(span[1])}d}" for number in range(int(span[1]), int(span[2]) + 1)]
+    return [text for word in words for text in _expand_braces(f"{before}{word}{after}")]
+
+
+def _find_shards(spec: str) -> list[str]:
+    """The tar files of a path, a folder or a pattern with {000..009}, {a,b}, *, ** or ?: absolute, sorted, each once.
+
+    There are none if it may be a folder of images.
+    """
+    path, found = Path(spec), []
+    if path.is_dir():
+        entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+        found = [entry for entry in entries if entry.suffix.lower() == ".tar" and not entry.is_dir()]
+        others = [entry.name for entry in entries if is_image(os.fsencode(entry.name)) or entry.is_dir()]
+        if found and others:
+            both = f"tar files ({found[0].name}) and others ({others[0]})"
+            raise UserError(f"{spec} has {both}; for the tars write {spec}/*.tar")
+    elif path.is_file():
+        found = [path]
+        if path.suffix.lower() != ".tar":
+            raise UserError(f"{spec} is a file; name a folder of images, a .tar file or `synthetic`")
+    elif spec.lower().endswith(".tar") or any(c in spec for c in "*?[{"):
+        patterns = _expand_braces(spec) or [spec]
+        found = [name for pattern in patterns for name in glob(pattern, recursive=True) or [pattern]]  # noqa: PTH207
+    if missing := next((each for each in found if not Path(each).is_file()), None):
+        raise UserError(f"no such tar file: {missing}; check the pattern, a range is written {{000..009}}")
+    return sorted({str(Path(each).absolute()) for each in found})
 
 
 def open_source(spec: str, *, damaged: bool = False) -> Source:
@@ -229,11 +252,5 @@ def open_source(spec: str, *, damaged: bool = False) -> Source:
     if not spec:
         raise UserError("no data set given; name a folder of images, a .tar pattern or `synthetic`")
     spec = user_path(spec)
-    path, shards = Path(spec), []
-    if path.is_dir():
-        shards = _shards_in(path)
-    elif spec.lower().endswith(".tar") or (any(c in spec for c in "*?[{") and not path.is_file()):
-        shards = expand_shards(spec)
-    elif path.is_file():
-        raise UserError(f"{spec} is a file; name a folder of images, a .tar file or `synthetic`")
+    shards = _find_shards(spec)
     return TarSource(shards, damaged=damaged) if shards else FolderSource(spec)

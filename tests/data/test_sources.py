@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastalign.data import sources
+from fastalign.data import index, sources
 from fastalign.data.index import cache_folder
 from fastalign.data.sources import open_source
 from fastalign.utils.errors import UserError
@@ -27,7 +27,7 @@ SORTED = ["top.webp", "a/ä ö.Jpg", "a/deep/er/x.png", "b/a.JPEG", "b/c.jpg", "
 
 @pytest.fixture
 def scans(monkeypatch):
-    return count_calls(monkeypatch, sources, "scan_folder")
+    return count_calls(monkeypatch, index, "_scan_folder")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from fastalign.data import tars
+from fastalign.data import index
 from fastalign.data.bad_samples import BadSample, append_to_list, read_quarantine
 from fastalign.data.sources import open_source
 from fastalign.utils.errors import UserError
@@ -25,7 +25,7 @@ from tests.data_helpers import (
 
 @pytest.fixture
 def scans(monkeypatch):
-    return count_calls(monkeypatch, tars, "members")
+    return count_calls(monkeypatch, index, "members")
 
 
 def test_tar_forms_agree_and_a_changed_shard_is_noticed(tmp_path, scans):
