@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 
-from fastalign.data.bad_samples import BadSample, BadSamples, to_line
-from fastalign.data.pipeline import Decoder, SampleReader
+from fastalign.data.pipeline import BadSample, BadSamples, Decoder, SampleReader, to_line
 from fastalign.data.sources import Source, SyntheticSource, open_source
 from fastalign.data.transforms import Transform
 from fastalign.training.command import run_command

@@ -176,9 +176,8 @@ def reflect(images: Tensor, sampling: Geometry) -> Tensor:
     """Fills the pixels outside the image by reflection: [B, h, w, 3] uint8; `images` itself if nothing is padded."""
     if len(sampling.padded) == 0:
         return images
-    padded, rows, columns = (
-        torch.from_numpy(a).to(images.device) for a in (sampling.padded, sampling.rows, sampling.columns)
-    )
+    places = sampling.padded, sampling.rows, sampling.columns
+    padded, rows, columns = (torch.from_numpy(each).to(images.device) for each in places)
     images = images.clone()
     images[padded] = images[padded[:, None, None], rows[:, :, None], columns[:, None, :]]
     return images
