@@ -9,7 +9,6 @@ import torch
 
 from fastalign import doctor, ops
 from fastalign.ops import extension
-from fastalign.ops.attention import choice
 
 
 def test_the_report_says_what_is_here(capsys):
@@ -63,12 +62,6 @@ def test_a_version_newer_than_tested_is_named(monkeypatch):
 def test_kernels_switched_off_are_named(monkeypatch):
     monkeypatch.setattr(ops, "MODE", "0")
     assert any("eager PyTorch: FASTALIGN_KERNELS=0" in line for line in doctor.operations())
-
-
-def test_a_faster_attention_is_named_with_its_reason(monkeypatch):
-    missing = choice.Faster("flash_attn_3", 1.25, "is not installed (x)", "build it")
-    monkeypatch.setattr(choice, "faster", lambda case: [missing] if case.capped else [])
-    assert "  1.25x as fast: flash_attn_3, which is not installed (x); build it" in doctor.attention()
 
 
 def test_missing_dali(monkeypatch):

@@ -16,8 +16,8 @@ from fastalign.method.masks import MASKS
 from fastalign.method.objectives import MaskedImageModeling, MaskEmbed
 from fastalign.method.student import MaskEmbedStudent, MIMStudent
 from fastalign.method.teacher import MaskedTeacher
-from fastalign.ops.attention.choice import check as check_attention
-from fastalign.ops.attention.choice import choose
+from fastalign.ops.attention import check as check_attention
+from fastalign.ops.attention import choose
 from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError
 from fastalign.utils.sections import parse_yaml

@@ -9,8 +9,9 @@ import torch
 from benchmarks import attention, kernels, record, timing
 from benchmarks.cases import TINY_CASES, attention_case
 from fastalign import ops
+from fastalign.ops import attention as selection
 from fastalign.ops import reference
-from fastalign.ops.attention import Case, choice, choose, flex
+from fastalign.ops.attention import Case, choose
 
 ATTENTION = next(case for case in TINY_CASES if case.name == "softcap_attention")
 
@@ -106,15 +107,15 @@ def test_turns_alternate_and_quantiles_by_hand():
     assert timing.quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == {"ms": 3.5, "ms_p20": 2.0, "ms_p80": 5.0}
 
 
-def test_packed_flex_attention_is_timed_without_its_mask(monkeypatch):
-    """The mask is made before timing, and the result equals the definition."""
-    case = attention_case("tiny", 2, 18, 2, 16, 30.0, packed=True, dtype=torch.float32)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_computes_the_definition(packed, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    case = attention_case("tiny", 2, 18, 2, 16, 30.0, packed, torch.float32)
     inputs = case.build("cpu")
-    function = attention._packed_flex(inputs)
-    monkeypatch.setattr(flex, "block_mask", lambda *_: 1 / 0)
-    monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_attention)
-    with torch.no_grad():
-        torch.testing.assert_close(function(**inputs), case.reference(**inputs))
+    wanted = case.reference(**inputs)
+    detached = inputs | {name: inputs[name].detach() for name in "qkv"}  # on a CPU it has no gradient
+    torch.testing.assert_close(attention.flex(inputs)(**detached), wanted)
 
 
 @pytest.fixture
@@ -122,10 +123,10 @@ def table(tmp_path, monkeypatch):
     """A table of attention in a folder of the test, with a row of sm_80; its path."""
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"sm_80": {"environment": {}, "rows": []}}))
-    monkeypatch.setattr(choice, "TABLE", path)
-    choice._choose.cache_clear(), choice._table.cache_clear()
+    monkeypatch.setattr(selection, "TABLE", path)
+    selection._choose.cache_clear(), selection._table.cache_clear()
     yield path
-    choice._choose.cache_clear(), choice._table.cache_clear()
+    selection._choose.cache_clear(), selection._table.cache_clear()
 
 
 def measured(implementation, mode, ms, length=577, **more):
@@ -134,7 +135,7 @@ def measured(implementation, mode, ms, length=577, **more):
 
 
 def test_the_table_is_what_the_choice_reads(table, monkeypatch):
-    monkeypatch.setattr(choice, "architecture", lambda: 90)
+    monkeypatch.setattr(selection, "architecture", lambda: 90)
     monkeypatch.setattr(ops, "MODE", "auto")
     rows = [
         measured("ours", "full", 2.0),

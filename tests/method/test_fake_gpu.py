@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastalign as fa
 from fastalign import ops
+from fastalign.ops import attention as selection
 from fastalign.ops import extension
-from fastalign.ops.attention import choice
 from tests.method.helpers import tiny
 
 ATTENTION = ("softcap_attention", torch.bfloat16)
@@ -48,13 +48,13 @@ def move(module, mode):
 def h200(monkeypatch):
     """The facts of an H200, and bf16 autocast, which torch.autocast refuses without a GPU."""
     monkeypatch.setattr(ops, "MODE", "auto")
-    monkeypatch.setattr(choice, "architecture", lambda: 90)
+    monkeypatch.setattr(selection, "architecture", lambda: 90)
     monkeypatch.setattr(extension, "_DEVICES", {"cuda"})
-    choice._choose.cache_clear()
+    selection._choose.cache_clear()
     torch.set_autocast_enabled("cuda", True), torch.set_autocast_dtype("cuda", torch.bfloat16)
     yield
     torch.set_autocast_enabled("cuda", False)
-    choice._choose.cache_clear()
+    selection._choose.cache_clear()
 
 
 @pytest.mark.skipif(not extension.available(torch.device("cpu")), reason="needs the extension")

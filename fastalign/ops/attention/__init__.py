@@ -1,12 +1,25 @@
-"""Attention: one function for all implementations. `backends` holds them, `choice` selects one and says why."""
+"""Attention: one function for all implementations, and the choice of one, with its reason.
+
+A name that was asked for is used if it supports the case. Otherwise, on a GPU that `python -m benchmarks.attention`
+has measured, the fastest usable one by `table.json`, which that command writes; elsewhere a rule.
+"""
+
+import json
+from functools import lru_cache
+from itertools import takewhile
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastalign.ops.attention.backends import BACKENDS, Case, Sequences
-from fastalign.ops.attention.choice import choose
+from fastalign import ops
+from fastalign.ops.attention.backends import BACKENDS, HALF, Case, Sequences
+from fastalign.utils.errors import unknown
 
-__all__ = ["BACKENDS", "Case", "Sequences", "attention", "choose"]
+__all__ = ["BACKENDS", "Case", "Sequences", "attention", "check", "choose"]
+TABLE = Path(__file__).with_name("table.json")
+"""Architecture ("sm_90") -> the environment, and milliseconds by implementation for each case."""
 
 
 def attention(
@@ -49,3 +62,85 @@ def _name(backend: str, *facts) -> str:
 
 # As torch.compiler.assume_constant_result sets it, without importing torch._dynamo.
 _name._dynamo_marked_constant = True
+
+
+class Choice(NamedTuple):
+    """The name of a backend, and the reason."""
+
+    backend: str
+    reason: str
+
+
+def architecture() -> int:
+    """90 for a GPU of sm_90; 0 without a GPU."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    return 10 * major + minor
+
+
+def choose(case: Case, wanted: str = "auto") -> Choice:
+    """The implementation for a case, if `wanted` (a name of `BACKENDS`, or "auto") supports it that one.
+
+    Raises:
+        ValueError: an unknown name, or a bias with packed sequences.
+    """
+    if case.biased and case.packed:
+        raise ValueError("attention: a bias needs dense input, got packed sequences")
+    if wanted not in ("auto", *BACKENDS):
+        check(wanted)
+    return _choose(case, wanted, ops.MODE)
+
+
+@lru_cache(maxsize=4096)
+def _choose(case: Case, wanted: str, mode: str) -> Choice:
+    arch = architecture() if case.device == "cuda" else 0
+    refusals = {name: backend.refuses(case, arch) for name, backend in BACKENDS.items()}
+    if wanted != "auto" and refusals[wanted] is None:
+        return Choice(wanted, "as configured")
+    prefix = "" if wanted == "auto" else f"{wanted} {refusals[wanted]}; "
+    times, where = _measured(case, arch)
+    if fastest := next((name for name in times if refusals[name] is None), None):
+        reason = f"{prefix}the fastest usable one of {len(times)} measured at {where}"
+        for name in takewhile(refusals.get, times):
+            reason += f"; {name}, {times[fastest] / times[name]:.2f}x as fast, {refusals[name]}"
+        return Choice(fastest, reason)
+    rule = ("triton", "sdpa", "eager") if case.capped or case.packed else ("sdpa", "triton", "eager")
+    name = next(name for name in rule if refusals[name] is None)
+    if case.device == "cpu":
+        return Choice(name, prefix + ("FASTALIGN_KERNELS=1" if name == "triton" else "the default on a CPU"))
+    kind = " and ".join(kind for kind in ("capped", "packed", "biased") if getattr(case, kind)) or "plain"
+    reason = f"the default for {kind} attention; sm_{arch} is not measured (python -m benchmarks.attention)"
+    return Choice(name, prefix + reason)
+
+
+def _measured(case: Case, arch: int) -> tuple[dict[str, float], str]:
+    """Milliseconds by implementation, the fastest first, where the table is nearest to the case, and that place.
+
+    Nearest is the same kind, then the nearest head width, then length.
+    """
+    kind = {"capped": case.capped, "packed": case.packed, "gradient": case.gradient}
+    rows = [row for row in _table().get(f"sm_{arch}", {}).get("rows", []) if kind.items() <= row.items()]
+    if case.device != "cuda" or case.biased or case.dtype not in HALF or not rows:
+        return {}, ""
+    row = min(rows, key=lambda row: (abs(row["width"] - case.width), abs(row["length"] - case.length)))
+    times = {name: ms for name, ms in row["ms"].items() if name in BACKENDS}
+    fastest_first = dict(sorted(times.items(), key=lambda item: item[1]))
+    return fastest_first, f"T {row['length']}, d {row['width']} on sm_{arch}"
+
+
+@lru_cache
+def _table() -> dict:
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
+
+
+def check(name: str) -> None:
+    """Refuse a name that does not exist or an implementation that is not installed.
+
+    Raises:
+        ValueError: with the nearest name, or how to get it.
+    """
+    if name == "auto":
+        return
+    if name not in BACKENDS:
+        raise ValueError(f"{unknown('name', name, BACKENDS)}; choose from auto, {', '.join(BACKENDS)}")
+    if missing := BACKENDS[name].missing():
+        raise ValueError(f"{name} {missing}")

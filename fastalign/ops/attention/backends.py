@@ -66,8 +66,9 @@ class Backend:
     compiles: bool = True  # without a graph break under torch.compile
 
     def missing(self) -> str | None:
-        """Why it cannot be imported, or None."""
-        return _missing(self.needs)
+        """That it is not installed, why, and how to get it; or None."""
+        why = _missing(self.needs)
+        return why and f"is not installed ({why})" + (f"; {self.get}" if self.get else "")
 
     def refuses(self, case: Case, arch: int = 0) -> str | None:
         """Why it does not support this case on a GPU of this architecture, or None."""
@@ -91,8 +92,7 @@ class Backend:
             if ops.MODE == "0":
                 return "is disabled by FASTALIGN_KERNELS=0"
             return "needs a GPU" if case.device == "cpu" else "needs the package triton"
-        missing = self.missing()
-        return missing and f"is not installed ({missing})"
+        return self.missing()
 
 
 @lru_cache
@@ -187,12 +187,6 @@ def _flash_attn(module: str, q, k, v, softcap, bias, sequences):
     return out[0] if isinstance(out, tuple) else out
 
 
-def _flex(q, k, v, softcap, bias, sequences):
-    from fastalign.ops.attention.flex import block_mask, flex
-
-    return flex(q, k, v, softcap, sequences and block_mask(sequences.bounds, len(q)))
-
-
 _SOURCE = "build it from its source, github:Dao-AILab/flash-attention"
 _WHOLE = {
     "biased": True, "packed": True, "dtypes": ANY, "cpu": True, "step": 1, "widest": 1 << 30, "archs": (0, 999)
@@ -218,11 +212,7 @@ BACKENDS = {
         partial(_flash_attn, "flash_attn.cute"), "flash_attn.cute:flash_attn_func",
         "pip install --pre flash-attn-4", archs=(90, 999), capped_arch=90, compiles=False, **_FLASH,
     ),
-    "flex": Backend(
-        _flex, "torch.nn.attention.flex_attention:flex_attention", capped=True, packed=True, dtypes=SINGLE,
-        step=1,
-    ),
     "eager": Backend(partial(_either, _eager), capped=True, **_WHOLE),
 }  # fmt: skip
 """Our kernel (triton), the definition (eager), torch's own choice (sdpa) and each of its implementations, torch's for
-packed sequences (varlen_attn), FlexAttention, and libraries that are installed separately."""
+packed sequences (varlen_attn), and libraries that are installed separately."""
