@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastalign.backbones.vit import ViT
 from fastalign.backbones.weight_files import embedded_facts
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import write_atomically, write_tensors
+from fastalign.utils.files import can_be_folder, write_atomically, write_tensors
 
 
 def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
@@ -25,7 +25,7 @@ def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
             the student started from, which an export needs to name the licence.
 
     Raises:
-        UserError: another kind of module, or a backbone whose timm name is not known.
+        UserError: another kind of module, a backbone whose timm name is not known, or `folder` is a file.
     """
     student = getattr(student, "module", student)
     vit = getattr(student, "encoder", student)
@@ -36,6 +36,7 @@ def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
         raise UserError(
             f"save_backbone: {min(taken)} is recorded of the student: name your own value otherwise"
         )
+    can_be_folder(f"save_backbone: {folder}", folder)
     write_backbone(Path(folder), vit.state_dict(), facts_text(backbone_facts(vit, **facts)))
 
 
