@@ -120,7 +120,6 @@ def resume(run: Run) -> tuple[list[Change], list[str]]:
     def compare() -> tuple[list[Change], list[str]]:
         before, now = saved["contents"], run.contents
         places = {k: "other contents" if now[k] != before[k] else None for k in now.keys() & before.keys()}
-        places |= {k: source.differs_from(before[k]) for k, source in run.sources.items() if k in before}
         return changed_settings(saved, path, run.config, places, finished=run.finished)
 
     changes, moved = on_first_rank(run.world, compare)

@@ -108,7 +108,7 @@ class Run:
 
     def _contents(self) -> dict[str, Any]:
         """Fingerprints of what the paths of the configuration hold, by key."""
-        found: dict[str, Any] = {key: source.identity for key, source in self.sources.items()}
+        found: dict[str, Any] = {key: source.crc_of_names() for key, source in self.sources.items()}
         for section in ("student", "teacher"):
             weights = getattr(self.config, section).weights
             if weights not in (None, "pretrained", "random"):
