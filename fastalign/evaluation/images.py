@@ -30,7 +30,6 @@ from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.metrics import mean_and_spread
 from fastalign.training.optim import learning_rate
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import can_be_folder
 from fastalign.utils.random import permutation
 
 RESULTS = "classify.json"
@@ -248,7 +247,6 @@ def classify(
     facts = {"command": command, **_facts(backbone, chosen, about)}
     folder = Path(output) if output else None
     if folder:
-        can_be_folder(f"--output {folder}", folder)
         check_output(folder / RESULTS, facts)
     identity = {key: facts[key] for key in ("settings", "backbone")} | {
         "data": described,
