@@ -234,12 +234,11 @@ class Config(Section):
             for key in ("name", "weights", "pretrained", "checkpoint"):
                 if key in kwargs:
                     raise ValueError(f"{name}.kwargs.{key}: write {name}.name and {name}.weights instead")
-        if student.name.startswith("svit_"):  # the student's cap has a key of its own
-            name = student.name.removeprefix("s")
-            raise ValueError(f"student.name=s{name}: write {name} and student.softcap={AUTHORS_SOFTCAP:g}")
+        plain = f"{student.name[1:]} and student.softcap={AUTHORS_SOFTCAP:g}"
         prefix, freeze, mim = teacher.prefix_only, student.freeze, self.objective == "mim"
         size, uniform = optim.batch_size, masks.distribution == "uniform"
         broken = {
+            f"student.name={student.name}: write {plain}": student.name.startswith("svit_"),
             f"optim.batch_size {size} is not a multiple of optim.accumulate": size % optim.accumulate,
             "optim.warmup_epochs must not exceed optim.epochs": optim.warmup_epochs > optim.epochs,
             "teacher.prefix_only requires teacher.skip_blocks=0": prefix and teacher.skip_blocks,
