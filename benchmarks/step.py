@@ -82,11 +82,11 @@ def show(row: dict) -> None:
     )
 
 
-def warm(rows: Iterable[Row], batch: int | None, device: torch.device) -> list[dict]:
+def warm(rows: Iterable[Row], device: torch.device) -> list[dict]:
     """One step of each row; its seconds or the reason of a failure."""
     found = []
     for row in rows:
-        bench, why = attempt(Measured, row, batch or row.default_batch, device)
+        bench, why = attempt(Measured, row, row.default_batch, device)
         found.append({"row": str(row), **({"failed": why} if why else {"first_step_s": bench.first})})
         print(*found[-1].values(), flush=True)
         del bench
@@ -146,7 +146,6 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     """Measure, print, write."""
     parser = record.parser("step", __doc__, "a tiny model, eager")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="B/16-224, or B/16-224:zero:30:compiled")
-    parser.add_argument("--batch", type=int, help="images per step; default by backbone")
     parser.add_argument("--missing", action="store_true", help="only rows without a figure of this GPU")
     parser.add_argument("--warm", action="store_true", help="compile each row and take one step")
     parser.add_argument("--ratios", action="store_true", help="a ViT-S on a CPU, in ratios")
@@ -165,13 +164,13 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     if options.missing:
         rows = missing(rows)
     if options.warm:
-        return warm(rows, options.batch, device)
+        return warm(rows, device)
     results = []
     # One soft-cap at a time: the rows of a backbone do not fit into memory together.
     for _, rows_of_cap in itertools.groupby(rows, lambda row: (row.backbone, row.softcap)):
         group = list(rows_of_cap)
         how = {"rounds": 2, "steps": 1} if options.tiny else {"save": partial(record.write, "step", key=KEY)}
-        found = measure(group, options.batch or group[0].default_batch, device, **how)
+        found = measure(group, group[0].default_batch, device, **how)
         for row in found:
             show(row)
         results += found
