@@ -102,13 +102,7 @@ def test_a_row_that_fails_is_named_and_the_others_continue(monkeypatch):
     assert [rows[0]["steps"] for rows in saved] == [1, 2]
 
 
-def test_rows_by_name(monkeypatch):
-    modes = [("zero", "compiled"), ("baseline", "compiled"), ("drop", "compiled"), ("baseline", "eager")]
-    assert step.parse("B/16-224") == [Row("B/16-224", mode, 30.0, compiled) for mode, compiled in modes]
-    assert step.parse("L/14-336:drop:none:blocks") == [Row("L/14-336", "drop", None, "blocks")]
-    for text, message in (("B/32", "unknown backbone B/32"), ("B/16-224:x:30:eager", "expected BACKBONE")):
-        with pytest.raises(SystemExit, match=message):
-            step.parse(text)
+def test_rows_that_were_measured_are_not_missing(monkeypatch):
     rows = step.every_row("B/16-224")
     assert len(rows) == len(set(rows)) == 15
     monkeypatch.setattr(record, "environment", lambda: {"gpu": "G", "cpu": "C", "commit": "a", "date": "b"})
@@ -119,7 +113,7 @@ def test_rows_by_name(monkeypatch):
     assert step.missing(rows) == rows
 
 
-def test_ratios_on_a_cpu(capsys, monkeypatch):
+def test_ratios_on_a_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="needs a GPU"):
         step.main([])
@@ -127,7 +121,6 @@ def test_ratios_on_a_cpu(capsys, monkeypatch):
     assert rows[0]["speedup"] == 1
     assert {row["mode"] for row in rows} == {"baseline", "zero", "drop"}
     assert all(row["speedup"] > 0 and row["matmul_share"] > 0 for row in rows)
-    assert "images/s" not in capsys.readouterr().out
 
 
 def test_earlier_rows_of_the_same_machine_stay(monkeypatch):
@@ -175,7 +168,6 @@ def test_the_summary_of_operations():
     assert "| pack: least share of the copy bandwidth | 0.80 | >= 0.85 |" in text
     assert "| pack: least speed over torch.compile | 0.99 | >= 1 |" in text
     assert "| attention, T 577 d 64 cap: over FlexAttention | 1.60 | >= 1.5 |" in text
-    assert "| attention, T 577 d 64 cap packed: over FlexAttention | not measured | >= 1.5 |" in text
 
 
 @pytest.mark.slow
@@ -202,26 +194,6 @@ def test_fp8():
         assert 0 < 3 * bf16 < reduced < 0.1
 
 
-def test_padding_is_not_a_target(monkeypatch):
-    """The error does not depend on the length of the packed rows."""
-    vit, images = fp8.random_batch("vit_tiny_patch16_224", torch.device("cpu"), 2, img_size=32, depth=2)
-    randomise(vit)  # otherwise padding is zero
-    packed, lengths = fa.UniformMasks.packed, []
-
-    def longer(masks, ids, grid, prefix):
-        visible, packing = packed(masks, ids, grid, prefix)
-        lengths.append(len(packing.indices))
-        return visible, fa.ops.pack_masks(visible, prefix, 20 * lengths[-1])
-
-    wanted = fp8.errors(vit, images, "drop")
-    monkeypatch.setattr(fa.UniformMasks, "packed", longer)
-    found = fp8.errors(vit, images, "drop")
-    assert lengths
-    for row, other in zip(wanted, found, strict=True):
-        assert other["relative_error"] == pytest.approx(row["relative_error"], rel=0.02)
-        assert other["error_over_variance"] == pytest.approx(row["error_over_variance"], rel=0.04)
-
-
 def test_export():
     rows = {row["target"]: row for row in export.main(["--tiny"])}
     assert set(rows) == {"timm", "hf-clip", "open-clip", "onnx"}
@@ -234,14 +206,11 @@ def test_masks():
     assert masks.main(["--tiny"]) is not None
 
 
-def test_the_pipelines_take_turns(capsys, tmp_path):
+def test_the_pipelines_take_turns():
     cores = os.sched_getaffinity(0)
     (row,) = data.main(["--tiny"])
     assert os.sched_getaffinity(0) == cores
-    assert row["threads"] == 1
     assert row["ratio"] > 0
-    assert "1 threads: " in capsys.readouterr().out
-    assert not list(tmp_path.glob("*.json"))
     with pytest.raises(SystemExit):
         data.main(["--threads", "100000"])
 
