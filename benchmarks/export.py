@@ -93,23 +93,21 @@ def run_cards(exports: dict[str, Path], images: Tensor, folder: Path) -> dict[st
 
 
 def measure(name: str, **kwargs) -> list[dict]:
-    """A row per target: the largest relative error of a token, with the cap (None: refused) and without."""
+    """A row per target: the largest relative error of a token, with the cap and without."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_run(folder / "run", name, **kwargs)
         run = read_run(folder / "run")
         vit, images, wanted, exports = run.vit, noise(run.vit), {}, {}
         rows = {
-            target: {"backbone": name, "target": target, "capped": None}
+            target: {"backbone": name, "target": target}
             for target in TARGETS
-            if target != "prismatic" and not TARGETS[target].misfits(run)  # its files are those for timm
+            if target != "prismatic" and not TARGETS[target].misfits(run.vit)  # its files are those for timm
         }
         for column, softcap in (("capped", vit.softcap), ("plain", None)):
             vit.softcap = softcap
             wanted[column] = vit.forward_features(images).detach()
             for target in rows:
-                if softcap is not None and TARGETS[target].how_capped is None:
-                    continue
                 output = folder / f"{target}-{column}"
                 export(folder / "run", target, output=output, drop_softcap=softcap is None)
                 exports[output.name] = output
@@ -119,7 +117,7 @@ def measure(name: str, **kwargs) -> list[dict]:
     return list(rows.values())
 
 
-COLUMNS = {"timm": "timm", "hf-": "transformers", "open-clip": "open_clip", "onnx": "onnx"}
+COLUMNS = {"timm": "timm", "hf-": "transformers", "onnx": "onnx"}
 """Titles of the table by the beginning of a target's name."""
 
 
@@ -130,8 +128,8 @@ def line(rows: list[dict]) -> list[str]:
     return [rows[0]["backbone"], *cells]
 
 
-def _figure(error: float | None) -> str:
-    return "refused" if error is None else f"{error:.1e}".replace("0.0e+00", "0")
+def _figure(error: float) -> str:
+    return f"{error:.1e}".replace("0.0e+00", "0")
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:

@@ -20,7 +20,7 @@ from fastalign.training.dry_run import dry_run, set_micro_batch
 from fastalign.training.faults import handle_status, prepare_logs, report_bad_validation_samples
 from fastalign.training.hang import WAITING, collective_timeout
 from fastalign.training.metrics import Speed
-from fastalign.training.optim import seed_update, step_unless
+from fastalign.training.optim import seed_update
 from fastalign.training.reporter import Reporter, end_lines, start_lines
 from fastalign.training.run import Run, itstime
 from fastalign.training.status import StepStatus
@@ -65,7 +65,8 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
         state.step + 1, torch.cat(ids).numpy(), tuple(bad), run.stop_reason, run.checkpoint_overdue
     )
     loss, skip = run.status.exchange(total, norm, own)
-    step_unless(run.optimizer, skip)
+    run.optimizer.found_inf = skip.float()  # read on the device: a skipped update leaves weights and moments
+    run.optimizer.step()
     run.optimizer.zero_grad()
     if run.average:
         run.average.update()

@@ -37,11 +37,11 @@ def test_a_failing_step_is_reported_and_counts(capsys, monkeypatch):
 
 
 def test_another_project_under_a_known_name_is_recognised(tmp_path, monkeypatch):
-    (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").write_text("")
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "apex", raising=False)
-    assert any(line.startswith("apex: another project") for line in doctor.optional())
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    assert any(line.startswith("wandb: another project") for line in doctor.optional())
 
 
 def test_tested_versions_are_those_of_the_constraints():

@@ -19,7 +19,6 @@ from fastalign.config import Config, load_config
 from fastalign.method.flops import flops_per_image
 from fastalign.method.objectives import MaskedImageModeling, MaskEmbed
 from fastalign.training.build import build_objective
-from fastalign.training.optim import adamw
 from tests.reference_recipes import FILES, data_folder, reference_keys
 
 ROOT = Path(__file__).parents[1]
@@ -205,7 +204,8 @@ def take_a_step(config: Config) -> MaskEmbed | MaskedImageModeling:
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     before = [parameter.detach().norm() for parameter in trained]
     optim = config.optim
-    optimizer = adamw(trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+    options = {"lr": optim.lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
+    optimizer = torch.optim.AdamW(trained, fused=True, **options)
     images = torch.randn(2, 3, *objective.teacher.spec.image_size)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss = objective(images, torch.arange(2))

@@ -4,6 +4,7 @@ Refused as not supported: a module of a type outside `_MODULES`, an option that 
 other keys or shapes than ours.
 """
 
+import copy
 from dataclasses import replace
 
 import timm
@@ -11,11 +12,11 @@ import torch
 from timm import layers
 from timm.layers import activations
 from timm.models import beit, deit, eva, get_model_input_config, vision_transformer
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from fastalign.backbones import naflex
 from fastalign.backbones.moco import MoCoViT
-from fastalign.backbones.rope import read_position
 from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
 from fastalign.utils.errors import UserError
@@ -54,13 +55,7 @@ _MODULES = {
 
 
 def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
-    """Our backbone from a timm model, whose parameters it shares.
-
-    Args:
-        source: the timm model, on any device.
-        recipe: its name and arguments for `fastalign.create_backbone`, where known.
-        **changes: fields of `ViTSpec` that timm's modules do not show.
-    """
+    """Our backbone from a timm model, whose parameters it shares; `changes` are fields of `ViTSpec`."""
     spec, flexible = replace(describe(source), **changes), isinstance(source, naflex.NaFlexVit)
     if recipe and flexible and spec.position:
         table = {"pos_embed": "learned", "pos_embed_grid_size": list(spec.grid)}
@@ -142,6 +137,23 @@ def describe(source: nn.Module) -> ViTSpec:
         pool_prefix=getattr(source, "pool_include_prefix", mapped),
         fresh_norm_eps=fresh[0] if fresh else 1e-6,
     )
+
+
+def read_position(rope: nn.Module, spec: ViTSpec) -> Tensor:
+    """The table of timm's module for the grid, as `rotate` takes it; of its mixed rope the coordinates, [2, T].
+
+    Prefix tokens have the angle 0.
+    """
+    if spec.rotary_mixed:
+        sides = [torch.arange(side, dtype=torch.float32, device=rope.freqs.device) for side in spec.grid]
+        coordinates = torch.cartesian_prod(*sides).T
+        coordinates = coordinates.flip(0) if rope.grid_indexing == "xy" else coordinates
+        return functional.pad(coordinates, (spec.prefix, 0))
+    rope = copy.deepcopy(rope).eval()  # without the augmentation of training
+    angles = slice(rope.dim // 2) if rope.rotate_half else slice(0, None, 2)  # timm repeats each
+    sines, cosines = (part[:, angles] for part in rope.get_embed(spec.grid).chunk(2, 1))
+    rows = (0, 0, spec.prefix, 0)
+    return torch.cat([functional.pad(sines, rows), functional.pad(cosines, rows, value=1)], 1).unsqueeze(0)
 
 
 def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:

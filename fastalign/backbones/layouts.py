@@ -45,7 +45,7 @@ attn_pool.norm.       attn_pool.layernorm.       head.layernorm.
 attn_pool.mlp.fc1.    attn_pool.mlp.c_fc.        head.mlp.fc1.
 attn_pool.mlp.fc2.    attn_pool.mlp.c_proj.      head.mlp.fc2.
 """
-"""Names outside of the blocks. Those of pooling in open_clip's column are Perception Encoder's."""
+"""Names outside of the blocks. Those of pooling and LayerScale in open_clip's column are Perception Encoder's."""
 _BLOCK = """
 timm          open_clip        CLIP                  ViT                          DINOv3
 norm1.        ln_1.            layer_norm1.          layernorm_before.            norm1.
@@ -61,10 +61,8 @@ mlp.fc1_g.    -                -                     -                          
 mlp.fc1_x.    -                -                     -                            mlp.up_proj.
 mlp.fc1.      mlp.c_fc.        -                     intermediate.dense.          mlp.up_proj.
 mlp.fc2.      mlp.c_proj.      -                     output.dense.                mlp.down_proj.
-ls1.gamma     ls_1.gamma       -                     -                            -
-ls2.gamma     ls_2.gamma       -                     -                            -
-gamma_1       -                -                     -                            layer_scale1.lambda1
-gamma_2       -                -                     -                            layer_scale2.lambda1
+gamma_1       ls_1.gamma       -                     -                            layer_scale1.lambda1
+gamma_2       ls_2.gamma       -                     -                            layer_scale2.lambda1
 """
 """Names within a block; the first row that fits applies. "-" = as timm's, or not there."""
 
@@ -145,7 +143,6 @@ HF_ACTIVATIONS["gelu_tanh"] = "gelu_pytorch_tanh"
 READ = ", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))
 """The supported layouts, for messages."""
 
-_DINOV3_UNREAD = re.compile(r"(mask_token|rope_embed\.|local_cls_norm\.|projectors\.).*|.*\.bias_mask")
 _CHUNKED = re.compile(r"blocks\.\d+\.(\d+\.)")
 
 
@@ -187,16 +184,11 @@ def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         if (joint := state.pop(f"attn_pool.in_proj.{kind}", None)) is not None:
             width = len(joint) // 3
             state[f"attn_pool.q.{kind}"], state[f"attn_pool.kv.{kind}"] = joint[:width], joint[width:]
-    if "storage_tokens" in state:  # Meta's DINOv3; a mask removes the bias of its keys
-        state["reg_token"] = state.pop("storage_tokens")
-        for bias in [key.removesuffix("_mask") for key in state if key.endswith(".bias_mask")]:
-            query, key, value = state[bias].chunk(3)
-            state[bias] = torch.cat([query, torch.zeros_like(key), value])
-        state = {key: value for key, value in state.items() if not _DINOV3_UNREAD.fullmatch(key)}
-    if "register_tokens" in state:  # with them timm's models have no position for the class token
-        state["reg_token"] = state.pop("register_tokens")
-        state["cls_token"] = state["cls_token"].float() + state["pos_embed"][:, :1].float()
-        state["pos_embed"] = state["pos_embed"][:, 1:]
+    if (
+        "storage_tokens" in state
+    ):  # Meta's DINOv3; timm would drop biases that the model lacks, without a message
+        for key in [key for key in state if key.endswith(".attn.qkv.bias")]:
+            state[key.replace("qkv.", "q_")], _, state[key.replace("qkv.", "v_")] = state.pop(key).chunk(3)
     return {_CHUNKED.sub(r"blocks.\1", key): value for key, value in state.items()}
 
 

@@ -32,8 +32,6 @@ def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
     vit = getattr(vit, "_orig_mod", vit)
     if not isinstance(vit, ViT):
         raise UserError(f"save_backbone: got {type(vit).__name__}; give a student or a fastalign backbone")
-    if any(value.is_meta for value in vit.parameters()):
-        raise UserError("save_backbone: the backbone is on the meta device, without weights: load them first")
     if taken := facts.keys() & {"name", "kwargs", "softcap", "norm_eps"}:
         raise UserError(
             f"save_backbone: {min(taken)} is recorded of the student: name your own value otherwise"

@@ -1,12 +1,14 @@
 """timm models: by name, checked before any weights are read; or a user's, with the name that builds it again."""
 
 import copy
+import json
 
 import timm
 import torch
+from timm.models import get_model_args
 from torch import nn
 
-from fastalign.backbones import naflex
+from fastalign.backbones.accelerate import accelerated
 from fastalign.backbones.describe import describe, from_timm
 from fastalign.backbones.spec import ViTSpec
 from fastalign.backbones.vit import ViT
@@ -14,11 +16,6 @@ from fastalign.utils.errors import UserError, first_line, unknown
 
 _FAMILIES = ("vision_transformer", "deit", "beit", "eva", "naflexvit", "moco")
 """timm's modules with supported architectures, and ours."""
-_NOT_SETTINGS = {
-    *("training", "grad_checkpointing", "num_classes", "init_values", "drop_prob", "scale_by_keep", "p"),
-    *("dynamic_img_size", "strict_img_size", "flatten", "output_fmt", "feat_shape", "pos_embed_grid_size"),
-}
-"""Attributes of timm's modules that may differ between two models of one name and arguments."""
 
 
 def empty_model(name: str, kwargs: dict) -> nn.Module:
@@ -48,27 +45,20 @@ def create_timm(name: str, kwargs: dict, pretrained: bool = False) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:
         if pretrained:
-            remedy = "check the network, or give a file or random weights: student.weights=FILE or random"
-            raise UserError(
-                f"cannot load the published weights of {name!r} ({first_line(error)}): {remedy} (in Python "
-                "checkpoint=FILE)"
-            ) from error
-        known = timm.list_pretrained(name.split(".")[0] + ".*")
-        remedy = f"correct its arguments {kwargs}"
-        if "." in name and name not in known:
-            remedy = f"weights known for it: {', '.join(known[:4]) or 'none'}"
+            remedy = (
+                "check the network, or set student.weights to a file or random (in Python checkpoint=FILE)"
+            )
+            problem = f"cannot load the published weights of {name!r} ({first_line(error)})"
+            raise UserError(f"{problem}: {remedy}") from error
+        remedy = f"correct its tag or its arguments {kwargs}"
         raise UserError(f"backbone {name}: {first_line(error)}; {remedy}") from error
 
 
 def from_model(model: nn.Module) -> ViT:
     """A copy of a user's timm model on our parts."""
-    for inner in ("module", "_orig_mod"):
-        if isinstance(getattr(model, inner, None), nn.Module):
-            raise UserError(f"the model is wrapped in {type(model).__name__}: give model.{inner}")
+    if accelerated(model):
+        raise UserError("the model's attention is replaced: restore timm's with accelerate(model, undo=True)")
     for path, part in model.named_modules():
-        if type(part).__module__.startswith("fastalign."):
-            name = f"{path or 'the model'} is fastalign's {type(part).__name__}"
-            raise UserError(f"{name}: give timm's own model, which accelerate(model, undo=True) restores")
         if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
             raise UserError(f"{path or 'the model'} has hooks or its own forward: remove them")
     vit = from_timm(model, _recipe_of(model, describe(model)))
@@ -76,7 +66,7 @@ def from_model(model: nn.Module) -> ViT:
 
 
 def _recipe_of(model: nn.Module, spec: ViTSpec) -> dict | None:
-    """The name and arguments that build a timm model of the same shape and settings; None if they are not found."""
+    """The name and arguments that build a model of the same shape, which timm records; None if they are not known."""
     config = getattr(model, "pretrained_cfg", None) or {}
     architecture = config.get("architecture")
     if not architecture or not timm.is_model(architecture):
@@ -84,44 +74,13 @@ def _recipe_of(model: nn.Module, spec: ViTSpec) -> dict | None:
     name = f"{architecture}.{config.get('tag')}"
     name = name if name in timm.list_pretrained(f"{architecture}.*") else architecture
     try:
-        usual = _arguments(describe(empty_model(name, {"num_classes": 0})))
-        kwargs = {key: value for key, value in _arguments(spec).items() if value != usual[key]}
-        made = empty_model(name, {"num_classes": 0, **kwargs, **naflex.table_arguments(model.state_dict())})
-    except UserError:
+        plain = empty_model(name, {"num_classes": 0})
+        usual = get_model_args(plain)
+        kwargs = {k: v for k, v in get_model_args(model).items() if k not in usual or v != usual[k]}
+        kwargs["num_classes"] = getattr(model.head, "out_features", 0)
+        if spec.depth != kwargs.get("depth", len(plain.blocks)):  # the user cut it
+            kwargs["depth"] = spec.depth
+        recipe = {"name": name, "kwargs": json.loads(json.dumps(kwargs))}
+        return recipe if describe(empty_model(**recipe)) == spec else None
+    except (UserError, TypeError):  # an argument that is no JSON value
         return None
-    if describe(made) != spec or _settings(made) != _settings(model):
-        return None
-    return {"name": name, "kwargs": {"num_classes": getattr(model.head, "out_features", 0), **kwargs}}
-
-
-def _arguments(spec: ViTSpec) -> dict:
-    """timm's arguments that a shape shows."""
-    block = spec.block
-    sizes = {"img_size": spec.image_size, "patch_size": spec.patch_size}
-    return {
-        **{key: size[0] if size[0] == size[1] else list(size) for key, size in sizes.items()},
-        "in_chans": spec.channels,
-        "depth": spec.depth,
-        "embed_dim": block.width,
-        "num_heads": block.heads,
-        "mlp_ratio": block.mlp_hidden / block.width,
-        "init_values": block.layer_scale,
-        "global_pool": "" if spec.pool == "none" else spec.pool,
-        "class_token": spec.class_token,
-        "reg_tokens": spec.registers,
-        "no_embed_class": not spec.position_prefix,
-        "qkv_bias": block.qkv_bias,
-        "qk_norm": block.qk_norm,
-        "act_layer": block.activation,
-    }
-
-
-def _settings(model: nn.Module) -> dict:
-    """What decides a timm model's function besides its parameters, by path."""
-    return {
-        f"{path}.{key}": value
-        for path, part in model.named_modules()
-        for key, value in vars(part).items()
-        if isinstance(value, (bool, int, float, str, tuple)) and path not in ("head", "head_dist")
-        if key not in _NOT_SETTINGS and not key.startswith("_")
-    }

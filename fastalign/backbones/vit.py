@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastalign import ops
-from fastalign.backbones.blocks import Block, PatchEmbed, make_norm
-from fastalign.backbones.rope import MixedRope, pack_table
+from fastalign.backbones.blocks import Block, MixedRope, PatchEmbed, make_norm, pack_table
 from fastalign.backbones.spec import ViTSpec
 from fastalign.ops.attention import Sequences
 from fastalign.ops.reference import Packing, with_prefix

@@ -3,7 +3,6 @@
 import argparse
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import safetensors.torch
 import torch
 
 from fastalign.backbones import layouts
-from fastalign.backbones.spec import ViTSpec, check_softcap
 from fastalign.utils.errors import UserError, first_line
 from fastalign.utils.paths import user_path
 
@@ -146,47 +144,21 @@ def find_facts(path: Path) -> dict | None:
         name, softcap = kwargs.pop("architecture", config["architecture"]), kwargs.pop("softcap", None)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # of another library
-    return {"name": name, "kwargs": kwargs, "softcap": check_softcap(softcap, f"{path}: ")}
+    return {"name": name, "kwargs": kwargs, "softcap": softcap}
 
 
 def _parsed(text: str | bytes, path: Path) -> dict:
     try:
         facts = json.loads(text)
-        facts["name"] + "", {**facts["kwargs"]}, check_softcap(facts["softcap"], f"{path}: ")
+        return facts | {"name": facts["name"], "kwargs": dict(facts["kwargs"]), "softcap": facts["softcap"]}
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from error
-    return facts
 
 
 def vision_config(path: Path) -> dict[str, Any]:
     """The vision model in transformers' config.json, with transformers' defaults."""
     config = read_json(path) if path.is_file() else {}
-    config = config if isinstance(config, dict) and "model_type" in config else {}
-    vision = config.get("vision_config", config)
-    if not isinstance(vision, dict):
+    if "model_type" not in config:
         return {}
-    kind = vision.get("model_type", f"{config.get('model_type')}_vision_model")
-    return HF_DEFAULTS.get(str(kind), {}) | vision
-
-
-def recorded_grid(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Patches along height and width of transformers' position tables; SigLIP 2 records no image size."""
-    sizes = [config.get(key) for key in ("image_size", "patch_size")]
-    sizes = [[size, size] if isinstance(size, int) else size for size in sizes]
-    if not all(isinstance(size, list) and len(size) == 2 and all(size) for size in sizes):
-        return None
-    (height, width), (rows, columns) = sizes
-    return height // rows, width // columns
-
-
-def check_config(spec: ViTSpec, config: Mapping[str, Any], path: str) -> None:
-    """Compare a backbone with what transformers' config.json says and weights do not show."""
-    timms = {theirs: timm for timm, theirs in layouts.HF_ACTIVATIONS.items()}
-    activation = layouts.HF_ACTIVATIONS[spec.block.activation]
-    for key, argument, ours in (
-        ("num_attention_heads", "num_heads", spec.block.heads),
-        ("hidden_act", "act_layer", activation),
-    ):
-        if (theirs := config.get(key, ours)) != ours:
-            remedy = f"give the right name, or {argument}={timms.get(theirs, theirs)}"
-            raise UserError(f"{path}: config.json has {key}={theirs}, the backbone has {ours}: {remedy}")
+    vision = config.get("vision_config", config)
+    return HF_DEFAULTS.get(vision.get("model_type", f"{config['model_type']}_vision_model"), {}) | vision

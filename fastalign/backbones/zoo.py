@@ -16,8 +16,14 @@ from fastalign.backbones.moco import MOCO as MOCO
 from fastalign.backbones.spec import split_svit
 from fastalign.backbones.timm_models import create_timm, empty_model, from_model
 from fastalign.backbones.vit import ViT
-from fastalign.backbones.weight_files import check_config, read_facts
-from fastalign.backbones.weights import Checkpoint, misfit, read_checkpoint, table_grid, timm_state
+from fastalign.backbones.weight_files import read_facts
+from fastalign.backbones.weights import (
+    Checkpoint,
+    misfit,
+    read_checkpoint,
+    table_grid,
+    timm_state,
+)
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
 
@@ -93,7 +99,6 @@ def _from_checkpoint(name: str, kwargs: dict, template: nn.Module, found: Checkp
         kwargs = {**kwargs, "global_pool": ""}  # a student has no pooling
         template = empty_model(name, kwargs)
     state, spec = timm_state(found, template, path), describe(template)
-    check_config(spec, found.config or {}, path)
     stored, grid = naflex.table_arguments(state), spec.grid
     if not stored:
         grid = found.grid or table_grid(state, spec, path)

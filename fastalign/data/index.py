@@ -4,15 +4,14 @@ Names are one blob of bytes with int64 offsets, memory-mapped from the cache: 13
 every process more than a gigabyte.
 """
 
-import contextlib
 import fcntl
 import hashlib
 import os
-import sys
 import time
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +26,12 @@ _SUFFIXES = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
 # A directory that changes twice within one tick of its file system's clock keeps its mtime, so a list made this soon
 # after a change is not cached.
 _SETTLE_NS = 2_000_000_000
-_LINE_SECONDS = 10  # between two lines about the progress of a scan
 
 Index = dict[str, np.ndarray]
-"""What is known of a data set, as [n] uint8 and int64 arrays. A list of names is two of them, see `pack`."""
+"""What is known of a data set, as [n] uint8 and int64 arrays. A list of names is two of them, see `pack`.
+
+`places_names`, `places_offsets`, `mtimes`: the directories or shards that it was read from, and their times in ns.
+"""
 
 
 def pack(names: Iterable[bytes], key: str = "") -> Index:
@@ -66,68 +67,55 @@ def is_image(name: bytes) -> bool:
     return not any(part.startswith(b".") and part not in (b".", b"..") for part in name.split(b"/"))
 
 
-def _walk(root: str) -> Iterator[tuple[bytes, int, list[bytes]]]:
-    """Each directory below `root`, depth first: name, mtime in ns and images; names relative to `root`, sorted."""
-    stack: list[tuple[bytes, tuple]] = [(b"", ())]
-    while stack:
-        relative, ancestors = stack.pop()
-        path = os.path.join(os.fsencode(root), relative)  # noqa: PTH118
-        status = os.stat(path)  # noqa: PTH116
-        inode = (status.st_dev, status.st_ino)
-        if inode in ancestors:
-            continue  # a link to a directory that contains it
-        prefix = relative + b"/" if relative else b""
-        images, folders = [], []
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith(b"."):
-                    continue
-                if entry.is_dir():
-                    folders.append(prefix + entry.name)
-                elif is_image(entry.name):
-                    images.append(prefix + entry.name)
-                elif entry.is_symlink():
-                    os.stat(entry.path)  # noqa: PTH116, fails if it is to a folder that is not mounted
-        yield relative, status.st_mtime_ns, sorted(images)
-        stack += [(name, (*ancestors, inode)) for name in sorted(folders, reverse=True)]
-
-
-def _scan_folder(root: str) -> Index:
-    directories, mtimes = [], array("q")
+def scan_folder(root: str) -> Index:
+    """The images below a folder as `names` relative to it, sorted in each directory, depth first."""
+    folders, mtimes = [], array("q")
 
     def images() -> Iterator[bytes]:
-        count, shown = 0, time.monotonic()
-        for directory, mtime, found in _walk(root):
-            directories.append(directory)
-            mtimes.append(mtime)
-            yield from found
-            count += len(found)
-            if time.monotonic() - shown > _LINE_SECONDS:
-                shown = time.monotonic()
-                print(f"indexing {root}: {count} images so far", file=sys.stderr, flush=True)
+        stack: list[tuple[bytes, tuple]] = [(b"", ())]
+        while stack:
+            folder, ancestors = stack.pop()
+            path, prefix = os.fsencode(root) + b"/" + folder, folder + b"/" if folder else b""
+            status = os.stat(path)  # noqa: PTH116
+            inode = (status.st_dev, status.st_ino)
+            if inode in ancestors:
+                continue  # a link to a directory that contains it
+            folders.append(path)
+            mtimes.append(status.st_mtime_ns)
+            found, inside = [], []  # names relative to root
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if entry.name.startswith(b"."):
+                        continue
+                    if entry.is_dir():
+                        inside.append(prefix + entry.name)
+                    elif is_image(entry.name):
+                        found.append(prefix + entry.name)
+                    elif entry.is_symlink():
+                        os.stat(entry.path)  # noqa: PTH116, fails if it is to a folder that is not mounted
+            yield from sorted(found)
+            stack += [(name, (*ancestors, inode)) for name in sorted(inside, reverse=True)]
 
     try:
         index = pack(images())
     except OSError as error:
         path = os.fsdecode(error.filename)
         raise UserError(f"cannot read {path}: {error.strerror}; repair, mount or remove it") from error
-    return index | pack(directories, "tree_") | {"mtimes": np.frombuffer(mtimes, np.int64)}
+    return index | pack(folders, "places_") | {"mtimes": np.frombuffer(mtimes, np.int64)}
 
 
-def index_folder(root: str) -> Index:
-    """The images below a folder, depth first, as `names` relative to it; from the cache if no directory changed."""
-
-    def is_current(index: Index) -> bool:
-        pairs = zip(Names(index, "tree_"), index["mtimes"].tolist(), strict=True)
-        with contextlib.suppress(OSError):
-            return all((Path(root) / folder).stat().st_mtime_ns == mtime for folder, mtime in pairs)
-        return False
-
-    return cached_index(f"folder:{root}", is_current, lambda: _scan_folder(root))
+def _is_current(index: Index) -> bool:
+    with suppress(OSError):
+        pairs = zip(Names(index, "places_"), index["mtimes"].tolist(), strict=True)
+        return all(Path(place).stat().st_mtime_ns == mtime for place, mtime in pairs)
+    return False
 
 
-def cached_index(key: str, is_current: Callable[[Index], bool], scan: Callable[[], Index]) -> Index:
-    """The index that `scan` makes, or the cached one if `is_current`. It is cached if all its `mtimes` are old."""
+def cached_index(key: str, scan: Callable[[], Index]) -> Index:
+    """The index that `scan` makes, or the cached one if the times of all its places are the same.
+
+    It is cached if they are old.
+    """
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256(os.fsencode(f"{IMAGE_EXTENSIONS} {key}")).hexdigest()
@@ -136,15 +124,15 @@ def cached_index(key: str, is_current: Callable[[Index], bool], scan: Callable[[
     except (OSError, RuntimeError):  # no cache, or no home folder
         return scan()
     with locked:
-        with contextlib.suppress(OSError):  # of a file system without locks
+        with suppress(OSError):  # of a file system without locks
             # One process of a machine scans while the others wait for its index.
             fcntl.flock(locked, fcntl.LOCK_EX)
         index = _load(file)
-        if index is None or not is_current(index):
+        if index is None or not _is_current(index):
             start = time.time_ns()
             index = scan()
             if start - index["mtimes"].max() > _SETTLE_NS:
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     write_tensors(file, {name: torch.from_numpy(values) for name, values in index.items()})
                     index = _load(file) or index  # processes of a machine share mapped pages
     return index

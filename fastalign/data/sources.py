@@ -4,28 +4,24 @@ A source is a list: a sample's id is its index in the source's sorted order, whi
 """
 
 import csv
-import io
 import os
 import re
 import stat
 import zlib
-from collections.abc import Callable
-from contextlib import nullcontext
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.data.index import IMAGE_EXTENSIONS, Names, index_folder, is_image
-from fastalign.data.tars import class_of, expand_shards, index_tars, is_tar, read_classes
+from fastalign.data.index import IMAGE_EXTENSIONS, Names, cached_index, is_image, scan_folder
+from fastalign.data.tars import class_of, expand_shards, is_tar, read_classes, scan_shards
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
 from fastalign.utils.random import Stream, random_uniform
 
 MAX_IMAGE_BYTES = 256 * 1024 * 1024
-_OPEN_SHARDS = 256
 _EXTENSIONS = " ".join(IMAGE_EXTENSIONS)
 
 
@@ -47,6 +43,10 @@ class Source:
 
     root: str | None = None
     damaged: tuple[tuple[str, str], ...] = ()
+
+    def location(self, index: int) -> str:
+        """A sample's path, for messages."""
+        return f"{self.root}/{self.name(index)}" if self.root else self.name(index)
 
     @cached_property
     def identity(self) -> dict[str, int | list[int]]:
@@ -112,26 +112,20 @@ class SyntheticSource(Source):
         return (waves[..., :height, None] * waves[..., None, height:]).to(dtype)
 
 
-def _open(path: str) -> io.FileIO:
-    # O_NONBLOCK: opening a pipe would wait for a writer.
-    return open(path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
-
-
-def _read(
-    path: str, name: str, offset: int = 0, size: int | None = None, open_file: Callable = _open
-) -> np.ndarray:
+def _read(path: str, name: str, offset: int = 0, size: int | None = None) -> np.ndarray:
     """Bytes of a file, to its end if `size` is None; raises Unreadable with `name`."""
     try:
-        with open_file(path) as file:
-            status = os.fstat(file.fileno())
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for a writer
+        try:
+            status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):
                 raise Unreadable(name, "not a regular file")
             size = status.st_size if size is None else size
             if not 0 < size <= MAX_IMAGE_BYTES:
                 raise Unreadable(name, f"{size} bytes, more than {MAX_IMAGE_BYTES}" if size else "zero bytes")
-            data = os.pread(file.fileno(), size, offset)
-    except IsADirectoryError:
-        raise Unreadable(name, "not a regular file") from None
+            data = os.pread(handle, size, offset)
+        finally:
+            os.close(handle)
     except OSError as error:
         raise Unreadable(name, error.strerror) from error
     if len(data) != size:
@@ -150,7 +144,7 @@ class FolderSource(Source):
         if not path.is_dir():
             raise UserError(f"no such folder: {root}; check the path of the data set")
         self.root = str(path.resolve())
-        self._names = Names(index_folder(self.root))
+        self._names = Names(cached_index(self.root, lambda: scan_folder(self.root)))
         if len(self._names) == 0:
             raise UserError(f"no images in {root}; looked for {_EXTENSIONS} in all sub-folders")
 
@@ -161,8 +155,7 @@ class FolderSource(Source):
         return self._names[index]
 
     def read(self, index: int) -> np.ndarray:
-        path = f"{self.root}/{self._names[index]}"
-        return _read(path, path)
+        return _read(self.location(index), self.location(index))
 
     def crc_of_names(self) -> int:
         return self._names.crc()
@@ -195,20 +188,19 @@ def _read_labels(path: Path) -> dict[str, str]:
 
 
 class TarSource(Source):
-    """The image members of plain tar files (WebDataset layout), read in place.
+    """The image members of the plain tar files `shards` (WebDataset layout), read in place.
 
-    `shards`: paths of the .tar files, else those that `spec` names (see `expand_shards`). `damaged`: use the images
-    before the damage of a shard and list it in `damaged`, instead of raising.
+    `damaged`: use the images before the damage of a shard and list it in `damaged`, instead of raising.
     """
 
-    def __init__(self, spec: str, shards: list[str] | None = None, *, damaged: bool = False):
-        self.shards = expand_shards(spec) if shards is None else shards
-        index = index_tars(self.shards)
+    def __init__(self, shards: list[str], *, damaged: bool = False):
+        self.shards = shards
+        index = cached_index("\n".join(shards), lambda: scan_shards(shards))
         self._names = Names(index)
         self._shard, self._start, self._size = index["shard"], index["start"], index["size"]
         # Relative to their common folder: many data sets have a 00000.tar.
-        self.root = os.path.commonpath([os.path.dirname(shard) for shard in self.shards])  # noqa: PTH120
-        self._portable = [os.path.relpath(shard, self.root) for shard in self.shards]
+        self.root = os.path.commonpath([os.path.dirname(shard) for shard in shards])  # noqa: PTH120
+        self._portable = [os.path.relpath(shard, self.root) for shard in shards]
         damages = zip(self._portable, Names(index, "damage_"), strict=True)
         self.damaged = tuple((shard, damage) for shard, damage in damages if damage)
         if self.damaged and not (damaged and len(self._names)):
@@ -216,9 +208,7 @@ class TarSource(Source):
             place = f"{self.root}/{shard}: {damage}"
             raise UserError(f"broken tar shard {place}; fetch it again (plain .tar only, not compressed)")
         if len(self._names) == 0:
-            raise UserError(f"no images in the {len(self.shards)} shards of {spec}; looked for {_EXTENSIONS}")
-        # Opening a file is slow on network disks. A file that is dropped here closes when its last reader is done.
-        self._open = lru_cache(_OPEN_SHARDS)(_open)
+            raise UserError(f"no images in the {len(shards)} shards of {self.root}; looked for {_EXTENSIONS}")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -235,24 +225,19 @@ class TarSource(Source):
         return [class_of(name, found[shard]) for name, shard in zip(self._names, self._shard, strict=True)]
 
     def read(self, index: int) -> np.ndarray:
-        shard, name = self.shards[self._shard[index]], f"{self.root}/{self.name(index)}"
-        start, size = int(self._start[index]), int(self._size[index])
-        return _read(shard, name, start, size, lambda path: nullcontext(self._open(path)))
+        shard = self.shards[self._shard[index]]
+        return _read(shard, self.location(index), int(self._start[index]), int(self._size[index]))
 
 
-def _contains_tars(path: Path) -> bool:
-    """Whether a folder holds tar files; raises a UserError if it also holds images or folders."""
-    tars, others = [], []
-    for entry in path.iterdir():
-        if is_tar(entry.name) and not entry.is_dir():
-            tars.append(entry.name)
-        elif not entry.name.startswith(".") and (is_image(os.fsencode(entry.name)) or entry.is_dir()):
-            others.append(entry.name)
+def _shards_in(folder: Path) -> list[str]:
+    """The tar files in a folder; raises a UserError if it also holds images or folders."""
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    tars = [str(entry.absolute()) for entry in entries if is_tar(entry.name) and not entry.is_dir()]
+    others = [entry.name for entry in entries if is_image(os.fsencode(entry.name)) or entry.is_dir()]
     if tars and others:
-        raise UserError(
-            f"{path} has tar files ({tars[0]}) and others ({others[0]}); for the tars write {path}/*.tar"
-        )
-    return bool(tars)
+        both = f"tar files ({Path(tars[0]).name}) and others ({others[0]})"
+        raise UserError(f"{folder} has {both}; for the tars write {folder}/*.tar")
+    return sorted(tars)
 
 
 def open_source(spec: str, *, damaged: bool = False) -> Source:
@@ -265,11 +250,11 @@ def open_source(spec: str, *, damaged: bool = False) -> Source:
     if not spec:
         raise UserError("no data set given; name a folder of images, a .tar pattern or `synthetic`")
     spec = user_path(spec)
-    path, tars = Path(spec), spec.lower().endswith(".tar")
+    path, shards = Path(spec), []
     if path.is_dir():
-        tars = _contains_tars(path)
-    elif path.is_file() and not tars:
+        shards = _shards_in(path)
+    elif spec.lower().endswith(".tar") or (any(c in spec for c in "*?[{") and not path.is_file()):
+        shards = expand_shards(spec)
+    elif path.is_file():
         raise UserError(f"{spec} is a file; name a folder of images, a .tar file or `synthetic`")
-    else:
-        tars = tars or any(c in spec for c in "*?[{")
-    return TarSource(spec, damaged=damaged) if tars else FolderSource(spec)
+    return TarSource(shards, damaged=damaged) if shards else FolderSource(spec)

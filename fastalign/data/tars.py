@@ -5,18 +5,17 @@ import os
 import re
 import tarfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
 
 import numpy as np
 
-from fastalign.data.index import Index, cached_index, is_image, pack
+from fastalign.data.index import Index, is_image, pack
 from fastalign.utils.errors import UserError
 
 _BLOCK = 512
 _PIECE = 1 << 20
-_MAX_LABEL_BYTES = 4096
 
 
 class DamagedTar(Exception):
@@ -67,50 +66,39 @@ def _after_zeros(file, position: int) -> int | None:
     return None
 
 
-def _scan_shard(path: str) -> tuple[dict[bytes, tuple[int, int]], str]:
-    """(offset, size) of the images of a tar up to its damage, by name; the damage, "" for none."""
-    places: dict[bytes, tuple[int, int]] = {}
-    try:
-        for member in members(path):
-            if member.isreg() and not member.issparse() and is_image(name := os.fsencode(member.name)):
-                if name in places:
-                    raise UserError(f"{path} has two images called {member.name!r}; rename or remove one")
-                places[name] = member.offset_data, member.size
-    except DamagedTar as error:
-        return places, str(error)
-    return places, ""
-
-
-def _scan_shards(shards: list[str]) -> Index:
-    damages, rows = [], array("q")
-
-    def names() -> Iterator[bytes]:
-        for number, shard in enumerate(shards):
-            places, damage = _scan_shard(shard)
-            damages.append(damage.encode("utf-8", "replace"))
-            for name, place in places.items():
-                rows.extend((number, *place))
-                yield name
-
-    index = pack(names())
-    shard, start, size = np.ascontiguousarray(np.array(rows, dtype=np.int64).reshape(-1, 3).T)
-    return index | pack(damages, "damage_") | {"shard": shard, "start": start, "size": size}
-
-
-def index_tars(shards: list[str]) -> Index:
-    """The images in tar files, from the cache if no shard's size or mtime changed since.
+def scan_shards(shards: list[str]) -> Index:
+    """The images in tar files.
 
     `names`: of the members; `shard`, `start`, `size` [n]: number of the shard, place and bytes in it; `damage_names`:
     the damage of each shard, whose earlier members count.
     """
-    status = [Path(shard).stat() for shard in shards]
-    check = {"shard_sizes": np.array([s.st_size for s in status])}
-    check["mtimes"] = np.array([s.st_mtime_ns for s in status])
-    return cached_index(
-        "tars:" + "\n".join(shards),
-        lambda index: all(np.array_equal(index[name], check[name]) for name in check),
-        lambda: _scan_shards(shards) | check,
-    )
+    damages, rows = [], array("q")
+
+    def names() -> Iterator[bytes]:
+        for number, shard in enumerate(shards):
+            found, damage = set(), ""
+            try:
+                for member in members(shard):
+                    if (
+                        member.isreg()
+                        and not member.issparse()
+                        and is_image(name := os.fsencode(member.name))
+                    ):
+                        if name in found:
+                            raise UserError(
+                                f"{shard} has two images called {member.name!r}; rename or remove one"
+                            )
+                        found.add(name)
+                        rows.extend((number, member.offset_data, member.size))
+                        yield name
+            except DamagedTar as error:
+                damage = str(error)
+            damages.append(damage.encode("utf-8", "replace"))
+
+    index = pack(names()) | pack(damages, "damage_") | pack(map(os.fsencode, shards), "places_")
+    shard, start, size = np.ascontiguousarray(np.array(rows, dtype=np.int64).reshape(-1, 3).T)
+    mtimes = np.array([Path(each).stat().st_mtime_ns for each in shards])
+    return index | {"mtimes": mtimes, "shard": shard, "start": start, "size": size}
 
 
 def is_tar(name: str) -> bool:
@@ -130,26 +118,12 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def expand_shards(spec: str) -> list[str]:
-    """The tar files of a folder, or of a pattern with {000..009}, {a,b}, *, ** or ?: absolute, sorted, each once."""
-    path = Path(spec)
-    if path.is_dir():
-        found = [each for each in path.iterdir() if is_tar(each.name)]
-    elif path.is_file():
-        found = [path]
-    else:
-        patterns = _expand_braces(str(path))
-        found = [name for pattern in patterns for name in glob(pattern, recursive=True) or [pattern]]  # noqa: PTH207
+    """The tar files of a path, or of a pattern with {000..009}, {a,b}, *, ** or ?: absolute, sorted, each once."""
+    patterns = [spec] if Path(spec).is_file() else _expand_braces(spec)
+    found = [name for pattern in patterns for name in glob(pattern, recursive=True) or [pattern]]  # noqa: PTH207
     if missing := next((each for each in found if not Path(each).is_file()), None if found else spec):
         raise UserError(f"no such tar file: {missing}; check the pattern, a range is written {{000..009}}")
-    return each_once(found)
-
-
-def each_once(paths: Iterable[str | Path]) -> list[str]:
-    """Absolute paths, sorted; of several links to one file the first, under its own name."""
-    files: dict[Path, str] = {}
-    for path in sorted(str(Path(each).absolute()) for each in paths):
-        files.setdefault(Path(path).resolve(), path)
-    return list(files.values())
+    return sorted({str(Path(each).absolute()) for each in found})
 
 
 def stem(name: str) -> str:
@@ -164,21 +138,17 @@ def class_of(image: str, classes: dict[str, str]) -> str | None:
 
 
 def read_classes(shard: str) -> dict[str, str]:
-    """The text of each `.cls` member of a shard, by the member's stem."""
+    """The text of each `.cls` member of a shard that is not empty, by the member's stem."""
     found: dict[str, str] = {}
     try:
         with Path(shard).open("rb") as file:
             for member in members(shard):
-                if not member.isreg() or not member.name.endswith(".cls"):
+                if not (member.isreg() and member.size and member.name.endswith(".cls")):
                     continue
-                where = f"{shard}:{member.name}"
-                if not 0 < member.size <= _MAX_LABEL_BYTES:
-                    raise UserError(f"{where} has {member.size} bytes; a class is a line of text")
                 text = os.pread(file.fileno(), member.size, member.offset_data).decode().strip()
                 if (other := found.setdefault(stem(member.name), text)) != text:
+                    where = f"{shard}:{member.name}"
                     raise UserError(f"{where} has two labels, {other!r} and {text!r}; remove one")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8; a class is a line of text") from error
-    except (DamagedTar, OSError) as error:
+    except (DamagedTar, OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the labels of {shard}: {error}; fetch it again") from error
     return found

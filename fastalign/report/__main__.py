@@ -45,7 +45,7 @@ def write_report(options: argparse.Namespace) -> list[str]:
         figures = {
             "curves": charts.curves_figure(curves) if curves else None,
             "patches": charts.patches_figure(maps, range(len(maps.names))) if maps else None,
-            "probe": charts.probe_figure(run.probe, run.probe.settings()[0]) if run.probe else None,
+            "probe": charts.probe_figure(*next(iter(run.settings.items()))) if run.settings else None,
         }
         Path(options.pngs).mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():

@@ -15,7 +15,6 @@ from fastalign.training.checkpoint_files import snapshot
 from fastalign.training.distributed import on_first_rank
 from fastalign.training.hang import WAITING
 from fastalign.training.metrics import plain_number
-from fastalign.training.optim import class_name
 from fastalign.training.run import Run
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import wrap_io_errors, write_atomically
@@ -43,7 +42,6 @@ def checkpoint_state(run: Run) -> dict[str, Any]:
         "student": run.objective.student.state_dict(),
         "target_scale": run.objective.target_scale.item(),
         "optimizer": run.optimizer.state_dict(),
-        "optimizer_class": class_name(run.optimizer),
         "average": run.average.state if run.average else None,
         **run.state.state_dict(),
         "contents": run.contents,
@@ -141,9 +139,6 @@ def resume(run: Run) -> tuple[list[Change], list[str]]:
 
 
 def _load_tensors(run: Run, saved: dict, path: Path, changes: list[Change]) -> None:
-    old, new = saved["optimizer_class"], class_name(run.optimizer)
-    if old != new:
-        raise UserError(f"{path} holds the state of {old}, not of {new}: choose another output")
     options = [{key: group[key] for key in ("betas", "weight_decay")} for group in run.optimizer.param_groups]
     try:
         run.objective.student.load_state_dict(saved["student"])

@@ -17,6 +17,7 @@ from fastalign.utils.errors import SharedError, UserError, describe, first_line
 RANK_FAILED = 70  # exit code after a hang, or after the connection to another rank was lost
 PREEMPTED = 75  # exit code of a run that was asked to stop and has saved: EX_TEMPFAIL, try again later
 INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT, as in shells
+NO_READER = 141  # exit code where nobody reads the output: 128 + SIGPIPE, as in shells
 MARKER = "preempted"  # the file in the run folder that tells a script to start the same command again
 
 
@@ -84,13 +85,18 @@ def run_command(body: Callable[[], object]) -> int:
     """Run a command's body, and leave the process group.
 
     Returns the exit code: 0; 2 for bad input; 70 if another rank was lost; 75 if the run was asked to stop and saved;
-    130 after Ctrl-C.
+    130 after Ctrl-C; 141 if the reader of the output has ended, as in `fastalign doctor | head`.
     """
     rank = os.environ.get("RANK", "0")
     try:
         try:
             body()
+            sys.stdout.flush()
             return 0
+        except BrokenPipeError:
+            # What is still buffered would raise the same error when Python exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _exit_code(NO_READER, "stopped: the process that reads the output has ended (broken pipe)")
         except (UserError, OSError) as error:
             if os.environ.get("LOCAL_RANK", "0") == "0":  # the first rank of each machine
                 return _exit_code(2, describe(error))

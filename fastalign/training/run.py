@@ -17,7 +17,7 @@ from fastalign.training.checkpoint_files import Checkpoints
 from fastalign.training.command import Preemption, StopReason
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.hang import HangTimer
-from fastalign.training.optim import MovingAverage, learning_rate, make_optimizer
+from fastalign.training.optim import MovingAverage, learning_rate
 from fastalign.training.status import Status
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import checksum_of, remove_leftovers
@@ -85,11 +85,11 @@ class Run:
         self.train, self.val = build.build_loaders(config, world, self.backbone)
         self.trained = [p for p in objective.parameters() if p.requires_grad]
         options = {"lr": optim.lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
-        self.optimizer, notes = make_optimizer(optim.name, self.trained, device, **options)
+        self.optimizer = torch.optim.AdamW(self.trained, fused=True, **options)
         precision = efficiency.precision
         if precision == "auto":
             precision = "bf16" if self.dtype == torch.bfloat16 else "fp32"
-        self.notes = [f"precision: {precision}", attention, *notes]  # lines for the user
+        self.notes = [f"precision: {precision}", attention]  # lines for the user
         self.average = MovingAverage(objective.student, optim.ema) if optim.ema else None
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
         if world.main:

@@ -56,13 +56,9 @@ def remove_leftovers(folder: Path) -> None:
 
     This process's own number counts as a dead one's: in a container every start may have the same.
     """
-    for path in folder.glob(".*"):
+    for path in filter(Path.is_file, folder.glob(".*")):
         match = _TEMPORARY.fullmatch(path.name)
-        if (
-            match
-            and path.is_file()
-            and (int(match[1]) == os.getpid() or not Path("/proc", match[1]).exists())
-        ):
+        if match and (int(match[1]) == os.getpid() or not Path("/proc", match[1]).exists()):
             path.unlink(missing_ok=True)
 
 

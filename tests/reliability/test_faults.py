@@ -12,7 +12,6 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from fastalign.method.objectives import MaskEmbed
-from fastalign.training.optim import step_unless
 from fastalign.training.status import Status
 from tests.data_helpers import needs_dali, write_tar
 from tests.run_helpers import assert_same, checkpoint, lines, losses
@@ -159,16 +158,6 @@ def test_a_bad_validation_loss_is_never_the_best(recipe, monkeypatch):
     facts = json.loads((folder / "backbone.json").read_text())
     assert (facts["step"], facts["val_loss"]) == (10, 0.9)
     assert losses(folder, "val_loss") == [1.0, None, 0.9, 0.95]
-
-
-def test_an_optimizer_without_a_skip_on_the_device_skips_on_the_host():
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    weight.grad = torch.ones(3)
-    step_unless(optimizer, torch.tensor(True))
-    assert weight.tolist() == [1, 1, 1]
-    step_unless(optimizer, torch.tensor(False))
-    assert weight.tolist() == [0, 0, 0]
 
 
 @pytest.fixture

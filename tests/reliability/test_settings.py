@@ -32,7 +32,7 @@ OTHER = {
     "data.train": "b", "data.val": "b", "data.crop": "rrc", "data.scale": [0.5, 1.0], "data.ratio": [0.5, 2.0],
     "data.hflip": 0.1, "data.color_jitter": 0.1, "data.randaugment": "rand-m9", "data.mixup": 0.1, "data.cutmix": 0.1,
     "data.threads": 2, "data.hw_decoder_load": 0.1,
-    "optim.name": "apex_adam", "optim.batch_size": 512, "optim.accumulate": 2, "optim.epochs": 9, "optim.lr": 0.1,
+    "optim.batch_size": 512, "optim.accumulate": 2, "optim.epochs": 9, "optim.lr": 0.1,
     "optim.min_lr": 0.1, "optim.warmup_epochs": 1.0, "optim.weight_decay": 0.1, "optim.betas": [0.5, 0.6],
     "optim.clip": None, "optim.ema": 0.9, "optim.micro_batch": 4,
     "checkpoint.every_steps": 7, "checkpoint.keep": 7,

@@ -27,7 +27,6 @@ BAD = {
     ),
     "weights of another model": (["student.weights=OTHER"], ["OTHER", "another model"]),
     "unreachable weights": (["student.weights=pretrained"], ["vit_tiny_patch16_224"]),
-    "LAMB without apex": (["optim.name=apex_lamb"], ["optim.name=apex_lamb", "NVIDIA's repository", "adamw"]),
     "output in a file": (["output=/dev/null/x"], ["output=/dev/null/x: /dev/null is not a directory"]),
     "depth": (["student.kwargs.depth=0"], ["depth"]),
     "stochastic depth": (["student.kwargs.drop_path_rate=1.5"], ["drop_path_rate"]),
