@@ -11,9 +11,8 @@ from torch import Tensor
 
 from fastalign.backbones.layouts import OPEN_CLIP, from_timm
 from fastalign.backbones.moco import MOCO
-from fastalign.backbones.saving import facts_text
 from fastalign.backbones.vit import ViT
-from fastalign.backbones.weight_files import plain, read_json, read_weights
+from fastalign.backbones.weight_files import facts_text, plain, read_json, read_weights
 from fastalign.export.files import write_json, write_weights
 from fastalign.export.run import Run
 from fastalign.export.to_transformers import WANTED, misfits_of
