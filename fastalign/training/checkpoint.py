@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastalign import __version__
-from fastalign.backbones.saving import backbone_facts, facts_text, is_written, write_backbone
+from fastalign.backbones.weight_files import backbone_facts, facts_text, is_written, write_backbone
 from fastalign.config import Config, kinds, resolve, to_yaml
 from fastalign.training.build import teacher_of
 from fastalign.training.checkpoint_files import snapshot
