@@ -87,8 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("data", type=path_argument, help="a folder of images, tar shards or a pattern of them, as data.train")
     add("--output", type=path_argument, metavar="FILE", help="write the bad ones here, for faults.quarantine")
     add("--workers", type=int, default=cores, metavar="N", help="threads (one per core)")
-    options = parser.parse_args(arguments)
-    return run_command(lambda: _run(options))
+    return run_command(lambda: _run(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from fastalign.data.augment import augment, mix
 from fastalign.data.pipeline import (
     BadSample,
     BadSamples,
+    Decoded,
     DecodeError,
     Decoder,
     Sample,
@@ -27,7 +28,7 @@ from fastalign.data.pipeline import (
     check_in_a_row,
 )
 from fastalign.data.sources import Source, SyntheticSource
-from fastalign.data.transforms import Geometry, Transform, normalize, reflect
+from fastalign.data.transforms import Transform, normalize, reflect
 from fastalign.utils.errors import UserError
 from fastalign.utils.random import EVAL_EPOCH, permutation
 
@@ -92,7 +93,6 @@ class Loader:
         threads: for reading, and as many for decoding.
         hw_decoder_load: share of JPEGs for the GPU's hardware decoder; strictly between 0 and 1 two decoders share
             a batch, and their pixels may differ by a level.
-        mixup, cutmix: alpha, 0 is off; training only.
         bad: the known bad samples, to which it adds (see `bad_samples`). None: the first one raises an error.
 
     Raises:
@@ -133,7 +133,7 @@ class Loader:
         self._mixing = {"mixup": mixup, "cutmix": cutmix, "seed": seed}
         self._reader = SampleReader(source, bad, replace=train)
         self._pool = ThreadPoolExecutor(threads, "fastalign-read")
-        self._decoder: Decoder | None = None
+        self._decoder = None
         if not isinstance(source, SyntheticSource):
             options = {"batch_size": batch_size, "num_threads": threads}
             self._decoder = Decoder(transform, self.device, hw_decoder_load, **options)
@@ -216,9 +216,7 @@ class Loader:
                 bad = []
             running = samples
 
-    def _collect(
-        self, samples: list[Sample], epoch: int
-    ) -> tuple[list[Sample], list[tuple[Tensor, Geometry]]]:
+    def _collect(self, samples: list[Sample], epoch: int) -> tuple[list[Sample], Decoded]:
         """The submitted samples and their pixels. If DALI fails, bad samples are found, and replaced or left out."""
         try:
             return samples, self._decoder.collect()

@@ -31,6 +31,9 @@ ALWAYS_ALLOWED = 10
 MAX_IN_A_ROW = 100
 _RETRY_AFTER = (0.1, 0.4)
 
+Decoded = list[tuple[Tensor, Geometry]]
+"""A batch as arguments of `reflect`: [B, h, w, 3] uint8 on the device, and where it comes from. [] is no batch."""
+
 
 @dataclass(frozen=True)
 class BadSample:
@@ -147,8 +150,7 @@ class SampleReader:
             sample.bad.append(bad)
             check_in_a_row(sample.bad)
         if self._replace:
-            where = self.source.root or "the data"
-            raise UserError(f"none of the {total} images can be used; is {where} available?")
+            raise UserError(f"none of the {total} images can be used; is {self.source.root} available?")
         return sample
 
     def _load(self, sample: Sample) -> BadSample | None:
@@ -170,14 +172,10 @@ class SampleReader:
 
     def _record(self, index: int, reason: str) -> BadSample:
         if self._strict:
-            raise UserError(
-                f"cannot use {self.source.location(index)}: {reason}; repair, replace or remove it"
-            )
+            raise Unreadable(self.source.location(index), reason)
         return self._bad.found.setdefault(index, BadSample(index, self.source.name(index), reason))
 
-    def decode(
-        self, sample: Sample, decoder: "Decoder", **draws: int
-    ) -> tuple[Sample, list[tuple[Tensor, Geometry]]]:
+    def decode(self, sample: Sample, decoder: "Decoder", **draws: int) -> tuple[Sample, Decoded]:
         """Decodes one sample, or its replacement if DALI cannot: the sample, and what `collect` returns for it."""
         while True:
             try:
@@ -262,8 +260,8 @@ class Decoder:
         self._pipeline.schedule_run()
         self._in_flight = (encoded, sampling)  # DALI reads them
 
-    def collect(self) -> list[tuple[Tensor, Geometry]]:
-        """The submitted batch as arguments of `reflect`, [] if there is none; DecodeError if some sample is damaged.
+    def collect(self) -> Decoded:
+        """The submitted batch; raises a DecodeError if some sample of it cannot be decoded.
 
         On CUDA the memory is DALI's, which reuses it: synchronise the current stream before dropping the tensor.
         """
