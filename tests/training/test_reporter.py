@@ -11,8 +11,7 @@ from fastalign import train
 from fastalign.config import load_config
 from fastalign.training import dry_run, reporter
 from fastalign.training.reporter import Reporter, clock, duration
-from tests.run_helpers import losses
-from tests.update_helpers import run_of_batches
+from tests.run_helpers import losses, run_of_batches
 
 
 def test_durations_and_clocks():
