@@ -87,9 +87,7 @@ def adapted(text: str, labelled: Path) -> list[str]:
 def test_commands(world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     found = commands()
-    assert {text.split()[0] for text in found} >= set(
-        ["train", "probe", "classify", "export", "report", "recipes"]
-    )
+    assert {text.split()[0] for text in found} >= {"train", "probe", "classify", "export", "report"}
     runs = [text for text in found if text.startswith("train")]
     for text in runs + [text for text in found if text not in runs]:
         more = [f"output=runs/{runs.index(text)}"] if text in runs[1:] and " output=" not in text else []
