@@ -27,10 +27,8 @@ def first_line(error: BaseException) -> str:
 
 def unknown(what: str, name: object, names: Iterable[str]) -> str:
     """The message for a name that is not among others, with the nearest of them."""
-    names = list(names)
-    longer = [other for other in names if name and other.startswith(str(name))]
-    near = min(longer, key=len) if longer else difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)[0]
-    return f"unknown {what} {name}; the nearest is {near}"
+    (nearest,) = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
+    return f"unknown {what} {name}; the nearest is {nearest}"
 
 
 class UserError(Exception):
