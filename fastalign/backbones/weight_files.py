@@ -160,7 +160,7 @@ def vision_config(path: Path) -> dict[str, Any]:
 def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
     """Save the backbone of a student, without its head and decoder, as a run does: every command reads the folder.
 
-    With several ranks, call it on one of them with full, not sharded, tensors.
+    With several ranks, call it on one of them.
 
     Args:
         student: a student of fastalign or a `ViT`, perhaps wrapped in DDP or torch.compile. Weights are written in

@@ -17,6 +17,8 @@ def on_one_line(text: str) -> str:
 def describe(error: Exception) -> str:
     """An error for the user; one of the operating system with its file if it names one."""
     filename = getattr(error, "filename", None)
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return f"{filename} is not a directory; name another output"
     return f"{filename}: {error.strerror}" if filename else str(error)
 
 
