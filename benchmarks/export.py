@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import record
-from fastalign.backbones.saving import save_backbone
+from fastalign.backbones.weight_files import save_backbone
 from fastalign.backbones.zoo import create_backbone
 from fastalign.export import export
 from fastalign.export.measure import noise, token_error

@@ -126,6 +126,7 @@ def test_yaml_out_is_yaml_in(tmp_path):
         ("optim: {accumulate: 7}", None, ["c.yaml: optim.batch_size 1024"]),
         ("optim: {lrr: 3}", "optim.lr=3", ["c.yaml: unknown key optim.lrr"]),
         ("", "output=off", ["output: YAML reads this value as False, not as text; put it in quotes"]),
+        ("", "output=2026-11-30", ["output: YAML reads this value as datetime.date", "put it in quotes"]),
         ("", "decoder.kwargs.heads=0", ["decoder.kwargs.heads", "greater than 0"]),
         ("", "decoder.kwargs.qk_nrom=true", ["decoder.kwargs.qk_nrom", "nearest is decoder.kwargs.qk_norm"]),
         ("", "decoder.kwargs.qk_norm=maybe", ["decoder.kwargs.qk_norm", "boolean", "maybe"]),
@@ -175,13 +176,3 @@ def test_bad_configuration_is_one_line_that_names_the_key(tmp_path, text, overri
     assert "\n" not in message
     for word in words:
         assert word in message
-
-
-@pytest.mark.parametrize("name", ["2026-11-30", "'2026'", "'off'"])
-def test_a_folder_may_be_named_after_a_date(tmp_path, name):
-    path = tmp_path / "c.yaml"
-    path.write_text("seed: 1")
-    config = load_config(path, [f"output={name}"])
-    assert config.output == name.strip("'")
-    path.write_text(to_yaml(config))
-    assert load_config(path) == config

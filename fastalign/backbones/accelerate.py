@@ -23,9 +23,6 @@ class FastSelfAttention:
     softcap: float | None = None
     backend = "auto"
 
-    def extra_repr(self) -> str:
-        return f"softcap={self.softcap}, backend={self.backend}"
-
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """As timm's, whose own code runs with dropout of attention weights: we have no implementation of it."""
         if not self.training or self.attn_drop.p == 0:
@@ -143,8 +140,6 @@ def accelerate(
         if (theirs := TIMM.get(type(module), type(module))) in FAST:
             module.__class__ = theirs if undo else FAST[theirs]
             module.softcap, module.backend = softcap, backend
-            if undo:  # as before, also for `create_backbone`, which compares a model's settings
-                del module.softcap, module.backend
     return model
 
 

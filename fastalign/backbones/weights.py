@@ -13,9 +13,8 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from fastalign.backbones import layouts, naflex, weight_files
-from fastalign.backbones.describe import MODELS, describe
+from fastalign.backbones.describe import MODELS, describe, empty_model
 from fastalign.backbones.spec import ViTSpec, check_softcap, split_svit
-from fastalign.backbones.timm_models import empty_model
 from fastalign.utils.errors import UserError, first_line
 
 STATES = ("state_dict_ema", "model_ema", "state_dict", "model")

@@ -71,9 +71,8 @@ def read_list(path: Path) -> list[BadSample]:
     for number, line in enumerate(lines, 1):
         try:
             sample = BadSample(**json.loads(line or b"{}"))
-            valid = sample.id is None or (isinstance(sample.id, int) and sample.id >= 0)
-            if not (valid and isinstance(sample.name, str)):
-                raise ValueError
+            if not isinstance(sample.name, str):
+                raise TypeError(sample.name)
         except (ValueError, TypeError) as error:
             if line.strip() and number < len(lines):
                 wanted = '{"id": ..., "name": ..., "reason": ...}'
@@ -94,15 +93,12 @@ def append_to_list(path: Path, samples: Iterable[BadSample]) -> None:
 
 
 def read_quarantine(path: str | Path, source: Source) -> set[int]:
-    """The ids of a source that a quarantine list names. Names count, because ids may have shifted."""
-    samples = [sample for sample in read_list(Path(path)) if sample.id is not None]
-    ids = {s.id for s in samples if s.id < len(source) and source.name(s.id) == s.name}
-    moved = {sample.name for sample in samples if sample.id not in ids}
-    if moved:
-        ids |= {index for index in range(len(source)) if source.name(index) in moved}
-    if samples and not ids:
+    """The ids of the samples of a source that a quarantine list names; ids may have shifted since."""
+    names = {sample.name for sample in read_list(Path(path)) if sample.id is not None}
+    ids = {index for index in range(len(source)) if source.name(index) in names} if names else set()
+    if names and not ids:
         raise UserError(
-            f"faults.quarantine={path}: none of its {len(samples)} names, such as {samples[0].name!r}, is in the "
+            f"faults.quarantine={path}: none of its {len(names)} names, such as {min(names)!r}, is in the "
             "data set: make the list with fastalign scan, or leave the key out"
         )
     return ids

@@ -130,8 +130,8 @@ class Loader:
         self._pool = ThreadPoolExecutor(threads, "fastalign-read")
         self._decoder: Decoder | None = None
         if not isinstance(source, SyntheticSource):
-            options = {"batch_size": batch_size, "threads": threads, "hw_decoder_load": hw_decoder_load}
-            self._decoder = Decoder(transform, device=self.device, **options)
+            options = {"batch_size": batch_size, "num_threads": threads}
+            self._decoder = Decoder(transform, self.device, hw_decoder_load, **options)
         self._active = lambda: None
 
     def __len__(self) -> int:

@@ -121,20 +121,14 @@ def load_dali() -> ModuleType:
 class Decoder:
     """A DALI pipeline with at most one batch in flight: `submit`, then `collect`. Use it from one thread.
 
-    `device`: of the images, with its index; a GPU decodes JPEGs too.
+    `device`: of the images, with its index; a GPU decodes JPEGs too. `options`: DALI's batch_size and num_threads.
     """
 
     def __init__(
-        self,
-        transform: Transform,
-        *,
-        batch_size: int,
-        device: torch.device,
-        threads: int = 4,
-        hw_decoder_load: float = 0.9,
+        self, transform: Transform, device: torch.device, hw_decoder_load: float = 0.9, **options: int
     ):
         self._dali, self._transform, self._device = load_dali(), transform, device
-        self._options = {"batch_size": batch_size, "num_threads": threads, "device_id": device.index}
+        self._options = {"device_id": device.index, **options}
         mixed = {"device": "mixed", "hw_decoder_load": hw_decoder_load}
         self._mixed = mixed if device.type == "cuda" else {}
         self._pipeline = self._in_flight = None

@@ -10,10 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastalign.backbones.blocks import MLP, NORMS
-from fastalign.backbones.saving import backbone_facts
 from fastalign.backbones.spec import BlockSpec
 from fastalign.backbones.vit import ViT
-from fastalign.backbones.weight_files import read_facts, read_json
+from fastalign.backbones.weight_files import backbone_facts, read_facts, read_json
 from fastalign.backbones.zoo import MOCO, load_backbone
 from fastalign.config import Config, load_config
 from fastalign.method.decoder import MaskEmbedDecoder, decoder_block_spec

@@ -169,7 +169,9 @@ def test_leaving_early_leaves_no_thread(source):
 
 def test_interpreter_exits_while_a_loader_runs(folder):
     code = f"""
-from fastalign.data import Loader, Transform, open_source
+from fastalign.data.loader import Loader
+from fastalign.data.sources import open_source
+from fastalign.data.transforms import Transform
 source = open_source({str(folder) if has_dali() else "synthetic:50"!r})
 loader = Loader(source, Transform((16, 16), (0.5,) * 3, (0.5,) * 3), batch_size=4, device="cpu")
 batches = loader.batches()
