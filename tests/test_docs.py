@@ -18,6 +18,7 @@ from PIL import Image
 import fastalign as fa
 from demo import mosaics
 from fastalign.__main__ import main
+from fastalign.config import kinds
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -92,6 +93,13 @@ def test_commands(world, monkeypatch, capsys):
     for text in runs + [text for text in found if text not in runs]:
         more = [f"output=runs/{runs.index(text)}"] if text in runs[1:] and " output=" not in text else []
         assert main([*adapted(text, world / "labelled"), *more]) == 0, (text, capsys.readouterr().err)
+
+
+def test_the_table_of_the_authors_options_names_our_keys():
+    table = (ROOT / "docs/compat.md").read_text().partition("| key |")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`([a-z]+\.[\w.]+)", table))
+    assert len(named) > 30
+    assert named <= set(kinds())
 
 
 def names() -> dict:
