@@ -88,8 +88,8 @@ class Fit:
         self.optimizer = torch.optim.AdamW(self.groups, betas=(0.9, 0.999), fused=True)
         self.model = self.module
         if self.world.size > 1:
-            how = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-            self.model = DistributedDataParallel(self.module, **how)
+            options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+            self.model = DistributedDataParallel(self.module, **options)
 
     def epoch(self, batches: Iterator[Batch], updates: int) -> float:
         """Makes so many updates. Returns the mean loss."""

@@ -165,9 +165,7 @@ class ImageOptions(Reading):
     cutmix: float = Field(0.0, ge=0)
     """alpha; 0 = off (unfreeze, augment)"""
     crop: Literal["rrc", "rkrc"] = "rrc"
-    """(unfreeze, augment)"""
     color_jitter: float = Field(0.0, ge=0)
-    """(unfreeze, augment)"""
     randaugment: str = ""
     """timm's spelling, as in rand-m9-mstd0.5-inc1 (unfreeze, augment)"""
     seeds: Seeds = (0,)

@@ -27,10 +27,8 @@ from fastalign.training.optim import learning_rate
 from fastalign.utils.errors import UserError
 
 _EVALUATION_BATCH = 256
-IMAGES = {"train": 2_000, "val": 1_000}
-"""At most so many of each split, evenly chosen, during training."""
-EPOCHS, REPORTED = 3, ("macro_recall", "map", "loss")
-"""During training."""
+# During training: images of each split at most, evenly chosen; epochs; metrics.
+IMAGES, EPOCHS, REPORTED = {"train": 2_000, "val": 1_000}, 3, ("macro_recall", "map", "loss")
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,7 @@ def fit_head(
 ) -> tuple[nn.Module, int, dict]:
     """Trains a head on the tokens of a backbone and keeps the epoch that is best on `val`, without it the last one.
 
-    Returns:
-        The head, the epoch (from 1), and its metrics on `val`, {} without one.
+    Returns the head, the epoch (from 1), and its metrics on `val`, {} without one.
     """
     recipe, size = plan.recipe, plan.recipe.batch_size
     steps = len(train) // size
