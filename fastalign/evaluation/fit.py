@@ -21,8 +21,7 @@ from fastalign.utils.files import remove_leftovers
 
 _SAY_SECONDS = 30.0
 
-Track = Callable[[Iterable, str, int], Iterable]
-"""Shows the progress of an iteration, with a text and the number of items, as `Reporter.track` does."""
+Track = Callable[[Iterable, str, int], Iterable]  # shows progress, with a text and the number of items
 
 
 def say_progress(say: Callable[[str], None]) -> Track:

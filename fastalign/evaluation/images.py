@@ -20,9 +20,8 @@ from fastalign.evaluation.datasets import ImageSplit, open_image_splits
 from fastalign.evaluation.features import make_tensor, read_features
 from fastalign.evaluation.fit import FeatureLoader, Fit, count, say_progress
 from fastalign.evaluation.heads import Classifier, StandardizedLinear, make_image_head, parameter_groups
-from fastalign.evaluation.metrics import IMAGE_METRICS, ImageCounts
 from fastalign.evaluation.options import ImageOptions
-from fastalign.evaluation.results import check_output, write_results
+from fastalign.evaluation.results import IMAGE_METRICS, ImageCounts, check_output, write_results
 from fastalign.training.build import image_constants
 from fastalign.training.checkpoint_files import Checkpoints, checksum
 from fastalign.training.command import report_rank_error

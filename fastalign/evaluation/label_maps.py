@@ -17,8 +17,10 @@ from fastalign.utils.errors import UserError, first_line
 
 VOID = -1  # the id of pixels that belong to no class
 
-_ID_BITS = {"L": (8,), "P": (1, 2, 4, 8)}
-"""Bits of a PNG by PIL's mode; PIL scales grey values of fewer than 8 bits."""
+_ID_BITS = {
+    "L": (8,),
+    "P": (1, 2, 4, 8),
+}  # of a PNG by PIL's mode; PIL scales grey values of fewer than 8 bits
 _DEEP_ID_BITS = _ID_BITS | {"I;16": (16,), "I": (16,)}
 
 

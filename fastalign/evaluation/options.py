@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from fastalign.backbones.vit import ViT
 from fastalign.evaluation.heads import HEADS_FOR, IMAGE_HEADS, PATCH_HEADS
-from fastalign.evaluation.metrics import PATCH_METRICS
+from fastalign.evaluation.results import PATCH_METRICS
 from fastalign.training.build import backbone_before, named_backbone
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import path_argument

@@ -19,8 +19,8 @@ from fastalign.evaluation.features import PatchFeatures, read_patch_features
 from fastalign.evaluation.fit import FeatureLoader, Fit, Track, count, say_progress, untracked
 from fastalign.evaluation.heads import HEADS_FOR, make_patch_head
 from fastalign.evaluation.label_maps import LabelledImages
-from fastalign.evaluation.metrics import MultiClassCounts, MultiLabelCounts, patch_loss
 from fastalign.evaluation.options import Plan, Recipe
+from fastalign.evaluation.results import MultiClassCounts, MultiLabelCounts, patch_loss
 from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.optim import learning_rate
@@ -99,15 +99,15 @@ def evaluate_head(
     track: Track = untracked,
 ) -> dict:
     """The metrics of a head on a split, and its mean `loss` over all answers (`majority`: labelled patches)."""
-    if task.labels == "majority":
-        counts = MultiClassCounts(features.classes, device)
-    else:
-        counts = MultiLabelCounts(features.classes, device, by_size=task.labels == "union")
+    counts = (MultiClassCounts if task.labels == "majority" else MultiLabelCounts)(features.classes, device)
     tokens = features.tokens[task.skip_blocks]
     loader = FeatureLoader(tokens, _EVALUATION_BATCH, device, dtype=torch.float32)
     batches = track(loader.batches(), "evaluation of the head", len(loader))
     count(counts, head, batches, partial(features.labels, kind=task.labels), device, dtype)
-    return counts.results()
+    found = counts.results()
+    if task.labels != "union":
+        found.pop("by_size", None)
+    return found
 
 
 def probe(

@@ -108,7 +108,7 @@ def test_features_are_standardised_as_scikit_learn_does():
 
 
 def test_the_attention_head_is_multihead_attention_of_one_query():
-    head, tokens = AttentionHead(128, 5).eval(), torch.randn(3, 7, 128)
+    head, tokens = AttentionHead(128, 2, 5).eval(), torch.randn(3, 7, 128)
     theirs = nn.MultiheadAttention(128, 2, batch_first=True)
     with torch.no_grad():
         nn.init.normal_(head.query)
@@ -123,7 +123,7 @@ def test_the_attention_head_is_multihead_attention_of_one_query():
 
 
 def test_the_transformer_head_is_timms_blocks():
-    head, tokens = ClassTokenTransformer(128, 5, 7).eval(), torch.randn(3, 7, 128)
+    head, tokens = ClassTokenTransformer(128, 2, 5, 7).eval(), torch.randn(3, 7, 128)
     x = torch.cat([head.query.expand(3, -1, -1), head.norm(tokens) + head.position], 1)
     for block in head.blocks:
         theirs = TimmBlock(128, 2, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))

@@ -24,8 +24,8 @@ from fastalign.data.transforms import Transform
 from fastalign.evaluation.fit import FeatureLoader, Fit, count
 from fastalign.evaluation.heads import Classifier, StandardizedLinear, parameter_groups
 from fastalign.evaluation.images import make_fit
-from fastalign.evaluation.metrics import ImageCounts
 from fastalign.evaluation.options import ImageOptions
+from fastalign.evaluation.results import ImageCounts
 from fastalign.utils.random import permutation
 from tests.evaluation.helpers import (
     CPU,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn import metrics as sklearn_metrics
 
-from fastalign.evaluation.metrics import ImageCounts, MultiClassCounts, MultiLabelCounts
+from fastalign.evaluation.results import ImageCounts, MultiClassCounts, MultiLabelCounts
 from tests.evaluation.helpers import SINGLE
 
 

@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from fastalign.evaluation import patches
 from fastalign.evaluation.heads import make_patch_head
-from fastalign.evaluation.metrics import patch_loss
 from fastalign.evaluation.options import Plan, Recipe
 from fastalign.evaluation.patches import Task, evaluate_head, fit_head, probe
+from fastalign.evaluation.results import patch_loss
 from tests.evaluation.helpers import CPU, SINGLE, SPEC, patch_features
 
 
