@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 import fastalign as fa
-from fastalign.backbones.vit import ViT
 from fastalign.evaluation import datasets, label_maps
 from tests.data_helpers import encode, write_tar
 from tests.evaluation.helpers import (
@@ -96,19 +95,6 @@ def scenes(tmp_path_factory):
                 put(root / split / kind / f"{split}{number:02d}.png", image)
     (root / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     return root
-
-
-@pytest.fixture
-def passes(monkeypatch):
-    """How many images each pass through a backbone had."""
-    counted, original = [], ViT.forward_layers
-
-    def forward(self, images, skip_blocks):
-        counted.append(len(images))
-        return original(self, images, skip_blocks)
-
-    monkeypatch.setattr(ViT, "forward_layers", forward)
-    return counted
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import timm
 import torch
 from PIL import Image
@@ -56,15 +57,12 @@ def names(images):
     return [source.name(index) for index in range(len(source))]
 
 
-def data_error(data, split="train", index=None):
-    """The line with which a split, or one of its label maps, is refused."""
-    try:
-        images = open_labelled(str(data), split)
-        assert index is not None, "the split must be refused"
-        images.label_map(index)
-    except UserError as error:
-        return str(error)
-    raise AssertionError("the label map must be refused")
+def refused(data, *words, split="train", index=0):
+    """A split, or one of its label maps, is refused with a message that contains the words."""
+    with pytest.raises((UserError, FileNotFoundError)) as error:
+        open_labelled(str(data), split).label_map(index)
+    for word in words:
+        assert str(word) in str(error.value)
 
 
 # --- scenes for the probe

@@ -19,7 +19,6 @@ from fastalign.evaluation.features import read_patch_features
 from fastalign.evaluation.options import Plan, Recipe
 from fastalign.evaluation.patches import Task, evaluate_head, fit_head
 from fastalign.training import metrics
-from fastalign.training.reporter import Reporter
 from tests.evaluation.helpers import CPU, SINGLE, put
 from tests.run_helpers import losses, torchrun
 
@@ -93,20 +92,6 @@ def test_training_has_the_same_bits_with_and_without(recipe, scenes, every, step
     found = lines(probed, "probe_map")
     assert [(line["step"], line["epoch"]) for line in found] == [(step, int(step > 4)) for step in steps]
     assert found[0].keys() == {"step", "epoch", "probe_macro_recall", "probe_map", "probe_loss"}
-
-
-def test_its_progress_is_shown(recipe, scenes, monkeypatch):
-    shown, track = [], Reporter.track
-
-    def watched(self, items, text, total):
-        shown.append(text)
-        return track(self, items, text, total)
-
-    monkeypatch.setattr(Reporter, "track", watched)
-    recipe(f"probe.data={scenes}", "data.val=null", "max_steps=1", "loss.target_scale=1.0")
-    fitted = [f"epoch {epoch} of 3 of the head" for epoch in (1, 2, 3)]
-    wanted = ["features of 20 images", "features of 8 images", *fitted, "evaluation of the head"]
-    assert shown == [f"probe: {text}" for text in wanted] * 2
 
 
 @pytest.mark.parametrize("setting", ["true", "blocks"])
