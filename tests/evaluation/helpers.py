@@ -25,8 +25,10 @@ CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 # --- label maps
 
 SIZE = (6, 4)  # width, height
-COCO_TRAIN = [f"{number:012d}" for number in (9, 25, 30, 34, 36, 42, 49)]
-COCO_VAL = ["000000000139", "000000000285"]
+PUBLISHED = {  # names without suffix of the two labelled splits
+    "coco": [[f"{n:012d}" for n in part] for part in ((9, 25, 30, 34, 36, 42, 49), (139, 285))],
+    "ade20k": [[f"ADE_{part}_{n:08d}" for n in range(1, end)] for part, end in (("train", 4), ("val", 3))],
+}
 
 
 def picture(number=0, size=SIZE):

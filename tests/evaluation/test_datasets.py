@@ -15,8 +15,7 @@ from fastalign.evaluation.datasets import open_image_splits, open_labelled
 from fastalign.evaluation.label_maps import VOID
 from tests.data_helpers import encode, write_tar
 from tests.evaluation.helpers import (
-    COCO_TRAIN,
-    COCO_VAL,
+    PUBLISHED,
     SINGLE,
     coloured,
     expected,
@@ -78,10 +77,7 @@ def test_the_fingerprint_is_of_the_contents_not_of_the_location(own, tmp_path):
         lambda: put(own / "train/labels/a.png", grey(2)),
         lambda: put(own / "train/images/a.jpg", picture(99)),
         lambda: (own / "classes.txt").write_text("unlabeled\ncat\nmouse\n"),
-        lambda: [
-            shutil.move(own / f"train/{old}", own / f"train/{old.replace('a.', 'x.')}")
-            for old in ("images/a.jpg", "labels/a.png")
-        ],
+        lambda: [path.rename(path.with_stem("x")) for path in (own / "train").glob("*/a.*")],
     ):
         change()
         seen.add(open_labelled(str(own), "train").fingerprint())
@@ -174,50 +170,31 @@ def test_missing_parts_are_named(own, tars, tmp_path):
 # --- COCO and ADE20K
 
 
-def check_split(data, training):
+@pytest.mark.parametrize(
+    ("kind", "pixels", "count", "classes"),
+    [
+        # The annotations say: 255 unlabeled, 0 person; 91 is the first stuff class, 181 the last.
+        ("coco", expected(0, 1, 91, 92, 182, rest=1), 183, {1: "person", 92: "banner", 182: "wood"}),
+        ("coco-things", expected(0, 1, 91, 0, 0, rest=1), 92, {90: "toothbrush", 91: "hair brush"}),
+        ("coco-panoptic", expected(2, 1, 1), 3, {1: "person", 2: "rug"}),  # by category id
+        ("ade20k", expected(0, 1, 150), 151, {1: "wall", 3: "sky", 150: "flag"}),
+    ],
+)
+def test_published_data(coco, ade, kind, pixels, count, classes):
     """`val` has the two files whose names have the lowest SHA-256, as `printf NAME | sha256sum` prints them."""
+    data = f"{kind}:{ade if kind == 'ade20k' else coco}"
+    test, val, train = (open_labelled(data, split) for split in ("test", "val", "train"))
+    assert np.array_equal(test.label_map(0), pixels)
+    assert (len(test.classes), test.unlabeled, test.classes[0]) == (count, 0, "unlabeled")
+    assert {index: test.classes[index] for index in classes} == classes
+    training, validation = ([f"{name}.jpg" for name in part] for part in PUBLISHED[kind.partition("-")[0]])
+    assert names(test) == validation
     ordered = sorted(training, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    assert set(names(open_labelled(data, "val"))) == set(ordered[:2])
-    train = open_labelled(data, "train")
-    assert set(names(train)) == set(ordered[2:])
+    assert (set(names(val)), set(names(train))) == (set(ordered[:2]), set(ordered[2:]))
     assert [name[:-4] for name in names(train.maps)] == [name[:-4] for name in names(train)]
 
 
-def spot(images, *ids):
-    return len(images.classes), images.unlabeled, [images.classes[i] for i in ids]
-
-
-def test_coco_stuff(coco):
-    test = open_labelled(f"coco:{coco}", "test")
-    assert names(test) == [f"{number}.jpg" for number in COCO_VAL]
-    # The annotations say: 255 unlabeled, 0 person; 91 is the first stuff class, 181 the last.
-    assert np.array_equal(test.label_map(0), expected(0, 1, 91, 92, 182, rest=1))
-    wanted = ["unlabeled", "person", "toothbrush", "banner", "sky-other", "wood"]
-    assert spot(test, 0, 1, 90, 92, 157, 182) == (183, 0, wanted)
-    things = open_labelled(f"coco-things:{coco}", "test")
-    assert np.array_equal(things.label_map(0), expected(0, 1, 91, 0, 0, rest=1))
-    assert spot(things, 91) == (92, 0, ["hair brush"])
-    check_split(f"coco:{coco}", [f"{number}.jpg" for number in COCO_TRAIN])
-
-
-def test_coco_panoptic(coco):
-    test = open_labelled(f"coco-panoptic:{coco}", "test")
-    assert spot(test, 0, 1, 2) == (3, 0, ["unlabeled", "person", "rug"])  # by category id
-    assert np.array_equal(test.label_map(1), expected(2, 1, 1))
-    check_split(f"coco-panoptic:{coco}", [f"{number}.jpg" for number in COCO_TRAIN])
-
-
-def test_ade20k(ade):
-    test = open_labelled(f"ade20k:{ade}", "test")
-    assert names(test) == ["ADE_val_00000001.jpg", "ADE_val_00000002.jpg"]
-    assert np.array_equal(test.label_map(1), expected(0, 1, 150))
-    assert spot(test, 0, 1, 3, 150) == (151, 0, ["unlabeled", "wall", "sky", "flag"])
-    check_split(f"ade20k:{ade}", [f"ADE_train_{n:08d}.jpg" for n in (1, 2, 3)])
-    put(ade / "ADEChallengeData2016/annotations/validation/ADE_val_00000002.png", grey(151))
-    refused(f"ade20k:{ade}", "the id 151", split="test", index=1)
-
-
-def test_bad_coco_is_refused(coco, monkeypatch):
+def test_bad_published_data_is_refused(coco, ade, monkeypatch):
     put(coco / "annotations/val2017/000000000139.png", grey(3, 182))
     refused(f"coco:{coco}", "000000000139.png has the id 182", split="test")
     (coco / "annotations/val2017/000000000285.png").unlink()
@@ -226,6 +203,8 @@ def test_bad_coco_is_refused(coco, monkeypatch):
     refused(f"coco:{coco}", "7 images")
     shutil.rmtree(coco / "annotations/train2017")
     refused(f"coco:{coco}", f"no such folder: {coco / 'annotations/train2017'}")
+    put(ade / "ADEChallengeData2016/annotations/validation/ADE_val_00000002.png", grey(151))
+    refused(f"ade20k:{ade}", "the id 151", split="test", index=1)
 
 
 @pytest.mark.parametrize(
@@ -277,23 +256,14 @@ def test_labels_in_a_table(tmp_path):
 
 
 def test_labels_in_shards(tmp_path):
-    draw = np.random.default_rng(0)
-
-    def text(label):
-        return np.frombuffer(label.encode(), dtype=np.uint8)
-
-    for split in ("train", "val"):
-        (tmp_path / split).mkdir()
-        for shard in range(2):
-            members = []
-            for number in range(2):
-                key = f"dir.x/{shard}{number}"  # a dot in a folder's name ends no key
-                members.append((f"{key}.cls", text(f"{2 - number}\n")))
-                members.append((f"{key}.crop.png", encode(coloured(number, draw), "PNG")))
-            write_tar(tmp_path / split / f"{shard}.tar", members)
+    pixels = encode(coloured(0, np.random.default_rng(0)), "PNG")
+    for path in (tmp_path / split / f"{shard}.tar" for split in ("train", "val") for shard in (0, 1)):
+        # A dot in a folder's name ends no key.
+        names = ("dir.x/0.cls", "dir.x/0.crop.png", "dir.x/1.cls", "dir.x/1.crop.png")
+        write_tar(path, list(zip(names, (b"2\n", pixels, b"1\n", pixels), strict=True)))
     labels, classes, _ = labels_of(tmp_path)
     assert (labels["train"], classes) == ([1, 0, 1, 0], ["1", "2"])
-    write_tar(tmp_path / "val" / "1.tar", [("a.png", encode(coloured(0, draw), "PNG"))])
+    write_tar(tmp_path / "val" / "1.tar", [("a.png", pixels)])
     with pytest.raises(fa.UserError, match=r"1 of 3 images have no label, the first is .*1.tar:a.png"):
         labels_of(tmp_path)
 
@@ -303,11 +273,10 @@ def test_labels_of_names_with_dots(tmp_path, joined):
     """Each image has the `.cls` of its own name before that of its key, also behind a tar's end mark."""
     classes = {"2020.01.05": b"cat", "2020.01.06": b"dog", "2021": b"cow", "2022.07": b"pig"}
     images = ("2020.01.05", "2020.01.06", "2021.left", "2021.right", "2022.08")
-    files = {f"{name}.jpg": b"i" for name in images} | {
-        f"{name}.cls": label for name, label in classes.items()
-    }
+    files = [(f"{name}.jpg", b"i") for name in images]
+    files += [(f"{name}.cls", label) for name, label in classes.items()]
     path, content = tmp_path / "t.tar", b""
-    for group in ([item] for item in files.items()) if joined else [list(files.items())]:
+    for group in [[file] for file in files] if joined else [files]:
         content += write_tar(path, group).read_bytes()
     path.write_bytes(content)
     assert open_source(str(path)).class_names() == ["cat", "dog", "cow", "cow", None]
