@@ -36,7 +36,7 @@ def scan(source: Source, workers: int) -> list[BadSample]:
 
     def check(first: int) -> list[BadSample]:
         if not hasattr(local, "decoder"):
-            local.decoder = Decoder(pixel, batch_size=1, device=torch.device("cpu"), threads=1)
+            local.decoder = Decoder(pixel, torch.device("cpu"), batch_size=1, num_threads=1)
         ids = range(first, min(first + _CHUNK, len(source)))
         return [bad for i in ids for bad in reader.decode(reader.read(i), local.decoder)[0].bad]
 

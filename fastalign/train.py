@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import sys
 import textwrap
 from pathlib import Path
@@ -15,18 +16,16 @@ from fastalign.evaluation.patches import contents, open_splits, probe_encoder
 from fastalign.method.flops import flops_per_image
 from fastalign.training import distributed
 from fastalign.training.checkpoint import new_best, resume, save, save_settings, wait_for_checkpoint
-from fastalign.training.command import MARKER, Preempted, Preemption, report_rank_error, run_command
+from fastalign.training.command import MARKER, WAITING, Preempted, Preemption, report_rank_error, run_command
 from fastalign.training.dry_run import dry_run, set_micro_batch
-from fastalign.training.faults import handle_status, prepare_logs, report_bad_validation_samples
-from fastalign.training.hang import WAITING, collective_timeout
+from fastalign.training.faults import handle_status, prepare_logs
 from fastalign.training.metrics import Speed
-from fastalign.training.optim import seed_update, step_unless
+from fastalign.training.optim import seed_update
 from fastalign.training.reporter import Reporter, end_lines, start_lines
 from fastalign.training.run import Run, itstime
 from fastalign.training.status import StepStatus
-from fastalign.training.validation import evaluate, measure_target_scale
+from fastalign.training.validation import measure_target_scale, validate
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import can_be_folder
 from fastalign.utils.paths import user_path
 
 Splits = dict[str, LabelledImages]
@@ -60,12 +59,13 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
                     loss = run.model(batch.images, batch.ids, epoch) / accumulate
                 loss.backward()
             total += loss.detach()
-    norm = run.clip_gradients()
+    norm = torch.nn.utils.clip_grad_norm_(run.trained, run.config.optim.clip or math.inf)
     own = StepStatus(
         state.step + 1, torch.cat(ids).numpy(), tuple(bad), run.stop_reason, run.checkpoint_overdue
     )
     loss, skip = run.status.exchange(total, norm, own)
-    step_unless(run.optimizer, skip)
+    run.optimizer.found_inf = skip.float()  # read on the device: a skipped update leaves weights and moments
+    run.optimizer.step()
     run.optimizer.zero_grad()
     if run.average:
         run.average.update()
@@ -76,7 +76,6 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
 def train(config: Config, world: distributed.World) -> None:
     """Train to the end of the run, from wherever its folder stands; Preempted if a signal stops it before."""
     with Preemption() as preemption:
-        can_be_folder(f"output={config.output}", config.output)
         if world.main:
             (Path(config.output) / MARKER).unlink(missing_ok=True)
         if config.export.to:
@@ -138,7 +137,6 @@ def export_backbone(run: Run, reporter: Reporter) -> None:
 
 def train_loop(run: Run, splits: Splits, reporter: Reporter) -> None:
     """Train epoch by epoch, with an evaluation and a checkpoint after each."""
-    reporter.start_clock()
     run.preemption.hold_interrupts()
     run.model.train()
     while not run.finished:
@@ -196,15 +194,6 @@ def validate_and_probe(run: Run, splits: Splits, reporter: Reporter, epoch: int)
         probe(run, splits, reporter, epoch)
 
 
-def validate(run: Run, reporter: Reporter, epoch: int) -> None:
-    """Evaluate on the validation set and report the loss."""
-    loss = run.state.val_loss = evaluate(run, reporter)
-    report_bad_validation_samples(run, reporter)
-    reporter.add(step=run.state.step, epoch=epoch, val_loss=loss)
-    reporter.flush()
-    reporter.say(f"step {run.state.step}: validation loss {loss:.4f}")
-
-
 def probe_student(run: Run, splits: Splits, reporter: Reporter) -> dict[str, float]:
     """Probe the student's encoder on rank 0, while the others wait."""
     options = {"encoder": run.objective.student.encoder, "average": run.average and run.average.state}
@@ -224,15 +213,6 @@ def probe(run: Run, splits: Splits, reporter: Reporter, epoch: int) -> None:
     reporter.say(f"step {step}: probe macro recall {recall}, mAP {precision}, loss {scores['loss']:.4f}")
 
 
-def _configuration(given: list[str]) -> Config:
-    """The configuration that the command line asks for."""
-    names = [text for text in given if "=" not in text or Path(text).is_file()]
-    if len(names) > 1:
-        raise UserError(f"give one recipe, got {', '.join(names)}")
-    overrides = [text for text in given if text not in names]
-    return load_config(user_path(names[0]) if names else None, overrides)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command's exit code: 0, 2 for bad input, 70 for a lost or hung rank, 75 for a signal, 130 for Ctrl-C."""
     about, raw = "Align a backbone with MaskEmbed.", argparse.RawDescriptionHelpFormatter
@@ -248,11 +228,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    config = _configuration(options.given)
+    recipes = [text for text in options.given if "=" not in text or Path(text).is_file()]
+    if len(recipes) > 1:
+        raise UserError(f"give one recipe, got {', '.join(recipes)}")
+    overrides = [text for text in options.given if text not in recipes]
+    config = load_config(user_path(recipes[0]) if recipes else None, overrides)
     if options.print_config:
         print(to_yaml(config, comments=True), end="")
         return
-    world = distributed.start(collective_timeout(config.faults.timeout))
+    world = distributed.start(distributed.collective_timeout(config.faults.timeout))
     if options.dry_run:
         lines = dry_run(config, world, update)
         if world.main:

@@ -56,11 +56,7 @@ class Transform:
             ("crop_pct", 0 < self.crop_pct <= 1, "in (0, 1]"),
             ("scale", 0 < self.scale[0] <= self.scale[1], "positive, lowest first"),
             ("ratio", 0 < self.ratio[0] <= self.ratio[1], "positive, lowest first"),
-            (
-                "randaugment",
-                policy,
-                "in timm's spelling, without weighted sets, such as rand-m9-mstd0.5-inc1",
-            ),
+            ("randaugment", policy, "such as rand-m9-mstd0.5-inc1, without weighted sets"),
         )
         for name, valid, rule in checks:
             if not valid:

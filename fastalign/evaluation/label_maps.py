@@ -11,16 +11,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastalign.data.index import stem
 from fastalign.data.sources import Source, Subset
-from fastalign.data.tars import stem
 from fastalign.utils.errors import UserError, first_line
 
 VOID = -1  # the id of pixels that belong to no class
 
-_ID_BITS = {
-    "L": (8,),
-    "P": (1, 2, 4, 8),
-}  # of a PNG by PIL's mode; PIL scales grey values of fewer than 8 bits
+# Bits of a PNG by PIL's mode; PIL scales grey values of fewer than 8 bits.
+_ID_BITS = {"L": (8,), "P": (1, 2, 4, 8)}
 _DEEP_ID_BITS = _ID_BITS | {"I;16": (16,), "I": (16,)}
 
 
@@ -110,7 +108,7 @@ class LabelledImages:
 
     def label_map(self, index: int) -> np.ndarray:
         """The class of every pixel, [H, W] int16, ids 0..C-1 and VOID; UserError for a bad map."""
-        file, image = location(self.maps, index), location(self.source, index)
+        file, image = self.maps.location(index), self.source.location(index)
         labels = self.decode(self.maps.read(index), file, stem(self.maps.name(index)))
         try:
             with Image.open(io.BytesIO(self.source.read(index))) as opened:
@@ -140,18 +138,13 @@ class LabelledImages:
         return crc
 
 
-def location(source: Source, index: int) -> str:
-    """A sample's path, for messages."""
-    return f"{source.root}/{source.name(index)}"
-
-
 def pair(images: Source, maps: Source) -> tuple[Source, Source]:
     """The images, and the label maps in their order, matched by name without suffix; UserError: one is missing."""
     by_image, by_map = {}, {}
     for source, places in ((images, by_image), (maps, by_map)):
         for index in range(len(source)):
             if (other := places.setdefault(stem(source.name(index)), index)) != index:
-                both = f"{location(source, other)} and {location(source, index)}"
+                both = f"{source.location(other)} and {source.location(index)}"
                 raise UserError(f"two files of one name: {both}; remove one")
     for source, places, others, text in (
         (images, by_image, by_map, "images have no label map"),
@@ -159,7 +152,7 @@ def pair(images: Source, maps: Source) -> tuple[Source, Source]:
     ):
         if lonely := [index for name, index in places.items() if name not in others]:
             raise UserError(
-                f"{len(lonely)} of {len(source)} {text}, first {location(source, lonely[0])}; "
+                f"{len(lonely)} of {len(source)} {text}, first {source.location(lonely[0])}; "
                 "an image and its map have the same name (in shards, in the same one), the map with .png"
             )
     return images, Subset(maps, np.array([by_map[name] for name in by_image]))

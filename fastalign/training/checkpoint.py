@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastalign import __version__
-from fastalign.backbones.saving import backbone_facts, facts_text, is_written, write_backbone
+from fastalign.backbones.weight_files import backbone_facts, facts_text, is_written, write_backbone
 from fastalign.config import Config, kinds, resolve, to_yaml
 from fastalign.training.build import teacher_of
 from fastalign.training.checkpoint_files import snapshot
+from fastalign.training.command import WAITING
 from fastalign.training.distributed import on_first_rank
-from fastalign.training.hang import WAITING
 from fastalign.training.metrics import plain_number
-from fastalign.training.optim import class_name
 from fastalign.training.run import Run
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import wrap_io_errors, write_atomically
@@ -43,7 +42,6 @@ def checkpoint_state(run: Run) -> dict[str, Any]:
         "student": run.objective.student.state_dict(),
         "target_scale": run.objective.target_scale.item(),
         "optimizer": run.optimizer.state_dict(),
-        "optimizer_class": class_name(run.optimizer),
         "average": run.average.state if run.average else None,
         **run.state.state_dict(),
         "contents": run.contents,
@@ -122,7 +120,6 @@ def resume(run: Run) -> tuple[list[Change], list[str]]:
     def compare() -> tuple[list[Change], list[str]]:
         before, now = saved["contents"], run.contents
         places = {k: "other contents" if now[k] != before[k] else None for k in now.keys() & before.keys()}
-        places |= {k: source.differs_from(before[k]) for k, source in run.sources.items() if k in before}
         return changed_settings(saved, path, run.config, places, finished=run.finished)
 
     changes, moved = on_first_rank(run.world, compare)
@@ -141,10 +138,6 @@ def resume(run: Run) -> tuple[list[Change], list[str]]:
 
 
 def _load_tensors(run: Run, saved: dict, path: Path, changes: list[Change]) -> None:
-    old, new = saved["optimizer_class"], class_name(run.optimizer)
-    if old != new:
-        raise UserError(f"{path} holds the state of {old}, not of {new}: choose another output")
-    options = [{key: group[key] for key in ("betas", "weight_decay")} for group in run.optimizer.param_groups]
     try:
         run.objective.student.load_state_dict(saved["student"])
         run.optimizer.load_state_dict(saved["optimizer"])
@@ -155,8 +148,8 @@ def _load_tensors(run: Run, saved: dict, path: Path, changes: list[Change]) -> N
         raise UserError(
             f"{path} is a checkpoint of another model ({reason}): choose another output"
         ) from error
-    for group, current in zip(run.optimizer.param_groups, options, strict=True):
-        group.update(current)  # the configuration's, not the checkpoint's
+    for group in run.optimizer.param_groups:  # the configuration's, not the checkpoint's
+        group |= {"betas": run.config.optim.betas, "weight_decay": run.config.optim.weight_decay}
     run.objective.target_scale.fill_(saved["target_scale"])
 
 

@@ -61,6 +61,11 @@ class World:
             distributed.barrier()
 
 
+def collective_timeout(timeout: float) -> timedelta:
+    """The process group's timeout for `faults.timeout` seconds: longer, as ranks wait for rank 0 to save or probe."""
+    return timedelta(seconds=max(30 * 60, 2 * min(timeout, 1e8) + 60))
+
+
 def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     """Join the ranks that torchrun started, or run alone: NCCL with GPUs, gloo without. `timeout`: of collectives."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -73,24 +78,26 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
+    world = World(rank, size, device)
     if size == 1:
-        return World(rank, size, device)
+        return world
     # Before there is a group: some of its functions have it as the default of an argument, which would keep it alive
     # after `stop` if torch._dynamo imported them later.
     importlib.import_module("torch.distributed.fsdp")
     # NCCL's flight recorder keeps the last collectives; a rank that hangs writes them to a file.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    options = {"device_id": device} if device.type == "cuda" else {}
+    options = {"backend": "gloo", "timeout": timeout}
+    if device.type == "cuda":
+        options |= {"backend": "nccl", "device_id": device}
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun's store still has the addresses of the ranks before the restart: use other keys. Several machines
         # count restarts differently; there torchrun must not share its store (examples/elastic.sh).
         store, *_ = next(distributed.rendezvous("env://", timeout=timeout))
         options |= {"store": distributed.PrefixStore(attempt, store), "rank": rank, "world_size": size}
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, timeout=timeout, **options)
-    return World(rank, size, device)
+    distributed.init_process_group(**options)
+    return world
 
 
 def keep_freed_memory() -> bool:

@@ -59,10 +59,10 @@ import torch
 from benchmarks import aot
 from fastalign.kernels.unpack import unpack
 
-slots = torch.full((48, 3, 197), -1, dtype=torch.int32)
+slots, ends = torch.full((48, 3, 197), -1, dtype=torch.int32), torch.zeros(145, dtype=torch.int32)
 packed = torch.zeros(48 * 395, 768, dtype=torch.bfloat16, requires_grad=True)
 with aot.compiling(90) as launched:
-    unpack(packed, (None, slots, None, None)).sum().backward()
+    unpack(packed, (None, slots, ends, None)).sum().backward()
 assert len(launched) == 2
 """
 

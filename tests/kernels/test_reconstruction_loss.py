@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from fastalign.kernels.reconstruction_loss import forward_op, reconstruction_loss, scale_op
+from fastalign.kernels.reconstruction_loss import forward_op, reconstruction_loss
 from fastalign.ops import reference
 from fastalign.ops.reference import LOSSES
 from tests.numerics import DEVICE, check_kernel, mask, needs_compiler, some
@@ -120,19 +120,6 @@ def test_without_a_gradient_none_is_computed():
     assert gradient.numel() == 0
     with torch.no_grad():
         assert not reconstruction_loss(prediction.requires_grad_(), target, visible).requires_grad
-
-
-def test_opcheck():
-    visible = mask(2, 3, 5)
-    packing = reference.pack_masks(visible, 1, 40)
-    scale = torch.ones((), device=DEVICE)
-    for loss in LOSSES:
-        dense = some(2, 3, 6, 8), some(2, 3, 6, 8), visible, scale, None, None, 6, loss, False, True
-        bounds = packing.indices, packing.cu_seqlens
-        packed = some(40, 8), some(2, 6, 8), visible, scale, *bounds, 6, loss, True, True
-        for arguments in (dense, packed):
-            torch.library.opcheck(forward_op, arguments)
-    torch.library.opcheck(scale_op, (some(4, 8), torch.tensor(2.0, device=DEVICE)))
 
 
 @needs_compiler
