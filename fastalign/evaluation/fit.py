@@ -152,7 +152,7 @@ class Fit:
 
 
 @torch.no_grad()
-def count(counts, module: nn.Module, batches, labels, device: torch.device, dtype: torch.dtype) -> None:
+def evaluate(module: nn.Module, batches, labels, counts, device: torch.device, dtype: torch.dtype) -> None:
     """Adds the logits of batches, in evaluation mode and under autocast of `dtype`, and their labels to counts."""
     module.eval()
     with closing(batches):

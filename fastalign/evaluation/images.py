@@ -18,7 +18,7 @@ from fastalign.data.loader import Loader
 from fastalign.data.transforms import Transform
 from fastalign.evaluation.datasets import ImageSplit, open_image_splits
 from fastalign.evaluation.features import make_tensor, read_features
-from fastalign.evaluation.fit import FeatureLoader, Fit, count, say_progress
+from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate, say_progress
 from fastalign.evaluation.heads import Classifier, StandardizedLinear, make_image_head, parameter_groups
 from fastalign.evaluation.options import ImageOptions
 from fastalign.evaluation.results import IMAGE_METRICS, ImageCounts, check_output, write_results
@@ -124,7 +124,7 @@ def train_seed(
 
     def measure(split: str) -> dict:
         counts = ImageCounts(job.classes, world.device)
-        count(counts, model, loaders[split].batches(), labels[split], world.device, job.dtype)
+        evaluate(model, loaders[split].batches(), labels[split], counts, world.device, job.dtype)
         return counts.results(world)
 
     if options.live and job.folder:

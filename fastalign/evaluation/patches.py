@@ -16,7 +16,7 @@ from fastalign.backbones.vit import ViT
 from fastalign.config import Config
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.evaluation.features import PatchFeatures, read_patch_features
-from fastalign.evaluation.fit import FeatureLoader, Fit, Track, count, say_progress, untracked
+from fastalign.evaluation.fit import FeatureLoader, Fit, Track, evaluate, say_progress, untracked
 from fastalign.evaluation.heads import HEADS_FOR, make_patch_head
 from fastalign.evaluation.label_maps import LabelledImages
 from fastalign.evaluation.options import Plan, Recipe
@@ -103,7 +103,7 @@ def evaluate_head(
     tokens = features.tokens[task.skip_blocks]
     loader = FeatureLoader(tokens, _EVALUATION_BATCH, device, dtype=torch.float32)
     batches = track(loader.batches(), "evaluation of the head", len(loader))
-    count(counts, head, batches, partial(features.labels, kind=task.labels), device, dtype)
+    evaluate(head, batches, partial(features.labels, kind=task.labels), counts, device, dtype)
     found = counts.results()
     if task.labels != "union":
         found.pop("by_size", None)
@@ -160,12 +160,11 @@ def probe(
             if not math.isfinite(val["loss"]):
                 raise UserError(f"--lr: the loss of {about} is {val['loss']}; lower the rate")
         val = {key: value for key, value in val.items() if key not in ("per_class", "by_size")}
-        others = [split for split in splits if split not in ("train", "val")]
-        found = {"val": val} | {
-            split: evaluate_head(head, task, features[split], **where) for split in others
-        }
+        found = {"val": val}
+        for split in splits.keys() - {"train", "val"}:
+            found[split] = evaluate_head(head, task, features[split], **where)
         rows[number] = {"model": name, **asdict(task), "epoch": epoch, **found}
-        say(f"{name}: {about}: macro recall {found[(*found,)[-1]]['macro_recall']:.4f}")
+        say(f"{name}: {about}: macro recall {found[list(splits)[-1]]['macro_recall']:.4f}")
     for part in world.gather(rows):
         rows |= part
     return [rows[number] for number in range(len(tasks))]

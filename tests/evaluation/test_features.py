@@ -129,7 +129,6 @@ def test_features_are_read_once_and_leave_nothing_behind(scenes, tmp_path, monke
 
 
 def test_ranks_need_files(scenes):
-    """Each would have its share only."""
     with pytest.raises(UserError, match="several ranks share features in files"):
         read_patch_features(models()[0], open_labelled(str(scenes), "val"), World(0, 2, SINGLE.device))
 
