@@ -26,7 +26,7 @@ from fastalign.training.run import Run, itstime
 from fastalign.training.status import StepStatus
 from fastalign.training.validation import measure_target_scale, validate
 from fastalign.utils.errors import UserError
-from fastalign.utils.paths import user_path
+from fastalign.utils.files import user_path
 
 Splits = dict[str, LabelledImages]
 HELP = """
