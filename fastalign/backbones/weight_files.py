@@ -22,7 +22,6 @@ _NAMES = (
     "pytorch_model.bin",
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
-    "visual.safetensors",
     "backbone.safetensors",
 )
 """Weights in a folder; the first that exists is read, whole or in the shards that its `.index.json` lists."""

@@ -208,7 +208,7 @@ def test_what_is_not_known_is_refused_and_nothing_changed():
     refused("softcap must be a positive number or None, got -1.0", tiny(), softcap=-1.0)
     refused("backend: unknown name sdp; the nearest is sdpa", tiny(), backend="sdp")
     refused("Linear has no attention of a timm", nn.Linear(2, 2))
-    refused("got str, not a model", VIT)
+    refused("str has no attention of a timm", VIT)
     refused("is a fastalign.backbones.blocks.Attention", fa.create_backbone(VIT, img_size=32, depth=1))
     refused("blocks.0.attn is a timm.*diff_attention.DiffAttention", tiny(attn_layer="diff"))
     swin = timm.create_model("swin_tiny_patch4_window7_224")
