@@ -79,7 +79,7 @@ def train(config: Config, world: distributed.World) -> None:
         if world.main:
             (Path(config.output) / MARKER).unlink(missing_ok=True)
         if config.export.to:
-            from fastalign.export.targets import check_names  # imports timm
+            from fastalign.export.targets import check_names  # imports timm, and the libraries
 
             check_names(config.export.to, "export.to")
         config = set_micro_batch(config, world, update)
