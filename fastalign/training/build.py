@@ -8,8 +8,8 @@ from fastalign.backbones.precision import FP8_CAPABILITY, compute_dtype
 from fastalign.backbones.spec import split_svit
 from fastalign.backbones.vit import ViT
 from fastalign.config import Config, Teacher, load_config
-from fastalign.data.bad_samples import BadSamples, read_quarantine
 from fastalign.data.loader import Loader
+from fastalign.data.pipeline import BadSamples, read_quarantine
 from fastalign.data.sources import Source, open_source
 from fastalign.data.transforms import Transform
 from fastalign.method.masks import MASKS

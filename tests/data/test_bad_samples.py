@@ -7,16 +7,18 @@ import pytest
 import torch
 
 from fastalign.data import pipeline
-from fastalign.data.bad_samples import (
+from fastalign.data.pipeline import (
     BadSample,
     BadSamples,
+    DecodeError,
+    Decoder,
+    SampleReader,
     append_to_list,
     read_list,
     read_quarantine,
     to_line,
     too_many,
 )
-from fastalign.data.pipeline import DecodeError, Decoder, SampleReader
 from fastalign.data.sources import open_source
 from fastalign.utils.errors import UserError
 from fastalign.utils.random import permutation
