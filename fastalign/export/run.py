@@ -16,7 +16,7 @@ from fastalign.backbones.vit import ViT
 from fastalign.backbones.weight_files import read_facts, read_json
 from fastalign.backbones.zoo import MOCO, load_backbone
 from fastalign.config import Config, load_config
-from fastalign.method.decoder import MaskEmbedDecoder, decoder_block_spec
+from fastalign.method.student import MaskEmbedDecoder, decoder_block_spec
 from fastalign.training.build import named_backbone
 from fastalign.utils.errors import UserError, first_line
 from fastalign.utils.sections import merge
