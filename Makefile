@@ -62,7 +62,6 @@ demo: install
 	$(PY) -m demo.mosaics --out demo/data
 	OMP_NUM_THREADS=$(if $(filter 0,$(GPUS)),1,4) $(FASTALIGN_VENV)/bin/torchrun --standalone --nproc-per-node=$(RANKS) \
 		-m fastalign.train configs/demo.yaml
-	$(PY) -m demo.summary runs/demo
 	$(PY) -m demo.evidence runs/demo
 	$(PY) -m fastalign.report runs/demo
 

@@ -1,10 +1,9 @@
-"""Errors of exported backbones relative to ours: ``python -m benchmarks.export [NAME ...]``.
+"""Errors of exported backbones relative to ours: ``python -m benchmarks.export [--tiny]``.
 
 fp32, random weights (every parameter perturbed), native image size and width, two blocks, with the soft-cap of 30
 and without, in batches of 1 and 3 images. Each export is loaded by the lines of its own model card, in a process that
-cannot import fastalign; in one that can where the card imports it, for timm with a cap. Backbones given by NAME are
-measured at full depth and not written. Otherwise writes `benchmarks/results/export.json` and the table of
-`docs/export.md`.
+cannot import fastalign; in one that can where the card imports it, for timm with a cap. Writes
+`benchmarks/results/export.json` and the table of `docs/export.md`.
 """
 
 import os
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import record
-from fastalign.backbones.saving import save_backbone
+from fastalign.backbones.weight_files import save_backbone
 from fastalign.backbones.zoo import create_backbone
 from fastalign.export import export
 from fastalign.export.measure import noise, token_error
@@ -94,23 +93,21 @@ def run_cards(exports: dict[str, Path], images: Tensor, folder: Path) -> dict[st
 
 
 def measure(name: str, **kwargs) -> list[dict]:
-    """A row per target: the largest relative error of a token, with the cap (None: refused) and without."""
+    """A row per target: the largest relative error of a token, with the cap and without."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_run(folder / "run", name, **kwargs)
         run = read_run(folder / "run")
         vit, images, wanted, exports = run.vit, noise(run.vit), {}, {}
         rows = {
-            target: {"backbone": name, "target": target, "capped": None}
+            target: {"backbone": name, "target": target}
             for target in TARGETS
-            if target != "prismatic" and not TARGETS[target].misfits(run)  # its files are those for timm
+            if target != "prismatic" and not TARGETS[target].misfits(run.vit)  # its files are those for timm
         }
         for column, softcap in (("capped", vit.softcap), ("plain", None)):
             vit.softcap = softcap
             wanted[column] = vit.forward_features(images).detach()
             for target in rows:
-                if softcap is not None and TARGETS[target].how_capped is None:
-                    continue
                 output = folder / f"{target}-{column}"
                 export(folder / "run", target, output=output, drop_softcap=softcap is None)
                 exports[output.name] = output
@@ -120,7 +117,7 @@ def measure(name: str, **kwargs) -> list[dict]:
     return list(rows.values())
 
 
-COLUMNS = {"timm": "timm", "hf-": "transformers", "open-clip": "open_clip", "onnx": "onnx"}
+COLUMNS = {"timm": "timm", "hf-": "transformers", "onnx": "onnx"}
 """Titles of the table by the beginning of a target's name."""
 
 
@@ -131,23 +128,18 @@ def line(rows: list[dict]) -> list[str]:
     return [rows[0]["backbone"], *cells]
 
 
-def _figure(error: float | None) -> str:
-    return "refused" if error is None else f"{error:.1e}".replace("0.0e+00", "0")
+def _figure(error: float) -> str:
+    return f"{error:.1e}".replace("0.0e+00", "0")
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     """Measure, print, write."""
-    parser = record.parser("export", __doc__, "a tiny model")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="timm names, at full depth and not written")
-    options = parser.parse_args(arguments)
-    whole = not options.names and not options.tiny
-    kwargs = TINY if options.tiny else {"depth": 2} if whole else {}
-    groups = []
-    for name in options.names or (BACKBONES[:1] if options.tiny else BACKBONES):
-        groups.append(measure(name, **kwargs))
+    tiny, groups = record.parser("export", __doc__, "a tiny model").parse_args(arguments).tiny, []
+    for name in BACKBONES[:1] if tiny else BACKBONES:
+        groups.append(measure(name, **(TINY if tiny else {"depth": 2})))
         print(" | ".join(line(groups[-1])), flush=True)
     rows = [row for group in groups for row in group]
-    if whole:
+    if not tiny:
         record.write("export", rows)
         header = f"| backbone | {' | '.join(COLUMNS.values())} |"
         record.replace_table(TABLE, record.markdown(header, list(map(line, groups))))

@@ -15,7 +15,7 @@ from benchmarks import record
 from benchmarks.tolerance import gradient_error
 from fastalign.backbones import naflex
 from fastalign.backbones.vit import ViT
-from fastalign.backbones.zoo import MOCO, create_backbone, from_timm
+from fastalign.backbones.zoo import MOCO, from_timm
 
 BACKBONES = [
     "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
@@ -49,18 +49,11 @@ BACKBONES = [
 def measure(name: str, images: int = 1, **kwargs) -> dict[str, float]:
     """Relative errors, in the Euclidean norm, of tokens, pooled output and gradients against timm's."""
     torch.manual_seed(0)
-    base = "vit_base_patch16_224" if name == MOCO else name
-    theirs = timm.create_model(base, **{"num_classes": 0, **kwargs})
+    theirs = timm.create_model(name, **{"num_classes": 0, **kwargs})
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    if name == MOCO:
-        position = create_backbone(name, **kwargs).pos_embed.detach().clone()
-        theirs.pos_embed = nn.Parameter(position, requires_grad=False)
-    ours = from_timm(copy.deepcopy(theirs))
-    if name == MOCO:
-        ours.pos_embed.requires_grad_(False)
-    return compare(theirs, ours, images)
+    return compare(theirs, from_timm(copy.deepcopy(theirs)), images)
 
 
 def compare(theirs: nn.Module, ours: ViT, images: int = 1) -> dict[str, float]:

@@ -11,7 +11,6 @@ from benchmarks.baseline import Baseline
 from benchmarks.timing import attempt, free, in_turns, quantiles, timed, wait
 from fastalign.backbones.precision import autocast, store_as
 from fastalign.method.flops import flops_per_image, peak_flops
-from fastalign.training.optim import adamw
 
 TINY_KWARGS = {"img_size": 32, "depth": 2}
 FIXED_SIZE = {"dynamic_img_size": False}  # so that timm's model, too, makes its rotary table once
@@ -81,7 +80,8 @@ class StepBench:
             self.model.compile()
         elif row.compiled == "blocks":
             self.model.compile(blocks=True)
-        self.optimizer = adamw(self.model.student.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01)
+        options = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.01, "fused": True}
+        self.optimizer = torch.optim.AdamW(self.model.student.parameters(), **options)
         self.images = torch.randn(batch, 3, *vit.spec.image_size, device=device)
         self.ids, self.epoch = torch.arange(batch, device=device), 0
 

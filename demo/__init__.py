@@ -1,1 +1,1 @@
-"""The demo: mosaics of ten photographs, a small teacher trained on them, and a summary of the run."""
+"""The demo: mosaics of ten photographs, a small teacher trained on them, and probes of both models."""

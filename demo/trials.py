@@ -176,8 +176,8 @@ def run_trial(trial: Trial, root: Path) -> None:
         Plan(heads=("linear",), labels=("global-union", "global-in-patch"), **common),
         Plan(heads=trial.heads, labels=("union",), hidden=256, **common),
     )
-    how = {"report_on": trial.splits, "threads": 1, "say": lambda text: print(text, flush=True)}
-    rows = probe({trial.name: encoder_of(trial, folder, device)}, splits, plans, world, **how)
+    say = lambda text: print(text, flush=True)  # noqa: E731
+    rows = probe({trial.name: encoder_of(trial, folder, device)}, splits, plans, world, threads=1, say=say)
     text = json.dumps({"trial": asdict(trial), "rows": rows}) + "\n"
     write_atomically(trial.results(root), lambda file: file.write(text.encode()))
 

@@ -8,14 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from fastalign.evaluation.images import RESULTS, classify
-from fastalign.evaluation.options import (
-    ImageOptions,
-    add_flags,
-    evaluation_parser,
-    from_flags,
-    open_backbones,
-)
-from fastalign.evaluation.results import image_table
+from fastalign.evaluation.options import ImageOptions, evaluation_parser, from_flags, open_backbones
+from fastalign.evaluation.results import check_output, image_table
 from fastalign.training import distributed
 from fastalign.training.command import run_command
 
@@ -24,29 +18,30 @@ __all__ = ["classify", "main"]
 
 def run(arguments: list[str]) -> None:
     """Classifies; rank 0 writes the results and prints the tables."""
-    parser = evaluation_parser(
+    given = evaluation_parser(
         "classify",
-        "Image classification with a backbone: a head on its frozen features, or fine-tuning.",
+        "Image classification with a backbone: a head on its frozen features, or fine-tuning. "
+        "Defaults that depend on head and mode are in docs/classify.md.",
+        ImageOptions,
         data="folder with train/ and val/, and perhaps test/",
         output="RUN or runs/classify-NAME, a folder",
-    )
-    parser.epilog = "Defaults that depend on head and mode are in docs/classify.md."
-    add_flags(parser, ImageOptions)
-    given = parser.parse_args(arguments)
+    ).parse_args(arguments)
     options = from_flags(ImageOptions, given)
-    options.resolved()  # refused before anything is loaded
+    settings = {"settings": options.resolved().facts()}  # refused before anything is loaded
     # Ranks without a seed of their own wait while others train.
     world = distributed.start(timeout=timedelta(days=30))
     vits, run_folder = open_backbones(given)
     folder = Path(given.output or run_folder or Path("runs") / f"classify-{given.backbone}")
+    outputs = {name: folder / name if name == "before" else folder for name in vits}
+    for output in outputs.values():  # before the first training
+        check_output(output / RESULTS, settings)
     common = {"command": shlex.join(["fastalign", "classify", *arguments]), **dict(options)}
     common |= {"world": world, "say": lambda text: print(text, flush=True) if world.main else None}
-    for name, vit in vits.items():
-        output = folder / name if name == "before" else folder
-        results = classify(vit, given.data, output=output, **common)
+    for name, output in outputs.items():
+        results = classify(vits[name], given.data, output=output, **common)
         if world.main:
             console = Console()
-            console.print(image_table(results, name if name == "before" else ""))
+            console.print(image_table(results, name))
             console.print(f"chosen: {results['selection']}", highlight=False)
             console.print(f"written: {output / RESULTS}", highlight=False, soft_wrap=True)
 

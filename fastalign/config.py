@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fastalign.backbones.spec import check_svit
+from fastalign.backbones.spec import AUTHORS_SOFTCAP
 from fastalign.method.masks import MASKS
 from fastalign.utils import sections
 from fastalign.utils.errors import UserError, unknown
@@ -117,8 +117,8 @@ class Data(Section):
 
 
 class Optim(Section):
-    name: Literal["adamw", "apex_adam", "apex_lamb"] = "adamw"
-    """adamw: torch's, fused; apex_adam: the same by NVIDIA's apex, or torch's without it; apex_lamb: LAMB by apex"""
+    """AdamW, fused."""
+
     batch_size: int = Field(1024, gt=0)
     """images per update, over all ranks and accumulation steps"""
     accumulate: Annotated[int, Kind.FREE] = Field(1, gt=0)
@@ -198,8 +198,6 @@ class Efficiency(Section):
     """torch.compile the student and the teacher; blocks = block by block, which starts sooner"""
     grad_checkpointing: bool = False
     """recompute the student's blocks in the backward pass"""
-    shard: bool = False
-    """FSDP: the student's weights and the optimizer's state are split among ranks; same checkpoints"""
     attention: str = "auto"
     """auto = the fastest measured on this GPU; or a name that fastalign doctor lists"""
 
@@ -236,26 +234,25 @@ class Config(Section):
             for key in ("name", "weights", "pretrained", "checkpoint"):
                 if key in kwargs:
                     raise ValueError(f"{name}.kwargs.{key}: write {name}.name and {name}.weights instead")
-        check_svit(student.name, student.kwargs, teacher.name, teacher.kwargs)
-        if optim.batch_size % optim.accumulate:
-            raise ValueError(f"optim.batch_size {optim.batch_size} is not a multiple of optim.accumulate")
-        if optim.warmup_epochs > optim.epochs:
-            raise ValueError("optim.warmup_epochs must not exceed optim.epochs")
-        if teacher.prefix_only and teacher.skip_blocks:
-            raise ValueError("teacher.prefix_only needs the whole model: set teacher.skip_blocks=0")
-        if masks.distribution == "uniform" and masks.ratio is not None:
-            raise ValueError("masks.ratio does not apply to uniform masks: remove it")
-        if masks.mode == "drop" and teacher.prefix_only:
-            raise ValueError("teacher.prefix_only requires masks.mode=zero")
-        if self.objective == "mim" and (teacher.prefix_only or student.freeze):
-            raise ValueError("objective=mim is incompatible with teacher.prefix_only and student.freeze")
-        if self.probe.data is None and self.probe.best:
-            raise ValueError("probe.best needs a probe: set probe.data, or probe.best=false")
-        for key, value in (("probe.data", self.probe.data), ("export.to", self.export.to)):
-            if value and student.freeze:
-                raise ValueError(
-                    f"{key} has no use with student.freeze, which keeps the backbone: remove one"
-                )
+        plain = f"{student.name[1:]} and student.softcap={AUTHORS_SOFTCAP:g}"
+        prefix, freeze, mim = teacher.prefix_only, student.freeze, self.objective == "mim"
+        size, uniform = optim.batch_size, masks.distribution == "uniform"
+        broken = {
+            f"student.name={student.name}: write {plain}": student.name.startswith("svit_"),
+            f"optim.batch_size {size} is not a multiple of optim.accumulate": size % optim.accumulate,
+            "optim.warmup_epochs must not exceed optim.epochs": optim.warmup_epochs > optim.epochs,
+            "teacher.prefix_only requires teacher.skip_blocks=0": prefix and teacher.skip_blocks,
+            "teacher.prefix_only requires masks.mode=zero": prefix and masks.mode == "drop",
+            "masks.ratio does not apply to uniform masks: remove it": uniform and masks.ratio is not None,
+            "objective=mim is incompatible with teacher.prefix_only: remove one": mim and prefix,
+            "objective=mim is incompatible with student.freeze: remove one": mim and freeze,
+            "probe.best needs a probe: set probe.data": self.probe.best and self.probe.data is None,
+            "probe.data has no use with student.freeze: remove one": freeze and self.probe.data,
+            "export.to has no use with student.freeze: remove one": freeze and self.export.to,
+        }
+        for text, is_broken in broken.items():
+            if is_broken:
+                raise ValueError(text)
         return self
 
 

@@ -4,7 +4,6 @@ Ends with a smoke test, a training step on every kind of device; the exit code i
 """
 
 import argparse
-import importlib.util
 import os
 import platform
 import shutil
@@ -12,7 +11,6 @@ import sys
 from importlib import metadata
 
 import torch
-from torch.torch_version import TorchVersion
 
 from fastalign import ops
 from fastalign.backbones.precision import autocast, compute_dtype, has_bf16
@@ -23,9 +21,9 @@ from fastalign.method.student import MaskEmbedStudent
 from fastalign.method.teacher import MaskedTeacher
 from fastalign.ops import extension
 from fastalign.ops.attention import BACKENDS, Case, choose
+from fastalign.training.command import run_command
 from fastalign.utils.errors import on_one_line
 
-DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 PARTS = {
     "student, soft-capped": {"capped": True, "packed": False, "gradient": True},
     "student without a cap, decoder": {"capped": False, "packed": False, "gradient": True},
@@ -35,22 +33,18 @@ PARTS = {
 }
 """Whose attention is reported."""
 
-TESTED = {
-    "torch": ("2.11.0", "2.14.1"),
-    "torchvision": ("0.26.0", "0.29.1"),
-    "triton": ("3.6.0", "3.8.0"),
-    "timm": ("1.0.31", "1.0.31"),
-    "transformers": ("5.23.0", "5.24.0"),
-    "nvidia-dali-cuda130": ("2.4.0", "2.4.0"),
+PACKAGES = {
+    "torch": "tested with 2.11.0 and 2.14.1",
+    "torchvision": "tested with 0.26.0 and 0.29.1",
+    "triton": "kernels; tested with 3.6.0 and 3.8.0",
+    "timm": "tested with 1.0.31",
+    "nvidia-dali-cuda130": "reading images; tested with 2.4.0",
+    "nvidia-dali-cuda120": "the same for CUDA 12",
+    "transformers": "export; tested with 5.23.0 and 5.24.0",
+    "tensorboard": "log.to=[tensorboard]",
+    "wandb": "log.to=[wandb:PROJECT]",
 }
-"""Package -> the oldest and the newest version tested, those of constraints.txt and constraints-newest.txt."""
-
-OPTIONAL = {
-    "tensorboard": ("tensorboard.summary", "log.to=[tensorboard]"),
-    "wandb": ("wandb.sdk", "log.to=[wandb:PROJECT]"),
-    "apex": ("apex.optimizers", "optim.name=apex_adam and apex_lamb; built from NVIDIA's repository"),
-}
-"""Package -> a module that only the right project has, and what it is for."""
+"""What each package is for; the versions are those of constraints.txt and constraints-newest.txt."""
 
 
 def version(package: str) -> str | None:
@@ -62,44 +56,32 @@ def version(package: str) -> str | None:
 
 
 def machine() -> list[str]:
-    """Python, torch, the devices, and what decodes images."""
-    lines = [f"python {platform.python_version()}, torch {torch.__version__}, timm {version('timm')}"]
+    """Python and the devices."""
     bf16 = "with" if has_bf16(torch.device("cpu")) else "without"
-    lines.append(f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads, {bf16} bf16 instructions")
+    cpu = f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads, {bf16} bf16 instructions"
+    lines = [f"python {platform.python_version()}", cpu]
     if not torch.cuda.is_available():
         lines.append(f"GPU: none found; torch is built for CUDA {torch.version.cuda}")
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         memory = f"{gpu.total_memory / 2**30:.0f} GiB"
         lines.append(f"GPU {index}: {gpu.name}, sm_{gpu.major}{gpu.minor}, {memory}")
-    dali = ", ".join(f"{name} {version(name)}" for name in DALI_PACKAGES if version(name))
-    missing = "missing: pip install nvidia-dali-cuda130 (CUDA 12: nvidia-dali-cuda120), not nvidia-dali"
-    return [*lines, f"decoding and transforms: {dali or missing}"]
-
-
-def tested() -> list[str]:
-    """The versions that were tested, and what is newer here."""
-    stacks = (f"{name} {' and '.join(dict.fromkeys(versions))}" for name, versions in TESTED.items())
-    lines = [f"oldest and newest stack: {', '.join(stacks)}"]
-    for name, (_, newest) in TESTED.items():
-        found = (version(name) or "0").partition("+")[0]  # 2.11.0+cu130
-        if TorchVersion(found) > newest:
-            lines.append(f"{name} {found} is newer than tested; if it fails: pip install '{name}<={newest}'")
     return lines
+
+
+def packages() -> list[str]:
+    """The installed versions, and what each package is for."""
+    return [f"{name}: {version(name) or 'not installed'} ({about})" for name, about in PACKAGES.items()]
 
 
 def operations() -> list[str]:
     """What runs each operation on a GPU and on a CPU, and why."""
-    triton = version("triton")
-    kernels = f"kernels in triton {triton}" if triton else "eager PyTorch, slower: triton is not installed"
+    kernels = "Triton" if version("triton") else "eager PyTorch, slower: triton is not installed"
     if ops.MODE == "0":
         kernels = "eager PyTorch: FASTALIGN_KERNELS=0"
     masks = "extension" if extension.available(torch.device("cpu")) else "PyTorch"
-    lines = [
-        f"masked copies, decoder input, packing, loss on a GPU: {kernels}",
-        "everything on a CPU: eager PyTorch",
-        f"masks: {masks} ({extension.status()})",
-    ]
+    lines = [f"masked copies, decoder input, packing, loss: on a GPU {kernels}, on a CPU eager PyTorch"]
+    lines.append(f"masks: {masks} ({extension.status()})")
     if torch.cuda.is_available() and not extension.available(torch.device("cuda")):
         lines.append("  faster: install the CUDA toolkit of torch's version, then fastalign again")
     if not shutil.which("c++"):
@@ -108,7 +90,7 @@ def operations() -> list[str]:
 
 
 def attention() -> list[str]:
-    """What runs the attention of each part of a step, why, and what would be faster."""
+    """What runs the attention of each part of a step, and why."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, lines = compute_dtype("auto", torch.device(device)), []
     for part, kind in PARTS.items():
@@ -117,18 +99,6 @@ def attention() -> list[str]:
     installed = [name for name, backend in BACKENDS.items() if not backend.missing()]
     lines.append(f"installed: {', '.join(installed)}")
     lines.append(f"not installed: {', '.join(name for name in BACKENDS if name not in installed)}")
-    return lines
-
-
-def optional() -> list[str]:
-    """Optional packages, except those for attention, and whether each is the right project."""
-    lines = []
-    for name, (proof, purpose) in OPTIONAL.items():
-        try:
-            found = version(name) or "installed" if importlib.util.find_spec(proof) else "another project"
-        except ImportError:
-            found = "not installed"
-        lines.append(f"{name}: {found} ({purpose})")
     return lines
 
 
@@ -148,21 +118,27 @@ def smoke(device: str) -> str:
     return f"a step on the {device} in {str(dtype).removeprefix('torch.')}: mode zero, mode drop"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the report; 1 if a smoke test fails."""
-    about = "What is installed, what will be used, and what would be faster."
-    argparse.ArgumentParser(prog="fastalign doctor", description=about).parse_args(arguments)
-    for section in (machine, tested, operations, attention, optional):
+def report() -> None:
+    """Print the report; exit with code 1 if a smoke test fails."""
+    for section in (machine, packages, operations, attention):
         print(f"{section.__name__}\n  " + "\n  ".join(section()))
     print("smoke test")
-    failed = False
+    code = 0
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         try:
-            print(f"  ok: {smoke(device)}")
+            line = f"ok: {smoke(device)}"
         except Exception as error:  # of any class: the report must be complete
-            failed = True
-            print(f"  FAILED on the {device}: {type(error).__name__}: {on_one_line(str(error))}")
-    return int(failed)
+            line, code = f"FAILED on the {device}: {type(error).__name__}: {on_one_line(str(error))}", 1
+        print(f"  {line}")
+    if code:
+        sys.exit(code)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Ends with code 1 if a smoke test fails."""
+    about = "What is installed, what will be used, and what would be faster."
+    argparse.ArgumentParser(prog="fastalign doctor", description=about).parse_args(arguments)
+    return run_command(report)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,17 @@
 """The command ``fastalign probe --backbone NAME_OR_RUN --data DATASET``."""
 
-import argparse
 import shlex
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import get_args
 
 import torch
 from rich.console import Console
 
 from fastalign import __version__
 from fastalign.backbones.precision import compute_dtype
-from fastalign.evaluation.datasets import open_labelled
-from fastalign.evaluation.options import (
-    Plan,
-    Precision,
-    Recipe,
-    add_flags,
-    evaluation_parser,
-    from_flags,
-    open_backbones,
-)
+from fastalign.evaluation.datasets import SPLITS, open_labelled
+from fastalign.evaluation.options import Plan, Reading, Recipe, evaluation_parser, from_flags, open_backbones
 from fastalign.evaluation.patches import probe
 from fastalign.evaluation.results import check_output, patch_table, summarise, write_results
 from fastalign.training import distributed
@@ -30,11 +20,14 @@ from fastalign.utils.errors import UserError
 from fastalign.utils.paths import path_argument
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line; UserError where it cannot be understood."""
+def run(arguments: list[str]) -> None:
+    """Probes; rank 0 writes the results and prints the table."""
     parser = evaluation_parser(
         "probe",
         "What a small head predicts from a frozen backbone's tokens.",
+        Plan,
+        Recipe,
+        Reading,
         data="coco:ROOT, coco-things:ROOT, coco-panoptic:ROOT, ade20k:ROOT, or a folder",
         output="RUN/probe.json or runs/probe-NAME.json",
     )
@@ -42,27 +35,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--cache", type=path_argument, help="folder for features meanwhile; default that of the output")
     add("--skip-blocks", nargs="+", type=int, default=[0], metavar="X", help="last blocks left out")
     add("--forward-batch", type=int, default=64, metavar="X", help="images per forward pass (default 64)")
-    add("--threads", type=int, default=4, metavar="X", help="reading threads per rank (default 4)")
-    add("--precision", choices=get_args(Precision), default="auto", help="auto: bf16 if supported")
-    add_flags(parser, Plan, Recipe)
-    return parser.parse_args(arguments)
-
-
-def run(arguments: list[str]) -> None:
-    """Probes; rank 0 writes the results and prints the table."""
-    given = parse(arguments)
+    given = parser.parse_args(arguments)
     # Ranks without a head of their own wait while others train.
     world = distributed.start(timeout=timedelta(days=30))
-    plan = from_flags(Plan, given, recipe=from_flags(Recipe, given))
-    splits = {name: open_labelled(given.data, name) for name in ("train", "val", "test")}
+    plan, reading = from_flags(Plan, given, recipe=from_flags(Recipe, given)), from_flags(Reading, given)
+    splits = {name: open_labelled(given.data, name) for name in SPLITS}
     vits, folder = open_backbones(given)
     for vit in vits.values():
         vit.to(world.device).eval()
-        if min(given.skip_blocks) < 0 or max(given.skip_blocks) > (blocks := len(vit.blocks)):
+        if min(given.skip_blocks) < 0 or max(given.skip_blocks) > len(vit.blocks):
             skip = " ".join(map(str, given.skip_blocks))
-            raise UserError(f"--skip-blocks {skip}: the backbone has {blocks} blocks; give 0 to {blocks}")
-        if (channels := vit.spec.channels) != 3:
-            raise UserError(f"--kwargs in_chans={channels}: images have 3 channels; remove it")
+            raise UserError(f"--skip-blocks {skip}: give numbers from 0 to {len(vit.blocks)}")
     default = folder / "probe.json" if folder else Path("runs") / f"probe-{given.backbone}.json"
     output = Path(given.output or default)
     data = {
@@ -71,26 +54,19 @@ def run(arguments: list[str]) -> None:
         "images": {name: len(split) for name, split in splits.items()},
         "fingerprints": {name: f"{split.fingerprint():08x}" for name, split in splits.items()},
     }
-    facts = {"data": data, "settings": plan.model_dump()}
+    facts = {"data": data, "settings": plan.model_dump(mode="json")}
     check_output(output, facts)
-    rows = probe(
-        vits,
-        splits,
-        [plan],
-        world,
-        skip_blocks=given.skip_blocks,
-        folder=Path(given.cache or output.parent),
-        batch_size=given.forward_batch,
-        threads=given.threads,
-        dtype=compute_dtype(given.precision, world.device),
-        say=lambda text: print(text, flush=True),
-    )
+    how = {"skip_blocks": given.skip_blocks, "folder": Path(given.cache or output.parent)}
+    how |= {"batch_size": given.forward_batch, "threads": reading.threads}
+    how["dtype"] = compute_dtype(reading.precision, world.device)
+    rows = probe(vits, splits, [plan], world, say=lambda text: print(text, flush=True), **how)
     if world.main:
-        summary, command = summarise(rows), shlex.join(["fastalign", "probe", *arguments])
+        command, summary = shlex.join(["fastalign", "probe", *arguments]), summarise(rows)
         versions = {"fastalign": __version__, "torch": torch.__version__}
         facts = {"command": command, **facts, "versions": versions, "results": rows, "summary": summary}
         write_results(output, facts)
-        Console().print(patch_table(summary, f"test split of {given.data}"))
+        title = f"{given.backbone}, test split of {given.data}, percent, seeds: {len(plan.seeds)}"
+        Console().print(patch_table(summary, title))
         print(f"results: {output}")
 
 

@@ -3,45 +3,34 @@
 import argparse
 import re
 import sys
-from pathlib import Path
 
 import timm
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from fastalign.config import load_config, recipes
+from fastalign.training.command import run_command
 
-_COST = re.compile(r"([\d.]+) GFLOP per image")
 
-
-def row(name: str, path: Path) -> tuple[str, ...]:
-    """The cells of a recipe; its resolution is its own, else that of timm's published weights."""
-    config, cost = load_config(path), _COST.search(path.read_text())
-    student = config.student
-    known = timm.get_pretrained_cfg(student.name) if timm.is_model(student.name) else None
-    size = student.kwargs.get("img_size") or (known.input_size[-1] if known else "-")
-    return name, student.name, str(size), str(config.optim.epochs), cost[1] if cost else "-"
+def print_recipes(*, ablations: bool) -> None:
+    """Print a line per recipe; its resolution is its own, else that of timm's published weights."""
+    line = "{:<33} {:<51} {:>6} {:>7} {:>16}".format
+    print(line("recipe", "backbone", "pixels", "epochs", "GFLOP per image"))
+    for name, path in recipes().items():
+        if path.parent.name == "ablations" and not ablations:
+            continue
+        config, cost = load_config(path), re.search(r"([\d.]+) GFLOP per image", path.read_text())
+        student = config.student
+        known = timm.get_pretrained_cfg(student.name) if timm.is_model(student.name) else None
+        size = student.kwargs.get("img_size") or (known.input_size[-1] if known else "-")
+        print(line(name, student.name, size, config.optim.epochs, cost[1] if cost else "-"))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="fastalign recipes",
-        description="List the published recipes. Train one with: fastalign train NAME data.train=PATH",
-    )
+    about = "List the published recipes. Train one with: fastalign train NAME data.train=PATH"
+    parser = argparse.ArgumentParser(prog="fastalign recipes", description=about)
     parser.add_argument("--all", action="store_true", help="the ablations of the paper too")
-    everything = parser.parse_args(arguments).all
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for title in ("recipe", "backbone"):
-        table.add_column(title, overflow="fold")
-    for title in ("pixels", "epochs", "GFLOP per image"):
-        table.add_column(title, justify="right")
-    for name, path in recipes().items():
-        if everything or path.parent.name != "ablations":
-            table.add_row(*row(name, path))
-    Console().print(table)
-    return 0
+    options = parser.parse_args(arguments)
+    return run_command(lambda: print_recipes(ablations=options.all))
 
 
 if __name__ == "__main__":

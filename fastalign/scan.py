@@ -8,7 +8,9 @@ import argparse
 import os
 import re
 import sys
+import tempfile
 import threading
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,70 +18,65 @@ import torch
 
 from fastalign.data.bad_samples import BadSample, BadSamples, to_line
 from fastalign.data.pipeline import Decoder, SampleReader
-from fastalign.data.sources import SyntheticSource, open_source
+from fastalign.data.sources import Source, SyntheticSource, open_source
 from fastalign.data.transforms import Transform
 from fastalign.training.command import run_command
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import wrap_io_errors, write_atomically
 from fastalign.utils.paths import path_argument
 
+_CHUNK = 64  # images per task
 
-def scan(data: str, workers: int) -> tuple[int, list[BadSample]]:
-    """The number of images, and damaged shards followed by the bad images in source order."""
-    source, local = open_source(data, damaged=True), threading.local()
-    if isinstance(source, SyntheticSource):
-        raise UserError(f"{data} is made on the device: there is no file to check")
-    reader = SampleReader(source, BadSamples(), replace=False)
+
+def scan(source: Source, workers: int) -> list[BadSample]:
+    """The bad images in source order."""
+    reader, local = SampleReader(source, BadSamples(), replace=False), threading.local()
     pixel = Transform((1, 1), mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1e-3)  # decodes all, resizes little
+    bad: list[BadSample] = []
 
-    def check(ids: range) -> list[BadSample]:
+    def check(first: int) -> list[BadSample]:
         if not hasattr(local, "decoder"):
-            local.decoder = Decoder(pixel, batch_size=1, device=torch.device("cpu"), threads=1)
+            local.decoder = Decoder(pixel, torch.device("cpu"), batch_size=1, num_threads=1)
+        ids = range(first, min(first + _CHUNK, len(source)))
         return [bad for i in ids for bad in reader.decode(reader.read(i), local.decoder)[0].bad]
 
-    total, shown = len(source), 0.0
-    bad = [BadSample(None, name, reason) for name, reason in source.damaged]
-    chunk = max(64, total // 50_000)
-    chunks = [range(first, min(first + chunk, total)) for first in range(0, total, chunk)]
     with ThreadPoolExecutor(workers) as pool:
-        for ids, found in zip(chunks, pool.map(check, chunks), strict=True):
+        starts = range(0, len(source), _CHUNK)
+        for number, found in enumerate(pool.map(check, starts), 1):
             bad += found
-            if ids.stop / total >= shown + 0.05:
-                shown = ids.stop / total
-                count = len(bad) - len(source.damaged)
-                print(f"{ids.stop} of {total} images checked, {count} bad", file=sys.stderr, flush=True)
-    return total, bad
-
-
-def _summary(data: str, total: int, bad: list[BadSample], output: Path | None) -> list[str]:
-    images = [sample for sample in bad if sample.id is not None]
-    lines = [f"{data}: {total} images, {len(images)} bad ({len(images) / total:.2%})"]
-    kinds: dict[str, list[BadSample]] = {}
-    for sample in images:
-        # Numbers and contents differ from image to image.
-        kinds.setdefault(re.sub(r"\d+|begins with .*", "", sample.reason), []).append(sample)
-    for alike in sorted(kinds.values(), key=len, reverse=True):
-        lines.append(f"  {len(alike)} x {alike[0].reason} (such as {alike[0].name!r})")
-    lines += [f"  incomplete: {sample.name!r}, {sample.reason}" for sample in bad if sample.id is None]
-    if output:
-        lines.append(f"quarantine list: {output}; train with faults.quarantine={output}")
-    elif bad:
-        lines.append("add --output quarantine.jsonl for the list that faults.quarantine reads")
-    return lines
+            if 20 * number // len(starts) > 20 * (number - 1) // len(starts):
+                print(f"{number / len(starts):.0%} checked, {len(bad)} bad", file=sys.stderr, flush=True)
+    return bad
 
 
 def _run(options: argparse.Namespace) -> None:
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: it must be at least 1")
     output = Path(options.output) if options.output else None
+    source = open_source(options.data, damaged=True)
+    if isinstance(source, SyntheticSource):
+        raise UserError(f"{options.data} is made on the device: there is no file to check")
     if output:  # before hours of checking, not after
         with wrap_io_errors(output):
             output.parent.mkdir(parents=True, exist_ok=True)
-            output.open("ab").close()
-    total, bad = scan(options.data, options.workers)
+            tempfile.TemporaryFile(dir=output.parent).close()
+        if output.is_dir():
+            raise UserError(f"--output {output} is a directory; name a file")
+    bad, total = scan(source, options.workers), len(source)
+    print(f"{options.data}: {total} images, {len(bad)} bad ({len(bad) / total:.2%})")
+    kinds: dict[str, list[BadSample]] = defaultdict(list)
+    for sample in bad:  # numbers and contents differ from image to image
+        kinds[re.sub(r"\d+|begins with .*", "", sample.reason)].append(sample)
+    for samples in sorted(kinds.values(), key=len, reverse=True):
+        print(f"  {len(samples)} x {samples[0].reason} (such as {samples[0].name!r})")
+    for name, reason in source.damaged:
+        print(f"  incomplete: {name!r}, {reason}")
+    shards = [BadSample(None, name, reason) for name, reason in source.damaged]
     if output:
-        write_atomically(output, lambda file: file.writelines(map(to_line, bad)))
-    print("\n".join(_summary(options.data, total, bad, output)))
+        write_atomically(output, lambda file: file.writelines(map(to_line, [*shards, *bad])))
+        print(f"quarantine list: {output}; train with faults.quarantine={output}")
+    elif bad or shards:
+        print("add --output quarantine.jsonl for the list that faults.quarantine reads")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,11 +1,8 @@
-"""Training: ``fastalign train RECIPE section.key=value ...``, or ``torchrun -m fastalign.train RECIPE ...``.
-
-``--reference-config FILE`` instead of RECIPE takes one of the authors' files.
-"""
+"""Training: ``fastalign train RECIPE section.key=value ...``, or ``torchrun -m fastalign.train RECIPE ...``."""
 
 import argparse
 import contextlib
-import os
+import math
 import sys
 import textwrap
 from pathlib import Path
@@ -19,19 +16,17 @@ from fastalign.evaluation.patches import contents, open_splits, probe_encoder
 from fastalign.method.flops import flops_per_image
 from fastalign.training import distributed
 from fastalign.training.checkpoint import new_best, resume, save, save_settings, wait_for_checkpoint
-from fastalign.training.command import MARKER, Preempted, Preemption, report_rank_error, run_command
+from fastalign.training.command import MARKER, WAITING, Preempted, Preemption, report_rank_error, run_command
 from fastalign.training.dry_run import dry_run, set_micro_batch
-from fastalign.training.faults import handle_status, prepare_logs, report_bad_validation_samples
-from fastalign.training.hang import WAITING, collective_timeout
+from fastalign.training.faults import handle_status, prepare_logs
 from fastalign.training.metrics import Speed
-from fastalign.training.optim import seed_update, step_unless
+from fastalign.training.optim import seed_update
 from fastalign.training.reporter import Reporter, end_lines, start_lines
 from fastalign.training.run import Run, itstime
 from fastalign.training.status import StepStatus
-from fastalign.training.validation import evaluate, measure_target_scale
+from fastalign.training.validation import measure_target_scale, validate
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import can_be_folder
-from fastalign.utils.paths import path_argument, user_path
+from fastalign.utils.paths import user_path
 
 Splits = dict[str, LabelledImages]
 HELP = """
@@ -64,12 +59,13 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
                     loss = run.model(batch.images, batch.ids, epoch) / accumulate
                 loss.backward()
             total += loss.detach()
-    norm = run.clip_gradients()
+    norm = torch.nn.utils.clip_grad_norm_(run.trained, run.config.optim.clip or math.inf)
     own = StepStatus(
         state.step + 1, torch.cat(ids).numpy(), tuple(bad), run.stop_reason, run.checkpoint_overdue
     )
     loss, skip = run.status.exchange(total, norm, own)
-    step_unless(run.optimizer, skip)
+    run.optimizer.found_inf = skip.float()  # read on the device: a skipped update leaves weights and moments
+    run.optimizer.step()
     run.optimizer.zero_grad()
     if run.average:
         run.average.update()
@@ -80,7 +76,6 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
 def train(config: Config, world: distributed.World) -> None:
     """Train to the end of the run, from wherever its folder stands; Preempted if a signal stops it before."""
     with Preemption() as preemption:
-        can_be_folder(f"output={config.output}", config.output)
         if world.main:
             (Path(config.output) / MARKER).unlink(missing_ok=True)
         if config.export.to:
@@ -142,7 +137,6 @@ def export_backbone(run: Run, reporter: Reporter) -> None:
 
 def train_loop(run: Run, splits: Splits, reporter: Reporter) -> None:
     """Train epoch by epoch, with an evaluation and a checkpoint after each."""
-    reporter.start_clock()
     run.preemption.hold_interrupts()
     run.model.train()
     while not run.finished:
@@ -200,15 +194,6 @@ def validate_and_probe(run: Run, splits: Splits, reporter: Reporter, epoch: int)
         probe(run, splits, reporter, epoch)
 
 
-def validate(run: Run, reporter: Reporter, epoch: int) -> None:
-    """Evaluate on the validation set and report the loss."""
-    loss = run.state.val_loss = evaluate(run, reporter)
-    report_bad_validation_samples(run, reporter)
-    reporter.add(step=run.state.step, epoch=epoch, val_loss=loss)
-    reporter.flush()
-    reporter.say(f"step {run.state.step}: validation loss {loss:.4f}")
-
-
 def probe_student(run: Run, splits: Splits, reporter: Reporter) -> dict[str, float]:
     """Probe the student's encoder on rank 0, while the others wait."""
     options = {"encoder": run.objective.student.encoder, "average": run.average and run.average.state}
@@ -228,23 +213,6 @@ def probe(run: Run, splits: Splits, reporter: Reporter, epoch: int) -> None:
     reporter.say(f"step {step}: probe macro recall {recall}, mAP {precision}, loss {scores['loss']:.4f}")
 
 
-def _configuration(options: argparse.Namespace) -> tuple[Config, list[str]]:
-    """The configuration that the command line asks for, and lines for the user."""
-    reference, size = options.reference_config, options.world_size
-    recipes = [text for text in options.given if "=" not in text or Path(text).is_file()]
-    overrides = [text for text in options.given if text not in recipes]
-    recipes += [reference] if reference else []
-    if len(recipes) > 1:
-        raise UserError(f"give one recipe, got {', '.join(recipes)}")
-    if size is not None and (reference is None or size < 1):
-        raise UserError("--world-size takes 1 or more, with --reference-config; else set optim.batch_size")
-    if reference is None:
-        return load_config(user_path(recipes[0]) if recipes else None, overrides), []
-    from fastalign.compat.reference_config import read_reference  # imports timm, which takes a second
-
-    return read_reference(reference, overrides, world_size=size)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command's exit code: 0, 2 for bad input, 70 for a lost or hung rank, 75 for a signal, 130 for Ctrl-C."""
     about, raw = "Align a backbone with MaskEmbed.", argparse.RawDescriptionHelpFormatter
@@ -253,23 +221,22 @@ def main(arguments: list[str] | None = None) -> int:
     add("given", nargs="*", metavar="RECIPE section.key=value", help="a name or file, and keys to change")
     add("--print-config", action="store_true", help="print the resolved configuration and stop")
     add("--dry-run", action="store_true", help="a few updates on synthetic images: memory, speed, duration")
-    add("--reference-config", type=path_argument, metavar="FILE", help="a YAML file of the authors' code")
-    add("--world-size", type=int, metavar="N", help="GPUs that FILE's batch is for (torchrun's, else 4)")
     options = parser.parse_intermixed_args(arguments)
-    if not (options.given or options.reference_config):
-        parser.error("give a recipe (`fastalign recipes` lists them), keys, or --reference-config FILE")
+    if not options.given:
+        parser.error("give a recipe (`fastalign recipes` lists them) or keys")
     return run_command(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:
-    config, notes = _configuration(options)
-    comments = "".join(f"# {note}\n" for note in notes)
+    recipes = [text for text in options.given if "=" not in text or Path(text).is_file()]
+    if len(recipes) > 1:
+        raise UserError(f"give one recipe, got {', '.join(recipes)}")
+    overrides = [text for text in options.given if text not in recipes]
+    config = load_config(user_path(recipes[0]) if recipes else None, overrides)
     if options.print_config:
-        print(comments + to_yaml(config, comments=True), end="")
+        print(to_yaml(config, comments=True), end="")
         return
-    if int(os.environ.get("RANK", 0)) == 0:
-        print("".join(f"{note}\n" for note in notes), end="", flush=True)
-    world = distributed.start(collective_timeout(config.faults.timeout))
+    world = distributed.start(distributed.collective_timeout(config.faults.timeout))
     if options.dry_run:
         lines = dry_run(config, world, update)
         if world.main:

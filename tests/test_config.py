@@ -17,18 +17,18 @@ masks.distribution masks.ratio masks.complement masks.full masks.mode
 loss.name loss.target_scale
 data.train data.val data.crop data.scale data.ratio data.hflip data.color_jitter data.randaugment data.mixup
 data.cutmix data.threads data.hw_decoder_load
-optim.name optim.batch_size optim.accumulate optim.micro_batch optim.epochs optim.lr optim.min_lr optim.warmup_epochs
+optim.batch_size optim.accumulate optim.micro_batch optim.epochs optim.lr optim.min_lr optim.warmup_epochs
 optim.weight_decay optim.betas optim.clip optim.ema
 checkpoint.every_steps checkpoint.keep
 probe.data probe.every_steps probe.best
 export.to log.every_steps log.to
-efficiency.precision efficiency.compile efficiency.grad_checkpointing efficiency.shard efficiency.attention
+efficiency.precision efficiency.compile efficiency.grad_checkpointing efficiency.attention
 faults.bad_samples faults.quarantine faults.nonfinite faults.timeout
 """
 FREE = """
 output resume export.to data.threads data.hw_decoder_load optim.accumulate optim.micro_batch
 checkpoint.every_steps checkpoint.keep log.every_steps log.to
-efficiency.compile efficiency.grad_checkpointing efficiency.shard efficiency.attention
+efficiency.compile efficiency.grad_checkpointing efficiency.attention
 faults.bad_samples faults.quarantine faults.nonfinite faults.timeout
 """
 """May change when a run resumes. `max_steps` may grow; everything else decides the result."""
@@ -45,7 +45,7 @@ def test_the_list_of_keys_is_frozen_and_each_has_its_kind():
     assert kinds() == wanted | {"max_steps": Kind.GROWS}, (
         "a key was added or removed: note it in the CHANGELOG"
     )
-    assert len(kinds()) == 70
+    assert len(kinds()) == 68
 
 
 def test_each_key_is_documented_with_its_kind_and_its_values():
@@ -126,6 +126,7 @@ def test_yaml_out_is_yaml_in(tmp_path):
         ("optim: {accumulate: 7}", None, ["c.yaml: optim.batch_size 1024"]),
         ("optim: {lrr: 3}", "optim.lr=3", ["c.yaml: unknown key optim.lrr"]),
         ("", "output=off", ["output: YAML reads this value as False, not as text; put it in quotes"]),
+        ("", "output=2026-11-30", ["output: YAML reads this value as datetime.date", "put it in quotes"]),
         ("", "decoder.kwargs.heads=0", ["decoder.kwargs.heads", "greater than 0"]),
         ("", "decoder.kwargs.qk_nrom=true", ["decoder.kwargs.qk_nrom", "nearest is decoder.kwargs.qk_norm"]),
         ("", "decoder.kwargs.qk_norm=maybe", ["decoder.kwargs.qk_norm", "boolean", "maybe"]),
@@ -143,13 +144,9 @@ def test_yaml_out_is_yaml_in(tmp_path):
             ["teacher.kwargs.weights: write teacher.name and teacher.weights"],
         ),
         ("", "student.name=svit_a.b", ["student.name=svit_a.b: write vit_a.b and student.softcap=30"]),
-        ("", "student.kwargs.max_attn_val=50", ["student.kwargs.max_attn_val: write student.softcap"]),
-        ("", "teacher.kwargs.max_attn_val=50", ["teacher.kwargs.max_attn_val", "remove it"]),
-        ("teacher: {name: vit_a}", "teacher.kwargs.max_attn_val=50", ["teacher.name=svit_... only"]),
         ("", "efficiency.compile=x", ["efficiency.compile: ", "valid boolean", "or: ", "'blocks'"]),
         ("", "optim.micro_batch=x", ["optim.micro_batch: ", "valid integer", "or: ", "'auto'"]),
         ("", "optim.betas=[0.9, 1]", ["optim.betas: ", "less than 1"]),
-        ("", "optim.name=sgd", ["optim.name", "apex_lamb", "sgd"]),
         ("", "optim.epochs", ["optim.epochs", "section.key=value"]),
         ("", "optim.accumulate=7", ["command line: optim.batch_size 1024", "optim.accumulate"]),
         ("", "optim.warmup_epochs=9", ["optim.warmup_epochs"]),
@@ -179,13 +176,3 @@ def test_bad_configuration_is_one_line_that_names_the_key(tmp_path, text, overri
     assert "\n" not in message
     for word in words:
         assert word in message
-
-
-@pytest.mark.parametrize("name", ["2026-11-30", "'2026'", "'off'"])
-def test_a_folder_may_be_named_after_a_date(tmp_path, name):
-    path = tmp_path / "c.yaml"
-    path.write_text("seed: 1")
-    config = load_config(path, [f"output={name}"])
-    assert config.output == name.strip("'")
-    path.write_text(to_yaml(config))
-    assert load_config(path) == config

@@ -14,13 +14,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-import yaml
 from PIL import Image
 
 import fastalign as fa
 from demo import mosaics
 from fastalign.__main__ import main
-from tests.reference_recipes import reference_options
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -65,9 +63,6 @@ def world(tmp_path_factory):
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "runs").mkdir()
     (folder / "runs/demo").symlink_to("clip-vit-b")
-    (folder / "their.yaml").write_text(
-        yaml.safe_dump(reference_options("clip-vit-b") | {"torchcompile": None})
-    )
     name = "vit_large_patch14_clip_quickgelu_336.openai"
     torch.save(fa.create_backbone(name, depth=2).state_dict(), folder / "model_best.pth.tar")
     return folder
@@ -85,8 +80,7 @@ def adapted(text: str, labelled: Path) -> list[str]:
             word = word.replace(original, ours) if "photos/" not in word and "runs/" not in word else word
         rest[index] = word.replace("images/imagenet", "images")
     if name == "train":
-        data = ["data.train=images/train", "data.val=images/val"] if "--reference-config" in rest else []
-        return [name, *rest, *data, *TINY_RUN]
+        return [name, *rest, *TINY_RUN]
     if name in ("probe", "classify"):
         run = any(word.startswith("runs/") for word in rest)
         fewer = ["--epochs", "1", "--seeds", "0", "--batch-size", "4"]

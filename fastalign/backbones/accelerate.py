@@ -23,11 +23,8 @@ class FastSelfAttention:
     softcap: float | None = None
     backend = "auto"
 
-    def extra_repr(self) -> str:
-        return f"softcap={self.softcap}, backend={self.backend}"
-
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """As timm's. Dropout of attention weights runs timm's own code: none of our implementations has it."""
+        """As timm's, whose own code runs with dropout of attention weights: we have no implementation of it."""
         if not self.training or self.attn_drop.p == 0:
             return self._fast(x, *args, **kwargs)
         if self.softcap is not None:
@@ -48,8 +45,8 @@ class FastSelfAttention:
             qkv = self.qkv(x) + bias if separate else functional.linear(x, self.qkv.weight, bias)
         return list(qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0))
 
-    def _attend(self, x: Tensor, rope: Tensor | None, bias: Tensor | None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; the bias, [T, T] to [B, H, T, T], is added to the capped logits."""
+    def _attend(self, x: Tensor, rope: Tensor | None, mask: Tensor | None, causal: bool = False) -> Tensor:
+        """[B, T, D] -> [B, T, D]; the mask, [T, T] to [B, H, T, T], is bool (True = attend) or added to logits."""
         gate = None if self.gate is None else self.gate(x).sigmoid()
         q, k, v = self._project(x)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -61,27 +58,22 @@ class FastSelfAttention:
             )
         if (groups := q.shape[1] // k.shape[1]) > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        if bias is not None:
-            bias = bias[(None,) * (4 - bias.dim())].expand(-1, -1, q.shape[2], k.shape[2])
-        x = attention(q, k, v, softcap=self.softcap, bias=bias, backend=self.backend)
+        if causal:
+            mask = x.new_ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        if mask is not None and mask.dtype == torch.bool:
+            mask = x.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
+        if mask is not None:
+            mask = mask[(None,) * (4 - mask.dim())].expand(-1, -1, q.shape[2], k.shape[2])
+        x = attention(q, k, v, softcap=self.softcap, bias=mask, backend=self.backend)
         x = self.norm(x.transpose(1, 2).flatten(2))
         return self.proj_drop(self.proj(x if gate is None else x * gate))
-
-
-def _mask_bias(x: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
-    """A mask as what is added to the logits: x [B, T, D]; the mask bool (True = attend) or additive."""
-    if causal:
-        mask = x.new_ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return x.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
 
 
 class FastAttention(FastSelfAttention, Attention):
     """timm's `Attention`."""
 
     def _fast(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        return self._attend(x, None, _mask_bias(x, attn_mask, is_causal))
+        return self._attend(x, None, attn_mask, is_causal)
 
 
 class FastEvaAttention(FastSelfAttention, eva.EvaAttention):
@@ -89,8 +81,8 @@ class FastEvaAttention(FastSelfAttention, eva.EvaAttention):
 
     def _fast(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        return self._attend(x, rope, _mask_bias(x, attn_mask, is_causal))
+    ):
+        return self._attend(x, rope, attn_mask, is_causal)
 
 
 class FastAttentionRope(FastSelfAttention, AttentionRope):
@@ -138,13 +130,16 @@ def accelerate(
     Returns:
         The model itself; `accelerated` lists what was swapped. UserErrors leave it unchanged.
     """
-    _check(model, softcap, backend)
+    check_softcap(softcap, "accelerate: ")
+    try:
+        check(backend)
+    except ValueError as error:
+        raise UserError(f"accelerate: backend: {error}") from error
+    _check_modules(model)
     for module in model.modules():
         if (theirs := TIMM.get(type(module), type(module))) in FAST:
             module.__class__ = theirs if undo else FAST[theirs]
             module.softcap, module.backend = softcap, backend
-            if undo:  # as before, also for `create_backbone`, which compares a model's settings
-                del module.softcap, module.backend
     return model
 
 
@@ -153,27 +148,14 @@ def accelerated(model: nn.Module) -> dict[str, str]:
     return {path: TIMM[type(part)].__name__ for path, part in model.named_modules() if type(part) in TIMM}
 
 
-def _check(model: nn.Module, softcap: float | None, backend: str) -> None:
-    check_softcap(softcap, "accelerate: ")
-    if not isinstance(model, nn.Module):
-        raise UserError(f"accelerate: got {type(model).__name__}, not a model: give timm's model")
-    try:
-        check(backend)
-    except ValueError as error:
-        raise UserError(f"accelerate: backend: {error}") from error
-    known = False
-    for path, module in model.named_modules():
-        kind = type(module)
-        if kind in FAST or kind in TIMM:
-            known = True
-            if "forward" in vars(module):
-                raise UserError(f"accelerate: the forward of {path} was replaced: restore it first")
-        elif (
-            (path.rpartition(".")[2] == "attn" or hasattr(module, "fused_attn"))
-            and not isinstance(module, nn.Identity)
-            and "Pool" not in kind.__name__
-        ):
+def _check_modules(model: nn.Module) -> None:
+    found = {path: part for path, part in model.named_modules() if type(part) in FAST or type(part) in TIMM}
+    if not found:
+        raise UserError(f"accelerate: {type(model).__name__} has no attention of a timm ViT, Eva or Beit")
+    for path, part in model.named_modules():
+        kind, is_attention = type(part), path.split(".")[-1] == "attn" or hasattr(part, "fused_attn")
+        if path in found and "forward" in vars(part):
+            raise UserError(f"accelerate: the forward of {path} was replaced: restore it first")
+        if path not in found and is_attention and kind is not nn.Identity and "Pool" not in kind.__name__:
             name = f"{kind.__module__}.{kind.__qualname__}"
             raise UserError(f"accelerate: {path} is a {name}, not supported: pass only parts without it")
-    if not known:
-        raise UserError(f"accelerate: {type(model).__name__} has no attention of a timm ViT, Eva or Beit")

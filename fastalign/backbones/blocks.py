@@ -1,15 +1,16 @@
 """The parts of a vision transformer, written once for every backbone family, with timm's state-dict keys.
 
-Shapes: B images, N patches, P prefix tokens (class, registers), T = P + N tokens, D width, H heads, d head width.
+Shapes: B images, N patches, P prefix tokens (class, registers), T = P + N tokens, D width, H heads, d head width,
+L packed tokens.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastalign.backbones.rope import rotate
 from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.ops.attention import Sequences, attention
+from fastalign.ops.reference import Packing
 
 
 class QuickGELU(nn.Module):
@@ -74,6 +75,40 @@ class PatchEmbed(nn.Module):
         if torch.is_autocast_enabled(blank.device.type):  # as the convolution rounds it
             blank = blank.to(torch.get_autocast_dtype(blank.device.type))
         return self.norm(blank)
+
+
+def rotate(x: Tensor, table: Tensor, half: bool = False) -> Tensor:
+    """Turn pairs of channels of queries or keys by their patch's angles: (a, b) -> (a cos - b sin, b cos + a sin).
+
+    x [B, H, T, d], the table [1 or H, T, d], or packed, [L, H, d] and [L, 1 or H, d]: the sines of d / 2 angles, then
+    their cosines. The pairs are channels i and i + d / 2 (`half`), else neighbours.
+    """
+    sine, cosine = table.chunk(2, -1)
+    a, b = x.chunk(2, -1) if half else (x[..., ::2], x[..., 1::2])
+    turned = a * cosine - b * sine, b * cosine + a * sine
+    turned = torch.cat(turned, -1) if half else torch.stack(turned, -1).flatten(-2)
+    return turned.to(x.dtype)
+
+
+def pack_table(table: Tensor, packing: Packing) -> Tensor:
+    """The rows of packed tokens: [1 or H, T, d] -> [L, 1 or H, d]."""
+    return table[:, packing.indices % packing.slots.shape[2]].transpose(0, 1)
+
+
+class MixedRope(nn.Module):
+    """Angles as learned sums of both coordinates, for each block and head (Heo et al., 2024), key `freqs`."""
+
+    def __init__(self, block: BlockSpec, depth: int):
+        super().__init__()
+        self.freqs = nn.Parameter(torch.zeros(2, depth, block.heads, block.width // block.heads // 2))
+
+    def forward(self, coordinates: Tensor, depth: int) -> Tensor:
+        """Coordinates [2, T], zeros for prefix tokens -> the tables of the first `depth` blocks, [depth, H, T, d]."""
+        freqs = self.freqs[:, :depth].to(torch.promote_types(self.freqs.dtype, torch.float32))
+        # Not a matrix product, which autocast would compute in bf16.
+        first, second = (x[:, None] * f[:, :, None] for x, f in zip(coordinates, freqs, strict=True))
+        angles = first + second
+        return torch.cat([angles.sin(), angles.cos()], -1).to(self.freqs.dtype)
 
 
 class Attention(nn.Module):

@@ -1,9 +1,10 @@
-"""From a timm model to our `ViT`: its shape is read from its modules, its parameters are shared, not copied.
+"""timm's models, built by name, and our `ViT` of them: shapes are read from modules, parameters shared, not copied.
 
 Refused as not supported: a module of a type outside `_MODULES`, an option that has no module, or a state dict with
 other keys or shapes than ours.
 """
 
+import copy
 from dataclasses import replace
 
 import timm
@@ -11,17 +12,19 @@ import torch
 from timm import layers
 from timm.layers import activations
 from timm.models import beit, deit, eva, get_model_input_config, vision_transformer
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from fastalign.backbones import naflex
-from fastalign.backbones.rope import read_position
+from fastalign.backbones.moco import MoCoViT
 from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
-from fastalign.utils.errors import UserError
+from fastalign.utils.errors import UserError, first_line, unknown
 
 MODELS = {
     vision_transformer.VisionTransformer: vision_transformer.checkpoint_filter_fn,
     deit.VisionTransformerDistilled: vision_transformer.checkpoint_filter_fn,
+    MoCoViT: vision_transformer.checkpoint_filter_fn,
     beit.Beit: beit.checkpoint_filter_fn,
     eva.Eva: eva.checkpoint_filter_fn,
     naflex.NaFlexVit: naflex.checkpoint_filter_fn,
@@ -49,23 +52,50 @@ _MODULES = {
     *(layers.PatchEmbed, layers.LayerScale, layers.DropPath, layers.Mlp, layers.SwiGLU, layers.GluMlp),
     naflex.Embeds,
 }
+_FAMILIES = ("vision_transformer", "deit", "beit", "eva", "naflexvit", "moco")
+"""timm's modules with supported architectures, and ours."""
+
+
+def empty_model(name: str, kwargs: dict) -> nn.Module:
+    """The timm model without memory for its weights, checked: `ViT` can be made of it."""
+    if not timm.is_model(name.split(".")[0]):
+        names = (name for family in _FAMILIES for name in timm.list_models(module=family))
+        raise UserError(unknown("backbone", name, names))
+    with torch.device("meta"):
+        model = create_timm(name, kwargs)
+    try:
+        spec = from_timm(model).spec
+    except UserError as error:
+        raise UserError(f"backbone {name}: {error}") from error
+    # timm ignores a remainder of the image. That is meant for native sizes (384 / 14), not for a size asked for.
+    native = tuple(model.pretrained_cfg.get("input_size", (3, 0, 0))[-2:])
+    for side, patch in zip(spec.image_size, spec.patch_size, strict=True):
+        if side % patch and spec.image_size != native:
+            near = max(side // patch, 1) * patch
+            raise UserError(f"{name}: img_size {side} is no multiple of the patch size {patch}: use {near}")
+    return model
+
+
+def create_timm(name: str, kwargs: dict, pretrained: bool = False) -> nn.Module:
+    """timm's model; a UserError names what is wrong with its arguments or the network."""
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except Exception as error:
+        if pretrained:
+            remedy = "check the network, or set student.weights (in Python checkpoint) to a file"
+            problem = f"cannot load the published weights of {name!r} ({first_line(error)})"
+            raise UserError(f"{problem}: {remedy}") from error
+        remedy = f"correct its tag or its arguments {kwargs}"
+        raise UserError(f"backbone {name}: {first_line(error)}; {remedy}") from error
 
 
 def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
-    """Our backbone from a timm model, whose parameters it shares.
-
-    Args:
-        source: the timm model, on any device.
-        recipe: its name and arguments for `fastalign.create_backbone`, where known.
-        **changes: fields of `ViTSpec` that timm's modules do not show.
-    """
+    """Our backbone from a timm model, whose parameters it shares; `changes` are fields of `ViTSpec`."""
     spec, flexible = replace(describe(source), **changes), isinstance(source, naflex.NaFlexVit)
     if recipe and flexible and spec.position:
         table = {"pos_embed": "learned", "pos_embed_grid_size": list(spec.grid)}
         recipe = {**recipe, "kwargs": {**recipe["kwargs"], **table}}
     rate = max((getattr(part, "drop_prob", None) or 0.0) for part in source.modules())
-    if rate >= 1:
-        raise UserError(f"drop_path_rate must be less than 1, got {rate}")
     data = timm.data.resolve_model_data_config(source)
     data = {key: data[key] for key in ("mean", "std", "interpolation", "crop_pct")}
     data |= {"mean": list(data["mean"]), "std": list(data["std"])}
@@ -125,6 +155,7 @@ def describe(source: nn.Module) -> ViTSpec:
         distilled=distilled,
         registers=0 if getattr(tokens, "reg_token", None) is None else tokens.reg_token.shape[1],
         position=embed.pos_embed_type != "none" if flexible else source.pos_embed is not None,
+        position_fixed=isinstance(source, MoCoViT),
         position_prefix=not flexible and not getattr(source, "no_embed_class", False),
         relative_position=isinstance(source, beit.Beit),
         rotary=rope is not None,
@@ -133,12 +164,29 @@ def describe(source: nn.Module) -> ViTSpec:
         patch_norm=_has_norm(embed.norm),
         pre_norm=_has_norm(getattr(source, "norm_pre", None)),
         final_norm=_has_norm(source.norm),
-        pooled_norm=_has_norm(source.fc_norm),
+        pooled_norm=_has_norm(source.fc_norm) and not distilled,  # timm's has one but does not apply it
         pool=pool,
         # Eva's attention pooling reads all tokens.
         pool_prefix=getattr(source, "pool_include_prefix", mapped),
         fresh_norm_eps=fresh[0] if fresh else 1e-6,
     )
+
+
+def read_position(rope: nn.Module, spec: ViTSpec) -> Tensor:
+    """The table of timm's module for the grid, as `rotate` takes it; of its mixed rope the coordinates, [2, T].
+
+    Prefix tokens have the angle 0.
+    """
+    if spec.rotary_mixed:
+        sides = [torch.arange(side, dtype=torch.float32, device=rope.freqs.device) for side in spec.grid]
+        coordinates = torch.cartesian_prod(*sides).T
+        coordinates = coordinates.flip(0) if rope.grid_indexing == "xy" else coordinates
+        return functional.pad(coordinates, (spec.prefix, 0))
+    rope = copy.deepcopy(rope).eval()  # without the augmentation of training
+    angles = slice(rope.dim // 2) if rope.rotate_half else slice(0, None, 2)  # timm repeats each
+    sines, cosines = (part[:, angles] for part in rope.get_embed(spec.grid).chunk(2, 1))
+    rows = (0, 0, spec.prefix, 0)
+    return torch.cat([functional.pad(sines, rows), functional.pad(cosines, rows, value=1)], 1).unsqueeze(0)
 
 
 def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
@@ -184,8 +232,6 @@ def _unknown_parts(source: nn.Module) -> list[str]:
             found.append("grouped heads")
         if getattr(part, "gate_last", False):
             found.append("the gate last")
-    if isinstance(source, deit.VisionTransformerDistilled) and _has_norm(source.fc_norm):
-        found.append("fc_norm")
     if isinstance(source, naflex.NaFlexVit):
         found += naflex.unsupported(source)
     elif getattr(source.patch_embed, "dynamic_img_pad", False):

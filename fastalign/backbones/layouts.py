@@ -45,7 +45,7 @@ attn_pool.norm.       attn_pool.layernorm.       head.layernorm.
 attn_pool.mlp.fc1.    attn_pool.mlp.c_fc.        head.mlp.fc1.
 attn_pool.mlp.fc2.    attn_pool.mlp.c_proj.      head.mlp.fc2.
 """
-"""Names outside of the blocks. Those of pooling in open_clip's column are Perception Encoder's."""
+"""Names outside of the blocks. Those of pooling and LayerScale in open_clip's column are Perception Encoder's."""
 _BLOCK = """
 timm          open_clip        CLIP                  ViT                          DINOv3
 norm1.        ln_1.            layer_norm1.          layernorm_before.            norm1.
@@ -61,10 +61,8 @@ mlp.fc1_g.    -                -                     -                          
 mlp.fc1_x.    -                -                     -                            mlp.up_proj.
 mlp.fc1.      mlp.c_fc.        -                     intermediate.dense.          mlp.up_proj.
 mlp.fc2.      mlp.c_proj.      -                     output.dense.                mlp.down_proj.
-ls1.gamma     ls_1.gamma       -                     -                            -
-ls2.gamma     ls_2.gamma       -                     -                            -
-gamma_1       -                -                     -                            layer_scale1.lambda1
-gamma_2       -                -                     -                            layer_scale2.lambda1
+gamma_1       ls_1.gamma       -                     -                            layer_scale1.lambda1
+gamma_2       ls_2.gamma       -                     -                            layer_scale2.lambda1
 """
 """Names within a block; the first row that fits applies. "-" = as timm's, or not there."""
 
@@ -82,6 +80,11 @@ _VIT_ROOT = {
     "register_tokens": "embeddings.register_tokens",
     "mask_token": "embeddings.mask_token",
 }
+_DINOV3_ROOT = {
+    "cls_token": "embeddings.cls_token",
+    "reg_token": "embeddings.register_tokens",
+    "patch_embed.proj.": "embeddings.patch_embeddings.",
+}
 _VIT, _DINOV3 = _column(_BLOCK, "ViT"), _column(_BLOCK, "DINOv3")
 _DINOV2 = {
     **{ours: theirs for ours, theirs in _VIT.items() if ours.startswith("attn.")},
@@ -94,37 +97,14 @@ _IN_MEMORY = {ours: _DINOV3[ours] for ours in ("attn.q.", "attn.k.", "attn.v.", 
 TIMM = Layout(
     "timm (and training checkpoints of DINO, DINOv2, DINOv3, MAE, MoCo-v3 and Lightning)", {}, "blocks", {}
 )
-OPEN_CLIP = Layout(
-    "open_clip",
-    _column(_ROOT, "open_clip"),
-    "transformer.resblocks",
-    _column(_BLOCK, "open_clip"),
-    flat=True,
-    unread=("proj",),
-)
-HF_CLIP = Layout(
-    "transformers' CLIP and SigLIP",
-    _column(_ROOT, "CLIP"),
-    "encoder.layers",
-    _column(_BLOCK, "CLIP"),
-    flat=True,
-    unread=("embeddings.position_ids",),
-)
-HF_VIT = Layout(
-    "transformers' ViT", _VIT_ROOT, "encoder.layer", _VIT, unread=("embeddings.mask_token", "pooler.")
-)
+_OPEN_CLIP = _column(_ROOT, "open_clip"), "transformer.resblocks", _column(_BLOCK, "open_clip")
+OPEN_CLIP = Layout("open_clip", *_OPEN_CLIP, flat=True, unread=("proj",))
+_CLIP = _column(_ROOT, "CLIP"), "encoder.layers", _column(_BLOCK, "CLIP")
+HF_CLIP = Layout("transformers' CLIP and SigLIP", *_CLIP, flat=True, unread=("embeddings.position_ids",))
+_UNREAD = ("embeddings.mask_token", "pooler.")
+HF_VIT = Layout("transformers' ViT", _VIT_ROOT, "encoder.layer", _VIT, unread=_UNREAD)
 HF_DINOV2 = Layout("transformers' DINOv2", _VIT_ROOT, "encoder.layer", _DINOV2)
-HF_DINOV3 = Layout(
-    "transformers' DINOv3",
-    {
-        "cls_token": "embeddings.cls_token",
-        "reg_token": "embeddings.register_tokens",
-        "patch_embed.proj.": "embeddings.patch_embeddings.",
-    },
-    "layer",
-    _DINOV3,
-    unread=("embeddings.mask_token",),
-)
+HF_DINOV3 = Layout("transformers' DINOv3", _DINOV3_ROOT, "layer", _DINOV3, unread=_UNREAD)
 LAYOUTS = (
     TIMM,
     OPEN_CLIP,
@@ -145,7 +125,6 @@ HF_ACTIVATIONS["gelu_tanh"] = "gelu_pytorch_tanh"
 READ = ", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))
 """The supported layouts, for messages."""
 
-_DINOV3_UNREAD = re.compile(r"(mask_token|rope_embed\.|local_cls_norm\.|projectors\.).*|.*\.bias_mask")
 _CHUNKED = re.compile(r"blocks\.\d+\.(\d+\.)")
 
 
@@ -187,16 +166,9 @@ def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         if (joint := state.pop(f"attn_pool.in_proj.{kind}", None)) is not None:
             width = len(joint) // 3
             state[f"attn_pool.q.{kind}"], state[f"attn_pool.kv.{kind}"] = joint[:width], joint[width:]
-    if "storage_tokens" in state:  # Meta's DINOv3; a mask removes the bias of its keys
-        state["reg_token"] = state.pop("storage_tokens")
-        for bias in [key.removesuffix("_mask") for key in state if key.endswith(".bias_mask")]:
-            query, key, value = state[bias].chunk(3)
-            state[bias] = torch.cat([query, torch.zeros_like(key), value])
-        state = {key: value for key, value in state.items() if not _DINOV3_UNREAD.fullmatch(key)}
-    if "register_tokens" in state:  # with them timm's models have no position for the class token
-        state["reg_token"] = state.pop("register_tokens")
-        state["cls_token"] = state["cls_token"].float() + state["pos_embed"][:, :1].float()
-        state["pos_embed"] = state["pos_embed"][:, 1:]
+    if "storage_tokens" in state:  # Meta's DINOv3, of which timm silently drops biases that the model lacks
+        for key in [key for key in state if key.endswith(".attn.qkv.bias")]:
+            state[key.replace("qkv.", "q_")], _, state[key.replace("qkv.", "v_")] = state.pop(key).chunk(3)
     return {_CHUNKED.sub(r"blocks.\1", key): value for key, value in state.items()}
 
 

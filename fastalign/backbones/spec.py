@@ -106,14 +106,3 @@ def split_svit(name: str, kwargs: dict) -> tuple[str, dict, float | None]:
     if cap is None:
         raise UserError("max_attn_val must be a positive number, got None: omit it for 30")
     return name.removeprefix("s"), rest, float(cap)
-
-
-def check_svit(student: str, student_kwargs: dict, teacher: str | None, teacher_kwargs: dict) -> None:
-    """Only `teacher.name` may be `svit_...`: the cap of the student has a key of its own."""
-    if student.startswith("svit_"):
-        name = student.removeprefix("s")
-        raise ValueError(f"student.name={student}: write {name} and student.softcap={AUTHORS_SOFTCAP:g}")
-    if "max_attn_val" in student_kwargs:
-        raise ValueError("student.kwargs.max_attn_val: write student.softcap instead")
-    if "max_attn_val" in teacher_kwargs and not (teacher or "").startswith("svit_"):
-        raise ValueError("teacher.kwargs.max_attn_val is for teacher.name=svit_... only: remove it")

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastalign import ops
-from fastalign.backbones.blocks import Block, PatchEmbed, make_norm
-from fastalign.backbones.rope import MixedRope, pack_table
+from fastalign.backbones.blocks import Block, MixedRope, PatchEmbed, make_norm, pack_table
 from fastalign.backbones.spec import ViTSpec
 from fastalign.ops.attention import Sequences
 from fastalign.ops.reference import Packing, with_prefix
@@ -105,8 +104,7 @@ class ViT(nn.Module):
 
     def prefix_rows(self) -> Tensor | None:
         """[P, D]: the prefix tokens with their position."""
-        tokens = (self.cls_token, self.dist_token, self.reg_token)
-        tokens = [token[0] for token in tokens if token is not None]
+        tokens = [t[0] for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
         if not tokens:
             return None
         prefix = torch.cat(tokens)

@@ -2,18 +2,19 @@
 
 import argparse
 import copy
+import math
 import re
 from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from fastalign.backbones import layouts, naflex, weight_files
-from fastalign.backbones.describe import MODELS, describe
+from fastalign.backbones.describe import MODELS, describe, empty_model
 from fastalign.backbones.spec import ViTSpec, check_softcap, split_svit
-from fastalign.backbones.timm_models import empty_model
 from fastalign.utils.errors import UserError, first_line
 
 STATES = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -23,7 +24,7 @@ _BACKBONES = (".teacher.backbone.", ".weights.", ".student.", ".base_encoder.", 
 _NOT_BACKBONE = ("head.", "head_dist.", "decoder.", "decoder_")
 _RELATIVE = ".relative_position_bias_table"
 _RADIO = "radio_model.model.patch_generator.pos_embed"
-_QKV_BIAS = re.compile(r".*\.attn\.[qkv][._]bias")
+_QKV_BIAS = (".attn.q_bias", ".attn.v_bias")
 _LAYER_SCALE = re.compile(r"(blocks\.\d+\.)(?:ls([12])\.gamma|gamma_([12]))")
 
 
@@ -44,19 +45,18 @@ def read_checkpoint(path: str | Path, facts: dict | None = None) -> Checkpoint:
     """The backbone in a file, or in a folder of transformers, timm or open_clip; `facts` are its `backbone.json`."""
     path = weight_files.locate(path)
     config = weight_files.vision_config(path.with_name("config.json"))
-    found = interpret(weight_files.read_weights(path), str(path))._replace(config=config)
+    found, grid = interpret(weight_files.read_weights(path), str(path)), recorded_grid(config)
     facts = facts or weight_files.find_facts(path)
-    if facts is None:  # `softcap` and `final_norm_eps` are of our exports
-        softcap = check_softcap(config.get("softcap", found.softcap), f"{path}: ")
-        grid, norm_eps = weight_files.recorded_grid(config), config.get("final_norm_eps")
-        return found._replace(softcap=softcap, grid=grid, norm_eps=norm_eps)
-    try:
-        grid = describe(empty_model(facts["name"], facts["kwargs"])).grid
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    student = found.student or facts["kwargs"].get("global_pool") == ""
-    softcap, norm_eps = facts["softcap"], facts.get("norm_eps")
-    return found._replace(softcap=softcap, grid=grid, norm_eps=norm_eps, student=student)
+    if facts:
+        try:
+            grid = describe(empty_model(facts["name"], facts["kwargs"])).grid
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        found = found._replace(student=found.student or facts["kwargs"].get("global_pool") == "")
+    else:  # of our exports
+        facts = {"softcap": config.get("softcap", found.softcap), "norm_eps": config.get("final_norm_eps")}
+    softcap = check_softcap(facts["softcap"], f"{path}: ")
+    return found._replace(config=config, softcap=softcap, grid=grid, norm_eps=facts.get("norm_eps"))
 
 
 def interpret(content: Any, path: str) -> Checkpoint:
@@ -68,39 +68,28 @@ def interpret(content: Any, path: str) -> Checkpoint:
     states = {key: state for key, value in {"": content, **content}.items() if (state := _tensors(value))}
     if not states:
         raise UserError(f"{path} holds no weights: give a state dict, a dictionary of tensors by name")
-    if (chosen := _choose(states, path)) is None:
-        return Checkpoint(states[min(states, key=_state_rank)], *trained_as(content, path))
-    key, layout, prefix = chosen
-    state = {name[len(prefix) :]: value for name, value in states[key].items() if name.startswith(prefix)}
-    try:
-        state = layouts.to_timm(state, layout)
-    except (KeyError, IndexError, RuntimeError) as error:
-        problem = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{path} is an incomplete {layout.name} ({problem}): copy it again") from error
-    student = bool({key, *prefix.split(".")} & {"student", "encoder"}) or "student_model" in _args(content)
-    # A tower of transformers without its pooling head.
-    student |= layout is layouts.HF_CLIP and not any(name.startswith("attn_pool.") for name in state)
-    return Checkpoint(state, *trained_as(content, path), student, layout.name)
-
-
-def _choose(states: dict[str, dict[str, Tensor]], path: str) -> tuple[str, layouts.Layout, str] | None:
-    """The state that holds the backbone, its layout, and the prefix of its keys; None = an unknown layout."""
-    found: dict[tuple[int, int], list] = {}
+    if (first := next((key for key in STATES if key in states), None)) is not None:
+        states = {first: states[first]}
+    found = []
     for key, state in states.items():
         place = ".weights." if key in ("", *STATES) else f".{key}."
         for layout, prefix in layouts.find(state):
             ends = (index for index, end in enumerate(_BACKBONES) if (place + prefix).endswith(end))
-            rank = (_state_rank(key), next(ends, len(_BACKBONES)))
-            found.setdefault(rank, []).append((key, layout, prefix))
-    best = found[min(found)] if found else [None]
+            found.append((next(ends, len(_BACKBONES)), key, layout, prefix))
+    if not found:
+        return Checkpoint(next(iter(states.values())), *trained_as(content, path))
+    lowest = min(rank for rank, *_ in found)
+    best = [place for rank, *place in found if rank == lowest]
     if len(best) > 1:
         places = ", ".join(f"{key}.{prefix}".strip(".") for key, _, prefix in best)
         raise UserError(f"{path} holds several backbones ({places}): save one of them alone")
-    return best[0]
-
-
-def _state_rank(key: str) -> int:
-    return STATES.index(key) if key in STATES else len(STATES)
+    key, layout, prefix = best[0]
+    state = {name[len(prefix) :]: value for name, value in states[key].items() if name.startswith(prefix)}
+    state = layouts.to_timm(state, layout)
+    student = bool({key, *prefix.split(".")} & {"student", "encoder"}) or "student_model" in _args(content)
+    # A tower of transformers without its pooling head.
+    student |= layout is layouts.HF_CLIP and not any(name.startswith("attn_pool.") for name in state)
+    return Checkpoint(state, *trained_as(content, path), student, layout.name)
 
 
 def _tensors(value: Any) -> dict[str, Tensor]:
@@ -116,8 +105,7 @@ def trained_as(content: dict, path: str) -> tuple[str | None, float | None]:
     arch = next((name for name in names if isinstance(name, str) and name), None)
     if "softcap" in content:
         return arch, check_softcap(content["softcap"], f"{path}: ")
-    given = (args.get("model_kwargs"), args.get("student_model_kwargs"))
-    kwargs = {key: value for part in given if isinstance(part, dict) for key, value in part.items()}
+    kwargs = {**(args.get("model_kwargs") or {}), **(args.get("student_model_kwargs") or {})}
     try:
         return arch, split_svit(arch or "", kwargs)[2]
     except UserError as error:
@@ -152,7 +140,8 @@ def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[s
         state = MODELS[type(template)](state, bare) | tables
     except Exception as error:
         raise misfit(checkpoint, path, f"timm says {first_line(error)}") from error
-    state = fit_names(state, wanted)
+    # As in published weights of DINOv3.
+    state = {key: v for key, v in state.items() if key in wanted or not key.endswith(_QKV_BIAS) or v.any()}
     if any(_LAYER_SCALE.fullmatch(key) for key in state):
         state = fold_layer_scale(state, wanted)
     else:
@@ -162,25 +151,8 @@ def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[s
         raise misfit(checkpoint, path, f"it lacks {missing[0]}")
     if extra := sorted(set(state) - set(wanted)):
         raise misfit(checkpoint, path, f"it has {extra[0]} too")
+    check_config(describe(template), checkpoint.config or {}, path)
     return state
-
-
-def fit_names(state: dict[str, Tensor], wanted: Container[str]) -> dict[str, Tensor]:
-    """LayerScale and the biases of attention by the names of the model's class in timm.
-
-    A bias of query, key or value that the model lacks is left out if it is zero, as in published weights of DINOv3.
-    """
-    renamed = {}
-    for key, value in state.items():
-        found = _LAYER_SCALE.fullmatch(key)
-        if found and (gamma := f"{found[1]}gamma_{found[2]}") in wanted:
-            renamed[gamma] = value
-        elif key.endswith("attn.qkv.bias") and key not in wanted and key.replace("bias", "weight") in wanted:
-            names = [key.replace("qkv.bias", f"{part}_bias") for part in "qkv"]
-            renamed |= dict(zip(names, value.chunk(3), strict=True))
-        else:
-            renamed[key] = value
-    return {k: v for k, v in renamed.items() if k in wanted or not _QKV_BIAS.fullmatch(k) or v.any()}
 
 
 def misfit(checkpoint: Checkpoint, path: str, problem: str) -> UserError:
@@ -216,12 +188,34 @@ def table_grid(state: dict[str, Tensor], spec: ViTSpec, path: str) -> tuple[int,
     else:
         return spec.grid
 
-    def entries(rows: int, columns: int) -> int:
-        # Relative ones are of displacements from -(side - 1) to side - 1 each way.
-        return rows * columns if relative is None else (2 * rows - 1) * (2 * columns - 1)
-
-    for grid in (*((side, side) for side in range(1, found + 1)), spec.grid):
-        if entries(*grid) == found:
-            return grid
+    rows, columns = spec.grid
+    if relative is not None:  # of displacements from -(side - 1) to side - 1 each way
+        rows, columns = 2 * rows - 1, 2 * columns - 1
+    side = math.isqrt(found)
+    if side**2 == found:
+        return (side, side) if relative is None else ((side + 1) // 2,) * 2
+    if rows * columns == found:
+        return spec.grid
     wanted = f"{spec.grid[0]}x{spec.grid[1]} patches"
     raise UserError(f"{path}: its {found} positions are no square and not {wanted}: give the right img_size")
+
+
+def recorded_grid(config: dict[str, Any]) -> tuple[int, int] | None:
+    """Patches along height and width of transformers' position tables; SigLIP 2 records no image size."""
+    if not (config.get("image_size") and config.get("patch_size")):
+        return None
+    sizes = zip(to_2tuple(config["image_size"]), to_2tuple(config["patch_size"]), strict=True)
+    return tuple(image // patch for image, patch in sizes)
+
+
+def check_config(spec: ViTSpec, config: dict[str, Any], path: str) -> None:
+    """Compare a backbone with what transformers' config.json says and weights do not show."""
+    activation = layouts.HF_ACTIVATIONS[spec.block.activation]
+    timms = {theirs: timm for timm, theirs in layouts.HF_ACTIVATIONS.items()}
+    for key, argument, ours in (
+        ("num_attention_heads", "num_heads", spec.block.heads),
+        ("hidden_act", "act_layer", activation),
+    ):
+        if (theirs := config.get(key, ours)) != ours:
+            remedy = f"give the right name, or {argument}={timms.get(theirs, theirs)}"
+            raise UserError(f"{path}: config.json has {key}={theirs}, the backbone has {ours}: {remedy}")

@@ -4,25 +4,31 @@ timm builds the model for the grid of patches that its weights were trained on, 
 the positions to the grid asked for. `describe.from_timm` then makes our `ViT` of it.
 """
 
+import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import timm
-import torch
-from torch import Tensor, nn
+from timm.models import get_model_args
+from torch import nn
 
 from fastalign.backbones import naflex
-from fastalign.backbones.describe import describe, from_timm
-from fastalign.backbones.spec import split_svit
-from fastalign.backbones.timm_models import MOCO as MOCO
-from fastalign.backbones.timm_models import create_timm, empty_model, from_model, is_moco, no_download
+from fastalign.backbones.accelerate import accelerated
+from fastalign.backbones.describe import create_timm, describe, empty_model, from_timm
+from fastalign.backbones.moco import MOCO as MOCO
+from fastalign.backbones.spec import ViTSpec, split_svit
 from fastalign.backbones.vit import ViT
-from fastalign.backbones.weight_files import check_config, read_facts
-from fastalign.backbones.weights import Checkpoint, interpret, misfit, read_checkpoint, table_grid, timm_state
+from fastalign.backbones.weight_files import read_facts
+from fastalign.backbones.weights import (
+    Checkpoint,
+    misfit,
+    read_checkpoint,
+    table_grid,
+    timm_state,
+)
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
-
-MOCO_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
 
 
 def create_backbone(
@@ -49,19 +55,11 @@ def create_backbone(
     if isinstance(name, nn.Module):
         if pretrained or checkpoint is not None or kwargs:
             raise UserError("create_backbone(model) takes no other arguments: build the model with them")
-        return from_model(name)
-    if not isinstance(name, str):
-        raise UserError(f"create_backbone: got {type(name).__name__}, not a timm name or model: give one")
+        return _from_model(name)
     name, kwargs, softcap = split_svit(name, {"num_classes": 0, **kwargs})
     template = empty_model(name, kwargs)
     if checkpoint is not None:
         vit = _from_checkpoint(name, kwargs, template, read_checkpoint(checkpoint), str(checkpoint))
-    elif pretrained and is_moco(name):
-        try:
-            content = torch.hub.load_state_dict_from_url(MOCO_URL, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise no_download(MOCO_URL, error) from error
-        vit = _from_checkpoint(name, kwargs, template, interpret(content, MOCO_URL), MOCO_URL)
     else:
         native = {key: value for key, value in kwargs.items() if key not in ("img_size", "patch_size")}
         source = create_timm(name, native if pretrained else kwargs, pretrained)
@@ -102,11 +100,8 @@ def _from_checkpoint(name: str, kwargs: dict, template: nn.Module, found: Checkp
         kwargs = {**kwargs, "global_pool": ""}  # a student has no pooling
         template = empty_model(name, kwargs)
     state, spec = timm_state(found, template, path), describe(template)
-    check_config(spec, found.config or {}, path)
     stored, grid = naflex.table_arguments(state), spec.grid
-    if is_moco(name):  # its table is computed, not read
-        state["pos_embed"] = torch.zeros(template.pos_embed.shape)
-    elif not stored:
+    if not stored:
         grid = found.grid or table_grid(state, spec, path)
     if grid != spec.grid:
         stored["img_size"] = (grid[0] * spec.patch_size[0], grid[1] * spec.patch_size[1])
@@ -132,21 +127,36 @@ def _finish(name: str, kwargs: dict, template: nn.Module, source: nn.Module) -> 
             raise UserError("patch_size: a NaFlexVit's weights are not resampled to another: leave it out")
     elif (found.image_size, found.patch_size) != (spec.image_size, spec.patch_size):
         source.set_input_size(img_size=spec.image_size, patch_size=spec.patch_size)
-    if is_moco(name):
-        changes = {"position_fixed": True, "fresh_norm_eps": 1e-5}  # it is made of torch's norm class
-        with torch.no_grad():
-            source.pos_embed.copy_(sincos_position(spec.grid, spec.block.width, spec.prefix))
     return from_timm(source, {"name": name, "kwargs": kwargs}, **changes)
 
 
-def sincos_position(grid: tuple[int, int], width: int, prefix: int) -> Tensor:
-    """[1, P + N, D]: MoCo-v3's fixed table, zeros for prefix tokens, then sines and cosines of column and row.
+def _from_model(model: nn.Module) -> ViT:
+    """A copy of a user's timm model on our parts."""
+    if accelerated(model):
+        raise UserError("the model's attention is replaced: restore timm's with accelerate(model, undo=True)")
+    for path, part in model.named_modules():
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+            raise UserError(f"{path or 'the model'} has hooks or its own forward: remove them")
+    vit = from_timm(model, _recipe_of(model, describe(model)))
+    return copy.deepcopy(vit).train(model.training)
 
-    The first two quarters of the channels follow the first index of each patch, as in the published weights.
-    """
-    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float32) / (width // 4))
-    # The published table orders patches with the width index outermost.
-    across = torch.arange(grid[1], dtype=torch.float32).repeat_interleave(grid[0])[:, None] * frequency
-    down = torch.arange(grid[0], dtype=torch.float32).repeat(grid[1])[:, None] * frequency
-    table = torch.cat([across.sin(), across.cos(), down.sin(), down.cos()], dim=1)
-    return torch.cat([torch.zeros(prefix, width), table])[None]
+
+def _recipe_of(model: nn.Module, spec: ViTSpec) -> dict | None:
+    """The name and arguments that build a model of the same shape, which timm records; None if they are not known."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    architecture = config.get("architecture")
+    if not architecture or not timm.is_model(architecture):
+        return None
+    name = f"{architecture}.{config.get('tag')}"
+    name = name if name in timm.list_pretrained(f"{architecture}.*") else architecture
+    try:
+        plain = empty_model(name, {"num_classes": 0})
+        usual = get_model_args(plain)
+        kwargs = {k: v for k, v in get_model_args(model).items() if k not in usual or v != usual[k]}
+        kwargs["num_classes"] = getattr(model.head, "out_features", 0)
+        if spec.depth != kwargs.get("depth", len(plain.blocks)):  # the user cut it
+            kwargs["depth"] = spec.depth
+        recipe = {"name": name, "kwargs": json.loads(json.dumps(kwargs))}
+        return recipe if describe(empty_model(**recipe)) == spec else None
+    except (UserError, TypeError):  # an argument that is no JSON value
+        return None

@@ -9,9 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from fastalign.utils.errors import UserError
-from fastalign.utils.paths import user_path
-
-USAGE = "usage: python -m fastalign.compat run SCRIPT [arguments of the script]"
+from fastalign.utils.paths import path_argument
 
 
 def install() -> None:
@@ -30,20 +28,22 @@ def install() -> None:
     )
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, 2 for bad input, otherwise that of the script."""
-    if arguments[:1] in (["-h"], ["--help"]):
-        print(USAGE)
-        return 0
+    parser = argparse.ArgumentParser(
+        prog="python -m fastalign.compat", description="Runs a script of the authors."
+    )
+    parser.add_argument("command", choices=["run"])
+    parser.add_argument("script", type=path_argument, metavar="SCRIPT")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="those of the script")
+    options = parser.parse_args(arguments)
+    script = Path(options.script)
+    if not script.is_file():
+        parser.error(f"{script} is not a file: give the path of a Python script")
+    install()
+    sys.argv = [str(script), *options.arguments]
+    sys.path.insert(0, str(script.resolve().parent))
     try:
-        if len(arguments) < 2 or arguments[0] != "run":
-            raise UserError(USAGE)
-        script = Path(user_path(arguments[1]))
-        if not script.is_file():
-            raise UserError(f"{script} is not a file: give the path of a Python script")
-        install()
-        sys.argv = [str(script), *arguments[2:]]
-        sys.path.insert(0, str(script.resolve().parent))
         runpy.run_path(str(script), run_name="__main__")
     except UserError as error:
         print(f"fastalign.compat: {error}", file=sys.stderr)
@@ -52,4 +52,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

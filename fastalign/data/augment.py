@@ -8,17 +8,18 @@ that an image comes out the same on every device. Two things differ from PIL: bi
 import itertools
 import math
 from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastalign.data.transforms import MAX_LEVEL, RandAugment, Transform, parse_randaugment
+from fastalign.data.transforms import Transform
 from fastalign.utils.random import Stream, random_uniform, random_words
 
 _JITTER_DRAWS, _LAYER_DRAWS = 4, 6
-_TRANSLATE = 0.45
+_MAX_LEVEL, _TRANSLATE = 10.0, 0.45  # timm's
 
 
 def _gray(images: Tensor) -> Tensor:
@@ -49,12 +50,6 @@ def _auto_contrast(image: Tensor, level: float, increasing: bool) -> Tensor:
     return torch.where(high > low, stretched, flat).to(torch.uint8).view_as(image)
 
 
-def _equalize(image: Tensor, level: float, increasing: bool) -> Tensor:
-    from torchvision.transforms.v2 import functional  # here, because it imports torch._dynamo
-
-    return functional.equalize(image)
-
-
 def _posterize(image: Tensor, level: float, increasing: bool) -> Tensor:
     bits = 4 - int(4 * level) if increasing else int(4 * level)
     return image if bits >= 8 else image & (0xFF & ~((1 << (8 - bits)) - 1))
@@ -71,17 +66,10 @@ def _solarize_add(image: Tensor, level: float, increasing: bool) -> Tensor:
     return torch.where(wide < 128, (wide + min(128, int(110 * level))).clamp(max=255), wide).to(torch.uint8)
 
 
-def _smooth(image: Tensor) -> Tensor:
-    """PIL's filter SMOOTH, with which its sharpness blends, as int32; the border stays."""
-    wide = image.to(torch.int32)
-    height, width = image.shape[-2:]
-    smooth = wide.clone()
-    if min(height, width) > 2:
-        total = 4 * wide[:, 1:-1, 1:-1]
-        for y, x in itertools.product(range(3), range(3)):
-            total = total + wide[:, y : height - 2 + y, x : width - 2 + x]
-        smooth[:, 1:-1, 1:-1] = (2 * total + 13) // 26
-    return smooth
+def _vision() -> ModuleType:
+    from torchvision.transforms.v2 import functional  # slow to import
+
+    return functional
 
 
 def _affine(image: Tensor, matrix: tuple[float, ...], fill: tuple[int, int, int], bicubic: bool) -> Tensor:
@@ -101,16 +89,16 @@ def _affine(image: Tensor, matrix: tuple[float, ...], fill: tuple[int, int, int]
     return torch.where(inside, sampled.round_().clamp_(0, 255), color).to(torch.uint8)
 
 
-def _rotation(degrees: float, height: int, width: int) -> tuple[float, ...]:
-    """The sampling matrix of a counter-clockwise rotation about the centre."""
-    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    x, y = width / 2, height / 2
+def _rotation(level: float, height: int, width: int) -> tuple[float, ...]:
+    """Counter-clockwise, about the centre."""
+    radians, x, y = math.radians(30 * level), width / 2, height / 2
+    cosine, sine = math.cos(radians), math.sin(radians)
     return cosine, -sine, x - cosine * x + sine * y, sine, cosine, y - sine * x - cosine * y
 
 
 # Sampling matrices by (signed level in -1..1, height, width).
 _GEOMETRIC: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
-    "Rotate": lambda level, height, width: _rotation(30 * level, height, width),
+    "Rotate": _rotation,
     "ShearX": lambda level, height, width: (1, 0.3 * level, 0, 0, 1, 0),
     "ShearY": lambda level, height, width: (1, 0, 0, 0.3 * level, 1, 0),
     "TranslateXRel": lambda level, height, width: (1, 0, _TRANSLATE * level * width, 0, 1, 0),
@@ -121,47 +109,42 @@ _BLENDED: dict[str, Callable[[Tensor], Tensor | int]] = {
     "Brightness": lambda image: 0,
     "Contrast": _mean_gray,
     "Color": _gray,
-    "Sharpness": _smooth,
+    "Sharpness": lambda image: _vision().adjust_sharpness(image, 0.0),
 }
 _OTHER: dict[str, Callable[[Tensor, float, bool], Tensor]] = {
     "AutoContrast": _auto_contrast,
-    "Equalize": _equalize,
+    "Equalize": lambda image, level, increasing: _vision().equalize(image),
     "Invert": lambda image, level, increasing: 255 - image,
     "Posterize": _posterize,
     "Solarize": _solarize,
     "SolarizeAdd": _solarize_add,
 }
-# In timm's order, because a draw chooses by index.
-OPS = (
-    *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color"),
-    *("Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"),
-)
 
 
-def rand_augment(
-    image: Tensor, policy: RandAugment, draws: list[float], fill: tuple[int, int, int]
-) -> Tensor:
-    """One image [3, h, w] uint8 through a policy; `draws`: 6 numbers in [0, 1) per layer; `fill`: RGB outside."""
-    for layer in range(policy.layers):
+def rand_augment(image: Tensor, policy, draws: list[float]) -> Tensor:
+    """One image [3, h, w] uint8 through a policy of timm's; `draws`: 6 numbers in [0, 1) per layer."""
+    for layer in range(policy.num_layers):
         which, apply, first, second, sign, sampling = draws[layer * _LAYER_DRAWS :][:_LAYER_DRAWS]
-        if apply >= policy.probability:
+        op = policy.ops[int(which * len(policy.ops))]
+        if apply >= op.prob:
             continue
-        magnitude = policy.magnitude
-        if math.isinf(policy.magnitude_std):
+        magnitude = op.magnitude
+        if math.isinf(op.magnitude_std):
             magnitude *= first
-        elif policy.magnitude_std > 0:
+        elif op.magnitude_std > 0:
             normal = math.sqrt(-2 * math.log(1 - first)) * math.cos(2 * math.pi * second)
-            magnitude += policy.magnitude_std * normal
-        level = max(0.0, min(magnitude, policy.magnitude_max)) / MAX_LEVEL
-        name, signed = OPS[int(which * len(OPS))], -level if sign < 0.5 else level
+            magnitude += op.magnitude_std * normal
+        level = max(0.0, min(magnitude, op.magnitude_max or _MAX_LEVEL)) / _MAX_LEVEL
+        name, signed = op.name.removesuffix("Increasing"), -level if sign < 0.5 else level
+        increasing = name != op.name
         if name in _GEOMETRIC:
             matrix = _GEOMETRIC[name](signed, *image.shape[-2:])
-            image = _affine(image, matrix, fill, bicubic=sampling < 0.5)
+            image = _affine(image, matrix, op.kwargs["fillcolor"], bicubic=sampling < 0.5)
         elif name in _BLENDED:
-            factor = max(0.1, 1 + 0.9 * signed) if policy.increasing else 1.8 * level + 0.1
+            factor = max(0.1, 1 + 0.9 * signed) if increasing else 1.8 * level + 0.1
             image = _blend(image, _BLENDED[name](image), factor)
         else:
-            image = _OTHER[name](image, level, policy.increasing)
+            image = _OTHER[name](image, level, increasing)
     return image
 
 
@@ -187,17 +170,19 @@ def augment(images: Tensor, transform: Transform, ids: np.ndarray, *, seed: int,
     """RandAugment, then colour jitter, of [B, h, w, 3] uint8 with ids [B] on the host; nothing in evaluation."""
     if not transform.is_random or not (transform.randaugment or transform.color_jitter):
         return images
-    policy = parse_randaugment(transform.randaugment) if transform.randaugment else None
-    count = _JITTER_DRAWS + (policy.layers * _LAYER_DRAWS if policy else 0)
-    draws = random_uniform(
-        torch.from_numpy(ids), count, seed=seed, stream=Stream.AUGMENT, epoch=epoch
-    ).numpy()
+    policy = None
+    if transform.randaugment:
+        from timm.data.auto_augment import rand_augment_transform  # slow to import
+
+        fill = tuple(min(255, round(255 * m)) for m in transform.mean)
+        policy = rand_augment_transform(transform.randaugment, {"img_mean": fill})
+    count = _JITTER_DRAWS + (policy.num_layers * _LAYER_DRAWS if policy else 0)
+    stream = {"seed": seed, "stream": Stream.AUGMENT, "epoch": epoch}
+    draws = random_uniform(torch.from_numpy(ids), count, **stream).numpy()
     planes = images.permute(0, 3, 1, 2).contiguous()
     if policy:
-        red, green, blue = (min(255, round(255 * m)) for m in transform.mean)
         rows = draws[:, _JITTER_DRAWS:].tolist()
-        made = [rand_augment(p, policy, row, (red, green, blue)) for p, row in zip(planes, rows, strict=True)]
-        planes = torch.stack(made)
+        planes = torch.stack([rand_augment(p, policy, row) for p, row in zip(planes, rows, strict=True)])
     if transform.color_jitter:
         planes = color_jitter(planes, transform.color_jitter, draws)
     return planes.permute(0, 2, 3, 1)

@@ -9,7 +9,6 @@ A list has one JSON object per line: `id` (null for a tar shard), `name` and `re
 import json
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +26,7 @@ class BadSample:
 
     id: int | None
     name: str
-    reason: str
+    reason: str = ""
 
 
 class BadSamples:
@@ -62,28 +61,25 @@ def to_line(sample: BadSample) -> bytes:
     return json.dumps(asdict(sample)).encode() + b"\n"
 
 
-def _parse(line: bytes) -> BadSample | None:
-    with suppress(ValueError, KeyError, TypeError):
-        row = json.loads(line)
-        valid = row["id"] is None or (type(row["id"]) is int and row["id"] >= 0)
-        if valid and isinstance(row["name"], str):
-            return BadSample(row["id"], row["name"], str(row.get("reason", "")))
-    return None
-
-
 def read_list(path: Path) -> list[BadSample]:
     """The samples of a list. An incomplete last line, from a process that was killed, is skipped."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
-    samples = [_parse(line) for line in lines]
-    wrong = [i for i, line in enumerate(lines[:-1]) if samples[i] is None and line.strip()]
-    if wrong:
-        raise UserError(
-            f'{path} line {wrong[0] + 1} is not {{"id": ..., "name": ..., "reason": ...}}; remove that line'
-        )
-    return [sample for sample in samples if sample is not None]
+    samples = []
+    for number, line in enumerate(lines, 1):
+        try:
+            sample = BadSample(**json.loads(line or b"{}"))
+            if not isinstance(sample.name, str):
+                raise TypeError(sample.name)
+        except (ValueError, TypeError) as error:
+            if line.strip() and number < len(lines):
+                wanted = '{"id": ..., "name": ..., "reason": ...}'
+                raise UserError(f"{path} line {number} is not {wanted}; remove that line") from error
+        else:
+            samples.append(sample)
+    return samples
 
 
 def append_to_list(path: Path, samples: Iterable[BadSample]) -> None:
@@ -97,15 +93,12 @@ def append_to_list(path: Path, samples: Iterable[BadSample]) -> None:
 
 
 def read_quarantine(path: str | Path, source: Source) -> set[int]:
-    """The ids of a source that a quarantine list names. Names count, because ids may have shifted."""
-    samples = [sample for sample in read_list(Path(path)) if sample.id is not None]
-    ids = {s.id for s in samples if s.id < len(source) and source.name(s.id) == s.name}
-    moved = {sample.name for sample in samples if sample.id not in ids}
-    if moved:
-        ids |= {index for index in range(len(source)) if source.name(index) in moved}
-    if samples and not ids:
+    """The ids of the samples of a source that a quarantine list names; ids may have shifted since."""
+    names = {sample.name for sample in read_list(Path(path)) if sample.id is not None}
+    ids = {index for index in range(len(source)) if source.name(index) in names} if names else set()
+    if names and not ids:
         raise UserError(
-            f"faults.quarantine={path}: none of its {len(samples)} names, such as {samples[0].name!r}, is in the "
+            f"faults.quarantine={path}: none of its {len(names)} names, such as {min(names)!r}, is in the "
             "data set: make the list with fastalign scan, or leave the key out"
         )
     return ids

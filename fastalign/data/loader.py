@@ -9,7 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -91,7 +91,7 @@ class Loader:
         bad: the known bad samples, to which it adds (see `bad_samples`). None: the first one raises an error.
 
     Raises:
-        UserError: a bad argument, or a training set smaller than one update.
+        UserError: a training set smaller than one update.
     """
 
     def __init__(
@@ -113,8 +113,6 @@ class Loader:
         cutmix: float = 0.0,
         bad: BadSamples | None = None,
     ):
-        if min(batch_size, accumulate, threads) < 1:
-            raise UserError("batch_size, accumulate and threads must be at least 1")
         update = world_size * batch_size * accumulate
         if train and len(source) < update:
             raise UserError(
@@ -128,12 +126,12 @@ class Loader:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._batch, self._rank, self._world, self._accumulate = batch_size, rank, world_size, accumulate
         self._mixing = {"mixup": mixup, "cutmix": cutmix, "seed": seed}
-        self._reader = SampleReader(source, bad or BadSamples(), replace=train and bad is not None)
-        self._threads, self._pool = threads, ThreadPoolExecutor(threads, "fastalign-read")
+        self._reader = SampleReader(source, bad, replace=train)
+        self._pool = ThreadPoolExecutor(threads, "fastalign-read")
         self._decoder: Decoder | None = None
         if not isinstance(source, SyntheticSource):
-            options = {"batch_size": batch_size, "threads": threads, "hw_decoder_load": hw_decoder_load}
-            self._decoder = Decoder(transform, device=self.device, **options)
+            options = {"batch_size": batch_size, "num_threads": threads}
+            self._decoder = Decoder(transform, self.device, hw_decoder_load, **options)
         self._active = lambda: None
 
     def __len__(self) -> int:
@@ -182,17 +180,15 @@ class Loader:
         try:
             yield from self._decode(self._read_ahead(epoch, start), epoch)
         finally:
-            self._decoder.drain()  # a consumer that stops early leaves a batch in flight
+            with suppress(DecodeError):
+                self._decoder.collect()  # a consumer that stops early leaves a batch in flight
+            self._synchronize()
 
     def _read_ahead(self, epoch: int, start: int) -> Iterator[list[Sample]]:
-        def read(part: np.ndarray) -> list[Sample]:
-            return [self._reader.read(index) for index in part.tolist()]
-
-        parts = (np.array_split(ids, min(self._threads, len(ids))) for ids in self._ids(epoch, start))
-        reads = (self._pool.map(read, each) for each in parts)
+        reads = (self._pool.map(self._reader.read, ids.tolist()) for ids in self._ids(epoch, start))
         waiting = deque(itertools.islice(reads, _READ_AHEAD + 1))
         while waiting:
-            yield list(itertools.chain.from_iterable(waiting.popleft()))
+            yield list(waiting.popleft())
             waiting.extend(itertools.islice(reads, 1))
 
     def _decode(self, reads: Iterator[list[Sample]], epoch: int) -> Iterator[Batch]:
@@ -201,7 +197,6 @@ class Loader:
         in_a_row: list[BadSample] = []
         bad: list[BadSample] = []
         for samples in itertools.chain(reads, [[]]):
-            self._check(samples)
             done, decoded = self._collect(running, epoch)
             self._decoder.submit(samples, seed=self.seed, epoch=epoch)
             for sample in done:
@@ -212,13 +207,6 @@ class Loader:
                 yield self._finish(done, decoded, epoch, bad)
                 bad = []
             running = samples
-
-    def _check(self, samples: list[Sample]) -> None:
-        bad = [each for sample in samples for each in sample.bad]
-        if self.bad is None and bad:
-            where = f"{len(bad)} images of a batch of {len(samples)} of {self.source.root or 'the data set'}"
-            first = f"{self.source.name(bad[0].id)} ({bad[0].reason})"
-            raise UserError(f"cannot use {where}, first {first}; replace or remove them")
 
     def _collect(self, samples: list[Sample], epoch: int) -> tuple[list[Sample], list[Decoded]]:
         """The submitted samples and their pixels. If DALI fails, bad samples are found, and replaced or left out."""
@@ -231,7 +219,6 @@ class Loader:
             done.append(used)
             decoded += [(pixels.clone(), sampling) for pixels, sampling in found]
             self._synchronize()
-        self._check(done)
         return done, decoded
 
     def _finish(

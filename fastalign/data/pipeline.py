@@ -6,7 +6,6 @@ reach outside the image; `transforms.reflect` fills those pixels later, on the d
 """
 
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -41,10 +40,14 @@ class Sample:
 
 
 class SampleReader:
-    """Reads samples and checks their headers; adds to `bad`. `replace`: do not leave bad ones out. Thread-safe."""
+    """Reads samples and checks their headers. Thread-safe.
 
-    def __init__(self, source: Source, bad: BadSamples, *, replace: bool):
-        self.source, self._bad, self._replace = source, bad, replace
+    Bad samples are added to `bad` and left out, or replaced if `replace`; with `bad` None the first one raises.
+    """
+
+    def __init__(self, source: Source, bad: BadSamples | None, *, replace: bool):
+        self.source, self._replace, self._strict = source, replace, bad is None
+        self._bad = bad or BadSamples()
 
     def read(self, wanted: int) -> Sample:
         """A sample or its replacement; raises a UserError if 100 in a row are bad, or all."""
@@ -81,6 +84,10 @@ class SampleReader:
         return None
 
     def _record(self, index: int, reason: str) -> BadSample:
+        if self._strict:
+            raise UserError(
+                f"cannot use {self.source.location(index)}: {reason}; repair, replace or remove it"
+            )
         self._bad.add([BadSample(index, self.source.name(index), reason)])
         return self._bad.found[index]
 
@@ -114,30 +121,22 @@ def load_dali() -> ModuleType:
 class Decoder:
     """A DALI pipeline with at most one batch in flight: `submit`, then `collect`. Use it from one thread.
 
-    `device`: of the images, with its index; a GPU decodes JPEGs too.
+    `device`: of the images, with its index; a GPU decodes JPEGs too. `options`: DALI's batch_size and num_threads.
     """
 
     def __init__(
-        self,
-        transform: Transform,
-        *,
-        batch_size: int,
-        device: torch.device,
-        threads: int = 4,
-        hw_decoder_load: float = 0.9,
+        self, transform: Transform, device: torch.device, hw_decoder_load: float = 0.9, **options: int
     ):
         self._dali, self._transform, self._device = load_dali(), transform, device
-        self._options = {"batch_size": batch_size, "num_threads": threads}
-        self._mixed = {}
-        if device.type == "cuda":
-            self._options["device_id"] = device.index
-            self._mixed = {"device": "mixed", "hw_decoder_load": hw_decoder_load}
+        self._options = {"device_id": device.index, **options}
+        mixed = {"device": "mixed", "hw_decoder_load": hw_decoder_load}
+        self._mixed = mixed if device.type == "cuda" else {}
         self._pipeline = self._in_flight = None
 
     def _build(self):
         # Depth 1: the host's buffers, which are fed without a copy, need not outlive more than one batch.
-        options = {"device_id": None, "prefetch_queue_depth": 1, "exec_dynamic": True} | self._options
-        pipeline, fn, types = self._dali.Pipeline(**options), self._dali.fn, self._dali.types
+        pipeline = self._dali.Pipeline(prefetch_queue_depth=1, exec_dynamic=True, **self._options)
+        fn, types = self._dali.fn, self._dali.types
         with pipeline:
             images = fn.decoders.image(
                 fn.external_source(name="encoded", ndim=1, dtype=types.UINT8, no_copy=True),
@@ -199,9 +198,3 @@ class Decoder:
         tensor = torch.from_dlpack(images.as_tensor())
         self._pipeline.release_outputs()
         return [(tensor, sampling)]
-
-    def drain(self) -> None:
-        """Waits for a submitted batch, if there is one, and drops it."""
-        with suppress(DecodeError):
-            if self.collect() and self._device.type == "cuda":
-                torch.cuda.current_stream(self._device).synchronize()

@@ -4,29 +4,23 @@ A source is a list: a sample's id is its index in the source's sorted order, whi
 """
 
 import csv
-import io
 import os
 import re
 import stat
 import zlib
-from collections.abc import Callable
-from contextlib import nullcontext
-from functools import cached_property, lru_cache
+from glob import glob
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.data.index import IMAGE_EXTENSIONS, Names, index_folder, is_image
-from fastalign.data.tars import class_of, expand_shards, index_tars, is_tar, read_classes
+from fastalign.data.index import IMAGE_EXTENSIONS, Names, classes_of, index_folder, index_shards, is_image
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
 from fastalign.utils.random import Stream, random_uniform
 
 MAX_IMAGE_BYTES = 256 * 1024 * 1024
-_OPEN_SHARDS = 256
-_EXTENSIONS = " ".join(IMAGE_EXTENSIONS)
 
 
 class Unreadable(UserError):
@@ -38,36 +32,33 @@ class Unreadable(UserError):
 
 
 class Source:
-    """A list of encoded images.
+    """A list of encoded images below the folder `root`.
 
-    Subclasses define `__len__`; `name(index)`, without the location of the data set, which is `root`; `read(index)`:
-    [bytes] uint8, thread-safe, raises `Unreadable`; and `crc_of_names()`. Those with labels define `class_names()`:
-    of each sample, as the data set writes it, or None. `damaged`: (name, reason) of tar shards.
+    Subclasses define `read(index)`: [bytes] uint8, thread-safe, raises `Unreadable`. Those with labels define
+    `class_names()`: of each sample, as the data set writes it, or None. `damaged`: (name, reason) of tar shards.
     """
 
-    root: str | None = None
     damaged: tuple[tuple[str, str], ...] = ()
 
-    @cached_property
-    def identity(self) -> dict[str, int | list[int]]:
-        """CRC-32 of all names, and of the bytes of nine samples, for checkpoints. 0 = unreadable."""
-        samples = []
-        for index in sorted({i * (len(self) - 1) // 8 for i in range(9)}):
-            try:
-                samples.append(zlib.crc32(self.read(index)))
-            except Unreadable:
-                samples.append(0)
-        return {"names": self.crc_of_names(), "samples": samples}
+    def __init__(self, root: str | None, names: Names):
+        if len(names) == 0:
+            raise UserError(f"no images in {root}; looked for {' '.join(IMAGE_EXTENSIONS)}")
+        self.root, self._names = root, names
 
-    def differs_from(self, identity: dict[str, int | list[int]]) -> str | None:
-        """How this data set differs from one with another `identity`; None if it is the same.
+    def __len__(self) -> int:
+        return len(self._names)
 
-        Up to half of the samples may differ, because bad images may have been repaired.
-        """
-        if self.identity["names"] != identity["names"]:
-            return "other names"
-        same = sum(a == b for a, b in zip(self.identity["samples"], identity["samples"], strict=True))
-        return "other images of the same names" if 2 * same < len(identity["samples"]) else None
+    def name(self, index: int) -> str:
+        """A sample's name, without the location of the data set."""
+        return self._names[index]
+
+    def location(self, index: int) -> str:
+        """A sample's path, for messages."""
+        return f"{self.root}/{self.name(index)}" if self.root else self.name(index)
+
+    def crc_of_names(self) -> int:
+        """CRC-32 of all names, for checkpoints."""
+        return self._names.crc()
 
 
 class Subset(Source):
@@ -93,13 +84,16 @@ class SyntheticSource(Source):
     def __init__(self, length: int):
         if length < 1:
             raise UserError(f"synthetic:{length}: the number of samples must be at least 1")
-        self._length, self.identity = length, {"names": length, "samples": []}
+        self.root, self._length = None, length
 
     def __len__(self) -> int:
         return self._length
 
     def name(self, index: int) -> str:
         return f"synthetic:{index}"
+
+    def crc_of_names(self) -> int:
+        return self._length
 
     def images(self, ids: Tensor, size: tuple[int, int], *, seed: int, dtype: torch.dtype) -> Tensor:
         """Normalised images [B, 3, h, w], a function of (seed, id): mean 0, variance 1, values in -3..3.
@@ -112,26 +106,20 @@ class SyntheticSource(Source):
         return (waves[..., :height, None] * waves[..., None, height:]).to(dtype)
 
 
-def _open(path: str) -> io.FileIO:
-    # O_NONBLOCK: opening a pipe would wait for a writer.
-    return open(path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
-
-
-def _read(
-    path: str, name: str, offset: int = 0, size: int | None = None, open_file: Callable = _open
-) -> np.ndarray:
+def _read(path: str, name: str, offset: int = 0, size: int | None = None) -> np.ndarray:
     """Bytes of a file, to its end if `size` is None; raises Unreadable with `name`."""
     try:
-        with open_file(path) as file:
-            status = os.fstat(file.fileno())
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for a writer
+        try:
+            status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):
                 raise Unreadable(name, "not a regular file")
             size = status.st_size if size is None else size
             if not 0 < size <= MAX_IMAGE_BYTES:
                 raise Unreadable(name, f"{size} bytes, more than {MAX_IMAGE_BYTES}" if size else "zero bytes")
-            data = os.pread(file.fileno(), size, offset)
-    except IsADirectoryError:
-        raise Unreadable(name, "not a regular file") from None
+            data = os.pread(handle, size, offset)
+        finally:
+            os.close(handle)
     except OSError as error:
         raise Unreadable(name, error.strerror) from error
     if len(data) != size:
@@ -149,23 +137,11 @@ class FolderSource(Source):
         path = Path(root)
         if not path.is_dir():
             raise UserError(f"no such folder: {root}; check the path of the data set")
-        self.root = str(path.resolve())
-        self._names = Names(index_folder(self.root))
-        if len(self._names) == 0:
-            raise UserError(f"no images in {root}; looked for {_EXTENSIONS} in all sub-folders")
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, index: int) -> str:
-        return self._names[index]
+        root = str(path.resolve())
+        super().__init__(root, Names(index_folder(root)))
 
     def read(self, index: int) -> np.ndarray:
-        path = f"{self.root}/{self._names[index]}"
-        return _read(path, path)
-
-    def crc_of_names(self) -> int:
-        return self._names.crc()
+        return _read(self.location(index), self.location(index))
 
     def class_names(self) -> list[str | None]:
         table = Path(self.root) / "labels.csv"
@@ -195,33 +171,25 @@ def _read_labels(path: Path) -> dict[str, str]:
 
 
 class TarSource(Source):
-    """The image members of plain tar files (WebDataset layout), read in place.
+    """The image members of the plain tar files `shards` (WebDataset layout), read in place.
 
-    `shards`: paths of the .tar files, else those that `spec` names (see `expand_shards`). `damaged`: use the images
-    before the damage of a shard and list it in `damaged`, instead of raising.
+    `damaged`: use the images before the damage of a shard and list it in `damaged`, instead of raising.
     """
 
-    def __init__(self, spec: str, shards: list[str] | None = None, *, damaged: bool = False):
-        self.shards = expand_shards(spec) if shards is None else shards
-        index = index_tars(self.shards)
-        self._names = Names(index)
+    def __init__(self, shards: list[str], *, damaged: bool = False):
+        self.shards = shards
+        index = index_shards(shards)
         self._shard, self._start, self._size = index["shard"], index["start"], index["size"]
         # Relative to their common folder: many data sets have a 00000.tar.
-        self.root = os.path.commonpath([os.path.dirname(shard) for shard in self.shards])  # noqa: PTH120
-        self._portable = [os.path.relpath(shard, self.root) for shard in self.shards]
+        root = os.path.commonpath([os.path.dirname(shard) for shard in shards])  # noqa: PTH120
+        self._portable = [os.path.relpath(shard, root) for shard in shards]
         damages = zip(self._portable, Names(index, "damage_"), strict=True)
         self.damaged = tuple((shard, damage) for shard, damage in damages if damage)
-        if self.damaged and not (damaged and len(self._names)):
+        if self.damaged and not (damaged and len(index["shard"])):
             shard, damage = self.damaged[0]
-            place = f"{self.root}/{shard}: {damage}"
+            place = f"{root}/{shard}: {damage}"
             raise UserError(f"broken tar shard {place}; fetch it again (plain .tar only, not compressed)")
-        if len(self._names) == 0:
-            raise UserError(f"no images in the {len(self.shards)} shards of {spec}; looked for {_EXTENSIONS}")
-        # Opening a file is slow on network disks. A file that is dropped here closes when its last reader is done.
-        self._open = lru_cache(_OPEN_SHARDS)(_open)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        super().__init__(root, Names(index))
 
     def name(self, index: int) -> str:
         return f"{self._portable[self._shard[index]]}:{self._names[index]}"
@@ -231,28 +199,47 @@ class TarSource(Source):
         return self._names.crc(zlib.crc32(self._shard, zlib.crc32(shards)))
 
     def class_names(self) -> list[str | None]:
-        found = [read_classes(shard) for shard in self.shards]
-        return [class_of(name, found[shard]) for name, shard in zip(self._names, self._shard, strict=True)]
+        return classes_of(self._names, self._shard, self.shards)
 
     def read(self, index: int) -> np.ndarray:
-        shard, name = self.shards[self._shard[index]], f"{self.root}/{self.name(index)}"
-        start, size = int(self._start[index]), int(self._size[index])
-        return _read(shard, name, start, size, lambda path: nullcontext(self._open(path)))
+        shard = self.shards[self._shard[index]]
+        return _read(shard, self.location(index), int(self._start[index]), int(self._size[index]))
 
 
-def _contains_tars(path: Path) -> bool:
-    """Whether a folder holds tar files; raises a UserError if it also holds images or folders."""
-    tars, others = [], []
-    for entry in path.iterdir():
-        if is_tar(entry.name) and not entry.is_dir():
-            tars.append(entry.name)
-        elif not entry.name.startswith(".") and (is_image(os.fsencode(entry.name)) or entry.is_dir()):
-            others.append(entry.name)
-    if tars and others:
-        raise UserError(
-            f"{path} has tar files ({tars[0]}) and others ({others[0]}); for the tars write {path}/*.tar"
-        )
-    return bool(tars)
+def _expand_braces(pattern: str) -> list[str]:
+    """`{000..009}` and `{a,b}` as a shell expands them, with zero padding."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if not found:
+        return [pattern]
+    words, before, after = found[1].split(","), pattern[: found.start()], pattern[found.end() :]
+    if span := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
+        words = [f"{number:0{len(span[1])}d}" for number in range(int(span[1]), int(span[2]) + 1)]
+    return [text for word in words for text in _expand_braces(f"{before}{word}{after}")]
+
+
+def _find_shards(spec: str) -> list[str]:
+    """The tar files of a path, a folder or a pattern with {000..009}, {a,b}, *, ** or ?: absolute, sorted, each once.
+
+    There are none if it may be a folder of images.
+    """
+    path, found = Path(spec), []
+    if path.is_dir():
+        entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+        found = [entry for entry in entries if entry.suffix.lower() == ".tar" and not entry.is_dir()]
+        others = [entry.name for entry in entries if is_image(os.fsencode(entry.name)) or entry.is_dir()]
+        if found and others:
+            both = f"tar files ({found[0].name}) and others ({others[0]})"
+            raise UserError(f"{spec} has {both}; for the tars write {spec}/*.tar")
+    elif path.is_file():
+        found = [path]
+        if path.suffix.lower() != ".tar":
+            raise UserError(f"{spec} is a file; name a folder of images, a .tar file or `synthetic`")
+    elif spec.lower().endswith(".tar") or any(c in spec for c in "*?[{"):
+        patterns = _expand_braces(spec) or [spec]
+        found = [name for pattern in patterns for name in glob(pattern, recursive=True) or [pattern]]  # noqa: PTH207
+    if missing := next((each for each in found if not Path(each).is_file()), None):
+        raise UserError(f"no such tar file: {missing}; check the pattern, a range is written {{000..009}}")
+    return sorted({str(Path(each).absolute()) for each in found})
 
 
 def open_source(spec: str, *, damaged: bool = False) -> Source:
@@ -265,11 +252,5 @@ def open_source(spec: str, *, damaged: bool = False) -> Source:
     if not spec:
         raise UserError("no data set given; name a folder of images, a .tar pattern or `synthetic`")
     spec = user_path(spec)
-    path, tars = Path(spec), spec.lower().endswith(".tar")
-    if path.is_dir():
-        tars = _contains_tars(path)
-    elif path.is_file() and not tars:
-        raise UserError(f"{spec} is a file; name a folder of images, a .tar file or `synthetic`")
-    else:
-        tars = tars or any(c in spec for c in "*?[{")
-    return TarSource(spec, damaged=damaged) if tars else FolderSource(spec)
+    shards = _find_shards(spec)
+    return TarSource(shards, damaged=damaged) if shards else FolderSource(spec)

@@ -14,40 +14,9 @@ from torch import Tensor
 from fastalign.utils.errors import UserError
 from fastalign.utils.random import Stream, random_uniform
 
-MAX_LEVEL = 10.0
-"""timm's largest magnitude of RandAugment."""
 _RRC_TRIES = 10
 _PROBABILITY = 0.5
-
-
-@dataclass(frozen=True)
-class RandAugment:
-    """A RandAugment policy: `layers` ops per image, each applied with `probability`."""
-
-    magnitude: float = MAX_LEVEL
-    layers: int = 2
-    probability: float = 0.5
-    magnitude_std: float = 0.0
-    magnitude_max: float = MAX_LEVEL
-    increasing: bool = False
-
-
-def parse_randaugment(text: str) -> RandAugment:
-    """Reads timm's spelling, such as `rand-m9-mstd0.5-inc1`; raises a UserError for timm's weighted sets.
-
-    m: magnitude; n: layers; p: probability; mstd: standard deviation of the magnitude (above 100: uniform in 0..m);
-    mmax: its upper bound; inc1: ops whose severity grows with the magnitude.
-    """
-    keys = {"m": "magnitude", "n": "layers", "p": "probability", "mstd": "magnitude_std"}
-    keys |= {"mmax": "magnitude_max", "inc": "increasing"}
-    valid = re.fullmatch(r"rand(-(m|p|mstd|mmax)\d+(\.\d+)?|-(n|inc)\d+)*", text)
-    fields = {keys[key]: float(value) for key, value in re.findall(r"-([a-z]+)([\d.]+)", text) if valid}
-    if not valid or fields.get("probability", 0) > 1:
-        raise UserError(f"randaugment {text!r} is not valid; write for example rand-m9-p0.5-mstd0.5-inc1")
-    if fields.get("magnitude_std", 0) > 100:
-        fields["magnitude_std"] = math.inf
-    layers, increasing = int(fields.pop("layers", 2)), bool(fields.pop("increasing", 0))
-    return RandAugment(**fields, layers=layers, increasing=increasing)
+_RANDAUGMENT = re.compile(r"(rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?)*)?")
 
 
 @dataclass(frozen=True)
@@ -79,6 +48,7 @@ class Transform:
     "timm's spelling, e.g. rand-m9-mstd0.5-inc1; empty is off. Unlike timm's, it does not switch color_jitter off."
 
     def __post_init__(self):
+        policy = _RANDAUGMENT.fullmatch(self.randaugment)
         checks = (
             ("std", min(self.std) > 0, "positive"),
             ("interpolation", self.interpolation in ("bilinear", "bicubic"), "bilinear or bicubic"),
@@ -86,12 +56,11 @@ class Transform:
             ("crop_pct", 0 < self.crop_pct <= 1, "in (0, 1]"),
             ("scale", 0 < self.scale[0] <= self.scale[1], "positive, lowest first"),
             ("ratio", 0 < self.ratio[0] <= self.ratio[1], "positive, lowest first"),
+            ("randaugment", policy, "such as rand-m9-mstd0.5-inc1, without weighted sets"),
         )
         for name, valid, rule in checks:
             if not valid:
                 raise UserError(f"transform {name}={getattr(self, name)!r}: it must be {rule}")
-        if self.randaugment:
-            parse_randaugment(self.randaugment)
 
     @property
     def is_random(self) -> bool:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastalign.data.index import stem
 from fastalign.data.sources import FolderSource, Source, Subset, TarSource, open_source
-from fastalign.data.tars import each_once, stem
 from fastalign.evaluation.label_maps import LabelledImages, decode_ids, decode_panoptic, pair, read_panoptic
 from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError, unknown
@@ -45,6 +45,7 @@ def open_labelled(data: str, split: str) -> LabelledImages:
         kind, root = "", data
     elif kind not in KINDS:
         raise UserError(f"{data}: {unknown('data set', kind, KINDS)}; there are {' '.join(KINDS)}")
+    root = user_path(root)
     if not root or not Path(root).is_dir():
         raise UserError(f"no such folder: {root or repr(data)}; check the path of the data set")
     return _open_published(kind, Path(root), split) if kind else _open_own(Path(root), split)
@@ -109,7 +110,7 @@ def _open_published(kind: str, root: Path, split: str) -> LabelledImages:
 
 def _open_own(root: Path, split: str) -> LabelledImages:
     """A folder of folders or of tar shards, with classes.txt."""
-    shards, folder = each_once(root.glob(f"{split}-*.tar")), root / split
+    shards, folder = sorted(str(path.absolute()) for path in root.glob(f"{split}-*.tar")), root / split
     if bool(shards) == folder.is_dir():
         found, word = ("both", "and") if shards else ("neither", "nor")
         raise UserError(
@@ -117,7 +118,7 @@ def _open_own(root: Path, split: str) -> LabelledImages:
         )
     classes, unlabeled = _read_classes(root / "classes.txt")
     if shards:
-        members = TarSource(f"{root}/{split}-*.tar", shards)
+        members = TarSource(shards)
         is_map = np.array([members.name(index).lower().endswith(".png") for index in range(len(members))])
         if is_map.all() or not is_map.any():
             missing = "images" if is_map.all() else "label maps"

@@ -2,10 +2,12 @@
 
 import math
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from fastalign.backbones.precision import autocast
 from fastalign.backbones.vit import ViT
 from fastalign.data.loader import Loader
+from fastalign.data.sources import Source
 from fastalign.data.transforms import Transform
 from fastalign.evaluation.fit import Track, untracked
 from fastalign.evaluation.label_maps import LabelledImages, patch_labels
@@ -24,69 +27,66 @@ from fastalign.training.distributed import World, on_first_rank
 from fastalign.utils.errors import SharedError, UserError
 
 
-def make_tensors(
-    layout: dict[Hashable, tuple[tuple[int, ...], torch.dtype]], folder: Path | None, world: World
-) -> dict[Hashable, Tensor]:
-    """Zeros of shapes and dtypes: in memory, or mapped from nameless files in `folder` that a machine's ranks share.
+def make_tensor(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None, world: World) -> Tensor:
+    """Zeros: in memory, or mapped from a nameless file in `folder` that a machine's ranks share.
 
-    The space of the files is free when their last tensor is dropped, and when the process ends, however it ends.
+    The space of the file is free when the tensor is dropped, and when the process ends, however it ends.
     """
-    if folder is None and world.size > 1:
-        raise UserError("several ranks share features in files: give an output")
     if folder is None:
-        return {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
+        if world.size > 1:
+            raise UserError("several ranks share features in files: give an output")
+        return torch.zeros(shape, dtype=dtype)
     if world.size > int(os.environ.get("LOCAL_WORLD_SIZE", world.size)):
         raise UserError("features are in files that the ranks of one machine share: use one machine")
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in layout.items()}
-    with ExitStack() as files:
+    size = math.prod(shape) * dtype.itemsize
+    with ExitStack() as stack:
 
-        def allocate() -> dict[Hashable, str]:
+        def allocate() -> str:
             folder.mkdir(parents=True, exist_ok=True)
-            handles = {name: files.enter_context(TemporaryFile(dir=folder)).fileno() for name in layout}
-            for name, handle in handles.items():
-                # Writing to the map of a sparse file on a full disk kills the process with SIGBUS.
-                os.posix_fallocate(handle, 0, sizes[name])
-            return {name: f"/proc/{os.getpid()}/fd/{handle}" for name, handle in handles.items()}
+            handle = stack.enter_context(TemporaryFile(dir=folder)).fileno()
+            # Writing to the map of a sparse file on a full disk kills the process with SIGBUS.
+            os.posix_fallocate(handle, 0, size)
+            return f"/proc/{os.getpid()}/fd/{handle}"
 
         try:
-            paths = on_first_rank(world, allocate)
+            path = on_first_rank(world, allocate)
         except SharedError as error:
-            text = f"{folder} cannot hold features of {sum(sizes.values()) / 1e9:.1f} GB: {error}"
+            text = f"{folder} cannot hold features of {size / 1e9:.1f} GB: {error}"
             raise SharedError(f"{text}; name another folder (probe --cache, classify --output)") from error
         # Not copy-on-write: Linux counts such maps as memory.
-        tensors = {
-            name: torch.from_file(paths[name], True, math.prod(shape), dtype=dtype).view(shape)
-            for name, (shape, dtype) in layout.items()
-        }
+        tensor = torch.from_file(path, True, math.prod(shape), dtype=dtype).view(shape)
         world.barrier()
-    return tensors
+    return tensor
 
 
 @torch.no_grad()
 def read_features(
     encode: Callable[[Tensor], Sequence[Tensor]],
     outputs: Sequence[Tensor],
-    loader: Loader,
+    source: Source,
+    transform: Transform,
     world: World,
-    dtype: torch.dtype,
     *,
+    batch_size: int,
+    threads: int,
+    dtype: torch.dtype,
+    track: Track,
     each: Callable[[int], None] = lambda index: None,
-    threads: int = 1,
-    track: Track = untracked,
 ) -> None:
-    """Fills rows of outputs with the features of a loader's images, under autocast of `dtype`, on all ranks.
+    """Fills rows of outputs with the features of a source's images, under autocast of `dtype`, on all ranks.
 
     `each` is called for the id of each image, in so many threads.
     """
+    how = {"device": world.device, "rank": world.rank, "world_size": world.size, "dtype": dtype}
+    loader = Loader(source, transform, train=False, batch_size=batch_size, threads=threads, **how)
     with closing(loader), report_rank_error(world.rank), ThreadPoolExecutor(threads) as pool:
-        for batch in track(loader.batches(), f"features of {len(loader.source)} images", len(loader)):
-            others = [pool.submit(each, index) for index in batch.ids.tolist()]
+        for batch in track(loader.batches(), f"features of {len(source)} images", len(loader)):
+            others = pool.map(each, batch.ids.tolist())
             with autocast(world.device, dtype):
                 found = encode(batch.images)
             for output, features in zip(outputs, found, strict=True):
                 output[batch.ids] = features.to(output.dtype).cpu()
-            for other in others:
-                other.result()
+            deque(others, maxlen=0)  # raises their errors
     world.barrier()
 
 
@@ -137,32 +137,26 @@ def read_patch_features(
         dtype: of autocast.
     """
     spec, count, classes = vit.spec, len(data), len(data.classes)
-    facts = {
-        "size": spec.image_size,
-        "patch": spec.patch_size,
-        "classes": classes,
-        "unlabeled": data.unlabeled,
-    }
+    make = partial(make_tensor, folder=folder, world=world)
     shape = count, spec.prefix + spec.patches, spec.block.width
-    tokens = make_tensors(dict.fromkeys(skip_blocks, (shape, torch.bfloat16)), folder, world)
-    layout = {
-        "union": ((count, spec.patches, -(-classes // 8)), torch.uint8),
-        "majority": ((count, spec.patches), torch.int16),
-        "image": ((count, classes), torch.bool),
-    }
-    labels = make_tensors(layout, folder, world)
+    features = PatchFeatures(
+        tokens={skip: make(shape, torch.bfloat16) for skip in dict.fromkeys(skip_blocks)},
+        union=make((count, spec.patches, -(-classes // 8)), torch.uint8),
+        majority=make((count, spec.patches), torch.int16),
+        image=make((count, classes), torch.bool),
+        classes=classes,
+    )
+    about = {"size": spec.image_size, "patch": spec.patch_size, "classes": classes}
 
     def read_labels(index: int) -> None:
-        union, majority, image = patch_labels(data.label_map(index), **facts)
-        found = {"union": np.packbits(union, axis=-1), "majority": majority, "image": image}
-        for kind, values in found.items():
-            labels[kind][index] = torch.from_numpy(values)
+        union, majority, image = patch_labels(data.label_map(index), unlabeled=data.unlabeled, **about)
+        features.union[index] = torch.from_numpy(np.packbits(union, axis=-1))
+        features.majority[index] = torch.from_numpy(majority)
+        features.image[index] = torch.from_numpy(image)
 
     mean, std = (tuple(vit.data[name]) for name in ("mean", "std"))
     transform = Transform(spec.image_size, mean, std, interpolation="bilinear", crop="center")
-    how = {"device": world.device, "rank": world.rank, "world_size": world.size, "dtype": dtype}
-    loader = Loader(data.source, transform, train=False, batch_size=batch_size, threads=threads, **how)
-    encode = lambda images: vit.forward_layers(images, tuple(tokens))  # noqa: E731
-    more = {"each": read_labels, "threads": threads, "track": track}
-    read_features(encode, list(tokens.values()), loader, world, dtype, **more)
-    return PatchFeatures(tokens, **labels, classes=classes)
+    encode = lambda images: vit.forward_layers(images, tuple(features.tokens))  # noqa: E731
+    how = {"batch_size": batch_size, "threads": threads, "dtype": dtype, "track": track, "each": read_labels}
+    read_features(encode, list(features.tokens.values()), data.source, transform, world, **how)
+    return features

@@ -1,4 +1,4 @@
-"""Training of heads and classifiers on batches, and their predictions."""
+"""Training of heads and classifiers on batches, and their evaluation."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -52,7 +52,7 @@ class FeatureLoader:
     features: Tensor
     batch_size: int
     device: torch.device
-    order: Callable[[int], np.ndarray] | None = None
+    order: Callable[..., np.ndarray] | None = None  # (epoch=...)
     dtype: torch.dtype | None = None  # of the batches; None = as they are
 
     def __len__(self) -> int:
@@ -61,10 +61,10 @@ class FeatureLoader:
 
     def batches(self, epoch: int = 0) -> Iterator[Batch]:
         """The batches of an epoch; `images` are features."""
-        order = self.order(epoch) if self.order else np.arange(len(self.features))
+        order = self.order(epoch=epoch) if self.order else np.arange(len(self.features))
         for step in range(len(self)):
             ids = torch.from_numpy(order[step * self.batch_size : (step + 1) * self.batch_size])
-            features = self.features[ids.to(self.features.device)].to(self.device, non_blocking=True)
+            features = self.features[ids].to(self.device, non_blocking=True)
             yield Batch(features.to(self.dtype or features.dtype), ids)
 
 
@@ -74,7 +74,8 @@ class Fit:
 
     module: nn.Module  # on the device: a batch's `images` -> logits
     groups: list[dict]  # AdamW's parameter groups, each with the "factor" of its learning rate
-    loss: Callable[[Tensor, Batch], Tensor]  # (logits, batch) -> scalar
+    loss: Callable[[Tensor, Tensor], Tensor]  # (fp32 logits, labels) -> scalar
+    labels: Callable[[Tensor], Tensor]  # of sample ids
     rate: Callable[[int], float]  # update, from 0 -> learning rate
     world: World  # ranks that share each batch
     dtype: torch.dtype  # of autocast
@@ -108,10 +109,15 @@ class Fit:
         total = torch.zeros((), device=self.world.device)
         for part in range(self.accumulate):
             batch, last = next(batches), part == self.accumulate - 1
+            labels = self.labels(batch.ids).to(self.world.device)
             with nullcontext() if last or self.world.size == 1 else self.model.no_sync():
                 with autocast(self.world.device, self.dtype):
                     logits = self.model(batch.images)
-                loss = self.loss(logits, batch) / self.accumulate
+                logits = logits.float()
+                loss = self.loss(logits, labels)
+                if batch.weight != 1:  # mixed with the batch in reverse order
+                    loss = batch.weight * loss + (1 - batch.weight) * self.loss(logits, labels.flip(0))
+                loss = loss / self.accumulate
                 loss.backward()
             total += loss.detach()
         if self.clip:
@@ -122,26 +128,24 @@ class Fit:
         self.step += 1
         return self.world.sum(total) / self.world.size
 
-    def save(self, checkpoints: Checkpoints, progress: dict, identity: dict) -> None:
+    def save(self, checkpoints: Checkpoints, **facts) -> None:
         """Writes a checkpoint in the background, without frozen weights, which are the backbone's own."""
         on_first_rank(self.world, checkpoints.wait)
         if self.world.main:
             frozen = {name for name, value in self.module.named_parameters() if not value.requires_grad}
             weights = {name: value for name, value in self.module.state_dict().items() if name not in frozen}
             state = {"weights": weights, "optimizer": self.optimizer.state_dict(), "step": self.step}
-            checkpoints.save(snapshot({**state, "identity": identity, "progress": progress}), self.step)
+            checkpoints.save(snapshot(state | facts), self.step)
 
-    def resume(self, checkpoints: Checkpoints, progress: dict, identity: dict) -> None:
+    def resume(self, checkpoints: Checkpoints, identity: dict, progress: dict) -> None:
         """Continues from the newest checkpoint, if any; it updates `progress`. UserError: of another identity."""
         if self.world.main:
             remove_leftovers(checkpoints.folder)
         step, state, _ = checkpoints.resume(self.world)
         if step is None:
             return
-        if changed := difference(state.get("identity", {}), identity):
-            raise UserError(
-                f"{checkpoints.folder}: {changed}: set it back, remove the folder, or choose another --output"
-            )
+        if changed := difference(state["identity"], identity):
+            raise UserError(f"{checkpoints.folder}: {changed}: set it back, or choose another --output")
         self.module.load_state_dict(state["weights"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = step
@@ -149,13 +153,11 @@ class Fit:
 
 
 @torch.no_grad()
-def predict(
-    module: nn.Module, batches: Iterator[Batch], device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[Tensor, Batch]]:
-    """The logits of every batch, in evaluation mode and under autocast of `dtype`."""
+def count(counts, module: nn.Module, batches, labels, device: torch.device, dtype: torch.dtype) -> None:
+    """Adds the logits of batches, in evaluation mode and under autocast of `dtype`, and their labels to counts."""
     module.eval()
     with closing(batches):
         for batch in batches:
             with autocast(device, dtype):
                 logits = module(batch.images)
-            yield logits, batch
+            counts.add(logits, labels(batch.ids).to(device))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from torch.nn import functional
 from fastalign import __version__
 from fastalign.backbones.precision import compute_dtype
 from fastalign.backbones.vit import ViT
-from fastalign.data.loader import Batch, Loader
+from fastalign.data.loader import Loader
 from fastalign.data.transforms import Transform
 from fastalign.evaluation.datasets import ImageSplit, open_image_splits
-from fastalign.evaluation.features import make_tensors, read_features
-from fastalign.evaluation.fit import FeatureLoader, Fit, predict, say_progress
+from fastalign.evaluation.features import make_tensor, read_features
+from fastalign.evaluation.fit import FeatureLoader, Fit, count, say_progress
 from fastalign.evaluation.heads import Classifier, StandardizedLinear, make_image_head, parameter_groups
 from fastalign.evaluation.metrics import IMAGE_METRICS, ImageCounts
 from fastalign.evaluation.options import ImageOptions
@@ -30,12 +30,10 @@ from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.metrics import mean_and_spread
 from fastalign.training.optim import learning_rate
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import can_be_folder
 from fastalign.utils.random import permutation
 
 RESULTS = "classify.json"
 _READ_BATCH = 256
-_GPU_SHARE = 0.25  # of the free GPU memory, for the features of a split
 
 
 @dataclass(frozen=True)
@@ -44,54 +42,49 @@ class Job:
 
     backbone: ViT
     splits: dict[str, ImageSplit]
-    classes: int
     options: ImageOptions  # resolved
     world: World
     say: Callable[[str], None]
     folder: Path | None  # for checkpoints and features; the same on all ranks; None = neither is in files
-    identity: dict  # plain values that a checkpoint must share
+    facts: dict  # the part of the results that is known before training
+
+    @property
+    def classes(self) -> int:
+        """Their number."""
+        return len(self.facts["data"]["classes"])
 
     @property
     def dtype(self) -> torch.dtype:
         """Of autocast."""
         return compute_dtype(self.options.precision, self.world.device)
 
-    def open_loader(self, split: str, transform: Transform, batch_size: int, **more) -> Loader:
-        """A loader of a split for this rank, in order unless `train` is given."""
-        world, source = self.world, self.splits[split].source
-        more = {"train": False, "dtype": self.dtype, "threads": self.options.threads} | more
-        more |= {"device": world.device, "rank": world.rank, "world_size": world.size}
-        return Loader(source, transform, batch_size=batch_size, **more)
-
-
-def update_best(
-    best: dict | None, epoch: int, measure: Callable[[str], dict], *, has_test: bool
-) -> tuple[dict, dict]:
-    """After an epoch: what is reported if training ends here, and the validation metrics.
-
-    With a test split, the first epoch with the best validation top-1; without one, the last epoch.
-    """
-    val = measure("val")
-    if best is None or not has_test or val["top1"] > best["val"]["top1"]:
-        best = {"epoch": epoch, "val": val, **({"test": measure("test")} if has_test else {})}
-    return best, val
+    def read(self, split: str) -> Tensor:
+        """What the head reads of every image of a split: [n, D] float32, or [n, T, D] in the compute dtype."""
+        head, spec, source = self.options.head, self.backbone.spec, self.splits[split].source
+        self.say(f"{split}: features of {len(source)} images")
+        model = Classifier(self.backbone, head, self.classes).to(self.world.device)
+        tokens = () if head == "linear" else (spec.prefix + spec.patches,)
+        shape, dtype = (len(source), *tokens, spec.block.width), self.dtype if tokens else torch.float32
+        features = make_tensor(shape, dtype, self.folder, self.world)
+        transform = Transform(crop="eval", **image_constants(self.backbone))
+        how = {"batch_size": _READ_BATCH, "threads": self.options.threads, "dtype": self.dtype}
+        how["track"] = say_progress(self.say)
+        read_features(lambda x: [model.features(x)], [features], source, transform, self.world, **how)
+        return features
 
 
 def train_on_features(job: Job) -> list[dict]:
     """Frozen backbone: all ranks compute its features once; then each rank trains its share of the seeds."""
     options, world, device = job.options, job.world, job.world.device
-    features, done = {name: _read(job, name) for name in job.splits}, {}
-    train = features["train"]
-    for name, values in features.items():
-        if device.type == "cuda" and values.nbytes <= _GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
-            features[name] = values.to(device)
+    features, done = {name: job.read(name) for name in job.splits}, {}
     for seed in options.seeds[world.rank :: world.size]:
         loaders = {name: FeatureLoader(each, options.batch_size, device) for name, each in features.items()}
-        loaders["train"].order = lambda epoch, seed=seed: permutation(len(train), seed=seed, epoch=epoch)
+        order = partial(permutation, len(features["train"]), seed=seed)
+        loaders["train"] = replace(loaders["train"], order=order)
         torch.manual_seed(seed)
         head = make_image_head(options.head, job.backbone, job.classes)
         if isinstance(head, StandardizedLinear):
-            head.standardize(train)
+            head.standardize(features["train"])
         done[seed] = found = train_seed(job, head.to(device), loaders, seed, World(0, 1, device))
         job.say(f"seed {seed}: val top-1 {100 * found['val']['top1']:.2f}% after epoch {found['epoch']}")
     results = {seed: result for part in world.gather(done) for seed, result in part.items()}
@@ -100,19 +93,19 @@ def train_on_features(job: Job) -> list[dict]:
 
 def train_on_images(job: Job) -> list[dict]:
     """Augmented images go through the backbone in each epoch; all ranks share the batches of each seed."""
-    options, world = job.options, job.world
-    size = options.batch_size // (options.accumulate * world.size)
+    options, world, results = job.options, job.world, []
     constants = image_constants(job.backbone)
-    evaluated = Transform(crop="eval", **constants)
     augment = {name: getattr(options, name) for name in ("crop", "color_jitter", "randaugment")}
     mix = {name: getattr(options, name) for name in ("accumulate", "mixup", "cutmix")}
+    how = {"batch_size": options.batch_size // (options.accumulate * world.size), "device": world.device}
+    how |= {"rank": world.rank, "world_size": world.size, "dtype": job.dtype, "threads": options.threads}
+    evaluated, training = Transform(crop="eval", **constants), Transform(**augment, **constants)
     standardize = options.head == "linear" and not options.unfreeze
-    statistics = _read(job, "train") if standardize else None
-    results = []
+    statistics = job.read("train") if standardize else None
     for seed in options.seeds:
-        loaders = {name: job.open_loader(name, evaluated, size) for name in job.splits if name != "train"}
-        training = Transform(**augment, **constants)
-        loaders["train"] = job.open_loader("train", training, size, train=True, seed=seed, **mix)
+        others = [name for name in job.splits if name != "train"]
+        loaders = {name: Loader(job.splits[name].source, evaluated, train=False, **how) for name in others}
+        loaders["train"] = Loader(job.splits["train"].source, training, seed=seed, **mix, **how)
         torch.manual_seed(seed)
         model = Classifier(job.backbone, options.head, job.classes, unfreeze=options.unfreeze)
         model.backbone.grad_checkpointing = options.grad_checkpointing
@@ -128,38 +121,43 @@ def train_on_images(job: Job) -> list[dict]:
 def train_seed(
     job: Job, model: nn.Module, loaders: dict[str, Loader | FeatureLoader], seed: int, world: World
 ) -> dict:
-    """Trains a model; returns the seed, what `update_best` selected, and a line for each epoch as "curve"."""
-    options, labels = job.options, {name: split.labels for name, split in job.splits.items()}
+    """Trains a model. Returns the seed, the selected epoch with its metrics, and a line for each epoch as "curve".
+
+    With a test split, the first epoch with the best validation top-1 is selected; without one, the last epoch.
+    """
+    options, labels = job.options, {name: split.labels.__getitem__ for name, split in job.splits.items()}
     fit = make_fit(model, len(loaders["train"]), labels["train"], options, seed, world, job.dtype)
     epochs, updates = options.epochs, len(loaders["train"]) // options.accumulate
-
-    def say(text: str) -> None:
-        if options.live:
-            job.say(f"seed {seed} {text}")
+    progress, checkpoints = {"best": None, "curve": []}, None
+    track = say_progress(lambda text: job.say(f"seed {seed} {text}"))
 
     def measure(split: str) -> dict:
         counts = ImageCounts(job.classes, world.device)
-        for logits, batch in predict(model, loaders[split].batches(), world.device, job.dtype):
-            counts.add(logits, labels[split][batch.ids].to(world.device))
+        count(counts, model, loaders[split].batches(), labels[split], world.device, job.dtype)
         return counts.results(world)
 
-    progress, checkpoints, track = {"best": None, "curve": []}, None, say_progress(say)
     if options.live and job.folder:
+        identity = {key: job.facts[key] for key in ("settings", "backbone", "data", "ranks")}
         checkpoints = Checkpoints(job.folder / "classify" / f"seed-{seed}" / "checkpoints", keep=1)
-        fit.resume(checkpoints, progress, job.identity)
+        fit.resume(checkpoints, identity, progress)
         if fit.step:
-            say(f"resumes after epoch {fit.step // updates} of {epochs}")
+            job.say(f"seed {seed} resumes after epoch {fit.step // updates} of {epochs}")
     for epoch in range(fit.step // updates + 1, epochs + 1):
         batches = track(loaders["train"].batches(epoch - 1), f"epoch {epoch}", len(loaders["train"]))
         loss = fit.epoch(batches, updates)
         if not math.isfinite(loss):
             raise UserError(f"the loss is {loss} in epoch {epoch} of seed {seed}: lower --lr, or set --clip")
-        progress["best"], val = update_best(progress["best"], epoch, measure, has_test="test" in loaders)
+        val, best, has_test = measure("val"), progress["best"], "test" in loaders
+        if best is None or not has_test or val["top1"] > best["val"]["top1"]:
+            test = {"test": measure("test")} if has_test else {}
+            progress["best"] = {"epoch": epoch, "val": val, **test}
         figures = {"train_loss": loss, "val_loss": val["loss"], "val_top1": val["top1"]}
         progress["curve"].append({"epoch": epoch, **figures})
-        say(f"epoch {epoch}/{epochs}  loss {loss:.4f}  val top-1 {100 * val['top1']:.2f}%")
+        if options.live:
+            top1 = f"val top-1 {100 * val['top1']:.2f}%"
+            job.say(f"seed {seed} epoch {epoch}/{epochs}  loss {loss:.4f}  {top1}")
         if checkpoints:
-            fit.save(checkpoints, progress, job.identity)
+            fit.save(checkpoints, identity=identity, progress=progress)
     if checkpoints:
         on_first_rank(world, checkpoints.wait)
     return {"seed": seed, **progress["best"], "curve": progress["curve"]}
@@ -168,42 +166,20 @@ def train_seed(
 def make_fit(
     model: nn.Module,
     batches: int,
-    labels: Tensor,
+    labels: Callable[[Tensor], Tensor],
     options: ImageOptions,
     seed: int,
     world: World,
     dtype: torch.dtype,
 ) -> Fit:
-    """The training loop of a head or a `Classifier`: batches per epoch, labels of all training images."""
-    steps, epochs = batches // options.accumulate, options.epochs
+    """The training of a head or a `Classifier`; `batches`: per epoch."""
+    steps = batches // options.accumulate
     groups = parameter_groups(model, decay=options.layer_decay or 1.0, weight_decay=options.weight_decay)
-    schedule = {"total": epochs * steps, "warmup": round(options.warmup_epochs * steps)}
+    schedule = {"total": options.epochs * steps, "warmup": round(options.warmup_epochs * steps)}
     rate = partial(learning_rate, **schedule, lr=options.lr, min_lr=options.min_lr)
-
-    def loss(logits: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy; of a mixed batch, also against its labels in reverse order, at 1 - `weight`."""
-        targets, weight = labels[batch.ids].to(world.device), batch.weight
-        entropy = partial(functional.cross_entropy, logits.float(), label_smoothing=options.label_smoothing)
-        if weight == 1:
-            return entropy(targets)
-        return weight * entropy(targets) + (1 - weight) * entropy(targets.flip(0))
-
+    loss = partial(functional.cross_entropy, label_smoothing=options.label_smoothing)
     how = {"seed": seed, "accumulate": options.accumulate, "clip": options.clip}
-    return Fit(model, groups, loss, rate, world, dtype, **how)
-
-
-def _read(job: Job, split: str) -> Tensor:
-    """What the head reads of every image of a split: [n, D] float32, or [n, T, D] in the compute dtype."""
-    head, spec, count = job.options.head, job.backbone.spec, len(job.splits[split].source)
-    job.say(f"{split}: features of {count} images")
-    model = Classifier(job.backbone, head, job.classes).to(job.world.device)
-    tokens = () if head == "linear" else (spec.prefix + spec.patches,)
-    shape, dtype = (count, *tokens, job.backbone.embed_dim), job.dtype if tokens else torch.float32
-    (features,) = make_tensors({"features": (shape, dtype)}, job.folder, job.world).values()
-    loader = job.open_loader(split, Transform(crop="eval", **image_constants(job.backbone)), _READ_BATCH)
-    encode = lambda images: [model.features(images)]  # noqa: E731
-    read_features(encode, [features], loader, job.world, job.dtype, track=say_progress(job.say))
-    return features
+    return Fit(model, groups, loss, labels, rate, world, dtype, **how)
 
 
 def classify(
@@ -235,8 +211,6 @@ def classify(
     chosen = ImageOptions(**options).resolved()
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     world = world or World(0, 1, torch.device(device))
-    if backbone.spec.channels != 3:
-        raise UserError(f"--kwargs in_chans={backbone.spec.channels}: images have 3 channels; remove it")
     splits, classes = open_image_splits(data, world, say)
     size, parts = chosen.batch_size, chosen.accumulate * world.size if chosen.live else 1
     if size % parts:
@@ -245,16 +219,11 @@ def classify(
         raise UserError(f"--batch-size {size} is more than the {images} images of train/: lower it")
     described = {name: split.facts() for name, split in splits.items()}
     about = {"root": str(data), "splits": described, "classes": classes}
-    facts = {"command": command, **_facts(backbone, chosen, about)}
+    facts = {"command": command, **_facts(backbone, chosen, about), "ranks": world.size}
     folder = Path(output) if output else None
     if folder:
-        can_be_folder(f"--output {folder}", folder)
-        check_output(folder / RESULTS, facts)
-    identity = {key: facts[key] for key in ("settings", "backbone")} | {
-        "data": described,
-        "ranks": world.size,
-    }
-    job = Job(backbone, splits, len(classes), chosen, world, say, folder, identity)
+        check_output(folder / RESULTS, {key: facts[key] for key in ("settings", "data")})
+    job = Job(backbone, splits, chosen, world, say, folder, facts)
     with report_rank_error(world.rank):
         results = (train_on_images if chosen.live else train_on_features)(job)
     facts |= _outcome(results, facts["reported"], world)
@@ -270,21 +239,13 @@ def _facts(vit: ViT, options: ImageOptions, data: dict) -> dict:
     reported, selection = "val", "none, the last epoch: there is no test split to report a chosen one on"
     if "test" in data["splits"]:
         reported, selection = "test", "the epoch with the best validation top-1, the first of equals"
-    recipe = {"name": None, "kwargs": {}}
+    backbone = {"name": None, "kwargs": {}}
     with suppress(UserError):  # a user's own timm model may have no name
-        recipe = vit.recipe
-    return {
-        "settings": options.model_dump(exclude={"threads", "seeds"}),
-        "backbone": {
-            **recipe,
-            "softcap": vit.softcap,
-            "weights": f"{checksum(vit):08x}",
-            "reads": reads if options.head == "linear" else "all tokens",
-        },
-        "data": data,
-        "reported": reported,
-        "selection": selection,
-    }
+        backbone = dict(vit.recipe)
+    backbone |= {"softcap": vit.softcap, "weights": f"{checksum(vit):08x}"}
+    backbone["reads"] = reads if options.head == "linear" else "all tokens"
+    facts = {"settings": options.facts(), "backbone": backbone, "data": data}
+    return {**facts, "reported": reported, "selection": selection}
 
 
 def _outcome(results: list[dict], split: str, world: World) -> dict:
@@ -294,4 +255,4 @@ def _outcome(results: list[dict], split: str, world: World) -> dict:
     over_seeds = {key: {name: each.get(key) for name, each in found.items()} for key in ("mean", "std")}
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     versions = {"fastalign": __version__, "torch": torch.__version__, "device": device}
-    return {**over_seeds, "seeds": results, "ranks": world.size, "versions": versions}
+    return {**over_seeds, "seeds": results, "versions": versions}

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastalign.data.index import stem
 from fastalign.data.sources import Source, Subset
-from fastalign.data.tars import stem
 from fastalign.utils.errors import UserError, first_line
 
 VOID = -1
@@ -111,7 +111,7 @@ class LabelledImages:
 
     def label_map(self, index: int) -> np.ndarray:
         """The class of every pixel, [H, W] int16, ids 0..C-1 and VOID; UserError for a bad map."""
-        file, image = location(self.maps, index), location(self.source, index)
+        file, image = self.maps.location(index), self.source.location(index)
         labels = self.decode(self.maps.read(index), file, stem(self.maps.name(index)))
         try:
             with Image.open(io.BytesIO(self.source.read(index))) as opened:
@@ -141,11 +141,6 @@ class LabelledImages:
         return crc
 
 
-def location(source: Source, index: int) -> str:
-    """A sample's path, for messages."""
-    return f"{source.root}/{source.name(index)}" if source.root else source.name(index)
-
-
 def pair(images: Source, maps: Source) -> Source:
     """The label maps in the order of the images, matched by name without suffix; UserError where one is missing."""
     by_image, by_map = _by_stem(images), _by_stem(maps)
@@ -156,7 +151,7 @@ def pair(images: Source, maps: Source) -> Source:
         if keys:
             first = min(_by_stem(source)[key] for key in keys)
             raise UserError(
-                f"{len(keys)} of {len(source)} {text}, first {location(source, first)}; "
+                f"{len(keys)} of {len(source)} {text}, first {source.location(first)}; "
                 "an image and its map have the same name (in shards, in the same one), the map with .png"
             )
     return Subset(maps, np.array([by_map[key] for key in by_image]))
@@ -167,7 +162,7 @@ def _by_stem(source: Source) -> dict[str, int]:
     for index in range(len(source)):
         other = found.setdefault(stem(source.name(index)), index)
         if other != index:
-            both = f"{location(source, other)} and {location(source, index)}"
+            both = f"{source.location(other)} and {source.location(index)}"
             raise UserError(f"two files of one name: {both}; remove one")
     return found
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from fastalign.backbones.vit import ViT
 from fastalign.evaluation.heads import HEADS_FOR, IMAGE_HEADS, PATCH_HEADS
@@ -12,26 +12,22 @@ from fastalign.evaluation.metrics import PATCH_METRICS
 from fastalign.training.build import backbone_before, named_backbone
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import path_argument
+from fastalign.utils.sections import Section, explain
 
 Distinct = AfterValidator(lambda values: tuple(dict.fromkeys(values)))
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1), Distinct]
-Precision = Literal["auto", "bf16", "fp32"]
 Count = Annotated[int, Field(ge=1)]
 
 
-class Options(BaseModel):
+class Options(Section):
     """Named values that are checked when they are given; UserError with the flag of an invalid one."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     def __init__(self, **values: Any):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            first = error.errors()[0]
-            value = values.get(first["loc"][0])
-            shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else value
-            raise UserError(f"{flag(first['loc'][0])} {shown}: {first['msg']}") from None
+            key, text = explain(error, type(self).model_fields)
+            raise UserError(text.replace(key, flag(key), 1)) from None
 
 
 def flag(name: str) -> str:
@@ -39,8 +35,10 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def evaluation_parser(prog: str, description: str, *, data: str, output: str) -> argparse.ArgumentParser:
-    """A parser with the flags that both commands have: the backbone, the data, the output."""
+def evaluation_parser(
+    prog: str, description: str, *models: type[Options], data: str, output: str
+) -> argparse.ArgumentParser:
+    """A parser with the flags of both commands (backbone, data, output), and one for each field of the options."""
     parser = argparse.ArgumentParser(prog=f"fastalign {prog}", description=description)
     add, name = parser.add_argument, "NAME_OR_RUN"
     add("--backbone", required=True, type=path_argument, metavar=name, help="timm name or run folder")
@@ -50,7 +48,26 @@ def evaluation_parser(prog: str, description: str, *, data: str, output: str) ->
     add("--kwargs", default="{}", metavar="YAML", help="timm's arguments, as in '{img_size: 336}'")
     add("--softcap", type=float, metavar="CAP", help="of a timm name's attention logits; default none")
     add("--output", type=path_argument, help=f"default {output}")
+    for name, field in ((name, field) for model in models for name, field in model.model_fields.items()):
+        kind = field.annotation
+        while get_origin(kind) not in (None, Literal):  # int | None, tuple[Literal[...], ...]
+            kind = get_args(kind)[0]
+        if kind is Recipe:
+            continue
+        if kind is bool:
+            how = {"action": "store_true"}
+        else:
+            how = {"choices": get_args(kind)} if get_origin(kind) else {"metavar": "X"}
+            how["nargs"] = "+" if get_origin(field.annotation) is tuple else None
+        default = "" if field.default in (None, "", False) else f" (default {field.default})"
+        text = f"{field.description or ''}{default}"
+        parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **how)
     return parser
+
+
+def from_flags(model: type[Options], given: argparse.Namespace, **more: Any) -> Any:
+    """The options that a command line gives, and `more`."""
+    return model(**{name: value for name, value in vars(given).items() if name in model.model_fields}, **more)
 
 
 def open_backbones(given: argparse.Namespace) -> tuple[dict[str, ViT], Path | None]:
@@ -58,31 +75,19 @@ def open_backbones(given: argparse.Namespace) -> tuple[dict[str, ViT], Path | No
     vit, folder = named_backbone(
         given.backbone, weights=given.weights, kwargs=given.kwargs, softcap=given.softcap
     )
+    if (channels := vit.spec.channels) != 3:
+        raise UserError(f"--kwargs in_chans={channels}: images have 3 channels; remove it")
     before = {"before": backbone_before(given.backbone, folder)} if given.before else {}
     return {**before, "aligned" if folder else given.backbone: vit}, folder
 
 
-def add_flags(parser: argparse.ArgumentParser, *models: type[Options]) -> None:
-    """Adds a flag for each field that is not itself options."""
-    for name, field in ((name, field) for model in models for name, field in model.model_fields.items()):
-        kind = field.annotation
-        while get_origin(kind) not in (None, Literal):  # int | None, tuple[Literal[...], ...]
-            kind = get_args(kind)[0]
-        if kind is bool:
-            how = {"action": "store_true"}
-        elif get_origin(kind) is None and issubclass(kind, Options):
-            continue
-        else:
-            how = {"choices": get_args(kind)} if get_origin(kind) else {"type": kind, "metavar": "X"}
-            how["nargs"] = "+" if get_origin(field.annotation) is tuple else None
-        default = "" if field.default in (None, "", False) else f" (default {field.default})"
-        text = f"{field.description or ''}{default}"
-        parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **how)
+class Reading(Options):
+    """How images are read."""
 
-
-def from_flags(model: type[Options], given: argparse.Namespace, **more: Any) -> Any:
-    """The options that a command line gives, and `more`."""
-    return model(**{name: value for name, value in vars(given).items() if name in model.model_fields}, **more)
+    threads: Count = 4
+    """reading threads per rank, and as many for decoding"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the hardware has it"""
 
 
 class Recipe(Options):
@@ -97,12 +102,6 @@ class Recipe(Options):
     weight_decay: float = Field(0.01, ge=0)
     select: Literal[PATCH_METRICS] = "macro_recall"
     """metric on val that chooses the epoch; macro recall for labels without that metric"""
-
-    @model_validator(mode="after")
-    def _check(self) -> "Recipe":
-        if self.min_lr > self.lr:
-            raise UserError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}: lower it")
-        return self
 
 
 class Plan(Options):
@@ -119,6 +118,8 @@ class Plan(Options):
 
     @model_validator(mode="after")
     def _check(self) -> "Plan":
+        if self.recipe.min_lr > self.recipe.lr:
+            raise UserError(f"--min-lr {self.recipe.min_lr:g} is above --lr {self.recipe.lr:g}: lower it")
         for head in self.heads:
             fit = [labels for labels, heads in HEADS_FOR.items() if head in heads]
             if not set(fit) & set(self.labels):
@@ -132,11 +133,10 @@ class Plan(Options):
 _FROZEN_LINEAR = {"epochs": 50, "lr": 1e-3, "warmup_epochs": 0, "weight_decay": 0.01}
 _FROZEN = {"epochs": 20, "lr": 5e-4, "warmup_epochs": 1, "weight_decay": 0.05}
 _UNFROZEN = {"epochs": 50, "lr": 3e-4, "warmup_epochs": 5, "weight_decay": 0.05, "layer_decay": 0.75}
-_UNFREEZE_ONLY = ("layer_decay", "grad_checkpointing")
 _LIVE_ONLY = ("mixup", "cutmix", "crop", "color_jitter", "randaugment", "accumulate")
 
 
-class ImageOptions(Options):
+class ImageOptions(Reading):
     """How a classifier is trained. `resolved` replaces None by the default of head and mode."""
 
     head: Literal[IMAGE_HEADS] = "linear"
@@ -172,10 +172,6 @@ class ImageOptions(Options):
     """timm's spelling, as in rand-m9-mstd0.5-inc1 (unfreeze, augment)"""
     seeds: Seeds = (0,)
     """one training each"""
-    precision: Precision = "auto"
-    """auto: bf16 where the hardware has it"""
-    threads: Count = 4
-    """reading threads per rank, and as many for decoding"""
     grad_checkpointing: bool = False
     """unfreeze: less memory, more time"""
 
@@ -190,7 +186,7 @@ class ImageOptions(Options):
         if self.unfreeze and self.augment:
             raise UserError("--augment is for a frozen backbone; --unfreeze augments anyway: remove it")
         for names, active, remedy in (
-            (_UNFREEZE_ONLY, self.unfreeze, "the backbone is frozen: add --unfreeze"),
+            (("layer_decay", "grad_checkpointing"), self.unfreeze, "the backbone is frozen: add --unfreeze"),
             (_LIVE_ONLY, self.live, "features are computed once: add --augment or --unfreeze"),
         ):
             for name in names:
@@ -201,9 +197,12 @@ class ImageOptions(Options):
     def resolved(self) -> "ImageOptions":
         """With every default filled in."""
         defaults = _UNFROZEN if self.unfreeze else _FROZEN_LINEAR if self.head == "linear" else _FROZEN
-        given = {name: value for name, value in self if value is not None}
-        values = defaults | given
+        values = defaults | {name: value for name, value in self if value is not None}
         values.setdefault("min_lr", values["lr"] / 10)
         if values["min_lr"] > values["lr"]:
             raise UserError(f"--min-lr {values['min_lr']:g} is above --lr {values['lr']:g}: lower it")
         return ImageOptions(**values)
+
+    def facts(self) -> dict:
+        """What the figures of a seed depend on, as plain values."""
+        return self.model_dump(exclude={"threads", "seeds"})

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,10 +14,9 @@ from torch import Tensor, nn
 from fastalign.backbones.spec import ViTSpec
 from fastalign.backbones.vit import ViT
 from fastalign.config import Config
-from fastalign.data.loader import Batch
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.evaluation.features import PatchFeatures, read_patch_features
-from fastalign.evaluation.fit import FeatureLoader, Fit, Track, predict, say_progress, untracked
+from fastalign.evaluation.fit import FeatureLoader, Fit, Track, count, say_progress, untracked
 from fastalign.evaluation.heads import HEADS_FOR, make_patch_head
 from fastalign.evaluation.label_maps import LabelledImages
 from fastalign.evaluation.metrics import MultiClassCounts, MultiLabelCounts, patch_loss
@@ -44,12 +42,6 @@ class Task:
     skip_blocks: int
     seed: int
 
-    def loader(
-        self, features: PatchFeatures, batch_size: int, device: torch.device, order=None
-    ) -> FeatureLoader:
-        """Batches of the tokens, in fp32."""
-        return FeatureLoader(features.tokens[self.skip_blocks], batch_size, device, order, torch.float32)
-
 
 def fit_head(
     task: Task,
@@ -67,26 +59,24 @@ def fit_head(
     Returns:
         The head, the epoch (from 1), and its metrics on `val`, {} without one.
     """
-    recipe, count, size = plan.recipe, len(train), plan.recipe.batch_size
-    steps = count // size
+    recipe, size = plan.recipe, plan.recipe.batch_size
+    steps = len(train) // size
+    total = steps * recipe.epochs
 
     def order(epoch: int) -> np.ndarray:
         """Sorted within batches, so that files are read in order."""
-        shuffled = np.random.default_rng([task.seed, epoch]).permutation(count)
+        shuffled = np.random.default_rng([task.seed, epoch]).permutation(len(train))
         return np.sort(shuffled[: steps * size].reshape(steps, size), 1).ravel()
-
-    def loss(logits: Tensor, batch: Batch) -> Tensor:
-        return patch_loss(logits, train.labels(batch.ids, task.labels).to(device))
 
     torch.manual_seed(task.seed)
     shape = {"hidden": plan.hidden, "layers": plan.layers}
     head = make_patch_head(task.head, task.labels, spec, train.classes, **shape).to(device)
     groups = [{"params": list(head.parameters()), "factor": 1.0, "weight_decay": recipe.weight_decay}]
-    total, ends = steps * recipe.epochs, {"lr": recipe.lr, "min_lr": recipe.min_lr}
-    warmup = min(recipe.warmup_steps, total // 10)
-    rate = partial(learning_rate, total=total, warmup=warmup, start=0.0, **ends)
-    fit = Fit(head, groups, loss, rate, World(0, 1, device), dtype)
-    loader = task.loader(train, size, device, order)
+    rates = {"lr": recipe.lr, "min_lr": recipe.min_lr, "start": 0.0}
+    rate = partial(learning_rate, total=total, warmup=min(recipe.warmup_steps, total // 10), **rates)
+    labels = partial(train.labels, kind=task.labels)
+    fit = Fit(head, groups, patch_loss, labels, rate, World(0, 1, device), dtype)
+    loader = FeatureLoader(train.tokens[task.skip_blocks], size, device, order, torch.float32)
     best, best_score = (head.state_dict(), recipe.epochs, {}), -math.inf
     for epoch in range(1, recipe.epochs + 1):
         fit.epoch(track(loader.batches(epoch), f"epoch {epoch} of {recipe.epochs} of the head", steps), steps)
@@ -116,10 +106,10 @@ def evaluate_head(
         counts = MultiClassCounts(features.classes, device)
     else:
         counts = MultiLabelCounts(features.classes, device, by_size=task.labels == "union")
-    loader = task.loader(features, _EVALUATION_BATCH, device)
+    tokens = features.tokens[task.skip_blocks]
+    loader = FeatureLoader(tokens, _EVALUATION_BATCH, device, dtype=torch.float32)
     batches = track(loader.batches(), "evaluation of the head", len(loader))
-    for logits, batch in predict(head, batches, device, dtype):
-        counts.add(logits, features.labels(batch.ids, task.labels).to(device))
+    count(counts, head, batches, partial(features.labels, kind=task.labels), device, dtype)
     return counts.results()
 
 
@@ -129,34 +119,29 @@ def probe(
     plans: Sequence[Plan],
     world: World,
     *,
-    report_on: Sequence[str] = ("test",),
     skip_blocks: Sequence[int] = (0,),
-    folder: Path | None = None,
-    batch_size: int = 64,
-    threads: int = 4,
     dtype: torch.dtype = torch.float32,
     say: Callable[[str], None] = lambda text: None,
+    **reading,
 ) -> list[dict]:
     """Trains and evaluates every head of the plans on every backbone; returns all rows of `probe.json` on every rank.
 
     Args:
         backbones: in evaluation mode, by the name that results carry.
-        splits: train, val (which selects the epoch), and those of `report_on`.
+        splits: train, val (which selects the epoch), and others that a finished head is evaluated on, once.
         plans: heads, labels, seeds, recipe.
-        report_on: splits that a finished head is evaluated on, once; `val` always is.
-        skip_blocks, folder, batch_size, threads, dtype: as of `read_patch_features`.
+        skip_blocks, dtype, reading: as of `read_patch_features`.
         say: gets progress lines.
     """
-    count, largest = len(splits["train"]), max(plan.recipe.batch_size for plan in plans)
-    if count < largest:
-        raise UserError(f"--batch-size {largest}: the training split has {count} images; lower it")
-    how = {"folder": folder, "batch_size": batch_size, "threads": threads, "dtype": dtype}
-    how |= {"skip_blocks": skip_blocks, "track": say_progress(say) if world.main else untracked}
+    images, largest = len(splits["train"]), max(plan.recipe.batch_size for plan in plans)
+    if images < largest:
+        raise UserError(f"--batch-size {largest}: the training split has {images} images; lower it")
+    reading |= {"skip_blocks": skip_blocks, "track": say_progress(say) if world.main else untracked}
     read = {name: {} for name in backbones}
     for name, split in itertools.product(backbones, splits):
         if world.main:
             say(f"{name}: {len(splits[split])} images ({split})")
-        read[name][split] = read_patch_features(backbones[name], splits[split], world, **how)
+        read[name][split] = read_patch_features(backbones[name], splits[split], world, dtype=dtype, **reading)
         if not read[name][split].image.any():
             raise UserError(f"the {split} split has void pixels only: check its label maps")
     # Heads of all backbones are shared out together, so that ranks wait for each other once, at the end.
@@ -168,43 +153,29 @@ def probe(
         )
         if head in HEADS_FOR[labels]
     ]
-    rows = {}
+    rows, where = {}, {"device": world.device, "dtype": dtype}
     for number in range(world.rank, len(tasks), world.size):
         name, plan, task = tasks[number]
-        with report_rank_error(world.rank):
-            row = _probe_task(task, backbones[name].spec, read[name], plan, report_on, world.device, dtype)
         about = f"{task.labels} {task.head}, {task.skip_blocks} blocks skipped, seed {task.seed}"
-        say(f"{name}: {about}: macro recall {row[report_on[-1]]['macro_recall']:.4f}")
-        rows[number] = {"model": name, **row}
+        features, spec = read[name], backbones[name].spec
+        with report_rank_error(world.rank):
+            head, epoch, val = fit_head(task, spec, features["train"], features["val"], plan, **where)
+            if not math.isfinite(val["loss"]):
+                raise UserError(f"--lr: the loss of {about} is {val['loss']}; lower the rate")
+        val = {key: value for key, value in val.items() if key not in ("per_class", "by_size")}
+        others = [split for split in splits if split not in ("train", "val")]
+        found = {"val": val} | {
+            split: evaluate_head(head, task, features[split], **where) for split in others
+        }
+        rows[number] = {"model": name, **asdict(task), "epoch": epoch, **found}
+        say(f"{name}: {about}: macro recall {found[(*found,)[-1]]['macro_recall']:.4f}")
     for part in world.gather(rows):
         rows |= part
     return [rows[number] for number in range(len(tasks))]
 
 
-def _probe_task(
-    task: Task,
-    spec: ViTSpec,
-    features: dict[str, PatchFeatures],
-    plan: Plan,
-    report_on: Sequence[str],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> dict:
-    where = {"device": device, "dtype": dtype}
-    head, epoch, val = fit_head(task, spec, features["train"], features["val"], plan, **where)
-    if not math.isfinite(val["loss"]):
-        about = f"{task.labels} {task.head}, seed {task.seed}"
-        raise UserError(f"--lr: the loss of {about} is {val['loss']}; lower the rate")
-    short = {name: value for name, value in val.items() if name not in ("per_class", "by_size")}
-    reported = {
-        name: evaluate_head(head, task, features[name], **where) for name in report_on if name != "val"
-    }
-    return {**asdict(task), "epoch": epoch, "val": short, **reported}
-
-
 def open_splits(config: Config, world: World) -> dict[str, LabelledImages]:
     """Parts of the train and val splits of `probe.data` on rank 0, nothing elsewhere; `test` is not opened."""
-    found = {}
 
     def open_parts() -> None:
         for split, most in IMAGES.items():
@@ -214,6 +185,7 @@ def open_splits(config: Config, world: World) -> dict[str, LabelledImages]:
                 raise UserError(f"probe.data: {error}") from error
             found[split] = data.subset(np.arange(most) * len(data) // most) if len(data) > most else data
 
+    found = {}
     if config.probe.data is not None:
         on_first_rank(world, open_parts)
     return found
@@ -231,9 +203,9 @@ def probe_encoder(
     device: torch.device,
     *,
     average: dict[str, Tensor] | None,
-    dtype: torch.dtype,
     threads: int,
     seed: int,
+    dtype: torch.dtype,
     track: Track,
     beat: Callable[[], None],
 ) -> dict[str, float]:

@@ -3,7 +3,6 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -21,40 +20,49 @@ _PATCH_COLUMNS = {
     "map": "mAP",
     "accuracy": "accuracy",
 }
+_IMAGE_COLUMNS = {"top-1": "{:.2%}", "top-5": "{:.2%}", "mean per class": "{:.2%}", "loss": "{:.4f}"}
 
 
 def summarise(results: list[dict]) -> list[dict]:
     """Rows of probes, one for all seeds of a head: mean and deviation of each metric on the test split."""
     groups: dict[tuple, list[dict]] = {}
     for row in results:
-        groups.setdefault(tuple(row[key] for key in _GROUP), []).append(row)
+        groups.setdefault(tuple(row[key] for key in _GROUP), []).append(row["test"])
     summary = []
-    for key, rows in groups.items():
-        metrics = {
-            name: mean_and_spread([row["test"][name] for row in rows])
-            for name in PATCH_METRICS
-            if all(name in row["test"] for row in rows)
-        }
-        summary.append({**dict(zip(_GROUP, key, strict=True)), "seeds": len(rows), "test": metrics})
+    for key, tests in groups.items():
+        names = [name for name in PATCH_METRICS if name in tests[0]]
+        metrics = {name: mean_and_spread([test[name] for test in tests]) for name in names}
+        summary.append({**dict(zip(_GROUP, key, strict=True)), "seeds": len(tests), "test": metrics})
     return summary
 
 
 def patch_table(summary: list[dict], title: str) -> Table:
-    """The summary of probes in percent, in 80 columns; what all rows share is in the title."""
-    several = [key for key in ("model", "skip_blocks") if len({row[key] for row in summary}) > 1]
-    parts = [title, "percent", f"seeds: {' or '.join(sorted({str(row['seeds']) for row in summary}))}"]
-    if "model" not in several:
-        parts.insert(0, summary[0]["model"])
-    if "skip_blocks" not in several and summary[0]["skip_blocks"]:
-        parts.insert(-2, f"skipped blocks: {summary[0]['skip_blocks']}")
-    table = Table(title=", ".join(parts), box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for name in (*(key.removesuffix("_blocks") for key in several), "probe"):
+    """The summary of probes in percent, in 80 columns."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    shown = [key for key in ("model", "skip_blocks") if len({row[key] for row in summary}) > 1]
+    for name in (*(key.removesuffix("_blocks") for key in shown), "probe"):
         table.add_column(name, overflow="fold")
     for name in _PATCH_COLUMNS.values():
         table.add_column(name, justify="right", no_wrap=True)
     for row in summary:
         figures = (percent(row["test"].get(name)).replace(" ± ", "±") for name in _PATCH_COLUMNS)
-        table.add_row(*(str(row[key]) for key in several), f"{row['labels']} {row['head']}", *figures)
+        table.add_row(*(str(row[key]) for key in shown), f"{row['labels']} {row['head']}", *figures)
+    return table
+
+
+def image_table(results: dict, name: str) -> Table:
+    """The results of image classification with the model `name`, a row for each seed."""
+    split = results["reported"]
+    reads, head = results["backbone"]["reads"], results["settings"]["head"]
+    table = Table(title=f"{name}: {split} split, {reads} -> {head}")
+    for column in ("seed", *_IMAGE_COLUMNS, "epoch"):
+        table.add_column(column, justify="right")
+    rows = [(str(seed["seed"]), seed[split], str(seed["epoch"])) for seed in results["seeds"]]
+    rows += [(name, results[name], "") for name in ("mean", "std")[: len(rows)]]
+    for number, (name, figures, epoch) in enumerate(rows, 1):
+        values = zip(_IMAGE_COLUMNS.values(), (figures[key] for key in IMAGE_METRICS), strict=True)
+        cells = ("-" if value is None else form.format(value) for form, value in values)
+        table.add_row(name, *cells, epoch, end_section=number == len(results["seeds"]))
     return table
 
 
@@ -66,36 +74,16 @@ def percent(value: dict | None, sign: str = "-") -> str:
     return f"{100 * value['mean']:{sign}.1f}{spread}"
 
 
-def image_table(results: dict, name: str = "") -> Table:
-    """The results of image classification, a row for each seed; `name`: of the model, if it needs one."""
-    reported = results["reported"]
-    title = f"{reported} split, {results['backbone']['reads']} -> {results['settings']['head']}"
-    table = Table(title=f"{name}: {title}" if name else title)
-    for title in ("seed", "top-1", "top-5", "mean per class", "loss", "epoch"):
-        table.add_column(title, justify="right")
-    rows = [(str(seed["seed"]), seed[reported], str(seed["epoch"])) for seed in results["seeds"]]
-    rows += [(name, results[name], "") for name in ("mean", "std")[: len(results["seeds"])]]
-    for name, figures, epoch in rows:
-        if name == "mean":
-            table.add_section()
-        shares = ("-" if figures[key] is None else f"{100 * figures[key]:.2f}%" for key in IMAGE_METRICS[:3])
-        loss = "-" if figures["loss"] is None else f"{figures['loss']:.4f}"
-        table.add_row(name, *shares, loss, epoch)
-    return table
-
-
 def check_output(path: Path, facts: dict) -> None:
-    """Refuses to overwrite results of other `settings` or `data`; makes the file's folder."""
+    """Refuses to overwrite results of other facts, such as `settings` and `data`; makes the file's folder."""
     if path.is_dir():
         raise UserError(f"--output {path}: it is a folder; name a file, such as {path / 'probe.json'}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         return
     try:
-        before, now = json.loads(path.read_bytes()), json.loads(json.dumps(facts))
-        changed = difference(
-            *({key: each.get(key) for key in ("settings", "data")} for each in (before, now))
-        )
+        before = json.loads(path.read_bytes())
+        changed = difference({key: before.get(key) for key in facts}, facts)
     except (ValueError, AttributeError):
         changed = "it is not a file of results"
     if changed:
@@ -118,13 +106,6 @@ def difference(before: dict, now: dict, path: str = "") -> str:
 
 def write_results(path: Path, facts: dict) -> None:
     """Writes results as JSON; a number that is not finite becomes null."""
-    text = json.dumps(_plain(facts), indent=1) + "\n"
+    finite = json.loads(json.dumps(facts), parse_constant=lambda number: None)
+    text = json.dumps(finite, indent=1) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

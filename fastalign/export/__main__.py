@@ -2,32 +2,13 @@
 
 import argparse
 import sys
-from pathlib import Path
-
-from rich.console import Console
-from rich.text import Text
 
 from fastalign.export.run import Run, read_weights
 from fastalign.export.targets import TARGETS
 from fastalign.export.write import change_in_words, export
 from fastalign.training.command import run_command
-from fastalign.utils.errors import UserError, first_line
+from fastalign.utils.errors import UserError
 from fastalign.utils.paths import path_argument
-
-
-def push(folder: Path, name: str) -> None:
-    """Upload an export to the model hub, with the credentials that its client finds."""
-    try:
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        api.create_repo(name, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=str(folder))
-    except Exception as error:  # the package, the network, the credentials, the name: no common class
-        raise UserError(
-            f"--push-to-hub {name}: {first_line(error)}; the export is in {folder}: check the name, the network, "
-            "the login, and that huggingface_hub is installed"
-        ) from error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,9 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--to", required=True, choices=TARGETS, help="the library")
     add("--output", type=path_argument, help="the folder to write; default RUN/exports/TARGET")
     add("--drop-softcap", action="store_true", help="export without the cap")
-    add("--text-tower", metavar="PLACE", help="for open-clip: the CLIP model with the text tower")
     add("--images", type=path_argument, help="images to measure features on; default validation data")
-    add("--push-to-hub", metavar="OWNER/NAME", dest="hub", help="upload it to the model hub")
     options = parser.parse_args(arguments)
     return run_command(lambda: _run(options))
 
@@ -62,16 +41,14 @@ def _source(given: argparse.Namespace) -> str | Run:
 
 
 def _run(given: argparse.Namespace) -> None:
-    if given.text_tower is not None and given.to != "open-clip":
-        raise UserError(f"--text-tower is for --to open-clip, not {given.to}: remove it")
-    options = {key: getattr(given, key) for key in ("output", "drop_softcap", "images", "hub", "text_tower")}
-    console = Console(stderr=True)
-    with console.status("reading") as status:  # on a terminal; plain lines elsewhere
-
-        def say(text: str) -> None:
-            status.update(Text(text)) if console.is_terminal else print(text, file=sys.stderr, flush=True)
-
-        folder, facts = export(_source(given), given.to, **options, say=say)
+    folder, facts = export(
+        _source(given),
+        given.to,
+        output=given.output,
+        drop_softcap=given.drop_softcap,
+        images=given.images,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
     parity, softcap = facts["parity"], facts["softcap"]
     print(f"parity: largest relative error {parity['largest_relative_error']:.1e} of {parity['of']}")
     if softcap["value"] is not None:
@@ -83,9 +60,6 @@ def _run(given: argparse.Namespace) -> None:
     if facts["features"]["mean"] is None:
         print(f"feature mean and std {facts['features']['of']}")
     print("\n".join([*facts["notes"], f"exported: {folder}"]))
-    if given.hub:
-        push(folder, given.hub)
-        print(f"uploaded: {given.hub}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """Measurements of an export: parity with our own model, the effect of dropping the soft-cap, feature statistics."""
 
-import contextlib
 import io
-import itertools
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,6 @@ PARITY = 1e-4
 """The largest relative error that an export may have: a misplaced weight causes a larger one."""
 PARITY_OF = "any token, fp32, 4 images of noise in batches of 1 and 3"
 IMAGES, BATCH = 256, 16  # that features are measured on, at most
-
-
-_UNREADABLE = (UserError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What our reader and PIL raise."""
 
 
 def noise(vit: ViT) -> Tensor:
@@ -71,33 +66,46 @@ def find_images(given: str | None, val: str | None) -> tuple[Source | None, str]
         return None, "not measured: the run's validation data is not reachable; give --images FOLDER"
 
 
-def _batches(vit: ViT, source: Source) -> Iterator[Tensor]:
+def _images(vit: ViT, source: Source) -> Iterator[Tensor]:
     """At most `IMAGES` images, evenly spaced, transformed as for evaluation; unreadable ones are left out."""
-    ids = torch.linspace(0, len(source) - 1, min(len(source), IMAGES)).long()
+    read, ids, found = (
+        transform(vit),
+        torch.linspace(0, len(source) - 1, min(len(source), IMAGES)).long(),
+        False,
+    )
     if isinstance(source, SyntheticSource):
-        size = vit.spec.image_size
-        yield from (source.images(part, size, seed=0, dtype=torch.float32) for part in ids.split(BATCH))
+        yield from source.images(ids, vit.spec.image_size, seed=0, dtype=torch.float32)
         return
-    read, images, found = transform(vit), [], False
-    for number, index in enumerate(ids.tolist(), 1):
-        with contextlib.suppress(*_UNREADABLE):
-            images.append(read(Image.open(io.BytesIO(source.read(index).tobytes())).convert("RGB")))
-        if len(images) == BATCH or (images and number == len(ids)):
-            yield torch.stack(images)
-            images, found = [], True
+    for index in ids.tolist():
+        try:
+            image = read(Image.open(io.BytesIO(source.read(index).tobytes())).convert("RGB"))
+        except (
+            UserError,
+            OSError,
+            SyntaxError,
+            ValueError,
+            Image.DecompressionBombError,
+        ):  # our reader's and PIL's
+            continue
+        found = True
+        yield image
     if not found:
         raise UserError(f"{source.name(index)} and all others cannot be read: give --images FOLDER")
 
 
+def _batches(vit: ViT, source: Source) -> Iterator[Tensor]:
+    images = _images(vit, source)
+    while batch := list(islice(images, BATCH)):
+        yield torch.stack(batch)
+
+
 @torch.no_grad()
-def moments(vit: ViT, source: Source | None, say: Callable[[str], object]) -> dict[str, Any]:
+def moments(vit: ViT, source: Source | None) -> dict[str, Any]:
     """Mean and standard deviation of each channel of the patch tokens, without the prefix, summed in float64."""
     if source is None:
         return {"mean": None, "std": None}
     images, count, total, squares = 0, 0, 0.0, 0.0
-    for number, batch in enumerate(_batches(vit, source)):
-        if number % 4 == 0:
-            say(f"measuring features: image {number * BATCH + 1} of {min(len(source), IMAGES)}")
+    for batch in _batches(vit, source):
         patches = vit.forward_features(batch)[:, vit.num_prefix_tokens :].flatten(0, 1).double()
         images, count, total = images + len(batch), count + len(patches), total + patches.sum(0)
         squares = squares + patches.square().sum(0)
@@ -111,7 +119,7 @@ def without_softcap(vit: ViT, source: Source | None) -> dict[str, Any]:
     """How dropping the cap changes features of noise and real images: relative change, lowest cosine of a token."""
     measured: dict[str, Iterable[Tensor]] = {"noise": [noise(vit)]}
     if source is not None:
-        measured["images"] = itertools.islice(_batches(vit, source), 4)
+        measured["images"] = islice(_batches(vit, source), 4)
     found, cap = {}, vit.softcap
     for name, batches in measured.items():
         change, norm, cosine = 0.0, 0.0, 1.0

@@ -138,11 +138,11 @@ class AlignedImageProcessor(CLIPImageProcessorPil):
 
     _auto_class = "AutoImageProcessor"
 
-    def convert_to_rgb(self, image, input_data_format=None):
+    def convert_to_rgb(self, image, **kwargs):
         """Transparency is left out; transformers' own puts it on white."""
         if hasattr(image, "convert"):  # of PIL
             return np.array(image.convert("RGB"))
-        return super().convert_to_rgb(image, input_data_format)
+        return super().convert_to_rgb(image, **kwargs)  # transformers 5.20 gives none
 
     def center_crop(self, image, size, **_):
         """[C, height, width]; the offset is rounded to the nearest even number, transformers' own down."""

@@ -10,10 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastalign.backbones.blocks import MLP, NORMS
-from fastalign.backbones.saving import backbone_facts
 from fastalign.backbones.spec import BlockSpec
 from fastalign.backbones.vit import ViT
-from fastalign.backbones.weight_files import read_facts, read_json
+from fastalign.backbones.weight_files import backbone_facts, read_facts, read_json
 from fastalign.backbones.zoo import MOCO, load_backbone
 from fastalign.config import Config, load_config
 from fastalign.method.student import MaskEmbedDecoder, decoder_block_spec
@@ -38,8 +37,9 @@ class Run:
     """the arguments of `AlignedDecoder`; None = no decoder, and `notes` says why"""
     decoder_weights: dict[str, Tensor] = field(default_factory=dict)
     probe: Any = None  # probe.json, if the run was probed
+    scores: list[tuple[str, float]] = field(default_factory=list)
+    """of each probe in it: its name and macro recall on the test split"""
     notes: list[str] = field(default_factory=list)
-    text_tower: str | None = None  # where the text tower of a CLIP model is; None = where the weights are
 
     def source(self) -> dict[str, Any]:
         """The name, the weights that it started from, the page of the published ones, and their licence.
@@ -63,9 +63,10 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"RUN {folder} is not a directory: give the folder of a finished run")
-    probe = folder / "probe.json"
     run = Run(folder, load_backbone(folder), read_facts(folder / "backbone.json"))
-    run.probe = read_json(probe) if probe.is_file() else None
+    if (probe := folder / "probe.json").is_file():
+        run.probe = read_json(probe)
+        run.scores = _scores(run.probe, probe)
     if not (folder / "config.yaml").is_file():
         run.notes.append("config.yaml is missing: no recipe and no decoder")
         return run
@@ -88,6 +89,20 @@ def read_weights(name: str, weights: str, *, kwargs: str = "{}", softcap: float 
     vit.attn_pool, vit.pool, vit.head = None, "none", nn.Identity()
     facts = backbone_facts(vit.eval(), weights=weights)
     return Run(None, vit, facts, notes=["not a run of fastalign: no recipe and no decoder"])
+
+
+def _scores(probe: Any, path: Path) -> list[tuple[str, float]]:
+    try:
+        return [
+            (f"{row['model']}, {row['head']} head on {row['labels']} labels", 100 * float(recall))
+            for row in probe["summary"]
+            if (recall := row["test"]["macro_recall"]["mean"]) is not None
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} has no results of fastalign probe ({type(error).__name__}: {error}): run it again, or "
+            "remove the file"
+        ) from None
 
 
 def _student(run: Run) -> dict[str, Tensor] | None:

@@ -1,31 +1,85 @@
-"""The libraries that a backbone can be exported to: what fits, the files, and how they are read back."""
+"""The libraries that a backbone can be exported to, and what fits."""
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import MISSING, asdict, fields
 from importlib.util import find_spec
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from fastalign.export import timm_model, to_onnx, to_open_clip, to_transformers
-from fastalign.export.run import Run
-from fastalign.export.to_transformers import misfits_of
+from fastalign.backbones.spec import BlockSpec, ViTSpec
+from fastalign.backbones.vit import ViT
 from fastalign.utils.errors import UserError, unknown
 
-EXTRA = "'transformers>=5.20' 'open_clip_torch>=3.3' onnx onnxruntime onnxscript"
+EXTRA = "'transformers>=5.20' onnx onnxruntime onnxscript"
 """The packages of the extra `export`."""
 
 
 class Target(NamedTuple):
-    """A library's format. The soft-cap to write is the backbone's: None if it is dropped."""
+    """A library's format."""
 
     package: str  # must be installed
-    misfits: Callable[[Run], list[str]]  # what of a backbone the library cannot express; empty = it fits
-    write: Callable[[Run, Path], list[str]]  # returns sentences for the user
-    read: Callable[[Path], Callable[[Tensor], Tensor]]
-    """loads the files with the library's own classes: from images to all tokens, prefix first"""
-    how_capped: str | None  # a sentence for the user of a capped export; None = the library cannot cap
+    module: str
+    """In `fastalign.export`, with two functions.
+
+    files(run, folder, target) -> the content of the files by name: JSON, or tensors; what the library writes itself
+        is in `folder`. The soft-cap to write is the backbone's: None if it is dropped.
+    read(folder) -> a function from images to all tokens, prefix first, by the library's own classes.
+    """
+    how_capped: str  # a sentence for the user of a capped export
+    wanted: dict[str, Any] = {}  # noqa: RUF012 fields of `ViTSpec` and `BlockSpec` that fit; a tuple has alternatives
+
+    def misfits(self, vit: ViT) -> list[str]:
+        """What of a backbone the library cannot express; empty = it fits."""
+        spec, found = vit.spec, []
+        have = asdict(spec) | asdict(spec.block)
+        sizes = (spec.grid, spec.image_size, spec.patch_size)
+        have["square_images"] = all(height == width for height, width in sizes)
+        for name, value in self.wanted.items():
+            allowed = value if isinstance(value, tuple) else (value,)
+            if have[name] not in allowed:
+                found.append(f"{name} is {have[name]}, wanted {' or '.join(map(str, allowed))}")
+        return found
+
+
+_ANY = {
+    "activation", "norm_eps", "softcap", "fresh_norm_eps", "position_fixed", "position_prefix", "pooled_norm", "pool",
+    "pool_prefix",
+}  # fmt: skip
+"""Fields that the towers of transformers express, or that do not change the tokens."""
+_PLAIN = {"square_images": True} | {
+    field.name: field.default
+    for kind in (ViTSpec, BlockSpec)
+    for field in fields(kind)
+    if field.name not in _ANY and field.default is not MISSING
+}
+_DINOV2 = {name: value for name, value in _PLAIN.items() if name not in ("registers", "layer_scale")}
+_DINOV3 = _DINOV2 | {
+    "position": False,
+    "rotary": True,
+    "rotate_half": True,
+    "layer_scale_keys": "gamma",
+    "qkv": ("fused", "no_k_bias"),
+    "qkv_bias": (True, False),
+    "mlp": ("mlp", "swiglu"),
+}
+_TIMM = Target(
+    "timm",
+    "timm_model",
+    "timm does not cap by itself: install fastalign and `import fastalign.export.timm_model` before loading. Without "
+    "the import timm refuses this folder as an unknown model. An export with `--drop-softcap` needs no import.",
+)
+_HF = Target(
+    "transformers",
+    "hf",
+    "modeling_fastalign.py in this folder caps: load with `trust_remote_code=True`, transformers 5.20 or newer.",
+)
+TARGETS = {
+    "timm": _TIMM,
+    "hf-clip": _HF._replace(wanted=_PLAIN | {"pre_norm": True, "patch_bias": False, "position_prefix": True}),
+    "hf-siglip": _HF._replace(wanted=_PLAIN | {"class_token": False}),
+    "hf-dinov2": _HF._replace(wanted=_DINOV2),
+    "hf-dinov3": _HF._replace(wanted=_DINOV3),
+    "onnx": Target("onnxruntime", "to_onnx", "The graph contains the cap; nothing else is needed."),
+    "prismatic": _TIMM._replace(wanted={"qkv": "fused", "rotary": False, "square_images": True}),
+}
 
 
 def check_names(names: list[str], key: str) -> None:
@@ -37,37 +91,12 @@ def check_names(names: list[str], key: str) -> None:
             raise UserError(f"{key}: {name} needs {TARGETS[name].package}: pip install {EXTRA}")
 
 
-def find_target(name: str, run: Run, drop_softcap: bool) -> Target:
+def find_target(name: str, vit: ViT) -> Target:
     """The target of a name, checked against the backbone."""
     check_names([name], "--to")
-    target, backbone, cap = TARGETS[name], run.facts["name"], run.vit.softcap
-    if problems := target.misfits(run):
-        fitting = ", ".join(other for other in TARGETS if not TARGETS[other].misfits(run))
+    if problems := TARGETS[name].misfits(vit):
+        fitting = ", ".join(other for other, target in TARGETS.items() if not target.misfits(vit))
         raise UserError(
-            f"--to {name}: {backbone} does not fit ({'; '.join(problems[:3])}); what fits: {fitting}"
+            f"--to {name}: {vit.recipe['name']} does not fit ({'; '.join(problems[:3])}); what fits: {fitting}"
         )
-    if cap is not None and not drop_softcap and target.how_capped is None:
-        raise UserError(
-            f"--to {name} cannot apply the soft-cap of {cap:g} that {backbone} was trained with: choose another "
-            "target, or give --drop-softcap, which changes the features and measures by how much"
-        )
-    return target
-
-
-_TIMM = Target("timm", lambda run: [], timm_model.write, timm_model.read, timm_model.HOW_CAPPED)
-TARGETS = {
-    "timm": _TIMM,
-    **{
-        f"hf-{name}": Target(
-            "transformers",
-            partial(misfits_of, wanted),
-            partial(to_transformers.write, name),
-            to_transformers.read,
-            to_transformers.HOW_CAPPED,
-        )
-        for name, wanted in to_transformers.WANTED.items()
-    },
-    "open-clip": Target("open_clip", to_open_clip.misfits, to_open_clip.write, to_open_clip.read, None),
-    "onnx": Target("onnxruntime", _TIMM.misfits, to_onnx.write, to_onnx.read, to_onnx.HOW_CAPPED),
-    "prismatic": _TIMM._replace(misfits=partial(misfits_of, {"qkv": "fused", "rotary": False})),
-}
+    return TARGETS[name]

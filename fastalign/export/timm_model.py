@@ -7,6 +7,7 @@ as an unknown model, instead of silently dropping the cap.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 from timm.models import register_model
@@ -15,13 +16,8 @@ from torch import Tensor, nn
 from fastalign.backbones import naflex
 from fastalign.backbones.accelerate import accelerate
 from fastalign.backbones.zoo import MOCO
-from fastalign.export.files import write_json, write_weights
 from fastalign.export.run import Run
 
-HOW_CAPPED = (
-    "timm does not cap by itself: install fastalign and `import fastalign.export.timm_model` before loading. Without "
-    "the import timm refuses this folder as an unknown model. An export with `--drop-softcap` needs no import."
-)
 CAPPED = (
     "fastalign_softcap.attention logits are capped: install fastalign and `import fastalign.export.timm_model` "
     "first, or export again with --drop-softcap"
@@ -37,8 +33,8 @@ def fastalign_softcap(pretrained: bool = False, *, architecture: str, softcap: f
     return accelerate(timm.create_model(architecture, pretrained=pretrained, **kwargs), softcap=softcap)
 
 
-def write(run: Run, folder: Path) -> list[str]:
-    """Write a folder for ``timm.create_model("local-dir:FOLDER", pretrained=True)``."""
+def files(run: Run, folder: Path, target: str) -> dict[str, Any]:
+    """A folder for ``timm.create_model("local-dir:FOLDER", pretrained=True)``."""
     vit, architecture, state = run.vit, run.facts["name"].split(".")[0], run.vit.state_dict()
     architecture = "vit_base_patch16_224" if architecture == MOCO else architecture
     dropped = ("num_classes", "drop_path_rate")
@@ -65,9 +61,7 @@ def write(run: Run, folder: Path) -> list[str]:
             "license": run.source()["licence"],
         },
     }
-    write_json(folder / "config.json", config)
-    write_weights(folder / "model.safetensors", state)
-    return []
+    return {"config.json": config, "model.safetensors": state}
 
 
 def read(folder: Path) -> Callable[[Tensor], Tensor]:

@@ -5,7 +5,9 @@ import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,6 @@ from fastalign.export.measure import check_parity
 from fastalign.export.run import Run
 
 ONNX, PROGRAM = "model.onnx", "model.pt2"
-HOW_CAPPED = "The graph contains the cap; nothing else is needed."
 
 
 class _Encoder(nn.Module):
@@ -26,8 +27,8 @@ class _Encoder(nn.Module):
         return self.vit.forward_features(images)
 
 
-def write(run: Run, folder: Path) -> list[str]:
-    """Write both files: normalised images [B, C, height, width] -> tokens [B, T, D], fp32."""
+def files(run: Run, folder: Path, target: str) -> dict[str, Any]:
+    """Writes both files: normalised images [B, C, height, width] -> tokens [B, T, D], fp32."""
     vit = copy.deepcopy(run.vit).requires_grad_(False)
     for block in vit.blocks:
         block.attn.backend = "eager"  # plain operations, which onnxruntime and compilers fuse
@@ -35,29 +36,16 @@ def write(run: Run, folder: Path) -> list[str]:
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(_Encoder(vit), (example,), dynamic_shapes=({0: batch},))
     torch.export.save(program, folder / PROGRAM)
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # a line for each operator that is not folded
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            error = check_parity(run.vit, torch.export.load(folder / PROGRAM).module(), PROGRAM)
-            graph = torch.onnx.export(
-                program,
-                dynamo=True,
-                verbose=False,
-                input_names=["images"],
-                output_names=["tokens"],
-                dynamic_shapes=({0: "batch"},),
-            )
-    finally:
-        logging.disable(disabled)
-    graph.save(folder / ONNX)
-    return [f"{PROGRAM}: largest relative error {error:.1e}."]
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # a line for each operator that is not folded
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_parity(run.vit, torch.export.load(folder / PROGRAM).module(), PROGRAM)
+        names = {"input_names": ["images"], "output_names": ["tokens"], "dynamic_shapes": ({0: "batch"},)}
+        torch.onnx.export(program, dynamo=True, verbose=False, **names).save(folder / ONNX)
+    return {}
 
 
 def read(folder: Path) -> Callable[[Tensor], Tensor]:
     """onnxruntime on a CPU."""
-    import onnxruntime
-
     session = onnxruntime.InferenceSession(folder / ONNX, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])

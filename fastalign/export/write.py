@@ -3,20 +3,19 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 
 from fastalign import __version__
-from fastalign.backbones.weight_files import read_json
 from fastalign.export import measure
-from fastalign.export.files import write_json, write_weights
 from fastalign.export.run import DECODER, Run, read_run
 from fastalign.export.targets import Target, find_target
 from fastalign.utils.errors import UserError, first_line
-from fastalign.utils.files import temporary_name
+from fastalign.utils.files import temporary_name, write_tensors
 
 FACTS = "fastalign.json"
 
@@ -28,8 +27,6 @@ def export(
     output: str | Path | None = None,
     drop_softcap: bool = False,
     images: str | None = None,
-    hub: str | None = None,
-    text_tower: str | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> tuple[Path, dict[str, Any]]:
     """Export the backbone and the decoder of a run.
@@ -40,16 +37,13 @@ def export(
         output: the folder to write; None = ``exports/TARGET`` in the run's. An earlier export there is replaced.
         drop_softcap: export without the cap, for the library's own classes.
         images: folder, tar shards or ``synthetic:COUNT`` that features are measured on; None = validation data.
-        text_tower: for open_clip: its model whose text tower is kept, a folder or ``hf-hub:OWNER/NAME``; None = the
-            weights that the run started from.
-        hub: OWNER/NAME under which the export will be uploaded; the model card loads it from there.
         say: gets a line for each thing that is done.
 
     Returns:
         The folder and the content of its fastalign.json.
 
     Raises:
-        UserError: a damaged run, a target that does not fit or cannot cap, or an export that is not exact.
+        UserError: a damaged run, a target that does not fit, or an export that is not exact.
     """
     if not isinstance(run, Run):
         say(f"reading {run}")
@@ -57,24 +51,31 @@ def export(
     for name, value in run.vit.state_dict().items():
         if not value.isfinite().all():
             raise UserError(f"{run.folder or '--weights'}: {name} is not finite; export other weights")
-    run, cap = replace(run, text_tower=text_tower), run.vit.softcap
-    target = find_target(to, run, drop_softcap)
-    output = _output(run, to, output)
-    found, where = measure.find_images(images, run.val)
+    target, output, cap = find_target(to, run.vit), _output(run, to, output), run.vit.softcap
+    source, where = measure.find_images(images, run.val)
     softcap = {"value": cap, "applied": cap is not None and not drop_softcap}
     if cap is not None:
         say("measuring what the soft-cap changes")
-        softcap["effect"] = measure.without_softcap(run.vit, found)
+        softcap["effect"] = measure.without_softcap(run.vit, source)
     if drop_softcap:
         run.vit.softcap = None
-    facts = _facts(run, to, softcap)
-    facts["features"] = {**measure.moments(run.vit, found, say), "of": where}
+    if source is not None:
+        say("measuring features")
+    features = {**measure.moments(run.vit, source), "of": where}
     temporary = temporary_name(output)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        _write(run, target, facts, temporary, say)
-        _write_card(temporary, facts, target, hub, output)
+        say(f"writing files for {target.package}")
+        error = _write_model(run, to, target, temporary)
+        facts = _facts(run, to, softcap) | {
+            "features": features,
+            "parity": {"largest_relative_error": error, "of": measure.PARITY_OF},
+            "notes": run.notes,
+        }
+        decoder = {DECODER: run.decoder_weights} if run.decoder else {}
+        _write_files(temporary, {FACTS: facts, **decoder})
+        (temporary / "README.md").write_text(_card(run, facts, target, output))
         shutil.rmtree(output, ignore_errors=True)
         temporary.replace(output)
     finally:
@@ -104,26 +105,28 @@ def _output(run: Run, to: str, given: str | Path | None) -> Path:
     return output
 
 
-def _write(
-    run: Run, target: Target, facts: dict[str, Any], folder: Path, say: Callable[[str], object]
-) -> None:
-    """All files but the card, if the library's own model, loaded from them, gives our features."""
-    name = f"--to {facts['target']}"
-    say(f"writing files for {target.package}")
-    notes = target.write(run, folder)
-    say(f"comparing what {target.package} computes from them")
+def _write_model(run: Run, to: str, target: Target, folder: Path) -> float:
+    """The library's files; the error of its own model, loaded from them."""
+    library = import_module(f"fastalign.export.{target.module}")
+    _write_files(folder, library.files(run, folder, to))
     try:
-        tokens = target.read(folder)
+        tokens = library.read(folder)
     except Exception as error:  # of the library
         raise UserError(
-            f"{name}: {target.package} cannot load it ({first_line(error)}): not written; choose another target"
+            f"--to {to}: {target.package} cannot load it ({first_line(error)}): not written; choose another target"
         ) from error
-    error = measure.check_parity(run.vit, tokens, name)
-    facts["parity"] = {"largest_relative_error": error, "of": measure.PARITY_OF}
-    facts["notes"] = [*run.notes, *notes]
-    if run.decoder:
-        write_weights(folder / DECODER, run.decoder_weights)
-    write_json(folder / FACTS, facts)
+    return measure.check_parity(run.vit, tokens, f"--to {to}")
+
+
+def _write_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """JSON, or weights in fp32, each with memory of its own, as safetensors wants it."""
+    for name, content in files.items():
+        if name.endswith(".json"):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+            continue
+        form = torch.contiguous_format
+        weights = {key: value.detach().float().clone(memory_format=form) for key, value in content.items()}
+        write_tensors(folder / name, weights)
 
 
 def _facts(run: Run, to: str, softcap: dict[str, Any]) -> dict[str, Any]:
@@ -158,9 +161,9 @@ def change_in_words(effect: dict[str, dict[str, float]]) -> str:
     )
 
 
-def _write_card(folder: Path, facts: dict[str, Any], target: Target, hub: str | None, output: Path) -> None:
-    """README.md in `folder`, for an export that is loaded from the model hub or from `output`."""
-    weights, config = facts["source"]["weights"], folder / "config.json"
+def _card(run: Run, facts: dict[str, Any], target: Target, folder: Path) -> str:
+    """The text of README.md for an export that is loaded from `folder`."""
+    weights = facts["source"]["weights"]
     words = {None: "not recorded", "pretrained": "its published weights", "random": "random weights"}
     template = jinja2.Template(
         Path(__file__).with_name("card.md").read_text(),
@@ -169,15 +172,12 @@ def _write_card(folder: Path, facts: dict[str, Any], target: Target, hub: str | 
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    card = template.render(
+    return template.render(
         facts,
         package=target.package,
         how_capped=target.how_capped,
-        config=read_json(config) if config.is_file() else {},
-        hub=hub,
-        folder=hub or output,
-        place=f"hf-hub:{hub}" if hub else f"local-dir:{output}",
+        folder=folder,
+        scores=run.scores,
         started_from=words.get(weights) or f"`{Path(weights).name}`",
         change=change_in_words(facts["softcap"].get("effect", {})),
     )
-    (folder / "README.md").write_text(card)

@@ -2,14 +2,14 @@
 
 import io
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 from itertools import product
 
 import numpy as np
 from markupsafe import Markup, escape
 
 from fastalign.report.features import PatchMaps
-from fastalign.report.run import METRICS, Probe
+from fastalign.report.run import METRICS, Setting
 from fastalign.training.metrics import series
 from fastalign.utils.errors import UserError
 
@@ -86,27 +86,20 @@ def curves_figure(charts: dict[str, list[Curve]]) -> Figure:
     return figure
 
 
-def colours_of(models: Iterable[str]) -> dict[str, str]:
-    """Colours of one or two compared models, of which the last is the aligned one."""
-    models = list(models)
-    return dict(zip(models, ("before", "aligned")[2 - len(models) :], strict=True))
-
-
 @matplotlib.rc_context(STYLE)
-def probe_figure(probe: Probe, setting: str) -> Figure:
+def probe_figure(name: str, setting: Setting) -> Figure:
     """A setting's scores and, if it was measured, recall by size."""
     figure, keys = Figure(figsize=(8.8, 2.8)), ("macro_recall", "map")
     left, right = figure.subplots(1, 2, width_ratios=[1, 2])
-    scores = {m: [probe.score(setting, m, key) or {} for key in keys] for m in probe.models(setting)}
     means, spreads = (
-        {model: [score.get(part) for score in row] for model, row in scores.items()}
+        {model: [scores.get(key, {}).get(part) for key in keys] for model, scores in setting.scores.items()}
         for part in ("mean", "std")
     )
     _draw_bars(left, [METRICS[key] for key in keys], means, spreads)
-    left.set_title(f"Patch probe (%)\n{setting}")
+    left.set_title(f"Patch probe (%)\n{name}")
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper")
-    if recall := probe.average(setting, "by_size", "recall"):
-        edges = probe.average(setting, "by_size", "edges")[next(iter(recall))][1:]
+    if recall := setting.average("by_size", "recall"):
+        edges = setting.average("by_size", "edges")[next(iter(recall))][1:]
         _draw_bars(right, [f"{100 * edge:.0f}" for edge in edges], recall)
         about = "share of the image's patches that hold the class, % at most"
         right.set(title="Recall by size (%)", xlabel=about)
@@ -116,11 +109,11 @@ def probe_figure(probe: Probe, setting: str) -> Figure:
 
 def _draw_bars(axes: Axes, names: list[str], groups: dict[str, Sequence], errors: dict | None = None) -> None:
     """Draw bars in percent: of each model a share in 0..1 for each name, None or NaN = no bar; `errors` likewise."""
-    width = 0.8 / len(groups)
+    width, colours = 0.8 / len(groups), ("aligned", "before")  # the last model is the aligned one
     for order, (model, shares) in enumerate(groups.items()):
+        colour = THEME[colours[len(groups) - 1 - order]]
         places = np.arange(len(names)) + (order - (len(groups) - 1) / 2) * width
         spread = 100 * np.array(errors[model], float) if errors else None
-        colour = THEME[colours_of(groups)[model]]
         heights, errorbar = 100 * np.array(shares, float), {"ecolor": THEME["quiet"]}
         bars = axes.bar(places, heights, width, yerr=spread, error_kw=errorbar, color=colour, label=model)
         axes.bar_label(bars, fmt="%.0f", fontsize=8)
@@ -139,9 +132,7 @@ def patches_figure(maps: PatchMaps, chosen: Sequence[int]) -> Figure:
         tiles += [(f"components\n{model}", maps.colours[model][index], "none", ()) for model in models]
         for query, model in product(range(2), models):
             values = maps.cosines[model][index, query]
-            title = (
-                f"cosine with {'AB'[query]}\n{model}, mean {round(values.mean(), 2) + 0.0:.2f}"  # no -0.00
-            )
+            title = f"cosine with {'AB'[query]}\n{model}, mean {values.mean():.2f}"
             tiles.append((title, values, "none", (query,)))
         for axes, (title, pixels, interpolation, queries) in zip(line, tiles, strict=True):
             extent = (0, columns, rows, 0)  # in units of patches

@@ -45,11 +45,11 @@ def read_pictures(wanted: int | list[str], data: str | None, vit: ViT) -> tuple[
     return [Path(name).name for name in names], torch.stack(inputs)
 
 
+@torch.no_grad()
 def patch_tokens(vit: ViT, images: Tensor) -> np.ndarray:
     """The patch tokens after the final norm: [B, 3, height, width] normalised -> [B, N, D] float64."""
-    with torch.no_grad():
-        tokens = [vit.forward_features(image[None])[0, vit.num_prefix_tokens :] for image in images]
-    return torch.stack(tokens).double().numpy()
+    tokens = torch.cat([vit.forward_features(image[None]) for image in images])
+    return tokens[:, vit.num_prefix_tokens :].double().numpy()
 
 
 def principal_components(tokens: np.ndarray) -> tuple[np.ndarray, float]:

@@ -2,6 +2,8 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastalign.backbones.vit import ViT
-from fastalign.backbones.weight_files import read_facts, read_json
+from fastalign.backbones.weight_files import read_facts
 from fastalign.backbones.zoo import load_backbone
 from fastalign.config import Config, load_config
 from fastalign.training.build import starting_backbone
@@ -21,69 +23,58 @@ METRICS = {"macro_recall": "Macro recall", "map": "mAP", "macro_f1": "Macro F1",
 
 
 @dataclass(frozen=True)
-class Probe:
-    """`probe.json`, and its test splits by setting (labels, head, skipped blocks) and model."""
+class Setting:
+    """What a probe found on the test split with the same labels, head and skipped blocks, by model."""
 
-    facts: dict
-    summary: dict[str, dict[str, dict]]
+    scores: dict[str, dict[str, dict]] = field(default_factory=dict)
     """over seeds: metric -> "mean", "std" """
-    seeds: dict[str, dict[str, list[dict]]]
+    seeds: dict[str, list[dict]] = field(default_factory=lambda: defaultdict(list))
 
-    def settings(self) -> list[str]:
-        """Every setting: those with both `before` and `aligned` first, then patch labels, then transformer heads."""
-
-        def rank(setting: str) -> tuple[bool, bool, bool]:
-            both = {BEFORE, ALIGNED} <= self.summary[setting].keys()
-            return (not both, setting.startswith("global"), "transformer head" not in setting)
-
-        return sorted(self.summary, key=rank)
-
-    def models(self, setting: str) -> list[str]:
-        """At most two models to compare in a setting: before and aligned come first."""
-        return sorted(self.summary[setting], key=lambda name: {BEFORE: 0, ALIGNED: 1}.get(name, 2))[:2]
-
-    def score(self, setting: str, model: str, metric: str) -> dict | None:
-        """Mean and spread over seeds; None if it was not measured."""
-        return self.summary[setting][model].get(metric)
-
-    def average(self, setting: str, part: str, key: str) -> dict[str, np.ndarray]:
+    def average(self, part: str, key: str) -> dict[str, np.ndarray]:
         """Of each model that has it a list of `per_class` or `by_size`: mean over seeds, NaN where it is unknown."""
         found = {}
-        for model in self.models(setting):
-            tests = self.seeds[setting][model]
-            if lists := [values for test in tests if (values := test.get(part, {}).get(key))]:
+        for model in self.scores:
+            if lists := [values for test in self.seeds[model] if (values := test.get(part, {}).get(key))]:
                 found[model] = np.ma.masked_invalid(np.array(lists, float)).mean(0).filled(np.nan)
         return found
 
 
-def read_probe(path: Path) -> Probe:
-    """Read `probe.json`.
+def read_probe(path: Path) -> tuple[dict, dict[str, Setting]]:
+    """The content of `probe.json`, and its settings by name: those of patch labels and transformer heads first.
 
     Raises:
         UserError: it is missing, or not in the format of `fastalign probe`.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; write it with fastalign probe --backbone RUN --data DATA")
-    summary, seeds = defaultdict(dict), defaultdict(lambda: defaultdict(list))
-    try:
+    settings = defaultdict(Setting)
+    with _results_of("probe", path):
         facts = json.loads(path.read_bytes())
         facts["data"]["classes"], facts["data"]["images"].items(), facts["summary"][0]["seeds"]
+        facts["command"], facts["versions"].items()
+        both = {BEFORE, ALIGNED} & {row["model"] for row in facts["summary"]}
         for row in facts["summary"]:
-            summary[_setting(row)][row["model"]] = row["test"]
+            if row["model"] in both or not both:  # the demo has controls, too
+                settings[_setting(row)].scores[row["model"]] = row["test"]
         for row in facts["results"]:
-            seeds[_setting(row)][row["model"]].append(row["test"])
-        return Probe(facts, summary, seeds)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(
-            f"{path} has no results of fastalign probe ({type(error).__name__}: {error}): run it again, "
-            "or remove the file"
-        ) from None
+            settings[_setting(row)].seeds[row["model"]].append(row["test"])
+    order = sorted(settings, key=lambda name: (name.startswith("global"), "transformer head" not in name))
+    return facts, {name: settings[name] for name in order}
 
 
 def _setting(row: dict) -> str:
-    """What two models must share to be compared, in words."""
     skipped = row.get("skip_blocks", 0)
     return f"{row['labels']} labels, {row['head']} head" + (f", {skipped} blocks skipped" if skipped else "")
+
+
+@contextmanager
+def _results_of(command: str, path: Path) -> Iterator[None]:
+    """UserError if reading a file finds anything but a command's results."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{path} has no results of fastalign {command} ({reason}): run it again, or remove the file"
+        ) from None
 
 
 @dataclass
@@ -95,9 +86,12 @@ class Run:
     config: Config | None = None
     facts: dict[str, Any] | None = None
     """backbone.json; None if no backbone has been saved yet"""
-    probe: Probe | None = None
-    classified: dict[str, dict] = field(default_factory=dict)
-    """classify.json, by model"""
+    probe: dict | None = None
+    """probe.json"""
+    settings: dict[str, Setting] = field(default_factory=dict)
+    top1: dict[str, float] = field(default_factory=dict)
+    """of `fastalign classify`, by model, each with the head `head`"""
+    head: str = ""
     notes: list[str] = field(default_factory=list)
     """what is missing, and why"""
 
@@ -123,38 +117,25 @@ def read_run(folder: Path, probe: Path | None = None) -> Run:
     if backbone.is_file():
         run.facts = read_facts(backbone)
     else:
-        frozen = run.config is not None and run.config.student.freeze
-        reason = "it trains the decoder only" if frozen else "it is unfinished"
+        reason = "it is unfinished, or trains the decoder only"
         run.notes.append(f"This run has saved no backbone ({reason}): there are no patch features.")
     if probe is not None or (folder / "probe.json").is_file():
-        run.probe = read_probe(probe or folder / "probe.json")
-    places = {BEFORE: folder / "before/classify.json", ALIGNED: folder / "classify.json"}
-    run.classified = {model: _read_classified(path) for model, path in places.items() if path.is_file()}
+        run.probe, run.settings = read_probe(probe or folder / "probe.json")
+    for model, path in ((BEFORE, folder / "before/classify.json"), (ALIGNED, folder / "classify.json")):
+        if path.is_file():
+            with _results_of("classify", path):
+                facts = json.loads(path.read_bytes())
+                run.top1[model] = float(facts["mean"]["top1"])
+                run.head = facts["settings"]["head"]
     return run
-
-
-def _read_classified(path: Path) -> dict:
-    facts = read_json(path)
-    try:
-        facts["settings"]["head"], float(facts["mean"]["top1"])
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"{path} has no results of fastalign classify ({reason}): run it again, or remove the file"
-        ) from None
-    return facts
 
 
 def load_backbones(run: Run) -> dict[str, ViT]:
     """The aligned backbone and, first, the one before alignment (without the run's soft-cap), if it is available."""
-    found = {ALIGNED: load_backbone(run.folder)}
+    before = {}
     if run.config is not None:
         try:
-            before = starting_backbone(run.config).eval()
+            before[BEFORE] = starting_backbone(run.config).eval()
         except UserError as error:
             run.notes.append(f"Features before are not shown, their weights are not available: {error}")
-            return found
-        if before.spec.grid == found[ALIGNED].spec.grid:
-            return {BEFORE: before, **found}
-        run.notes.append("Features before are not shown: that backbone has another grid of patches.")
-    return found
+    return {**before, ALIGNED: load_backbone(run.folder)}

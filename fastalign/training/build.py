@@ -192,7 +192,7 @@ def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, 
     train = _loader(config, world, backbone, source, augment, bad=bad, **mixing)
     val = evaluation_loader(config, world, backbone, data.val) if data.val is not None else None
     for key, loader in (("data.train", train), ("data.val", val)):
-        if loader is not None and not world.agree(loader.source.identity["names"]):
+        if loader is not None and not world.agree(loader.source.crc_of_names()):
             raise UserError(f"{key}: the ranks see different files; give every machine the same data set")
     return train, val
 

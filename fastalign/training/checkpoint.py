@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastalign import __version__
-from fastalign.backbones.saving import backbone_facts, facts_text, is_written, write_backbone
+from fastalign.backbones.weight_files import backbone_facts, facts_text, is_written, write_backbone
 from fastalign.config import Config, kinds, resolve, to_yaml
 from fastalign.training.build import teacher_of
 from fastalign.training.checkpoint_files import snapshot
-from fastalign.training.distributed import load_module, load_optimizer, on_first_rank
-from fastalign.training.hang import WAITING
+from fastalign.training.command import WAITING
+from fastalign.training.distributed import on_first_rank
 from fastalign.training.metrics import plain_number
-from fastalign.training.optim import class_name
 from fastalign.training.run import Run
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import wrap_io_errors, write_atomically
@@ -43,7 +42,6 @@ def checkpoint_state(run: Run) -> dict[str, Any]:
         "student": run.objective.student.state_dict(),
         "target_scale": run.objective.target_scale.item(),
         "optimizer": run.optimizer.state_dict(),
-        "optimizer_class": class_name(run.optimizer),
         "average": run.average.state if run.average else None,
         **run.state.state_dict(),
         "contents": run.contents,
@@ -75,15 +73,14 @@ def save(run: Run) -> None:
     if score is not None:
         run.state.best = score
     run.beat("saving")
-    if not (run.world.main or run.sharded):
+    if not run.world.main:
         return
     best, selects = score is not None, run.val is not None or run.config.probe.best
     facts = None
     if (best or not selects) and not run.config.student.freeze:
         facts = describe_backbone(run)
-    state = snapshot({**checkpoint_state(run), "is_best": best, "backbone": facts}, keep=run.world.main)
-    if run.world.main:
-        run.checkpoints.save(state, run.state.step, partial(publish_backbone, run.folder))
+    state = snapshot({**checkpoint_state(run), "is_best": best, "backbone": facts})
+    run.checkpoints.save(state, run.state.step, partial(publish_backbone, run.folder))
 
 
 def wait_for_checkpoint(run: Run) -> None:
@@ -123,7 +120,6 @@ def resume(run: Run) -> tuple[list[Change], list[str]]:
     def compare() -> tuple[list[Change], list[str]]:
         before, now = saved["contents"], run.contents
         places = {k: "other contents" if now[k] != before[k] else None for k in now.keys() & before.keys()}
-        places |= {k: source.differs_from(before[k]) for k, source in run.sources.items() if k in before}
         return changed_settings(saved, path, run.config, places, finished=run.finished)
 
     changes, moved = on_first_rank(run.world, compare)
@@ -142,13 +138,9 @@ def resume(run: Run) -> tuple[list[Change], list[str]]:
 
 
 def _load_tensors(run: Run, saved: dict, path: Path, changes: list[Change]) -> None:
-    old, new = saved["optimizer_class"], class_name(run.optimizer)
-    if old != new:
-        raise UserError(f"{path} holds the state of {old}, not of {new}: choose another output")
-    options = [{key: group[key] for key in ("betas", "weight_decay")} for group in run.optimizer.param_groups]
     try:
-        load_module(run.objective.student, saved["student"])
-        load_optimizer(run.optimizer, saved["optimizer"])
+        run.objective.student.load_state_dict(saved["student"])
+        run.optimizer.load_state_dict(saved["optimizer"])
         if run.average:
             run.average.load(saved["average"] or saved["student"])  # a new average starts here
     except (RuntimeError, ValueError, LookupError, TypeError) as error:
@@ -156,8 +148,8 @@ def _load_tensors(run: Run, saved: dict, path: Path, changes: list[Change]) -> N
         raise UserError(
             f"{path} is a checkpoint of another model ({reason}): choose another output"
         ) from error
-    for group, current in zip(run.optimizer.param_groups, options, strict=True):
-        group.update(current)  # the configuration's, not the checkpoint's
+    for group in run.optimizer.param_groups:  # the configuration's, not the checkpoint's
+        group |= {"betas": run.config.optim.betas, "weight_decay": run.config.optim.weight_decay}
     run.objective.target_scale.fill_(saved["target_scale"])
 
 

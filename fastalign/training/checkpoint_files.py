@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fastalign.training.distributed import World, full_tensor, on_first_rank
+from fastalign.training.distributed import World, on_first_rank
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import flush_folder, reason, system_error, temporary_name, write_atomically
 
@@ -28,19 +28,9 @@ def checksum(module: nn.Module) -> int:
     return code
 
 
-def snapshot(tree: Any, *, keep: bool = True) -> Any:
-    """An independent copy, on the host, of tensors and plain values in dictionaries, lists and tuples.
-
-    Sharded tensors are gathered, for which every rank must call this; with `keep` false it returns no tensors.
-    """
-
-    def copy(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        value = full_tensor(value.detach())
-        return value.to("cpu", copy=True) if keep else None
-
-    return tree_map(copy, tree)
+def snapshot(tree: Any) -> Any:
+    """An independent copy, on the host, of tensors and plain values in dictionaries, lists and tuples."""
+    return tree_map(lambda x: x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x, tree)
 
 
 class DamagedFile(UserError):

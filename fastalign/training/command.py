@@ -1,23 +1,34 @@
-"""What a command does about errors and signals, alone and under torchrun: it saves if it can, and says one line."""
+"""What a command does about errors, signals and hangs, alone and under torchrun: it saves if it can and says why."""
 
+import faulthandler
 import os
 import signal
+import socket
 import sys
+import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
 
+import torch
+
 from fastalign.training import distributed
+from fastalign.training.distributed import World
 from fastalign.utils.errors import SharedError, UserError, describe, first_line
 
 RANK_FAILED = 70  # exit code after a hang, or after the connection to another rank was lost
 PREEMPTED = 75  # exit code of a run that was asked to stop and has saved: EX_TEMPFAIL, try again later
 INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT, as in shells
+NO_READER = 141  # exit code where nobody reads the output: 128 + SIGPIPE, as in shells
 MARKER = "preempted"  # the file in the run folder that tells a script to start the same command again
+WAITING = "waiting for the device or the other ranks"
+_TORCH = Path(torch.__file__).parent
+_COLLECTIVES = (f"{_TORCH}/distributed/", f"{_TORCH}/autograd/graph.py")  # backward passes, where DDP reduces
 
 
 class StopReason(IntEnum):
@@ -84,13 +95,18 @@ def run_command(body: Callable[[], object]) -> int:
     """Run a command's body, and leave the process group.
 
     Returns the exit code: 0; 2 for bad input; 70 if another rank was lost; 75 if the run was asked to stop and saved;
-    130 after Ctrl-C.
+    130 after Ctrl-C; 141 if the reader of the output has ended, as in `fastalign doctor | head`.
     """
     rank = os.environ.get("RANK", "0")
     try:
         try:
             body()
+            sys.stdout.flush()
             return 0
+        except BrokenPipeError:
+            # What is still buffered would raise the same error when Python exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _exit_code(NO_READER, "stopped: the process that reads the output has ended (broken pipe)")
         except (UserError, OSError) as error:
             if os.environ.get("LOCAL_RANK", "0") == "0":  # the first rank of each machine
                 return _exit_code(2, describe(error))
@@ -124,3 +140,75 @@ def report_rank_error(rank: int) -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, SharedError):
             print(f"fastalign: rank {rank}: {error}", file=sys.stderr)
         raise
+
+
+class HangTimer:
+    """Ends the process with exit code `RANK_FAILED` after `timeout` seconds without a `beat`.
+
+    A rank that waits for others has half as long again, so that the rank that hangs reports first. Only seconds in
+    which the process runs count: a run goes on after its machine was suspended.
+    """
+
+    def __init__(self, world: World, timeout: float):
+        self._world, self._timeout = world, timeout
+        self._progress, self._paused = (0, "starting"), False
+        self._stop, self._main = threading.Event(), threading.get_ident()
+        self._thread = threading.Thread(target=self._watch, name="hang-timer", daemon=True)
+
+    def beat(self, step: int, doing: str) -> None:
+        """Restart the timer. `step`: updates done; `doing`: what comes next, such as "waiting for data"."""
+        self._progress = (step, doing)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The timer restarts at the end."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def __enter__(self) -> "HangTimer":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        period = min(1.0, self._timeout / 10)
+        seen, idle = None, 0.0
+        while not self._stop.wait(period):
+            if self._paused or seen is not self._progress:
+                seen, idle = self._progress, 0.0
+                continue
+            idle += period
+            if idle > self._timeout and (idle > 1.5 * self._timeout or not self._waits()):
+                self._end(idle)
+
+    def _waits(self) -> bool:
+        """Whether the main thread is where it may wait for another rank."""
+        frames = traceback.walk_stack(sys._current_frames()[self._main])
+        inside = any(frame.f_code.co_filename.startswith(_COLLECTIVES) for frame, _ in frames)
+        return self._world.size > 1 and (inside or self._progress[1] == WAITING)
+
+    def _end(self, idle: float) -> None:
+        guard = threading.Timer(10, os._exit, [RANK_FAILED])  # printing may block, too
+        guard.daemon = True
+        guard.start()
+        (step, doing), rank = self._progress, self._world.rank
+        if doing != WAITING and self._waits():
+            doing += f", {WAITING}"
+        line = (
+            f"fastalign: rank {rank} ({socket.gethostname()}, pid {os.getpid()}) hangs at step {step}: {doing} for "
+            f"{idle:.0f} s; the run ends after faults.timeout={self._timeout:g} s; the same command goes on from the "
+            "newest checkpoint; if the run was only slow, set a larger faults.timeout"
+        )
+        print(line, file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(2)
+        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
+            # NCCL's flight recorder, as NCCL's own timeout would write it; torch's `torchfrtrace` reads it.
+            prefix = os.environ.get("TORCH_FR_DUMP_TEMP_FILE", f"{tempfile.gettempdir()}/nccl_trace_rank_")
+            Path(f"{prefix}{rank}").write_bytes(torch._C._distributed_c10d._dump_nccl_trace())
+        os._exit(RANK_FAILED)

@@ -1,28 +1,21 @@
-"""The ranks of a run: joining and leaving them, their collectives, and FSDP, which shards a module among them.
-
-With FSDP checkpoints hold full tensors. Its imports are local: they are slow, and few runs shard.
-"""
+"""The ranks of a run: joining and leaving them, and their collectives."""
 
 import ctypes
-import gc
 import importlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch import Tensor, distributed
 
 from fastalign.utils.errors import SharedError, UserError, describe
 
 _Result = TypeVar("_Result")
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h
-_meshes: list[DeviceMesh] = []
 
 
 @dataclass(frozen=True)
@@ -68,6 +61,11 @@ class World:
             distributed.barrier()
 
 
+def collective_timeout(timeout: float) -> timedelta:
+    """The process group's timeout for `faults.timeout` seconds: longer, as ranks wait for rank 0 to save or probe."""
+    return timedelta(seconds=max(30 * 60, 2 * min(timeout, 1e8) + 60))
+
+
 def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     """Join the ranks that torchrun started, or run alone: NCCL with GPUs, gloo without. `timeout`: of collectives."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -80,24 +78,26 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
+    world = World(rank, size, device)
     if size == 1:
-        return World(rank, size, device)
+        return world
     # Before there is a group: some of its functions have it as the default of an argument, which would keep it alive
     # after `stop` if torch._dynamo imported them later.
     importlib.import_module("torch.distributed.fsdp")
     # NCCL's flight recorder keeps the last collectives; a rank that hangs writes them to a file.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    options = {"device_id": device} if device.type == "cuda" else {}
+    options = {"backend": "gloo", "timeout": timeout}
+    if device.type == "cuda":
+        options |= {"backend": "nccl", "device_id": device}
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun's store still has the addresses of the ranks before the restart: use other keys. Several machines
         # count restarts differently; there torchrun must not share its store (examples/elastic.sh).
         store, *_ = next(distributed.rendezvous("env://", timeout=timeout))
         options |= {"store": distributed.PrefixStore(attempt, store), "rank": rank, "world_size": size}
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, timeout=timeout, **options)
-    return World(rank, size, device)
+    distributed.init_process_group(**options)
+    return world
 
 
 def keep_freed_memory() -> bool:
@@ -123,9 +123,6 @@ def stop() -> None:
     """Leave the process group and end its threads: gloo's may abort a process that ends before (pytorch #179291)."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
-    while _meshes:  # FSDP's caches keep the mesh, which keeps the group
-        getattr(_meshes.pop(), "_pg_registry", {}).clear()  # torch has no public way
-        gc.collect()  # sharded modules hold the group too, in cycles
 
 
 def on_first_rank(world: World, work: Callable[[], _Result]) -> _Result:
@@ -142,76 +139,3 @@ def on_first_rank(world: World, work: Callable[[], _Result]) -> _Result:
     if failure is not None:
         raise SharedError(failure)
     return result
-
-
-def shard(whole: nn.Module, module: nn.Module, parts: Iterable[nn.Module], world: World) -> None:
-    """Send rank 0's tensors of `whole` to every rank, as DDP does, and shard the parameters of its part `module`.
-
-    In place, before optimizers are made; `parts` of the module are unsharded one at a time.
-    """
-    from torch.distributed.fsdp import fully_shard
-
-    for value in (*whole.parameters(), *whole.buffers()):
-        distributed.broadcast(value.detach(), src=0)
-    _meshes.append(init_device_mesh(world.device.type, (world.size,)))
-    for part in parts:
-        fully_shard(part, mesh=_meshes[-1])
-    # The root reshards too: weights loaded between two passes must take effect.
-    fully_shard(module, mesh=_meshes[-1], reshard_after_forward=True)
-
-
-def _is_sharded(value: Tensor) -> bool:
-    return hasattr(value, "device_mesh")  # a DTensor
-
-
-def full_tensor(value: Tensor) -> Tensor:
-    """The gathered tensor, for which every rank must call this; other tensors as they are."""
-    return value.full_tensor() if _is_sharded(value) else value
-
-
-def to_local(value: Tensor) -> Tensor:
-    """This rank's shard, in the same memory; other tensors as they are."""
-    return value.to_local() if _is_sharded(value) else value
-
-
-def shard_like(value: Tensor, live: Tensor | None) -> Tensor:
-    """A full tensor, the same on every rank, sharded as `live` is; the value itself if the two do not correspond."""
-    if not _is_sharded(live) or getattr(value, "shape", ()) != live.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    # src_data_rank=None: each rank takes its shard of its own copy, nothing is sent.
-    return distribute_tensor(value.to(live.device), live.device_mesh, live.placements, src_data_rank=None)
-
-
-def load_module(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """`load_state_dict` of full tensors into a module that may be sharded, with its errors."""
-    live = module.state_dict()
-    module.load_state_dict({name: shard_like(value, live.get(name)) for name, value in state.items()})
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """`load_state_dict` of full tensors into an optimizer whose parameters may be sharded, with its errors."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = {
-        index: {key: shard_like(value, parameters[index]) for key, value in values.items()}
-        for index, values in state["state"].items()
-    }
-    optimizer.load_state_dict({**state, "state": moments})
-
-
-@contextmanager
-def unsharded(module: nn.Module) -> Iterator[None]:
-    """Inside, forward passes without gradient need no other rank; every rank must enter and hold the full module."""
-    from torch.distributed.fsdp import FSDPModule
-
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    for part in parts:
-        part.unshard()
-        part.set_reshard_after_forward(False, recurse=False)
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.set_reshard_after_forward(True, recurse=False)
-            part.reshard()

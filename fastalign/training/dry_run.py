@@ -95,7 +95,7 @@ def _measure_micro_batch(config: Config, parts: int, device: torch.device, updat
     """The largest micro-batch of this rank's `parts` images that fits, by updates on this rank alone."""
     if device.type != "cuda":
         raise UserError("optim.micro_batch=auto measures the memory of a GPU: on a CPU set a number or null")
-    efficiency = config.efficiency.model_copy(update={"compile": False, "shard": False})
+    efficiency = config.efficiency.model_copy(update={"compile": False})
     optim = config.optim.model_copy(update={"batch_size": parts, "accumulate": 1})
     torch.cuda.set_per_process_memory_fraction(GPU_SHARE, device)
     try:

@@ -1,51 +1,9 @@
-"""Optimizer, learning-rate schedule and moving average."""
+"""Learning-rate schedule, seeds of updates and moving average."""
 
-import importlib
 import math
-from collections.abc import Iterable
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
-
-from fastalign.training.distributed import shard_like, to_local
-from fastalign.utils.errors import UserError
-
-
-def adamw(parameters: Iterable[nn.Parameter], **options) -> torch.optim.AdamW:
-    """Fused AdamW over the trained parameters, all of them with weight decay; `options`: lr, betas, weight_decay."""
-    return torch.optim.AdamW([p for p in parameters if p.requires_grad], fused=True, **options)
-
-
-def make_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], device: torch.device, **options
-) -> tuple[torch.optim.Optimizer, list[str]]:
-    """The optimizer of `optim.name` over the trained parameters, and lines for the user."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    apex = None if name == "adamw" else _import_apex(device)
-    if apex is None:
-        missing = f"optim.name={name}: NVIDIA's apex with its CUDA extensions and a GPU are needed"
-        if name == "apex_lamb":
-            raise UserError(f"{missing}; build it from NVIDIA's repository, or set optim.name=adamw")
-        notes = [f"{missing}: torch's fused AdamW, the same update"] if name == "apex_adam" else []
-        return adamw(trained, **options), notes
-    if name == "apex_adam":
-        return apex.FusedAdam(trained, adam_w_mode=True, **options), []
-    return apex.FusedLAMB(trained, max_grad_norm=math.inf, **options), []  # the gradient is clipped before
-
-
-def _import_apex(device: torch.device) -> ModuleType | None:
-    """NVIDIA's `apex.optimizers`, None if it cannot be used. The package index has another project called apex."""
-    try:
-        importlib.import_module("amp_C")  # its CUDA extensions
-        return importlib.import_module("apex.optimizers") if device.type == "cuda" else None
-    except Exception:  # whatever another project raises when it is imported
-        return None
-
-
-def class_name(optimizer: torch.optim.Optimizer) -> str:
-    """torch.AdamW, apex.FusedAdam...: whose state a checkpoint holds."""
-    return f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__name__}"
 
 
 def learning_rate(
@@ -70,33 +28,20 @@ def seed_update(seed: int, step: int, rank: int) -> None:
         torch.cuda.manual_seed_all(number)
 
 
-def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-    """Update the weights unless `skip`, a [] bool on the device, is true; then weights and moments stay.
-
-    torch's fused AdamW decides on the device, as with a gradient scaler; for other optimizers the host waits.
-    """
-    if isinstance(optimizer, torch.optim.AdamW):
-        optimizer.found_inf = skip.float()
-        optimizer.step()
-    elif not skip.item():
-        optimizer.step()
-
-
 class MovingAverage:
-    """An exponential moving average of a module's parameters and buffers in fp32, sharded as they are."""
+    """An exponential moving average of a module's parameters and buffers in fp32."""
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
-        self._live = [to_local(value.detach()) for value in module.state_dict().values()]
+        self._live = [value.detach() for value in module.state_dict().values()]
         self.state = {name: value.detach().clone().float() for name, value in module.state_dict().items()}
-        self._average = [to_local(value) for value in self.state.values()]
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the module's current weights."""
-        torch._foreach_lerp_(self._average, self._live, 1 - self.decay)
+        torch._foreach_lerp_(list(self.state.values()), self._live, 1 - self.decay)
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Continue from a saved average of full tensors."""
+        """Continue from a saved average."""
         for name, value in self.state.items():
-            value.copy_(shard_like(state[name], value))
+            value.copy_(state[name])

@@ -45,10 +45,10 @@ class Reporter:
         main: bool = True,
         sinks: Sequence[str] = (),
     ):
-        self.main, self.total, self.first, self.speed = main, total, step, speed
+        self.main, self.total, self.speed = main, total, speed
         self._pending: list[dict] = []
-        self._bar, self._text, self._shown, self._announced = None, "", 0.0, False
-        self.start_clock()
+        self._bar, self._text, self._shown = None, "", 0.0
+        self._first: tuple[int, float] | None = None  # step and time of the first update
         if not main:
             return
         self._path = folder / "metrics.jsonl"
@@ -59,18 +59,14 @@ class Reporter:
         if sys.stderr.isatty():
             # Fits 80 columns: bar, steps, figures, time left.
             columns = [BarColumn(bar_width=12), MofNCompleteColumn(), TextColumn("{task.description}")]
-            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._task = self._bar.add_task("", total=total, completed=step)
             self._bar.start()
-
-    def start_clock(self) -> None:
-        """Training begins: the time left is estimated from here."""
-        self.started = time.monotonic()
 
     def say(self, text: str) -> None:
         """Print lines that stay."""
         if self._bar and text:
-            self._bar.console.print(text, highlight=False, markup=False)
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
         elif self.main and text:
             print(text, flush=True)
 
@@ -89,18 +85,20 @@ class Reporter:
         finally:
             if self._bar:
                 self._bar.remove_task(task)
+                self._bar.refresh()
 
     def update(self, step: int) -> None:
         """Move the bar: an update is done, on the host at least."""
+        self._first = self._first or (step, time.monotonic())
         if self._bar:
-            left = self._left(step)
-            text = self._text if left is None else f"{self._text} {duration(left)} left"
-            self._bar.update(self._task, completed=step, description=text)
+            self._bar.update(self._task, completed=step, description=f"{self._text} {self._left(step)}")
 
-    def _left(self, step: int) -> float | None:
-        """Seconds to the end of the run, after two updates."""
-        done = step - self.first
-        return (time.monotonic() - self.started) / done * (self.total - step) if done >= 2 else None
+    def _left(self, step: int) -> str:
+        """The time to the end of the run, from the second update on."""
+        first, since = self._first or (step, 0.0)
+        if step in (first, self.total):
+            return ""
+        return f"{duration((time.monotonic() - since) / (step - first) * (self.total - step))} left"
 
     def add(self, **values) -> None:
         """Keep a line until the next flush; values may be tensors on the device."""
@@ -128,20 +126,17 @@ class Reporter:
             self._show(training[-1])
 
     def _show(self, line: dict) -> None:
-        step, left = line["step"], self._left(line["step"])
+        step = line["step"]
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         self._text = (
             f"loss {loss}  {line['images_per_second']:.0f} images/s  data wait {line['data_wait']:.1%}"
         )
-        if not self._announced and left:
-            self._announced = True
-            self.say(f"expected end: {clock(left)}, in {duration(left)}")
         if self._bar:
             self.update(step)
         elif step == self.total or time.monotonic() - self._shown > LINE_SECONDS:
             self._shown = time.monotonic()
-            remaining = f"  {duration(left)} left" if left else ""
-            self.say(f"step {step}/{self.total}  epoch {line['epoch']}  {self._text}{remaining}")
+            text = f"step {step}/{self.total}  epoch {line['epoch']}  {self._text}  {self._left(step)}"
+            self.say(text.rstrip())
 
     def close(self) -> None:
         """Remove the bar, write what is pending and close the file."""
@@ -181,12 +176,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def clock(seconds: float) -> str:
-    """The local time in so many seconds: 15:42, on another day with its date."""
-    end, now = time.localtime(time.time() + seconds), time.localtime()
-    return time.strftime("%H:%M" if end[:3] == now[:3] else "%a %d %b, %H:%M", end)
 
 
 def setup_lines(run: Run) -> list[str]:

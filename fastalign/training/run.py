@@ -1,30 +1,26 @@
 """A run: its configuration, the objects built from it, and its state."""
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastalign.backbones.blocks import Block
 from fastalign.backbones.precision import autocast, compute_dtype
 from fastalign.config import Config
-from fastalign.training import build, distributed
+from fastalign.training import build
 from fastalign.training.checkpoint_files import Checkpoints
-from fastalign.training.command import Preemption, StopReason
+from fastalign.training.command import HangTimer, Preemption, StopReason
 from fastalign.training.distributed import World, on_first_rank
-from fastalign.training.hang import HangTimer
-from fastalign.training.optim import MovingAverage, learning_rate, make_optimizer
+from fastalign.training.optim import MovingAverage, learning_rate
 from fastalign.training.status import Status
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import checksum_of, remove_leftovers
 
 _WEIGHTS = {".safetensors", ".pth", ".pt", ".bin", ".npz"}  # suffixes
-_KEYS = {"last_eval_step": "judged_at"}  # attributes that a checkpoint calls differently
 MAX_CHECKPOINT_AGE = 15 * 60  # seconds, if `checkpoint.every_steps` is null
 
 
@@ -42,14 +38,13 @@ class TrainState:
     changes: list[dict[str, Any]] = field(default_factory=list)  # by `resume=force`: step, key, before, now
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, by the keys of a checkpoint."""
-        state = {_KEYS.get(name, name): value for name, value in vars(self).items()}
-        return state | {"bad": sorted(self.bad)}
+        """Plain values by name."""
+        return {**vars(self), "bad": sorted(self.bad)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the values from a checkpoint."""
         for name in vars(self):
-            setattr(self, name, state[_KEYS.get(name, name)])
+            setattr(self, name, state[name])
         self.bad = set(self.bad)
 
     @property
@@ -74,7 +69,6 @@ class Run:
     ):
         self.config, self.world, self.folder = config, world, Path(config.output)
         self.state, self.preemption = TrainState(), preemption or Preemption()
-        self.sharded = is_sharded(config, world)
         optim, efficiency, device = config.optim, config.efficiency, world.device
         objective, self.backbone = build.build_objective(config)
         self.dtype = compute_dtype(efficiency.precision, device)
@@ -85,18 +79,12 @@ class Run:
         self.objective = objective.to(device)
         attention = build.choose_attention(config, objective, device)
         self.train, self.val = build.build_loaders(config, world, self.backbone)
-        if self.sharded:
-            blocks = [part for part in objective.student.modules() if isinstance(part, Block)]
-            distributed.shard(objective, objective.student, blocks, world)
         self.trained = [p for p in objective.parameters() if p.requires_grad]
         options = {"lr": optim.lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
-        self.optimizer, notes = make_optimizer(optim.name, self.trained, device, **options)
-        precision = efficiency.precision
-        if precision == "auto":
-            precision = "bf16" if self.dtype == torch.bfloat16 else "fp32"
-        self.notes = [f"precision: {precision}", attention, *notes]  # lines for the user
-        if efficiency.shard and not self.sharded:
-            self.notes.append("efficiency.shard: one process has nothing to shard, the student stays whole")
+        self.optimizer = torch.optim.AdamW(self.trained, fused=True, **options)
+        chosen = "bf16" if self.dtype == torch.bfloat16 else "fp32"
+        precision = chosen if efficiency.precision == "auto" else efficiency.precision
+        self.notes = [f"precision: {precision}", attention]  # lines for the user
         self.average = MovingAverage(objective.student, optim.ema) if optim.ema else None
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
         if world.main:
@@ -113,14 +101,14 @@ class Run:
         if efficiency.compile:
             objective.compile(blocks=efficiency.compile == "blocks")
         self.model: nn.Module = objective
-        if world.size > 1 and not self.sharded:
+        if world.size > 1:
             self.model = DistributedDataParallel(
                 objective, broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
     def _contents(self) -> dict[str, Any]:
         """Fingerprints of what the paths of the configuration hold, by key."""
-        found: dict[str, Any] = {key: source.identity for key, source in self.sources.items()}
+        found: dict[str, Any] = {key: source.crc_of_names() for key, source in self.sources.items()}
         for section in ("student", "teacher"):
             weights = getattr(self.config, section).weights
             if weights not in (None, "pretrained", "random"):
@@ -135,19 +123,11 @@ class Run:
 
     def cached_autocast(self) -> AbstractContextManager:
         """Around passes with the same weights: a disabled outer autocast keeps the casts of those inside it."""
-        # Not for sharded weights, which are gathered for each pass.
-        reduced = self.dtype == torch.bfloat16 and not self.sharded
-        return torch.autocast(self.world.device.type, enabled=False) if reduced else nullcontext()
+        return torch.autocast(self.world.device.type, enabled=False)
 
     def grad_sync(self, last: bool) -> AbstractContextManager:
         """Around one pass of an update: ranks add up their gradients in the last one only."""
-        if self.sharded:
-            self.objective.student.set_requires_gradient_sync(last)
-        return nullcontext() if last or self.world.size == 1 or self.sharded else self.model.no_sync()
-
-    def unsharded(self) -> AbstractContextManager:
-        """Around passes without gradient that ranks may have different numbers of; every rank must enter."""
-        return distributed.unsharded(self.objective.student) if self.sharded else nullcontext()
+        return nullcontext() if last or self.world.size == 1 else self.model.no_sync()
 
     def set_learning_rate(self) -> float:
         """Set and return the learning rate of the next update."""
@@ -158,11 +138,6 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
-
-    def clip_gradients(self) -> Tensor:
-        """Clip by `optim.clip`. Returns the norm before, [] on the device, the same on every rank."""
-        limit = self.config.optim.clip or math.inf
-        return distributed.full_tensor(nn.utils.clip_grad_norm_(self.trained, limit))
 
     def beat(self, doing: str) -> None:
         """Restart the hang timer: what this rank does next."""
@@ -201,17 +176,3 @@ class Run:
     def finished(self) -> bool:
         """Whether nothing is left to train or to evaluate."""
         return self.state.step >= self.last_step and not self.eval_pending
-
-
-def is_sharded(config: Config, world: World) -> bool:
-    """Whether `efficiency.shard` shards the student, which takes several ranks."""
-    if not config.efficiency.shard:
-        return False
-    for key, incompatible, reason in (
-        ("efficiency.compile", config.efficiency.compile, "graphs cannot hold the exchange of weights"),
-        ("probe.data", config.probe.data is not None, "a probe copies the whole student on one rank"),
-        ("optim.name", config.optim.name != "adamw", "apex updates whole tensors only"),
-    ):
-        if incompatible:
-            raise UserError(f"efficiency.shard is incompatible with {key} ({reason}): remove one of them")
-    return world.size > 1

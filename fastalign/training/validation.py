@@ -1,49 +1,48 @@
 """Passes over the validation set: its loss, and the scale of the targets."""
 
 import itertools
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastalign.data.loader import Loader
-from fastalign.training import build
-from fastalign.training.hang import WAITING
-from fastalign.training.optim import MovingAverage
+from fastalign.training.build import evaluation_loader
+from fastalign.training.command import WAITING
+from fastalign.training.faults import report_bad_validation_samples
 from fastalign.training.reporter import Reporter
 from fastalign.training.run import Run
 from fastalign.utils.errors import SharedError
 from fastalign.utils.random import EVAL_EPOCH
 
 
-@contextmanager
-def eval_mode(student: nn.Module, average: MovingAverage | None) -> Iterator[None]:
-    """The student in eval mode, with the averaged weights if there are any; restored afterwards."""
-    modes = {part: part.training for part in student.modules()}
-    live = {name: value.clone() for name, value in student.state_dict().items()} if average else None
-    try:
-        if average:
-            student.load_state_dict(average.state)
-        student.eval()
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-        if live is not None:
-            student.load_state_dict(live)
+def validate(run: Run, reporter: Reporter, epoch: int) -> None:
+    """Evaluate on the validation set and report the loss."""
+    step, loss = run.state.step, evaluate(run, reporter)
+    run.state.val_loss = loss
+    report_bad_validation_samples(run, reporter)
+    reporter.add(step=step, epoch=epoch, val_loss=loss)
+    reporter.flush()
+    reporter.say(f"step {step}: validation loss {loss:.4f}")
 
 
 @torch.no_grad()
 def evaluate(run: Run, reporter: Reporter) -> float:
     """The loss over the validation set with its fixed masks, of the averaged weights if there are any."""
-    sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
-    with eval_mode(run.objective.student, run.average), run.unsharded(), run.cached_autocast():
+    student, sums = run.objective.student, torch.zeros(2, dtype=torch.float64, device=run.world.device)
+    if run.average:
+        live = {name: value.clone() for name, value in student.state_dict().items()}
+        student.load_state_dict(run.average.state)
+    student.eval()
+    with run.cached_autocast():
         for batch in reporter.track(run.val.batches(), "validating", len(run.val)):
             run.beat("validating")
             with run.autocast():
                 loss = run.objective(batch.images, batch.ids, EVAL_EPOCH)
             sums += torch.stack([loss.double() * len(batch.ids), loss.new_tensor(len(batch.ids)).double()])
+    student.train()
+    if run.average:
+        student.load_state_dict(live)
     total, count = _sum(run, sums, "val", count=1).tolist()
     return total / count
 
@@ -70,8 +69,7 @@ def measure_target_scale(run: Run, reporter: Reporter) -> None:
     elif run.val is not None:
         _measure(run, reporter, run.val, "val", given, len(run.val))
     else:
-        loader = build.evaluation_loader(run.config, run.world, run.backbone, run.config.data.train)
-        with closing(loader):
+        with closing(evaluation_loader(run.config, run.world, run.backbone, run.config.data.train)) as loader:
             _measure(run, reporter, loader, "train", given, 50)
     reporter.say(f"target scale {scale.item():.4g}: the targets are multiplied by it (loss.target_scale)")
 

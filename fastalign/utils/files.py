@@ -56,13 +56,9 @@ def remove_leftovers(folder: Path) -> None:
 
     This process's own number counts as a dead one's: in a container every start may have the same.
     """
-    for path in folder.glob(".*"):
+    for path in filter(Path.is_file, folder.glob(".*")):
         match = _TEMPORARY.fullmatch(path.name)
-        if (
-            match
-            and path.is_file()
-            and (int(match[1]) == os.getpid() or not Path("/proc", match[1]).exists())
-        ):
+        if match and (int(match[1]) == os.getpid() or not Path("/proc", match[1]).exists()):
             path.unlink(missing_ok=True)
 
 
@@ -74,13 +70,6 @@ def wrap_io_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         remedy = "free some space, or make its directory writable, and run the same command again"
         raise UserError(f"{path} cannot be written ({reason(error)}): {remedy}") from error
-
-
-def can_be_folder(given: str, path: str | Path) -> None:
-    """UserError if an output folder or a parent of it is a file; `given` is how the user named it."""
-    place = next(each for each in (Path(path), *Path(path).absolute().parents) if each.exists())
-    if not place.is_dir():
-        raise UserError(f"{given}: {place} is not a directory; name another output")
 
 
 def checksum_of(paths: Iterable[Path]) -> int:

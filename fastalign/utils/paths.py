@@ -12,8 +12,6 @@ from pydantic import AfterValidator
 
 from fastalign.utils.errors import UserError
 
-# At the beginning, or after the kind of a data set: `coco:~/coco`.
-_HOME = re.compile(r"((?:[\w-]+:(?=~))?)((?:~[^/]*)?)(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$\{?(\w+)")
 
 
@@ -30,14 +28,13 @@ def place_caches() -> None:
 def user_path(text: str | Path) -> str:
     """A path with `~`, `~name`, `$NAME` and `${NAME}` expanded; anything else (a timm name) is returned as it is."""
     text = os.fspath(text)
-    kind, home, rest = _HOME.fullmatch(text).groups()
-    found = os.path.expanduser(home)  # noqa: PTH111, which raises instead of leaving the text as it is
-    if home and found == home:
-        raise UserError(f"{text}: the home folder of {home} is not known; write the path out")
-    rest = os.path.expandvars(rest)
-    if missing := _VARIABLE.search(rest):
+    found = os.path.expanduser(text)  # noqa: PTH111, which raises instead of leaving the text as it is
+    if found.startswith("~"):
+        raise UserError(f"{text}: the home folder of {found.split('/')[0]} is not known; write the path out")
+    found = os.path.expandvars(found)
+    if missing := _VARIABLE.search(found):
         raise UserError(f"{text}: the environment variable {missing[1]} is not set; write the path out")
-    return f"{kind}{found}{rest}"
+    return found
 
 
 class _BadPath(argparse.ArgumentTypeError, ValueError):

@@ -182,7 +182,7 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only: no aliases, which let a short text grow without bound, no dates, no key twice."""
+    """Plain values only: no aliases, which let a short text grow without bound, and no key twice."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         line = self.peek_event().start_mark.line + 1
@@ -193,12 +193,6 @@ class _Loader(yaml.SafeLoader):
         if twice := next((name for number, name in enumerate(names) if name in names[:number]), None):
             raise yaml.YAMLError(f"the key {twice} twice in the mapping of line {line}: remove one")
         return node
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 
 
 class _Dumper(yaml.SafeDumper):

@@ -117,14 +117,14 @@ BAD_INPUT = {
     "a wrong name": ("vit_base_patch61_224", {}, ["unknown backbone", "vit_base_patch16_224"]),
     "part of a name": ("vit_tiny", {}, ["the nearest is vit_tiny_patch16_224"]),
     "another family": ("resnet50", {}, ["ResNet", "VisionTransformer"]),
-    "a wrong tag": (f"{VIT}.foo", {}, ["foo", "weights known for it: vit_tiny"]),
-    "a wrong argument": (VIT, {"depht": 3}, ["unexpected keyword argument 'depht'", "correct its arguments"]),
+    "a wrong tag": (f"{VIT}.foo", {}, ["Invalid pretrained tag (foo)", "correct its tag"]),
+    "a wrong argument": (VIT, {"depht": 3}, ["unexpected keyword argument 'depht'", "arguments {"]),
     "an unsupported part": ("vit_base_patch16_18x2_224", {}, ["ParallelThingsBlock is not supported"]),
     "padded images": ("vit_small_patch16_dinov3", {"dynamic_img_pad": True}, ["padded images"]),
     "dropped patches": ("vit_small_patch16_dinov3", {"patch_drop_rate": 0.5}, ["PatchDropoutWithIndices"]),
     "grouped heads": (ROPE, {"qkv_fused": False, "num_kv_heads": 3}, ["grouped heads"]),
     "another rope": (ROPE, {"rope_type": "mrope", "rope_grid_indexing": "ij"}, ["RotaryEmbeddingMRope"]),
-    "a wrong size": (VIT, {"img_size": [48, 50]}, ["img_size 50", "48 or 64"]),
+    "a wrong size": (VIT, {"img_size": [48, 50]}, ["img_size 50", "use 48"]),
     "no file": (VIT, {"checkpoint": "none.pth"}, ["none.pth"]),
 }
 

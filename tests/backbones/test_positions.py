@@ -156,10 +156,19 @@ def test_a_patch_size_is_resampled_too(tmp_path):
     assert same(fa.load_backbone(run, patch_size=8, img_size=(32, 64)), model, (2, 4), patch_size=8)
 
 
-def test_a_fixed_table_is_computed_for_the_new_grid(tmp_path):
+def test_a_fixed_table_is_computed_for_the_new_grid(tmp_path, monkeypatch):
+    """Also for the published checkpoint, whose head and second encoder are not read."""
     model = timm_model("vit_base_patch16_224", (2, 8))
     run = save_run(tmp_path / "run", model, MOCO, {"img_size": pixels((2, 8))})
-    vit, fresh = fa.load_backbone(run, img_size=96), fa.create_backbone(MOCO, img_size=96, **NARROW)
-    assert torch.equal(vit.pos_embed, fresh.pos_embed)
-    assert not vit.pos_embed.requires_grad
-    assert torch.equal(vit.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+    state = {f"module.base_encoder.{key}": value for key, value in model.state_dict().items()}
+    state |= {"module.base_encoder.head.0.weight": torch.ones(8, 64)}
+    state |= {key.replace("base", "momentum"): torch.zeros_like(value) for key, value in state.items()}
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    torch.save({"arch": "vit_base", "state_dict": state}, tmp_path / "hub/checkpoints/vit-b-300ep.pth.tar")
+    fresh = fa.create_backbone(MOCO, img_size=96, **NARROW)
+    published = fa.create_backbone(MOCO, pretrained=True, img_size=96, **NARROW)
+    for vit in (fa.load_backbone(run, img_size=96), published):
+        assert torch.equal(vit.pos_embed, fresh.pos_embed)
+        assert not vit.pos_embed.requires_grad
+        assert torch.equal(vit.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)

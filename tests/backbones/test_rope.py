@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import fastalign as fa
 from fastalign import ops
-from fastalign.backbones.rope import MixedRope, pack_table, rotate
+from fastalign.backbones.blocks import MixedRope, pack_table, rotate
 from fastalign.backbones.zoo import from_timm
 from tests.backbones.helpers import capped
 from tests.numerics import gradient_error, randomise, relative_error

@@ -4,7 +4,6 @@ import argparse
 import copy
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,15 +11,12 @@ import torch
 from torch import nn
 
 import fastalign.compat.locality_alignment as la
-from fastalign.utils.errors import UserError
 from tests.compat.helpers import ONE, batch, make, student
 from tests.numerics import randomise, relative_error
 
 
 def save(folder, model, metrics=(None,), **options):
-    args = argparse.Namespace(
-        model="svit_tiny_patch16_224", betas=(0.9, 0.95), folder=Path("x"), extra={"a": 1}
-    )
+    args = argparse.Namespace(model=f"s{ONE}", betas=(0.9, 0.95), folder=Path("x"), extra={"a": 1})
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     places = {"checkpoint_dir": str(folder), "recovery_dir": str(folder)}
     saver = la.CheckpointSaver(model, optimizer, args, decreasing=True, **places, **options)
@@ -33,11 +29,8 @@ def test_a_checkpoint_is_plain_and_resumes(tmp_path):
     saver.save_recovery(0, 3)
     assert (tmp_path / "recovery-0-3.pth.tar").is_file()
     state = torch.load(tmp_path / "last.pth.tar", weights_only=True)
-    assert state["args"] == {
-        "model": "svit_tiny_patch16_224", "betas": [0.9, 0.95], "folder": "x", "extra": {"a": 1}
-    }  # fmt: skip
-    assert state["softcap"] == 30.0
-    assert state["arch"] == "svit_tiny_patch16_224"
+    plain = {"model": f"s{ONE}", "betas": [0.9, 0.95], "folder": "x", "extra": {"a": 1}}
+    assert (state["args"], state["softcap"], state["arch"]) == (plain, 30.0, f"s{ONE}")
     other = student(make(f"s{ONE}", depth=1))
     randomise(other)
     assert timm.models.resume_checkpoint(other, str(tmp_path / "last.pth.tar")) == 1
@@ -88,9 +81,3 @@ def test_a_student_fits_itself_and_averages_are_preferred(tmp_path):
             la.load_checkpoint_auto(other, str(path), use_ema=use_ema)
             shift = 1.0 if use_ema else 0.0
             assert torch.equal(other.decoder.head.bias, ours.decoder.head.bias + shift)
-
-
-def test_code_in_a_file_is_refused(tmp_path):
-    torch.save({"code": SimpleNamespace(a=1)}, tmp_path / "code.pth")
-    with pytest.raises(UserError, match=r"pickles types.SimpleNamespace.*nothing of it was run"):
-        la.load_checkpoint(nn.Linear(2, 2), str(tmp_path / "code.pth"))

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 import fastalign.compat.locality_alignment as la
+from fastalign.utils.errors import UserError
 from tests import truth
 from tests.compat.helpers import MODELS, ONE, batch, make, student
 from tests.numerics import gradient_error, randomise, relative_error
@@ -62,7 +63,7 @@ def test_norms_are_new_and_the_mlp_head_starts_at_zero():
     assert not encoder.norm.bias.any()
     assert encoder.head.fc1.out_features == encoder.blocks[0].mlp.fc1.out_features
     assert encoder.double()(batch(encoder)[0]).abs().max() == 0
-    with pytest.raises(ValueError, match="'linear' or 'mlp'"):
+    with pytest.raises(UserError, match="'linear' or 'mlp'"):
         la.convert_to_student_model(make(), 24, "conv")
 
 
@@ -85,15 +86,15 @@ def test_prefix_only_predicts_each_image_its_own_vector(name):
 
 
 def test_bad_conversions():
-    with pytest.raises(ValueError, match="skip_blocks=0"):
+    with pytest.raises(UserError, match="skip_blocks=0"):
         la.convert_to_teacher_model(make(), 1, prefix_only=True)
-    with pytest.raises(ValueError, match=r"0\.\.2"):
+    with pytest.raises(UserError, match=r"0\.\.2"):
         la.convert_to_teacher_model(make(), 3)
-    with pytest.raises(ValueError, match="square"):
+    with pytest.raises(UserError, match="square"):
         la.convert_to_teacher_model(make(img_size=(64, 32)))
     ours = student(make())
     images, mask, _ = batch(ours.encoder)
-    with pytest.raises(ValueError, match="multiple of the 2 images"):
+    with pytest.raises(UserError, match="multiple of the 2 images"):
         ours(images, mask[:5])
     with pytest.raises(RuntimeError, match="0 and 1 only"):
         ours(images, mask / 2)

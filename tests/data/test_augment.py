@@ -10,12 +10,13 @@ from PIL import Image, ImageEnhance
 from timm.data import auto_augment
 from timm.data.mixup import rand_bbox
 
-from fastalign.data.augment import OPS, augment, color_jitter, cut_box, mix, rand_augment
-from fastalign.data.transforms import RandAugment, Transform, parse_randaugment
+from fastalign.data.augment import augment, color_jitter, cut_box, mix, rand_augment
+from fastalign.data.transforms import Transform
 from fastalign.utils.errors import UserError
 from tests.data_helpers import CLIP_MEAN, CLIP_STD, Scripted, photo
 
 FILL = (122, 116, 104)
+OPS = [op.name for op in auto_augment.rand_augment_transform("rand").ops]
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 
 
@@ -23,19 +24,17 @@ def planes(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def one_op(image, name, magnitude, increasing, negative, bicubic=False):
-    policy = RandAugment(magnitude, layers=1, probability=1.0, increasing=increasing)
-    draws = [(OPS.index(name) + 0.5) / len(OPS), 0, 0, 0, 0.1 if negative else 0.9, 0.1 if bicubic else 0.9]
-    return rand_augment(planes(image), policy, draws, FILL)
-
-
-def timm_op(image, name, magnitude, increasing, negative):
-    hparams = {"img_mean": FILL, "interpolation": Image.Resampling.BILINEAR}
+def both(image, name, magnitude, increasing, negative, bicubic=False):
+    """The pixels that we and timm make of an image with one operation."""
     if increasing and f"{name}Increasing" in auto_augment.NAME_TO_OP:
         name = f"{name}Increasing"
+    hparams = {"img_mean": FILL, "interpolation": Image.Resampling.BILINEAR}
+    op = auto_augment.AugmentOp(name, prob=1.0, magnitude=magnitude, hparams=hparams)
+    draws = [0, 0, 0, 0, 0.1 if negative else 0.9, 0.1 if bicubic else 0.9]
+    made = rand_augment(planes(image), auto_augment.RandAugment([op], 1), draws)
     # timm negates if its draw is above 0.5.
     auto_augment.random = Scripted([0.9 if negative else 0.1])
-    return planes(auto_augment.AugmentOp(name, prob=1.0, magnitude=magnitude, hparams=hparams)(image))
+    return made, planes(op(image))
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -44,9 +43,9 @@ def test_ops_match_timm(name, monkeypatch):
     images = [photo("chelsea").crop((100, 60, 196, 140)), photo("rocket").crop((200, 100, 280, 196))]
     for image in (*images, Image.new("RGB", (40, 32), (10, 200, 30))):
         for options in ((9, True, False), (4.3, True, True), (7, False, True), (0, True, False)):
-            made = one_op(image, name, *options)
+            made, expected = both(image, name, *options)
             assert made.dtype == torch.uint8
-            difference = (made.int() - timm_op(image, name, *options).int()).abs()
+            difference = (made.int() - expected.int()).abs()
             # Only sampling between pixels is not exact.
             limit = 1 if name in GEOMETRIC else 0
             assert difference.max() <= limit or (difference > 1).float().mean() < 2e-3, options
@@ -54,27 +53,39 @@ def test_ops_match_timm(name, monkeypatch):
 
 def test_bicubic_sampling_is_close_to_bilinear():
     image = photo("astronaut").crop((100, 50, 220, 170))
-    smooth, sharp = (one_op(image, "Rotate", 5.3, True, False, bicubic).float() for bicubic in (False, True))
-    assert 0 < (smooth - sharp).abs().mean() < 4
-
-
-def test_policy_spelling():
-    assert parse_randaugment("rand-m9-mstd0.5-inc1") == RandAugment(9, 2, 0.5, 0.5, 10, True)
-    wide = RandAugment(15, 3, 0.7, math.inf, 20, False)
-    assert parse_randaugment("rand-m15-n3-p0.7-mmax20-mstd101") == wide
-    assert parse_randaugment("rand") == RandAugment(10, 2, 0.5, 0, 10, False)
-    for wrong in ("augmix-m5", "rand-m", "rand-x3", "rand-tweights", "rand-n2.5", "m9", "rand-m5-p2"):
-        with pytest.raises(UserError, match="rand-m9"):
-            Transform((8, 8), CLIP_MEAN, CLIP_STD, crop="rkrc", randaugment=wrong)
+    smooth, sharp = (both(image, "Rotate", 5.3, True, False, bicubic)[0] for bicubic in (False, True))
+    assert 0 < (smooth.float() - sharp.float()).abs().mean() < 4
 
 
 def test_layers_use_their_draws():
-    image, policy = planes(photo("chelsea").crop((100, 60, 196, 140))), RandAugment(magnitude=10, layers=2)
+    image, policy = (
+        planes(photo("chelsea").crop((100, 60, 196, 140))),
+        auto_augment.rand_augment_transform("rand"),
+    )
     invert, posterize = (OPS.index(n) / len(OPS) + 0.01 for n in ("Invert", "Posterize"))
     skipped = [invert, 0.6, 0, 0, 0, 0, posterize, 0.5, 0, 0, 0, 0]
-    assert torch.equal(rand_augment(image, policy, skipped, FILL), image)
+    assert torch.equal(rand_augment(image, policy, skipped), image)
     both = [invert, 0.4, 0, 0, 0, 0, posterize, 0.0, 0, 0, 0, 0]
-    assert torch.equal(rand_augment(image, policy, both, FILL), (255 - image) & 0xF0)
+    assert torch.equal(rand_augment(image, policy, both), (255 - image) & 0xF0)
+
+
+@pytest.mark.parametrize("wrong", ["augmix-m5", "rand-m", "rand-x3", "rand-tweights", "rand-n2.5", "m9"])
+def test_other_policies_are_refused(wrong):
+    with pytest.raises(UserError, match=f"randaugment='{wrong}'.*rand-m9"):
+        Transform((8, 8), CLIP_MEAN, CLIP_STD, crop="rkrc", randaugment=wrong)
+
+
+def test_the_magnitude_of_a_policy_varies_as_timm_says():
+    """mstd: normal, above 100 uniform in 0..m; mmax: its upper bound, 10 without. Solarize shows the level."""
+    image = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
+    for text, first, second, level in (
+        ("rand-m5-mstd101", 0.3, 0, 0.15), ("rand-m5-mstd2", 1 - math.exp(-0.5), 0, 0.7), ("rand-m5", 0.3, 0, 0.5),
+        ("rand-m9-mstd2-mmax12", 1 - math.exp(-2), 0, 1.2), ("rand-m9-mstd2", 1 - math.exp(-2), 0, 1.0),
+    ):  # fmt: skip
+        policy = auto_augment.rand_augment_transform(text + "-n1-p1")
+        draws = [OPS.index("Solarize") / len(OPS) + 0.01, 0.99, first, second, 0, 0]
+        made = rand_augment(image, policy, draws)
+        assert (made == image).all(1)[0].sum() == min(256, int(256 * level + 1e-6)), text
 
 
 def test_an_image_is_augmented_by_its_id_alone_and_never_in_evaluation():

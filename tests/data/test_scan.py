@@ -36,7 +36,7 @@ def test_scan_lists_what_training_finds(tmp_path, capsys):
         "  1 x not a JPEG, PNG or WebP file: it begins with b'this is no i' (such as 'a\\nb.jpg')",
         f"quarantine list: {output}; train with faults.quarantine={output}",
     ]
-    assert "101 of 101 images checked, 7 bad" in error_text
+    assert "100% checked, 7 bad" in error_text
 
 
 @needs_dali
@@ -51,16 +51,17 @@ def test_scan_of_a_damaged_shard(tmp_path, capsys):
     assert (shard.id, shard.name) == (None, "0.tar")
 
 
-def test_bad_input_is_refused_before_the_scan(tmp_path, capsys):
+def test_bad_input_is_refused_before_the_scan_and_the_list(tmp_path, capsys):
     root = write_folder(tmp_path / "a", {"1.jpg": small_photos(1)[0]})
     for arguments, message in (
         ([str(tmp_path / "none")], "no such folder"),
-        (["synthetic"], "no file to check"),
+        (["synthetic", "--output", str(tmp_path / "new/q.jsonl")], "no file to check"),
         ([str(root), "--workers", "0"], "--workers 0"),
-        ([str(root), "--output", str(tmp_path)], "cannot be written (Is a directory)"),
+        ([str(root), "--output", str(tmp_path)], "is a directory; name a file"),
         ([str(root), "--output", "/proc/q.jsonl"], "/proc/q.jsonl cannot be written ("),
     ):
         assert main(arguments) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+    assert not (tmp_path / "new").exists()

@@ -1,4 +1,4 @@
-"""The demo's mosaics, the teacher's weights in the repository, and the summary of a run."""
+"""The demo's mosaics, and the teacher's weights in the repository."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from demo import mosaics, summary, train_teacher
+from demo import mosaics, train_teacher
 
 DEMO = Path(mosaics.__file__).parent
 SETTINGS = mosaics.Settings(train=24, val=8, test=4, seed=3, size=96)
@@ -139,25 +139,3 @@ def test_training_writes_weights_that_timm_loads(rendered, tmp_path, capsys):
     for wrong in (["--data", str(tmp_path / "nothing")], ["--data", str(rendered), "--batch", "25"]):
         assert train_teacher.main([*line, *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1
-
-
-METRICS = [
-    {"step": 0, "epoch": 0, "val_loss": 1.33},
-    {"step": 1, "epoch": 0, "loss": 1.3, "lr": 3e-4, "images_per_second": 10.0, "data_wait": 0.5},
-    {"step": 2, "epoch": 0, "loss": 0.9, "lr": 2e-4, "images_per_second": 100.0, "data_wait": 0.25},
-    {"step": 3, "epoch": 1, "loss": 0.8, "lr": 1e-4, "images_per_second": 110.0, "data_wait": 0.0},
-    {"step": 3, "epoch": 1, "val_loss": 0.75},
-]
-
-
-def test_the_summary_has_the_numbers_of_the_run(tmp_path, capsys):
-    text = "".join(json.dumps(line) + "\n" for line in METRICS)
-    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 4, "lo')
-    assert summary.main([str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    for expected in ("1.3300", "0.7500", "100", "25.0%", "not saved yet"):
-        assert expected in printed
-    assert Image.open(tmp_path / "curves.png").width > 800
-    (tmp_path / "metrics.jsonl").unlink()
-    assert summary.main([str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1

@@ -1,6 +1,8 @@
 """How classifiers are trained: losses, learning rates, resuming, ranks."""
 
 import re
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +21,10 @@ from fastalign.classify import classify, main
 from fastalign.data.loader import Batch, Loader
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
-from fastalign.evaluation.fit import FeatureLoader, Fit, predict
+from fastalign.evaluation.fit import FeatureLoader, Fit, count
 from fastalign.evaluation.heads import Classifier, StandardizedLinear, parameter_groups
-from fastalign.evaluation.images import make_fit, update_best
+from fastalign.evaluation.images import make_fit
+from fastalign.evaluation.metrics import ImageCounts
 from fastalign.evaluation.options import ImageOptions
 from fastalign.utils.random import permutation
 from tests.evaluation.helpers import (
@@ -47,7 +50,7 @@ def test_features_come_in_the_order_of_images():
     transform, common = Transform((8, 8), (0.5,) * 3, (0.5,) * 3), {"batch_size": 3, "device": CPU["device"]}
     for train, epoch in ((True, 3), (True, 0), (False, 0)):
         images = Loader(open_source("synthetic:10"), transform, threads=1, seed=5, train=train, **common)
-        order = (lambda epoch: permutation(10, seed=5, epoch=epoch)) if train else None
+        order = partial(permutation, 10, seed=5) if train else None
         features = FeatureLoader(torch.arange(10.0), order=order, **common)
         expected, found = ([*each.batches(epoch)] for each in (images, features))
         for kind in ("ids", "images"):
@@ -129,7 +132,7 @@ def test_the_linear_head_finds_the_optimum_of_logistic_regression():
     head, tokens, targets = StandardizedLinear(6, 3), torch.from_numpy(features), torch.from_numpy(labels)
     head.standardize(tokens)
     options = ImageOptions(epochs=300, batch_size=300, lr=0.1, min_lr=0.0, weight_decay=0.0).resolved()
-    fit = make_fit(head, 1, targets, options, 0, SINGLE, torch.float32)
+    fit = make_fit(head, 1, targets.__getitem__, options, 0, SINGLE, torch.float32)
     for _ in range(300):
         fit.epoch(whole_batch(tokens)(), 1)
     loss, top1 = nn.functional.cross_entropy(head(tokens), targets), theirs.score(features, labels)
@@ -150,7 +153,7 @@ def test_an_update_has_the_loss_of_its_mixed_labels():
         expected += SoftTargetCrossEntropy()(head(batch.images), target).item() / 2
     options = {"epochs": 2, "accumulate": 2, "label_smoothing": 0.1, "lr": 0.1, "min_lr": 0}
     options = ImageOptions(augment=True, warmup_epochs=0, **options).resolved()
-    fit = make_fit(head, 2, labels, options, 0, SINGLE, torch.float32)
+    fit = make_fit(head, 2, labels.__getitem__, options, 0, SINGLE, torch.float32)
     fit.step = 1
     assert fit.update(iter(batches)).item() == pytest.approx(expected, rel=1e-6)
     assert fit.optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
@@ -163,8 +166,10 @@ def test_evaluation_drops_no_path(vit):
     plain = Classifier(vit, "attention", 6)
     plain.load_state_dict(dropping.state_dict())
     images = torch.randn(8, 3, 32, 32)
-    ((logits, _),) = predict(dropping.train(), whole_batch(images)(), **CPU)
-    assert torch.equal(logits, plain(images))
+    found = []
+    counts = SimpleNamespace(add=lambda logits, labels: found.append(logits))
+    count(counts, dropping.train(), whole_batch(images)(), torch.arange(8).__getitem__, **CPU)
+    assert torch.equal(found[0], plain(images))
 
 
 def test_layer_wise_learning_rates(vit):
@@ -188,7 +193,7 @@ def test_layer_wise_learning_rates(vit):
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     options = {"epochs": 1, "lr": 0.01, "weight_decay": 0, "layer_decay": 0.5, "warmup_epochs": 0, "clip": 0}
     options = ImageOptions(unfreeze=True, **options).resolved()
-    fit = make_fit(model, 1, torch.arange(4), options, 0, SINGLE, torch.float32)
+    fit = make_fit(model, 1, torch.arange(4).__getitem__, options, 0, SINGLE, torch.float32)
     fit.update(whole_batch(torch.randn(4, 3, 32, 32))())
     for name, value in model.named_parameters():
         if name in expected:
@@ -197,13 +202,18 @@ def test_layer_wise_learning_rates(vit):
 
 
 @pytest.mark.parametrize(("has_test", "expected"), [(True, (2, 0.6, 0.3)), (False, (4, 0.5, None))])
-def test_the_epoch_that_is_reported(has_test, expected):
+def test_the_epoch_that_is_reported(images, vit, tmp_path, monkeypatch, has_test, expected):
     """With a test split the first best on validation, without one the last."""
-    figures, best = {"val": (0.2, 0.6, 0.6, 0.5), "test": (0.1, 0.3, 0.9, 0.8)}, None
-    for epoch in range(1, 5):
-        measure = lambda split, epoch=epoch: {"top1": figures[split][epoch - 1]}  # noqa: E731
-        best, _ = update_best(best, epoch, measure, has_test=has_test)
-    assert (best["epoch"], best["val"]["top1"], best.get("test", {}).get("top1")) == expected
+    splits = ("train", "val", "test") if has_test else ("train", "val")
+    for split in splits:
+        (tmp_path / split).symlink_to(images / split)
+    # In the order of measuring: validation, and test where validation is better than before.
+    figures = iter((0.2, 0.1, 0.6, 0.3, 0.6, 0.5) if has_test else (0.2, 0.6, 0.6, 0.5))
+    others = dict.fromkeys(FIGURES, 1.0)
+    monkeypatch.setattr(ImageCounts, "results", lambda self, world: others | {"top1": next(figures)})
+    (found,) = classify(vit, tmp_path, epochs=4, **QUICK)["seeds"]
+    assert (found["epoch"], found["val"]["top1"], found.get("test", {}).get("top1")) == expected
+    assert not list(figures)
 
 
 def test_fine_tuning_resumes_with_the_same_bits(images, tmp_path, monkeypatch):

@@ -89,7 +89,7 @@ def test_two_ranks_have_the_results_of_one(scenes, tmp_path):
         ("--lr nan", "--lr nan: "),
         ("--lr 1e-5", "--min-lr 0.0001 is above --lr 1e-05: lower it"),
         ("--seeds 0 -3", "--seeds 0 -3: "),
-        ("--skip-blocks 0 3", "--skip-blocks 0 3: the backbone has 2 blocks; give 0 to 2"),
+        ("--skip-blocks 0 3", "--skip-blocks 0 3: give numbers from 0 to 2"),
         (
             "--labels global-in-patch",
             "--heads transformer needs one of --labels union majority global-union",
@@ -120,7 +120,9 @@ def test_a_split_of_void_is_refused(scenes, tmp_path, capsys):
 def test_a_loss_that_is_not_finite_ends_the_command(scenes, tmp_path, capsys):
     line = probe_line(scenes, "--heads", "linear", "--lr", "1e38", "--output", tmp_path / "p.json")
     error = command_error(capsys, "probe", line)
-    assert re.search(r"--lr: the loss of union linear, seed 0 is (nan|inf); lower the rate", error)
+    assert re.search(
+        r"--lr: the loss of union linear, 0 blocks skipped, seed 0 is (nan|inf); lower the rate", error
+    )
 
 
 def test_numbers_that_are_none_are_written_as_null(tmp_path):

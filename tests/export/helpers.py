@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import onnxruntime
-import open_clip
 import timm
 import torch
 import transformers
@@ -94,15 +93,6 @@ def by_transformers(folder: Path, x: torch.Tensor, family: str) -> torch.Tensor:
     return model.post_layernorm(last) if target == "hf-clip" else last
 
 
-def by_open_clip(folder: Path, x: torch.Tensor, family: str) -> torch.Tensor:
-    """The tokens that a hook finds after the last norm of the whole image tower."""
-    model = open_clip.create_model(f"local-dir:{folder}").eval()
-    found = []
-    model.visual.ln_post.register_forward_hook(lambda module, args, out: found.append(out))
-    model.encode_image(x)
-    return found[0]
-
-
 def by_onnxruntime(folder: Path, x: torch.Tensor, family: str) -> torch.Tensor:
     """One image at a time, then the rest together; the program of torch.export gives the same."""
     session = onnxruntime.InferenceSession(folder / "model.onnx")
@@ -113,7 +103,7 @@ def by_onnxruntime(folder: Path, x: torch.Tensor, family: str) -> torch.Tensor:
     return found
 
 
-LOADERS = {"timm": by_timm, "prismatic": by_prismatic, "open-clip": by_open_clip, "onnx": by_onnxruntime}
+LOADERS = {"timm": by_timm, "prismatic": by_prismatic, "onnx": by_onnxruntime}
 
 
 def evaluation_transform(family: str):

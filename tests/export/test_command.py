@@ -69,18 +69,9 @@ BAD = [
     (keep, "RUN --to timm --output /dev/null/x", "/dev/null"),
     (keep, "RUN --to timm --weights a.pth", "--weights is for weights that are not a run"),
     (keep, "RUN --to timm --kwargs {}", "--kwargs is for weights that are not a run"),
-    (keep, "RUN --to timm --text-tower a.pth", "--text-tower is for --to open-clip, not timm"),
     (keep, "--to timm --weights a.pth", "give the folder of a run, or --weights FILE and --name TIMM_NAME"),
     (keep, "--to timm --weights /no/a.pth --name vit_tiny_patch16_224", "--weights=/no/a.pth: not found"),
     (keep, f"--to timm {WEIGHTS} --kwargs '{{depth: 1}}'", "--output: give"),
-    (keep, "RUN --to open-clip", "cannot apply the soft-cap of 0.5"),
-    (keep, "RUN --to open-clip --drop-softcap --text-tower hf-hub:a/b", "hf-hub:a/b cannot be loaded"),
-    (keep, "RUN --to open-clip --drop-softcap --text-tower RUN", "has no text tower: open_clip_config.json"),
-    (
-        keep,
-        f"--to open-clip {WEIGHTS} --kwargs '{{depth: 1}}' --output RUN/exports/timm",
-        "open_clip builds timm's vit_tiny_patch16_224 without arguments, not with {'depth': 1}",
-    ),
     (
         keep,
         f"--to hf-dinov2 {WEIGHTS} --kwargs '{{depth: 1, mlp_ratio: 2.5}}' --output RUN/exports/timm",
@@ -151,27 +142,3 @@ def test_an_earlier_export_is_replaced_and_files_follow_the_umask(exported, tmp_
     assert not (output / "preprocessor_config.json").exists()
     assert facts(output)["target"] == "timm"
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
-
-
-def test_push_to_hub(runs, tmp_path, capsys, monkeypatch):
-    calls = []
-
-    class Api:
-        def create_repo(self, name, exist_ok):
-            if name == "refused":
-                raise ValueError("no login\nmore")
-            calls.append((name, exist_ok))
-
-        def upload_folder(self, repo_id, folder_path):
-            calls.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    command = [str(runs("clip")), "--to", "timm", "--output", str(tmp_path / "export"), "--push-to-hub"]
-    assert main([*command, "me/model"]) == 0
-    assert calls[0] == ("me/model", True)
-    assert 'create_model("hf-hub:me/model"' in (tmp_path / "export" / "README.md").read_text()
-    assert calls[1][1] == [
-        "README.md", "config.json", "decoder.safetensors", "fastalign.json", "model.safetensors",
-    ]  # fmt: skip
-    assert main([*command, "refused"]) == 2
-    assert "--push-to-hub refused: no login;" in capsys.readouterr().err

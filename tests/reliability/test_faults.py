@@ -12,7 +12,6 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from fastalign.method.objectives import MaskEmbed
-from fastalign.training.optim import step_unless
 from fastalign.training.status import Status
 from tests.data_helpers import needs_dali, write_tar
 from tests.run_helpers import assert_same, checkpoint, lines, losses
@@ -110,7 +109,7 @@ def test_repeated_updates_are_recorded_once(recipe, in_passes, host):
     in_passes({4, 7}, nan)
     folder = recipe("max_steps=5")
     # As a signal at the end of the epoch leaves it.
-    torch.save(checkpoint(folder) | {"judged_at": 0}, folder / "checkpoints/step-00000005.pt")
+    torch.save(checkpoint(folder) | {"last_eval_step": 0}, folder / "checkpoints/step-00000005.pt")
     with (folder / "nonfinite.jsonl").open("a") as file:
         file.write('{"step": 6, "rank": 0}\n{"step": 9, "rank": 0}\n')
     recipe()
@@ -154,21 +153,11 @@ def test_a_signal_before_a_probe_postpones_it(recipe, in_passes, monkeypatch):
 
 def test_a_bad_validation_loss_is_never_the_best(recipe, monkeypatch):
     found = [1.0, float("nan"), 0.9, 0.95]
-    monkeypatch.setattr("fastalign.train.evaluate", lambda *_: found.pop(0))
+    monkeypatch.setattr("fastalign.training.validation.evaluate", lambda *_: found.pop(0))
     folder = recipe("optim.epochs=3")
     facts = json.loads((folder / "backbone.json").read_text())
     assert (facts["step"], facts["val_loss"]) == (10, 0.9)
     assert losses(folder, "val_loss") == [1.0, None, 0.9, 0.95]
-
-
-def test_an_optimizer_without_a_skip_on_the_device_skips_on_the_host():
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    weight.grad = torch.ones(3)
-    step_unless(optimizer, torch.tensor(True))
-    assert weight.tolist() == [1, 1, 1]
-    step_unless(optimizer, torch.tensor(False))
-    assert weight.tolist() == [0, 0, 0]
 
 
 @pytest.fixture

@@ -9,20 +9,19 @@ from pathlib import Path
 import pytest
 from torch.distributed import DistBackendError
 
-from fastalign.training.distributed import connection_lost
-from fastalign.training.hang import RANK_FAILED, collective_timeout
+from fastalign.training.command import RANK_FAILED
+from fastalign.training.distributed import collective_timeout, connection_lost
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import os, sys, threading, time
 import torch
 from fastalign.training import distributed
-from fastalign.training.command import run_command
-from fastalign.training.hang import HangTimer, collective_timeout
+from fastalign.training.command import HangTimer, run_command
 
 def body():
     torch.set_num_threads(1)
-    world = distributed.start(collective_timeout(1))
+    world = distributed.start(distributed.collective_timeout(1))
     model = torch.nn.Linear(3, 3)
     if world.size > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)

@@ -32,14 +32,14 @@ OTHER = {
     "data.train": "b", "data.val": "b", "data.crop": "rrc", "data.scale": [0.5, 1.0], "data.ratio": [0.5, 2.0],
     "data.hflip": 0.1, "data.color_jitter": 0.1, "data.randaugment": "rand-m9", "data.mixup": 0.1, "data.cutmix": 0.1,
     "data.threads": 2, "data.hw_decoder_load": 0.1,
-    "optim.name": "apex_adam", "optim.batch_size": 512, "optim.accumulate": 2, "optim.epochs": 9, "optim.lr": 0.1,
+    "optim.batch_size": 512, "optim.accumulate": 2, "optim.epochs": 9, "optim.lr": 0.1,
     "optim.min_lr": 0.1, "optim.warmup_epochs": 1.0, "optim.weight_decay": 0.1, "optim.betas": [0.5, 0.6],
     "optim.clip": None, "optim.ema": 0.9, "optim.micro_batch": 4,
     "checkpoint.every_steps": 7, "checkpoint.keep": 7,
     "probe.data": "b", "probe.every_steps": 7, "probe.best": True,
     "log.every_steps": 7, "log.to": ["tensorboard"], "export.to": ["timm"],
     "efficiency.precision": "fp32", "efficiency.compile": True, "efficiency.grad_checkpointing": True,
-    "efficiency.shard": True, "efficiency.attention": "eager",
+    "efficiency.attention": "eager",
     "faults.bad_samples": 0.5, "faults.quarantine": "q", "faults.nonfinite": "stop", "faults.timeout": 5.0,
 }  # fmt: skip
 NEEDS = {
@@ -163,7 +163,7 @@ def test_a_forced_loss_is_measured_and_chosen_anew(recipe):
 
 @needs_dali
 def test_paths_may_move_and_their_contents_may_not_change(recipe, images, tmp_path, monkeypatch, capsys):
-    """Names of images, bytes of images, and weights."""
+    """Names of images, and weights."""
     torch.manual_seed(0)
     vit = fa.create_backbone(MODEL["name"], **MODEL["kwargs"])
     for place in ("here", "there"):
@@ -192,12 +192,8 @@ def test_paths_may_move_and_their_contents_may_not_change(recipe, images, tmp_pa
     save_file(vit.state_dict() | {"cls_token": vit.cls_token + 1}, weights)
     refused('student.weights "there/weights.safetensors" has other contents than before')
     weights.write_bytes(kept)
-    new = Path(shutil.copy(paths[0], paths[0].with_name("0-new.jpg")))
-    refused('data.train "there/train" has other names than before')
-    new.unlink()
-    for path in paths:
-        path.write_bytes(path.read_bytes() + b" ")
-    refused("has other images of the same names than before")
+    shutil.copy(paths[0], paths[0].with_name("0-new.jpg"))
+    refused('data.train "there/train" has other contents than before')
 
 
 def test_a_random_teacher_is_reported_and_recorded(recipe, capsys, tmp_path):

@@ -1,18 +1,17 @@
 """Optimizer, schedule, moving average and metrics, each against an independent truth."""
 
 import json
-import math
 import platform
 import subprocess
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
 from fastalign.training import metrics
-from fastalign.training.optim import class_name, learning_rate, make_optimizer
+from fastalign.training.optim import learning_rate
 from fastalign.training.reporter import Reporter
 from fastalign.utils.errors import UserError
 
@@ -69,59 +68,10 @@ def test_speed_of_an_interval(monkeypatch):
     """Ten images in 0.2 s, of which 0.02 were waited for data."""
     clock = iter([0.0, 0.2, 0.2])
     monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    speed = metrics.Speed(images=10, ranks=1, flops=1.0, device=CPU)
+    speed = metrics.Speed(images=10, ranks=1, flops=1.0, device=torch.device("cpu"))
     speed.tick(0.02)
     figures = speed.measure()
     assert (figures["images_per_second"], figures["data_wait"]) == pytest.approx((50, 0.1))
-
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-OPTIONS = {"lr": 1e-3, "betas": (0.8, 0.9), "weight_decay": 0.1}
-
-
-def fake(name: str) -> type:
-    """An optimizer of NVIDIA's apex, which keeps what it is given."""
-
-    def init(self, params, lr, **given):
-        torch.optim.SGD.__init__(self, params, lr)
-        self.given = {"lr": lr, **given}
-
-    return type(name, (torch.optim.SGD,), {"__init__": init, "__module__": "apex.optimizers"})
-
-
-def install(monkeypatch, extensions: bool = True, **optimizers: type) -> None:
-    """Make NVIDIA's apex importable; without extensions: the other project of that name."""
-    monkeypatch.setitem(sys.modules, "amp_C", ModuleType("amp_C") if extensions else None)
-    for name in ("apex", "apex.optimizers"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    vars(sys.modules["apex.optimizers"]).update(optimizers)
-
-
-def parameters():
-    return [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2), requires_grad=False)]
-
-
-def test_apex_is_used_if_it_is_installed(monkeypatch):
-    install(monkeypatch, FusedAdam=fake("FusedAdam"), FusedLAMB=fake("FusedLAMB"))
-    adam, notes = make_optimizer("apex_adam", parameters(), CUDA, **OPTIONS)
-    assert (class_name(adam), notes) == ("apex.FusedAdam", [])
-    assert adam.given == {**OPTIONS, "adam_w_mode": True}
-    lamb, notes = make_optimizer("apex_lamb", parameters(), CUDA, **OPTIONS)
-    assert (class_name(lamb), notes) == ("apex.FusedLAMB", [])
-    assert lamb.given == {**OPTIONS, "max_grad_norm": math.inf}, "the training loop clips"
-    for optimizer in (adam, lamb):
-        assert len(optimizer.param_groups[0]["params"]) == 1, "frozen parameters are left out"
-
-
-@pytest.mark.parametrize(("extensions", "device"), [(False, CUDA), (True, CPU)])
-def test_without_apex(monkeypatch, extensions, device):
-    install(monkeypatch, extensions)
-    optimizer, (note,) = make_optimizer("apex_adam", parameters(), device, **OPTIONS)
-    assert class_name(optimizer) == "torch.AdamW"
-    assert "torch's fused AdamW" in note
-    assert {key: optimizer.defaults[key] for key in OPTIONS} == OPTIONS
-    with pytest.raises(UserError, match=r"apex_lamb: .*NVIDIA's repository.*optim.name=adamw"):
-        make_optimizer("apex_lamb", parameters(), device, **OPTIONS)
 
 
 FAULTS = """

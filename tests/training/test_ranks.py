@@ -1,46 +1,101 @@
-"""The command under torchrun: two ranks have the losses of one."""
+"""The command on two ranks of torchrun has the losses of one; and what ranks do about bad input and a full disk."""
 
 import pytest
+import yaml
 
-from tests.run_helpers import losses, torchrun
+from fastalign import train
+from tests.run_helpers import MODEL, losses, torchrun
+
+BASE = {
+    "student": MODEL,
+    "data": {
+        "train": "synthetic:40",
+        "val": "synthetic:9",
+        "threads": 1,
+    },  # batches: three on rank 0, two on rank 1
+    "optim": {"batch_size": 8, "epochs": 2, "lr": 1e-3, "ema": 0.9, "accumulate": 2, "clip": 0.5},
+    "efficiency": {"grad_checkpointing": True, "precision": "fp32"},
+    "log": {"every_steps": 2},
+}
+VARIANTS = {  # overrides, and how close losses are to those of one process
+    "whole": (["efficiency.compile=true", "max_steps=6", "data.val=null"], 1e-4),
+    "blocks": (["efficiency.compile=blocks", "max_steps=6", "data.val=null"], 1e-4),
+    "mim": (["objective=mim", "teacher.skip_blocks=0", "masks.mode=drop", "max_steps=2"], 1e-4),
+    "frozen": (["student.freeze=true", "optim.ema=null", "max_steps=2"], 1e-4),
+    "bf16": (["efficiency.precision=bf16", "masks.mode=drop", "max_steps=2"], 0.02),
+    "fp8": (["efficiency.precision=fp8", "data.val=synthetic:3", "max_steps=2"], 0.01),  # one rank validates
+}
+# Several runs on the same two ranks: starting them is what takes long.
+PROGRAM = """
+import sys, yaml
+from pathlib import Path
+from fastalign import MaskEmbed
+from fastalign.config import load_config
+from fastalign.training import distributed
+from fastalign.training.checkpoint_files import Checkpoints
+from fastalign.utils.errors import SharedError, UserError
+from fastalign.train import train
+
+compiled = MaskEmbed.compile
+MaskEmbed.compile = lambda *a, **k: compiled(*a, **k, backend="aot_eager")
+world, root = distributed.start(), Path(sys.argv[1])
+for overrides in yaml.safe_load((root / "runs.yaml").read_text()):
+    try:
+        train(load_config(root / "recipe.yaml", overrides), world)
+    except SharedError as error:
+        (root / f"told.{world.rank}").write_text(str(error))
+    world.barrier()
+place = "whole" if world.main else "elsewhere"
+try:
+    Checkpoints(root / place / "checkpoints", keep=1).resume(world)
+except UserError as error:
+    (root / f"unseen.{world.rank}").write_text(str(error))
+distributed.stop()
+# One of gloo's threads that is alive when Python ends may abort the process.
+threads = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+(root / f"threads.{world.rank}").write_text(" ".join(threads))
+"""
 
 
-def train_on_two(tmp_path, *overrides, program=("-m", "fastalign.train"), expect=0) -> str:
-    """Run the recipe on two ranks. Returns stderr."""
-    return torchrun(*program, tmp_path / "recipe.yaml", *overrides, expect=expect)
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The folder of the finished runs of two ranks."""
+    root = tmp_path_factory.mktemp("ranks")
+    (root / "recipe.yaml").write_text(yaml.safe_dump(BASE))
+    (root / "program.py").write_text(PROGRAM)
+    (root / "full").mkdir()
+    (root / "full" / "checkpoints").write_text("in the way")
+    runs = [[*overrides, f"output={root / name}"] for name, (overrides, _) in VARIANTS.items()]
+    (root / "runs.yaml").write_text(yaml.safe_dump([*runs, ["max_steps=1", f"output={root / 'full'}"]]))
+    torchrun(root / "program.py", root)
+    return root
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", ["true", "blocks"])
-def test_two_compiled_ranks_have_the_losses_of_one(recipe, tmp_path, setting):
-    """With accumulation and gradient checkpointing, beyond the end of an epoch; compiled with `aot_eager`."""
-    options = ["optim.accumulate=2", "efficiency.grad_checkpointing=true", "max_steps=6", "data.val=null"]
-    alone = recipe(*options, name="alone")
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import sys\nfrom fastalign import MaskEmbed, train\nwhole = MaskEmbed.compile\n"
-        "MaskEmbed.compile = lambda *a, **k: whole(*a, **k, backend='aot_eager')\nsys.exit(train.main())\n"
-    )
-    two = tmp_path / "two"
-    train_on_two(tmp_path, *options, f"output={two}", f"efficiency.compile={setting}", program=[program])
-    assert losses(two) == pytest.approx(losses(alone), rel=1e-4)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_ranks_have_the_losses_of_one_process(done, name):
+    """With accumulation, clipping, an average and recomputation, beyond the end of an epoch."""
+    overrides, close = VARIANTS[name]
+    options = [*overrides, "efficiency.compile=false", f"output={done / name}-alone"]
+    assert train.main([str(done / "recipe.yaml"), *options]) == 0
+    for key in ("loss", "val_loss"):
+        assert losses(done / name, key) == pytest.approx(losses(done / f"{name}-alone", key), rel=close)
+    assert (done / name / "backbone.json").exists() == (name != "frozen")
 
 
 @pytest.mark.slow
-def test_two_ranks_with_an_fp8_teacher_have_the_losses_of_one(recipe, tmp_path):
-    """The validation set has images for one rank only."""
-    options = ["efficiency.precision=fp8", "max_steps=2", "data.val=synthetic:3"]
-    alone, two = recipe(*options, name="alone"), tmp_path / "two"
-    train_on_two(tmp_path, *options, f"output={two}")
-    assert losses(two) == pytest.approx(losses(alone), rel=0.01)
-    assert len(losses(two, "val_loss")) == 2
-    assert losses(two, "val_loss") == pytest.approx(losses(alone, "val_loss"), rel=0.01)
+def test_every_rank_learns_of_a_failure_and_ends_its_threads(done):
+    assert "make it readable, on every machine" in (done / "unseen.1").read_text()
+    for rank in range(2):
+        assert "step-00000001.pt could not be written" in (done / f"told.{rank}").read_text()
+        threads = (done / f"threads.{rank}").read_text()
+        assert "python" in threads
+        assert "gloo" not in threads
 
 
 @pytest.mark.slow
-def test_bad_input_is_one_line_for_all_ranks_and_exit_code_2(recipe, tmp_path):
-    recipe("max_steps=1")
-    text = train_on_two(tmp_path, f"output={tmp_path / 'bad'}", "data.train=/no/such/folder", expect=1)
+def test_bad_input_is_one_line_for_all_ranks_and_exit_code_2():
+    text = torchrun("-m", "fastalign.train", "data.train=/no/such/folder", "student.weights=random", expect=1)
     (line,) = (line for line in text.splitlines() if line.startswith("fastalign:"))
     assert "no such folder: /no/such/folder" in line
     assert "exitcode  : 2 " in text

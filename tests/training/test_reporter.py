@@ -2,7 +2,6 @@
 
 import io
 import re
-import time
 
 import pytest
 import torch
@@ -10,16 +9,14 @@ import torch
 from fastalign import train
 from fastalign.config import load_config
 from fastalign.training import dry_run, reporter
-from fastalign.training.reporter import Reporter, clock, duration
+from fastalign.training.reporter import Reporter, duration
 from tests.run_helpers import losses
 from tests.update_helpers import run_of_batches
 
 
-def test_durations_and_clocks():
+def test_durations():
     texts = {3.4: "3 s", 119: "119 s", 120: "2 min", 3600: "60 min", 7200: "2 h 0 min", 12000: "3 h 20 min"}
     assert {seconds: duration(seconds) for seconds in texts} == texts
-    assert re.fullmatch(r"\d\d:\d\d", clock(0))
-    assert clock(7 * 86400).startswith(time.strftime("%a")), "another day is named"
 
 
 def test_start_and_end_of_a_run(recipe, capsys):
@@ -35,7 +32,6 @@ def test_start_and_end_of_a_run(recipe, capsys):
         r"length: 1 epoch of 5 updates",
         rf"new run in {folder}",
         r"target scale [\d.]+: the targets are multiplied by it \(loss.target_scale\)",
-        r"expected end: \d\d:\d\d, in \d+ s",
         rf"aligned backbone: {folder}/backbone.safetensors, validation loss [\d.]+",
         rf"  fastalign export {folder} --to timm",
     ):
@@ -52,7 +48,7 @@ def test_a_bar_of_its_own_for_what_is_slow(tmp_path, monkeypatch):
     bars = Reporter(tmp_path, total=10)
     task = bars._bar.tasks[0]
     bars.update(1)
-    assert (task.completed, task.description) == (1, "")
+    assert (task.completed, task.description.strip()) == (1, "")
     bars.update(2)
     assert task.completed == 2
     assert task.description.endswith(" s left")

@@ -10,33 +10,7 @@ from fastalign.method.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
 from fastalign.utils.random import EVAL_EPOCH
 
 
-class _Sampler:
-    """Without a seed, masks follow `torch.manual_seed` and the images drawn so far; with one, the seed alone."""
-
-    kind = UniformMasks
-
-    def __init__(self, mask_size: int, antithetical_sampling: bool, include_null: bool, **options: float):
-        self.mask_size, self._drawn = mask_size, 0
-        self.antithetical_sampling, self.include_null = bool(antithetical_sampling), bool(include_null)
-        self._masks = self.kind(self.antithetical_sampling, self.include_null, **options)
-
-    def _draw(self, rows: int, generator: np.random.Generator) -> np.ndarray | None:
-        """[rows, N] bool: NumPy's draws, as in the authors' runs; None = draw as without a seed."""
-
-    def __call__(self, batch_size: int, seed: int | None = None) -> Tensor:
-        """Masks of B = `batch_size` images, fp32; with a seed, as in validation, the same at every call."""
-        masks, ids, epoch = self._masks, torch.arange(batch_size), EVAL_EPOCH
-        if seed is None:
-            ids, epoch, seed = ids + self._drawn, 0, torch.initial_seed() % 2**63
-            self._drawn += batch_size
-        elif (rows := self._draw(batch_size * masks.copies, np.random.default_rng(seed))) is not None:
-            sample = torch.from_numpy(rows)[:: masks.copies]
-            stack = [sample, *[~sample] * masks.complement, *[torch.ones_like(sample)] * masks.full]
-            return torch.stack(stack, 1).flatten(0, 1).float()
-        return replace(masks, seed=seed)(ids, self.mask_size, epoch).flatten(0, 1).float()
-
-
-class UniformMaskSampler(_Sampler):
+class UniformMaskSampler:
     """The number of visible patches is uniform on 0..N.
 
     Args:
@@ -46,34 +20,50 @@ class UniformMaskSampler(_Sampler):
     """
 
     def __init__(self, mask_size: int, antithetical_sampling: bool = True, include_null: bool = True):
-        super().__init__(mask_size, antithetical_sampling, include_null)
+        self._build(UniformMasks, mask_size, antithetical_sampling, include_null)
+
+    def _build(self, kind: type, mask_size: int, pair: bool, null: bool, **options: float) -> None:
+        self.mask_size, self.antithetical_sampling, self.include_null = mask_size, bool(pair), bool(null)
+        self._masks, self._drawn = kind(self.antithetical_sampling, self.include_null, **options), 0
 
     def _draw(self, rows: int, generator: np.random.Generator) -> np.ndarray:
+        """[rows, N] bool: NumPy's draws, as in the authors' runs."""
         draws = generator.uniform(size=(rows, self.mask_size + 1))
         return draws[:, 1:] > draws[:, :1]
 
+    def __call__(self, batch_size: int, seed: int | None = None) -> Tensor:
+        """Masks of `batch_size` images, fp32; without a seed they follow torch's and the images drawn so far."""
+        masks, ids, epoch = self._masks, torch.arange(batch_size), EVAL_EPOCH
+        if seed is None:
+            ids, epoch, seed = ids + self._drawn, 0, torch.initial_seed() % 2**63
+            self._drawn += batch_size
+        elif self._draw:
+            rows = self._draw(batch_size * masks.copies, np.random.default_rng(seed))
+            sample = torch.from_numpy(rows)[:: masks.copies]
+            stack = [sample, *[~sample] * masks.complement, *[torch.ones_like(sample)] * masks.full]
+            return torch.stack(stack, 1).flatten(0, 1).float()
+        return replace(masks, seed=seed)(ids, self.mask_size, epoch).flatten(0, 1).float()
 
-class BernoulliMaskSampler(_Sampler):
+
+class BernoulliMaskSampler(UniformMaskSampler):
     """Each patch is visible with probability `mask_ratio`. Other arguments as for `UniformMaskSampler`."""
 
-    kind = BernoulliMasks
-
     def __init__(self, mask_size: int, mask_ratio=0.5, antithetical_sampling=True, include_null=True):
-        super().__init__(mask_size, antithetical_sampling, include_null, ratio=mask_ratio)
+        self._build(BernoulliMasks, mask_size, antithetical_sampling, include_null, ratio=mask_ratio)
         self.mask_ratio = mask_ratio
 
     def _draw(self, rows: int, generator: np.random.Generator) -> np.ndarray:
         return generator.uniform(size=(rows, self.mask_size)) < self.mask_ratio
 
 
-class BlockwiseMaskSampler(_Sampler):
+class BlockwiseMaskSampler(UniformMaskSampler):
     """Visible rectangles until the visible share reaches `target_ratio`. Other arguments as for `UniformMaskSampler`.
 
     With a seed too it draws from `fastalign.BlockwiseMasks`: the authors' distribution, not their bits.
     """
 
-    kind = BlockwiseMasks
+    _draw = None
 
     def __init__(self, mask_size: int, target_ratio=0.4, antithetical_sampling=True, include_null=True):
-        super().__init__(mask_size, antithetical_sampling, include_null, ratio=target_ratio)
+        self._build(BlockwiseMasks, mask_size, antithetical_sampling, include_null, ratio=target_ratio)
         self.target_ratio = target_ratio

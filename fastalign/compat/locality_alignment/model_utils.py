@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fastalign import ops
 from fastalign.backbones.accelerate import FAST
-from fastalign.compat import ArgumentError
+from fastalign.utils.errors import UserError
 
 
 def use_our_attention(model: nn.Module, softcap: float | None = None) -> nn.Module:
@@ -40,7 +40,7 @@ def mask_layer(model: nn.Module) -> MaskLayer:
     """The mask layer of a timm model's patches."""
     size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
     if size is None or size[0] != size[1] or patch[0] != patch[1]:
-        raise ArgumentError(f"masks need square images and patches of a fixed size, got {size} and {patch}")
+        raise UserError(f"masks need square images and patches of a fixed size, got {size} and {patch}")
     return MaskLayer(size[0], patch[0])
 
 
@@ -98,8 +98,8 @@ class MaskEmbedDecoder(nn.Module):
         Returns [n, T, output_size], or [n, 1, output_size] with prefix_only.
         """
         if mask.dim() != 2 or len(mask) % len(x):
-            raise ArgumentError(
-                f"mask must be [n, N] with n a multiple of the {len(x)} images, got {list(mask.shape)}"
+            raise UserError(
+                f"mask must be [n, N], n a multiple of the {len(x)} images: got {list(mask.shape)}"
             )
         if mask.dtype != torch.bool:  # checked without waiting for the device
             torch._assert_async(((mask == 0) | (mask == 1)).all(), "a mask must hold 0 and 1 only")

@@ -5,8 +5,8 @@ import types
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from fastalign.compat import ArgumentError
 from fastalign.compat.locality_alignment.model_utils import mask_layer, use_our_attention
+from fastalign.utils.errors import UserError
 
 
 def convert_to_student_model(model: nn.Module, output_dim: int, output_head: str = "linear") -> nn.Module:
@@ -15,7 +15,7 @@ def convert_to_student_model(model: nn.Module, output_dim: int, output_head: str
     `output_head` is "linear" or "mlp".
     """
     if output_head not in ("linear", "mlp"):
-        raise ArgumentError(f"output_head must be 'linear' or 'mlp', got {output_head!r}")
+        raise UserError(f"output_head must be 'linear' or 'mlp', got {output_head!r}")
     for name in ("norm", "fc_norm"):
         norm = getattr(model, name)
         if not isinstance(norm, nn.Identity):

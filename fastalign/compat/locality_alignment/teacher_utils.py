@@ -4,8 +4,8 @@ import types
 
 from torch import Tensor, nn
 
-from fastalign.compat import ArgumentError
 from fastalign.compat.locality_alignment.model_utils import Scale, mask_layer, use_our_attention
+from fastalign.utils.errors import UserError
 
 
 def convert_to_teacher_model(model: nn.Module, skip_blocks: int = 0, prefix_only: bool = False) -> nn.Module:
@@ -15,34 +15,30 @@ def convert_to_teacher_model(model: nn.Module, skip_blocks: int = 0, prefix_only
     `prefix_only`, which needs ``skip_blocks=0``, it is the pooled output [n, 1, D].
     """
     if prefix_only and skip_blocks:
-        raise ArgumentError("convert_to_teacher_model: prefix_only reads the whole model; set skip_blocks=0")
+        raise UserError("convert_to_teacher_model: prefix_only reads the whole model; set skip_blocks=0")
     depth = len(model.blocks)
     if not 0 <= skip_blocks < depth:
-        raise ArgumentError(
+        raise UserError(
             f"convert_to_teacher_model: skip_blocks must lie in 0..{depth - 1}, got {skip_blocks}"
         )
     model.mask_layer = mask_layer(model)
     model.blocks = model.blocks[: depth - skip_blocks]
-    return _with_forward(model, _pooled if prefix_only else _tokens)
+    convert_to_mim_teacher_model(model)
+    if prefix_only:
+        model.forward = types.MethodType(_pooled, model)
+    return model
 
 
 def convert_to_mim_teacher_model(model: nn.Module) -> nn.Module:
     """A timm model, changed in place to give all tokens of whole images: ``teacher(x [B, C, h, w])``: [B, T, D]."""
-    return _with_forward(model, _unmasked)
-
-
-def _with_forward(model: nn.Module, forward: types.FunctionType) -> nn.Module:
     model.output_scaling = Scale(1)
-    model.forward = types.MethodType(forward, use_our_attention(model))
+    model.forward = types.MethodType(_tokens, use_our_attention(model))
     return model
 
 
-def _unmasked(self: nn.Module, x: Tensor) -> Tensor:
+def _tokens(self: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    x = x if mask is None else self.mask_layer(x, mask)
     return self.output_scaling(self.forward_features(x))
-
-
-def _tokens(self: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
-    return _unmasked(self, self.mask_layer(x, mask))
 
 
 def _pooled(self: nn.Module, x: Tensor, mask: Tensor) -> Tensor:

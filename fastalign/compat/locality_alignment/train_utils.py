@@ -35,8 +35,7 @@ class CheckpointSaver(timm.utils.CheckpointSaver):
             "softcap": softcap_of(self.model),
         }
         if self.args is not None:
-            state["arch"] = self.args.model
-            state["args"] = json.loads(json.dumps(vars(self.args), default=str))
+            state |= {"arch": self.args.model, "args": json.loads(json.dumps(vars(self.args), default=str))}
         if self.amp_scaler is not None:
             state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
         if self.model_ema is not None:
@@ -80,8 +79,8 @@ def load_checkpoint(
     softcap = trained_as(checkpoint, str(checkpoint_path))[1] if name else None
     if softcap and softcap != softcap_of(model):
         warnings.warn(
-            f"{checkpoint_path} was trained with attention logits capped at {softcap:g}, and {type(model).__name__} "
-            f"does not cap them so: its features will differ; create it as svit_..., with max_attn_val={softcap:g}",
+            f"{checkpoint_path} was trained with attention logits capped at {softcap:g}, unlike this model: "
+            f"create it as svit_..., with max_attn_val={softcap:g}, or its features will differ",
             stacklevel=2,
         )
     return model.load_state_dict(filter_fn(state, model) if filter_fn else state, strict=strict)

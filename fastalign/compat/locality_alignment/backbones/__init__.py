@@ -1,5 +1,3 @@
 """Importing this registers the `svit_*` models and MoCo-v3's in timm."""
 
-from fastalign.compat.locality_alignment.backbones import moco, svit
-
-__all__ = ["moco", "svit"]
+from fastalign.compat.locality_alignment.backbones import moco, svit  # noqa: F401

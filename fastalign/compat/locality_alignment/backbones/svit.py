@@ -1,4 +1,4 @@
-"""timm's vision transformers with soft-capped attention, registered as `svit_*`: keys and weights are timm's."""
+"""timm's ViTs with attention logits capped at `max_attn_val` (30), registered as `svit_*`; all else is timm's."""
 
 import timm
 from timm.models import register_model
@@ -23,9 +23,6 @@ def _register(name: str) -> None:
         return use_our_attention(timm.create_model(plain, pretrained=pretrained, **kwargs), softcap)
 
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = (
-        f"timm's {name[1:]} with attention logits capped at `max_attn_val` (30). Arguments are timm's."
-    )
     globals()[name] = register_model(build)
 
 

@@ -1,0 +1,68 @@
+"""MoCo-v3's ViT-B/16 (Chen et al., 2021), which timm lacks: one of timm's models once this module is imported."""
+
+from functools import partial
+
+import torch
+from timm.models import build_model_with_cfg, register_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+MOCO = "vit_base_patch16_mocov3_224"
+default_cfgs = {
+    MOCO: {
+        "url": "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar",
+        "input_size": (3, 224, 224),
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "interpolation": "bicubic",
+        "crop_pct": 0.875,
+    }
+}
+
+
+class MoCoViT(VisionTransformer):
+    """timm's class with torch's norms and a fixed position embedding, which is computed, not read from a file."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**{"norm_layer": partial(nn.LayerNorm, eps=1e-6), **kwargs})
+        self._compute_position()
+
+    def _compute_position(self) -> None:
+        table = sincos_position(self.patch_embed.grid_size, self.embed_dim, self.num_prefix_tokens)
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
+
+    def set_input_size(self, *args, **kwargs) -> None:
+        super().set_input_size(*args, **kwargs)
+        self._compute_position()
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], *args, **kwargs):
+        return super().load_state_dict({**state_dict, "pos_embed": self.pos_embed}, *args, **kwargs)
+
+
+@register_model
+def vit_base_patch16_mocov3_224(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """Arguments are timm's; the head is always new."""
+    return build_model_with_cfg(MoCoViT, MOCO, pretrained, pretrained_filter_fn=_published, **kwargs)
+
+
+def _published(content: dict, model: nn.Module) -> dict[str, Tensor]:
+    """The encoder of the published checkpoint, by the model's keys, with the model's own head."""
+    prefix, head = "module.base_encoder.", "head."
+    state = {
+        key.removeprefix(prefix): v for key, v in content["state_dict"].items() if key.startswith(prefix)
+    }
+    state = {key: value for key, value in state.items() if not key.startswith(head)}
+    return state | {key: value for key, value in model.state_dict().items() if key.startswith(head)}
+
+
+def sincos_position(grid: tuple[int, int], width: int, prefix: int) -> Tensor:
+    """[1, P + N, D]: MoCo-v3's table, zeros for P prefix tokens, then sines and cosines of column and row.
+
+    The first two quarters of the channels follow the first index of each patch, as in the published weights.
+    """
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float32) / (width // 4))
+    # The published table orders patches with the width index outermost.
+    across = torch.arange(grid[1], dtype=torch.float32).repeat_interleave(grid[0])[:, None] * frequency
+    down = torch.arange(grid[0], dtype=torch.float32).repeat(grid[1])[:, None] * frequency
+    table = torch.cat([across.sin(), across.cos(), down.sin(), down.cos()], dim=1)
+    return torch.cat([torch.zeros(prefix, width), table])[None]
