@@ -158,20 +158,22 @@ def backward_op(
     return out
 
 
-class _MaskTokens(torch.autograd.Function):
+class MaskTokens(torch.autograd.Function):
+    """The patches begin with token `first`; those before it are not read and have gradient zero."""
+
     @staticmethod
-    def forward(ctx, patches, hidden, visible, prefix, position):
+    def forward(ctx, tokens, hidden, visible, prefix, position, first):
         ctx.save_for_backward(visible)
-        ctx.dtypes = [None if x is None else x.dtype for x in (patches, hidden, prefix, position)]
-        return forward_op(patches, hidden, visible, prefix, position)
+        ctx.dtypes = [None if x is None else x.dtype for x in (tokens, hidden, prefix, position)]
+        ctx.whole = first > 0
+        return forward_op(tokens[:, first:], hidden, visible, prefix, position)
 
     @staticmethod
     def backward(ctx, gradient):
         (visible,) = ctx.saved_tensors
-        need_patches, need_hidden, _, need_prefix, need_position = ctx.needs_input_grad
-        patches, rows, hidden = backward_op(
-            gradient, visible, ctx.dtypes[0], False, need_patches, need_prefix or need_position, need_hidden
-        )
+        need_patches, need_hidden, _, need_prefix, need_position, _ = ctx.needs_input_grad
+        wanted = need_patches, need_prefix or need_position, need_hidden
+        patches, rows, hidden = backward_op(gradient, visible, ctx.dtypes[0], ctx.whole, *wanted)
         before = gradient.shape[2] - visible.shape[2]
         return (
             patches if need_patches else None,
@@ -179,9 +181,10 @@ class _MaskTokens(torch.autograd.Function):
             None,
             rows[:before].to(ctx.dtypes[2]) if need_prefix else None,
             rows[before:].to(ctx.dtypes[3]) if need_position else None,
+            None,
         )
 
 
 def mask_tokens(patches, hidden, visible, prefix=None, position=None):
     """As `fastalign.ops.mask_tokens`, for fp32, bf16 and fp16 on a GPU, without argument checks."""
-    return _MaskTokens.apply(patches, hidden, visible, prefix, position)
+    return MaskTokens.apply(patches, hidden, visible, prefix, position, 0)
