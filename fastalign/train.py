@@ -20,10 +20,9 @@ from fastalign.training.command import MARKER, WAITING, Preempted, Preemption, r
 from fastalign.training.dry_run import dry_run, set_micro_batch
 from fastalign.training.faults import handle_status, prepare_logs
 from fastalign.training.metrics import Speed
-from fastalign.training.optim import seed_update
 from fastalign.training.reporter import Reporter, end_lines, start_lines
 from fastalign.training.run import Run, itstime
-from fastalign.training.status import StepStatus
+from fastalign.training.update import seed_update
 from fastalign.training.validation import measure_target_scale, validate
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import can_be_folder
@@ -61,10 +60,7 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
                 loss.backward()
             total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(run.trained, run.config.optim.clip or math.inf)
-    own = StepStatus(
-        state.step + 1, torch.cat(ids).numpy(), tuple(bad), run.stop_reason, run.checkpoint_overdue
-    )
-    loss, skip = run.status.exchange(total, norm, own)
+    loss, skip = run.status.exchange(total, norm, run.own_status(torch.cat(ids).numpy(), bad))
     run.optimizer.found_inf = skip.float()  # read on the device: a skipped update leaves weights and moments
     run.optimizer.step()
     run.optimizer.zero_grad()

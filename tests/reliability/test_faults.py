@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from fastalign.method.objectives import MaskEmbed
-from fastalign.training.status import Status
+from fastalign.training.update import Status
 from tests.data_helpers import needs_dali, write_tar
 from tests.run_helpers import assert_same, checkpoint, lines, losses
 

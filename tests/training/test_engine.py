@@ -11,8 +11,8 @@ import torch
 from timm.scheduler import CosineLRScheduler
 
 from fastalign.training import metrics
-from fastalign.training.optim import learning_rate
 from fastalign.training.reporter import Reporter
+from fastalign.training.update import learning_rate
 from fastalign.utils.errors import UserError
 
 
