@@ -80,10 +80,7 @@ def named_backbone(
 ) -> tuple[ViT, Path | None]:
     """The backbone that a command line names, and the run's folder if it is a run's.
 
-    Args:
-        place: a timm name, the folder of a run, or its backbone.json.
-        weights, softcap: of a timm name; `weights` as for `make_backbone`.
-        kwargs: timm's arguments in YAML.
+    `place`: a timm name, with `weights` and `softcap`, or the folder of a run; `kwargs`: timm's arguments in YAML.
     """
     from fastalign.backbones.zoo import load_backbone
 

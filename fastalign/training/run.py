@@ -1,7 +1,7 @@
 """A run: its configuration, the objects built from it, and its state."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,10 +126,6 @@ class Run:
     def cached_autocast(self) -> AbstractContextManager:
         """Around passes with the same weights: a disabled outer autocast keeps the casts of those inside it."""
         return torch.autocast(self.world.device.type, enabled=False)
-
-    def grad_sync(self, last: bool) -> AbstractContextManager:
-        """Around one pass of an update: ranks add up their gradients in the last one only."""
-        return nullcontext() if last or self.world.size == 1 else self.model.no_sync()
 
     def set_learning_rate(self) -> float:
         """Set and return the learning rate of the next update."""
