@@ -3,7 +3,6 @@
 import os
 import pickle
 import re
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,16 +30,14 @@ class Bomb:
 
 def one_line(path, overrides=()) -> str | None:
     """The message that a configuration is refused with, or None."""
-    begin = time.process_time()
     try:
-        assert isinstance(load_config(path, list(overrides)), Config)
-        message = None
+        load_config(path, list(overrides))
+        return None
     except UserError as error:
         message = str(error)
         assert "\n" not in message
         assert len(message) <= 2000
-    assert time.process_time() - begin < 5
-    return message
+        return message
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]"
@@ -109,7 +106,7 @@ def test_any_file_and_any_override_are_read_or_refused_in_one_line(tmp_path, con
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_nothing_in_a_checkpoint_runs(recipe, tmp_path, capsys, legacy):
-    """On resume, or as `student.weights`."""
+    """On resume; `tests/backbones/test_bad_weights.py` reads it as weights."""
     target = tmp_path / "ran"
     state = {"student": {}, "optimizer": Bomb(target), "step": 1, "config": {}}
     path = tmp_path / "run/checkpoints/step-00000001.pt"
@@ -117,10 +114,6 @@ def test_nothing_in_a_checkpoint_runs(recipe, tmp_path, capsys, legacy):
     torch.save(state, path, _use_new_zipfile_serialization=not legacy)
     recipe("max_steps=1", expect=2)
     assert str(path) in capsys.readouterr().err
-    weights = tmp_path / "weights.pth"
-    weights.write_bytes(path.read_bytes())
-    recipe(f"student.weights={weights}", name="other", expect=2)
-    assert "mkdir" in capsys.readouterr().err
     assert not target.exists()
     pickle.loads(pickle.dumps(Bomb(target)))
     assert target.exists(), "the bomb does not work"

@@ -8,7 +8,7 @@ import torch
 
 from fastalign import train
 from fastalign.config import load_config
-from fastalign.training import dry_run, reporter
+from fastalign.training import dry_run
 from fastalign.training.reporter import Reporter, duration
 from tests.run_helpers import losses
 from tests.update_helpers import run_of_batches
@@ -55,17 +55,6 @@ def test_a_bar_of_its_own_for_what_is_slow(tmp_path, monkeypatch):
     assert [len(bars._bar.tasks) for _ in bars.track("ab", "validating", 2)] == [2, 2]
     assert len(bars._bar.tasks) == 1
     bars.close()
-
-
-def test_lines_for_what_is_slow_without_a_terminal(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reporter, "LINE_SECONDS", -1)
-    lines = Reporter(tmp_path, total=10)
-    assert list(lines.track("abc", "validating", 3)) == ["a", "b", "c"]
-    assert capsys.readouterr().out.splitlines() == [
-        "validating: 1 of 3 batches",
-        "validating: 2 of 3 batches",
-    ]
-    lines.close()
 
 
 def test_a_dry_run_leaves_nothing(recipe, capsys):
