@@ -113,8 +113,11 @@ def half_written(run: Path, writer: int) -> list[Path]:
         (SHORT, ("update", 11), ["06", "08"]),  # between two checkpoints
         (SHORT, ("write", 4), ["06", "08"]),  # in a half-written checkpoint
         (SHORT, ("removal", 1), ["06", "08", "12"]),  # before the last removal
-        # The renames of a run's only save: the checkpoint, the best one, the two files of the backbone.
-        *(pytest.param(ONE_SAVE, ("rename", n), ["06"], marks=pytest.mark.slow) for n in range(1, 5)),
+        # Renames of the configuration, of the only checkpoint, of the best one, of the backbone's weights and facts.
+        *(
+            pytest.param(ONE_SAVE, ("rename", n), ["06"][: n - 1], marks=pytest.mark.slow)
+            for n in range(1, 6)
+        ),
     ],
 )
 def test_a_killed_rank_leaves_no_trace(recipe, tmp_path, uninterrupted, options, place, kept):
