@@ -149,13 +149,6 @@ def test_evaluating_the_average_changes_no_update(recipe):
     assert losses(averaged, "val_loss")[1:] != losses(plain, "val_loss")[1:]
 
 
-def test_print_config(recipe, tmp_path, capsys):
-    recipe("--print-config", "optim.lr=0.5")
-    printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["optim"]["lr"] == 0.5
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_run_exports_when_it_ends(recipe, capsys):
     """Again only what is missing, or of other weights."""
     folder = recipe("max_steps=1", "export.to=[timm]")
