@@ -48,11 +48,8 @@ def test_kernels_and_masks_alone(triton):
     masks, attention, pack, nothing, heavy, refusal = printed.splitlines()
     assert (masks, attention, heavy) == ("[2, 3, 4]", "[1, 2, 5, 8]", "[]")
     assert nothing.startswith("AttributeError")
-    if triton == "with":
-        assert pack == "fastalign.kernels.pack"
-        assert "fastalign.ops" in refusal
-    else:
-        assert pack.startswith("AttributeError")
+    assert pack.startswith("fastalign.kernels.pack" if triton == "with" else "AttributeError")
+    assert triton == "without" or "fastalign.ops" in refusal
 
 
 @pytest.fixture(scope="module")
