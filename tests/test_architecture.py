@@ -30,11 +30,6 @@ LAYERS = [
 MAX_LINES, MAX_FUNCTION = 300, 60
 
 
-def package(module: str) -> str:
-    """fastalign.data.loader -> data"""
-    return module.split(".")[1]
-
-
 def layer(name: str) -> int:
     return next(index for index, packages in enumerate(LAYERS) if name in packages)
 
@@ -60,9 +55,9 @@ def imported(path: Path) -> set[str]:
 def test_imports_go_downwards(path):
     if path.name == "__init__.py" and not path.read_text().strip():
         return
-    here = package(module_of(path))
+    here = module_of(path).split(".")[1]
     for module in imported(path):
-        there = package(module)
+        there = module.split(".")[1]
         assert there == here or layer(there) > layer(here), f"{module_of(path)} must not import {module}"
 
 

@@ -16,7 +16,7 @@ from fastalign.evaluation.options import Plan, Recipe
 from fastalign.evaluation.patches import Task, evaluate_head, fit_head
 from fastalign.train import update
 from tests.numerics import gradient_error, randomise, relative_error
-from tests.run_helpers import ROOT, losses, run_of_batches, write_recipe
+from tests.run_helpers import ROOT, SYNTHETIC, losses, run_of_batches
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 both_modes = pytest.mark.parametrize("masking", ["zero", "drop"])
@@ -186,7 +186,14 @@ def test_kernels_run_where_their_tensors_are():
 
 
 def test_the_command_trains_on_the_gpu(tmp_path):
-    command = [sys.executable, "-m", "fastalign.train", write_recipe(tmp_path), "optim.ema=null"]
+    command = [
+        sys.executable,
+        "-m",
+        "fastalign.train",
+        *SYNTHETIC,
+        f"output={tmp_path}/run",
+        "optim.ema=null",
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     validation = losses(tmp_path / "run", "val_loss")
