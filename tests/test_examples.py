@@ -12,7 +12,6 @@ from torch.nn.functional import interpolate
 import fastalign as fa
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 TINY = {"img_size": 64, "depth": 2, "embed_dim": 64, "num_heads": 2}
 
 
@@ -23,13 +22,6 @@ def images(steps: int):
 
 def example(name: str) -> dict:
     return runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
-
-
-def test_all_are_tested_and_short():
-    assert EXAMPLES == ["clipself", "dbot", "mae"]
-    for name in EXAMPLES:
-        loop = (ROOT / "examples" / f"{name}.py").read_text().partition("if __name__")[0]
-        assert len([line for line in loop.splitlines() if line.strip()]) <= 42
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])

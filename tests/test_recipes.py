@@ -163,7 +163,8 @@ def test_documentation_lists_every_recipe():
                 "backbone": f"`{config.student.name}`",
                 "data": "IN-1k" if data_of(stem) == "imagenet" else "IN-21k",
                 "epochs": f"{optim.epochs} ({optim.warmup_epochs:g})",
-                **{"batch": str(optim.batch_size), "passes": str(optim.accumulate)},
+                "batch": str(optim.batch_size),
+                "passes": str(optim.accumulate),
                 "lr": f"{optim.lr:.0e}".replace("e-0", "e-"),
                 "soft-cap": "none" if softcap is None else f"{softcap:g}",
             }
