@@ -1,10 +1,9 @@
-"""Errors of exported backbones relative to ours: ``python -m benchmarks.export [NAME ...]``.
+"""Errors of exported backbones relative to ours: ``python -m benchmarks.export [--tiny]``.
 
 fp32, random weights (every parameter perturbed), native image size and width, two blocks, with the soft-cap of 30
 and without, in batches of 1 and 3 images. Each export is loaded by the lines of its own model card, in a process that
-cannot import fastalign; in one that can where the card imports it, for timm with a cap. Backbones given by NAME are
-measured at full depth and not written. Otherwise writes `benchmarks/results/export.json` and the table of
-`docs/export.md`.
+cannot import fastalign; in one that can where the card imports it, for timm with a cap. Writes
+`benchmarks/results/export.json` and the table of `docs/export.md`.
 """
 
 import os
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import record
-from fastalign.backbones.saving import save_backbone
+from fastalign.backbones.weight_files import save_backbone
 from fastalign.backbones.zoo import create_backbone
 from fastalign.export import export
 from fastalign.export.measure import noise, token_error
@@ -135,17 +134,12 @@ def _figure(error: float) -> str:
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     """Measure, print, write."""
-    parser = record.parser("export", __doc__, "a tiny model")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="timm names, at full depth and not written")
-    options = parser.parse_args(arguments)
-    whole = not options.names and not options.tiny
-    kwargs = TINY if options.tiny else {"depth": 2} if whole else {}
-    groups = []
-    for name in options.names or (BACKBONES[:1] if options.tiny else BACKBONES):
-        groups.append(measure(name, **kwargs))
+    tiny, groups = record.parser("export", __doc__, "a tiny model").parse_args(arguments).tiny, []
+    for name in BACKBONES[:1] if tiny else BACKBONES:
+        groups.append(measure(name, **(TINY if tiny else {"depth": 2})))
         print(" | ".join(line(groups[-1])), flush=True)
     rows = [row for group in groups for row in group]
-    if whole:
+    if not tiny:
         record.write("export", rows)
         header = f"| backbone | {' | '.join(COLUMNS.values())} |"
         record.replace_table(TABLE, record.markdown(header, list(map(line, groups))))

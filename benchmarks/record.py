@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from fastalign.utils.files import write_atomically
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 
@@ -96,16 +98,13 @@ def write(name: str, rows: list[dict], extra: dict | None = None, key: tuple[str
             old = [row for row in earlier["rows"] if tuple(row.get(column) for column in key) not in new]
             rows = old + rows
     path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
     replace(path, json.dumps({"environment": here, **(extra or {}), "rows": rows}, indent=1) + "\n")
     return path
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a file by rename, because a command may be stopped at any moment."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    """Write a text file atomically."""
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def read(name: str) -> dict:

@@ -23,12 +23,11 @@ def main(arguments: list[str] | None = None) -> dict:
     """Measure, print, write."""
     parser = record.parser("scaling", __doc__, "a tiny model")
     parser.add_argument("backbone", nargs="?", choices=BACKBONES, default=next(iter(BACKBONES)))
-    parser.add_argument("--batch", type=int, help="images a rank; default as in benchmarks.step")
     options = parser.parse_args(arguments)
     if not (options.tiny or torch.cuda.is_available()):
         sys.exit("benchmarks.scaling needs GPUs; --tiny shows on a CPU that it runs")
     model = Row("tiny", compiled="eager") if options.tiny else Row(options.backbone)
-    name, batch = model.backbone, options.batch or model.default_batch
+    name, batch = model.backbone, model.default_batch
     world = distributed.start()
     try:
         bench = StepBench(model, batch, world.device)

@@ -1,4 +1,4 @@
-"""Speed of a training step, without data: ``python -m benchmarks.step [--only BACKBONE[:MODE:CAP:COMPILED] ...]``.
+"""Speed of a training step, without data: ``python -m benchmarks.step [--only BACKBONE ...]``.
 
 Our step in modes zero and drop, and zero with an FP8 teacher, against `benchmarks.baseline`, compiled and eager, as
 benchmarks/README.md describes. Writes images per second, MFU and peak memory to `step.json` after each round.
@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from benchmarks import record
-from benchmarks.step_bench import BACKBONES, FAMILIES, KEY, KNOWN, MODES, PRECISIONS, Measured, Row, measure
+from benchmarks.step_bench import BACKBONES, FAMILIES, KEY, MODES, PRECISIONS, Measured, Row, measure
 from benchmarks.timing import attempt, free, timed
 from fastalign.backbones.precision import compute_dtype
 from fastalign.training.distributed import keep_freed_memory
@@ -51,21 +51,6 @@ def every_row(backbone: str) -> list[Row]:
     return [*headline(backbone), *(row for row in capped if row not in headline(backbone)), *plain]
 
 
-def parse(text: str) -> list[Row]:
-    """Rows by their name: B/16-224 (its headline), or B/16-224:zero:30:compiled."""
-    backbone, *rest = text.split(":")
-    if backbone not in KNOWN:
-        raise SystemExit(
-            f"--only: unknown backbone {backbone}; choose from {', '.join(BACKBONES | FAMILIES)}"
-        )
-    if not rest:
-        return headline(backbone)
-    if len(rest) != 3 or rest[0] not in MODES or rest[2] not in COMPILED:
-        wanted = f"BACKBONE:{'|'.join(MODES)}:CAP|none:{'|'.join(COMPILED)}"
-        raise SystemExit(f"--only: got {text}, expected {wanted}")
-    return [Row(backbone, rest[0], None if rest[1] == "none" else float(rest[1]), rest[2])]
-
-
 def show(row: dict) -> None:
     """A line of the table."""
     start = f"{row['backbone']:14} {row['mode']:9} cap {row['softcap'] or '-':5} {row['compiled']:9}"
@@ -82,11 +67,11 @@ def show(row: dict) -> None:
     )
 
 
-def warm(rows: Iterable[Row], batch: int | None, device: torch.device) -> list[dict]:
+def warm(rows: Iterable[Row], device: torch.device) -> list[dict]:
     """One step of each row; its seconds or the reason of a failure."""
     found = []
     for row in rows:
-        bench, why = attempt(Measured, row, batch or row.default_batch, device)
+        bench, why = attempt(Measured, row, row.default_batch, device)
         found.append({"row": str(row), **({"failed": why} if why else {"first_step_s": bench.first})})
         print(*found[-1].values(), flush=True)
         del bench
@@ -145,8 +130,10 @@ def matmul_rate(dtype: torch.dtype, size: int) -> float:
 def main(arguments: list[str] | None = None) -> list[dict]:
     """Measure, print, write."""
     parser = record.parser("step", __doc__, "a tiny model, eager")
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="B/16-224, or B/16-224:zero:30:compiled")
-    parser.add_argument("--batch", type=int, help="images per step; default by backbone")
+    known = [*BACKBONES, *FAMILIES]
+    parser.add_argument(
+        "--only", nargs="+", choices=known, metavar="BACKBONE", help="its main rows: B/16-224"
+    )
     parser.add_argument("--missing", action="store_true", help="only rows without a figure of this GPU")
     parser.add_argument("--warm", action="store_true", help="compile each row and take one step")
     parser.add_argument("--ratios", action="store_true", help="a ViT-S on a CPU, in ratios")
@@ -159,19 +146,19 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     if options.tiny:
         rows = [Row("tiny", mode, compiled="eager") for mode in ("zero", "baseline", "drop")]
     elif options.only:
-        rows = [row for text in options.only for row in parse(text)]
+        rows = [row for backbone in options.only for row in headline(backbone)]
     else:
         rows = [row for backbone in BACKBONES for row in every_row(backbone)]
     if options.missing:
         rows = missing(rows)
     if options.warm:
-        return warm(rows, options.batch, device)
+        return warm(rows, device)
     results = []
     # One soft-cap at a time: the rows of a backbone do not fit into memory together.
     for _, rows_of_cap in itertools.groupby(rows, lambda row: (row.backbone, row.softcap)):
         group = list(rows_of_cap)
         how = {"rounds": 2, "steps": 1} if options.tiny else {"save": partial(record.write, "step", key=KEY)}
-        found = measure(group, options.batch or group[0].default_batch, device, **how)
+        found = measure(group, group[0].default_batch, device, **how)
         for row in found:
             show(row)
         results += found

@@ -18,16 +18,13 @@ def train(model, loader, lr=1e-5, softcap=None):
     for images in loader:
         size, index = images.shape[-1], torch.arange(len(images), device=images.device)
         corner = torch.rand(len(images), 2, device=images.device) * size / 2
-        boxes = torch.cat(
-            [index[:, None], corner, corner + size / 2], 1
-        )  # a quarter of each image, in pixels
+        # A quarter of each image, in pixels.
+        boxes = torch.cat([index[:, None], corner, corner + size / 2], 1)
         crops = interpolate(roi_align(images, boxes, size // 2, aligned=True), size=size, mode="bicubic")
         with torch.no_grad():
             wanted = teacher(crops)
-        tokens = student.head(student.fc_norm(student.forward_features(images)))[
-            :, student.num_prefix_tokens :
-        ]
-        features = tokens.mT.unflatten(2, student.patch_embed.grid_size)
+        tokens = student.head(student.fc_norm(student.forward_features(images)))
+        features = tokens[:, student.num_prefix_tokens :].mT.unflatten(2, student.patch_embed.grid_size)
         found = roi_align(features, boxes, 1, features.shape[-1] / size, aligned=True).flatten(1)
         loss = 1 - cosine_similarity(found, wanted).mean()
         loss.backward()

@@ -17,9 +17,8 @@ def train(vit, loader, stages=2, lr=1.5e-4, softcap=30.0):
         fresh = fa.create_backbone(vit.recipe["name"], **vit.recipe["kwargs"])
         student = fa.MIMStudent.from_backbone(fresh, softcap=softcap)
         step = fa.MaskedImageModeling(teacher, student, masks, loss="masked_mse").to(vit.cls_token.device)
-        optimizer = torch.optim.AdamW(
-            student.train().parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05
-        )
+        weights = student.train().parameters()
+        optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
         for index, images in enumerate(loader()):
             sample_ids = torch.arange(len(images), device=images.device) + index * len(images)
             loss = step(images, sample_ids, epoch=stage)

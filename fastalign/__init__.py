@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from fastalign import kernels, ops
-from fastalign.backbones.saving import save_backbone
+from fastalign.backbones.weight_files import save_backbone
 from fastalign.method import masks
 from fastalign.method.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
 from fastalign.method.objectives import MaskedImageModeling, MaskEmbed

@@ -30,11 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fastalign: {unknown('command', name, COMMANDS)}", file=sys.stderr)
         return 2
     else:
-        package = importlib.import_module(f"fastalign.{name}")
-        module = (
-            importlib.import_module(f"fastalign.{name}.__main__") if hasattr(package, "__path__") else package
-        )
-        return module.main(rest)
+        folder = name in ("export", "report")
+        return importlib.import_module(f"fastalign.{name}" + ".__main__" * folder).main(rest)
     return 0
 
 

@@ -1,10 +1,9 @@
 """Training from Python, in one process: `fastalign.align`."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from fastalign.backbones.vit import ViT
 from fastalign.backbones.zoo import load_backbone
@@ -34,13 +33,12 @@ def align(recipe: str | Path | None = None, *, data: str | Path, output: str | P
         UserError: an unknown recipe or key, a wrong value, or data that cannot be used.
     """
     given = {"data.train": data, "output": output, **keys}
-    config = load_config(recipe, [f"{key}={_yaml(value)}" for key, value in given.items()])
+    # JSON is YAML.
+    overrides = [
+        f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in given.items()
+    ]
+    config = load_config(recipe, overrides)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("align runs in one process: use torchrun -m fastalign.train for several GPUs")
     train(config, distributed.start())
     return load_backbone(config.output)
-
-
-def _yaml(value: Any) -> str:
-    value = str(value) if isinstance(value, Path) else value
-    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("...\n")

@@ -234,28 +234,25 @@ class Config(Section):
             for key in ("name", "weights", "pretrained", "checkpoint"):
                 if key in kwargs:
                     raise ValueError(f"{name}.kwargs.{key}: write {name}.name and {name}.weights instead")
-        if student.name.startswith("svit_"):  # the student's cap has a key of its own
-            name = student.name.removeprefix("s")
-            raise ValueError(f"student.name=s{name}: write {name} and student.softcap={AUTHORS_SOFTCAP:g}")
-        if optim.batch_size % optim.accumulate:
-            raise ValueError(f"optim.batch_size {optim.batch_size} is not a multiple of optim.accumulate")
-        if optim.warmup_epochs > optim.epochs:
-            raise ValueError("optim.warmup_epochs must not exceed optim.epochs")
-        if teacher.prefix_only and teacher.skip_blocks:
-            raise ValueError("teacher.prefix_only needs the whole model: set teacher.skip_blocks=0")
-        if masks.distribution == "uniform" and masks.ratio is not None:
-            raise ValueError("masks.ratio does not apply to uniform masks: remove it")
-        if masks.mode == "drop" and teacher.prefix_only:
-            raise ValueError("teacher.prefix_only requires masks.mode=zero")
-        if self.objective == "mim" and (teacher.prefix_only or student.freeze):
-            raise ValueError("objective=mim is incompatible with teacher.prefix_only and student.freeze")
-        if self.probe.data is None and self.probe.best:
-            raise ValueError("probe.best needs a probe: set probe.data, or probe.best=false")
-        for key, value in (("probe.data", self.probe.data), ("export.to", self.export.to)):
-            if value and student.freeze:
-                raise ValueError(
-                    f"{key} has no use with student.freeze, which keeps the backbone: remove one"
-                )
+        plain = f"{student.name[1:]} and student.softcap={AUTHORS_SOFTCAP:g}"
+        prefix, freeze, mim = teacher.prefix_only, student.freeze, self.objective == "mim"
+        size, uniform = optim.batch_size, masks.distribution == "uniform"
+        broken = {
+            f"student.name={student.name}: write {plain}": student.name.startswith("svit_"),
+            f"optim.batch_size {size} is not a multiple of optim.accumulate": size % optim.accumulate,
+            "optim.warmup_epochs must not exceed optim.epochs": optim.warmup_epochs > optim.epochs,
+            "teacher.prefix_only requires teacher.skip_blocks=0": prefix and teacher.skip_blocks,
+            "teacher.prefix_only requires masks.mode=zero": prefix and masks.mode == "drop",
+            "masks.ratio does not apply to uniform masks: remove it": uniform and masks.ratio is not None,
+            "objective=mim is incompatible with teacher.prefix_only: remove one": mim and prefix,
+            "objective=mim is incompatible with student.freeze: remove one": mim and freeze,
+            "probe.best needs a probe: set probe.data": self.probe.best and self.probe.data is None,
+            "probe.data has no use with student.freeze: remove one": freeze and self.probe.data,
+            "export.to has no use with student.freeze: remove one": freeze and self.export.to,
+        }
+        for text, is_broken in broken.items():
+            if is_broken:
+                raise ValueError(text)
         return self
 
 

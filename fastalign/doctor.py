@@ -80,11 +80,8 @@ def operations() -> list[str]:
     if ops.MODE == "0":
         kernels = "eager PyTorch: FASTALIGN_KERNELS=0"
     masks = "extension" if extension.available(torch.device("cpu")) else "PyTorch"
-    lines = [
-        f"masked copies, decoder input, packing, loss on a GPU: {kernels}",
-        "everything on a CPU: eager PyTorch",
-        f"masks: {masks} ({extension.status()})",
-    ]
+    lines = [f"masked copies, decoder input, packing, loss: on a GPU {kernels}, on a CPU eager PyTorch"]
+    lines.append(f"masks: {masks} ({extension.status()})")
     if torch.cuda.is_available() and not extension.available(torch.device("cuda")):
         lines.append("  faster: install the CUDA toolkit of torch's version, then fastalign again")
     if not shutil.which("c++"):
@@ -93,7 +90,7 @@ def operations() -> list[str]:
 
 
 def attention() -> list[str]:
-    """What runs the attention of each part of a step, why, and what would be faster."""
+    """What runs the attention of each part of a step, and why."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, lines = compute_dtype("auto", torch.device(device)), []
     for part, kind in PARTS.items():

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 
-from fastalign.data.bad_samples import BadSample, BadSamples, to_line
-from fastalign.data.pipeline import Decoder, SampleReader
+from fastalign.data.pipeline import BadSample, BadSamples, Decoder, SampleReader, to_line
 from fastalign.data.sources import Source, SyntheticSource, open_source
 from fastalign.data.transforms import Transform
 from fastalign.training.command import run_command
@@ -36,7 +35,7 @@ def scan(source: Source, workers: int) -> list[BadSample]:
 
     def check(first: int) -> list[BadSample]:
         if not hasattr(local, "decoder"):
-            local.decoder = Decoder(pixel, batch_size=1, device=torch.device("cpu"), threads=1)
+            local.decoder = Decoder(pixel, torch.device("cpu"), batch_size=1, num_threads=1)
         ids = range(first, min(first + _CHUNK, len(source)))
         return [bad for i in ids for bad in reader.decode(reader.read(i), local.decoder)[0].bad]
 
@@ -88,8 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("data", type=path_argument, help="a folder of images, tar shards or a pattern of them, as data.train")
     add("--output", type=path_argument, metavar="FILE", help="write the bad ones here, for faults.quarantine")
     add("--workers", type=int, default=cores, metavar="N", help="threads (one per core)")
-    options = parser.parse_args(arguments)
-    return run_command(lambda: _run(options))
+    return run_command(lambda: _run(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

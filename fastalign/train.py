@@ -24,7 +24,6 @@ from fastalign.training.run import Run, itstime
 from fastalign.training.update import seed_update
 from fastalign.training.validation import measure_target_scale, validate
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import can_be_folder
 from fastalign.utils.paths import user_path
 
 Splits = dict[str, LabelledImages]
@@ -70,7 +69,6 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
 def train(config: Config, world: distributed.World) -> None:
     """Train to the end of the run, from wherever its folder stands; Preempted if a signal stops it before."""
     with Preemption() as preemption:
-        can_be_folder(f"output={config.output}", config.output)
         if world.main:
             (Path(config.output) / MARKER).unlink(missing_ok=True)
         if config.export.to:

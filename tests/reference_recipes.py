@@ -70,45 +70,22 @@ SHORT = {
     "ONE": "masks.complement: false, masks.full: false",
 }
 COMMON = """
-student.weights: pretrained
-student.head: linear
-student.freeze: false
-teacher.skip_blocks: 1
-teacher.prefix_only: false
-decoder.layers: 2
-decoder.kwargs: {width: null, heads: null, qk_norm: null, qkv_bias: null, init_values: 0.000001}
-masks: {distribution: uniform, ratio: null, complement: true, full: true}
-loss.name: mse
-data.crop: rkrc
-data.scale: [0.08, 1.0]
-data.ratio: [0.75, 1.3333333333333333]
-data.hflip: 0.5
-data.color_jitter: 0
-data.randaugment: ""
-data.mixup: 0
-data.cutmix: 0
-optim.name: adamw
-optim.weight_decay: 0.01
-optim.betas: [0.9, 0.95]
-optim.clip: 1.0
-optim.ema: null
+{student.weights: pretrained, student.head: linear, student.freeze: false, teacher.skip_blocks: 1,
+teacher.prefix_only: false, decoder.layers: 2, loss.name: mse,
+decoder.kwargs: {width: null, heads: null, qk_norm: null, qkv_bias: null, init_values: 0.000001},
+masks: {distribution: uniform, ratio: null, complement: true, full: true},
+data.crop: rkrc, data.scale: [0.08, 1.0], data.ratio: [0.75, 1.3333333333333333], data.hflip: 0.5,
+data.color_jitter: 0, data.randaugment: "", data.mixup: 0, data.cutmix: 0,
+optim.weight_decay: 0.01, optim.betas: [0.9, 0.95], optim.clip: 1.0, optim.ema: null}
 """
 """In every file, or the default of the authors' scripts."""
-FILES = {
-    row.partition(" |")[0]: [cell.strip() for cell in row.split("|")] for row in ROWS.strip().splitlines()
-}
+FILES = {row.split(" |")[0]: [cell.strip() for cell in row.split("|")] for row in ROWS.strip().splitlines()}
 RUNS = {
     "output_mim/clip-vit-b-mim": "runs/mim-clip-vit-b",
     "output_mim/clip-vit-b-mim-aligned-mim": "runs/mim-clip-vit-b-mim-aligned",
     "output/clip-vit-b-mim-aligned": "runs/clip-vit-b-mim",
 }
 """Where the teachers of a chain are, in the authors' files and in ours."""
-DATA = {"1k": "imagenet", "21k": "imagenet21k"}
-
-
-def data_folder(file: str) -> str:
-    """The data set of a file: imagenet or imagenet21k."""
-    return DATA[FILES[file][1]]
 
 
 def reference_keys(file: str) -> list[str]:

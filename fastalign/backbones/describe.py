@@ -1,4 +1,4 @@
-"""From a timm model to our `ViT`: its shape is read from its modules, its parameters are shared, not copied.
+"""timm's models, built by name, and our `ViT` of them: shapes are read from modules, parameters shared, not copied.
 
 Refused as not supported: a module of a type outside `_MODULES`, an option that has no module, or a state dict with
 other keys or shapes than ours.
@@ -19,7 +19,7 @@ from fastalign.backbones import naflex
 from fastalign.backbones.moco import MoCoViT
 from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
-from fastalign.utils.errors import UserError
+from fastalign.utils.errors import UserError, first_line, unknown
 
 MODELS = {
     vision_transformer.VisionTransformer: vision_transformer.checkpoint_filter_fn,
@@ -52,6 +52,41 @@ _MODULES = {
     *(layers.PatchEmbed, layers.LayerScale, layers.DropPath, layers.Mlp, layers.SwiGLU, layers.GluMlp),
     naflex.Embeds,
 }
+_FAMILIES = ("vision_transformer", "deit", "beit", "eva", "naflexvit", "moco")
+"""timm's modules with supported architectures, and ours."""
+
+
+def empty_model(name: str, kwargs: dict) -> nn.Module:
+    """The timm model without memory for its weights, checked: `ViT` can be made of it."""
+    if not timm.is_model(name.split(".")[0]):
+        names = (name for family in _FAMILIES for name in timm.list_models(module=family))
+        raise UserError(unknown("backbone", name, names))
+    with torch.device("meta"):
+        model = create_timm(name, kwargs)
+    try:
+        spec = from_timm(model).spec
+    except UserError as error:
+        raise UserError(f"backbone {name}: {error}") from error
+    # timm ignores a remainder of the image. That is meant for native sizes (384 / 14), not for a size asked for.
+    native = tuple(model.pretrained_cfg.get("input_size", (3, 0, 0))[-2:])
+    for side, patch in zip(spec.image_size, spec.patch_size, strict=True):
+        if side % patch and spec.image_size != native:
+            near = max(side // patch, 1) * patch
+            raise UserError(f"{name}: img_size {side} is no multiple of the patch size {patch}: use {near}")
+    return model
+
+
+def create_timm(name: str, kwargs: dict, pretrained: bool = False) -> nn.Module:
+    """timm's model; a UserError names what is wrong with its arguments or the network."""
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except Exception as error:
+        if pretrained:
+            remedy = "check the network, or set student.weights (in Python checkpoint) to a file"
+            problem = f"cannot load the published weights of {name!r} ({first_line(error)})"
+            raise UserError(f"{problem}: {remedy}") from error
+        remedy = f"correct its tag or its arguments {kwargs}"
+        raise UserError(f"backbone {name}: {first_line(error)}; {remedy}") from error
 
 
 def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
@@ -61,8 +96,6 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
         table = {"pos_embed": "learned", "pos_embed_grid_size": list(spec.grid)}
         recipe = {**recipe, "kwargs": {**recipe["kwargs"], **table}}
     rate = max((getattr(part, "drop_prob", None) or 0.0) for part in source.modules())
-    if rate >= 1:
-        raise UserError(f"drop_path_rate must be less than 1, got {rate}")
     data = timm.data.resolve_model_data_config(source)
     data = {key: data[key] for key in ("mean", "std", "interpolation", "crop_pct")}
     data |= {"mean": list(data["mean"]), "std": list(data["std"])}
@@ -131,7 +164,7 @@ def describe(source: nn.Module) -> ViTSpec:
         patch_norm=_has_norm(embed.norm),
         pre_norm=_has_norm(getattr(source, "norm_pre", None)),
         final_norm=_has_norm(source.norm),
-        pooled_norm=_has_norm(source.fc_norm),
+        pooled_norm=_has_norm(source.fc_norm) and not distilled,  # timm's has one but does not apply it
         pool=pool,
         # Eva's attention pooling reads all tokens.
         pool_prefix=getattr(source, "pool_include_prefix", mapped),
@@ -199,10 +232,15 @@ def _unknown_parts(source: nn.Module) -> list[str]:
             found.append("grouped heads")
         if getattr(part, "gate_last", False):
             found.append("the gate last")
-    if isinstance(source, deit.VisionTransformerDistilled) and _has_norm(source.fc_norm):
-        found.append("fc_norm")
     if isinstance(source, naflex.NaFlexVit):
-        found += naflex.unsupported(source)
+        refused = {
+            "a convolution as patch embedding": not source.embeds.is_linear,
+            "channels first in patches": not source.embeds.channels_last,
+            "a norm of pixels": source.embeds.norm_input is not None,
+            "rotary embeddings": source.rope is not None,
+            "padded images": source.embeds.dynamic_img_pad,
+        }
+        found += [name for name, present in refused.items() if present]
     elif getattr(source.patch_embed, "dynamic_img_pad", False):
         found.append("padded images")
     return list(dict.fromkeys(found))

@@ -80,6 +80,11 @@ _VIT_ROOT = {
     "register_tokens": "embeddings.register_tokens",
     "mask_token": "embeddings.mask_token",
 }
+_DINOV3_ROOT = {
+    "cls_token": "embeddings.cls_token",
+    "reg_token": "embeddings.register_tokens",
+    "patch_embed.proj.": "embeddings.patch_embeddings.",
+}
 _VIT, _DINOV3 = _column(_BLOCK, "ViT"), _column(_BLOCK, "DINOv3")
 _DINOV2 = {
     **{ours: theirs for ours, theirs in _VIT.items() if ours.startswith("attn.")},
@@ -92,37 +97,14 @@ _IN_MEMORY = {ours: _DINOV3[ours] for ours in ("attn.q.", "attn.k.", "attn.v.", 
 TIMM = Layout(
     "timm (and training checkpoints of DINO, DINOv2, DINOv3, MAE, MoCo-v3 and Lightning)", {}, "blocks", {}
 )
-OPEN_CLIP = Layout(
-    "open_clip",
-    _column(_ROOT, "open_clip"),
-    "transformer.resblocks",
-    _column(_BLOCK, "open_clip"),
-    flat=True,
-    unread=("proj",),
-)
-HF_CLIP = Layout(
-    "transformers' CLIP and SigLIP",
-    _column(_ROOT, "CLIP"),
-    "encoder.layers",
-    _column(_BLOCK, "CLIP"),
-    flat=True,
-    unread=("embeddings.position_ids",),
-)
-HF_VIT = Layout(
-    "transformers' ViT", _VIT_ROOT, "encoder.layer", _VIT, unread=("embeddings.mask_token", "pooler.")
-)
+_OPEN_CLIP = _column(_ROOT, "open_clip"), "transformer.resblocks", _column(_BLOCK, "open_clip")
+OPEN_CLIP = Layout("open_clip", *_OPEN_CLIP, flat=True, unread=("proj",))
+_CLIP = _column(_ROOT, "CLIP"), "encoder.layers", _column(_BLOCK, "CLIP")
+HF_CLIP = Layout("transformers' CLIP and SigLIP", *_CLIP, flat=True, unread=("embeddings.position_ids",))
+_UNREAD = ("embeddings.mask_token", "pooler.")
+HF_VIT = Layout("transformers' ViT", _VIT_ROOT, "encoder.layer", _VIT, unread=_UNREAD)
 HF_DINOV2 = Layout("transformers' DINOv2", _VIT_ROOT, "encoder.layer", _DINOV2)
-HF_DINOV3 = Layout(
-    "transformers' DINOv3",
-    {
-        "cls_token": "embeddings.cls_token",
-        "reg_token": "embeddings.register_tokens",
-        "patch_embed.proj.": "embeddings.patch_embeddings.",
-    },
-    "layer",
-    _DINOV3,
-    unread=("embeddings.mask_token",),
-)
+HF_DINOV3 = Layout("transformers' DINOv3", _DINOV3_ROOT, "layer", _DINOV3, unread=_UNREAD)
 LAYOUTS = (
     TIMM,
     OPEN_CLIP,
@@ -184,9 +166,7 @@ def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         if (joint := state.pop(f"attn_pool.in_proj.{kind}", None)) is not None:
             width = len(joint) // 3
             state[f"attn_pool.q.{kind}"], state[f"attn_pool.kv.{kind}"] = joint[:width], joint[width:]
-    if (
-        "storage_tokens" in state
-    ):  # Meta's DINOv3; timm would drop biases that the model lacks, without a message
+    if "storage_tokens" in state:  # Meta's DINOv3, of which timm silently drops biases that the model lacks
         for key in [key for key in state if key.endswith(".attn.qkv.bias")]:
             state[key.replace("qkv.", "q_")], _, state[key.replace("qkv.", "v_")] = state.pop(key).chunk(3)
     return {_CHUNKED.sub(r"blocks.\1", key): value for key, value in state.items()}

@@ -17,19 +17,15 @@ NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """float32 for "fp32", bfloat16 for "bf16" and "fp8"; for "auto" bfloat16 where the hardware has it."""
-    if precision == "auto":
-        return torch.bfloat16 if has_bf16(device) else torch.float32
-    return torch.float32 if precision == "fp32" else torch.bfloat16
+    bf16 = has_bf16(device) if precision == "auto" else precision != "fp32"
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies in bf16: a GPU, or a CPU with instructions for it and a torch that uses them.
-
-    `torch.ops.mkldnn._is_mkldnn_bf16_supported` is true for every CPU with AVX-512, but without AVX512-BF16 or AMX
-    oneDNN converts to fp32 and back, which is slower than fp32.
-    """
+    """Whether a device multiplies in bf16: a GPU, or a CPU with instructions for it and a torch that uses them."""
     if device.type == "cuda":
         return True
+    # oneDNN's own answer is yes for every CPU with AVX-512, but it may convert to fp32 and back, which is slow.
     capabilities = torch.cpu.get_capabilities() if torch.backends.mkldnn.is_available() else {}
     return any(capabilities.get(name, False) for name in NATIVE_BF16)
 

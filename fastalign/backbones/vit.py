@@ -104,8 +104,7 @@ class ViT(nn.Module):
 
     def prefix_rows(self) -> Tensor | None:
         """[P, D]: the prefix tokens with their position."""
-        tokens = (self.cls_token, self.dist_token, self.reg_token)
-        tokens = [token[0] for token in tokens if token is not None]
+        tokens = [t[0] for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
         if not tokens:
             return None
         prefix = torch.cat(tokens)

@@ -1,4 +1,4 @@
-"""Files of weights, read without running code from them, and what is recorded in or next to them."""
+"""Files of weights, read without running code from them, with what is recorded next to them; a run's, written."""
 
 import argparse
 import json
@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from torch import Tensor, nn
 
 from fastalign.backbones import layouts
+from fastalign.backbones.vit import ViT
 from fastalign.utils.errors import UserError, first_line
+from fastalign.utils.files import write_atomically, write_tensors
 from fastalign.utils.paths import user_path
 
 _NAMES = (
@@ -19,12 +22,9 @@ _NAMES = (
     "pytorch_model.bin",
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
-    "visual.safetensors",
     "backbone.safetensors",
 )
 """Weights in a folder; the first that exists is read, whole or in the shards that its `.index.json` lists."""
-_TIMM_NAMES = _NAMES[:2]
-"""Weights in a folder of timm's format, which is that of `fastalign.export --to timm`."""
 _INDEX = ".index.json"
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _SAFE_GLOBALS = [
@@ -88,17 +88,11 @@ def read_weights(path: Path) -> Any:
     """The content of a file, or of the shards of an index that hold a backbone. Raises as `read_file`."""
     if not path.name.endswith(_INDEX):
         return read_file(path)
-    try:
-        shards = {plain(str(name)): str(file) for name, file in read_json(path)["weight_map"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, error) from None
+    shards = {plain(name): file for name, file in read_json(path)["weight_map"].items()}
     prefixes = tuple(prefix for _, prefix in layouts.find(shards.keys())) or ("",)
     content: dict[str, Any] = {}
     for file in sorted({file for name, file in shards.items() if name.startswith(prefixes)}):
-        shard = read_file(path.with_name(Path(file).name))
-        if not isinstance(shard, dict):
-            raise UserError(f"{file} is not a shard of weights but a {type(shard).__name__}: copy it again")
-        content |= shard
+        content |= read_file(path.with_name(Path(file).name))
     return content
 
 
@@ -135,8 +129,6 @@ def find_facts(path: Path) -> dict | None:
     text = embedded_facts(path) if path.suffix == ".safetensors" else None
     if text is not None:
         return _parsed(text, path)
-    if path.name not in _TIMM_NAMES:
-        return None
     path = path.with_name("config.json")
     try:
         config = json.loads(path.read_bytes())
@@ -162,3 +154,72 @@ def vision_config(path: Path) -> dict[str, Any]:
         return {}
     vision = config.get("vision_config", config)
     return HF_DEFAULTS.get(vision.get("model_type", f"{config['model_type']}_vision_model"), {}) | vision
+
+
+def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
+    """Save the backbone of a student, without its head and decoder, as a run does: every command reads the folder.
+
+    With several ranks, call it on one of them.
+
+    Args:
+        student: a student of fastalign or a `ViT`, perhaps wrapped in DDP or torch.compile. Weights are written in
+            fp32, with soft-cap, preprocessing and timm name.
+        folder: where to write; created if missing. Earlier files there are replaced.
+        **facts: JSON values to record too, such as `step`, `val_loss`, or `weights`: "pretrained" or the file that
+            the student started from, which an export needs to name the licence.
+
+    Raises:
+        UserError: another kind of module, a backbone whose timm name is not known, or `folder` is a file.
+    """
+    student = getattr(student, "module", student)
+    vit = getattr(student, "encoder", student)
+    vit = getattr(vit, "_orig_mod", vit)
+    if not isinstance(vit, ViT):
+        raise UserError(f"save_backbone: got {type(vit).__name__}; give a student or a fastalign backbone")
+    if taken := facts.keys() & {"name", "kwargs", "softcap", "norm_eps"}:
+        raise UserError(
+            f"save_backbone: {min(taken)} is recorded of the student: name your own value otherwise"
+        )
+    if Path(folder).is_file():
+        raise UserError(f"save_backbone: {folder} is not a directory; name another folder")
+    write_backbone(Path(folder), vit.state_dict(), facts_text(backbone_facts(vit, **facts)))
+
+
+def backbone_facts(vit: ViT, **facts: Any) -> dict[str, Any]:
+    """The content of `backbone.json`: what a user of the backbone must know, and `facts`."""
+    kwargs = {**vit.recipe["kwargs"], "num_classes": 0}
+    if vit.spec.pool == "map" and vit.attn_pool is None:
+        kwargs["global_pool"] = ""  # a student has no pooling to save
+    return {
+        "name": vit.recipe["name"],
+        "kwargs": kwargs,
+        "softcap": vit.softcap,
+        "norm_eps": getattr(vit.norm, "eps", None),
+        **vit.data,
+        "features": "the tokens after the final norm; prefix tokens first",
+        **facts,
+    }
+
+
+def facts_text(facts: dict[str, Any]) -> str:
+    """The text of `backbone.json`."""
+    return json.dumps(facts, indent=2, allow_nan=False) + "\n"
+
+
+def write_backbone(folder: Path, weights: dict[str, Tensor], text: str) -> None:
+    """Write a backbone's weights by timm's keys, without its head, and the text of its `backbone.json`.
+
+    `backbone.safetensors` holds the text too: `is_written` tells whether a kill left one file without the other.
+    """
+    weights = {key: value for key, value in weights.items() if not key.startswith(("head.", "head_dist."))}
+    weights = {key: value.detach().contiguous().float() for key, value in weights.items()}
+    softcap = str(json.loads(text)["softcap"])
+    write_tensors(folder / "backbone.safetensors", weights, softcap=softcap, facts=text)
+    write_atomically(folder / "backbone.json", lambda file: file.write(text.encode()))
+
+
+def is_written(folder: Path, text: str) -> bool:
+    """Whether both files of a backbone are there, with this text."""
+    facts = folder / "backbone.json"
+    same = facts.exists() and facts.read_text() == text
+    return same and embedded_facts(folder / "backbone.safetensors") == text

@@ -4,17 +4,20 @@ timm builds the model for the grid of patches that its weights were trained on, 
 the positions to the grid asked for. `describe.from_timm` then makes our `ViT` of it.
 """
 
+import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import timm
+from timm.models import get_model_args
 from torch import nn
 
 from fastalign.backbones import naflex
-from fastalign.backbones.describe import describe, from_timm
+from fastalign.backbones.accelerate import accelerated
+from fastalign.backbones.describe import create_timm, describe, empty_model, from_timm
 from fastalign.backbones.moco import MOCO as MOCO
-from fastalign.backbones.spec import split_svit
-from fastalign.backbones.timm_models import create_timm, empty_model, from_model
+from fastalign.backbones.spec import ViTSpec, split_svit
 from fastalign.backbones.vit import ViT
 from fastalign.backbones.weight_files import read_facts
 from fastalign.backbones.weights import (
@@ -52,9 +55,7 @@ def create_backbone(
     if isinstance(name, nn.Module):
         if pretrained or checkpoint is not None or kwargs:
             raise UserError("create_backbone(model) takes no other arguments: build the model with them")
-        return from_model(name)
-    if not isinstance(name, str):
-        raise UserError(f"create_backbone: got {type(name).__name__}, not a timm name or model: give one")
+        return _from_model(name)
     name, kwargs, softcap = split_svit(name, {"num_classes": 0, **kwargs})
     template = empty_model(name, kwargs)
     if checkpoint is not None:
@@ -127,3 +128,35 @@ def _finish(name: str, kwargs: dict, template: nn.Module, source: nn.Module) -> 
     elif (found.image_size, found.patch_size) != (spec.image_size, spec.patch_size):
         source.set_input_size(img_size=spec.image_size, patch_size=spec.patch_size)
     return from_timm(source, {"name": name, "kwargs": kwargs}, **changes)
+
+
+def _from_model(model: nn.Module) -> ViT:
+    """A copy of a user's timm model on our parts."""
+    if accelerated(model):
+        raise UserError("the model's attention is replaced: restore timm's with accelerate(model, undo=True)")
+    for path, part in model.named_modules():
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+            raise UserError(f"{path or 'the model'} has hooks or its own forward: remove them")
+    vit = from_timm(model, _recipe_of(model, describe(model)))
+    return copy.deepcopy(vit).train(model.training)
+
+
+def _recipe_of(model: nn.Module, spec: ViTSpec) -> dict | None:
+    """The name and arguments that build a model of the same shape, which timm records; None if they are not known."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    architecture = config.get("architecture")
+    if not architecture or not timm.is_model(architecture):
+        return None
+    name = f"{architecture}.{config.get('tag')}"
+    name = name if name in timm.list_pretrained(f"{architecture}.*") else architecture
+    try:
+        plain = empty_model(name, {"num_classes": 0})
+        usual = get_model_args(plain)
+        kwargs = {k: v for k, v in get_model_args(model).items() if k not in usual or v != usual[k]}
+        kwargs["num_classes"] = getattr(model.head, "out_features", 0)
+        if spec.depth != kwargs.get("depth", len(plain.blocks)):  # the user cut it
+            kwargs["depth"] = spec.depth
+        recipe = {"name": name, "kwargs": json.loads(json.dumps(kwargs))}
+        return recipe if describe(empty_model(**recipe)) == spec else None
+    except (UserError, TypeError):  # an argument that is no JSON value
+        return None

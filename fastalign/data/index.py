@@ -1,12 +1,13 @@
-"""Lists of images: packed names, scans of folders, and the cache on disk; `tars.py` reads tar shards.
+"""Lists of images in folders and tar shards: packed names, scans, the cache on disk; class labels in shards.
 
 Names are one blob of bytes with int64 offsets, memory-mapped from the cache: 13 million Python strings would cost
 every process more than a gigabyte.
 """
 
-import fcntl
+import errno
 import hashlib
 import os
+import tarfile
 import time
 import zlib
 from array import array
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fastalign.utils.errors import UserError
+from fastalign.utils.errors import UserError, first_line
 from fastalign.utils.files import write_tensors
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
@@ -26,6 +27,7 @@ _SUFFIXES = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
 # A directory that changes twice within one tick of its file system's clock keeps its mtime, so a list made this soon
 # after a change is not cached.
 _SETTLE_NS = 2_000_000_000
+_BLOCK, _PIECE = 512, 1 << 20  # bytes of a tar
 
 Index = dict[str, np.ndarray]
 """What is known of a data set, as [n] uint8 and int64 arrays. A list of names is two of them, see `pack`.
@@ -67,8 +69,12 @@ def is_image(name: bytes) -> bool:
     return not any(part.startswith(b".") and part not in (b".", b"..") for part in name.split(b"/"))
 
 
-def scan_folder(root: str) -> Index:
+def index_folder(root: str) -> Index:
     """The images below a folder as `names` relative to it, sorted in each directory, depth first."""
+    return _cached(root, lambda: _scan_folder(root))
+
+
+def _scan_folder(root: str) -> Index:
     folders, mtimes = [], array("q")
 
     def images() -> Iterator[bytes]:
@@ -104,49 +110,149 @@ def scan_folder(root: str) -> Index:
     return index | pack(folders, "places_") | {"mtimes": np.frombuffer(mtimes, np.int64)}
 
 
-def _is_current(index: Index) -> bool:
-    with suppress(OSError):
-        pairs = zip(Names(index, "places_"), index["mtimes"].tolist(), strict=True)
-        return all(Path(place).stat().st_mtime_ns == mtime for place, mtime in pairs)
-    return False
+def members(path: str) -> Iterator[tarfile.TarInfo]:
+    """The regular files in a tar, or in several that were joined end to end, as `tar --ignore-zeros` lists them.
 
-
-def cached_index(key: str, scan: Callable[[], Index]) -> Index:
-    """The index that `scan` makes, or the cached one if the times of all its places are the same.
-
-    It is cached if they are old.
+    Raises tarfile.ReadError after the last good member, and UserError if the disk fails: a shorter shard would change
+    the order of the data.
     """
+    begin, position = 0, 0
+    try:
+        with Path(path).open("rb") as file:
+            total = os.fstat(file.fileno()).st_size
+            while begin is not None:
+                position = file.seek(begin)
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    while (member := tar.next()) is not None:
+                        end = member.offset_data + member.size
+                        # A crafted header can send the reader backwards, in an endless loop.
+                        if member.size < 0 or tar.offset <= member.offset or end > total:
+                            raise tarfile.ReadError(f"member {member.name!r} runs past the end of the file")
+                        position = tar.offset
+                        tar.members.clear()
+                        if member.isreg() and not member.issparse():
+                            yield member
+                    # tarfile stops silently at a broken header; a proper end is a block of zeros.
+                    file.seek(tar.offset)
+                    if file.read(_BLOCK) != bytes(_BLOCK):
+                        raise tarfile.ReadError("no member and no end mark")
+                    begin = _after_zeros(file, tar.offset)
+    except Exception as error:  # tarfile raises nearly anything on a bad header
+        # EINVAL: a header points before the beginning of the file.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise UserError(f"cannot read {path}: {error.strerror}; is the disk available?") from error
+        raise tarfile.ReadError(f"damaged at byte {position}: {first_line(error)}") from error
+
+
+def _after_zeros(file, position: int) -> int | None:
+    """The first block from `position` on that is not zero; None if all are."""
+    file.seek(position)
+    while piece := file.read(_PIECE):
+        if rest := piece.lstrip(b"\0"):
+            return (position + len(piece) - len(rest)) // _BLOCK * _BLOCK
+        position += len(piece)
+    return None
+
+
+def index_shards(shards: list[str]) -> Index:
+    """The images in tar files.
+
+    `names`: of the members; `shard`, `start`, `size` [n]: number of the shard, place and bytes in it; `damage_names`:
+    the damage of each shard, whose earlier members count.
+    """
+    return _cached("\n".join(shards), lambda: _scan_shards(shards))
+
+
+def _scan_shards(shards: list[str]) -> Index:
+    damages, rows = [], array("q")
+
+    def names() -> Iterator[bytes]:
+        for number, shard in enumerate(shards):
+            found, damage = set(), ""
+            try:
+                for member in members(shard):
+                    if is_image(name := os.fsencode(member.name)):
+                        if name in found:
+                            twice = f"{shard} has two images called {member.name!r}"
+                            raise UserError(f"{twice}; rename or remove one")
+                        found.add(name)
+                        rows.extend((number, member.offset_data, member.size))
+                        yield name
+            except tarfile.ReadError as error:
+                damage = str(error)
+            damages.append(damage.encode("utf-8", "replace"))
+
+    index = pack(names()) | pack(damages, "damage_") | pack(map(os.fsencode, shards), "places_")
+    shard, start, size = np.ascontiguousarray(np.array(rows, dtype=np.int64).reshape(-1, 3).T)
+    mtimes = np.array([Path(each).stat().st_mtime_ns for each in shards])
+    return index | {"mtimes": mtimes, "shard": shard, "start": start, "size": size}
+
+
+def _cached(key: str, scan: Callable[[], Index]) -> Index:
+    """The index in the cache if none of its places changed, else what `scan` makes; cached if the places are old."""
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256(os.fsencode(f"{IMAGE_EXTENSIONS} {key}")).hexdigest()
-        file = cache_folder() / f"index-{digest[:32]}.safetensors"
-        locked = file.with_suffix(".lock").open("w")
     except (OSError, RuntimeError):  # no cache, or no home folder
         return scan()
-    with locked:
-        with suppress(OSError):  # of a file system without locks
-            # One process of a machine scans while the others wait for its index.
-            fcntl.flock(locked, fcntl.LOCK_EX)
-        index = _load(file)
-        if index is None or not _is_current(index):
-            start = time.time_ns()
-            index = scan()
-            if start - index["mtimes"].max() > _SETTLE_NS:
-                with suppress(OSError):
-                    write_tensors(file, {name: torch.from_numpy(values) for name, values in index.items()})
-                    index = _load(file) or index  # processes of a machine share mapped pages
+    digest = hashlib.sha256(os.fsencode(f"{IMAGE_EXTENSIONS} {key}")).hexdigest()
+    file = cache_folder() / f"index-{digest[:32]}.safetensors"
+    if index := _load(file):
+        return index
+    start = time.time_ns()
+    index = scan()
+    if start - index["mtimes"].max() > _SETTLE_NS:
+        with suppress(OSError):
+            write_tensors(file, {name: torch.from_numpy(values) for name, values in index.items()})
+            index = _load(file) or index  # processes of a machine share mapped pages
     return index
 
 
 def _load(file: Path) -> Index | None:
-    """The arrays of a cache file, memory-mapped; None if it is missing or damaged."""
-    try:
+    """The arrays of a cache file, memory-mapped; None if it is missing, damaged or out of date."""
+    with suppress(OSError, SafetensorError):
         with safe_open(file, "pt") as tensors:
-            return {name: tensors.get_tensor(name).numpy() for name in tensors.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return None
+            index = {name: tensors.get_tensor(name).numpy() for name in tensors.keys()}  # noqa: SIM118
+        places = zip(Names(index, "places_"), index["mtimes"].tolist(), strict=True)
+        if all(Path(place).stat().st_mtime_ns == mtime for place, mtime in places):
+            return index
+    return None
 
 
 def cache_folder() -> Path:
     """$XDG_CACHE_HOME/fastalign, else ~/.cache/fastalign; raises RuntimeError without a home folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastalign"
+
+
+def stem(name: str) -> str:
+    """A name without its suffix."""
+    return name.rpartition(".")[0]
+
+
+def classes_of(names: Iterable[str], numbers: Iterable[int], shards: list[str]) -> list[str | None]:
+    """The class of each image by its name and the number of its shard, from the `.cls` members.
+
+    It is that of the image's own stem, else of its WebDataset key, which ends at the first dot.
+    """
+    found, classes = [_read_classes(shard) for shard in shards], []
+    for name, number in zip(names, numbers, strict=True):
+        folder, slash, base = name.rpartition("/")
+        key = folder + slash + base.split(".", 1)[0]
+        classes.append(found[number].get(stem(name), found[number].get(key)))
+    return classes
+
+
+def _read_classes(shard: str) -> dict[str, str]:
+    """The text of each `.cls` member of a shard that is not empty, by the member's stem."""
+    found: dict[str, str] = {}
+    try:
+        with Path(shard).open("rb") as file:
+            for member in members(shard):
+                if not (member.size and member.name.endswith(".cls")):
+                    continue
+                text = os.pread(file.fileno(), member.size, member.offset_data).decode().strip()
+                if (other := found.setdefault(stem(member.name), text)) != text:
+                    where = f"{shard}:{member.name}"
+                    raise UserError(f"{where} has two labels, {other!r} and {text!r}; remove one")
+    except (tarfile.ReadError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the labels of {shard}: {error}; fetch it again") from error
+    return found

@@ -8,21 +8,19 @@ import os
 import re
 import stat
 import zlib
-from functools import cached_property
+from glob import glob
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.data.index import IMAGE_EXTENSIONS, Names, cached_index, is_image, scan_folder
-from fastalign.data.tars import class_of, expand_shards, is_tar, read_classes, scan_shards
+from fastalign.data.index import IMAGE_EXTENSIONS, Names, classes_of, index_folder, index_shards, is_image
 from fastalign.utils.errors import UserError
 from fastalign.utils.paths import user_path
 from fastalign.utils.random import Stream, random_uniform
 
 MAX_IMAGE_BYTES = 256 * 1024 * 1024
-_EXTENSIONS = " ".join(IMAGE_EXTENSIONS)
 
 
 class Unreadable(UserError):
@@ -34,40 +32,33 @@ class Unreadable(UserError):
 
 
 class Source:
-    """A list of encoded images.
+    """A list of encoded images below the folder `root`.
 
-    Subclasses define `__len__`; `name(index)`, without the location of the data set, which is `root`; `read(index)`:
-    [bytes] uint8, thread-safe, raises `Unreadable`; and `crc_of_names()`. Those with labels define `class_names()`:
-    of each sample, as the data set writes it, or None. `damaged`: (name, reason) of tar shards.
+    Subclasses define `read(index)`: [bytes] uint8, thread-safe, raises `Unreadable`. Those with labels define
+    `class_names()`: of each sample, as the data set writes it, or None. `damaged`: (name, reason) of tar shards.
     """
 
-    root: str | None = None
     damaged: tuple[tuple[str, str], ...] = ()
+
+    def __init__(self, root: str | None, names: Names):
+        if len(names) == 0:
+            raise UserError(f"no images in {root}; looked for {' '.join(IMAGE_EXTENSIONS)}")
+        self.root, self._names = root, names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        """A sample's name, without the location of the data set."""
+        return self._names[index]
 
     def location(self, index: int) -> str:
         """A sample's path, for messages."""
         return f"{self.root}/{self.name(index)}" if self.root else self.name(index)
 
-    @cached_property
-    def identity(self) -> dict[str, int | list[int]]:
-        """CRC-32 of all names, and of the bytes of nine samples, for checkpoints. 0 = unreadable."""
-        samples = []
-        for index in sorted({i * (len(self) - 1) // 8 for i in range(9)}):
-            try:
-                samples.append(zlib.crc32(self.read(index)))
-            except Unreadable:
-                samples.append(0)
-        return {"names": self.crc_of_names(), "samples": samples}
-
-    def differs_from(self, identity: dict[str, int | list[int]]) -> str | None:
-        """How this data set differs from one with another `identity`; None if it is the same.
-
-        Up to half of the samples may differ, because bad images may have been repaired.
-        """
-        if self.identity["names"] != identity["names"]:
-            return "other names"
-        same = sum(a == b for a, b in zip(self.identity["samples"], identity["samples"], strict=True))
-        return "other images of the same names" if 2 * same < len(identity["samples"]) else None
+    def crc_of_names(self) -> int:
+        """CRC-32 of all names, for checkpoints."""
+        return self._names.crc()
 
 
 class Subset(Source):
@@ -93,13 +84,16 @@ class SyntheticSource(Source):
     def __init__(self, length: int):
         if length < 1:
             raise UserError(f"synthetic:{length}: the number of samples must be at least 1")
-        self._length, self.identity = length, {"names": length, "samples": []}
+        self.root, self._length = None, length
 
     def __len__(self) -> int:
         return self._length
 
     def name(self, index: int) -> str:
         return f"synthetic:{index}"
+
+    def crc_of_names(self) -> int:
+        return self._length
 
     def images(self, ids: Tensor, size: tuple[int, int], *, seed: int, dtype: torch.dtype) -> Tensor:
         """Normalised images [B, 3, h, w], a function of (seed, id): mean 0, variance 1, values in -3..3.
@@ -143,22 +137,11 @@ class FolderSource(Source):
         path = Path(root)
         if not path.is_dir():
             raise UserError(f"no such folder: {root}; check the path of the data set")
-        self.root = str(path.resolve())
-        self._names = Names(cached_index(self.root, lambda: scan_folder(self.root)))
-        if len(self._names) == 0:
-            raise UserError(f"no images in {root}; looked for {_EXTENSIONS} in all sub-folders")
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, index: int) -> str:
-        return self._names[index]
+        root = str(path.resolve())
+        super().__init__(root, Names(index_folder(root)))
 
     def read(self, index: int) -> np.ndarray:
         return _read(self.location(index), self.location(index))
-
-    def crc_of_names(self) -> int:
-        return self._names.crc()
 
     def class_names(self) -> list[str | None]:
         table = Path(self.root) / "labels.csv"
@@ -195,23 +178,18 @@ class TarSource(Source):
 
     def __init__(self, shards: list[str], *, damaged: bool = False):
         self.shards = shards
-        index = cached_index("\n".join(shards), lambda: scan_shards(shards))
-        self._names = Names(index)
+        index = index_shards(shards)
         self._shard, self._start, self._size = index["shard"], index["start"], index["size"]
         # Relative to their common folder: many data sets have a 00000.tar.
-        self.root = os.path.commonpath([os.path.dirname(shard) for shard in shards])  # noqa: PTH120
-        self._portable = [os.path.relpath(shard, self.root) for shard in shards]
+        root = os.path.commonpath([os.path.dirname(shard) for shard in shards])  # noqa: PTH120
+        self._portable = [os.path.relpath(shard, root) for shard in shards]
         damages = zip(self._portable, Names(index, "damage_"), strict=True)
         self.damaged = tuple((shard, damage) for shard, damage in damages if damage)
-        if self.damaged and not (damaged and len(self._names)):
+        if self.damaged and not (damaged and len(index["shard"])):
             shard, damage = self.damaged[0]
-            place = f"{self.root}/{shard}: {damage}"
+            place = f"{root}/{shard}: {damage}"
             raise UserError(f"broken tar shard {place}; fetch it again (plain .tar only, not compressed)")
-        if len(self._names) == 0:
-            raise UserError(f"no images in the {len(shards)} shards of {self.root}; looked for {_EXTENSIONS}")
-
-    def __len__(self) -> int:
-        return len(self._names)
+        super().__init__(root, Names(index))
 
     def name(self, index: int) -> str:
         return f"{self._portable[self._shard[index]]}:{self._names[index]}"
@@ -221,23 +199,44 @@ class TarSource(Source):
         return self._names.crc(zlib.crc32(self._shard, zlib.crc32(shards)))
 
     def class_names(self) -> list[str | None]:
-        found = [read_classes(shard) for shard in self.shards]
-        return [class_of(name, found[shard]) for name, shard in zip(self._names, self._shard, strict=True)]
+        return classes_of(self._names, self._shard, self.shards)
 
     def read(self, index: int) -> np.ndarray:
         shard = self.shards[self._shard[index]]
         return _read(shard, self.location(index), int(self._start[index]), int(self._size[index]))
 
 
-def _shards_in(folder: Path) -> list[str]:
-    """The tar files in a folder; raises a UserError if it also holds images or folders."""
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    tars = [str(entry.absolute()) for entry in entries if is_tar(entry.name) and not entry.is_dir()]
-    others = [entry.name for entry in entries if is_image(os.fsencode(entry.name)) or entry.is_dir()]
-    if tars and others:
-        both = f"tar files ({Path(tars[0]).name}) and others ({others[0]})"
-        raise UserError(f"{folder} has {both}; for the tars write {folder}/*.tar")
-    return sorted(tars)
+def _expand_braces(pattern: str) -> list[str]:
+    """`{000..009}` and `{a,b}` as a shell expands them, with zero padding."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if not found:
+        return [pattern]
+    words, before, after = found[1].split(","), pattern[: found.start()], pattern[found.end() :]
+    if span := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
+        words = [f"{number:0{len(span[1])}d}" for number in range(int(span[1]), int(span[2]) + 1)]
+    return [text for word in words for text in _expand_braces(f"{before}{word}{after}")]
+
+
+def _find_shards(spec: str) -> list[str]:
+    """The tar files of a path, folder or pattern ({000..009}, {a,b}, *, **, ?); [] for what may hold images."""
+    path, found = Path(spec), []
+    if path.is_dir():
+        entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+        found = [entry for entry in entries if entry.suffix.lower() == ".tar" and not entry.is_dir()]
+        others = [entry.name for entry in entries if is_image(os.fsencode(entry.name)) or entry.is_dir()]
+        if found and others:
+            both = f"tar files ({found[0].name}) and others ({others[0]})"
+            raise UserError(f"{spec} has {both}; for the tars write {spec}/*.tar")
+    elif path.is_file():
+        found = [path]
+        if path.suffix.lower() != ".tar":
+            raise UserError(f"{spec} is a file; name a folder of images, a .tar file or `synthetic`")
+    elif spec.lower().endswith(".tar") or any(c in spec for c in "*?[{"):
+        patterns = _expand_braces(spec) or [spec]
+        found = [name for pattern in patterns for name in glob(pattern, recursive=True) or [pattern]]  # noqa: PTH207
+    if missing := next((each for each in found if not Path(each).is_file()), None):
+        raise UserError(f"no such tar file: {missing}; check the pattern, a range is written {{000..009}}")
+    return sorted({str(Path(each).absolute()) for each in found})
 
 
 def open_source(spec: str, *, damaged: bool = False) -> Source:
@@ -250,11 +249,5 @@ def open_source(spec: str, *, damaged: bool = False) -> Source:
     if not spec:
         raise UserError("no data set given; name a folder of images, a .tar pattern or `synthetic`")
     spec = user_path(spec)
-    path, shards = Path(spec), []
-    if path.is_dir():
-        shards = _shards_in(path)
-    elif spec.lower().endswith(".tar") or (any(c in spec for c in "*?[{") and not path.is_file()):
-        shards = expand_shards(spec)
-    elif path.is_file():
-        raise UserError(f"{spec} is a file; name a folder of images, a .tar file or `synthetic`")
+    shards = _find_shards(spec)
     return TarSource(shards, damaged=damaged) if shards else FolderSource(spec)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastalign.data.index import stem
 from fastalign.data.sources import FolderSource, Source, Subset, TarSource, open_source
-from fastalign.data.tars import stem
 from fastalign.evaluation.label_maps import LabelledImages, decode_ids, decode_panoptic, pair, read_panoptic
 from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError, unknown

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastalign.data.index import stem
 from fastalign.data.sources import Source, Subset
-from fastalign.data.tars import stem
 from fastalign.utils.errors import UserError, first_line
 
 VOID = -1

@@ -12,8 +12,8 @@ from fastalign.utils.paths import path_argument
 IMAGES = 6
 
 
-def write_report(options: argparse.Namespace) -> list[str]:
-    """Write what the options ask for. Returns the lines that the command prints."""
+def write_report(options: argparse.Namespace) -> None:
+    """Write what the options ask for."""
     folder, wanted = Path(options.run), options.images
     if len(wanted) == 1 and wanted[0].isdecimal():
         wanted = int(wanted[0])
@@ -39,7 +39,7 @@ def write_report(options: argparse.Namespace) -> list[str]:
             run.notes.append(f"No pictures are shown: {error}")
     text = render_page(run, maps).encode()
     write_atomically(output, lambda file: file.write(text))
-    lines = [*run.notes, f"report: {output} ({len(text) / 1e6:.1f} MB)"]
+    print(*run.notes, f"report: {output} ({len(text) / 1e6:.1f} MB)", sep="\n")
     if options.pngs:
         curves = charts.curves(run.metrics, (charts.LOSS, charts.PROBE, charts.THROUGHPUT))
         figures = {
@@ -52,8 +52,7 @@ def write_report(options: argparse.Namespace) -> list[str]:
             if figure:
                 path = Path(options.pngs, f"{name}.png")
                 figure.savefig(path, **charts.PNG)
-                lines.append(f"picture: {path}")
-    return lines
+                print(f"picture: {path}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--probe", type=path_argument, metavar="FILE", help="results of a probe; default RUN/probe.json")
     add("--pngs", type=path_argument, metavar="DIR", help="also write pictures for a README")
     options = parser.parse_args(arguments)
-    return run_command(lambda: print("\n".join(write_report(options))))
+    return run_command(lambda: write_report(options))
 
 
 if __name__ == "__main__":

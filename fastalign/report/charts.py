@@ -132,9 +132,7 @@ def patches_figure(maps: PatchMaps, chosen: Sequence[int]) -> Figure:
         tiles += [(f"components\n{model}", maps.colours[model][index], "none", ()) for model in models]
         for query, model in product(range(2), models):
             values = maps.cosines[model][index, query]
-            title = (
-                f"cosine with {'AB'[query]}\n{model}, mean {round(values.mean(), 2) + 0.0:.2f}"  # no -0.00
-            )
+            title = f"cosine with {'AB'[query]}\n{model}, mean {values.mean():.2f}"
             tiles.append((title, values, "none", (query,)))
         for axes, (title, pixels, interpolation, queries) in zip(line, tiles, strict=True):
             extent = (0, columns, rows, 0)  # in units of patches

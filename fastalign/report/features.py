@@ -45,11 +45,11 @@ def read_pictures(wanted: int | list[str], data: str | None, vit: ViT) -> tuple[
     return [Path(name).name for name in names], torch.stack(inputs)
 
 
+@torch.no_grad()
 def patch_tokens(vit: ViT, images: Tensor) -> np.ndarray:
     """The patch tokens after the final norm: [B, 3, height, width] normalised -> [B, N, D] float64."""
-    with torch.no_grad():
-        tokens = [vit.forward_features(image[None])[0, vit.num_prefix_tokens :] for image in images]
-    return torch.stack(tokens).double().numpy()
+    tokens = torch.cat([vit.forward_features(image[None]) for image in images])
+    return tokens[:, vit.num_prefix_tokens :].double().numpy()
 
 
 def principal_components(tokens: np.ndarray) -> tuple[np.ndarray, float]:
@@ -63,15 +63,14 @@ def principal_components(tokens: np.ndarray) -> tuple[np.ndarray, float]:
     variances, vectors = np.linalg.eigh(rows.T @ rows)
     values = rows @ vectors[:, ::-1][:, :COMPONENTS]
     values = values * np.where((values**3).sum(0) < 0, -1.0, 1.0)
-    share = variances[-COMPONENTS:].sum() / max(variances.sum(), 1e-300)
+    share = variances[-COMPONENTS:].sum() / variances.sum()
     return values.reshape(*tokens.shape[:2], COMPONENTS), float(share)
 
 
 def match_components(values: np.ndarray, anchor: np.ndarray) -> np.ndarray:
     """Components [B, N, 3] in the order, and with the signs, that correlate best with those of another model."""
     pair = np.concatenate([anchor, values], -1).reshape(-1, 2 * COMPONENTS)
-    with np.errstate(invalid="ignore"):  # constant components
-        correlation = np.nan_to_num(np.corrcoef(pair.T)[:COMPONENTS, COMPONENTS:])
+    correlation = np.corrcoef(pair.T)[:COMPONENTS, COMPONENTS:]
     own = range(COMPONENTS)
     order = max(permutations(own), key=lambda order: np.abs(correlation[own, order]).sum())
     return values[..., list(order)] * np.where(correlation[own, order] < 0, -1.0, 1.0)
@@ -80,14 +79,12 @@ def match_components(values: np.ndarray, anchor: np.ndarray) -> np.ndarray:
 def component_colours(values: np.ndarray) -> np.ndarray:
     """[B, N, 3] components -> uint8 RGB: each from its 1st percentile over all images (0) to its 99th (255)."""
     low, high = np.percentile(values.reshape(-1, COMPONENTS), [1, 99], axis=0)
-    scaled = np.where(high > low, (values - low) / np.where(high > low, high - low, 1.0), 0.5)
-    return np.rint(255 * scaled.clip(0, 1)).astype(np.uint8)
+    return np.rint(255 * ((values - low) / (high - low)).clip(0, 1)).astype(np.uint8)
 
 
 def cosines(tokens: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """Cosine similarity of the patches of each image with Q of them: [B, N, D], [B, Q] -> [B, Q, N]."""
-    norms = np.linalg.norm(tokens, axis=-1, keepdims=True)
-    unit = tokens / np.where(norms > 0, norms, 1.0)
+    unit = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
     return np.take_along_axis(unit, queries[..., None], 1) @ unit.swapaxes(-1, -2)
 
 

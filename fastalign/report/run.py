@@ -45,8 +45,6 @@ def read_probe(path: Path) -> tuple[dict, dict[str, Setting]]:
     Raises:
         UserError: it is missing, or not in the format of `fastalign probe`.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; write it with fastalign probe --backbone RUN --data DATA")
     settings = defaultdict(Setting)
     with _results_of("probe", path):
         facts = json.loads(path.read_bytes())
@@ -134,14 +132,10 @@ def read_run(folder: Path, probe: Path | None = None) -> Run:
 
 def load_backbones(run: Run) -> dict[str, ViT]:
     """The aligned backbone and, first, the one before alignment (without the run's soft-cap), if it is available."""
-    found = {ALIGNED: load_backbone(run.folder)}
+    before = {}
     if run.config is not None:
         try:
-            before = starting_backbone(run.config).eval()
+            before[BEFORE] = starting_backbone(run.config).eval()
         except UserError as error:
             run.notes.append(f"Features before are not shown, their weights are not available: {error}")
-            return found
-        if before.spec.grid == found[ALIGNED].spec.grid:
-            return {BEFORE: before, **found}
-        run.notes.append("Features before are not shown: that backbone has another grid of patches.")
-    return found
+    return {**before, ALIGNED: load_backbone(run.folder)}

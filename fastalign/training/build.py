@@ -8,8 +8,8 @@ from fastalign.backbones.precision import FP8_CAPABILITY, compute_dtype
 from fastalign.backbones.spec import split_svit
 from fastalign.backbones.vit import ViT
 from fastalign.config import Config, Teacher, load_config
-from fastalign.data.bad_samples import BadSamples, read_quarantine
 from fastalign.data.loader import Loader
+from fastalign.data.pipeline import BadSamples, read_quarantine
 from fastalign.data.sources import Source, open_source
 from fastalign.data.transforms import Transform
 from fastalign.method.masks import MASKS
@@ -179,7 +179,7 @@ def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, 
     train = _loader(config, world, backbone, source, data.model_dump(include=_AUGMENT), bad=bad, **mixing)
     val = evaluation_loader(config, world, backbone, data.val) if data.val is not None else None
     for key, loader in (("data.train", train), ("data.val", val)):
-        if loader is not None and not world.agree(loader.source.identity["names"]):
+        if loader is not None and not world.agree(loader.source.crc_of_names()):
             raise UserError(f"{key}: the ranks see different files; give every machine the same data set")
     return train, val
 

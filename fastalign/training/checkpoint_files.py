@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fastalign.backbones.saving import is_written, write_backbone
+from fastalign.backbones.weight_files import is_written, write_backbone
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import flush_folder, reason, system_error, temporary_name, write_atomically

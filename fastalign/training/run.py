@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastalign.backbones.precision import autocast, compute_dtype
 from fastalign.config import Config
-from fastalign.data.bad_samples import BadSample
+from fastalign.data.pipeline import BadSample
 from fastalign.training import build
 from fastalign.training.checkpoint_files import Checkpoints
 from fastalign.training.command import HangTimer, Preemption, StopReason
@@ -95,8 +95,6 @@ class Run:
         self.epoch_steps = len(self.train) // optim.accumulate
         self.total_steps = optim.epochs * self.epoch_steps
         self.last_step = min(config.max_steps or self.total_steps, self.total_steps)
-        loaders = {"data.train": self.train, "data.val": self.val}
-        self.sources = {key: loader.source for key, loader in loaders.items() if loader is not None}
         self.contents = on_first_rank(world, lambda: self._contents() | (labelled or {}))
         self.status = Status(world, sticky=config.faults.nonfinite == "stop")
         self.hang_timer = HangTimer(world, config.faults.timeout)
@@ -110,7 +108,9 @@ class Run:
 
     def _contents(self) -> dict[str, Any]:
         """Fingerprints of what the paths of the configuration hold, by key."""
-        found: dict[str, Any] = {key: source.identity for key, source in self.sources.items()}
+        found: dict[str, Any] = {"data.train": self.train.source.crc_of_names()}
+        if self.val is not None:
+            found["data.val"] = self.val.source.crc_of_names()
         for section in ("student", "teacher"):
             weights = getattr(self.config, section).weights
             if weights not in (None, "pretrained", "random"):

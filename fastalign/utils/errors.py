@@ -17,6 +17,8 @@ def on_one_line(text: str) -> str:
 def describe(error: Exception) -> str:
     """An error for the user; one of the operating system with its file if it names one."""
     filename = getattr(error, "filename", None)
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return f"{filename} is not a directory; name another output"
     return f"{filename}: {error.strerror}" if filename else str(error)
 
 
@@ -27,10 +29,8 @@ def first_line(error: BaseException) -> str:
 
 def unknown(what: str, name: object, names: Iterable[str]) -> str:
     """The message for a name that is not among others, with the nearest of them."""
-    names = list(names)
-    longer = [other for other in names if name and other.startswith(str(name))]
-    near = min(longer, key=len) if longer else difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)[0]
-    return f"unknown {what} {name}; the nearest is {near}"
+    (nearest,) = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
+    return f"unknown {what} {name}; the nearest is {nearest}"
 
 
 class UserError(Exception):

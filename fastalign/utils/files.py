@@ -72,13 +72,6 @@ def wrap_io_errors(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be written ({reason(error)}): {remedy}") from error
 
 
-def can_be_folder(given: str, path: str | Path) -> None:
-    """UserError if an output folder or a parent of it is a file; `given` is how the user named it."""
-    place = next(each for each in (Path(path), *Path(path).absolute().parents) if each.exists())
-    if not place.is_dir():
-        raise UserError(f"{given}: {place} is not a directory; name another output")
-
-
 def checksum_of(paths: Iterable[Path]) -> int:
     """A CRC-32 over the bytes of files, one after the other."""
     code = 0

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ROUNDS = 10
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
@@ -29,19 +28,17 @@ class Stream(IntEnum):
     SYNTHETIC = 6
 
 
-def _high_low(product: Tensor) -> tuple[Tensor, Tensor]:
-    """The high and the low word of 64-bit products that may have wrapped: the bits are those without a sign."""
-    return (product >> 32) & _WORD, product & _WORD
-
-
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
     """Philox4x32-10: four broadcastable int64 tensors of words and a key of two words -> four tensors of words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(_ROUNDS):
-        high0, low0 = _high_low(c0 * _MULTIPLIER_0)
-        high1, low1 = _high_low(c2 * _MULTIPLIER_1)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+    for _ in range(10):
+        first, second = (
+            c0 * _MULTIPLIER_0,
+            c2 * _MULTIPLIER_1,
+        )  # if they wrap, their bits are those without a sign
+        c0, c1 = ((second >> 32) & _WORD) ^ c1 ^ k0, second & _WORD
+        c2, c3 = ((first >> 32) & _WORD) ^ c3 ^ k1, first & _WORD
         k0, k1 = (k0 + _WEYL_0) & _WORD, (k1 + _WEYL_1) & _WORD
     return c0, c1, c2, c3
 

@@ -18,20 +18,16 @@ from tests.numerics import gradient_error, randomise, relative_error
 NARROW = {"depth": 3, "embed_dim": 96, "num_heads": 3, "num_classes": 0}
 FAMILIES = {
     "DINOv3": ("vit_small_patch16_dinov3", {}),
-    "DINOv3, biases": ("vit_base_patch16_dinov3_qkvb", {}),
     "DINOv3 plus": ("vit_small_plus_patch16_dinov3_qkvb", {}),
     "LingBot": ("vit_large_patch16_lingbot", {}),
     "PE core": ("vit_pe_core_base_patch16_224", {"attn_pool_num_heads": 3}),
     "PE core, no class token": ("vit_pe_core_gigantic_patch14_448", {"attn_pool_num_heads": 3}),
     "PE spatial": ("vit_pe_spatial_base_patch16_512", {}),
-    "PE lang": ("vit_pe_lang_large_patch14_448", {}),
     "registers": ("vit_betwixt_patch16_rope_reg4_gap_256", {}),
     "axial": ("vit_base_patch16_rope_224", {}),
     "axial, position": ("vit_base_patch16_rope_ape_224", {}),
-    "axial, any size": ("vit_base_patch16_rope_224", {"dynamic_img_size": True}),
     "mixed": ("vit_base_patch16_rope_mixed_224", {}),
     "mixed, position": ("vit_base_patch16_rope_mixed_ape_224", {}),
-    "mixed, any size": ("vit_base_patch16_rope_mixed_224", {"dynamic_img_size": True}),
 }
 GRIDS = [(3, 3), (2, 5)]
 
@@ -53,23 +49,13 @@ def gradients(model) -> dict:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_layers_and_gradients_equal_timm(family):
-    """In training mode too, where timm's model has no augmentation of coordinates by default."""
+@pytest.mark.parametrize("family", ["DINOv3 plus", "PE core", "axial, position", "mixed, position"])
+def test_layers_softcap_and_checkpointing_equal_timm(family, monkeypatch):
     theirs, ours, images = build(family)
     options = {"norm": True, "output_fmt": "NLC", "intermediates_only": True}
-    layers = theirs.train().forward_intermediates(images, **options)
-    found = [layer[:, ours.spec.prefix :] for layer in ours.train().forward_layers(images, [2, 1, 0])]
+    layers = theirs.forward_intermediates(images, **options)
+    found = [layer[:, ours.spec.prefix :] for layer in ours.forward_layers(images, [2, 1, 0])]
     assert all(map(torch.equal, found, layers))
-    cotangents = [torch.randn_like(layer) for layer in layers]
-    torch.autograd.backward(layers, cotangents)
-    torch.autograd.backward(found, cotangents)
-    assert gradient_error(gradients(ours), gradients(theirs)) < 1e-6
-
-
-@pytest.mark.parametrize("family", ["DINOv3 plus", "PE core", "axial, position", "mixed, position"])
-def test_softcap_and_checkpointing_equal_timm_with_a_capped_function(family, monkeypatch):
-    theirs, ours, images = build(family)
     monkeypatch.setattr(functional, "scaled_dot_product_attention", capped(0.5))
     wanted = theirs.forward_features(images)
     cotangent = torch.randn_like(wanted)

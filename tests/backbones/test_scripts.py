@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastalign as fa
-from tests.backbones.helpers import DINO, DINOV3, IMAGES, ONE, REGISTERS, SMALL, VIT, random_timm
+from tests.backbones.helpers import CLIP, DINO, DINOV3, IMAGES, ONE, REGISTERS, SMALL, VIT, random_timm
 from tests.numerics import relative_error
 
 
@@ -45,20 +45,27 @@ def renamed(state: dict, names: dict[str, str]) -> dict:
     return state
 
 
-def perception_encoders(state: dict) -> dict:
-    """Names of open_clip, with LayerScale and attention pooling of its own."""
-    joint = {f"attn_pool.attn.in_proj_{kind}": [state.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv")]
-             for kind in ("weight", "bias")}  # fmt: skip
-    names = {"patch_embed.proj": "conv1", "pos_embed": "positional_embedding", "cls_token": "class_embedding"}
-    names |= {"attn_pool.norm": "attn_pool.layernorm", "attn_pool.latent": "attn_pool.probe"}
-    names |= {"norm_pre": "ln_pre"}
-    names |= {"attn_pool.proj": "attn_pool.attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-    names |= {"norm1": "ln_1", "norm2": "ln_2", "attn.qkv.": "attn.in_proj_", "attn.proj": "attn.out_proj"}
-    names |= {"blocks.": "transformer.resblocks.", "gamma_1": "ls_1.gamma", "gamma_2": "ls_2.gamma"}
-    state = renamed(state, names) | {key: torch.cat(parts) for key, parts in joint.items()}
-    state |= {f"ln_post.{kind}": state.pop(f"norm.{kind}") for kind in ("weight", "bias")}
-    state |= {"class_embedding": state["class_embedding"][0, 0], "proj": torch.randn(48, 24)}
-    return state | {"positional_embedding": state["positional_embedding"][0]}
+OPEN_CLIP = {
+    **{"patch_embed.proj": "conv1", "pos_embed": "positional_embedding", "cls_token": "class_embedding"},
+    **{"attn_pool.norm": "attn_pool.layernorm", "attn_pool.latent": "attn_pool.probe", "norm_pre": "ln_pre"},
+    **{"attn_pool.proj": "attn_pool.attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"},
+    **{"norm1": "ln_1", "norm2": "ln_2", "attn.qkv.": "attn.in_proj_", "attn.proj": "attn.out_proj"},
+    **{"blocks.": "transformer.resblocks.", "gamma_1": "ls_1.gamma", "gamma_2": "ls_2.gamma"},
+}
+
+
+def open_clips(state: dict) -> dict:
+    """A vision tower, with Perception Encoder's LayerScale and attention pooling if there are, and other parts."""
+    for kind in ("weight", "bias"):
+        state[f"ln_post.{kind}"] = state.pop(f"norm.{kind}")
+        if f"attn_pool.q.{kind}" in state:
+            joint = torch.cat([state.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv")])
+            state[f"attn_pool.attn.in_proj_{kind}"] = joint
+    state = renamed(state, OPEN_CLIP) | {"proj": torch.randn(48, 24)}
+    state["class_embedding"] = state["class_embedding"][0, 0]
+    state["positional_embedding"] = state["positional_embedding"][0]
+    text = {"positional_embedding": torch.randn(4, 8), "transformer.resblocks.0.ln_1.weight": torch.ones(8)}
+    return prefixed("visual.", state) | text | {"logit_scale": ONE, "ln_final.weight": ONE}
 
 
 APPLE = {"norm1": "norm_1", "norm2": "norm_2", "mlp.fc1_g": "mlp.fc1", "mlp.fc1_x": "mlp.fc3"}
@@ -97,10 +104,9 @@ SCRIPTS = {
         DINOV3,
         lambda x, y: {"teacher": prefixed("backbone.", chunked(dinov3s(x))) | projector("dino_head.")},
     ),
-    "Perception Encoder": (
-        PE,
-        lambda x, y: prefixed("visual.", perception_encoders(x)) | {"logit_scale": ONE, "ln_final.weight": ONE},
-    ),
+    "Perception Encoder": (PE, lambda x, y: open_clips(x)),
+    "open_clip": (CLIP, lambda x, y: {"epoch": 1, "state_dict": prefixed("module.", open_clips(x))}),
+    "open_clip around timm": (VIT, lambda x, y: prefixed("visual.trunk.", x) | {"visual.head.proj.weight": ONE}),
     "AIMv2": (
         AIM,
         lambda x, y: {key.replace("norm.weight", "trunk.post_trunk_norm.weight") if key == "norm.weight" else key: v

@@ -1,15 +1,18 @@
-"""Every benchmark runs at a tiny size; the baseline of the step computes our loss under the same conditions."""
+"""Every benchmark runs at a tiny size; the two sides of the step, and of the data pipeline, do the same work."""
 
+import os
 import re
 import subprocess
 import sys
+from contextlib import closing
+from itertools import islice
 
 import pytest
 import torch
 from torch import nn
 
 import fastalign as fa
-from benchmarks import checkpoint, export, fp8, masks, record, step, step_bench, summary
+from benchmarks import checkpoint, data, export, fp8, masks, record, step, step_bench, summary
 from benchmarks.baseline import Baseline
 from benchmarks.step_bench import FIXED_SIZE, KEY, TINY_KWARGS, Row, StepBench
 from tests.numerics import gradient_error, randomise, relative_error
@@ -19,8 +22,14 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("mode", ["baseline", "zero", "drop"])
 def test_the_graphs_contain_the_whole_step(mode):
-    """Every linear layer of an eager step is in a compiled graph: teacher, student and decoder."""
-    bench = StepBench(Row("tiny", mode, compiled="eager", precision="fp32"), 2, CPU)
+    """Every linear layer of an eager step is in a compiled graph; trained weights are fp32, frozen products bf16."""
+    bench = StepBench(Row("tiny", mode, compiled="eager"), 2, CPU)
+    student, teacher = bench.model.student, bench.model.teacher
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+    products = [m for m in teacher.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert {m.weight.dtype for m in products} == {torch.bfloat16}
+    others = {id(p) for m in products for p in m.parameters()}
+    assert {p.dtype for p in teacher.parameters() if id(p) not in others} == {torch.float32}
     called, graphs = [], []
     layers = [module for module in bench.model.modules() if isinstance(module, nn.Linear)]
     hooks = [layer.register_forward_hook(lambda *_: called.append(1)) for layer in layers]
@@ -40,17 +49,6 @@ def test_the_graphs_contain_the_whole_step(mode):
     depth = TINY_KWARGS["depth"]
     assert len(called) == 4 * (depth - 1) + 4 * depth + 1 + 2 * 4 + 1
     assert len(graphs) == 2  # one of the teacher, one of student and decoder
-
-
-def test_both_sides_keep_their_weights_in_the_same_precision():
-    """fp32 for trained weights, bf16 for the products of the frozen teacher."""
-    for mode in ("baseline", "zero", "drop"):
-        model = StepBench(Row("tiny", mode, compiled="eager"), 2, CPU).model
-        assert {p.dtype for p in model.student.parameters()} == {torch.float32}, mode
-        products = [m for m in model.teacher.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        assert {m.weight.dtype for m in products} == {torch.bfloat16}, mode
-        others = {id(p) for m in products for p in m.parameters()}
-        assert {p.dtype for p in model.teacher.parameters() if id(p) not in others} == {torch.float32}, mode
 
 
 @pytest.mark.parametrize(
@@ -104,16 +102,7 @@ def test_a_row_that_fails_is_named_and_the_others_continue(monkeypatch):
     assert [rows[0]["steps"] for rows in saved] == [1, 2]
 
 
-def test_rows_by_name(monkeypatch):
-    modes = [("zero", "compiled"), ("baseline", "compiled"), ("drop", "compiled"), ("baseline", "eager")]
-    assert step.parse("B/16-224") == [Row("B/16-224", mode, 30.0, compiled) for mode, compiled in modes]
-    assert step.parse("L/14-336:drop:none:blocks") == [Row("L/14-336", "drop", None, "blocks")]
-    for text, message in {
-        "B/32": "unknown backbone B/32",
-        "B/16-224:x:30:eager": "expected BACKBONE",
-    }.items():
-        with pytest.raises(SystemExit, match=message):
-            step.parse(text)
+def test_rows_that_were_measured_are_not_missing(monkeypatch):
     rows = step.every_row("B/16-224")
     assert len(rows) == len(set(rows)) == 15
     monkeypatch.setattr(record, "environment", lambda: {"gpu": "G", "cpu": "C", "commit": "a", "date": "b"})
@@ -124,7 +113,7 @@ def test_rows_by_name(monkeypatch):
     assert step.missing(rows) == rows
 
 
-def test_ratios_on_a_cpu(capsys, monkeypatch):
+def test_ratios_on_a_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="needs a GPU"):
         step.main([])
@@ -132,7 +121,6 @@ def test_ratios_on_a_cpu(capsys, monkeypatch):
     assert rows[0]["speedup"] == 1
     assert {row["mode"] for row in rows} == {"baseline", "zero", "drop"}
     assert all(row["speedup"] > 0 and row["matmul_share"] > 0 for row in rows)
-    assert "images/s" not in capsys.readouterr().out
 
 
 def test_earlier_rows_of_the_same_machine_stay(monkeypatch):
@@ -180,7 +168,6 @@ def test_the_summary_of_operations():
     assert "| pack: least share of the copy bandwidth | 0.80 | >= 0.85 |" in text
     assert "| pack: least speed over torch.compile | 0.99 | >= 1 |" in text
     assert "| attention, T 577 d 64 cap: over FlexAttention | 1.60 | >= 1.5 |" in text
-    assert "| attention, T 577 d 64 cap packed: over FlexAttention | not measured | >= 1.5 |" in text
 
 
 @pytest.mark.slow
@@ -192,14 +179,11 @@ def test_scaling(tmp_path):
     assert re.search(r"'ranks': 2, 'batch_per_rank': 2, 'images_per_second': \d", result.stdout)
 
 
-def test_checkpoint(capsys, monkeypatch):
+def test_checkpoint(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # a machine with a GPU may lack it
     (row,) = checkpoint.main(["--tiny"])
-    assert row["blocked_steps"] > 0
-    assert row["synchronous_steps"] > 0
+    assert min(row["blocked_steps"], row["synchronous_steps"]) > 0
     assert row["steps_beside_the_writer"] >= 1
-    assert row["share_each_1000_steps"] == (row["blocked_steps"] + row["slowed_steps"]) / 1000
-    assert "of 1,000 steps" in capsys.readouterr().out
 
 
 def test_fp8():
@@ -210,26 +194,6 @@ def test_fp8():
         assert 0 < 3 * bf16 < reduced < 0.1
 
 
-def test_padding_is_not_a_target(monkeypatch):
-    """The error does not depend on the length of the packed rows."""
-    vit, images = fp8.random_batch("vit_tiny_patch16_224", torch.device("cpu"), 2, img_size=32, depth=2)
-    randomise(vit)  # otherwise padding is zero
-    packed, lengths = fa.UniformMasks.packed, []
-
-    def longer(masks, ids, grid, prefix):
-        visible, packing = packed(masks, ids, grid, prefix)
-        lengths.append(len(packing.indices))
-        return visible, fa.ops.pack_masks(visible, prefix, 20 * lengths[-1])
-
-    wanted = fp8.errors(vit, images, "drop")
-    monkeypatch.setattr(fa.UniformMasks, "packed", longer)
-    found = fp8.errors(vit, images, "drop")
-    assert lengths
-    for row, other in zip(wanted, found, strict=True):
-        assert other["relative_error"] == pytest.approx(row["relative_error"], rel=0.02)
-        assert other["error_over_variance"] == pytest.approx(row["error_over_variance"], rel=0.04)
-
-
 def test_export():
     rows = {row["target"]: row for row in export.main(["--tiny"])}
     assert set(rows) == {"timm", "hf-clip", "onnx"}
@@ -238,3 +202,28 @@ def test_export():
 
 def test_masks():
     assert masks.main(["--tiny"]) is not None
+
+
+def test_the_pipelines_take_turns():
+    cores = os.sched_getaffinity(0)
+    (row,) = data.main(["--tiny"])
+    assert os.sched_getaffinity(0) == cores
+    assert row["ratio"] > 0
+    with pytest.raises(SystemExit):
+        data.main(["--threads", "100000"])
+
+
+@pytest.mark.parametrize("crop", ["rkrc", "rrc"])
+def test_both_sides_deliver_the_same_images(tmp_path, monkeypatch, crop):
+    """In any order, with the interpolation as the only random choice."""
+    monkeypatch.setattr(data, "PIXELS", (60, 60))
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0}
+    monkeypatch.setattr(data, "TRANSFORM", data.TRANSFORM | whole)
+    common = (data.make_images(tmp_path, 8), crop, 4, 1, CPU)
+    found = []
+    for batches in (data.ours(*common), data.plain(*common)):
+        with closing(batches):
+            images = torch.cat(list(islice(batches, 2)))
+        assert (images.shape, images.dtype) == ((8, 3, data.SIZE, data.SIZE), torch.float32)
+        found.append(images[images.mean((1, 2, 3)).argsort()])
+    assert (found[0] - found[1]).abs().mean() < 0.02  # of values in -1..1

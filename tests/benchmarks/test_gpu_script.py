@@ -13,16 +13,24 @@ import pytest
 from benchmarks import record
 
 
-def run_gpu_script(out, *arguments, **variables):
-    """`benchmarks/gpu.sh` with its results in a folder of the test."""
-    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(out), **variables}
-    command = ["bash", str(record.ROOT / "benchmarks/gpu.sh"), *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+@pytest.fixture
+def start(tmp_path):
+    """Starts the script with its results in a folder of the test; `python`: lines of bash in place of Python."""
+
+    def start(*arguments, python=None):
+        path = tmp_path / "python"
+        path.write_text(f"#!/bin/bash\n{python}\n")
+        path.chmod(0o755)
+        environment = {**os.environ, "PYTHON": str(path) if python else sys.executable, "OUT": str(tmp_path)}
+        command = ["bash", str(record.ROOT / "benchmarks/gpu.sh"), *arguments]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+    return start
 
 
 @pytest.mark.slow
-def test_the_gpu_script_runs_every_step(tmp_path):
-    process = run_gpu_script(tmp_path, "--tiny")
+def test_the_gpu_script_runs_every_step(start, tmp_path):
+    process = start("--tiny")
     out, _ = process.communicate()
     assert process.returncode == 0, out
     with tarfile.open(tmp_path / "gpu.tgz") as archive:
@@ -40,17 +48,8 @@ def test_the_gpu_script_runs_every_step(tmp_path):
     assert "not timed" not in logs["attention.log"] + logs["kernels.log"]
 
 
-def fake_python(folder, body):
-    """A program in place of Python, so that only the script is tested."""
-    path = folder / "python"
-    path.write_text(f"#!/bin/bash\n{body}\n")
-    path.chmod(0o755)
-    return str(path)
-
-
-def test_a_step_that_fails_is_named_and_the_next_begins(tmp_path):
-    python = fake_python(tmp_path, 'case "$*" in *benchmarks.attention*) echo no luck; exit 3;; esac')
-    process = run_gpu_script(tmp_path, "600", PYTHON=python)
+def test_a_step_that_fails_is_named_and_the_next_begins(start):
+    process = start("600", python='case "$*" in *benchmarks.attention*) echo no luck; exit 3;; esac')
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert re.search(r"^attention: exit 3 after \d+ s", out, re.M)
@@ -59,19 +58,19 @@ def test_a_step_that_fails_is_named_and_the_next_begins(tmp_path):
     assert re.search(r"^failed: attention$", out, re.M)
 
 
-def test_a_step_ends_in_time_and_a_signal_leaves_the_archive(tmp_path):
-    python = fake_python(tmp_path, 'case "$*" in *doctor*|*summary*) ;; -m*) exec sleep 60;; esac')
-    process = run_gpu_script(
-        tmp_path, "16", PYTHON=python
-    )  # ten seconds for the first steps, none for the rest
-    before = time.monotonic()
+def test_a_step_ends_in_time_and_a_signal_leaves_the_archive(start, tmp_path):
+    python = 'case "$*" in *doctor*|*summary*) ;; -m*) exec sleep 60;; esac'
+    process, before = (
+        start("16", python=python),
+        time.monotonic(),
+    )  # ten seconds for the first steps, then none
     out, _ = process.communicate(timeout=60)
     assert time.monotonic() - before < 30
     assert process.returncode == 1
     assert re.search(r"^step-b: no time left", out, re.M)
     assert re.search(r"^tests: exit 124", out, re.M)
     (tmp_path / "gpu.tgz").unlink()
-    process = run_gpu_script(tmp_path, "600", PYTHON=python)
+    process = start("600", python=python)
     time.sleep(2)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=30)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
@@ -16,20 +17,19 @@ from fastalign.ops.attention import Case, choose
 ATTENTION = next(case for case in TINY_CASES if case.name == "softcap_attention")
 
 
-def test_without_a_gpu_the_command_says_so(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "needs a GPU"),
+        (["--tiny", "--ops", "packs"], "choose from"),
+        (["--tiny", "--cases", "B/32"], "no case starts with 'B/32'"),
+    ],
+)
+def test_bad_input(arguments, words, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert kernels.main([]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_unknown_names_are_refused(capsys):
-    for option, name, words in (
-        ("--ops", "packs", "choose from"),
-        ("--cases", "B/32", "no case starts with 'B/32'"),
-    ):
-        with pytest.raises(SystemExit):
-            kernels.main(["--tiny", option, name])
-        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        sys.exit(kernels.main(arguments))
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", ["forward", "backward", "not finite", "raises"])
@@ -72,7 +72,7 @@ def test_failures_are_rows_and_another_function_is_not_timed():
     assert {row["implementation"] for row in rows if "ms" in row} == {"ours", "eager", "compile"}
 
 
-def test_a_complete_result(tmp_path, monkeypatch, capsys):
+def test_a_complete_result(tmp_path, monkeypatch):
     """The path of a GPU, with a fake clock and fake memory."""
     original = kernels.measure_case
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -99,7 +99,6 @@ def test_a_complete_result(tmp_path, monkeypatch, capsys):
     assert full["matmul_share"] == pytest.approx(full["tflops"] * 1e6)
     assert rows["reconstruction_loss", "ours", "backward"]["derived"] == "full - forward"
     assert "gbps" not in rows["reconstruction_loss", "ours", "backward"]
-    assert "copy 0 GB/s" in capsys.readouterr().out
 
 
 def test_turns_alternate_and_quantiles_by_hand():
@@ -120,7 +119,7 @@ def test_flex_attention_computes_the_definition(packed, monkeypatch):
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """A table of attention in a folder of the test, with a row of sm_80; its path."""
+    """The path of a table of attention in a folder of the test, with a row of sm_80."""
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"sm_80": {"environment": {}, "rows": []}}))
     monkeypatch.setattr(selection, "TABLE", path)
@@ -135,6 +134,7 @@ def measured(implementation, mode, ms, length=577, **more):
 
 
 def test_the_table_is_what_the_choice_reads(table, monkeypatch):
+    """Also after a measurement of another case alone."""
     monkeypatch.setattr(selection, "architecture", lambda: 90)
     monkeypatch.setattr(ops, "MODE", "auto")
     rows = [
@@ -148,23 +148,11 @@ def test_the_table_is_what_the_choice_reads(table, monkeypatch):
         {"softcap": 30.0, "implementation": "flex", "failed": "out of memory"},
     ]
     attention.write_table(rows, {"architecture": "sm_90"})
+    attention.write_table([measured("ours", "full", 4.0, length=197)], {"architecture": "sm_90"})
     written = json.loads(table.read_text())
     assert set(written) == {"sm_80", "sm_90"}
     times = [row["ms"] for row in written["sm_90"]["rows"]]
-    assert times == [{"triton": 2.0, "eager": 1.0}, {"triton": 1.0, "eager": 3.0}]
+    assert times == [{"triton": 2.0, "eager": 1.0}, {"triton": 1.0, "eager": 3.0}, {"triton": 4.0}]
     call = Case("cuda", torch.bfloat16, True, False, False, 577, 64, gradient=True)
     assert choose(call).backend == "eager"
     assert choose(call._replace(gradient=False)).backend == "triton"
-
-
-def test_cases_that_were_not_measured_stay_in_the_table(table, monkeypatch):
-    rows = [measured("ours", "full", 1.0, length=197), measured("ours", "full", 2.0)]
-    attention.write_table(rows, {"architecture": "sm_90"})
-    attention.write_table([measured("ours", "full", 3.0)], {"architecture": "sm_90", "date": "later"})
-    found = json.loads(table.read_text())["sm_90"]
-    assert [(row["length"], row["ms"]["triton"]) for row in found["rows"]] == [(197, 1.0), (577, 3.0)]
-    # Stopped while writing: the old table is intact.
-    monkeypatch.setattr(type(table), "replace", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        attention.write_table([measured("ours", "full", 4.0)], {"architecture": "sm_90"})
-    assert json.loads(table.read_text())["sm_90"] == found

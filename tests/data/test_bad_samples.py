@@ -7,16 +7,18 @@ import pytest
 import torch
 
 from fastalign.data import pipeline
-from fastalign.data.bad_samples import (
+from fastalign.data.pipeline import (
     BadSample,
     BadSamples,
+    DecodeError,
+    Decoder,
+    SampleReader,
     append_to_list,
     read_list,
     read_quarantine,
     to_line,
     too_many,
 )
-from fastalign.data.pipeline import DecodeError, Decoder, SampleReader
 from fastalign.data.sources import open_source
 from fastalign.utils.errors import UserError
 from fastalign.utils.random import permutation
@@ -172,7 +174,7 @@ def test_lists_on_disk(tmp_path):
         assert read_list(path) == [a, b]
         append_to_list(path, [c])
         assert read_list(path) == [a, b, c]
-    for wrong in (b"text\n", b"[1]\n", b'{"id": "x", "name": "y"}\n', b'{"id": 1}\n'):
+    for wrong in (b"text\n", b"[1]\n", b'{"id": 1, "name": [2]}\n', b'{"id": 1}\n'):
         path.write_bytes(to_line(a) + wrong + to_line(c))
         with pytest.raises(UserError, match=r"line 2 is not .*; remove that line$"):
             read_list(path)

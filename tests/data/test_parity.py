@@ -26,7 +26,7 @@ FILES = {
 
 
 def dali_pixels(transform: Transform, files: list, ids: np.ndarray, seed=0, epoch=0) -> torch.Tensor:
-    decoder = Decoder(transform, batch_size=len(files), device=torch.device("cpu"), threads=2)
+    decoder = Decoder(transform, torch.device("cpu"), batch_size=len(files), num_threads=2)
     samples = [Sample(i, i, data, read_size(data)) for i, data in zip(ids.tolist(), files, strict=True)]
     decoder.submit(samples, seed=seed, epoch=epoch)
     ((pixels, sampling),) = decoder.collect()

@@ -16,15 +16,10 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("report")
     for split, count in (("train", 16), ("val", 5)):
         write_folder(root / split, {f"{i}.jpg": photo for i, photo in enumerate(small_photos(count))})
-    tree = {
-        "output": str(root / "run"),
-        "student": MODEL,
-        "data": {"train": str(root / "train"), "val": str(root / "val"), "threads": 1},
-        "optim": {"batch_size": 8, "epochs": 2},
-        "log": {"every_steps": 1},
-    }
-    (root / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    assert train.main([str(root / "recipe.yaml")]) == 0
+    (root / "recipe.yaml").write_text(yaml.safe_dump({"student": MODEL}))
+    keys = [f"output={root}/run", f"data.train={root}/train", f"data.val={root}/val", "data.threads=1"]
+    keys += ["optim.batch_size=8", "optim.epochs=2", "log.every_steps=1"]
+    assert train.main([str(root / "recipe.yaml"), *keys]) == 0
     return root / "run"
 
 

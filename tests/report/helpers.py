@@ -3,8 +3,6 @@
 from pathlib import Path
 from xml.etree import ElementTree
 
-import yaml
-
 from fastalign.report.__main__ import main
 
 MODEL = {"name": "vit_tiny_patch16_224", "weights": "random"}
@@ -63,9 +61,3 @@ def refused(capsys, *arguments) -> str:
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     return message
-
-
-def edit_config(run: Path, section: str, **values) -> None:
-    tree = yaml.safe_load((run / "config.yaml").read_text())
-    tree[section] |= values
-    (run / "config.yaml").write_text(yaml.safe_dump(tree))

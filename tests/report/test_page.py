@@ -1,23 +1,26 @@
-"""The page, parsed: pictures, maps, scores, colours, and what it says where something is missing."""
+"""The page, parsed: pictures, maps, scores, colours, what it says where something is missing; and bad input."""
 
 import base64
 import io
 import itertools
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from timm.data import create_transform
 
 import fastalign as fa
+import fastalign.report
 from fastalign.config import load_config
 from fastalign.report import charts, features
-from fastalign.report.run import load_backbones, read_run
-from tests.report.helpers import GRID, edit_config, render
+from fastalign.utils.sections import merge
+from tests.report.helpers import GRID, probe_facts, refused, render
 
 
 def test_the_page_needs_nothing_else_and_is_the_same_each_time(probed):
@@ -66,19 +69,6 @@ def test_pictures_and_maps_are_those_of_the_images(run):
         assert np.abs(np.asarray(small) - seen).mean() < 3
 
 
-def test_marks_are_on_the_patches_of_the_cosines(run):
-    """A, the square, in the centre; B, the circle, where the cosine with A before alignment is lowest."""
-    models = load_backbones(read_run(run))
-    images = torch.randn(1, 3, 32, 48)
-    maps = features.compute_maps(["x"], images, models)
-    with torch.no_grad():
-        tokens = models["before"].forward_features(images)[0, 1:].double()
-    other = torch.cosine_similarity(tokens, tokens[15:16], dim=1).argmin().item()
-    square, *_, circle = charts.patches_figure(maps, [0]).axes[0].patches
-    assert square.get_xy() == (3, 2)
-    assert circle.get_center() == (other % 6 + 0.5, other // 6 + 0.5)
-
-
 def _pixels(attrs: dict) -> np.ndarray:
     data = base64.b64decode(attrs["href"].partition(",")[2])
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
@@ -102,54 +92,84 @@ def test_scores_and_classes(probed):
         ["dog", "10", "80.0", "60.0", "80.0", "60.0"],
         ["sea", "–", "–", "–", "–", "–"],
     ]
-    widths = [attrs["style"] for attrs in page.all("i") if attrs.get("style", "").startswith("width")]
-    assert widths[:2] == ["width:30.00%;background:var(--before)", "width:70.00%;background:var(--aligned)"]
-    assert not page.all("b" + "c")  # the class name is text
     assert "probe it" in page.text
 
 
-def decoder_only(run: Path) -> None:
-    (run / "backbone.json").unlink()
-    edit_config(run, "student", freeze=True)
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "lo')  # of an interrupted write
+MISSING = [
+    ("backbone.json", "saved no backbone (it is unfinished, or trains the decoder only)", 0),
+    ("config.yaml", "config.yaml is missing", 0),
+    ("metrics.jsonl", "metrics.jsonl is missing or empty", 14),
+    ({"student": {"weights": "/no/teacher.safetensors"}}, "Features before are not shown, their weights", 8),
+    ({"data": {"val": "/nowhere"}}, "No pictures are shown: no such folder", 0),
+]
 
 
-def elsewhere(run: Path) -> None:
-    edit_config(run, "student", weights="/nowhere/teacher.safetensors")
-
-
-MISSING = {
-    "backbone": (lambda run: (run / "backbone.json").unlink(), "saved no backbone (it is unfinished)", 0),
-    "decoder": (decoder_only, "saved no backbone (it trains the decoder only)", 0),
-    "config": (lambda run: (run / "config.yaml").unlink(), "config.yaml is missing", 0),
-    "metrics": (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl is missing or empty", 14),
-    "weights": (elsewhere, "Features before are not shown, their weights are not available: ", 8),
-    "data": (
-        lambda run: edit_config(run, "data", val="/nowhere"),
-        "No pictures are shown: no such folder",
-        0,
-    ),
-}
-
-
-@pytest.mark.parametrize("case", MISSING)
-def test_what_is_missing_is_named_and_the_rest_is_shown(run, capsys, case):
-    change, note, images = MISSING[case]
-    change(run)
+@pytest.mark.parametrize(("missing", "note", "images"), MISSING)
+def test_what_is_missing_is_named_and_the_rest_is_shown(run, trained, capsys, missing, note, images):
+    """A file of the run, or what its configuration names."""
+    if isinstance(missing, str):
+        (run / missing).unlink()
+    else:
+        tree = yaml.safe_load((run / "config.yaml").read_text())
+        (run / "config.yaml").write_text(yaml.safe_dump(merge(tree, missing)))
     page = render(run, "--images", "2")
     assert note in page.text
     assert note in capsys.readouterr().out
     assert "has not been probed" in page.text
     assert len(page.all("image")) == images
-    assert ("Throughput" in page.text) == (case != "metrics")
+    assert ("Throughput" in page.text) == (missing != "metrics.jsonl")
+    if missing == "config.yaml":  # files are shown by the aligned backbone alone
+        assert len(render(run, "--images", f"{trained.parent}/val/0.jpg").all("image")) == 4
 
 
-def test_files_are_shown_by_the_aligned_backbone_alone_where_the_other_is_unknown(run, trained):
-    (run / "config.yaml").unlink()
-    page = render(run, "--images", str(trained.parent / "val" / "0.jpg"))
-    assert len(page.all("image")) == 4
-    assert "before, mean" not in page.text
+def test_a_probe_with_less_than_usual_is_read(run):
+    """Majority labels have no sizes; a score may be missing; models may have other names."""
+    facts = probe_facts()
+    for row in facts["results"]:
+        row["model"] = f"mine-{row['model']}"
+        del row["test"]["by_size"], row["test"]["per_class"]["average_precision"]
+    for row in facts["summary"]:
+        row |= {"model": f"mine-{row['model']}", "test": {"macro_recall": {"mean": None, "std": None}}}
+    (run / "probe.json").write_text(json.dumps(facts))
+    page = render(run, "--images", "0")
+    assert "Recall by size" not in page.text
+    assert "Recall, mine-aligned" in page.text
+    assert "AP, mine-aligned" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", '{]\n{"step": 1}\n', "metrics.jsonl, line 1 "),
+        ("backbone.json", "[]", "backbone.json is damaged"),
+        ("probe.json", "{", "probe.json has no results"),
+        ("probe.json", '{"data": {"classes": []}, "summary": [], "results": []}', "has no results"),
+        ("probe.json", '{"data": {"classes": []}, "summary": [{"seeds": 1}]}', "has no results"),
+        ("classify.json", "{}", "classify.json has no results"),
+    ],
+)
+def test_damaged_files_are_named(run, capsys, name, content, message):
+    (run / name).write_text(content)
+    assert message in refused(capsys, run)
+    assert not (run / "report.html").exists()
+
+
+def test_bad_arguments(run, tmp_path, capsys, monkeypatch):
+    cases = [
+        (("--images", "-1"), "-1 cannot be read as an image"),
+        (("--images", tmp_path / "gone.jpg"), "gone.jpg cannot be read as an image"),
+        (("--output", tmp_path), "is a directory"),
+        (("--images", "0", "--pngs", run / "config.yaml"), "config.yaml: File exists"),
+        (("--probe", run / "gone.json"), "gone.json: No such file"),
+    ]
+    for arguments, message in cases:
+        assert message in refused(capsys, run, *arguments)
+    assert "neither metrics.jsonl nor backbone.json" in refused(capsys, tmp_path / "nothing")
+    for name in ("fastalign.report.charts", "fastalign.report.page", "matplotlib"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delattr(fastalign.report, "charts", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "figures need a package: pip install matplotlib" in refused(capsys, run)
 
 
 def test_both_themes_have_all_colours():

@@ -10,8 +10,7 @@ from fastalign import train
 from fastalign.config import load_config
 from fastalign.training import dry_run
 from fastalign.training.reporter import Reporter
-from tests.run_helpers import losses
-from tests.update_helpers import run_of_batches
+from tests.run_helpers import losses, run_of_batches
 
 
 def test_start_and_end_of_a_run(recipe, capsys):

@@ -14,8 +14,7 @@ from fastalign import train
 from fastalign.config import Config
 from fastalign.training import reporter
 from fastalign.training.build import build_backbones
-from tests.run_helpers import MODEL, checkpoint, lines, losses
-from tests.update_helpers import run_of_batches
+from tests.run_helpers import MODEL, checkpoint, lines, losses, run_of_batches
 
 
 @pytest.mark.parametrize("mode", ["zero", "drop"])
