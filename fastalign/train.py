@@ -24,7 +24,7 @@ from fastalign.training.run import Run, itstime
 from fastalign.training.update import seed_update
 from fastalign.training.validation import measure_target_scale, validate
 from fastalign.utils.errors import UserError
-from fastalign.utils.paths import user_path
+from fastalign.utils.files import user_path
 
 Splits = dict[str, LabelledImages]
 HELP = """
@@ -72,7 +72,7 @@ def train(config: Config, world: distributed.World) -> None:
         if world.main:
             (Path(config.output) / MARKER).unlink(missing_ok=True)
         if config.export.to:
-            from fastalign.export.targets import check_names  # imports timm
+            from fastalign.export.targets import check_names  # imports timm, and the libraries
 
             check_names(config.export.to, "export.to")
         config = set_micro_batch(config, world, update)

@@ -21,8 +21,7 @@ from fastalign.utils.files import remove_leftovers
 
 _SAY_SECONDS = 30.0
 
-Track = Callable[[Iterable, str, int], Iterable]
-"""Shows the progress of an iteration, with a text and the number of items, as `Reporter.track` does."""
+Track = Callable[[Iterable, str, int], Iterable]  # shows progress, with a text and the number of items
 
 
 def say_progress(say: Callable[[str], None]) -> Track:
@@ -88,8 +87,8 @@ class Fit:
         self.optimizer = torch.optim.AdamW(self.groups, betas=(0.9, 0.999), fused=True)
         self.model = self.module
         if self.world.size > 1:
-            how = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-            self.model = DistributedDataParallel(self.module, **how)
+            options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+            self.model = DistributedDataParallel(self.module, **options)
 
     def epoch(self, batches: Iterator[Batch], updates: int) -> float:
         """Makes so many updates. Returns the mean loss."""
@@ -153,7 +152,7 @@ class Fit:
 
 
 @torch.no_grad()
-def count(counts, module: nn.Module, batches, labels, device: torch.device, dtype: torch.dtype) -> None:
+def evaluate(module: nn.Module, batches, labels, counts, device: torch.device, dtype: torch.dtype) -> None:
     """Adds the logits of batches, in evaluation mode and under autocast of `dtype`, and their labels to counts."""
     module.eval()
     with closing(batches):

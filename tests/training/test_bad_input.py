@@ -27,7 +27,7 @@ BAD = {
     ),
     "weights of another model": (["student.weights=OTHER"], ["OTHER", "another model"]),
     "unreachable weights": (["student.weights=pretrained"], ["vit_tiny_patch16_224"]),
-    "output in a file": (["output=/dev/null/x"], ["/dev/null/x", "Not a directory"]),
+    "output in a file": (["output=/dev/null/x"], ["/dev/null/x", "is not a directory; name another output"]),
     "depth": (["student.kwargs.depth=0"], ["depth"]),
     "stochastic depth": (["student.kwargs.drop_path_rate=1.5"], ["drop_path_rate"]),
     "channels": (["student.kwargs.in_chans=1"], ["in_chans"]),
