@@ -45,8 +45,7 @@ class TrainState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the values from a checkpoint."""
-        for name in vars(self):
-            setattr(self, name, state[name])
+        vars(self).update({name: state[name] for name in vars(self)})
         self.bad = set(self.bad)
 
     @property
@@ -102,9 +101,8 @@ class Run:
             objective.compile(blocks=efficiency.compile == "blocks")
         self.model: nn.Module = objective
         if world.size > 1:
-            self.model = DistributedDataParallel(
-                objective, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            how = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+            self.model = DistributedDataParallel(objective, **how)
 
     def _contents(self) -> dict[str, Any]:
         """Fingerprints of what the paths of the configuration hold, by key."""

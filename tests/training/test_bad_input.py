@@ -29,7 +29,6 @@ BAD = {
     "unreachable weights": (["student.weights=pretrained"], ["vit_tiny_patch16_224"]),
     "output in a file": (["output=/dev/null/x"], ["/dev/null/x", "is not a directory; name another output"]),
     "depth": (["student.kwargs.depth=0"], ["depth"]),
-    "stochastic depth": (["student.kwargs.drop_path_rate=1.5"], ["drop_path_rate"]),
     "channels": (["student.kwargs.in_chans=1"], ["in_chans"]),
     "unknown attention": (["efficiency.attention=flash_atn_2"], ["efficiency.attention", "flash_attn_2"]),
     "attention not installed": (["efficiency.attention=flash_attn_3"], ["not installed", "build it"]),
