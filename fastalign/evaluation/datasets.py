@@ -18,7 +18,7 @@ from fastalign.data.sources import FolderSource, Source, Subset, TarSource, open
 from fastalign.evaluation.label_maps import LabelledImages, decode_ids, decode_panoptic, pair, read_panoptic
 from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError, unknown
-from fastalign.utils.paths import user_path
+from fastalign.utils.files import user_path
 
 SPLITS = ("train", "val", "test")
 KINDS = ("coco", "coco-things", "coco-panoptic", "ade20k")

@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from fastalign.backbones.precision import autocast
 from fastalign.data.loader import Batch
 from fastalign.evaluation.results import difference
-from fastalign.training.checkpoint_files import Checkpoints, snapshot
+from fastalign.training.checkpoint_files import Checkpoints
 from fastalign.training.distributed import World, on_first_rank
-from fastalign.training.optim import seed_update
+from fastalign.training.update import seed_update
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import remove_leftovers
 
@@ -134,7 +134,7 @@ class Fit:
             frozen = {name for name, value in self.module.named_parameters() if not value.requires_grad}
             weights = {name: value for name, value in self.module.state_dict().items() if name not in frozen}
             state = {"weights": weights, "optimizer": self.optimizer.state_dict(), "step": self.step}
-            checkpoints.save(snapshot(state | facts), self.step)
+            checkpoints.save(state | facts, self.step)
 
     def resume(self, checkpoints: Checkpoints, identity: dict, progress: dict) -> None:
         """Continues from the newest checkpoint, if any; it updates `progress`. UserError: of another identity."""

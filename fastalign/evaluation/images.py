@@ -27,7 +27,7 @@ from fastalign.training.checkpoint_files import Checkpoints, checksum
 from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.metrics import mean_and_spread
-from fastalign.training.optim import learning_rate
+from fastalign.training.update import learning_rate
 from fastalign.utils.errors import UserError
 from fastalign.utils.random import permutation
 

@@ -11,7 +11,7 @@ from fastalign.evaluation.heads import HEADS_FOR, IMAGE_HEADS, PATCH_HEADS
 from fastalign.evaluation.results import PATCH_METRICS
 from fastalign.training.build import backbone_before, named_backbone
 from fastalign.utils.errors import UserError
-from fastalign.utils.paths import path_argument
+from fastalign.utils.files import path_argument
 from fastalign.utils.sections import Section, explain
 
 Distinct = AfterValidator(lambda values: tuple(dict.fromkeys(values)))

@@ -23,7 +23,7 @@ from fastalign.evaluation.options import Plan, Recipe
 from fastalign.evaluation.results import MultiClassCounts, MultiLabelCounts, patch_loss
 from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World, on_first_rank
-from fastalign.training.optim import learning_rate
+from fastalign.training.update import learning_rate
 from fastalign.utils.errors import UserError
 
 _EVALUATION_BATCH = 256

@@ -46,6 +46,7 @@ def transformers_models() -> dict:
     no_head = t.SiglipVisionConfig(**HF, vision_use_head=False, hidden_act="gelu")
     vit = t.ViTConfig(**HF, layer_norm_eps=1e-6)
     plain = {k: v for k, v in HF.items() if k != "intermediate_size"}
+    gated = {"use_gated_mlp": True, "hidden_act": "silu"}
     registers = t.Dinov2WithRegistersConfig(**plain, num_register_tokens=4)
 
     def clips(model):
@@ -64,12 +65,7 @@ def transformers_models() -> dict:
         "registers": (REGISTERS, AT_16, t.Dinov2WithRegistersModel(registers), last),
         "DINOv3": (DINOV3, {}, dinov3(), last),
         "DINOv3 without bias": (NO_BIAS, {}, dinov3(query_bias=False, value_bias=False), last),
-        "DINOv3 with a gated MLP": (
-            GATED,
-            {"mlp_ratio": 4},
-            dinov3(use_gated_mlp=True, hidden_act="silu"),
-            last,
-        ),
+        "DINOv3 with a gated MLP": (GATED, {"mlp_ratio": 4}, dinov3(**gated), last),
         "ViT": (VIT, {}, t.ViTModel(vit), last),
         "ViT's classifier": (VIT, {}, t.ViTForImageClassification(vit), lambda model: last(model.vit)),
     }

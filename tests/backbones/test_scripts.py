@@ -68,12 +68,11 @@ def open_clips(state: dict) -> dict:
     return prefixed("visual.", state) | text | {"logit_scale": ONE, "ln_final.weight": ONE}
 
 
-APPLE = {"norm1": "norm_1", "norm2": "norm_2", "mlp.fc1_g": "mlp.fc1", "mlp.fc1_x": "mlp.fc3"}
-APPLE |= {
-    "blocks.": "trunk.blocks.",
-    "patch_embed.": "preprocessor.patchifier.",
-    "pos_embed": "preprocessor.pos_embed",
-}
+def apples(state: dict) -> dict:
+    state["trunk.post_trunk_norm.weight"] = state.pop("norm.weight")
+    names = {"norm1": "norm_1", "norm2": "norm_2", "mlp.fc1_g": "mlp.fc1", "mlp.fc1_x": "mlp.fc3"}
+    names |= {"blocks.": "trunk.blocks.", "patch_embed.": "preprocessor.patchifier."}
+    return renamed(state, names | {"pos_embed": "preprocessor.pos_embed"})
 
 
 def maes(state: dict) -> dict:
@@ -82,69 +81,43 @@ def maes(state: dict) -> dict:
     return state | {key: torch.randn(shape) for key, shape in decoder.items()}
 
 
-def projector(prefix: str) -> dict:
+def heads(prefix: str) -> dict:
     return {f"{prefix}mlp.0.weight": torch.randn(4, 48), f"{prefix}last_layer.weight": torch.randn(4, 4)}
 
 
+def lightnings(state: dict) -> dict:
+    weights = prefixed("model.", state | {"head.weight": ONE}) | {"criterion.scale": ONE}
+    return {"state_dict": weights, "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5)}}}
+
+
 AIM, PE = "aimv2_large_patch14_224", "vit_pe_core_base_patch16_224"
+MODELS = {"dinov2's teacher": DINO, "dinov2's whole model": REGISTERS, "dinov3's teacher": DINOV3}
+MODELS |= {"Perception Encoder": PE, "open_clip": CLIP, "AIMv2": AIM}
 MORE = {AIM: {"mlp_ratio": 4}, PE: {"init_values": 0.1, "attn_pool_num_heads": 3}}
 SCRIPTS = {
-    "dinov2's teacher": (
-        DINO,
-        lambda x, y: {"teacher": prefixed("backbone.", chunked(dinov2s(x))) | projector("dino_head.")},
-    ),
-    "dinov2's whole model": (
-        REGISTERS,
-        lambda x, y: {
-            "model": prefixed("student.backbone.", dinov2s(y)) | prefixed("teacher.backbone.", dinov2s(x)),
-            "iteration": 3,
-        },
-    ),
-    "dinov3's teacher": (
-        DINOV3,
-        lambda x, y: {"teacher": prefixed("backbone.", chunked(dinov3s(x))) | projector("dino_head.")},
-    ),
-    "Perception Encoder": (PE, lambda x, y: open_clips(x)),
-    "open_clip": (CLIP, lambda x, y: {"epoch": 1, "state_dict": prefixed("module.", open_clips(x))}),
-    "open_clip around timm": (VIT, lambda x, y: prefixed("visual.trunk.", x) | {"visual.head.proj.weight": ONE}),
-    "AIMv2": (
-        AIM,
-        lambda x, y: {key.replace("norm.weight", "trunk.post_trunk_norm.weight") if key == "norm.weight" else key: v
-                      for key, v in renamed(x, APPLE).items()},
-    ),
-    "DINO": (
-        VIT,
-        lambda x, y: {
-            "student": prefixed("module.backbone.", y) | projector("module.head."),
-            "teacher": prefixed("backbone.", x) | projector("head."),
-            "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}},
-            "dino_loss": {"center": torch.zeros(1, 4)},
-            "epoch": 7,
-        },
-    ),
-    "MAE": (VIT, lambda x, y: {"model": maes(x), "optimizer": {}, "epoch": 1, "scaler": {}}),
-    "MoCo-v3": (
-        VIT,
-        lambda x, y: {
-            "arch": "vit_base",
-            "state_dict": prefixed("module.base_encoder.", x | {"head.0.weight": torch.ones(4, 48)})
-            | prefixed("module.momentum_encoder.", y),
-        },
-    ),
-    "Lightning": (
-        VIT,
-        lambda x, y: {
-            "state_dict": {**prefixed("model.", x | {"head.weight": ONE}), "criterion.scale": ONE},
-            "pytorch-lightning_version": "2.5",
-            "hyper_parameters": {"lr": 0.1},
-            "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5)}},
-        },
-    ),
-    "FSDP": (VIT, lambda x, y: {k.replace("blocks.1.", "blocks.1._fsdp_wrapped_module."): v for k, v in x.items()}),
-    "I-JEPA": (
-        VIT,
-        lambda x, y: {"encoder": prefixed("module.", x), "target_encoder": prefixed("module.", y), "epoch": 1},
-    ),
+    "dinov2's teacher": lambda x, y: {"teacher": prefixed("backbone.", chunked(dinov2s(x))) | heads("dino_head.")},
+    "dinov2's whole model": lambda x, y: {
+        "model": prefixed("student.backbone.", dinov2s(y)) | prefixed("teacher.backbone.", dinov2s(x))
+    },
+    "dinov3's teacher": lambda x, y: {"teacher": prefixed("backbone.", chunked(dinov3s(x))) | heads("dino_head.")},
+    "Perception Encoder": lambda x, y: open_clips(x),
+    "open_clip": lambda x, y: {"epoch": 1, "state_dict": prefixed("module.", open_clips(x))},
+    "open_clip around timm": lambda x, y: prefixed("visual.trunk.", x) | {"visual.head.proj.weight": ONE},
+    "AIMv2": lambda x, y: apples(x),
+    "DINO": lambda x, y: {
+        "student": prefixed("module.backbone.", y) | heads("module.head."),
+        "teacher": prefixed("backbone.", x) | heads("head."),
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}},
+        "dino_loss": {"center": torch.zeros(1, 4)},
+    },
+    "MAE": lambda x, y: {"model": maes(x), "optimizer": {}, "epoch": 1, "scaler": {}},
+    "MoCo-v3": lambda x, y: {
+        "state_dict": prefixed("module.base_encoder.", x | {"head.0.weight": torch.ones(4, 48)})
+        | prefixed("module.momentum_encoder.", y)
+    },
+    "Lightning": lambda x, y: lightnings(x),
+    "FSDP": lambda x, y: renamed(x, {"blocks.1.": "blocks.1._fsdp_wrapped_module."}),
+    "I-JEPA": lambda x, y: {"encoder": prefixed("module.", x), "target_encoder": prefixed("module.", y), "epoch": 1},
 }  # fmt: skip
 
 
@@ -152,7 +125,7 @@ SCRIPTS = {
 @torch.no_grad()
 def test_checkpoints_of_training_scripts(tmp_path, script):
     """`y` are weights that must not be read."""
-    name, save = SCRIPTS[script]
+    name, save = MODELS.get(script, VIT), SCRIPTS[script]
     kwargs = SMALL if name == VIT else {**SMALL, "patch_size": 16, **MORE.get(name, {})}
     model, other = (random_timm(name, **kwargs) for _ in range(2))
     torch.save(save(model.state_dict(), other.state_dict()), tmp_path / "last.ckpt")
