@@ -8,7 +8,6 @@ also writes the table by which `auto` chooses on this architecture, `fastalign/o
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -32,8 +31,7 @@ FACTS = ("capped", "packed", "gradient", "length", "width")
 
 def _case(length: int, width: int, softcap: float | None, packed: bool) -> Case:
     heads = 12 if width == 64 else 16
-    case = attention_case("", TOKENS // length, length, heads, width, softcap, packed)
-    return replace(case, backward_alone=False)  # full - forward: two timings instead of three
+    return attention_case("", TOKENS // length, length, heads, width, softcap, packed)
 
 
 KINDS = ((30.0, False), (None, False), (30.0, True), (None, True))

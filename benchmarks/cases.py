@@ -36,8 +36,6 @@ class Case:
     bytes: Callable[[int], tuple[int, int]]
     """batch -> the least bytes moved forward and backward."""
     operations: Callable[[int], tuple[int, int]] = lambda batch: (0, 0)
-    backward_alone: bool = True
-    """Backward can run repeatedly on the same graph."""
     compiles: bool = True
     """torch.compile makes one graph of the reference."""
     options: dict = field(default_factory=dict)
@@ -55,11 +53,9 @@ class Case:
             inputs[name].requires_grad_()
         return inputs
 
-    def backward(
-        self, inputs: dict, outputs: Tensor, cotangents: list[Tensor], **options
-    ) -> tuple[Tensor, ...]:
+    def backward(self, inputs: dict, outputs: Tensor, cotangents: list[Tensor]) -> tuple[Tensor, ...]:
         """The gradients of the leaves."""
-        return torch.autograd.grad([outputs], [inputs[name] for name in self.leaves], cotangents, **options)
+        return torch.autograd.grad([outputs], [inputs[name] for name in self.leaves], cotangents)
 
     def run(self, device: str, batch: int = 2) -> None:
         """One forward and backward pass of the kernel, with cotangents of ones."""
@@ -131,9 +127,7 @@ def _row_cases(model: str, batch: int, patches: int, prefix: int, width: int, he
     yield Case("unpack", model, batch, unpacked, ("packed",), of_unpack)
     for loss in ("mse", "cosine", "masked_mse"):
         label, inputs = f"{model} {loss}", compared(loss)
-        yield Case(
-            "reconstruction_loss", label, batch, inputs, ("prediction",), of_loss, backward_alone=False
-        )
+        yield Case("reconstruction_loss", label, batch, inputs, ("prediction",), of_loss)
 
 
 def attention_case(

@@ -1,8 +1,8 @@
 """What a checkpoint costs in training time: ``python -m benchmarks.checkpoint [--models demo vit_b] [--tiny]``.
 
 In steps: how long the loop stops for the snapshot, how much longer the steps during the write take, and a write that
-the loop waits for; and the cost as a share of training time at the default interval (an epoch) and every 1,000 steps.
-Each checkpoint writes the backbone too. Writes `benchmarks/results/checkpoint.json`; milliseconds on a GPU only.
+the loop waits for; and the cost as a share of an epoch. Each checkpoint writes the backbone too.
+Writes `benchmarks/results/checkpoint.json`; milliseconds on a GPU only.
 """
 
 import itertools
@@ -94,16 +94,14 @@ def measure(model: str, repeats: int, quiet: int, device: torch.device) -> dict:
             run.train.close()
     middle = {key: statistics.median(each[key] for each in found) for key in found[0]}
     times = {key: middle.pop(key) for key in ("step_ms", "blocked_ms")}
-    cost, epoch = middle["blocked_steps"] + middle["slowed_steps"], MODELS[model][4]
+    epoch = MODELS[model][4]
     return {
         "model": model,
         "device": device.type,
         "checkpoint_mib": size / 2**20,
         **middle,
         "epoch_steps": epoch,
-        "share_each_epoch": cost / epoch,
-        "share_each_1000_steps": cost / 1000,
-        "synchronous_share_each_1000_steps": middle["synchronous_steps"] / 1000,
+        "share_each_epoch": (middle["blocked_steps"] + middle["slowed_steps"]) / epoch,
         "checkpoints": len(found),
         **(times if device.type == "cuda" else {}),
     }
@@ -113,18 +111,17 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     """Measure, print, write."""
     parser = record.parser("checkpoint", __doc__, "a tiny model, one checkpoint")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["demo", "vit_b"])
-    parser.add_argument("--repeats", type=int, default=3, help="checkpoints measured after one for warm-up")
     options = parser.parse_args(arguments)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     rows = []
     for model in ["tiny"] if options.tiny else options.models:
-        large = model == "vit_b" and device.type == "cpu"
-        repeats, quiet = (min(1, options.repeats), 2) if large else (options.repeats, 20)
-        rows.append(measure(model, *((0, 1) if options.tiny else (repeats, quiet)), device))
+        slow = model == "vit_b" and device.type == "cpu"
+        repeats, quiet = (0, 1) if options.tiny else (1, 2) if slow else (3, 20)
+        rows.append(measure(model, repeats, quiet, device))
         line = (
             "{model:6} {checkpoint_mib:7.0f} MiB: blocks {blocked_steps:.2f} steps, slows {slowed_steps:.2f} steps "
             "during the write ({steps_beside_the_writer:.0f} steps); synchronous {synchronous_steps:.2f} steps; "
-            "{share_each_epoch:.3%} of an epoch, {share_each_1000_steps:.3%} of 1,000 steps"
+            "{share_each_epoch:.3%} of an epoch"
         )
         print(line.format(**rows[-1]), flush=True)
     if not options.tiny:

@@ -2,10 +2,10 @@
 
 Compares each kernel with eager PyTorch and torch.compile; `benchmarks.attention` compares attention with other
 implementations in the same way. Ours is first compared with its reference, in the same dtype and in float64, and not
-timed if it is wrong (exit code 1). Forward, backward and full (both) passes of every implementation are timed
-between device events, L2 flushed, in rounds of alternating order, with random inputs and cotangents. Bandwidth and
-rate are also given as shares of the GPU's own copy bandwidth and matmul rate, which are measured first. Results are
-written after each case. Without a GPU: exit code 2, or ``--tiny``, which shows that everything runs.
+timed if it is wrong (exit code 1). Every implementation is timed forward, and forward and backward (full; backward is
+the difference), between device events, L2 flushed, in rounds of alternating order, with random inputs and cotangents.
+Bandwidth and rate are also given as shares of the GPU's own copy bandwidth and matmul rate, which are measured first.
+Results are written after each case. Without a GPU: exit code 2, or ``--tiny``, which shows that everything runs.
 """
 
 import os
@@ -16,7 +16,6 @@ if "--tiny" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
 
 import torch
-import torch._functorch.config
 from torch import Tensor
 
 from benchmarks import record, timing
@@ -92,10 +91,7 @@ def call(case: Case, inputs: dict, function: Callable, mode: str, cotangents: li
     """The function that is timed."""
     if mode == "forward":
         return lambda: function(**inputs)
-    if mode == "full":
-        return lambda: case.backward(inputs, function(**inputs), cotangents)
-    outputs = function(**inputs)
-    return lambda: case.backward(inputs, outputs, cotangents, retain_graph=True)
+    return lambda: case.backward(inputs, function(**inputs), cotangents)
 
 
 def time_modes(
@@ -103,16 +99,13 @@ def time_modes(
 ) -> tuple[dict[str, dict], dict[tuple[str, str], str]]:
     """Times by mode and implementation, and reasons for missing times by implementation and mode."""
     times, failed = {}, {}
-    for mode in MODES:
-        if mode == "backward" and not case.backward_alone:
-            continue
+    for mode in ("forward", "full"):
         calls = {}
         for name, function in functions.items():
             if (name, "forward") in failed:
                 continue
-            run, why = attempt(call, case, inputs, function, mode, cotangents)
-            why = why or attempt(run)[1]  # compiles, selects algorithms, may run out of memory
-            if why:
+            run = call(case, inputs, function, mode, cotangents)
+            if why := attempt(run)[1]:  # compiles, selects algorithms, may run out of memory
                 failed[name, mode] = why
             else:
                 calls[name] = run
@@ -144,11 +137,10 @@ def figures(case: Case, mode: str, ms: float, limits: dict) -> dict:
 def rows_of(case: Case, base: dict, times: dict, largest: dict[str, float], limits: dict) -> list[dict]:
     """One row per implementation and mode."""
     medians = {mode: {n: quantiles(t) for n, t in by_name.items()} for mode, by_name in times.items()}
-    if "backward" not in medians:
-        medians["backward"] = {
-            name: {"ms": full["ms"] - medians["forward"][name]["ms"], "derived": "full - forward"}
-            for name, full in medians["full"].items()
-        }
+    medians["backward"] = {
+        name: {"ms": full["ms"] - medians["forward"][name]["ms"], "derived": "full - forward"}
+        for name, full in medians["full"].items()
+    }
     rows = []
     for mode in MODES:
         for name, found in medians[mode].items():
@@ -237,14 +229,12 @@ def run(
     if limits:
         print("copy {copy_gbps:.0f} GB/s, bf16 matmul {matmul_tflops:.0f} TFLOP/s".format(**limits))
     rows = []
-    # Saved tensors are kept for a second backward pass, which costs torch.compile memory, not time.
-    with torch._functorch.config.patch(donated_buffer=False):
-        for case in cases:
-            new = measure_case(case, device, limits, implementations, options.tiny)
-            show(new)
-            rows += new
-            if not options.tiny:
-                record.write(name, rows, {"limits": limits}, KEY)
+    for case in cases:
+        new = measure_case(case, device, limits, implementations, options.tiny)
+        show(new)
+        rows += new
+        if not options.tiny:
+            record.write(name, rows, {"limits": limits}, KEY)
     return int(any(row.get("wrong") for row in rows)), rows
 
 

@@ -23,7 +23,7 @@ from fastalign.training.command import run_command
 from fastalign.utils.errors import UserError
 
 RECIPE = "configs/demo.yaml"
-SEEDS = (0, 1, 2)
+SEEDS, SPLIT = (0, 1, 2), "test"
 TEACHER, ALIGNED = "teacher", "aligned (MaskEmbed)"
 VISIBLE = ("masks.distribution=bernoulli", "masks.ratio=1.0", "masks.complement=false", "masks.full=false")
 ROWS = {
@@ -47,12 +47,12 @@ COLUMNS = {
 
 
 def compare(
-    run: Path, root: Path, seeds: list[int], split: str, workers: int, controls: bool = True
+    run: Path, root: Path, seeds: list[int], workers: int, controls: bool = True
 ) -> dict[str, dict[str, dict]]:
     """Row -> column -> mean and spread over seeds; without `controls`, of teacher and aligned student alone.
 
-    Runs the trials. Writes `evidence-SPLIT.json` and, of the test split, the `probe.json` that a report shows. The
-    demo's finished run is the aligned student of its own seed; `root` is the folder of the other trials.
+    Runs the trials. Writes `evidence-test.json`, and the `probe.json` that a report shows. The demo's finished run is
+    the aligned student of its own seed; `root` is the folder of the other trials.
     """
     if not (run / "backbone.json").is_file():
         raise UserError(f"evidence: {run} is not a finished run; train configs/demo.yaml first")
@@ -60,31 +60,30 @@ def compare(
     trials = []
     for name, seed in itertools.product(names, seeds):
         folder = str(run) if (name, seed) == (ALIGNED, demo_seed) else ""
-        trials.append(Trial(name, seed, RECIPE, **ROWS[name], splits=(split,), folder=folder))
+        trials.append(Trial(name, seed, RECIPE, **ROWS[name], splits=(SPLIT,), folder=folder))
     results = run_trials(trials, root, workers)
     rows = [{**row, "model": trial.name} for trial, part in zip(trials, results, strict=True) for row in part]
     table = {}
     for name in names:
         own = [row for row in rows if row["model"] == name]
-        table[name] = {column: score(own, split, *asked) for column, asked in COLUMNS.items()}
-    facts = {"split": split, "seeds": seeds, "table": table, "versions": {"fastalign": __version__}}
-    write_results(run / f"evidence-{split}.json", facts)
-    if split == "test":
-        shown = {TEACHER: "before", ALIGNED: "aligned"}
-        rows = [{**row, "model": shown.get(row["model"], row["model"])} for row in rows]
-        data = str(pictures(load_config(RECIPE)))
-        splits = {name: open_labelled(data, name) for name in ("train", "val", "test")}
-        counts = {name: len(images) for name, images in splits.items()}
-        about = {"path": data, "classes": list(splits["test"].classes), "images": counts}
-        facts = {"command": "python -m demo.evidence", "data": about, **facts}
-        write_results(run / "probe.json", {**facts, "results": rows, "summary": summarise(rows)})
+        table[name] = {column: score(own, SPLIT, *asked) for column, asked in COLUMNS.items()}
+    facts = {"split": SPLIT, "seeds": seeds, "table": table, "versions": {"fastalign": __version__}}
+    write_results(run / f"evidence-{SPLIT}.json", facts)
+    shown = {TEACHER: "before", ALIGNED: "aligned"}
+    rows = [{**row, "model": shown.get(row["model"], row["model"])} for row in rows]
+    data = str(pictures(load_config(RECIPE)))
+    splits = {name: open_labelled(data, name) for name in ("train", "val", SPLIT)}
+    counts = {name: len(images) for name, images in splits.items()}
+    about = {"path": data, "classes": list(splits[SPLIT].classes), "images": counts}
+    facts = {"command": "python -m demo.evidence", "data": about, **facts}
+    write_results(run / "probe.json", {**facts, "results": rows, "summary": summarise(rows)})
     return table
 
 
-def show(table: dict[str, dict[str, dict]], split: str, seeds: int) -> None:
+def show(table: dict[str, dict[str, dict]], seeds: int) -> None:
     """Print the table, and what the aligned student gains on the teacher."""
     spread = f", mean ± standard deviation of {seeds} seeds" * (seeds > 1)
-    shown = Table(title=f"{split} split, percent{spread}")
+    shown = Table(title=f"{SPLIT} split, percent{spread}")
     shown.add_column("features of")
     for column in COLUMNS:
         shown.add_column(column, justify="right")
@@ -107,11 +106,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=Path("runs/evidence"), help="folder of the other trials")
     parser.add_argument("--controls", action="store_true", help="train and probe the controls too")
     parser.add_argument("--seeds", type=int, nargs="+", help="default 0, with --controls 0 1 2")
-    parser.add_argument("--split", default="test", choices=("val", "test"))
     parser.add_argument("--workers", type=int, default=CORES, help="trials at once")
     args = parser.parse_args(argv)
     args.seeds = args.seeds or list(SEEDS if args.controls else SEEDS[:1])
-    return run_command(lambda: show(compare(**vars(args)), args.split, len(args.seeds)))
+    return run_command(lambda: show(compare(**vars(args)), len(args.seeds)))
 
 
 if __name__ == "__main__":

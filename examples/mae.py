@@ -22,9 +22,8 @@ class MAE(nn.Module):
     def forward(self, images, sample_ids):
         visible, packing = self.masks.packed(sample_ids, self.vit.spec.grid, self.prefix)
         embedded = self.vit.embed_packed(images, packing)  # [L, D], no hidden patch in it
-        tokens = fa.ops.unpack(self.narrow(self.vit.encode(embedded, packing)), packing)[
-            :, 0
-        ]  # [B, T, width]
+        narrow = self.narrow(self.vit.encode(embedded, packing))
+        tokens = fa.ops.unpack(narrow, packing)[:, 0]  # [B, T, width]
         tokens = tokens.where(packing.slots[:, 0, :, None] >= 0, self.hidden) + self.position
         painted = self.paint(self.blocks(tokens))[:, self.prefix :]
         pixels = unfold(images, self.patch, stride=self.patch).mT  # [B, N, 3 x height x width]

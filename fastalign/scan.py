@@ -16,14 +16,12 @@ from pathlib import Path
 
 import torch
 
-from fastalign.data.bad_samples import BadSample, BadSamples, to_line
-from fastalign.data.pipeline import Decoder, SampleReader
+from fastalign.data.pipeline import BadSample, BadSamples, Decoder, SampleReader, to_line
 from fastalign.data.sources import Source, SyntheticSource, open_source
 from fastalign.data.transforms import Transform
 from fastalign.training.command import run_command
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import wrap_io_errors, write_atomically
-from fastalign.utils.paths import path_argument
+from fastalign.utils.files import path_argument, wrap_io_errors, write_atomically
 
 _CHUNK = 64  # images per task
 
@@ -88,8 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("data", type=path_argument, help="a folder of images, tar shards or a pattern of them, as data.train")
     add("--output", type=path_argument, metavar="FILE", help="write the bad ones here, for faults.quarantine")
     add("--workers", type=int, default=cores, metavar="N", help="threads (one per core)")
-    options = parser.parse_args(arguments)
-    return run_command(lambda: _run(options))
+    return run_command(lambda: _run(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

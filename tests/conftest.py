@@ -14,8 +14,6 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.run_helpers import MODEL
-
 # The same examples in every run: rounding is compared, and a flaky suite helps nobody.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
@@ -92,6 +90,7 @@ def images(tmp_path_factory):
 def recipe(tmp_path, images):
     """Runs the training command in this process and returns the run folder."""
     from fastalign import train
+    from tests.run_helpers import MODEL
 
     def run(*overrides, name="run", expect=0) -> Path:
         tree = {

@@ -1,6 +1,5 @@
 """`fastalign.align`: the command, from Python."""
 
-import pytest
 import torch
 import yaml
 
@@ -22,8 +21,3 @@ def test_align_is_the_command(tmp_path):
     assert torch.equal(vit.forward_features(images), expected)
     again = fa.align(recipe, data="synthetic:16", output=tmp_path / "python", **keys)
     assert torch.equal(again.forward_features(images), expected)
-
-
-def test_a_wrong_key_is_named(tmp_path):
-    with pytest.raises(fa.UserError, match=r"unknown key optim.epoch; the nearest is optim.epochs"):
-        fa.align("in1k-vit-t", data="synthetic:16", output=tmp_path, **{"optim.epoch": 1})

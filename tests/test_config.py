@@ -54,10 +54,8 @@ def test_each_key_is_documented_with_its_kind_and_its_values():
         found = [line for line in lines if f"  # {field.description}" in line]
         assert found
         assert all(line.endswith(f" ({kind.value})") == (kind is not Kind.RESULT) for line in found)
-    assert (
-        "  compile: false  # torch.compile the student and the teacher; blocks = block by block, which starts "
-        "sooner [true | false | blocks] (may change when a run resumes)" in lines
-    )
+    (compile,) = (line for line in lines if line.startswith("  compile: false  # torch.compile"))
+    assert compile.endswith(" [true | false | blocks] (may change when a run resumes)")
 
 
 def test_defaults_are_a_published_recipe():
@@ -67,13 +65,9 @@ def test_defaults_are_a_published_recipe():
 
 def test_overrides_are_parsed_by_the_type_of_their_key(tmp_path):
     path = write(tmp_path, "optim: {lr: 1e-4}\nstudent: {kwargs: {img_size: 64}}\n")
-    overrides = [
-        "optim.betas=[0.8, 0.9]",
-        "student.kwargs.depth=3",
-        "student.softcap=null",
-        "efficiency.compile=true",
-    ]
-    config = load_config(path, [*overrides, "optim.clip=2e0", "data.train=a=b"])
+    overrides = ["optim.betas=[0.8, 0.9]", "student.kwargs.depth=3", "student.softcap=null", "optim.clip=2e0"]
+    overrides += ["efficiency.compile=true", "data.train=a=b", "loss.target_scale=1e-3"]
+    config = load_config(path, overrides)
     assert config.optim.lr == 1e-4
     assert config.optim.betas == (0.8, 0.9)
     assert config.student.kwargs == {"img_size": 64, "depth": 3}
@@ -81,6 +75,8 @@ def test_overrides_are_parsed_by_the_type_of_their_key(tmp_path):
     assert config.efficiency.compile is True
     assert config.optim.clip == 2.0
     assert config.data.train == "a=b"
+    assert config.loss.target_scale == 1e-3
+    assert load_config(path, ["loss.target_scale=auto:3"]).loss.target_scale == "auto:3"
 
 
 def test_a_section_keeps_its_other_keys(tmp_path):
@@ -90,18 +86,8 @@ def test_a_section_keeps_its_other_keys(tmp_path):
     whole = load_config(path, ["optim={epochs: 7, clip: null}", "student={kwargs: {img_size: 64}}"])
     assert (whole.optim.lr, whole.optim.epochs, whole.optim.clip) == (1e-4, 7, None)
     assert whole.student.kwargs == {"img_size": 64}  # a value, not a section
-    parts, default = (
-        load_config(path, ["decoder.kwargs.init_values=null"]).decoder.kwargs,
-        Config().decoder.kwargs,
-    )
-    assert parts == default.model_copy(update={"qk_norm": True, "init_values": None})
-
-
-@pytest.mark.parametrize(
-    ("text", "value"), [("auto", "auto"), ("auto:3", "auto:3"), ("1e-3", 1e-3), ("2", 2.0)]
-)
-def test_target_scales(text, value):
-    assert load_config(None, [f"loss.target_scale={text}"]).loss.target_scale == value
+    parts = load_config(path, ["decoder.kwargs.init_values=null"]).decoder.kwargs
+    assert parts == Config().decoder.kwargs.model_copy(update={"qk_norm": True, "init_values": None})
 
 
 def test_a_base_is_merged_and_its_own_keys_win(tmp_path):
@@ -128,24 +114,13 @@ def test_yaml_out_is_yaml_in(tmp_path):
         ("", "output=off", ["output: YAML reads this value as False, not as text; put it in quotes"]),
         ("", "output=2026-11-30", ["output: YAML reads this value as datetime.date", "put it in quotes"]),
         ("", "decoder.kwargs.heads=0", ["decoder.kwargs.heads", "greater than 0"]),
-        ("", "decoder.kwargs.qk_nrom=true", ["decoder.kwargs.qk_nrom", "nearest is decoder.kwargs.qk_norm"]),
-        ("", "decoder.kwargs.qk_norm=maybe", ["decoder.kwargs.qk_norm", "boolean", "maybe"]),
         ("", "decoder.kwargs.init_values=.inf", ["decoder.kwargs.init_values", "finite"]),
-        (
-            "",
-            "loss.target_scale=auto:0",
-            ["loss.target_scale: ", "valid number", "or: ", "--print-config", "auto:0"],
-        ),
+        ("", "loss.target_scale=auto:0", ["loss.target_scale: ", "valid number", "or: ", "auto:0"]),
         ("", "probe.best=true", ["probe.best", "set probe.data"]),
         ("student: {freeze: true}", "probe.data=a", ["student.freeze", "remove one"]),
-        (
-            "",
-            "teacher.kwargs.weights=random",
-            ["teacher.kwargs.weights: write teacher.name and teacher.weights"],
-        ),
+        ("", "teacher.kwargs.weights=random", ["teacher.kwargs.weights: write teacher.name and teacher."]),
         ("", "student.name=svit_a.b", ["student.name=svit_a.b: write vit_a.b and student.softcap=30"]),
         ("", "efficiency.compile=x", ["efficiency.compile: ", "valid boolean", "or: ", "'blocks'"]),
-        ("", "optim.micro_batch=x", ["optim.micro_batch: ", "valid integer", "or: ", "'auto'"]),
         ("", "optim.betas=[0.9, 1]", ["optim.betas: ", "less than 1"]),
         ("", "optim.epochs", ["optim.epochs", "section.key=value"]),
         ("", "optim.accumulate=7", ["command line: optim.batch_size 1024", "optim.accumulate"]),
@@ -154,16 +129,10 @@ def test_yaml_out_is_yaml_in(tmp_path):
         ("", "masks.ratio=0.3", ["masks.ratio"]),
         ("masks: {mode: drop}\nteacher: {prefix_only: true, skip_blocks: 0}", None, ["masks.mode=zero"]),
         ("student: {freeze: true}", "export.to=[timm]", ["export.to", "student.freeze"]),
-        ("", "log.to=[wandb]", ["log.to: ", "--print-config", "wandb"]),
+        ("", "log.to=[wandb]", ["log.to: ", "tensorboard|wandb:.+", "got 'wandb'"]),
         ("optim: 3", None, ["optim", "3"]),
-        ("- a", None, ["mapping"]),
         ("false", None, ["mapping", "bool"]),
-        ("a: [", None, ["not YAML"]),
-        (
-            "optim: {lr: 1}\nseed: 1\noptim: {clip: 1}",
-            None,
-            ["c.yaml: not YAML: the key optim twice", "line 1"],
-        ),
+        ("optim: {}\nseed: 1\noptim: {}", None, ["c.yaml: not YAML: the key optim twice", "line 1"]),
         ("base: none.yaml", None, ["none.yaml"]),
         ("base: c.yaml", None, ["cycle"]),
         ("base: {a: b}", None, ["base must be the path"]),

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -19,6 +18,7 @@ from PIL import Image
 import fastalign as fa
 from demo import mosaics
 from fastalign.__main__ import main
+from fastalign.config import kinds
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,15 +51,11 @@ def commands() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(tmp_path_factory, images):
     """A folder with everything that the documents name, tiny."""
-    folder, rng = tmp_path_factory.mktemp("world"), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("world")
     mosaics.render(folder / "labelled", mosaics.Settings(train=16, val=8, test=8, size=32), workers=1)
-    for split in ("train", "val"):
-        for index in range(4):
-            path = folder / f"images/{split}/class{index % 2}/{index}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(path)
+    (folder / "images").symlink_to(images)
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "runs").mkdir()
     (folder / "runs/demo").symlink_to("clip-vit-b")
@@ -70,9 +66,8 @@ def world(tmp_path_factory):
 
 def adapted(text: str, labelled: Path) -> list[str]:
     """A command's arguments at a tiny size."""
-    name, *rest = [
-        word for word in shlex.split(text.partition(" > ")[0]) if word not in ("key.sub=value", "...")
-    ]
+    words = shlex.split(text.partition(" > ")[0])
+    name, *rest = [word for word in words if word not in ("key.sub=value", "...")]
     for index, word in enumerate(rest):
         for original in LABELLED:
             word = word.replace(original, str(labelled))
@@ -93,18 +88,18 @@ def adapted(text: str, labelled: Path) -> list[str]:
 def test_commands(world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     found = commands()
-    assert {text.split()[0] for text in found} >= {
-        "train",
-        "probe",
-        "classify",
-        "export",
-        "report",
-        "recipes",
-    }
+    assert {text.split()[0] for text in found} >= {"train", "probe", "classify", "export", "report"}
     runs = [text for text in found if text.startswith("train")]
     for text in runs + [text for text in found if text not in runs]:
         more = [f"output=runs/{runs.index(text)}"] if text in runs[1:] and " output=" not in text else []
         assert main([*adapted(text, world / "labelled"), *more]) == 0, (text, capsys.readouterr().err)
+
+
+def test_the_table_of_the_authors_options_names_our_keys():
+    table = (ROOT / "docs/compat.md").read_text().partition("| key |")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`([a-z]+\.[\w.]+)", table))
+    assert len(named) > 30
+    assert named <= set(kinds())
 
 
 def names() -> dict:
@@ -143,29 +138,18 @@ def test_python(world, monkeypatch):
             exec(compile(text, f"{page.name}: {text[:60]}", "exec"), space)  # noqa: S102
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def test_site(tmp_path):
+    """Public names are documented; recipes, which lie outside docs/, are part of the site."""
     pytest.importorskip("mkdocs")
-    folder = tmp_path_factory.mktemp("site")
-    build = [sys.executable, "-m", "mkdocs", "build", "-q", "-d", str(folder)]
+    build = [sys.executable, "-m", "mkdocs", "build", "-q", "-d", str(tmp_path)]
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return folder
-
-
-def test_api_page_has_every_public_name(site):
-    ids = set(
-        re.findall(r'id="fastalign\.(?:ops\.reference\.)?(\w+)"', (site / "api/index.html").read_text())
-    )
-    assert set(fa.__all__) - {"kernels", "masks", "ops", "UserError"} <= ids
-
-
-def test_pages_link_to_files_of_the_repository(site):
-    """Recipes and examples, which lie outside docs/, are part of the site."""
-    page = (site / "recipes/index.html").read_text()
-    targets = re.findall(r'href="([^"#]+\.yaml)"', page)
+    api, recipes = ((tmp_path / page / "index.html").read_text() for page in ("api", "recipes"))
+    names = re.findall(r'id="fastalign\.(?:ops\.reference\.)?(\w+)"', api)
+    assert set(fa.__all__) - {"kernels", "masks", "ops", "UserError"} <= set(names)
+    targets = re.findall(r'href="([^"#]+\.yaml)"', recipes)
     assert targets
-    assert all((site / "recipes" / target).is_file() for target in targets)
+    assert all((tmp_path / "recipes" / target).is_file() for target in targets)
 
 
 CLASSES = [name for name in fa.__all__ if isinstance(getattr(fa, name), type) and name != "UserError"]

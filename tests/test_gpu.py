@@ -18,7 +18,7 @@ from fastalign.evaluation.options import Plan, Recipe
 from fastalign.evaluation.patches import Task, evaluate_head, fit_head
 from fastalign.train import update
 from tests.numerics import gradient_error, randomise, relative_error
-from tests.update_helpers import run_of_batches, write_recipe
+from tests.run_helpers import run_of_batches, write_recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 ROOT = Path(__file__).parent.parent

@@ -94,6 +94,16 @@ def test_a_script_beside_an_editable_clone_imports_it(source, tmp_path, monkeypa
     assert printed.strip() == str(source / "fastalign/__init__.py")
 
 
+@pytest.mark.parametrize("arguments", [["recipes"], ["train", "in1k-vit-t", "--print-config"]])
+def test_a_reader_that_has_ended_ends_the_command(arguments):
+    """As in `fastalign recipes | head`."""
+    command, pipe = [sys.executable, "-u", "-m", "fastalign", *arguments], subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read().startswith("fastalign: stopped: the process that reads the output")
+    assert process.returncode == 141
+
+
 def test_the_command(capsys):
     assert __main__.main(["--version"]) == 0
     assert capsys.readouterr().out.split() == ["fastalign", __version__]

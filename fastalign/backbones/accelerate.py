@@ -45,7 +45,9 @@ class FastSelfAttention:
             qkv = self.qkv(x) + bias if separate else functional.linear(x, self.qkv.weight, bias)
         return list(qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0))
 
-    def _attend(self, x: Tensor, rope: Tensor | None, mask: Tensor | None, causal: bool = False) -> Tensor:
+    def _fast(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
         """[B, T, D] -> [B, T, D]; the mask, [T, T] to [B, H, T, T], is bool (True = attend) or added to logits."""
         gate = None if self.gate is None else self.gate(x).sigmoid()
         q, k, v = self._project(x)
@@ -58,8 +60,7 @@ class FastSelfAttention:
             )
         if (groups := q.shape[1] // k.shape[1]) > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        if causal:
-            mask = x.new_ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        mask = x.new_ones(x.shape[1], x.shape[1], dtype=torch.bool).tril() if is_causal else attn_mask
         if mask is not None and mask.dtype == torch.bool:
             mask = x.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
         if mask is not None:
@@ -73,22 +74,15 @@ class FastAttention(FastSelfAttention, Attention):
     """timm's `Attention`."""
 
     def _fast(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        return self._attend(x, None, attn_mask, is_causal)
+        return super()._fast(x, None, attn_mask, is_causal)
 
 
 class FastEvaAttention(FastSelfAttention, eva.EvaAttention):
     """timm's `EvaAttention`."""
 
-    def _fast(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ):
-        return self._attend(x, rope, attn_mask, is_causal)
-
 
 class FastAttentionRope(FastSelfAttention, AttentionRope):
     """timm's `AttentionRope`."""
-
-    _fast = FastEvaAttention._fast
 
 
 class FastBeitAttention(FastSelfAttention, beit.Attention):
@@ -100,7 +94,7 @@ class FastBeitAttention(FastSelfAttention, beit.Attention):
         bias = shared_rel_pos_bias
         if self.relative_position_bias_table is not None:
             bias = self._get_rel_pos_bias() if bias is None else self._get_rel_pos_bias() + bias
-        return self._attend(x, None, bias)
+        return super()._fast(x, None, bias)
 
 
 FAST = {
@@ -149,13 +143,14 @@ def accelerated(model: nn.Module) -> dict[str, str]:
 
 
 def _check_modules(model: nn.Module) -> None:
-    found = {path: part for path, part in model.named_modules() if type(part) in FAST or type(part) in TIMM}
-    if not found:
-        raise UserError(f"accelerate: {type(model).__name__} has no attention of a timm ViT, Eva or Beit")
-    for path, part in model.named_modules():
+    parts = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    found = {path for path, part in parts.items() if type(part) in FAST or type(part) in TIMM}
+    for path, part in parts.items():
         kind, is_attention = type(part), path.split(".")[-1] == "attn" or hasattr(part, "fused_attn")
         if path in found and "forward" in vars(part):
             raise UserError(f"accelerate: the forward of {path} was replaced: restore it first")
         if path not in found and is_attention and kind is not nn.Identity and "Pool" not in kind.__name__:
             name = f"{kind.__module__}.{kind.__qualname__}"
             raise UserError(f"accelerate: {path} is a {name}, not supported: pass only parts without it")
+    if not found:
+        raise UserError(f"accelerate: {type(model).__name__} has no attention of a timm ViT, Eva or Beit")

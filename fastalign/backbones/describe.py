@@ -233,7 +233,14 @@ def _unknown_parts(source: nn.Module) -> list[str]:
         if getattr(part, "gate_last", False):
             found.append("the gate last")
     if isinstance(source, naflex.NaFlexVit):
-        found += naflex.unsupported(source)
+        refused = {
+            "a convolution as patch embedding": not source.embeds.is_linear,
+            "channels first in patches": not source.embeds.channels_last,
+            "a norm of pixels": source.embeds.norm_input is not None,
+            "rotary embeddings": source.rope is not None,
+            "padded images": source.embeds.dynamic_img_pad,
+        }
+        found += [name for name, present in refused.items() if present]
     elif getattr(source.patch_embed, "dynamic_img_pad", False):
         found.append("padded images")
     return list(dict.fromkeys(found))

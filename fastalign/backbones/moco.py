@@ -47,12 +47,8 @@ def vit_base_patch16_mocov3_224(pretrained: bool = False, **kwargs) -> VisionTra
 
 def _published(content: dict, model: nn.Module) -> dict[str, Tensor]:
     """The encoder of the published checkpoint, by the model's keys, with the model's own head."""
-    prefix, head = "module.base_encoder.", "head."
-    state = {
-        key.removeprefix(prefix): v for key, v in content["state_dict"].items() if key.startswith(prefix)
-    }
-    state = {key: value for key, value in state.items() if not key.startswith(head)}
-    return state | {key: value for key, value in model.state_dict().items() if key.startswith(head)}
+    own, state, prefix = model.state_dict(), content["state_dict"], "module.base_encoder."
+    return {key: own[key] if key.startswith("head.") else state[prefix + key] for key in own}
 
 
 def sincos_position(grid: tuple[int, int], width: int, prefix: int) -> Tensor:

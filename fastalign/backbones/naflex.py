@@ -13,19 +13,6 @@ NaFlexVit, Embeds = naflexvit.NaFlexVit, naflexvit.NaFlexEmbeds
 checkpoint_filter_fn = naflexvit.checkpoint_filter_fn
 
 
-def unsupported(source: nn.Module) -> list[str]:
-    """What the ViT cannot express."""
-    embeds = source.embeds
-    found = {
-        "a convolution as patch embedding": not embeds.is_linear,
-        "channels first in patches": not embeds.channels_last,
-        "a norm of pixels": embeds.norm_input is not None,
-        "rotary embeddings": source.rope is not None,
-        "padded images": embeds.dynamic_img_pad,
-    }
-    return [name for name, present in found.items() if present]
-
-
 def vit_state(source: nn.Module, grid: tuple[int, int]) -> dict[str, Tensor]:
     """The parameters by the keys of timm's VisionTransformer, differentiable; positions for a grid of patches."""
     embeds, state, table = source.embeds, {}, None

@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from fastalign.backbones import layouts
 from fastalign.backbones.vit import ViT
 from fastalign.utils.errors import UserError, first_line
-from fastalign.utils.files import write_atomically, write_tensors
-from fastalign.utils.paths import user_path
+from fastalign.utils.files import user_path, write_atomically, write_tensors
 
 _NAMES = (
     "model.safetensors",
     "pytorch_model.bin",
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
-    "visual.safetensors",
     "backbone.safetensors",
 )
 """Weights in a folder; the first that exists is read, whole or in the shards that its `.index.json` lists."""

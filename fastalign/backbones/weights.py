@@ -23,7 +23,6 @@ _BACKBONES = (".teacher.backbone.", ".weights.", ".student.", ".base_encoder.", 
 """Which of several backbones is read, by the end of its prefix: DINO's average first, then the trained one."""
 _NOT_BACKBONE = ("head.", "head_dist.", "decoder.", "decoder_")
 _RELATIVE = ".relative_position_bias_table"
-_RADIO = "radio_model.model.patch_generator.pos_embed"
 _QKV_BIAS = (".attn.q_bias", ".attn.v_bias")
 _LAYER_SCALE = re.compile(r"(blocks\.\d+\.)(?:ls([12])\.gamma|gamma_([12]))")
 
@@ -101,8 +100,7 @@ def _tensors(value: Any) -> dict[str, Tensor]:
 def trained_as(content: dict, path: str) -> tuple[str | None, float | None]:
     """The model's name and soft-cap that a checkpoint records, directly or in its training script's arguments."""
     args = _args(content)
-    names = (args.get("student_model"), args.get("model"), content.get("arch"))
-    arch = next((name for name in names if isinstance(name, str) and name), None)
+    arch = args.get("student_model") or args.get("model") or content.get("arch")
     if "softcap" in content:
         return arch, check_softcap(content["softcap"], f"{path}: ")
     kwargs = {**(args.get("model_kwargs") or {}), **(args.get("student_model_kwargs") or {})}
@@ -123,7 +121,7 @@ def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[s
     LayerScale that the model lacks is folded into the projections before it; one that the file lacks is 1.
     """
     wanted, state = template.state_dict(), checkpoint.state
-    if _RADIO in state and not isinstance(template, naflex.NaFlexVit):
+    if "radio_model.model.patch_generator.pos_embed" in state and not isinstance(template, naflex.NaFlexVit):
         raise UserError(f"{path} has the layout of NVIDIA's C-RADIO: load it as naflexvit_*_radio_*")
     heads = () if checkpoint.student else wanted
     state = {k: v for k, v in state.items() if not k.startswith(_NOT_BACKBONE) or k in heads}

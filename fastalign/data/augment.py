@@ -72,7 +72,7 @@ def _vision() -> ModuleType:
     return functional
 
 
-def _affine(image: Tensor, matrix: tuple[float, ...], fill: tuple[int, int, int], bicubic: bool) -> Tensor:
+def _affine(image: Tensor, matrix: tuple[float, ...], fill: tuple[int, int, int], mode: str) -> Tensor:
     """Samples at (a x + b y + c, d x + e y + f), pixel centres at half integers; `fill` outside the image."""
     height, width = image.shape[-2:]
     options = {"device": image.device, "dtype": torch.float32}
@@ -81,7 +81,6 @@ def _affine(image: Tensor, matrix: tuple[float, ...], fill: tuple[int, int, int]
     a, b, c, d, e, f = matrix
     source_x, source_y = a * x + b * y + c, d * x + e * y + f
     grid = torch.stack([source_x * (2 / width) - 1, source_y * (2 / height) - 1], dim=-1)
-    mode = "bicubic" if bicubic else "bilinear"
     wide = image[None].to(torch.float32)
     sampled = functional.grid_sample(wide, grid[None], mode, padding_mode="border", align_corners=False)[0]
     inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
@@ -139,7 +138,8 @@ def rand_augment(image: Tensor, policy, draws: list[float]) -> Tensor:
         increasing = name != op.name
         if name in _GEOMETRIC:
             matrix = _GEOMETRIC[name](signed, *image.shape[-2:])
-            image = _affine(image, matrix, op.kwargs["fillcolor"], bicubic=sampling < 0.5)
+            mode = "bicubic" if sampling < 0.5 else "bilinear"
+            image = _affine(image, matrix, op.kwargs["fillcolor"], mode)
         elif name in _BLENDED:
             factor = max(0.1, 1 + 0.9 * signed) if increasing else 1.8 * level + 0.1
             image = _blend(image, _BLENDED[name](image), factor)

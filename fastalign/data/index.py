@@ -5,7 +5,6 @@ every process more than a gigabyte.
 """
 
 import errno
-import fcntl
 import hashlib
 import os
 import tarfile
@@ -111,15 +110,11 @@ def _scan_folder(root: str) -> Index:
     return index | pack(folders, "places_") | {"mtimes": np.frombuffer(mtimes, np.int64)}
 
 
-class DamagedTar(Exception):
-    """A tar is damaged; the message says where and how."""
-
-
 def members(path: str) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar, or of several that were joined end to end, as `tar --ignore-zeros` lists them.
+    """The regular files in a tar, or in several that were joined end to end, as `tar --ignore-zeros` lists them.
 
-    Raises DamagedTar after the last good member, and UserError if the disk fails: a shorter shard would change the
-    order of the data.
+    Raises tarfile.ReadError after the last good member, and UserError if the disk fails: a shorter shard would change
+    the order of the data.
     """
     begin, position = 0, 0
     try:
@@ -135,7 +130,8 @@ def members(path: str) -> Iterator[tarfile.TarInfo]:
                             raise tarfile.ReadError(f"member {member.name!r} runs past the end of the file")
                         position = tar.offset
                         tar.members.clear()
-                        yield member
+                        if member.isreg() and not member.issparse():
+                            yield member
                     # tarfile stops silently at a broken header; a proper end is a block of zeros.
                     file.seek(tar.offset)
                     if file.read(_BLOCK) != bytes(_BLOCK):
@@ -145,7 +141,7 @@ def members(path: str) -> Iterator[tarfile.TarInfo]:
         # EINVAL: a header points before the beginning of the file.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise UserError(f"cannot read {path}: {error.strerror}; is the disk available?") from error
-        raise DamagedTar(f"damaged at byte {position}: {first_line(error)}") from error
+        raise tarfile.ReadError(f"damaged at byte {position}: {first_line(error)}") from error
 
 
 def _after_zeros(file, position: int) -> int | None:
@@ -175,19 +171,14 @@ def _scan_shards(shards: list[str]) -> Index:
             found, damage = set(), ""
             try:
                 for member in members(shard):
-                    if (
-                        member.isreg()
-                        and not member.issparse()
-                        and is_image(name := os.fsencode(member.name))
-                    ):
+                    if is_image(name := os.fsencode(member.name)):
                         if name in found:
-                            raise UserError(
-                                f"{shard} has two images called {member.name!r}; rename or remove one"
-                            )
+                            twice = f"{shard} has two images called {member.name!r}"
+                            raise UserError(f"{twice}; rename or remove one")
                         found.add(name)
                         rows.extend((number, member.offset_data, member.size))
                         yield name
-            except DamagedTar as error:
+            except tarfile.ReadError as error:
                 damage = str(error)
             damages.append(damage.encode("utf-8", "replace"))
 
@@ -198,29 +189,21 @@ def _scan_shards(shards: list[str]) -> Index:
 
 
 def _cached(key: str, scan: Callable[[], Index]) -> Index:
-    """The index that `scan` makes, or the cached one if the times of all its places are the same.
-
-    It is cached if they are old.
-    """
+    """The index in the cache if none of its places changed, else what `scan` makes; cached if the places are old."""
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256(os.fsencode(f"{IMAGE_EXTENSIONS} {key}")).hexdigest()
-        file = cache_folder() / f"index-{digest[:32]}.safetensors"
-        locked = file.with_suffix(".lock").open("w")
     except (OSError, RuntimeError):  # no cache, or no home folder
         return scan()
-    with locked:
-        with suppress(OSError):  # of a file system without locks
-            # One process of a machine scans while the others wait for its index.
-            fcntl.flock(locked, fcntl.LOCK_EX)
-        index = _load(file)
-        if index is None:
-            start = time.time_ns()
-            index = scan()
-            if start - index["mtimes"].max() > _SETTLE_NS:
-                with suppress(OSError):
-                    write_tensors(file, {name: torch.from_numpy(values) for name, values in index.items()})
-                    index = _load(file) or index  # processes of a machine share mapped pages
+    digest = hashlib.sha256(os.fsencode(f"{IMAGE_EXTENSIONS} {key}")).hexdigest()
+    file = cache_folder() / f"index-{digest[:32]}.safetensors"
+    if index := _load(file):
+        return index
+    start = time.time_ns()
+    index = scan()
+    if start - index["mtimes"].max() > _SETTLE_NS:
+        with suppress(OSError):
+            write_tensors(file, {name: torch.from_numpy(values) for name, values in index.items()})
+            index = _load(file) or index  # processes of a machine share mapped pages
     return index
 
 
@@ -264,12 +247,12 @@ def _read_classes(shard: str) -> dict[str, str]:
     try:
         with Path(shard).open("rb") as file:
             for member in members(shard):
-                if not (member.isreg() and member.size and member.name.endswith(".cls")):
+                if not (member.size and member.name.endswith(".cls")):
                     continue
                 text = os.pread(file.fileno(), member.size, member.offset_data).decode().strip()
                 if (other := found.setdefault(stem(member.name), text)) != text:
                     where = f"{shard}:{member.name}"
                     raise UserError(f"{where} has two labels, {other!r} and {text!r}; remove one")
-    except (DamagedTar, OSError, UnicodeDecodeError) as error:
+    except (tarfile.ReadError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the labels of {shard}: {error}; fetch it again") from error
     return found

@@ -17,8 +17,16 @@ import torch
 from torch import Tensor
 
 from fastalign.data.augment import augment, mix
-from fastalign.data.bad_samples import BadSample, BadSamples, check_in_a_row
-from fastalign.data.pipeline import Decoded, DecodeError, Decoder, Sample, SampleReader
+from fastalign.data.pipeline import (
+    BadSample,
+    BadSamples,
+    Decoded,
+    DecodeError,
+    Decoder,
+    Sample,
+    SampleReader,
+    check_in_a_row,
+)
 from fastalign.data.sources import Source, SyntheticSource
 from fastalign.data.transforms import Transform, normalize, reflect
 from fastalign.utils.errors import UserError
@@ -82,12 +90,9 @@ class Loader:
     Args:
         batch_size: b, samples per micro-batch of this rank.
         device, dtype: of the images. On CUDA, JPEGs are decoded there.
-        seed: decides order and augmentation.
-        accumulate: micro-batches per update.
         threads: for reading, and as many for decoding.
         hw_decoder_load: share of JPEGs for the GPU's hardware decoder; strictly between 0 and 1 two decoders share
             a batch, and their pixels may differ by a level.
-        mixup, cutmix: alpha, 0 is off; training only.
         bad: the known bad samples, to which it adds (see `bad_samples`). None: the first one raises an error.
 
     Raises:
@@ -128,10 +133,9 @@ class Loader:
         self._mixing = {"mixup": mixup, "cutmix": cutmix, "seed": seed}
         self._reader = SampleReader(source, bad, replace=train)
         self._pool = ThreadPoolExecutor(threads, "fastalign-read")
-        self._decoder: Decoder | None = None
-        if not isinstance(source, SyntheticSource):
-            options = {"batch_size": batch_size, "num_threads": threads}
-            self._decoder = Decoder(transform, self.device, hw_decoder_load, **options)
+        synthetic = isinstance(source, SyntheticSource)
+        options = {"batch_size": batch_size, "num_threads": threads}
+        self._decoder = None if synthetic else Decoder(transform, self.device, hw_decoder_load, **options)
         self._active = lambda: None
 
     def __len__(self) -> int:
@@ -175,7 +179,7 @@ class Loader:
             for ids in self._ids(epoch, start):
                 place = torch.from_numpy(ids).to(self.device)
                 images = self.source.images(place, self.transform.size, seed=self.seed, dtype=self.dtype)
-                yield self._mix(images, ids, epoch, [])
+                yield self._finish(images, ids, epoch, [])
             return
         try:
             yield from self._decode(self._read_ahead(epoch, start), epoch)
@@ -204,11 +208,14 @@ class Loader:
                 check_in_a_row(in_a_row)
                 bad += sample.bad
             if decoded:
-                yield self._finish(done, decoded, epoch, bad)
+                ids = np.array([sample.id for sample in done if sample.encoded is not None])
+                pixels = torch.cat([reflect(*each) for each in decoded])
+                pixels = augment(pixels, self.transform, ids, seed=self.seed, epoch=epoch)
+                yield self._finish(normalize(pixels, self.transform, self.dtype), ids, epoch, bad)
                 bad = []
             running = samples
 
-    def _collect(self, samples: list[Sample], epoch: int) -> tuple[list[Sample], list[Decoded]]:
+    def _collect(self, samples: list[Sample], epoch: int) -> tuple[list[Sample], Decoded]:
         """The submitted samples and their pixels. If DALI fails, bad samples are found, and replaced or left out."""
         try:
             return samples, self._decoder.collect()
@@ -221,16 +228,7 @@ class Loader:
             self._synchronize()
         return done, decoded
 
-    def _finish(
-        self, samples: list[Sample], decoded: list[Decoded], epoch: int, bad: list[BadSample]
-    ) -> Batch:
-        ids = np.array([sample.id for sample in samples if sample.encoded is not None])
-        parts = [reflect(pixels, sampling) for pixels, sampling in decoded]
-        pixels = torch.cat(parts) if len(parts) > 1 else parts[0]
-        pixels = augment(pixels, self.transform, ids, seed=self.seed, epoch=epoch)
-        return self._mix(normalize(pixels, self.transform, self.dtype), ids, epoch, bad)
-
-    def _mix(self, images: Tensor, ids: np.ndarray, epoch: int, bad: list[BadSample]) -> Batch:
+    def _finish(self, images: Tensor, ids: np.ndarray, epoch: int, bad: list[BadSample]) -> Batch:
         images, weight = mix(images, ids, epoch=epoch, **self._mixing)
         batch = Batch(images, torch.from_numpy(ids), weight=weight, bad=tuple(dict.fromkeys(bad)))
         self._synchronize()

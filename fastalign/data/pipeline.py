@@ -3,26 +3,114 @@
 The pipeline decodes, then resizes, crops and flips at once. Cropping is a region of interest of the resize, in source
 pixels. DALI samples beyond its edge, so this equals resizing the whole image and cropping afterwards. The region may
 reach outside the image; `transforms.reflect` fills those pixels later, on the device.
+
+In training the next good sample in source order replaces a bad one. That depends on the files alone: not on ranks,
+resuming, a quarantine list, or when a sample was found to be bad. Evaluation leaves bad samples out. A list of them
+has one JSON object per line: `id` (null for a tar shard), `name` and `reason`.
 """
 
+import json
+import os
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.data.bad_samples import BadSample, BadSamples, check_in_a_row
 from fastalign.data.headers import read_size, without_exif
 from fastalign.data.sources import Source, Unreadable
 from fastalign.data.transforms import Geometry, Transform, geometry
 from fastalign.utils.errors import UserError
 
+FILE = "bad_samples.jsonl"
+ALWAYS_ALLOWED = 10
+MAX_IN_A_ROW = 100
 _RETRY_AFTER = (0.1, 0.4)
 
-Decoded = tuple[Tensor, Geometry]
-"""A batch for `reflect`: [B, h, w, 3] uint8 on the device"""
+Decoded = list[tuple[Tensor, Geometry]]
+"""A batch as arguments of `reflect`: [B, h, w, 3] uint8 on the device, and where it comes from. [] is no batch."""
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that cannot be used, by index (None for an entry of `Source.damaged`) and name."""
+
+    id: int | None
+    name: str
+    reason: str = ""
+
+
+class BadSamples:
+    """The known bad samples of one source: `quarantined` ids are skipped, `found` ones also reported. Thread-safe."""
+
+    def __init__(self, quarantined: Iterable[int] = ()):
+        self.quarantined = frozenset(quarantined)
+        self.found: dict[int, BadSample] = {}
+
+
+def check_in_a_row(bad: list[BadSample]) -> None:
+    """Raises a UserError if 100 bad samples follow one another."""
+    if len(bad) >= MAX_IN_A_ROW:
+        raise UserError(
+            f"{len(bad)} images in a row cannot be used, the last one is {bad[-1].name!r}: {bad[-1].reason}; is the "
+            "disk available, and is this a data set of images? fastalign scan lists what is bad"
+        )
+
+
+def too_many(bad: int, drawn: int, share: float) -> bool:
+    """Whether a run must stop: more than 10 bad samples and `share` of the drawn images; with 0 at the first."""
+    return bad > ALWAYS_ALLOWED * (share > 0) and bad > share * drawn
+
+
+def to_line(sample: BadSample) -> bytes:
+    """The line of a list, in ASCII."""
+    return json.dumps(asdict(sample)).encode() + b"\n"
+
+
+def read_list(path: Path) -> list[BadSample]:
+    """The samples of a list. An incomplete last line, from a process that was killed, is skipped."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+    samples = []
+    for number, line in enumerate(lines, 1):
+        try:
+            sample = BadSample(**json.loads(line or b"{}"))
+            if not isinstance(sample.name, str):
+                raise TypeError(sample.name)
+            samples.append(sample)
+        except (ValueError, TypeError) as error:
+            if line.strip() and number < len(lines):
+                wanted = '{"id": ..., "name": ..., "reason": ...}'
+                raise UserError(f"{path} line {number} is not {wanted}; remove that line") from error
+    return samples
+
+
+def append_to_list(path: Path, samples: Iterable[BadSample]) -> None:
+    """Appends samples to a list and flushes it to the disk; an incomplete last line is removed first."""
+    with path.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.writelines(map(to_line, samples))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_quarantine(path: str | Path, source: Source) -> set[int]:
+    """The ids of the samples of a source that a quarantine list names; ids may have shifted since."""
+    names = {sample.name for sample in read_list(Path(path)) if sample.id is not None}
+    ids = {index for index in range(len(source)) if source.name(index) in names} if names else set()
+    if names and not ids:
+        raise UserError(
+            f"faults.quarantine={path}: none of its {len(names)} names, such as {min(names)!r}, is in the "
+            "data set: make the list with fastalign scan, or leave the key out"
+        )
+    return ids
 
 
 @dataclass
@@ -62,8 +150,7 @@ class SampleReader:
             sample.bad.append(bad)
             check_in_a_row(sample.bad)
         if self._replace:
-            where = self.source.root or "the data"
-            raise UserError(f"none of the {total} images can be used; is {where} available?")
+            raise UserError(f"none of the {total} images can be used; is {self.source.root} available?")
         return sample
 
     def _load(self, sample: Sample) -> BadSample | None:
@@ -85,13 +172,10 @@ class SampleReader:
 
     def _record(self, index: int, reason: str) -> BadSample:
         if self._strict:
-            raise UserError(
-                f"cannot use {self.source.location(index)}: {reason}; repair, replace or remove it"
-            )
-        self._bad.add([BadSample(index, self.source.name(index), reason)])
-        return self._bad.found[index]
+            raise Unreadable(self.source.location(index), reason)
+        return self._bad.found.setdefault(index, BadSample(index, self.source.name(index), reason))
 
-    def decode(self, sample: Sample, decoder: "Decoder", **draws: int) -> tuple[Sample, list[Decoded]]:
+    def decode(self, sample: Sample, decoder: "Decoder", **draws: int) -> tuple[Sample, Decoded]:
         """Decodes one sample, or its replacement if DALI cannot: the sample, and what `collect` returns for it."""
         while True:
             try:
@@ -129,8 +213,7 @@ class Decoder:
     ):
         self._dali, self._transform, self._device = load_dali(), transform, device
         self._options = {"device_id": device.index, **options}
-        mixed = {"device": "mixed", "hw_decoder_load": hw_decoder_load}
-        self._mixed = mixed if device.type == "cuda" else {}
+        self._mixed = {"device": "mixed", "hw_decoder_load": hw_decoder_load} if device.type == "cuda" else {}
         self._pipeline = self._in_flight = None
 
     def _build(self):
@@ -177,8 +260,8 @@ class Decoder:
         self._pipeline.schedule_run()
         self._in_flight = (encoded, sampling)  # DALI reads them
 
-    def collect(self) -> list[Decoded]:
-        """The submitted batch, [] if there is none; raises a DecodeError if some sample cannot be decoded.
+    def collect(self) -> Decoded:
+        """The submitted batch; raises a DecodeError if some sample of it cannot be decoded.
 
         On CUDA the memory is DALI's, which reuses it: synchronise the current stream before dropping the tensor.
         """

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastalign.data.index import IMAGE_EXTENSIONS, Names, classes_of, index_folder, index_shards, is_image
 from fastalign.utils.errors import UserError
-from fastalign.utils.paths import user_path
+from fastalign.utils.files import user_path
 from fastalign.utils.random import Stream, random_uniform
 
 MAX_IMAGE_BYTES = 256 * 1024 * 1024
@@ -218,10 +218,7 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def _find_shards(spec: str) -> list[str]:
-    """The tar files of a path, a folder or a pattern with {000..009}, {a,b}, *, ** or ?: absolute, sorted, each once.
-
-    There are none if it may be a folder of images.
-    """
+    """The tar files of a path, folder or pattern ({000..009}, {a,b}, *, **, ?); [] for what may hold images."""
     path, found = Path(spec), []
     if path.is_dir():
         entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]

@@ -50,10 +50,8 @@ class Transform:
     def __post_init__(self):
         policy = _RANDAUGMENT.fullmatch(self.randaugment)
         checks = (
-            ("std", min(self.std) > 0, "positive"),
             ("interpolation", self.interpolation in ("bilinear", "bicubic"), "bilinear or bicubic"),
             ("crop", self.crop in ("eval", "center", "rkrc", "rrc"), "eval, center, rkrc or rrc"),
-            ("crop_pct", 0 < self.crop_pct <= 1, "in (0, 1]"),
             ("scale", 0 < self.scale[0] <= self.scale[1], "positive, lowest first"),
             ("ratio", 0 < self.ratio[0] <= self.ratio[1], "positive, lowest first"),
             ("randaugment", policy, "such as rand-m9-mstd0.5-inc1, without weighted sets"),
@@ -165,8 +163,7 @@ def geometry(transform: Transform, shapes: np.ndarray, ids: np.ndarray, *, seed:
     end = start + extent
     start[flip, 1], end[flip, 1] = end[flip, 1], start[flip, 1].copy()
     padded = np.flatnonzero((first < 0).any(axis=1))
-    rows = _reflected(first[padded, 0], resized[padded, 0], transform.size[0])
-    columns = _reflected(first[padded, 1], resized[padded, 1], transform.size[1])
+    rows, columns = (_reflected(first[padded, i], resized[padded, i], transform.size[i]) for i in (0, 1))
     mirrored = transform.size[1] - 1 - columns[:, ::-1]
     columns = np.where(flip[padded, None], mirrored, columns)
     return Geometry(start.astype(np.float32), end.astype(np.float32), bicubic, padded, rows, columns)
@@ -176,9 +173,8 @@ def reflect(images: Tensor, sampling: Geometry) -> Tensor:
     """Fills the pixels outside the image by reflection: [B, h, w, 3] uint8; `images` itself if nothing is padded."""
     if len(sampling.padded) == 0:
         return images
-    padded, rows, columns = (
-        torch.from_numpy(a).to(images.device) for a in (sampling.padded, sampling.rows, sampling.columns)
-    )
+    places = sampling.padded, sampling.rows, sampling.columns
+    padded, rows, columns = (torch.from_numpy(each).to(images.device) for each in places)
     images = images.clone()
     images[padded] = images[padded[:, None, None], rows[:, :, None], columns[:, None, :]]
     return images

@@ -22,19 +22,15 @@ from fastalign.export.run import Run
 from fastalign.utils.errors import UserError
 
 MODELING = "modeling_fastalign"  # the module that travels with an export
-Content = tuple[dict[str, Any], dict[str, Tensor]]
-"""Settings of a configuration besides the common ones, and weights by their names in files."""
+Content = tuple[
+    dict[str, Any], dict[str, Tensor]
+]  # settings besides the common ones, weights by names in files
 
 
 def load_tower(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The tower of an ``hf-*`` export. Its `hidden_states[-1]` is our features, cap and norm included.
+    """The tower of an ``hf-*`` export, with or without a cap; UserError for another folder.
 
-    Args:
-        folder: the export, with or without a cap.
-        dtype: of the weights.
-
-    Raises:
-        UserError: not an export.
+    Its `hidden_states[-1]` is our features, cap and norm included.
     """
     path = Path(folder) / "config.json"
     kind = read_json(path).get("model_type") if path.is_file() else None
@@ -114,21 +110,11 @@ def files(run: Run, folder: Path, target: str) -> dict[str, Any]:
     )
     config.save_pretrained(folder)  # and the module that defines it
     written = json.loads((folder / "config.json").read_text())
-    loader = "transformers (5.20 or newer): AutoModel.from_pretrained(FOLDER, trust_remote_code=True)"
     if vit.softcap is None:  # transformers' own class computes the same features
         stock = model.__bases__[1]
         written |= {"model_type": stock.config_class.model_type, "architectures": [stock.__name__]}
-        loader += ", which norms all outputs; without trust_remote_code transformers' own class"
-    else:
-        loader += (
-            f"; {MODELING}.py caps the attention logits at {vit.softcap:g}; transformers' own classes do not, which "
-            "changes the features"
-        )
-    return {
-        "config.json": {"how_to_load": loader} | written,
-        "model.safetensors": weights,
-        "preprocessor_config.json": _processor(vit),
-    }
+    processor = _processor(vit)
+    return {"config.json": written, "model.safetensors": weights, "preprocessor_config.json": processor}
 
 
 def _processor(vit: ViT) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,16 @@ from fastalign.backbones.zoo import transform
 from fastalign.data.sources import Source, SyntheticSource, open_source
 from fastalign.utils.errors import UserError
 
-PARITY = 1e-4
-"""The largest relative error that an export may have: a misplaced weight causes a larger one."""
+PARITY = 1e-4  # the largest relative error that an export may have: a misplaced weight causes a larger one
 PARITY_OF = "any token, fp32, 4 images of noise in batches of 1 and 3"
 IMAGES, BATCH = 256, 16  # that features are measured on, at most
+_UNREADABLE = (
+    UserError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    Image.DecompressionBombError,
+)  # our reader's, PIL's
 
 
 def noise(vit: ViT) -> Tensor:
@@ -42,15 +49,10 @@ def check_parity(vit: ViT, tokens: Callable[[Tensor], Tensor], name: str) -> flo
     found = torch.cat([tokens(batch) for batch in images.split([1, 3])])
     if (error := token_error(found, vit.forward_features(images))) <= PARITY:
         return error
-    ours, theirs, remedy = getattr(vit.norm, "eps", None), vit.spec.block.norm_eps, ""
-    if ours not in (None, theirs):
-        remedy = (
-            "; tokens near zero, as of random weights, also feel that the student's final norm has an epsilon of "
-            f"{ours:g}, the library's perhaps {theirs:g}: then use --to onnx"
-        )
     raise UserError(
         f"{name}: the exported model differs from ours by {error:.1e} (at most {PARITY:g}): not written; check the "
-        f"versions of the libraries{remedy}"
+        "versions of the libraries. Tokens near zero, as of random weights, also feel another epsilon of the final "
+        f"norm than ours, {getattr(vit.norm, 'eps', None)}: then use --to onnx"
     )
 
 
@@ -58,34 +60,23 @@ def find_images(given: str | None, val: str | None) -> tuple[Source | None, str]
     """The images of --images or the run's validation data to measure on, and which they are or why none."""
     if given is not None:
         return open_source(given), f"--images {Path(given).name}"
-    if val is None:
-        return None, "not measured: the run had no validation data, and --images was not given"
-    try:
-        return open_source(val), "the run's validation data"
-    except UserError:
-        return None, "not measured: the run's validation data is not reachable; give --images FOLDER"
+    with suppress(UserError):
+        if val is not None:
+            return open_source(val), "the run's validation data"
+    return None, "not measured: the run has no validation data in reach; give --images FOLDER"
 
 
 def _images(vit: ViT, source: Source) -> Iterator[Tensor]:
     """At most `IMAGES` images, evenly spaced, transformed as for evaluation; unreadable ones are left out."""
-    read, ids, found = (
-        transform(vit),
-        torch.linspace(0, len(source) - 1, min(len(source), IMAGES)).long(),
-        False,
-    )
+    ids = torch.linspace(0, len(source) - 1, min(len(source), IMAGES)).long()
     if isinstance(source, SyntheticSource):
         yield from source.images(ids, vit.spec.image_size, seed=0, dtype=torch.float32)
         return
+    read, found = transform(vit), False
     for index in ids.tolist():
         try:
             image = read(Image.open(io.BytesIO(source.read(index).tobytes())).convert("RGB"))
-        except (
-            UserError,
-            OSError,
-            SyntaxError,
-            ValueError,
-            Image.DecompressionBombError,
-        ):  # our reader's and PIL's
+        except _UNREADABLE:
             continue
         found = True
         yield image

@@ -23,8 +23,7 @@ from transformers.conversion_mapping import (
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.utils import can_return_tuple
 
-SOFTCAP = "fastalign_softcap"
-"""The name of the attention below in transformers' registry."""
+SOFTCAP = "fastalign_softcap"  # the attention below in transformers' registry
 
 
 def softcap_attention(
@@ -62,10 +61,8 @@ class AlignedConfig(PreTrainedConfig):
     """A configuration of transformers with what alignment adds."""
 
     _auto_class = "AutoConfig"  # what is saved carries this file
-    softcap: float | None = None
-    """the cap of the attention logits; None = plain attention"""
-    final_norm_eps: float | None = None
-    """the epsilon of the final norm; None = that of the blocks"""
+    softcap: float | None = None  # the cap of the attention logits; None = plain attention
+    final_norm_eps: float | None = None  # the epsilon of the final norm; None = that of the blocks
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict, dict]:
@@ -90,10 +87,7 @@ class AlignedConfig(PreTrainedConfig):
         """LLaVA around this tower, reading the aligned layer: the last, not LLaVA's default of -2.
 
         The class token is left out, as in LLaVA; registers, which LLaVA does not know, stay before the patches.
-
-        Args:
-            text_config: of the language model.
-            **kwargs: other arguments of `LlavaConfig`, which take precedence.
+        `text_config` is the language model's; `kwargs` are other arguments of `LlavaConfig` and take precedence.
         """
         registers = getattr(self, "num_register_tokens", 0)
         drop_class = not isinstance(self, transformers.SiglipVisionConfig) and not registers
@@ -151,8 +145,7 @@ class AlignedImageProcessor(CLIPImageProcessorPil):
         return image[:, top : top + size.height, left : left + size.width]
 
 
-TOWERS: dict[str, type] = {}
-"""The classes by model type, both their own and that of the class that each extends."""
+TOWERS: dict[str, type] = {}  # by model type, both their own and that of the class that each extends
 for _kind, _name, _norm in (
     ("clip", "CLIPVisionModel", "post_layernorm"),
     ("siglip", "SiglipVisionModel", "post_layernorm"),

@@ -1,6 +1,6 @@
 """What an export is made from: a run's backbone, the facts about it, and its MaskEmbed decoder."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +9,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastalign.backbones.blocks import MLP, NORMS
+from fastalign.backbones.blocks import MLP, make_norm
 from fastalign.backbones.spec import BlockSpec
 from fastalign.backbones.vit import ViT
 from fastalign.backbones.weight_files import backbone_facts, read_facts, read_json
 from fastalign.backbones.zoo import MOCO, load_backbone
 from fastalign.config import Config, load_config
-from fastalign.method.student import MaskEmbedDecoder, decoder_block_spec
+from fastalign.method.student import MaskEmbedDecoder, decoder_block_spec, head_spec
 from fastalign.training.build import named_backbone
-from fastalign.utils.errors import UserError, first_line
+from fastalign.training.checkpoint_files import DamagedFile, read_state
+from fastalign.utils.errors import UserError
 from fastalign.utils.sections import merge
 
 MOCO_LICENCE, MOCO_PAGE = "cc-by-nc-4.0", "https://github.com/facebookresearch/moco-v3"
@@ -33,12 +34,9 @@ class Run:
     facts: dict[str, Any]  # backbone.json
     config: Config | None = None  # that trained the backbone; None where config.yaml is missing
     val: str | None = None  # where its validation data is now
-    decoder: dict[str, Any] | None = None
-    """the arguments of `AlignedDecoder`; None = no decoder, and `notes` says why"""
+    decoder: dict[str, Any] | None = None  # arguments of `AlignedDecoder`; `notes` says why there is none
     decoder_weights: dict[str, Tensor] = field(default_factory=dict)
     probe: Any = None  # probe.json, if the run was probed
-    scores: list[tuple[str, float]] = field(default_factory=list)
-    """of each probe in it: its name and macro recall on the test split"""
     notes: list[str] = field(default_factory=list)
 
     def source(self) -> dict[str, Any]:
@@ -66,7 +64,6 @@ def read_run(folder: str | Path) -> Run:
     run = Run(folder, load_backbone(folder), read_facts(folder / "backbone.json"))
     if (probe := folder / "probe.json").is_file():
         run.probe = read_json(probe)
-        run.scores = _scores(run.probe, probe)
     if not (folder / "config.yaml").is_file():
         run.notes.append("config.yaml is missing: no recipe and no decoder")
         return run
@@ -79,7 +76,7 @@ def read_run(folder: str | Path) -> Run:
     elif (student := _student(run)) is None:
         run.notes.append(f"the checkpoint of step {run.facts.get('step')} is gone: no decoder")
     else:
-        run.decoder, run.decoder_weights = _describe_decoder(run.vit, run.config, student)
+        run.decoder, run.decoder_weights = _describe_decoder(run, student)
     return run
 
 
@@ -91,52 +88,30 @@ def read_weights(name: str, weights: str, *, kwargs: str = "{}", softcap: float 
     return Run(None, vit, facts, notes=["not a run of fastalign: no recipe and no decoder"])
 
 
-def _scores(probe: Any, path: Path) -> list[tuple[str, float]]:
-    try:
-        return [
-            (f"{row['model']}, {row['head']} head on {row['labels']} labels", 100 * float(recall))
-            for row in probe["summary"]
-            if (recall := row["test"]["macro_recall"]["mean"]) is not None
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} has no results of fastalign probe ({type(error).__name__}: {error}): run it again, or "
-            "remove the file"
-        ) from None
-
-
 def _student(run: Run) -> dict[str, Tensor] | None:
     """The student's weights in the checkpoint of the backbone's step; None if it is gone."""
     checkpoints, step = run.folder / "checkpoints", run.facts.get("step", 0)
-    for path in (checkpoints / f"step-{step:08d}.pt", checkpoints / "best.pt"):
-        if not path.is_file():
-            continue
+    for path in filter(Path.is_file, (checkpoints / f"step-{step:08d}.pt", checkpoints / "best.pt")):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            found, student = state["step"], state.get("average") or state["student"]
-        except Exception as error:  # torch's unpickler has no common class of errors
-            raise UserError(
-                f"{path} is damaged ({first_line(error)[:200]}): remove it to export without the decoder"
-            ) from error
-        if found == step:
-            return student
+            state = read_state(path)
+        except DamagedFile as error:
+            raise UserError(f"{path} is damaged ({error}): remove it to export no decoder") from error
+        if state["step"] == step:
+            return state["average"] or state["student"]
     return None
 
 
 class AlignedDecoder(nn.Module):
     """The student after its tokens: `norm` (of backbones that pool before it), `head`, `decoder`."""
 
-    def __init__(self, facts: dict[str, Any]):
+    def __init__(self, *, backbone: dict, norm: bool, head: str, block: dict, **shape: Any):
         super().__init__()
-        block, width = BlockSpec(**facts["block"]), facts["backbone_width"]
-        norm = NORMS[facts["norm_kind"]]
-        self.norm = norm(width, eps=facts["norm_eps"]) if facts["norm"] else nn.Identity()
-        self.head = nn.Linear(width, block.width)
-        if hidden := facts["mlp_hidden"]:
-            shape = BlockSpec(width=width, heads=1, mlp_hidden=hidden, activation=facts["head_activation"])
-            self.head = MLP(shape, block.width)
-        names = ("tokens", "prefix", "out", "layers", "prefix_only")
-        self.decoder = MaskEmbedDecoder(block, **{name: facts[name] for name in names})
+        inner, block = BlockSpec(**backbone), BlockSpec(**block)
+        self.norm = make_norm(inner) if norm else nn.Identity()
+        self.head = (
+            MLP(head_spec(inner), block.width) if head == "mlp" else nn.Linear(inner.width, block.width)
+        )
+        self.decoder = MaskEmbedDecoder(block, **shape)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The backbone's tokens [B, T, D] -> the teacher's tokens of the whole image [B, T, out]."""
@@ -145,32 +120,28 @@ class AlignedDecoder(nn.Module):
         return self.decoder(self.head(self.norm(tokens)), visible)[:, 0]
 
 
-def _describe_decoder(
-    vit: ViT, config: Config, student: dict[str, Tensor]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The argument of `AlignedDecoder` and its weights, from the weights `encoder.*`, `decoder.*` of a student."""
+def _describe_decoder(run: Run, student: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The arguments of `AlignedDecoder` and its weights, from the weights `encoder.*`, `decoder.*` of a student."""
+    spec, config = run.vit.spec, run.config
     parts = {"decoder.": "decoder.", "encoder.head.": "head.", "encoder.fc_norm.": "norm."}
     weights = {
-        ours + name.removeprefix(theirs): value.float().contiguous()
+        ours + name.removeprefix(theirs): value
         for theirs, ours in parts.items()
         for name, value in student.items()
         if name.startswith(theirs)
     }
     _, tokens, width = weights["decoder.pos_embed"].shape
-    block = decoder_block_spec(vit.spec, **{**config.decoder.kwargs.model_dump(), "width": width})
+    block = decoder_block_spec(spec, **{**config.decoder.kwargs.model_dump(), "width": width})
     facts = {
+        "backbone": asdict(replace(spec.block, norm_eps=spec.fresh_norm_eps)),
+        "norm": "norm.weight" in weights,
+        "head": config.student.head,
         "block": asdict(block),
         "tokens": tokens,
-        "prefix": vit.spec.prefix,
+        "prefix": spec.prefix,
         "out": len(weights["decoder.head.weight"]),
         "layers": config.decoder.layers,
         "prefix_only": config.teacher.prefix_only,
-        "backbone_width": vit.embed_dim,
-        "norm": "norm.weight" in weights,
-        "norm_kind": vit.spec.block.norm,
-        "norm_eps": vit.spec.fresh_norm_eps,
-        "mlp_hidden": len(weights["head.fc1.weight"]) if "head.fc1.weight" in weights else None,
-        "head_activation": vit.spec.block.activation,
     }
     return facts, weights
 
@@ -179,9 +150,7 @@ def load_decoder(folder: str | Path) -> AlignedDecoder:
     """The MaskEmbed decoder in the folder of an export, ready for further training; UserError if there is none."""
     path = Path(folder) / DECODER
     if not path.is_file():
-        raise UserError(
-            f"no {DECODER} in {folder}: give an export of a MaskEmbed run that kept its checkpoints"
-        )
-    decoder = AlignedDecoder(read_json(path.with_name("fastalign.json"))["decoder"])
+        raise UserError(f"no {DECODER} in {folder}: export a MaskEmbed run that kept its checkpoints")
+    decoder = AlignedDecoder(**read_json(path.with_name("fastalign.json"))["decoder"])
     decoder.load_state_dict(load_file(path))
     return decoder

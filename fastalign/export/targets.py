@@ -1,30 +1,23 @@
 """The libraries that a backbone can be exported to, and what fits."""
 
 from dataclasses import MISSING, asdict, fields
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
-from fastalign.utils.errors import UserError, unknown
-
-EXTRA = "'transformers>=5.20' onnx onnxruntime onnxscript"
-"""The packages of the extra `export`."""
+from fastalign.utils.errors import UserError, first_line, unknown
 
 
 class Target(NamedTuple):
     """A library's format."""
 
-    package: str  # must be installed
+    package: str
+    # In fastalign.export. `files` returns content by name, JSON or tensors, besides what the library itself writes to
+    # the folder; `read` loads them with the library's own classes: from images to all tokens, prefix first.
     module: str
-    """In `fastalign.export`, with two functions.
-
-    files(run, folder, target) -> the content of the files by name: JSON, or tensors; what the library writes itself
-        is in `folder`. The soft-cap to write is the backbone's: None if it is dropped.
-    read(folder) -> a function from images to all tokens, prefix first, by the library's own classes.
-    """
+    wanted: dict[str, Any]  # fields of `ViTSpec` and `BlockSpec` that fit; a tuple has alternatives
     how_capped: str  # a sentence for the user of a capped export
-    wanted: dict[str, Any] = {}  # noqa: RUF012 fields of `ViTSpec` and `BlockSpec` that fit; a tuple has alternatives
 
     def misfits(self, vit: ViT) -> list[str]:
         """What of a backbone the library cannot express; empty = it fits."""
@@ -63,12 +56,14 @@ _DINOV3 = _DINOV2 | {
 _TIMM = Target(
     "timm",
     "timm_model",
+    {},
     "timm does not cap by itself: install fastalign and `import fastalign.export.timm_model` before loading. Without "
     "the import timm refuses this folder as an unknown model. An export with `--drop-softcap` needs no import.",
 )
 _HF = Target(
     "transformers",
     "hf",
+    _PLAIN,
     "modeling_fastalign.py in this folder caps: load with `trust_remote_code=True`, transformers 5.20 or newer.",
 )
 TARGETS = {
@@ -77,18 +72,21 @@ TARGETS = {
     "hf-siglip": _HF._replace(wanted=_PLAIN | {"class_token": False}),
     "hf-dinov2": _HF._replace(wanted=_DINOV2),
     "hf-dinov3": _HF._replace(wanted=_DINOV3),
-    "onnx": Target("onnxruntime", "to_onnx", "The graph contains the cap; nothing else is needed."),
+    "onnx": Target("onnxruntime", "to_onnx", {}, "The graph contains the cap; nothing else is needed."),
     "prismatic": _TIMM._replace(wanted={"qkv": "fused", "rotary": False, "square_images": True}),
 }
 
 
 def check_names(names: list[str], key: str) -> None:
-    """Refuse a name that is no target, or whose library is missing, in a list that a key gives."""
+    """Refuse a name that is no target, or whose library is missing or too old, in a list that a key gives."""
     for name in names:
         if name not in TARGETS:
             raise UserError(f"{key}: {unknown('target', name, TARGETS)}; choose from {', '.join(TARGETS)}")
-        if find_spec(TARGETS[name].package) is None:
-            raise UserError(f"{key}: {name} needs {TARGETS[name].package}: pip install {EXTRA}")
+        try:
+            import_module(f"fastalign.export.{TARGETS[name].module}")
+        except ImportError as error:
+            extra = "pip install 'transformers>=5.20' onnx onnxruntime onnxscript"
+            raise UserError(f"{key}: {name} needs its library ({first_line(error)}): {extra}") from error
 
 
 def find_target(name: str, vit: ViT) -> Target:

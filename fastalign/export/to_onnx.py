@@ -32,8 +32,7 @@ def files(run: Run, folder: Path, target: str) -> dict[str, Any]:
     vit = copy.deepcopy(run.vit).requires_grad_(False)
     for block in vit.blocks:
         block.attn.backend = "eager"  # plain operations, which onnxruntime and compilers fuse
-    example = torch.zeros(2, vit.spec.channels, *vit.spec.image_size)
-    batch = torch.export.Dim("batch", min=1)
+    example, batch = torch.zeros(2, vit.spec.channels, *vit.spec.image_size), torch.export.Dim("batch", min=1)
     program = torch.export.export(_Encoder(vit), (example,), dynamic_shapes=({0: batch},))
     torch.export.save(program, folder / PROGRAM)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # a line for each operator that is not folded

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
 
 from fastalign import __version__
 from fastalign.export import measure
@@ -61,18 +60,16 @@ def export(
         run.vit.softcap = None
     if source is not None:
         say("measuring features")
-    features = {**measure.moments(run.vit, source), "of": where}
+    facts = _facts(run, to, softcap)
+    facts["features"] = {**measure.moments(run.vit, source), "of": where}
     temporary = temporary_name(output)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         say(f"writing files for {target.package}")
         error = _write_model(run, to, target, temporary)
-        facts = _facts(run, to, softcap) | {
-            "features": features,
-            "parity": {"largest_relative_error": error, "of": measure.PARITY_OF},
-            "notes": run.notes,
-        }
+        facts["parity"] = {"largest_relative_error": error, "of": measure.PARITY_OF}
+        facts["notes"] = run.notes
         decoder = {DECODER: run.decoder_weights} if run.decoder else {}
         _write_files(temporary, {FACTS: facts, **decoder})
         (temporary / "README.md").write_text(_card(run, facts, target, output))
@@ -90,7 +87,7 @@ def is_exported(folder: Path, to: str) -> bool:
             [json.loads(path.read_text()).get(key) for key in ("step", "val_loss", "changes")]
             for path in (folder / "backbone.json", folder / "exports" / to / FACTS)
         )
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return False
     return kept == made
 
@@ -124,8 +121,7 @@ def _write_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
         if name.endswith(".json"):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
             continue
-        form = torch.contiguous_format
-        weights = {key: value.detach().float().clone(memory_format=form) for key, value in content.items()}
+        weights = {key: value.detach().float().contiguous().clone() for key, value in content.items()}
         write_tensors(folder / name, weights)
 
 
@@ -172,12 +168,16 @@ def _card(run: Run, facts: dict[str, Any], target: Target, folder: Path) -> str:
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    return template.render(
-        facts,
-        package=target.package,
-        how_capped=target.how_capped,
-        folder=folder,
-        scores=run.scores,
-        started_from=words.get(weights) or f"`{Path(weights).name}`",
-        change=change_in_words(facts["softcap"].get("effect", {})),
-    )
+    try:
+        return template.render(
+            facts,
+            package=target.package,
+            how_capped=target.how_capped,
+            folder=folder,
+            started_from=words.get(weights) or f"`{Path(weights).name}`",
+            change=change_in_words(facts["softcap"].get("effect", {})),
+        )
+    except (jinja2.UndefinedError, TypeError) as error:  # all else in the card is our own
+        raise UserError(
+            f"{run.folder}/probe.json has no results of fastalign probe ({error}): run it again, or remove the file"
+        ) from error

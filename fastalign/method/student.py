@@ -38,16 +38,19 @@ def student_encoder(
     if head == "linear":
         encoder.head = last = nn.Linear(vit.embed_dim, out)
     elif head == "mlp":
-        # Without gate or norm, as wide as the output of the block's `fc1`.
-        block = vit.spec.block
-        hidden = block.mlp_hidden * (2 if block.mlp == "swiglu_packed" else 1)
-        encoder.head = MLP(replace(block, mlp="mlp", mlp_hidden=hidden, mlp_norm=False, proj_bias=True), out)
+        encoder.head = MLP(head_spec(vit.spec.block), out)
         last = encoder.head.fc2
     else:
         raise ValueError(f"student head must be 'linear' or 'mlp', got {head!r}")
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     return encoder
+
+
+def head_spec(block: BlockSpec) -> BlockSpec:
+    """The shape of the head "mlp": an MLP without gate or norm, as wide as the output of the block's `fc1`."""
+    hidden = block.mlp_hidden * (2 if block.mlp == "swiglu_packed" else 1)
+    return replace(block, mlp="mlp", mlp_hidden=hidden, mlp_norm=False, proj_bias=True)
 
 
 def decoder_block_spec(

@@ -63,15 +63,14 @@ def principal_components(tokens: np.ndarray) -> tuple[np.ndarray, float]:
     variances, vectors = np.linalg.eigh(rows.T @ rows)
     values = rows @ vectors[:, ::-1][:, :COMPONENTS]
     values = values * np.where((values**3).sum(0) < 0, -1.0, 1.0)
-    share = variances[-COMPONENTS:].sum() / max(variances.sum(), 1e-300)
+    share = variances[-COMPONENTS:].sum() / variances.sum()
     return values.reshape(*tokens.shape[:2], COMPONENTS), float(share)
 
 
 def match_components(values: np.ndarray, anchor: np.ndarray) -> np.ndarray:
     """Components [B, N, 3] in the order, and with the signs, that correlate best with those of another model."""
     pair = np.concatenate([anchor, values], -1).reshape(-1, 2 * COMPONENTS)
-    with np.errstate(invalid="ignore"):  # constant components
-        correlation = np.nan_to_num(np.corrcoef(pair.T)[:COMPONENTS, COMPONENTS:])
+    correlation = np.corrcoef(pair.T)[:COMPONENTS, COMPONENTS:]
     own = range(COMPONENTS)
     order = max(permutations(own), key=lambda order: np.abs(correlation[own, order]).sum())
     return values[..., list(order)] * np.where(correlation[own, order] < 0, -1.0, 1.0)
@@ -80,14 +79,12 @@ def match_components(values: np.ndarray, anchor: np.ndarray) -> np.ndarray:
 def component_colours(values: np.ndarray) -> np.ndarray:
     """[B, N, 3] components -> uint8 RGB: each from its 1st percentile over all images (0) to its 99th (255)."""
     low, high = np.percentile(values.reshape(-1, COMPONENTS), [1, 99], axis=0)
-    scaled = np.where(high > low, (values - low) / np.where(high > low, high - low, 1.0), 0.5)
-    return np.rint(255 * scaled.clip(0, 1)).astype(np.uint8)
+    return np.rint(255 * ((values - low) / (high - low)).clip(0, 1)).astype(np.uint8)
 
 
 def cosines(tokens: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """Cosine similarity of the patches of each image with Q of them: [B, N, D], [B, Q] -> [B, Q, N]."""
-    norms = np.linalg.norm(tokens, axis=-1, keepdims=True)
-    unit = tokens / np.where(norms > 0, norms, 1.0)
+    unit = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
     return np.take_along_axis(unit, queries[..., None], 1) @ unit.swapaxes(-1, -2)
 
 
@@ -96,18 +93,12 @@ class PatchMaps:
     """What is drawn of B pictures, by model; R rows and C columns of patches."""
 
     names: list[str]
-    shown: np.ndarray
-    """[B, h, w, 3] uint8: the part of the input that the patches cover"""
-    colours: dict[str, np.ndarray]
-    """[B, R, C, 3] uint8: principal components"""
-    shares: dict[str, float]
-    """of the variance, by the three components together"""
-    queries: np.ndarray
-    """[B, 2], two patches a picture: the central one, A, and the one least similar to it, B"""
-    cosines: dict[str, np.ndarray]
-    """[B, 2, R, C] float64, with each of the two"""
-    low: float
-    """where the colour scale of all cosines begins"""
+    shown: np.ndarray  # [B, h, w, 3] uint8: the part of the input that the patches cover
+    colours: dict[str, np.ndarray]  # [B, R, C, 3] uint8: principal components
+    shares: dict[str, float]  # of the variance, by the three components together
+    queries: np.ndarray  # [B, 2]: the central patch, A, and the one least similar to it, B
+    cosines: dict[str, np.ndarray]  # [B, 2, R, C] float64, with each of the two
+    low: float  # where the colour scale of all cosines begins
 
 
 def compute_maps(names: list[str], inputs: Tensor, models: dict[str, ViT]) -> PatchMaps:

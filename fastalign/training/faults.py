@@ -2,13 +2,13 @@
 
 import json
 
-from fastalign.data.bad_samples import FILE, BadSample, append_to_list, read_list, too_many
+from fastalign.data.pipeline import FILE, BadSample, append_to_list, read_list, too_many
 from fastalign.training.build import teacher_of
 from fastalign.training.command import StopReason
 from fastalign.training.metrics import drop_later_lines
 from fastalign.training.reporter import Reporter
 from fastalign.training.run import Run
-from fastalign.training.status import StepStatus
+from fastalign.training.update import StepStatus
 from fastalign.utils.errors import SharedError, on_one_line
 from fastalign.utils.files import wrap_io_errors
 
@@ -60,7 +60,7 @@ def _handle_bad_samples(run: Run, status: StepStatus, reporter: Reporter) -> Non
     if not new:
         return  # found by the previous update too
     known.update(new)
-    run.train.bad.add(new.values())
+    run.train.bad.found.update(new)
     record_bad_samples(run, FILE, list(new.values()))
     first, drawn = next(iter(new.values())), status.step * run.config.optim.batch_size
     count = f"{len(known)} bad samples in {drawn} images"

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from fastalign.utils.errors import UserError, unknown
-from fastalign.utils.paths import user_path
+from fastalign.utils.files import user_path
 
 _Tree = TypeVar("_Tree", bound="Section")
 _BRANCH = re.compile(r"float|bool|constrained-\w+|literal\[.*")
@@ -79,20 +79,19 @@ def explain(error: ValidationError, names: Iterable[str]) -> tuple[str, str]:
 
     The nearest of `names`, all dotted keys, to an unknown key is suggested.
     """
-    messages: dict[str, list[str]] = {}  # several of a key with alternatives
-    for each in error.errors():
-        parts = [part for part in each["loc"] if isinstance(part, str) and not _BRANCH.fullmatch(part)]
-        text = each["msg"].removeprefix("Value error, ")
-        if each["type"] == "string_pattern_mismatch":
-            text = "no such value (--print-config lists them)"
-        messages.setdefault(".".join(parts), []).append(text)
-    first, (key, texts) = error.errors()[0], next(iter(messages.items()))
-    if first["type"] == "extra_forbidden":
+    errors = error.errors()
+    kind, value, loc = (errors[0][part] for part in ("type", "input", "loc"))
+    parts = tuple(part for part in loc if isinstance(part, str) and not _BRANCH.fullmatch(part))
+    key = ".".join(parts)
+    if kind == "extra_forbidden":
         return key, unknown("key", key, names)
-    if first["type"] == "string_type" and first["input"] is not None:
-        text = f"YAML reads this value as {first['input']!r}, not as text; put it in quotes"
+    if kind == "string_type" and value is not None:
+        text = f"YAML reads this value as {value!r}, not as text; put it in quotes"
         return key, f"{key}: {text} (in a shell: \"{key}='...'\")"
-    return key, f"{key}: {', or: '.join(dict.fromkeys(texts))}, got {first['input']!r}" if key else texts[0]
+    texts = [
+        each["msg"].removeprefix("Value error, ") for each in errors if each["loc"][: len(parts)] == parts
+    ]
+    return key, f"{key}: {', or: '.join(dict.fromkeys(texts))}, got {value!r}" if key else texts[0]
 
 
 def get_key(tree: dict, key: str) -> Any:

@@ -11,14 +11,8 @@ CLIP, SIGLIP = "vit_base_patch16_clip_quickgelu_224", "vit_base_patch16_siglip_2
 DINOV3 = "vit_base_patch16_dinov3_qkvb"
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}
 AT_16 = {"patch_size": 16}
-HF = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 192,
-    "image_size": 32,
-    "patch_size": 16,
-}
+HF = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 192}
+HF |= {"image_size": 32, "patch_size": 16}
 """SMALL for transformers"""
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(7))
 ONE = torch.ones(1)

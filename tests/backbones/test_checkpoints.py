@@ -20,14 +20,8 @@ from tests.numerics import relative_error
 
 NAME, KWARGS = "vit_tiny_patch16_224", {"img_size": 32, "depth": 2}
 SVIT = {"student_model": f"s{NAME}"}
-ARGS = {
-    "lr": 3e-4,
-    "opt_kwargs": {"betas": [0.9, 0.95]},
-    "scale": (0.08, 1.0),
-    "device": torch.device("cuda", 0),
-    "model_kwargs": {},
-    "student_model_kwargs": {},
-}
+ARGS = {"lr": 3e-4, "opt_kwargs": {"betas": [0.9, 0.95]}, "scale": (0.08, 1.0), "model_kwargs": {}}
+ARGS |= {"device": torch.device("cuda", 0), "student_model_kwargs": {}}
 
 
 class Student(nn.Module):
@@ -45,17 +39,12 @@ def plain(name: str = NAME, **kwargs) -> nn.Module:
 
 def save(folder: Path, model: nn.Module, *, ema=None, metric=0.5, **args) -> Path:
     """timm's CheckpointSaver, with the state of an optimiser that took a step and the script's arguments."""
-    optimizer = torch.optim.AdamW(model.parameters())
-    sum(parameter.sum() for parameter in model.parameters()).backward()
-    before = copy.deepcopy(model.state_dict())
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(twin.parameters())
+    sum(parameter.sum() for parameter in twin.parameters()).backward()
     optimizer.step()
-    model.load_state_dict(before)
     arguments = argparse.Namespace(**{**ARGS, "student_model": NAME, "model": NAME, **args})
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.state_dict_key = "amp_scaler"
-    saver = CheckpointSaver(
-        model, optimizer, arguments, ema, scaler, checkpoint_dir=str(folder), decreasing=True
-    )
+    saver = CheckpointSaver(model, optimizer, arguments, ema, checkpoint_dir=str(folder), decreasing=True)
     saver.save_checkpoint(3, metric)
     return folder / "model_best.pth.tar"
 
@@ -167,11 +156,6 @@ def test_layer_scale_that_the_file_lacks_is_one(tmp_path):
     vit = fa.create_backbone(NAME, checkpoint=tmp_path / "a.pth", init_values=1e-5, **KWARGS)
     assert torch.equal(vit.state_dict()["blocks.1.ls2.gamma"], torch.ones(192))
     assert same(vit, encoder)
-    scaled = plain(init_values=0.1).state_dict()
-    del scaled["blocks.1.ls2.gamma"]
-    torch.save(scaled, tmp_path / "a.pth")
-    with pytest.raises(fa.UserError, match=r"lacks blocks\.1\.ls2\.gamma"):
-        fa.create_backbone(NAME, checkpoint=tmp_path / "a.pth", init_values=1e-5, **KWARGS)
 
 
 def test_a_student_without_pooling_takes_it_off_the_backbone(tmp_path):
@@ -182,6 +166,3 @@ def test_a_student_without_pooling_takes_it_off_the_backbone(tmp_path):
     vit = fa.create_backbone(name, checkpoint=path, **kwargs)
     assert (vit.pool, vit.attn_pool) == ("none", None)
     assert same(vit, encoder)
-    torch.save(encoder.state_dict(), path)
-    with pytest.raises(fa.UserError, match="attn_pool"):
-        fa.create_backbone(name, checkpoint=path, **kwargs)

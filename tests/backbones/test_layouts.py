@@ -1,6 +1,5 @@
 """Weights as other libraries save them, against the tokens of the library that made them."""
 
-import copy
 import json
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import timm
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fastalign as fa
@@ -47,6 +46,7 @@ def transformers_models() -> dict:
     no_head = t.SiglipVisionConfig(**HF, vision_use_head=False, hidden_act="gelu")
     vit = t.ViTConfig(**HF, layer_norm_eps=1e-6)
     plain = {k: v for k, v in HF.items() if k != "intermediate_size"}
+    gated = {"use_gated_mlp": True, "hidden_act": "silu"}
     registers = t.Dinov2WithRegistersConfig(**plain, num_register_tokens=4)
 
     def clips(model):
@@ -65,12 +65,7 @@ def transformers_models() -> dict:
         "registers": (REGISTERS, AT_16, t.Dinov2WithRegistersModel(registers), last),
         "DINOv3": (DINOV3, {}, dinov3(), last),
         "DINOv3 without bias": (NO_BIAS, {}, dinov3(query_bias=False, value_bias=False), last),
-        "DINOv3 with a gated MLP": (
-            GATED,
-            {"mlp_ratio": 4},
-            dinov3(use_gated_mlp=True, hidden_act="silu"),
-            last,
-        ),
+        "DINOv3 with a gated MLP": (GATED, {"mlp_ratio": 4}, dinov3(**gated), last),
         "ViT": (VIT, {}, t.ViTModel(vit), last),
         "ViT's classifier": (VIT, {}, t.ViTForImageClassification(vit), lambda model: last(model.vit)),
     }
@@ -147,49 +142,3 @@ def test_siglip_2_of_any_size(tmp_path):
     patches = patches.flatten(3).flatten(1, 2)
     wanted = model(patches, torch.ones(2, 4), torch.tensor([[2, 2]] * 2)).last_hidden_state
     check(SIGLIP, tmp_path, wanted)
-
-
-def open_clip_blocks(width: int, depth: int) -> nn.ModuleDict:
-    norms = {name: nn.LayerNorm(width) for name in ("ln_1", "ln_2")}
-    mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
-    block = nn.ModuleDict({**norms, "attn": nn.MultiheadAttention(width, 1), "mlp": mlp})
-    return nn.ModuleDict({"resblocks": nn.ModuleList(copy.deepcopy(block) for _ in range(depth))})
-
-
-def open_clip_state() -> dict[str, Tensor]:
-    """Random weights with open_clip's names: a vision tower, parts of a text tower."""
-    visual = {"conv1": nn.Conv2d(3, 48, 16, 16, bias=False), "transformer": open_clip_blocks(48, 2)}
-    visual |= {"ln_pre": nn.LayerNorm(48), "ln_post": nn.LayerNorm(48)}
-    model = nn.ModuleDict({"visual": nn.ModuleDict(visual), "transformer": open_clip_blocks(8, 1)})
-    randomise(model, 0.2)
-    shapes = {"visual.class_embedding": 48, "visual.positional_embedding": (5, 48), "visual.proj": (48, 24)}
-    shapes |= {"positional_embedding": (4, 8), "token_embedding.weight": (8, 8)}
-    return model.state_dict() | {name: torch.randn(shape) for name, shape in shapes.items()}
-
-
-@pytest.mark.parametrize("kind", ["checkpoint of training", "folder", "tower"])
-@torch.no_grad()
-def test_open_clip(tmp_path, kind):
-    """The truth is timm's model with the weights that timm's own function renames."""
-    state, path = open_clip_state(), tmp_path
-    model = timm.create_model(CLIP, num_classes=24, **SMALL).eval()
-    model.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(state, model))
-    if kind == "folder":
-        save_file(state, tmp_path / "open_clip_model.safetensors")
-    elif kind == "tower":
-        tower = {key[7:]: value for key, value in state.items() if key.startswith("visual.")}
-        save_file(tower, tmp_path / "visual.safetensors")
-    else:
-        path, state = tmp_path / "a.pt", {f"module.{key}": value for key, value in state.items()}
-        torch.save({"epoch": 1, "name": "run", "state_dict": state, "optimizer": {}}, path)
-    check(CLIP, path, model.forward_features(IMAGES))
-
-
-@torch.no_grad()
-def test_open_clip_around_a_model_of_timm(tmp_path):
-    model = timm.create_model(VIT, num_classes=0, **SMALL).eval()
-    randomise(model, 0.2)
-    state = {f"visual.trunk.{key}": value for key, value in model.state_dict().items()}
-    text = {"visual.head.proj.weight": torch.randn(24, 48), "text.ln_final.weight": torch.randn(8)}
-    torch.save(state | text, tmp_path / "a.pt")
-    check(VIT, tmp_path / "a.pt", model.forward_features(IMAGES))

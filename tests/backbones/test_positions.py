@@ -73,10 +73,9 @@ def test_a_run_is_read_at_another_image_size(tmp_path, family, before, after):
     model = timm_model(name, before, **kwargs)
     run = save_run(tmp_path / "run", model, name, {**kwargs, "img_size": pixels(before)})
     wanted = {"img_size": list(pixels(after))}
-    patch = {key: value for key, value in kwargs.items() if key == "patch_size"}
     found = [
         fa.load_backbone(run, **wanted),
-        fa.create_backbone(name, checkpoint=run / "backbone.safetensors", **NARROW, **patch, **wanted),
+        fa.create_backbone(name, checkpoint=run / "backbone.safetensors", **NARROW, **kwargs, **wanted),
         named_backbone(str(run), kwargs=str(wanted))[0],
         make_backbone("student.weights", name, str(run), wanted),
     ]

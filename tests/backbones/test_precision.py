@@ -25,8 +25,6 @@ SMALL = {"img_size": 48, **NARROW}
 # timm's name and arguments, the teacher's options.
 FAMILIES = {
     "plain": ("vit_tiny_patch16_224", SMALL, {}),
-    "clip": ("vit_base_patch16_clip_quickgelu_224", SMALL, {}),
-    "siglip": ("vit_base_patch16_siglip_224", SMALL, {}),
     "map pooling": ("vit_base_patch16_siglip_224", SMALL, {"skip_blocks": 0, "prefix_only": True}),
     "beit": ("beit_base_patch16_224", SMALL, {}),
     "eva": ("eva02_base_patch16_clip_224", SMALL, {}),
@@ -35,7 +33,6 @@ FAMILIES = {
     "dinov2": ("vit_base_patch14_reg4_dinov2", {**SMALL, "img_size": 42}, {}),
     "aimv2": ("aimv2_large_patch14_224", {**SMALL, "img_size": 42, "embed_dim": 192}, {}),
     "packed swiglu": ("eva02_tiny_patch14_224", {**SMALL, "img_size": 42}, {}),
-    "qk norm": ("vit_tiny_patch16_224", {**SMALL, "qk_norm": True}, {}),
 }
 MODES = [
     (family, masking)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastalign as fa
-from tests.backbones.helpers import DINO, DINOV3, IMAGES, ONE, REGISTERS, SMALL, VIT, random_timm
+from tests.backbones.helpers import CLIP, DINO, DINOV3, IMAGES, ONE, REGISTERS, SMALL, VIT, random_timm
 from tests.numerics import relative_error
 
 
@@ -45,28 +45,34 @@ def renamed(state: dict, names: dict[str, str]) -> dict:
     return state
 
 
-def perception_encoders(state: dict) -> dict:
-    """Names of open_clip, with LayerScale and attention pooling of its own."""
-    joint = {f"attn_pool.attn.in_proj_{kind}": [state.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv")]
-             for kind in ("weight", "bias")}  # fmt: skip
-    names = {"patch_embed.proj": "conv1", "pos_embed": "positional_embedding", "cls_token": "class_embedding"}
-    names |= {"attn_pool.norm": "attn_pool.layernorm", "attn_pool.latent": "attn_pool.probe"}
-    names |= {"norm_pre": "ln_pre"}
-    names |= {"attn_pool.proj": "attn_pool.attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-    names |= {"norm1": "ln_1", "norm2": "ln_2", "attn.qkv.": "attn.in_proj_", "attn.proj": "attn.out_proj"}
-    names |= {"blocks.": "transformer.resblocks.", "gamma_1": "ls_1.gamma", "gamma_2": "ls_2.gamma"}
-    state = renamed(state, names) | {key: torch.cat(parts) for key, parts in joint.items()}
-    state |= {f"ln_post.{kind}": state.pop(f"norm.{kind}") for kind in ("weight", "bias")}
-    state |= {"class_embedding": state["class_embedding"][0, 0], "proj": torch.randn(48, 24)}
-    return state | {"positional_embedding": state["positional_embedding"][0]}
-
-
-APPLE = {"norm1": "norm_1", "norm2": "norm_2", "mlp.fc1_g": "mlp.fc1", "mlp.fc1_x": "mlp.fc3"}
-APPLE |= {
-    "blocks.": "trunk.blocks.",
-    "patch_embed.": "preprocessor.patchifier.",
-    "pos_embed": "preprocessor.pos_embed",
+OPEN_CLIP = {
+    **{"patch_embed.proj": "conv1", "pos_embed": "positional_embedding", "cls_token": "class_embedding"},
+    **{"attn_pool.norm": "attn_pool.layernorm", "attn_pool.latent": "attn_pool.probe", "norm_pre": "ln_pre"},
+    **{"attn_pool.proj": "attn_pool.attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"},
+    **{"norm1": "ln_1", "norm2": "ln_2", "attn.qkv.": "attn.in_proj_", "attn.proj": "attn.out_proj"},
+    **{"blocks.": "transformer.resblocks.", "gamma_1": "ls_1.gamma", "gamma_2": "ls_2.gamma"},
 }
+
+
+def open_clips(state: dict) -> dict:
+    """A vision tower, with Perception Encoder's LayerScale and attention pooling if there are, and other parts."""
+    for kind in ("weight", "bias"):
+        state[f"ln_post.{kind}"] = state.pop(f"norm.{kind}")
+        if f"attn_pool.q.{kind}" in state:
+            joint = torch.cat([state.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv")])
+            state[f"attn_pool.attn.in_proj_{kind}"] = joint
+    state = renamed(state, OPEN_CLIP) | {"proj": torch.randn(48, 24)}
+    state["class_embedding"] = state["class_embedding"][0, 0]
+    state["positional_embedding"] = state["positional_embedding"][0]
+    text = {"positional_embedding": torch.randn(4, 8), "transformer.resblocks.0.ln_1.weight": torch.ones(8)}
+    return prefixed("visual.", state) | text | {"logit_scale": ONE, "ln_final.weight": ONE}
+
+
+def apples(state: dict) -> dict:
+    state["trunk.post_trunk_norm.weight"] = state.pop("norm.weight")
+    names = {"norm1": "norm_1", "norm2": "norm_2", "mlp.fc1_g": "mlp.fc1", "mlp.fc1_x": "mlp.fc3"}
+    names |= {"blocks.": "trunk.blocks.", "patch_embed.": "preprocessor.patchifier."}
+    return renamed(state, names | {"pos_embed": "preprocessor.pos_embed"})
 
 
 def maes(state: dict) -> dict:
@@ -75,70 +81,43 @@ def maes(state: dict) -> dict:
     return state | {key: torch.randn(shape) for key, shape in decoder.items()}
 
 
-def projector(prefix: str) -> dict:
+def heads(prefix: str) -> dict:
     return {f"{prefix}mlp.0.weight": torch.randn(4, 48), f"{prefix}last_layer.weight": torch.randn(4, 4)}
 
 
+def lightnings(state: dict) -> dict:
+    weights = prefixed("model.", state | {"head.weight": ONE}) | {"criterion.scale": ONE}
+    return {"state_dict": weights, "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5)}}}
+
+
 AIM, PE = "aimv2_large_patch14_224", "vit_pe_core_base_patch16_224"
+MODELS = {"dinov2's teacher": DINO, "dinov2's whole model": REGISTERS, "dinov3's teacher": DINOV3}
+MODELS |= {"Perception Encoder": PE, "open_clip": CLIP, "AIMv2": AIM}
 MORE = {AIM: {"mlp_ratio": 4}, PE: {"init_values": 0.1, "attn_pool_num_heads": 3}}
 SCRIPTS = {
-    "dinov2's teacher": (
-        DINO,
-        lambda x, y: {"teacher": prefixed("backbone.", chunked(dinov2s(x))) | projector("dino_head.")},
-    ),
-    "dinov2's whole model": (
-        REGISTERS,
-        lambda x, y: {
-            "model": prefixed("student.backbone.", dinov2s(y)) | prefixed("teacher.backbone.", dinov2s(x)),
-            "iteration": 3,
-        },
-    ),
-    "dinov3's teacher": (
-        DINOV3,
-        lambda x, y: {"teacher": prefixed("backbone.", chunked(dinov3s(x))) | projector("dino_head.")},
-    ),
-    "Perception Encoder": (
-        PE,
-        lambda x, y: prefixed("visual.", perception_encoders(x)) | {"logit_scale": ONE, "ln_final.weight": ONE},
-    ),
-    "AIMv2": (
-        AIM,
-        lambda x, y: {key.replace("norm.weight", "trunk.post_trunk_norm.weight") if key == "norm.weight" else key: v
-                      for key, v in renamed(x, APPLE).items()},
-    ),
-    "DINO": (
-        VIT,
-        lambda x, y: {
-            "student": prefixed("module.backbone.", y) | projector("module.head."),
-            "teacher": prefixed("backbone.", x) | projector("head."),
-            "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}},
-            "dino_loss": {"center": torch.zeros(1, 4)},
-            "epoch": 7,
-        },
-    ),
-    "MAE": (VIT, lambda x, y: {"model": maes(x), "optimizer": {}, "epoch": 1, "scaler": {}}),
-    "MoCo-v3": (
-        VIT,
-        lambda x, y: {
-            "arch": "vit_base",
-            "state_dict": prefixed("module.base_encoder.", x | {"head.0.weight": torch.ones(4, 48)})
-            | prefixed("module.momentum_encoder.", y),
-        },
-    ),
-    "Lightning": (
-        VIT,
-        lambda x, y: {
-            "state_dict": {**prefixed("model.", x | {"head.weight": ONE}), "criterion.scale": ONE},
-            "pytorch-lightning_version": "2.5",
-            "hyper_parameters": {"lr": 0.1},
-            "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5)}},
-        },
-    ),
-    "FSDP": (VIT, lambda x, y: {k.replace("blocks.1.", "blocks.1._fsdp_wrapped_module."): v for k, v in x.items()}),
-    "I-JEPA": (
-        VIT,
-        lambda x, y: {"encoder": prefixed("module.", x), "target_encoder": prefixed("module.", y), "epoch": 1},
-    ),
+    "dinov2's teacher": lambda x, y: {"teacher": prefixed("backbone.", chunked(dinov2s(x))) | heads("dino_head.")},
+    "dinov2's whole model": lambda x, y: {
+        "model": prefixed("student.backbone.", dinov2s(y)) | prefixed("teacher.backbone.", dinov2s(x))
+    },
+    "dinov3's teacher": lambda x, y: {"teacher": prefixed("backbone.", chunked(dinov3s(x))) | heads("dino_head.")},
+    "Perception Encoder": lambda x, y: open_clips(x),
+    "open_clip": lambda x, y: {"epoch": 1, "state_dict": prefixed("module.", open_clips(x))},
+    "open_clip around timm": lambda x, y: prefixed("visual.trunk.", x) | {"visual.head.proj.weight": ONE},
+    "AIMv2": lambda x, y: apples(x),
+    "DINO": lambda x, y: {
+        "student": prefixed("module.backbone.", y) | heads("module.head."),
+        "teacher": prefixed("backbone.", x) | heads("head."),
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}},
+        "dino_loss": {"center": torch.zeros(1, 4)},
+    },
+    "MAE": lambda x, y: {"model": maes(x), "optimizer": {}, "epoch": 1, "scaler": {}},
+    "MoCo-v3": lambda x, y: {
+        "state_dict": prefixed("module.base_encoder.", x | {"head.0.weight": torch.ones(4, 48)})
+        | prefixed("module.momentum_encoder.", y)
+    },
+    "Lightning": lambda x, y: lightnings(x),
+    "FSDP": lambda x, y: renamed(x, {"blocks.1.": "blocks.1._fsdp_wrapped_module."}),
+    "I-JEPA": lambda x, y: {"encoder": prefixed("module.", x), "target_encoder": prefixed("module.", y), "epoch": 1},
 }  # fmt: skip
 
 
@@ -146,7 +125,7 @@ SCRIPTS = {
 @torch.no_grad()
 def test_checkpoints_of_training_scripts(tmp_path, script):
     """`y` are weights that must not be read."""
-    name, save = SCRIPTS[script]
+    name, save = MODELS.get(script, VIT), SCRIPTS[script]
     kwargs = SMALL if name == VIT else {**SMALL, "patch_size": 16, **MORE.get(name, {})}
     model, other = (random_timm(name, **kwargs) for _ in range(2))
     torch.save(save(model.state_dict(), other.state_dict()), tmp_path / "last.ckpt")

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastalign.data.bad_samples import BadSamples
 from fastalign.data.headers import MAX_PIXELS, read_size, without_exif
 from fastalign.data.loader import Loader
-from fastalign.data.pipeline import load_dali
+from fastalign.data.pipeline import BadSamples, load_dali
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
 from tests.data.odd_images import GOOD, REFUSED, SIXTEEN_BITS, SMALL, mutate

@@ -111,7 +111,12 @@ def test_arguments_are_checked():
     loader = {"source": open_source("synthetic:10"), "transform": EVAL, "batch_size": 4, "device": "cpu"}
     with pytest.raises(UserError, match=r"has 10 images, one update takes 16 \(2 ranks x batch size 4 x"):
         Loader(**loader, world_size=2, accumulate=2)
-    for key, wrong in {"crop": "centre", "crop_pct": 1.5, "std": (1, 0, 1), "scale": (1, 0.5)}.items():
+    for key, wrong in {
+        "crop": "centre",
+        "interpolation": "lanczos",
+        "scale": (1, 0.5),
+        "ratio": (0, 1),
+    }.items():
         with pytest.raises(UserError, match=key):
             replace(EVAL, **{key: wrong})
 
@@ -124,7 +129,7 @@ def test_bad_files_are_named_where_none_may_be_left_out(tmp_path, damage):
     for name in ("05.jpg", "07.jpg"):
         (root / name).write_bytes(damage(files[name]))
     loader = Loader(open_source(str(root)), EVAL, device="cpu", batch_size=5, train=False)
-    message = r"^cannot use .*/bad/05\.jpg: .*; repair, replace or remove it$"
+    message = r"^cannot read .*/bad/05\.jpg: .*; repair, replace or remove it$"
     with pytest.raises(UserError, match=message):
         list(loader.batches())
     assert [b.ids[0] for b in loader.batches(start=2)] == [10, 15]

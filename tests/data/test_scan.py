@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from fastalign.data.bad_samples import BadSamples, read_list, read_quarantine
+from fastalign.data.pipeline import BadSamples, read_list, read_quarantine
 from fastalign.data.sources import open_source
 from fastalign.scan import main
 from tests.data.odd_images import damaged

@@ -2,13 +2,12 @@
 
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from fastalign.data import index
-from fastalign.data.bad_samples import BadSample, append_to_list, read_quarantine
+from fastalign.data.pipeline import BadSample, append_to_list, read_quarantine
 from fastalign.data.sources import open_source
 from fastalign.utils.errors import UserError
 from tests.data_helpers import (
@@ -40,14 +39,6 @@ def test_tar_forms_agree_and_a_changed_shard_is_noticed(tmp_path, scans):
     write_tar(tmp_path / "t/001.tar", [("new.jpg", photos[0])])
     assert len(open_source(str(tmp_path / "t"))) == 9
     assert len(scans) == 7
-
-
-def test_ranks_that_start_together_scan_once(tmp_path, scans):
-    shards(tmp_path / "t")
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(open_source, [str(tmp_path / "t")] * 4))
-    assert len(scans) == 3
-    assert [len(source) for source in found] == [12] * 4
 
 
 def test_tars_joined_end_to_end_are_read_as_tar_lists_them(tmp_path):

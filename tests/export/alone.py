@@ -1,8 +1,4 @@
-"""What a user does who has transformers but not fastalign.
-
-`test_transformers.py` runs it in a process of its own, in a folder with `cases.pt` and the exports that it names, and
-compares `results.pt` with its truth.
-"""
+"""What a user does who has transformers but not fastalign: `test_transformers.py` runs it in a process of its own."""
 
 import sys
 from pathlib import Path
@@ -36,7 +32,6 @@ def seen(vlm: torch.nn.Module, images: Tensor) -> Tensor:
     logits = vlm(input_ids=prompt, pixel_values=images).logits
     hook.remove()
     assert logits.shape == (len(images), count + 3, 32)
-    assert logits.isfinite().all()
     return inputs[0]
 
 

@@ -1,13 +1,11 @@
-"""Finished runs of every family, and pictures."""
+"""Finished runs of every family, and their exports."""
 
+import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import yaml
-from PIL import Image
 
 import fastalign as fa
 from fastalign import train
@@ -30,20 +28,16 @@ def runs(tmp_path_factory):
         for parameter in vit.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter)
         torch.save(vit.state_dict(), root / f"{family}.pth")
-        recipe = {
-            "output": str(folder),
-            "student": {
-                "name": FAMILIES[family],
-                "weights": str(root / f"{family}.pth"),
-                "kwargs": small(family),
-                "softcap": softcap,
-            },
-            "data": {"train": "synthetic:24", "val": "synthetic:4"},
-            "optim": {"batch_size": 8, "epochs": 1, "lr": 0.05},
-        }
-        (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        options = [
+            f"output={folder}",
+            f"student.name={FAMILIES[family]}",
+            f"student.weights={root / family}.pth",
+        ]
+        options += [f"student.kwargs={small(family)}", f"student.softcap={json.dumps(softcap)}"]
+        options += ["data.train=synthetic:24", "data.val=synthetic:4"]
+        options += ["optim.batch_size=8", "optim.epochs=1", "optim.lr=0.05"]
         with torch.enable_grad():
-            assert train.main([str(root / "recipe.yaml"), *overrides]) == 0
+            assert train.main([*options, *overrides]) == 0
         made[key] = folder
         return folder
 
@@ -66,13 +60,3 @@ def exported(runs, tmp_path):
 def damaged(runs, tmp_path):
     """A copy of a run, to be damaged."""
     return shutil.copytree(runs("clip"), tmp_path / "damaged", ignore=shutil.ignore_patterns("exports"))
-
-
-@pytest.fixture
-def pictures(tmp_path) -> Path:
-    rng = np.random.default_rng(0)
-    (tmp_path / "pictures").mkdir()
-    for index in range(3):
-        picture = Image.fromarray(rng.integers(0, 255, (5, 7, 3), dtype=np.uint8))
-        picture.resize((72, 48), Image.Resampling.BICUBIC).save(tmp_path / "pictures" / f"{index}.png")
-    return tmp_path / "pictures"

@@ -24,14 +24,6 @@ FAMILIES = {
     "vit": "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
 }
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}
-STOCK = {
-    "hf-clip": "CLIPVisionModel",
-    "hf-siglip": "SiglipVisionModel",
-    "hf-dinov3": "DINOv3ViTModel",
-    "dinov2": "Dinov2Model",
-    "registers": "Dinov2WithRegistersModel",
-    "vit": "Dinov2Model",
-}
 
 
 def small(family: str) -> dict:
@@ -81,16 +73,15 @@ def by_prismatic(folder: Path, x: torch.Tensor, family: str) -> torch.Tensor:
 
 
 def by_transformers(folder: Path, x: torch.Tensor, family: str) -> torch.Tensor:
-    """transformers' own class where the export names it; its CLIP does not norm its tokens."""
-    target = facts(folder)["target"]
+    """Without a cap it is transformers' own class, whose CLIP does not norm its tokens."""
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    out = model(x, output_hidden_states=True)
     if facts(folder)["softcap"]["applied"]:
-        out = transformers.AutoModel.from_pretrained(folder).eval()(x, output_hidden_states=True)
         assert torch.equal(out.hidden_states[-1], out.last_hidden_state)
         return out.last_hidden_state
-    model = getattr(transformers, STOCK.get(target) or STOCK[family]).from_pretrained(folder).eval()
-    assert type(transformers.AutoModel.from_pretrained(folder)) is type(model)
-    last = model(x).last_hidden_state
-    return model.post_layernorm(last) if target == "hf-clip" else last
+    assert type(model).__module__.startswith("transformers.models.")
+    clip = facts(folder)["target"] == "hf-clip"
+    return model.post_layernorm(out.last_hidden_state) if clip else out.last_hidden_state
 
 
 def by_onnxruntime(folder: Path, x: torch.Tensor, family: str) -> torch.Tensor:

@@ -5,23 +5,12 @@ import subprocess
 import sys
 
 import pytest
-import timm
 import torch
 
 import fastalign as fa
 from fastalign.export import measure
 from fastalign.export.__main__ import main
-from tests.export.helpers import (
-    FAMILIES,
-    LOADERS,
-    SMALL,
-    by_transformers,
-    facts,
-    images,
-    small,
-    tokens,
-    truth,
-)
+from tests.export.helpers import FAMILIES, LOADERS, SMALL, by_transformers, facts, images, tokens, truth
 from tests.numerics import randomise, relative_error
 
 CASES = [
@@ -61,18 +50,7 @@ def test_each_library_gives_our_features(runs, tmp_path, capsys, family, target,
     assert again.softcap == (0.5 if softcap == "applied" else None)
     assert relative_error(again.forward_features(images(family)), wanted) < 1e-5
     if target.startswith("hf-"):
-        how_to_load = (output / "config.json").read_text().splitlines()[1]
-        assert ("caps the attention logits at 0.5" in how_to_load) == (softcap == "applied")
         assert again.norm.eps == fa.load_backbone(folder).norm.eps
-
-
-def test_the_file_alone_for_timm(runs, exported):
-    """As VLM code names a local file: `pretrained_cfg_overlay`."""
-    overlay = {"file": str(exported("clip", "prismatic", softcap=None) / "model.safetensors")}
-    options = {"pretrained": True, "num_classes": 0, "pretrained_cfg_overlay": overlay, **small("clip")}
-    with torch.no_grad():
-        found = timm.create_model(FAMILIES["clip"], **options).eval().forward_features(images("clip"))
-    assert relative_error(found, tokens(runs("clip", None), "clip", None)) < 1e-5
 
 
 def test_what_dropping_the_cap_changes(runs, exported, capsys):
@@ -89,7 +67,7 @@ def test_what_dropping_the_cap_changes(runs, exported, capsys):
     assert change["relative_change"] > 0.02
     said = capsys.readouterr()
     assert "soft-cap dropped: features change" in said.out
-    assert "measuring features: image 1 of 4\nwriting files for transformers\n" in said.err
+    assert "measuring features\nwriting files for transformers\n" in said.err
 
 
 @pytest.mark.slow
