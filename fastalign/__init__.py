@@ -11,7 +11,7 @@ from fastalign.method.objectives import MaskedImageModeling, MaskEmbed
 from fastalign.method.student import MaskEmbedStudent, MIMStudent
 from fastalign.method.teacher import MaskedTeacher
 from fastalign.utils.errors import UserError
-from fastalign.utils.paths import place_caches
+from fastalign.utils.files import place_caches
 
 if TYPE_CHECKING:
     from fastalign.api import align

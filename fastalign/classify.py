@@ -13,8 +13,6 @@ from fastalign.evaluation.results import check_output, image_table
 from fastalign.training import distributed
 from fastalign.training.command import run_command
 
-__all__ = ["classify", "main"]
-
 
 def run(arguments: list[str]) -> None:
     """Classifies; rank 0 writes the results and prints the tables."""

@@ -14,7 +14,7 @@ from fastalign.backbones.spec import AUTHORS_SOFTCAP
 from fastalign.method.masks import MASKS
 from fastalign.utils import sections
 from fastalign.utils.errors import UserError, unknown
-from fastalign.utils.paths import UserPath
+from fastalign.utils.files import UserPath
 from fastalign.utils.sections import Kind, Section, read_yaml, to_yaml
 
 __all__ = ["Config", "kinds", "load_config", "recipes", "resolve", "to_yaml"]
@@ -257,14 +257,9 @@ class Config(Section):
 
 
 def load_config(recipe: str | Path | None, overrides: list[str] | None = None) -> Config:
-    """Read a recipe and apply overrides.
+    """A published recipe by its name (`recipes`), a file, or None = the defaults, with overrides applied.
 
-    Args:
-        recipe: the name of a published recipe (`recipes`), or a file; None = the defaults.
-        overrides: "section.key=value" each, with the value in YAML.
-
-    Raises:
-        UserError: an unknown recipe or key, or a wrong value.
+    Overrides are "section.key=value" each, with a value in YAML. UserError: an unknown recipe or key, a wrong value.
     """
     if recipe is None:
         return resolve({}, overrides or [], "command line")

@@ -17,7 +17,7 @@ from fastalign.evaluation.results import check_output, patch_table, summarise, w
 from fastalign.training import distributed
 from fastalign.training.command import run_command
 from fastalign.utils.errors import UserError
-from fastalign.utils.paths import path_argument
+from fastalign.utils.files import path_argument
 
 
 def run(arguments: list[str]) -> None:

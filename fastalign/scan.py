@@ -21,8 +21,7 @@ from fastalign.data.sources import Source, SyntheticSource, open_source
 from fastalign.data.transforms import Transform
 from fastalign.training.command import run_command
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import wrap_io_errors, write_atomically
-from fastalign.utils.paths import path_argument
+from fastalign.utils.files import path_argument, wrap_io_errors, write_atomically
 
 _CHUNK = 64  # images per task
 

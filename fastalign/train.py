@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import math
 import sys
-import textwrap
 from pathlib import Path
 
 import torch
@@ -20,50 +19,44 @@ from fastalign.training.command import MARKER, WAITING, Preempted, Preemption, r
 from fastalign.training.dry_run import dry_run, set_micro_batch
 from fastalign.training.faults import handle_status, prepare_logs
 from fastalign.training.metrics import Speed
-from fastalign.training.optim import seed_update
 from fastalign.training.reporter import Reporter, end_lines, start_lines
 from fastalign.training.run import Run, itstime
-from fastalign.training.status import StepStatus
+from fastalign.training.update import seed_update
 from fastalign.training.validation import measure_target_scale, validate
 from fastalign.utils.errors import UserError
-from fastalign.utils.paths import user_path
+from fastalign.utils.files import user_path
 
 Splits = dict[str, LabelledImages]
 HELP = """
 examples:
   fastalign train clip-vit-b data.train=/data/train data.val=/data/val
   fastalign train student.name=vit_base_patch16_dinov3.lvd1689m data.train=/data/train output=runs/mine --dry-run
-
-sections of keys (--print-config prints every key, its values and what it does):
 """
-HELP += textwrap.fill(", ".join(Config.model_fields), 78, initial_indent="  ", subsequent_indent="  ")
 
 
 def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
     """One update of the weights. Returns metrics that are still on the device."""
-    state, accumulate = run.state, run.config.optim.accumulate
+    state, optim = run.state, run.config.optim
     lr = run.set_learning_rate()
     seed_update(run.config.seed, state.step, run.world.rank)
     total, waited = torch.zeros((), device=run.world.device), 0.0
     ids, bad = [], []
     with run.cached_autocast():
-        for part in range(accumulate):
+        for part in range(optim.accumulate):
             run.beat("waiting for data")
             batch = next(batches)
             run.beat("computing")
             waited += batch.wait
             ids.append(batch.ids)
             bad += (sample for sample in batch.bad if sample.id not in state.bad)
-            with run.grad_sync(part == accumulate - 1):
+            summed = part == optim.accumulate - 1 or run.world.size == 1  # over ranks, in the last pass only
+            with contextlib.nullcontext() if summed else run.model.no_sync():
                 with run.autocast():
-                    loss = run.model(batch.images, batch.ids, epoch) / accumulate
+                    loss = run.model(batch.images, batch.ids, epoch) / optim.accumulate
                 loss.backward()
             total += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(run.trained, run.config.optim.clip or math.inf)
-    own = StepStatus(
-        state.step + 1, torch.cat(ids).numpy(), tuple(bad), run.stop_reason, run.checkpoint_overdue
-    )
-    loss, skip = run.status.exchange(total, norm, own)
+    norm = torch.nn.utils.clip_grad_norm_(run.trained, optim.clip or math.inf)
+    loss, skip = run.status.exchange(total, norm, run.own_status(torch.cat(ids).numpy(), bad))
     run.optimizer.found_inf = skip.float()  # read on the device: a skipped update leaves weights and moments
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -79,7 +72,7 @@ def train(config: Config, world: distributed.World) -> None:
         if world.main:
             (Path(config.output) / MARKER).unlink(missing_ok=True)
         if config.export.to:
-            from fastalign.export.targets import check_names  # imports timm
+            from fastalign.export.targets import check_names  # imports timm, and the libraries
 
             check_names(config.export.to, "export.to")
         config = set_micro_batch(config, world, update)
@@ -219,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("fastalign train", description=about, epilog=HELP, formatter_class=raw)
     add = parser.add_argument
     add("given", nargs="*", metavar="RECIPE section.key=value", help="a name or file, and keys to change")
-    add("--print-config", action="store_true", help="print the resolved configuration and stop")
+    add("--print-config", action="store_true", help="print every key, its value and what it does, and stop")
     add("--dry-run", action="store_true", help="a few updates on synthetic images: memory, speed, duration")
     options = parser.parse_intermixed_args(arguments)
     if not options.given:

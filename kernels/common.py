@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 LIBRARY = torch.library.Library("fastalign", "FRAGMENT")
 # torch.compile sets this variable to the CUDA toolkit's assembler in the middle of a process. `benchmarks.aot` checks
@@ -37,41 +38,45 @@ if INTERPRETED:
     interpreter._patch_lang_tensor = _patch_tensor_index
 
 
-def register(name: str, allocate: Callable, launch: Callable, mutates: tuple[str, ...] = ()):
-    """Register ``fastalign::NAME`` and return the operator.
+def register(name: str, mutates: tuple[str, ...] = ()) -> Callable:
+    """Decorator: a function that allocates outputs, launches kernels and returns the outputs is ``fastalign::NAME``.
 
     The operator is private and has no gradient: each operation's `autograd.Function` calls forward and backward
-    operators, which costs about half of the host time of `torch.library.custom_op`.
-
-    Args:
-        name: of the operator.
-        allocate: (*arguments) -> empty outputs; torch.compile traces it, and its annotations are the schema.
-        launch: (outputs, *arguments) writes the outputs.
-        mutates: the arguments that it changes.
+    operators, which costs about half of the host time of `torch.library.custom_op`. The function's annotations are
+    the schema. With fake tensors, as under torch.compile, it must return after the allocation (`is_fake`).
+    `mutates` names the arguments that it changes.
     """
 
-    def implementation(*arguments):
-        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-        out = allocate(*arguments)
-        try:
-            if device.type == "cuda" and device.index != torch.cuda.current_device():
-                with torch.cuda.device(device):  # Triton launches on the current device
-                    launch(out, *arguments)
-            else:
-                launch(out, *arguments)
-        except (RuntimeError, ValueError) as error:  # Triton's: no driver, or a pointer that no GPU can read
-            if device.type != "cpu" or INTERPRETED:
-                raise
-            raise ValueError(
-                "fastalign.kernels take tensors on a GPU, got cpu: "
-                "call the function of the same name in fastalign.ops"
-            ) from error
-        return out
+    def decorate(function: Callable):
+        def implementation(*arguments):
+            device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+            try:
+                if device.type == "cuda" and device.index != torch.cuda.current_device():
+                    with torch.cuda.device(device):  # Triton launches on the current device
+                        return function(*arguments)
+                return function(*arguments)
+            except (
+                RuntimeError,
+                ValueError,
+            ) as error:  # Triton's: no driver, or a pointer that no GPU can read
+                if device.type != "cpu" or INTERPRETED:
+                    raise
+                raise ValueError(
+                    "fastalign.kernels take tensors on a GPU, got cpu: "
+                    "call the function of the same name in fastalign.ops"
+                ) from error
 
-    LIBRARY.define(name + torch.library.infer_schema(allocate, mutates_args=mutates))
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastalign::{name}", allocate, lib=LIBRARY)
-    return getattr(torch.ops.fastalign, name).default
+        LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates))
+        LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastalign::{name}", function, lib=LIBRARY)
+        return getattr(torch.ops.fastalign, name).default
+
+    return decorate
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has no memory."""
+    return isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
 def promoted(*tensors: Tensor | None) -> torch.dtype:

@@ -99,28 +99,29 @@ def _backward_kernel(
         tl.store(p_hidden + p_sum, b_hidden, mask=m_out)
 
 
-def _allocate(
+@common.register("mask_tokens")
+def forward_op(
     patches: Tensor, hidden: Tensor | None, visible: Tensor, prefix: Tensor | None, position: Tensor | None
 ) -> Tensor:
-    tokens = visible.shape[2] + (0 if prefix is None else prefix.shape[0])
-    shape = (*visible.shape[:2], tokens, patches.shape[-1])
-    return patches.new_empty(shape, dtype=common.promoted(patches, prefix, position))
-
-
-def _forward(out, patches, hidden, visible, prefix, position) -> None:
-    images, copies, tokens, width = out.shape
-    count, tile = visible.shape[2], common.row_tile(width)
-    if out.numel() == 0:
-        return
+    """[B, M, T, D]. Without `hidden` hidden patches are zero."""
+    (images, copies, count), width = visible.shape, patches.shape[-1]
+    tokens = count + (0 if prefix is None else prefix.shape[0])
+    shape = (images, copies, tokens, width)
+    out = patches.new_empty(shape, dtype=common.promoted(patches, prefix, position))
+    if common.is_fake(out) or out.numel() == 0:
+        return out
+    tile = common.row_tile(width)
     patches = common.with_unit_stride(patches)
     rows = [None if row is None else row.contiguous() for row in (hidden, prefix, position)]
     _forward_kernel[(common.row_tiles(tokens, width, tile) * images,)](
         patches, *rows, visible.contiguous(), out, patches.stride(0), patches.stride(1),
         count, tokens - count, copies, width, **tile,
     )  # fmt: skip
+    return out
 
 
-def _allocate_gradients(
+@common.register("mask_tokens_backward")
+def backward_op(
     gradient: Tensor,
     visible: Tensor,
     dtype: torch.dtype,
@@ -129,18 +130,17 @@ def _allocate_gradients(
     rows: bool,
     hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    images, _, tokens, width = gradient.shape
-    shape = (images, tokens if whole else visible.shape[2], width) if patches else (0,)
-    return (
+    """The gradients asked for: patches, or all tokens (`whole`); prefix and position as rows [T, D]; hidden."""
+    (images, copies, tokens, width), count = gradient.shape, visible.shape[2]
+    shape = (images, tokens if whole else count, width) if patches else (0,)
+    out = (
         gradient.new_empty(shape, dtype=dtype),
         gradient.new_empty((tokens, width) if rows else (0,), dtype=torch.float32),
         gradient.new_empty((width,) if hidden else (0,), dtype=torch.float32),
     )
-
-
-def _backward(out, gradient, visible, dtype, whole, patches, rows, hidden) -> None:
-    images, copies, tokens, width = gradient.shape
-    count, tile = visible.shape[2], common.row_tile(width)
+    if common.is_fake(gradient):
+        return out
+    tile = common.row_tile(width)
     tiles = common.row_tiles(tokens, width, tile)
     per_chunk, chunks = common.image_chunks(images, tiles)
     shapes = [(chunks, tokens, width) if wanted else (0,) for wanted in (rows, hidden)]
@@ -155,26 +155,25 @@ def _backward(out, gradient, visible, dtype, whole, patches, rows, hidden) -> No
         torch.sum(sums[0], 0, out=out[1])
     if hidden:
         torch.sum(sums[1], (0, 1), out=out[2])
+    return out
 
 
-forward_op = common.register("mask_tokens", _allocate, _forward)
-backward_op = common.register("mask_tokens_backward", _allocate_gradients, _backward)
+class MaskTokens(torch.autograd.Function):
+    """The patches begin with token `first`; those before it are not read and have gradient zero."""
 
-
-class _MaskTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, patches, hidden, visible, prefix, position):
+    def forward(ctx, tokens, hidden, visible, prefix, position, first):
         ctx.save_for_backward(visible)
-        ctx.dtypes = [None if x is None else x.dtype for x in (patches, hidden, prefix, position)]
-        return forward_op(patches, hidden, visible, prefix, position)
+        ctx.dtypes = [None if x is None else x.dtype for x in (tokens, hidden, prefix, position)]
+        ctx.whole = first > 0
+        return forward_op(tokens[:, first:], hidden, visible, prefix, position)
 
     @staticmethod
     def backward(ctx, gradient):
         (visible,) = ctx.saved_tensors
-        need_patches, need_hidden, _, need_prefix, need_position = ctx.needs_input_grad
-        patches, rows, hidden = backward_op(
-            gradient, visible, ctx.dtypes[0], False, need_patches, need_prefix or need_position, need_hidden
-        )
+        need_patches, need_hidden, _, need_prefix, need_position, _ = ctx.needs_input_grad
+        wanted = need_patches, need_prefix or need_position, need_hidden
+        patches, rows, hidden = backward_op(gradient, visible, ctx.dtypes[0], ctx.whole, *wanted)
         before = gradient.shape[2] - visible.shape[2]
         return (
             patches if need_patches else None,
@@ -182,9 +181,10 @@ class _MaskTokens(torch.autograd.Function):
             None,
             rows[:before].to(ctx.dtypes[2]) if need_prefix else None,
             rows[before:].to(ctx.dtypes[3]) if need_position else None,
+            None,
         )
 
 
 def mask_tokens(patches, hidden, visible, prefix=None, position=None):
     """As `fastalign.ops.mask_tokens`, for fp32, bf16 and fp16 on a GPU, without argument checks."""
-    return _MaskTokens.apply(patches, hidden, visible, prefix, position)
+    return MaskTokens.apply(patches, hidden, visible, prefix, position, 0)

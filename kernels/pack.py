@@ -82,40 +82,41 @@ def _backward_kernel(
         tl.store(p_rows + (i_chunk * T + o_t[:, None]) * D + o_d[None, :], b_rows, mask=m_t)
 
 
-def _allocate(
+@common.register("pack")
+def forward_op(
     patches: Tensor, slots: Tensor, cu_seqlens: Tensor, length: int, prefix: Tensor | None,
     position: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    return patches.new_empty((length, patches.shape[-1]), dtype=common.promoted(patches, prefix, position))
-
-
-def _forward(out, patches, slots, cu_seqlens, length, prefix, position) -> None:
-    images, copies, tokens = slots.shape
-    width, tile = patches.shape[-1], common.row_tile(patches.shape[-1])
+    """[L, D]"""
+    (images, copies, tokens), width = slots.shape, patches.shape[-1]
+    out = patches.new_empty((length, width), dtype=common.promoted(patches, prefix, position))
+    if common.is_fake(out):
+        return out
     if out.numel() == 0 or tokens == 0:
-        out.zero_()
-        return
+        return out.zero_()
+    tile = common.row_tile(width)
     patches = common.with_unit_stride(patches)
     rows = [None if row is None else row.contiguous() for row in (prefix, position)]
     _forward_kernel[(common.row_tiles(tokens, width, tile) * (images + 1),)](
         patches, *rows, slots.contiguous(), cu_seqlens[-1:], out, patches.stride(0), patches.stride(1),
         images, tokens, tokens - patches.shape[1], length, copies, width, **tile,
     )  # fmt: skip
+    return out
 
 
-def _allocate_gradients(
+@common.register("pack_backward")
+def backward_op(
     gradient: Tensor, slots: Tensor, count: int, dtype: torch.dtype, patches: bool, rows: bool
 ) -> tuple[Tensor, Tensor]:
-    width = gradient.shape[-1]
-    return (
-        gradient.new_empty((slots.shape[0], count, width) if patches else (0,), dtype=dtype),
-        gradient.new_empty((slots.shape[2], width) if rows else (0,), dtype=torch.float32),
+    """The gradients asked for: patches; prefix and position as rows [T, D]."""
+    (images, copies, tokens), width = slots.shape, gradient.shape[-1]
+    out = (
+        gradient.new_empty((images, count, width) if patches else (0,), dtype=dtype),
+        gradient.new_empty((tokens, width) if rows else (0,), dtype=torch.float32),
     )
-
-
-def _backward(out, gradient, slots, count, dtype, patches, rows) -> None:
-    images, copies, tokens = slots.shape
-    width, tile = gradient.shape[-1], common.row_tile(gradient.shape[-1])
+    if common.is_fake(gradient):
+        return out
+    tile = common.row_tile(width)
     tiles = common.row_tiles(tokens, width, tile)
     per_chunk, chunks = common.image_chunks(images, tiles)
     sums = gradient.new_empty((chunks, tokens, width) if rows else (0,), dtype=torch.float32)
@@ -126,10 +127,7 @@ def _backward(out, gradient, slots, count, dtype, patches, rows) -> None:
         )  # fmt: skip
     if rows:
         torch.sum(sums, 0, out=out[1])
-
-
-forward_op = common.register("pack", _allocate, _forward)
-backward_op = common.register("pack_backward", _allocate_gradients, _backward)
+    return out
 
 
 class _Pack(torch.autograd.Function):

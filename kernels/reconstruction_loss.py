@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalign.kernels.common import register, store, with_unit_stride
+from fastalign.kernels.common import is_fake, register, store, with_unit_stride
 
 _EPS = tl.constexpr(1e-8)  # of torch's cosine_similarity
 
@@ -110,7 +110,7 @@ def _forward_kernel(
 
 @triton.jit
 def _scale_kernel(p_gradient, p_factor, SIZE, BLOCK: tl.constexpr):
-    """gradient *= factor, in place; a factor of one, the usual case, costs nothing but the launch."""
+    """A factor of one, the usual case, costs nothing but the launch."""
     factor = tl.load(p_factor).to(tl.float32)
     if factor != 1.0:
         for i_x in range(tl.program_id(0).to(tl.int64) * BLOCK, SIZE, tl.num_programs(0) * BLOCK):
@@ -128,21 +128,18 @@ def _tile(loss: str, width: int) -> dict[str, int]:
     return {"BLOCK_R": rows, "BLOCK_D": whole, "num_warps": warps}
 
 
-def _allocate(
+@register("reconstruction_loss")
+def forward_op(
     prediction: Tensor, target: Tensor, visible: Tensor, scale: Tensor, indices: Tensor | None,
     cu_seqlens: Tensor | None, tokens: int, loss: str, prefix_visible: bool, with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss, and the prediction's gradient."""
     gradient = prediction.new_empty(prediction.shape if with_gradient else (0,))
-    return prediction.new_empty((), dtype=torch.float32), gradient
-
-
-def _forward(
-    out, prediction, target, visible, scale, indices, cu_seqlens, tokens, loss, prefix_visible, with_gradient
-) -> None:
-    total, gradient = out
+    total = prediction.new_empty((), dtype=torch.float32)
+    if is_fake(total):
+        return total, gradient
     if prediction.numel() == 0:
-        total.fill_(float("nan"))  # the mean of nothing, as in eager PyTorch
-        return
+        return total.fill_(float("nan")), gradient  # the mean of nothing, as in eager PyTorch
     width, rows = prediction.shape[-1], prediction.numel() // prediction.shape[-1]
     patches = visible.shape[2]
     prefix = tokens - patches if tokens >= patches else tokens  # with prefix_only all are prefix tokens
@@ -160,21 +157,15 @@ def _forward(
         gradient if with_gradient else None, partial, *strides, rows, tokens, prefix, patches, visible.shape[1],
         width, LOSS=loss, PREFIX_COUNTS=not (loss == "masked_mse" and prefix_visible), GATHER=gather, **tile,
     )  # fmt: skip
-    total.copy_(partial.sum(dtype=torch.float64))
+    return total.copy_(partial.sum(dtype=torch.float64)), gradient
 
 
-def _allocate_nothing(gradient: Tensor, factor: Tensor) -> None:
-    return
-
-
-def _scale(_, gradient, factor) -> None:
-    if gradient.numel():
+@register("scale_gradient_", mutates=("gradient",))
+def scale_op(gradient: Tensor, factor: Tensor) -> None:
+    """gradient *= factor, in place."""
+    if not is_fake(gradient) and gradient.numel():
         grid = (min(1024, triton.cdiv(gradient.numel(), 2048)),)  # a few for each processor of a GPU
         _scale_kernel[grid](gradient, factor, gradient.numel(), BLOCK=2048, num_warps=8)
-
-
-forward_op = register("reconstruction_loss", _allocate, _forward)
-scale_op = register("scale_gradient_", _allocate_nothing, _scale, mutates=("gradient",))
 
 
 class _ReconstructionLoss(torch.autograd.Function):

@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastalign.kernels.common import architecture, register, with_unit_stride
+from fastalign.kernels.common import architecture, is_fake, register, with_unit_stride
 from fastalign.kernels.softcap_attention_backward import dkdv_kernel, dq_kernel
 from fastalign.kernels.softcap_attention_forward import forward_kernel
 
@@ -119,32 +119,31 @@ def _rows_first(like: Tensor, packed: bool) -> Tensor:
     return like.new_empty((images, length, heads, width)).transpose(1, 2)
 
 
-def _allocate(
+@register("softcap_attention")
+def forward_op(
     q: Tensor, k: Tensor, v: Tensor, softcap: float | None, cu_seqlens: Tensor | None, max_seqlen: int
 ) -> tuple[Tensor, Tensor]:
-    shape = q.shape[:3] if cu_seqlens is None else (q.shape[1], q.shape[0])
-    return _rows_first(q, cu_seqlens is not None), q.new_empty(shape, dtype=torch.float32)
-
-
-def _forward(outputs, q, k, v, softcap, cu_seqlens, max_seqlen) -> None:
-    out, packed = outputs[0], cu_seqlens is not None
-    if out.numel():
+    """The output, and the logarithm of each row's sum."""
+    packed = cu_seqlens is not None
+    shape = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
+    out, lse = _rows_first(q, packed), q.new_empty(shape, dtype=torch.float32)
+    if not is_fake(out) and out.numel():
         q, k, v = (_readable(x, max_seqlen, packed) for x in (q, k, v))
         programs, arguments = _arguments("forward", q, softcap, cu_seqlens, max_seqlen)
         strides, unit = _strides((q, k, v), packed)
-        forward_kernel[(programs,)](q, k, v, *outputs, *strides, UNIT=unit, **arguments)
+        forward_kernel[(programs,)](q, k, v, out, lse, *strides, UNIT=unit, **arguments)
+    return out, lse
 
 
-def _allocate_gradients(
+@register("softcap_attention_backward")
+def backward_op(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, softcap: float | None,
     cu_seqlens: Tensor | None, max_seqlen: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return tuple(_rows_first(x, cu_seqlens is not None) for x in (q, k, v))
-
-
-def _backward(gradients, gradient, q, k, v, out, lse, softcap, cu_seqlens, max_seqlen) -> None:
-    (dq, dk, dv), packed = gradients, cu_seqlens is not None
-    if dq.numel():
+    """The gradients of q, k and v."""
+    packed = cu_seqlens is not None
+    dq, dk, dv = (_rows_first(x, packed) for x in (q, k, v))
+    if not is_fake(dq) and dq.numel():
         gradient, q, k, v = (_readable(x, max_seqlen, packed) for x in (gradient, q, k, v))
         rows = lse.new_empty((*lse.shape, 2))
         strides, unit = _strides((q, k, v, gradient), packed)
@@ -152,10 +151,7 @@ def _backward(gradients, gradient, q, k, v, out, lse, softcap, cu_seqlens, max_s
         dq_kernel[(programs,)](q, k, v, gradient, out, lse, rows, dq, *strides, UNIT=unit, **arguments)
         programs, arguments = _arguments("dkdv", q, softcap, cu_seqlens, max_seqlen)
         dkdv_kernel[(programs,)](q, k, v, gradient, rows, dk, dv, *strides, UNIT=unit, **arguments)
-
-
-forward_op = register("softcap_attention", _allocate, _forward)
-backward_op = register("softcap_attention_backward", _allocate_gradients, _backward)
+    return dq, dk, dv
 
 
 class _SoftcapAttention(torch.autograd.Function):

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastalign.kernels import pack
-from fastalign.kernels.common import register, row_tile, row_tiles, tile_of_rows
+from fastalign.kernels.common import is_fake, register, row_tile, row_tiles, tile_of_rows
 
 
 @triton.jit
@@ -32,12 +32,13 @@ def _kernel(
     tl.store(p_out + o_row[:, None] * D + o_d[None, :], b_row, mask=(o_row < R)[:, None] & m_d)
 
 
-def _allocate(packed: Tensor, slots: Tensor) -> Tensor:
-    return packed.new_empty((*slots.shape, packed.shape[-1]))
-
-
-def _forward(out, packed, slots) -> None:
+@register("unpack")
+def forward_op(packed: Tensor, slots: Tensor) -> Tensor:
+    """[B, M, T, D]"""
     rows, width = slots.numel(), packed.shape[-1]
+    out = packed.new_empty((*slots.shape, width))
+    if is_fake(out):
+        return out
     # A row cannot be read before its slot is known: four rows per thread wait for four slots at once.
     tile = row_tile(width) | {"BLOCK_T": 16}
     if packed.numel() == 0:
@@ -45,9 +46,7 @@ def _forward(out, packed, slots) -> None:
     elif rows:
         grid = (row_tiles(rows, width, tile),)
         _kernel[grid](packed.contiguous(), slots.contiguous(), out, rows, width, **tile)
-
-
-forward_op = register("unpack", _allocate, _forward)
+    return out
 
 
 class _Unpack(torch.autograd.Function):

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from fastalign.backbones import layouts
 from fastalign.backbones.vit import ViT
 from fastalign.utils.errors import UserError, first_line
-from fastalign.utils.files import write_atomically, write_tensors
-from fastalign.utils.paths import user_path
+from fastalign.utils.files import user_path, write_atomically, write_tensors
 
 _NAMES = (
     "model.safetensors",

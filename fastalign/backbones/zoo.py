@@ -28,7 +28,7 @@ from fastalign.backbones.weights import (
     timm_state,
 )
 from fastalign.utils.errors import UserError
-from fastalign.utils.paths import user_path
+from fastalign.utils.files import user_path
 
 
 def create_backbone(

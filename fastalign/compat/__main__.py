@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from fastalign.utils.errors import UserError
-from fastalign.utils.paths import path_argument
+from fastalign.utils.files import path_argument
 
 
 def install() -> None:

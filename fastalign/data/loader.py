@@ -133,10 +133,9 @@ class Loader:
         self._mixing = {"mixup": mixup, "cutmix": cutmix, "seed": seed}
         self._reader = SampleReader(source, bad, replace=train)
         self._pool = ThreadPoolExecutor(threads, "fastalign-read")
-        self._decoder = None
-        if not isinstance(source, SyntheticSource):
-            options = {"batch_size": batch_size, "num_threads": threads}
-            self._decoder = Decoder(transform, self.device, hw_decoder_load, **options)
+        synthetic = isinstance(source, SyntheticSource)
+        options = {"batch_size": batch_size, "num_threads": threads}
+        self._decoder = None if synthetic else Decoder(transform, self.device, hw_decoder_load, **options)
         self._active = lambda: None
 
     def __len__(self) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastalign.data.index import IMAGE_EXTENSIONS, Names, classes_of, index_folder, index_shards, is_image
 from fastalign.utils.errors import UserError
-from fastalign.utils.paths import user_path
+from fastalign.utils.files import user_path
 from fastalign.utils.random import Stream, random_uniform
 
 MAX_IMAGE_BYTES = 256 * 1024 * 1024

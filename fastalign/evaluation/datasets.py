@@ -14,20 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.data.index import stem
 from fastalign.data.sources import FolderSource, Source, Subset, TarSource, open_source
 from fastalign.evaluation.label_maps import LabelledImages, decode_ids, decode_panoptic, pair, read_panoptic
 from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError, unknown
-from fastalign.utils.paths import user_path
+from fastalign.utils.files import user_path
 
 SPLITS = ("train", "val", "test")
 KINDS = ("coco", "coco-things", "coco-panoptic", "ade20k")
-HELD_OUT = {"coco": 5_000, "ade20k": 2_000}
-"""Training images that `val` takes from `train`, where a data set has two labelled splits."""
-
+HELD_OUT = {
+    "coco": 5_000,
+    "ade20k": 2_000,
+}  # training images that `val` takes, where `test` is the validation split
 _MAX_CLASSES = 2**15 - 1
-_REMEDY = "`bash examples/download.sh {} {}` in a clone of fastalign fetches it"
 _IDS = "write one class name per line, the first line is id 0"
 
 
@@ -38,7 +37,7 @@ def open_labelled(data: str, split: str) -> LabelledImages:
     split, chosen by a hash of the file name, and `train` the rest. UserError where nothing usable is there.
     """
     if split not in SPLITS:
-        raise UserError(f"{unknown('split', split, SPLITS)}; there are train, val and test")
+        raise UserError(unknown("split", split, SPLITS))
     data = user_path(data)
     kind, colon, root = data.partition(":")
     if not (colon and re.fullmatch(r"[\w-]+", kind)) or Path(data).exists():
@@ -51,31 +50,14 @@ def open_labelled(data: str, split: str) -> LabelledImages:
     return _open_published(kind, Path(root), split) if kind else _open_own(Path(root), split)
 
 
-def class_names(key: str) -> tuple[str, ...]:
-    """The class names of "coco" (183) or "ade20k" (151); the index is the id, 0 is "unlabeled"."""
-    return tuple(json.loads((Path(__file__).parent / "classes.json").read_text(encoding="utf-8"))[key])
-
-
-def _folders(folders: tuple[Path, Path], remedy: str) -> tuple[FolderSource, FolderSource]:
-    """The images and the maps in two folders."""
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"no such folder: {folder}; {remedy}")
-    images, maps = (FolderSource(str(folder)) for folder in folders)
-    return images, pair(images, maps)
-
-
-def _part(source: Source, labels: Source, split: str, held_out: int) -> tuple[Source, Source]:
-    """A split of a data set with two labelled ones; `val` takes the names with the lowest SHA-256 from training."""
-    if split == "test":
-        return source, labels
+def _part(source: Source, split: str, held_out: int) -> np.ndarray:
+    """The images of a split in a training split; `val` takes the names with the lowest SHA-256."""
     count = len(source)
     if count <= held_out:
         raise UserError(f"{source.root} has {count} images, but val takes {held_out}; download all of it")
     digests = [hashlib.sha256(os.fsencode(source.name(index))).digest() for index in range(count)]
     val = np.sort(sorted(range(count), key=digests.__getitem__)[:held_out])
-    chosen = val if split == "val" else np.setdiff1d(np.arange(count), val)
-    return Subset(source, chosen), Subset(labels, chosen)
+    return val if split == "val" else np.setdiff1d(np.arange(count), val)
 
 
 def _open_published(kind: str, root: Path, split: str) -> LabelledImages:
@@ -88,24 +70,20 @@ def _open_published(kind: str, root: Path, split: str) -> LabelledImages:
         year = "val2017" if split == "test" else "train2017"
         name = f"panoptic_{year}" if kind == "coco-panoptic" else year
         folders = root / "images" / year, root / "annotations" / name
-    remedy = _REMEDY.format(kind if kind == "coco-panoptic" else base, root)
-    source, labels = _part(*_folders(folders, remedy), split, HELD_OUT[base])
+    images, maps = pair(*(FolderSource(str(folder)) for folder in folders))
     if kind == "coco-panoptic":
-        path = root / "annotations" / f"{name}.json"
-        if not path.is_file():
-            raise UserError(f"no such file: {path}; {remedy}")
+        path = folders[1].with_suffix(".json")
         classes, segments = read_panoptic(path)
-        missing = [n for n in map(labels.name, range(len(labels))) if stem(n) not in segments]
-        if missing:
-            raise UserError(f"{path} lacks {len(missing)} maps of {folders[1]}, first {missing[0]}")
         decode = partial(decode_panoptic, segments=segments, path=path)
-        return LabelledImages(source, classes, 0, labels, decode)
-    classes, ids = class_names(base), np.arange(256)
-    if base == "coco":
-        classes, ids = classes[: 92 if kind == "coco-things" else 183], (ids + 1) % 256
-        ids[(ids >= len(classes)) & (ids < 183)] = 0  # stuff counts as unlabeled
-    decode = partial(decode_ids, classes=len(classes), table=ids)
-    return LabelledImages(source, classes, 0, labels, decode)
+    else:
+        names = json.loads(Path(__file__).with_name("classes.json").read_text(encoding="utf-8"))
+        classes, ids = tuple(names[base]), np.arange(256)  # the index is the id, 0 is "unlabeled"
+        if base == "coco":
+            classes, ids = classes[: 92 if kind == "coco-things" else 183], (ids + 1) % 256
+            ids[(ids >= len(classes)) & (ids < 183)] = 0  # stuff counts as unlabeled
+        decode = partial(decode_ids, classes=len(classes), table=ids)
+    found = LabelledImages(images, classes, 0, maps, decode)
+    return found if split == "test" else found.subset(_part(images, split, HELD_OUT[base]))
 
 
 def _open_own(root: Path, split: str) -> LabelledImages:
@@ -120,16 +98,10 @@ def _open_own(root: Path, split: str) -> LabelledImages:
     if shards:
         members = TarSource(shards)
         is_map = np.array([members.name(index).lower().endswith(".png") for index in range(len(members))])
-        if is_map.all() or not is_map.any():
-            missing = "images" if is_map.all() else "label maps"
-            raise UserError(
-                f"{root}/{split}-*.tar have no {missing}; a sample is KEY.jpg and KEY.png in one shard"
-            )
-        images, maps = (Subset(members, np.flatnonzero(chosen)) for chosen in (~is_map, is_map))
-        maps = pair(images, maps)
+        sources = (Subset(members, np.flatnonzero(chosen)) for chosen in (~is_map, is_map))
     else:
-        folders = folder / "images", folder / "labels"
-        images, maps = _folders(folders, f"{split}/ must contain images/ and labels/")
+        sources = (FolderSource(str(folder / name)) for name in ("images", "labels"))
+    images, maps = pair(*sources)
     return LabelledImages(images, classes, unlabeled, maps, partial(decode_ids, classes=len(classes)))
 
 
@@ -173,26 +145,25 @@ def open_image_splits(
     Returns:
         The splits by name, and the class names: those of train, sorted (as numbers where all are integers).
     """
-    root, opened = Path(user_path(root)), {}
-    for name in ("train", "val", "test"):
+    root, opened, splits = Path(user_path(root)), {}, {}
+    for name in SPLITS:
         if (root / name).is_dir():
             opened[name] = _open_classes(root / name)
         elif name != "test" or os.path.lexists(root / name):  # such as a link whose target is not mounted
             raise UserError(f"--data {root} has no folder {name}/; it must contain train/ and val/")
-    classes = _sorted(set(opened["train"][1]))
+    classes = sorted(set(opened["train"][1]))
+    if all(name.removeprefix("-").isdecimal() for name in classes):
+        classes.sort(key=int)
     if len(classes) < 2:
         raise UserError(f"--data {root}: train/ has the class {classes[0]} only; give at least two classes")
-    index, splits = {name: number for number, name in enumerate(classes)}, {}
+    index = {name: number for number, name in enumerate(classes)}
     for name, (source, names) in opened.items():
-        present = set(names)
-        unknown = _sorted(present - set(classes))
-        if unknown:
-            raise UserError(
-                f"--data {root}: {name}/ has {_listed(unknown)} that train/ lacks; make them agree"
-            )
-        absent = [label for label in classes if label not in present]
-        if absent:
-            say(f"{name}/ has no image of {_listed(absent)}: mean per class is over the other classes")
+        if unknown := sorted(set(names) - set(classes)):
+            about = f"{name}/ has {len(unknown)} classes that train/ lacks, such as {unknown[0]}"
+            raise UserError(f"--data {root}: {about}; make them agree")
+        if absent := sorted(set(classes) - set(names)):
+            about = f"{name}/ has no image of {len(absent)} classes, such as {absent[0]}"
+            say(f"{about}: mean per class is over the others")
         splits[name] = ImageSplit(source, torch.tensor([index[label] for label in names]))
         if not world.agree(str(splits[name].facts())):
             raise UserError(f"--data {root}/{name}: the ranks see different files")
@@ -212,12 +183,3 @@ def _open_classes(path: Path) -> tuple[Source, list[str]]:
             f"{source.name(missing[0])}; add its class folder, its line in labels.csv, or its .cls file"
         )
     return source, names
-
-
-def _sorted(names: set[str]) -> list[str]:
-    integers = all(name.removeprefix("-").isdecimal() for name in names)
-    return sorted(names, key=int) if integers else sorted(names)
-
-
-def _listed(names: list[str]) -> str:
-    return f"{'class' if len(names) == 1 else 'classes'} {', '.join(names[:3])}{', ...' if names[3:] else ''}"

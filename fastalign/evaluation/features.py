@@ -24,7 +24,8 @@ from fastalign.evaluation.fit import Track, untracked
 from fastalign.evaluation.label_maps import LabelledImages, patch_labels
 from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World, on_first_rank
-from fastalign.utils.errors import SharedError, UserError
+from fastalign.utils.errors import UserError
+from fastalign.utils.files import wrap_io_errors
 
 
 def make_tensor(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None, world: World) -> Tensor:
@@ -38,21 +39,17 @@ def make_tensor(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None,
         return torch.zeros(shape, dtype=dtype)
     if world.size > int(os.environ.get("LOCAL_WORLD_SIZE", world.size)):
         raise UserError("features are in files that the ranks of one machine share: use one machine")
-    size = math.prod(shape) * dtype.itemsize
     with ExitStack() as stack:
 
         def allocate() -> str:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = stack.enter_context(TemporaryFile(dir=folder)).fileno()
-            # Writing to the map of a sparse file on a full disk kills the process with SIGBUS.
-            os.posix_fallocate(handle, 0, size)
+            with wrap_io_errors(folder / f"features of {math.prod(shape) * dtype.itemsize / 1e9:.1f} GB"):
+                folder.mkdir(parents=True, exist_ok=True)
+                handle = stack.enter_context(TemporaryFile(dir=folder)).fileno()
+                # Writing to the map of a sparse file on a full disk kills the process with SIGBUS.
+                os.posix_fallocate(handle, 0, math.prod(shape) * dtype.itemsize)
             return f"/proc/{os.getpid()}/fd/{handle}"
 
-        try:
-            path = on_first_rank(world, allocate)
-        except SharedError as error:
-            text = f"{folder} cannot hold features of {size / 1e9:.1f} GB: {error}"
-            raise SharedError(f"{text}; name another folder (probe --cache, classify --output)") from error
+        path = on_first_rank(world, allocate)
         # Not copy-on-write: Linux counts such maps as memory.
         tensor = torch.from_file(path, True, math.prod(shape), dtype=dtype).view(shape)
         world.barrier()
@@ -67,15 +64,18 @@ def read_features(
     transform: Transform,
     world: World,
     *,
-    batch_size: int,
-    threads: int,
-    dtype: torch.dtype,
-    track: Track,
+    batch_size: int = 64,
+    threads: int = 4,
+    dtype: torch.dtype = torch.float32,
+    track: Track = untracked,
     each: Callable[[int], None] = lambda index: None,
 ) -> None:
-    """Fills rows of outputs with the features of a source's images, under autocast of `dtype`, on all ranks.
+    """Fills rows of outputs with the features of a source's images, each rank its share.
 
-    `each` is called for the id of each image, in so many threads.
+    Args:
+        batch_size: images per forward pass and rank.
+        threads: reading threads, and as many for decoding and for `each`, which is called for the id of each image.
+        dtype: of autocast.
     """
     how = {"device": world.device, "rank": world.rank, "world_size": world.size, "dtype": dtype}
     loader = Loader(source, transform, train=False, batch_size=batch_size, threads=threads, **how)
@@ -115,16 +115,7 @@ class PatchFeatures:
 
 
 def read_patch_features(
-    vit: ViT,
-    data: LabelledImages,
-    world: World,
-    *,
-    skip_blocks: Sequence[int] = (0,),
-    folder: Path | None = None,
-    batch_size: int = 64,
-    threads: int = 4,
-    dtype: torch.dtype = torch.float32,
-    track: Track = untracked,
+    vit: ViT, data: LabelledImages, world: World, *, skip_blocks=(0,), folder: Path | None = None, **reading
 ) -> PatchFeatures:
     """Reads a split's patch labels and its tokens after the final norm, kept as bf16, each rank its share.
 
@@ -132,9 +123,7 @@ def read_patch_features(
         vit: the backbone, in evaluation mode, on the world's device.
         skip_blocks: how many of the last blocks are left out (all of them: the embedding); tokens for each number.
         folder: of memory-mapped files, which the ranks share; None = in memory, with one rank only.
-        batch_size: images per forward pass and rank.
-        threads: reading threads, and as many for decoding and for label maps.
-        dtype: of autocast.
+        reading: as of `read_features`.
     """
     spec, count, classes = vit.spec, len(data), len(data.classes)
     make = partial(make_tensor, folder=folder, world=world)
@@ -157,6 +146,6 @@ def read_patch_features(
     mean, std = (tuple(vit.data[name]) for name in ("mean", "std"))
     transform = Transform(spec.image_size, mean, std, interpolation="bilinear", crop="center")
     encode = lambda images: vit.forward_layers(images, tuple(features.tokens))  # noqa: E731
-    how = {"batch_size": batch_size, "threads": threads, "dtype": dtype, "track": track, "each": read_labels}
-    read_features(encode, list(features.tokens.values()), data.source, transform, world, **how)
+    outputs = list(features.tokens.values())
+    read_features(encode, outputs, data.source, transform, world, each=read_labels, **reading)
     return features

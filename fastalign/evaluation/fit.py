@@ -13,16 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 from fastalign.backbones.precision import autocast
 from fastalign.data.loader import Batch
 from fastalign.evaluation.results import difference
-from fastalign.training.checkpoint_files import Checkpoints, snapshot
+from fastalign.training.checkpoint_files import Checkpoints
 from fastalign.training.distributed import World, on_first_rank
-from fastalign.training.optim import seed_update
+from fastalign.training.update import seed_update
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import remove_leftovers
 
 _SAY_SECONDS = 30.0
 
-Track = Callable[[Iterable, str, int], Iterable]
-"""Shows the progress of an iteration, with a text and the number of items, as `Reporter.track` does."""
+Track = Callable[[Iterable, str, int], Iterable]  # shows progress, with a text and the number of items
 
 
 def say_progress(say: Callable[[str], None]) -> Track:
@@ -88,8 +87,8 @@ class Fit:
         self.optimizer = torch.optim.AdamW(self.groups, betas=(0.9, 0.999), fused=True)
         self.model = self.module
         if self.world.size > 1:
-            how = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-            self.model = DistributedDataParallel(self.module, **how)
+            options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+            self.model = DistributedDataParallel(self.module, **options)
 
     def epoch(self, batches: Iterator[Batch], updates: int) -> float:
         """Makes so many updates. Returns the mean loss."""
@@ -135,7 +134,7 @@ class Fit:
             frozen = {name for name, value in self.module.named_parameters() if not value.requires_grad}
             weights = {name: value for name, value in self.module.state_dict().items() if name not in frozen}
             state = {"weights": weights, "optimizer": self.optimizer.state_dict(), "step": self.step}
-            checkpoints.save(snapshot(state | facts), self.step)
+            checkpoints.save(state | facts, self.step)
 
     def resume(self, checkpoints: Checkpoints, identity: dict, progress: dict) -> None:
         """Continues from the newest checkpoint, if any; it updates `progress`. UserError: of another identity."""
@@ -153,7 +152,7 @@ class Fit:
 
 
 @torch.no_grad()
-def count(counts, module: nn.Module, batches, labels, device: torch.device, dtype: torch.dtype) -> None:
+def evaluate(module: nn.Module, batches, labels, counts, device: torch.device, dtype: torch.dtype) -> None:
     """Adds the logits of batches, in evaluation mode and under autocast of `dtype`, and their labels to counts."""
     module.eval()
     with closing(batches):

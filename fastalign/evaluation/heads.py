@@ -14,13 +14,12 @@ from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
 
 PATCH_HEADS = ("linear", "mlp", "transformer", "latent", "latent-global")
-HEADS_FOR = {
+HEADS_FOR = {  # the patch heads that can predict each kind of labels
     "union": PATCH_HEADS,
     "majority": PATCH_HEADS,
     "global-union": ("linear", "mlp", "transformer"),
     "global-in-patch": ("linear", "mlp"),  # read from each token alone
 }
-"""The patch heads that can predict each kind of labels."""
 IMAGE_HEADS = ("linear", "attention", "transformer")
 _STD = 0.02
 _CHUNK = 65_536
@@ -123,9 +122,9 @@ class StandardizedLinear(nn.Module):
 class AttentionHead(nn.Module):
     """One learnt query that attends over all tokens, then a linear layer: [B, T, D] -> [B, C]."""
 
-    def __init__(self, width: int, classes: int):
+    def __init__(self, width: int, heads: int, classes: int):
         super().__init__()
-        self.heads = _attention_heads(width)
+        self.heads = heads
         self.norm = nn.LayerNorm(width)
         self.query = nn.Parameter(_STD * torch.randn(width))
         self.kv = nn.Linear(width, 2 * width)
@@ -144,12 +143,12 @@ class AttentionHead(nn.Module):
 class ClassTokenTransformer(nn.Module):
     """Two transformer blocks over a learnt class token and all tokens, then a linear layer on it: -> [B, C]."""
 
-    def __init__(self, width: int, classes: int, tokens: int):
+    def __init__(self, width: int, heads: int, classes: int, tokens: int):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.query = nn.Parameter(_STD * torch.randn(1, 1, width))
         self.position = nn.Parameter(_STD * torch.randn(1, tokens, width))
-        spec = BlockSpec(width=width, heads=_attention_heads(width), mlp_hidden=4 * width)
+        spec = BlockSpec(width=width, heads=heads, mlp_hidden=4 * width)
         self.blocks = nn.Sequential(Block(spec), Block(spec))
         self.norm_out = nn.LayerNorm(width)
         self.linear = nn.Linear(width, classes)
@@ -166,13 +165,10 @@ def make_image_head(name: str, vit: ViT, classes: int) -> nn.Module:
     width = vit.embed_dim
     if name == "linear":
         return StandardizedLinear(width, classes)
+    heads = width // 64 if width % 64 == 0 else 1
     if name == "attention":
-        return AttentionHead(width, classes)
-    return ClassTokenTransformer(width, classes, vit.spec.prefix + vit.spec.patches)
-
-
-def _attention_heads(width: int) -> int:
-    return width // 64 if width % 64 == 0 else 1
+        return AttentionHead(width, heads, classes)
+    return ClassTokenTransformer(width, heads, classes, vit.spec.prefix + vit.spec.patches)
 
 
 def _initialize(head: nn.Module) -> None:

@@ -18,17 +18,16 @@ from fastalign.data.loader import Loader
 from fastalign.data.transforms import Transform
 from fastalign.evaluation.datasets import ImageSplit, open_image_splits
 from fastalign.evaluation.features import make_tensor, read_features
-from fastalign.evaluation.fit import FeatureLoader, Fit, count, say_progress
+from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate, say_progress
 from fastalign.evaluation.heads import Classifier, StandardizedLinear, make_image_head, parameter_groups
-from fastalign.evaluation.metrics import IMAGE_METRICS, ImageCounts
 from fastalign.evaluation.options import ImageOptions
-from fastalign.evaluation.results import check_output, write_results
+from fastalign.evaluation.results import IMAGE_METRICS, ImageCounts, check_output, write_results
 from fastalign.training.build import image_constants
 from fastalign.training.checkpoint_files import Checkpoints, checksum
 from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.metrics import mean_and_spread
-from fastalign.training.optim import learning_rate
+from fastalign.training.update import learning_rate
 from fastalign.utils.errors import UserError
 from fastalign.utils.random import permutation
 
@@ -42,21 +41,13 @@ class Job:
 
     backbone: ViT
     splits: dict[str, ImageSplit]
+    classes: int
     options: ImageOptions  # resolved
     world: World
+    dtype: torch.dtype  # of autocast
     say: Callable[[str], None]
     folder: Path | None  # for checkpoints and features; the same on all ranks; None = neither is in files
-    facts: dict  # the part of the results that is known before training
-
-    @property
-    def classes(self) -> int:
-        """Their number."""
-        return len(self.facts["data"]["classes"])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of autocast."""
-        return compute_dtype(self.options.precision, self.world.device)
+    identity: dict  # plain values that a checkpoint must share
 
     def read(self, split: str) -> Tensor:
         """What the head reads of every image of a split: [n, D] float32, or [n, T, D] in the compute dtype."""
@@ -133,13 +124,12 @@ def train_seed(
 
     def measure(split: str) -> dict:
         counts = ImageCounts(job.classes, world.device)
-        count(counts, model, loaders[split].batches(), labels[split], world.device, job.dtype)
+        evaluate(model, loaders[split].batches(), labels[split], counts, world.device, job.dtype)
         return counts.results(world)
 
     if options.live and job.folder:
-        identity = {key: job.facts[key] for key in ("settings", "backbone", "data", "ranks")}
         checkpoints = Checkpoints(job.folder / "classify" / f"seed-{seed}" / "checkpoints", keep=1)
-        fit.resume(checkpoints, identity, progress)
+        fit.resume(checkpoints, job.identity, progress)
         if fit.step:
             job.say(f"seed {seed} resumes after epoch {fit.step // updates} of {epochs}")
     for epoch in range(fit.step // updates + 1, epochs + 1):
@@ -157,22 +147,16 @@ def train_seed(
             top1 = f"val top-1 {100 * val['top1']:.2f}%"
             job.say(f"seed {seed} epoch {epoch}/{epochs}  loss {loss:.4f}  {top1}")
         if checkpoints:
-            fit.save(checkpoints, identity=identity, progress=progress)
+            fit.save(checkpoints, identity=job.identity, progress=progress)
     if checkpoints:
         on_first_rank(world, checkpoints.wait)
     return {"seed": seed, **progress["best"], "curve": progress["curve"]}
 
 
 def make_fit(
-    model: nn.Module,
-    batches: int,
-    labels: Callable[[Tensor], Tensor],
-    options: ImageOptions,
-    seed: int,
-    world: World,
-    dtype: torch.dtype,
+    model: nn.Module, batches: int, labels, options: ImageOptions, seed: int, world: World, dtype: torch.dtype
 ) -> Fit:
-    """The training of a head or a `Classifier`; `batches`: per epoch."""
+    """The training of a head or a `Classifier`; `batches`: per epoch; `labels`: of sample ids."""
     steps = batches // options.accumulate
     groups = parameter_groups(model, decay=options.layer_decay or 1.0, weight_decay=options.weight_decay)
     schedule = {"total": options.epochs * steps, "warmup": round(options.warmup_epochs * steps)}
@@ -223,7 +207,9 @@ def classify(
     folder = Path(output) if output else None
     if folder:
         check_output(folder / RESULTS, {key: facts[key] for key in ("settings", "data")})
-    job = Job(backbone, splits, chosen, world, say, folder, facts)
+    dtype = compute_dtype(chosen.precision, world.device)
+    identity = {key: facts[key] for key in ("settings", "backbone", "data", "ranks")}
+    job = Job(backbone, splits, len(classes), chosen, world, dtype, say, folder, identity)
     with report_rank_error(world.rank):
         results = (train_on_images if chosen.live else train_on_features)(job)
     facts |= _outcome(results, facts["reported"], world)

@@ -15,11 +15,10 @@ from fastalign.data.index import stem
 from fastalign.data.sources import Source, Subset
 from fastalign.utils.errors import UserError, first_line
 
-VOID = -1
-"""The id of pixels that belong to no class."""
+VOID = -1  # the id of pixels that belong to no class
 
+# Bits of a PNG by PIL's mode; PIL scales grey values of fewer than 8 bits.
 _ID_BITS = {"L": (8,), "P": (1, 2, 4, 8)}
-"""Bits of a PNG by PIL's mode; PIL scales grey values of fewer than 8 bits."""
 _DEEP_ID_BITS = _ID_BITS | {"I;16": (16,), "I": (16,)}
 
 
@@ -75,8 +74,7 @@ def read_panoptic(path: Path) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
             segments[str(entry["file_name"]).rpartition(".")[0]] = np.array([(0, 0), *sorted(pairs)])
         return ("unlabeled", *(name for _, name in categories)), segments
     except (ValueError, KeyError, TypeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path} is not a panoptic JSON: {reason}; download it again") from error
+        raise UserError(f"{path} is not a panoptic JSON: {error!r}; download it again") from error
 
 
 def decode_panoptic(
@@ -84,15 +82,14 @@ def decode_panoptic(
 ) -> np.ndarray:
     """A panoptic map: a pixel's segment is R + 256 G + 65536 B; `segments` are those of the JSON file `path`."""
     pixels = _read_png(encoded, name, {"RGB": (8,)}) @ np.array([1, 256, 65536])
+    if stem not in segments:
+        raise UserError(f"{path} lacks the label map {name}; download it again")
     ids, classes = segments[stem].T
     position = np.searchsorted(ids, pixels).clip(max=len(ids) - 1)
     unknown = ids[position] != pixels
     if unknown.any():
         raise UserError(f"label map {name} has the segment {pixels[unknown][0]}, not in {path}")
     return classes[position].astype(np.int16)
-
-
-_SAMPLED = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,35 +133,29 @@ class LabelledImages:
             names = "\0".join(source.name(i) for i in range(len(source)))
             crc = zlib.crc32(names.encode("utf-8", "surrogateescape"), crc)
             # Names alone would not distinguish two renderings with numbered files.
-            for i in sorted({i * (len(source) - 1) // _SAMPLED for i in range(_SAMPLED + 1)}):
+            for i in sorted({i * (len(source) - 1) // 8 for i in range(9)}):
                 crc = zlib.crc32(source.read(i), crc)
         return crc
 
 
-def pair(images: Source, maps: Source) -> Source:
-    """The label maps in the order of the images, matched by name without suffix; UserError where one is missing."""
-    by_image, by_map = _by_stem(images), _by_stem(maps)
-    for source, keys, text in (
-        (images, by_image.keys() - by_map.keys(), "images have no label map"),
-        (maps, by_map.keys() - by_image.keys(), "label maps have no image"),
+def pair(images: Source, maps: Source) -> tuple[Source, Source]:
+    """The images, and the label maps in their order, matched by name without suffix; UserError: one is missing."""
+    by_image, by_map = {}, {}
+    for source, places in ((images, by_image), (maps, by_map)):
+        for index in range(len(source)):
+            if (other := places.setdefault(stem(source.name(index)), index)) != index:
+                both = f"{source.location(other)} and {source.location(index)}"
+                raise UserError(f"two files of one name: {both}; remove one")
+    for source, places, others, text in (
+        (images, by_image, by_map, "images have no label map"),
+        (maps, by_map, by_image, "label maps have no image"),
     ):
-        if keys:
-            first = min(_by_stem(source)[key] for key in keys)
+        if lonely := [index for name, index in places.items() if name not in others]:
             raise UserError(
-                f"{len(keys)} of {len(source)} {text}, first {source.location(first)}; "
+                f"{len(lonely)} of {len(source)} {text}, first {source.location(lonely[0])}; "
                 "an image and its map have the same name (in shards, in the same one), the map with .png"
             )
-    return Subset(maps, np.array([by_map[key] for key in by_image]))
-
-
-def _by_stem(source: Source) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for index in range(len(source)):
-        other = found.setdefault(stem(source.name(index)), index)
-        if other != index:
-            both = f"{source.location(other)} and {source.location(index)}"
-            raise UserError(f"two files of one name: {both}; remove one")
-    return found
+    return images, Subset(maps, np.array([by_map[name] for name in by_image]))
 
 
 def crop_and_resize(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -186,12 +177,10 @@ def patch_labels(
     classes: int,
     unlabeled: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The labels of an image, as in Covert et al. (2025), section 4.
+    """The labels of an image from those of its pixels, [H, W] integers, as in Covert et al. (2025), section 4.
 
     Args:
-        labels: [H, W] integers.
         size, patch: of the backbone's input and of its patches, (h, w) pixels; a remainder of the input is ignored.
-        classes: C.
         unlabeled: the class that means "no label": a patch has it only if it has no other.
 
     Returns:

@@ -8,10 +8,10 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from fastalign.backbones.vit import ViT
 from fastalign.evaluation.heads import HEADS_FOR, IMAGE_HEADS, PATCH_HEADS
-from fastalign.evaluation.metrics import PATCH_METRICS
+from fastalign.evaluation.results import PATCH_METRICS
 from fastalign.training.build import backbone_before, named_backbone
 from fastalign.utils.errors import UserError
-from fastalign.utils.paths import path_argument
+from fastalign.utils.files import path_argument
 from fastalign.utils.sections import Section, explain
 
 Distinct = AfterValidator(lambda values: tuple(dict.fromkeys(values)))
@@ -165,9 +165,7 @@ class ImageOptions(Reading):
     cutmix: float = Field(0.0, ge=0)
     """alpha; 0 = off (unfreeze, augment)"""
     crop: Literal["rrc", "rkrc"] = "rrc"
-    """(unfreeze, augment)"""
     color_jitter: float = Field(0.0, ge=0)
-    """(unfreeze, augment)"""
     randaugment: str = ""
     """timm's spelling, as in rand-m9-mstd0.5-inc1 (unfreeze, augment)"""
     seeds: Seeds = (0,)

@@ -16,21 +16,19 @@ from fastalign.backbones.vit import ViT
 from fastalign.config import Config
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.evaluation.features import PatchFeatures, read_patch_features
-from fastalign.evaluation.fit import FeatureLoader, Fit, Track, count, say_progress, untracked
+from fastalign.evaluation.fit import FeatureLoader, Fit, Track, evaluate, say_progress, untracked
 from fastalign.evaluation.heads import HEADS_FOR, make_patch_head
 from fastalign.evaluation.label_maps import LabelledImages
-from fastalign.evaluation.metrics import MultiClassCounts, MultiLabelCounts, patch_loss
 from fastalign.evaluation.options import Plan, Recipe
+from fastalign.evaluation.results import MultiClassCounts, MultiLabelCounts, patch_loss
 from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World, on_first_rank
-from fastalign.training.optim import learning_rate
+from fastalign.training.update import learning_rate
 from fastalign.utils.errors import UserError
 
 _EVALUATION_BATCH = 256
-IMAGES = {"train": 2_000, "val": 1_000}
-"""At most so many of each split, evenly chosen, during training."""
-EPOCHS, REPORTED = 3, ("macro_recall", "map", "loss")
-"""During training."""
+# During training: images of each split at most, evenly chosen; epochs; metrics.
+IMAGES, EPOCHS, REPORTED = {"train": 2_000, "val": 1_000}, 3, ("macro_recall", "map", "loss")
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,7 @@ def fit_head(
 ) -> tuple[nn.Module, int, dict]:
     """Trains a head on the tokens of a backbone and keeps the epoch that is best on `val`, without it the last one.
 
-    Returns:
-        The head, the epoch (from 1), and its metrics on `val`, {} without one.
+    Returns the head, the epoch (from 1), and its metrics on `val`, {} without one.
     """
     recipe, size = plan.recipe, plan.recipe.batch_size
     steps = len(train) // size
@@ -102,15 +99,15 @@ def evaluate_head(
     track: Track = untracked,
 ) -> dict:
     """The metrics of a head on a split, and its mean `loss` over all answers (`majority`: labelled patches)."""
-    if task.labels == "majority":
-        counts = MultiClassCounts(features.classes, device)
-    else:
-        counts = MultiLabelCounts(features.classes, device, by_size=task.labels == "union")
+    counts = (MultiClassCounts if task.labels == "majority" else MultiLabelCounts)(features.classes, device)
     tokens = features.tokens[task.skip_blocks]
     loader = FeatureLoader(tokens, _EVALUATION_BATCH, device, dtype=torch.float32)
     batches = track(loader.batches(), "evaluation of the head", len(loader))
-    count(counts, head, batches, partial(features.labels, kind=task.labels), device, dtype)
-    return counts.results()
+    evaluate(head, batches, partial(features.labels, kind=task.labels), counts, device, dtype)
+    found = counts.results()
+    if task.labels != "union":
+        found.pop("by_size", None)
+    return found
 
 
 def probe(
@@ -163,12 +160,11 @@ def probe(
             if not math.isfinite(val["loss"]):
                 raise UserError(f"--lr: the loss of {about} is {val['loss']}; lower the rate")
         val = {key: value for key, value in val.items() if key not in ("per_class", "by_size")}
-        others = [split for split in splits if split not in ("train", "val")]
-        found = {"val": val} | {
-            split: evaluate_head(head, task, features[split], **where) for split in others
-        }
+        found = {"val": val}
+        for split in splits.keys() - {"train", "val"}:
+            found[split] = evaluate_head(head, task, features[split], **where)
         rows[number] = {"model": name, **asdict(task), "epoch": epoch, **found}
-        say(f"{name}: {about}: macro recall {found[(*found,)[-1]]['macro_recall']:.4f}")
+        say(f"{name}: {about}: macro recall {found[list(splits)[-1]]['macro_recall']:.4f}")
     for part in world.gather(rows):
         rows |= part
     return [rows[number] for number in range(len(tasks))]

@@ -8,7 +8,7 @@ from fastalign.export.targets import TARGETS
 from fastalign.export.write import change_in_words, export
 from fastalign.training.command import run_command
 from fastalign.utils.errors import UserError
-from fastalign.utils.paths import path_argument
+from fastalign.utils.files import path_argument
 
 
 def main(arguments: list[str] | None = None) -> int:

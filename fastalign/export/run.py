@@ -15,8 +15,7 @@ from fastalign.backbones.vit import ViT
 from fastalign.backbones.weight_files import backbone_facts, read_facts, read_json
 from fastalign.backbones.zoo import MOCO, load_backbone
 from fastalign.config import Config, load_config
-from fastalign.method.decoder import MaskEmbedDecoder, decoder_block_spec
-from fastalign.method.student import head_spec
+from fastalign.method.student import MaskEmbedDecoder, decoder_block_spec, head_spec
 from fastalign.training.build import named_backbone
 from fastalign.training.checkpoint_files import DamagedFile, read_state
 from fastalign.utils.errors import UserError

@@ -1,18 +1,18 @@
 """The libraries that a backbone can be exported to, and what fits."""
 
 from dataclasses import MISSING, asdict, fields
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
-from fastalign.utils.errors import UserError, unknown
+from fastalign.utils.errors import UserError, first_line, unknown
 
 
 class Target(NamedTuple):
     """A library's format."""
 
-    package: str  # must be installed
+    package: str
     # In fastalign.export. `files` returns content by name, JSON or tensors, besides what the library itself writes to
     # the folder; `read` loads them with the library's own classes: from images to all tokens, prefix first.
     module: str
@@ -78,13 +78,15 @@ TARGETS = {
 
 
 def check_names(names: list[str], key: str) -> None:
-    """Refuse a name that is no target, or whose library is missing, in a list that a key gives."""
+    """Refuse a name that is no target, or whose library is missing or too old, in a list that a key gives."""
     for name in names:
         if name not in TARGETS:
             raise UserError(f"{key}: {unknown('target', name, TARGETS)}; choose from {', '.join(TARGETS)}")
-        if find_spec(TARGETS[name].package) is None:
-            extra = "'transformers>=5.20' onnx onnxruntime onnxscript"
-            raise UserError(f"{key}: {name} needs {TARGETS[name].package}: pip install {extra}")
+        try:
+            import_module(f"fastalign.export.{TARGETS[name].module}")
+        except ImportError as error:
+            extra = "pip install 'transformers>=5.20' onnx onnxruntime onnxscript"
+            raise UserError(f"{key}: {name} needs its library ({first_line(error)}): {extra}") from error
 
 
 def find_target(name: str, vit: ViT) -> Target:

@@ -87,7 +87,7 @@ def is_exported(folder: Path, to: str) -> bool:
             [json.loads(path.read_text()).get(key) for key in ("step", "val_loss", "changes")]
             for path in (folder / "backbone.json", folder / "exports" / to / FACTS)
         )
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return False
     return kept == made
 

@@ -104,24 +104,18 @@ class Objective(nn.Module):
 
     def attention_cases(self, device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
         """The attention of teacher, student and decoder in a training step that computes in `dtype`."""
-        spec, cases = self.teacher.spec, {}
+        cases, length = {}, self.teacher.spec.prefix + self.teacher.spec.patches
         parts = {"teacher": self.teacher, "student": self.student.encoder}
-        if hasattr(self.student, "decoder"):
-            parts["decoder"] = self.student.decoder
+        parts["decoder"] = getattr(self.student, "decoder", nn.Identity())
         for name, part in parts.items():
-            # The blocks of one transformer are alike; a decoder may have none.
-            attention = next((module for module in part.modules() if isinstance(module, Attention)), None)
-            if attention is not None:
-                cases[name] = Case(
-                    device=device.type,
-                    dtype=dtype,
-                    capped=attention.spec.softcap is not None,
-                    biased=attention.biased,
-                    packed=self.masking == "drop" and name in self.packed_parts,
-                    length=spec.prefix + spec.patches,
-                    width=attention.spec.width // attention.spec.heads,
-                    gradient=any(parameter.requires_grad for parameter in part.parameters()),
-                )
+            packed = self.masking == "drop" and name in self.packed_parts
+            gradient = any(parameter.requires_grad for parameter in part.parameters())
+            for module in part.modules():  # the blocks of one transformer are alike; a decoder may have none
+                if isinstance(module, Attention):
+                    capped, width = module.spec.softcap is not None, module.spec.width // module.spec.heads
+                    cases[name] = Case(
+                        device.type, dtype, capped, module.biased, packed, length, width, gradient
+                    )
         return cases
 
     def set_attention(self, backend: str) -> None:

@@ -11,7 +11,6 @@ import inspect
 import os
 from collections.abc import Callable
 from importlib import import_module
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -43,7 +42,6 @@ _PACKING = {
     "packing.cu_seqlens": "int32 S",
     "packing.counts": "int32 C",
 }
-_F = TypeVar("_F", bound=Callable)
 
 
 def kernels_on(device: str, dtype: torch.dtype) -> bool:
@@ -71,7 +69,7 @@ def _check_shape(name: str, tensor: Tensor, spec: str, sizes: dict[str, int]) ->
     sizes.update(zip(dimensions, tensor.shape, strict=True))
 
 
-def _operation(definition: _F, check: Callable[..., bool] = lambda sizes, **given: True, **specs: str) -> _F:
+def _operation(definition: Callable, check=lambda sizes, **given: True, **specs: str) -> Callable:
     """The operation with the signature and docstring of its definition in `reference`, the eager function.
 
     `check`: (sizes, **arguments) -> whether the kernel can do this case; it raises for what specs do not say.

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from fastalign.training.command import run_command
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import write_atomically
-from fastalign.utils.paths import path_argument
+from fastalign.utils.files import path_argument, write_atomically
 
 IMAGES = 6
 
@@ -19,8 +18,7 @@ def write_report(options: argparse.Namespace) -> None:
         wanted = int(wanted[0])
     output = Path(options.output or folder / "report.html")
     if output.is_dir():
-        example = output / "report.html"
-        raise UserError(f"--output {output}: it is a directory; name a file, such as {example}")
+        raise UserError(f"--output {output}: it is a directory; name a file, as in {output / 'report.html'}")
     # Here: they need matplotlib and timm, which `--help` does not.
     from fastalign.report import charts, features
     from fastalign.report.page import render_page

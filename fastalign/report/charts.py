@@ -52,8 +52,7 @@ CURVES = [
     ("Model FLOPs utilisation (%)", "utilisation", "mfu", 100, "third", "-"),
 ]
 """Chart, curve, key in metrics.jsonl, factor, colour of `THEME`, line style."""
-Curve = tuple[str, list[int], list[float], str, str]
-"""Name, steps, values, colour, line style."""
+Curve = tuple[str, list[int], list[float], str, str]  # name, steps, values, colour, line style
 
 
 def curves(metrics: list[dict], titles: Container[str] | None = None) -> dict[str, list[Curve]]:

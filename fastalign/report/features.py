@@ -93,18 +93,12 @@ class PatchMaps:
     """What is drawn of B pictures, by model; R rows and C columns of patches."""
 
     names: list[str]
-    shown: np.ndarray
-    """[B, h, w, 3] uint8: the part of the input that the patches cover"""
-    colours: dict[str, np.ndarray]
-    """[B, R, C, 3] uint8: principal components"""
-    shares: dict[str, float]
-    """of the variance, by the three components together"""
-    queries: np.ndarray
-    """[B, 2], two patches a picture: the central one, A, and the one least similar to it, B"""
-    cosines: dict[str, np.ndarray]
-    """[B, 2, R, C] float64, with each of the two"""
-    low: float
-    """where the colour scale of all cosines begins"""
+    shown: np.ndarray  # [B, h, w, 3] uint8: the part of the input that the patches cover
+    colours: dict[str, np.ndarray]  # [B, R, C, 3] uint8: principal components
+    shares: dict[str, float]  # of the variance, by the three components together
+    queries: np.ndarray  # [B, 2]: the central patch, A, and the one least similar to it, B
+    cosines: dict[str, np.ndarray]  # [B, 2, R, C] float64, with each of the two
+    low: float  # where the colour scale of all cosines begins
 
 
 def compute_maps(names: list[str], inputs: Tensor, models: dict[str, ViT]) -> PatchMaps:

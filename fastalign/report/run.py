@@ -26,8 +26,7 @@ METRICS = {"macro_recall": "Macro recall", "map": "mAP", "macro_f1": "Macro F1",
 class Setting:
     """What a probe found on the test split with the same labels, head and skipped blocks, by model."""
 
-    scores: dict[str, dict[str, dict]] = field(default_factory=dict)
-    """over seeds: metric -> "mean", "std" """
+    scores: dict[str, dict[str, dict]] = field(default_factory=dict)  # metric -> "mean", "std" over seeds
     seeds: dict[str, list[dict]] = field(default_factory=lambda: defaultdict(list))
 
     def average(self, part: str, key: str) -> dict[str, np.ndarray]:
@@ -84,16 +83,12 @@ class Run:
     folder: Path
     metrics: list[dict]
     config: Config | None = None
-    facts: dict[str, Any] | None = None
-    """backbone.json; None if no backbone has been saved yet"""
-    probe: dict | None = None
-    """probe.json"""
+    facts: dict[str, Any] | None = None  # backbone.json; None if no backbone has been saved yet
+    probe: dict | None = None  # probe.json
     settings: dict[str, Setting] = field(default_factory=dict)
-    top1: dict[str, float] = field(default_factory=dict)
-    """of `fastalign classify`, by model, each with the head `head`"""
-    head: str = ""
-    notes: list[str] = field(default_factory=list)
-    """what is missing, and why"""
+    top1: dict[str, float] = field(default_factory=dict)  # of `fastalign classify`, by model
+    head: str = ""  # of the same
+    notes: list[str] = field(default_factory=list)  # what is missing, and why
 
 
 def read_run(folder: Path, probe: Path | None = None) -> Run:

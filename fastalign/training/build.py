@@ -22,7 +22,7 @@ from fastalign.training.distributed import World
 from fastalign.utils.errors import UserError
 from fastalign.utils.sections import parse_yaml
 
-_TRANSFORM_KEYS = ("crop", "scale", "ratio", "hflip", "color_jitter", "randaugment")
+_AUGMENT = {"crop", "scale", "ratio", "hflip", "color_jitter", "randaugment"}  # keys of `data`
 
 
 def build_backbones(config: Config) -> tuple[ViT, ViT]:
@@ -80,10 +80,7 @@ def named_backbone(
 ) -> tuple[ViT, Path | None]:
     """The backbone that a command line names, and the run's folder if it is a run's.
 
-    Args:
-        place: a timm name, the folder of a run, or its backbone.json.
-        weights, softcap: of a timm name; `weights` as for `make_backbone`.
-        kwargs: timm's arguments in YAML.
+    `place`: a timm name, with `weights` and `softcap`, or the folder of a run; `kwargs`: timm's arguments in YAML.
     """
     from fastalign.backbones.zoo import load_backbone
 
@@ -174,27 +171,31 @@ def teacher_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, Loader | None]:
     """The training and the validation loader; both replace or leave out bad samples."""
-    data, optim = config.data, config.optim
+    data, source, quarantine = config.data, training_source(config, world), config.faults.quarantine
     if backbone.spec.channels != 3:
         raise UserError(f"kwargs.in_chans={backbone.spec.channels}: images have 3 channels; remove it")
-    if data.train is None:
-        raise UserError("data.train is not set: give it an image folder or tar shards, data.train=PATH")
-    source, quarantine = open_source(data.train, damaged=True), config.faults.quarantine
-    parts = optim.accumulate * world.size
-    if optim.batch_size % parts or optim.batch_size > len(source):
-        raise UserError(
-            f"optim.batch_size={optim.batch_size}: data.train has {len(source)} images; set it to at most that, and "
-            f"to a multiple of optim.accumulate x ranks = {parts}"
-        )
-    augment = {key: getattr(data, key) for key in _TRANSFORM_KEYS}
-    mixing = {"accumulate": optim.accumulate, "mixup": data.mixup, "cutmix": data.cutmix}
+    mixing = {"accumulate": config.optim.accumulate, "mixup": data.mixup, "cutmix": data.cutmix}
     bad = BadSamples(read_quarantine(quarantine, source) if quarantine else ())
-    train = _loader(config, world, backbone, source, augment, bad=bad, **mixing)
+    train = _loader(config, world, backbone, source, data.model_dump(include=_AUGMENT), bad=bad, **mixing)
     val = evaluation_loader(config, world, backbone, data.val) if data.val is not None else None
     for key, loader in (("data.train", train), ("data.val", val)):
         if loader is not None and not world.agree(loader.source.crc_of_names()):
             raise UserError(f"{key}: the ranks see different files; give every machine the same data set")
     return train, val
+
+
+def training_source(config: Config, world: World) -> Source:
+    """The images of `data.train`; UserError if batches cannot be made of them."""
+    optim, parts = config.optim, config.optim.accumulate * world.size
+    if config.data.train is None:
+        raise UserError("data.train is not set: give it an image folder or tar shards, data.train=PATH")
+    source = open_source(config.data.train, damaged=True)
+    if optim.batch_size % parts or optim.batch_size > len(source):
+        raise UserError(
+            f"optim.batch_size={optim.batch_size}: data.train has {len(source)} images; set it to at most that, and "
+            f"to a multiple of optim.accumulate x ranks = {parts}"
+        )
+    return source
 
 
 def evaluation_loader(config: Config, world: World, backbone: ViT, path: str) -> Loader:

@@ -1,17 +1,15 @@
-"""Save and resume a run, compare its settings with its checkpoint's, and publish its aligned backbone."""
+"""Save and resume a run, and compare its settings with its checkpoint's."""
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastalign import __version__
-from fastalign.backbones.weight_files import backbone_facts, facts_text, is_written, write_backbone
+from fastalign.backbones.weight_files import backbone_facts, facts_text
 from fastalign.config import Config, kinds, resolve, to_yaml
 from fastalign.training.build import teacher_of
-from fastalign.training.checkpoint_files import snapshot
 from fastalign.training.command import WAITING
 from fastalign.training.distributed import on_first_rank
 from fastalign.training.metrics import plain_number
@@ -76,11 +74,9 @@ def save(run: Run) -> None:
     if not run.world.main:
         return
     best, selects = score is not None, run.val is not None or run.config.probe.best
-    facts = None
-    if (best or not selects) and not run.config.student.freeze:
-        facts = describe_backbone(run)
-    state = snapshot({**checkpoint_state(run), "is_best": best, "backbone": facts})
-    run.checkpoints.save(state, run.state.step, partial(publish_backbone, run.folder))
+    publish = (best or not selects) and not run.config.student.freeze
+    facts = describe_backbone(run) if publish else None
+    run.checkpoints.save({**checkpoint_state(run), "is_best": best, "backbone": facts}, run.state.step)
 
 
 def wait_for_checkpoint(run: Run) -> None:
@@ -132,8 +128,7 @@ def resume(run: Run) -> tuple[list[Change], list[str]]:
         state.best = None  # scores under different settings are not comparable
         notes += [f"resume=force: from step {step} on {change}" for change in changes]
         notes.append("the target scale is measured again; the best checkpoint is chosen anew from here on")
-    publish = partial(publish_backbone, run.folder)
-    on_first_rank(run.world, lambda: run.checkpoints.complete(saved, step, publish))
+    on_first_rank(run.world, lambda: run.checkpoints.complete(saved, step))
     return changes, notes
 
 
@@ -166,15 +161,10 @@ def changed_settings(
     changes, notes = [], []
     for key, kind in kinds().items():
         old, new = get_key(before, key), get_key(after, key)
-        if kind is Kind.FREE:
+        if kind is Kind.FREE or (kind is Kind.GROWS and (new is None or new >= saved["step"])):
             continue
-        if kind is Kind.GROWS:
-            if old != new and new is not None and new < saved["step"]:
-                changes.append(Change(key, old, new))
-        elif key not in places:
-            changes += _differences(key, old, new)
-        elif change := places[key]:
-            changes.append(Change(key, old, new, change))
+        if places.get(key) or (key not in places and old != new):
+            changes.append(Change(key, old, new, places.get(key)))
         elif old != new:
             notes.append(f"{Change(key, old, new)}: the contents are the same")
     if changes and (finished or config.resume != "force"):
@@ -184,15 +174,6 @@ def changed_settings(
         at = f"{config.output} is at step {saved['step']} with other settings"
         raise UserError(f"{at}: {'; '.join(map(str, changes))}; {remedy}")
     return changes, notes
-
-
-def _differences(key: str, old: Any, new: Any) -> Iterator[Change]:
-    """The values that differ; a missing key of a mapping is the same as null."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in [*old, *(name for name in new if name not in old)]:
-            yield from _differences(f"{key}.{name}", old.get(name), new.get(name))
-    elif old != new:
-        yield Change(key, old, new)
 
 
 def describe_backbone(run: Run) -> str:
@@ -211,13 +192,3 @@ def describe_backbone(run: Run) -> str:
     if state.current_probe:
         facts["probe"] = {name: plain_number(value) for name, value in state.current_probe.items()}
     return facts_text(backbone_facts(run.objective.student.encoder, **facts))
-
-
-def publish_backbone(folder: Path, state: dict) -> None:
-    """Write a checkpoint's backbone and its facts. A state without `backbone` was not the best."""
-    text = state.get("backbone")
-    if text is None or is_written(folder, text):
-        return
-    source, prefix = state["average"] or state["student"], "encoder."
-    weights = {name.removeprefix(prefix): value for name, value in source.items() if name.startswith(prefix)}
-    write_backbone(folder, weights, text)

@@ -6,7 +6,6 @@ import shutil
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from fastalign.backbones.weight_files import is_written, write_backbone
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import flush_folder, reason, system_error, temporary_name, write_atomically
@@ -57,6 +57,14 @@ def read_state(path: Path) -> dict:
     raise DamagedFile("a part of it is damaged")
 
 
+def publish_backbone(folder: Path, state: dict) -> None:
+    """Write the aligned backbone of a checkpoint beside the checkpoints, if it is not there."""
+    if not is_written(folder, state["backbone"]):
+        source, prefix = state["average"] or state["student"], "encoder."
+        weights = {k.removeprefix(prefix): value for k, value in source.items() if k.startswith(prefix)}
+        write_backbone(folder, weights, state["backbone"])
+
+
 class Checkpoints:
     """The checkpoints of a run, `step-00000100.pt` and `best.pt`; the newest `keep` are kept."""
 
@@ -80,11 +88,11 @@ class Checkpoints:
         """The file of a step."""
         return self.folder / f"step-{step:08d}.pt"
 
-    def save(self, state: dict, step: int, publish: Callable[[dict], None] | None = None) -> None:
-        """Write a `snapshot` in the background, then `complete` it. UserError: the previous write failed."""
+    def save(self, state: dict, step: int) -> None:
+        """Write a copy of a state in the background, then `complete` it. UserError: the previous write failed."""
         self.wait()
         self._last_save = time.monotonic()
-        self._writing = self._pool.submit(self._write, state, step, publish)
+        self._writing = self._pool.submit(self._write, snapshot(state), step)
 
     def wait(self) -> None:
         """Return when the newest checkpoint is on the disk; UserError, once, if it could not be written."""
@@ -98,25 +106,25 @@ class Checkpoints:
         writing = self._writing
         return writing is not None and writing.done() and writing.exception() is not None
 
-    def _write(self, state: dict, step: int, publish: Callable[[dict], None] | None) -> None:
+    def _write(self, state: dict, step: int) -> None:
         try:
             write_atomically(self.path(step), lambda file: torch.save(state, file))
-            self.complete(state, step, publish)
+            self.complete(state, step)
         except Exception as error:  # whatever it is, the next step must learn of it
             message = f"{self.path(step)} could not be written ({reason(system_error(error) or error)})"
             good = f"; the newest good checkpoint is {self.path(self.steps()[-1])}" if self.steps() else ""
             remedy = "free some space, or make the directory writable, and run the same command again"
             raise UserError(f"{message}{good}: {remedy}") from error
 
-    def complete(self, state: dict, step: int, publish: Callable[[dict], None] | None = None) -> None:
-        """After a checkpoint is written: make it `best.pt` if it `is_best`, call `publish`, remove old checkpoints.
+    def complete(self, state: dict, step: int) -> None:
+        """After a checkpoint is written: `best.pt` if it `is_best`, the `backbone` if it has one, no old checkpoints.
 
         If a kill interrupts this, the next start does it again.
         """
         if state.get("is_best"):
             self._make_best(step)
-        if publish:
-            publish(state)
+        if state.get("backbone"):
+            publish_backbone(self.folder.parent, state)
         for old in self.steps()[: -self.keep]:
             self.path(old).unlink(missing_ok=True)
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -47,13 +47,6 @@ class World:
         if self.size > 1:
             distributed.all_gather_object(values, value)
         return values
-
-    def share(self, value: Any) -> Any:
-        """Rank 0's value (anything that pickles) on every rank."""
-        values = [value]
-        if self.size > 1:
-            distributed.broadcast_object_list(values, src=0)
-        return values[0]
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -135,7 +128,7 @@ def on_first_rank(world: World, work: Callable[[], _Result]) -> _Result:
         result = work() if world.main else None
     except (UserError, OSError) as error:
         failure = describe(error)
-    result, failure = world.share((result, failure))
+    result, failure = world.gather((result, failure))[0]
     if failure is not None:
         raise SharedError(failure)
     return result

@@ -10,7 +10,7 @@ import torch
 
 from fastalign.config import Config, load_config
 from fastalign.data.loader import Batch
-from fastalign.data.sources import open_source
+from fastalign.training.build import training_source
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.metrics import peak_memory
 from fastalign.training.reporter import duration, setup_lines
@@ -34,12 +34,8 @@ def dry_run(config: Config, world: World, update: Callable) -> list[str]:
 
     The training data is counted, not read. Returns lines for the user: the run, its memory, speed and time.
     """
-    if config.data.train is None:
-        raise UserError("data.train is not set: give it an image folder or tar shards, data.train=PATH")
     config = set_micro_batch(config, world, update)
-    images, size = len(open_source(config.data.train, damaged=True)), config.optim.batch_size
-    if images < size:
-        raise UserError(f"data.train has {images} images: set optim.batch_size={size} to at most as many")
+    images, size = len(training_source(config, world)), config.optim.batch_size
     with tempfile.TemporaryDirectory(prefix="fastalign-dry-run-") as folder:
         run = Run(_on_synthetic(config, (1 + UPDATES) * size, output=folder), world)
         run.model.train()

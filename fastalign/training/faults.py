@@ -8,7 +8,7 @@ from fastalign.training.command import StopReason
 from fastalign.training.metrics import drop_later_lines
 from fastalign.training.reporter import Reporter
 from fastalign.training.run import Run
-from fastalign.training.status import StepStatus
+from fastalign.training.update import StepStatus
 from fastalign.utils.errors import SharedError, on_one_line
 from fastalign.utils.files import wrap_io_errors
 

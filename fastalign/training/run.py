@@ -1,22 +1,24 @@
 """A run: its configuration, the objects built from it, and its state."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastalign.backbones.precision import autocast, compute_dtype
 from fastalign.config import Config
+from fastalign.data.bad_samples import BadSample
 from fastalign.training import build
 from fastalign.training.checkpoint_files import Checkpoints
 from fastalign.training.command import HangTimer, Preemption, StopReason
 from fastalign.training.distributed import World, on_first_rank
-from fastalign.training.optim import MovingAverage, learning_rate
-from fastalign.training.status import Status
+from fastalign.training.update import MovingAverage, Status, StepStatus, learning_rate
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import checksum_of, remove_leftovers
 
@@ -125,10 +127,6 @@ class Run:
         """Around passes with the same weights: a disabled outer autocast keeps the casts of those inside it."""
         return torch.autocast(self.world.device.type, enabled=False)
 
-    def grad_sync(self, last: bool) -> AbstractContextManager:
-        """Around one pass of an update: ranks add up their gradients in the last one only."""
-        return nullcontext() if last or self.world.size == 1 else self.model.no_sync()
-
     def set_learning_rate(self) -> float:
         """Set and return the learning rate of the next update."""
         optim = self.config.optim
@@ -143,16 +141,13 @@ class Run:
         """Restart the hang timer: what this rank does next."""
         self.hang_timer.beat(self.state.step, doing)
 
-    @property
-    def stop_reason(self) -> StopReason:
-        """Why this rank wants the run to stop."""
-        return StopReason.SAVE_FAILED if self.checkpoints.failed else self.preemption.reason
-
-    @property
-    def checkpoint_overdue(self) -> bool:
-        """Whether rank 0, whose clock counts, asks for a checkpoint within an epoch."""
-        by_time = self.config.checkpoint.every_steps is None
-        return self.world.main and by_time and self.checkpoints.age > MAX_CHECKPOINT_AGE
+    def own_status(self, ids: np.ndarray, bad: Sequence[BadSample]) -> StepStatus:
+        """What this rank tells the others of the next update, with its samples and the bad ones among them."""
+        stop = StopReason.SAVE_FAILED if self.checkpoints.failed else self.preemption.reason
+        old = self.config.checkpoint.every_steps is None and self.checkpoints.age > MAX_CHECKPOINT_AGE
+        return StepStatus(
+            self.state.step + 1, ids, tuple(bad), stop, old and self.world.main
+        )  # rank 0's clock
 
     @property
     def should_probe(self) -> bool:

@@ -1,12 +1,11 @@
 """Passes over the validation set: its loss, and the scale of the targets."""
 
 import itertools
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 import torch
 from torch import Tensor
 
-from fastalign.data.loader import Loader
 from fastalign.training.build import evaluation_loader
 from fastalign.training.command import WAITING
 from fastalign.training.faults import report_bad_validation_samples
@@ -63,23 +62,21 @@ def measure_target_scale(run: Run, reporter: Reporter) -> None:
 
     It is measured on the validation set, or on unaugmented training images.
     """
-    given, scale = run.config.loss.target_scale, run.objective.target_scale
-    if not isinstance(given, str) or run.config.loss.name != "mse":
+    config, given, scale = run.config, run.config.loss.target_scale, run.objective.target_scale
+    if not isinstance(given, str) or config.loss.name != "mse":
         scale.fill_(1.0 if isinstance(given, str) else given)
-    elif run.val is not None:
-        _measure(run, reporter, run.val, "val", given, len(run.val))
     else:
-        with closing(evaluation_loader(run.config, run.world, run.backbone, run.config.data.train)) as loader:
-            _measure(run, reporter, loader, "train", given, 50)
+        split, most = ("train", 50) if run.val is None else ("val", len(run.val))
+        opened = nullcontext(run.val)
+        if run.val is None:
+            opened = closing(evaluation_loader(config, run.world, run.backbone, config.data.train))
+        moments = torch.zeros(3, dtype=torch.float64, device=run.world.device)
+        with opened as loader:
+            limit = min(int(given.partition(":")[2] or most), len(loader))
+            batches = itertools.islice(loader.batches(), limit)
+            for batch in reporter.track(batches, "measuring the scale of the targets", limit):
+                run.beat("measuring the target scale")
+                with run.autocast():
+                    moments += run.objective.target_moments(batch.images, batch.ids, EVAL_EPOCH)
+        run.objective.set_target_scale(_sum(run, moments, split, count=0))
     reporter.say(f"target scale {scale.item():.4g}: the targets are multiplied by it (loss.target_scale)")
-
-
-def _measure(run: Run, reporter: Reporter, loader: Loader, split: str, given: str, limit: int) -> None:
-    limit = min(int(given.partition(":")[2] or limit), len(loader))
-    moments = torch.zeros(3, dtype=torch.float64, device=run.world.device)
-    batches = itertools.islice(loader.batches(), limit)
-    for batch in reporter.track(batches, "measuring the scale of the targets", limit):
-        run.beat("measuring the target scale")
-        with run.autocast():
-            moments += run.objective.target_moments(batch.images, batch.ids, EVAL_EPOCH)
-    run.objective.set_target_scale(_sum(run, moments, split, count=0))

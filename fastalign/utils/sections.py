@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from fastalign.utils.errors import UserError, unknown
-from fastalign.utils.paths import user_path
+from fastalign.utils.files import user_path
 
 _Tree = TypeVar("_Tree", bound="Section")
 _BRANCH = re.compile(r"float|bool|constrained-\w+|literal\[.*")

@@ -123,9 +123,9 @@ def table(tmp_path, monkeypatch):
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"sm_80": {"environment": {}, "rows": []}}))
     monkeypatch.setattr(selection, "TABLE", path)
-    selection._choose.cache_clear(), selection._table.cache_clear()
+    selection._choose.cache_clear()
     yield path
-    selection._choose.cache_clear(), selection._table.cache_clear()
+    selection._choose.cache_clear()
 
 
 def measured(implementation, mode, ms, length=577, **more):

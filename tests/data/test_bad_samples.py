@@ -7,18 +7,7 @@ import pytest
 import torch
 
 from fastalign.data import pipeline
-from fastalign.data.pipeline import (
-    BadSample,
-    BadSamples,
-    DecodeError,
-    Decoder,
-    SampleReader,
-    append_to_list,
-    read_list,
-    read_quarantine,
-    to_line,
-    too_many,
-)
+from fastalign.data.pipeline import BadSample, BadSamples, DecodeError, Decoder, SampleReader, read_list
 from fastalign.data.sources import open_source
 from fastalign.utils.errors import UserError
 from fastalign.utils.random import permutation
@@ -151,31 +140,18 @@ def test_a_disk_that_fails_for_a_moment_is_read_again(tmp_path, monkeypatch):
         assert SampleReader(source, BadSamples(), replace=True).read(0).id == expected
 
 
-@needs_dali
-def test_odd_names_survive_the_list(tmp_path):
-    names = [b"new\nline.jpg", b"not utf-8 \xff\xfe.jpg", "\N{GRINNING FACE}.jpg".encode(), b'"\\.jpg']
-    files = {"good.jpg": small_photos(1)[0], **{os.fsdecode(name): TEXT for name in names}}
-    source = open_source(str(write_folder(tmp_path / "a", files)))
-    (batch,) = batches_of(source, EVAL, batch_size=5, bad=BadSamples())
-    assert {os.fsencode(sample.name) for sample in batch.bad} == set(names)
-    append_to_list(path := tmp_path / "bad_samples.jsonl", batch.bad)
-    assert len(path.read_bytes().splitlines()) == 4
-    assert set(read_list(path)) == set(batch.bad)
-    assert read_quarantine(path, source) == {sample.id for sample in batch.bad}
-
-
 def test_lists_on_disk(tmp_path):
     path = tmp_path / "bad_samples.jsonl"
     a, b, c = BadSample(1, "1.jpg", "GIF"), BadSample(None, "a.tar", "damaged"), BadSample(3, "3.jpg", "cut")
     for samples in ([a], [], [b]):
-        append_to_list(path, samples)
-    for torn in range(1, len(to_line(c)) - 1):
-        path.write_bytes(to_line(a) + to_line(b) + to_line(c)[:torn])
+        pipeline.append_to_list(path, samples)
+    for torn in range(1, len(pipeline.to_line(c)) - 1):
+        path.write_bytes(pipeline.to_line(a) + pipeline.to_line(b) + pipeline.to_line(c)[:torn])
         assert read_list(path) == [a, b]
-        append_to_list(path, [c])
+        pipeline.append_to_list(path, [c])
         assert read_list(path) == [a, b, c]
     for wrong in (b"text\n", b"[1]\n", b'{"id": 1, "name": [2]}\n', b'{"id": 1}\n'):
-        path.write_bytes(to_line(a) + wrong + to_line(c))
+        path.write_bytes(pipeline.to_line(a) + wrong + pipeline.to_line(c))
         with pytest.raises(UserError, match=r"line 2 is not .*; remove that line$"):
             read_list(path)
     with pytest.raises(UserError, match=r"cannot read .*nowhere"):
@@ -183,20 +159,23 @@ def test_lists_on_disk(tmp_path):
 
 
 def test_a_list_is_matched_by_name(tmp_path):
-    root = write_folder(tmp_path / "a", {f"{i}.jpg": p for i, p in enumerate(small_photos(5))})
-    append_to_list(path := tmp_path / "q.jsonl", [BadSample(i, f"{i}.jpg", "") for i in (1, 4, None)])
-    assert read_quarantine(path, open_source(str(root))) == {1, 4}
-    (root / "0.jpg").unlink()  # every id shifts
-    (root / "4.jpg").unlink()
+    odd = [b"new\nline.jpg", b"not utf-8 \xff\xfe.jpg", "\N{GRINNING FACE}.jpg".encode(), b'"\\.jpg']
+    files = dict.fromkeys(["!.jpg", "1.jpg", *map(os.fsdecode, odd)], small_photos(1)[0])
+    root = write_folder(tmp_path / "a", files)
+    source, path = open_source(str(root)), tmp_path / "q.jsonl"
+    bad = [BadSample(i, source.name(i), "GIF") for i in range(1, 6)]
+    pipeline.append_to_list(path, [*bad, BadSample(None, "a.tar", "damaged")])
+    assert read_list(path)[:-1] == bad
+    assert pipeline.read_quarantine(path, source) == set(range(1, 6))
+    (root / "!.jpg").unlink()  # every id shifts
     age(root)
-    source = open_source(str(root))
-    assert read_quarantine(path, source) == {0}
-    path.write_bytes(to_line(BadSample(0, "else.jpg", "")))
+    assert pipeline.read_quarantine(path, open_source(str(root))) == set(range(5))
+    path.write_bytes(pipeline.to_line(BadSample(0, "else.jpg", "")))
     with pytest.raises(UserError, match=r"faults\.quarantine=.*q\.jsonl: none of its 1 names.*'else\.jpg'"):
-        read_quarantine(path, source)
+        pipeline.read_quarantine(path, source)
 
 
 def test_how_many_are_too_many():
-    assert all(too_many(*case) for case in ((1, 100, 0.0), (11, 100, 0.01), (12, 1100, 0.01)))
+    stops = ((1, 100, 0.0), (11, 100, 0.01), (12, 1100, 0.01))
     fine = ((0, 100, 0.0), (10, 100, 0.01), (11, 1100, 0.01), (11, 11, 1.0), (500, 50_000, 0.01))
-    assert not any(too_many(*case) for case in fine)
+    assert [pipeline.too_many(*case) for case in stops + fine] == [True] * 3 + [False] * 5

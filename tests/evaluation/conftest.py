@@ -7,16 +7,14 @@ import pytest
 from PIL import Image
 
 import fastalign as fa
-from fastalign.backbones.vit import ViT
 from fastalign.evaluation import datasets, label_maps
 from tests.data_helpers import encode, write_tar
 from tests.evaluation.helpers import (
     CLASSES,
-    COCO_TRAIN,
-    COCO_VAL,
     COUNTS,
     KWARGS,
     NAME,
+    PUBLISHED,
     SIZE,
     coloured,
     grey,
@@ -44,7 +42,7 @@ def coco(tmp_path, monkeypatch):
     label_maps.read_panoptic.cache_clear()
     root = tmp_path / "coco"
     categories = [{"id": 200, "name": "rug", "isthing": 0}, {"id": 1, "name": "person", "isthing": 1}]
-    for split, numbers in (("train", COCO_TRAIN), ("val", COCO_VAL)):
+    for split, numbers in zip(("train", "val"), PUBLISHED["coco"], strict=True):
         annotations = []
         for number in numbers:
             put(root / f"images/{split}2017/{number}.jpg", picture(int(number)))
@@ -64,13 +62,12 @@ def coco(tmp_path, monkeypatch):
 @pytest.fixture
 def ade(tmp_path, monkeypatch):
     monkeypatch.setitem(datasets.HELD_OUT, "ade20k", 2)
-    root = tmp_path / "ade"
-    for part, number in (("train", 1), ("train", 2), ("train", 3), ("val", 1), ("val", 2)):
-        folder, name = {"train": "training", "val": "validation"}[part], f"ADE_{part}_{number:08d}"
-        place = root / "ADEChallengeData2016"
-        put(place / "images" / folder / f"{name}.jpg", picture(number))
-        put(place / "annotations" / folder / f"{name}.png", grey(0, 1, 150))
-    return root
+    place = tmp_path / "ade" / "ADEChallengeData2016"
+    for folder, numbers in zip(("training", "validation"), PUBLISHED["ade20k"], strict=True):
+        for name in numbers:
+            put(place / "images" / folder / f"{name}.jpg", picture())
+            put(place / "annotations" / folder / f"{name}.png", grey(0, 1, 150))
+    return place.parent
 
 
 @pytest.fixture
@@ -96,19 +93,6 @@ def scenes(tmp_path_factory):
                 put(root / split / kind / f"{split}{number:02d}.png", image)
     (root / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     return root
-
-
-@pytest.fixture
-def passes(monkeypatch):
-    """How many images each pass through a backbone had."""
-    counted, original = [], ViT.forward_layers
-
-    def forward(self, images, skip_blocks):
-        counted.append(len(images))
-        return original(self, images, skip_blocks)
-
-    monkeypatch.setattr(ViT, "forward_layers", forward)
-    return counted
 
 
 @pytest.fixture

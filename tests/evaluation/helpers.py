@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import timm
 import torch
 from PIL import Image
@@ -24,8 +25,10 @@ CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 # --- label maps
 
 SIZE = (6, 4)  # width, height
-COCO_TRAIN = [f"{number:012d}" for number in (9, 25, 30, 34, 36, 42, 49)]
-COCO_VAL = ["000000000139", "000000000285"]
+PUBLISHED = {  # names without suffix of the two labelled splits
+    "coco": [[f"{n:012d}" for n in part] for part in ((9, 25, 30, 34, 36, 42, 49), (139, 285))],
+    "ade20k": [[f"ADE_{part}_{n:08d}" for n in range(1, end)] for part, end in (("train", 4), ("val", 3))],
+}
 
 
 def picture(number=0, size=SIZE):
@@ -56,15 +59,12 @@ def names(images):
     return [source.name(index) for index in range(len(source))]
 
 
-def data_error(data, split="train", index=None):
-    """The line with which a split, or one of its label maps, is refused."""
-    try:
-        images = open_labelled(str(data), split)
-        assert index is not None, "the split must be refused"
-        images.label_map(index)
-    except UserError as error:
-        return str(error)
-    raise AssertionError("the label map must be refused")
+def refused(data, *words, split="train", index=0):
+    """A split, or one of its label maps, is refused with a message that contains the words."""
+    with pytest.raises((UserError, FileNotFoundError)) as error:
+        open_labelled(str(data), split).label_map(index)
+    for word in words:
+        assert str(word) in str(error.value)
 
 
 # --- scenes for the probe

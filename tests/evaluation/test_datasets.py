@@ -1,4 +1,4 @@
-"""Images with label maps: one's own folder or shards, and COCO and ADE20K as they are published, in miniature."""
+"""Labelled data in miniature: label maps (one's own, COCO, ADE20K), and classes of images."""
 
 import hashlib
 import json
@@ -8,11 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fastalign as fa
+from fastalign.data.sources import open_source
 from fastalign.evaluation import datasets
-from fastalign.evaluation.datasets import open_labelled
+from fastalign.evaluation.datasets import open_image_splits, open_labelled
 from fastalign.evaluation.label_maps import VOID
 from tests.data_helpers import encode, write_tar
-from tests.evaluation.helpers import COCO_TRAIN, COCO_VAL, data_error, expected, grey, names, picture, put
+from tests.evaluation.helpers import (
+    PUBLISHED,
+    SINGLE,
+    coloured,
+    expected,
+    grey,
+    names,
+    picture,
+    put,
+    refused,
+    write_split,
+)
 
 # --- one's own
 
@@ -64,10 +77,7 @@ def test_the_fingerprint_is_of_the_contents_not_of_the_location(own, tmp_path):
         lambda: put(own / "train/labels/a.png", grey(2)),
         lambda: put(own / "train/images/a.jpg", picture(99)),
         lambda: (own / "classes.txt").write_text("unlabeled\ncat\nmouse\n"),
-        lambda: [
-            shutil.move(own / f"train/{old}", own / f"train/{old.replace('a.', 'x.')}")
-            for old in ("images/a.jpg", "labels/a.png")
-        ],
+        lambda: [path.rename(path.with_stem("x")) for path in (own / "train").glob("*/a.*")],
     ):
         change()
         seen.add(open_labelled(str(own), "train").fingerprint())
@@ -107,9 +117,7 @@ def test_bad_classes_txt_is_refused(own, text, words):
     path.unlink()
     if text is not None:
         path.write_bytes(text)
-    message = data_error(own)
-    assert words in message
-    assert str(path) in message
+    refused(own, words, path)
 
 
 def test_bad_maps_are_refused_with_their_file(own):
@@ -124,122 +132,89 @@ def test_bad_maps_are_refused_with_their_file(own):
         "mode 1, 1 bits": encode(grey(1).convert("1"), "PNG").tobytes(),  # PIL would scale its values
     }.items():
         path.write_bytes(data)
-        message = data_error(own, index=0)
-        assert words in message
-        assert str(path) in message
+        refused(own, words, path)
     path.write_bytes(valid)
     (own / "train/images/a.jpg").write_bytes(b"no image")
-    assert "a.jpg" in data_error(own, index=0)
+    refused(own, "a.jpg")
 
 
-def test_images_and_maps_must_pair(own):
+def test_images_and_maps_must_pair(own, tars):
     labels = own / "train/labels"
     shutil.move(labels / "deep/er/b.png", labels / "deep/b.png")
-    message = data_error(own)
-    assert "1 of 2 images" in message
-    assert str(own / "train/images/deep/er/b.jpg") in message
+    refused(own, "1 of 2 images", own / "train/images/deep/er/b.jpg")
     put(labels / "deep/er/b.png", grey(0))
-    message = data_error(own)
-    assert "1 of 3 label maps" in message
-    assert str(labels / "deep/b.png") in message
+    refused(own, "1 of 3 label maps", labels / "deep/b.png")
     put(own / "train/images/a.png", picture())
-    assert "two files of one name" in data_error(own)
-
-
-def test_missing_parts_are_named(own, tmp_path):
-    for data, words in (
-        (tmp_path / "nothing", "no such folder"),
-        ("", "no such folder: ''"),
-        ("coco-panoptik:/data", "nearest is coco-panoptic"),
-    ):
-        assert words in data_error(data)
-    assert "there are train, val and test" in data_error(own, "valid")
-    shutil.rmtree(own / "train/labels")
-    assert str(own / "train/labels") in data_error(own)
-    shutil.rmtree(own / "test")
-    assert "has neither test/ nor test-*.tar: give one" in data_error(own, "test")
-
-
-def test_bad_tar_shards_are_refused(tars):
+    refused(own, "two files of one name")
     write_tar(tars / "train-001.tar", [("x.jpg", encode(picture())), ("y.png", encode(grey(0), "PNG"))])
-    message = data_error(tars)
-    assert "1 of 3 images" in message
-    assert "train-001.tar:x.jpg" in message
+    refused(tars, "1 of 3 images", "train-001.tar:x.jpg")
     write_tar(tars / "val-000.tar", [("x.jpg", encode(picture()))])
-    assert "no label maps" in data_error(tars, "val")
+    refused(tars, "1 of 1 images have no label map", split="val")
     write_tar(tars / "test-000.tar", [("x.png", encode(grey(7), "PNG")), ("x.jpg", encode(picture()))])
-    assert "test-000.tar:x.png has the id 7" in data_error(tars, "test", index=0)
+    refused(tars, "test-000.tar:x.png has the id 7", split="test")
+
+
+def test_missing_parts_are_named(own, tars, tmp_path):
+    refused(tmp_path / "nothing", "no such folder")
+    refused("", "no such folder: ''")
+    refused("coco-panoptik:/data", "nearest is coco-panoptic")
+    refused(own, "the nearest is val", split="valid")
+    shutil.rmtree(own / "train/labels")
+    refused(own, own / "train/labels")
+    shutil.rmtree(own / "test")
+    refused(own, "has neither test/ nor test-*.tar: give one", split="test")
     (tars / "test").mkdir()
-    assert "both" in data_error(tars, "test")
+    refused(tars, "has both test/ and test-*.tar", split="test")
 
 
 # --- COCO and ADE20K
 
 
-def check_split(data, training):
+@pytest.mark.parametrize(
+    ("kind", "pixels", "count", "classes"),
+    [
+        # The annotations say: 255 unlabeled, 0 person; 91 is the first stuff class, 181 the last.
+        ("coco", expected(0, 1, 91, 92, 182, rest=1), 183, {1: "person", 92: "banner", 182: "wood"}),
+        ("coco-things", expected(0, 1, 91, 0, 0, rest=1), 92, {90: "toothbrush", 91: "hair brush"}),
+        ("coco-panoptic", expected(2, 1, 1), 3, {1: "person", 2: "rug"}),  # by category id
+        ("ade20k", expected(0, 1, 150), 151, {1: "wall", 3: "sky", 150: "flag"}),
+    ],
+)
+def test_published_data(coco, ade, kind, pixels, count, classes):
     """`val` has the two files whose names have the lowest SHA-256, as `printf NAME | sha256sum` prints them."""
+    data = f"{kind}:{ade if kind == 'ade20k' else coco}"
+    test, val, train = (open_labelled(data, split) for split in ("test", "val", "train"))
+    assert np.array_equal(test.label_map(0), pixels)
+    assert (len(test.classes), test.unlabeled, test.classes[0]) == (count, 0, "unlabeled")
+    assert {index: test.classes[index] for index in classes} == classes
+    training, validation = ([f"{name}.jpg" for name in part] for part in PUBLISHED[kind.partition("-")[0]])
+    assert names(test) == validation
     ordered = sorted(training, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    assert set(names(open_labelled(data, "val"))) == set(ordered[:2])
-    train = open_labelled(data, "train")
-    assert set(names(train)) == set(ordered[2:])
+    assert (set(names(val)), set(names(train))) == (set(ordered[:2]), set(ordered[2:]))
     assert [name[:-4] for name in names(train.maps)] == [name[:-4] for name in names(train)]
 
 
-def spot(images, *ids):
-    return len(images.classes), images.unlabeled, [images.classes[i] for i in ids]
-
-
-def test_coco_stuff(coco):
-    test = open_labelled(f"coco:{coco}", "test")
-    assert names(test) == [f"{number}.jpg" for number in COCO_VAL]
-    # The annotations say: 255 unlabeled, 0 person; 91 is the first stuff class, 181 the last.
-    assert np.array_equal(test.label_map(0), expected(0, 1, 91, 92, 182, rest=1))
-    wanted = ["unlabeled", "person", "toothbrush", "banner", "sky-other", "wood"]
-    assert spot(test, 0, 1, 90, 92, 157, 182) == (183, 0, wanted)
-    things = open_labelled(f"coco-things:{coco}", "test")
-    assert np.array_equal(things.label_map(0), expected(0, 1, 91, 0, 0, rest=1))
-    assert spot(things, 91) == (92, 0, ["hair brush"])
-    check_split(f"coco:{coco}", [f"{number}.jpg" for number in COCO_TRAIN])
-
-
-def test_coco_panoptic(coco):
-    test = open_labelled(f"coco-panoptic:{coco}", "test")
-    assert spot(test, 0, 1, 2) == (3, 0, ["unlabeled", "person", "rug"])  # by category id
-    assert np.array_equal(test.label_map(1), expected(2, 1, 1))
-    check_split(f"coco-panoptic:{coco}", [f"{number}.jpg" for number in COCO_TRAIN])
-
-
-def test_ade20k(ade):
-    test = open_labelled(f"ade20k:{ade}", "test")
-    assert names(test) == ["ADE_val_00000001.jpg", "ADE_val_00000002.jpg"]
-    assert np.array_equal(test.label_map(1), expected(0, 1, 150))
-    assert spot(test, 0, 1, 3, 150) == (151, 0, ["unlabeled", "wall", "sky", "flag"])
-    check_split(f"ade20k:{ade}", [f"ADE_train_{n:08d}.jpg" for n in (1, 2, 3)])
-    put(ade / "ADEChallengeData2016/annotations/validation/ADE_val_00000002.png", grey(151))
-    assert "the id 151" in data_error(f"ade20k:{ade}", "test", index=1)
-
-
-def test_bad_coco_is_refused(coco, monkeypatch):
+def test_bad_published_data_is_refused(coco, ade, monkeypatch):
     put(coco / "annotations/val2017/000000000139.png", grey(3, 182))
-    assert "000000000139.png has the id 182" in data_error(f"coco:{coco}", "test", index=0)
+    refused(f"coco:{coco}", "000000000139.png has the id 182", split="test")
     (coco / "annotations/val2017/000000000285.png").unlink()
-    assert "000000000285.jpg" in data_error(f"coco:{coco}", "test")
+    refused(f"coco:{coco}", "000000000285.jpg", split="test")
     monkeypatch.setitem(datasets.HELD_OUT, "coco", 7)
-    assert "7 images" in data_error(f"coco:{coco}", "train")
+    refused(f"coco:{coco}", "7 images")
     shutil.rmtree(coco / "annotations/train2017")
-    message = data_error(f"coco:{coco}", "train")
-    assert f"examples/download.sh coco {coco}`" in message
-    assert str(coco / "annotations/train2017") in message
+    refused(f"coco:{coco}", f"no such folder: {coco / 'annotations/train2017'}")
+    put(ade / "ADEChallengeData2016/annotations/validation/ADE_val_00000002.png", grey(151))
+    refused(f"ade20k:{ade}", "the id 151", split="test", index=1)
 
 
 @pytest.mark.parametrize(
     ("words", "change"),
     [
-        ("no 'categories'", lambda c: c.pop("categories")),
-        ("no 77", lambda c: c["annotations"][1]["segments_info"][0].update(category_id=77)),
-        ("lacks 1 maps", lambda c: c["annotations"].pop()),
+        ("KeyError('categories')", lambda c: c.pop("categories")),
+        ("KeyError(77)", lambda c: c["annotations"][1]["segments_info"][0].update(category_id=77)),
+        ("lacks the label map", lambda c: c["annotations"].pop(0)),
         ("segment 197121", lambda c: c["annotations"][0]["segments_info"].pop()),
-        ("download.sh coco-panoptic", None),
+        ("No such file", None),
     ],
 )
 def test_a_bad_panoptic_json_is_refused(coco, words, change):
@@ -250,6 +225,65 @@ def test_a_bad_panoptic_json_is_refused(coco, words, change):
         path.write_text(json.dumps(content))
     else:
         path.unlink()
-    message = data_error(f"coco-panoptic:{coco}", "test", index=0)
-    assert words in message
-    assert str(path) in message
+    refused(f"coco-panoptic:{coco}", words, path, split="test")
+
+
+# --- classes
+
+
+def labels_of(root: Path):
+    said = []
+    splits, classes = open_image_splits(root, SINGLE, said.append)
+    return {name: split.labels.tolist() for name, split in splits.items()}, classes, said
+
+
+def test_classes_are_matched_by_name(tmp_path):
+    """Validation lacks the middle one: its images must not slide into the gap."""
+    write_split(tmp_path, "train", {"a/0.png": 0, "b/0.png": 0, "c/x/0.png": 0})
+    write_split(tmp_path, "val", {"c/0.png": 0, "a/0.png": 0})
+    labels, classes, said = labels_of(tmp_path)
+    assert (labels, classes) == ({"train": [0, 1, 2], "val": [0, 2]}, ["a", "b", "c"])
+    assert said == ["val/ has no image of 1 classes, such as b: mean per class is over the others"]
+
+
+def test_labels_in_a_table(tmp_path):
+    """Integers sort by value; images next to images/ are ignored."""
+    for split in ("train", "val"):
+        write_split(tmp_path / split, "images", {"0.png": 10, "1.png": 9, "2.png": 100}, table=True)
+        write_split(tmp_path / split, "masks", {"0.png": 0})
+    labels, classes, said = labels_of(tmp_path)
+    assert (labels["val"], classes, said) == ([1, 0, 2], ["9", "10", "100"], [])
+
+
+def test_labels_in_shards(tmp_path):
+    pixels = encode(coloured(0, np.random.default_rng(0)), "PNG")
+    for path in (tmp_path / split / f"{shard}.tar" for split in ("train", "val") for shard in (0, 1)):
+        # A dot in a folder's name ends no key.
+        names = ("dir.x/0.cls", "dir.x/0.crop.png", "dir.x/1.cls", "dir.x/1.crop.png")
+        write_tar(path, list(zip(names, (b"2\n", pixels, b"1\n", pixels), strict=True)))
+    labels, classes, _ = labels_of(tmp_path)
+    assert (labels["train"], classes) == ([1, 0, 1, 0], ["1", "2"])
+    write_tar(tmp_path / "val" / "1.tar", [("a.png", pixels)])
+    with pytest.raises(fa.UserError, match=r"1 of 3 images have no label, the first is .*1.tar:a.png"):
+        labels_of(tmp_path)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_labels_of_names_with_dots(tmp_path, joined):
+    """Each image has the `.cls` of its own name before that of its key, also behind a tar's end mark."""
+    classes = {"2020.01.05": b"cat", "2020.01.06": b"dog", "2021": b"cow", "2022.07": b"pig"}
+    images = ("2020.01.05", "2020.01.06", "2021.left", "2021.right", "2022.08")
+    files = [(f"{name}.jpg", b"i") for name in images]
+    files += [(f"{name}.cls", label) for name, label in classes.items()]
+    path, content = tmp_path / "t.tar", b""
+    for group in [[file] for file in files] if joined else [files]:
+        content += write_tar(path, group).read_bytes()
+    path.write_bytes(content)
+    assert open_source(str(path)).class_names() == ["cat", "dog", "cow", "cow", None]
+
+
+def test_labels_that_contradict_one_another_are_refused(tmp_path):
+    members = [("a.jpg", b"i"), ("a.cls", b"cat"), ("b.cls", b"cat"), ("b.cls", b"cat"), ("a.cls", b"dog")]
+    path = write_tar(tmp_path / "t.tar", members)
+    with pytest.raises(fa.UserError, match=r"t.tar:a.cls has two labels, 'cat' and 'dog'"):
+        open_source(str(path)).class_names()

@@ -15,39 +15,30 @@ from tests.run_helpers import ROOT
 SCRIPT = ROOT / "examples/download.sh"
 
 
-def pack(path, folder, *names):
-    """A zip file of the named files and folders below a folder."""
+def pack(path, folder, *patterns):
+    """A zip file of the files below a folder that match."""
     path.parent.mkdir(exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:
-        for name in names:
-            found = [folder / name] if (folder / name).is_file() else sorted((folder / name).rglob("*"))
-            for file in found:
-                archive.write(file, file.relative_to(folder))
+        for file in (file for pattern in patterns for file in folder.glob(pattern)):
+            archive.write(file, file.relative_to(folder))
 
 
 @pytest.fixture
 def published(coco, ade, tmp_path):
-    """The archives as they are published, from the small data sets of the other tests."""
+    """The archives as they are published, of small data sets, and the script with their digests."""
     site, both = tmp_path / "site", ("train2017", "val2017")
     for split in both:
-        pack(site / f"{split}.zip", coco / "images", split)
-        pack(coco / f"annotations/panoptic_{split}.zip", coco / "annotations", f"panoptic_{split}")
-    pack(site / "stuffthingmaps_trainval2017.zip", coco / "annotations", *both)
-    panoptic = [f"annotations/panoptic_{split}.{kind}" for split in both for kind in ("zip", "json")]
-    pack(site / "panoptic_annotations_trainval2017.zip", coco, *panoptic)
-    pack(site / "ADEChallengeData2016.zip", ade, "ADEChallengeData2016")
-    return site
-
-
-def script_for(site):
-    """The script with these archives' digests in place of the published ones."""
-    text = SCRIPT.read_text()
+        pack(site / f"{split}.zip", coco / "images", f"{split}/*")
+        pack(coco / f"annotations/panoptic_{split}.zip", coco / "annotations", f"panoptic_{split}/*")
+    pack(site / "stuffthingmaps_trainval2017.zip", coco / "annotations", *(f"{split}/*" for split in both))
+    pack(site / "panoptic_annotations_trainval2017.zip", coco, "annotations/*.zip", "annotations/*.json")
+    pack(site / "ADEChallengeData2016.zip", ade, "**/*.*")
+    text, script = SCRIPT.read_text(), tmp_path / "download.sh"
     for name, digest in re.findall(r"/([\w.]+\.zip) \\\n +([0-9a-f]{40,})", text):
         algorithm = hashlib.sha1 if len(digest) == 40 else hashlib.sha256
         text = text.replace(digest, algorithm((site / name).read_bytes()).hexdigest())
-    path = site.parent / "download.sh"
-    path.write_text(text)
-    return path
+    script.write_text(text)
+    return site, script
 
 
 def run(script, site, *arguments):
@@ -58,24 +49,24 @@ def run(script, site, *arguments):
 
 @pytest.mark.parametrize(("data", "train"), [("coco", 5), ("coco-panoptic", 5), ("ade20k", 1)])
 def test_what_it_fetches_is_what_the_probe_reads(data, train, published, tmp_path):
-    script, root = script_for(published), tmp_path / "root folder"
-    result = run(script, published, data, root)
+    (site, script), root = published, tmp_path / "root folder"
+    result = run(script, site, data, root)
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith(f"ready: {data}:{root}\n")
     for split, count in (("train", train), ("test", 2)):
         images = open_labelled(f"{data}:{root}", split)
         assert len(images) == count
         images.label_map(0)
-    shutil.rmtree(published)  # nothing is fetched twice
-    assert run(script, published, data, root).returncode == 0
+    shutil.rmtree(site)  # nothing is fetched twice
+    assert run(script, site, data, root).returncode == 0
 
 
 def test_another_file_is_deleted_and_an_interrupted_one_continued(published, tmp_path):
-    result = run(SCRIPT, published, "coco", tmp_path / "root")
+    (site, script), root = published, tmp_path / "root"
+    result = run(SCRIPT, site, "coco", root)
     assert result.returncode == 1
     assert "train2017.zip was not the published file and is deleted" in result.stderr
-    assert not list((tmp_path / "root/archives").iterdir())
-    part = tmp_path / "root/archives/train2017.zip.part"
-    part.write_bytes((published / "train2017.zip").read_bytes()[:100])
-    assert run(script_for(published), published, "coco", tmp_path / "root").returncode == 0
-    assert run(SCRIPT, published, "imagenet", tmp_path).returncode == 2
+    assert not list((root / "archives").iterdir())
+    (root / "archives/train2017.zip.part").write_bytes((site / "train2017.zip").read_bytes()[:100])
+    assert run(script, site, "coco", root).returncode == 0
+    assert run(SCRIPT, site, "imagenet", tmp_path).returncode == 2

@@ -1,10 +1,7 @@
 """The probe during training: its score, what it must not change, what it selects, and resuming."""
 
-import json
 import shutil
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +15,8 @@ from fastalign.evaluation.datasets import open_labelled
 from fastalign.evaluation.features import read_patch_features
 from fastalign.evaluation.options import Plan, Recipe
 from fastalign.evaluation.patches import Task, evaluate_head, fit_head
-from fastalign.training import metrics
-from fastalign.training.reporter import Reporter
-from tests.evaluation.helpers import CPU, SINGLE, put
-from tests.run_helpers import losses, torchrun
+from tests.evaluation.helpers import CPU, SINGLE, put, results
+from tests.run_helpers import checkpoint, lines, losses, torchrun
 
 
 @pytest.fixture
@@ -29,11 +24,6 @@ def recipe(recipe):
     """Of a narrow student."""
     narrow = ("student.kwargs.embed_dim=48", "student.kwargs.num_heads=3")
     return lambda *overrides, name="run": recipe(*narrow, *overrides, name=name)
-
-
-def lines(folder: Path, key: str) -> list[dict]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if key in line]
 
 
 @pytest.fixture
@@ -52,12 +42,12 @@ def scripted(monkeypatch):
     return install
 
 
-def state(folder: Path, name: str) -> dict:
-    return torch.load(folder / "checkpoints" / name, weights_only=True)
+def best_state(folder: Path) -> dict:
+    return torch.load(folder / "checkpoints" / "best.pt", weights_only=True)
 
 
 def facts(folder: Path) -> dict:
-    return json.loads((folder / "backbone.json").read_text())
+    return results(folder / "backbone.json")
 
 
 @pytest.mark.parametrize("options", [[], ["optim.ema=0.5"]], ids=["live", "averaged"])
@@ -88,25 +78,11 @@ def test_training_has_the_same_bits_with_and_without(recipe, scenes, every, step
     assert losses(probed) == losses(plain)
     assert lines(probed, "val_loss") == lines(plain, "val_loss")
     for part in ("student", "average"):
-        ours, theirs = (state(folder, "step-00000008.pt")[part] for folder in (probed, plain))
+        ours, theirs = (checkpoint(folder)[part] for folder in (probed, plain))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     found = lines(probed, "probe_map")
     assert [(line["step"], line["epoch"]) for line in found] == [(step, int(step > 4)) for step in steps]
     assert found[0].keys() == {"step", "epoch", "probe_macro_recall", "probe_map", "probe_loss"}
-
-
-def test_its_progress_is_shown(recipe, scenes, monkeypatch):
-    shown, track = [], Reporter.track
-
-    def watched(self, items, text, total):
-        shown.append(text)
-        return track(self, items, text, total)
-
-    monkeypatch.setattr(Reporter, "track", watched)
-    recipe(f"probe.data={scenes}", "data.val=null", "max_steps=1", "loss.target_scale=1.0")
-    fitted = [f"epoch {epoch} of 3 of the head" for epoch in (1, 2, 3)]
-    wanted = ["features of 20 images", "features of 8 images", *fitted, "evaluation of the head"]
-    assert shown == [f"probe: {text}" for text in wanted] * 2
 
 
 @pytest.mark.parametrize("setting", ["true", "blocks"])
@@ -120,36 +96,20 @@ def test_no_graph_is_compiled_for_it(recipe, scenes, capturing, setting):
     assert len(capturing) == 2 * wanted
 
 
-def test_its_time_does_not_count_as_training(recipe, scenes, monkeypatch):
-    """The clock jumps by a day at each probe: a step of 8 images in it would be 0.0001 images per second."""
-    jumped = [0.0]
-
-    def slow(run, splits, reporter):
-        jumped[0] += 86_400
-        return {"macro_recall": 0.5, "map": 0.5, "loss": 0.5}
-
-    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + jumped[0], monotonic=time.monotonic)
-    monkeypatch.setattr(metrics, "time", clock)
-    monkeypatch.setattr(train, "probe_student", slow)
-    folder = recipe(f"probe.data={scenes}", "probe.every_steps=2", "max_steps=7", "log.every_steps=3")
-    assert jumped[0] == 86_400 * len(lines(folder, "probe_map")) == 86_400 * 5
-    assert min(line["images_per_second"] for line in lines(folder, "loss")) > 0.01
-
-
 def test_the_best_probe_chooses(recipe, scenes, scripted):
     """Also inside an epoch; the probe before the first step does not take part."""
     scripted({0: 0.9, 2: 0.3, 4: float("nan"), 6: 0.6, 8: 0.6})
     options = [f"probe.data={scenes}", "probe.every_steps=2"]
     folder = recipe(*options, "probe.best=true", name="best")
-    assert state(folder, "best.pt")["step"] == facts(folder)["step"] == 6
+    assert best_state(folder)["step"] == facts(folder)["step"] == 6
     assert facts(folder)["probe"] == {"step": 6, "macro_recall": 0.5, "map": 0.6, "loss": 0.7}
     assert facts(folder)["val_loss"] is None, "none was measured at that step"
-    kept = state(folder, "best.pt")["student"]
+    kept = best_state(folder)["student"]
     assert all(torch.equal(v, kept[f"encoder.{k}"]) for k, v in fa.load_backbone(folder).state_dict().items())
     usual = recipe(*options, name="usual")
     found = [line["val_loss"] for line in lines(usual, "val_loss")]
     assert found == sorted(found, reverse=True)
-    assert state(usual, "best.pt")["step"] == facts(usual)["step"] == 8, "of the lowest validation loss"
+    assert best_state(usual)["step"] == facts(usual)["step"] == 8, "of the lowest validation loss"
 
 
 def test_after_a_resume_the_same_one_is_best(recipe, scenes, scripted, monkeypatch):
@@ -174,9 +134,9 @@ def test_after_a_resume_the_same_one_is_best(recipe, scenes, scripted, monkeypat
     assert lines(parts, "probe_map") == lines(whole, "probe_map")
     assert losses(parts) == losses(whole)
     for folder in (whole, parts):
-        assert state(folder, "best.pt")["step"] == facts(folder)["step"] == 2
-        assert state(folder, "step-00000008.pt")["best"] == 0.5
-        assert state(folder, "step-00000008.pt")["probed"]["step"] == 8
+        assert best_state(folder)["step"] == facts(folder)["step"] == 2
+        assert checkpoint(folder)["best"] == 0.5
+        assert checkpoint(folder)["probed"]["step"] == 8
 
 
 def test_switched_on_midway_the_selection_starts_again(recipe, scenes, scripted):
@@ -201,7 +161,7 @@ def test_two_ranks(recipe, scenes, tmp_path):
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [0, 3, 6, 8]
     assert ours[0]["probe_loss"] == pytest.approx(theirs[0]["probe_loss"], rel=1e-5)
     best = max(ours[1:], key=lambda line: line["probe_map"])
-    assert state(two, "best.pt")["step"] == facts(two)["step"] == best["step"]
+    assert best_state(two)["step"] == facts(two)["step"] == best["step"]
     bad = Path(shutil.copytree(scenes, tmp_path / "bad"))
     put(bad / "train/labels/train00.png", Image.fromarray(np.full((32, 32), 9, np.uint8)))
     for place, words in ((bad, "train00.png"), (tmp_path / "none", "no such folder")):

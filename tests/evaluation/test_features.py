@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastalign.backbones.vit import ViT
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.evaluation.features import read_patch_features
 from fastalign.evaluation.label_maps import VOID, crop_and_resize, patch_labels
@@ -103,44 +104,39 @@ def test_patch_labels_worked_by_hand(rows, unlabeled, union, majority, image):
 
 
 @needs_dali
-def test_features_are_read_once_and_leave_nothing_behind(scenes, tmp_path, passes, monkeypatch):
+def test_features_are_read_once_and_leave_nothing_behind(scenes, tmp_path, monkeypatch):
     """One pass for two heads and layers; while heads are fitted the files are gone, whatever ends the command."""
-    allocated, allocate = [], os.posix_fallocate
-
-    def watched(file, start, size):
-        allocated.append(size)
-        allocate(file, start, size)
-
-    def broken(*args, **kwargs):
-        raise ZeroDivisionError
-
+    allocate, forward, fit_head = (
+        Mock(wraps=os.posix_fallocate),
+        ViT.forward_layers,
+        Mock(side_effect=KeyError),
+    )
+    passes = Mock()
     output, features = tmp_path / "out" / "probe.json", tmp_path / "features"
     more = ["--output", output, "--cache", features, "--heads", "linear", "mlp", "--skip-blocks", "0", "1"]
-    line = probe_line(scenes, *more)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", watched)
-        patch.setattr("fastalign.evaluation.patches.fit_head", broken)
-        with pytest.raises(ZeroDivisionError):
-            main(line)
-    assert sum(passes) == sum(COUNTS.values())
-    assert {count * 18 * 32 * 2 for count in COUNTS.values()} < set(allocated)
+        patch.setattr(os, "posix_fallocate", allocate)
+        patch.setattr(ViT, "forward_layers", lambda vit, x, skip: passes(len(x)) and forward(vit, x, skip))
+        patch.setattr("fastalign.evaluation.patches.fit_head", fit_head)
+        with pytest.raises(KeyError):
+            main(probe_line(scenes, *more))
+    assert sum(call.args[0] for call in passes.call_args_list) == sum(COUNTS.values())
+    allocated = {call.args[2] for call in allocate.call_args_list}
+    assert {count * 18 * 32 * 2 for count in COUNTS.values()} < allocated
     assert not list(features.iterdir())
     assert main(probe_line(scenes, *more[:2])) == 0
     assert [path.name for path in output.parent.iterdir()] == ["probe.json"]
 
 
 def test_ranks_need_files(scenes):
-    """Each would have its share only."""
     with pytest.raises(UserError, match="several ranks share features in files"):
         read_patch_features(models()[0], open_labelled(str(scenes), "val"), World(0, 2, SINGLE.device))
 
 
 def test_a_full_disk(scenes, tmp_path, capsys, monkeypatch):
     """Found before anything is written to the file's map, which would kill the process."""
-    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
     line = probe_line(scenes, "--output", tmp_path / "p.json", "--cache", tmp_path / "c")
-    assert f"{tmp_path / 'c'} cannot hold features of 0.0 GB: [Errno 28] No space" in command_error(
-        capsys, "probe", line
-    )
+    error = command_error(capsys, "probe", line)
+    assert f"{tmp_path / 'c'}/features of 0.0 GB cannot be written (No space left)" in error
     assert not list((tmp_path / "c").iterdir())

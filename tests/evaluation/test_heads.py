@@ -1,10 +1,12 @@
-"""Heads and what they read, against timm, torch and scikit-learn."""
+"""Heads and what they read, and their metrics, against timm, torch and scikit-learn."""
 
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from sklearn import metrics as sklearn_metrics
 from sklearn import preprocessing
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import nn
@@ -17,7 +19,8 @@ from fastalign.evaluation.heads import (
     StandardizedLinear,
     make_patch_head,
 )
-from tests.evaluation.helpers import KWARGS, models
+from fastalign.evaluation.results import ImageCounts, MultiClassCounts, MultiLabelCounts
+from tests.evaluation.helpers import KWARGS, SINGLE, models
 
 SPEC = ViTSpec(BlockSpec(24, 3, 96), 1, image_size=(3, 3), patch_size=(1, 1), registers=1)
 BARE = replace(SPEC, class_token=False, registers=0)
@@ -43,41 +46,35 @@ def timm_head(classes, *, latent=0):
     return Head()
 
 
+SAME, PATCHES = nn.Identity(), lambda x: x[:, 2:]
+PREFIX, MEAN = lambda x: x[:, :2].mean(1, keepdim=True), lambda x: x.mean(1, keepdim=True)
+
+
 @pytest.mark.parametrize(
-    ("name", "labels", "prefix", "take"),
+    ("name", "labels", "prefix", "read", "take"),
     [
-        ("transformer", "union", 2, lambda x: x[:, 2:]),
-        ("transformer", "majority", 2, lambda x: x[:, 2:]),
-        ("transformer", "global-union", 2, lambda x: x[:, :2].mean(1, keepdim=True)),
-        ("transformer", "global-union", 0, lambda x: x.mean(1, keepdim=True)),
-        ("latent", "union", 2, lambda x: x[:, -9:]),
-        ("latent-global", "union", 2, lambda x: x[:, -9:]),
+        ("linear", "union", 2, PATCHES, SAME),
+        ("mlp", "global-in-patch", 2, PATCHES, SAME),
+        ("mlp", "global-union", 2, PREFIX, SAME),
+        ("linear", "global-union", 0, MEAN, SAME),
+        ("transformer", "union", 2, SAME, PATCHES),
+        ("transformer", "majority", 2, SAME, PATCHES),
+        ("transformer", "global-union", 2, SAME, PREFIX),
+        ("transformer", "global-union", 0, SAME, MEAN),
+        ("latent", "union", 2, SAME, lambda x: x[:, -9:]),
+        ("latent-global", "union", 2, PREFIX, lambda x: x[:, -9:]),
     ],
 )
-def test_transformer_heads_equal_timms_blocks(name, labels, prefix, take):
+def test_patch_heads_read_the_right_tokens_and_equal_timms_blocks(name, labels, prefix, read, take):
     torch.manual_seed(0)
     spec = SPEC if prefix else replace(BARE, image_size=(1, 11))
-    head = make_patch_head(name, labels, spec, 4).double()
-    theirs = timm_head(4, latent=9 if "latent" in name else 0).double()
-    theirs.load_state_dict(head[1].state_dict())
+    head = make_patch_head(name, labels, spec, 4, hidden=16).double()
+    theirs = head[1]
+    if name not in ("linear", "mlp"):
+        theirs = timm_head(4, latent=9 if "latent" in name else 0).double()
+        theirs.load_state_dict(head[1].state_dict())
     tokens = torch.randn(3, 11, 24, dtype=torch.float64)
-    seen = tokens[:, :2].mean(1, keepdim=True) if name == "latent-global" else tokens
-    torch.testing.assert_close(head(tokens), take(theirs(seen)), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["linear", "mlp"])
-def test_simple_heads_read_the_right_tokens(name):
-    torch.manual_seed(0)
-    tokens = torch.randn(3, 11, 24)
-    for labels, seen in (
-        ("union", tokens[:, 2:]),
-        ("global-in-patch", tokens[:, 2:]),
-        ("global-union", tokens[:, :2].mean(1, keepdim=True)),
-    ):
-        head = make_patch_head(name, labels, SPEC, 4, hidden=16)
-        assert torch.equal(head(tokens), head[1](seen))
-    head = make_patch_head(name, "global-union", BARE, 4)
-    assert torch.equal(head(tokens), head[1](tokens.mean(1, keepdim=True)))
+    torch.testing.assert_close(head(tokens), take(theirs(read(tokens))), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +105,7 @@ def test_features_are_standardised_as_scikit_learn_does():
 
 
 def test_the_attention_head_is_multihead_attention_of_one_query():
-    head, tokens = AttentionHead(128, 5).eval(), torch.randn(3, 7, 128)
+    head, tokens = AttentionHead(128, 2, 5).eval(), torch.randn(3, 7, 128)
     theirs = nn.MultiheadAttention(128, 2, batch_first=True)
     with torch.no_grad():
         nn.init.normal_(head.query)
@@ -123,10 +120,105 @@ def test_the_attention_head_is_multihead_attention_of_one_query():
 
 
 def test_the_transformer_head_is_timms_blocks():
-    head, tokens = ClassTokenTransformer(128, 5, 7).eval(), torch.randn(3, 7, 128)
+    head, tokens = ClassTokenTransformer(128, 2, 5, 7).eval(), torch.randn(3, 7, 128)
     x = torch.cat([head.query.expand(3, -1, -1), head.norm(tokens) + head.position], 1)
     for block in head.blocks:
         theirs = TimmBlock(128, 2, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
         theirs.load_state_dict(block.state_dict())
         x = theirs.eval()(x)
     torch.testing.assert_close(head(tokens), head.linear(head.norm_out(x[:, 0])))
+
+
+# --- metrics
+
+
+def scores(classes=5, images=40, patches=9, seed=0):
+    """Logits with ties and, for the last class, no positive."""
+    rng = np.random.default_rng(seed)
+    targets = rng.random((images, patches, classes)) < np.array([0.5, 0.2, 0.05, 0.6, 0.0])
+    logits = np.round(rng.normal(size=targets.shape) + 1.5 * targets - 0.7, 2)
+    logits[..., 2] = -4.0  # never predicted
+    return torch.from_numpy(logits), torch.from_numpy(targets)
+
+
+def check(found, truth, guess, labels=None):
+    """Macro averages and lists of classes, of which the last has no positive."""
+    wanted = sklearn_metrics.precision_recall_fscore_support(truth, guess, labels=labels, zero_division=0)
+    for name, values in zip(("precision", "recall", "f1"), wanted, strict=False):
+        assert found[f"macro_{name}"] == pytest.approx(values[:4].mean(), abs=1e-12)
+        assert found["per_class"][name][:4] == pytest.approx(values[:4].tolist(), abs=1e-12)
+        assert found["per_class"][name][4] is None
+
+
+def test_multi_label_metrics_agree_with_scikit_learn():
+    logits, targets = scores()
+    counts = MultiLabelCounts(5)
+    for part in range(0, 40, 15):
+        counts.add(logits[part : part + 15], targets[part : part + 15])
+    found = counts.results()
+    truth, guess = targets.flatten(0, 1).numpy(), (logits.flatten(0, 1) > 0).numpy()
+    check(found, truth, guess)
+    accuracy = (truth == guess).mean(0)
+    assert found["macro_accuracy"] == pytest.approx(accuracy[:4].mean(), abs=1e-12)
+    assert found["per_class"]["accuracy"][:4] == pytest.approx(accuracy[:4].tolist(), abs=1e-12)
+    assert found["accuracy"] == pytest.approx(accuracy.mean(), abs=1e-12)
+    assert found["per_class"]["positives"] == truth.sum(0).tolist()
+    every = [
+        sklearn_metrics.average_precision_score(truth[:, c], logits.flatten(0, 1)[:, c]) for c in range(4)
+    ]
+    # Scores are counted in bins of 1/128; these have two decimals, so that no bin holds two different ones.
+    assert found["per_class"]["average_precision"][:4] == pytest.approx(every, abs=1e-12)
+    assert found["map"] == pytest.approx(np.mean(every), abs=1e-12)
+
+
+def test_recall_by_size_follows_the_definition():
+    logits, targets = scores(seed=1)
+    counts = MultiLabelCounts(5)
+    counts.add(logits, targets)
+    found = counts.results()["by_size"]
+    count = targets.sum(1, keepdim=True)  # of nine patches: (0, 0.1], (0.1, 0.2]...
+    buckets = ((-(-count * 10 // 9) - 1).expand_as(targets))[targets]
+    positives = np.bincount(buckets, minlength=10)
+    hits = np.bincount(buckets, weights=logits[targets] > 0, minlength=10)
+    assert found["positives"] == positives.tolist()
+    for got, hit, whole in zip(found["recall"], hits, positives, strict=True):
+        assert got is None if whole == 0 else got == pytest.approx(hit / whole)
+
+
+def test_multi_class_metrics_agree_with_scikit_learn_and_leave_void_out():
+    rng = np.random.default_rng(2)
+    targets = rng.integers(-1, 4, (30, 9))
+    logits = rng.normal(size=(30, 9, 5)) + 2 * np.eye(5)[targets.clip(0)]
+    logits[..., 3] = -9  # never predicted
+    counts = MultiClassCounts(5)
+    for part in (slice(0, 7), slice(7, 30)):
+        counts.add(torch.from_numpy(logits[part]), torch.from_numpy(targets[part]))
+    found = counts.results()
+    kept = targets >= 0
+    truth, guess = targets[kept], logits.argmax(-1)[kept]
+    check(found, truth, guess, labels=range(5))
+    assert found["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(truth, guess), abs=1e-12)
+    right = [((truth == c) == (guess == c)).mean() for c in range(4)]
+    assert found["macro_accuracy"] == pytest.approx(np.mean(right), abs=1e-12)
+
+
+def test_image_metrics_agree_with_scikit_learn():
+    """Of nine classes, the last has no image."""
+    torch.manual_seed(0)
+    labels, logits = torch.randint(0, 8, (200,)), torch.randn(200, 9)
+    counts = ImageCounts(9, torch.device("cpu"))
+    for part in (slice(0, 70), slice(70, 200)):
+        counts.add(logits[part], labels[part])
+    found, guesses, names = counts.results(SINGLE), logits.argmax(1), range(9)
+    recall = sklearn_metrics.recall_score(labels, guesses, labels=range(8), average="macro")
+    assert found["top1"] == pytest.approx(sklearn_metrics.accuracy_score(labels, guesses))
+    assert found["top5"] == pytest.approx(
+        sklearn_metrics.top_k_accuracy_score(labels, logits, k=5, labels=names)
+    )
+    assert found["mean_per_class"] == pytest.approx(recall)
+    assert found["loss"] == pytest.approx(
+        sklearn_metrics.log_loss(labels, logits.double().softmax(1), labels=names)
+    )
+    few = ImageCounts(5, torch.device("cpu"))
+    few.add(logits[:, :5], labels % 5)
+    assert few.results(SINGLE)["top5"] is None

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastalign as fa
-from fastalign.export import hf, targets
+from fastalign.export import hf
 from fastalign.export.__main__ import main
 from tests.export.helpers import FAMILIES, LOADERS, by_transformers, facts, images, small
 from tests.numerics import randomise, relative_error
@@ -101,7 +102,7 @@ def test_weights_that_are_not_a_run(tmp_path, family, targets):
 
 
 def test_a_library_that_is_not_installed(runs, capsys, monkeypatch):
-    monkeypatch.setattr(targets, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "fastalign.export.hf", None)
     assert main([str(runs("clip")), "--to", "hf-clip"]) == 2
     assert "pip install 'transformers>=5.20'" in capsys.readouterr().err
 

@@ -186,9 +186,9 @@ def hopper(tmp_path, monkeypatch):
     monkeypatch.setattr(
         backends, "_missing", lambda needs: "no such" if needs.startswith("flash_attn") else missing(needs)
     )
-    selection._choose.cache_clear(), selection._table.cache_clear()
+    selection._choose.cache_clear()
     yield
-    selection._choose.cache_clear(), selection._table.cache_clear()
+    selection._choose.cache_clear()
 
 
 @pytest.mark.parametrize(

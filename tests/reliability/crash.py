@@ -40,14 +40,10 @@ LAZY = ["nvidia.dali", "nvidia.dali.fn", "nvidia.dali.types"]  # imported by a r
 
 
 class Ranks:
-    """The training command on some ranks; the end of the block kills those that still run.
+    """The training command on some ranks, with `folder` for their output; the end of the block kills them.
 
-    Args:
-        arguments: of the command.
-        size: number of ranks.
-        folder: for their output, `rank-0.txt` and so on.
-        prepare: a function of a test module, or a `functools.partial` of one, that every rank calls first.
-        grace: seconds between SIGTERM and SIGKILL for the other ranks when one has failed (torchrun: 30).
+    `prepare`: a function of a test module, or a partial of one, that every rank calls first; `grace`: seconds between
+    SIGTERM and SIGKILL for the other ranks when one has failed (torchrun: 30).
     """
 
     def __init__(

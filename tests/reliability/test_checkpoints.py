@@ -20,7 +20,7 @@ from fastalign import train
 from fastalign.training import checkpoint_files
 from fastalign.training.checkpoint_files import Checkpoints, snapshot
 from fastalign.training.distributed import World
-from fastalign.training.optim import MovingAverage
+from fastalign.training.update import MovingAverage
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import remove_leftovers
 from tests.run_helpers import assert_same, checkpoint, flip, losses, middle_of_weights
@@ -76,7 +76,7 @@ def test_later_updates_do_not_change_a_snapshot(tmp_path, gate):
     state = {"m": module.state_dict(), "o": optimizer.state_dict(), "a": average.state, "plain": plain}
     state |= {"half": torch.arange(6).reshape(2, 3).bfloat16().t(), "empty": torch.ones(0)}
     wanted, checkpoints = copy.deepcopy(state), Checkpoints(tmp_path, keep=1)
-    checkpoints.save(snapshot(state), 1)
+    checkpoints.save(state, 1)
     step()
     optimizer.param_groups[0]["lr"] = 7.0
     plain["steps"].append(3)
@@ -97,21 +97,6 @@ def test_a_snapshot_of_a_gpu_is_in_stream_order():
     found = snapshot({"value": value})["value"]
     value += 1
     assert torch.equal(found, torch.full((2**24,), 20.0))
-
-
-def test_save_waits_for_the_previous_save_only(tmp_path, gate):
-    checkpoints = Checkpoints(tmp_path, keep=5)
-    checkpoints.save(state_of(1), 1)  # returns before the file is written
-    second = threading.Thread(target=checkpoints.save, args=(state_of(2), 2))
-    second.start()
-    second.join(0.3)
-    assert second.is_alive(), "the previous write is not finished"
-    assert checkpoints.steps() == []
-    gate.set()
-    second.join(30)
-    assert checkpoints.steps()[0] == 1
-    checkpoints.wait()
-    assert checkpoints.steps() == [1, 2]
 
 
 @pytest.mark.parametrize("linked", [True, False])
@@ -195,24 +180,10 @@ def test_a_failing_disk_renames_nothing(tmp_path, monkeypatch, error, place):
     assert checkpoints.steps() == [1, 2]
 
 
-def same_run(found: Path, wanted: Path) -> bool:
-    """Losses, last weights and `backbone.json`, bit for bit."""
-    ours, theirs = checkpoint(found)["student"], checkpoint(wanted)["student"]
-    equal = losses(found) == losses(wanted) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    return equal and (found / "backbone.json").read_text() == (wanted / "backbone.json").read_text()
-
-
-@pytest.fixture
-def whole(recipe, capsys):
-    """A run that nothing interrupts."""
-    folder = recipe(*OPTIONS, name="whole")
-    capsys.readouterr()
-    return folder
-
-
-def test_a_disk_that_fills_up_ends_the_run_in_one_line(recipe, monkeypatch, capsys, whole):
+def test_a_run_survives_a_full_disk_and_a_damaged_checkpoint(recipe, monkeypatch, capsys):
     """From the eighth update on, no file may exceed 100 kB, which is less than a checkpoint."""
     update, limits = train.update, resource.getrlimit(resource.RLIMIT_FSIZE)
+    whole = recipe(*OPTIONS, name="whole")
 
     def fill_up(run, *rest):
         if run.state.step == 7:
@@ -220,35 +191,36 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line(recipe, monkeypatch, caps
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         return update(run, *rest)
 
+    capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(train, "update", fill_up)
         try:
-            folder = recipe(*OPTIONS, "checkpoint.keep=1", expect=2)
+            folder = recipe(*OPTIONS, expect=2)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fastalign: ")
     for part in ("08.pt could not be written (File too large)", "step-00000006.pt", "free some space"):
         assert part in line
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["best.pt", "step-00000006.pt"]
+    names = ["best.pt", "step-00000005.pt", "step-00000006.pt"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == names
     assert torch.load(folder / "checkpoints" / "best.pt", weights_only=True)["step"] == 5
-    assert same_run(recipe(*OPTIONS), whole)
-
-
-def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(recipe, capsys, whole):
-    """If all are damaged, none is renamed."""
-    folder = recipe(*OPTIONS, "max_steps=8")
-    newest = folder / "checkpoints" / "step-00000008.pt"
+    newest = folder / "checkpoints" / names[-1]
     flip(newest, middle_of_weights(newest))
-    capsys.readouterr()
-    assert same_run(recipe(*OPTIONS), whole)
-    assert "resuming from step-00000006.pt" in capsys.readouterr().out
-    assert newest.with_name("step-00000008.pt.damaged").exists()
-    paths = sorted((folder / "checkpoints").glob("step-*.pt"))
-    for path in paths:
-        path.write_bytes(b"half")
-    recipe(*OPTIONS, expect=2)
-    (line,) = capsys.readouterr().err.splitlines()
-    for words in ("step-00000010.pt cannot be read", "nor can those before it", "start over"):
-        assert words in line
-    assert sorted((folder / "checkpoints").glob("step-*.pt")) == paths
+    recipe(*OPTIONS)
+    assert "resuming from step-00000005.pt" in capsys.readouterr().out
+    assert newest.with_name("step-00000006.pt.damaged").exists()
+    assert losses(folder) == losses(whole)
+    assert_same(checkpoint(folder)["student"], checkpoint(whole)["student"])
+    assert (folder / "backbone.json").read_text() == (whole / "backbone.json").read_text()
+
+
+def test_if_all_checkpoints_are_damaged_none_is_renamed(tmp_path):
+    checkpoints = written(tmp_path, 1, 2)
+    for step in (1, 2):
+        checkpoints.path(step).write_bytes(b"half")
+    with pytest.raises(
+        UserError, match=r"step-00000002.pt cannot be read .*nor can those before.* start over"
+    ):
+        checkpoints.resume(ALONE)
+    assert checkpoints.steps() == [1, 2]

@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from fastalign.method.objectives import MaskEmbed
-from fastalign.training.status import Status
+from fastalign.training.update import Status
 from tests.data_helpers import needs_dali, write_tar
 from tests.run_helpers import assert_same, checkpoint, lines, losses
 
@@ -118,13 +118,14 @@ def test_repeated_updates_are_recorded_once(recipe, in_passes, host):
     assert [line["step"] for line in lines(folder, "val_loss")] == [0, 5, 10]
 
 
+def ask_to_stop(loss, sample_ids):
+    signal.raise_signal(signal.SIGTERM)
+    return loss
+
+
 def test_a_signal_is_acted_on_at_once_or_an_update_later(recipe, in_passes, host, capsys):
-    handler = signal.getsignal(signal.SIGTERM)
-    in_passes({2}, lambda loss, _: (signal.raise_signal(signal.SIGTERM), loss)[1])
-    try:
-        folder = recipe(expect=75)
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    in_passes({2}, ask_to_stop)
+    folder = recipe(expect=75)
     step = len(losses(folder))
     assert step in (2, 3)
     assert f"SIGTERM: saved {folder} at step {step}" in capsys.readouterr().err
@@ -139,13 +140,9 @@ def test_a_signal_before_a_probe_postpones_it(recipe, in_passes, monkeypatch):
     monkeypatch.setattr(
         "fastalign.train.probe_student", lambda run, *_: asked.append(run.state.step) or scores
     )
-    in_passes({4}, lambda loss, _: (signal.raise_signal(signal.SIGTERM), loss)[1])
+    in_passes({4}, ask_to_stop)
     options = ["probe.data=.", "probe.every_steps=2", "probe.best=true"]
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        recipe(*options, expect=75)
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    recipe(*options, expect=75)
     folder = recipe(*options)
     assert asked == [0, 2, 4, 6, 8, 10]
     assert [line["step"] for line in lines(folder, "probe_map")] == asked

@@ -28,34 +28,28 @@ def sample(pid: int) -> list[int]:
     return [resident, len(list((process / "fd").iterdir())), len(tasks), children]
 
 
-def newest_step(run: Path) -> int:
-    """The last step that is logged."""
-    with (run / "metrics.jsonl").open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 1000))
-        return json.loads(file.read().splitlines()[-1])["step"]
-
-
 @pytest.mark.slow
 @needs_dali
 def test_nothing_grows_over_ten_thousand_steps(tmp_path):
     """Fifty epochs of real JPEGs, with validation, checkpoints, an average, and metrics every 20 steps."""
     recipe, run = str(write_recipe(tmp_path)), tmp_path / "run"
     write_folder(tmp_path / "images", {f"{i}.jpg": data for i, data in enumerate(small_photos(400))})
-    model = ["student.weights=random", f"student.kwargs={MODEL}", "teacher.skip_blocks=0", "decoder.layers=1"]
-    data = [
-        f"data.train={tmp_path / 'images'}",
-        "optim.batch_size=2",
-        "optim.accumulate=1",
-        "optim.epochs=50",
+    options = [
+        "student.weights=random",
+        f"student.kwargs={MODEL}",
+        "teacher.skip_blocks=0",
+        "decoder.layers=1",
     ]
-    data += ["data.color_jitter=0", "data.randaugment=''"]
-    options = [*model, *data, f"output={run}", "checkpoint.every_steps=150", "log.every_steps=20"]
+    options += [f"data.train={tmp_path / 'images'}", "data.color_jitter=0", "data.randaugment=''"]
+    options += ["optim.batch_size=2", "optim.accumulate=1", "optim.epochs=50", f"output={run}"]
+    options += ["checkpoint.every_steps=150", "log.every_steps=20"]
     samples = []
+    log = run / "metrics.jsonl"
     with Ranks([recipe, *options], 1, folder=tmp_path) as ranks:
+        ranks.until(lambda: log.exists() and log.stat().st_size)
         while ranks.running():
-            # The file or the process does not exist, or the line is incomplete.
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                samples.append([newest_step(run), *sample(ranks.pid(0))])
+            with contextlib.suppress(OSError, ValueError):  # the process has ended, or the line is incomplete
+                samples.append([json.loads(log.read_bytes().splitlines()[-1])["step"], *sample(ranks.pid(0))])
             time.sleep(0.1)
         assert ranks.wait() == [0], ranks.output()
     assert [line["step"] for line in lines(run, "loss")] == list(range(1, STEPS + 1))

@@ -18,14 +18,6 @@ from tests.run_helpers import losses
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def _old_handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize("reason", [StopReason.SIGTERM, StopReason.SIGUSR1])
 def test_the_first_signal_is_remembered(reason, tmp_path):
     heard = []

@@ -28,20 +28,17 @@ SHORT = ["optim.epochs=2", DROP_PATH]
 ONE_SAVE = ["optim.epochs=1", "checkpoint.every_steps=null", DROP_PATH]
 
 
-def uninterrupted(recipe: Path, folder: Path, *options: str) -> Path:
-    finish([str(recipe), *options, f"output={folder / 'run'}"], 1, folder=folder)
-    return folder / "run"
-
-
 @pytest.fixture(scope="module")
-def whole(recipe, tmp_path_factory):
-    return uninterrupted(recipe, tmp_path_factory.mktemp("whole"), *SHORT)
+def uninterrupted(recipe, tmp_path_factory):
+    """Runs with some options that nothing interrupts."""
 
+    @functools.cache
+    def run(*options: str) -> Path:
+        folder = tmp_path_factory.mktemp("whole")
+        finish([str(recipe), *options, f"output={folder / 'run'}"], 1, folder=folder)
+        return folder / "run"
 
-@pytest.fixture(scope="module")
-def once(recipe, tmp_path_factory):
-    """A run with a single save."""
-    return uninterrupted(recipe, tmp_path_factory.mktemp("once"), *ONE_SAVE)
+    return run
 
 
 def backbone_of(run: Path) -> dict:
@@ -109,27 +106,27 @@ def half_written(run: Path, writer: int) -> list[Path]:
     return list((run / "checkpoints").glob(f".step-*.pt.{writer}*"))
 
 
-def kill(arguments: list[str], folder: Path, *place) -> None:
-    """Run the command on one rank, which `die` kills."""
-    with Ranks(arguments, 1, folder=folder, prepare=functools.partial(die, *place)) as ranks:
-        assert ranks.wait() == [-signal.SIGKILL]
-
-
 @needs_dali
 @pytest.mark.parametrize(
-    ("place", "kept"),
-    [(("update", 11), ["06", "08"]), (("write", 4), ["06", "08"]), (("removal", 1), ["06", "08", "12"])],
-    ids=["between two checkpoints", "in a half-written checkpoint", "before the last removal"],
+    ("options", "place", "kept"),
+    [
+        (SHORT, ("update", 11), ["06", "08"]),  # between two checkpoints
+        (SHORT, ("write", 4), ["06", "08"]),  # in a half-written checkpoint
+        (SHORT, ("removal", 1), ["06", "08", "12"]),  # before the last removal
+        # Renames of the configuration, of the only checkpoint, of the best one, of the backbone's weights and facts.
+        *(
+            pytest.param(ONE_SAVE, ("rename", n), ["06"][: n - 1], marks=pytest.mark.slow)
+            for n in range(1, 6)
+        ),
+    ],
 )
-def test_a_killed_rank_leaves_no_trace(recipe, tmp_path, whole, place, kept):
-    """On one rank, quickly."""
-    run = tmp_path / "run"
-    arguments = [str(recipe), *SHORT, f"output={run}"]
-    kill(arguments, tmp_path, *place)
-    found = sorted(path.stem[-2:] for path in (run / "checkpoints").glob("step-*"))
-    assert found == kept
+def test_a_killed_rank_leaves_no_trace(recipe, tmp_path, uninterrupted, options, place, kept):
+    arguments = [str(recipe), *options, f"output={tmp_path / 'run'}"]
+    with Ranks(arguments, 1, folder=tmp_path, prepare=functools.partial(die, *place)) as ranks:
+        assert ranks.wait() == [-signal.SIGKILL]
+    assert sorted(path.stem[-2:] for path in (tmp_path / "run/checkpoints").glob("step-*")) == kept
     finish(arguments, 1, folder=tmp_path)
-    assert_same_run(run, whole)
+    assert_same_run(tmp_path / "run", uninterrupted(*options))
 
 
 KILLS = [
@@ -170,14 +167,3 @@ def test_many_kills_of_two_ranks_leave_no_trace(recipe, tmp_path):
         assert -signal.SIGKILL in codes or (kill == "at any time" and codes == [0, 0]), (codes, kill)
     finish(arguments, 2, folder=tmp_path)
     assert_same_run(run, truth)
-
-
-@pytest.mark.slow
-@needs_dali
-@pytest.mark.parametrize("number", [1, 2, 3, 4])
-def test_the_next_start_completes_a_save(recipe, tmp_path, once, number):
-    """Killed after each rename of a run's only save: the checkpoint, the best one, the backbone."""
-    arguments = [str(recipe), *ONE_SAVE, f"output={tmp_path / 'run'}"]
-    kill(arguments, tmp_path, "rename", number)
-    finish(arguments, 1, folder=tmp_path)
-    assert_same_run(tmp_path / "run", once)

@@ -63,11 +63,10 @@ def test_every_key_is_free_or_refused_by_name(key):
     if kinds()[key] is Kind.FREE:
         assert compare(before, now) == ([], [])
         return
-    name = f"{key}.{next(iter(OTHER[key]))}" if isinstance(OTHER[key], dict) else key
-    with pytest.raises(UserError, match=rf"step 3 with other settings: {re.escape(name)} was .*resume=force"):
+    with pytest.raises(UserError, match=rf"step 3 with other settings: {re.escape(key)} was .*resume=force"):
         compare(before, now)
     (change,), notes = compare(before, [*now, "resume=force"])
-    assert (change.key, notes) == (name, [])
+    assert (change.key, notes) == (key, [])
     with pytest.raises(UserError, match="it is finished"):
         compare(before, [*now, "resume=force"], finished=True)
 
@@ -79,18 +78,14 @@ def test_max_steps_may_grow_but_not_below_the_steps_done():
         compare(["max_steps=4"], ["max_steps=2"])
 
 
-SWEEP = ["optim.lr=0.01", "optim.weight_decay=0.3", "data.randaugment=rand-m9-mstd0.5-inc1"]
-
-
 def test_a_finished_run_is_not_relabelled(recipe, capsys):
     """What a sweep with one `output` does."""
     folder = recipe("max_steps=2")
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     for force in ([], ["resume=force"]):
-        recipe("max_steps=2", *SWEEP, *force, expect=2)
+        recipe("max_steps=2", "optim.lr=0.01", "optim.weight_decay=0.3", *force, expect=2)
         said = capsys.readouterr().err
-        for words in ("optim.lr was 0.001, is 0.01", "optim.weight_decay was 0.01, is 0.3", "it is finished"):
-            assert words in said
+        assert "optim.lr was 0.001, is 0.01; optim.weight_decay was 0.01, is 0.3; it is finished" in said
         recipe("max_steps=2", "data.threads=2", "log.every_steps=1", *force)
         assert "is finished: step 2 of 2, nothing to train" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before

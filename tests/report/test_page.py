@@ -159,7 +159,7 @@ def test_bad_arguments(run, tmp_path, capsys, monkeypatch):
         (("--images", "-1"), "-1 cannot be read as an image"),
         (("--images", tmp_path / "gone.jpg"), "gone.jpg cannot be read as an image"),
         (("--output", tmp_path), "is a directory"),
-        (("--images", "0", "--pngs", run / "config.yaml"), "config.yaml: File exists"),
+        (("--images", "0", "--pngs", run / "config.yaml"), "config.yaml is not a directory"),
         (("--probe", run / "gone.json"), "gone.json: No such file"),
     ]
     for arguments, message in cases:

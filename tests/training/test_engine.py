@@ -1,8 +1,6 @@
 """Optimizer, schedule, moving average and metrics, each against an independent truth."""
 
 import json
-import platform
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -11,8 +9,8 @@ import torch
 from timm.scheduler import CosineLRScheduler
 
 from fastalign.training import metrics
-from fastalign.training.optim import learning_rate
 from fastalign.training.reporter import Reporter
+from fastalign.training.update import learning_rate
 from fastalign.utils.errors import UserError
 
 
@@ -72,25 +70,3 @@ def test_speed_of_an_interval(monkeypatch):
     speed.tick(0.02)
     figures = speed.measure()
     assert (figures["images_per_second"], figures["data_wait"]) == pytest.approx((50, 0.1))
-
-
-FAULTS = """
-import resource, torch
-from fastalign.training.distributed import keep_freed_memory
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        torch.ones(50_000_000)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-print(faults(), keep_freed_memory() and faults(), faults())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
-def test_freed_memory_is_not_faulted_in_again():
-    """Pages of 4 kB that five allocations of 200 MB fault in, before and after, in a process of their own."""
-    program = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
-    before, _, after = map(int, program.stdout.split())
-    assert after < 1000 < before

@@ -8,14 +8,9 @@ import torch
 
 from fastalign import train
 from fastalign.config import load_config
-from fastalign.training import dry_run, reporter
-from fastalign.training.reporter import Reporter, duration
+from fastalign.training import dry_run
+from fastalign.training.reporter import Reporter
 from tests.run_helpers import losses, run_of_batches
-
-
-def test_durations():
-    texts = {3.4: "3 s", 119: "119 s", 120: "2 min", 3600: "60 min", 7200: "2 h 0 min", 12000: "3 h 20 min"}
-    assert {seconds: duration(seconds) for seconds in texts} == texts
 
 
 def test_start_and_end_of_a_run(recipe, capsys):
@@ -56,17 +51,6 @@ def test_a_bar_of_its_own_for_what_is_slow(tmp_path, monkeypatch):
     bars.close()
 
 
-def test_lines_for_what_is_slow_without_a_terminal(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reporter, "LINE_SECONDS", -1)
-    lines = Reporter(tmp_path, total=10)
-    assert list(lines.track("abc", "validating", 3)) == ["a", "b", "c"]
-    assert capsys.readouterr().out.splitlines() == [
-        "validating: 1 of 3 batches",
-        "validating: 2 of 3 batches",
-    ]
-    lines.close()
-
-
 def test_a_dry_run_leaves_nothing(recipe, capsys):
     folder = recipe("--dry-run", "probe.data=/nowhere", "faults.quarantine=/nowhere")
     out = capsys.readouterr().out
@@ -74,11 +58,6 @@ def test_a_dry_run_leaves_nothing(recipe, capsys):
     assert re.search(r"^speed: \d+ images/s on synthetic images", out, re.M)
     assert re.search(r"^whole run: 40 images, 10 updates in about \d+ s", out, re.M)
     assert not folder.exists()
-
-
-def test_a_dry_run_needs_data(capsys):
-    assert train.main(["in1k-vit-t", "--dry-run"]) == 2
-    assert "data.train is not set" in capsys.readouterr().err
 
 
 def test_the_largest_micro_batch_that_fits_is_kept_by_the_run(recipe, tmp_path, monkeypatch, capsys):

@@ -98,27 +98,18 @@ def test_variants_train(recipe, options):
     assert (folder / "backbone.json").exists() != ("student.freeze=true" in options)
 
 
-def test_target_scale_is_stored_and_not_measured_again(recipe, monkeypatch):
-    folder = recipe("max_steps=1", "loss.target_scale=auto:1")
-    scale = checkpoint(folder)["target_scale"]
-    assert scale != 1.0
-    monkeypatch.setattr("fastalign.train.measure_target_scale", lambda *given: 1 / 0)
-    recipe("max_steps=2", "loss.target_scale=auto:1")
-    assert checkpoint(folder, 2)["target_scale"] == scale
-
-
-def test_the_batches_of_the_target_scale(recipe, capsys, monkeypatch):
-    """All of validation, or so many, or 50 of training: 3 batches of 10 images, by 4."""
+def test_the_target_scale_is_measured_once(recipe, capsys, monkeypatch):
+    """On all of validation, or so many batches of it, or 50 of training: 3 batches of 10 images, by 4."""
     monkeypatch.setattr(reporter, "LINE_SECONDS", -1)
-    for scale, val, count in (
-        ("auto", "10", 3),
-        ("auto:2", "10", 2),
-        ("auto:20", "10", 3),
-        ("auto", None, 10),
-    ):
-        data = [f"loss.target_scale={scale}", f"data.val={f'synthetic:{val}' if val else 'null'}"]
-        recipe(*data, "optim.batch_size=4", "max_steps=1", name=f"{scale}-{val}".replace(":", "-"))
+    val = "synthetic:10"
+    cases = (("auto", val, 3), ("auto:2", val, 2), ("auto:20", val, 3), ("auto", "null", 10))
+    for scale, val, count in cases:
+        options = [f"loss.target_scale={scale}", f"data.val={val}", "optim.batch_size=4"]
+        folder = recipe(*options, "max_steps=1", name=f"{scale}-{val}".replace(":", "-"))
         assert f"measuring the scale of the targets: 1 of {count} batches" in capsys.readouterr().out
+    recipe(*options, "max_steps=2", name=folder.name)
+    assert "measuring" not in capsys.readouterr().out
+    assert checkpoint(folder, 1)["target_scale"] == checkpoint(folder, 2)["target_scale"] != 1.0
 
 
 def test_a_student_may_start_from_an_earlier_run(recipe):
@@ -155,13 +146,6 @@ def test_evaluating_the_average_changes_no_update(recipe):
     averaged = recipe("student.kwargs.drop_path_rate=0.3", "optim.ema=0.9", name="averaged")
     assert losses(averaged) == losses(plain)
     assert losses(averaged, "val_loss")[1:] != losses(plain, "val_loss")[1:]
-
-
-def test_print_config(recipe, tmp_path, capsys):
-    recipe("--print-config", "optim.lr=0.5")
-    printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["optim"]["lr"] == 0.5
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_exports_when_it_ends(recipe, capsys):

@@ -10,29 +10,18 @@ from fastalign.method.masks import BernoulliMasks, BlockwiseMasks, UniformMasks
 from fastalign.utils.random import EVAL_EPOCH
 
 
-class UniformMaskSampler:
-    """The number of visible patches is uniform on 0..N.
+class _Sampler:
+    """Without a seed, masks follow `torch.manual_seed` and the images drawn so far; with one, the seed alone."""
 
-    Args:
-        mask_size: N.
-        antithetical_sampling: add the complement of each sample.
-        include_null: add the mask that hides nothing.
-    """
-
-    def __init__(self, mask_size: int, antithetical_sampling: bool = True, include_null: bool = True):
-        self._build(UniformMasks, mask_size, antithetical_sampling, include_null)
+    _draw = None
+    """(rows, generator) -> [rows, N] bool: NumPy's draws, as in the authors' runs; None = draw as without a seed"""
 
     def _build(self, kind: type, mask_size: int, pair: bool, null: bool, **options: float) -> None:
         self.mask_size, self.antithetical_sampling, self.include_null = mask_size, bool(pair), bool(null)
         self._masks, self._drawn = kind(self.antithetical_sampling, self.include_null, **options), 0
 
-    def _draw(self, rows: int, generator: np.random.Generator) -> np.ndarray:
-        """[rows, N] bool: NumPy's draws, as in the authors' runs."""
-        draws = generator.uniform(size=(rows, self.mask_size + 1))
-        return draws[:, 1:] > draws[:, :1]
-
     def __call__(self, batch_size: int, seed: int | None = None) -> Tensor:
-        """Masks of `batch_size` images, fp32; without a seed they follow torch's and the images drawn so far."""
+        """Masks of B = `batch_size` images, fp32; with a seed, as in validation, the same at every call."""
         masks, ids, epoch = self._masks, torch.arange(batch_size), EVAL_EPOCH
         if seed is None:
             ids, epoch, seed = ids + self._drawn, 0, torch.initial_seed() % 2**63
@@ -45,7 +34,24 @@ class UniformMaskSampler:
         return replace(masks, seed=seed)(ids, self.mask_size, epoch).flatten(0, 1).float()
 
 
-class BernoulliMaskSampler(UniformMaskSampler):
+class UniformMaskSampler(_Sampler):
+    """The number of visible patches is uniform on 0..N.
+
+    Args:
+        mask_size: N.
+        antithetical_sampling: add the complement of each sample.
+        include_null: add the mask that hides nothing.
+    """
+
+    def __init__(self, mask_size: int, antithetical_sampling: bool = True, include_null: bool = True):
+        self._build(UniformMasks, mask_size, antithetical_sampling, include_null)
+
+    def _draw(self, rows: int, generator: np.random.Generator) -> np.ndarray:
+        draws = generator.uniform(size=(rows, self.mask_size + 1))
+        return draws[:, 1:] > draws[:, :1]
+
+
+class BernoulliMaskSampler(_Sampler):
     """Each patch is visible with probability `mask_ratio`. Other arguments as for `UniformMaskSampler`."""
 
     def __init__(self, mask_size: int, mask_ratio=0.5, antithetical_sampling=True, include_null=True):
@@ -56,13 +62,11 @@ class BernoulliMaskSampler(UniformMaskSampler):
         return generator.uniform(size=(rows, self.mask_size)) < self.mask_ratio
 
 
-class BlockwiseMaskSampler(UniformMaskSampler):
+class BlockwiseMaskSampler(_Sampler):
     """Visible rectangles until the visible share reaches `target_ratio`. Other arguments as for `UniformMaskSampler`.
 
     With a seed too it draws from `fastalign.BlockwiseMasks`: the authors' distribution, not their bits.
     """
-
-    _draw = None
 
     def __init__(self, mask_size: int, target_ratio=0.4, antithetical_sampling=True, include_null=True):
         self._build(BlockwiseMasks, mask_size, antithetical_sampling, include_null, ratio=target_ratio)

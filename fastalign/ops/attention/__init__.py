@@ -118,18 +118,14 @@ def _measured(case: Case, arch: int) -> tuple[dict[str, float], str]:
     Nearest is the same kind, then the nearest head width, then length.
     """
     kind = {"capped": case.capped, "packed": case.packed, "gradient": case.gradient}
-    rows = [row for row in _table().get(f"sm_{arch}", {}).get("rows", []) if kind.items() <= row.items()]
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    rows = [row for row in table.get(f"sm_{arch}", {}).get("rows", []) if kind.items() <= row.items()]
     if case.device != "cuda" or case.biased or case.dtype not in HALF or not rows:
         return {}, ""
     row = min(rows, key=lambda row: (abs(row["width"] - case.width), abs(row["length"] - case.length)))
     times = {name: ms for name, ms in row["ms"].items() if name in BACKENDS}
     fastest_first = dict(sorted(times.items(), key=lambda item: item[1]))
     return fastest_first, f"T {row['length']}, d {row['width']} on sm_{arch}"
-
-
-@lru_cache
-def _table() -> dict:
-    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
 
 
 def check(name: str) -> None:

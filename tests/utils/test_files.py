@@ -13,7 +13,7 @@ from fastalign.data import index
 from fastalign.data.sources import open_source
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.utils.errors import UserError
-from fastalign.utils.paths import user_path
+from fastalign.utils.files import user_path
 from fastalign.utils.sections import get_key
 from tests.data_helpers import small_photos, write_folder
 
