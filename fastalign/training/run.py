@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastalign.backbones.precision import autocast, compute_dtype
 from fastalign.config import Config
-from fastalign.data.bad_samples import BadSample
+from fastalign.data.pipeline import BadSample
 from fastalign.training import build
 from fastalign.training.checkpoint_files import Checkpoints
 from fastalign.training.command import HangTimer, Preemption, StopReason
