@@ -184,7 +184,9 @@ class Loader:
         try:
             yield from self._decode(self._read_ahead(epoch, start), epoch)
         finally:
-            with suppress(DecodeError):
+            with suppress(
+                DecodeError, AttributeError
+            ):  # the interpreter's exit destroys DALI's pipelines first
                 self._decoder.collect()  # a consumer that stops early leaves a batch in flight
             self._synchronize()
 
