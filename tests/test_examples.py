@@ -2,7 +2,6 @@
 
 import runpy
 from itertools import repeat
-from pathlib import Path
 
 import pytest
 import timm
@@ -10,8 +9,8 @@ import torch
 from torch.nn.functional import interpolate
 
 import fastalign as fa
+from tests.run_helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 TINY = {"img_size": 64, "depth": 2, "embed_dim": 64, "num_heads": 2}
 
 

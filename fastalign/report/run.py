@@ -52,7 +52,7 @@ def read_probe(path: Path) -> tuple[dict, dict[str, Setting]]:
         for row in facts["results"]:
             settings[_setting(row)].seeds[row["model"]].append(row["test"])
     order = sorted(settings, key=lambda name: (name.startswith("global"), "transformer head" not in name))
-    return facts, {name: settings[name] for name in order}
+    return facts, {name: settings[name] for name in order if settings[name].scores}
 
 
 def _setting(row: dict) -> str:
