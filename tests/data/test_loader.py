@@ -16,7 +16,7 @@ from fastalign.data.sources import open_source
 from fastalign.utils.errors import UserError
 from fastalign.utils.random import permutation
 from tests.data.odd_images import damaged
-from tests.data_helpers import EVAL, TRAIN, batches_of, has_dali, needs_dali, small_photos, write_folder
+from tests.data_helpers import EVAL, HAS_DALI, TRAIN, batches_of, needs_dali, small_photos, write_folder
 
 COUNT = 50
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def source(folder):
-    return open_source(str(folder) if has_dali() else "synthetic:50")
+    return open_source(str(folder) if HAS_DALI else "synthetic:50")
 
 
 def same(left, right):
@@ -156,7 +156,7 @@ import time
 from fastalign.data.loader import Loader
 from fastalign.data.sources import open_source
 from fastalign.data.transforms import Transform
-source = open_source({str(folder) if has_dali() else "synthetic:50"!r})
+source = open_source({str(folder) if HAS_DALI else "synthetic:50"!r})
 loader = Loader(source, Transform((16, 16), (0.5,) * 3, (0.5,) * 3), batch_size=4, device="cpu")
 batches = loader.batches()
 next(batches)
