@@ -45,7 +45,7 @@ class Reporter:
     ):
         self.main, self.total, self.speed = main, total, speed
         self._pending: list[dict] = []
-        self._bar, self._text, self._shown = None, "", 0.0
+        self._bar, self._text, self._shown, self._announced = None, "", 0.0, False
         self._first: tuple[int, float] | None = None  # step and time of the first update
         if not main:
             return
@@ -89,14 +89,17 @@ class Reporter:
         """Move the bar: an update is done, on the host at least."""
         self._first = self._first or (step, time.monotonic())
         if self._bar:
-            self._bar.update(self._task, completed=step, description=f"{self._text} {self._left(step)}")
+            self._bar.update(self._task, completed=step, description=f"{self._text}{self._time_left(step)}")
 
-    def _left(self, step: int) -> str:
-        """The time to the end of the run, from the second update on."""
+    def _seconds_left(self, step: int) -> float:
+        """Seconds to the end of the run; 0 before the second update and at the end."""
         first, since = self._first or (step, 0.0)
-        if step in (first, self.total):
-            return ""
-        return f"{duration((time.monotonic() - since) / (step - first) * (self.total - step))} left"
+        seconds, done = time.monotonic() - since, step - first
+        return seconds / done * (self.total - step) if done else 0.0
+
+    def _time_left(self, step: int) -> str:
+        seconds = self._seconds_left(step)
+        return f"  {duration(seconds)} left" if seconds else ""
 
     def add(self, **values) -> None:
         """Keep a line until the next flush; values may be tensors on the device."""
@@ -129,12 +132,15 @@ class Reporter:
         self._text = (
             f"loss {loss}  {line['images_per_second']:.0f} images/s  data wait {line['data_wait']:.1%}"
         )
+        if not self._announced and (seconds := self._seconds_left(step)):
+            self._announced = True
+            end = time.localtime(time.time() + seconds)
+            self.say(f"expected end: {time.strftime('%a %d %b, %H:%M', end)}, in {duration(seconds)}")
         if self._bar:
             self.update(step)
         elif step == self.total or time.monotonic() - self._shown > LINE_SECONDS:
             self._shown = time.monotonic()
-            text = f"step {step}/{self.total}  epoch {line['epoch']}  {self._text}  {self._left(step)}"
-            self.say(text.rstrip())
+            self.say(f"step {step}/{self.total}  epoch {line['epoch']}  {self._text}{self._time_left(step)}")
 
     def close(self) -> None:
         """Remove the bar, write what is pending and close the file."""
