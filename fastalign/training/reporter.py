@@ -134,8 +134,9 @@ class Reporter:
         )
         if not self._announced and (seconds := self._seconds_left(step)):
             self._announced = True
-            end = time.localtime(time.time() + seconds)
-            self.say(f"expected end: {time.strftime('%a %d %b, %H:%M', end)}, in {duration(seconds)}")
+            form = "%H:%M" if seconds < 12 * 3600 else "%a %d %b, %H:%M"
+            end = time.strftime(form, time.localtime(time.time() + seconds))
+            self.say(f"expected end: {end}, in {duration(seconds)}")
         if self._bar:
             self.update(step)
         elif step == self.total or time.monotonic() - self._shown > LINE_SECONDS:
