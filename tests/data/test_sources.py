@@ -71,6 +71,12 @@ def test_damaged_or_unwritable_cache_is_ignored(root, monkeypatch):
     assert names_of(open_source(str(root))) == SORTED
 
 
+def test_a_slow_scan_says_how_far_it_is(root, monkeypatch, capsys):
+    monkeypatch.setattr(index, "_LINE_SECONDS", 0)
+    open_source(str(root))
+    assert f"indexing the data set: {len(SORTED)} images so far\n" in capsys.readouterr().err
+
+
 def test_links_are_followed(root, tmp_path):
     """A dangling link to an image is a sample that cannot be read; one to a folder is refused."""
     (root / "b/again").symlink_to(root, target_is_directory=True)  # a cycle
