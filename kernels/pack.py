@@ -152,9 +152,6 @@ class _Pack(torch.autograd.Function):
 
 
 def pack(patches, packing, prefix=None, position=None):
-    """As `fastalign.ops.pack`, for fp32, bf16 and fp16 on a GPU, without argument checks.
-
-    `packing` is (indices, slots, cu_seqlens, counts); rows from cu_seqlens[-1] on are padding.
-    """
+    """As `fastalign.ops.pack`, for fp32, bf16 and fp16 on a GPU, without argument checks."""
     indices, slots, cu_seqlens, _ = packing
     return _Pack.apply(patches, slots, cu_seqlens, len(indices), prefix, position)

@@ -191,7 +191,7 @@ def reconstruction_loss(
 ):
     """As `fastalign.ops.reconstruction_loss`, for fp32 and bf16 on a GPU, without argument checks.
 
-    `packing` is (indices, slots, cu_seqlens, counts). Target and scale get no gradient; backward can run only once.
+    Target and scale get no gradient; backward can run only once.
     """
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, device=prediction.device)

@@ -7,8 +7,8 @@ for T of 50 to 1025 and d of 32 to 128. No score reaches memory: forward moves `
 ``4 BHT^2 d`` operations, backward ``8 s BHTd`` and ``14 BHT^2 d``: dq, and dk with dv, each in a kernel that
 recomputes the scores, so there are no atomics and results are reproducible.
 
-Keys are walked in whole blocks without a mask, then in steps of 16 rows; a head of 72, 80 or 96 channels is two tiles
-(64 and 16 or 32), not 128. A cap bounds the logits, so up to 41 the softmax needs no running maximum or rescaling.
+A head of 72, 80 or 96 channels is two tiles (64 and 16 or 32), not 128. A cap bounds the logits, so up to 41 the
+softmax needs no running maximum or rescaling.
 """
 
 import math

@@ -64,8 +64,5 @@ class _Unpack(torch.autograd.Function):
 
 
 def unpack(packed, packing):
-    """As `fastalign.ops.unpack`, for fp32, bf16 and fp16 on a GPU, without argument checks.
-
-    `packing` is (indices, slots, cu_seqlens, counts).
-    """
+    """As `fastalign.ops.unpack`, for fp32, bf16 and fp16 on a GPU, without argument checks."""
     return _Unpack.apply(packed, packing[1], packing[2])

@@ -36,10 +36,8 @@ def flops_per_image(objective: MaskEmbed | MaskedImageModeling) -> float:
         masked = lengths.sum(1).mean().item(), lengths.square().sum(1).mean().item()
     decoder = getattr(student, "decoder", None)
     total = encoder_flops(teacher.vit, *(masked if decoder else once))
-    trained = 3 if any(parameter.requires_grad for parameter in student.encoder.parameters()) else 1
-    total += trained * encoder_flops(student.encoder, *(once if decoder else masked))
-    # The patch embedding is the first layer: its backward pass computes no gradient of the input.
-    total -= patch_flops(student.encoder) if trained == 3 else 0
+    passes = 3 if any(parameter.requires_grad for parameter in student.encoder.parameters()) else 1
+    total += encoder_flops(student.encoder, *(once if decoder else masked), passes)
     if decoder:
         blocks = sum(block_flops(block.attn.spec, *masked) for block in decoder.blocks)
         predicted = copies if decoder.prefix_only and decoder.prefix else masked[0]
@@ -47,15 +45,14 @@ def flops_per_image(objective: MaskEmbed | MaskedImageModeling) -> float:
     return total
 
 
-def encoder_flops(vit: ViT, tokens: float, squares: float) -> float:
-    """A backbone's forward pass: patch embedding once per image, blocks and head over all tokens."""
-    blocks = len(vit.blocks) * block_flops(vit.spec.block, tokens, squares)
-    return blocks + head_flops(vit.head) * tokens + patch_flops(vit)
-
-
-def patch_flops(vit: ViT) -> float:
-    """The patch embedding of one image."""
-    return 2 * vit.spec.patches * vit.patch_embed.proj.weight.numel()
+def encoder_flops(vit: ViT, tokens: float, squares: float, passes: int = 1) -> float:
+    """A backbone's passes: blocks and head over all tokens, the patch embedding once per image."""
+    transformer = (
+        len(vit.blocks) * block_flops(vit.spec.block, tokens, squares) + head_flops(vit.head) * tokens
+    )
+    embedding = 2 * vit.spec.patches * vit.patch_embed.proj.weight.numel()
+    # The embedding is the first layer: its backward pass computes no gradient of the input.
+    return passes * transformer + min(passes, 2) * embedding
 
 
 def head_flops(head: nn.Module) -> float:

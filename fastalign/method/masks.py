@@ -25,6 +25,8 @@ MAX_BLOCKS = 64
 
 @dataclass(frozen=True)
 class _Masks:
+    """The base of all. Each defines ``sample(sample_ids, grid, epoch)``, [B, N] bool, one draw per image."""
+
     complement: bool = True  # add the complement of each sample (antithetical sampling)
     full: bool = True  # add the mask that hides nothing
     seed: int = 0
@@ -85,10 +87,6 @@ class _Masks:
             return int(rows), int(columns)
         side = math.isqrt(num_patches)
         return (side, side) if side * side == num_patches else (1, int(num_patches))
-
-    def sample(self, sample_ids: Tensor, grid: tuple[int, int], epoch: int) -> Tensor:
-        """[B, N] bool: one draw per image."""
-        raise NotImplementedError
 
 
 class UniformMasks(_Masks):
@@ -152,18 +150,6 @@ class BlockwiseMasks(_Masks):
 
     def sample(self, sample_ids: Tensor, grid: tuple[int, int], epoch: int) -> Tensor:
         rows, columns = grid
-        target = math.ceil(self.ratio * rows * columns - 1e-9)
-        first = self._first_cover(sample_ids, grid, epoch)
-        # The number of patches covered after each rectangle decides how many rectangles count.
-        counts = torch.zeros(first.shape[0], MAX_BLOCKS + 1, dtype=torch.int64, device=first.device)
-        counts.scatter_add_(1, first, torch.ones_like(first))
-        covered = counts[:, :MAX_BLOCKS].cumsum(1)
-        used = (covered < target).sum(1, keepdim=True)
-        return first <= used.clamp(max=MAX_BLOCKS - 1)
-
-    def _first_cover(self, sample_ids: Tensor, grid: tuple[int, int], epoch: int) -> Tensor:
-        """[B, N] int64: the first rectangle that covers each patch, MAX_BLOCKS if none does."""
-        rows, columns = grid
         largest = int(self.ratio * rows * columns)
         smallest = max(1, min(MIN_BLOCK_PATCHES, largest - 1))
         draws = random_uniform(sample_ids, 4 * MAX_BLOCKS, seed=self.seed, stream=Stream.MASKS, epoch=epoch)
@@ -181,7 +167,14 @@ class BlockwiseMasks(_Masks):
         in_columns = (column >= left[..., None]) & (column < (left + width)[..., None])
         inside = (in_rows[..., :, None] & in_columns[..., None, :]).flatten(2)
         index = torch.arange(MAX_BLOCKS, device=draws.device).view(1, MAX_BLOCKS, 1)
-        return torch.where(inside, index, MAX_BLOCKS).amin(1)
+        first = torch.where(inside, index, MAX_BLOCKS).amin(
+            1
+        )  # that covers each patch; MAX_BLOCKS if none does
+        # The number of patches covered after each rectangle decides how many rectangles count.
+        counts = torch.zeros(len(first), MAX_BLOCKS + 1, dtype=torch.int64, device=first.device)
+        covered = counts.scatter_add_(1, first, torch.ones_like(first))[:, :MAX_BLOCKS].cumsum(1)
+        used = (covered < math.ceil(self.ratio * rows * columns - 1e-9)).sum(1, keepdim=True)
+        return first <= used.clamp(max=MAX_BLOCKS - 1)
 
 
 MASKS = {"uniform": UniformMasks, "bernoulli": BernoulliMasks, "blockwise": BlockwiseMasks}

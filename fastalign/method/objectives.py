@@ -12,7 +12,7 @@ from fastalign.backbones.blocks import Attention, Block
 from fastalign.method.student import MaskEmbedStudent, MIMStudent
 from fastalign.method.teacher import MaskedTeacher
 from fastalign.ops.attention import Case
-from fastalign.ops.reference import LOSSES, Packing
+from fastalign.ops.reference import Packing
 from fastalign.utils.errors import UserError
 
 
@@ -24,8 +24,6 @@ class Objective(nn.Module):
 
     def __init__(self, teacher: MaskedTeacher, student: nn.Module, masks, loss: str, masking: str):
         super().__init__()
-        if loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
         tokens = [(spec.grid, spec.prefix) for spec in (teacher.spec, student.encoder.spec)]
         if tokens[0] != tokens[1]:
             raise UserError(
@@ -58,8 +56,8 @@ class Objective(nn.Module):
             packing = ops.pack_masks(visible, spec.prefix)
         if visible.is_cpu and not images.is_cpu:
             # A copy of more than 64 KB from memory that is not pinned waits for the GPU.
-            parts = (part.pin_memory().to(device, non_blocking=True) for part in (visible, *packing))
-            visible, *packing = parts
+            parts = visible, *packing
+            visible, *packing = (part.pin_memory().to(device, non_blocking=True) for part in parts)
         return visible, Packing(*packing)
 
     def forward(self, images: Tensor, sample_ids: Tensor, epoch: int = 0) -> Tensor:

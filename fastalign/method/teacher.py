@@ -49,9 +49,8 @@ class MaskedTeacher(nn.Module):
     def store_as(self, dtype: torch.dtype) -> "MaskedTeacher":
         """Keep the matrices in a lower precision. From then on the teacher runs under bf16 autocast only.
 
-        Args:
-            dtype: torch.bfloat16: bit for bit the targets of autocast, half the memory, no cast at each step;
-                torch.float8_e4m3fn: the linear layers of the blocks multiply in FP8, the rest is bf16.
+        torch.bfloat16: bit for bit the targets of autocast, half the memory, no cast at each step;
+        torch.float8_e4m3fn: the linear layers of the blocks multiply in FP8, the rest is bf16.
         """
         if dtype == torch.float8_e4m3fn:
             precision.quantize(self)

@@ -28,14 +28,13 @@ __all__ = [
     "unpack",
 ]
 MODE = os.environ.get("FASTALIGN_KERNELS", "auto")
-_NAMES = [name for name in __all__ if name != "pack_masks"]
 try:
-    KERNELS = {name: getattr(import_module(f"fastalign.kernels.{name}"), name) for name in _NAMES}
+    names = [name for name in __all__ if name != "pack_masks"]
+    KERNELS = {name: getattr(import_module(f"fastalign.kernels.{name}"), name) for name in names}
 except ImportError:
     KERNELS = {}
 """Operation -> its Triton kernel; empty where triton is not installed."""
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PACKING = {
     "packing.indices": "int32 L",
     "packing.slots": "int32 B M T",
@@ -48,7 +47,7 @@ def kernels_on(device: str, dtype: torch.dtype) -> bool:
     """Whether an operation on tensors of this dtype on this kind of device runs in Triton."""
     if not KERNELS or MODE == "0" or (MODE != "1" and device != "cuda"):
         return False
-    return dtype in _DTYPES or not dtype.is_floating_point
+    return not dtype.is_floating_point or dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check(condition: bool, name: str, wanted: str, found: Tensor) -> None:
@@ -85,9 +84,7 @@ def _operation(definition: Callable, check=lambda sizes, **given: True, **specs:
         given = {**defaults, **dict(zip(positional, args, strict=False)), **kwargs}
         tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
         if (packing := given.get("packing")) is not None:
-            tensors |= {
-                f"packing.{field}": tensor for field, tensor in zip(Packing._fields, packing, strict=True)
-            }
+            tensors |= {f"packing.{key}": tensor for key, tensor in Packing(*packing)._asdict().items()}
         sizes: dict[str, int] = {}
         for key, spec in (_PACKING | specs).items():
             if key in tensors:

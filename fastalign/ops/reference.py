@@ -4,6 +4,8 @@ Shapes: B images, M masks per image, N patches, P prefix tokens, T = P + N, D wi
 L rows of packed tokens.
 """
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -144,18 +146,22 @@ def softcap_attention(
         The shape and dtype of q. In 16 bits the kernel uses the GPU's tanh, with a relative error of 2^-11.
     """
     if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
-        parts = [
-            softcap_attention(*(x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v)), softcap=softcap)[0]
-            for a, b in pairwise(bounds)
-        ]
-        return torch.cat([*(part.transpose(0, 1) for part in parts), torch.zeros_like(q[bounds[-1] :])])
+        return each_sequence(partial(softcap_attention, softcap=softcap), q, k, v, cu_seqlens)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
     return scores.softmax(dim=-1).to(v.dtype) @ v
+
+
+def each_sequence(dense: Callable, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Packed attention [L, H, d] by a dense function, one sequence after the other; padding rows are zero."""
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(bounds)] + [len(q) - bounds[-1]]
+    *parts, padding = zip(*(x.transpose(0, 1).unsqueeze(0).split(lengths, 2) for x in (q, k, v)), strict=True)
+    out = [dense(*part) if part[0].shape[2] else part[0] for part in parts]
+    return torch.cat([*out, torch.zeros_like(padding[0])], 2)[0].transpose(0, 1)
 
 
 def reconstruction_loss(

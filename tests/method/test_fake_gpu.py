@@ -3,13 +3,13 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastalign as fa
 from fastalign import ops
 from fastalign.ops import attention as selection
 from fastalign.ops import extension
 from tests.method.helpers import tiny
+from tests.ops.helpers import Calls
 
 ATTENTION = ("softcap_attention", torch.bfloat16)
 PACK, MASK_TOKENS = ("pack", torch.bfloat16), ("mask_tokens", torch.bfloat16)
@@ -19,19 +19,6 @@ CALLS = {
     "zero": [("draw_masks", torch.int64), *[ATTENTION] * 2, MASK_TOKENS, MASK_TOKENS, LOSS],
     "drop": [("draw_packed_masks", torch.int64), *[ATTENTION] * 2, PACK, ATTENTION, PACK, ATTENTION, LOSS],
 }
-
-
-class Calls(TorchDispatchMode):
-    """Records the calls of fastalign's operators, with the dtype of the first argument."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if operator.namespace == "fastalign":
-            self.found.append((operator.name().removeprefix("fastalign::"), args[0].dtype))
-        return operator(*args, **(kwargs or {}))
 
 
 def move(module, mode):
@@ -65,7 +52,8 @@ def test_a_step_on_an_h200_runs_every_kernel_in_bf16(masking, h200):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, Calls() as calls:
         move(step, mode)
         loss = step(torch.randn(4, 3, 32, 32, device="cuda"), torch.arange(4))
-    assert calls.found == CALLS[masking]
+    found = [(operator.name().removeprefix("fastalign::"), args[0].dtype) for operator, args in calls.found]
+    assert found == CALLS[masking]
     assert (loss.device.type, loss.dtype, loss.requires_grad) == ("cuda", torch.float32, True)
 
 

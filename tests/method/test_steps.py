@@ -105,7 +105,6 @@ def of_other(**kwargs):
         (lambda v: fa.MaskEmbedStudent.from_backbone(v, head="conv"), "head"),
         (lambda v: fa.MaskEmbedStudent.from_backbone(v, decoder_heads=7), "decoder_heads"),
         (lambda v: fa.MaskEmbedStudent.from_backbone(v, softcap=-1.0), "softcap"),
-        (lambda v: maskembed(v, loss="huber"), "loss"),
         (lambda v: maskembed(v, target_dim=96), "target_dim"),
         (lambda v: of_other(img_size=48), "different patch grids"),
         (lambda v: of_other(reg_tokens=2), "prefix tokens"),

@@ -1,6 +1,7 @@
-"""Cases for the extension, and packing worked out by a loop."""
+"""Cases for the extension, packing worked out by a loop, and a record of the operators that are called."""
 
 import numpy as np
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastalign as fa
 
@@ -24,3 +25,16 @@ def packed_by_loop(visible: np.ndarray, prefix: int, length: int) -> list[list]:
             starts.append(len(indices))
     counts = np.diff(starts).tolist()
     return [indices + [-1] * (length - len(indices)), slots.tolist(), starts, counts]
+
+
+class Calls(TorchDispatchMode):
+    """Records the calls of fastalign's operators, and their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "fastalign":
+            self.found.append((operator, args))
+        return operator(*args, **(kwargs or {}))

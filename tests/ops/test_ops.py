@@ -13,6 +13,7 @@ import torch
 import fastalign as fa
 from fastalign import ops
 from fastalign.ops import extension, reference
+from tests.method.helpers import gradients
 from tests.numerics import DEVICE, gradient_error, needs_compiler, randomise, relative_error
 
 ROOT = Path(__file__).parents[2]
@@ -27,24 +28,15 @@ PACKING = reference.pack_masks(VISIBLE, 1, 30)
 DENSE = x(2, 3, 5, 8)
 # The call, and a part of its message.
 WRONG = [
-    (
-        lambda: ops.mask_tokens(x(2, 4), x(8), VISIBLE),
-        "patches must be float [B, N, D], got torch.float32 [2, 4]",
-    ),
+    (lambda: ops.mask_tokens(x(2, 4), x(8), VISIBLE), "patches must be float [B, N, D], got torch.float32 ["),
     (lambda: ops.mask_tokens(x(2, 5, 8), x(8), VISIBLE), "visible must be bool [B = 2, M, N = 5]"),
     (lambda: ops.expand_masked(x(2, 5, 8), VISIBLE.int(), x(1, 5, 8)), "visible must be bool"),
     (lambda: ops.expand_masked(x(2, 3, 8), VISIBLE, x(1, 3, 8)), "with N <= T = 3"),
     (lambda: ops.pack(x(2, 4, 8), PACKING), "packing.slots must be int32 [B, M, P + N = 4]"),
     (lambda: ops.unpack(x(29, 8), PACKING), "packed must be float [L = 30, D]"),
-    (
-        lambda: ops.softcap_attention(x(1, 1, 4, 8), x(1, 1, 5, 8), x(1, 1, 4, 8)),
-        "k must be as q, torch.float32",
-    ),
+    (lambda: ops.softcap_attention(x(1, 1, 4, 8), x(1, 1, 5, 8), x(1, 1, 4, 8)), "k must be as q, torch."),
     (lambda: ops.softcap_attention(*[x(1, 1, 4, 8)] * 3, softcap=-1.0), "softcap must be a positive"),
-    (
-        lambda: ops.softcap_attention(*[x(4, 1, 8)] * 3, cu_seqlens=x(2, dtype=torch.int32)),
-        "needs max_seqlen",
-    ),
+    (lambda: ops.softcap_attention(*[x(4, 1, 8)] * 3, cu_seqlens=VISIBLE[0, 0].int()), "needs max_seqlen"),
     (lambda: ops.reconstruction_loss(DENSE, DENSE, VISIBLE, loss="l2"), "loss must be one of mse, cosine"),
     (lambda: ops.reconstruction_loss(DENSE, x(2, 3, 8), VISIBLE), "target must be broadcastable"),
     (lambda: ops.reconstruction_loss(DENSE, DENSE, VISIBLE, scale=x(8)), "scale must be float []"),
@@ -163,8 +155,7 @@ def loss_and_gradient(objective, images, ids):
     objective.zero_grad()
     loss = objective(images, ids)
     loss.backward()
-    parameters = objective.student.named_parameters()
-    return loss.detach(), {n: p.grad.clone() for n, p in parameters if p.grad is not None}
+    return loss.detach(), gradients(objective.student)
 
 
 @pytest.mark.parametrize("masking", ["zero", "drop"])

@@ -32,17 +32,13 @@ def attention(
     sequences: Sequences | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Full (non-causal) multi-head attention with the 1 / sqrt(d) scale.
+    """Full (non-causal) multi-head attention with the 1 / sqrt(d) scale: the shape of q. Padding rows are finite.
 
     Args:
         q, k, v: [B, H, T, d], one dtype; with `sequences` packed, [L, H, d].
-        softcap: logits s become ``softcap * tanh(s / softcap)`` before the bias and the softmax; None = plain.
-        bias: [1 or B, 1 or H, T, T], added to the logits (relative position bias); dense only.
+        softcap, bias: as for `fastalign.ops.softcap_attention`.
         sequences: the packed sequences; each attends only to itself.
         backend: a name of `BACKENDS`, used if it supports the case; "auto" = the fastest that does.
-
-    Returns:
-        The shape of q. Padding rows are finite.
     """
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm may have returned fp32
     if bias is not None:

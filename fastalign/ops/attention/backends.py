@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -127,18 +126,9 @@ def _either(dense: Callable, q, k, v, softcap, bias, sequences):
     """A dense implementation, extended to packed sequences."""
     if sequences is None:
         return dense(q, k, v, softcap, bias)
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _one_by_one(dense, q, k, v, softcap, sequences)
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():  # where reading the bounds costs nothing
+        return reference.each_sequence(partial(dense, softcap=softcap, bias=None), q, k, v, sequences.bounds)
     return _padded(dense, q, k, v, softcap, sequences)
-
-
-def _one_by_one(dense: Callable, q, k, v, softcap, sequences: Sequences) -> Tensor:
-    """Packed attention on a CPU, where reading the bounds costs nothing."""
-    bounds = sequences.bounds.tolist()
-    lengths = [end - start for start, end in pairwise(bounds)] + [len(q) - bounds[-1]]
-    *parts, padding = zip(*(x.transpose(0, 1).unsqueeze(0).split(lengths, 2) for x in (q, k, v)), strict=True)
-    out = [dense(*part, softcap, None) if part[0].shape[2] else part[0] for part in parts]
-    return torch.cat([*out, padding[0]], 2)[0].transpose(0, 1)  # padding may hold anything finite
 
 
 def _padded(dense: Callable, q, k, v, softcap, sequences: Sequences) -> Tensor:
