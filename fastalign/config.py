@@ -277,8 +277,7 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(files) if path.parent.name != "base"}
 
 
-resolve = partial(sections.resolve, Config)
-"""The configuration of a tree with overrides: `sections.resolve`."""
+resolve = partial(sections.resolve, Config)  # the configuration of a tree with overrides
 
 
 def kinds() -> dict[str, Kind]:

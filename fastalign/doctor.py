@@ -6,7 +6,6 @@ Ends with a smoke test, a training step on every kind of device; the exit code i
 import argparse
 import os
 import platform
-import shutil
 import sys
 from importlib import metadata
 
@@ -77,15 +76,12 @@ def packages() -> list[str]:
 def operations() -> list[str]:
     """What runs each operation on a GPU and on a CPU, and why."""
     kernels = "Triton" if version("triton") else "eager PyTorch, slower: triton is not installed"
-    if ops.MODE == "0":
-        kernels = "eager PyTorch: FASTALIGN_KERNELS=0"
+    kernels = "eager PyTorch: FASTALIGN_KERNELS=0" if ops.MODE == "0" else kernels
     masks = "extension" if extension.available(torch.device("cpu")) else "PyTorch"
     lines = [f"masked copies, decoder input, packing, loss: on a GPU {kernels}, on a CPU eager PyTorch"]
     lines.append(f"masks: {masks} ({extension.status()})")
     if torch.cuda.is_available() and not extension.available(torch.device("cuda")):
         lines.append("  faster: install the CUDA toolkit of torch's version, then fastalign again")
-    if not shutil.which("c++"):
-        lines.append("  torch.compile on a CPU and the extension need a C++ compiler: apt install g++")
     return lines
 
 

@@ -93,14 +93,9 @@ def recipe(tmp_path, images):
     from tests.run_helpers import MODEL
 
     def run(*overrides, name="run", expect=0) -> Path:
-        tree = {
-            "output": str(tmp_path / name),
-            "student": MODEL,
-            "data": {"train": str(images / "train"), "val": str(images / "val"), "threads": 1},
-            "optim": {"batch_size": 8, "epochs": 2, "lr": 1e-3},
-            "log": {"every_steps": 2},
-            "efficiency": {"precision": "fp32"},
-        }
+        data = {"train": str(images / "train"), "val": str(images / "val"), "threads": 1}
+        tree = {"output": str(tmp_path / name), "student": MODEL, "data": data, "log": {"every_steps": 2}}
+        tree |= {"optim": {"batch_size": 8, "epochs": 2, "lr": 1e-3}, "efficiency": {"precision": "fp32"}}
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(tree))
         assert train.main([str(path), *overrides]) == expect

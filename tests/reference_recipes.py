@@ -5,7 +5,7 @@ import re
 
 import yaml
 
-# file | data | teacher (or its run) | student (= the same, s = soft-capped) | batch x passes | lr | epochs | rest
+# file | data | teacher (or our run) | student (= the same, s = soft-capped) | batch x passes | lr | epochs | rest
 ROWS = """
 beit-vit-b | 21k | beit_base_patch16_224.in22k_ft_in22k_in1k | = | 256x1 | 3e-4 | 5 (0) | BIAS
 beitv2-vit-b | 21k | beitv2_base_patch16_224.in1k_ft_in22k_in1k | = | 256x1 | 3e-4 | 5 (0) | BIAS
@@ -17,9 +17,9 @@ clip-vit-b-in1k-e50 | 1k | CLIP.openai | s | 256x1 | 3e-4 | 50 (1) |
 clip-vit-b-in21k-e1 | 21k | CLIP.openai | s | 256x1 | 3e-4 | 1 (0) |
 clip-vit-b-in21k-e10 | 21k | CLIP.openai | s | 256x1 | 3e-4 | 10 (0) |
 clip-vit-b-in21k-e5 | 21k | CLIP.openai | s | 256x1 | 3e-4 | 5 (0) |
-clip-vit-b-mim-aligned-mim | 21k | output_mim/clip-vit-b-mim-aligned-mim | sCLIP.openai | 256x1 | 3e-4 | 5 (0) |
-clip-vit-b-mim-aligned | 21k | output/clip-vit-b-mim-aligned | sCLIP.openai | 256x1 | 3e-4 | 5 (0) |
-clip-vit-b-mim | 21k | output_mim/clip-vit-b-mim | sCLIP.openai | 256x1 | 3e-4 | 5 (0) |
+clip-vit-b-mim-aligned-mim | 21k | runs/mim-clip-vit-b-mim-aligned | sCLIP.openai | 256x1 | 3e-4 | 5 (0) |
+clip-vit-b-mim-aligned | 21k | runs/clip-vit-b-mim | sCLIP.openai | 256x1 | 3e-4 | 5 (0) |
+clip-vit-b-mim | 21k | runs/mim-clip-vit-b | sCLIP.openai | 256x1 | 3e-4 | 5 (0) |
 clip-vit-b | 21k | CLIP.openai | s | 256x1 | 3e-4 | 5 (0) |
 clip-vit-l-336 | 21k | vit_large_patch14_clip_quickgelu_336.openai | s | 32x8 | 2e-4 | 5 (0) |
 clip-vit-l | 21k | vit_large_patch14_clip_quickgelu_224.openai | s | 128x2 | 2e-4 | 5 (0) |
@@ -57,7 +57,7 @@ openclip-vit-b | 21k | vit_base_patch16_clip_224.laion2b | s | 256x1 | 3e-4 | 5 
 siglip-vit-b | 21k | vit_base_patch16_siglip_224.webli | s | 256x1 | 3e-4 | 5 (0) |
 siglip-vit-so400m-384 | 21k | vit_so400m_patch14_siglip_384.webli | s | 16x16 | 2e-4 | 5 (0) |
 siglip-vit-so400m | 21k | vit_so400m_patch14_siglip_224.webli | s | 64x4 | 2e-4 | 5 (0) |
-configs-mim/clip-vit-b-mim-aligned | 21k | output/clip-vit-b-mim-aligned | sCLIP.openai | 256x1 | 3e-4 | 5 (0) |
+configs-mim/clip-vit-b-mim-aligned | 21k | runs/clip-vit-b-mim | sCLIP.openai | 256x1 | 3e-4 | 5 (0) |
 configs-mim/clip-vit-b | 21k | CLIP.openai | s | 256x1 | 3e-4 | 5 (0) |
 """
 SHORT = {
@@ -80,12 +80,6 @@ optim.weight_decay: 0.01, optim.betas: [0.9, 0.95], optim.clip: 1.0, optim.ema: 
 """
 """In every file, or the default of the authors' scripts."""
 FILES = {row.split(" |")[0]: [cell.strip() for cell in row.split("|")] for row in ROWS.strip().splitlines()}
-RUNS = {
-    "output_mim/clip-vit-b-mim": "runs/mim-clip-vit-b",
-    "output_mim/clip-vit-b-mim-aligned-mim": "runs/mim-clip-vit-b-mim-aligned",
-    "output/clip-vit-b-mim-aligned": "runs/clip-vit-b-mim",
-}
-"""Where the teachers of a chain are, in the authors' files and in ours."""
 
 
 def reference_keys(file: str) -> list[str]:
@@ -104,7 +98,7 @@ def reference_keys(file: str) -> list[str]:
         "objective": "mim" if mim else "maskembed",
         "student.name": name.removeprefix("s") if capped else name,
         "student.softcap": 30.0 if capped else None,
-        "teacher.weights": RUNS.get(teacher),
+        "teacher.weights": teacher if teacher.startswith("runs/") else None,
         "optim.batch_size": 4 * size * passes,  # on their four GPUs
         "optim.accumulate": passes,
         "optim.lr": float(lr),

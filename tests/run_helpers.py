@@ -72,20 +72,15 @@ def torchrun(*arguments: str | Path, expect: int = 0) -> str:
     return result.stdout + result.stderr
 
 
-def write_recipe(tmp_path):
-    (tmp_path / "recipe.yaml").write_text(
-        f"output: {tmp_path / 'run'}\n"
-        "student: {name: vit_tiny_patch16_224, weights: random, kwargs: {img_size: 64, drop_path_rate: 0.1}}\n"
-        "data: {train: 'synthetic:256', val: 'synthetic:64'}\n"
-        "optim: {batch_size: 8, epochs: 2, lr: 1.0e-3, accumulate: 2, clip: 1.0, ema: 0.9}\n"
-    )
-    return str(tmp_path / "recipe.yaml")
+SYNTHETIC = ["data.train=synthetic:256", "data.val=synthetic:64", "student.weights=random"]
+SYNTHETIC += ["student.name=vit_tiny_patch16_224", "student.kwargs={img_size: 64, drop_path_rate: 0.1}"]
+SYNTHETIC += ["optim={batch_size: 8, epochs: 2, lr: 1.0e-3, accumulate: 2, ema: 0.9}"]
 
 
 def run_of_batches(tmp_path, *overrides):
     """A run, and finished batches for six updates of two parts."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    run = Run(load_config(write_recipe(tmp_path), list(overrides)), World(0, 1, device))
+    run = Run(load_config(None, [*SYNTHETIC, f"output={tmp_path}/run", *overrides]), World(0, 1, device))
     run.model.train()
     dtype, batches = run.dtype, []
     for first in range(0, 48, 4):

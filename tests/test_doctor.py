@@ -3,10 +3,8 @@
 import re
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from fastalign import doctor, ops
 from fastalign.ops import extension
@@ -47,13 +45,3 @@ def test_tested_versions_are_those_of_the_constraints():
         for name, about in doctor.PACKAGES.items():
             if versions := re.findall(r"\d+(?:\.\d+)+", about):
                 assert versions[min(position, len(versions) - 1)] == pinned[name]
-
-
-def test_a_gpu_without_the_extension_gets_advice(monkeypatch):
-    gpu = SimpleNamespace(name="Some GPU", major=9, minor=0, total_memory=80 * 2**30)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
-    monkeypatch.setattr(extension, "available", lambda device: device.type == "cpu")
-    assert "GPU 0: Some GPU, sm_90, 80 GiB" in doctor.machine()
-    assert any("install the CUDA toolkit" in line for line in doctor.operations())

@@ -1,8 +1,7 @@
 """The examples learn."""
 
 import runpy
-import tempfile
-from pathlib import Path
+from itertools import repeat
 
 import pytest
 import timm
@@ -10,27 +9,18 @@ import torch
 from torch.nn.functional import interpolate
 
 import fastalign as fa
+from tests.run_helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 TINY = {"img_size": 64, "depth": 2, "embed_dim": 64, "num_heads": 2}
 
 
 def images(steps: int):
     """The same eight smooth images again and again."""
-    batch = interpolate(torch.randn(8, 3, 8, 8), size=64, mode="bilinear")
-    return (batch for _ in range(steps))
+    return repeat(interpolate(torch.randn(8, 3, 8, 8), size=64, mode="bilinear"), steps)
 
 
 def example(name: str) -> dict:
     return runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
-
-
-def test_all_are_tested_and_short():
-    assert EXAMPLES == ["clipself", "dbot", "mae"]
-    for name in EXAMPLES:
-        loop = (ROOT / "examples" / f"{name}.py").read_text().partition("if __name__")[0]
-        assert len([line for line in loop.splitlines() if line.strip()]) <= 42
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
@@ -77,17 +67,17 @@ def test_dbot():
     assert all(torch.equal(value, before[name]) for name, value in vit.state_dict().items())
 
 
-def test_the_notebook_runs():
+def test_the_notebook_runs(tmp_path):
     """With fewer pictures than it asks for."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(ROOT / "examples/quickstart.ipynb", as_version=4)
     sizes = next(cell for cell in notebook.cells if cell.cell_type == "code")
     assert sizes.source.startswith("images, epochs = 2000, 2")
     sizes.source = "images, epochs = 128, 1"
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("demo", "configs"):
-            (Path(folder) / name).symlink_to(ROOT / name)
-        nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": folder}}).execute()
-        assert (Path(folder) / "runs/quickstart/run/exports/timm/model.safetensors").is_file()
+    for name in ("demo", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    place = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=300, resources=place).execute()
+    assert (tmp_path / "runs/quickstart/run/exports/timm/model.safetensors").is_file()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 1

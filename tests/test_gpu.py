@@ -1,10 +1,8 @@
 """What needs a GPU: the same bits of masks, the same loss, bf16, compilation, no synchronization."""
 
 import itertools
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,10 +16,9 @@ from fastalign.evaluation.options import Plan, Recipe
 from fastalign.evaluation.patches import Task, evaluate_head, fit_head
 from fastalign.train import update
 from tests.numerics import gradient_error, randomise, relative_error
-from tests.run_helpers import run_of_batches, write_recipe
+from tests.run_helpers import ROOT, SYNTHETIC, losses, run_of_batches
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-ROOT = Path(__file__).parent.parent
 both_modes = pytest.mark.parametrize("masking", ["zero", "drop"])
 
 
@@ -189,11 +186,17 @@ def test_kernels_run_where_their_tensors_are():
 
 
 def test_the_command_trains_on_the_gpu(tmp_path):
-    command = [sys.executable, "-m", "fastalign.train", write_recipe(tmp_path), "optim.ema=null"]
+    command = [
+        sys.executable,
+        "-m",
+        "fastalign.train",
+        *SYNTHETIC,
+        f"output={tmp_path}/run",
+        "optim.ema=null",
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    validation = [line["val_loss"] for line in lines if "val_loss" in line]
+    validation = losses(tmp_path / "run", "val_loss")
     assert validation[-1] < validation[0]
 
 

@@ -1,4 +1,4 @@
-"""The package: what `import fastalign` needs, the wheel, the editable install, and the command `fastalign`."""
+"""The package: what `import fastalign` needs, the wheel, the editable install, `fastalign` and `fa.align`."""
 
 import os
 import subprocess
@@ -7,9 +7,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from setuptools import build_meta
 
-from fastalign import __main__, __version__
+import fastalign as fa
+from fastalign import __main__, __version__, train
+from tests.run_helpers import MODEL
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,11 +26,10 @@ import fastalign as fa
 print(list(fa.masks.UniformMasks(seed=0)(torch.arange(2), 4).shape))
 q = torch.randn(1, 2, 5, 8)
 print(list(fa.ops.softcap_attention(q, q, q, softcap=3.0).shape))
-for name in ("pack", "nothing"):
-    try:
-        print(getattr(getattr(fa.kernels, name), name).__module__)
-    except AttributeError as error:
-        print(f"{type(error).__name__}: {error}")
+try:
+    print(fa.kernels.pack.pack.__module__)
+except AttributeError as error:
+    print(f"AttributeError: {error}")
 print([name for name in sys.modules if name.startswith(("nvidia.dali", "timm"))])
 try:
     fa.kernels.softcap_attention.softcap_attention(q, q, q)
@@ -45,14 +48,10 @@ def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> str:
 def test_kernels_and_masks_alone(triton):
     """On the CPU and without Triton's interpreter, where a kernel names the function to call instead."""
     printed = python("-c", ALONE, triton, TRITON_INTERPRET="0")
-    masks, attention, pack, nothing, heavy, refusal = printed.splitlines()
+    masks, attention, pack, heavy, refusal = printed.splitlines()
     assert (masks, attention, heavy) == ("[2, 3, 4]", "[1, 2, 5, 8]", "[]")
-    assert nothing.startswith("AttributeError")
-    if triton == "with":
-        assert pack == "fastalign.kernels.pack"
-        assert "fastalign.ops" in refusal
-    else:
-        assert pack.startswith("AttributeError")
+    assert pack.startswith("fastalign.kernels.pack" if triton == "with" else "AttributeError")
+    assert triton == "without" or "fastalign.ops" in refusal
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +113,18 @@ def test_the_command(capsys):
             __main__.main([command, "--help"])
         assert stop.value.code == 0
         assert f"usage: fastalign {command}" in capsys.readouterr().out
+
+
+def test_align_is_the_command(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    tree = {"student": MODEL, "optim": {"batch_size": 4}, "data": {"threads": 1}, "max_steps": 2}
+    recipe.write_text(yaml.safe_dump(tree))
+    keys = {"optim.lr": 1e-4, "optim.betas": (0.9, 0.99), "student.softcap": None}
+    vit = fa.align(recipe, data="synthetic:16", output=tmp_path / "python", **keys)
+    command = ["data.train=synthetic:16", f"output={tmp_path / 'shell'}", "optim.lr=1.0e-4"]
+    assert train.main([str(recipe), *command, "optim.betas=[0.9, 0.99]", "student.softcap=null"]) == 0
+    images = torch.randn(2, 3, 32, 32)
+    expected = fa.load_backbone(tmp_path / "shell").forward_features(images)
+    assert torch.equal(vit.forward_features(images), expected)
+    again = fa.align(recipe, data="synthetic:16", output=tmp_path / "python", **keys)
+    assert torch.equal(again.forward_features(images), expected)

@@ -61,10 +61,8 @@ class CappedAttention(nn.Module):
         outputs = []
         for head in range(self.heads):
             part = slice(head * size, (head + 1) * size)
-            query, key = (
-                self.turn(self.q_norm(q[..., part]), rope),
-                self.turn(self.k_norm(k[..., part]), rope),
-            )
+            query = self.turn(self.q_norm(q[..., part]), rope)
+            key = self.turn(self.k_norm(k[..., part]), rope)
             logits = self.cap * torch.tanh(query @ key.mT / math.sqrt(size) / self.cap)
             outputs.append(torch.softmax(logits, -1) @ v[..., part])
         return self.proj(torch.cat(outputs, -1))
@@ -142,9 +140,8 @@ class StudentTruth(nn.Module):
     def forward(self, images: Tensor, visible: Tensor) -> Tensor:
         """[B, M, T, D]"""
         pairs = zip(self.tokens(images), visible, strict=True)
-        return torch.stack(
-            [torch.stack([self.decode(tokens, mask) for mask in masks]) for tokens, masks in pairs]
-        )
+        rows = [torch.stack([self.decode(tokens, mask) for mask in masks]) for tokens, masks in pairs]
+        return torch.stack(rows)
 
     def decode(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """[T, width], [N] -> [T, D]"""

@@ -168,7 +168,7 @@ def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
             the student started from, which an export needs to name the licence.
 
     Raises:
-        UserError: another kind of module, or a backbone whose timm name is not known.
+        UserError: another kind of module, a backbone whose timm name is not known, or `folder` is a file.
     """
     student = getattr(student, "module", student)
     vit = getattr(student, "encoder", student)
@@ -179,6 +179,8 @@ def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
         raise UserError(
             f"save_backbone: {min(taken)} is recorded of the student: name your own value otherwise"
         )
+    if Path(folder).is_file():
+        raise UserError(f"save_backbone: {folder} is not a directory; name another folder")
     write_backbone(Path(folder), vit.state_dict(), facts_text(backbone_facts(vit, **facts)))
 
 

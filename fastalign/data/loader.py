@@ -93,7 +93,7 @@ class Loader:
         threads: for reading, and as many for decoding.
         hw_decoder_load: share of JPEGs for the GPU's hardware decoder; strictly between 0 and 1 two decoders share
             a batch, and their pixels may differ by a level.
-        bad: the known bad samples, to which it adds (see `bad_samples`). None: the first one raises an error.
+        bad: the known bad samples, to which it adds. None: the first one raises an error.
 
     Raises:
         UserError: a training set smaller than one update.
@@ -184,8 +184,9 @@ class Loader:
         try:
             yield from self._decode(self._read_ahead(epoch, start), epoch)
         finally:
-            with suppress(DecodeError):
-                self._decoder.collect()  # a consumer that stops early leaves a batch in flight
+            # A consumer that stops early leaves a batch in flight. At exit, DALI destroys its pipelines before this.
+            with suppress(DecodeError, AttributeError):
+                self._decoder.collect()
             self._synchronize()
 
     def _read_ahead(self, epoch: int, start: int) -> Iterator[list[Sample]]:

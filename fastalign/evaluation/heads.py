@@ -131,7 +131,7 @@ class AttentionHead(nn.Module):
         self.proj = nn.Linear(width, width)
         self.norm_out = nn.LayerNorm(width)
         self.linear = nn.Linear(width, classes)
-        _initialize(self)
+        self.apply(_initialize)
 
     def forward(self, tokens: Tensor) -> Tensor:
         keys, values = self.kv(self.norm(tokens)).unflatten(-1, (2, self.heads, -1)).unbind(2)
@@ -152,7 +152,7 @@ class ClassTokenTransformer(nn.Module):
         self.blocks = nn.Sequential(Block(spec), Block(spec))
         self.norm_out = nn.LayerNorm(width)
         self.linear = nn.Linear(width, classes)
-        _initialize(self)
+        self.apply(_initialize)
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = self.norm(tokens) + self.position
@@ -171,11 +171,10 @@ def make_image_head(name: str, vit: ViT, classes: int) -> nn.Module:
     return ClassTokenTransformer(width, heads, classes, vit.spec.prefix + vit.spec.patches)
 
 
-def _initialize(head: nn.Module) -> None:
-    for part in head.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.trunc_normal_(part.weight, std=_STD)
-            nn.init.zeros_(part.bias)
+def _initialize(part: nn.Module) -> None:
+    if isinstance(part, nn.Linear):
+        nn.init.trunc_normal_(part.weight, std=_STD)
+        nn.init.zeros_(part.bias)
 
 
 class Classifier(nn.Module):
@@ -183,7 +182,7 @@ class Classifier(nn.Module):
 
     def __init__(self, vit: ViT, head: str, classes: int, *, unfreeze: bool = False):
         super().__init__()
-        self.pooled, self.unfreeze = head == "linear", unfreeze
+        self.pooled = head == "linear"
         self.backbone = copy.deepcopy(vit).freeze(not unfreeze)
         # What no head reads must not be trained: torchrun waits for all gradients.
         self.backbone.head, self.backbone.attn_pool, self.backbone.pool = nn.Identity(), None, "none"
@@ -197,14 +196,10 @@ class Classifier(nn.Module):
         "linear" reads the class token, or the mean of the patches where there is none, after the norm after pooling.
         A published model's own pooling is not used: alignment drops it, and both must be read in the same way.
         """
-        vit = self.backbone
-        with torch.set_grad_enabled(self.unfreeze and torch.is_grad_enabled()):
-            tokens = vit.forward_features(images)
-            if not self.pooled:
-                return tokens
-            return vit.fc_norm(
-                tokens[:, 0] if vit.spec.class_token else tokens[:, vit.num_prefix_tokens :].mean(1)
-            )
+        vit, tokens = self.backbone, self.backbone.forward_features(images)
+        if not self.pooled:
+            return tokens
+        return vit.fc_norm(tokens[:, 0] if vit.spec.class_token else tokens[:, vit.spec.prefix :].mean(1))
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, height, width], normalized -> logits [B, C]"""

@@ -48,12 +48,12 @@ def evaluation_parser(
     add("--kwargs", default="{}", metavar="YAML", help="timm's arguments, as in '{img_size: 336}'")
     add("--softcap", type=float, metavar="CAP", help="of a timm name's attention logits; default none")
     add("--output", type=path_argument, help=f"default {output}")
-    for name, field in ((name, field) for model in models for name, field in model.model_fields.items()):
+    fields = {name: field for model in models for name, field in model.model_fields.items()}
+    fields.pop("recipe", None)
+    for name, field in fields.items():
         kind = field.annotation
         while get_origin(kind) not in (None, Literal):  # int | None, tuple[Literal[...], ...]
             kind = get_args(kind)[0]
-        if kind is Recipe:
-            continue
         if kind is bool:
             how = {"action": "store_true"}
         else:
@@ -120,10 +120,6 @@ class Plan(Options):
     def _check(self) -> "Plan":
         if self.recipe.min_lr > self.recipe.lr:
             raise UserError(f"--min-lr {self.recipe.min_lr:g} is above --lr {self.recipe.lr:g}: lower it")
-        for head in self.heads:
-            fit = [labels for labels, heads in HEADS_FOR.items() if head in heads]
-            if not set(fit) & set(self.labels):
-                raise UserError(f"--heads {head} needs one of --labels {' '.join(fit)}")
         for labels in self.labels:
             if not set(HEADS_FOR[labels]) & set(self.heads):
                 raise UserError(f"--labels {labels} needs one of --heads {' '.join(HEADS_FOR[labels])}")

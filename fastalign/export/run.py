@@ -1,6 +1,6 @@
 """What an export is made from: a run's backbone, the facts about it, and its MaskEmbed decoder."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from fastalign.backbones.vit import ViT
 from fastalign.backbones.weight_files import backbone_facts, read_facts, read_json
 from fastalign.backbones.zoo import MOCO, load_backbone
 from fastalign.config import Config, load_config
-from fastalign.method.student import MaskEmbedDecoder, decoder_block_spec, head_spec
+from fastalign.method.student import MaskEmbedDecoder, decoder_block_spec
 from fastalign.training.build import named_backbone
 from fastalign.training.checkpoint_files import DamagedFile, read_state
 from fastalign.utils.errors import UserError
@@ -104,13 +104,11 @@ def _student(run: Run) -> dict[str, Tensor] | None:
 class AlignedDecoder(nn.Module):
     """The student after its tokens: `norm` (of backbones that pool before it), `head`, `decoder`."""
 
-    def __init__(self, *, backbone: dict, norm: bool, head: str, block: dict, **shape: Any):
+    def __init__(self, *, backbone: dict, norm: bool, block: dict, **shape: Any):
         super().__init__()
         inner, block = BlockSpec(**backbone), BlockSpec(**block)
         self.norm = make_norm(inner) if norm else nn.Identity()
-        self.head = (
-            MLP(head_spec(inner), block.width) if head == "mlp" else nn.Linear(inner.width, block.width)
-        )
+        self.head = MLP(inner, block.width) if inner.mlp_hidden else nn.Linear(inner.width, block.width)
         self.decoder = MaskEmbedDecoder(block, **shape)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -131,11 +129,13 @@ def _describe_decoder(run: Run, student: dict[str, Tensor]) -> tuple[dict[str, A
         if name.startswith(theirs)
     }
     _, tokens, width = weights["decoder.pos_embed"].shape
+    hidden = len(weights.get("head.fc1.weight", ()))  # of the head "mlp"
+    kinds = {"activation": spec.block.activation, "norm": spec.block.norm, "norm_eps": spec.fresh_norm_eps}
+    backbone = BlockSpec(spec.block.width, heads=1, mlp_hidden=hidden, **kinds)
     block = decoder_block_spec(spec, **{**config.decoder.kwargs.model_dump(), "width": width})
     facts = {
-        "backbone": asdict(replace(spec.block, norm_eps=spec.fresh_norm_eps)),
+        "backbone": asdict(backbone),
         "norm": "norm.weight" in weights,
-        "head": config.student.head,
         "block": asdict(block),
         "tokens": tokens,
         "prefix": spec.prefix,

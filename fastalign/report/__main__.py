@@ -8,8 +8,6 @@ from fastalign.training.command import run_command
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import path_argument, write_atomically
 
-IMAGES = 6
-
 
 def write_report(options: argparse.Namespace) -> None:
     """Write what the options ask for."""
@@ -60,8 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("run", type=path_argument, metavar="RUN", help="the folder of a run, finished or not")
     add("--output", type=path_argument, metavar="FILE.html", help="the page; default RUN/report.html")
-    about = f"how many pictures of the run's validation data (default {IMAGES}; 0 = none), or image files"
-    add("--images", nargs="+", type=path_argument, default=[str(IMAGES)], metavar="N", help=about)
+    about = "how many pictures of the run's validation data (default 6; 0 = none), or image files"
+    add("--images", nargs="+", type=path_argument, default=["6"], metavar="N", help=about)
     add("--probe", type=path_argument, metavar="FILE", help="results of a probe; default RUN/probe.json")
     add("--pngs", type=path_argument, metavar="DIR", help="also write pictures for a README")
     options = parser.parse_args(arguments)

@@ -19,11 +19,7 @@ COMPONENTS = 3
 
 
 def read_pictures(wanted: int | list[str], data: str | None, vit: ViT) -> tuple[list[str], Tensor]:
-    """So many pictures of a data set, evenly spread, or image files: their names, and a backbone's inputs.
-
-    Raises:
-        UserError: data or a picture that cannot be read.
-    """
+    """So many pictures of a data set, evenly spread, or image files: their names, and a backbone's inputs."""
     if isinstance(wanted, int):
         if data is None:
             raise UserError("the run names no data set; give image files, --images FILE ...")
@@ -53,11 +49,7 @@ def patch_tokens(vit: ViT, images: Tensor) -> np.ndarray:
 
 
 def principal_components(tokens: np.ndarray) -> tuple[np.ndarray, float]:
-    """The first three principal components of all patches of all images, signed for a positive third moment.
-
-    Returns:
-        Of tokens [B, N, D] the values, [B, N, 3], and the share of the variance that they hold.
-    """
+    """Principal components with positive third moments, [B, N, D] -> [B, N, 3], and their share of the variance."""
     rows = tokens.reshape(-1, tokens.shape[-1])
     rows = rows - rows.mean(0)
     variances, vectors = np.linalg.eigh(rows.T @ rows)

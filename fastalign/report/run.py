@@ -39,11 +39,7 @@ class Setting:
 
 
 def read_probe(path: Path) -> tuple[dict, dict[str, Setting]]:
-    """The content of `probe.json`, and its settings by name: those of patch labels and transformer heads first.
-
-    Raises:
-        UserError: it is missing, or not in the format of `fastalign probe`.
-    """
+    """The content of `probe.json`, and its settings by name: those of patch labels and transformer heads first."""
     settings = defaultdict(Setting)
     with _results_of("probe", path):
         facts = json.loads(path.read_bytes())
@@ -56,7 +52,7 @@ def read_probe(path: Path) -> tuple[dict, dict[str, Setting]]:
         for row in facts["results"]:
             settings[_setting(row)].seeds[row["model"]].append(row["test"])
     order = sorted(settings, key=lambda name: (name.startswith("global"), "transformer head" not in name))
-    return facts, {name: settings[name] for name in order}
+    return facts, {name: settings[name] for name in order if settings[name].scores}
 
 
 def _setting(row: dict) -> str:
@@ -70,10 +66,8 @@ def _results_of(command: str, path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"{path} has no results of fastalign {command} ({reason}): run it again, or remove the file"
-        ) from None
+        text = f"{path} has no results of fastalign {command} ({type(error).__name__}: {error})"
+        raise UserError(f"{text}: run it again, or remove the file") from None
 
 
 @dataclass
@@ -92,15 +86,11 @@ class Run:
 
 
 def read_run(folder: Path, probe: Path | None = None) -> Run:
-    """Read a run folder; without `probe` its own `probe.json`, if it exists.
-
-    Raises:
-        UserError: not a run folder, or a damaged file.
-    """
+    """Read a run folder; without `probe` its own `probe.json`, if it exists. UserError: no run, a damaged file."""
     metrics, config, backbone = (folder / n for n in ("metrics.jsonl", "config.yaml", "backbone.json"))
     if not (metrics.is_file() or backbone.is_file()):
         raise UserError(
-            f"RUN {folder}: it has neither metrics.jsonl nor backbone.json; give the folder of a run that has started"
+            f"RUN {folder}: neither metrics.jsonl nor backbone.json is there; give a run's folder"
         )
     run = Run(folder, read_metrics(metrics) if metrics.is_file() else [])
     if not run.metrics:

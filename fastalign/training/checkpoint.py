@@ -113,12 +113,9 @@ def resume(run: Run) -> tuple[list[Change], list[str]]:
         raise UserError(f"{path} is not a checkpoint of this version: remove it, or choose another output")
     state.load_state_dict(saved)
 
-    def compare() -> tuple[list[Change], list[str]]:
-        before, now = saved["contents"], run.contents
-        places = {k: "other contents" if now[k] != before[k] else None for k in now.keys() & before.keys()}
-        return changed_settings(saved, path, run.config, places, finished=run.finished)
-
-    changes, moved = on_first_rank(run.world, compare)
+    before, now = saved["contents"], run.contents
+    differs = {key: now[key] != before[key] for key in now.keys() & before.keys()}
+    changes, moved = changed_settings(saved, path, run.config, differs, finished=run.finished)
     notes += moved
     _load_tensors(run, saved, path, changes)
     state.changes += [{"step": step, **change._asdict()} for change in changes]
@@ -149,12 +146,12 @@ def _load_tensors(run: Run, saved: dict, path: Path, changes: list[Change]) -> N
 
 
 def changed_settings(
-    saved: dict, path: Path, config: Config, places: Mapping[str, str | None], *, finished: bool
+    saved: dict, path: Path, config: Config, differs: Mapping[str, bool], *, finished: bool
 ) -> tuple[list[Change], list[str]]:
     """The changes since the checkpoint `saved` among the keys that decide the result, and notes about moved data.
 
-    `places`: of each path whose contents are compared, what has changed there; None = nothing. UserError: there are
-    changes without `resume=force`, or of a run that is `finished`.
+    `differs`: whether contents have changed, by the key of their path. UserError: there are changes without
+    `resume=force`, or of a run that is `finished`.
     """
     before = resolve(saved["config"], [], path).model_dump(mode="json")
     after = config.model_dump(mode="json")
@@ -163,8 +160,8 @@ def changed_settings(
         old, new = get_key(before, key), get_key(after, key)
         if kind is Kind.FREE or (kind is Kind.GROWS and (new is None or new >= saved["step"])):
             continue
-        if places.get(key) or (key not in places and old != new):
-            changes.append(Change(key, old, new, places.get(key)))
+        if differs.get(key, old != new):
+            changes.append(Change(key, old, new, "other contents" if key in differs else None))
         elif old != new:
             notes.append(f"{Change(key, old, new)}: the contents are the same")
     if changes and (finished or config.resume != "force"):

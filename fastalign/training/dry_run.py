@@ -74,11 +74,9 @@ def set_micro_batch(config: Config, world: World, update: Callable) -> Config:
         return config
     micro, parts = optim.micro_batch, optim.batch_size // world.size
     if micro == "auto":
-        recipe = Path(config.output) / "config.yaml"
-        micro = on_first_rank(
-            world, lambda: load_config(recipe).optim.micro_batch if recipe.exists() else None
-        )
-        if not isinstance(micro, int) or parts % micro:
+        path = Path(config.output) / "config.yaml"
+        micro = on_first_rank(world, lambda: path.exists() and load_config(path).optim.micro_batch)
+        if type(micro) is not int or parts % micro:
             micro = min(world.gather(_measure_micro_batch(config, parts, world.device, update)))
     if optim.batch_size % (micro * world.size):
         multiple = f"optim.micro_batch x ranks = {micro * world.size}"

@@ -22,16 +22,14 @@ from fastalign.utils.errors import UserError
 from fastalign.utils.files import wrap_io_errors
 
 _Item = TypeVar("_Item")
-LINE_SECONDS = 10
-"""Between two lines of progress where there is no terminal, at least."""
+LINE_SECONDS = 10  # between two lines of progress where there is no terminal, at least
 
 
 class Reporter:
     """Metrics, a line of JSON per step in the run folder, and progress: a bar on a terminal, plain lines elsewhere.
 
     Values stay on the device until they are flushed, so that the host never waits for a step. `step`, `evaluated`:
-    of `drop_later_lines`, for lines written before an interruption; `total`: the last step; `main`: other ranks are
-    silent; `sinks`: "tensorboard" (events in the folder) and "wandb:PROJECT".
+    where the run stands; `total`: the last step; `main`: whether this is rank 0, others are silent.
     """
 
     def __init__(

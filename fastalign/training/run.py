@@ -45,8 +45,7 @@ class TrainState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the values from a checkpoint."""
-        for name in vars(self):
-            setattr(self, name, state[name])
+        vars(self).update({name: state[name] for name in vars(self)})
         self.bad = set(self.bad)
 
     @property
@@ -95,8 +94,6 @@ class Run:
         self.epoch_steps = len(self.train) // optim.accumulate
         self.total_steps = optim.epochs * self.epoch_steps
         self.last_step = min(config.max_steps or self.total_steps, self.total_steps)
-        loaders = {"data.train": self.train, "data.val": self.val}
-        self.sources = {key: loader.source for key, loader in loaders.items() if loader is not None}
         self.contents = on_first_rank(world, lambda: self._contents() | (labelled or {}))
         self.status = Status(world, sticky=config.faults.nonfinite == "stop")
         self.hang_timer = HangTimer(world, config.faults.timeout)
@@ -104,13 +101,14 @@ class Run:
             objective.compile(blocks=efficiency.compile == "blocks")
         self.model: nn.Module = objective
         if world.size > 1:
-            self.model = DistributedDataParallel(
-                objective, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            how = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+            self.model = DistributedDataParallel(objective, **how)
 
     def _contents(self) -> dict[str, Any]:
         """Fingerprints of what the paths of the configuration hold, by key."""
-        found: dict[str, Any] = {key: source.crc_of_names() for key, source in self.sources.items()}
+        found: dict[str, Any] = {"data.train": self.train.source.crc_of_names()}
+        if self.val is not None:
+            found["data.val"] = self.val.source.crc_of_names()
         for section in ("student", "teacher"):
             weights = getattr(self.config, section).weights
             if weights not in (None, "pretrained", "random"):

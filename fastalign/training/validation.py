@@ -38,20 +38,21 @@ def evaluate(run: Run, reporter: Reporter) -> float:
             run.beat("validating")
             with run.autocast():
                 loss = run.objective(batch.images, batch.ids, EVAL_EPOCH)
-            sums += torch.stack([loss.double() * len(batch.ids), loss.new_tensor(len(batch.ids)).double()])
+            sums[0] += len(batch.ids)
+            sums[1] += loss.double() * len(batch.ids)
     student.train()
     if run.average:
         student.load_state_dict(live)
-    total, count = _sum(run, sums, "val", count=1).tolist()
+    count, total = _sum(run, sums, "val").tolist()
     return total / count
 
 
-def _sum(run: Run, sums: Tensor, split: str, *, count: int) -> Tensor:
-    """The sums over ranks; SharedError if that of the images, at index `count`, is zero."""
+def _sum(run: Run, sums: Tensor, split: str) -> Tensor:
+    """The sums over ranks; SharedError if the first one, which counts, is zero."""
     run.beat(WAITING)
     with run.hang_timer.paused():  # another rank may take longer
         run.world.sum(sums)
-    if not sums[count].item():
+    if not sums[0].item():
         place = getattr(run.config.data, split)
         raise SharedError(f"data.{split}={place}: none of its images can be used; name another data set")
     return sums
@@ -78,5 +79,5 @@ def measure_target_scale(run: Run, reporter: Reporter) -> None:
                 run.beat("measuring the target scale")
                 with run.autocast():
                     moments += run.objective.target_moments(batch.images, batch.ids, EVAL_EPOCH)
-        run.objective.set_target_scale(_sum(run, moments, split, count=0))
+        run.objective.set_target_scale(_sum(run, moments, split))
     reporter.say(f"target scale {scale.item():.4g}: the targets are multiplied by it (loss.target_scale)")

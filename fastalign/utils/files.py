@@ -95,10 +95,8 @@ def flush_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of writers that were killed; call it before the first write.
-
-    This process's own number counts as a dead one's: in a container every start may have the same.
-    """
+    """Remove the temporary files of writers that were killed; call it before the first write."""
+    # This process's own number counts as a dead one's: in a container every start may have the same.
     for path in filter(Path.is_file, folder.glob(".*")):
         match = _TEMPORARY.fullmatch(path.name)
         if match and (int(match[1]) == os.getpid() or not Path("/proc", match[1]).exists()):

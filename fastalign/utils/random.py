@@ -44,12 +44,9 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def random_words(ids: Tensor, count: int, *, seed: int, stream: Stream, epoch: int = 0) -> Tensor:
-    """Random words, one row per sample id: [B, count] int64, each uniform on 0..2^32-1.
+    """Random words, one row per sample id: [B, count] int64, each uniform on 0..2^32-1, on the device of the ids.
 
-    Args:
-        ids: [B] int64, >= 0, on the device where the words are wanted.
-        count: words per row.
-        seed, stream, epoch: 64 bits, what the words are for, and 0..2^32-1.
+    Ids are [B] int64, >= 0; the seed has 64 bits, the epoch is 0..2^32-1.
     """
     blocks = (count + 3) // 4
     ids = ids.to(torch.int64).unsqueeze(1)

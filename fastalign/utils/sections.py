@@ -75,10 +75,7 @@ def resolve(section: type[_Tree], tree: dict, overrides: list[str], where: str |
 
 
 def explain(error: ValidationError, names: Iterable[str]) -> tuple[str, str]:
-    """The first wrong key of a tree ("" for a conflict between keys) and what is wrong with it.
-
-    The nearest of `names`, all dotted keys, to an unknown key is suggested.
-    """
+    """The first wrong key ("" for a conflict) and what is wrong; the nearest of `names` to an unknown key."""
     errors = error.errors()
     kind, value, loc = (errors[0][part] for part in ("type", "input", "loc"))
     parts = tuple(part for part in loc if isinstance(part, str) and not _BRANCH.fullmatch(part))

@@ -82,4 +82,5 @@ def test_moco_is_registered():
     assert torch.equal(model.pos_embed, fa.create_backbone(MOCO, img_size=32, depth=1).pos_embed)
     assert not model.pos_embed.requires_grad
     assert model.pretrained_cfg["crop_pct"] == 0.875
+    assert type(model.norm)(8).eps == 1e-5  # torch's, from which the authors make the student's norm
     assert timm.data.resolve_model_data_config(model)["mean"] == (0.485, 0.456, 0.406)

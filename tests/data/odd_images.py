@@ -38,14 +38,15 @@ def png_of(width: int = 90, height: int = 60, color: int = 2) -> bytes:
     return data[:16] + struct.pack(">II", width, height) + data[24:25] + bytes([color]) + data[26:]
 
 
-def jpeg_of(bits: int = 8, components: int = 3, frames: int = 1) -> bytes:
-    """A good JPEG but for its bits per sample or components, or one that has its size several times."""
+def jpeg_of(bits: int = 8, components: int = 3, frames: int = 1, size: int | None = None) -> bytes:
+    """A good JPEG but for its bits per sample, components or size, or one that has its size several times."""
     data = encode(SMALL, quality=90).tobytes()
     place = data.index(b"\xff\xc0")
     frame = bytearray(data[place : place + 19])
     frame[4], frame[9] = bits, components
-    frame = bytes(frame)
-    return data[:place] + frame * frames + data[place + 19 :]
+    if size:
+        frame[5:9] = struct.pack(">HH", size, size)
+    return data[:place] + bytes(frame) * frames + data[place + 19 :]
 
 
 def webp_with_exif(odd: bytes, image=SMALL, **options) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Bad samples are replaced by a rule, left out of evaluation and listed; too many of them end a run."""
+"""Bad samples are replaced by a rule, left out of evaluation, listed, and found by `scan`; too many end a run."""
 
 import os
 
@@ -9,10 +9,11 @@ import torch
 from fastalign.data import pipeline
 from fastalign.data.pipeline import BadSample, BadSamples, DecodeError, Decoder, SampleReader, read_list
 from fastalign.data.sources import open_source
+from fastalign.scan import main
 from fastalign.utils.errors import UserError
 from fastalign.utils.random import permutation
-from tests.data.odd_images import SMALL, damaged
-from tests.data_helpers import EVAL, TRAIN, age, batches_of, encode, needs_dali, small_photos, write_folder
+from tests.data.odd_images import REFUSED, damaged
+from tests.data_helpers import EVAL, TRAIN, age, batches_of, needs_dali, small_photos, write_folder, write_tar
 
 COUNT = 48
 TEXT = np.frombuffer(b"text", np.uint8)
@@ -24,8 +25,8 @@ def sources(tmp_path_factory):
     """48 good images; the same with seven bad ones among them, three of which only the decoder notices."""
     photos = small_photos(COUNT)
     good = {f"{i:03d}.jpg": p for i, p in enumerate(photos)}
-    kinds = {"text": lambda _: TEXT, "GIF": lambda _: encode(SMALL, "GIF"), "empty": lambda _: TEXT[:0]}
-    kinds |= {"cut": lambda photo: photo[: len(photo) // 2], "damaged": damaged}
+    kinds = {"text": lambda _: TEXT, "GIF": lambda _: REFUSED["begins with b'GIF87a"], "damaged": damaged}
+    kinds |= {"empty": lambda _: TEXT[:0], "cut": lambda photo: photo[: len(photo) // 2]}
     bad = good | {f"{index:03d}.jpg": kinds[kind](photos[index]) for index, kind in BAD.items()}
     root = tmp_path_factory.mktemp("bad")
     return [open_source(str(write_folder(root / name, files))) for name, files in (("a", good), ("b", bad))]
@@ -57,7 +58,6 @@ def test_bad_samples_are_replaced_by_the_next_good_one_bit_for_bit(sources):
 
     found = check(bad=(known := BadSamples()))
     assert {sample.id for step in found for sample in step} == set(known.found) == set(BAD)
-    assert {sample.name for sample in known.found.values()} == {f"{i:03d}.jpg" for i in BAD}
     for index, reason in {4: "GIF", 18: "zero bytes", 5: "truncated", 30: "cannot decode"}.items():
         assert reason in known.found[index].reason
     # Known already, as in the next epoch or after a resume: the same samples, and the same report.
@@ -179,3 +179,60 @@ def test_how_many_are_too_many():
     stops = ((1, 100, 0.0), (11, 100, 0.01), (12, 1100, 0.01))
     fine = ((0, 100, 0.0), (10, 100, 0.01), (11, 1100, 0.01), (11, 11, 1.0), (500, 50_000, 0.01))
     assert [pipeline.too_many(*case) for case in stops + fine] == [True] * 3 + [False] * 5
+
+
+@needs_dali
+def test_scan_lists_what_training_finds(tmp_path, capsys):
+    photos = small_photos(100)  # two tasks
+    files = {f"{i:03d}.jpg": p for i, p in enumerate(photos)}
+    files |= {"a\nb.jpg": np.frombuffer(b"this is no image", np.uint8)}
+    files |= {f"0{i:02d}.jpg": photos[i][:800] for i in (4, 95)}
+    files |= {f"0{i}.jpg": damaged(photos[i]) for i in (50, 60, 70)}
+    root, output = write_folder(tmp_path / "a", files), tmp_path / "new/q.jsonl"
+    (root / "080.jpg").unlink()
+    (root / "080.jpg").symlink_to(tmp_path / "not-mounted/080.jpg")
+    assert main([str(root), "--output", str(output), "--workers", "1"]) == 0
+    output_text, error_text = capsys.readouterr()
+    source, known = open_source(str(root)), BadSamples()
+    batches = batches_of(source, EVAL, batch_size=16, train=False, bad=known)
+    assert [known.found[index] for index in sorted(known.found)] == read_list(output)
+    assert pipeline.read_quarantine(output, source) == set(range(101)) - set(
+        torch.cat([b.ids for b in batches]).tolist()
+    )
+    assert output_text.splitlines() == [
+        f"{root}: 101 images, 7 bad (6.93%)",
+        "  3 x damaged: DALI cannot decode it (such as '050.jpg')",
+        "  2 x truncated: a JPEG without its end (such as '004.jpg')",
+        "  1 x No such file or directory (such as '080.jpg')",
+        "  1 x not a JPEG, PNG or WebP file: it begins with b'this is no i' (such as 'a\\nb.jpg')",
+        f"quarantine list: {output}; train with faults.quarantine={output}",
+    ]
+    assert "100% checked, 7 bad" in error_text
+
+
+@needs_dali
+def test_scan_of_a_damaged_shard(tmp_path, capsys):
+    photos = small_photos(2)
+    path = write_tar(tmp_path / "t/0.tar", [(f"{i}.jpg", p) for i, p in enumerate(photos)])
+    path.write_bytes(path.read_bytes()[: len(photos[0]) + 1024])
+    age(path.parent)
+    assert main([str(path), "--workers", "1", "--output", str(tmp_path / "q.jsonl")]) == 0
+    assert "1 images, 0 bad (0.00%)\n  incomplete: '0.tar', damaged at byte" in capsys.readouterr().out
+    (shard,) = read_list(tmp_path / "q.jsonl")
+    assert (shard.id, shard.name) == (None, "0.tar")
+
+
+def test_bad_input_is_refused_before_the_scan_and_the_list(tmp_path, capsys):
+    root = write_folder(tmp_path / "a", {"1.jpg": small_photos(1)[0]})
+    for arguments, message in (
+        ([str(tmp_path / "none")], "no such folder"),
+        (["synthetic", "--output", str(tmp_path / "new/q.jsonl")], "no file to check"),
+        ([str(root), "--workers", "0"], "--workers 0"),
+        ([str(root), "--output", str(tmp_path)], "is a directory; name a file"),
+        ([str(root), "--output", "/proc/q.jsonl"], "/proc/q.jsonl cannot be written ("),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "new").exists()

@@ -119,7 +119,7 @@ def timm_rrc(data, transform: Transform, draws: list[float], monkeypatch):
 
 def test_rrc_matches_timm(monkeypatch):
     files, ids = [make() for make in FILES.values()] * 2, np.arange(14)
-    # Wide ratios make tries fail, so that later tries and the fallback are met too.
+    # Wide ratios make tries fail, so that later tries are met too.
     mine = Transform((128, 96), CLIP_MEAN, CLIP_STD, crop="rrc", scale=(0.5, 1.0), ratio=(0.2, 5.0))
     draws = random_uniform(torch.from_numpy(ids), 24, seed=1, stream=Stream.GEOMETRY, epoch=0).tolist()
     made = [timm_rrc(data, mine, row, monkeypatch) for data, row in zip(files, draws, strict=True)]
