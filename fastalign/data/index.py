@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import sys
 import tarfile
 import time
 import zlib
@@ -28,6 +29,7 @@ _SUFFIXES = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
 # A directory that changes twice within one tick of its file system's clock keeps its mtime, so a list made this soon
 # after a change is not cached.
 _SETTLE_NS = 2_000_000_000
+_LINE_SECONDS = 10  # between two lines of progress
 _BLOCK, _PIECE = 512, 1 << 20  # bytes of a tar
 
 Index = dict[str, np.ndarray]
@@ -80,6 +82,7 @@ def _scan_folder(root: str) -> Index:
 
     def images() -> Iterator[bytes]:
         stack: list[tuple[bytes, tuple]] = [(b"", ())]
+        count, shown = 0, time.monotonic()
         while stack:
             folder, ancestors = stack.pop()
             path, prefix = os.fsencode(root) + b"/" + folder, folder + b"/" if folder else b""
@@ -101,6 +104,10 @@ def _scan_folder(root: str) -> Index:
                     elif entry.is_symlink():
                         os.stat(entry.path)  # noqa: PTH116, fails if it is to a folder that is not mounted
             yield from sorted(found)
+            count += len(found)
+            if time.monotonic() - shown > _LINE_SECONDS:
+                shown = time.monotonic()
+                print(f"indexing {root}: {count} images so far", file=sys.stderr, flush=True)
             stack += [(name, (*ancestors, inode)) for name in sorted(inside, reverse=True)]
 
     try:
