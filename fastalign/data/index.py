@@ -29,7 +29,7 @@ _SUFFIXES = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
 # A directory that changes twice within one tick of its file system's clock keeps its mtime, so a list made this soon
 # after a change is not cached.
 _SETTLE_NS = 2_000_000_000
-_LINE_SECONDS = 10  # between two lines of progress
+_LINE_SECONDS = 10  # between two lines about the progress of a scan
 _BLOCK, _PIECE = 512, 1 << 20  # bytes of a tar
 
 Index = dict[str, np.ndarray]
@@ -41,10 +41,13 @@ Index = dict[str, np.ndarray]
 
 def pack(names: Iterable[bytes], key: str = "") -> Index:
     """Names as `names` [total] uint8, their bytes, and `offsets` [n + 1] int64 of each; `key` goes before both."""
-    blob, offsets = bytearray(), array("q", [0])
-    for name in names:
+    blob, offsets, shown = bytearray(), array("q", [0]), time.monotonic()
+    for number, name in enumerate(names, 1):
         blob += name
         offsets.append(len(blob))
+        if time.monotonic() - shown > _LINE_SECONDS:
+            shown = time.monotonic()
+            print(f"indexing the data set: {number} images so far", file=sys.stderr, flush=True)
     return {f"{key}names": np.frombuffer(blob, np.uint8), f"{key}offsets": np.frombuffer(offsets, np.int64)}
 
 
@@ -82,7 +85,6 @@ def _scan_folder(root: str) -> Index:
 
     def images() -> Iterator[bytes]:
         stack: list[tuple[bytes, tuple]] = [(b"", ())]
-        count, shown = 0, time.monotonic()
         while stack:
             folder, ancestors = stack.pop()
             path, prefix = os.fsencode(root) + b"/" + folder, folder + b"/" if folder else b""
@@ -104,10 +106,6 @@ def _scan_folder(root: str) -> Index:
                     elif entry.is_symlink():
                         os.stat(entry.path)  # noqa: PTH116, fails if it is to a folder that is not mounted
             yield from sorted(found)
-            count += len(found)
-            if time.monotonic() - shown > _LINE_SECONDS:
-                shown = time.monotonic()
-                print(f"indexing {root}: {count} images so far", file=sys.stderr, flush=True)
             stack += [(name, (*ancestors, inode)) for name in sorted(inside, reverse=True)]
 
     try:
@@ -222,7 +220,7 @@ def _cached(key: str, scan: Callable[[], Index]) -> Index:
 
 def _load(file: Path) -> Index | None:
     """The arrays of a cache file, memory-mapped; None if it is missing, damaged or out of date."""
-    with suppress(OSError, SafetensorError):
+    with suppress(OSError, SafetensorError, LookupError, ValueError):
         with safe_open(file, "pt") as tensors:
             index = {name: tensors.get_tensor(name).numpy() for name in tensors.keys()}  # noqa: SIM118
         places = zip(Names(index, "places_"), index["mtimes"].tolist(), strict=True)

@@ -142,10 +142,9 @@ class Run:
     def own_status(self, ids: np.ndarray, bad: Sequence[BadSample]) -> StepStatus:
         """What this rank tells the others of the next update, with its samples and the bad ones among them."""
         stop = StopReason.SAVE_FAILED if self.checkpoints.failed else self.preemption.reason
-        old = self.config.checkpoint.every_steps is None and self.checkpoints.age > MAX_CHECKPOINT_AGE
-        return StepStatus(
-            self.state.step + 1, ids, tuple(bad), stop, old and self.world.main
-        )  # rank 0's clock
+        by_time = self.world.main and self.config.checkpoint.every_steps is None  # rank 0's clock counts
+        overdue = by_time and self.checkpoints.age > MAX_CHECKPOINT_AGE
+        return StepStatus(self.state.step + 1, ids, tuple(bad), stop, overdue)
 
     @property
     def should_probe(self) -> bool:

@@ -26,7 +26,7 @@ BAD = {
     ),
     "weights of another model": (["student.weights=OTHER"], ["OTHER", "another model"]),
     "unreachable weights": (["student.weights=pretrained"], ["vit_tiny_patch16_224"]),
-    "output in a file": (["output=/dev/null/x"], ["/dev/null/x", "is not a directory; name another output"]),
+    "output in a file": (["output=/dev/null/x/y"], ["/dev/null is not a directory; name another output"]),
     "depth": (["student.kwargs.depth=0"], ["depth"]),
     "channels": (["student.kwargs.in_chans=1"], ["in_chans"]),
     "unknown attention": (["efficiency.attention=flash_atn_2"], ["efficiency.attention", "flash_attn_2"]),

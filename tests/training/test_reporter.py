@@ -57,6 +57,9 @@ def test_a_bar_of_its_own_for_what_is_slow(tmp_path, monkeypatch):
     assert task.description.endswith(" s left")
     assert [len(bars._bar.tasks) for _ in bars.track("ab", "validating", 2)] == [2, 2]
     assert len(bars._bar.tasks) == 1
+    for step in (2, 3):
+        bars._show({"step": step, "loss": 1.0, "images_per_second": 9.0, "data_wait": 0.0})
+    assert re.findall(r"expected end: \d\d:\d\d, in \d+ s\n", terminal.getvalue())
     bars.close()
 
 
