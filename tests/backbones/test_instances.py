@@ -87,9 +87,10 @@ class Own(VisionTransformer):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: Own(**SMALL), r"Own is not supported: choose"),
-        (lambda: timm.create_model("resnet18"), r"ResNet is not supported: choose"),
-        (lambda: nn.DataParallel(finetuned()), r"DataParallel is not supported: choose"),
+        (lambda: Own(**SMALL), r"Own is not supported: give"),
+        (lambda: timm.create_model("resnet18"), r"ResNet is not supported: give"),
+        (lambda: nn.DataParallel(finetuned()), r"DataParallel is not supported: give"),
+        (lambda: torch.compile(finetuned()), r"OptimizedModule is not supported: .*not wrapped"),
         (lambda: fa.accelerate(finetuned()), r"attention is replaced: .* undo=True"),
         (
             lambda: edited("blocks.1", "forward", print),
