@@ -58,7 +58,7 @@ _FAMILIES = ("vision_transformer", "deit", "beit", "eva", "naflexvit", "moco")
 
 def empty_model(name: str, kwargs: dict) -> nn.Module:
     """The timm model without memory for its weights, checked: `ViT` can be made of it."""
-    if not timm.is_model(name.split(".")[0]):
+    if not timm.is_model(str(name).split(".")[0]):
         names = (name for family in _FAMILIES for name in timm.list_models(module=family))
         raise UserError(unknown("backbone", name, names))
     with torch.device("meta"):
@@ -96,6 +96,8 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
         table = {"pos_embed": "learned", "pos_embed_grid_size": list(spec.grid)}
         recipe = {**recipe, "kwargs": {**recipe["kwargs"], **table}}
     rate = max((getattr(part, "drop_prob", None) or 0.0) for part in source.modules())
+    if rate >= 1:
+        raise UserError(f"drop_path_rate must be less than 1, got {rate}")
     data = timm.data.resolve_model_data_config(source)
     data = {key: data[key] for key in ("mean", "std", "interpolation", "crop_pct")}
     data |= {"mean": list(data["mean"]), "std": list(data["std"])}
@@ -129,7 +131,9 @@ def describe(source: nn.Module) -> ViTSpec:
     """Read the shape of a timm model from its modules."""
     if type(source) not in MODELS:
         supported = ", ".join(model.__name__ for model in MODELS)
-        raise UserError(f"{type(source).__name__} is not supported: choose one of timm's {supported}")
+        raise UserError(
+            f"{type(source).__name__} is not supported: give one of timm's {supported}, not wrapped"
+        )
     if not len(source.blocks):
         raise UserError("depth must be at least 1")
     if found := _unknown_parts(source):

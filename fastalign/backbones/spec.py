@@ -99,7 +99,7 @@ def split_svit(name: str, kwargs: dict) -> tuple[str, dict, float | None]:
 
     `svit_X` is `vit_X` with a cap, the argument `max_attn_val`, 30 by default.
     """
-    if not name.startswith("svit_"):
+    if not str(name).startswith("svit_"):
         return name, kwargs, None
     rest = dict(kwargs)
     cap = check_softcap(rest.pop("max_attn_val", AUTHORS_SOFTCAP), key="max_attn_val")

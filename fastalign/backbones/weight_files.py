@@ -87,11 +87,14 @@ def read_weights(path: Path) -> Any:
     """The content of a file, or of the shards of an index that hold a backbone. Raises as `read_file`."""
     if not path.name.endswith(_INDEX):
         return read_file(path)
-    shards = {plain(name): file for name, file in read_json(path)["weight_map"].items()}
-    prefixes = tuple(prefix for _, prefix in layouts.find(shards.keys())) or ("",)
     content: dict[str, Any] = {}
-    for file in sorted({file for name, file in shards.items() if name.startswith(prefixes)}):
-        content |= read_file(path.with_name(Path(file).name))
+    try:
+        shards = {plain(name): str(file) for name, file in read_json(path)["weight_map"].items()}
+        prefixes = tuple(prefix for _, prefix in layouts.find(shards.keys())) or ("",)
+        for file in sorted({file for name, file in shards.items() if name.startswith(prefixes)}):
+            content |= read_file(path.with_name(Path(file).name))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise damaged(path, error) from error
     return content
 
 
@@ -100,10 +103,11 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def damaged(path: Path, error: Exception) -> UserError:
+    """The error for a file whose content is not what it should be."""
     return UserError(f"{path} is damaged ({type(error).__name__}: {error}): copy it again")
 
 
@@ -128,6 +132,8 @@ def find_facts(path: Path) -> dict | None:
     text = embedded_facts(path) if path.suffix == ".safetensors" else None
     if text is not None:
         return _parsed(text, path)
+    if path.name not in _NAMES[:2]:  # timm's; other files in the folder are not what config.json describes
+        return None
     path = path.with_name("config.json")
     try:
         config = json.loads(path.read_bytes())
@@ -143,7 +149,7 @@ def _parsed(text: str | bytes, path: Path) -> dict:
         facts = json.loads(text)
         return facts | {"name": facts["name"], "kwargs": dict(facts["kwargs"]), "softcap": facts["softcap"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def vision_config(path: Path) -> dict[str, Any]:

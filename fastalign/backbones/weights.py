@@ -43,8 +43,12 @@ class Checkpoint(NamedTuple):
 def read_checkpoint(path: str | Path, facts: dict | None = None) -> Checkpoint:
     """The backbone in a file, or in a folder of transformers, timm or open_clip; `facts` are its `backbone.json`."""
     path = weight_files.locate(path)
-    config = weight_files.vision_config(path.with_name("config.json"))
-    found, grid = interpret(weight_files.read_weights(path), str(path)), recorded_grid(config)
+    try:
+        config = weight_files.vision_config(path.with_name("config.json"))
+        grid = recorded_grid(config)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise weight_files.damaged(path.with_name("config.json"), error) from error
+    found = interpret(weight_files.read_weights(path), str(path))
     facts = facts or weight_files.find_facts(path)
     if facts:
         try:
@@ -84,7 +88,12 @@ def interpret(content: Any, path: str) -> Checkpoint:
         raise UserError(f"{path} holds several backbones ({places}): save one of them alone")
     key, layout, prefix = best[0]
     state = {name[len(prefix) :]: value for name, value in states[key].items() if name.startswith(prefix)}
-    state = layouts.to_timm(state, layout)
+    try:
+        state = layouts.to_timm(state, layout)
+    except (IndexError, RuntimeError, TypeError) as error:  # torch's, of a wrong shape
+        raise UserError(
+            f"{path} holds damaged weights of {layout.name} ({first_line(error)}): copy it again"
+        ) from error
     student = bool({key, *prefix.split(".")} & {"student", "encoder"}) or "student_model" in _args(content)
     # A tower of transformers without its pooling head.
     student |= layout is layouts.HF_CLIP and not any(name.startswith("attn_pool.") for name in state)
@@ -103,7 +112,8 @@ def trained_as(content: dict, path: str) -> tuple[str | None, float | None]:
     arch = args.get("student_model") or args.get("model") or content.get("arch")
     if "softcap" in content:
         return arch, check_softcap(content["softcap"], f"{path}: ")
-    kwargs = {**(args.get("model_kwargs") or {}), **(args.get("student_model_kwargs") or {})}
+    given = args.get("model_kwargs"), args.get("student_model_kwargs")  # another script's may be of any type
+    kwargs = {key: value for part in given if isinstance(part, dict) for key, value in part.items()}
     try:
         return arch, split_svit(arch or "", kwargs)[2]
     except UserError as error:
@@ -215,5 +225,5 @@ def check_config(spec: ViTSpec, config: dict[str, Any], path: str) -> None:
         ("hidden_act", "act_layer", activation),
     ):
         if (theirs := config.get(key, ours)) != ours:
-            remedy = f"give the right name, or {argument}={timms.get(theirs, theirs)}"
+            remedy = f"give the right name, or {argument}={timms.get(str(theirs), theirs)}"
             raise UserError(f"{path}: config.json has {key}={theirs}, the backbone has {ours}: {remedy}")

@@ -134,10 +134,11 @@ def _from_model(model: nn.Module) -> ViT:
     """A copy of a user's timm model on our parts."""
     if accelerated(model):
         raise UserError("the model's attention is replaced: restore timm's with accelerate(model, undo=True)")
+    spec = describe(model)
     for path, part in model.named_modules():
         if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
             raise UserError(f"{path or 'the model'} has hooks or its own forward: remove them")
-    vit = from_timm(model, _recipe_of(model, describe(model)))
+    vit = from_timm(model, _recipe_of(model, spec))
     return copy.deepcopy(vit).train(model.training)
 
 

@@ -5,6 +5,7 @@ every process more than a gigabyte.
 """
 
 import errno
+import fcntl
 import hashlib
 import os
 import sys
@@ -195,20 +196,25 @@ def _scan_shards(shards: list[str]) -> Index:
 
 def _cached(key: str, scan: Callable[[], Index]) -> Index:
     """The index in the cache if none of its places changed, else what `scan` makes; cached if the places are old."""
+    digest = hashlib.sha256(os.fsencode(f"{IMAGE_EXTENSIONS} {key}")).hexdigest()
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
+        file = cache_folder() / f"index-{digest[:32]}.safetensors"
+        locked = file.with_suffix(".lock").open("w")
     except (OSError, RuntimeError):  # no cache, or no home folder
         return scan()
-    digest = hashlib.sha256(os.fsencode(f"{IMAGE_EXTENSIONS} {key}")).hexdigest()
-    file = cache_folder() / f"index-{digest[:32]}.safetensors"
-    if index := _load(file):
-        return index
-    start = time.time_ns()
-    index = scan()
-    if start - index["mtimes"].max() > _SETTLE_NS:
-        with suppress(OSError):
-            write_tensors(file, {name: torch.from_numpy(values) for name, values in index.items()})
-            index = _load(file) or index  # processes of a machine share mapped pages
+    with locked:
+        with suppress(OSError):  # of a file system without locks
+            # One process of a machine scans while the others wait for its index.
+            fcntl.flock(locked, fcntl.LOCK_EX)
+        if index := _load(file):
+            return index
+        start = time.time_ns()
+        index = scan()
+        if start - index["mtimes"].max() > _SETTLE_NS:
+            with suppress(OSError):
+                write_tensors(file, {name: torch.from_numpy(values) for name, values in index.items()})
+                index = _load(file) or index  # processes of a machine share mapped pages
     return index
 
 

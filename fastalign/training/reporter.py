@@ -89,17 +89,13 @@ class Reporter:
         """Move the bar: an update is done, on the host at least."""
         self._first = self._first or (step, time.monotonic())
         if self._bar:
-            self._bar.update(self._task, completed=step, description=f"{self._text}{self._time_left(step)}")
+            left = f" {duration(left)} left" if (left := self._left(step)) else ""
+            self._bar.update(self._task, completed=step, description=f"{self._text}{left}")
 
-    def _seconds_left(self, step: int) -> float:
-        """Seconds to the end of the run; 0 before the second update and at the end."""
+    def _left(self, step: int) -> float:
+        """Seconds to the end of the run; 0 before the second update."""
         first, since = self._first or (step, 0.0)
-        seconds, done = time.monotonic() - since, step - first
-        return seconds / done * (self.total - step) if done else 0.0
-
-    def _time_left(self, step: int) -> str:
-        seconds = self._seconds_left(step)
-        return f"  {duration(seconds)} left" if seconds else ""
+        return (time.monotonic() - since) / (step - first) * (self.total - step) if step > first else 0.0
 
     def add(self, **values) -> None:
         """Keep a line until the next flush; values may be tensors on the device."""
@@ -127,21 +123,20 @@ class Reporter:
             self._show(training[-1])
 
     def _show(self, line: dict) -> None:
-        step = line["step"]
+        step, left = line["step"], self._left(line["step"])
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         self._text = (
             f"loss {loss}  {line['images_per_second']:.0f} images/s  data wait {line['data_wait']:.1%}"
         )
-        if not self._announced and (seconds := self._seconds_left(step)):
+        if left and not self._announced:
             self._announced = True
-            form = "%H:%M" if seconds < 12 * 3600 else "%a %d %b, %H:%M"
-            end = time.strftime(form, time.localtime(time.time() + seconds))
-            self.say(f"expected end: {end}, in {duration(seconds)}")
+            self.say(f"expected end: {clock(left)}, in {duration(left)}")
         if self._bar:
             self.update(step)
         elif step == self.total or time.monotonic() - self._shown > LINE_SECONDS:
             self._shown = time.monotonic()
-            self.say(f"step {step}/{self.total}  epoch {line['epoch']}  {self._text}{self._time_left(step)}")
+            remaining = f"  {duration(left)} left" if left else ""
+            self.say(f"step {step}/{self.total}  epoch {line['epoch']}  {self._text}{remaining}")
 
     def close(self) -> None:
         """Remove the bar, write what is pending and close the file."""
@@ -181,6 +176,12 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def clock(seconds: float) -> str:
+    """The local time in so many seconds: 15:42, on another day with its date."""
+    end, now = time.localtime(time.time() + seconds), time.localtime()
+    return time.strftime("%H:%M" if end[:3] == now[:3] else "%a %d %b, %H:%M", end)
 
 
 def setup_lines(run: Run) -> list[str]:

@@ -106,15 +106,15 @@ class Run:
 
     def _contents(self) -> dict[str, Any]:
         """Fingerprints of what the paths of the configuration hold, by key."""
-        found: dict[str, Any] = {"data.train": self.train.source.crc_of_names()}
+        found: dict[str, Any] = {"data.train": self.train.source.identity()}
         if self.val is not None:
-            found["data.val"] = self.val.source.crc_of_names()
+            found["data.val"] = self.val.source.identity()
         for section in ("student", "teacher"):
             weights = getattr(self.config, section).weights
             if weights not in (None, "pretrained", "random"):
                 place = Path(weights)
                 inside = sorted(path for path in place.glob("*") if path.suffix in _WEIGHTS)
-                found[f"{section}.weights"] = checksum_of(inside if place.is_dir() else [place])
+                found[f"{section}.weights"] = [checksum_of(inside if place.is_dir() else [place])]
         return found
 
     def autocast(self) -> AbstractContextManager:

@@ -107,6 +107,8 @@ BAD_INPUT = {
     "dropped patches": ("vit_small_patch16_dinov3", {"patch_drop_rate": 0.5}, ["PatchDropoutWithIndices"]),
     "grouped heads": (ROPE, {"qkv_fused": False, "num_kv_heads": 3}, ["grouped heads"]),
     "another rope": (ROPE, {"rope_type": "mrope", "rope_grid_indexing": "ij"}, ["RotaryEmbeddingMRope"]),
+    "no name": (None, {}, ["unknown backbone None"]),
+    "too much stochastic depth": (VIT, {"drop_path_rate": 2}, ["drop_path_rate must be less than 1"]),
     "a wrong size": (VIT, {"img_size": [48, 50]}, ["img_size 50", "use 48"]),
     "no file": (VIT, {"checkpoint": "none.pth"}, ["none.pth"]),
 }

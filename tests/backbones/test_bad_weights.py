@@ -43,6 +43,7 @@ def index(folder: Path, text: str) -> Path:
 
 
 PATCH = "patch_embed.proj.weight"
+OPEN_CLIP_MARKS = [f"transformer.resblocks.0.{part}weight" for part in ("ln_1.", "attn.in_proj_")]
 REFUSED = {
     "half a file": (cut, ["cut short"]),
     "no weights": (lambda p: saved(p, {"state_dict": {}}), ["holds no weights"]),
@@ -60,8 +61,18 @@ REFUSED = {
         ["model.safetensors: backbone resnet50", "img_size"],
     ),
     "a damaged config": (lambda p: hf_folder(p, "{"), ["config.json is damaged"]),
+    "a config without a model": (lambda p: hf_folder(p, "null"), ["config.json is damaged"]),
+    "a config with a wrong size": (
+        lambda p: hf_folder(p, '{"model_type": "clip_vision_model", "image_size": "x", "patch_size": 16}'),
+        ["config.json is damaged"],
+    ),
+    "a damaged layout": (
+        lambda p: saved(p, {"conv1.weight": ONE, "class_embedding": ONE.sum()} | dict.fromkeys(OPEN_CLIP_MARKS, ONE)),
+        ["a.pth holds damaged weights of open_clip"],
+    ),
     "an empty folder": (lambda p: p, ["no weights in", "model.safetensors"]),
     "a damaged index": (lambda p: index(p, "{"), ["index.json is damaged"]),
+    "an index of nothing": (lambda p: index(p, "{}"), ["index.json is damaged"]),
     "a shard that is gone": (lambda p: index(p, '{"weight_map": {"a": "../b.bin"}}'), ["{path}/b.bin", "No such"]),
     "two backbones": (lambda p: saved(p, {f"a.{PATCH}": ONE, f"b.{PATCH}": ONE}), ["several backbones (a, b)"]),
     "torchvision": (

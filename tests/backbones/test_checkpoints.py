@@ -98,6 +98,7 @@ def test_the_average_is_read_before_the_weights(tmp_path):
         ({"student_model": f"s{NAME}.tag"}, NAME, 30.0),
         ({"student_model": f"s{NAME}", "student_model_kwargs": {"max_attn_val": 20.0}}, NAME, 20.0),
         ({"student_model": NAME}, NAME, None),
+        ({"student_model": 5, "model_kwargs": "depth=2"}, NAME, None),  # of another script
         ({"student_model": NAME}, f"s{NAME}", 30.0),
     ],
 )
