@@ -169,9 +169,11 @@ def teacher_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.float8_e4m3fn
 
 
-def build_loaders(config: Config, world: World, backbone: ViT) -> tuple[Loader, Loader | None]:
+def build_loaders(
+    config: Config, world: World, backbone: ViT, source: Source
+) -> tuple[Loader, Loader | None]:
     """The training and the validation loader; both replace or leave out bad samples."""
-    data, source, quarantine = config.data, training_source(config, world), config.faults.quarantine
+    data, quarantine = config.data, config.faults.quarantine
     if backbone.spec.channels != 3:
         raise UserError(f"kwargs.in_chans={backbone.spec.channels}: images have 3 channels; remove it")
     mixing = {"accumulate": config.optim.accumulate, "mixup": data.mixup, "cutmix": data.cutmix}

@@ -71,6 +71,7 @@ class Run:
         self.config, self.world, self.folder = config, world, Path(config.output)
         self.state, self.preemption = TrainState(), preemption or Preemption()
         optim, efficiency, device = config.optim, config.efficiency, world.device
+        source = build.training_source(config, world)  # before weights are loaded, perhaps from the network
         objective, self.backbone = build.build_objective(config)
         self.dtype = compute_dtype(efficiency.precision, device)
         if not world.agree(self.dtype == torch.bfloat16):
@@ -79,7 +80,7 @@ class Run:
             objective.teacher.store_as(build.teacher_dtype(config, device))
         self.objective = objective.to(device)
         attention = build.choose_attention(config, objective, device)
-        self.train, self.val = build.build_loaders(config, world, self.backbone)
+        self.train, self.val = build.build_loaders(config, world, self.backbone, source)
         self.trained = [p for p in objective.parameters() if p.requires_grad]
         options = {"lr": optim.lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
         self.optimizer = torch.optim.AdamW(self.trained, fused=True, **options)
