@@ -231,9 +231,13 @@ class Config(Section):
     def _possible(self) -> "Config":
         student, teacher, optim, masks = self.student, self.teacher, self.optim, self.masks
         for name, kwargs in (("student", student.kwargs), ("teacher", teacher.kwargs)):
-            for key in ("name", "weights", "pretrained", "checkpoint"):
-                if key in kwargs:
+            for key in kwargs:
+                if key in ("name", "weights", "pretrained", "checkpoint"):
                     raise ValueError(f"{name}.kwargs.{key}: write {name}.name and {name}.weights instead")
+                if not key.isidentifier():
+                    raise ValueError(
+                        f"{name}.kwargs: {key!r} is no argument; write {{depth: 6}}, with a space"
+                    )
         plain = f"{student.name[1:]} and student.softcap={AUTHORS_SOFTCAP:g}"
         prefix, freeze, mim = teacher.prefix_only, student.freeze, self.objective == "mim"
         size, uniform = optim.batch_size, masks.distribution == "uniform"

@@ -37,7 +37,7 @@ PACKAGES = {
     "torchvision": "tested with 0.26.0 and 0.29.1",
     "triton": "kernels; tested with 3.6.0 and 3.8.0",
     "timm": "tested with 1.0.31",
-    "nvidia-dali-cuda130": "reading images; tested with 2.4.0",
+    "nvidia-dali-cuda130": "reading images; not the package nvidia-dali; tested with 2.4.0",
     "nvidia-dali-cuda120": "the same for CUDA 12",
     "transformers": "export; tested with 5.23.0 and 5.24.0",
     "tensorboard": "log.to=[tensorboard]",
@@ -94,8 +94,7 @@ def attention() -> list[str]:
         lines.append("{}: {} ({})".format(part, *choose(case)))
     installed = [name for name, backend in BACKENDS.items() if not backend.missing()]
     lines.append(f"installed: {', '.join(installed)}")
-    lines.append(f"not installed: {', '.join(name for name in BACKENDS if name not in installed)}")
-    return lines
+    return lines + [f"{name} {why}" for name, backend in BACKENDS.items() if (why := backend.missing())]
 
 
 def smoke(device: str) -> str:

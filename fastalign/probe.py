@@ -11,7 +11,14 @@ from rich.console import Console
 from fastalign import __version__
 from fastalign.backbones.precision import compute_dtype
 from fastalign.evaluation.datasets import SPLITS, open_labelled
-from fastalign.evaluation.options import Plan, Reading, Recipe, evaluation_parser, from_flags, open_backbones
+from fastalign.evaluation.options import (
+    PatchReading,
+    Plan,
+    Recipe,
+    evaluation_parser,
+    from_flags,
+    open_backbones,
+)
 from fastalign.evaluation.patches import probe
 from fastalign.evaluation.results import check_output, patch_table, summarise, write_results
 from fastalign.training import distributed
@@ -27,18 +34,18 @@ def run(arguments: list[str]) -> None:
         "What a small head predicts from a frozen backbone's tokens.",
         Plan,
         Recipe,
-        Reading,
+        PatchReading,
         data="coco:ROOT, coco-things:ROOT, coco-panoptic:ROOT, ade20k:ROOT, or a folder",
         output="RUN/probe.json or runs/probe-NAME.json",
     )
     add = parser.add_argument
     add("--cache", type=path_argument, help="folder for features meanwhile; default that of the output")
     add("--skip-blocks", nargs="+", type=int, default=[0], metavar="X", help="last blocks left out")
-    add("--forward-batch", type=int, default=64, metavar="X", help="images per forward pass (default 64)")
     given = parser.parse_args(arguments)
     # Ranks without a head of their own wait while others train.
     world = distributed.start(timeout=timedelta(days=30))
-    plan, reading = from_flags(Plan, given, recipe=from_flags(Recipe, given)), from_flags(Reading, given)
+    plan = from_flags(Plan, given, recipe=from_flags(Recipe, given))
+    reading = from_flags(PatchReading, given)
     splits = {name: open_labelled(given.data, name) for name in SPLITS}
     vits, folder = open_backbones(given)
     for vit in vits.values():
@@ -57,7 +64,7 @@ def run(arguments: list[str]) -> None:
     facts = {"data": data, "settings": plan.model_dump(mode="json")}
     check_output(output, facts)
     how = {"skip_blocks": given.skip_blocks, "folder": Path(given.cache or output.parent)}
-    how |= {"batch_size": given.forward_batch, "threads": reading.threads}
+    how |= {"batch_size": reading.forward_batch, "threads": reading.threads}
     how["dtype"] = compute_dtype(reading.precision, world.device)
     rows = probe(vits, splits, [plan], world, say=lambda text: print(text, flush=True), **how)
     if world.main:

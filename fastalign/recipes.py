@@ -12,8 +12,8 @@ from fastalign.training.command import run_command
 
 def print_recipes(*, ablations: bool) -> None:
     """Print a line per recipe; its resolution is its own, else that of timm's published weights."""
-    line = "{:<33} {:<51} {:>6} {:>7} {:>16}".format
-    print(line("recipe", "backbone", "pixels", "epochs", "GFLOP per image"))
+    line = "{:<27} {:>6} {:>6} {:>7}  {}".format  # in 80 columns, but for a few long names at the end
+    print(line("recipe", "pixels", "epochs", "GFLOP", "backbone"))
     for name, path in recipes().items():
         if path.parent.name == "ablations" and not ablations:
             continue
@@ -21,12 +21,12 @@ def print_recipes(*, ablations: bool) -> None:
         student = config.student
         known = timm.get_pretrained_cfg(student.name) if timm.is_model(student.name) else None
         size = student.kwargs.get("img_size") or (known.input_size[-1] if known else "-")
-        print(line(name, student.name, size, config.optim.epochs, cost[1] if cost else "-"))
+        print(line(name, size, config.optim.epochs, cost[1] if cost else "-", student.name))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code."""
-    about = "List the published recipes. Train one with: fastalign train NAME data.train=PATH"
+    about = "List the recipes, with GFLOP per image. Train one with: fastalign train NAME data.train=PATH"
     parser = argparse.ArgumentParser(prog="fastalign recipes", description=about)
     parser.add_argument("--all", action="store_true", help="the ablations of the paper too")
     options = parser.parse_args(arguments)

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -31,7 +32,10 @@ HELP = """
 examples:
   fastalign train clip-vit-b data.train=/data/train data.val=/data/val
   fastalign train student.name=vit_base_patch16_dinov3.lvd1689m data.train=/data/train output=runs/mine --dry-run
+
+sections of keys (--print-config prints every key, its values and what it does):
 """
+HELP += textwrap.fill(", ".join(Config.model_fields), 78, initial_indent="  ", subsequent_indent="  ")
 
 
 def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:

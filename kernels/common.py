@@ -55,10 +55,8 @@ def register(name: str, mutates: tuple[str, ...] = ()) -> Callable:
                     with torch.cuda.device(device):  # Triton launches on the current device
                         return function(*arguments)
                 return function(*arguments)
-            except (
-                RuntimeError,
-                ValueError,
-            ) as error:  # Triton's: no driver, or a pointer that no GPU can read
+            except (RuntimeError, ValueError) as error:
+                # Triton's, without a driver, or of a pointer that no GPU can read.
                 if device.type != "cpu" or INTERPRETED:
                     raise
                 raise ValueError(
@@ -99,14 +97,14 @@ def _architecture(device: int) -> int:
     return triton.runtime.driver.active.get_current_target().arch
 
 
-def row_tile(width: int) -> dict[str, int]:
-    """The tile of kernels that move rows: four rows of up to 256 channels, sixteen bytes of bf16 a thread."""
-    return {"BLOCK_T": 4, "BLOCK_D": min(256, triton.next_power_of_2(width)), "num_warps": 4}
+def row_tiles(rows: int, width: int, height: int = 4) -> tuple[int, dict[str, int]]:
+    """How many tiles cover [rows, width], and the tile of kernels that move rows.
 
-
-def row_tiles(rows: int, width: int, tile: dict[str, int]) -> int:
-    """How many tiles cover [rows, width]."""
-    return triton.cdiv(rows, tile["BLOCK_T"]) * triton.cdiv(width, tile["BLOCK_D"])
+    It has `height` rows of up to 256 channels, with four rows sixteen bytes of bf16 a thread.
+    """
+    channels = min(256, triton.next_power_of_2(width))
+    count = triton.cdiv(rows, height) * triton.cdiv(width, channels)
+    return count, {"BLOCK_T": height, "BLOCK_D": channels, "num_warps": 4}
 
 
 def image_chunks(images: int, tiles: int) -> tuple[int, int]:

@@ -110,10 +110,10 @@ def forward_op(
     out = patches.new_empty(shape, dtype=common.promoted(patches, prefix, position))
     if common.is_fake(out) or out.numel() == 0:
         return out
-    tile = common.row_tile(width)
+    tiles, tile = common.row_tiles(tokens, width)
     patches = common.with_unit_stride(patches)
     rows = [None if row is None else row.contiguous() for row in (hidden, prefix, position)]
-    _forward_kernel[(common.row_tiles(tokens, width, tile) * images,)](
+    _forward_kernel[(tiles * images,)](
         patches, *rows, visible.contiguous(), out, patches.stride(0), patches.stride(1),
         count, tokens - count, copies, width, **tile,
     )  # fmt: skip
@@ -135,8 +135,7 @@ def backward_op(
     )
     if common.is_fake(gradient):
         return out
-    tile = common.row_tile(width)
-    tiles = common.row_tiles(tokens, width, tile)
+    tiles, tile = common.row_tiles(tokens, width)
     per_chunk, chunks = common.image_chunks(images, tiles)
     shapes = [(chunks, tokens, width) if wanted else (0,) for wanted in (rows, hidden)]
     sums = [gradient.new_empty(shape, dtype=torch.float32) for shape in shapes]

@@ -94,10 +94,10 @@ def forward_op(
         return out
     if out.numel() == 0 or tokens == 0:
         return out.zero_()
-    tile = common.row_tile(width)
+    tiles, tile = common.row_tiles(tokens, width)
     patches = common.with_unit_stride(patches)
     rows = [None if row is None else row.contiguous() for row in (prefix, position)]
-    _forward_kernel[(common.row_tiles(tokens, width, tile) * (images + 1),)](
+    _forward_kernel[(tiles * (images + 1),)](
         patches, *rows, slots.contiguous(), cu_seqlens[-1:], out, patches.stride(0), patches.stride(1),
         images, tokens, tokens - patches.shape[1], length, copies, width, **tile,
     )  # fmt: skip
@@ -116,8 +116,7 @@ def backward_op(
     )
     if common.is_fake(gradient):
         return out
-    tile = common.row_tile(width)
-    tiles = common.row_tiles(tokens, width, tile)
+    tiles, tile = common.row_tiles(tokens, width)
     per_chunk, chunks = common.image_chunks(images, tiles)
     sums = gradient.new_empty((chunks, tokens, width) if rows else (0,), dtype=torch.float32)
     if images * tokens * width:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastalign.kernels import pack
-from fastalign.kernels.common import is_fake, register, row_tile, row_tiles, tile_of_rows
+from fastalign.kernels.common import is_fake, register, row_tiles, tile_of_rows
 
 
 @triton.jit
@@ -39,13 +39,12 @@ def forward_op(packed: Tensor, slots: Tensor) -> Tensor:
     out = packed.new_empty((*slots.shape, width))
     if is_fake(out):
         return out
-    # A row cannot be read before its slot is known: four rows per thread wait for four slots at once.
-    tile = row_tile(width) | {"BLOCK_T": 16}
     if packed.numel() == 0:
         out.zero_()
     elif rows:
-        grid = (row_tiles(rows, width, tile),)
-        _kernel[grid](packed.contiguous(), slots.contiguous(), out, rows, width, **tile)
+        # A row cannot be read before its slot is known: four rows per thread wait for four slots at once.
+        tiles, tile = row_tiles(rows, width, 16)
+        _kernel[(tiles,)](packed.contiguous(), slots.contiguous(), out, rows, width, **tile)
     return out
 
 

@@ -67,10 +67,11 @@ def test_overrides_are_parsed_by_the_type_of_their_key(tmp_path):
     path = write(tmp_path, "optim: {lr: 1e-4}\nstudent: {kwargs: {img_size: 64}}\n")
     overrides = ["optim.betas=[0.8, 0.9]", "student.kwargs.depth=3", "student.softcap=null", "optim.clip=2e0"]
     overrides += ["efficiency.compile=true", "data.train=a=b", "loss.target_scale=1e-3"]
+    overrides += ["student.kwargs.init_values=1e-5"]
     config = load_config(path, overrides)
     assert config.optim.lr == 1e-4
     assert config.optim.betas == (0.8, 0.9)
-    assert config.student.kwargs == {"img_size": 64, "depth": 3}
+    assert config.student.kwargs == {"img_size": 64, "depth": 3, "init_values": 1e-5}
     assert config.student.softcap is None
     assert config.efficiency.compile is True
     assert config.optim.clip == 2.0
@@ -97,11 +98,12 @@ def test_a_base_is_merged_and_its_own_keys_win(tmp_path):
 
 
 def test_yaml_out_is_yaml_in(tmp_path):
-    config = load_config(write(tmp_path, "optim: {lr: 1e-4, ema: 0.99}\nteacher: {kwargs: {a: [1, 2]}}\n"))
+    text = "output: '1e5'\noptim: {ema: 0.99}\nteacher: {kwargs: {a: [1, 2e-7]}}\n"
+    config = load_config(write(tmp_path, text))
     for comments in (False, True):
         assert load_config(write(tmp_path, to_yaml(config, comments=comments), "o.yaml")) == config
     assert "# peak learning rate" in to_yaml(config, comments=True)
-    assert yaml.safe_load(to_yaml(config))["optim"]["lr"] == 1e-4
+    assert yaml.safe_load(to_yaml(config))["optim"]["ema"] == 0.99
 
 
 @pytest.mark.parametrize(
@@ -119,6 +121,7 @@ def test_yaml_out_is_yaml_in(tmp_path):
         ("", "probe.best=true", ["probe.best", "set probe.data"]),
         ("student: {freeze: true}", "probe.data=a", ["student.freeze", "remove one"]),
         ("", "teacher.kwargs.weights=random", ["teacher.kwargs.weights: write teacher.name and teacher."]),
+        ("", "student.kwargs={depth:2}", ["student.kwargs: 'depth:2' is no argument", "{depth: 6}"]),
         ("", "student.name=svit_a.b", ["student.name=svit_a.b: write vit_a.b and student.softcap=30"]),
         ("", "efficiency.compile=x", ["efficiency.compile: ", "valid boolean", "or: ", "'blocks'"]),
         ("", "optim.betas=[0.9, 1]", ["optim.betas: ", "less than 1"]),

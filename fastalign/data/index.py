@@ -5,8 +5,10 @@ every process more than a gigabyte.
 """
 
 import errno
+import fcntl
 import hashlib
 import os
+import sys
 import tarfile
 import time
 import zlib
@@ -27,6 +29,7 @@ _SUFFIXES = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
 # A directory that changes twice within one tick of its file system's clock keeps its mtime, so a list made this soon
 # after a change is not cached.
 _SETTLE_NS = 2_000_000_000
+_LINE_SECONDS = 10  # between two lines about the progress of a scan
 _BLOCK, _PIECE = 512, 1 << 20  # bytes of a tar
 
 Index = dict[str, np.ndarray]
@@ -38,10 +41,13 @@ Index = dict[str, np.ndarray]
 
 def pack(names: Iterable[bytes], key: str = "") -> Index:
     """Names as `names` [total] uint8, their bytes, and `offsets` [n + 1] int64 of each; `key` goes before both."""
-    blob, offsets = bytearray(), array("q", [0])
-    for name in names:
+    blob, offsets, shown = bytearray(), array("q", [0]), time.monotonic()
+    for number, name in enumerate(names, 1):
         blob += name
         offsets.append(len(blob))
+        if time.monotonic() - shown > _LINE_SECONDS:
+            shown = time.monotonic()
+            print(f"indexing the data set: {number} images so far", file=sys.stderr, flush=True)
     return {f"{key}names": np.frombuffer(blob, np.uint8), f"{key}offsets": np.frombuffer(offsets, np.int64)}
 
 
@@ -190,26 +196,31 @@ def _scan_shards(shards: list[str]) -> Index:
 
 def _cached(key: str, scan: Callable[[], Index]) -> Index:
     """The index in the cache if none of its places changed, else what `scan` makes; cached if the places are old."""
+    digest = hashlib.sha256(os.fsencode(f"{IMAGE_EXTENSIONS} {key}")).hexdigest()
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
+        file = cache_folder() / f"index-{digest[:32]}.safetensors"
+        locked = file.with_suffix(".lock").open("w")
     except (OSError, RuntimeError):  # no cache, or no home folder
         return scan()
-    digest = hashlib.sha256(os.fsencode(f"{IMAGE_EXTENSIONS} {key}")).hexdigest()
-    file = cache_folder() / f"index-{digest[:32]}.safetensors"
-    if index := _load(file):
-        return index
-    start = time.time_ns()
-    index = scan()
-    if start - index["mtimes"].max() > _SETTLE_NS:
-        with suppress(OSError):
-            write_tensors(file, {name: torch.from_numpy(values) for name, values in index.items()})
-            index = _load(file) or index  # processes of a machine share mapped pages
+    with locked:
+        with suppress(OSError):  # of a file system without locks
+            # One process of a machine scans while the others wait for its index.
+            fcntl.flock(locked, fcntl.LOCK_EX)
+        if index := _load(file):
+            return index
+        start = time.time_ns()
+        index = scan()
+        if start - index["mtimes"].max() > _SETTLE_NS:
+            with suppress(OSError):
+                write_tensors(file, {name: torch.from_numpy(values) for name, values in index.items()})
+                index = _load(file) or index  # processes of a machine share mapped pages
     return index
 
 
 def _load(file: Path) -> Index | None:
     """The arrays of a cache file, memory-mapped; None if it is missing, damaged or out of date."""
-    with suppress(OSError, SafetensorError):
+    with suppress(OSError, SafetensorError, LookupError, ValueError):
         with safe_open(file, "pt") as tensors:
             index = {name: tensors.get_tensor(name).numpy() for name in tensors.keys()}  # noqa: SIM118
         places = zip(Names(index, "places_"), index["mtimes"].tolist(), strict=True)

@@ -4,10 +4,14 @@ A source is a list: a sample's id is its index in the source's sorted order, whi
 """
 
 import csv
+import io
 import os
 import re
 import stat
 import zlib
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import lru_cache
 from glob import glob
 from pathlib import Path
 
@@ -21,6 +25,7 @@ from fastalign.utils.files import user_path
 from fastalign.utils.random import Stream, random_uniform
 
 MAX_IMAGE_BYTES = 256 * 1024 * 1024
+_OPEN_SHARDS = 256
 
 
 class Unreadable(UserError):
@@ -57,8 +62,24 @@ class Source:
         return f"{self.root}/{self.name(index)}" if self.root else self.name(index)
 
     def crc_of_names(self) -> int:
-        """CRC-32 of all names, for checkpoints."""
+        """CRC-32 of all names."""
         return self._names.crc()
+
+    def identity(self) -> list[int]:
+        """CRC-32 of all names, then of the bytes of nine samples, for checkpoints; 0 = unreadable."""
+        found = [self.crc_of_names()]
+        for index in sorted({i * (len(self) - 1) // 8 for i in range(9)}):
+            try:
+                found.append(zlib.crc32(self.read(index)))
+            except Unreadable:
+                found.append(0)
+        return found
+
+
+def differ(before: list[int], now: list[int]) -> bool:
+    """Whether two `identity` lists are of different data. Half of the samples may be repaired bad images."""
+    same = sum(old == new for old, new in zip(before[1:], now[1:], strict=False))
+    return before[0] != now[0] or 2 * same < len(now) - 1
 
 
 class Subset(Source):
@@ -95,6 +116,9 @@ class SyntheticSource(Source):
     def crc_of_names(self) -> int:
         return self._length
 
+    def identity(self) -> list[int]:
+        return [self._length]
+
     def images(self, ids: Tensor, size: tuple[int, int], *, seed: int, dtype: torch.dtype) -> Tensor:
         """Normalised images [B, 3, h, w], a function of (seed, id): mean 0, variance 1, values in -3..3.
 
@@ -106,20 +130,24 @@ class SyntheticSource(Source):
         return (waves[..., :height, None] * waves[..., None, height:]).to(dtype)
 
 
-def _read(path: str, name: str, offset: int = 0, size: int | None = None) -> np.ndarray:
+def _open(path: str) -> io.FileIO:
+    # O_NONBLOCK: opening a pipe would wait for a writer.
+    return open(path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
+
+
+def _read(
+    path: str, name: str, offset: int = 0, size: int | None = None, open_file: Callable = _open
+) -> np.ndarray:
     """Bytes of a file, to its end if `size` is None; raises Unreadable with `name`."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for a writer
-        try:
-            status = os.fstat(handle)
+        with open_file(path) as file:
+            status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise Unreadable(name, "not a regular file")
             size = status.st_size if size is None else size
             if not 0 < size <= MAX_IMAGE_BYTES:
                 raise Unreadable(name, f"{size} bytes, more than {MAX_IMAGE_BYTES}" if size else "zero bytes")
-            data = os.pread(handle, size, offset)
-        finally:
-            os.close(handle)
+            data = os.pread(file.fileno(), size, offset)
     except OSError as error:
         raise Unreadable(name, error.strerror) from error
     if len(data) != size:
@@ -189,6 +217,8 @@ class TarSource(Source):
             shard, damage = self.damaged[0]
             place = f"{root}/{shard}: {damage}"
             raise UserError(f"broken tar shard {place}; fetch it again (plain .tar only, not compressed)")
+        # Opening a file is slow on network disks. A file that is dropped here closes when its last reader is done.
+        self._open = lru_cache(_OPEN_SHARDS)(_open)
         super().__init__(root, Names(index))
 
     def name(self, index: int) -> str:
@@ -202,8 +232,8 @@ class TarSource(Source):
         return classes_of(self._names, self._shard, self.shards)
 
     def read(self, index: int) -> np.ndarray:
-        shard = self.shards[self._shard[index]]
-        return _read(shard, self.location(index), int(self._start[index]), int(self._size[index]))
+        shard, start, size = self.shards[self._shard[index]], int(self._start[index]), int(self._size[index])
+        return _read(shard, self.location(index), start, size, lambda path: nullcontext(self._open(path)))
 
 
 def _expand_braces(pattern: str) -> list[str]:

@@ -22,10 +22,7 @@ from fastalign.utils.files import user_path
 
 SPLITS = ("train", "val", "test")
 KINDS = ("coco", "coco-things", "coco-panoptic", "ade20k")
-HELD_OUT = {
-    "coco": 5_000,
-    "ade20k": 2_000,
-}  # training images that `val` takes, where `test` is the validation split
+HELD_OUT = {"coco": 5_000, "ade20k": 2_000}  # training images in `val`: `test` is the validation split
 _MAX_CLASSES = 2**15 - 1
 _IDS = "write one class name per line, the first line is id 0"
 
@@ -70,9 +67,12 @@ def _open_published(kind: str, root: Path, split: str) -> LabelledImages:
         year = "val2017" if split == "test" else "train2017"
         name = f"panoptic_{year}" if kind == "coco-panoptic" else year
         folders = root / "images" / year, root / "annotations" / name
+    panoptic, path = kind == "coco-panoptic", folders[1].with_suffix(".json")
+    if missing := [str(each) for each in (*folders, *[path] * panoptic) if not each.exists()]:
+        fetch = f"bash examples/download.sh {kind if panoptic else base} {root}"
+        raise UserError(f"{missing[0]} is missing; `{fetch}` in a clone of fastalign downloads it")
     images, maps = pair(*(FolderSource(str(folder)) for folder in folders))
-    if kind == "coco-panoptic":
-        path = folders[1].with_suffix(".json")
+    if panoptic:
         classes, segments = read_panoptic(path)
         decode = partial(decode_panoptic, segments=segments, path=path)
     else:
@@ -158,8 +158,8 @@ def open_image_splits(
         raise UserError(f"--data {root}: train/ has the class {classes[0]} only; give at least two classes")
     index = {name: number for number, name in enumerate(classes)}
     for name, (source, names) in opened.items():
-        if unknown := sorted(set(names) - set(classes)):
-            about = f"{name}/ has {len(unknown)} classes that train/ lacks, such as {unknown[0]}"
+        if extra := sorted(set(names) - set(classes)):
+            about = f"{name}/ has {len(extra)} classes that train/ lacks, such as {extra[0]}"
             raise UserError(f"--data {root}: {about}; make them agree")
         if absent := sorted(set(classes) - set(names)):
             about = f"{name}/ has no image of {len(absent)} classes, such as {absent[0]}"

@@ -24,8 +24,7 @@ from fastalign.evaluation.fit import Track, untracked
 from fastalign.evaluation.label_maps import LabelledImages, patch_labels
 from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World, on_first_rank
-from fastalign.utils.errors import UserError
-from fastalign.utils.files import wrap_io_errors
+from fastalign.utils.errors import SharedError, UserError
 
 
 def make_tensor(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None, world: World) -> Tensor:
@@ -39,17 +38,21 @@ def make_tensor(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None,
         return torch.zeros(shape, dtype=dtype)
     if world.size > int(os.environ.get("LOCAL_WORLD_SIZE", world.size)):
         raise UserError("features are in files that the ranks of one machine share: use one machine")
+    size = math.prod(shape) * dtype.itemsize
     with ExitStack() as stack:
 
         def allocate() -> str:
-            with wrap_io_errors(folder / f"features of {math.prod(shape) * dtype.itemsize / 1e9:.1f} GB"):
-                folder.mkdir(parents=True, exist_ok=True)
-                handle = stack.enter_context(TemporaryFile(dir=folder)).fileno()
-                # Writing to the map of a sparse file on a full disk kills the process with SIGBUS.
-                os.posix_fallocate(handle, 0, math.prod(shape) * dtype.itemsize)
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = stack.enter_context(TemporaryFile(dir=folder)).fileno()
+            # Writing to the map of a sparse file on a full disk kills the process with SIGBUS.
+            os.posix_fallocate(handle, 0, size)
             return f"/proc/{os.getpid()}/fd/{handle}"
 
-        path = on_first_rank(world, allocate)
+        try:
+            path = on_first_rank(world, allocate)
+        except SharedError as error:
+            about = f"{folder} cannot hold features of {size / 1e9:.1f} GB ({error})"
+            raise SharedError(f"{about}; name another folder: probe --cache, classify --output") from error
         # Not copy-on-write: Linux counts such maps as memory.
         tensor = torch.from_file(path, True, math.prod(shape), dtype=dtype).view(shape)
         world.barrier()

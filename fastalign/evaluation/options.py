@@ -90,6 +90,13 @@ class Reading(Options):
     """auto: bf16 where the hardware has it"""
 
 
+class PatchReading(Reading):
+    """The same for a probe."""
+
+    forward_batch: Count = 64
+    """images per forward pass"""
+
+
 class Recipe(Options):
     """How a head is trained; the defaults are the paper's."""
 
@@ -120,6 +127,10 @@ class Plan(Options):
     def _check(self) -> "Plan":
         if self.recipe.min_lr > self.recipe.lr:
             raise UserError(f"--min-lr {self.recipe.min_lr:g} is above --lr {self.recipe.lr:g}: lower it")
+        for head in self.heads:
+            fit = [labels for labels, heads in HEADS_FOR.items() if head in heads]
+            if not set(fit) & set(self.labels):
+                raise UserError(f"--heads {head} needs one of --labels {' '.join(fit)}")
         for labels in self.labels:
             if not set(HEADS_FOR[labels]) & set(self.heads):
                 raise UserError(f"--labels {labels} needs one of --heads {' '.join(HEADS_FOR[labels])}")

@@ -187,10 +187,10 @@ def open_splits(config: Config, world: World) -> dict[str, LabelledImages]:
     return found
 
 
-def contents(splits: dict[str, LabelledImages]) -> dict[str, str]:
+def contents(splits: dict[str, LabelledImages]) -> dict[str, list[str]]:
     """What identifies the images of `probe.data` to a run that resumes."""
     marks = " ".join(f"{split.fingerprint():08x}" for split in splits.values())
-    return {"probe.data": marks} if marks else {}
+    return {"probe.data": [marks]} if marks else {}
 
 
 def probe_encoder(

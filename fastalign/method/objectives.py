@@ -1,7 +1,6 @@
 """From a batch of images to a loss: MaskEmbed (locality alignment), and masked image modeling.
 
-Shapes: B images, M masks per image, N patches, P prefix tokens, T = P + N tokens, L rows of the packed tokens of mode
-drop, D the teacher's width.
+Shapes as in `fastalign.ops.reference`; packed rows are those of mode drop, and D is the teacher's width.
 """
 
 import torch

@@ -50,9 +50,10 @@ def kernels_on(device: str, dtype: torch.dtype) -> bool:
     return not dtype.is_floating_point or dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _check(condition: bool, name: str, wanted: str, found: Tensor) -> None:
+def _check(condition: bool, name: str, wanted: str, found: Tensor) -> bool:
     if not condition:
         raise ValueError(f"{name} must be {wanted}, got {found.dtype} {list(found.shape)}")
+    return True
 
 
 def _check_shape(name: str, tensor: Tensor, spec: str, sizes: dict[str, int]) -> None:
@@ -104,13 +105,11 @@ def _operation(definition: Callable, check=lambda sizes, **given: True, **specs:
 
 def _check_pack(sizes, packing, **_) -> bool:
     tokens = sizes.get("P", 0) + sizes["N"]
-    _check(sizes["T"] == tokens, "packing.slots", f"int32 [B, M, P + N = {tokens}]", packing.slots)
-    return True
+    return _check(sizes["T"] == tokens, "packing.slots", f"int32 [B, M, P + N = {tokens}]", packing.slots)
 
 
 def _check_expand(sizes, tokens, visible, **_) -> bool:
-    _check(sizes["N"] <= sizes["T"], "visible", f"[B, M, N] with N <= T = {sizes['T']}", visible)
-    return True
+    return _check(sizes["N"] <= sizes["T"], "visible", f"[B, M, N] with N <= T = {sizes['T']}", visible)
 
 
 def _check_attention(sizes, q, k, v, softcap, bias, cu_seqlens, max_seqlen) -> bool:

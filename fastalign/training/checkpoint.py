@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from fastalign import __version__
 from fastalign.backbones.weight_files import backbone_facts, facts_text
 from fastalign.config import Config, kinds, resolve, to_yaml
+from fastalign.data.sources import differ
 from fastalign.training.build import teacher_of
 from fastalign.training.command import WAITING
 from fastalign.training.distributed import on_first_rank
@@ -114,7 +115,7 @@ def resume(run: Run) -> tuple[list[Change], list[str]]:
     state.load_state_dict(saved)
 
     before, now = saved["contents"], run.contents
-    differs = {key: now[key] != before[key] for key in now.keys() & before.keys()}
+    differs = {key: differ(before[key], now[key]) for key in now.keys() & before.keys()}
     changes, moved = changed_settings(saved, path, run.config, differs, finished=run.finished)
     notes += moved
     _load_tensors(run, saved, path, changes)

@@ -45,7 +45,7 @@ class Reporter:
     ):
         self.main, self.total, self.speed = main, total, speed
         self._pending: list[dict] = []
-        self._bar, self._text, self._shown = None, "", 0.0
+        self._bar, self._text, self._shown, self._announced = None, "", 0.0, False
         self._first: tuple[int, float] | None = None  # step and time of the first update
         if not main:
             return
@@ -89,14 +89,13 @@ class Reporter:
         """Move the bar: an update is done, on the host at least."""
         self._first = self._first or (step, time.monotonic())
         if self._bar:
-            self._bar.update(self._task, completed=step, description=f"{self._text} {self._left(step)}")
+            left = f" {duration(left)} left" if (left := self._left(step)) else ""
+            self._bar.update(self._task, completed=step, description=f"{self._text}{left}")
 
-    def _left(self, step: int) -> str:
-        """The time to the end of the run, from the second update on."""
+    def _left(self, step: int) -> float:
+        """Seconds to the end of the run; 0 before the second update."""
         first, since = self._first or (step, 0.0)
-        if step in (first, self.total):
-            return ""
-        return f"{duration((time.monotonic() - since) / (step - first) * (self.total - step))} left"
+        return (time.monotonic() - since) / (step - first) * (self.total - step) if step > first else 0.0
 
     def add(self, **values) -> None:
         """Keep a line until the next flush; values may be tensors on the device."""
@@ -124,17 +123,20 @@ class Reporter:
             self._show(training[-1])
 
     def _show(self, line: dict) -> None:
-        step = line["step"]
+        step, left = line["step"], self._left(line["step"])
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         self._text = (
             f"loss {loss}  {line['images_per_second']:.0f} images/s  data wait {line['data_wait']:.1%}"
         )
+        if left and not self._announced:
+            self._announced = True
+            self.say(f"expected end: {clock(left)}, in {duration(left)}")
         if self._bar:
             self.update(step)
         elif step == self.total or time.monotonic() - self._shown > LINE_SECONDS:
             self._shown = time.monotonic()
-            text = f"step {step}/{self.total}  epoch {line['epoch']}  {self._text}  {self._left(step)}"
-            self.say(text.rstrip())
+            remaining = f"  {duration(left)} left" if left else ""
+            self.say(f"step {step}/{self.total}  epoch {line['epoch']}  {self._text}{remaining}")
 
     def close(self) -> None:
         """Remove the bar, write what is pending and close the file."""
@@ -174,6 +176,12 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def clock(seconds: float) -> str:
+    """The local time in so many seconds: 15:42, on another day with its date."""
+    end, now = time.localtime(time.time() + seconds), time.localtime()
+    return time.strftime("%H:%M" if end[:3] == now[:3] else "%a %d %b, %H:%M", end)
 
 
 def setup_lines(run: Run) -> list[str]:

@@ -106,15 +106,15 @@ class Run:
 
     def _contents(self) -> dict[str, Any]:
         """Fingerprints of what the paths of the configuration hold, by key."""
-        found: dict[str, Any] = {"data.train": self.train.source.crc_of_names()}
+        found: dict[str, Any] = {"data.train": self.train.source.identity()}
         if self.val is not None:
-            found["data.val"] = self.val.source.crc_of_names()
+            found["data.val"] = self.val.source.identity()
         for section in ("student", "teacher"):
             weights = getattr(self.config, section).weights
             if weights not in (None, "pretrained", "random"):
                 place = Path(weights)
                 inside = sorted(path for path in place.glob("*") if path.suffix in _WEIGHTS)
-                found[f"{section}.weights"] = checksum_of(inside if place.is_dir() else [place])
+                found[f"{section}.weights"] = [checksum_of(inside if place.is_dir() else [place])]
         return found
 
     def autocast(self) -> AbstractContextManager:
@@ -142,10 +142,9 @@ class Run:
     def own_status(self, ids: np.ndarray, bad: Sequence[BadSample]) -> StepStatus:
         """What this rank tells the others of the next update, with its samples and the bad ones among them."""
         stop = StopReason.SAVE_FAILED if self.checkpoints.failed else self.preemption.reason
-        old = self.config.checkpoint.every_steps is None and self.checkpoints.age > MAX_CHECKPOINT_AGE
-        return StepStatus(
-            self.state.step + 1, ids, tuple(bad), stop, old and self.world.main
-        )  # rank 0's clock
+        by_time = self.world.main and self.config.checkpoint.every_steps is None  # rank 0's clock counts
+        overdue = by_time and self.checkpoints.age > MAX_CHECKPOINT_AGE
+        return StepStatus(self.state.step + 1, ids, tuple(bad), stop, overdue)
 
     @property
     def should_probe(self) -> bool:

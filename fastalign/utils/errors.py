@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 _LONGEST = 2000
 _CONTROL = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029]")
@@ -18,7 +19,8 @@ def describe(error: Exception) -> str:
     """An error for the user; one of the operating system with its file if it names one."""
     filename = getattr(error, "filename", None)
     if isinstance(error, FileExistsError | NotADirectoryError):
-        return f"{filename} is not a directory; name another output"
+        place = next(place for place in (Path(filename), *Path(filename).parents) if place.exists())
+        return f"{place} is not a directory; name another output"
     return f"{filename}: {error.strerror}" if filename else str(error)
 
 

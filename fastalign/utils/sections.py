@@ -195,6 +195,10 @@ class _Dumper(yaml.SafeDumper):
     """Sections in blocks, lists on one line."""
 
 
+# YAML 1.1 takes 1e-5 for a text; in YAML 1.2, in JSON and in Python it is a number.
+_EXPONENTIAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENTIAL, list("-+.0123456789"))
 _Dumper.add_representer(
     list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 )

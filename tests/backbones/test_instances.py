@@ -56,6 +56,8 @@ def test_equals_the_model_and_is_built_again_from_its_recipe(name, tmp_path):
     loaded = fa.load_backbone(tmp_path)
     assert torch.equal(loaded.forward_features(images), student.encoder.forward_features(images))
     assert (loaded.data, loaded.softcap, loaded.recipe["name"]) == (vit.data, 30.0, recipe["name"])
+    with pytest.raises(fa.UserError, match=r"backbone\.json is not a directory; name another folder"):
+        fa.save_backbone(student, tmp_path / "backbone.json")
 
     for parameter in vit.parameters():
         parameter.zero_()

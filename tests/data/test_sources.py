@@ -62,11 +62,11 @@ def test_damaged_or_unwritable_cache_is_ignored(root, monkeypatch):
     open_source(str(root))
     (file,) = index.cache_folder().glob("*.safetensors")
     good = file.read_bytes()
-    for content in (b"", b"\xff\xfe\x00", good[:-8]):
+    for content in (b"", b"\xff\xfe\x00", good[:-8], b"\2\0\0\0\0\0\0\0{}"):
         file.write_bytes(content)
         assert names_of(open_source(str(root))) == SORTED
         assert file.read_bytes() == good
-    assert len(scans) == 4
+    assert len(scans) == 5
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # not a directory
     assert names_of(open_source(str(root))) == SORTED
 

@@ -257,7 +257,7 @@ def test_the_command_on_a_run(images, recipe, capsys):
         ("--unfreeze --augment", "--unfreeze augments anyway"),
         ("--lr 1e-3 --min-lr 1", "--min-lr 1 is above --lr 0.001"),
         ("--unfreeze --layer-decay 1.5", "--layer-decay: "),
-        ("--output /dev/null/x", "/dev/null/x is not a directory"),
+        ("--output /dev/null/x", "/dev/null is not a directory"),
         ("--data /no/such", "--data /no/such has no folder train/"),
         ("--backbone /no/run --softcap 3", "--weights"),
         ("--unfreeze --randaugment swirl", "swirl"),

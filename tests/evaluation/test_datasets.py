@@ -202,7 +202,8 @@ def test_bad_published_data_is_refused(coco, ade, monkeypatch):
     monkeypatch.setitem(datasets.HELD_OUT, "coco", 7)
     refused(f"coco:{coco}", "7 images")
     shutil.rmtree(coco / "annotations/train2017")
-    refused(f"coco:{coco}", f"no such folder: {coco / 'annotations/train2017'}")
+    missing = f"{coco / 'annotations/train2017'} is missing; `bash examples/download.sh coco {coco}`"
+    refused(f"coco:{coco}", missing)
     put(ade / "ADEChallengeData2016/annotations/validation/ADE_val_00000002.png", grey(151))
     refused(f"ade20k:{ade}", "the id 151", split="test", index=1)
 
@@ -214,7 +215,7 @@ def test_bad_published_data_is_refused(coco, ade, monkeypatch):
         ("KeyError(77)", lambda c: c["annotations"][1]["segments_info"][0].update(category_id=77)),
         ("lacks the label map", lambda c: c["annotations"].pop(0)),
         ("segment 197121", lambda c: c["annotations"][0]["segments_info"].pop()),
-        ("No such file", None),
+        ("is missing; `bash examples/download.sh coco-panoptic", None),
     ],
 )
 def test_a_bad_panoptic_json_is_refused(coco, words, change):

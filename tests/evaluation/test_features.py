@@ -138,5 +138,6 @@ def test_a_full_disk(scenes, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
     line = probe_line(scenes, "--output", tmp_path / "p.json", "--cache", tmp_path / "c")
     error = command_error(capsys, "probe", line)
-    assert f"{tmp_path / 'c'}/features of 0.0 GB cannot be written (No space left)" in error
+    assert f"{tmp_path / 'c'} cannot hold features of 0.0 GB ([Errno 28] No space left)" in error
+    assert "name another folder: probe --cache" in error
     assert not list((tmp_path / "c").iterdir())

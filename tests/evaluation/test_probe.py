@@ -225,6 +225,8 @@ def test_two_ranks_have_the_results_of_one(scenes, tmp_path):
         ("--lr 1e-5", "--min-lr 0.0001 is above --lr 1e-05: lower it"),
         ("--seeds 0 -3", "--seeds: "),
         ("--skip-blocks 0 3", "--skip-blocks 0 3: give numbers from 0 to 2"),
+        ("--forward-batch 0", "--forward-batch: "),
+        ("--heads mlp latent --labels global-union", "--heads latent needs one of --labels union majority"),
         ("--labels union global-in-patch", "--labels global-in-patch needs one of --heads linear mlp"),
         ('--kwargs {"in_chans":1}', "--kwargs in_chans=1: images have 3 channels; remove it"),
         ("--output /", "--output /: it is a folder; name a file"),

@@ -55,15 +55,3 @@ def test_a_step_on_an_h200_runs_every_kernel_in_bf16(masking, h200):
     found = [(operator.name().removeprefix("fastalign::"), args[0].dtype) for operator, args in calls.found]
     assert found == CALLS[masking]
     assert (loss.device.type, loss.dtype, loss.requires_grad) == ("cuda", torch.float32, True)
-
-
-def test_masks_of_varying_lengths_are_copied_from_pinned_memory(monkeypatch):
-    """A copy of more than 64 KB from other memory waits for the GPU, without a warning."""
-    pinned = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
-    masks = fa.UniformMasks(complement=False)
-    teacher = fa.MaskedTeacher(tiny(), masking="drop")
-    step = fa.MaskEmbed(teacher, fa.MaskEmbedStudent.from_backbone(tiny()), masks)
-    parts = step.draw(torch.empty(4, 3, 32, 32, device="meta"), torch.arange(4), 0)
-    assert {part.device.type for part in (parts[0], *parts[1])} == {"meta"}
-    assert len(pinned) == 5

@@ -16,6 +16,7 @@ from tests.truth import CappedAttention, loss_truth, of_masked_images, teacher_t
 
 EXACT = 1e-10
 DEEP = {"decoder_layers": 3, "decoder_width": 64, "decoder_heads": 4, "decoder_init_values": None}
+SMALL_28 = {**SMALL, "img_size": 28}
 PREFIX_ONLY = {"skip_blocks": 0, "prefix_only": True}
 # timm's name and arguments, the student's options, the teacher's options.
 CASES = {
@@ -26,18 +27,13 @@ CASES = {
     "skip 2": (VIT, SMALL, {}, {"skip_blocks": 2}),
     "clip": ("vit_base_patch16_clip_quickgelu_224", SMALL, {}, {}),
     "siglip": ("vit_base_patch16_siglip_224", SMALL, {}, {}),
-    "so400m": ("vit_so400m_patch14_siglip_224", {**SMALL, "img_size": 28}, {}, {}),
-    "dinov2": ("vit_base_patch14_reg4_dinov2", {**SMALL, "img_size": 28}, {}, {}),
+    "so400m": ("vit_so400m_patch14_siglip_224", SMALL_28, {}, {}),
+    "dinov2": ("vit_base_patch14_reg4_dinov2", SMALL_28, {}, {}),
     "beit": ("beit_base_patch16_224", SMALL, {"softcap": None, "decoder_qk_norm": False}, {}),
     "eva": ("eva02_base_patch16_clip_224", SMALL, {"softcap": None}, {}),
-    "aimv2": (
-        "aimv2_large_patch14_224",
-        {**SMALL, "img_size": 28},
-        {"softcap": 0.5, "decoder_qkv_bias": False},
-        {},
-    ),
-    "packed swiglu": ("vit_giant_patch14_dinov2", {**SMALL, "img_size": 28}, {"head": "mlp"}, {}),
-    "internvit": ("vit_intern300m_patch14_448", {**SMALL, "img_size": 28}, {}, {}),
+    "aimv2": ("aimv2_large_patch14_224", SMALL_28, {"softcap": 0.5, "decoder_qkv_bias": False}, {}),
+    "packed swiglu": ("vit_giant_patch14_dinov2", SMALL_28, {"head": "mlp"}, {}),
+    "internvit": ("vit_intern300m_patch14_448", SMALL_28, {}, {}),
     "distilled": ("deit_tiny_distilled_patch16_224", SMALL, {}, {}),
     "mlp head": (VIT, SMALL, {"head": "mlp"}, {}),
     "deep decoder": (VIT, SMALL, DEEP, {}),

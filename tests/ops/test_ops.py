@@ -78,9 +78,8 @@ _set_triton_ptxas_path()
 print(knobs.nvidia.ptxas.path)
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_PTXAS_PATH"}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout.strip().endswith("triton/backends/nvidia/bin/ptxas")
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True)
+    assert printed.strip().endswith("triton/backends/nvidia/bin/ptxas")
 
 
 def test_kernels_are_selected_by_device_dtype_and_environment(monkeypatch):

@@ -18,7 +18,7 @@ import torch
 
 from fastalign import train
 from fastalign.training import checkpoint_files
-from fastalign.training.checkpoint_files import Checkpoints, snapshot
+from fastalign.training.checkpoint_files import Checkpoints
 from fastalign.training.distributed import World
 from fastalign.training.update import MovingAverage
 from fastalign.utils.errors import UserError
@@ -85,18 +85,6 @@ def test_later_updates_do_not_change_a_snapshot(tmp_path, gate):
     gate.set()
     checkpoints.wait()
     assert_same(checkpoints.resume(ALONE)[1], wanted)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_snapshot_of_a_gpu_is_in_stream_order():
-    """With the work queued before it and not that queued after it."""
-    value = torch.zeros(2**24, device="cuda")
-    for _ in range(20):
-        value += 1
-    found = snapshot({"value": value})["value"]
-    value += 1
-    assert torch.equal(found, torch.full((2**24,), 20.0))
 
 
 @pytest.mark.parametrize("linked", [True, False])

@@ -158,7 +158,7 @@ def test_a_forced_loss_is_measured_and_chosen_anew(recipe):
 
 @needs_dali
 def test_paths_may_move_and_their_contents_may_not_change(recipe, images, tmp_path, monkeypatch, capsys):
-    """Names of images, and weights."""
+    """Names of images, bytes of images, and weights."""
     torch.manual_seed(0)
     vit = fa.create_backbone(MODEL["name"], **MODEL["kwargs"])
     for place in ("here", "there"):
@@ -187,7 +187,11 @@ def test_paths_may_move_and_their_contents_may_not_change(recipe, images, tmp_pa
     save_file(vit.state_dict() | {"cls_token": vit.cls_token + 1}, weights)
     refused('student.weights "there/weights.safetensors" has other contents than before')
     weights.write_bytes(kept)
-    shutil.copy(paths[0], paths[0].with_name("0-new.jpg"))
+    new = Path(shutil.copy(paths[0], paths[0].with_name("0-new.jpg")))
+    refused('data.train "there/train" has other contents than before')
+    new.unlink()
+    for path in paths:
+        path.write_bytes(path.read_bytes() + b" ")
     refused('data.train "there/train" has other contents than before')
 
 

@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 
 import pytest
 import torch
@@ -9,8 +10,15 @@ import torch
 from fastalign import train
 from fastalign.config import load_config
 from fastalign.training import dry_run
-from fastalign.training.reporter import Reporter
+from fastalign.training.reporter import Reporter, clock, duration
 from tests.run_helpers import losses, run_of_batches
+
+
+def test_durations_and_clocks():
+    texts = {3.4: "3 s", 119: "119 s", 120: "2 min", 3600: "60 min", 7200: "2 h 0 min", 12000: "3 h 20 min"}
+    assert {seconds: duration(seconds) for seconds in texts} == texts
+    assert re.fullmatch(r"\d\d:\d\d", clock(0))
+    assert clock(7 * 86400).startswith(time.strftime("%a")), "another day is named"
 
 
 def test_start_and_end_of_a_run(recipe, capsys):
@@ -25,6 +33,7 @@ def test_start_and_end_of_a_run(recipe, capsys):
         r"batch: 8 images, 8 per rank and pass",
         r"length: 1 epoch of 5 updates",
         rf"new run in {folder}",
+        r"expected end: \d\d:\d\d, in \d+ s",
         r"target scale [\d.]+: the targets are multiplied by it \(loss.target_scale\)",
         rf"aligned backbone: {folder}/backbone.safetensors, validation loss [\d.]+",
         rf"  fastalign export {folder} --to timm",
@@ -48,6 +57,9 @@ def test_a_bar_of_its_own_for_what_is_slow(tmp_path, monkeypatch):
     assert task.description.endswith(" s left")
     assert [len(bars._bar.tasks) for _ in bars.track("ab", "validating", 2)] == [2, 2]
     assert len(bars._bar.tasks) == 1
+    for step in (2, 3):
+        bars._show({"step": step, "loss": 1.0, "images_per_second": 9.0, "data_wait": 0.0})
+    assert re.findall(r"expected end: \d\d:\d\d, in \d+ s\n", terminal.getvalue())
     bars.close()
 
 

@@ -130,9 +130,7 @@ def check(name: str) -> None:
     Raises:
         ValueError: with the nearest name, or how to get it.
     """
-    if name == "auto":
-        return
-    if name not in BACKENDS:
+    if name not in ("auto", *BACKENDS):
         raise ValueError(f"{unknown('name', name, BACKENDS)}; choose from auto, {', '.join(BACKENDS)}")
-    if missing := BACKENDS[name].missing():
+    if name != "auto" and (missing := BACKENDS[name].missing()):
         raise ValueError(f"{name} {missing}")

@@ -109,10 +109,6 @@ def _triton(q, k, v, softcap, bias, sequences):
     return ops.softcap_attention(q, k, v, softcap=softcap, cu_seqlens=bounds, max_seqlen=longest)
 
 
-def _eager(q, k, v, softcap, bias):
-    return reference.softcap_attention(q, k, v, softcap=softcap, bias=bias)
-
-
 def _sdpa(q, k, v, softcap, bias):
     return scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
@@ -125,7 +121,7 @@ def _one_sdpa(backend: SDPBackend, q, k, v, softcap, bias, sequences):
 def _either(dense: Callable, q, k, v, softcap, bias, sequences):
     """A dense implementation, extended to packed sequences."""
     if sequences is None:
-        return dense(q, k, v, softcap, bias)
+        return dense(q, k, v, softcap=softcap, bias=bias)
     if q.device.type == "cpu" and not torch.compiler.is_compiling():  # where reading the bounds costs nothing
         return reference.each_sequence(partial(dense, softcap=softcap, bias=None), q, k, v, sequences.bounds)
     return _padded(dense, q, k, v, softcap, sequences)
@@ -140,7 +136,7 @@ def _padded(dense: Callable, q, k, v, softcap, sequences: Sequences) -> Tensor:
     # An empty sequence keeps one key, so that its unused softmax is finite.
     seen = (column < lengths.clamp_min(1))[:, None, None, :]
     bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, float("-inf"))
-    out = dense(*(x[place].transpose(1, 2) for x in (q, k, v)), softcap, bias)
+    out = dense(*(x[place].transpose(1, 2) for x in (q, k, v)), softcap=softcap, bias=bias)
     row = torch.arange(len(q), device=q.device)
     owner = (torch.searchsorted(bounds, row, right=True) - 1).clamp_max(len(lengths) - 1)
     return out.transpose(1, 2)[owner, (row - bounds[owner]).clamp_max(longest - 1)]
@@ -202,7 +198,7 @@ BACKENDS = {
         partial(_flash_attn, "flash_attn.cute"), "flash_attn.cute:flash_attn_func",
         "pip install --pre flash-attn-4", archs=(90, 999), capped_arch=90, compiles=False, **_FLASH,
     ),
-    "eager": Backend(partial(_either, _eager), capped=True, **_WHOLE),
+    "eager": Backend(partial(_either, reference.softcap_attention), capped=True, **_WHOLE),
 }  # fmt: skip
 """Our kernel (triton), the definition (eager), torch's own choice (sdpa) and each of its implementations, torch's for
 packed sequences (varlen_attn), and libraries that are installed separately."""
