@@ -20,13 +20,7 @@ from fastalign.backbones.moco import MOCO as MOCO
 from fastalign.backbones.spec import ViTSpec, split_svit
 from fastalign.backbones.vit import ViT
 from fastalign.backbones.weight_files import read_facts
-from fastalign.backbones.weights import (
-    Checkpoint,
-    misfit,
-    read_checkpoint,
-    table_grid,
-    timm_state,
-)
+from fastalign.backbones.weights import Checkpoint, misfit, read_checkpoint, table_grid, timm_state
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import user_path
 
