@@ -22,9 +22,8 @@ from fastalign.export.run import Run
 from fastalign.utils.errors import UserError
 
 MODELING = "modeling_fastalign"  # the module that travels with an export
-Content = tuple[
-    dict[str, Any], dict[str, Tensor]
-]  # settings besides the common ones, weights by names in files
+# Settings besides the common ones, and weights by their names in files.
+Content = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def load_tower(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -19,13 +19,8 @@ from fastalign.utils.errors import UserError
 PARITY = 1e-4  # the largest relative error that an export may have: a misplaced weight causes a larger one
 PARITY_OF = "any token, fp32, 4 images of noise in batches of 1 and 3"
 IMAGES, BATCH = 256, 16  # that features are measured on, at most
-_UNREADABLE = (
-    UserError,
-    OSError,
-    SyntaxError,
-    ValueError,
-    Image.DecompressionBombError,
-)  # our reader's, PIL's
+# Our reader's error, and PIL's.
+_UNREADABLE = (UserError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def noise(vit: ViT) -> Tensor:
