@@ -167,9 +167,8 @@ class BlockwiseMasks(_Masks):
         in_columns = (column >= left[..., None]) & (column < (left + width)[..., None])
         inside = (in_rows[..., :, None] & in_columns[..., None, :]).flatten(2)
         index = torch.arange(MAX_BLOCKS, device=draws.device).view(1, MAX_BLOCKS, 1)
-        first = torch.where(inside, index, MAX_BLOCKS).amin(
-            1
-        )  # that covers each patch; MAX_BLOCKS if none does
+        # The first rectangle that covers each patch; MAX_BLOCKS if none does.
+        first = torch.where(inside, index, MAX_BLOCKS).amin(1)
         # The number of patches covered after each rectangle decides how many rectangles count.
         counts = torch.zeros(len(first), MAX_BLOCKS + 1, dtype=torch.int64, device=first.device)
         covered = counts.scatter_add_(1, first, torch.ones_like(first))[:, :MAX_BLOCKS].cumsum(1)

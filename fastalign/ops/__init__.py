@@ -58,6 +58,8 @@ def _check(condition: bool, name: str, wanted: str, found: Tensor) -> bool:
 
 def _check_shape(name: str, tensor: Tensor, spec: str, sizes: dict[str, int]) -> None:
     """Compare a tensor with a spec such as "bool B M N". The first use of a letter sets its size in `sizes`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     kind, *dimensions = spec.split()
     wanted = [int(d) if d.isdigit() else sizes.get(d) for d in dimensions]
     fits = tensor.is_floating_point() if kind == "float" else tensor.dtype == getattr(torch, kind)
@@ -88,8 +90,9 @@ def _operation(definition: Callable, check=lambda sizes, **given: True, **specs:
             tensors |= {f"packing.{key}": tensor for key, tensor in Packing(*packing)._asdict().items()}
         sizes: dict[str, int] = {}
         for key, spec in (_PACKING | specs).items():
-            if key in tensors:
-                _check_shape(key, tensors[key], spec, sizes)
+            tensor = tensors.get(key, given.get(key))
+            if tensor is not None or (key in given and key not in defaults):
+                _check_shape(key, tensor, spec, sizes)
         supported = check(sizes, **given)
         tensors = {key: tensor for key, tensor in tensors.items() if tensor.dim()}  # a scale may be anywhere
         if len({tensor.device for tensor in tensors.values()}) > 1:

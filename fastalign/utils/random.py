@@ -33,10 +33,8 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        first, second = (
-            c0 * _MULTIPLIER_0,
-            c2 * _MULTIPLIER_1,
-        )  # if they wrap, their bits are those without a sign
+        # Products that wrap have the bits of products without a sign.
+        first, second = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
         c0, c1 = ((second >> 32) & _WORD) ^ c1 ^ k0, second & _WORD
         c2, c3 = ((first >> 32) & _WORD) ^ c3 ^ k1, first & _WORD
         k0, k1 = (k0 + _WEYL_0) & _WORD, (k1 + _WEYL_1) & _WORD

@@ -8,11 +8,8 @@ from tests.run_helpers import MODEL, losses, torchrun
 
 BASE = {
     "student": MODEL,
-    "data": {
-        "train": "synthetic:40",
-        "val": "synthetic:9",
-        "threads": 1,
-    },  # batches: three on rank 0, two on rank 1
+    # Validation batches: three on rank 0, two on rank 1.
+    "data": {"train": "synthetic:40", "val": "synthetic:9", "threads": 1},
     "optim": {"batch_size": 8, "epochs": 2, "lr": 1e-3, "ema": 0.9, "accumulate": 2, "clip": 0.5},
     "efficiency": {"grad_checkpointing": True, "precision": "fp32"},
     "log": {"every_steps": 2},
