@@ -161,7 +161,7 @@ def probe(
                 raise UserError(f"--lr: the loss of {about} is {val['loss']}; lower the rate")
         val = {key: value for key, value in val.items() if key not in ("per_class", "by_size")}
         found = {"val": val}
-        for split in splits.keys() - {"train", "val"}:
+        for split in (name for name in splits if name not in ("train", "val")):
             found[split] = evaluate_head(head, task, features[split], **where)
         rows[number] = {"model": name, **asdict(task), "epoch": epoch, **found}
         say(f"{name}: {about}: macro recall {found[list(splits)[-1]]['macro_recall']:.4f}")
