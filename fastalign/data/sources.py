@@ -148,6 +148,8 @@ def _read(
             if not 0 < size <= MAX_IMAGE_BYTES:
                 raise Unreadable(name, f"{size} bytes, more than {MAX_IMAGE_BYTES}" if size else "zero bytes")
             data = os.pread(file.fileno(), size, offset)
+    except IsADirectoryError:
+        raise Unreadable(name, "not a regular file") from None
     except OSError as error:
         raise Unreadable(name, error.strerror) from error
     if len(data) != size:
