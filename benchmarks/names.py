@@ -105,7 +105,7 @@ def refusal(name: str, kwargs: dict) -> str:
     try:
         create_backbone(name, **kwargs)
     except UserError as error:
-        if found := re.fullmatch(f"backbone {name}: (.+) is not supported: .+", str(error)):
+        if found := re.fullmatch(f"backbone {name}: (.+) is not supported: (?:choose|give) .+", str(error)):
             return found[1]
         raise
     raise AssertionError(f"{name} is taken, but from_timm refuses it")

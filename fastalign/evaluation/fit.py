@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,8 +153,15 @@ class Fit:
 
 
 @torch.no_grad()
-def evaluate(module: nn.Module, batches, labels, counts, device: torch.device, dtype: torch.dtype) -> None:
-    """Adds the logits of batches, in evaluation mode and under autocast of `dtype`, and their labels to counts."""
+def evaluate(
+    module: nn.Module,
+    batches: Iterator[Batch],
+    labels: Callable[[Tensor], Tensor],
+    counts: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Adds logits, in evaluation mode under autocast of `dtype`, and labels of sample ids to counts of `results`."""
     module.eval()
     with closing(batches):
         for batch in batches:
