@@ -70,10 +70,11 @@ def test_every_weight_that_is_trained_has_a_gradient(name, head):
 
 @pytest.mark.parametrize("flags", [{"head": "attention"}, {"unfreeze": True}, {"augment": True}])
 def test_bf16_is_near_fp32(images, vit, flags):
-    kinds, options = ("bf16", "fp32"), {"epochs": 2, **flags, **QUICK}
+    """One epoch: with several, a tie in accuracy can select another epoch."""
+    kinds, options = ("bf16", "fp32"), {"epochs": 1, **flags, **QUICK}
     bf16, fp32 = (classify(vit, images, precision=kind, **options)["mean"]["loss"] for kind in kinds)
     assert bf16 != fp32
-    assert bf16 == pytest.approx(fp32, rel=0.02)
+    assert bf16 == pytest.approx(fp32, rel=1e-3)
 
 
 def test_augmentation_reaches_a_frozen_backbone(images, vit):
