@@ -85,7 +85,9 @@ class Masks(Section):
 class Loss(Section):
     name: Literal["mse", "cosine", "l1", "masked_mse", "unmasked_mse"] = "mse"
     """the reconstruction loss"""
-    target_scale: float | Annotated[str, Field(pattern=r"^auto(:0*[1-9]\d*)?$")] = "auto"
+    target_scale: Annotated[float, Field(gt=0)] | Annotated[str, Field(pattern=r"^auto(:0*[1-9]\d*)?$")] = (
+        "auto"
+    )
     """factor of the targets; auto = unit variance for mse, else 1; auto:BATCHES = measured on so many per rank"""
 
 

@@ -19,7 +19,7 @@ from fastalign.backbones import naflex
 from fastalign.backbones.moco import MoCoViT
 from fastalign.backbones.spec import BlockSpec, ViTSpec
 from fastalign.backbones.vit import ViT
-from fastalign.utils.errors import UserError, first_line, unknown
+from fastalign.utils.errors import UserError, first_line, prefixed, unknown
 
 MODELS = {
     vision_transformer.VisionTransformer: vision_transformer.checkpoint_filter_fn,
@@ -63,10 +63,8 @@ def empty_model(name: str, kwargs: dict) -> nn.Module:
         raise UserError(unknown("backbone", name, names))
     with torch.device("meta"):
         model = create_timm(name, kwargs)
-    try:
+    with prefixed(f"backbone {name}: "):
         spec = from_timm(model).spec
-    except UserError as error:
-        raise UserError(f"backbone {name}: {error}") from error
     # timm ignores a remainder of the image. That is meant for native sizes (384 / 14), not for a size asked for.
     native = tuple(model.pretrained_cfg.get("input_size", (3, 0, 0))[-2:])
     for side, patch in zip(spec.image_size, spec.patch_size, strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastalign.backbones import layouts, naflex, weight_files
 from fastalign.backbones.describe import MODELS, describe, empty_model
 from fastalign.backbones.spec import ViTSpec, check_softcap, split_svit
-from fastalign.utils.errors import UserError, first_line
+from fastalign.utils.errors import UserError, first_line, prefixed
 
 STATES = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Where a checkpoint keeps its weights; the first that exists is read: an average before the weights."""
@@ -51,10 +51,8 @@ def read_checkpoint(path: str | Path, facts: dict | None = None) -> Checkpoint:
     found = interpret(weight_files.read_weights(path), str(path))
     facts = facts or weight_files.find_facts(path)
     if facts:
-        try:
+        with prefixed(f"{path}: "):
             grid = describe(empty_model(facts["name"], facts["kwargs"])).grid
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
         found = found._replace(student=found.student or facts["kwargs"].get("global_pool") == "")
     else:  # of our exports
         facts = {"softcap": config.get("softcap", found.softcap), "norm_eps": config.get("final_norm_eps")}
@@ -114,10 +112,8 @@ def trained_as(content: dict, path: str) -> tuple[str | None, float | None]:
         return arch, check_softcap(content["softcap"], f"{path}: ")
     given = args.get("model_kwargs"), args.get("student_model_kwargs")  # another script's may be of any type
     kwargs = {key: value for part in given if isinstance(part, dict) for key, value in part.items()}
-    try:
+    with prefixed(f"{path}: its arguments: "):
         return arch, split_svit(arch or "", kwargs)[2]
-    except UserError as error:
-        raise UserError(f"{path}: its arguments: {error}") from None
 
 
 def _args(content: dict) -> dict:

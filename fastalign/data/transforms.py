@@ -58,7 +58,7 @@ class Transform:
         )
         for name, valid, rule in checks:
             if not valid:
-                raise UserError(f"transform {name}={getattr(self, name)!r}: it must be {rule}")
+                raise UserError(f"{name}={getattr(self, name)!r}: it must be {rule}")
 
     @property
     def is_random(self) -> bool:

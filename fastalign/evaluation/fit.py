@@ -156,7 +156,9 @@ class Fit:
 def check_loss(loss: float, about: str) -> None:
     """UserError if the loss on the validation split shows that a training has diverged."""
     if not loss < _DIVERGED:
-        raise UserError(f"--lr: the loss of {about} is {loss:.4g}; lower the rate, or check the backbone's weights")
+        raise UserError(
+            f"--lr: the loss of {about} is {loss:.4g}; lower the rate, or check the backbone's weights"
+        )
 
 
 @torch.no_grad()

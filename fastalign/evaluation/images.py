@@ -27,7 +27,7 @@ from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.metrics import mean_and_spread
 from fastalign.training.update import learning_rate
-from fastalign.utils.errors import UserError
+from fastalign.utils.errors import UserError, prefixed
 from fastalign.utils.random import permutation
 
 RESULTS = "classify.json"
@@ -89,7 +89,9 @@ def train_on_images(job: Job) -> list[dict]:
     mix = {name: getattr(options, name) for name in ("accumulate", "mixup", "cutmix")}
     how = {"batch_size": options.batch_size // (options.accumulate * world.size), "device": world.device}
     how |= {"rank": world.rank, "world_size": world.size, "dtype": job.dtype, "threads": options.threads}
-    evaluated, training = Transform(crop="eval", **constants), Transform(**augment, **constants)
+    evaluated = Transform(crop="eval", **constants)
+    with prefixed("--"):
+        training = Transform(**augment, **constants)
     standardize = options.head == "linear" and not options.unfreeze
     statistics = job.read("train") if standardize else None
     for seed in options.seeds:

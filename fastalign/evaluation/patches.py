@@ -24,7 +24,7 @@ from fastalign.evaluation.results import MultiClassCounts, MultiLabelCounts, pat
 from fastalign.training.command import report_rank_error
 from fastalign.training.distributed import World, on_first_rank
 from fastalign.training.update import learning_rate
-from fastalign.utils.errors import UserError
+from fastalign.utils.errors import UserError, prefixed
 
 _EVALUATION_BATCH = 256
 # During training: images of each split at most, evenly chosen; epochs; metrics.
@@ -174,10 +174,8 @@ def open_splits(config: Config, world: World) -> dict[str, LabelledImages]:
 
     def open_parts() -> None:
         for split, most in IMAGES.items():
-            try:
+            with prefixed("probe.data: "):
                 data = open_labelled(config.probe.data, split)
-            except UserError as error:
-                raise UserError(f"probe.data: {error}") from error
             found[split] = data.subset(np.arange(most) * len(data) // most) if len(data) > most else data
 
     found = {}

@@ -1,5 +1,6 @@
 """From a configuration to the objects of a run."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -19,9 +20,11 @@ from fastalign.method.teacher import MaskedTeacher
 from fastalign.ops.attention import check as check_attention
 from fastalign.ops.attention import choose
 from fastalign.training.distributed import World
-from fastalign.utils.errors import UserError
+from fastalign.utils.errors import UserError, prefixed
 from fastalign.utils.sections import parse_yaml
 
+_KEYS = {"skip_blocks": "teacher.skip_blocks", "masking": "masks.mode", "ratio": "masks.ratio"}
+_KEYS |= {"decoder_width": "decoder.kwargs.width", "decoder_heads": "decoder.kwargs.heads"}  # by argument
 _AUGMENT = {"crop", "scale", "ratio", "hflip", "color_jitter", "randaugment"}  # keys of `data`
 
 
@@ -134,8 +137,9 @@ def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, Vi
                 **{f"decoder_{key}": value for key, value in config.decoder.kwargs.model_dump().items()},
             )
             objective = MaskEmbed(teacher, student, masks, config.loss.name)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    except ValueError as error:  # it names the constructor's argument
+        text = re.sub(r"^\w+: ", "", str(error))
+        raise UserError(re.sub(r"\w+", lambda word: _KEYS.get(word[0], word[0]), text)) from None
     student.encoder.grad_checkpointing = config.efficiency.grad_checkpointing
     return objective, backbone
 
@@ -209,9 +213,11 @@ def evaluation_loader(config: Config, world: World, backbone: ViT, path: str) ->
 def _loader(
     config: Config, world: World, backbone: ViT, source: Source, transform: dict, **options
 ) -> Loader:
+    with prefixed("data."):
+        transform = Transform(**transform, **image_constants(backbone))
     return Loader(
         source,
-        Transform(**transform, **image_constants(backbone)),
+        transform,
         batch_size=config.optim.batch_size // (config.optim.accumulate * world.size),
         device=world.device,
         dtype=compute_dtype(config.efficiency.precision, world.device),

@@ -94,7 +94,7 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep freed memory: faulting new pages in takes a tenth of a step on a CPU. False without glibc."""
+    """Make glibc keep freed memory: faulting new pages in takes 1 to 15% of a CPU's step. False without glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return bool(mallopt and mallopt(_TRIM_THRESHOLD, 2**31 - 1) and mallopt(_MMAP_MAX, 0))
 

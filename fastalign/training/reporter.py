@@ -224,7 +224,8 @@ def start_lines(run: Run) -> list[str]:
 def end_lines(run: Run) -> list[str]:
     """Where the backbone is, and what to do with it."""
     if not (run.folder / "backbone.json").exists():
-        return []
+        why = "warning: no backbone was written, because no validation loss was finite: lower optim.lr"
+        return [] if run.config.student.freeze else [why]
     best, place = run.state.best if run.val and not run.config.probe.best else None, run.folder
     return [
         f"aligned backbone: {place / 'backbone.safetensors'}"

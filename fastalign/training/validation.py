@@ -64,6 +64,7 @@ def measure_target_scale(run: Run, reporter: Reporter) -> None:
     It is measured on the validation set, or on unaugmented training images.
     """
     config, given, scale = run.config, run.config.loss.target_scale, run.objective.target_scale
+    note = " (loss.target_scale)"
     if not isinstance(given, str) or config.loss.name != "mse":
         scale.fill_(1.0 if isinstance(given, str) else given)
     else:
@@ -80,4 +81,5 @@ def measure_target_scale(run: Run, reporter: Reporter) -> None:
                 with run.autocast():
                     moments += run.objective.target_moments(batch.images, batch.ids, EVAL_EPOCH)
         run.objective.set_target_scale(_sum(run, moments, split))
-    reporter.say(f"target scale {scale.item():.4g}: the targets are multiplied by it (loss.target_scale)")
+        note = f"; in other runs with this teacher, masks and data, loss.target_scale={scale.item():.9g} skips this"
+    reporter.say(f"target scale {scale.item():.4g}: the targets are multiplied by it{note}")

@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _LONGEST = 2000
@@ -44,3 +45,12 @@ class UserError(Exception):
 
 class SharedError(UserError):
     """Bad input that every rank knows of; only rank 0 prints it."""
+
+
+@contextmanager
+def prefixed(text: str) -> Iterator[None]:
+    """Put a text, such as the key, before the message of a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{text}{error}") from error

@@ -261,7 +261,7 @@ def test_the_command_on_a_run(images, recipe, capsys):
         ("--output /dev/null/x", "/dev/null is not a directory"),
         ("--data /no/such", "--data /no/such has no folder train/"),
         ("--backbone /no/run --softcap 3", "--weights"),
-        ("--unfreeze --randaugment swirl", "swirl"),
+        ("--unfreeze --randaugment swirl", "--randaugment='swirl': it must be"),
     ],
 )
 def test_bad_flags(images, tmp_path, capsys, flags, message):
@@ -295,5 +295,7 @@ def test_a_model_without_a_name(images):
 @pytest.mark.parametrize("lr", [1e6, 1e38])
 def test_a_training_that_diverges_ends_the_command(images, vit, lr):
     """Even if it is the last update that does so: the loss of every update before it was finite."""
-    with pytest.raises(fa.UserError, match=r"--lr: the loss of seed 0 in epoch 1 is (nan|[\d.e+]+); lower the"):
+    with pytest.raises(
+        fa.UserError, match=r"--lr: the loss of seed 0 in epoch 1 is (nan|[\d.e+]+); lower the"
+    ):
         classify(vit, images, **QUICK | {"lr": lr, "epochs": 1})

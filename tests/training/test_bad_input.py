@@ -22,7 +22,7 @@ BAD = {
     ),
     "masks.mode=drop with a position bias": (
         ["student.name=beit_base_patch16_224", "student.kwargs={img_size: 32, depth: 2}", "masks.mode=drop"],
-        ["relative position bias", "'zero'"],
+        ["masks.mode='drop'", "relative position bias", "'zero'"],
     ),
     "weights of another model": (["student.weights=OTHER"], ["OTHER", "another model"]),
     "unreachable weights": (["student.weights=pretrained"], ["vit_tiny_patch16_224"]),
@@ -33,9 +33,13 @@ BAD = {
     "attention not installed": (["efficiency.attention=flash_attn_3"], ["not installed", "build it"]),
     "attention of another device": (["efficiency.attention=sdpa_cudnn"], ["sdpa_cudnn", "set auto"]),
     "unknown argument": (["student.kwargs.dept=3"], ["dept"]),
-    "too many blocks skipped": (["teacher.skip_blocks=2"], ["skip_blocks"]),
+    "too many blocks skipped": (["teacher.skip_blocks=2"], ["teacher.skip_blocks must lie in 0..1, got 2"]),
+    "heads": (["decoder.kwargs.heads=5"], ["decoder.kwargs.width", "multiple of decoder.kwargs.heads 5"]),
+    "ratio": (["masks={distribution: blockwise, ratio: 1}"], ["masks.ratio must lie strictly"]),
+    "area": (["data.scale=[0, 1]"], ["data.scale=(0.0, 1.0): it must be positive, lowest first"]),
+    "target scale": (["loss.target_scale=0"], ["loss.target_scale", "greater than 0"]),
     "no such run": (["student.weights=/no/such/run"], ["weights=/no/such/run", "pretrained or random"]),
-    "randaugment": (["data.randaugment=rand-q9"], ["rand-q9"]),
+    "randaugment": (["data.randaugment=rand-q9"], ["data.randaugment='rand-q9'"]),
 }
 
 

@@ -1,5 +1,8 @@
 """What makes a run faster changes no loss, or as much as it says."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
@@ -59,3 +62,17 @@ def test_lower_precision_stays_close_and_resumes_with_the_same_bits(recipe, mode
             assert_same(checkpoint(resumed)[part], state[part])
         tensors = [value for value in tree_leaves(state) if isinstance(value, torch.Tensor)]
         assert {value.dtype for value in tensors if value.is_floating_point()} == {torch.float32}
+
+
+def test_freed_memory_is_kept_on_a_cpu():
+    """In a process of its own: the setting stays."""
+    program = """
+import resource, torch
+from fastalign.training.distributed import keep_freed_memory
+if keep_freed_memory():
+    torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)  # 64 MiB in pages of 4 KiB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

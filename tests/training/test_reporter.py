@@ -34,11 +34,15 @@ def test_start_and_end_of_a_run(recipe, capsys):
         r"length: 1 epoch of 5 updates",
         rf"new run in {folder}",
         r"expected end: \d\d:\d\d, in \d+ s",
-        r"target scale [\d.]+: the targets are multiplied by it \(loss.target_scale\)",
+        r"target scale [\d.]+: the targets are multiplied by it; in other runs with this teacher, masks and data, "
+        r"loss.target_scale=[\d.]+ skips this",
         rf"aligned backbone: {folder}/backbone.safetensors, validation loss [\d.]+",
         rf"  fastalign export {folder} --to timm",
     ):
         assert re.search(f"^{line}$", out, re.M), line
+    scale = re.search(r"loss.target_scale=[\d.]+", out)[0]
+    assert losses(recipe("optim.epochs=1", scale, name="given")) == losses(folder), "the number is exact"
+    capsys.readouterr()
     recipe("optim.epochs=1")
     assert f"{folder} is finished: step 5 of 5, nothing to train" in capsys.readouterr().out
 
