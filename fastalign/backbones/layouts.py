@@ -1,6 +1,6 @@
 """Layouts of weights: tables of how libraries name the parameters of a vision transformer, used in both directions.
 
-`find` recognises the layout of a file, `to_timm` renames its weights to timm's keys, `from_timm` is for exports.
+`find` recognizes the layout of a file, `to_timm` renames its weights to timm's keys, `from_timm` is for exports.
 """
 
 import math
@@ -25,7 +25,7 @@ class Layout(NamedTuple):
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """The keys by which the layout is recognised; the patch embedding comes first."""
+        """The keys by which the layout is recognized; the patch embedding comes first."""
         first = [key for key in ("norm1.", "attn.q.", "attn.qkv.") if key in self.block]
         patch = self.root.get("patch_embed.proj.", "patch_embed.proj.")
         return (f"{patch}weight", *(f"{self.blocks}.0.{self.block[key]}weight" for key in first))

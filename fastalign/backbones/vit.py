@@ -154,11 +154,11 @@ class ViT(nn.Module):
         return [position] * depth
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Normalised images [B, C, height, width] -> tokens [B, T, D]."""
+        """Normalized images [B, C, height, width] -> tokens [B, T, D]."""
         return self.encode(self.add_position(self.patch_embed(images)))
 
     def forward_layers(self, images: Tensor, skip_blocks: Sequence[int]) -> list[Tensor]:
-        """Normalised images -> for each entry, the normed tokens [B, T, D] without that many last blocks."""
+        """Normalized images -> for each entry, the normed tokens [B, T, D] without that many last blocks."""
         wanted = [len(self.blocks) - skip for skip in skip_blocks]
         if not wanted or min(wanted) < 0 or max(wanted) > len(self.blocks):
             raise ValueError(f"skip_blocks must lie in 0..{len(self.blocks)}, got {list(skip_blocks)}")

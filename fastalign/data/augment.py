@@ -1,4 +1,4 @@
-"""Augmentation on the device: RandAugment and colour jitter of uint8 batches, mixup and cutmix of normalised ones.
+"""Augmentation on the device: RandAugment and colour jitter of uint8 batches, mixup and cutmix of normalized ones.
 
 RandAugment and colour jitter are functions of (seed, epoch, sample id), in integer arithmetic where PIL uses it, so
 that an image comes out the same on every device. Two things differ from PIL: bicubic sampling uses a = -0.75 (PIL:

@@ -1,6 +1,6 @@
 """The size of an encoded image, read from its first bytes and its end before any decoder sees it.
 
-The format is recognised by content. Nothing is allocated, whatever size a header claims. Whether the data between
+The format is recognized by content. Nothing is allocated, whatever size a header claims. Whether the data between
 header and end are sound is the decoder's to find out.
 
 Headers that DALI's parser refuses, or has no sample type for (a JPEG of 40 bits or 9 components), must be refused

@@ -37,7 +37,7 @@ _READ_AHEAD, _PREFETCH = 2, 2  # batches that are read, and batches that are fin
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch: images [b, 3, h, w], normalised, on the loader's device, and sample ids [b] int64 on the host.
+    """One micro-batch: images [b, 3, h, w], normalized, on the loader's device, and sample ids [b] int64 on the host.
 
     `wait`: seconds that the consumer waited for it. `weight`: share of the batch's own images in mixup or cutmix; the
     rest is the batch reversed. `bad`: bad samples met in making it, also if an earlier batch met them, without

@@ -263,7 +263,7 @@ class Decoder:
     def collect(self) -> Decoded:
         """The submitted batch; raises a DecodeError if some sample of it cannot be decoded.
 
-        On CUDA the memory is DALI's, which reuses it: synchronise the current stream before dropping the tensor.
+        On CUDA the memory is DALI's, which reuses it: synchronize the current stream before dropping the tensor.
         """
         if self._in_flight is None:
             return []

@@ -120,7 +120,7 @@ class SyntheticSource(Source):
         return [self._length]
 
     def images(self, ids: Tensor, size: tuple[int, int], *, seed: int, dtype: torch.dtype) -> Tensor:
-        """Normalised images [B, 3, h, w], a function of (seed, id): mean 0, variance 1, values in -3..3.
+        """Normalized images [B, 3, h, w], a function of (seed, id): mean 0, variance 1, values in -3..3.
 
         Each channel is the outer product of a random column and a random row. The result is on the device of `ids`.
         """

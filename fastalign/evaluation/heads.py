@@ -46,8 +46,8 @@ class SelectTokens(nn.Module):
 class PatchTransformer(nn.Module):
     """Position embedding, norm, pre-norm blocks with LayerScale 0.01, norm, linear layer: tokens -> [B, N, C].
 
-    With `latent`, N learnt queries are appended and give the answers; the tokens then get no position embedding. With
-    `image` the output is [B, 1, C], the `image_token` of the answers.
+    With `latent`, the logits are those of N appended learned queries, and the tokens get no position embedding. With
+    `image`, the output is [B, 1, C], the `image_token` of the logits.
     """
 
     def __init__(self, spec: ViTSpec, classes: int, tokens: int, layers: int, latent: bool, image: bool):
@@ -67,8 +67,8 @@ class PatchTransformer(nn.Module):
             tokens = torch.cat([tokens, self.pos_embed.to(tokens.dtype).expand(len(tokens), -1, -1)], 1)
         else:
             tokens = tokens + self.pos_embed
-        answers = self.head(self.norm(self.blocks(self.norm_pre(tokens))))
-        return image_token(answers, self.spec.prefix) if self.image else answers[:, -self.spec.patches :]
+        logits = self.head(self.norm(self.blocks(self.norm_pre(tokens))))
+        return image_token(logits, self.spec.prefix) if self.image else logits[:, -self.spec.patches :]
 
 
 def make_patch_head(
@@ -120,7 +120,7 @@ class StandardizedLinear(nn.Module):
 
 
 class AttentionHead(nn.Module):
-    """One learnt query that attends over all tokens, then a linear layer: [B, T, D] -> [B, C]."""
+    """One learned query that attends over all tokens, then a linear layer: [B, T, D] -> [B, C]."""
 
     def __init__(self, width: int, heads: int, classes: int):
         super().__init__()
@@ -141,7 +141,7 @@ class AttentionHead(nn.Module):
 
 
 class ClassTokenTransformer(nn.Module):
-    """Two transformer blocks over a learnt class token and all tokens, then a linear layer on it: -> [B, C]."""
+    """Two transformer blocks over a learned class token and all tokens, then a linear layer on it: -> [B, C]."""
 
     def __init__(self, width: int, heads: int, classes: int, tokens: int):
         super().__init__()

@@ -167,7 +167,7 @@ def _summary(accuracy: Tensor, hits: Tensor, positives: Tensor, predicted: Tenso
     return macro | {"per_class": per_class | {"positives": positives.tolist()}}
 
 
-def summarise(results: list[dict]) -> list[dict]:
+def summarize(results: list[dict]) -> list[dict]:
     """Rows of probes, one for all seeds of a head: mean and deviation of each metric on the test split."""
     groups: dict[tuple, list[dict]] = {}
     for row in results:
