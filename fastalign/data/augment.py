@@ -103,7 +103,7 @@ _GEOMETRIC: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
     "TranslateXRel": lambda level, height, width: (1, 0, _TRANSLATE * level * width, 0, 1, 0),
     "TranslateYRel": lambda level, height, width: (1, 0, 0, 0, 1, _TRANSLATE * level * height),
 }
-# What an image is blended with, by PIL's enhancer.
+# The image or level that each of PIL's enhancers blends with.
 _BLENDED: dict[str, Callable[[Tensor], Tensor | int]] = {
     "Brightness": lambda image: 0,
     "Contrast": _mean_gray,
