@@ -28,10 +28,10 @@ from fastalign.utils.files import path_argument
 
 
 def run(arguments: list[str]) -> None:
-    """Probes; rank 0 writes the results and prints the table."""
+    """Probe; rank 0 writes the results and prints the table."""
     parser = evaluation_parser(
         "probe",
-        "What a small head predicts from a frozen backbone's tokens.",
+        "Measure how well a small head predicts the classes in each patch from a frozen backbone's tokens.",
         Plan,
         Recipe,
         PatchReading,
@@ -39,8 +39,8 @@ def run(arguments: list[str]) -> None:
         output="RUN/probe.json or runs/probe-NAME.json",
     )
     add = parser.add_argument
-    add("--cache", type=path_argument, help="folder for features meanwhile; default that of the output")
-    add("--skip-blocks", nargs="+", type=int, default=[0], metavar="X", help="last blocks left out")
+    add("--cache", type=path_argument, help="folder for temporary feature files; default that of the output")
+    add("--skip-blocks", nargs="+", type=int, default=[0], metavar="X", help="last blocks to leave out")
     given = parser.parse_args(arguments)
     # Ranks without a head of their own wait while others train.
     world = distributed.start(timeout=timedelta(days=30))

@@ -139,7 +139,7 @@ def backward_op(
     per_chunk, chunks = common.image_chunks(images, tiles)
     shapes = [(chunks, tokens, width) if wanted else (0,) for wanted in (rows, hidden)]
     sums = [gradient.new_empty(shape, dtype=torch.float32) for shape in shapes]
-    if images * tokens * width:  # also without a copy, where the sums are zero
+    if images * tokens * width:  # even with no copies, so that the sums are zero
         _backward_kernel[(tiles, chunks)](
             gradient.contiguous(), visible.contiguous(), out[0], *sums,
             images, count, tokens - count, per_chunk, copies,

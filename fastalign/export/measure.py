@@ -16,11 +16,11 @@ from fastalign.backbones.zoo import transform
 from fastalign.data.sources import Source, SyntheticSource, open_source
 from fastalign.utils.errors import UserError
 
-PARITY = 1e-4  # the largest relative error that an export may have: a misplaced weight causes a larger one
+PARITY = 1e-4  # the largest relative error of an export; a misplaced weight causes a larger one
 PARITY_OF = "any token, fp32, 4 images of noise in batches of 1 and 3"
-IMAGES, BATCH = 256, 16  # that features are measured on, at most
+IMAGES, BATCH = 256, 16  # the largest number of images to measure features on, and per batch
 _UNREADABLE = (UserError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What our reader and PIL raise."""
+"""Errors of our reader and of PIL for an image that cannot be read."""
 
 
 def noise(vit: ViT) -> Tensor:
@@ -30,7 +30,7 @@ def noise(vit: ViT) -> Tensor:
 
 
 def token_error(found: Tensor, wanted: Tensor) -> float:
-    """The largest error of a token relative to the token's norm; infinite for another shape or what is not finite."""
+    """The largest error of a token relative to its norm; infinite if shapes differ or a value is not finite."""
     if found.shape != wanted.shape:
         return float("inf")
     found, wanted = found.double(), wanted.double()
@@ -52,7 +52,7 @@ def check_parity(vit: ViT, tokens: Callable[[Tensor], Tensor], name: str) -> flo
 
 
 def find_images(given: str | None, val: str | None) -> tuple[Source | None, str]:
-    """The images of --images or the run's validation data to measure on, and which they are or why none."""
+    """The images to measure on, those of --images or the validation data, and their origin or why there are none."""
     if given is not None:
         return open_source(given), f"--images {Path(given).name}"
     with suppress(UserError):

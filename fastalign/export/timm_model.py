@@ -22,8 +22,8 @@ CAPPED = (
     "fastalign_softcap.attention logits are capped: install fastalign and `import fastalign.export.timm_model` "
     "first, or export again with --drop-softcap"
 )
-"""The architecture in config.json. timm takes what follows the first dot for a tag, and prints it all if it does not
-know the name before it."""
+"""The architecture in config.json. timm takes the text after the first dot for a tag; if it does not know the name
+before the dot, its error prints all of this."""
 
 
 @register_model
@@ -65,5 +65,5 @@ def files(run: Run, folder: Path, target: str) -> dict[str, Any]:
 
 
 def read(folder: Path) -> Callable[[Tensor], Tensor]:
-    """Load the folder as a user does."""
+    """Load the folder as a user does: normalized images -> all tokens."""
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval().forward_features

@@ -1,4 +1,4 @@
-"""The encoder as a graph, soft-cap inside: an ONNX model and a program of torch.export, both for any batch size."""
+"""The encoder as an ONNX model and a torch.export program, both with the soft-cap and for any batch size."""
 
 import copy
 import logging
@@ -45,6 +45,6 @@ def files(run: Run, folder: Path, target: str) -> dict[str, Any]:
 
 
 def read(folder: Path) -> Callable[[Tensor], Tensor]:
-    """onnxruntime on a CPU."""
+    """The ONNX model in onnxruntime on a CPU: normalized images -> all tokens."""
     session = onnxruntime.InferenceSession(folder / ONNX, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])

@@ -17,7 +17,7 @@ def write_report(options: argparse.Namespace) -> None:
     output = Path(options.output or folder / "report.html")
     if output.is_dir():
         raise UserError(f"--output {output}: it is a directory; name a file, as in {output / 'report.html'}")
-    # Here: they need matplotlib and timm, which `--help` does not.
+    # Imported here, because `--help` needs neither matplotlib nor timm.
     from fastalign.report import charts, features
     from fastalign.report.page import render_page
     from fastalign.report.run import load_backbones, read_run

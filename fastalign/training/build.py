@@ -42,7 +42,7 @@ def teacher_of(config: Config) -> tuple[str, str, dict]:
 
 
 def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
-    """A backbone by timm's name and arguments, with weights; `key` is what the user calls them, for messages."""
+    """A backbone by timm's name and arguments, with weights; `key` is their key or flag, for messages."""
     from fastalign.backbones.zoo import create_backbone, load_backbone  # imports timm, which takes a second
 
     if weights in ("pretrained", "random"):
@@ -68,7 +68,7 @@ def starting_backbone(config: Config) -> ViT:
 
 
 def backbone_before(place: str, folder: Path | None) -> ViT:
-    """`starting_backbone` of the run that a command's --backbone names; `folder` is the run's, None = not a run."""
+    """`starting_backbone` of the run given as --backbone; `folder` is the run folder, None if it is not a run."""
     recipe = (folder or Path(place)) / "config.yaml"
     if not recipe.is_file():
         raise UserError(f"--before: {recipe} is missing; use it with the folder of a run")
@@ -78,7 +78,7 @@ def backbone_before(place: str, folder: Path | None) -> ViT:
 def named_backbone(
     place: str, *, weights: str | None = None, kwargs: str = "{}", softcap: float | None = None
 ) -> tuple[ViT, Path | None]:
-    """The backbone that a command line names, and the run's folder if it is a run's.
+    """The backbone given on a command line, and the run folder if it is a run's.
 
     `place`: a timm name, with `weights` and `softcap`, or the folder of a run; `kwargs`: timm's arguments in YAML.
     """
@@ -103,8 +103,8 @@ def named_backbone(
 
 def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, ViT]:
     """The objective, freshly initialized, and the backbone that its student started from."""
-    # Random weights are the same on every rank and at every start; the decoder is seeded separately, so that its
-    # weights do not depend on whether the backbone's were drawn or loaded.
+    # Random weights are the same on every rank and at every start. The decoder is seeded separately, so that its
+    # weights do not depend on whether the backbone's are random or loaded.
     torch.manual_seed(config.seed)
     backbone, taught = build_backbones(config)
     torch.manual_seed(config.seed)
@@ -141,7 +141,7 @@ def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, Vi
 
 
 def choose_attention(config: Config, objective, device: torch.device) -> str:
-    """Set the objective's attention by `efficiency.attention`. Returns a line about what each part uses."""
+    """Set the objective's attention to `efficiency.attention`. Returns a line with the choice for each part."""
     wanted = config.efficiency.attention
     try:
         check_attention(wanted)
@@ -187,7 +187,7 @@ def build_loaders(
 
 
 def training_source(config: Config, world: World) -> Source:
-    """The images of `data.train`; UserError if batches cannot be made of them."""
+    """The images of `data.train`; UserError if they do not suffice for a batch or the batch size does not divide."""
     optim, parts = config.optim, config.optim.accumulate * world.size
     if config.data.train is None:
         raise UserError("data.train is not set: give it an image folder or tar shards, data.train=PATH")
@@ -201,7 +201,7 @@ def training_source(config: Config, world: World) -> Source:
 
 
 def evaluation_loader(config: Config, world: World, backbone: ViT, path: str) -> Loader:
-    """Loads every image once, in order, without augmentation, and leaves bad ones out."""
+    """Load every image once, in order, without augmentation; bad ones are left out."""
     source = open_source(path, damaged=True)
     return _loader(config, world, backbone, source, {"crop": "eval"}, train=False, bad=BadSamples())
 
@@ -225,5 +225,5 @@ def _loader(
 
 
 def image_constants(backbone: ViT) -> dict:
-    """Arguments of `Transform` that the backbone fixes: size, mean, std, interpolation, crop_pct."""
+    """Arguments of `Transform` that the backbone determines: size, mean, std, interpolation, crop_pct."""
     return {"size": backbone.spec.image_size, **backbone.data}

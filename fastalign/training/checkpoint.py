@@ -1,4 +1,4 @@
-"""Save and resume a run, and compare its settings with its checkpoint's."""
+"""Save and resume a run, and compare its settings with those of its checkpoint."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from fastalign.utils.sections import Kind, get_key, select
 
 
 class Change(NamedTuple):
-    """A key whose value, or what its value names, has changed."""
+    """A key whose value, or the data at the path that is its value, has changed."""
 
     key: str
     before: Any
@@ -36,7 +36,7 @@ class Change(NamedTuple):
 
 
 def checkpoint_state(run: Run) -> dict[str, Any]:
-    """What a checkpoint holds: the run's own tensors, not copies, and plain values."""
+    """The content of a checkpoint: the run's own tensors, not copies, and plain values."""
     return {
         "student": run.objective.student.state_dict(),
         "target_scale": run.objective.target_scale.item(),
@@ -88,9 +88,9 @@ def wait_for_checkpoint(run: Run) -> None:
 
 
 def save_settings(run: Run) -> None:
-    """Write `config.yaml` and what `resume=force` ever changed; on rank 0, before the first update of a start."""
+    """Write `config.yaml` and all changes by `resume=force`; on rank 0, before the first update of a start."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    config = run.config.model_copy(update={"resume": "auto"})  # a setting of this start, not of the run
+    config = run.config.model_copy(update={"resume": "auto"})  # applies to this start, not to the run
     lines = "".join(json.dumps(change) + "\n" for change in run.state.changes)
     for name, text in (("config.yaml", to_yaml(config)), ("changes.jsonl", lines)):
         path = run.folder / name
@@ -135,7 +135,7 @@ def _load_tensors(run: Run, saved: dict, path: Path, changes: list[Change]) -> N
         run.objective.student.load_state_dict(saved["student"])
         run.optimizer.load_state_dict(saved["optimizer"])
         if run.average:
-            run.average.load(saved["average"] or saved["student"])  # a new average starts here
+            run.average.load(saved["average"] or saved["student"])  # or start a new average
     except (RuntimeError, ValueError, LookupError, TypeError) as error:
         reason = "; ".join(map(str, changes)) or str(error).splitlines()[-1].strip()
         raise UserError(
@@ -151,8 +151,8 @@ def changed_settings(
 ) -> tuple[list[Change], list[str]]:
     """The changes since the checkpoint `saved` among the keys that decide the result, and notes about moved data.
 
-    `differs`: whether contents have changed, by the key of their path. UserError: there are changes without
-    `resume=force`, or of a run that is `finished`.
+    `differs`: whether contents have changed, by the key of their path. UserError: there are changes, and the run is
+    `finished` or `resume` is not force.
     """
     before = resolve(saved["config"], [], path).model_dump(mode="json")
     after = config.model_dump(mode="json")
@@ -175,7 +175,7 @@ def changed_settings(
 
 
 def describe_backbone(run: Run) -> str:
-    """The text of `backbone.json`: what a user of the aligned backbone must know."""
+    """The text of `backbone.json` for the student's backbone."""
     state = run.state
     teacher, weights, _ = teacher_of(run.config)
     facts = {
