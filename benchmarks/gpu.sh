@@ -56,7 +56,7 @@ step() {
   else
     limit=0
   fi
-  timeout -k 5 "$limit" "$@" >"$LOGS/$name.log" 2>&1
+  timeout -s "${SIGNAL:-TERM}" -k 5 "$limit" "$@" >"$LOGS/$name.log" 2>&1
   status=$?
   echo "$name: exit $status after $((SECONDS - before)) s (at $SECONDS s)" | tee -a "$LOGS/steps.txt"
   [ $status -eq 0 ] || { FAILED+=("$name"); tail -n 3 "$LOGS/$name.log"; return 1; }
@@ -66,7 +66,8 @@ tests() { # NAME SECONDS PYTEST-ARGUMENTS...: a step of pytest, in ten processes
   local name=$1 limit=$2 workers=()
   shift 2
   [ $PART != tiny ] && "$PY" -c "import xdist" 2>/dev/null && workers=(-n 10)
-  step "$name" "$limit" "$PY" -m pytest -q "${workers[@]}" --junitxml="$LOGS/$name.xml" "$@"
+  # Interrupted by SIGINT, pytest still writes its XML and what has failed.
+  SIGNAL=INT step "$name" "$limit" "$PY" -m pytest -q "${workers[@]}" --junitxml="$LOGS/$name.xml" "$@"
 }
 
 measure() { # NAME SECONDS MODULE ARGUMENTS...: a step of a benchmark
@@ -87,7 +88,7 @@ import torch
 from fastalign.ops import extension
 raise SystemExit(not extension.available(torch.device('cuda' if torch.cuda.is_available() else 'cpu')))" 2>/dev/null ||
     step extension 120 "$PY" setup.py -q build_ext --inplace
-  step doctor 30 "$PY" -m fastalign.doctor
+  step doctor 60 "$PY" -m fastalign.doctor
 }
 
 first() {
