@@ -1,4 +1,4 @@
-"""fastalign: locality alignment of vision transformers by MaskEmbed, exact and fast."""
+"""fastalign: locality alignment of vision transformers by MaskEmbed."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -43,7 +43,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """What imports timm, which takes longer than all the rest, when it is first used."""
+    """Import what needs timm only when it is used: importing timm takes longer than everything else."""
     if name not in __all__:
         raise AttributeError(f"module 'fastalign' has no attribute {name!r}")
     module = {"align": "api", "accelerate": "backbones.accelerate", "accelerated": "backbones.accelerate"}
@@ -54,4 +54,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-place_caches()  # before anybody imports timm
+place_caches()  # before timm is imported

@@ -15,7 +15,7 @@ from fastalign.training.command import run_command
 
 
 def run(arguments: list[str]) -> None:
-    """Classifies; rank 0 writes the results and prints the tables."""
+    """Classify; rank 0 writes the results and prints the tables."""
     given = evaluation_parser(
         "classify",
         "Image classification with a backbone: a head on its frozen features, or fine-tuning. "
@@ -25,7 +25,7 @@ def run(arguments: list[str]) -> None:
         output="RUN or runs/classify-NAME, a folder",
     ).parse_args(arguments)
     options = from_flags(ImageOptions, given)
-    settings = {"settings": options.resolved().facts()}  # refused before anything is loaded
+    settings = {"settings": options.resolved().facts()}  # bad options fail before anything is loaded
     # Ranks without a seed of their own wait while others train.
     world = distributed.start(timeout=timedelta(days=30))
     vits, run_folder = open_backbones(given)

@@ -1,6 +1,6 @@
 """What is installed, what will be used, and what would be faster: ``fastalign doctor``.
 
-Ends with a smoke test, a training step on every kind of device; the exit code is 1 if one fails.
+It ends with a smoke test, a training step on each type of device; the exit code is 1 if one fails.
 """
 
 import argparse
@@ -30,7 +30,7 @@ PARTS = {
     "decoder, mode drop": {"capped": False, "packed": True, "gradient": True},
     "teacher, mode drop": {"capped": False, "packed": True, "gradient": False},
 }
-"""Whose attention is reported."""
+"""The parts of a step whose attention is reported."""
 
 PACKAGES = {
     "torch": "tested with 2.11.0 and 2.14.1",
@@ -98,7 +98,7 @@ def attention() -> list[str]:
 
 
 def smoke(device: str) -> str:
-    """A step of a tiny soft-capped model in both modes. Raises what goes wrong."""
+    """Run a step of a tiny soft-capped model in both modes; returns the line to print."""
     vit = create_backbone("vit_tiny_patch16_224", img_size=64, depth=2)
     student = MaskEmbedStudent.from_backbone(vit)
     dtype = compute_dtype("auto", torch.device(device))

@@ -20,7 +20,7 @@ from fastalign.evaluation.options import (
     open_backbones,
 )
 from fastalign.evaluation.patches import probe
-from fastalign.evaluation.results import check_output, patch_table, summarise, write_results
+from fastalign.evaluation.results import check_output, patch_table, summarize, write_results
 from fastalign.training import distributed
 from fastalign.training.command import run_command
 from fastalign.utils.errors import UserError
@@ -68,7 +68,7 @@ def run(arguments: list[str]) -> None:
     how["dtype"] = compute_dtype(reading.precision, world.device)
     rows = probe(vits, splits, [plan], world, say=lambda text: print(text, flush=True), **how)
     if world.main:
-        command, summary = shlex.join(["fastalign", "probe", *arguments]), summarise(rows)
+        command, summary = shlex.join(["fastalign", "probe", *arguments]), summarize(rows)
         versions = {"fastalign": __version__, "torch": torch.__version__}
         facts = {"command": command, **facts, "versions": versions, "results": rows, "summary": summary}
         write_results(output, facts)

@@ -1,7 +1,7 @@
-"""timm's models, built by name, and our `ViT` of them: shapes are read from modules, parameters shared, not copied.
+"""Build timm's models by name and convert them to our `ViT`, whose shape is read from their modules.
 
-Refused as not supported: a module of a type outside `_MODULES`, an option that has no module, or a state dict with
-other keys or shapes than ours.
+The `ViT` shares the model's parameters. Not supported: a module of a type outside `_MODULES`, certain options, or a
+state dict with other keys or shapes than ours.
 """
 
 import copy
@@ -57,7 +57,7 @@ _FAMILIES = ("vision_transformer", "deit", "beit", "eva", "naflexvit", "moco")
 
 
 def empty_model(name: str, kwargs: dict) -> nn.Module:
-    """The timm model without memory for its weights, checked: `ViT` can be made of it."""
+    """A timm model on the meta device; a UserError if it cannot be converted to a `ViT`."""
     if not timm.is_model(str(name).split(".")[0]):
         names = (name for family in _FAMILIES for name in timm.list_models(module=family))
         raise UserError(unknown("backbone", name, names))
@@ -67,7 +67,7 @@ def empty_model(name: str, kwargs: dict) -> nn.Module:
         spec = from_timm(model).spec
     except UserError as error:
         raise UserError(f"backbone {name}: {error}") from error
-    # timm ignores a remainder of the image. That is meant for native sizes (384 / 14), not for a size asked for.
+    # timm ignores the remainder of an image. Native sizes rely on that (384 / 14); for other sizes it is an error.
     native = tuple(model.pretrained_cfg.get("input_size", (3, 0, 0))[-2:])
     for side, patch in zip(spec.image_size, spec.patch_size, strict=True):
         if side % patch and spec.image_size != native:
@@ -77,7 +77,7 @@ def empty_model(name: str, kwargs: dict) -> nn.Module:
 
 
 def create_timm(name: str, kwargs: dict, pretrained: bool = False) -> nn.Module:
-    """timm's model; a UserError names what is wrong with its arguments or the network."""
+    """timm's model; a UserError for bad arguments or a failed download."""
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:
@@ -177,9 +177,9 @@ def describe(source: nn.Module) -> ViTSpec:
 
 
 def read_position(rope: nn.Module, spec: ViTSpec) -> Tensor:
-    """The table of timm's module for the grid, as `rotate` takes it; of its mixed rope the coordinates, [2, T].
+    """timm's rotary table for the grid, in the layout of `rotate`; for mixed rope, the coordinates [2, T].
 
-    Prefix tokens have the angle 0.
+    Prefix tokens have angle 0.
     """
     if spec.rotary_mixed:
         sides = [torch.arange(side, dtype=torch.float32, device=rope.freqs.device) for side in spec.grid]
@@ -226,7 +226,7 @@ def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
 
 
 def _unknown_parts(source: nn.Module) -> list[str]:
-    """What fastalign does not support, each once. Attention pooling stays timm's own module, with any parts."""
+    """The names of unsupported parts, each once. Attention pooling stays timm's own module, so any is allowed."""
     parts = {k: part for k, part in source.named_modules() if not f"{k}.".startswith("attn_pool.")}
     found = [type(part).__name__ for part in parts.values() if type(part) not in _MODULES]
     for path, part in parts.items():

@@ -1,4 +1,4 @@
-"""Files of weights, read without running code from them, with what is recorded next to them; a run's, written."""
+"""Read weights files and the metadata beside them without running any code in them; write those of a run."""
 
 import argparse
 import json
@@ -42,7 +42,7 @@ HF_DEFAULTS = {
     "dinov2_with_registers": {"hidden_act": "gelu", "num_attention_heads": 12},
     "dinov3_vit": {"hidden_act": "gelu", "num_attention_heads": 6},
 }
-"""By model type: transformers' defaults of keys that a config.json may omit, as google/siglip-base's does."""
+"""By model type: transformers' defaults for keys that a config.json may omit, as that of google/siglip-base does."""
 
 
 def plain(name: str) -> str:
@@ -51,7 +51,7 @@ def plain(name: str) -> str:
 
 
 def locate(path: str | Path) -> Path:
-    """The weights file at a path: the file itself, or that of a folder, which may be the index of its shards."""
+    """The weights file at a path: the file itself, or the one in a folder, which may be an index of shards."""
     path = Path(user_path(path))
     if path.is_file():
         return path
@@ -84,7 +84,7 @@ def read_file(path: Path, device: str | torch.device = "cpu") -> Any:
 
 
 def read_weights(path: Path) -> Any:
-    """The content of a file, or of the shards of an index that hold a backbone. Raises as `read_file`."""
+    """The content of a file, or of those shards of an index that hold a backbone. Raises like `read_file`."""
     if not path.name.endswith(_INDEX):
         return read_file(path)
     content: dict[str, Any] = {}
@@ -99,7 +99,7 @@ def read_weights(path: Path) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file."""
+    """The content of a JSON file; a UserError if it is damaged."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -162,7 +162,7 @@ def vision_config(path: Path) -> dict[str, Any]:
 
 
 def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
-    """Save the backbone of a student, without its head and decoder, as a run does: every command reads the folder.
+    """Save the backbone of a student, without its head and decoder, as a run does; every command reads the folder.
 
     With several ranks, call it on one of them.
 
@@ -191,7 +191,7 @@ def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
 
 
 def backbone_facts(vit: ViT, **facts: Any) -> dict[str, Any]:
-    """The content of `backbone.json`: what a user of the backbone must know, and `facts`."""
+    """The content of `backbone.json`: what is needed to use the backbone, and `facts`."""
     kwargs = {**vit.recipe["kwargs"], "num_classes": 0}
     if vit.spec.pool == "map" and vit.attn_pool is None:
         kwargs["global_pool"] = ""  # a student has no pooling to save

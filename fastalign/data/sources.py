@@ -40,7 +40,7 @@ class Source:
     """A list of encoded images below the folder `root`.
 
     Subclasses define `read(index)`: [bytes] uint8, thread-safe, raises `Unreadable`. Those with labels define
-    `class_names()`: of each sample, as the data set writes it, or None. `damaged`: (name, reason) of tar shards.
+    `class_names()`: each sample's class as the data set writes it, or None. `damaged`: (name, reason) of tar shards.
     """
 
     damaged: tuple[tuple[str, str], ...] = ()
@@ -77,7 +77,7 @@ class Source:
 
 
 def differ(before: list[int], now: list[int]) -> bool:
-    """Whether two `identity` lists are of different data. Half of the samples may be repaired bad images."""
+    """Whether two `identity` lists describe different data. Up to half of the samples may be repaired bad images."""
     same = sum(old == new for old, new in zip(before[1:], now[1:], strict=False))
     return before[0] != now[0] or 2 * same < len(now) - 1
 
@@ -120,7 +120,7 @@ class SyntheticSource(Source):
         return [self._length]
 
     def images(self, ids: Tensor, size: tuple[int, int], *, seed: int, dtype: torch.dtype) -> Tensor:
-        """Normalised images [B, 3, h, w], a function of (seed, id): mean 0, variance 1, values in -3..3.
+        """Normalized images [B, 3, h, w], a function of (seed, id): mean 0, variance 1, values in -3..3.
 
         Each channel is the outer product of a random column and a random row. The result is on the device of `ids`.
         """
@@ -219,7 +219,7 @@ class TarSource(Source):
             shard, damage = self.damaged[0]
             place = f"{root}/{shard}: {damage}"
             raise UserError(f"broken tar shard {place}; fetch it again (plain .tar only, not compressed)")
-        # Opening a file is slow on network disks. A file that is dropped here closes when its last reader is done.
+        # Opening a file is slow on network disks. A file that the cache drops closes when its last reader is done.
         self._open = lru_cache(_OPEN_SHARDS)(_open)
         super().__init__(root, Names(index))
 
@@ -250,7 +250,7 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def _find_shards(spec: str) -> list[str]:
-    """The tar files of a path, folder or pattern ({000..009}, {a,b}, *, **, ?); [] for what may hold images."""
+    """The tar files of a path, folder or pattern ({000..009}, {a,b}, *, **, ?); [] if it may be an image folder."""
     path, found = Path(spec), []
     if path.is_dir():
         entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]

@@ -46,11 +46,11 @@ class Job:
     world: World
     dtype: torch.dtype  # of autocast
     say: Callable[[str], None]
-    folder: Path | None  # for checkpoints and features; the same on all ranks; None = neither is in files
-    identity: dict  # plain values that a checkpoint must share
+    folder: Path | None  # of checkpoints and features, the same on all ranks; None = no files
+    identity: dict  # plain values; a checkpoint with others is refused
 
     def read(self, split: str) -> Tensor:
-        """What the head reads of every image of a split: [n, D] float32, or [n, T, D] in the compute dtype."""
+        """The head's inputs for every image of a split: [n, D] float32, or [n, T, D] in the compute dtype."""
         head, spec, source = self.options.head, self.backbone.spec, self.splits[split].source
         self.say(f"{split}: features of {len(source)} images")
         model = Classifier(self.backbone, head, self.classes).to(self.world.device)
@@ -83,7 +83,7 @@ def train_on_features(job: Job) -> list[dict]:
 
 
 def train_on_images(job: Job) -> list[dict]:
-    """Augmented images go through the backbone in each epoch; all ranks share the batches of each seed."""
+    """Augmented images pass through the backbone in each epoch; all ranks share the batches of each seed."""
     options, world, results = job.options, job.world, []
     constants = image_constants(job.backbone)
     augment = {name: getattr(options, name) for name in ("crop", "color_jitter", "randaugment")}
@@ -112,7 +112,7 @@ def train_on_images(job: Job) -> list[dict]:
 def train_seed(
     job: Job, model: nn.Module, loaders: dict[str, Loader | FeatureLoader], seed: int, world: World
 ) -> dict:
-    """Trains a model. Returns the seed, the selected epoch with its metrics, and a line for each epoch as "curve".
+    """Train a model. Returns the seed, the selected epoch with its metrics, and a line for each epoch as "curve".
 
     With a test split, the first epoch with the best validation top-1 is selected; without one, the last epoch.
     """
@@ -176,17 +176,17 @@ def classify(
     command: str | None = None,
     **options,
 ) -> dict:
-    """Trains classifiers on a backbone, one for each seed, and evaluates them; returns the content of classify.json.
+    """Train classifiers on a backbone, one for each seed, and evaluate them; returns the content of classify.json.
 
     Args:
-        backbone: it is copied and stays unchanged.
+        backbone: is copied, not changed.
         data: a folder with ``train`` and ``val``, and perhaps ``test``: class folders, images with ``labels.csv``,
             or tar shards with ``.cls`` members.
         output: the folder for classify.json, checkpoints and features; None = nothing is written, features are in
             memory, nothing can be resumed.
         world: the ranks that share the work, with an output; None = this process alone.
-        say: gets lines about the progress.
-        command: kept in the result.
+        say: called with lines about the progress.
+        command: the command line, recorded in the result.
         **options: fields of `fastalign.evaluation.options.ImageOptions`: head, seeds, unfreeze, epochs, lr...
 
     Raises:
@@ -220,7 +220,7 @@ def classify(
 
 
 def _facts(vit: ViT, options: ImageOptions, data: dict) -> dict:
-    """The part of the results that is known before training."""
+    """The part of the results that is known before training starts."""
     reads = "the class token" if vit.spec.class_token else "the mean of the patches"
     reported, selection = "val", "none, the last epoch: there is no test split to report a chosen one on"
     if "test" in data["splits"]:

@@ -20,7 +20,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Options(Section):
-    """Named values that are checked when they are given; UserError with the flag of an invalid one."""
+    """Options that are validated on construction; the UserError names the flag of an invalid one."""
 
     def __init__(self, **values: Any):
         try:
@@ -66,7 +66,7 @@ def evaluation_parser(
 
 
 def from_flags(model: type[Options], given: argparse.Namespace, **more: Any) -> Any:
-    """The options that a command line gives, and `more`."""
+    """The options given on the command line, and `more`."""
     return model(**{name: value for name, value in vars(given).items() if name in model.model_fields}, **more)
 
 
@@ -108,7 +108,7 @@ class Recipe(Options):
     """at most a tenth of all updates"""
     weight_decay: float = Field(0.01, ge=0)
     select: Literal[PATCH_METRICS] = "macro_recall"
-    """metric on val that chooses the epoch; macro recall for labels without that metric"""
+    """metric on val that selects the epoch; macro recall for labels without that metric"""
 
 
 class Plan(Options):
@@ -155,17 +155,17 @@ class ImageOptions(Reading):
     batch_size: Count = 256
     """over all ranks"""
     accumulate: Count = 1
-    """parts that a rank's batch is computed in (unfreeze, augment)"""
+    """number of passes for a rank's batch (unfreeze, augment)"""
     lr: float | None = Field(None, gt=0)
     """peak learning rate of the head"""
     min_lr: float | None = Field(None, ge=0)
-    """where the cosine ends; default lr / 10"""
+    """end of the cosine; default lr / 10"""
     warmup_epochs: float | None = Field(None, ge=0)
     weight_decay: float | None = Field(None, ge=0)
     layer_decay: float | None = Field(None, gt=0, le=1)
     """unfreeze: factor of the learning rate from one block to the block before it"""
     clip: float = Field(3.0, ge=0)
-    """largest gradient norm; 0 = any"""
+    """largest gradient norm; 0 = no clipping"""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     mixup: float = Field(0.0, ge=0)
     """alpha; 0 = off (unfreeze, augment)"""
@@ -174,9 +174,9 @@ class ImageOptions(Reading):
     crop: Literal["rrc", "rkrc"] = "rrc"
     color_jitter: float = Field(0.0, ge=0)
     randaugment: str = ""
-    """timm's spelling, as in rand-m9-mstd0.5-inc1 (unfreeze, augment)"""
+    """timm's syntax, as in rand-m9-mstd0.5-inc1 (unfreeze, augment)"""
     seeds: Seeds = (0,)
-    """one training each"""
+    """one training run each"""
     grad_checkpointing: bool = False
     """unfreeze: less memory, more time"""
 
@@ -187,7 +187,7 @@ class ImageOptions(Reading):
 
     @model_validator(mode="after")
     def _check(self) -> "ImageOptions":
-        """Refuses what would have no effect."""
+        """Refuse options that would have no effect."""
         if self.unfreeze and self.augment:
             raise UserError("--augment is for a frozen backbone; --unfreeze augments anyway: remove it")
         for names, active, remedy in (
@@ -209,5 +209,5 @@ class ImageOptions(Reading):
         return ImageOptions(**values)
 
     def facts(self) -> dict:
-        """What the figures of a seed depend on, as plain values."""
+        """The options that decide a seed's results, as plain values."""
         return self.model_dump(exclude={"threads", "seeds"})

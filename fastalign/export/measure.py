@@ -24,7 +24,7 @@ _UNREADABLE = (UserError, OSError, SyntaxError, ValueError, Image.DecompressionB
 
 
 def noise(vit: ViT) -> Tensor:
-    """[4, C, height, width]: the same normalised noise for each export."""
+    """[4, C, height, width]: the same normalized noise for each export."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(4, vit.spec.channels, *vit.spec.image_size, generator=generator)
 

@@ -118,7 +118,7 @@ class AlignedModel:
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, **kwargs):
-        """Normalised images [B, C, height, width] -> the output of transformers' class."""
+        """Normalized images [B, C, height, width] -> the output of transformers' class."""
         out = super().forward(pixel_values, return_dict=True, **kwargs)
         if isinstance(self, transformers.CLIPVisionModel):
             out.last_hidden_state = self.post_layernorm(out.last_hidden_state)

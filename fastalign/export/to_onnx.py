@@ -28,7 +28,7 @@ class _Encoder(nn.Module):
 
 
 def files(run: Run, folder: Path, target: str) -> dict[str, Any]:
-    """Writes both files: normalised images [B, C, height, width] -> tokens [B, T, D], fp32."""
+    """Writes both files: normalized images [B, C, height, width] -> tokens [B, T, D], fp32."""
     vit = copy.deepcopy(run.vit).requires_grad_(False)
     for block in vit.blocks:
         block.attn.backend = "eager"  # plain operations, which onnxruntime and compilers fuse

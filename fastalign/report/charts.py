@@ -49,7 +49,7 @@ CURVES = [
     (THROUGHPUT, "images per second", "images_per_second", 1, "third", "-"),
     ("Waiting for data (% of the time)", "data wait", "data_wait", 100, "third", "-"),
     ("Memory (GiB at most)", "memory", "memory", 2**-30, "third", "-"),
-    ("Model FLOPs utilisation (%)", "utilisation", "mfu", 100, "third", "-"),
+    ("Model FLOPs utilization (%)", "utilization", "mfu", 100, "third", "-"),
 ]
 """Chart, curve, key in metrics.jsonl, factor, colour of `THEME`, line style."""
 Curve = tuple[str, list[int], list[float], str, str]  # name, steps, values, colour, line style

@@ -43,7 +43,7 @@ def read_pictures(wanted: int | list[str], data: str | None, vit: ViT) -> tuple[
 
 @torch.no_grad()
 def patch_tokens(vit: ViT, images: Tensor) -> np.ndarray:
-    """The patch tokens after the final norm: [B, 3, height, width] normalised -> [B, N, D] float64."""
+    """The patch tokens after the final norm: [B, 3, height, width] normalized -> [B, N, D] float64."""
     tokens = torch.cat([vit.forward_features(image[None]) for image in images])
     return tokens[:, vit.num_prefix_tokens :].double().numpy()
 
@@ -94,7 +94,7 @@ class PatchMaps:
 
 
 def compute_maps(names: list[str], inputs: Tensor, models: dict[str, ViT]) -> PatchMaps:
-    """Maps of normalised images, [B, 3, height, width]; the first model sets query patches and component order."""
+    """Maps of normalized images, [B, 3, height, width]; the first model sets query patches and component order."""
     vit = next(iter(models.values()))
     (rows, columns), count = vit.spec.grid, len(inputs)
     tokens = {name: patch_tokens(each, inputs) for name, each in models.items()}

@@ -102,7 +102,7 @@ def named_backbone(
 
 
 def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, ViT]:
-    """The objective, freshly initialised, and the backbone that its student started from."""
+    """The objective, freshly initialized, and the backbone that its student started from."""
     # Random weights are the same on every rank and at every start; the decoder is seeded separately, so that its
     # weights do not depend on whether the backbone's were drawn or loaded.
     torch.manual_seed(config.seed)

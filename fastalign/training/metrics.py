@@ -16,7 +16,7 @@ from fastalign.utils.files import write_atomically
 
 
 class Speed:
-    """Images per second, share of time spent waiting for data, and model FLOPs utilisation, by interval.
+    """Images per second, share of time spent waiting for data, and model FLOPs utilization, by interval.
 
     On a GPU the wait is the host's, an upper bound of the device's. `images`: per update, over all `ranks`; `flops`:
     of one image, forward and backward.
@@ -25,7 +25,7 @@ class Speed:
     def __init__(self, *, images: int, ranks: int, flops: float, device: torch.device):
         self.images, self.device = images, device
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self.utilisation = flops / (peak * ranks) if peak else None
+        self.utilization = flops / (peak * ranks) if peak else None
         self.start()
 
     def start(self) -> None:
@@ -43,8 +43,8 @@ class Speed:
         rate = self._steps * self.images / seconds
         figures = {"images_per_second": rate, "data_wait": self._waited / seconds}
         figures["memory"] = peak_memory(self.device)
-        if self.utilisation:
-            figures["mfu"] = rate * self.utilisation
+        if self.utilization:
+            figures["mfu"] = rate * self.utilization
         self.start()
         return figures
 
