@@ -97,8 +97,8 @@ first() {
     measure warm 60 step --warm
   else
     # Inductor's disk cache fills during the tests, when nothing is timed.
-    tests tests 130 tests/kernels tests/ops/test_ops.py tests/method/test_drop.py tests/ops/test_attention.py \
-      tests/ops/test_extension.py tests/test_gpu.py -k "not without_a_gpu" &
+    tests tests 130 tests/kernels tests/ops/test_ops.py tests/ops/test_attention.py tests/ops/test_extension.py \
+      tests/test_gpu.py -k "not without_a_gpu and not test_aot" &
     measure warm-b 130 step --warm --only B/16-224 &
     measure warm-l 130 step --warm --only L/14-336 &
     wait
@@ -116,8 +116,9 @@ second() {
   if [ $PART != tiny ]; then
     grep -q '"' .pytest_cache/v/cache/lastfailed 2>/dev/null && tests failed-tests 60 --last-failed -vv --tb=long tests
     measure missing 90 step --missing --only B/16-224 L/14-336
-    command -v ncu >/dev/null && step ncu 60 ncu --set detailed --kernel-name "regex:(forward|dq|dkdv)" --launch-count 6 \
-      --export "$LOGS/attention" "$PY" -m benchmarks.attention --once --cases "T 577 d 64 cap"
+    command -v ncu >/dev/null && step ncu 60 ncu --set detailed --clock-control none --launch-count 6 \
+      --kernel-name "regex:(forward|dq|dkdv)" --export "$LOGS/attention" \
+      "$PY" -m benchmarks.attention --once --cases "T 577 d 64 cap"
   fi
   measure fp8 40 fp8
   measure profile 60 profile

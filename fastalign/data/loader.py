@@ -224,7 +224,8 @@ class Loader:
             return samples, self._decoder.collect()
         except DecodeError:
             done, decoded = [], []
-        for sample in samples:  # one by one: the batch may have failed for lack of memory
+        torch.cuda.empty_cache()  # the batch may have failed for lack of memory, which torch keeps from DALI
+        for sample in samples:  # one by one: smaller, and the bad ones show
             used, found = self._reader.decode(sample, self._decoder, seed=self.seed, epoch=epoch)
             done.append(used)
             decoded += [(pixels.clone(), sampling) for pixels, sampling in found]
