@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from fastalign.utils.errors import UserError
 from fastalign.utils.random import EVAL_EPOCH, permutation
 
 _READ_AHEAD, _PREFETCH = 2, 2  # batches that are read, and batches that are finished, ahead of time
+_side_stream = lru_cache(torch.cuda.Stream)  # one for all loaders: freed memory stays with its stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +58,7 @@ def _prefetch(batches: Generator[Batch], device: torch.device) -> Generator[Batc
 
     The first `next` starts the thread and returns None.
     """
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    stream = _side_stream(device) if device.type == "cuda" else None
 
     def make() -> Batch | None:
         with torch.cuda.stream(stream) if stream else nullcontext():
@@ -222,7 +224,8 @@ class Loader:
             return samples, self._decoder.collect()
         except DecodeError:
             done, decoded = [], []
-        for sample in samples:  # one by one: the batch may have failed for lack of memory
+        torch.cuda.empty_cache()  # the batch may have failed for lack of memory, which torch keeps from DALI
+        for sample in samples:  # one by one: smaller, and the bad ones show
             used, found = self._reader.decode(sample, self._decoder, seed=self.seed, epoch=epoch)
             done.append(used)
             decoded += [(pixels.clone(), sampling) for pixels, sampling in found]

@@ -21,6 +21,7 @@ from fastalign.utils.errors import UserError
 from fastalign.utils.files import remove_leftovers
 
 _SAY_SECONDS = 30.0
+_DIVERGED = 104.0  # in float32 exp(-104) is 0: the loss of a right answer without any probability
 
 Track = Callable[[Iterable, str, int], Iterable]  # (items, text, total) -> items, with progress
 
@@ -150,6 +151,12 @@ class Fit:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = step
         progress |= state["progress"]
+
+
+def check_loss(loss: float, about: str) -> None:
+    """UserError if the loss on the validation split shows that a training has diverged."""
+    if not loss < _DIVERGED:
+        raise UserError(f"--lr: the loss of {about} is {loss:.4g}; lower the rate, or check the backbone's weights")
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Image classification, from a backbone and labelled images to `classify.json`: a head or fine-tuning per seed."""
 
-import math
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from fastalign.data.loader import Loader
 from fastalign.data.transforms import Transform
 from fastalign.evaluation.datasets import ImageSplit, open_image_splits
 from fastalign.evaluation.features import make_tensor, read_features
-from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate, say_progress
+from fastalign.evaluation.fit import FeatureLoader, Fit, check_loss, evaluate, say_progress
 from fastalign.evaluation.heads import Classifier, StandardizedLinear, make_image_head, parameter_groups
 from fastalign.evaluation.options import ImageOptions
 from fastalign.evaluation.results import IMAGE_METRICS, ImageCounts, check_output, write_results
@@ -135,9 +134,8 @@ def train_seed(
     for epoch in range(fit.step // updates + 1, epochs + 1):
         batches = track(loaders["train"].batches(epoch - 1), f"epoch {epoch}", len(loaders["train"]))
         loss = fit.epoch(batches, updates)
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} in epoch {epoch} of seed {seed}: lower --lr, or set --clip")
         val, best, has_test = measure("val"), progress["best"], "test" in loaders
+        check_loss(val["loss"], f"seed {seed} in epoch {epoch}")
         if best is None or not has_test or val["top1"] > best["val"]["top1"]:
             test = {"test": measure("test")} if has_test else {}
             progress["best"] = {"epoch": epoch, "val": val, **test}

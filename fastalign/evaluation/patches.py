@@ -16,7 +16,7 @@ from fastalign.backbones.vit import ViT
 from fastalign.config import Config
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.evaluation.features import PatchFeatures, read_patch_features
-from fastalign.evaluation.fit import FeatureLoader, Fit, Track, evaluate, say_progress, untracked
+from fastalign.evaluation.fit import FeatureLoader, Fit, Track, check_loss, evaluate, say_progress, untracked
 from fastalign.evaluation.heads import HEADS_FOR, make_patch_head
 from fastalign.evaluation.label_maps import LabelledImages
 from fastalign.evaluation.options import Plan, Recipe
@@ -80,6 +80,7 @@ def fit_head(
         if val is None:
             continue
         found = evaluate_head(head, task, val, device=device, dtype=dtype)
+        check_loss(found["loss"], f"{task.labels} {task.head} of seed {task.seed} in epoch {epoch}")
         score = found.get(recipe.select, found["macro_recall"])
         score = -math.inf if math.isnan(score) else -score if recipe.select == "loss" else score
         if epoch == 1 or score > best_score:
@@ -157,8 +158,6 @@ def probe(
         features, spec = read[name], backbones[name].spec
         with report_rank_error(world.rank):
             head, epoch, val = fit_head(task, spec, features["train"], features["val"], plan, **where)
-            if not math.isfinite(val["loss"]):
-                raise UserError(f"--lr: the loss of {about} is {val['loss']}; lower the rate")
         val = {key: value for key, value in val.items() if key not in ("per_class", "by_size")}
         found = {"val": val}
         for split in (name for name in splits if name not in ("train", "val")):

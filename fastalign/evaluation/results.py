@@ -183,7 +183,8 @@ def summarize(results: list[dict]) -> list[dict]:
 def patch_table(summary: list[dict], title: str) -> Table:
     """The summary of probes in percent, in 80 columns."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    shown = [key for key in ("model", "skip_blocks") if len({row[key] for row in summary}) > 1]
+    shown = ["model"] * (len({row["model"] for row in summary}) > 1)
+    shown += ["skip_blocks"] * any(row["skip_blocks"] for row in summary)
     for name in (*(key.removesuffix("_blocks") for key in shown), "probe"):
         table.add_column(name, overflow="fold")
     for name in _PATCH_COLUMNS:
