@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> None:
         if world.main:
             console = Console()
             console.print(image_table(results, name))
-            console.print(f"chosen: {results['selection']}", highlight=False)
+            console.print(f"selection: {results['selection']}", highlight=False)
             console.print(f"written: {output / RESULTS}", highlight=False, soft_wrap=True)
 
 

@@ -236,7 +236,7 @@ class Config(Section):
                     raise ValueError(f"{name}.kwargs.{key}: write {name}.name and {name}.weights instead")
                 if not key.isidentifier():
                     raise ValueError(
-                        f"{name}.kwargs: {key!r} is no argument; write {{depth: 6}}, with a space"
+                        f"{name}.kwargs: {key!r} is not a name; write {{depth: 6}}, with a space"
                     )
         plain = f"{student.name[1:]} and student.softcap={AUTHORS_SOFTCAP:g}"
         prefix, freeze, mim = teacher.prefix_only, student.freeze, self.objective == "mim"
@@ -251,8 +251,8 @@ class Config(Section):
             "objective=mim is incompatible with teacher.prefix_only: remove one": mim and prefix,
             "objective=mim is incompatible with student.freeze: remove one": mim and freeze,
             "probe.best needs a probe: set probe.data": self.probe.best and self.probe.data is None,
-            "probe.data has no use with student.freeze: remove one": freeze and self.probe.data,
-            "export.to has no use with student.freeze: remove one": freeze and self.export.to,
+            "probe.data is incompatible with student.freeze: remove one": freeze and self.probe.data,
+            "export.to is incompatible with student.freeze: remove one": freeze and self.export.to,
         }
         for text, is_broken in broken.items():
             if is_broken:

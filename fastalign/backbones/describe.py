@@ -72,7 +72,7 @@ def empty_model(name: str, kwargs: dict) -> nn.Module:
     for side, patch in zip(spec.image_size, spec.patch_size, strict=True):
         if side % patch and spec.image_size != native:
             near = max(side // patch, 1) * patch
-            raise UserError(f"{name}: img_size {side} is no multiple of the patch size {patch}: use {near}")
+            raise UserError(f"{name}: img_size {side} must be a multiple of patch size {patch}: use {near}")
     return model
 
 

@@ -79,7 +79,7 @@ def read_file(path: Path, device: str | torch.device = "cpu") -> Any:
         elif "TorchScript" in str(error):
             problem = "is a TorchScript program, as OpenAI publishes CLIP: give a file of its state_dict()"
         elif found := re.search(r"GLOBAL (\S+)", str(error)):
-            problem = f"pickles {found[1]}, which is not safe: nothing of it was run; give a file of tensors"
+            problem = f"pickles {found[1]}, which is not safe: no code was run; give a file of tensors"
         raise UserError(f"{path} {problem}") from error
 
 
@@ -183,7 +183,7 @@ def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
         raise UserError(f"save_backbone: got {type(vit).__name__}; give a student or a fastalign backbone")
     if taken := facts.keys() & {"name", "kwargs", "softcap", "norm_eps"}:
         raise UserError(
-            f"save_backbone: {min(taken)} is recorded of the student: name your own value otherwise"
+            f"save_backbone: {min(taken)} is set from the student: choose another name for your value"
         )
     if Path(folder).is_file():
         raise UserError(f"save_backbone: {folder} is not a directory; name another folder")

@@ -158,7 +158,7 @@ def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[s
     if missing := sorted(set(wanted) - set(state)):
         raise misfit(checkpoint, path, f"it lacks {missing[0]}")
     if extra := sorted(set(state) - set(wanted)):
-        raise misfit(checkpoint, path, f"it has {extra[0]} too")
+        raise misfit(checkpoint, path, f"it also has {extra[0]}")
     check_config(describe(template), checkpoint.config or {}, path)
     return state
 
@@ -205,7 +205,7 @@ def table_grid(state: dict[str, Tensor], spec: ViTSpec, path: str) -> tuple[int,
     if rows * columns == found:
         return spec.grid
     wanted = f"{spec.grid[0]}x{spec.grid[1]} patches"
-    raise UserError(f"{path}: its {found} positions are no square and not {wanted}: give the right img_size")
+    raise UserError(f"{path}: its {found} positions are neither a square nor {wanted}: set another img_size")
 
 
 def recorded_grid(config: dict[str, Any]) -> tuple[int, int] | None:

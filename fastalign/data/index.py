@@ -265,5 +265,5 @@ def _read_classes(shard: str) -> dict[str, str]:
                     where = f"{shard}:{member.name}"
                     raise UserError(f"{where} has two labels, {other!r} and {text!r}; remove one")
     except (tarfile.ReadError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the labels of {shard}: {error}; fetch it again") from error
+        raise UserError(f"cannot read the labels of {shard}: {error}; download it again") from error
     return found

@@ -225,7 +225,7 @@ class Loader:
         except DecodeError:
             done, decoded = [], []
         torch.cuda.empty_cache()  # the batch may have failed for lack of memory, which torch keeps from DALI
-        for sample in samples:  # one by one: smaller, and the bad ones show
+        for sample in samples:  # one by one, which takes less memory and finds the bad ones
             used, found = self._reader.decode(sample, self._decoder, seed=self.seed, epoch=epoch)
             done.append(used)
             decoded += [(pixels.clone(), sampling) for pixels, sampling in found]

@@ -57,7 +57,7 @@ def check_in_a_row(bad: list[BadSample]) -> None:
     if len(bad) >= MAX_IN_A_ROW:
         raise UserError(
             f"{len(bad)} images in a row cannot be used, the last one is {bad[-1].name!r}: {bad[-1].reason}; is the "
-            "disk available, and is this a data set of images? fastalign scan lists what is bad"
+            "disk available, and is this a data set of images? fastalign scan lists the bad ones"
         )
 
 

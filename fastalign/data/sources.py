@@ -218,7 +218,7 @@ class TarSource(Source):
         if self.damaged and not (damaged and len(index["shard"])):
             shard, damage = self.damaged[0]
             place = f"{root}/{shard}: {damage}"
-            raise UserError(f"broken tar shard {place}; fetch it again (plain .tar only, not compressed)")
+            raise UserError(f"broken tar shard {place}; download it again (only uncompressed .tar)")
         # Opening a file is slow on network disks. A file that the cache drops closes when its last reader is done.
         self._open = lru_cache(_OPEN_SHARDS)(_open)
         super().__init__(root, Names(index))

@@ -155,12 +155,12 @@ def open_image_splits(
     if all(name.removeprefix("-").isdecimal() for name in classes):
         classes.sort(key=int)
     if len(classes) < 2:
-        raise UserError(f"--data {root}: train/ has the class {classes[0]} only; give at least two classes")
+        raise UserError(f"--data {root}: train/ has only the class {classes[0]}; give at least two classes")
     index = {name: number for number, name in enumerate(classes)}
     for name, (source, names) in opened.items():
         if extra := sorted(set(names) - set(classes)):
             about = f"{name}/ has {len(extra)} classes that train/ lacks, such as {extra[0]}"
-            raise UserError(f"--data {root}: {about}; make them agree")
+            raise UserError(f"--data {root}: {about}; add them to train/, or remove them")
         if absent := sorted(set(classes) - set(names)):
             about = f"{name}/ has no image of {len(absent)} classes, such as {absent[0]}"
             say(f"{about}: mean per class is over the others")

@@ -21,7 +21,7 @@ from fastalign.utils.errors import UserError
 from fastalign.utils.files import remove_leftovers
 
 _SAY_SECONDS = 30.0
-_DIVERGED = 104.0  # in float32 exp(-104) is 0: the loss of a right answer without any probability
+_DIVERGED = 104.0  # exp(-104) is 0 in float32: the correct class has probability 0
 
 Track = Callable[[Iterable, str, int], Iterable]  # (items, text, total) -> items, with progress
 
@@ -154,9 +154,9 @@ class Fit:
 
 
 def check_loss(loss: float, about: str) -> None:
-    """UserError if the loss on the validation split shows that a training has diverged."""
+    """Raise a UserError if the loss on the validation split shows that training has diverged."""
     if not loss < _DIVERGED:
-        raise UserError(f"--lr: the loss of {about} is {loss:.4g}; lower the rate, or check the backbone's weights")
+        raise UserError(f"--lr: the loss of {about} is {loss:.4g}; lower it, or check the backbone's weights")
 
 
 @torch.no_grad()

@@ -220,9 +220,9 @@ def classify(
 def _facts(vit: ViT, options: ImageOptions, data: dict) -> dict:
     """The part of the results that is known before training starts."""
     reads = "the class token" if vit.spec.class_token else "the mean of the patches"
-    reported, selection = "val", "none, the last epoch: there is no test split to report a chosen one on"
+    reported, selection = "val", "none, the last epoch: there is no test split"
     if "test" in data["splits"]:
-        reported, selection = "test", "the epoch with the best validation top-1, the first of equals"
+        reported, selection = "test", "the epoch with the best validation top-1 (ties: the first)"
     backbone = {"name": None, "kwargs": {}}
     with suppress(UserError):  # a user's own timm model may have no name
         backbone = dict(vit.recipe)

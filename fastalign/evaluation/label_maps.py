@@ -34,7 +34,7 @@ def _read_png(encoded: np.ndarray, name: str, bits: dict[str, tuple[int, ...]]) 
     if encoded[24] not in bits.get(mode, ()):
         wanted = " or ".join(f"{mode} of {'/'.join(map(str, depths))}" for mode, depths in bits.items())
         raise UserError(
-            f"label map {name} has mode {mode}, {encoded[24]} bits, not {wanted} bits; save it so"
+            f"label map {name} has mode {mode}, {encoded[24]} bits, not {wanted} bits; convert it"
         )
     return pixels
 

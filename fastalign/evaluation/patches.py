@@ -141,7 +141,7 @@ def probe(
             say(f"{name}: {len(splits[split])} images ({split})")
         read[name][split] = read_patch_features(backbones[name], splits[split], world, dtype=dtype, **reading)
         if not read[name][split].image.any():
-            raise UserError(f"the {split} split has void pixels only: check its label maps")
+            raise UserError(f"the {split} split has only void pixels: check its label maps")
     # The heads of all backbones are divided at once, so that ranks wait for each other only at the end.
     tasks = [
         (name, plan, Task(head, labels, skip, seed))

@@ -34,7 +34,7 @@ def load_tower(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
     path = Path(folder) / "config.json"
     kind = read_json(path).get("model_type") if path.is_file() else None
     if kind not in TOWERS:
-        raise UserError(f"{path} is not of an export --to hf-*, its model type is {kind}: give such a folder")
+        raise UserError(f"{path}: the model type is {kind}: give the folder of an export --to hf-*")
     return TOWERS[kind].from_pretrained(folder, dtype=dtype)
 
 

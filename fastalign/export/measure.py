@@ -46,8 +46,8 @@ def check_parity(vit: ViT, tokens: Callable[[Tensor], Tensor], name: str) -> flo
         return error
     raise UserError(
         f"{name}: the exported model differs from ours by {error:.1e} (at most {PARITY:g}): not written; check the "
-        "versions of the libraries. Tokens near zero, as of random weights, also feel another epsilon of the final "
-        f"norm than ours, {getattr(vit.norm, 'eps', None)}: then use --to onnx"
+        "versions of the libraries. If tokens are near zero, as with random weights, the library's epsilon of the "
+        f"final norm (ours is {getattr(vit.norm, 'eps', None)}) can cause this: then use --to onnx"
     )
 
 
@@ -58,7 +58,7 @@ def find_images(given: str | None, val: str | None) -> tuple[Source | None, str]
     with suppress(UserError):
         if val is not None:
             return open_source(val), "the run's validation data"
-    return None, "not measured: the run has no validation data in reach; give --images FOLDER"
+    return None, "not measured: no validation data is available; give --images FOLDER"
 
 
 def _images(vit: ViT, source: Source) -> Iterator[Tensor]:

@@ -57,14 +57,14 @@ _TIMM = Target(
     "timm",
     "timm_model",
     {},
-    "timm does not cap by itself: install fastalign and `import fastalign.export.timm_model` before loading. Without "
+    "timm itself has no soft-cap: install fastalign and `import fastalign.export.timm_model` before loading. Without "
     "the import timm refuses this folder as an unknown model. An export with `--drop-softcap` needs no import.",
 )
 _HF = Target(
     "transformers",
     "hf",
     _PLAIN,
-    "modeling_fastalign.py in this folder caps: load with `trust_remote_code=True`, transformers 5.20 or newer.",
+    "modeling_fastalign.py here applies the cap: load with `trust_remote_code=True`, transformers 5.20 or newer.",
 )
 TARGETS = {
     "timm": _TIMM,

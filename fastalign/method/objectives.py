@@ -26,8 +26,8 @@ class Objective(nn.Module):
         tokens = [(spec.grid, spec.prefix) for spec in (teacher.spec, student.encoder.spec)]
         if tokens[0] != tokens[1]:
             raise UserError(
-                f"teacher and student have different patch grids and prefix tokens, {tokens[0]} and {tokens[1]}: "
-                "choose backbones or img_size values with the same"
+                f"teacher and student have different patch grids or prefix tokens, {tokens[0]} and {tokens[1]}: "
+                "choose backbones or img_size values that agree"
             )
         self.teacher, self.student, self.masks, self.loss = teacher, student, masks, loss
         self.masking = masking  # zero or drop

@@ -89,9 +89,7 @@ def read_run(folder: Path, probe: Path | None = None) -> Run:
     """Read a run folder; `probe` defaults to its `probe.json`, if it exists. UserError: no run, a damaged file."""
     metrics, config, backbone = (folder / n for n in ("metrics.jsonl", "config.yaml", "backbone.json"))
     if not (metrics.is_file() or backbone.is_file()):
-        raise UserError(
-            f"RUN {folder}: neither metrics.jsonl nor backbone.json is there; give a run's folder"
-        )
+        raise UserError(f"RUN {folder} has neither metrics.jsonl nor backbone.json: give a run's folder")
     run = Run(folder, read_metrics(metrics) if metrics.is_file() else [])
     if not run.metrics:
         run.notes.append("metrics.jsonl is missing or empty: there are no curves.")
@@ -122,5 +120,5 @@ def load_backbones(run: Run) -> dict[str, ViT]:
         try:
             before[BEFORE] = starting_backbone(run.config).eval()
         except UserError as error:
-            run.notes.append(f"Features before are not shown, their weights are not available: {error}")
+            run.notes.append(f"Features before alignment are not shown: {error}")
     return {**before, ALIGNED: load_backbone(run.folder)}

@@ -56,7 +56,7 @@ def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
     vit = load_backbone(weights, **free)
     aligned, made = vit.recipe["name"], vit.recipe["kwargs"]
     if aligned.split(".")[0] != name.split(".")[0] or made != made | kwargs:
-        raise UserError(f"{weights} is of {aligned} with {made}, not of {name} with {kwargs}: set the same")
+        raise UserError(f"{weights} has {aligned} with {made}, not {name} with {kwargs}: set the same")
     return vit
 
 
@@ -94,7 +94,7 @@ def named_backbone(
                 raise UserError(f"{flag} applies to a timm name only; the run {place} has its own: remove it")
         return load_backbone(path, **arguments), path if path.is_dir() else path.parent
     if softcap is not None and not softcap > 0:
-        raise UserError(f"--softcap {softcap:g}: give a positive number, or leave it out for none")
+        raise UserError(f"--softcap {softcap:g}: give a positive number, or omit it for none")
     torch.manual_seed(0)  # random weights are the same each time
     vit = make_backbone("--weights", place, weights or "pretrained", arguments)
     vit.softcap = softcap or vit.softcap

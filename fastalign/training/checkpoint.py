@@ -125,7 +125,7 @@ def resume(run: Run) -> tuple[list[Change], list[str]]:
     if changes:
         state.best = None  # scores under different settings are not comparable
         notes += [f"resume=force: from step {step} on {change}" for change in changes]
-        notes.append("the target scale is measured again; the best checkpoint is chosen anew from here on")
+        notes.append("the target scale is measured again; the best checkpoint is selected anew")
     on_first_rank(run.world, lambda: run.checkpoints.complete(saved, step))
     return changes, notes
 
@@ -166,9 +166,9 @@ def changed_settings(
         elif old != new:
             notes.append(f"{Change(key, old, new)}: the contents are the same")
     if changes and (finished or config.resume != "force"):
-        remedy = "set it back, choose another output, or use and record the new ones from here on with resume=force"
+        remedy = "set it back, choose another output, or use and record the new ones with resume=force"
         if finished:
-            remedy = "it is finished, and nothing would be trained with the new ones: choose another output"
+            remedy = "it is finished, so nothing would be trained with them: choose another output"
         at = f"{config.output} is at step {saved['step']} with other settings"
         raise UserError(f"{at}: {'; '.join(map(str, changes))}; {remedy}")
     return changes, notes

@@ -167,13 +167,13 @@ class Checkpoints:
             for path, error in damaged.items():
                 aside = path.replace(path.with_name(f"{path.name}.damaged")).name
                 notes.append(
-                    f"{path} is damaged ({error}) and now {aside}: resuming from {self.path(step).name}"
+                    f"{path} is damaged ({error}) and renamed to {aside}: resuming from {self.path(step).name}"
                 )
             return step, notes
         if not damaged:
             return None, []
         path, error = next(iter(damaged.items()))
-        others = ", nor can those before it" if len(damaged) > 1 else ""
+        others = ", nor can earlier ones" if len(damaged) > 1 else ""
         raise UserError(
             f"{path} cannot be read ({error}){others}: restore one, or remove {self.folder} to start over"
         )

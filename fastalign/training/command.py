@@ -46,7 +46,7 @@ class Preempted(Exception):
 
     def __init__(self, folder: Path, reason: StopReason, step: int):
         super().__init__(
-            f"{reason.name}: saved {folder} at step {step}; run the same command again to go on from there"
+            f"{reason.name}: saved {folder} at step {step}; run the same command again to continue"
         )
         self.code = INTERRUPTED if reason == StopReason.SIGINT else PREEMPTED
 
@@ -202,8 +202,8 @@ class HangTimer:
             doing += f", {WAITING}"
         line = (
             f"fastalign: rank {rank} ({socket.gethostname()}, pid {os.getpid()}) hangs at step {step}: {doing} for "
-            f"{idle:.0f} s; the run ends after faults.timeout={self._timeout:g} s; the same command goes on from the "
-            "newest checkpoint; if the run was only slow, set a larger faults.timeout"
+            f"{idle:.0f} s; the run ends after faults.timeout={self._timeout:g} s; run the same command again to "
+            "resume from the newest checkpoint; if the run was only slow, set a larger faults.timeout"
         )
         print(line, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(2)

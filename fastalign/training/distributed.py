@@ -66,7 +66,7 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     if torch.cuda.is_available():
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if processes > gpus:
-            raise UserError(f"--nproc-per-node={processes}: this machine has {gpus} GPUs; ask for no more")
+            raise UserError(f"--nproc-per-node={processes}: this machine has {gpus} GPUs; use at most that")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     else:

@@ -183,11 +183,11 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         line = self.peek_event().start_mark.line + 1
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"an alias in line {line}: write the value out")
+            raise yaml.YAMLError(f"an alias at line {line}: write the value out")
         node = super().compose_node(parent, index)
         names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
         if twice := next((name for number, name in enumerate(names) if name in names[:number]), None):
-            raise yaml.YAMLError(f"the key {twice} twice in the mapping of line {line}: remove one")
+            raise yaml.YAMLError(f"the key {twice} twice in the mapping at line {line}: remove one")
         return node
 
 

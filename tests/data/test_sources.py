@@ -234,7 +234,7 @@ def test_a_damaged_shard_is_refused_or_used_up_to_its_damage(tmp_path):
             assert name == "1.tar"
             assert f"damaged at byte {second}" in reason
         assert f"broken tar shard {path}: damaged at byte {second}" in (text := message(tmp_path / "t"))
-        assert "fetch it again" in text
+        assert "download it again" in text
     for broken in (b"", b"x" * 2000, b"\x1f\x8b" + bytes(600)):
         path.write_bytes(broken)
         assert len(open_source(str(tmp_path / "t"), damaged=True)) == 1
