@@ -11,7 +11,7 @@ from fastalign.method.objectives import MaskedImageModeling, MaskEmbed
 from fastalign.method.student import MaskEmbedStudent, MIMStudent
 from fastalign.method.teacher import MaskedTeacher
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import place_caches
+from fastalign.utils.files import set_container_defaults
 
 if TYPE_CHECKING:
     from fastalign.api import align
@@ -54,4 +54,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-place_caches()  # before timm is imported
+set_container_defaults()  # before timm is imported

@@ -51,7 +51,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: it must be at least 1")
     output = Path(options.output) if options.output else None
-    source = open_source(options.data, damaged=True)
+    source = open_source(options.data, allow_damaged=True)
     if isinstance(source, SyntheticSource):
         raise UserError(f"{options.data} is made on the device: there is no file to check")
     if output:  # fail before hours of checking, not after

@@ -53,8 +53,8 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
             waited += batch.wait
             ids.append(batch.ids)
             bad += (sample for sample in batch.bad if sample.id not in state.bad)
-            summed = part == optim.accumulate - 1 or run.world.size == 1  # over ranks, in the last pass only
-            with contextlib.nullcontext() if summed else run.model.no_sync():
+            sync = part == optim.accumulate - 1 or run.world.size == 1  # gradients, in the last pass only
+            with contextlib.nullcontext() if sync else run.model.no_sync():
                 with run.autocast():
                     loss = run.model(batch.images, batch.ids, epoch) / optim.accumulate
                 loss.backward()

@@ -91,8 +91,8 @@ def create_timm(name: str, kwargs: dict, pretrained: bool = False) -> nn.Module:
 
 def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
     """Our backbone from a timm model, whose parameters it shares; `changes` are fields of `ViTSpec`."""
-    spec, flexible = replace(describe(source), **changes), isinstance(source, naflex.NaFlexVit)
-    if recipe and flexible and spec.position:
+    spec, is_naflex = replace(describe(source), **changes), isinstance(source, naflex.NaFlexVit)
+    if recipe and is_naflex and spec.position:
         table = {"pos_embed": "learned", "pos_embed_grid_size": list(spec.grid)}
         recipe = {**recipe, "kwargs": {**recipe["kwargs"], **table}}
     rate = max((getattr(part, "drop_prob", None) or 0.0) for part in source.modules())
@@ -108,7 +108,7 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
             vit.head_dist = nn.Linear(spec.block.width, classes) if spec.distilled else None
     vit.attn_pool = getattr(source, "attn_pool", None)
     theirs, ours = source.state_dict(), vit.state_dict()
-    if flexible:
+    if is_naflex:
         with torch.no_grad():
             theirs = {key: value.detach() for key, value in naflex.vit_state(source, spec.grid).items()}
     wrong = sorted(set(theirs) ^ set(ours))
@@ -138,10 +138,10 @@ def describe(source: nn.Module) -> ViTSpec:
         raise UserError("depth must be at least 1")
     if found := _unknown_parts(source):
         raise _unsupported(source, found)
-    flexible, rope = isinstance(source, naflex.NaFlexVit), getattr(source, "rope", None)
-    embed = source.embeds if flexible else source.patch_embed
-    tokens = embed if flexible else source
-    size = get_model_input_config(source)["input_size"][-2:] if flexible else embed.img_size
+    is_naflex, rope = isinstance(source, naflex.NaFlexVit), getattr(source, "rope", None)
+    embed = source.embeds if is_naflex else source.patch_embed
+    tokens = embed if is_naflex else source
+    size = get_model_input_config(source)["input_size"][-2:] if is_naflex else embed.img_size
     distilled = isinstance(source, deit.VisionTransformerDistilled)
     mapped = getattr(source, "attn_pool", None) is not None  # timm has several modules of attention pooling
     pool = "map" if mapped else "pair" if distilled else source.global_pool or "none"
@@ -154,13 +154,13 @@ def describe(source: nn.Module) -> ViTSpec:
         depth=len(source.blocks),
         image_size=layers.to_2tuple(size),
         patch_size=layers.to_2tuple(embed.patch_size),
-        channels=embed.in_chans if flexible else embed.proj.in_channels,
+        channels=embed.in_chans if is_naflex else embed.proj.in_channels,
         class_token=tokens.cls_token is not None,
         distilled=distilled,
         registers=0 if getattr(tokens, "reg_token", None) is None else tokens.reg_token.shape[1],
-        position=embed.pos_embed_type != "none" if flexible else source.pos_embed is not None,
+        position=embed.pos_embed_type != "none" if is_naflex else source.pos_embed is not None,
         position_fixed=isinstance(source, MoCoViT),
-        position_prefix=not flexible and not getattr(source, "no_embed_class", False),
+        position_prefix=not is_naflex and not getattr(source, "no_embed_class", False),
         relative_position=isinstance(source, beit.Beit),
         rotary=rope is not None,
         rotary_mixed=isinstance(rope, layers.RotaryEmbeddingMixed),

@@ -45,7 +45,7 @@ HF_DEFAULTS = {
 """By model type: transformers' defaults for keys that a config.json may omit, as that of google/siglip-base does."""
 
 
-def plain(name: str) -> str:
+def unwrapped(name: str) -> str:
     """A key without the names of torch's wrappers (DDP, compile, FSDP)."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
@@ -89,7 +89,7 @@ def read_weights(path: Path) -> Any:
         return read_file(path)
     content: dict[str, Any] = {}
     try:
-        shards = {plain(name): str(file) for name, file in read_json(path)["weight_map"].items()}
+        shards = {unwrapped(name): str(file) for name, file in read_json(path)["weight_map"].items()}
         prefixes = tuple(prefix for _, prefix in layouts.find(shards.keys())) or ("",)
         for file in sorted({file for name, file in shards.items() if name.startswith(prefixes)}):
             content |= read_file(path.with_name(Path(file).name))

@@ -103,7 +103,7 @@ def interpret(content: Any, path: str) -> Checkpoint:
 def _tensors(value: Any) -> dict[str, Tensor]:
     """The named tensors of a dictionary, without the names of torch's wrappers."""
     items = value.items() if isinstance(value, dict) else ()
-    return {weight_files.plain(k): v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
+    return {weight_files.unwrapped(k): v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
 
 
 def trained_as(content: dict, path: str) -> tuple[str | None, float | None]:

@@ -203,10 +203,10 @@ def _read_labels(path: Path) -> dict[str, str]:
 class TarSource(Source):
     """The image members of the plain tar files `shards` (WebDataset layout), read in place.
 
-    `damaged`: use the images before the damage of a shard and list it in `damaged`, instead of raising.
+    `allow_damaged`: use the images before the damage of a shard and list it in `damaged`, instead of raising.
     """
 
-    def __init__(self, shards: list[str], *, damaged: bool = False):
+    def __init__(self, shards: list[str], *, allow_damaged: bool = False):
         self.shards = shards
         index = index_shards(shards)
         self._shard, self._start, self._size = index["shard"], index["start"], index["size"]
@@ -215,7 +215,7 @@ class TarSource(Source):
         self._portable = [os.path.relpath(shard, root) for shard in shards]
         damages = zip(self._portable, Names(index, "damage_"), strict=True)
         self.damaged = tuple((shard, damage) for shard, damage in damages if damage)
-        if self.damaged and not (damaged and len(index["shard"])):
+        if self.damaged and not (allow_damaged and len(index["shard"])):
             shard, damage = self.damaged[0]
             place = f"{root}/{shard}: {damage}"
             raise UserError(f"broken tar shard {place}; download it again (only uncompressed .tar)")
@@ -271,10 +271,10 @@ def _find_shards(spec: str) -> list[str]:
     return sorted({str(Path(each).absolute()) for each in found})
 
 
-def open_source(spec: str, *, damaged: bool = False) -> Source:
+def open_source(spec: str, *, allow_damaged: bool = False) -> Source:
     """Opens `synthetic` or `synthetic:N`; a .tar file, a folder or a pattern of them; else a folder of images.
 
-    `damaged`: use the images before the damage of a tar shard, instead of raising.
+    `allow_damaged`: use the images before the damage of a tar shard, instead of raising.
     """
     if synthetic := re.fullmatch(r"synthetic(?::(\d+))?", spec):
         return SyntheticSource(int(synthetic[1] or 50_000))
@@ -282,4 +282,4 @@ def open_source(spec: str, *, damaged: bool = False) -> Source:
         raise UserError("no data set given; name a folder of images, a .tar pattern or `synthetic`")
     spec = user_path(spec)
     shards = _find_shards(spec)
-    return TarSource(shards, damaged=damaged) if shards else FolderSource(spec)
+    return TarSource(shards, allow_damaged=allow_damaged) if shards else FolderSource(spec)

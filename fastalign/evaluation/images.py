@@ -126,7 +126,7 @@ def train_seed(
         evaluate(model, loaders[split].batches(), labels[split], counts, world.device, job.dtype)
         return counts.results(world)
 
-    if options.live and job.folder:
+    if options.on_images and job.folder:
         checkpoints = Checkpoints(job.folder / "classify" / f"seed-{seed}" / "checkpoints", keep=1)
         fit.resume(checkpoints, job.identity, progress)
         if fit.step:
@@ -141,7 +141,7 @@ def train_seed(
             progress["best"] = {"epoch": epoch, "val": val, **test}
         figures = {"train_loss": loss, "val_loss": val["loss"], "val_top1": val["top1"]}
         progress["curve"].append({"epoch": epoch, **figures})
-        if options.live:
+        if options.on_images:
             top1 = f"val top-1 {100 * val['top1']:.2f}%"
             job.say(f"seed {seed} epoch {epoch}/{epochs}  loss {loss:.4f}  {top1}")
         if checkpoints:
@@ -194,7 +194,7 @@ def classify(
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     world = world or World(0, 1, torch.device(device))
     splits, classes = open_image_splits(data, world, say)
-    size, parts = chosen.batch_size, chosen.accumulate * world.size if chosen.live else 1
+    size, parts = chosen.batch_size, chosen.accumulate * world.size if chosen.on_images else 1
     if size % parts:
         raise UserError(f"--batch-size {size} must be a multiple of --accumulate x ranks = {parts}")
     if size > (images := len(splits["train"].source)):
@@ -209,7 +209,7 @@ def classify(
     identity = {key: facts[key] for key in ("settings", "backbone", "data", "ranks")}
     job = Job(backbone, splits, len(classes), chosen, world, dtype, say, folder, identity)
     with report_rank_error(world.rank):
-        results = (train_on_images if chosen.live else train_on_features)(job)
+        results = (train_on_images if chosen.on_images else train_on_features)(job)
     facts |= _outcome(results, facts["reported"], world)
     if folder and world.main:
         write_results(folder / RESULTS, facts)

@@ -140,7 +140,7 @@ class Plan(Options):
 _FROZEN_LINEAR = {"epochs": 50, "lr": 1e-3, "warmup_epochs": 0, "weight_decay": 0.01}
 _FROZEN = {"epochs": 20, "lr": 5e-4, "warmup_epochs": 1, "weight_decay": 0.05}
 _UNFROZEN = {"epochs": 50, "lr": 3e-4, "warmup_epochs": 5, "weight_decay": 0.05, "layer_decay": 0.75}
-_LIVE_ONLY = ("mixup", "cutmix", "crop", "color_jitter", "randaugment", "accumulate")
+_ON_IMAGES = ("mixup", "cutmix", "crop", "color_jitter", "randaugment", "accumulate")
 
 
 class ImageOptions(Reading):
@@ -181,7 +181,7 @@ class ImageOptions(Reading):
     """unfreeze: less memory, more time"""
 
     @property
-    def live(self) -> bool:
+    def on_images(self) -> bool:
         """Whether images go through the backbone in every epoch."""
         return self.unfreeze or self.augment
 
@@ -192,7 +192,7 @@ class ImageOptions(Reading):
             raise UserError("--augment is for a frozen backbone; --unfreeze augments anyway: remove it")
         for names, active, remedy in (
             (("layer_decay", "grad_checkpointing"), self.unfreeze, "the backbone is frozen: add --unfreeze"),
-            (_LIVE_ONLY, self.live, "features are computed once: add --augment or --unfreeze"),
+            (_ON_IMAGES, self.on_images, "features are computed once: add --augment or --unfreeze"),
         ):
             for name in names:
                 if not active and getattr(self, name) != type(self).model_fields[name].default:

@@ -39,7 +39,7 @@ def files(run: Run, folder: Path, target: str) -> dict[str, Any]:
     architecture = "vit_base_patch16_224" if architecture == MOCO else architecture
     dropped = ("num_classes", "drop_path_rate")
     arguments = {key: value for key, value in run.facts["kwargs"].items() if key not in dropped}
-    if flexible := "pos_embed_grid_size" in arguments:
+    if is_naflex := "pos_embed_grid_size" in arguments:
         state = naflex.timm_state(state, vit.spec.grid)
     if vit.softcap is not None:
         arguments |= {"architecture": architecture, "softcap": vit.softcap}
@@ -56,7 +56,7 @@ def files(run: Run, folder: Path, target: str) -> dict[str, Any]:
             "num_classes": 0,
             **vit.data,
             "crop_mode": "center",
-            "first_conv": "embeds.proj" if flexible else "patch_embed.proj",
+            "first_conv": "embeds.proj" if is_naflex else "patch_embed.proj",
             "classifier": "head",
             "license": run.source()["licence"],
         },

@@ -54,9 +54,9 @@ def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
     name, kwargs, _ = split_svit(name, kwargs)  # the run recorded its soft-cap
     free = {key: value for key, value in kwargs.items() if key in ("drop_path_rate", "img_size")}
     vit = load_backbone(weights, **free)
-    aligned, made = vit.recipe["name"], vit.recipe["kwargs"]
-    if aligned.split(".")[0] != name.split(".")[0] or made != made | kwargs:
-        raise UserError(f"{weights} has {aligned} with {made}, not {name} with {kwargs}: set the same")
+    saved, used = vit.recipe["name"], vit.recipe["kwargs"]
+    if saved.split(".")[0] != name.split(".")[0] or used != used | kwargs:
+        raise UserError(f"{weights} has {saved} with {used}, not {name} with {kwargs}: set the same")
     return vit
 
 
@@ -106,7 +106,7 @@ def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, Vi
     # Random weights are the same on every rank and at every start. The decoder is seeded separately, so that its
     # weights do not depend on whether the backbone's are random or loaded.
     torch.manual_seed(config.seed)
-    backbone, taught = build_backbones(config)
+    backbone, teacher_backbone = build_backbones(config)
     torch.manual_seed(config.seed)
     options = {"complement": config.masks.complement, "full": config.masks.full, "seed": config.seed}
     if config.masks.ratio is not None:
@@ -114,13 +114,13 @@ def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, Vi
     try:
         masks = MASKS[config.masks.distribution](**options)
         teacher = MaskedTeacher(
-            taught,
+            teacher_backbone,
             skip_blocks=config.teacher.skip_blocks,
             masking="zero" if config.objective == "mim" else config.masks.mode,
             prefix_only=config.teacher.prefix_only,
         )
         common = {"softcap": config.student.softcap, "head": config.student.head}
-        common["target_dim"] = taught.embed_dim
+        common["target_dim"] = teacher_backbone.embed_dim
         if config.objective == "mim":
             student = MIMStudent.from_backbone(backbone, **common, masking=config.masks.mode)
             objective = MaskedImageModeling(teacher, student, masks, config.loss.name)
@@ -191,7 +191,7 @@ def training_source(config: Config, world: World) -> Source:
     optim, parts = config.optim, config.optim.accumulate * world.size
     if config.data.train is None:
         raise UserError("data.train is not set: give it an image folder or tar shards, data.train=PATH")
-    source = open_source(config.data.train, damaged=True)
+    source = open_source(config.data.train, allow_damaged=True)
     if optim.batch_size % parts or optim.batch_size > len(source):
         raise UserError(
             f"optim.batch_size={optim.batch_size}: data.train has {len(source)} images; set it to at most that, and "
@@ -202,7 +202,7 @@ def training_source(config: Config, world: World) -> Source:
 
 def evaluation_loader(config: Config, world: World, backbone: ViT, path: str) -> Loader:
     """Load every image once, in order, without augmentation; bad ones are left out."""
-    source = open_source(path, damaged=True)
+    source = open_source(path, allow_damaged=True)
     return _loader(config, world, backbone, source, {"crop": "eval"}, train=False, bad=BadSamples())
 
 

@@ -1,4 +1,4 @@
-"""Paths given by users, atomic writes, checksums, and locations of caches."""
+"""Paths given by users, atomic writes, checksums, and environment variables for users in containers."""
 
 import argparse
 import errno
@@ -22,7 +22,7 @@ _VARIABLE = re.compile(r"\$\{?(\w+)")
 _TEMPORARY = re.compile(r"\..+\.(\d+)$")
 
 
-def place_caches() -> None:
+def set_container_defaults() -> None:
     """For users in containers: torch._dynamo needs a user name, and without a home Triton creates a folder `~`."""
     try:
         getpass.getuser()
