@@ -43,7 +43,7 @@ class Teacher(Section):
     kwargs: dict[str, Any] = Field({})
     """timm's arguments"""
     skip_blocks: int = Field(1, ge=0)
-    """last blocks removed before the final norm is read"""
+    """number of last blocks removed before the final norm"""
     prefix_only: bool = False
     """the target is the pooled output, one vector; needs skip_blocks: 0"""
 
@@ -86,7 +86,7 @@ class Loss(Section):
     name: Literal["mse", "cosine", "l1", "masked_mse", "unmasked_mse"] = "mse"
     """the reconstruction loss"""
     target_scale: float | Annotated[str, Field(pattern=r"^auto(:0*[1-9]\d*)?$")] = "auto"
-    """factor of the targets; auto = unit variance for mse, else 1; auto:BATCHES = measured on so many per rank"""
+    """factor of the targets; auto = unit variance for mse, else 1; auto:BATCHES = measured on that many per rank"""
 
 
 class Data(Section):
@@ -124,13 +124,13 @@ class Optim(Section):
     accumulate: Annotated[int, Kind.FREE] = Field(1, gt=0)
     """forward and backward passes per update"""
     micro_batch: Annotated[Annotated[int, Field(gt=0)] | Literal["auto"] | None, Kind.FREE] = None
-    """images per rank and pass, instead of optim.accumulate; auto = as many as fit into the GPU's memory"""
+    """images per rank and pass, instead of optim.accumulate; auto = as many as fit in the GPU's memory"""
     epochs: int = Field(5, gt=0)
     """passes over the data; length of the schedule"""
     lr: float = Field(3e-4, gt=0)
     """peak learning rate"""
     min_lr: float | None = Field(None, ge=0)
-    """at the end, and where the warm-up starts; null = lr / 10"""
+    """rate at the end, and at the start of the warm-up; null = lr / 10"""
     warmup_epochs: float = Field(0.0, ge=0)
     """epochs of linear warm-up"""
     weight_decay: float = Field(0.01, ge=0)

@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add, cores = parser.add_argument, len(os.sched_getaffinity(0))
     add("data", type=path_argument, help="a folder of images, tar shards or a pattern of them, as data.train")
-    add("--output", type=path_argument, metavar="FILE", help="write a list for faults.quarantine")
+    add("--output", type=path_argument, metavar="FILE", help="write the list for faults.quarantine")
     add("--workers", type=int, default=cores, metavar="N", help="number of threads (default: one per core)")
     return run_command(lambda: _run(parser.parse_args(arguments)))
 

@@ -215,11 +215,11 @@ def main(arguments: list[str] | None = None) -> int:
     about, raw = "Align a backbone with MaskEmbed.", argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("fastalign train", description=about, epilog=HELP, formatter_class=raw)
     add = parser.add_argument
-    add("given", nargs="*", metavar="RECIPE section.key=value", help="a name or file, and keys to change")
-    add("--print-config", action="store_true", help="print every key, its value and what it does, and stop")
-    add("--dry-run", action="store_true", help="a few updates on synthetic images: memory, speed, duration")
+    add("given", nargs="*", metavar="RECIPE section.key=value", help="recipe (name or file), keys to change")
+    add("--print-config", action="store_true", help="print every key, its value and what it does, and exit")
+    add("--dry-run", action="store_true", help="update on synthetic images; print memory, speed and duration")
     options = parser.parse_intermixed_args(arguments)
-    if not options.given:
+    if not (options.given or options.print_config):
         parser.error("give a recipe (`fastalign recipes` lists them) or keys")
     return run_command(lambda: _run(options))
 

@@ -42,11 +42,11 @@ def evaluation_parser(
     parser = argparse.ArgumentParser(prog=f"fastalign {prog}", description=description)
     add, name = parser.add_argument, "NAME_OR_RUN"
     add("--backbone", required=True, type=path_argument, metavar=name, help="timm name or run folder")
-    add("--before", action="store_true", help="also, and first, the backbone that the run started from")
+    add("--before", action="store_true", help="evaluate the backbone that the run started from too")
     add("--data", required=True, type=path_argument, metavar="DATA", help=data)
-    add("--weights", type=path_argument, help="of a timm name: pretrained (default), random, or a file")
+    add("--weights", type=path_argument, help="for a timm name: pretrained (default), random, or a file")
     add("--kwargs", default="{}", metavar="YAML", help="timm's arguments, as in '{img_size: 336}'")
-    add("--softcap", type=float, metavar="CAP", help="of a timm name's attention logits; default none")
+    add("--softcap", type=float, metavar="CAP", help="for a timm name: cap of attention logits; default none")
     add("--output", type=path_argument, help=f"default {output}")
     fields = {name: field for model in models for name, field in model.model_fields.items()}
     fields.pop("recipe", None)
@@ -59,8 +59,8 @@ def evaluation_parser(
         else:
             how = {"choices": get_args(kind)} if get_origin(kind) else {"metavar": "X"}
             how["nargs"] = "+" if get_origin(field.annotation) is tuple else None
-        default = "" if field.default in (None, "", False) else f" (default {field.default})"
-        text = f"{field.description or ''}{default}"
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        text = (field.description or "") + ("" if default in (None, "", False) else f" (default {default})")
         parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **how)
     return parser
 

@@ -23,7 +23,7 @@ def prepare_logs(run: Run, reporter: Reporter) -> None:
         return
     if teacher_of(run.config)[1] == "random":
         key = "teacher.weights" if run.config.teacher.weights else "student.weights"
-        reporter.say(f"warning: {key}=random: the teacher has random weights: nothing useful can be learned")
+        reporter.say(f"warning: {key}=random: the teacher has random weights, so nothing useful is learned")
     if (run.folder / NONFINITE).exists():
         drop_later_lines(run.folder / NONFINITE, run.state.step)
     for loader, name in ((run.train, FILE), (run.val, VALIDATION_FILE)):

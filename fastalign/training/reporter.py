@@ -171,7 +171,7 @@ def _open_sink(sink: str, folder: Path, step: int) -> Callable[[dict, int], None
 
 
 def duration(seconds: float) -> str:
-    """45 s, 12 min, 3 h 20 min"""
+    """A time span as 45 s, 12 min or 3 h 20 min."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
