@@ -1,4 +1,4 @@
-"""What is installed, what will be used, and what would be faster: ``fastalign doctor``.
+"""List installed packages and kernels, and what would be faster: ``fastalign doctor``.
 
 It ends with a smoke test, a training step on each type of device; the exit code is 1 if one fails.
 """
@@ -74,7 +74,7 @@ def packages() -> list[str]:
 
 
 def operations() -> list[str]:
-    """What runs each operation on a GPU and on a CPU, and why."""
+    """The implementation of each operation on a GPU and on a CPU, with the reason."""
     kernels = "Triton" if version("triton") else "eager PyTorch, slower: triton is not installed"
     kernels = "eager PyTorch: FASTALIGN_KERNELS=0" if ops.MODE == "0" else kernels
     masks = "extension" if extension.available(torch.device("cpu")) else "PyTorch"
@@ -86,7 +86,7 @@ def operations() -> list[str]:
 
 
 def attention() -> list[str]:
-    """What runs the attention of each part of a step, and why."""
+    """The implementation of attention in each part of a step, with the reason."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, lines = compute_dtype("auto", torch.device(device)), []
     for part, kind in PARTS.items():
@@ -131,7 +131,7 @@ def report() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Ends with code 1 if a smoke test fails."""
-    about = "What is installed, what will be used, and what would be faster."
+    about = "List installed packages and kernels, and run one training step."
     argparse.ArgumentParser(prog="fastalign doctor", description=about).parse_args(arguments)
     return run_command(report)
 

@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> None:
     add("--cache", type=path_argument, help="folder for temporary feature files; default that of the output")
     add("--skip-blocks", nargs="+", type=int, default=[0], metavar="X", help="last blocks to leave out")
     given = parser.parse_args(arguments)
-    # Ranks without a head of their own wait while others train.
+    # Ranks without a head wait while others train.
     world = distributed.start(timeout=timedelta(days=30))
     plan = from_flags(Plan, given, recipe=from_flags(Recipe, given))
     reading = from_flags(PatchReading, given)

@@ -53,7 +53,7 @@ def _run(options: argparse.Namespace) -> None:
     output = Path(options.output) if options.output else None
     source = open_source(options.data, allow_damaged=True)
     if isinstance(source, SyntheticSource):
-        raise UserError(f"{options.data} is made on the device: there is no file to check")
+        raise UserError(f"{options.data} has no files to check: give a folder of images or tar shards")
     if output:  # fail before hours of checking, not after
         with wrap_io_errors(output):
             output.parent.mkdir(parents=True, exist_ok=True)

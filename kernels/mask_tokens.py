@@ -125,7 +125,7 @@ def backward_op(
     gradient: Tensor, visible: Tensor, dtype: torch.dtype, whole: bool, patches: bool, rows: bool,
     hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients asked for: patches, or all tokens (`whole`); prefix and position as rows [T, D]; hidden."""
+    """The requested gradients: patches, or all tokens (`whole`); prefix and position as rows [T, D]; hidden."""
     (images, copies, tokens, width), count = gradient.shape, visible.shape[2]
     shape = (images, tokens if whole else count, width) if patches else (0,)
     out = (

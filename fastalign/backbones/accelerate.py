@@ -115,7 +115,7 @@ def accelerate(
     torch.compile, DDP or FSDP.
 
     Args:
-        model: a timm VisionTransformer, Eva, Beit or anything else made of their attention modules.
+        model: a timm VisionTransformer, Eva, Beit or any other module with their attention.
         softcap: logits s become ``softcap * tanh(s / softcap)``; None = plain attention. Attention pooling stays
             plain. The cap is not in the state dict: set it again after loading one.
         backend: a name of `fastalign.ops.attention.BACKENDS`, used where it supports the case; "auto" = the fastest.

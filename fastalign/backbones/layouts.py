@@ -166,7 +166,7 @@ def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         if (joint := state.pop(f"attn_pool.in_proj.{kind}", None)) is not None:
             width = len(joint) // 3
             state[f"attn_pool.q.{kind}"], state[f"attn_pool.kv.{kind}"] = joint[:width], joint[width:]
-    if "storage_tokens" in state:  # Meta's DINOv3, of which timm silently drops biases that the model lacks
+    if "storage_tokens" in state:  # Meta's DINOv3: timm would silently drop biases that the model lacks
         for key in [key for key in state if key.endswith(".attn.qkv.bias")]:
             state[key.replace("qkv.", "q_")], _, state[key.replace("qkv.", "v_")] = state.pop(key).chunk(3)
     return {_CHUNKED.sub(r"blocks.\1", key): value for key, value in state.items()}

@@ -26,7 +26,7 @@ class ViT(nn.Module):
         spec: its shape.
         drop_path: the rate of stochastic depth in the last block; it falls linearly to 0 in the first.
         data: how images become its input: "mean", "std", "interpolation", "crop_pct".
-        recipe: the "name" and "kwargs" for `fastalign.create_backbone`, where known.
+        recipe: the "name" and "kwargs" for `fastalign.create_backbone`, if known.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ViT(nn.Module):
 
     @property
     def pretrained_cfg(self) -> dict:
-        """What `timm.data.resolve_model_data_config` reads."""
+        """Image size and preprocessing, as `timm.data.resolve_model_data_config` reads them."""
         return {"input_size": (self.spec.channels, *self.spec.image_size), **(self.data or {})}
 
     @property

@@ -32,7 +32,7 @@ _SAFE_GLOBALS = [
     *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.bool_)),
     *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
 ]
-"""What training scripts pickle besides tensors and plain values: arguments, NumPy metrics, without side effects."""
+"""Classes without side effects that training scripts pickle: their arguments, and NumPy numbers."""
 HF_DEFAULTS = {
     "clip_vision_model": {"hidden_act": "quick_gelu", "num_attention_heads": 12},
     "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh", "num_attention_heads": 12},
@@ -167,10 +167,10 @@ def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
     With several ranks, call it on one of them.
 
     Args:
-        student: a student of fastalign or a `ViT`, perhaps wrapped in DDP or torch.compile. Weights are written in
+        student: a student of fastalign or a `ViT`, also wrapped in DDP or torch.compile. Weights are written in
             fp32, with soft-cap, preprocessing and timm name.
         folder: where to write; created if missing. Earlier files there are replaced.
-        **facts: JSON values to record too, such as `step`, `val_loss`, or `weights`: "pretrained" or the file that
+        **facts: more JSON values to record, such as `step`, `val_loss`, or `weights`: "pretrained" or the file that
             the student started from, which an export needs to name the licence.
 
     Raises:

@@ -1,7 +1,7 @@
 """Backbones by timm's names or from timm models: timm's architectures, weights and state-dict keys.
 
 timm builds the model for the grid of patches that its weights were trained on, and its own `set_input_size` resamples
-the positions to the grid asked for. `describe.from_timm` then makes our `ViT` of it.
+the positions to the requested grid. `describe.from_timm` then converts it to our `ViT`.
 """
 
 import copy
@@ -77,7 +77,7 @@ def load_backbone(path: str | Path, **kwargs) -> ViT:
     name, kwargs = facts["name"], {"num_classes": 0, **facts["kwargs"], **kwargs}
     found = read_checkpoint(weights, facts)
     vit = _from_checkpoint(name, kwargs, empty_model(name, kwargs), found, str(weights))
-    # A user's model may have preprocessing of its own.
+    # A user's model may have its own preprocessing.
     vit.data = {key: facts.get(key, value) for key, value in vit.data.items()}
     return vit.eval()
 

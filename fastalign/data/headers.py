@@ -34,7 +34,7 @@ def _jpeg(view: memoryview) -> tuple[int, int] | str:
             position += 1
             continue
         if marker == _SCAN and size:
-            # Exif thumbnails are JPEGs with an end of their own, but they come before the scan.
+            # Exif thumbnails are JPEGs with their own end marker, but they precede the scan.
             if view[-2:] == b"\xff\xd9" or _END_OF_JPEG.search(view, position):
                 return size
             return "truncated: a JPEG without its end"

@@ -32,7 +32,7 @@ MAX_IN_A_ROW = 100
 _RETRY_AFTER = (0.1, 0.4)
 
 Decoded = list[tuple[Tensor, Geometry]]
-"""A batch as arguments of `reflect`: [B, h, w, 3] uint8 on the device, and where it comes from. [] is no batch."""
+"""A batch as arguments of `reflect`: [B, h, w, 3] uint8 on the device, and its geometry. [] = no batch."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ _READ_BATCH = 256
 
 @dataclass(frozen=True)
 class Job:
-    """What the trainings of all seeds share."""
+    """Everything that the training runs of all seeds share."""
 
     backbone: ViT
     splits: dict[str, ImageSplit]
@@ -178,7 +178,7 @@ def classify(
 
     Args:
         backbone: is copied, not changed.
-        data: a folder with ``train`` and ``val``, and perhaps ``test``: class folders, images with ``labels.csv``,
+        data: a folder with ``train``, ``val`` and optionally ``test``: class folders, images with ``labels.csv``,
             or tar shards with ``.cls`` members.
         output: the folder for classify.json, checkpoints and features; None = nothing is written, features are in
             memory, nothing can be resumed.

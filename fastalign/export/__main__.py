@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _source(given: argparse.Namespace) -> str | Run:
-    """What is exported: RUN, or the weights that are not a run."""
+    """The source of the export: RUN, or weights that are not a run."""
     if given.run is not None:
         names = ("weights", "name", "kwargs", "softcap")
         if extra := [key for key in names if getattr(given, key) is not None]:

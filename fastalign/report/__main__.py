@@ -10,7 +10,7 @@ from fastalign.utils.files import path_argument, write_atomically
 
 
 def write_report(options: argparse.Namespace) -> None:
-    """Write the page and, if asked for, the PNG files."""
+    """Write the page and, with --pngs, the PNG files."""
     folder, wanted = Path(options.run), options.images
     if len(wanted) == 1 and wanted[0].isdecimal():
         wanted = int(wanted[0])

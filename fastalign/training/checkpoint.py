@@ -125,7 +125,7 @@ def resume(run: Run) -> tuple[list[Change], list[str]]:
     if changes:
         state.best = None  # scores under different settings are not comparable
         notes += [f"resume=force: from step {step} on {change}" for change in changes]
-        notes.append("the target scale is measured again; the best checkpoint is selected anew")
+        notes.append("the target scale is measured again; the best checkpoint is selected again")
     on_first_rank(run.world, lambda: run.checkpoints.complete(saved, step))
     return changes, notes
 

@@ -213,7 +213,7 @@ def start_lines(run: Run) -> list[str]:
     return [
         *setup_lines(run),
         f"data: {images} images"
-        + (f", of which each epoch leaves out {images - epoch}" if images > epoch else "")
+        + (f", {images - epoch} left out in each epoch" if images > epoch else "")
         + (f"; {len(run.val.source)} for validation" if run.val else "; none for validation"),
         f"length: {epochs} epoch{'s' * (epochs > 1)} of {run.epoch_steps} updates"
         + (f", stopped after {run.last_step} updates" if run.last_step < run.total_steps else ""),

@@ -18,7 +18,7 @@ EVAL_EPOCH = _WORD  # the epoch of evaluation: fixed masks, which differ from th
 
 
 class Stream(IntEnum):
-    """What the numbers are for. The streams of one seed are independent."""
+    """The purpose of random numbers. The streams of one seed are independent."""
 
     MASKS = 1
     GEOMETRY = 2

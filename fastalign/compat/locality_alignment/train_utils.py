@@ -1,4 +1,4 @@
-"""Checkpoints with the authors' layout: `state_dict`, perhaps `state_dict_ema`, keys `encoder.*` and `decoder.*`."""
+"""Checkpoints in the authors' layout: `state_dict`, optional `state_dict_ema`, keys `encoder.*` and `decoder.*`."""
 
 import json
 import warnings
