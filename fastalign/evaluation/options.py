@@ -115,8 +115,11 @@ class Plan(Options):
     """The heads that are trained on each encoder."""
 
     heads: Annotated[tuple[Literal[PATCH_HEADS], ...], Distinct] = ("transformer",)
+    """heads to train, see docs/probe.md"""
     labels: Annotated[tuple[Literal[tuple(HEADS_FOR)], ...], Distinct] = ("union",)
+    """labels to predict, see docs/probe.md"""
     seeds: Seeds = (0,)
+    """one training run per head each"""
     recipe: Recipe = Recipe()
     hidden: Count = 1024
     """width of the mlp head"""
