@@ -7,8 +7,8 @@
 #   bash benchmarks/gpu.sh --tiny              the first part and the second at a tiny size, on a CPU too
 #
 # Each step has a time limit and a log; if one fails, the next one starts. At exit, also after a signal, gpu.tgz with
-# logs, JUnit XML, JSON and the table is written to $OUT (default benchmarks/results), and the table is printed. Exit
-# code 1 if a step failed. PYTHON names the interpreter. benchmarks/README.md has the details.
+# logs, JUnit XML, JSON, traces and the table is written to $OUT (default benchmarks/results), and the table is
+# printed. Exit code 1 if a step failed. PYTHON names the interpreter. benchmarks/README.md has the details.
 set -u
 cd "$(dirname "$0")/.." || exit
 PART=first LIMIT=540 TINY=()
@@ -32,8 +32,8 @@ finish() {
   jobs -p | xargs -r kill 2>/dev/null
   wait
   { echo; "$PY" -m benchmarks.summary; } >"$LOGS/table.txt" 2>&1
-  cp benchmarks/results/*.json fastalign/ops/attention/table.json "$LOGS" 2>/dev/null
-  [ $PART = tiny ] && rm -f "$LOGS"/*.json
+  cp benchmarks/results/*.json{,.gz} fastalign/ops/attention/table.json "$LOGS" 2>/dev/null
+  [ $PART = tiny ] && rm -f "$LOGS"/*.json{,.gz}
   tar czf "$OUT/gpu.tgz" -C "$LOGS" .
   cat "$LOGS/table.txt"
   [ ${#FAILED[@]} -eq 0 ] || echo "failed: ${FAILED[*]}"
