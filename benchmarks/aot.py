@@ -5,8 +5,8 @@ launched. Prints registers, shared memory and spills of each kernel and writes `
 instructions that the assembler serializes, and more shared memory than a block may have are errors.
 
 ``--cache DIR`` fills DIR with what a GPU of that architecture (default sm_90) compiles for batches divisible by 16.
-The GPU's machine uses it with TRITON_CACHE_DIR set to the same absolute path, the same version of Triton and the same
-sources.
+The GPU's machine uses it with TRITON_CACHE_DIR set to the same absolute path, the same Triton wheel, which differs by
+version of Python, and the same sources.
 """
 
 import argparse

@@ -126,7 +126,12 @@ def write_table(rows: list[dict], environment: dict) -> None:
     merged = {tuple(row[key] for key in FACTS): row for row in (*earlier, *table(rows))}
     tables[environment["architecture"]] = {"environment": environment, "rows": list(merged.values())}
     record.replace(selection.TABLE, json.dumps(tables, indent=1) + "\n")
-    print(f"auto chooses by {selection.TABLE}")
+
+
+def save(rows: list[dict]) -> None:
+    """Write the table after each case, because a time limit may end the run."""
+    if any("ms" in row for row in rows):
+        write_table(rows, record.environment())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -134,10 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, backend in BACKENDS.items():
         if missing := backend.missing():
             print(f"{name} {missing}")
-    code, rows = kernels.run("attention", __doc__, CASES, TINY, implementations, arguments)
-    if "--tiny" not in (arguments or sys.argv) and any("ms" in row for row in rows):
-        write_table(rows, record.environment())
-    return code
+    return kernels.run("attention", __doc__, CASES, TINY, implementations, arguments, save)
 
 
 if __name__ == "__main__":

@@ -201,9 +201,9 @@ def show(rows: list[dict]) -> None:
 
 def run(
     name: str, description: str, cases: list[Case], tiny_cases: list[Case], implementations: Implementations,
-    arguments: list[str] | None,
-) -> tuple[int, list[dict]]:  # fmt: skip
-    """Measure, print, write `NAME.json`. Returns the exit code (1: ours is wrong, 2: no GPU) and the rows."""
+    arguments: list[str] | None, save: Callable[[list[dict]], object] = lambda rows: None,
+) -> int:  # fmt: skip
+    """Measure, print, write `NAME.json` after each case; `save` gets the rows too. 1: ours is wrong, 2: no GPU."""
     parser = record.parser(name, description, "tiny shapes in the interpreter")
     names = sorted({case.name for case in cases})
     parser.add_argument("--ops", nargs="+", choices=names, default=names, help="only these operations")
@@ -218,13 +218,13 @@ def run(
     cases = [case for case in cases if case.label.startswith(tuple(options.cases or [""]))]
     if not options.tiny and not torch.cuda.is_available():
         print(f"benchmarks.{name} needs a GPU; --tiny shows on a CPU that it runs", file=sys.stderr)
-        return 2, []
+        return 2
     torch.manual_seed(0)
     device = "cpu" if INTERPRETED else "cuda"
     if options.once:
         for case in cases:
             case.run(device, case.batch)
-        return 0, []
+        return 0
     limits = {} if options.tiny else timing.machine()
     if limits:
         print("copy {copy_gbps:.0f} GB/s, bf16 matmul {matmul_tflops:.0f} TFLOP/s".format(**limits))
@@ -235,12 +235,13 @@ def run(
         rows += new
         if not options.tiny:
             record.write(name, rows, {"limits": limits}, KEY)
-    return int(any(row.get("wrong") for row in rows)), rows
+            save(rows)
+    return int(any(row.get("wrong") for row in rows))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; the exit code."""
-    return run("kernels", __doc__, CASES, TINY_CASES, implementations, arguments)[0]
+    return run("kernels", __doc__, CASES, TINY_CASES, implementations, arguments)
 
 
 if __name__ == "__main__":

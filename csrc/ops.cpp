@@ -155,7 +155,7 @@ DrawnPacked draw_packed_masks(Tensor sample_ids, int64_t rows, int64_t columns, 
 }  // namespace fastalign
 
 // A fragment, because the Triton kernels register operators of the same namespace from Python. SymInt, so that
-// torch.compile does not specialise on the epoch or the length.
+// torch.compile does not specialize on the epoch or the length.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastalign, m) {
   m.def(
       "draw_masks(Tensor sample_ids, SymInt rows, SymInt columns, int kind, float ratio, int seed, SymInt epoch, "

@@ -18,7 +18,7 @@ from demo.trials import CORES, Trial, pictures, run_trials, score
 from fastalign import __version__
 from fastalign.config import load_config
 from fastalign.evaluation.datasets import open_labelled
-from fastalign.evaluation.results import percent, summarise, write_results
+from fastalign.evaluation.results import percent, summarize, write_results
 from fastalign.training.command import run_command
 from fastalign.utils.errors import UserError
 
@@ -76,7 +76,7 @@ def compare(
     counts = {name: len(images) for name, images in splits.items()}
     about = {"path": data, "classes": list(splits[SPLIT].classes), "images": counts}
     facts = {"command": "python -m demo.evidence", "data": about, **facts}
-    write_results(run / "probe.json", {**facts, "results": rows, "summary": summarise(rows)})
+    write_results(run / "probe.json", {**facts, "results": rows, "summary": summarize(rows)})
     return table
 
 

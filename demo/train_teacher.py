@@ -51,7 +51,7 @@ def load_split(folder: Path) -> tuple[list[Image.Image], Tensor]:
 
 
 def to_input(pictures: list[Image.Image]) -> Tensor:
-    """Pictures of one size as a normalised batch, [B, 3, H, W] float32."""
+    """Pictures of one size as a normalized batch, [B, 3, H, W] float32."""
     pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
     return (pixels.permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
 
@@ -72,7 +72,7 @@ def training_view(picture: Image.Image, rng: np.random.Generator) -> Image.Image
 
 @torch.inference_mode()
 def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The share of images, [B, 3, H, W] normalised, whose highest logit is the label's; sets evaluation mode."""
+    """The share of images, [B, 3, H, W] normalized, whose highest logit is the label's; sets evaluation mode."""
     model.eval()
     guesses = torch.cat([model(chunk).argmax(1) for chunk in images.split(256)])
     return (guesses == labels).float().mean().item()

@@ -1,4 +1,4 @@
-"""CLIPSelf: the student says of a region of the whole image what its frozen teacher says of the cropped region."""
+"""CLIPSelf: the student's features of an image region match the frozen teacher's features of the cropped region."""
 
 import copy
 
@@ -11,7 +11,7 @@ import fastalign as fa
 
 
 def train(model, loader, lr=1e-5, softcap=None):
-    """Yields the loss of each step. model: a timm ViT; loader: normalised square images [B, 3, size, size]."""
+    """Yields the loss of each step. model: a timm ViT; loader: normalized square images [B, 3, size, size]."""
     teacher = fa.accelerate(copy.deepcopy(model)).eval().requires_grad_(False)
     student = fa.accelerate(model, softcap=softcap).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.1)
@@ -22,11 +22,11 @@ def train(model, loader, lr=1e-5, softcap=None):
         boxes = torch.cat([index[:, None], corner, corner + size / 2], 1)
         crops = interpolate(roi_align(images, boxes, size // 2, aligned=True), size=size, mode="bicubic")
         with torch.no_grad():
-            wanted = teacher(crops)
+            target = teacher(crops)
         tokens = student.head(student.fc_norm(student.forward_features(images)))
         features = tokens[:, student.num_prefix_tokens :].mT.unflatten(2, student.patch_embed.grid_size)
-        found = roi_align(features, boxes, 1, features.shape[-1] / size, aligned=True).flatten(1)
-        loss = 1 - cosine_similarity(found, wanted).mean()
+        pooled = roi_align(features, boxes, 1, features.shape[-1] / size, aligned=True).flatten(1)
+        loss = 1 - cosine_similarity(pooled, target).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -8,8 +8,8 @@ import fastalign as fa
 def train(vit, loader, stages=2, lr=1.5e-4, softcap=30.0):
     """Yields stage and loss of each step.
 
-    vit: the first teacher, which may know nothing, from `fa.create_backbone`; loader: a function that gives an
-    iterable of normalised images [B, 3, height, width], one for each stage.
+    vit: the first teacher, which may be untrained, from `fa.create_backbone`; loader: a function that is called at
+    the start of each stage and returns an iterable of normalized images [B, 3, height, width].
     """
     masks = fa.BernoulliMasks(ratio=0.25, complement=False, full=False)
     teacher = fa.MaskedTeacher(vit, skip_blocks=0)

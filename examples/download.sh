@@ -3,9 +3,10 @@
 #
 #   bash examples/download.sh coco|coco-panoptic|ade20k ROOT
 #
-# Run it again to continue an interrupted download. Archives are checked against digests that several projects
-# have recorded; COCO-Stuff's has none, and its members are checked by their CRC. Zip files stay in ROOT/archives:
-# delete them when the probe runs. BASE_URL names another place (https or file) that has the zip files under their names.
+# Run it again to continue an interrupted download. Archives are verified with digests that several projects record;
+# COCO-Stuff has none, so the CRCs of its members are checked. Zip files stay in ROOT/archives; you can delete them
+# once the probe runs.
+# BASE_URL selects a mirror (https or file) with the same file names.
 # Needs curl and python3; 20 GB for COCO's images and as much again to unpack them.
 set -euo pipefail
 data=${1:-} root=${2:-}
@@ -13,7 +14,7 @@ case "$data" in
   coco | coco-panoptic | ade20k) ;;
   *) echo "usage: bash examples/download.sh coco|coco-panoptic|ade20k ROOT" >&2; exit 2 ;;
 esac
-[ -n "$root" ] || { echo "download.sh: name the folder to write" >&2; exit 2; }
+[ -n "$root" ] || { echo "download.sh: give the folder to write" >&2; exit 2; }
 mkdir -p "$root/archives"
 
 fetch() { # URL DIGEST FOLDER: download, check, unpack; a digest is sha1, sha256 or "crc"
@@ -22,7 +23,7 @@ fetch() { # URL DIGEST FOLDER: download, check, unpack; a digest is sha1, sha256
   [ -n "${BASE_URL:-}" ] && url="${BASE_URL%/}/${1##*/}"
   if [ ! -e "$zip" ]; then
     curl --fail --location --retry 5 --continue-at - --output "$zip.part" "$url" || {
-      echo "download.sh: $url failed; run the command again to continue, or delete $zip.part to begin anew" >&2
+      echo "download.sh: $url failed; run the command again to continue, or delete $zip.part to start over" >&2
       exit 1
     }
     mv "$zip.part" "$zip"

@@ -1,4 +1,4 @@
-"""fastalign: locality alignment of vision transformers by MaskEmbed, exact and fast."""
+"""fastalign: locality alignment of vision transformers by MaskEmbed."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from fastalign.method.objectives import MaskedImageModeling, MaskEmbed
 from fastalign.method.student import MaskEmbedStudent, MIMStudent
 from fastalign.method.teacher import MaskedTeacher
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import place_caches
+from fastalign.utils.files import set_container_defaults
 
 if TYPE_CHECKING:
     from fastalign.api import align
@@ -43,7 +43,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """What imports timm, which takes longer than all the rest, when it is first used."""
+    """Import what needs timm only when it is used: importing timm takes longer than everything else."""
     if name not in __all__:
         raise AttributeError(f"module 'fastalign' has no attribute {name!r}")
     module = {"align": "api", "accelerate": "backbones.accelerate", "accelerated": "backbones.accelerate"}
@@ -54,4 +54,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-place_caches()  # before anybody imports timm
+set_container_defaults()  # before timm is imported

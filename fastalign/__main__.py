@@ -19,7 +19,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns the exit code of the subcommand; 2 if there is none of that name."""
+    """Run a subcommand and return its exit code; 2 for an unknown one."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print("usage: fastalign COMMAND ...    (fastalign COMMAND --help)\n")
@@ -30,8 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fastalign: {unknown('command', name, COMMANDS)}", file=sys.stderr)
         return 2
     else:
-        folder = name in ("export", "report")
-        return importlib.import_module(f"fastalign.{name}" + ".__main__" * folder).main(rest)
+        is_package = name in ("export", "report")
+        return importlib.import_module(f"fastalign.{name}" + ".__main__" * is_package).main(rest)
     return 0
 
 

@@ -24,7 +24,7 @@ def align(recipe: str | Path | None = None, *, data: str | Path, output: str | P
         recipe: the name of a published recipe, or a file; None = the defaults.
         data: `data.train`, a folder of images, tar shards or "synthetic:COUNT".
         output: the run folder.
-        **keys: any other key of a recipe, "section.key", and its value.
+        **keys: other configuration keys as "section.key", with their values.
 
     Returns:
         The aligned backbone in evaluation mode, soft-cap included.

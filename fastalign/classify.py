@@ -15,18 +15,18 @@ from fastalign.training.command import run_command
 
 
 def run(arguments: list[str]) -> None:
-    """Classifies; rank 0 writes the results and prints the tables."""
+    """Classify; rank 0 writes the results and prints the tables."""
     given = evaluation_parser(
         "classify",
         "Image classification with a backbone: a head on its frozen features, or fine-tuning. "
         "Defaults that depend on head and mode are in docs/classify.md.",
         ImageOptions,
-        data="folder with train/ and val/, and perhaps test/",
+        data="folder with train/, val/ and optionally test/",
         output="RUN or runs/classify-NAME, a folder",
     ).parse_args(arguments)
     options = from_flags(ImageOptions, given)
-    settings = {"settings": options.resolved().facts()}  # refused before anything is loaded
-    # Ranks without a seed of their own wait while others train.
+    settings = {"settings": options.resolved().facts()}  # bad options fail before anything is loaded
+    # Ranks without a seed wait while others train.
     world = distributed.start(timeout=timedelta(days=30))
     vits, run_folder = open_backbones(given)
     folder = Path(given.output or run_folder or Path("runs") / f"classify-{given.backbone}")
@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> None:
         if world.main:
             console = Console()
             console.print(image_table(results, name))
-            console.print(f"chosen: {results['selection']}", highlight=False)
+            console.print(f"selection: {results['selection']}", highlight=False)
             console.print(f"written: {output / RESULTS}", highlight=False, soft_wrap=True)
 
 

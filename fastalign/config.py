@@ -1,7 +1,7 @@
 """The configuration of a run: one typed tree, read from YAML and `key=value` overrides.
 
-Every key is here, with its documentation and its kind (`utils/sections.py`): what a resumed run does about a new
-value. A recipe may name another file as its `base`, relative to itself; its own keys win.
+Every key is here, with its documentation and its kind (`utils/sections.py`): whether it may change when a run
+resumes. A recipe may name another file as its `base`, relative to itself; the recipe's own keys take precedence.
 """
 
 from functools import partial
@@ -43,7 +43,7 @@ class Teacher(Section):
     kwargs: dict[str, Any] = Field({})
     """timm's arguments"""
     skip_blocks: int = Field(1, ge=0)
-    """last blocks removed before the final norm is read"""
+    """number of last blocks removed before the final norm"""
     prefix_only: bool = False
     """the target is the pooled output, one vector; needs skip_blocks: 0"""
 
@@ -86,7 +86,7 @@ class Loss(Section):
     name: Literal["mse", "cosine", "l1", "masked_mse", "unmasked_mse"] = "mse"
     """the reconstruction loss"""
     target_scale: float | Annotated[str, Field(pattern=r"^auto(:0*[1-9]\d*)?$")] = "auto"
-    """factor of the targets; auto = unit variance for mse, else 1; auto:BATCHES = measured on so many per rank"""
+    """factor of the targets; auto = unit variance for mse, else 1; auto:BATCHES = measured on that many per rank"""
 
 
 class Data(Section):
@@ -97,15 +97,15 @@ class Data(Section):
     crop: Literal["rkrc", "rrc"] = "rkrc"
     """resize-keep-ratio with centre crop, or random resized crop"""
     scale: tuple[float, float] = (0.08, 1.0)
-    """area of the zoom"""
+    """range of the area kept, as a share of the image's"""
     ratio: tuple[float, float] = (0.75, 4 / 3)
-    """aspect change"""
+    """range of the change of aspect ratio"""
     hflip: float = Field(0.5, ge=0, le=1)
     """probability of a horizontal flip"""
     color_jitter: float = Field(0.0, ge=0)
     """strength of brightness, contrast and saturation jitter"""
     randaugment: str = ""
-    """timm's spelling: rand-m9-mstd0.5-inc1; empty = none"""
+    """timm's syntax: rand-m9-mstd0.5-inc1; empty = none"""
     mixup: float = Field(0.0, ge=0)
     """alpha; 0 = off"""
     cutmix: float = Field(0.0, ge=0)
@@ -124,19 +124,19 @@ class Optim(Section):
     accumulate: Annotated[int, Kind.FREE] = Field(1, gt=0)
     """forward and backward passes per update"""
     micro_batch: Annotated[Annotated[int, Field(gt=0)] | Literal["auto"] | None, Kind.FREE] = None
-    """images per rank and pass, instead of optim.accumulate; auto = as many as fit into the GPU's memory"""
+    """images per rank and pass, instead of optim.accumulate; auto = as many as fit in the GPU's memory"""
     epochs: int = Field(5, gt=0)
     """passes over the data; length of the schedule"""
     lr: float = Field(3e-4, gt=0)
     """peak learning rate"""
     min_lr: float | None = Field(None, ge=0)
-    """at the end, and where the warm-up starts; null = lr / 10"""
+    """rate at the end, and at the start of the warm-up; null = lr / 10"""
     warmup_epochs: float = Field(0.0, ge=0)
-    """linear warm-up"""
+    """epochs of linear warm-up"""
     weight_decay: float = Field(0.01, ge=0)
     """decoupled, on all parameters"""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    """of the moments"""
+    """decay of the moments"""
     clip: float | None = Field(1.0, gt=0)
     """largest norm of the gradient; null = no clipping"""
     ema: float | None = Field(None, gt=0, lt=1)
@@ -146,9 +146,9 @@ class Optim(Section):
 class Checkpoint(Section):
     kind: ClassVar[Kind] = Kind.FREE
     every_steps: int | None = Field(None, gt=0)
-    """in addition to the end of each epoch; null = 15 minutes after the last one"""
+    """in addition to the end of each epoch; null = 15 minutes after the last save"""
     keep: int = Field(2, gt=0)
-    """newest ones kept, in addition to the best"""
+    """number of newest checkpoints kept, in addition to the best"""
 
 
 class Probe(Section):
@@ -157,7 +157,7 @@ class Probe(Section):
     every_steps: int | None = Field(None, gt=0)
     """null = each epoch; always before the first step and after the last"""
     best: bool = False
-    """best.pt and the backbone are chosen by the best probe (mAP), not by the lowest validation loss"""
+    """select best.pt and the backbone by the best probe (mAP), not by the lowest validation loss"""
 
 
 class Faults(Section):
@@ -171,7 +171,7 @@ class Faults(Section):
     nonfinite: Literal["skip", "stop"] = "skip"
     """what to do when the loss or the gradient is not finite: skip the update, or stop"""
     timeout: float = Field(600.0, gt=0)
-    """seconds that a step may take before its rank counts as hung"""
+    """seconds without progress after which a rank counts as hung"""
 
 
 class Export(Section):
@@ -183,7 +183,7 @@ class Export(Section):
 class Log(Section):
     kind: ClassVar[Kind] = Kind.FREE
     every_steps: int = Field(20, gt=0)
-    """steps between fetching metrics from the device"""
+    """steps between two fetches of metrics from the device"""
     to: list[Annotated[str, Field(pattern="^(tensorboard|wandb:.+)$")]] = Field([])
     """in addition to metrics.jsonl: tensorboard (events in the run folder), wandb:PROJECT (Weights & Biases)"""
 
@@ -206,9 +206,9 @@ class Config(Section):
     output: Annotated[UserPath, Kind.FREE] = "runs/default"
     """the run folder; running again on the same folder resumes"""
     resume: Annotated[Literal["auto", "force"], Kind.FREE] = "auto"
-    """force: resume from a checkpoint of other settings; changes.jsonl in the run folder records them"""
+    """force: resume from a checkpoint with other settings; changes.jsonl in the run folder records them"""
     seed: int = Field(0, ge=0, lt=2**63)
-    """of weights, data order, augmentation and masks"""
+    """of random weights, data order, augmentation and masks"""
     max_steps: Annotated[int | None, Kind.GROWS] = Field(None, gt=0)
     """stop after this many updates; the schedule stays that of optim.epochs"""
     objective: Literal["maskembed", "mim"] = "maskembed"
@@ -228,7 +228,7 @@ class Config(Section):
     efficiency: Efficiency = Efficiency()
 
     @model_validator(mode="after")
-    def _possible(self) -> "Config":
+    def _check_combinations(self) -> "Config":
         student, teacher, optim, masks = self.student, self.teacher, self.optim, self.masks
         for name, kwargs in (("student", student.kwargs), ("teacher", teacher.kwargs)):
             for key in kwargs:
@@ -236,7 +236,7 @@ class Config(Section):
                     raise ValueError(f"{name}.kwargs.{key}: write {name}.name and {name}.weights instead")
                 if not key.isidentifier():
                     raise ValueError(
-                        f"{name}.kwargs: {key!r} is no argument; write {{depth: 6}}, with a space"
+                        f"{name}.kwargs: {key!r} is not a name; write {{depth: 6}}, with a space"
                     )
         plain = f"{student.name[1:]} and student.softcap={AUTHORS_SOFTCAP:g}"
         prefix, freeze, mim = teacher.prefix_only, student.freeze, self.objective == "mim"
@@ -251,8 +251,8 @@ class Config(Section):
             "objective=mim is incompatible with teacher.prefix_only: remove one": mim and prefix,
             "objective=mim is incompatible with student.freeze: remove one": mim and freeze,
             "probe.best needs a probe: set probe.data": self.probe.best and self.probe.data is None,
-            "probe.data has no use with student.freeze: remove one": freeze and self.probe.data,
-            "export.to has no use with student.freeze: remove one": freeze and self.export.to,
+            "probe.data is incompatible with student.freeze: remove one": freeze and self.probe.data,
+            "export.to is incompatible with student.freeze: remove one": freeze and self.export.to,
         }
         for text, is_broken in broken.items():
             if is_broken:
@@ -261,9 +261,9 @@ class Config(Section):
 
 
 def load_config(recipe: str | Path | None, overrides: list[str] | None = None) -> Config:
-    """A published recipe by its name (`recipes`), a file, or None = the defaults, with overrides applied.
+    """Load a published recipe by its name (`recipes`), a file, or the defaults (None), with overrides applied.
 
-    Overrides are "section.key=value" each, with a value in YAML. UserError: an unknown recipe or key, a wrong value.
+    Overrides are "section.key=value", with values in YAML. UserError: an unknown recipe or key, a wrong value.
     """
     if recipe is None:
         return resolve({}, overrides or [], "command line")
@@ -276,12 +276,12 @@ def load_config(recipe: str | Path | None, overrides: list[str] | None = None) -
 
 
 def recipes() -> dict[str, Path]:
-    """The files of the published recipes by name, in alphabetical order; those of a `base` are none."""
+    """The files of the published recipes by name, in alphabetical order, without the base files."""
     files = Path(__file__).with_name("configs").rglob("*.yaml")
     return {path.stem: path for path in sorted(files) if path.parent.name != "base"}
 
 
-resolve = partial(sections.resolve, Config)  # the configuration of a tree with overrides
+resolve = partial(sections.resolve, Config)  # from a tree of plain values and overrides to the configuration
 
 
 def kinds() -> dict[str, Kind]:

@@ -1,6 +1,6 @@
-"""What is installed, what will be used, and what would be faster: ``fastalign doctor``.
+"""List installed packages and kernels, and what would be faster: ``fastalign doctor``.
 
-Ends with a smoke test, a training step on every kind of device; the exit code is 1 if one fails.
+It ends with a smoke test, a training step on each type of device; the exit code is 1 if one fails.
 """
 
 import argparse
@@ -30,7 +30,7 @@ PARTS = {
     "decoder, mode drop": {"capped": False, "packed": True, "gradient": True},
     "teacher, mode drop": {"capped": False, "packed": True, "gradient": False},
 }
-"""Whose attention is reported."""
+"""The parts of a step whose attention is reported."""
 
 PACKAGES = {
     "torch": "tested with 2.11.0 and 2.14.1",
@@ -74,7 +74,7 @@ def packages() -> list[str]:
 
 
 def operations() -> list[str]:
-    """What runs each operation on a GPU and on a CPU, and why."""
+    """The implementation of each operation on a GPU and on a CPU, with the reason."""
     kernels = "Triton" if version("triton") else "eager PyTorch, slower: triton is not installed"
     kernels = "eager PyTorch: FASTALIGN_KERNELS=0" if ops.MODE == "0" else kernels
     masks = "extension" if extension.available(torch.device("cpu")) else "PyTorch"
@@ -86,7 +86,7 @@ def operations() -> list[str]:
 
 
 def attention() -> list[str]:
-    """What runs the attention of each part of a step, and why."""
+    """The implementation of attention in each part of a step, with the reason."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, lines = compute_dtype("auto", torch.device(device)), []
     for part, kind in PARTS.items():
@@ -98,7 +98,7 @@ def attention() -> list[str]:
 
 
 def smoke(device: str) -> str:
-    """A step of a tiny soft-capped model in both modes. Raises what goes wrong."""
+    """Run a step of a tiny soft-capped model in both modes; returns the line to print."""
     vit = create_backbone("vit_tiny_patch16_224", img_size=64, depth=2)
     student = MaskEmbedStudent.from_backbone(vit)
     dtype = compute_dtype("auto", torch.device(device))
@@ -131,7 +131,7 @@ def report() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Ends with code 1 if a smoke test fails."""
-    about = "What is installed, what will be used, and what would be faster."
+    about = "List installed packages and kernels, and run one training step."
     argparse.ArgumentParser(prog="fastalign doctor", description=about).parse_args(arguments)
     return run_command(report)
 

@@ -20,7 +20,7 @@ from fastalign.evaluation.options import (
     open_backbones,
 )
 from fastalign.evaluation.patches import probe
-from fastalign.evaluation.results import check_output, patch_table, summarise, write_results
+from fastalign.evaluation.results import check_output, patch_table, summarize, write_results
 from fastalign.training import distributed
 from fastalign.training.command import run_command
 from fastalign.utils.errors import UserError
@@ -28,10 +28,10 @@ from fastalign.utils.files import path_argument
 
 
 def run(arguments: list[str]) -> None:
-    """Probes; rank 0 writes the results and prints the table."""
+    """Probe; rank 0 writes the results and prints the table."""
     parser = evaluation_parser(
         "probe",
-        "What a small head predicts from a frozen backbone's tokens.",
+        "Measure how well a small head predicts the classes in each patch from a frozen backbone's tokens.",
         Plan,
         Recipe,
         PatchReading,
@@ -39,10 +39,10 @@ def run(arguments: list[str]) -> None:
         output="RUN/probe.json or runs/probe-NAME.json",
     )
     add = parser.add_argument
-    add("--cache", type=path_argument, help="folder for features meanwhile; default that of the output")
-    add("--skip-blocks", nargs="+", type=int, default=[0], metavar="X", help="last blocks left out")
+    add("--cache", type=path_argument, help="folder for temporary feature files; default that of the output")
+    add("--skip-blocks", nargs="+", type=int, default=[0], metavar="X", help="last blocks to leave out")
     given = parser.parse_args(arguments)
-    # Ranks without a head of their own wait while others train.
+    # Ranks without a head wait while others train.
     world = distributed.start(timeout=timedelta(days=30))
     plan = from_flags(Plan, given, recipe=from_flags(Recipe, given))
     reading = from_flags(PatchReading, given)
@@ -68,7 +68,7 @@ def run(arguments: list[str]) -> None:
     how["dtype"] = compute_dtype(reading.precision, world.device)
     rows = probe(vits, splits, [plan], world, say=lambda text: print(text, flush=True), **how)
     if world.main:
-        command, summary = shlex.join(["fastalign", "probe", *arguments]), summarise(rows)
+        command, summary = shlex.join(["fastalign", "probe", *arguments]), summarize(rows)
         versions = {"fastalign": __version__, "torch": torch.__version__}
         facts = {"command": command, **facts, "versions": versions, "results": rows, "summary": summary}
         write_results(output, facts)

@@ -12,7 +12,7 @@ from fastalign.training.command import run_command
 
 def print_recipes(*, ablations: bool) -> None:
     """Print a line per recipe; its resolution is its own, else that of timm's published weights."""
-    line = "{:<27} {:>6} {:>6} {:>7}  {}".format  # in 80 columns, but for a few long names at the end
+    line = "{:<27} {:>6} {:>6} {:>7}  {}".format  # 80 columns, except for a few long names at the end
     print(line("recipe", "pixels", "epochs", "GFLOP", "backbone"))
     for name, path in recipes().items():
         if path.parent.name == "ablations" and not ablations:
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code."""
     about = "List the recipes, with GFLOP per image. Train one with: fastalign train NAME data.train=PATH"
     parser = argparse.ArgumentParser(prog="fastalign recipes", description=about)
-    parser.add_argument("--all", action="store_true", help="the ablations of the paper too")
+    parser.add_argument("--all", action="store_true", help="include the ablations")
     options = parser.parse_args(arguments)
     return run_command(lambda: print_recipes(ablations=options.all))
 

@@ -1,7 +1,7 @@
-"""Checks every image of a data set: ``fastalign scan DATA [--output quarantine.jsonl]``.
+"""Check every image of a data set: ``fastalign scan DATA [--output quarantine.jsonl]``.
 
-An image is good if training could use it: the header check and DALI's decoder on the CPU decide. The list that it
-writes is what `faults.quarantine` reads. The exit code is 0 whether or not images are bad, and 2 for bad input.
+An image is good if training could use it: the header check and DALI's decoder on the CPU decide. `faults.quarantine`
+reads the list that this command writes. The exit code is 0 whether or not images are bad, and 2 for bad input.
 """
 
 import argparse
@@ -29,7 +29,7 @@ _CHUNK = 64  # images per task
 def scan(source: Source, workers: int) -> list[BadSample]:
     """The bad images in source order."""
     reader, local = SampleReader(source, BadSamples(), replace=False), threading.local()
-    pixel = Transform((1, 1), mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1e-3)  # decodes all, resizes little
+    pixel = Transform((1, 1), mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1e-3)  # resizes as little as possible
     bad: list[BadSample] = []
 
     def check(first: int) -> list[BadSample]:
@@ -51,10 +51,10 @@ def _run(options: argparse.Namespace) -> None:
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: it must be at least 1")
     output = Path(options.output) if options.output else None
-    source = open_source(options.data, damaged=True)
+    source = open_source(options.data, allow_damaged=True)
     if isinstance(source, SyntheticSource):
-        raise UserError(f"{options.data} is made on the device: there is no file to check")
-    if output:  # before hours of checking, not after
+        raise UserError(f"{options.data} has no files to check: give a folder of images or tar shards")
+    if output:  # fail before hours of checking, not after
         with wrap_io_errors(output):
             output.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=output.parent).close()
@@ -84,8 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add, cores = parser.add_argument, len(os.sched_getaffinity(0))
     add("data", type=path_argument, help="a folder of images, tar shards or a pattern of them, as data.train")
-    add("--output", type=path_argument, metavar="FILE", help="write the bad ones here, for faults.quarantine")
-    add("--workers", type=int, default=cores, metavar="N", help="threads (one per core)")
+    add("--output", type=path_argument, metavar="FILE", help="write the list for faults.quarantine")
+    add("--workers", type=int, default=cores, metavar="N", help="number of threads (default: one per core)")
     return run_command(lambda: _run(parser.parse_args(arguments)))
 
 

@@ -53,15 +53,15 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
             waited += batch.wait
             ids.append(batch.ids)
             bad += (sample for sample in batch.bad if sample.id not in state.bad)
-            summed = part == optim.accumulate - 1 or run.world.size == 1  # over ranks, in the last pass only
-            with contextlib.nullcontext() if summed else run.model.no_sync():
+            sync = part == optim.accumulate - 1 or run.world.size == 1  # gradients, in the last pass only
+            with contextlib.nullcontext() if sync else run.model.no_sync():
                 with run.autocast():
                     loss = run.model(batch.images, batch.ids, epoch) / optim.accumulate
                 loss.backward()
             total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(run.trained, optim.clip or math.inf)
     loss, skip = run.status.exchange(total, norm, run.own_status(torch.cat(ids).numpy(), bad))
-    run.optimizer.found_inf = skip.float()  # read on the device: a skipped update leaves weights and moments
+    run.optimizer.found_inf = skip.float()  # on the device: a skipped update keeps weights and moments
     run.optimizer.step()
     run.optimizer.zero_grad()
     if run.average:
@@ -71,7 +71,7 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
 
 
 def train(config: Config, world: distributed.World) -> None:
-    """Train to the end of the run, from wherever its folder stands; Preempted if a signal stops it before."""
+    """Train from the newest checkpoint, if any, to the end of the run. Raises Preempted after a signal."""
     with Preemption() as preemption:
         if world.main:
             (Path(config.output) / MARKER).unlink(missing_ok=True)
@@ -93,7 +93,7 @@ def train(config: Config, world: distributed.World) -> None:
 
 
 def run_training(run: Run, splits: Splits, *, notes: list[str], new_scale: bool) -> None:
-    """Evaluate, train, save, and report from the first line on the terminal to the last."""
+    """Evaluate, train, save and report."""
     config, world, state = run.config, run.world, run.state
     flops, images = flops_per_image(run.objective), config.optim.batch_size
     speed = Speed(images=images, ranks=world.size, flops=flops, device=world.device)
@@ -114,7 +114,7 @@ def run_training(run: Run, splits: Splits, *, notes: list[str], new_scale: bool)
                 export_backbone(run, reporter)
     finally:
         with contextlib.suppress(UserError):
-            run.checkpoints.wait()  # a checkpoint that is being written is completed
+            run.checkpoints.wait()  # complete a checkpoint that is being written
         reporter.close()
         for loader in (run.train, run.val):
             if loader is not None:
@@ -122,7 +122,7 @@ def run_training(run: Run, splits: Splits, *, notes: list[str], new_scale: bool)
 
 
 def export_backbone(run: Run, reporter: Reporter) -> None:
-    """Export the aligned backbone as `export.to` asks, on rank 0, unless an earlier start of the run has done so."""
+    """Export the aligned backbone to the targets of `export.to`, on rank 0, unless an earlier start has done so."""
     from fastalign.export import export
     from fastalign.export.write import is_exported
 
@@ -147,11 +147,11 @@ def train_loop(run: Run, splits: Splits, reporter: Reporter) -> None:
 
 
 def train_epoch(run: Run, splits: Splits, reporter: Reporter) -> None:
-    """From the run's step to the end of its epoch: update, log, probe, save."""
+    """Train from the run's step to the end of its epoch: update, log, probe, save."""
     config, state = run.config, run.state
     epoch, position = divmod(state.step, run.epoch_steps)
     end = min(run.last_step, (epoch + 1) * run.epoch_steps)
-    if run.should_probe and state.current_probe is None:  # a signal came before it
+    if run.should_probe and state.current_probe is None:  # a signal stopped the run before this probe
         probe(run, splits, reporter, epoch)
         if new_best(run) is not None:
             save(run)
@@ -166,7 +166,7 @@ def train_epoch(run: Run, splits: Splits, reporter: Reporter) -> None:
             saving = itstime(state.step, config.checkpoint.every_steps) and not at_end
             probing = run.should_probe and not at_end
             run.beat(WAITING)
-            # Before saving: what a checkpoint includes is reported and on record.
+            # Before saving, so that a checkpoint's bad samples and skipped updates are already recorded.
             stop, overdue = handle_status(run, reporter, everything=saving or probing or at_end)
             saving = saving or (overdue and not at_end)
             if saving or probing or stop or at_end or itstime(state.step, config.log.every_steps):
@@ -186,7 +186,7 @@ def train_epoch(run: Run, splits: Splits, reporter: Reporter) -> None:
 
 
 def validate_and_probe(run: Run, splits: Splits, reporter: Reporter, epoch: int) -> None:
-    """What the configuration asks for before the first update and after each epoch."""
+    """Validate and probe as configured, before the first update and after each epoch."""
     if run.val is not None:
         validate(run, reporter, epoch)
     if run.should_probe:
@@ -217,11 +217,11 @@ def main(arguments: list[str] | None = None) -> int:
     about, raw = "Align a backbone with MaskEmbed.", argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("fastalign train", description=about, epilog=HELP, formatter_class=raw)
     add = parser.add_argument
-    add("given", nargs="*", metavar="RECIPE section.key=value", help="a name or file, and keys to change")
-    add("--print-config", action="store_true", help="print every key, its value and what it does, and stop")
-    add("--dry-run", action="store_true", help="a few updates on synthetic images: memory, speed, duration")
+    add("given", nargs="*", metavar="RECIPE section.key=value", help="recipe (name or file), keys to change")
+    add("--print-config", action="store_true", help="print every key, its value and what it does, and exit")
+    add("--dry-run", action="store_true", help="update on synthetic images; print memory, speed and duration")
     options = parser.parse_intermixed_args(arguments)
-    if not options.given:
+    if not (options.given or options.print_config):
         parser.error("give a recipe (`fastalign recipes` lists them) or keys")
     return run_command(lambda: _run(options))
 

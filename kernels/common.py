@@ -1,7 +1,7 @@
-"""What every kernel file needs: registration, casts that round alike everywhere, exp2 and tanh.
+"""Common to all kernel files: registration, casts that round the same way everywhere, exp2 and tanh.
 
 Names inside kernels: `i_` an index, `o_` offsets, `m_` a mask, `p_` a pointer, `b_` a block of values; compile-time
-constants in capitals. Program numbers are widened to int64 before they are multiplied.
+constants in capitals. Program ids are widened to int64 before they are multiplied.
 """
 
 import os
@@ -16,14 +16,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 LIBRARY = torch.library.Library("fastalign", "FRAGMENT")
-# torch.compile sets this variable to the CUDA toolkit's assembler in the middle of a process. `benchmarks.aot` checks
-# the code of Triton's own assembler, so every kernel must use that one.
+# torch.compile sets this variable to the CUDA toolkit's assembler while a process runs. `benchmarks.aot` checks the
+# code of Triton's own assembler, so every kernel must use that one.
 _PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 if _PTXAS.exists():
     os.environ.setdefault("TRITON_PTXAS_PATH", str(_PTXAS))
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-"""Kernels run in Triton's interpreter on the CPU, for tests without a GPU."""
+"""Whether kernels run in Triton's interpreter on the CPU, for tests without a GPU."""
 
 if INTERPRETED:
     # Triton 3.6's interpreter reads a loop bound with int(array of one element), which numpy 2.4 refuses.
@@ -39,12 +39,12 @@ if INTERPRETED:
 
 
 def register(name: str, mutates: tuple[str, ...] = ()) -> Callable:
-    """Decorator: a function that allocates outputs, launches kernels and returns the outputs is ``fastalign::NAME``.
+    """Decorator: register a function that allocates outputs and launches kernels as the operator ``fastalign::NAME``.
 
     The operator is private and has no gradient: each operation's `autograd.Function` calls forward and backward
-    operators, which costs about half of the host time of `torch.library.custom_op`. The function's annotations are
+    operators, which takes about half the host time of `torch.library.custom_op`. The function's annotations define
     the schema. With fake tensors, as under torch.compile, it must return after the allocation (`is_fake`).
-    `mutates` names the arguments that it changes.
+    `mutates` names the arguments that are changed in place.
     """
 
     def decorate(function: Callable):
@@ -92,7 +92,7 @@ def architecture() -> int:
     return 90 if INTERPRETED else _architecture(triton.runtime.driver.active.get_current_device())
 
 
-@lru_cache  # it is asked for at each launch
+@lru_cache  # called at each launch
 def _architecture(device: int) -> int:
     return triton.runtime.driver.active.get_current_target().arch
 
@@ -100,7 +100,7 @@ def _architecture(device: int) -> int:
 def row_tiles(rows: int, width: int, height: int = 4) -> tuple[int, dict[str, int]]:
     """How many tiles cover [rows, width], and the tile of kernels that move rows.
 
-    It has `height` rows of up to 256 channels, with four rows sixteen bytes of bf16 a thread.
+    A tile has `height` rows of up to 256 channels: with four rows, sixteen bytes of bf16 per thread.
     """
     channels = min(256, triton.next_power_of_2(width))
     count = triton.cdiv(rows, height) * triton.cdiv(width, channels)
@@ -110,7 +110,7 @@ def row_tiles(rows: int, width: int, height: int = 4) -> tuple[int, dict[str, in
 def image_chunks(images: int, tiles: int) -> tuple[int, int]:
     """Images per chunk and number of chunks for sums over images in two stages.
 
-    Enough programs to fill a GPU, and the same number on every GPU, so that the order of addition is fixed.
+    There are enough programs to fill a GPU, and as many on every GPU, so that the order of summation is fixed.
     """
     per_chunk = triton.cdiv(images, max(1, min(images, triton.cdiv(2048, max(tiles, 1)))))
     return per_chunk, triton.cdiv(images, max(per_chunk, 1))
@@ -156,7 +156,7 @@ def tanh(x, APPROXIMATE: tl.constexpr):
         return tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-    # The quotient loses relative precision below one; there the series at x / 4, doubled twice, has fp32's.
+    # Below one the quotient loses relative precision; the series at x / 4, doubled twice, keeps that of fp32.
     quotient = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
     quarter = 0.25 * tl.minimum(tl.abs(x), 1.0)
     y = quarter * quarter

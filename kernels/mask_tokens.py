@@ -125,7 +125,7 @@ def backward_op(
     gradient: Tensor, visible: Tensor, dtype: torch.dtype, whole: bool, patches: bool, rows: bool,
     hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients asked for: patches, or all tokens (`whole`); prefix and position as rows [T, D]; hidden."""
+    """The requested gradients: patches, or all tokens (`whole`); prefix and position as rows [T, D]; hidden."""
     (images, copies, tokens, width), count = gradient.shape, visible.shape[2]
     shape = (images, tokens if whole else count, width) if patches else (0,)
     out = (
@@ -139,7 +139,7 @@ def backward_op(
     per_chunk, chunks = common.image_chunks(images, tiles)
     shapes = [(chunks, tokens, width) if wanted else (0,) for wanted in (rows, hidden)]
     sums = [gradient.new_empty(shape, dtype=torch.float32) for shape in shapes]
-    if images * tokens * width:  # also without a copy, where the sums are zero
+    if images * tokens * width:  # even with no copies, so that the sums are zero
         _backward_kernel[(tiles, chunks)](
             gradient.contiguous(), visible.contiguous(), out[0], *sums,
             images, count, tokens - count, per_chunk, copies,

@@ -108,7 +108,7 @@ def forward_op(
 def backward_op(
     gradient: Tensor, slots: Tensor, count: int, dtype: torch.dtype, patches: bool, rows: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients asked for: patches; prefix and position as rows [T, D]."""
+    """The requested gradients: patches; prefix and position as rows [T, D]."""
     (images, copies, tokens), width = slots.shape, gradient.shape[-1]
     out = (
         gradient.new_empty((images, count, width) if patches else (0,), dtype=dtype),

@@ -2,7 +2,7 @@
 
     loss = sum over rows r of w[r] * distance(prediction[r], scale * target[r]) / count
 
-A row is a token of width D; w is 1 for the tokens that count, and other rows are not read. Rows are [B, M, T] (B
+A row is a token of width D; w is 1 for tokens that count, else 0, and such rows are not read. Rows are [B, M, T] (B
 images, M masks, T tokens) or L packed rows. Bytes moved at s bytes per element: ``3 s BMTD``, prediction, target
 and gradient once each, five without this kernel. Accumulates in fp32, partial sums in float64, in a fixed order.
 """
@@ -39,7 +39,7 @@ def _rows(
             m_patch = m_row & (o_t >= P)
             b_visible = tl.load(p_visible + i_copy * N + o_t - P, mask=m_patch, other=0) != 0
             m_count = m_row & tl.where(m_patch, b_visible == (LOSS == "unmasked_mse"), PREFIX_COUNTS)
-        per_row = 1.0 / (R * 1.0)  # a single row is a constant to Triton, without .to()
+        per_row = 1.0 / (R * 1.0)  # not R.to(): Triton passes R = 1 as a constant, which has none
     return o_target, m_count, per_row
 
 
@@ -62,7 +62,7 @@ def _distance(b_difference, per_element, LOSS: tl.constexpr):
     if LOSS == "l1":
         b_loss = tl.sum(tl.abs(b_difference), 1) * per_element
         b_sign = tl.where(b_difference > 0, 1.0, tl.where(b_difference < 0, -1.0, 0.0))
-        # Not a number must not become a zero.
+        # NaN must not become zero.
         b_gradient = tl.where(b_difference == b_difference, b_sign, b_difference) * per_element
     else:
         b_loss = tl.sum(b_difference * b_difference, 1) * per_element
@@ -110,7 +110,7 @@ def _forward_kernel(
 
 @triton.jit
 def _scale_kernel(p_gradient, p_factor, SIZE, BLOCK: tl.constexpr):
-    """A factor of one, the usual case, costs nothing but the launch."""
+    """Scale the gradient in place. A factor of one, the usual case, costs only the launch."""
     factor = tl.load(p_factor).to(tl.float32)
     if factor != 1.0:
         for i_x in range(tl.program_id(0).to(tl.int64) * BLOCK, SIZE, tl.num_programs(0) * BLOCK):
@@ -120,7 +120,7 @@ def _scale_kernel(p_gradient, p_factor, SIZE, BLOCK: tl.constexpr):
 
 
 def _tile(loss: str, width: int) -> dict[str, int]:
-    """The cosine needs a whole row at once; the others walk over it."""
+    """The tile: the cosine needs a whole row at once; the others loop over it."""
     whole = triton.next_power_of_2(width)
     if loss != "cosine":
         return {"BLOCK_R": 4, "BLOCK_D": min(256, whole), "num_warps": 4}

@@ -34,10 +34,10 @@ def _head_split(width: int) -> tuple[int, int]:
 
 
 def _tile(kernel: str, length: int, width: int, itemsize: int, arch: int) -> dict[str, int]:
-    """Rows of the program's own block and of the block it walks over, warps and stages.
+    """Rows of the program's own block (BLOCK) and of the blocks it loops over (WALK), warps and stages.
 
-    128 rows only if two blocks of 64 would not be fuller. The rest avoids register spills, which `benchmarks.aot`
-    checks (Triton 3.6 and 3.8): wide heads and dkdv walk in shorter steps; before sm_90 registers hold more.
+    128 rows only if they waste no more than blocks of 64. The rest avoids register spills, which `benchmarks.aot`
+    checks (Triton 3.6 and 3.8): wide heads and dkdv take shorter steps; before sm_90 registers hold more.
     """
     if itemsize > 2:
         widest = {"forward": 64 if arch < 100 else 128, "dq": 64, "dkdv": 32}[kernel]

@@ -157,8 +157,8 @@ def dkdv_kernel(
     b_dk1 = tl.zeros([BLOCK, D1 if D1 > 0 else 16], tl.float32)
     b_dv1 = tl.zeros([BLOCK, D1 if D1 > 0 else 16], tl.float32)
     p_rows += 2 * i_lse
-    # Where whole blocks have a loop of their own, the rest comes first: behind them it makes ptxas wait for each of
-    # the loop's matrix instructions, and so does any second loop where blocks are small and heads are wide.
+    # If whole blocks have their own loop, the rest precedes it: after it, the rest makes ptxas wait for each of the
+    # loop's matrix instructions, and so does any second loop where blocks are small and heads are wide.
     SPLIT: tl.constexpr = WALK > 32
     REST: tl.constexpr = 16 if SPLIT else WALK
     whole = length // WALK * WALK if SPLIT else 0

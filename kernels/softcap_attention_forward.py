@@ -1,6 +1,6 @@
 """The forward kernel of `softcap_attention`, and the parts it shares with the backward.
 
-Each program owns BLOCK rows of one head of one sequence, queries (forward, dq) or keys (dkdv), and walks over the
+Each program owns BLOCK rows of one head of one sequence, queries (forward, dq) or keys (dkdv), and loops over the
 other side in blocks of WALK rows without a mask, then in steps of 16. Channels are two tiles, D0 and D1 (0 = none).
 
 In 16 bits (FAST) `to_logit` includes log2(e), and the hardware's base-2 exponential is used. In fp32 logits stay in
@@ -17,7 +17,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def dot(a, b):
-    """Matrix product with fp32 accumulation, true fp32 for fp32; the interpreter knows no bf16."""
+    """Matrix product with fp32 accumulation, without TF32 for fp32; the interpreter does not support bf16."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
     return tl.dot(a, b, input_precision="ieee")

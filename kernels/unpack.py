@@ -1,4 +1,4 @@
-"""unpack: a packed row of tokens back in its places, zeros where a patch is hidden.
+"""unpack: packed tokens back in their places, zeros where a patch is hidden.
 
     out[b, m, t] = packed[slots[b, m, t]], or 0 where the slot is -1
 

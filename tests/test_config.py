@@ -121,7 +121,7 @@ def test_yaml_out_is_yaml_in(tmp_path):
         ("", "probe.best=true", ["probe.best", "set probe.data"]),
         ("student: {freeze: true}", "probe.data=a", ["student.freeze", "remove one"]),
         ("", "teacher.kwargs.weights=random", ["teacher.kwargs.weights: write teacher.name and teacher."]),
-        ("", "student.kwargs={depth:2}", ["student.kwargs: 'depth:2' is no argument", "{depth: 6}"]),
+        ("", "student.kwargs={depth:2}", ["student.kwargs: 'depth:2' is not a name", "{depth: 6}"]),
         ("", "student.name=svit_a.b", ["student.name=svit_a.b: write vit_a.b and student.softcap=30"]),
         ("", "efficiency.compile=x", ["efficiency.compile: ", "valid boolean", "or: ", "'blocks'"]),
         ("", "optim.betas=[0.9, 1]", ["optim.betas: ", "less than 1"]),

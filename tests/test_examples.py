@@ -36,7 +36,7 @@ def test_mae():
     vit = fa.create_backbone("vit_tiny_patch16_224", **TINY)
     mae = code["MAE"](vit, width=64, heads=2, depth=2)
     losses = list(code["train"](mae, images(60), lr=3e-3))
-    # One is what it costs to paint each patch in its mean colour: the decoder has learnt more than that.
+    # Predicting each patch's mean colour gives a loss of one: the decoder has learned more than that.
     assert losses[-1] < 0.99 < 1 < losses[0]
 
 
@@ -45,8 +45,8 @@ def test_maes_target_is_the_patches_own():
     mae = code["MAE"](fa.create_backbone("vit_tiny_patch16_224", **TINY), width=64, heads=2, depth=1)
     pictures = torch.randn(2, 3, 64, 64)
     visible = mae.masks(torch.arange(2), mae.vit.spec.grid)[:, 0]
-    mae.paint = torch.nn.Module()
-    mae.paint.forward = lambda x: torch.zeros(2, 17, 768)
+    mae.head = torch.nn.Module()
+    mae.head.forward = lambda x: torch.zeros(2, 17, 768)
     rows = []
     for picture, seen in zip(pictures, visible, strict=True):
         for patch in (~seen).nonzero().flatten().tolist():

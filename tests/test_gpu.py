@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ import torch
 import fastalign as fa
 from fastalign.backbones.precision import FP8_CAPABILITY, FP8Linear
 from fastalign.backbones.spec import BlockSpec, ViTSpec
+from fastalign.data.loader import Loader
+from fastalign.data.sources import open_source
+from fastalign.data.transforms import Transform
 from fastalign.evaluation.features import PatchFeatures
 from fastalign.evaluation.options import Plan, Recipe
 from fastalign.evaluation.patches import Task, evaluate_head, fit_head
@@ -155,6 +159,19 @@ def test_updates_leak_no_memory(tmp_path, masking):
         if step % 30 == 29:
             allocated.append(torch.cuda.memory_allocated())
     assert len(set(allocated[1:])) == 1, allocated
+
+
+def test_an_epoch_uses_the_loaders_memory_of_the_epoch_before():
+    """torch gives memory that was freed on one stream to no other."""
+    source, transform = open_source("synthetic:256"), Transform((224, 224), (0.5,) * 3, (0.5,) * 3)
+    torch.cuda.empty_cache()
+    reserved, options = [torch.cuda.memory_reserved()], {"batch_size": 32, "device": "cuda"}
+    for epoch in range(4):
+        with closing(Loader(source, transform, **options)) as loader:
+            for _ in loader.batches(epoch):
+                pass
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[4] - reserved[0] < 2 * (reserved[1] - reserved[0]), reserved
 
 
 @both_modes

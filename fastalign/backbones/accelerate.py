@@ -18,13 +18,13 @@ from fastalign.utils.errors import UserError
 
 
 class FastSelfAttention:
-    """What the replacements of timm's four kinds of self-attention share."""
+    """Common to the replacements of timm's four self-attention classes."""
 
     softcap: float | None = None
     backend = "auto"
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """As timm's, whose own code runs with dropout of attention weights: we have no implementation of it."""
+        """Arguments are timm's. timm's code runs with dropout of attention weights, which ours does not support."""
         if not self.training or self.attn_drop.p == 0:
             return self._fast(x, *args, **kwargs)
         if self.softcap is not None:
@@ -109,20 +109,20 @@ TIMM = {fast: theirs for theirs, fast in FAST.items()}
 def accelerate(
     model: nn.Module, *, softcap: float | None = None, backend: str = "auto", undo: bool = False
 ) -> nn.Module:
-    """Swap the attention of a timm ViT for ours, in place; call it again for another cap or implementation.
+    """Replace the attention of a timm ViT by ours, in place; call it again to change cap or implementation.
 
-    The state dict stays the same; without a cap outputs and gradients too, to rounding. Call it before
+    The state dict stays the same; without a cap, so do outputs and gradients up to rounding. Call it before
     torch.compile, DDP or FSDP.
 
     Args:
-        model: a timm VisionTransformer, Eva, Beit or anything else made of their attention modules.
+        model: a timm VisionTransformer, Eva, Beit or any other module with their attention.
         softcap: logits s become ``softcap * tanh(s / softcap)``; None = plain attention. Attention pooling stays
             plain. The cap is not in the state dict: set it again after loading one.
         backend: a name of `fastalign.ops.attention.BACKENDS`, used where it supports the case; "auto" = the fastest.
         undo: restore timm's modules.
 
     Returns:
-        The model itself; `accelerated` lists what was swapped. UserErrors leave it unchanged.
+        The model itself; `accelerated` lists what was replaced. A UserError leaves it unchanged.
     """
     check_softcap(softcap, "accelerate: ")
     try:
@@ -138,7 +138,7 @@ def accelerate(
 
 
 def accelerated(model: nn.Module) -> dict[str, str]:
-    """What `accelerate` swapped: the path of each module in the model, and timm's name of its class."""
+    """What `accelerate` replaced: the path of each module in the model -> the name of timm's class."""
     return {path: TIMM[type(part)].__name__ for path, part in model.named_modules() if type(part) in TIMM}
 
 

@@ -30,7 +30,7 @@ ACTIVATIONS = {
 
 
 class RMSNorm(nn.RMSNorm):
-    """In the dtype of its weight under autocast too, as LayerNorm on a GPU."""
+    """Computes in the dtype of its weight, also under autocast, as LayerNorm does on a GPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype))
@@ -78,16 +78,16 @@ class PatchEmbed(nn.Module):
 
 
 def rotate(x: Tensor, table: Tensor, half: bool = False) -> Tensor:
-    """Turn pairs of channels of queries or keys by their patch's angles: (a, b) -> (a cos - b sin, b cos + a sin).
+    """Rotate pairs of channels of queries or keys by their patch's angles: (a, b) -> (a cos - b sin, b cos + a sin).
 
     x [B, H, T, d], the table [1 or H, T, d], or packed, [L, H, d] and [L, 1 or H, d]: the sines of d / 2 angles, then
     their cosines. The pairs are channels i and i + d / 2 (`half`), else neighbours.
     """
     sine, cosine = table.chunk(2, -1)
     a, b = x.chunk(2, -1) if half else (x[..., ::2], x[..., 1::2])
-    turned = a * cosine - b * sine, b * cosine + a * sine
-    turned = torch.cat(turned, -1) if half else torch.stack(turned, -1).flatten(-2)
-    return turned.to(x.dtype)
+    rotated = a * cosine - b * sine, b * cosine + a * sine
+    rotated = torch.cat(rotated, -1) if half else torch.stack(rotated, -1).flatten(-2)
+    return rotated.to(x.dtype)
 
 
 def pack_table(table: Tensor, packing: Packing) -> Tensor:
@@ -141,7 +141,7 @@ class Attention(nn.Module):
         return hasattr(self, "relative_position_bias_table")
 
     def qkv_bias(self) -> Tensor:
-        """[3 D]: BEiT's biases as one of qkv; the keys have none."""
+        """[3 D]: BEiT's biases of q and v as one bias of qkv, zero for k."""
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

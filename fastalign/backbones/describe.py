@@ -1,7 +1,7 @@
-"""timm's models, built by name, and our `ViT` of them: shapes are read from modules, parameters shared, not copied.
+"""Build timm's models by name and convert them to our `ViT`, whose shape is read from their modules.
 
-Refused as not supported: a module of a type outside `_MODULES`, an option that has no module, or a state dict with
-other keys or shapes than ours.
+The `ViT` shares the model's parameters. Not supported: a module of a type outside `_MODULES`, certain options, or a
+state dict with other keys or shapes than ours.
 """
 
 import copy
@@ -57,7 +57,7 @@ _FAMILIES = ("vision_transformer", "deit", "beit", "eva", "naflexvit", "moco")
 
 
 def empty_model(name: str, kwargs: dict) -> nn.Module:
-    """The timm model without memory for its weights, checked: `ViT` can be made of it."""
+    """A timm model on the meta device; a UserError if it cannot be converted to a `ViT`."""
     if not timm.is_model(str(name).split(".")[0]):
         names = (name for family in _FAMILIES for name in timm.list_models(module=family))
         raise UserError(unknown("backbone", name, names))
@@ -67,17 +67,17 @@ def empty_model(name: str, kwargs: dict) -> nn.Module:
         spec = from_timm(model).spec
     except UserError as error:
         raise UserError(f"backbone {name}: {error}") from error
-    # timm ignores a remainder of the image. That is meant for native sizes (384 / 14), not for a size asked for.
+    # timm ignores the remainder of an image. Native sizes rely on that (384 / 14); for other sizes it is an error.
     native = tuple(model.pretrained_cfg.get("input_size", (3, 0, 0))[-2:])
     for side, patch in zip(spec.image_size, spec.patch_size, strict=True):
         if side % patch and spec.image_size != native:
             near = max(side // patch, 1) * patch
-            raise UserError(f"{name}: img_size {side} is no multiple of the patch size {patch}: use {near}")
+            raise UserError(f"{name}: img_size {side} must be a multiple of patch size {patch}: use {near}")
     return model
 
 
 def create_timm(name: str, kwargs: dict, pretrained: bool = False) -> nn.Module:
-    """timm's model; a UserError names what is wrong with its arguments or the network."""
+    """timm's model; a UserError for bad arguments or a failed download."""
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:
@@ -91,8 +91,8 @@ def create_timm(name: str, kwargs: dict, pretrained: bool = False) -> nn.Module:
 
 def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
     """Our backbone from a timm model, whose parameters it shares; `changes` are fields of `ViTSpec`."""
-    spec, flexible = replace(describe(source), **changes), isinstance(source, naflex.NaFlexVit)
-    if recipe and flexible and spec.position:
+    spec, is_naflex = replace(describe(source), **changes), isinstance(source, naflex.NaFlexVit)
+    if recipe and is_naflex and spec.position:
         table = {"pos_embed": "learned", "pos_embed_grid_size": list(spec.grid)}
         recipe = {**recipe, "kwargs": {**recipe["kwargs"], **table}}
     rate = max((getattr(part, "drop_prob", None) or 0.0) for part in source.modules())
@@ -108,7 +108,7 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
             vit.head_dist = nn.Linear(spec.block.width, classes) if spec.distilled else None
     vit.attn_pool = getattr(source, "attn_pool", None)
     theirs, ours = source.state_dict(), vit.state_dict()
-    if flexible:
+    if is_naflex:
         with torch.no_grad():
             theirs = {key: value.detach() for key, value in naflex.vit_state(source, spec.grid).items()}
     wrong = sorted(set(theirs) ^ set(ours))
@@ -138,10 +138,10 @@ def describe(source: nn.Module) -> ViTSpec:
         raise UserError("depth must be at least 1")
     if found := _unknown_parts(source):
         raise _unsupported(source, found)
-    flexible, rope = isinstance(source, naflex.NaFlexVit), getattr(source, "rope", None)
-    embed = source.embeds if flexible else source.patch_embed
-    tokens = embed if flexible else source
-    size = get_model_input_config(source)["input_size"][-2:] if flexible else embed.img_size
+    is_naflex, rope = isinstance(source, naflex.NaFlexVit), getattr(source, "rope", None)
+    embed = source.embeds if is_naflex else source.patch_embed
+    tokens = embed if is_naflex else source
+    size = get_model_input_config(source)["input_size"][-2:] if is_naflex else embed.img_size
     distilled = isinstance(source, deit.VisionTransformerDistilled)
     mapped = getattr(source, "attn_pool", None) is not None  # timm has several modules of attention pooling
     pool = "map" if mapped else "pair" if distilled else source.global_pool or "none"
@@ -154,13 +154,13 @@ def describe(source: nn.Module) -> ViTSpec:
         depth=len(source.blocks),
         image_size=layers.to_2tuple(size),
         patch_size=layers.to_2tuple(embed.patch_size),
-        channels=embed.in_chans if flexible else embed.proj.in_channels,
+        channels=embed.in_chans if is_naflex else embed.proj.in_channels,
         class_token=tokens.cls_token is not None,
         distilled=distilled,
         registers=0 if getattr(tokens, "reg_token", None) is None else tokens.reg_token.shape[1],
-        position=embed.pos_embed_type != "none" if flexible else source.pos_embed is not None,
+        position=embed.pos_embed_type != "none" if is_naflex else source.pos_embed is not None,
         position_fixed=isinstance(source, MoCoViT),
-        position_prefix=not flexible and not getattr(source, "no_embed_class", False),
+        position_prefix=not is_naflex and not getattr(source, "no_embed_class", False),
         relative_position=isinstance(source, beit.Beit),
         rotary=rope is not None,
         rotary_mixed=isinstance(rope, layers.RotaryEmbeddingMixed),
@@ -177,9 +177,9 @@ def describe(source: nn.Module) -> ViTSpec:
 
 
 def read_position(rope: nn.Module, spec: ViTSpec) -> Tensor:
-    """The table of timm's module for the grid, as `rotate` takes it; of its mixed rope the coordinates, [2, T].
+    """timm's rotary table for the grid, in the layout of `rotate`; for mixed rope, the coordinates [2, T].
 
-    Prefix tokens have the angle 0.
+    Prefix tokens have angle 0.
     """
     if spec.rotary_mixed:
         sides = [torch.arange(side, dtype=torch.float32, device=rope.freqs.device) for side in spec.grid]
@@ -226,7 +226,7 @@ def _describe_block(block: nn.Module, source: nn.Module) -> BlockSpec:
 
 
 def _unknown_parts(source: nn.Module) -> list[str]:
-    """What fastalign does not support, each once. Attention pooling stays timm's own module, with any parts."""
+    """The names of unsupported parts, each once. Attention pooling stays timm's own module, so any is allowed."""
     parts = {k: part for k, part in source.named_modules() if not f"{k}.".startswith("attn_pool.")}
     found = [type(part).__name__ for part in parts.values() if type(part) not in _MODULES]
     for path, part in parts.items():

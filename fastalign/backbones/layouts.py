@@ -1,6 +1,6 @@
 """Layouts of weights: tables of how libraries name the parameters of a vision transformer, used in both directions.
 
-`find` recognises the layout of a file, `to_timm` renames its weights to timm's keys, `from_timm` is for exports.
+`find` recognizes the layout of a file, `to_timm` renames its weights to timm's keys, `from_timm` is for exports.
 """
 
 import math
@@ -25,7 +25,7 @@ class Layout(NamedTuple):
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """The keys by which the layout is recognised; the patch embedding comes first."""
+        """The keys that identify the layout; the patch embedding comes first."""
         first = [key for key in ("norm1.", "attn.q.", "attn.qkv.") if key in self.block]
         patch = self.root.get("patch_embed.proj.", "patch_embed.proj.")
         return (f"{patch}weight", *(f"{self.blocks}.0.{self.block[key]}weight" for key in first))
@@ -112,7 +112,7 @@ LAYOUTS = (
     HF_VIT,
     HF_DINOV2,
     HF_DINOV3,
-    # transformers 5 has these names in memory; its files have those above.
+    # transformers 5 uses these names in memory, and those above in files.
     HF_DINOV3._replace(blocks="model.layer"),
     HF_VIT._replace(
         blocks="layers", block={"norm1.": _VIT["norm1."], "norm2.": _VIT["norm2."], **_IN_MEMORY}
@@ -156,7 +156,7 @@ def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         parts = [key.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
         if all(part in state for part in parts):
             state[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat([state.pop(part) for part in parts])
-    if any(".mlp.fc1_g." in key for key in state):  # where DINOv3's files have the name of a plain MLP's part
+    if any(".mlp.fc1_g." in key for key in state):  # DINOv3's files name fc1_x and a plain MLP's fc1 alike
         state = {key.replace(".mlp.fc1.", ".mlp.fc1_x."): value for key, value in state.items()}
     patch = state.get("patch_embed.proj.weight")  # a text tower has none
     if patch is not None and patch.ndim == 2:  # SigLIP 2 flattens its patches, channels last
@@ -166,7 +166,7 @@ def to_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         if (joint := state.pop(f"attn_pool.in_proj.{kind}", None)) is not None:
             width = len(joint) // 3
             state[f"attn_pool.q.{kind}"], state[f"attn_pool.kv.{kind}"] = joint[:width], joint[width:]
-    if "storage_tokens" in state:  # Meta's DINOv3, of which timm silently drops biases that the model lacks
+    if "storage_tokens" in state:  # Meta's DINOv3: timm would silently drop biases that the model lacks
         for key in [key for key in state if key.endswith(".attn.qkv.bias")]:
             state[key.replace("qkv.", "q_")], _, state[key.replace("qkv.", "v_")] = state.pop(key).chunk(3)
     return {_CHUNKED.sub(r"blocks.\1", key): value for key, value in state.items()}
@@ -186,7 +186,7 @@ def from_timm(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
 
 
 def _renamed(key: str, names: Layout, old: str, new: str) -> str:
-    """A key by the tables of `names`; `old` and `new` are the prefixes of a block's number."""
+    """A key renamed by the tables of `names`; `old` and `new` are the prefixes of a block's number."""
     block = re.fullmatch(rf"{re.escape(old)}\.(\d+)\.(.+)", key)
     table, rest = (names.block, block[2]) if block else (names.root, key)
     start = next((start for start in table if rest.startswith(start)), "")

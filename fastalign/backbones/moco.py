@@ -1,4 +1,4 @@
-"""MoCo-v3's ViT-B/16 (Chen et al., 2021), which timm lacks: one of timm's models once this module is imported."""
+"""MoCo-v3's ViT-B/16 (Chen et al., 2021), which timm lacks. Importing this module registers it with timm."""
 
 from functools import partial
 

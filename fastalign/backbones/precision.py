@@ -47,7 +47,7 @@ def store_as(module: nn.Module, dtype: torch.dtype) -> None:
 def quantize(module: nn.Module) -> None:
     """Replace the linear layers of the blocks within a frozen module by `FP8Linear`, in place.
 
-    Layers whose widths are not multiples of 16 stay: GPUs have no FP8 product for them.
+    Layers whose widths are not multiples of 16 stay as they are: GPUs have no FP8 product for them.
     """
     for part in list(module.modules()):
         if not isinstance(part, (Attention, MLP)):
@@ -62,7 +62,7 @@ def quantize(module: nn.Module) -> None:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[R, K] -> FP8 values [R, K], the largest of each row FP8's largest, and fp32 scales [R, 1]."""
+    """[R, K] -> FP8 values [R, K], each row scaled so that its largest is FP8's largest, and fp32 scales [R, 1]."""
     scale = x.abs().amax(1, keepdim=True).float().clamp_min(1e-12) / E4M3_MAX
     # The division may round up beyond the largest FP8 value, which the cast would turn into NaN.
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale

@@ -10,7 +10,7 @@ AUTHORS_SOFTCAP = 30.0
 
 
 def check_softcap(value: Any, where: str = "", key: str = "softcap") -> float | None:
-    """The value itself, a positive finite number or None; `where` precedes the message."""
+    """Return the value, a positive finite number or None, else raise a UserError that starts with `where`."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if value is not None and not (number and 0 < value < math.inf):
         raise UserError(f"{where}{key} must be a positive number or None, got {value!r}")
@@ -76,7 +76,7 @@ class ViTSpec:
     # token | pair (mean of class and distillation token) | avg | avgmax | max | map (attention pooling) | none
     pool: str = "token"
     pool_prefix: bool = False
-    fresh_norm_eps: float = 1e-6  # of a new norm of its norm class, as the student's and the decoder's
+    fresh_norm_eps: float = 1e-6  # epsilon of the new norms in student and decoder
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -85,19 +85,19 @@ class ViTSpec:
 
     @property
     def patches(self) -> int:
-        """N"""
+        """The number of patches, N."""
         return self.grid[0] * self.grid[1]
 
     @property
     def prefix(self) -> int:
-        """P"""
+        """The number of prefix tokens (class, distillation, registers), P."""
         return int(self.class_token) + int(self.distilled) + self.registers
 
 
 def split_svit(name: str, kwargs: dict) -> tuple[str, dict, float | None]:
-    """timm's name, arguments and the soft-cap (None = none) of a name and arguments that may be the authors'.
+    """Translate a name that may be the authors' into timm's name, its arguments and the soft-cap (None = none).
 
-    `svit_X` is `vit_X` with a cap, the argument `max_attn_val`, 30 by default.
+    `svit_X` is `vit_X` with a cap, which the argument `max_attn_val` sets (default 30).
     """
     if not str(name).startswith("svit_"):
         return name, kwargs, None

@@ -26,7 +26,7 @@ class ViT(nn.Module):
         spec: its shape.
         drop_path: the rate of stochastic depth in the last block; it falls linearly to 0 in the first.
         data: how images become its input: "mean", "std", "interpolation", "crop_pct".
-        recipe: the "name" and "kwargs" for `fastalign.create_backbone`, where known.
+        recipe: the "name" and "kwargs" for `fastalign.create_backbone`, if known.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ViT(nn.Module):
         self.register_buffer("position", None, persistent=False)
 
     def freeze(self, frozen: bool = True) -> "ViT":
-        """Fix the weights and stay in evaluation mode, also within a module in training; False: train them again."""
+        """Freeze the weights and stay in evaluation mode, even inside a module in training mode; False: unfreeze."""
         self.frozen = frozen
         self.requires_grad_(not frozen)
         if self.spec.position_fixed:
@@ -78,17 +78,17 @@ class ViT(nn.Module):
 
     @property
     def pretrained_cfg(self) -> dict:
-        """What `timm.data.resolve_model_data_config` reads."""
+        """Image size and preprocessing, as `timm.data.resolve_model_data_config` reads them."""
         return {"input_size": (self.spec.channels, *self.spec.image_size), **(self.data or {})}
 
     @property
     def embed_dim(self) -> int:
-        """D"""
+        """The width of a token, D."""
         return self.spec.block.width
 
     @property
     def num_prefix_tokens(self) -> int:
-        """P"""
+        """The number of prefix tokens, P."""
         return self.spec.prefix
 
     @property
@@ -144,7 +144,7 @@ class ViT(nn.Module):
         return self.norm(tokens)
 
     def positions(self, packing: Packing | None = None) -> Iterable[Tensor | None]:
-        """For each block the rotary table or the relative position index that its attention takes."""
+        """Each block's `position` argument: a rotary table, a relative position index or None."""
         depth, position = len(self.blocks), self.position
         if self.rope is not None:
             tables = self.rope(position, depth).unbind()
@@ -154,11 +154,11 @@ class ViT(nn.Module):
         return [position] * depth
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Normalised images [B, C, height, width] -> tokens [B, T, D]."""
+        """Normalized images [B, C, height, width] -> tokens [B, T, D]."""
         return self.encode(self.add_position(self.patch_embed(images)))
 
     def forward_layers(self, images: Tensor, skip_blocks: Sequence[int]) -> list[Tensor]:
-        """Normalised images -> for each entry, the normed tokens [B, T, D] without that many last blocks."""
+        """For each entry, the tokens [B, T, D] without that many last blocks, after the final norm."""
         wanted = [len(self.blocks) - skip for skip in skip_blocks]
         if not wanted or min(wanted) < 0 or max(wanted) > len(self.blocks):
             raise ValueError(f"skip_blocks must lie in 0..{len(self.blocks)}, got {list(skip_blocks)}")

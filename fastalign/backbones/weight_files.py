@@ -1,4 +1,4 @@
-"""Files of weights, read without running code from them, with what is recorded next to them; a run's, written."""
+"""Read weights files and the metadata beside them without running any code in them; write those of a run."""
 
 import argparse
 import json
@@ -32,7 +32,7 @@ _SAFE_GLOBALS = [
     *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.bool_)),
     *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
 ]
-"""What training scripts pickle besides tensors and plain values: arguments, NumPy metrics, without side effects."""
+"""Classes without side effects that training scripts pickle: their arguments, and NumPy numbers."""
 HF_DEFAULTS = {
     "clip_vision_model": {"hidden_act": "quick_gelu", "num_attention_heads": 12},
     "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh", "num_attention_heads": 12},
@@ -42,16 +42,16 @@ HF_DEFAULTS = {
     "dinov2_with_registers": {"hidden_act": "gelu", "num_attention_heads": 12},
     "dinov3_vit": {"hidden_act": "gelu", "num_attention_heads": 6},
 }
-"""By model type: transformers' defaults of keys that a config.json may omit, as google/siglip-base's does."""
+"""By model type: transformers' defaults for keys that a config.json may omit, as that of google/siglip-base does."""
 
 
-def plain(name: str) -> str:
+def unwrapped(name: str) -> str:
     """A key without the names of torch's wrappers (DDP, compile, FSDP)."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def locate(path: str | Path) -> Path:
-    """The weights file at a path: the file itself, or that of a folder, which may be the index of its shards."""
+    """The weights file at a path: the file itself, or the one in a folder, which may be an index of shards."""
     path = Path(user_path(path))
     if path.is_file():
         return path
@@ -79,17 +79,17 @@ def read_file(path: Path, device: str | torch.device = "cpu") -> Any:
         elif "TorchScript" in str(error):
             problem = "is a TorchScript program, as OpenAI publishes CLIP: give a file of its state_dict()"
         elif found := re.search(r"GLOBAL (\S+)", str(error)):
-            problem = f"pickles {found[1]}, which is not safe: nothing of it was run; give a file of tensors"
+            problem = f"pickles {found[1]}, which is not safe: no code was run; give a file of tensors"
         raise UserError(f"{path} {problem}") from error
 
 
 def read_weights(path: Path) -> Any:
-    """The content of a file, or of the shards of an index that hold a backbone. Raises as `read_file`."""
+    """The content of a file, or of those shards of an index that hold a backbone. Raises like `read_file`."""
     if not path.name.endswith(_INDEX):
         return read_file(path)
     content: dict[str, Any] = {}
     try:
-        shards = {plain(name): str(file) for name, file in read_json(path)["weight_map"].items()}
+        shards = {unwrapped(name): str(file) for name, file in read_json(path)["weight_map"].items()}
         prefixes = tuple(prefix for _, prefix in layouts.find(shards.keys())) or ("",)
         for file in sorted({file for name, file in shards.items() if name.startswith(prefixes)}):
             content |= read_file(path.with_name(Path(file).name))
@@ -99,7 +99,7 @@ def read_weights(path: Path) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file."""
+    """The content of a JSON file; a UserError if it is damaged."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -114,7 +114,7 @@ def damaged(path: Path, error: Exception) -> UserError:
 def read_facts(path: Path) -> dict:
     """A run's `backbone.json`: "name", "kwargs", "softcap" and more."""
     if not path.is_file():
-        raise UserError(f"no backbone at {path}: give the folder of a finished run without student.freeze")
+        raise UserError(f"no backbone at {path}: give a finished run without student.freeze, or a JSON file")
     return _parsed(path.read_bytes(), path)
 
 
@@ -162,15 +162,15 @@ def vision_config(path: Path) -> dict[str, Any]:
 
 
 def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
-    """Save the backbone of a student, without its head and decoder, as a run does: every command reads the folder.
+    """Save the backbone of a student, without its head and decoder, as a run does; every command reads the folder.
 
     With several ranks, call it on one of them.
 
     Args:
-        student: a student of fastalign or a `ViT`, perhaps wrapped in DDP or torch.compile. Weights are written in
+        student: a student of fastalign or a `ViT`, also wrapped in DDP or torch.compile. Weights are written in
             fp32, with soft-cap, preprocessing and timm name.
         folder: where to write; created if missing. Earlier files there are replaced.
-        **facts: JSON values to record too, such as `step`, `val_loss`, or `weights`: "pretrained" or the file that
+        **facts: more JSON values to record, such as `step`, `val_loss`, or `weights`: "pretrained" or the file that
             the student started from, which an export needs to name the licence.
 
     Raises:
@@ -183,7 +183,7 @@ def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
         raise UserError(f"save_backbone: got {type(vit).__name__}; give a student or a fastalign backbone")
     if taken := facts.keys() & {"name", "kwargs", "softcap", "norm_eps"}:
         raise UserError(
-            f"save_backbone: {min(taken)} is recorded of the student: name your own value otherwise"
+            f"save_backbone: {min(taken)} is set from the student: choose another name for your value"
         )
     if Path(folder).is_file():
         raise UserError(f"save_backbone: {folder} is not a directory; name another folder")
@@ -193,7 +193,7 @@ def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
 
 
 def backbone_facts(vit: ViT, **facts: Any) -> dict[str, Any]:
-    """The content of `backbone.json`: what a user of the backbone must know, and `facts`."""
+    """The content of `backbone.json`: what is needed to use the backbone, and `facts`."""
     kwargs = {**vit.recipe["kwargs"], "num_classes": 0}
     if vit.spec.pool == "map" and vit.attn_pool is None:
         kwargs["global_pool"] = ""  # a student has no pooling to save

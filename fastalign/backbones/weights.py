@@ -1,4 +1,4 @@
-"""Weights of a file for a timm model: which backbone of the file, what the file says of it, and the keys to load."""
+"""Find the backbone in a weights file and convert its weights and metadata for a timm model."""
 
 import argparse
 import copy
@@ -20,7 +20,7 @@ from fastalign.utils.errors import UserError, first_line
 STATES = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Where a checkpoint keeps its weights; the first that exists is read: an average before the weights."""
 _BACKBONES = (".teacher.backbone.", ".weights.", ".student.", ".base_encoder.", ".encoder.")
-"""Which of several backbones is read, by the end of its prefix: DINO's average first, then the trained one."""
+"""Which of several backbones is read, by the end of its prefix: DINO's average first, then trained ones."""
 _NOT_BACKBONE = ("head.", "head_dist.", "decoder.", "decoder_")
 _RELATIVE = ".relative_position_bias_table"
 _QKV_BIAS = (".attn.q_bias", ".attn.v_bias")
@@ -28,12 +28,12 @@ _LAYER_SCALE = re.compile(r"(blocks\.\d+\.)(?:ls([12])\.gamma|gamma_([12]))")
 
 
 class Checkpoint(NamedTuple):
-    """The backbone in a file of weights, and what the file says of it."""
+    """The backbone in a weights file, and what the file records about it."""
 
     state: dict[str, Tensor]  # the weights by timm's keys, without a prefix
     arch: str | None = None  # the model's name
     softcap: float | None = None  # of the attention logits in training
-    student: bool = False  # of MaskEmbed or MIM: its head is no classifier, and it has no pooling
+    student: bool = False  # of MaskEmbed or MIM: its head is not a classifier, and it has no pooling
     layout: str | None = None  # of the file; None = unknown, the keys are unchanged
     config: dict[str, Any] | None = None  # the vision model in transformers' config.json next to it
     grid: tuple[int, int] | None = None  # patches along height and width of its position tables
@@ -103,7 +103,7 @@ def interpret(content: Any, path: str) -> Checkpoint:
 def _tensors(value: Any) -> dict[str, Tensor]:
     """The named tensors of a dictionary, without the names of torch's wrappers."""
     items = value.items() if isinstance(value, dict) else ()
-    return {weight_files.plain(k): v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
+    return {weight_files.unwrapped(k): v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
 
 
 def trained_as(content: dict, path: str) -> tuple[str | None, float | None]:
@@ -158,7 +158,7 @@ def timm_state(checkpoint: Checkpoint, template: nn.Module, path: str) -> dict[s
     if missing := sorted(set(wanted) - set(state)):
         raise misfit(checkpoint, path, f"it lacks {missing[0]}")
     if extra := sorted(set(state) - set(wanted)):
-        raise misfit(checkpoint, path, f"it has {extra[0]} too")
+        raise misfit(checkpoint, path, f"it also has {extra[0]}")
     check_config(describe(template), checkpoint.config or {}, path)
     return state
 
@@ -173,7 +173,7 @@ def misfit(checkpoint: Checkpoint, path: str, problem: str) -> UserError:
 
 
 def fold_layer_scale(state: dict[str, Tensor], wanted: Container[str]) -> dict[str, Tensor]:
-    """x + gamma * (W h + b) = x + (gamma W) h + gamma b: LayerScale that is not wanted goes into new W and b."""
+    """Fold LayerScale that is not wanted into W and b: x + gamma * (W h + b) = x + (gamma W) h + gamma b."""
     state = dict(state)
     for key in [key for key in state if key not in wanted]:
         if (found := _LAYER_SCALE.fullmatch(key)) is None:
@@ -187,7 +187,7 @@ def fold_layer_scale(state: dict[str, Tensor], wanted: Container[str]) -> dict[s
 
 
 def table_grid(state: dict[str, Tensor], spec: ViTSpec, path: str) -> tuple[int, int]:
-    """The grid of position tables of which only the length is known: a square if possible, else the backbone's."""
+    """The grid of position tables, from their length: a square if possible, else the backbone's grid."""
     relative = next((value for key, value in state.items() if key.endswith(_RELATIVE)), None)
     if relative is not None:
         found = len(relative) - 3  # three entries are of the class token
@@ -205,7 +205,7 @@ def table_grid(state: dict[str, Tensor], spec: ViTSpec, path: str) -> tuple[int,
     if rows * columns == found:
         return spec.grid
     wanted = f"{spec.grid[0]}x{spec.grid[1]} patches"
-    raise UserError(f"{path}: its {found} positions are no square and not {wanted}: give the right img_size")
+    raise UserError(f"{path}: its {found} positions are neither a square nor {wanted}: set another img_size")
 
 
 def recorded_grid(config: dict[str, Any]) -> tuple[int, int] | None:
@@ -217,7 +217,7 @@ def recorded_grid(config: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def check_config(spec: ViTSpec, config: dict[str, Any], path: str) -> None:
-    """Compare a backbone with what transformers' config.json says and weights do not show."""
+    """Compare a backbone with the settings in transformers' config.json that weights do not determine."""
     activation = layouts.HF_ACTIVATIONS[spec.block.activation]
     timms = {theirs: timm for timm, theirs in layouts.HF_ACTIVATIONS.items()}
     for key, argument, ours in (

@@ -1,7 +1,7 @@
 """Backbones by timm's names or from timm models: timm's architectures, weights and state-dict keys.
 
 timm builds the model for the grid of patches that its weights were trained on, and its own `set_input_size` resamples
-the positions to the grid asked for. `describe.from_timm` then makes our `ViT` of it.
+the positions to the requested grid. `describe.from_timm` then converts it to our `ViT`.
 """
 
 import copy
@@ -32,8 +32,8 @@ def create_backbone(
 
     Args:
         name: timm's name, with or without the tag of the weights, or `MOCO`; the authors' `svit_X` is `vit_X` with
-            attention logits capped at 30 (`max_attn_val`). Or a timm model: it is copied with its weights, devices,
-            dtypes and classifier, is not changed, and takes no other arguments.
+            attention logits capped at 30 (`max_attn_val`). Or a timm model: it is copied with its weights, device,
+            dtype and classifier, and no other argument is allowed.
         pretrained: load the published weights (through timm; needs the network or timm's cache).
         checkpoint: load these weights instead: a file or a folder, in a layout that docs/backbones.md names. Code
             in it is never run.
@@ -67,7 +67,7 @@ def load_backbone(path: str | Path, **kwargs) -> ViT:
 
     Args:
         path: the run's folder, or its `backbone.json` or `backbone.safetensors`.
-        **kwargs: timm's arguments that the weights do not depend on: `drop_path_rate`, or `img_size`, to which
+        **kwargs: timm's arguments that may differ from training: `drop_path_rate`, or `img_size`, to which
             position tables are resampled.
     """
     path = Path(user_path(path))
@@ -77,7 +77,7 @@ def load_backbone(path: str | Path, **kwargs) -> ViT:
     name, kwargs = facts["name"], {"num_classes": 0, **facts["kwargs"], **kwargs}
     found = read_checkpoint(weights, facts)
     vit = _from_checkpoint(name, kwargs, empty_model(name, kwargs), found, str(weights))
-    # A user's model may have preprocessing of its own.
+    # A user's model may have its own preprocessing.
     vit.data = {key: facts.get(key, value) for key, value in vit.data.items()}
     return vit.eval()
 
@@ -113,7 +113,7 @@ def _from_checkpoint(name: str, kwargs: dict, template: nn.Module, found: Checkp
 
 
 def _finish(name: str, kwargs: dict, template: nn.Module, source: nn.Module) -> ViT:
-    """Our backbone from a timm model with its weights, resized as `template` is."""
+    """Our backbone from a timm model with its weights, resized to the image size of `template`."""
     spec, found, changes = describe(template), describe(source), {}
     if isinstance(source, naflex.NaFlexVit):
         changes = {"image_size": spec.image_size}
@@ -125,7 +125,7 @@ def _finish(name: str, kwargs: dict, template: nn.Module, source: nn.Module) -> 
 
 
 def _from_model(model: nn.Module) -> ViT:
-    """A copy of a user's timm model on our parts."""
+    """Our backbone with copies of the weights of a user's timm model."""
     if accelerated(model):
         raise UserError("the model's attention is replaced: restore timm's with accelerate(model, undo=True)")
     spec = describe(model)
@@ -137,7 +137,7 @@ def _from_model(model: nn.Module) -> ViT:
 
 
 def _recipe_of(model: nn.Module, spec: ViTSpec) -> dict | None:
-    """The name and arguments that build a model of the same shape, which timm records; None if they are not known."""
+    """The name and arguments, as timm records them, that build a model of the same shape; None if unknown."""
     config = getattr(model, "pretrained_cfg", None) or {}
     architecture = config.get("architecture")
     if not architecture or not timm.is_model(architecture):
@@ -153,5 +153,5 @@ def _recipe_of(model: nn.Module, spec: ViTSpec) -> dict | None:
             kwargs["depth"] = spec.depth
         recipe = {"name": name, "kwargs": json.loads(json.dumps(kwargs))}
         return recipe if describe(empty_model(**recipe)) == spec else None
-    except (UserError, TypeError):  # an argument that is no JSON value
+    except (UserError, TypeError):  # an argument that JSON cannot represent
         return None

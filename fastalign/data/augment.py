@@ -1,4 +1,4 @@
-"""Augmentation on the device: RandAugment and colour jitter of uint8 batches, mixup and cutmix of normalised ones.
+"""Augmentation on the device: RandAugment and colour jitter of uint8 batches, mixup and cutmix of normalized ones.
 
 RandAugment and colour jitter are functions of (seed, epoch, sample id), in integer arithmetic where PIL uses it, so
 that an image comes out the same on every device. Two things differ from PIL: bicubic sampling uses a = -0.75 (PIL:
@@ -103,7 +103,7 @@ _GEOMETRIC: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
     "TranslateXRel": lambda level, height, width: (1, 0, _TRANSLATE * level * width, 0, 1, 0),
     "TranslateYRel": lambda level, height, width: (1, 0, 0, 0, 1, _TRANSLATE * level * height),
 }
-# What an image is blended with, by PIL's enhancer.
+# The image or level that each of PIL's enhancers blends with.
 _BLENDED: dict[str, Callable[[Tensor], Tensor | int]] = {
     "Brightness": lambda image: 0,
     "Contrast": _mean_gray,

@@ -1,7 +1,7 @@
-"""The size of an encoded image, read from its first bytes and its end before any decoder sees it.
+"""The size of an encoded image, read from its header, and a check of its end, before any decoder reads it.
 
-The format is recognised by content. Nothing is allocated, whatever size a header claims. Whether the data between
-header and end are sound is the decoder's to find out.
+The format is recognized by content. Nothing is allocated, whatever size a header claims. Only the decoder checks the
+data between header and end.
 
 Headers that DALI's parser refuses, or has no sample type for (a JPEG of 40 bits or 9 components), must be refused
 here: DALI 2.4 abandons such a batch while its threads work on it, and the process crashes. Pillow accepts many of
@@ -34,7 +34,7 @@ def _jpeg(view: memoryview) -> tuple[int, int] | str:
             position += 1
             continue
         if marker == _SCAN and size:
-            # Exif thumbnails are JPEGs with an end of their own, but they come before the scan.
+            # Exif thumbnails are JPEGs with their own end marker, but they precede the scan.
             if view[-2:] == b"\xff\xd9" or _END_OF_JPEG.search(view, position):
                 return size
             return "truncated: a JPEG without its end"
@@ -117,9 +117,9 @@ def read_size(encoded: np.ndarray | bytes) -> tuple[int, int] | str:
 
 
 def without_exif(encoded: np.ndarray) -> np.ndarray:
-    """The same image [bytes] uint8 for DALI: the header of a WebP no longer announces Exif.
+    """The same image [bytes] uint8 for DALI, with the Exif flag of a WebP cleared.
 
-    DALI 2.4 looks for it even if no orientation is applied, reads outside the file behind chunks of odd size, and
+    DALI 2.4 reads Exif even if it applies no orientation. After chunks of odd size it reads outside the file, and it
     allocates as much memory as the chunk claims.
     """
     head = encoded[: _WEBP_FLAGS + 1].tobytes()

@@ -29,18 +29,18 @@ _SUFFIXES = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
 # A directory that changes twice within one tick of its file system's clock keeps its mtime, so a list made this soon
 # after a change is not cached.
 _SETTLE_NS = 2_000_000_000
-_LINE_SECONDS = 10  # between two lines about the progress of a scan
+_LINE_SECONDS = 10  # between two progress lines of a scan
 _BLOCK, _PIECE = 512, 1 << 20  # bytes of a tar
 
 Index = dict[str, np.ndarray]
-"""What is known of a data set, as [n] uint8 and int64 arrays. A list of names is two of them, see `pack`.
+"""The index of a data set, as [n] uint8 and int64 arrays. A list of names is two of them, see `pack`.
 
-`places_names`, `places_offsets`, `mtimes`: the directories or shards that it was read from, and their times in ns.
+`places_names`, `places_offsets`, `mtimes`: the directories or shards that it was read from, their mtimes in ns.
 """
 
 
 def pack(names: Iterable[bytes], key: str = "") -> Index:
-    """Names as `names` [total] uint8, their bytes, and `offsets` [n + 1] int64 of each; `key` goes before both."""
+    """Names as `names` [total] uint8, their bytes, and `offsets` [n + 1] int64; `key` is a prefix of both keys."""
     blob, offsets, shown = bytearray(), array("q", [0]), time.monotonic()
     for number, name in enumerate(names, 1):
         blob += name
@@ -104,7 +104,7 @@ def _scan_folder(root: str) -> Index:
                     elif is_image(entry.name):
                         found.append(prefix + entry.name)
                     elif entry.is_symlink():
-                        os.stat(entry.path)  # noqa: PTH116, fails if it is to a folder that is not mounted
+                        os.stat(entry.path)  # noqa: PTH116, raises if the link's target is not mounted
             yield from sorted(found)
             stack += [(name, (*ancestors, inode)) for name in sorted(inside, reverse=True)]
 
@@ -151,7 +151,7 @@ def members(path: str) -> Iterator[tarfile.TarInfo]:
 
 
 def _after_zeros(file, position: int) -> int | None:
-    """The first block from `position` on that is not zero; None if all are."""
+    """The first block from `position` on that is not all zeros; None if there is none."""
     file.seek(position)
     while piece := file.read(_PIECE):
         if rest := piece.lstrip(b"\0"):
@@ -163,8 +163,8 @@ def _after_zeros(file, position: int) -> int | None:
 def index_shards(shards: list[str]) -> Index:
     """The images in tar files.
 
-    `names`: of the members; `shard`, `start`, `size` [n]: number of the shard, place and bytes in it; `damage_names`:
-    the damage of each shard, whose earlier members count.
+    `names`: of the members; `shard`, `start`, `size` [n]: the shard's number, offset and bytes; `damage_names`: the
+    damage of each shard, whose earlier members are used.
     """
     return _cached("\n".join(shards), lambda: _scan_shards(shards))
 
@@ -195,7 +195,7 @@ def _scan_shards(shards: list[str]) -> Index:
 
 
 def _cached(key: str, scan: Callable[[], Index]) -> Index:
-    """The index in the cache if none of its places changed, else what `scan` makes; cached if the places are old."""
+    """The cached index if none of its places has changed, else that of `scan`, cached unless a place is too new."""
     digest = hashlib.sha256(os.fsencode(f"{IMAGE_EXTENSIONS} {key}")).hexdigest()
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
@@ -205,7 +205,7 @@ def _cached(key: str, scan: Callable[[], Index]) -> Index:
         return scan()
     with locked:
         with suppress(OSError):  # of a file system without locks
-            # One process of a machine scans while the others wait for its index.
+            # One process per machine scans while the others wait for its index.
             fcntl.flock(locked, fcntl.LOCK_EX)
         if index := _load(file):
             return index
@@ -265,5 +265,5 @@ def _read_classes(shard: str) -> dict[str, str]:
                     where = f"{shard}:{member.name}"
                     raise UserError(f"{where} has two labels, {other!r} and {text!r}; remove one")
     except (tarfile.ReadError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the labels of {shard}: {error}; fetch it again") from error
+        raise UserError(f"cannot read the labels of {shard}: {error}; download it again") from error
     return found

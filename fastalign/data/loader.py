@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -33,15 +34,16 @@ from fastalign.utils.errors import UserError
 from fastalign.utils.random import EVAL_EPOCH, permutation
 
 _READ_AHEAD, _PREFETCH = 2, 2  # batches that are read, and batches that are finished, ahead of time
+_side_stream = lru_cache(torch.cuda.Stream)  # one for all loaders: freed memory stays with its stream
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch: images [b, 3, h, w], normalised, on the loader's device, and sample ids [b] int64 on the host.
+    """One micro-batch: images [b, 3, h, w], normalized, on the loader's device, and sample ids [b] int64 on the host.
 
     `wait`: seconds that the consumer waited for it. `weight`: share of the batch's own images in mixup or cutmix; the
-    rest is the batch reversed. `bad`: bad samples met in making it, also if an earlier batch met them, without
-    quarantined ones.
+    rest is the batch reversed. `bad`: bad samples found while making it, including those that an earlier batch found,
+    without quarantined ones.
     """
 
     images: Tensor
@@ -52,11 +54,11 @@ class Batch:
 
 
 def _prefetch(batches: Generator[Batch], device: torch.device) -> Generator[Batch]:
-    """The batches, made ahead by a background thread, on CUDA on a side stream; `close` stops it and waits for it.
+    """The batches, made ahead by a background thread (on CUDA, on a side stream); `close` stops it and waits for it.
 
     The first `next` starts the thread and returns None.
     """
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    stream = _side_stream(device) if device.type == "cuda" else None
 
     def make() -> Batch | None:
         with torch.cuda.stream(stream) if stream else nullcontext():
@@ -83,17 +85,17 @@ def _prefetch(batches: Generator[Batch], device: torch.device) -> Generator[Batc
 class Loader:
     """Micro-batches of a source for one rank.
 
-    Training draws a new global permutation each epoch; of it, micro-step m of rank r takes the b samples from
-    (m * world_size + r) * b on. Samples that do not fill an update are left out, other ones each epoch. Evaluation
-    goes through the source in order, every sample once; ranks may have different numbers of batches.
+    Training draws a new global permutation each epoch; micro-step m of rank r takes b samples of it, starting at
+    (m * world_size + r) * b. Samples that do not fill an update are left out, different ones each epoch. Evaluation
+    reads the source in order, every sample once; ranks may have different numbers of batches.
 
     Args:
         batch_size: b, samples per micro-batch of this rank.
         device, dtype: of the images. On CUDA, JPEGs are decoded there.
-        threads: for reading, and as many for decoding.
+        threads: number of reading threads, and of decoding threads.
         hw_decoder_load: share of JPEGs for the GPU's hardware decoder; strictly between 0 and 1 two decoders share
             a batch, and their pixels may differ by a level.
-        bad: the known bad samples, to which it adds. None: the first one raises an error.
+        bad: the known bad samples; new ones are added. None: the first one raises an error.
 
     Raises:
         UserError: a training set smaller than one update.
@@ -157,7 +159,7 @@ class Loader:
         return iterator
 
     def close(self) -> None:
-        """Stops all threads. The source stays open."""
+        """Stop all threads. The source stays open."""
         self._stop_active()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._decoder = None
@@ -222,7 +224,8 @@ class Loader:
             return samples, self._decoder.collect()
         except DecodeError:
             done, decoded = [], []
-        for sample in samples:  # one by one: the batch may have failed for lack of memory
+        torch.cuda.empty_cache()  # the batch may have failed for lack of memory, which torch keeps from DALI
+        for sample in samples:  # one by one, which takes less memory and finds the bad ones
             used, found = self._reader.decode(sample, self._decoder, seed=self.seed, epoch=epoch)
             done.append(used)
             decoded += [(pixels.clone(), sampling) for pixels, sampling in found]
@@ -236,6 +239,6 @@ class Loader:
         return batch
 
     def _synchronize(self) -> None:
-        """Waits for the device, in the background thread: DALI reuses its buffers afterwards."""
+        """Wait for the device, in the background thread: DALI reuses its buffers afterwards."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()

@@ -1,4 +1,4 @@
-"""From a source to equally sized uint8 batches: reading, replacing what is bad, and a DALI pipeline.
+"""From a source to equally sized uint8 batches: reading, replacing bad samples, and a DALI pipeline.
 
 The pipeline decodes, then resizes, crops and flips at once. Cropping is a region of interest of the resize, in source
 pixels. DALI samples beyond its edge, so this equals resizing the whole image and cropping afterwards. The region may
@@ -32,7 +32,7 @@ MAX_IN_A_ROW = 100
 _RETRY_AFTER = (0.1, 0.4)
 
 Decoded = list[tuple[Tensor, Geometry]]
-"""A batch as arguments of `reflect`: [B, h, w, 3] uint8 on the device, and where it comes from. [] is no batch."""
+"""A batch as arguments of `reflect`: [B, h, w, 3] uint8 on the device, and its geometry. [] = no batch."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def check_in_a_row(bad: list[BadSample]) -> None:
     if len(bad) >= MAX_IN_A_ROW:
         raise UserError(
             f"{len(bad)} images in a row cannot be used, the last one is {bad[-1].name!r}: {bad[-1].reason}; is the "
-            "disk available, and is this a data set of images? fastalign scan lists what is bad"
+            "disk available, and is this a data set of images? fastalign scan lists the bad ones"
         )
 
 
@@ -67,7 +67,7 @@ def too_many(bad: int, drawn: int, share: float) -> bool:
 
 
 def to_line(sample: BadSample) -> bytes:
-    """The line of a list, in ASCII."""
+    """A line of a list of bad samples, in ASCII."""
     return json.dumps(asdict(sample)).encode() + b"\n"
 
 
@@ -117,7 +117,7 @@ def read_quarantine(path: str | Path, source: Source) -> set[int]:
 class Sample:
     """The sample that is used in place of `wanted`: [bytes] uint8, None if it is left out, and (height, width).
 
-    `bad`: samples met while looking for it, without quarantined ones.
+    `bad`: bad samples found while looking for it, without quarantined ones.
     """
 
     wanted: int
@@ -244,11 +244,11 @@ class Decoder:
         return pipeline
 
     def submit(self, samples: list[Sample], *, seed: int = 0, epoch: int = 0) -> None:
-        """Starts decoding those of the samples that have bytes; `seed` and `epoch` are those of their crops."""
+        """Start decoding the samples that have bytes; `seed` and `epoch` determine their crops."""
         samples = [sample for sample in samples if sample.encoded is not None]
         if not samples:
             return
-        self._pipeline = self._pipeline or self._build()  # a failure ends a DALI pipeline for good
+        self._pipeline = self._pipeline or self._build()  # a DALI pipeline cannot be used after a failure
         ids, shapes = np.array([sample.id for sample in samples]), np.array([s.size for s in samples])
         sampling = geometry(self._transform, shapes, ids, seed=seed, epoch=epoch)
         encoded, types = [without_exif(sample.encoded) for sample in samples], self._dali.types
@@ -258,12 +258,12 @@ class Decoder:
         self._pipeline.feed_input("roi_end", sampling.roi_end)
         self._pipeline.feed_input("interpolation", kinds.astype(np.int32))
         self._pipeline.schedule_run()
-        self._in_flight = (encoded, sampling)  # DALI reads them
+        self._in_flight = (encoded, sampling)  # DALI reads the bytes without copying them
 
     def collect(self) -> Decoded:
         """The submitted batch; raises a DecodeError if some sample of it cannot be decoded.
 
-        On CUDA the memory is DALI's, which reuses it: synchronise the current stream before dropping the tensor.
+        On CUDA the memory is DALI's, which reuses it: synchronize the current stream before dropping the tensor.
         """
         if self._in_flight is None:
             return []

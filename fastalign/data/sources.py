@@ -40,7 +40,7 @@ class Source:
     """A list of encoded images below the folder `root`.
 
     Subclasses define `read(index)`: [bytes] uint8, thread-safe, raises `Unreadable`. Those with labels define
-    `class_names()`: of each sample, as the data set writes it, or None. `damaged`: (name, reason) of tar shards.
+    `class_names()`: each sample's class as the data set writes it, or None. `damaged`: (name, reason) of tar shards.
     """
 
     damaged: tuple[tuple[str, str], ...] = ()
@@ -77,7 +77,7 @@ class Source:
 
 
 def differ(before: list[int], now: list[int]) -> bool:
-    """Whether two `identity` lists are of different data. Half of the samples may be repaired bad images."""
+    """Whether two `identity` lists describe different data. Up to half of the samples may be repaired bad images."""
     same = sum(old == new for old, new in zip(before[1:], now[1:], strict=False))
     return before[0] != now[0] or 2 * same < len(now) - 1
 
@@ -120,7 +120,7 @@ class SyntheticSource(Source):
         return [self._length]
 
     def images(self, ids: Tensor, size: tuple[int, int], *, seed: int, dtype: torch.dtype) -> Tensor:
-        """Normalised images [B, 3, h, w], a function of (seed, id): mean 0, variance 1, values in -3..3.
+        """Normalized images [B, 3, h, w], a function of (seed, id): mean 0, variance 1, values in -3..3.
 
         Each channel is the outer product of a random column and a random row. The result is on the device of `ids`.
         """
@@ -203,10 +203,10 @@ def _read_labels(path: Path) -> dict[str, str]:
 class TarSource(Source):
     """The image members of the plain tar files `shards` (WebDataset layout), read in place.
 
-    `damaged`: use the images before the damage of a shard and list it in `damaged`, instead of raising.
+    `allow_damaged`: use the images before the damage of a shard and list it in `damaged`, instead of raising.
     """
 
-    def __init__(self, shards: list[str], *, damaged: bool = False):
+    def __init__(self, shards: list[str], *, allow_damaged: bool = False):
         self.shards = shards
         index = index_shards(shards)
         self._shard, self._start, self._size = index["shard"], index["start"], index["size"]
@@ -215,11 +215,11 @@ class TarSource(Source):
         self._portable = [os.path.relpath(shard, root) for shard in shards]
         damages = zip(self._portable, Names(index, "damage_"), strict=True)
         self.damaged = tuple((shard, damage) for shard, damage in damages if damage)
-        if self.damaged and not (damaged and len(index["shard"])):
+        if self.damaged and not (allow_damaged and len(index["shard"])):
             shard, damage = self.damaged[0]
             place = f"{root}/{shard}: {damage}"
-            raise UserError(f"broken tar shard {place}; fetch it again (plain .tar only, not compressed)")
-        # Opening a file is slow on network disks. A file that is dropped here closes when its last reader is done.
+            raise UserError(f"broken tar shard {place}; download it again (only uncompressed .tar)")
+        # Opening a file is slow on network disks. A file that the cache drops closes when its last reader is done.
         self._open = lru_cache(_OPEN_SHARDS)(_open)
         super().__init__(root, Names(index))
 
@@ -250,7 +250,7 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def _find_shards(spec: str) -> list[str]:
-    """The tar files of a path, folder or pattern ({000..009}, {a,b}, *, **, ?); [] for what may hold images."""
+    """The tar files of a path, folder or pattern ({000..009}, {a,b}, *, **, ?); [] if it may be an image folder."""
     path, found = Path(spec), []
     if path.is_dir():
         entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
@@ -271,10 +271,10 @@ def _find_shards(spec: str) -> list[str]:
     return sorted({str(Path(each).absolute()) for each in found})
 
 
-def open_source(spec: str, *, damaged: bool = False) -> Source:
+def open_source(spec: str, *, allow_damaged: bool = False) -> Source:
     """Opens `synthetic` or `synthetic:N`; a .tar file, a folder or a pattern of them; else a folder of images.
 
-    `damaged`: use the images before the damage of a tar shard, instead of raising.
+    `allow_damaged`: use the images before the damage of a tar shard, instead of raising.
     """
     if synthetic := re.fullmatch(r"synthetic(?::(\d+))?", spec):
         return SyntheticSource(int(synthetic[1] or 50_000))
@@ -282,4 +282,4 @@ def open_source(spec: str, *, damaged: bool = False) -> Source:
         raise UserError("no data set given; name a folder of images, a .tar pattern or `synthetic`")
     spec = user_path(spec)
     shards = _find_shards(spec)
-    return TarSource(shards, damaged=damaged) if shards else FolderSource(spec)
+    return TarSource(shards, allow_damaged=allow_damaged) if shards else FolderSource(spec)

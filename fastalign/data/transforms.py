@@ -45,7 +45,7 @@ class Transform:
     color_jitter: float = 0.0
     "Brightness, contrast and saturation factors are drawn from U(1 - x, 1 + x); 0 is off."
     randaugment: str = ""
-    "timm's spelling, e.g. rand-m9-mstd0.5-inc1; empty is off. Unlike timm's, it does not switch color_jitter off."
+    "timm's syntax, e.g. rand-m9-mstd0.5-inc1; empty is off. Unlike timm's, it does not switch color_jitter off."
 
     def __post_init__(self):
         policy = _RANDAUGMENT.fullmatch(self.randaugment)

@@ -28,10 +28,10 @@ _IDS = "write one class name per line, the first line is id 0"
 
 
 def open_labelled(data: str, split: str) -> LabelledImages:
-    """Opens "train", "val" or "test" of KIND:ROOT or of a folder with `classes.txt`; docs/probe.md describes each.
+    """Open "train", "val" or "test" of KIND:ROOT or of a folder with `classes.txt`; docs/probe.md describes each.
 
     COCO and ADE20K have two labelled splits: `test` is their validation split, `val` a fixed part of their training
-    split, chosen by a hash of the file name, and `train` the rest. UserError where nothing usable is there.
+    split, chosen by a hash of the file name, and `train` the rest. UserError: missing or unusable data.
     """
     if split not in SPLITS:
         raise UserError(unknown("split", split, SPLITS))
@@ -48,7 +48,7 @@ def open_labelled(data: str, split: str) -> LabelledImages:
 
 
 def _part(source: Source, split: str, held_out: int) -> np.ndarray:
-    """The images of a split in a training split; `val` takes the names with the lowest SHA-256."""
+    """The indices of `train` or `val` in the training split; `val` has the names with the lowest SHA-256."""
     count = len(source)
     if count <= held_out:
         raise UserError(f"{source.root} has {count} images, but val takes {held_out}; download all of it")
@@ -106,7 +106,7 @@ def _open_own(root: Path, split: str) -> LabelledImages:
 
 
 def _read_classes(path: Path) -> tuple[tuple[str, ...], int | None]:
-    """The names in classes.txt and the id of `unlabeled`, None where there is none."""
+    """The names in classes.txt and the id of `unlabeled`, None if it is not listed."""
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except (FileNotFoundError, UnicodeDecodeError) as error:
@@ -137,7 +137,7 @@ class ImageSplit:
 def open_image_splits(
     root: str | Path, world: World, say: Callable[[str], None]
 ) -> tuple[dict[str, ImageSplit], list[str]]:
-    """Opens ``train`` and ``val``, and ``test`` where there is one; UserError where they do not fit together.
+    """Open ``train`` and ``val``, and ``test`` if it exists; UserError if they do not fit together.
 
     Each is a folder of class folders, images with a ``labels.csv`` (there or in ``images/``), or tar shards with
     ``.cls`` members. Every rank opens them, and all must see the same files.
@@ -155,12 +155,12 @@ def open_image_splits(
     if all(name.removeprefix("-").isdecimal() for name in classes):
         classes.sort(key=int)
     if len(classes) < 2:
-        raise UserError(f"--data {root}: train/ has the class {classes[0]} only; give at least two classes")
+        raise UserError(f"--data {root}: train/ has only the class {classes[0]}; give at least two classes")
     index = {name: number for number, name in enumerate(classes)}
     for name, (source, names) in opened.items():
         if extra := sorted(set(names) - set(classes)):
             about = f"{name}/ has {len(extra)} classes that train/ lacks, such as {extra[0]}"
-            raise UserError(f"--data {root}: {about}; make them agree")
+            raise UserError(f"--data {root}: {about}; add them to train/, or remove them")
         if absent := sorted(set(classes) - set(names)):
             about = f"{name}/ has no image of {len(absent)} classes, such as {absent[0]}"
             say(f"{about}: mean per class is over the others")
@@ -173,7 +173,7 @@ def open_image_splits(
 def _open_classes(path: Path) -> tuple[Source, list[str]]:
     """A split and the class name of each image."""
     inside = path / "images"
-    # A folder that has other pictures next to the labelled ones, such as label maps.
+    # The folder may have other pictures, such as label maps, next to `images/`.
     source = open_source(str(inside if (inside / "labels.csv").is_file() else path))
     names = source.class_names()
     missing = [number for number, name in enumerate(names) if name is None]

@@ -28,9 +28,9 @@ from fastalign.utils.errors import SharedError, UserError
 
 
 def make_tensor(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None, world: World) -> Tensor:
-    """Zeros: in memory, or mapped from a nameless file in `folder` that a machine's ranks share.
+    """Zeros: in memory, or mapped from an unnamed file in `folder` that a machine's ranks share.
 
-    The space of the file is free when the tensor is dropped, and when the process ends, however it ends.
+    The file's space is freed when the tensor is dropped or the process ends, even if it is killed.
     """
     if folder is None:
         if world.size > 1:
@@ -53,7 +53,7 @@ def make_tensor(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None,
         except SharedError as error:
             about = f"{folder} cannot hold features of {size / 1e9:.1f} GB ({error})"
             raise SharedError(f"{about}; name another folder: probe --cache, classify --output") from error
-        # Not copy-on-write: Linux counts such maps as memory.
+        # Shared, because Linux counts copy-on-write maps as memory.
         tensor = torch.from_file(path, True, math.prod(shape), dtype=dtype).view(shape)
         world.barrier()
     return tensor
@@ -73,7 +73,7 @@ def read_features(
     track: Track = untracked,
     each: Callable[[int], None] = lambda index: None,
 ) -> None:
-    """Fills rows of outputs with the features of a source's images, each rank its share.
+    """Fill rows of outputs with the features of a source's images; each rank does its share.
 
     Args:
         batch_size: images per forward pass and rank.
@@ -97,7 +97,7 @@ def read_features(
 class PatchFeatures:
     """A split's tokens and labels of patches; row i is image i. Tensors may be memory-mapped."""
 
-    tokens: dict[int, Tensor]  # [n, T, D] bf16 by blocks left out
+    tokens: dict[int, Tensor]  # number of last blocks skipped -> [n, T, D] bf16
     union: Tensor  # [n, N, ceil(C / 8)] uint8, packed bits
     majority: Tensor  # [n, N] int16
     image: Tensor  # [n, C] bool
@@ -120,13 +120,13 @@ class PatchFeatures:
 def read_patch_features(
     vit: ViT, data: LabelledImages, world: World, *, skip_blocks=(0,), folder: Path | None = None, **reading
 ) -> PatchFeatures:
-    """Reads a split's patch labels and its tokens after the final norm, kept as bf16, each rank its share.
+    """Read a split's patch labels and its tokens after the final norm, kept as bf16; each rank does its share.
 
     Args:
         vit: the backbone, in evaluation mode, on the world's device.
-        skip_blocks: how many of the last blocks are left out (all of them: the embedding); tokens for each number.
-        folder: of memory-mapped files, which the ranks share; None = in memory, with one rank only.
-        reading: as of `read_features`.
+        skip_blocks: numbers of last blocks to leave out (all: the embedding); there are tokens for each.
+        folder: where to put memory-mapped files, which the ranks share; None = in memory, with one rank only.
+        reading: other arguments of `read_features`.
     """
     spec, count, classes = vit.spec, len(data), len(data.classes)
     make = partial(make_tensor, folder=folder, world=world)

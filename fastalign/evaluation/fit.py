@@ -21,12 +21,13 @@ from fastalign.utils.errors import UserError
 from fastalign.utils.files import remove_leftovers
 
 _SAY_SECONDS = 30.0
+_DIVERGED = 104.0  # exp(-104) is 0 in float32: the correct class has probability 0
 
-Track = Callable[[Iterable, str, int], Iterable]  # shows progress, with a text and the number of items
+Track = Callable[[Iterable, str, int], Iterable]  # (items, text, total) -> items, with progress
 
 
 def say_progress(say: Callable[[str], None]) -> Track:
-    """Says every half minute how far an iteration is."""
+    """Report the progress of an iteration every half minute."""
 
     def track(items: Iterable, text: str, total: int) -> Iterator:
         said = time.monotonic()
@@ -44,9 +45,9 @@ untracked = say_progress(lambda text: None)
 
 @dataclass
 class FeatureLoader:
-    """Batches of features [n, ...] on one rank, in the form of a `Loader`'s.
+    """Batches of features [n, ...] on one rank, with the interface of `Loader`.
 
-    `order` gives the rows of an epoch, of which an incomplete last batch is dropped; None = all rows in order.
+    `order` returns the rows of an epoch, and an incomplete last batch is dropped; None = all rows in order.
     """
 
     features: Tensor
@@ -70,7 +71,7 @@ class FeatureLoader:
 
 @dataclass
 class Fit:
-    """Trains a module with AdamW, an epoch at a time."""
+    """Train a module with AdamW, one epoch at a time."""
 
     module: nn.Module  # on the device: a batch's `images` -> logits
     groups: list[dict]  # AdamW's parameter groups, each with the "factor" of its learning rate
@@ -81,7 +82,7 @@ class Fit:
     dtype: torch.dtype  # of autocast
     seed: int = 0  # of stochastic depth
     accumulate: int = 1  # batches per update
-    clip: float = 0.0  # largest gradient norm; 0 = any
+    clip: float = 0.0  # largest gradient norm; 0 = no clipping
     step: int = 0
 
     def __post_init__(self):
@@ -92,7 +93,7 @@ class Fit:
             self.model = DistributedDataParallel(self.module, **options)
 
     def epoch(self, batches: Iterator[Batch], updates: int) -> float:
-        """Makes so many updates. Returns the mean loss."""
+        """Run this many updates. Returns the mean loss."""
         self.module.train()
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         with closing(batches):
@@ -150,6 +151,12 @@ class Fit:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = step
         progress |= state["progress"]
+
+
+def check_loss(loss: float, about: str) -> None:
+    """Raise a UserError if the loss on the validation split shows that training has diverged."""
+    if not loss < _DIVERGED:
+        raise UserError(f"--lr: the loss of {about} is {loss:.4g}; lower it, or check the backbone's weights")
 
 
 @torch.no_grad()

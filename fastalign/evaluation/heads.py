@@ -26,7 +26,7 @@ _CHUNK = 65_536
 
 
 def image_token(tokens: Tensor, prefix: int) -> Tensor:
-    """[B, T, D] -> [B, 1, D]: the mean of the prefix tokens, without a prefix of all."""
+    """[B, T, D] -> [B, 1, D]: the mean of the prefix tokens, or of all tokens if there is no prefix."""
     return tokens[:, : prefix or None].mean(1, keepdim=True)
 
 
@@ -46,8 +46,8 @@ class SelectTokens(nn.Module):
 class PatchTransformer(nn.Module):
     """Position embedding, norm, pre-norm blocks with LayerScale 0.01, norm, linear layer: tokens -> [B, N, C].
 
-    With `latent`, N learnt queries are appended and give the answers; the tokens then get no position embedding. With
-    `image` the output is [B, 1, C], the `image_token` of the answers.
+    With `latent`, the logits are those of N appended learned queries, and the tokens get no position embedding. With
+    `image`, the output is [B, 1, C], the `image_token` of the logits.
     """
 
     def __init__(self, spec: ViTSpec, classes: int, tokens: int, layers: int, latent: bool, image: bool):
@@ -67,8 +67,8 @@ class PatchTransformer(nn.Module):
             tokens = torch.cat([tokens, self.pos_embed.to(tokens.dtype).expand(len(tokens), -1, -1)], 1)
         else:
             tokens = tokens + self.pos_embed
-        answers = self.head(self.norm(self.blocks(self.norm_pre(tokens))))
-        return image_token(answers, self.spec.prefix) if self.image else answers[:, -self.spec.patches :]
+        logits = self.head(self.norm(self.blocks(self.norm_pre(tokens))))
+        return image_token(logits, self.spec.prefix) if self.image else logits[:, -self.spec.patches :]
 
 
 def make_patch_head(
@@ -105,7 +105,7 @@ class StandardizedLinear(nn.Module):
 
     @torch.no_grad()
     def standardize(self, features: Tensor) -> None:
-        """Takes mean and standard deviation from features [n, D], so that one learning rate suits all backbones."""
+        """Set mean and standard deviation from features [n, D], so that one learning rate suits all backbones."""
         parts = features.split(_CHUNK)
         mean = sum(part.sum(0, dtype=torch.float64) for part in parts) / len(features)
         std = (sum((part - mean).square().sum(0) for part in parts) / len(features)).sqrt()
@@ -120,7 +120,7 @@ class StandardizedLinear(nn.Module):
 
 
 class AttentionHead(nn.Module):
-    """One learnt query that attends over all tokens, then a linear layer: [B, T, D] -> [B, C]."""
+    """One learned query that attends over all tokens, then a linear layer: [B, T, D] -> [B, C]."""
 
     def __init__(self, width: int, heads: int, classes: int):
         super().__init__()
@@ -141,7 +141,7 @@ class AttentionHead(nn.Module):
 
 
 class ClassTokenTransformer(nn.Module):
-    """Two transformer blocks over a learnt class token and all tokens, then a linear layer on it: -> [B, C]."""
+    """Two transformer blocks over a learned class token and all tokens, then a linear layer on it: -> [B, C]."""
 
     def __init__(self, width: int, heads: int, classes: int, tokens: int):
         super().__init__()
@@ -184,7 +184,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.pooled = head == "linear"
         self.backbone = copy.deepcopy(vit).freeze(not unfreeze)
-        # What no head reads must not be trained: torchrun waits for all gradients.
+        # Remove what no head reads: DDP waits for the gradient of every trained parameter.
         self.backbone.head, self.backbone.attn_pool, self.backbone.pool = nn.Identity(), None, "none"
         if not self.pooled:
             self.backbone.fc_norm = nn.Identity()
@@ -193,8 +193,8 @@ class Classifier(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """[B, 3, height, width], normalized -> what the head reads: [B, D] for "linear", else all tokens [B, T, D].
 
-        "linear" reads the class token, or the mean of the patches where there is none, after the norm after pooling.
-        A published model's own pooling is not used: alignment drops it, and both must be read in the same way.
+        "linear" reads the class token, else the mean of the patches, after the norm that follows pooling. A published
+        model's own pooling is not used: alignment removes it, and both models must be read in the same way.
         """
         vit, tokens = self.backbone, self.backbone.forward_features(images)
         if not self.pooled:

@@ -1,6 +1,5 @@
 """Image classification, from a backbone and labelled images to `classify.json`: a head or fine-tuning per seed."""
 
-import math
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from fastalign.data.loader import Loader
 from fastalign.data.transforms import Transform
 from fastalign.evaluation.datasets import ImageSplit, open_image_splits
 from fastalign.evaluation.features import make_tensor, read_features
-from fastalign.evaluation.fit import FeatureLoader, Fit, evaluate, say_progress
+from fastalign.evaluation.fit import FeatureLoader, Fit, check_loss, evaluate, say_progress
 from fastalign.evaluation.heads import Classifier, StandardizedLinear, make_image_head, parameter_groups
 from fastalign.evaluation.options import ImageOptions
 from fastalign.evaluation.results import IMAGE_METRICS, ImageCounts, check_output, write_results
@@ -37,7 +36,7 @@ _READ_BATCH = 256
 
 @dataclass(frozen=True)
 class Job:
-    """What the trainings of all seeds share."""
+    """Everything that the training runs of all seeds share."""
 
     backbone: ViT
     splits: dict[str, ImageSplit]
@@ -46,11 +45,11 @@ class Job:
     world: World
     dtype: torch.dtype  # of autocast
     say: Callable[[str], None]
-    folder: Path | None  # for checkpoints and features; the same on all ranks; None = neither is in files
-    identity: dict  # plain values that a checkpoint must share
+    folder: Path | None  # of checkpoints and features, the same on all ranks; None = no files
+    identity: dict  # plain values; a checkpoint with others is refused
 
     def read(self, split: str) -> Tensor:
-        """What the head reads of every image of a split: [n, D] float32, or [n, T, D] in the compute dtype."""
+        """The head's inputs for every image of a split: [n, D] float32, or [n, T, D] in the compute dtype."""
         head, spec, source = self.options.head, self.backbone.spec, self.splits[split].source
         self.say(f"{split}: features of {len(source)} images")
         model = Classifier(self.backbone, head, self.classes).to(self.world.device)
@@ -83,7 +82,7 @@ def train_on_features(job: Job) -> list[dict]:
 
 
 def train_on_images(job: Job) -> list[dict]:
-    """Augmented images go through the backbone in each epoch; all ranks share the batches of each seed."""
+    """Augmented images pass through the backbone in each epoch; all ranks share the batches of each seed."""
     options, world, results = job.options, job.world, []
     constants = image_constants(job.backbone)
     augment = {name: getattr(options, name) for name in ("crop", "color_jitter", "randaugment")}
@@ -112,7 +111,7 @@ def train_on_images(job: Job) -> list[dict]:
 def train_seed(
     job: Job, model: nn.Module, loaders: dict[str, Loader | FeatureLoader], seed: int, world: World
 ) -> dict:
-    """Trains a model. Returns the seed, the selected epoch with its metrics, and a line for each epoch as "curve".
+    """Train a model. Returns the seed, the selected epoch with its metrics, and a line for each epoch as "curve".
 
     With a test split, the first epoch with the best validation top-1 is selected; without one, the last epoch.
     """
@@ -127,7 +126,7 @@ def train_seed(
         evaluate(model, loaders[split].batches(), labels[split], counts, world.device, job.dtype)
         return counts.results(world)
 
-    if options.live and job.folder:
+    if options.on_images and job.folder:
         checkpoints = Checkpoints(job.folder / "classify" / f"seed-{seed}" / "checkpoints", keep=1)
         fit.resume(checkpoints, job.identity, progress)
         if fit.step:
@@ -135,15 +134,14 @@ def train_seed(
     for epoch in range(fit.step // updates + 1, epochs + 1):
         batches = track(loaders["train"].batches(epoch - 1), f"epoch {epoch}", len(loaders["train"]))
         loss = fit.epoch(batches, updates)
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} in epoch {epoch} of seed {seed}: lower --lr, or set --clip")
         val, best, has_test = measure("val"), progress["best"], "test" in loaders
+        check_loss(val["loss"], f"seed {seed} in epoch {epoch}")
         if best is None or not has_test or val["top1"] > best["val"]["top1"]:
             test = {"test": measure("test")} if has_test else {}
             progress["best"] = {"epoch": epoch, "val": val, **test}
         figures = {"train_loss": loss, "val_loss": val["loss"], "val_top1": val["top1"]}
         progress["curve"].append({"epoch": epoch, **figures})
-        if options.live:
+        if options.on_images:
             top1 = f"val top-1 {100 * val['top1']:.2f}%"
             job.say(f"seed {seed} epoch {epoch}/{epochs}  loss {loss:.4f}  {top1}")
         if checkpoints:
@@ -176,17 +174,17 @@ def classify(
     command: str | None = None,
     **options,
 ) -> dict:
-    """Trains classifiers on a backbone, one for each seed, and evaluates them; returns the content of classify.json.
+    """Train classifiers on a backbone, one for each seed, and evaluate them; returns the content of classify.json.
 
     Args:
-        backbone: it is copied and stays unchanged.
-        data: a folder with ``train`` and ``val``, and perhaps ``test``: class folders, images with ``labels.csv``,
+        backbone: is copied, not changed.
+        data: a folder with ``train``, ``val`` and optionally ``test``: class folders, images with ``labels.csv``,
             or tar shards with ``.cls`` members.
         output: the folder for classify.json, checkpoints and features; None = nothing is written, features are in
             memory, nothing can be resumed.
         world: the ranks that share the work, with an output; None = this process alone.
-        say: gets lines about the progress.
-        command: kept in the result.
+        say: called with lines about the progress.
+        command: the command line, recorded in the result.
         **options: fields of `fastalign.evaluation.options.ImageOptions`: head, seeds, unfreeze, epochs, lr...
 
     Raises:
@@ -196,7 +194,7 @@ def classify(
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     world = world or World(0, 1, torch.device(device))
     splits, classes = open_image_splits(data, world, say)
-    size, parts = chosen.batch_size, chosen.accumulate * world.size if chosen.live else 1
+    size, parts = chosen.batch_size, chosen.accumulate * world.size if chosen.on_images else 1
     if size % parts:
         raise UserError(f"--batch-size {size} must be a multiple of --accumulate x ranks = {parts}")
     if size > (images := len(splits["train"].source)):
@@ -211,7 +209,7 @@ def classify(
     identity = {key: facts[key] for key in ("settings", "backbone", "data", "ranks")}
     job = Job(backbone, splits, len(classes), chosen, world, dtype, say, folder, identity)
     with report_rank_error(world.rank):
-        results = (train_on_images if chosen.live else train_on_features)(job)
+        results = (train_on_images if chosen.on_images else train_on_features)(job)
     facts |= _outcome(results, facts["reported"], world)
     if folder and world.main:
         write_results(folder / RESULTS, facts)
@@ -220,11 +218,11 @@ def classify(
 
 
 def _facts(vit: ViT, options: ImageOptions, data: dict) -> dict:
-    """The part of the results that is known before training."""
+    """The part of the results that is known before training starts."""
     reads = "the class token" if vit.spec.class_token else "the mean of the patches"
-    reported, selection = "val", "none, the last epoch: there is no test split to report a chosen one on"
+    reported, selection = "val", "none, the last epoch: there is no test split"
     if "test" in data["splits"]:
-        reported, selection = "test", "the epoch with the best validation top-1, the first of equals"
+        reported, selection = "test", "the epoch with the best validation top-1 (ties: the first)"
     backbone = {"name": None, "kwargs": {}}
     with suppress(UserError):  # a user's own timm model may have no name
         backbone = dict(vit.recipe)

@@ -34,7 +34,7 @@ def _read_png(encoded: np.ndarray, name: str, bits: dict[str, tuple[int, ...]]) 
     if encoded[24] not in bits.get(mode, ()):
         wanted = " or ".join(f"{mode} of {'/'.join(map(str, depths))}" for mode, depths in bits.items())
         raise UserError(
-            f"label map {name} has mode {mode}, {encoded[24]} bits, not {wanted} bits; save it so"
+            f"label map {name} has mode {mode}, {encoded[24]} bits, not {wanted} bits; convert it"
         )
     return pixels
 
@@ -60,9 +60,9 @@ def decode_ids(
 
 @lru_cache(maxsize=2)  # train and val are parts of one file, which takes seconds
 def read_panoptic(path: Path) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
-    """Reads `panoptic_*2017.json`: class names (0 is "unlabeled", then by category id), and the segments of each map.
+    """Read `panoptic_*2017.json`: class names (0 is "unlabeled", then by category id), and the segments of each map.
 
-    They are by the map's name without suffix: [n, 2] segment ids, ascending from 0 (unlabeled), and their classes.
+    Segments by the map's name without suffix: [n, 2], ids in ascending order from 0 (unlabeled), and their classes.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -123,7 +123,7 @@ class LabelledImages:
         return labels
 
     def subset(self, indices: np.ndarray) -> "LabelledImages":
-        """Some of the images with their maps: [n] integers, n >= 1, in that order."""
+        """The images with these indices and their maps: [n] integers, n >= 1, in that order."""
         return replace(self, source=Subset(self.source, indices), maps=Subset(self.maps, indices))
 
     def fingerprint(self) -> int:
@@ -150,9 +150,9 @@ def pair(images: Source, maps: Source) -> tuple[Source, Source]:
         (images, by_image, by_map, "images have no label map"),
         (maps, by_map, by_image, "label maps have no image"),
     ):
-        if lonely := [index for name, index in places.items() if name not in others]:
+        if unmatched := [index for name, index in places.items() if name not in others]:
             raise UserError(
-                f"{len(lonely)} of {len(source)} {text}, first {source.location(lonely[0])}; "
+                f"{len(unmatched)} of {len(source)} {text}, first {source.location(unmatched[0])}; "
                 "an image and its map have the same name (in shards, in the same one), the map with .png"
             )
     return images, Subset(maps, np.array([by_map[name] for name in by_image]))
@@ -185,7 +185,7 @@ def patch_labels(
 
     Returns:
         union: [N, C] bool, the classes that a patch contains.
-        majority: [N] int16, the class of most pixels, the lowest id of equals; VOID where all pixels are void.
+        majority: [N] int16, the class of most pixels (ties: the lowest id); VOID where all pixels are void.
         image: [C] bool, the classes anywhere in the image.
     """
     labels = crop_and_resize(labels, size)

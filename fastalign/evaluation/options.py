@@ -20,7 +20,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Options(Section):
-    """Named values that are checked when they are given; UserError with the flag of an invalid one."""
+    """Options that are validated on construction; the UserError names the flag of an invalid one."""
 
     def __init__(self, **values: Any):
         try:
@@ -42,11 +42,11 @@ def evaluation_parser(
     parser = argparse.ArgumentParser(prog=f"fastalign {prog}", description=description)
     add, name = parser.add_argument, "NAME_OR_RUN"
     add("--backbone", required=True, type=path_argument, metavar=name, help="timm name or run folder")
-    add("--before", action="store_true", help="also, and first, the backbone that the run started from")
+    add("--before", action="store_true", help="evaluate the backbone that the run started from too")
     add("--data", required=True, type=path_argument, metavar="DATA", help=data)
-    add("--weights", type=path_argument, help="of a timm name: pretrained (default), random, or a file")
+    add("--weights", type=path_argument, help="for a timm name: pretrained (default), random, or a file")
     add("--kwargs", default="{}", metavar="YAML", help="timm's arguments, as in '{img_size: 336}'")
-    add("--softcap", type=float, metavar="CAP", help="of a timm name's attention logits; default none")
+    add("--softcap", type=float, metavar="CAP", help="for a timm name: cap of attention logits; default none")
     add("--output", type=path_argument, help=f"default {output}")
     fields = {name: field for model in models for name, field in model.model_fields.items()}
     fields.pop("recipe", None)
@@ -59,14 +59,14 @@ def evaluation_parser(
         else:
             how = {"choices": get_args(kind)} if get_origin(kind) else {"metavar": "X"}
             how["nargs"] = "+" if get_origin(field.annotation) is tuple else None
-        default = "" if field.default in (None, "", False) else f" (default {field.default})"
-        text = f"{field.description or ''}{default}"
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        text = (field.description or "") + ("" if default in (None, "", False) else f" (default {default})")
         parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **how)
     return parser
 
 
 def from_flags(model: type[Options], given: argparse.Namespace, **more: Any) -> Any:
-    """The options that a command line gives, and `more`."""
+    """The options given on the command line, and `more`."""
     return model(**{name: value for name, value in vars(given).items() if name in model.model_fields}, **more)
 
 
@@ -108,15 +108,18 @@ class Recipe(Options):
     """at most a tenth of all updates"""
     weight_decay: float = Field(0.01, ge=0)
     select: Literal[PATCH_METRICS] = "macro_recall"
-    """metric on val that chooses the epoch; macro recall for labels without that metric"""
+    """metric on val that selects the epoch; macro recall for labels without that metric"""
 
 
 class Plan(Options):
     """The heads that are trained on each encoder."""
 
     heads: Annotated[tuple[Literal[PATCH_HEADS], ...], Distinct] = ("transformer",)
+    """heads to train, see docs/probe.md"""
     labels: Annotated[tuple[Literal[tuple(HEADS_FOR)], ...], Distinct] = ("union",)
+    """labels to predict, see docs/probe.md"""
     seeds: Seeds = (0,)
+    """one training run per head each"""
     recipe: Recipe = Recipe()
     hidden: Count = 1024
     """width of the mlp head"""
@@ -140,7 +143,7 @@ class Plan(Options):
 _FROZEN_LINEAR = {"epochs": 50, "lr": 1e-3, "warmup_epochs": 0, "weight_decay": 0.01}
 _FROZEN = {"epochs": 20, "lr": 5e-4, "warmup_epochs": 1, "weight_decay": 0.05}
 _UNFROZEN = {"epochs": 50, "lr": 3e-4, "warmup_epochs": 5, "weight_decay": 0.05, "layer_decay": 0.75}
-_LIVE_ONLY = ("mixup", "cutmix", "crop", "color_jitter", "randaugment", "accumulate")
+_ON_IMAGES = ("mixup", "cutmix", "crop", "color_jitter", "randaugment", "accumulate")
 
 
 class ImageOptions(Reading):
@@ -155,17 +158,17 @@ class ImageOptions(Reading):
     batch_size: Count = 256
     """over all ranks"""
     accumulate: Count = 1
-    """parts that a rank's batch is computed in (unfreeze, augment)"""
+    """number of passes for a rank's batch (unfreeze, augment)"""
     lr: float | None = Field(None, gt=0)
     """peak learning rate of the head"""
     min_lr: float | None = Field(None, ge=0)
-    """where the cosine ends; default lr / 10"""
+    """end of the cosine; default lr / 10"""
     warmup_epochs: float | None = Field(None, ge=0)
     weight_decay: float | None = Field(None, ge=0)
     layer_decay: float | None = Field(None, gt=0, le=1)
     """unfreeze: factor of the learning rate from one block to the block before it"""
     clip: float = Field(3.0, ge=0)
-    """largest gradient norm; 0 = any"""
+    """largest gradient norm; 0 = no clipping"""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     mixup: float = Field(0.0, ge=0)
     """alpha; 0 = off (unfreeze, augment)"""
@@ -174,25 +177,25 @@ class ImageOptions(Reading):
     crop: Literal["rrc", "rkrc"] = "rrc"
     color_jitter: float = Field(0.0, ge=0)
     randaugment: str = ""
-    """timm's spelling, as in rand-m9-mstd0.5-inc1 (unfreeze, augment)"""
+    """timm's syntax, as in rand-m9-mstd0.5-inc1 (unfreeze, augment)"""
     seeds: Seeds = (0,)
-    """one training each"""
+    """one training run each"""
     grad_checkpointing: bool = False
     """unfreeze: less memory, more time"""
 
     @property
-    def live(self) -> bool:
+    def on_images(self) -> bool:
         """Whether images go through the backbone in every epoch."""
         return self.unfreeze or self.augment
 
     @model_validator(mode="after")
     def _check(self) -> "ImageOptions":
-        """Refuses what would have no effect."""
+        """Refuse options that would have no effect."""
         if self.unfreeze and self.augment:
             raise UserError("--augment is for a frozen backbone; --unfreeze augments anyway: remove it")
         for names, active, remedy in (
             (("layer_decay", "grad_checkpointing"), self.unfreeze, "the backbone is frozen: add --unfreeze"),
-            (_LIVE_ONLY, self.live, "features are computed once: add --augment or --unfreeze"),
+            (_ON_IMAGES, self.on_images, "features are computed once: add --augment or --unfreeze"),
         ):
             for name in names:
                 if not active and getattr(self, name) != type(self).model_fields[name].default:
@@ -209,5 +212,5 @@ class ImageOptions(Reading):
         return ImageOptions(**values)
 
     def facts(self) -> dict:
-        """What the figures of a seed depend on, as plain values."""
+        """The options that decide a seed's results, as plain values."""
         return self.model_dump(exclude={"threads", "seeds"})

@@ -1,4 +1,4 @@
-"""The probe: heads on the patch tokens of frozen backbones, trained, selected, evaluated, and shared among ranks."""
+"""The probe: train, select and evaluate heads on the patch tokens of frozen backbones, divided among ranks."""
 
 import copy
 import itertools
@@ -16,7 +16,7 @@ from fastalign.backbones.vit import ViT
 from fastalign.config import Config
 from fastalign.evaluation.datasets import open_labelled
 from fastalign.evaluation.features import PatchFeatures, read_patch_features
-from fastalign.evaluation.fit import FeatureLoader, Fit, Track, evaluate, say_progress, untracked
+from fastalign.evaluation.fit import FeatureLoader, Fit, Track, check_loss, evaluate, say_progress, untracked
 from fastalign.evaluation.heads import HEADS_FOR, make_patch_head
 from fastalign.evaluation.label_maps import LabelledImages
 from fastalign.evaluation.options import Plan, Recipe
@@ -52,7 +52,7 @@ def fit_head(
     dtype: torch.dtype,
     track: Track = untracked,
 ) -> tuple[nn.Module, int, dict]:
-    """Trains a head on the tokens of a backbone and keeps the epoch that is best on `val`, without it the last one.
+    """Train a head on the tokens of a backbone and keep the epoch that is best on `val`, without it the last one.
 
     Returns the head, the epoch (from 1), and its metrics on `val`, {} without one.
     """
@@ -61,7 +61,7 @@ def fit_head(
     total = steps * recipe.epochs
 
     def order(epoch: int) -> np.ndarray:
-        """Sorted within batches, so that files are read in order."""
+        """A permutation of rows, sorted within each batch so that files are read in order."""
         shuffled = np.random.default_rng([task.seed, epoch]).permutation(len(train))
         return np.sort(shuffled[: steps * size].reshape(steps, size), 1).ravel()
 
@@ -80,6 +80,7 @@ def fit_head(
         if val is None:
             continue
         found = evaluate_head(head, task, val, device=device, dtype=dtype)
+        check_loss(found["loss"], f"{task.labels} {task.head} of seed {task.seed} in epoch {epoch}")
         score = found.get(recipe.select, found["macro_recall"])
         score = -math.inf if math.isnan(score) else -score if recipe.select == "loss" else score
         if epoch == 1 or score > best_score:
@@ -98,7 +99,7 @@ def evaluate_head(
     dtype: torch.dtype,
     track: Track = untracked,
 ) -> dict:
-    """The metrics of a head on a split, and its mean `loss` over all answers (`majority`: labelled patches)."""
+    """The metrics of a head on a split, and its mean `loss` over all predictions (`majority`: labelled patches)."""
     counts = (MultiClassCounts if task.labels == "majority" else MultiLabelCounts)(features.classes, device)
     tokens = features.tokens[task.skip_blocks]
     loader = FeatureLoader(tokens, _EVALUATION_BATCH, device, dtype=torch.float32)
@@ -121,14 +122,14 @@ def probe(
     say: Callable[[str], None] = lambda text: None,
     **reading,
 ) -> list[dict]:
-    """Trains and evaluates every head of the plans on every backbone; returns all rows of `probe.json` on every rank.
+    """Train and evaluate every head of the plans on every backbone; returns all rows of `probe.json` on every rank.
 
     Args:
-        backbones: in evaluation mode, by the name that results carry.
-        splits: train, val (which selects the epoch), and others that a finished head is evaluated on, once.
+        backbones: in evaluation mode, by their name in the results.
+        splits: train, val (which selects the epoch), and others, on which a finished head is evaluated once.
         plans: heads, labels, seeds, recipe.
-        skip_blocks, dtype, reading: as of `read_patch_features`.
-        say: gets progress lines.
+        skip_blocks, dtype, reading: as for `read_patch_features`.
+        say: called with progress lines.
     """
     images, largest = len(splits["train"]), max(plan.recipe.batch_size for plan in plans)
     if images < largest:
@@ -140,8 +141,8 @@ def probe(
             say(f"{name}: {len(splits[split])} images ({split})")
         read[name][split] = read_patch_features(backbones[name], splits[split], world, dtype=dtype, **reading)
         if not read[name][split].image.any():
-            raise UserError(f"the {split} split has void pixels only: check its label maps")
-    # Heads of all backbones are shared out together, so that ranks wait for each other once, at the end.
+            raise UserError(f"the {split} split has only void pixels: check its label maps")
+    # The heads of all backbones are divided at once, so that ranks wait for each other only at the end.
     tasks = [
         (name, plan, Task(head, labels, skip, seed))
         for name, plan in itertools.product(backbones, plans)
@@ -157,8 +158,6 @@ def probe(
         features, spec = read[name], backbones[name].spec
         with report_rank_error(world.rank):
             head, epoch, val = fit_head(task, spec, features["train"], features["val"], plan, **where)
-            if not math.isfinite(val["loss"]):
-                raise UserError(f"--lr: the loss of {about} is {val['loss']}; lower the rate")
         val = {key: value for key, value in val.items() if key not in ("per_class", "by_size")}
         found = {"val": val}
         for split in (name for name in splits if name not in ("train", "val")):
@@ -188,7 +187,7 @@ def open_splits(config: Config, world: World) -> dict[str, LabelledImages]:
 
 
 def contents(splits: dict[str, LabelledImages]) -> dict[str, list[str]]:
-    """What identifies the images of `probe.data` to a run that resumes."""
+    """The fingerprints of `probe.data`, which a run compares when it resumes."""
     marks = " ".join(f"{split.fingerprint():08x}" for split in splits.values())
     return {"probe.data": [marks]} if marks else {}
 
@@ -205,7 +204,7 @@ def probe_encoder(
     track: Track,
     beat: Callable[[], None],
 ) -> dict[str, float]:
-    """Trains a head on an encoder's frozen tokens, in memory, and evaluates its last epoch on val.
+    """Train a head on an encoder's frozen tokens, in memory, and evaluate its last epoch on val.
 
     `average`: averaged weights of the student, used instead of the encoder's; `beat` is called at each batch.
     """

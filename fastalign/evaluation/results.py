@@ -37,7 +37,7 @@ def patch_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class MultiLabelCounts:
-    """Of patches that may have several classes, at probability 0.5; recall also by the share of patches."""
+    """Counts of patches that may have several classes, at probability 0.5; recall also by the share of patches."""
 
     def __init__(self, classes: int, device: torch.device | str = "cpu"):
         self.hits = torch.zeros(classes, dtype=torch.int64, device=device)
@@ -49,7 +49,7 @@ class MultiLabelCounts:
         self.sizes = torch.zeros(2, SIZES, dtype=torch.int64, device=device)
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
-        """Counts a batch: logits [B, N, C], targets [B, N, C] bool."""
+        """Count a batch: logits [B, N, C], targets [B, N, C] bool."""
         self.loss += patch_loss(logits, targets).double() * len(logits)
         self.images += len(logits)
         predicted = logits > 0
@@ -91,21 +91,21 @@ class MultiLabelCounts:
 
 
 class MultiClassCounts:
-    """Of patches that have one class each; void patches are not counted."""
+    """Counts of patches that have one class each; void patches are left out."""
 
     def __init__(self, classes: int, device: torch.device | str = "cpu"):
         self.matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
-        """Counts a batch: logits [B, N, C], targets [B, N] int64, -1 = void."""
+        """Count a batch: logits [B, N, C], targets [B, N] int64, -1 = void."""
         classes, counted = len(self.matrix), targets >= 0
         self.loss += patch_loss(logits, targets).double() * counted.sum()
         cells = targets[counted] * classes + logits.argmax(-1)[counted]
         self.matrix += torch.bincount(cells, minlength=classes * classes).view(classes, classes)
 
     def results(self) -> dict:
-        """The metrics and the mean loss; `accuracy` is the share of labelled patches that are right."""
+        """The metrics and the mean loss; `accuracy` is the share of labelled patches that are correct."""
         hits, positives, predicted = self.matrix.diag(), self.matrix.sum(1), self.matrix.sum(0)
         total = self.matrix.sum().clamp(min=1)
         accuracy = (total - positives - predicted + 2 * hits).double() / total
@@ -115,7 +115,7 @@ class MultiClassCounts:
 
 
 class ImageCounts:
-    """Of images that have one class each, over all ranks."""
+    """Counts of images that have one class each, over all ranks."""
 
     def __init__(self, classes: int, device: torch.device):
         self.classes = classes
@@ -123,7 +123,7 @@ class ImageCounts:
         self.total = torch.zeros(2 + 2 * classes, dtype=torch.float64, device=device)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Counts a batch: logits [B, C] of any float dtype, labels [B] int64. The first of equal logits is taken."""
+        """Count a batch: logits [B, C] of any float dtype, labels [B] int64. Of equal logits the first one counts."""
         logits = logits.float()
         right = (logits.argmax(1) == labels).double()
         top5 = (logits.topk(min(5, self.classes)).indices == labels[:, None]).any(1)
@@ -167,8 +167,8 @@ def _summary(accuracy: Tensor, hits: Tensor, positives: Tensor, predicted: Tenso
     return macro | {"per_class": per_class | {"positives": positives.tolist()}}
 
 
-def summarise(results: list[dict]) -> list[dict]:
-    """Rows of probes, one for all seeds of a head: mean and deviation of each metric on the test split."""
+def summarize(results: list[dict]) -> list[dict]:
+    """One row per head over all seeds: mean and standard deviation of each metric on the test split."""
     groups: dict[tuple, list[dict]] = {}
     for row in results:
         groups.setdefault(tuple(row[key] for key in _GROUP), []).append(row["test"])
@@ -183,7 +183,8 @@ def summarise(results: list[dict]) -> list[dict]:
 def patch_table(summary: list[dict], title: str) -> Table:
     """The summary of probes in percent, in 80 columns."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    shown = [key for key in ("model", "skip_blocks") if len({row[key] for row in summary}) > 1]
+    shown = ["model"] * (len({row["model"] for row in summary}) > 1)
+    shown += ["skip_blocks"] * any(row["skip_blocks"] for row in summary)
     for name in (*(key.removesuffix("_blocks") for key in shown), "probe"):
         table.add_column(name, overflow="fold")
     for name in _PATCH_COLUMNS:
@@ -219,7 +220,7 @@ def percent(value: dict | None, sign: str = "-") -> str:
 
 
 def check_output(path: Path, facts: dict) -> None:
-    """Refuses to overwrite results of other facts, such as `settings` and `data`; makes the file's folder."""
+    """Refuse to overwrite results of other facts, such as `settings` and `data`; create the file's folder."""
     if path.is_dir():
         raise UserError(f"--output {path}: it is a folder; name a file, such as {path / 'probe.json'}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +238,7 @@ def check_output(path: Path, facts: dict) -> None:
 
 
 def difference(before: dict, now: dict, path: str = "") -> str:
-    """The first value in which two trees of plain values differ: section.key was 1, is 2."""
+    """The first difference of two trees of plain values, as in "section.key was 1, is 2"; "" if they are equal."""
     for key in sorted((before.keys() | now.keys()) - {"path", "root"}):  # the data set may be elsewhere
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
@@ -249,7 +250,7 @@ def difference(before: dict, now: dict, path: str = "") -> str:
 
 
 def write_results(path: Path, facts: dict) -> None:
-    """Writes results as JSON; a number that is not finite becomes null."""
+    """Write results as JSON; a number that is not finite becomes null."""
     finite = json.loads(json.dumps(facts), parse_constant=lambda number: None)
     text = json.dumps(finite, indent=1) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))

@@ -19,8 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--weights", type=path_argument, help="instead of RUN: a file or folder of weights, with --name")
     add("--name", help="the timm name of --weights")
     add("--kwargs", help="timm's arguments of --weights, in YAML")
-    add("--softcap", type=float, help="that --weights were trained with, if the file does not record it")
-    add("--to", required=True, choices=TARGETS, help="the library")
+    add("--softcap", type=float, help="cap that --weights were trained with, if the file does not record it")
+    add("--to", required=True, choices=TARGETS, help="the target library")
     add("--output", type=path_argument, help="the folder to write; default RUN/exports/TARGET")
     add("--drop-softcap", action="store_true", help="export without the cap")
     add("--images", type=path_argument, help="images to measure features on; default validation data")
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _source(given: argparse.Namespace) -> str | Run:
-    """What is exported: RUN, or the weights that are not a run."""
+    """The source of the export: RUN, or weights that are not a run."""
     if given.run is not None:
         names = ("weights", "name", "kwargs", "softcap")
         if extra := [key for key in names if getattr(given, key) is not None]:
@@ -54,9 +54,9 @@ def _run(given: argparse.Namespace) -> None:
     if softcap["value"] is not None:
         change = change_in_words(softcap["effect"])
         if softcap["applied"]:
-            print(f"soft-cap: {TARGETS[given.to].how_capped}\n--drop-softcap would change features {change}")
+            print(f"soft-cap: {TARGETS[given.to].how_capped}\n--drop-softcap changes features by {change}")
         else:
-            print(f"soft-cap dropped: features change {change}")
+            print(f"soft-cap dropped: features change by {change}")
     if facts["features"]["mean"] is None:
         print(f"feature mean and std {facts['features']['of']}")
     print("\n".join([*facts["notes"], f"exported: {folder}"]))

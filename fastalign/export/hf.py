@@ -1,6 +1,6 @@
 """Files for transformers, and towers that load without `trust_remote_code`.
 
-Importing it makes a capped export, and a saved VLM around one, known to transformers' auto classes.
+Importing this module registers capped exports, and VLMs saved with one, with transformers' auto classes.
 """
 
 import json
@@ -23,24 +23,24 @@ from fastalign.utils.errors import UserError
 
 MODELING = "modeling_fastalign"  # the module that travels with an export
 Content = tuple[dict[str, Any], dict[str, Tensor]]
-"""Settings besides the common ones, weights by names in files."""
+"""Configuration values besides the common ones, and weights by the names that files use."""
 
 
 def load_tower(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The tower of an ``hf-*`` export, with or without a cap; UserError for another folder.
 
-    Its `hidden_states[-1]` is our features, cap and norm included.
+    Its `hidden_states[-1]` are fastalign's features, cap and norm included.
     """
     path = Path(folder) / "config.json"
     kind = read_json(path).get("model_type") if path.is_file() else None
     if kind not in TOWERS:
-        raise UserError(f"{path} is not of an export --to hf-*, its model type is {kind}: give such a folder")
+        raise UserError(f"{path}: the model type is {kind}: give the folder of an export --to hf-*")
     return TOWERS[kind].from_pretrained(folder, dtype=dtype)
 
 
 def _clip(vit: ViT) -> Content:
     settings = {"intermediate_size": vit.spec.block.mlp_hidden, "projection_dim": vit.embed_dim}
-    # The prefix is the one that files have in all versions of transformers.
+    # Files have this prefix in all versions of transformers.
     weights = from_timm(vit.state_dict(), HF_CLIP)
     return settings, {f"vision_model.{key}": value for key, value in weights.items()}
 
@@ -51,7 +51,7 @@ def _siglip(vit: ViT) -> Content:
 
 @torch.no_grad()
 def _dinov2(vit: ViT) -> Content:
-    """The positions of the prefix go into its tokens; without LayerScale its factors are one."""
+    """The prefix tokens include their positions; without LayerScale its factors are 1."""
     settings = {"mlp_ratio": vit.spec.block.mlp_hidden // vit.embed_dim}
     prefix, patches = vit.prefix_rows(), vit.patch_position()
     ones = torch.ones(vit.embed_dim)

@@ -16,21 +16,21 @@ from fastalign.backbones.zoo import transform
 from fastalign.data.sources import Source, SyntheticSource, open_source
 from fastalign.utils.errors import UserError
 
-PARITY = 1e-4  # the largest relative error that an export may have: a misplaced weight causes a larger one
+PARITY = 1e-4  # the largest relative error of an export; a misplaced weight causes a larger one
 PARITY_OF = "any token, fp32, 4 images of noise in batches of 1 and 3"
-IMAGES, BATCH = 256, 16  # that features are measured on, at most
+IMAGES, BATCH = 256, 16  # the largest number of images to measure features on, and per batch
 _UNREADABLE = (UserError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What our reader and PIL raise."""
+"""Errors of our reader and of PIL for an image that cannot be read."""
 
 
 def noise(vit: ViT) -> Tensor:
-    """[4, C, height, width]: the same normalised noise for each export."""
+    """[4, C, height, width]: the same normalized noise for each export."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(4, vit.spec.channels, *vit.spec.image_size, generator=generator)
 
 
 def token_error(found: Tensor, wanted: Tensor) -> float:
-    """The largest error of a token relative to the token's norm; infinite for another shape or what is not finite."""
+    """The largest error of a token relative to its norm; infinite if shapes differ or a value is not finite."""
     if found.shape != wanted.shape:
         return float("inf")
     found, wanted = found.double(), wanted.double()
@@ -46,19 +46,19 @@ def check_parity(vit: ViT, tokens: Callable[[Tensor], Tensor], name: str) -> flo
         return error
     raise UserError(
         f"{name}: the exported model differs from ours by {error:.1e} (at most {PARITY:g}): not written; check the "
-        "versions of the libraries. Tokens near zero, as of random weights, also feel another epsilon of the final "
-        f"norm than ours, {getattr(vit.norm, 'eps', None)}: then use --to onnx"
+        "versions of the libraries. If tokens are near zero, as with random weights, the library's epsilon of the "
+        f"final norm (ours is {getattr(vit.norm, 'eps', None)}) can cause this: then use --to onnx"
     )
 
 
 def find_images(given: str | None, val: str | None) -> tuple[Source | None, str]:
-    """The images of --images or the run's validation data to measure on, and which they are or why none."""
+    """The images to measure on, those of --images or the validation data, and their origin or why there are none."""
     if given is not None:
         return open_source(given), f"--images {Path(given).name}"
     with suppress(UserError):
         if val is not None:
             return open_source(val), "the run's validation data"
-    return None, "not measured: the run has no validation data in reach; give --images FOLDER"
+    return None, "not measured: no validation data is available; give --images FOLDER"
 
 
 def _images(vit: ViT, source: Source) -> Iterator[Tensor]:

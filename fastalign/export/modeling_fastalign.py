@@ -39,7 +39,7 @@ def softcap_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: [B, H, T, d] -> [B, T, H, d]; the cap is the module's `config.softcap`.
 
-    In 16 bits on a GPU FlexAttention, which gives no weights unless `output_attentions` asks for them.
+    In 16 bits on a GPU it runs FlexAttention and returns no weights, unless `output_attentions` asks for them.
     """
     if attention_mask is not None:
         raise ValueError("soft-capped attention takes no attention mask")
@@ -58,9 +58,9 @@ AttentionInterface.register(SOFTCAP, softcap_attention)
 
 
 class AlignedConfig(PreTrainedConfig):
-    """A configuration of transformers with what alignment adds."""
+    """A configuration of transformers with the fields that alignment adds."""
 
-    _auto_class = "AutoConfig"  # what is saved carries this file
+    _auto_class = "AutoConfig"  # saving copies this file
     softcap: float | None = None  # the cap of the attention logits; None = plain attention
     final_norm_eps: float | None = None  # the epsilon of the final norm; None = that of the blocks
 
@@ -79,12 +79,12 @@ class AlignedConfig(PreTrainedConfig):
         PreTrainedConfig._attn_implementation.fset(self, value)
 
     def to_dict(self) -> dict:
-        """Also names the attention, so that transformers' own class refuses a capped model."""
+        """Also record the attention's name, so that transformers' own class refuses a capped model."""
         named = {} if self.softcap is None else {"attn_implementation": SOFTCAP}
         return super().to_dict() | named
 
     def llava_config(self, text_config: PreTrainedConfig, **kwargs) -> "LlavaConfig":
-        """LLaVA around this tower, reading the aligned layer: the last, not LLaVA's default of -2.
+        """The configuration of a LLaVA that reads this tower's last, aligned layer (LLaVA's default is -2).
 
         The class token is left out, as in LLaVA; registers, which LLaVA does not know, stay before the patches.
         `text_config` is the language model's; `kwargs` are other arguments of `LlavaConfig` and take precedence.
@@ -101,7 +101,7 @@ class AlignedConfig(PreTrainedConfig):
 
 
 class LlavaConfig(transformers.LlavaConfig):
-    """transformers' own, except that a saved model carries this file, which makes the tower's type known."""
+    """transformers' own, except that saving copies this file, which defines the tower's type."""
 
     _auto_class = "AutoConfig"
 
@@ -118,7 +118,7 @@ class AlignedModel:
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, **kwargs):
-        """Normalised images [B, C, height, width] -> the output of transformers' class."""
+        """Normalized images [B, C, height, width] -> the output of transformers' class."""
         out = super().forward(pixel_values, return_dict=True, **kwargs)
         if isinstance(self, transformers.CLIPVisionModel):
             out.last_hidden_state = self.post_layernorm(out.last_hidden_state)
@@ -133,19 +133,19 @@ class AlignedImageProcessor(CLIPImageProcessorPil):
     _auto_class = "AutoImageProcessor"
 
     def convert_to_rgb(self, image, **kwargs):
-        """Transparency is left out; transformers' own puts it on white."""
+        """Drop the alpha channel, as PIL does; transformers' own blends it with white."""
         if hasattr(image, "convert"):  # of PIL
             return np.array(image.convert("RGB"))
         return super().convert_to_rgb(image, **kwargs)  # transformers 5.20 gives none
 
     def center_crop(self, image, size, **_):
-        """[C, height, width]; the offset is rounded to the nearest even number, transformers' own down."""
+        """Crop [C, height, width]; a half-integer offset is rounded to even, as in torchvision, not down."""
         crop = (size.height, size.width)
         top, left = (round((side - cropped) / 2) for side, cropped in zip(image.shape[1:], crop, strict=True))
         return image[:, top : top + size.height, left : left + size.width]
 
 
-TOWERS: dict[str, type] = {}  # by model type, both their own and that of the class that each extends
+TOWERS: dict[str, type] = {}  # by model type: each class's own, and that of the class that it extends
 for _kind, _name, _norm in (
     ("clip", "CLIPVisionModel", "post_layernorm"),
     ("siglip", "SiglipVisionModel", "post_layernorm"),
@@ -167,7 +167,7 @@ for _kind, _name, _norm in (
     globals().update({_config.__name__: _config, _model.__name__: _model})
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
-    # The names of weights in files are those of the class that each extends.
+    # In files, weights have the names that the extended class uses.
     _renaming = get_checkpoint_conversion_mapping(_name) or get_checkpoint_conversion_mapping(
         _stock.config_class.model_type
     )

@@ -1,4 +1,4 @@
-"""What an export is made from: a run's backbone, the facts about it, and its MaskEmbed decoder."""
+"""The input of an export: a run's backbone, its metadata, and its MaskEmbed decoder."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,15 +32,15 @@ class Run:
     folder: Path | None  # None for weights that are not a run
     vit: ViT
     facts: dict[str, Any]  # backbone.json
-    config: Config | None = None  # that trained the backbone; None where config.yaml is missing
-    val: str | None = None  # where its validation data is now
+    config: Config | None = None  # of the training; None if config.yaml is missing
+    val: str | None = None  # the present path of its validation data
     decoder: dict[str, Any] | None = None  # arguments of `AlignedDecoder`; `notes` says why there is none
     decoder_weights: dict[str, Tensor] = field(default_factory=dict)
     probe: Any = None  # probe.json, if the run was probed
     notes: list[str] = field(default_factory=list)
 
     def source(self) -> dict[str, Any]:
-        """The name, the weights that it started from, the page of the published ones, and their licence.
+        """The backbone's name, the weights that it started from, and page and licence of the published weights.
 
         None = unknown; the licence is known only if alignment started from the published weights.
         """
@@ -67,7 +67,7 @@ def read_run(folder: str | Path) -> Run:
     if not (folder / "config.yaml").is_file():
         run.notes.append("config.yaml is missing: no recipe and no decoder")
         return run
-    # config.yaml is of the newest start, which may have forced other settings than those of this backbone.
+    # config.yaml is of the newest start; resume=force may have changed settings after this backbone was saved.
     newest = load_config(folder / "config.yaml")
     run.val = newest.data.val
     run.config = Config(**merge(newest.model_dump(mode="json"), run.facts.get("settings", {})))
@@ -81,7 +81,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def read_weights(name: str, weights: str, *, kwargs: str = "{}", softcap: float | None = None) -> Run:
-    """The backbone in weights that are not a run, without head, decoder and pooling; arguments as the command's."""
+    """The backbone in weights that are not a run, without head, decoder and pooling. Arguments as for the command."""
     vit, _ = named_backbone(name, weights=weights, kwargs=kwargs, softcap=softcap)
     vit.attn_pool, vit.pool, vit.head = None, "none", nn.Identity()
     facts = backbone_facts(vit.eval(), weights=weights)
@@ -102,7 +102,7 @@ def _student(run: Run) -> dict[str, Tensor] | None:
 
 
 class AlignedDecoder(nn.Module):
-    """The student after its tokens: `norm` (of backbones that pool before it), `head`, `decoder`."""
+    """The student after the backbone's tokens: `norm` (of backbones with a norm after pooling), `head`, `decoder`."""
 
     def __init__(self, *, backbone: dict, norm: bool, block: dict, **shape: Any):
         super().__init__()
@@ -119,7 +119,7 @@ class AlignedDecoder(nn.Module):
 
 
 def _describe_decoder(run: Run, student: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The arguments of `AlignedDecoder` and its weights, from the weights `encoder.*`, `decoder.*` of a student."""
+    """The arguments and weights of `AlignedDecoder`, from a student's weights `encoder.*` and `decoder.*`."""
     spec, config = run.vit.spec, run.config
     parts = {"decoder.": "decoder.", "encoder.head.": "head.", "encoder.fc_norm.": "norm."}
     weights = {

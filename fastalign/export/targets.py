@@ -1,4 +1,4 @@
-"""The libraries that a backbone can be exported to, and what fits."""
+"""The libraries that a backbone can be exported to, and which backbones they support."""
 
 from dataclasses import MISSING, asdict, fields
 from importlib import import_module
@@ -16,11 +16,11 @@ class Target(NamedTuple):
     # In fastalign.export. `files` returns content by name, JSON or tensors, besides what the library itself writes to
     # the folder; `read` loads them with the library's own classes: from images to all tokens, prefix first.
     module: str
-    wanted: dict[str, Any]  # fields of `ViTSpec` and `BlockSpec` that fit; a tuple has alternatives
+    wanted: dict[str, Any]  # the values of `ViTSpec` and `BlockSpec` that fit; a tuple lists alternatives
     how_capped: str  # a sentence for the user of a capped export
 
     def misfits(self, vit: ViT) -> list[str]:
-        """What of a backbone the library cannot express; empty = it fits."""
+        """The parts of a backbone that the library does not support; empty = it fits."""
         spec, found = vit.spec, []
         have = asdict(spec) | asdict(spec.block)
         sizes = (spec.grid, spec.image_size, spec.patch_size)
@@ -37,7 +37,7 @@ _ANY = {
     "activation", "norm_eps", "softcap", "fresh_norm_eps", "position_fixed", "position_prefix", "pooled_norm", "pool",
     "pool_prefix",
 }  # fmt: skip
-"""Fields that the towers of transformers express, or that do not change the tokens."""
+"""Fields that transformers' towers support with any value, or that do not change the tokens."""
 _PLAIN = {"square_images": True} | {
     field.name: field.default
     for kind in (ViTSpec, BlockSpec)
@@ -58,14 +58,14 @@ _TIMM = Target(
     "timm",
     "timm_model",
     {},
-    "timm does not cap by itself: install fastalign and `import fastalign.export.timm_model` before loading. Without "
+    "timm itself has no soft-cap: install fastalign and `import fastalign.export.timm_model` before loading. Without "
     "the import timm refuses this folder as an unknown model. An export with `--drop-softcap` needs no import.",
 )
 _HF = Target(
     "transformers",
     "hf",
     _PLAIN,
-    "modeling_fastalign.py in this folder caps: load with `trust_remote_code=True`, transformers 5.20 or newer.",
+    "modeling_fastalign.py here applies the cap: load with `trust_remote_code=True`, transformers 5.20 or newer.",
 )
 TARGETS = {
     "timm": _TIMM,
@@ -79,7 +79,7 @@ TARGETS = {
 
 
 def check_names(names: list[str], key: str) -> None:
-    """Refuse a name that is no target, or whose library is missing or too old, in a list that a key gives."""
+    """Refuse unknown targets, and those whose library is missing or too old; `key` is for messages."""
     for name in names:
         if name not in TARGETS:
             raise UserError(f"{key}: {unknown('target', name, TARGETS)}; choose from {', '.join(TARGETS)}")
@@ -91,7 +91,7 @@ def check_names(names: list[str], key: str) -> None:
 
 
 def find_target(name: str, vit: ViT, key: str = "--to") -> Target:
-    """The target of a name that `key` gives, checked against the backbone."""
+    """The target of this name; UserError if it is unknown or does not fit the backbone; `key` is for messages."""
     check_names([name], key)
     if problems := TARGETS[name].misfits(vit):
         fitting = ", ".join(other for other, target in TARGETS.items() if not target.misfits(vit))

@@ -22,8 +22,8 @@ CAPPED = (
     "fastalign_softcap.attention logits are capped: install fastalign and `import fastalign.export.timm_model` "
     "first, or export again with --drop-softcap"
 )
-"""The architecture in config.json. timm takes what follows the first dot for a tag, and prints it all if it does not
-know the name before it."""
+"""The architecture in config.json. timm takes the text after the first dot for a tag; if it does not know the name
+before the dot, its error prints all of this."""
 
 
 @register_model
@@ -39,7 +39,7 @@ def files(run: Run, folder: Path, target: str) -> dict[str, Any]:
     architecture = "vit_base_patch16_224" if architecture == MOCO else architecture
     dropped = ("num_classes", "drop_path_rate")
     arguments = {key: value for key, value in run.facts["kwargs"].items() if key not in dropped}
-    if flexible := "pos_embed_grid_size" in arguments:
+    if is_naflex := "pos_embed_grid_size" in arguments:
         state = naflex.timm_state(state, vit.spec.grid)
     if vit.softcap is not None:
         arguments |= {"architecture": architecture, "softcap": vit.softcap}
@@ -56,7 +56,7 @@ def files(run: Run, folder: Path, target: str) -> dict[str, Any]:
             "num_classes": 0,
             **vit.data,
             "crop_mode": "center",
-            "first_conv": "embeds.proj" if flexible else "patch_embed.proj",
+            "first_conv": "embeds.proj" if is_naflex else "patch_embed.proj",
             "classifier": "head",
             "license": run.source()["licence"],
         },
@@ -65,5 +65,5 @@ def files(run: Run, folder: Path, target: str) -> dict[str, Any]:
 
 
 def read(folder: Path) -> Callable[[Tensor], Tensor]:
-    """Load the folder as a user does."""
+    """Load the folder as a user does: normalized images -> all tokens."""
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval().forward_features

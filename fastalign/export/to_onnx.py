@@ -1,4 +1,4 @@
-"""The encoder as a graph, soft-cap inside: an ONNX model and a program of torch.export, both for any batch size."""
+"""The encoder as an ONNX model and a torch.export program, both with the soft-cap and for any batch size."""
 
 import copy
 import logging
@@ -28,7 +28,7 @@ class _Encoder(nn.Module):
 
 
 def files(run: Run, folder: Path, target: str) -> dict[str, Any]:
-    """Writes both files: normalised images [B, C, height, width] -> tokens [B, T, D], fp32."""
+    """Writes both files: normalized images [B, C, height, width] -> tokens [B, T, D], fp32."""
     vit = copy.deepcopy(run.vit).requires_grad_(False)
     for block in vit.blocks:
         block.attn.backend = "eager"  # plain operations, which onnxruntime and compilers fuse
@@ -45,6 +45,6 @@ def files(run: Run, folder: Path, target: str) -> dict[str, Any]:
 
 
 def read(folder: Path) -> Callable[[Tensor], Tensor]:
-    """onnxruntime on a CPU."""
+    """The ONNX model in onnxruntime on a CPU: normalized images -> all tokens."""
     session = onnxruntime.InferenceSession(folder / ONNX, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])

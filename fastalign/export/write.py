@@ -1,4 +1,4 @@
-"""Writing an export: the target's files, `fastalign.json`, the decoder and the model card; all of them or nothing."""
+"""Write an export: the target's files, `fastalign.json`, the decoder and the model card; all of them or none."""
 
 import json
 import shutil
@@ -31,18 +31,18 @@ def export(
     """Export the backbone and the decoder of a run.
 
     Args:
-        run: its folder, or what `fastalign.export.run.read_weights` returns.
+        run: the run's folder, or the result of `fastalign.export.run.read_weights`.
         to: a name of `fastalign.export.targets.TARGETS`.
         output: the folder to write; None = ``exports/TARGET`` in the run's. An earlier export there is replaced.
         drop_softcap: export without the cap, for the library's own classes.
         images: folder, tar shards or ``synthetic:COUNT`` that features are measured on; None = validation data.
-        say: gets a line for each thing that is done.
+        say: called with a line for each step.
 
     Returns:
         The folder and the content of its fastalign.json.
 
     Raises:
-        UserError: a damaged run, a target that does not fit, or an export that is not exact.
+        UserError: a damaged run, a target that does not fit, or an export whose error is too large.
     """
     if not isinstance(run, Run):
         say(f"reading {run}")
@@ -81,7 +81,7 @@ def export(
 
 
 def is_exported(folder: Path, to: str) -> bool:
-    """Whether an export of a run in its default place is of the run's present weights."""
+    """Whether the export in a run's default folder has the run's present weights."""
     try:
         kept, made = (
             [json.loads(path.read_text()).get(key) for key in ("step", "val_loss", "changes")]
@@ -103,7 +103,7 @@ def _output(run: Run, to: str, given: str | Path | None) -> Path:
 
 
 def _write_model(run: Run, to: str, target: Target, folder: Path) -> float:
-    """The library's files; the error of its own model, loaded from them."""
+    """Write the library's files, load them with the library, and return the error of its model."""
     library = import_module(f"fastalign.export.{target.module}")
     _write_files(folder, library.files(run, folder, to))
     try:
@@ -116,7 +116,7 @@ def _write_model(run: Run, to: str, target: Target, folder: Path) -> float:
 
 
 def _write_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """JSON, or weights in fp32, each with memory of its own, as safetensors wants it."""
+    """Write JSON, or weights in fp32; safetensors refuses tensors that share memory."""
     for name, content in files.items():
         if name.endswith(".json"):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -158,7 +158,7 @@ def change_in_words(effect: dict[str, dict[str, float]]) -> str:
 
 
 def _card(run: Run, facts: dict[str, Any], target: Target, folder: Path) -> str:
-    """The text of README.md for an export that is loaded from `folder`."""
+    """The text of README.md, whose code loads the export from `folder`."""
     weights = facts["source"]["weights"]
     words = {None: "not recorded", "pretrained": "its published weights", "random": "random weights"}
     template = jinja2.Template(

@@ -1,6 +1,6 @@
-"""Floating-point operations of a step, by formula, and what the hardware can do at most.
+"""Floating-point operations of a step, by formula, and the peak of the hardware.
 
-A multiply-add counts as two; training as three forward passes; the frozen teacher as one.
+A multiply-add counts as two operations, training as three forward passes, the frozen teacher as one.
 """
 
 import torch
@@ -11,7 +11,7 @@ from fastalign.backbones.vit import ViT
 from fastalign.method.objectives import MaskedImageModeling, MaskEmbed
 
 PEAK_BF16 = {"H100": 989.5e12, "H200": 989.5e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
-"""Dense bf16 FLOP/s by a part of the device's name, from the vendors' data sheets."""
+"""Dense bf16 FLOP/s from the vendors' data sheets, by a substring of the device's name."""
 
 
 def peak_flops(device_name: str) -> float | None:

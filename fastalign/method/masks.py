@@ -25,7 +25,7 @@ MAX_BLOCKS = 64
 
 @dataclass(frozen=True)
 class _Masks:
-    """The base of all. Each defines ``sample(sample_ids, grid, epoch)``, [B, N] bool, one draw per image."""
+    """The base class. Subclasses define ``sample(sample_ids, grid, epoch)``: [B, N] bool, one draw per image."""
 
     complement: bool = True  # add the complement of each sample (antithetical sampling)
     full: bool = True  # add the mask that hides nothing
@@ -73,8 +73,8 @@ class _Masks:
         return visible, ops.pack_masks(visible, prefix, length)
 
     def _for_extension(self, sample_ids: Tensor, grid: tuple[int, int], epoch: int) -> tuple | None:
-        """The arguments of the extension's operators; None = it does not draw these masks."""
-        kind = _EXTENSION_KINDS.get(type(self))  # by exact class: a subclass may have a `sample` of its own
+        """The arguments of the extension's operators; None if the extension cannot draw these masks."""
+        kind = _EXTENSION_KINDS.get(type(self))  # by exact class: a subclass may override `sample`
         if kind is None or not extension.available(sample_ids.device):
             return None
         seed = ((self.seed + 2**63) & (2**64 - 1)) - 2**63  # the signed integer of the same bits
@@ -177,6 +177,6 @@ class BlockwiseMasks(_Masks):
 
 
 MASKS = {"uniform": UniformMasks, "bernoulli": BernoulliMasks, "blockwise": BlockwiseMasks}
-"""Every distribution by its name in a configuration."""
+"""The distributions by their names in a configuration."""
 _EXTENSION_KINDS = {UniformMasks: 0, BernoulliMasks: 1, BlockwiseMasks: 2}
 """`Kind` of csrc/masks.h"""

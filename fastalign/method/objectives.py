@@ -1,6 +1,6 @@
 """From a batch of images to a loss: MaskEmbed (locality alignment), and masked image modeling.
 
-Shapes as in `fastalign.ops.reference`; packed rows are those of mode drop, and D is the teacher's width.
+Shapes as in `fastalign.ops.reference`, with D the teacher's width; mode drop has packed rows [L, D].
 """
 
 import torch
@@ -16,7 +16,7 @@ from fastalign.utils.errors import UserError
 
 
 class Objective(nn.Module):
-    """The base of both objectives: a frozen teacher, a student, masks, a loss and the scale of the targets."""
+    """The base class of both: a frozen teacher, a student, masks, a loss and the scale of the targets."""
 
     prefix_visible: bool  # whether prefix tokens count as visible in the loss
     packed_parts: tuple[str, ...]  # the transformers that read packed sequences in mode drop
@@ -26,8 +26,8 @@ class Objective(nn.Module):
         tokens = [(spec.grid, spec.prefix) for spec in (teacher.spec, student.encoder.spec)]
         if tokens[0] != tokens[1]:
             raise UserError(
-                f"teacher and student have different patch grids and prefix tokens, {tokens[0]} and {tokens[1]}: "
-                "choose backbones or img_size values with the same"
+                f"teacher and student have different patch grids or prefix tokens, {tokens[0]} and {tokens[1]}: "
+                "choose backbones or img_size values that agree"
             )
         self.teacher, self.student, self.masks, self.loss = teacher, student, masks, loss
         self.masking = masking  # zero or drop
@@ -35,13 +35,13 @@ class Objective(nn.Module):
 
     @property
     def fixed_lengths(self) -> bool:
-        """Whether every batch has the same number of tokens for all masks."""
+        """Whether every batch has the same number of tokens, whatever the masks."""
         return self.masking == "zero" or getattr(self.masks, "complement", False)
 
     def draw(self, images: Tensor, sample_ids: Tensor, epoch: int) -> tuple[Tensor, Packing | None]:
-        """The masks of a batch, [B, M, N] bool, and in mode drop where the visible tokens are packed.
+        """The masks of a batch, [B, M, N] bool, and in mode drop the packing of their visible tokens.
 
-        Where lengths vary, they are computed on the device of `sample_ids`. On the host nothing waits for a GPU.
+        Varying lengths are computed on the device of `sample_ids`; with ids on the host nothing waits for a GPU.
         """
         device, spec = images.device, self.teacher.spec
         if self.fixed_lengths:
@@ -116,7 +116,7 @@ class Objective(nn.Module):
         return cases
 
     def set_attention(self, backend: str) -> None:
-        """Ask for an implementation of attention, one of `fastalign.ops.attention.BACKENDS`, or "auto"."""
+        """Select the implementation of attention: one of `fastalign.ops.attention.BACKENDS`, or "auto"."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.backend = backend
@@ -124,8 +124,8 @@ class Objective(nn.Module):
     def compile(self, *, blocks: bool = False, **options) -> None:
         """torch.compile the student and the teacher without a graph break.
 
-        With `blocks` each transformer block separately: equal blocks share a graph, so the first step starts sooner,
-        but operations between blocks are not fused.
+        With `blocks`, compile each transformer block separately: equal blocks share a graph, so the first step starts
+        sooner, but operations between blocks are not fused.
         """
         modules = [self.teacher, self.student]
         if blocks:
@@ -150,7 +150,7 @@ class MaskEmbed(Objective):
     torch.Size([])
 
     Args:
-        teacher: `MaskedTeacher`, whose masking mode holds for the decoder too.
+        teacher: `MaskedTeacher`; its masking mode also applies to the decoder.
         student: `MaskEmbedStudent`.
         masks: a distribution of `fastalign.method.masks`, or a function (sample_ids [B], (rows, columns), epoch) ->
             [B, M, rows * columns] bool, True = visible, with M of your choice.
@@ -170,7 +170,7 @@ class MaskEmbed(Objective):
             )
 
     def targets(self, images: Tensor, visible: Tensor, packing: Packing | None = None) -> Tensor:
-        """What the teacher sees in each masked image, unscaled: [B, M, T, D]; packed [L, D]."""
+        """The teacher's output for each masked image, unscaled: [B, M, T, D]; packed [L, D]."""
         return self.teacher(images, visible, packing)
 
 

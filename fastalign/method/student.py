@@ -1,6 +1,6 @@
 """The students: a copy of the backbone with a new head, and for MaskEmbed a decoder after it.
 
-The decoder leads from masked student tokens to the teacher's view of the masked image.
+The decoder maps masked student tokens to the teacher's tokens of the masked image.
 """
 
 import copy
@@ -21,7 +21,7 @@ from fastalign.ops.reference import Packing
 def student_encoder(
     vit: ViT, out: int, *, head: str = "linear", softcap: float | None = 30.0, frozen: bool = False
 ) -> ViT:
-    """A trainable copy of the backbone: norms re-initialized, pooling removed, a new head of width `out`, zero.
+    """A trainable copy of the backbone: new norms, no pooling, and a new, zero-initialized head of width `out`.
 
     With `frozen` it keeps the backbone's norm, has no head and trains nothing.
     """
@@ -48,7 +48,7 @@ def student_encoder(
 
 
 def head_spec(block: BlockSpec) -> BlockSpec:
-    """The shape of the head "mlp": an MLP without gate or norm, as wide as the output of the block's `fc1`."""
+    """The shape of the head "mlp": no gate, no norm, and a hidden width equal to the output of the block's `fc1`."""
     hidden = block.mlp_hidden * (2 if block.mlp == "swiglu_packed" else 1)
     return replace(block, mlp="mlp", mlp_hidden=hidden, mlp_norm=False, proj_bias=True)
 
@@ -62,7 +62,7 @@ def decoder_block_spec(
     qkv_bias: bool | None = None,
     init_values: float | None = 1e-6,
 ) -> BlockSpec:
-    """The decoder's block. Arguments that are None, activation, norm and kind of MLP are the student's."""
+    """The decoder's block. Activation, norm, type of MLP and arguments that are None are the student's."""
     block = student.block
     heads = heads or block.heads
     if width % heads:
@@ -70,7 +70,7 @@ def decoder_block_spec(
     return BlockSpec(
         width=width,
         heads=heads,
-        # The first layer of the MLP has 4 width outputs. Packed, these are the gate and what it gates.
+        # The MLP's first layer has 4 width outputs; packed SwiGLU splits them into gate and value.
         mlp_hidden=(2 if block.mlp == "swiglu_packed" else 4) * width,
         mlp=block.mlp,
         activation=block.activation,
@@ -84,7 +84,7 @@ def decoder_block_spec(
 
 
 class MaskEmbedDecoder(nn.Module):
-    """Masks the student's tokens, adds a position embedding, runs a few blocks, predicts the teacher's tokens.
+    """Mask the student's tokens, add a position embedding, run a few blocks and predict the teacher's tokens.
 
     Args:
         block, layers: the shape and the number of its blocks.
@@ -127,7 +127,7 @@ class MaskEmbedDecoder(nn.Module):
 
 
 class MaskEmbedStudent(nn.Module):
-    """`encoder` reads the unmasked image once; `decoder` predicts the teacher's view for each mask.
+    """`encoder` reads the unmasked image once; `decoder` predicts the teacher's tokens for each mask.
 
     >>> student = fa.MaskEmbedStudent.from_backbone(fa.create_backbone("vit_tiny_patch16_224", depth=2))
     >>> student.encoder(torch.randn(2, 3, 224, 224)).shape

@@ -1,4 +1,4 @@
-"""The frozen teacher: what a pre-trained backbone sees in a masked image."""
+"""The frozen teacher: a pre-trained backbone that reads masked images."""
 
 import copy
 
@@ -19,7 +19,7 @@ class MaskedTeacher(nn.Module):
     >>> teacher(torch.randn(2, 3, 224, 224), torch.ones(2, 1, 196, dtype=torch.bool)).shape
     torch.Size([2, 1, 197, 192])
 
-    It returns all tokens of the last block that is left, after the backbone's final norm.
+    It returns all tokens of the last remaining block, after the backbone's final norm.
 
     Args:
         vit: the backbone; it is copied.
@@ -49,7 +49,7 @@ class MaskedTeacher(nn.Module):
     def store_as(self, dtype: torch.dtype) -> "MaskedTeacher":
         """Keep the matrices in a lower precision. From then on the teacher runs under bf16 autocast only.
 
-        torch.bfloat16: bit for bit the targets of autocast, half the memory, no cast at each step;
+        torch.bfloat16: the targets equal those of autocast bit for bit; half the memory and no cast at each step.
         torch.float8_e4m3fn: the linear layers of the blocks multiply in FP8, the rest is bf16.
         """
         if dtype == torch.float8_e4m3fn:
@@ -68,7 +68,7 @@ class MaskedTeacher(nn.Module):
         Args:
             images: [B, C, height, width], normalized.
             visible: [B, M, N] bool; None = the whole image, M = 1.
-            packing: in mode drop, where the visible tokens are packed; computed if not given.
+            packing: mode drop only: the packing of the visible tokens; computed if not given.
 
         Returns:
             [B, M, T, D]; [B, M, 1, D] with prefix_only; in mode drop [L, D], the visible tokens and padding.

@@ -1,7 +1,7 @@
 """The only entry point to the kernels: checks arguments, then runs Triton on a GPU and eager PyTorch elsewhere.
 
-Both give the same result to rounding. `fastalign.ops.reference` defines each operation; the function here and the
-kernel of the same name have its signature. A wrong dtype, shape or device is a ValueError that names the argument.
+Both give the same result up to rounding. `fastalign.ops.reference` defines each operation; the function here and the
+kernel have the same name and signature. A wrong dtype, shape or device is a ValueError that names the argument.
 The environment variable FASTALIGN_KERNELS=0 selects eager PyTorch; FASTALIGN_KERNELS=1 selects Triton also on a CPU,
 which then needs TRITON_INTERPRET=1 (slow, for tests).
 """
@@ -72,10 +72,10 @@ def _check_shape(name: str, tensor: Tensor, spec: str, sizes: dict[str, int]) ->
 
 
 def _operation(definition: Callable, check=lambda sizes, **given: True, **specs: str) -> Callable:
-    """The operation with the signature and docstring of its definition in `reference`, the eager function.
+    """Wrap a definition of `reference`, the eager function, in checks and dispatch; signature and docstring stay.
 
-    `check`: (sizes, **arguments) -> whether the kernel can do this case; it raises for what specs do not say.
-    `specs`: dtype and shape of each tensor argument, as `_check_shape` takes them; those of a packing are known.
+    `check`: (sizes, **arguments) -> whether the kernel supports the case; it also checks what `specs` cannot express.
+    `specs`: dtype and shape of each tensor argument, in the format of `_check_shape`; `_PACKING` has a packing's.
     """
     parameters = inspect.signature(definition).parameters.values()
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -94,7 +94,7 @@ def _operation(definition: Callable, check=lambda sizes, **given: True, **specs:
             if tensor is not None or (key in given and key not in defaults):
                 _check_shape(key, tensor, spec, sizes)
         supported = check(sizes, **given)
-        tensors = {key: tensor for key, tensor in tensors.items() if tensor.dim()}  # a scale may be anywhere
+        tensors = {key: tensor for key, tensor in tensors.items() if tensor.dim()}  # a scale may be on any
         if len({tensor.device for tensor in tensors.values()}) > 1:
             places = ", ".join(f"{key} on {tensor.device}" for key, tensor in tensors.items())
             raise ValueError(f"{name}: all arguments must be on one device, got {places}")
@@ -165,8 +165,8 @@ def pack_masks(visible: Tensor, prefix: int, length: int | None = None) -> Packi
     Args:
         visible: [B, M, N] bool.
         prefix: P, tokens that every copy keeps.
-        length: L, rows. The default is the number of tokens rounded up to one of sixteen lengths, so that shapes
-            stay few; it waits for a GPU. A length that is too small is an error, on a GPU an asynchronous one.
+        length: L, rows. The default is the number of tokens, rounded up to one of sixteen lengths to limit the number
+            of shapes; computing it waits for a GPU. Too small a length is an error, on a GPU an asynchronous one.
     """
     _check_shape("visible", visible, "bool B M N", {})
     if length is None:

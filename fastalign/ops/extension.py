@@ -1,4 +1,4 @@
-"""The optional C++/CUDA extension of `csrc/`: drawing and packing masks, with the bits of `fastalign.method.masks`.
+"""The optional C++/CUDA extension in `csrc/`: it draws and packs the same masks as `fastalign.method.masks`.
 
 FASTALIGN_EXTENSION=0 in the environment disables it. `csrc/ops.cpp` has the operators' signatures and checks.
 """
@@ -12,7 +12,7 @@ _LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
 
 
 def _load() -> tuple[str, frozenset[str]]:
-    """The status, and the device types that have kernels."""
+    """The status, and the device types with kernels."""
     if os.environ.get("FASTALIGN_EXTENSION", "1") == "0":
         return "absent: FASTALIGN_EXTENSION=0", frozenset()
     if not _LIBRARY.exists():

@@ -1,4 +1,4 @@
-"""Eager PyTorch for every operation: any device, any dtype, with autograd. The definition of correct.
+"""Eager PyTorch for every operation: any device, any dtype, with autograd. It defines the correct result.
 
 Shapes: B images, M masks per image, N patches, P prefix tokens, T = P + N, D width, H heads, d head width,
 L rows of packed tokens.
@@ -76,7 +76,7 @@ def expand_masked(tokens: Tensor, visible: Tensor, position: Tensor) -> Tensor:
 
 
 def pack_masks(visible: Tensor, prefix: int, length: int) -> Packing:
-    """The packing in `length` rows of masks [B, M, N] bool, with `prefix` tokens before each copy."""
+    """The packing of masks [B, M, N] bool in `length` rows, with `prefix` tokens before each copy."""
     images, copies, _ = visible.shape
     keep = functional.pad(visible, (prefix, 0), value=True)
     tokens = keep.shape[2]
@@ -103,7 +103,7 @@ def pack(
 
     Args:
         patches: [B, N, D].
-        packing: of `pack_masks`.
+        packing: the result of `pack_masks`.
         prefix: [P, D], the prefix tokens with their position; None = P is 0.
         position: [N, D], added to every patch.
 
@@ -182,10 +182,10 @@ def reconstruction_loss(
         visible: [B, M, N] bool, with N <= T: the T - N leading tokens are prefix tokens.
         loss: mse | cosine | l1 | masked_mse (only hidden tokens count) | unmasked_mse (only visible ones);
             the last two divide by all elements, as the authors do.
-        scale: a factor of the target, one number.
-        prefix_visible: `masked_mse` leaves prefix tokens out. They are hidden from the MaskEmbed decoder, but
+        scale: the factor of the target, a scalar.
+        prefix_visible: exclude prefix tokens from `masked_mse`. They are hidden from the MaskEmbed decoder, but
             visible to the student of masked image modeling.
-        packing: tokens are packed: the mean is over the tokens present.
+        packing: of the masks, if tokens are packed; the mean is then over the tokens present.
 
     Returns:
         Scalar, fp32 (float64 for float64 inputs). The kernel computes the gradient in the forward pass, so backward

@@ -10,14 +10,14 @@ from fastalign.utils.files import path_argument, write_atomically
 
 
 def write_report(options: argparse.Namespace) -> None:
-    """Write what the options ask for."""
+    """Write the page and, with --pngs, the PNG files."""
     folder, wanted = Path(options.run), options.images
     if len(wanted) == 1 and wanted[0].isdecimal():
         wanted = int(wanted[0])
     output = Path(options.output or folder / "report.html")
     if output.is_dir():
         raise UserError(f"--output {output}: it is a directory; name a file, as in {output / 'report.html'}")
-    # Here: they need matplotlib and timm, which `--help` does not.
+    # Imported here, because `--help` needs neither matplotlib nor timm.
     from fastalign.report import charts, features
     from fastalign.report.page import render_page
     from fastalign.report.run import load_backbones, read_run
@@ -53,7 +53,7 @@ def write_report(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 for bad input."""
-    about = "A page about a run: one HTML file that loads nothing else."
+    about = "Write a self-contained HTML page about a run."
     parser = argparse.ArgumentParser(prog="fastalign report", description=about)
     add = parser.add_argument
     add("run", type=path_argument, metavar="RUN", help="the folder of a run, finished or not")
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     about = "how many pictures of the run's validation data (default 6; 0 = none), or image files"
     add("--images", nargs="+", type=path_argument, default=["6"], metavar="N", help=about)
     add("--probe", type=path_argument, metavar="FILE", help="results of a probe; default RUN/probe.json")
-    add("--pngs", type=path_argument, metavar="DIR", help="also write pictures for a README")
+    add("--pngs", type=path_argument, metavar="DIR", help="also write the figures as PNG files")
     options = parser.parse_args(arguments)
     return run_command(lambda: write_report(options))
 

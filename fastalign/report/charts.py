@@ -23,7 +23,7 @@ except ImportError:
     raise UserError("figures need a package: pip install matplotlib") from None
 
 THEME = {"before": "#b45309", "aligned": "#1d4ed8", "third": "#0f766e", "quiet": "#565d66", "rule": "#d5d9de"}
-"""The light theme of page.css. Inline SVG names its variables instead, so that it follows the theme."""
+"""The light theme of page.css. Inline SVG uses its variables instead, so that it follows the theme."""
 STYLE = {
     **dict.fromkeys(("axes.edgecolor", "grid.color"), THEME["rule"]),
     **dict.fromkeys(("axes.labelcolor", "text.color", "xtick.color", "ytick.color"), THEME["quiet"]),
@@ -48,15 +48,15 @@ CURVES = [
     ("Gradient norm (before clipping)", "gradient norm", "grad_norm", 1, "aligned", "-"),
     (THROUGHPUT, "images per second", "images_per_second", 1, "third", "-"),
     ("Waiting for data (% of the time)", "data wait", "data_wait", 100, "third", "-"),
-    ("Memory (GiB at most)", "memory", "memory", 2**-30, "third", "-"),
-    ("Model FLOPs utilisation (%)", "utilisation", "mfu", 100, "third", "-"),
+    ("Peak memory (GiB)", "memory", "memory", 2**-30, "third", "-"),
+    ("Model FLOPs utilization (%)", "utilization", "mfu", 100, "third", "-"),
 ]
 """Chart, curve, key in metrics.jsonl, factor, colour of `THEME`, line style."""
 Curve = tuple[str, list[int], list[float], str, str]  # name, steps, values, colour, line style
 
 
 def curves(metrics: list[dict], titles: Container[str] | None = None) -> dict[str, list[Curve]]:
-    """The curves of each chart (None = of every one) of which the run has values, by title."""
+    """The curves of the charts with these titles (None = all) for which the run has values, by title."""
     found: dict[str, list[Curve]] = {}
     for title, name, key, factor, colour, style in CURVES:
         steps, values = series(metrics, key)
@@ -68,7 +68,7 @@ def curves(metrics: list[dict], titles: Container[str] | None = None) -> dict[st
 
 @matplotlib.rc_context(STYLE)
 def curves_figure(charts: dict[str, list[Curve]]) -> Figure:
-    """Charts of `curves` in a row. Values begin at 0, losses near the lowest if 0 is far away."""
+    """The charts of `curves` in a row. Axes begin at 0, that of the loss near the lowest value if 0 is far away."""
     figure = Figure(figsize=(4.4 * len(charts), 2.8))
     row = figure.subplots(1, len(charts), squeeze=False)[0]
     for axes, (title, lines) in zip(row, charts.items(), strict=True):
@@ -100,14 +100,14 @@ def probe_figure(name: str, setting: Setting) -> Figure:
     if recall := setting.average("by_size", "recall"):
         edges = setting.average("by_size", "edges")[next(iter(recall))][1:]
         _draw_bars(right, [f"{100 * edge:.0f}" for edge in edges], recall)
-        about = "share of the image's patches that hold the class, % at most"
+        about = "share of the image's patches that contain the class, % at most"
         right.set(title="Recall by size (%)", xlabel=about)
     right.set_visible(bool(recall))
     return figure
 
 
 def _draw_bars(axes: Axes, names: list[str], groups: dict[str, Sequence], errors: dict | None = None) -> None:
-    """Draw bars in percent: of each model a share in 0..1 for each name, None or NaN = no bar; `errors` likewise."""
+    """Draw bars in percent. groups, errors: for each model a share in 0..1 per name; None or NaN = no bar."""
     width, colours = 0.8 / len(groups), ("aligned", "before")  # the last model is the aligned one
     for order, (model, shares) in enumerate(groups.items()):
         colour = THEME[colours[len(groups) - 1 - order]]
@@ -122,7 +122,7 @@ def _draw_bars(axes: Axes, names: list[str], groups: dict[str, Sequence], errors
 
 @matplotlib.rc_context(STYLE)
 def patches_figure(maps: PatchMaps, chosen: Sequence[int]) -> Figure:
-    """Pictures, a row each, with their components and their cosines, from dark (`maps.low`) to light (1)."""
+    """One row per picture: its components, and its cosines from dark (`maps.low`) to light (1)."""
     models, (rows, columns) = list(maps.colours), next(iter(maps.colours.values())).shape[1:3]
     count = 1 + 3 * len(models)
     figure = Figure(figsize=(1.45 * count, (1.45 * rows / columns + 0.4) * len(chosen)))
@@ -146,7 +146,7 @@ def patches_figure(maps: PatchMaps, chosen: Sequence[int]) -> Figure:
 
 
 def inline_svg(figure: Figure, label: str) -> Markup:
-    """A figure whose colours are variables of page.css; its ids differ from those of figures with another label."""
+    """The figure as SVG with the colour variables of page.css; its ids are unique to the label."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file := io.BytesIO(), format="svg", transparent=True, dpi=150, metadata=nothing)

@@ -1,4 +1,4 @@
-"""Pictures of a report and what backbones make of their patches: principal components and cosines, in float64."""
+"""The pictures of a report, and principal components and cosines of their patch tokens, in float64."""
 
 import io
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ COMPONENTS = 3
 
 
 def read_pictures(wanted: int | list[str], data: str | None, vit: ViT) -> tuple[list[str], Tensor]:
-    """So many pictures of a data set, evenly spread, or image files: their names, and a backbone's inputs."""
+    """Names and backbone inputs of image files, or of this many pictures of a data set, evenly spaced."""
     if isinstance(wanted, int):
         if data is None:
             raise UserError("the run names no data set; give image files, --images FILE ...")
@@ -43,7 +43,7 @@ def read_pictures(wanted: int | list[str], data: str | None, vit: ViT) -> tuple[
 
 @torch.no_grad()
 def patch_tokens(vit: ViT, images: Tensor) -> np.ndarray:
-    """The patch tokens after the final norm: [B, 3, height, width] normalised -> [B, N, D] float64."""
+    """The patch tokens after the final norm: [B, 3, height, width] normalized -> [B, N, D] float64."""
     tokens = torch.cat([vit.forward_features(image[None]) for image in images])
     return tokens[:, vit.num_prefix_tokens :].double().numpy()
 
@@ -82,7 +82,7 @@ def cosines(tokens: np.ndarray, queries: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PatchMaps:
-    """What is drawn of B pictures, by model; R rows and C columns of patches."""
+    """The maps of B pictures, by model; R rows and C columns of patches."""
 
     names: list[str]
     shown: np.ndarray  # [B, h, w, 3] uint8: the part of the input that the patches cover
@@ -90,11 +90,11 @@ class PatchMaps:
     shares: dict[str, float]  # of the variance, by the three components together
     queries: np.ndarray  # [B, 2]: the central patch, A, and the one least similar to it, B
     cosines: dict[str, np.ndarray]  # [B, 2, R, C] float64, with each of the two
-    low: float  # where the colour scale of all cosines begins
+    low: float  # lower end of the colour scale of all cosines
 
 
 def compute_maps(names: list[str], inputs: Tensor, models: dict[str, ViT]) -> PatchMaps:
-    """Maps of normalised images, [B, 3, height, width]; the first model sets query patches and component order."""
+    """Maps of normalized images, [B, 3, height, width]; the first model sets query patches and component order."""
     vit = next(iter(models.values()))
     (rows, columns), count = vit.spec.grid, len(inputs)
     tokens = {name: patch_tokens(each, inputs) for name, each in models.items()}

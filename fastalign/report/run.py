@@ -1,4 +1,4 @@
-"""What a report reads: the files of a run, finished or not, and the results of `fastalign probe`."""
+"""The input of a report: the files of a run, finished or not, and the results of `fastalign probe`."""
 
 import json
 from collections import defaultdict
@@ -24,13 +24,13 @@ METRICS = {"macro_recall": "Macro recall", "map": "mAP", "macro_f1": "Macro F1",
 
 @dataclass(frozen=True)
 class Setting:
-    """What a probe found on the test split with the same labels, head and skipped blocks, by model."""
+    """Test results of a probe, by model, for one combination of labels, head and skipped blocks."""
 
     scores: dict[str, dict[str, dict]] = field(default_factory=dict)  # metric -> "mean", "std" over seeds
     seeds: dict[str, list[dict]] = field(default_factory=lambda: defaultdict(list))
 
     def average(self, part: str, key: str) -> dict[str, np.ndarray]:
-        """Of each model that has it a list of `per_class` or `by_size`: mean over seeds, NaN where it is unknown."""
+        """For each model that has it, a list of `per_class` or `by_size` as the mean over seeds; NaN = unknown."""
         found = {}
         for model in self.scores:
             if lists := [values for test in self.seeds[model] if (values := test.get(part, {}).get(key))]:
@@ -39,7 +39,7 @@ class Setting:
 
 
 def read_probe(path: Path) -> tuple[dict, dict[str, Setting]]:
-    """The content of `probe.json`, and its settings by name: those of patch labels and transformer heads first."""
+    """The content of `probe.json`, and its settings by name; patch labels and transformer heads come first."""
     settings = defaultdict(Setting)
     with _results_of("probe", path):
         facts = json.loads(path.read_bytes())
@@ -47,7 +47,7 @@ def read_probe(path: Path) -> tuple[dict, dict[str, Setting]]:
         facts["command"], facts["versions"].items()
         both = {BEFORE, ALIGNED} & {row["model"] for row in facts["summary"]}
         for row in facts["summary"]:
-            if row["model"] in both or not both:  # the demo has controls, too
+            if row["model"] in both or not both:  # the demo's controls are left out
                 settings[_setting(row)].scores[row["model"]] = row["test"]
         for row in facts["results"]:
             settings[_setting(row)].seeds[row["model"]].append(row["test"])
@@ -62,7 +62,7 @@ def _setting(row: dict) -> str:
 
 @contextmanager
 def _results_of(command: str, path: Path) -> Iterator[None]:
-    """UserError if reading a file finds anything but a command's results."""
+    """Raise a UserError if a file that is read does not have a command's results."""
     try:
         yield
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -86,12 +86,10 @@ class Run:
 
 
 def read_run(folder: Path, probe: Path | None = None) -> Run:
-    """Read a run folder; without `probe` its own `probe.json`, if it exists. UserError: no run, a damaged file."""
+    """Read a run folder; `probe` defaults to its `probe.json`, if it exists. UserError: no run, a damaged file."""
     metrics, config, backbone = (folder / n for n in ("metrics.jsonl", "config.yaml", "backbone.json"))
     if not (metrics.is_file() or backbone.is_file()):
-        raise UserError(
-            f"RUN {folder}: neither metrics.jsonl nor backbone.json is there; give a run's folder"
-        )
+        raise UserError(f"RUN {folder} has neither metrics.jsonl nor backbone.json: give a run's folder")
     run = Run(folder, read_metrics(metrics) if metrics.is_file() else [])
     if not run.metrics:
         run.notes.append("metrics.jsonl is missing or empty: there are no curves.")
@@ -122,5 +120,5 @@ def load_backbones(run: Run) -> dict[str, ViT]:
         try:
             before[BEFORE] = starting_backbone(run.config).eval()
         except UserError as error:
-            run.notes.append(f"Features before are not shown, their weights are not available: {error}")
+            run.notes.append(f"Features before alignment are not shown: {error}")
     return {**before, ALIGNED: load_backbone(run.folder)}

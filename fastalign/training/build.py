@@ -42,7 +42,7 @@ def teacher_of(config: Config) -> tuple[str, str, dict]:
 
 
 def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
-    """A backbone by timm's name and arguments, with weights; `key` is what the user calls them, for messages."""
+    """A backbone by timm's name and arguments, with weights; `key` is their key or flag, for messages."""
     from fastalign.backbones.zoo import create_backbone, load_backbone  # imports timm, which takes a second
 
     if weights in ("pretrained", "random"):
@@ -54,9 +54,9 @@ def make_backbone(key: str, name: str, weights: str, kwargs: dict) -> ViT:
     name, kwargs, _ = split_svit(name, kwargs)  # the run recorded its soft-cap
     free = {key: value for key, value in kwargs.items() if key in ("drop_path_rate", "img_size")}
     vit = load_backbone(weights, **free)
-    aligned, made = vit.recipe["name"], vit.recipe["kwargs"]
-    if aligned.split(".")[0] != name.split(".")[0] or made != made | kwargs:
-        raise UserError(f"{weights} is of {aligned} with {made}, not of {name} with {kwargs}: set the same")
+    saved, used = vit.recipe["name"], vit.recipe["kwargs"]
+    if saved.split(".")[0] != name.split(".")[0] or used != used | kwargs:
+        raise UserError(f"{weights} has {saved} with {used}, not {name} with {kwargs}: set the same")
     return vit
 
 
@@ -68,7 +68,7 @@ def starting_backbone(config: Config) -> ViT:
 
 
 def backbone_before(place: str, folder: Path | None) -> ViT:
-    """`starting_backbone` of the run that a command's --backbone names; `folder` is the run's, None = not a run."""
+    """`starting_backbone` of the run given as --backbone; `folder` is the run folder, None if it is not a run."""
     recipe = (folder or Path(place)) / "config.yaml"
     if not recipe.is_file():
         raise UserError(f"--before: {recipe} is missing; use it with the folder of a run")
@@ -78,7 +78,7 @@ def backbone_before(place: str, folder: Path | None) -> ViT:
 def named_backbone(
     place: str, *, weights: str | None = None, kwargs: str = "{}", softcap: float | None = None
 ) -> tuple[ViT, Path | None]:
-    """The backbone that a command line names, and the run's folder if it is a run's.
+    """The backbone given on a command line, and the run folder if it is a run's.
 
     `place`: a timm name, with `weights` and `softcap`, or the folder of a run; `kwargs`: timm's arguments in YAML.
     """
@@ -94,7 +94,7 @@ def named_backbone(
                 raise UserError(f"{flag} applies to a timm name only; the run {place} has its own: remove it")
         return load_backbone(path, **arguments), path if path.is_dir() else path.parent
     if softcap is not None and not softcap > 0:
-        raise UserError(f"--softcap {softcap:g}: give a positive number, or leave it out for none")
+        raise UserError(f"--softcap {softcap:g}: give a positive number, or omit it for none")
     torch.manual_seed(0)  # random weights are the same each time
     vit = make_backbone("--weights", place, weights or "pretrained", arguments)
     vit.softcap = softcap or vit.softcap
@@ -102,11 +102,11 @@ def named_backbone(
 
 
 def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, ViT]:
-    """The objective, freshly initialised, and the backbone that its student started from."""
-    # Random weights are the same on every rank and at every start; the decoder is seeded separately, so that its
-    # weights do not depend on whether the backbone's were drawn or loaded.
+    """The objective, freshly initialized, and the backbone that its student started from."""
+    # Random weights are the same on every rank and at every start. The decoder is seeded separately, so that its
+    # weights do not depend on whether the backbone's are random or loaded.
     torch.manual_seed(config.seed)
-    backbone, taught = build_backbones(config)
+    backbone, teacher_backbone = build_backbones(config)
     torch.manual_seed(config.seed)
     options = {"complement": config.masks.complement, "full": config.masks.full, "seed": config.seed}
     if config.masks.ratio is not None:
@@ -114,13 +114,13 @@ def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, Vi
     try:
         masks = MASKS[config.masks.distribution](**options)
         teacher = MaskedTeacher(
-            taught,
+            teacher_backbone,
             skip_blocks=config.teacher.skip_blocks,
             masking="zero" if config.objective == "mim" else config.masks.mode,
             prefix_only=config.teacher.prefix_only,
         )
         common = {"softcap": config.student.softcap, "head": config.student.head}
-        common["target_dim"] = taught.embed_dim
+        common["target_dim"] = teacher_backbone.embed_dim
         if config.objective == "mim":
             student = MIMStudent.from_backbone(backbone, **common, masking=config.masks.mode)
             objective = MaskedImageModeling(teacher, student, masks, config.loss.name)
@@ -141,7 +141,7 @@ def build_objective(config: Config) -> tuple[MaskEmbed | MaskedImageModeling, Vi
 
 
 def choose_attention(config: Config, objective, device: torch.device) -> str:
-    """Set the objective's attention by `efficiency.attention`. Returns a line about what each part uses."""
+    """Set the objective's attention to `efficiency.attention`. Returns a line with the choice for each part."""
     wanted = config.efficiency.attention
     try:
         check_attention(wanted)
@@ -187,11 +187,11 @@ def build_loaders(
 
 
 def training_source(config: Config, world: World) -> Source:
-    """The images of `data.train`; UserError if batches cannot be made of them."""
+    """The images of `data.train`; UserError if they do not suffice for a batch or the batch size does not divide."""
     optim, parts = config.optim, config.optim.accumulate * world.size
     if config.data.train is None:
         raise UserError("data.train is not set: give it an image folder or tar shards, data.train=PATH")
-    source = open_source(config.data.train, damaged=True)
+    source = open_source(config.data.train, allow_damaged=True)
     if optim.batch_size % parts or optim.batch_size > len(source):
         raise UserError(
             f"optim.batch_size={optim.batch_size}: data.train has {len(source)} images; set it to at most that, and "
@@ -201,8 +201,8 @@ def training_source(config: Config, world: World) -> Source:
 
 
 def evaluation_loader(config: Config, world: World, backbone: ViT, path: str) -> Loader:
-    """Loads every image once, in order, without augmentation, and leaves bad ones out."""
-    source = open_source(path, damaged=True)
+    """Load every image once, in order, without augmentation; bad ones are left out."""
+    source = open_source(path, allow_damaged=True)
     return _loader(config, world, backbone, source, {"crop": "eval"}, train=False, bad=BadSamples())
 
 
@@ -225,5 +225,5 @@ def _loader(
 
 
 def image_constants(backbone: ViT) -> dict:
-    """Arguments of `Transform` that the backbone fixes: size, mean, std, interpolation, crop_pct."""
+    """Arguments of `Transform` that the backbone determines: size, mean, std, interpolation, crop_pct."""
     return {"size": backbone.spec.image_size, **backbone.data}

@@ -1,4 +1,4 @@
-"""Save and resume a run, and compare its settings with its checkpoint's."""
+"""Save and resume a run, and compare its settings with those of its checkpoint."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from fastalign.utils.sections import Kind, get_key, select
 
 
 class Change(NamedTuple):
-    """A key whose value, or what its value names, has changed."""
+    """A key whose value, or the data at the path that is its value, has changed."""
 
     key: str
     before: Any
@@ -36,7 +36,7 @@ class Change(NamedTuple):
 
 
 def checkpoint_state(run: Run) -> dict[str, Any]:
-    """What a checkpoint holds: the run's own tensors, not copies, and plain values."""
+    """The content of a checkpoint: the run's own tensors, not copies, and plain values."""
     return {
         "student": run.objective.student.state_dict(),
         "target_scale": run.objective.target_scale.item(),
@@ -88,9 +88,9 @@ def wait_for_checkpoint(run: Run) -> None:
 
 
 def save_settings(run: Run) -> None:
-    """Write `config.yaml` and what `resume=force` ever changed; on rank 0, before the first update of a start."""
+    """Write `config.yaml` and all changes by `resume=force`; on rank 0, before the first update of a start."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    config = run.config.model_copy(update={"resume": "auto"})  # a setting of this start, not of the run
+    config = run.config.model_copy(update={"resume": "auto"})  # applies to this start, not to the run
     lines = "".join(json.dumps(change) + "\n" for change in run.state.changes)
     for name, text in (("config.yaml", to_yaml(config)), ("changes.jsonl", lines)):
         path = run.folder / name
@@ -125,7 +125,7 @@ def resume(run: Run) -> tuple[list[Change], list[str]]:
     if changes:
         state.best = None  # scores under different settings are not comparable
         notes += [f"resume=force: from step {step} on {change}" for change in changes]
-        notes.append("the target scale is measured again; the best checkpoint is chosen anew from here on")
+        notes.append("the target scale is measured again; the best checkpoint is selected again")
     on_first_rank(run.world, lambda: run.checkpoints.complete(saved, step))
     return changes, notes
 
@@ -135,7 +135,7 @@ def _load_tensors(run: Run, saved: dict, path: Path, changes: list[Change]) -> N
         run.objective.student.load_state_dict(saved["student"])
         run.optimizer.load_state_dict(saved["optimizer"])
         if run.average:
-            run.average.load(saved["average"] or saved["student"])  # a new average starts here
+            run.average.load(saved["average"] or saved["student"])  # or start a new average
     except (RuntimeError, ValueError, LookupError, TypeError) as error:
         reason = "; ".join(map(str, changes)) or str(error).splitlines()[-1].strip()
         raise UserError(
@@ -151,8 +151,8 @@ def changed_settings(
 ) -> tuple[list[Change], list[str]]:
     """The changes since the checkpoint `saved` among the keys that decide the result, and notes about moved data.
 
-    `differs`: whether contents have changed, by the key of their path. UserError: there are changes without
-    `resume=force`, or of a run that is `finished`.
+    `differs`: whether contents have changed, by the key of their path. UserError: there are changes, and the run is
+    `finished` or `resume` is not force.
     """
     before = resolve(saved["config"], [], path).model_dump(mode="json")
     after = config.model_dump(mode="json")
@@ -166,16 +166,16 @@ def changed_settings(
         elif old != new:
             notes.append(f"{Change(key, old, new)}: the contents are the same")
     if changes and (finished or config.resume != "force"):
-        remedy = "set it back, choose another output, or use and record the new ones from here on with resume=force"
+        remedy = "set it back, choose another output, or use and record the new ones with resume=force"
         if finished:
-            remedy = "it is finished, and nothing would be trained with the new ones: choose another output"
+            remedy = "it is finished, so nothing would be trained with them: choose another output"
         at = f"{config.output} is at step {saved['step']} with other settings"
         raise UserError(f"{at}: {'; '.join(map(str, changes))}; {remedy}")
     return changes, notes
 
 
 def describe_backbone(run: Run) -> str:
-    """The text of `backbone.json`: what a user of the aligned backbone must know."""
+    """The text of `backbone.json` for the student's backbone."""
     state = run.state
     teacher, weights, _ = teacher_of(run.config)
     facts = {

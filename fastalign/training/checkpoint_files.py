@@ -29,7 +29,7 @@ def checksum(module: nn.Module) -> int:
 
 
 def snapshot(tree: Any) -> Any:
-    """An independent copy, on the host, of tensors and plain values in dictionaries, lists and tuples."""
+    """A copy on the host of the tensors and plain values in dictionaries, lists and tuples."""
     return tree_map(lambda x: x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x, tree)
 
 
@@ -38,17 +38,17 @@ class DamagedFile(UserError):
 
 
 def read_state(path: Path) -> dict:
-    """The state in a checkpoint, on the CPU, with the checksum of each part compared: torch.load does not do that.
+    """The state in a checkpoint, on the CPU, after verifying the checksum of each part, which torch.load does not do.
 
     DamagedFile: the content is damaged. UserError: it cannot be read, or holds something that must not be loaded.
     """
     try:
         with zipfile.ZipFile(path) as file:
-            # zipfile ignores this flag; torch takes the part for a folder and leaves its numbers to chance.
+            # zipfile ignores this flag; torch takes the part for a folder and leaves its tensor uninitialized.
             damaged = file.testzip() or any(part.external_attr & 0x10 for part in file.infolist())
         if not damaged:
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile and torch document no list of what they raise for damaged files
+    except Exception as error:  # zipfile and torch do not document what they raise for damaged files
         obstacle = error if isinstance(error, pickle.UnpicklingError) else system_error(error)
         if obstacle is None:
             raise DamagedFile(reason(error)) from error
@@ -58,7 +58,7 @@ def read_state(path: Path) -> dict:
 
 
 def publish_backbone(folder: Path, state: dict) -> None:
-    """Write the aligned backbone of a checkpoint beside the checkpoints, if it is not there."""
+    """Write the aligned backbone of a checkpoint to the run folder, unless it is already there."""
     if not is_written(folder, state["backbone"]):
         source, prefix = state["average"] or state["student"], "encoder."
         weights = {k.removeprefix(prefix): value for k, value in source.items() if k.startswith(prefix)}
@@ -102,7 +102,7 @@ class Checkpoints:
 
     @property
     def failed(self) -> bool:
-        """Whether `save` and `wait` will raise; does not wait."""
+        """Whether the next `save` or `wait` will raise; does not wait."""
         writing = self._writing
         return writing is not None and writing.done() and writing.exception() is not None
 
@@ -110,14 +110,14 @@ class Checkpoints:
         try:
             write_atomically(self.path(step), lambda file: torch.save(state, file))
             self.complete(state, step)
-        except Exception as error:  # whatever it is, the next step must learn of it
+        except Exception as error:  # of any class: the next update must see it
             message = f"{self.path(step)} could not be written ({reason(system_error(error) or error)})"
             good = f"; the newest good checkpoint is {self.path(self.steps()[-1])}" if self.steps() else ""
             remedy = "free some space, or make the directory writable, and run the same command again"
             raise UserError(f"{message}{good}: {remedy}") from error
 
     def complete(self, state: dict, step: int) -> None:
-        """After a checkpoint is written: `best.pt` if it `is_best`, the `backbone` if it has one, no old checkpoints.
+        """After writing a checkpoint: update `best.pt` and the backbone if its state says so, prune old checkpoints.
 
         If a kill interrupts this, the next start does it again.
         """
@@ -129,7 +129,7 @@ class Checkpoints:
             self.path(old).unlink(missing_ok=True)
 
     def _make_best(self, step: int) -> None:
-        """Make `best.pt` the checkpoint of a step: a hard link if the file system has them, else a copy."""
+        """Make `best.pt` the checkpoint of a step: a hard link if the file system supports them, else a copy."""
         source, best = self.path(step), self.folder / "best.pt"
         if best.exists() and best.samefile(source):
             return
@@ -167,13 +167,13 @@ class Checkpoints:
             for path, error in damaged.items():
                 aside = path.replace(path.with_name(f"{path.name}.damaged")).name
                 notes.append(
-                    f"{path} is damaged ({error}) and now {aside}: resuming from {self.path(step).name}"
+                    f"{path} is damaged ({error}) and renamed to {aside}: resuming from {self.path(step).name}"
                 )
             return step, notes
         if not damaged:
             return None, []
         path, error = next(iter(damaged.items()))
-        others = ", nor can those before it" if len(damaged) > 1 else ""
+        others = ", nor can earlier ones" if len(damaged) > 1 else ""
         raise UserError(
             f"{path} cannot be read ({error}){others}: restore one, or remove {self.folder} to start over"
         )

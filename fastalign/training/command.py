@@ -1,4 +1,4 @@
-"""What a command does about errors, signals and hangs, alone and under torchrun: it saves if it can and says why."""
+"""Errors, signals and hangs of a command, alone and under torchrun: messages, exit codes, saving before a stop."""
 
 import faulthandler
 import os
@@ -22,9 +22,9 @@ from fastalign.training.distributed import World
 from fastalign.utils.errors import SharedError, UserError, describe, first_line
 
 RANK_FAILED = 70  # exit code after a hang, or after the connection to another rank was lost
-PREEMPTED = 75  # exit code of a run that was asked to stop and has saved: EX_TEMPFAIL, try again later
+PREEMPTED = 75  # exit code of a run that saved and stopped after a signal: EX_TEMPFAIL, try again later
 INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT, as in shells
-NO_READER = 141  # exit code where nobody reads the output: 128 + SIGPIPE, as in shells
+NO_READER = 141  # exit code if the reader of the output has ended: 128 + SIGPIPE, as in shells
 MARKER = "preempted"  # the file in the run folder that tells a script to start the same command again
 WAITING = "waiting for the device or the other ranks"
 _TORCH = Path(torch.__file__).parent
@@ -32,7 +32,7 @@ _COLLECTIVES = (f"{_TORCH}/distributed/", f"{_TORCH}/autograd/graph.py")  # back
 
 
 class StopReason(IntEnum):
-    """Why a run is to stop before its last step; signals by their number."""
+    """Why a run must stop before its last step; signals by their number."""
 
     SAVE_FAILED = -1
     NONE = 0
@@ -42,21 +42,21 @@ class StopReason(IntEnum):
 
 
 class Preempted(Exception):
-    """The run in `folder` was asked to stop, and its checkpoint of `step` is on disk; `code` is the exit code."""
+    """A signal stopped the run in `folder`; its checkpoint of `step` is on disk; `code` is the exit code."""
 
     def __init__(self, folder: Path, reason: StopReason, step: int):
         super().__init__(
-            f"{reason.name}: saved {folder} at step {step}; run the same command again to go on from there"
+            f"{reason.name}: saved {folder} at step {step}; run the same command again to continue"
         )
         self.code = INTERRUPTED if reason == StopReason.SIGINT else PREEMPTED
 
 
 class Preemption:
-    """A context around a run: remembers SIGTERM and SIGUSR1 instead of ending the process.
+    """A context around a run that records SIGTERM and SIGUSR1 instead of ending the process.
 
-    On exit the old handlers come back. Only after `Preempted` both signals stay ignored: the process is about to end
-    with its own exit code, while torchrun sends SIGTERM to all ranks as soon as the first one has ended. Outside of
-    the main thread, which alone receives signals, nothing is installed.
+    On exit it restores the old handlers, except after `Preempted`, when both signals stay ignored: the process is
+    about to end with its own exit code, while torchrun sends SIGTERM to all ranks as soon as the first one has ended.
+    Outside the main thread, which alone receives signals, nothing is installed.
     """
 
     def __init__(self) -> None:
@@ -74,9 +74,9 @@ class Preemption:
             signal.signal(number, signal.SIG_IGN if ignored else handler or signal.SIG_DFL)
 
     def hold_interrupts(self) -> None:
-        """From here on there is something to save: remember the first SIGINT; a second one ends the process at once.
+        """From here on there is something to save: record the first SIGINT; a second one ends the process at once.
 
-        An ignored SIGINT stays ignored, as of `command &` in a shell script.
+        An ignored SIGINT stays ignored, as for `command &` in a shell script.
         """
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             self._remember(signal.SIGINT)
@@ -88,14 +88,14 @@ class Preemption:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.reason = self.reason or StopReason(number)
         if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)  # which also ends a process inside a collective or a kernel
+            signal.signal(number, signal.SIG_DFL)  # also ends a process inside a collective or a kernel
 
 
 def run_command(body: Callable[[], object]) -> int:
-    """Run a command's body, and leave the process group.
+    """Run a command's body, then leave the process group.
 
-    Returns the exit code: 0; 2 for bad input; 70 if another rank was lost; 75 if the run was asked to stop and saved;
-    130 after Ctrl-C; 141 if the reader of the output has ended, as in `fastalign doctor | head`.
+    Returns the exit code: 0; 2 for bad input; 70 if another rank was lost; 75 if a signal stopped the run, which has
+    saved; 130 after Ctrl-C; 141 if the reader of the output has ended, as in `fastalign doctor | head`.
     """
     rank = os.environ.get("RANK", "0")
     try:
@@ -110,7 +110,7 @@ def run_command(body: Callable[[], object]) -> int:
         except (UserError, OSError) as error:
             if os.environ.get("LOCAL_RANK", "0") == "0":  # the first rank of each machine
                 return _exit_code(2, describe(error))
-            time.sleep(3)  # torchrun stops every rank when one has ended: let the first one print
+            time.sleep(3)  # torchrun stops every rank when one ends: let the first one print
             return 2
         except Preempted as error:
             return _exit_code(error.code, str(error) if rank == "0" else "")
@@ -145,8 +145,8 @@ def report_rank_error(rank: int) -> Iterator[None]:
 class HangTimer:
     """Ends the process with exit code `RANK_FAILED` after `timeout` seconds without a `beat`.
 
-    A rank that waits for others has half as long again, so that the rank that hangs reports first. Only seconds in
-    which the process runs count: a run goes on after its machine was suspended.
+    A rank that waits for others has 1.5 times as long, so that the rank that hangs reports first. Time in which the
+    process does not run is not counted, so that a run continues after its machine was suspended.
     """
 
     def __init__(self, world: World, timeout: float):
@@ -161,7 +161,7 @@ class HangTimer:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The timer restarts at the end."""
+        """Pause the timer; it restarts at the end."""
         self._paused = True
         try:
             yield
@@ -188,7 +188,7 @@ class HangTimer:
                 self._end(idle)
 
     def _waits(self) -> bool:
-        """Whether the main thread is where it may wait for another rank."""
+        """Whether the main thread may be waiting for another rank."""
         frames = traceback.walk_stack(sys._current_frames()[self._main])
         inside = any(frame.f_code.co_filename.startswith(_COLLECTIVES) for frame, _ in frames)
         return self._world.size > 1 and (inside or self._progress[1] == WAITING)
@@ -202,8 +202,8 @@ class HangTimer:
             doing += f", {WAITING}"
         line = (
             f"fastalign: rank {rank} ({socket.gethostname()}, pid {os.getpid()}) hangs at step {step}: {doing} for "
-            f"{idle:.0f} s; the run ends after faults.timeout={self._timeout:g} s; the same command goes on from the "
-            "newest checkpoint; if the run was only slow, set a larger faults.timeout"
+            f"{idle:.0f} s; the run ends after faults.timeout={self._timeout:g} s; run the same command again to "
+            "resume from the newest checkpoint; if the run was only slow, set a larger faults.timeout"
         )
         print(line, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(2)

@@ -1,4 +1,4 @@
-"""The ranks of a run: joining and leaving them, and their collectives."""
+"""The ranks of a run: start, stop and collectives."""
 
 import ctypes
 import importlib
@@ -20,7 +20,7 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks."""
+    """This process's rank, the number of ranks, and its device."""
 
     rank: int
     size: int
@@ -60,13 +60,13 @@ def collective_timeout(timeout: float) -> timedelta:
 
 
 def start(timeout: timedelta = timedelta(minutes=30)) -> World:
-    """Join the ranks that torchrun started, or run alone: NCCL with GPUs, gloo without. `timeout`: of collectives."""
+    """Join the ranks that torchrun started, if any: NCCL with GPUs, gloo without. `timeout`: of collectives."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if processes > gpus:
-            raise UserError(f"--nproc-per-node={processes}: this machine has {gpus} GPUs; ask for no more")
+            raise UserError(f"--nproc-per-node={processes}: this machine has {gpus} GPUs; use at most that")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     else:
@@ -74,8 +74,8 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     world = World(rank, size, device)
     if size == 1:
         return world
-    # Before there is a group: some of its functions have it as the default of an argument, which would keep it alive
-    # after `stop` if torch._dynamo imported them later.
+    # Before there is a group: if torch._dynamo imported this later, the group would become the default of some of its
+    # functions' arguments, which keeps it alive after `stop`.
     importlib.import_module("torch.distributed.fsdp")
     # NCCL's flight recorder keeps the last collectives; a rank that hangs writes them to a file.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
@@ -94,7 +94,7 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep freed memory: faulting new pages in takes a tenth of a step on a CPU. False without glibc."""
+    """Make glibc keep freed memory: page faults take a tenth of a step on a CPU. False without glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return bool(mallopt and mallopt(_TRIM_THRESHOLD, 2**31 - 1) and mallopt(_MMAP_MAX, 0))
 
@@ -113,7 +113,7 @@ def connection_lost(error: BaseException) -> bool:
 
 
 def stop() -> None:
-    """Leave the process group and end its threads: gloo's may abort a process that ends before (pytorch #179291)."""
+    """Leave the process group and end its threads: gloo's may abort a process that exits first (pytorch #179291)."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""A few updates on synthetic images: does the run fit, in which micro-batches, and how long will it take?"""
+"""Updates on synthetic images, which measure memory, micro-batch size, speed and duration of a run."""
 
 import gc
 import tempfile
@@ -17,12 +17,12 @@ from fastalign.training.reporter import duration, setup_lines
 from fastalign.training.run import Run
 from fastalign.utils.errors import UserError
 
-UPDATES = 2  # that are timed, after one that compiles and allocates
-GPU_SHARE = 0.85  # of the memory, for a measured micro-batch; decoding and the ranks' exchange take some, too
+UPDATES = 2  # timed, after one that compiles and allocates
+GPU_SHARE = 0.85  # of the memory, for a measured micro-batch; decoding and collectives take the rest
 
 
 def _on_synthetic(config: Config, images: int, **changes) -> Config:
-    """The configuration of a run on so many synthetic images, with `changes`."""
+    """The configuration for this many synthetic images, with `changes`."""
     data = config.data.model_copy(update={"train": f"synthetic:{images}", "val": None})
     faults = config.faults.model_copy(update={"quarantine": None})
     changes |= {"data": data, "faults": faults, "probe": type(config.probe)()}
@@ -30,7 +30,7 @@ def _on_synthetic(config: Config, images: int, **changes) -> Config:
 
 
 def dry_run(config: Config, world: World, update: Callable) -> list[str]:
-    """Build everything and take updates (`fastalign.train.update`) on synthetic images. Writes nothing that stays.
+    """Build the run and make updates (`fastalign.train.update`) on synthetic images. Leaves no files.
 
     The training data is counted, not read. Returns lines for the user: the run, its memory, speed and time.
     """
@@ -86,7 +86,7 @@ def set_micro_batch(config: Config, world: World, update: Callable) -> Config:
 
 
 def _measure_micro_batch(config: Config, parts: int, device: torch.device, update: Callable) -> int:
-    """The largest micro-batch of this rank's `parts` images that fits, by updates on this rank alone."""
+    """The largest micro-batch that fits and divides this rank's `parts` images, measured on this rank alone."""
     if device.type != "cuda":
         raise UserError("optim.micro_batch=auto measures the memory of a GPU: on a CPU set a number or null")
     efficiency = config.efficiency.model_copy(update={"compile": False})
@@ -109,7 +109,7 @@ def largest_fitting(run: Run, parts: int, update: Callable) -> int:
     for size in (size for size in range(parts, 0, -1) if parts % size == 0):
         shape = (size, 3, *run.backbone.spec.image_size)
         try:
-            for _ in range(2):  # the second one has the optimizer's state
+            for _ in range(2):  # the second one includes the optimizer's state
                 images = torch.zeros(shape, device=run.world.device, dtype=run.dtype)
                 update(run, iter([Batch(images, torch.arange(size))]), 0)
             run.status.read(everything=True)

@@ -1,4 +1,4 @@
-"""What a run does about bad samples and numbers that are not finite, once every rank knows of them."""
+"""Handling of bad samples and of non-finite losses and gradients, once every rank knows of them."""
 
 import json
 
@@ -18,12 +18,12 @@ MAX_SKIPPED = 10  # updates in a row, after which a run ends
 
 
 def prepare_logs(run: Run, reporter: Reporter) -> None:
-    """At the start, on rank 0: drop lines that will be written again, warn about a random teacher, list damage."""
+    """At the start, on rank 0: drop lines that will be written again, warn of a random teacher, list damage."""
     if not run.world.main:
         return
     if teacher_of(run.config)[1] == "random":
         key = "teacher.weights" if run.config.teacher.weights else "student.weights"
-        reporter.say(f"warning: {key}=random: the teacher has random weights: nothing useful can be learned")
+        reporter.say(f"warning: {key}=random: the teacher has random weights, so nothing useful is learned")
     if (run.folder / NONFINITE).exists():
         drop_later_lines(run.folder / NONFINITE, run.state.step)
     for loader, name in ((run.train, FILE), (run.val, VALIDATION_FILE)):
@@ -34,9 +34,9 @@ def prepare_logs(run: Run, reporter: Reporter) -> None:
 
 
 def handle_status(run: Run, reporter: Reporter, *, everything: bool) -> tuple[StopReason, bool]:
-    """Act on the statuses that are due (with `everything`, or if one asks to save: on all, for which the host waits).
+    """Act on the statuses that are due. With `everything`, or if one asks for a checkpoint, wait for all of them.
 
-    Returns why the run must stop, and whether a checkpoint is overdue. SharedError: too many bad samples or updates.
+    Returns why the run must stop, and whether a checkpoint is overdue. SharedError: too many bad samples or skips.
     """
     statuses = run.status.read(everything=everything)
     if any(status.stop or status.overdue for status in statuses):
@@ -53,7 +53,7 @@ def handle_status(run: Run, reporter: Reporter, *, everything: bool) -> tuple[St
 
 
 def _handle_bad_samples(run: Run, status: StepStatus, reporter: Reporter) -> None:
-    """Tell every rank what each found, record it, and end the run if it is too much."""
+    """Gather the bad samples of all ranks, record the new ones, and end the run if there are too many."""
     known, limit = run.state.bad, run.config.faults.bad_samples
     found = [sample for part in run.world.gather(status.found) for sample in part]
     new = {sample.id: sample for sample in found if sample.id not in known}
@@ -91,7 +91,7 @@ def report_bad_validation_samples(run: Run, reporter: Reporter) -> None:
 
 
 def _handle_skipped(run: Run, status: StepStatus, reporter: Reporter) -> None:
-    """Record the samples of a skipped update, and end the run if the configuration says so or after too many."""
+    """Record the samples of a skipped update; end the run if `faults.nonfinite=stop` or after too many in a row."""
     path, names = run.folder / NONFINITE, []
     if run.world.rank in status.ranks or not status.ranks:
         names = [run.train.source.name(int(i)) for i in status.ids]

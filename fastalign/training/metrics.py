@@ -1,4 +1,4 @@
-"""What is measured of a run: speed and memory; and the files of metrics."""
+"""Speed and memory of a run, and its metrics files."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from fastalign.utils.files import write_atomically
 
 
 class Speed:
-    """Images per second, share of time spent waiting for data, and model FLOPs utilisation, by interval.
+    """Images per second, share of time spent waiting for data, and model FLOPs utilization, by interval.
 
     On a GPU the wait is the host's, an upper bound of the device's. `images`: per update, over all `ranks`; `flops`:
     of one image, forward and backward.
@@ -25,7 +25,7 @@ class Speed:
     def __init__(self, *, images: int, ranks: int, flops: float, device: torch.device):
         self.images, self.device = images, device
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self.utilisation = flops / (peak * ranks) if peak else None
+        self.utilization = flops / (peak * ranks) if peak else None
         self.start()
 
     def start(self) -> None:
@@ -33,18 +33,18 @@ class Speed:
         self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
     def tick(self, waited: float) -> None:
-        """Count an update, which waited so many seconds for data."""
+        """Count an update that waited this many seconds for data."""
         self._steps += 1
         self._waited += waited
 
     def measure(self) -> dict[str, float]:
-        """The interval's figures; a new interval begins."""
+        """The metrics of the interval; then begin a new one."""
         seconds = time.perf_counter() - self._since
         rate = self._steps * self.images / seconds
         figures = {"images_per_second": rate, "data_wait": self._waited / seconds}
         figures["memory"] = peak_memory(self.device)
-        if self.utilisation:
-            figures["mfu"] = rate * self.utilisation
+        if self.utilization:
+            figures["mfu"] = rate * self.utilization
         self.start()
         return figures
 
@@ -63,7 +63,7 @@ def plain_number(value):
 
 
 def drop_later_lines(path: Path, step: int, *, evaluated: bool = True) -> None:
-    """Keep the lines of a file up to a step, without that step's validation and probe unless `evaluated`."""
+    """Drop a file's lines after a step, and unless `evaluated` also that step's validation and probe."""
     kept = [
         line + b"\n"
         for line in path.read_bytes().splitlines()
@@ -96,7 +96,7 @@ def _parse(line: bytes) -> dict | None:
 
 
 def series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
-    """Ascending steps and values of a key, over the lines that have a number there; a later line of a step wins."""
+    """Ascending steps and values of a key, where it is a number; the last of several lines for a step counts."""
     kept = {line["step"]: line[key] for line in lines if type(line.get(key)) in (int, float)}
     return sorted(kept), [kept[step] for step in sorted(kept)]
 

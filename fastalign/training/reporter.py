@@ -1,4 +1,4 @@
-"""What a run reports: metrics to files and services, progress and a few lines to the terminal."""
+"""Reporting of a run: metrics to files and services, progress and a few lines to the terminal."""
 
 import importlib
 import json
@@ -22,14 +22,14 @@ from fastalign.utils.errors import UserError
 from fastalign.utils.files import wrap_io_errors
 
 _Item = TypeVar("_Item")
-LINE_SECONDS = 10  # between two lines of progress where there is no terminal, at least
+LINE_SECONDS = 10  # at least, between two progress lines where there is no terminal
 
 
 class Reporter:
     """Metrics, a line of JSON per step in the run folder, and progress: a bar on a terminal, plain lines elsewhere.
 
-    Values stay on the device until they are flushed, so that the host never waits for a step. `step`, `evaluated`:
-    where the run stands; `total`: the last step; `main`: whether this is rank 0, others are silent.
+    Values stay on the device until they are flushed, so that the host never waits for a step. `step`: the present
+    step; `evaluated`: whether it is evaluated; `total`: the last step; `main`: rank 0, other ranks are silent.
     """
 
     def __init__(
@@ -62,14 +62,14 @@ class Reporter:
             self._bar.start()
 
     def say(self, text: str) -> None:
-        """Print lines that stay."""
+        """Print lines, above the progress bar if there is one."""
         if self._bar and text:
             self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
         elif self.main and text:
             print(text, flush=True)
 
     def track(self, items: Iterable[_Item], text: str, total: int) -> Iterator[_Item]:
-        """Iterate with a bar of its own, or with a line at times where there is no terminal."""
+        """Iterate with a progress bar, or with a line from time to time where there is no terminal."""
         shown = time.monotonic()
         task = self._bar and self._bar.add_task(text, total=total)
         try:
@@ -86,7 +86,7 @@ class Reporter:
                 self._bar.refresh()
 
     def update(self, step: int) -> None:
-        """Move the bar: an update is done, on the host at least."""
+        """Advance the bar after an update, which may still be running on the device."""
         self._first = self._first or (step, time.monotonic())
         if self._bar:
             left = f" {duration(left)} left" if (left := self._left(step)) else ""
@@ -98,7 +98,7 @@ class Reporter:
         return (time.monotonic() - since) / (step - first) * (self.total - step) if step > first else 0.0
 
     def add(self, **values) -> None:
-        """Keep a line until the next flush; values may be tensors on the device."""
+        """Hold a line until the next flush; values may be tensors on the device."""
         if self.main:
             self._pending.append(values)
 
@@ -139,7 +139,7 @@ class Reporter:
             self.say(f"step {step}/{self.total}  epoch {line['epoch']}  {self._text}{remaining}")
 
     def close(self) -> None:
-        """Remove the bar, write what is pending and close the file."""
+        """Remove the bar, write pending lines and close the file."""
         if self._bar:
             self._bar.stop()
         if self.main:
@@ -171,7 +171,7 @@ def _open_sink(sink: str, folder: Path, step: int) -> Callable[[dict, int], None
 
 
 def duration(seconds: float) -> str:
-    """45 s, 12 min, 3 h 20 min"""
+    """A time span as 45 s, 12 min or 3 h 20 min."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -179,13 +179,13 @@ def duration(seconds: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """The local time in so many seconds: 15:42, on another day with its date."""
+    """The local time this many seconds from now: 15:42, with the date if it is another day."""
     end, now = time.localtime(time.time() + seconds), time.localtime()
     return time.strftime("%H:%M" if end[:3] == now[:3] else "%a %d %b, %H:%M", end)
 
 
 def setup_lines(run: Run) -> list[str]:
-    """What a run trains with, one fact per line."""
+    """Lines about hardware, backbone and batch of a run."""
     config, world, spec, optim = run.config, run.world, run.backbone.spec, run.config.optim
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     parameters = sum(p.numel() for p in run.objective.student.encoder.parameters())
@@ -204,7 +204,7 @@ def setup_lines(run: Run) -> list[str]:
 
 
 def start_lines(run: Run) -> list[str]:
-    """What a run is about to do, one fact per line."""
+    """Lines about setup, data, length and first step of a run."""
     epochs, size = run.config.optim.epochs, run.config.optim.batch_size
     images, epoch = len(run.train.source), run.epoch_steps * size
     at = f"step {run.state.step} of {run.last_step}"
@@ -213,7 +213,7 @@ def start_lines(run: Run) -> list[str]:
     return [
         *setup_lines(run),
         f"data: {images} images"
-        + (f", of which each epoch leaves out {images - epoch}" if images > epoch else "")
+        + (f", {images - epoch} left out in each epoch" if images > epoch else "")
         + (f"; {len(run.val.source)} for validation" if run.val else "; none for validation"),
         f"length: {epochs} epoch{'s' * (epochs > 1)} of {run.epoch_steps} updates"
         + (f", stopped after {run.last_step} updates" if run.last_step < run.total_steps else ""),
@@ -222,7 +222,7 @@ def start_lines(run: Run) -> list[str]:
 
 
 def end_lines(run: Run) -> list[str]:
-    """Where the backbone is, and what to do with it."""
+    """The path of the aligned backbone, and commands to use it."""
     if not (run.folder / "backbone.json").exists():
         return []
     best, place = run.state.best if run.val and not run.config.probe.best else None, run.folder

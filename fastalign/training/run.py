@@ -28,13 +28,13 @@ MAX_CHECKPOINT_AGE = 15 * 60  # seconds, if `checkpoint.every_steps` is null
 
 @dataclass
 class TrainState:
-    """What is neither weights nor moments; `state_dict` and `load_state_dict` are its form in a checkpoint."""
+    """The state of a run besides weights and moments, which `state_dict` converts for checkpoints."""
 
     step: int = 0  # updates done
     best: float | None = None  # score: of the probe (mAP) with `probe.best`, else the lowest validation loss
     val_loss: float | None = None  # of the last validation
     probed: dict[str, float] | None = None  # the last probe: step, macro_recall, map, loss
-    last_eval_step: int = 0  # up to which the evaluations at the ends of epochs are done
+    last_eval_step: int = 0  # step of the last evaluation at the end of an epoch
     skipped_in_a_row: int = 0  # updates, because the loss or the gradient was not finite
     bad: set[int] = field(default_factory=set)  # ids known to every rank, without the quarantined ones
     changes: list[dict[str, Any]] = field(default_factory=list)  # by `resume=force`: step, key, before, now
@@ -50,19 +50,19 @@ class TrainState:
 
     @property
     def current_probe(self) -> dict[str, float] | None:
-        """The probe of this very step, if there was one."""
+        """The probe of the current step, if there was one."""
         return self.probed if self.probed and self.probed["step"] == self.step else None
 
 
 def itstime(step: int, every: int | None, last: int | None = None) -> bool:
-    """Whether something that happens every so many steps (None = never), and at the `last`, happens at this one."""
+    """Whether this step is a multiple of `every` (None = never) or the `last` one."""
     return step == last or (every is not None and step % every == 0)
 
 
 class Run:
     """A run before its first step; `checkpoint.resume` continues from its folder.
 
-    `preemption` asks it to stop; `labelled`: fingerprints of labelled data, by key, of which rank 0's count.
+    `preemption` records signals to stop; `labelled`: fingerprints of labelled data by key; those of rank 0 count.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Run:
             self.model = DistributedDataParallel(objective, **how)
 
     def _contents(self) -> dict[str, Any]:
-        """Fingerprints of what the paths of the configuration hold, by key."""
+        """Fingerprints of the data and weights at the paths in the configuration, by key."""
         found: dict[str, Any] = {"data.train": self.train.source.identity()}
         if self.val is not None:
             found["data.val"] = self.val.source.identity()
@@ -123,7 +123,7 @@ class Run:
         return autocast(self.world.device, self.dtype)
 
     def cached_autocast(self) -> AbstractContextManager:
-        """Around passes with the same weights: a disabled outer autocast keeps the casts of those inside it."""
+        """A context around passes with the same weights: a disabled outer autocast keeps the cache of inner ones."""
         return torch.autocast(self.world.device.type, enabled=False)
 
     def set_learning_rate(self) -> float:
@@ -137,11 +137,11 @@ class Run:
         return lr
 
     def beat(self, doing: str) -> None:
-        """Restart the hang timer: what this rank does next."""
+        """Restart the hang timer; `doing` is what this rank does next."""
         self.hang_timer.beat(self.state.step, doing)
 
     def own_status(self, ids: np.ndarray, bad: Sequence[BadSample]) -> StepStatus:
-        """What this rank tells the others of the next update, with its samples and the bad ones among them."""
+        """This rank's status of the next update, with its sample ids and its bad samples."""
         stop = StopReason.SAVE_FAILED if self.checkpoints.failed else self.preemption.reason
         by_time = self.world.main and self.config.checkpoint.every_steps is None  # rank 0's clock counts
         overdue = by_time and self.checkpoints.age > MAX_CHECKPOINT_AGE
@@ -161,7 +161,7 @@ class Run:
 
     @property
     def val_loss(self) -> float | None:
-        """The validation loss of this very step, if there is one."""
+        """The validation loss of the current step, if there is one."""
         evaluated = self.val is not None and self.state.last_eval_step == self.state.step
         return self.state.val_loss if evaluated else None
 

@@ -1,4 +1,4 @@
-"""What an update needs beside the model: learning rate, seed, moving average, and an exchange of statuses.
+"""Parts of an update besides the model: learning rate, seed, moving average, and the exchange of statuses.
 
 The ranks exchange statuses in one small all-reduce that does not make the host wait: on a GPU it reads them one
 update later. Every rank reads the same statuses in the same order, so that all can act on them together.
@@ -19,7 +19,7 @@ from fastalign.training.distributed import World
 def learning_rate(
     step: int, *, total: int, warmup: int, lr: float, min_lr: float, start: float | None = None
 ) -> float:
-    """timm's schedule: linear from `start` (default `min_lr`) over `warmup` updates, then the cosine to `min_lr`.
+    """timm's schedule: linear from `start` (default `min_lr`) over `warmup` updates, then a cosine to `min_lr`.
 
     The cosine runs over all `total` updates; the warm-up replaces its beginning. `step` counts from 0.
     """
@@ -48,7 +48,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the module's current weights."""
+        """Update the average with the module's current weights."""
         torch._foreach_lerp_(list(self.state.values()), self._live, 1 - self.decay)
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -59,7 +59,7 @@ class MovingAverage:
 
 @dataclass(frozen=True, eq=False)
 class StepStatus:
-    """One update: as a rank knows it, and then with what all ranks know of it."""
+    """The status of one update: first with what this rank knows, after the exchange with what all ranks know."""
 
     step: int  # number of the update, from 1
     ids: np.ndarray  # [n] int64, this rank's samples
@@ -67,14 +67,14 @@ class StepStatus:
     stop: StopReason
     overdue: bool  # a rank asks for a checkpoint, because the newest one is old
     skipped: bool = False  # the loss or the gradient was not finite, and the weights did not change
-    ranks: tuple[int, ...] = ()  # whose loss was not finite; empty if only the gradient was not
+    ranks: tuple[int, ...] = ()  # ranks whose loss was not finite; empty if only the gradient was not
     bad: int = 0  # bad samples found in the update's batches, over all ranks
 
 
 class Status:
-    """The exchange; `lag`: updates after which a status is read, None = 1 on a GPU, 0 on a CPU.
+    """The exchange of statuses. `lag`: updates after which a status is read; None = 1 on a GPU, 0 on a CPU.
 
-    With `sticky`, after one skipped update all that follow are skipped: the weights stay those from before it.
+    With `sticky`, all updates after a skipped one are skipped too, so that the weights stay those from before it.
     """
 
     def __init__(self, world: World, *, sticky: bool = False, lag: int | None = None):
@@ -84,7 +84,7 @@ class Status:
         self._pending: deque[tuple[StepStatus, Tensor, torch.cuda.Event | None]] = deque()
 
     def exchange(self, loss: Tensor, norm: Tensor, own: StepStatus) -> tuple[Tensor, Tensor]:
-        """Share this rank's status of an update; a collective. `read` returns that of all ranks later.
+        """Share this rank's status of an update (a collective); `read` later returns that of all ranks.
 
         On the device: `loss` [], this rank's; `norm` [], of the gradient over all ranks; returned are [] fp32, the
         mean loss over ranks, and [] bool, whether to skip the update.

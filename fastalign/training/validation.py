@@ -27,7 +27,7 @@ def validate(run: Run, reporter: Reporter, epoch: int) -> None:
 
 @torch.no_grad()
 def evaluate(run: Run, reporter: Reporter) -> float:
-    """The loss over the validation set with its fixed masks, of the averaged weights if there are any."""
+    """The loss over the validation set with its fixed masks, computed with the averaged weights if there are any."""
     student, sums = run.objective.student, torch.zeros(2, dtype=torch.float64, device=run.world.device)
     if run.average:
         live = {name: value.clone() for name, value in student.state_dict().items()}

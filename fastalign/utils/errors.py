@@ -10,13 +10,13 @@ _CONTROL = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029]")
 
 
 def on_one_line(text: str) -> str:
-    """A text with line breaks and control characters escaped, cut at 2000 characters."""
+    """The text with line breaks and control characters escaped, cut at 2000 characters."""
     text = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def describe(error: Exception) -> str:
-    """An error for the user; one of the operating system with its file if it names one."""
+    """The message of an error for the user; an OSError's includes its file, if any."""
     filename = getattr(error, "filename", None)
     if isinstance(error, FileExistsError | NotADirectoryError):
         place = next(place for place in (Path(filename), *Path(filename).parents) if place.exists())
@@ -30,7 +30,7 @@ def first_line(error: BaseException) -> str:
 
 
 def unknown(what: str, name: object, names: Iterable[str]) -> str:
-    """The message for a name that is not among others, with the nearest of them."""
+    """The message for a name that is not among `names`, with the nearest of them."""
     (nearest,) = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
     return f"unknown {what} {name}; the nearest is {nearest}"
 

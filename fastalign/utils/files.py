@@ -1,4 +1,4 @@
-"""Paths that users give, files that are written atomically and checked when they are read, and places of caches."""
+"""Paths given by users, atomic writes, checksums, and environment variables for users in containers."""
 
 import argparse
 import errno
@@ -22,8 +22,8 @@ _VARIABLE = re.compile(r"\$\{?(\w+)")
 _TEMPORARY = re.compile(r"\..+\.(\d+)$")
 
 
-def place_caches() -> None:
-    """For a container's user: torch._dynamo's import needs a name, and without a home Triton creates a folder `~`."""
+def set_container_defaults() -> None:
+    """For users in containers: torch._dynamo needs a user name, and without a home Triton creates a folder `~`."""
     try:
         getpass.getuser()
     except (KeyError, OSError):  # OSError from Python 3.13 on
@@ -82,7 +82,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> No
 
 
 def temporary_name(path: Path) -> Path:
-    """Where this process writes what will become `path`."""
+    """The temporary name under which this process writes `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
@@ -95,8 +95,8 @@ def flush_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of writers that were killed; call it before the first write."""
-    # This process's own number counts as a dead one's: in a container every start may have the same.
+    """Remove the temporary files of killed processes; call it before the first write."""
+    # Files with this process's own id are leftovers too: in a container every start may have the same id.
     for path in filter(Path.is_file, folder.glob(".*")):
         match = _TEMPORARY.fullmatch(path.name)
         if match and (int(match[1]) == os.getpid() or not Path("/proc", match[1]).exists()):
@@ -124,7 +124,7 @@ def checksum_of(paths: Iterable[Path]) -> int:
 
 
 def system_error(error: BaseException | None) -> OSError | MemoryError | None:
-    """The failure of the disk, of memory or of a limit that caused an error; None if the content is wrong."""
+    """The OSError or MemoryError that caused an error; None if the file's content is wrong."""
     while error is not None:
         # A damaged index makes zipfile seek before the file's beginning: EINVAL.
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):

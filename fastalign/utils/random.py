@@ -14,11 +14,11 @@ from torch import Tensor
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
-EVAL_EPOCH = _WORD  # of evaluation: its masks never change and differ from those of every training epoch
+EVAL_EPOCH = _WORD  # the epoch of evaluation: fixed masks, which differ from those of every training epoch
 
 
 class Stream(IntEnum):
-    """What the numbers are for. The streams of one seed are independent."""
+    """The purpose of random numbers. The streams of one seed are independent."""
 
     MASKS = 1
     GEOMETRY = 2
@@ -33,7 +33,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # Products that wrap have the bits of products without a sign.
+        # Signed products that wrap have the same bits as unsigned ones.
         first, second = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
         c0, c1 = ((second >> 32) & _WORD) ^ c1 ^ k0, second & _WORD
         c2, c3 = ((first >> 32) & _WORD) ^ c3 ^ k1, first & _WORD
@@ -50,7 +50,7 @@ def random_words(ids: Tensor, count: int, *, seed: int, stream: Stream, epoch: i
     ids = ids.to(torch.int64).unsqueeze(1)
     index = torch.arange(blocks, device=ids.device, dtype=torch.int64).unsqueeze(0)
     zero = torch.zeros_like(index)
-    # Times the golden ratio, so that neighbouring seeds and streams do not meet.
+    # Multiplied by the golden ratio, so that neighbouring seeds and streams do not collide.
     key = seed & _WORD, ((seed >> 32) ^ (int(stream) * 0x9E3779B1)) & _WORD
     words = philox((index, zero + (epoch & _WORD), ids & _WORD, (ids >> 32) & _WORD), key)
     shape = (ids.shape[0], blocks)

@@ -17,11 +17,11 @@ from fastalign.utils.files import user_path
 
 _Tree = TypeVar("_Tree", bound="Section")
 _BRANCH = re.compile(r"float|bool|constrained-\w+|literal\[.*")
-"""An alternative in the location of an error by pydantic."""
+"""A union's alternative in the location of a pydantic error."""
 
 
 class Kind(Enum):
-    """What a new value of a key means to a resumed run. The value is a remark for the key's documentation."""
+    """Whether a key may change when a run resumes. The value is a remark in the key's documentation."""
 
     RESULT = "decides the result"
     FREE = "may change when a run resumes"
@@ -46,9 +46,9 @@ def fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Fiel
 
 
 def resolve(section: type[_Tree], tree: dict, overrides: list[str], where: str | Path) -> _Tree:
-    """The typed tree of a plain one, with `key=value` overrides applied to a copy; those of sections are merged.
+    """The typed tree of a plain one, with `key=value` overrides; an override of a section is merged into it.
 
-    A UserError is about the file `where`, or about the command line if an override may be wrong.
+    A UserError names the file `where`, or the command line if an override may be wrong.
     """
     merged, given, names = copy.deepcopy(tree), [], [name for name, _, _ in fields(section)]
 
@@ -75,7 +75,7 @@ def resolve(section: type[_Tree], tree: dict, overrides: list[str], where: str |
 
 
 def explain(error: ValidationError, names: Iterable[str]) -> tuple[str, str]:
-    """The first wrong key ("" for a conflict) and what is wrong; the nearest of `names` to an unknown key."""
+    """The first wrong key ("" for a conflict) and the message, with the nearest of `names` to an unknown key."""
     errors = error.errors()
     kind, value, loc = (errors[0][part] for part in ("type", "input", "loc"))
     parts = tuple(part for part in loc if isinstance(part, str) and not _BRANCH.fullmatch(part))
@@ -106,7 +106,7 @@ def set_key(tree: dict, path: list[str], value: Any, override: str = "") -> None
 
 
 def merge(base: dict, top: dict) -> dict:
-    """A tree merged over another one."""
+    """The tree `base` with the values of `top` merged over it."""
     merged = dict(base)
     for key, value in top.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
@@ -125,7 +125,7 @@ def select(config: Section, kind: Kind) -> dict[str, Any]:
 
 
 def to_yaml(config: Section, *, comments: bool = False) -> str:
-    """The configuration as YAML; with `comments`, each key's documentation stands after its value."""
+    """The configuration as YAML; with `comments`, each key is followed by its documentation."""
     text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
     if not comments:
         return text
@@ -142,7 +142,7 @@ def to_yaml(config: Section, *, comments: bool = False) -> str:
 
 
 def _choices(field: FieldInfo) -> str:
-    """The values of a key that has few, such as " [linear | mlp]"."""
+    """The allowed values of a key, if there are few, such as " [linear | mlp]"."""
     kinds = [field.annotation, *get_args(field.annotation)]
     values = [value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
     values = ["true", "false", *values] if values and bool in kinds else values
@@ -150,7 +150,7 @@ def _choices(field: FieldInfo) -> str:
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict:
-    """The mapping in a YAML file, merged over that of the file that it names as its `base`; UserError if none."""
+    """The mapping in a YAML file, merged over that of its `base`, if any; UserError if the file has none."""
     if not path.is_file():
         raise UserError(f"no recipe at {path}: check the path, or give a name that `fastalign recipes` lists")
     if path.resolve() in seen:
@@ -183,11 +183,11 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         line = self.peek_event().start_mark.line + 1
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"an alias in line {line}: write the value out")
+            raise yaml.YAMLError(f"an alias at line {line}: write the value out")
         node = super().compose_node(parent, index)
         names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
         if twice := next((name for number, name in enumerate(names) if name in names[:number]), None):
-            raise yaml.YAMLError(f"the key {twice} twice in the mapping of line {line}: remove one")
+            raise yaml.YAMLError(f"the key {twice} twice in the mapping at line {line}: remove one")
         return node
 
 
@@ -195,7 +195,7 @@ class _Dumper(yaml.SafeDumper):
     """Sections in blocks, lists on one line."""
 
 
-# YAML 1.1 takes 1e-5 for a text; in YAML 1.2, in JSON and in Python it is a number.
+# In YAML 1.1, 1e-5 is a string; in YAML 1.2, JSON and Python it is a number.
 _EXPONENTIAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENTIAL, list("-+.0123456789"))

@@ -38,7 +38,7 @@ def plain(name: str = NAME, **kwargs) -> nn.Module:
 
 
 def save(folder: Path, model: nn.Module, *, ema=None, metric=0.5, **args) -> Path:
-    """timm's CheckpointSaver, with the state of an optimiser that took a step and the script's arguments."""
+    """timm's CheckpointSaver, with the state of an optimizer that took a step and the script's arguments."""
     twin = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(twin.parameters())
     sum(parameter.sum() for parameter in twin.parameters()).backward()

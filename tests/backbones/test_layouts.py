@@ -103,7 +103,7 @@ def test_biases_that_the_backbone_lacks_must_be_zero(tmp_path):
     """Published DINOv3 has zero biases in sizes B and L, and timm a name without any."""
     config = transformers.DINOv3ViTConfig(**HF, num_register_tokens=4)
     model, name = saved(transformers.DINOv3ViTModel(config), tmp_path), DINOV3.removesuffix("_qkvb")
-    with pytest.raises(fa.UserError, match=r"another model: it has blocks\.0\.attn\.[qv]_bias too"):
+    with pytest.raises(fa.UserError, match=r"another model: it also has blocks\.0\.attn\.[qv]_bias"):
         fa.create_backbone(name, checkpoint=tmp_path, **SMALL)
     for key, value in model.state_dict().items():
         if key.endswith(("q_proj.bias", "v_proj.bias")):

@@ -93,7 +93,7 @@ def test_a_bare_file_is_of_a_square_grid(tmp_path, family):
         options = {**NARROW, **kwargs, "img_size": pixels(after)}
         assert same(fa.create_backbone(name, checkpoint=tmp_path / "w.pth", **options), model, after)
     if family not in ("rotary", "DINOv3"):
-        with pytest.raises(fa.UserError, match="positions are no square and not 4x4 patches"):
+        with pytest.raises(fa.UserError, match="positions are neither a square nor 4x4 patches"):
             fa.create_backbone(name, checkpoint=tmp_path / "w.pth", **{**options, "img_size": 64})
 
 

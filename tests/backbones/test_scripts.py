@@ -140,7 +140,7 @@ def test_checkpoints_of_training_scripts(tmp_path, script):
 def test_the_dinov3_of_its_authors_is_not_read_without_its_biases(tmp_path):
     """timm's own function leaves them out where the model has none."""
     torch.save(dinov3s(random_timm(DINOV3, **SMALL).state_dict()), tmp_path / "a.pth")
-    with pytest.raises(fa.UserError, match=r"it has blocks\.0\.attn\.[qv]_bias too"):
+    with pytest.raises(fa.UserError, match=r"it also has blocks\.0\.attn\.[qv]_bias"):
         fa.create_backbone(DINOV3.removesuffix("_qkvb"), checkpoint=tmp_path / "a.pth", **SMALL)
 
 

@@ -156,3 +156,24 @@ def test_the_table_is_what_the_choice_reads(table, monkeypatch):
     call = Case("cuda", torch.bfloat16, True, False, False, 577, 64, gradient=True)
     assert choose(call).backend == "eager"
     assert choose(call._replace(gradient=False)).backend == "triton"
+
+
+def test_the_table_has_the_cases_measured_before_a_time_limit(table, tmp_path, monkeypatch):
+    def measure(case, *_):
+        if "packed" in case.label:
+            raise KeyboardInterrupt
+        return [measured("ours", "full", 2.0, length=197)]
+
+    environment = {"architecture": "sm_90", "cpu": "", "commit": None, "date": ""}
+    for place, name, value in (
+        (kernels, "measure_case", measure),
+        (kernels, "show", lambda rows: None),
+        (torch.cuda, "is_available", lambda: True),
+        (timing, "machine", dict),
+        (record, "RESULTS", tmp_path),
+        (record, "environment", lambda: environment),
+    ):
+        monkeypatch.setattr(place, name, value)
+    with pytest.raises(KeyboardInterrupt):
+        attention.main(["--cases", "T 197 d 64 cap"])
+    assert [row["ms"] for row in json.loads(table.read_text())["sm_90"]["rows"]] == [{"triton": 2.0}]

@@ -226,7 +226,7 @@ def test_bad_input_is_refused_before_the_scan_and_the_list(tmp_path, capsys):
     root = write_folder(tmp_path / "a", {"1.jpg": small_photos(1)[0]})
     for arguments, message in (
         ([str(tmp_path / "none")], "no such folder"),
-        (["synthetic", "--output", str(tmp_path / "new/q.jsonl")], "no file to check"),
+        (["synthetic", "--output", str(tmp_path / "new/q.jsonl")], "no files to check"),
         ([str(root), "--workers", "0"], "--workers 0"),
         ([str(root), "--output", str(tmp_path)], "is a directory; name a file"),
         ([str(root), "--output", "/proc/q.jsonl"], "/proc/q.jsonl cannot be written ("),

@@ -56,7 +56,7 @@ def test_eval_matches_timm(size, crop_pct, interpolation):
     pixels = dali_pixels(mine, files, np.arange(len(files)))
     difference = levels(pixels, expected)
     # PIL rounds to 8 bits between its two passes, which costs about 0.13 levels; at the border of an image it
-    # renormalises the kernel where DALI repeats the border pixel.
+    # renormalizes the kernel where DALI repeats the border pixel.
     assert difference.mean(axis=(1, 2, 3)).max() < 0.25
     assert np.quantile(difference, 0.999) <= 2
     normalized = vision.normalize(pixels.permute(0, 3, 1, 2) / 255, CLIP_MEAN, CLIP_STD)

@@ -171,7 +171,7 @@ def test_tars_joined_end_to_end_are_read_as_tar_lists_them(tmp_path):
     assert [source.read(i).tobytes() for i in range(6)] == [photo.tobytes() for photo in photos]
     joined.write_bytes(parts[0] + b"what is this" + parts[1])
     assert f"joined.tar: damaged at byte {len(parts[0])}: no member and no end mark" in message(joined)
-    assert len(open_source(str(joined), damaged=True)) == 2
+    assert len(open_source(str(joined), allow_damaged=True)) == 2
 
 
 def test_names_tell_shards_of_different_folders_apart(tmp_path):
@@ -227,19 +227,19 @@ def test_a_damaged_shard_is_refused_or_used_up_to_its_damage(tmp_path):
         path.write_bytes(broken)
         age(tmp_path / "t")
         for _ in range(2):  # scanned, then from the cache
-            source = open_source(str(tmp_path / "t"), damaged=True)
+            source = open_source(str(tmp_path / "t"), allow_damaged=True)
             assert names_of(source) == ["0.tar:a.jpg", "1.tar:0.jpg"]
             np.testing.assert_array_equal(source.read(1), photos[0])
             ((name, reason),) = source.damaged
             assert name == "1.tar"
             assert f"damaged at byte {second}" in reason
         assert f"broken tar shard {path}: damaged at byte {second}" in (text := message(tmp_path / "t"))
-        assert "fetch it again" in text
+        assert "download it again" in text
     for broken in (b"", b"x" * 2000, b"\x1f\x8b" + bytes(600)):
         path.write_bytes(broken)
-        assert len(open_source(str(tmp_path / "t"), damaged=True)) == 1
+        assert len(open_source(str(tmp_path / "t"), allow_damaged=True)) == 1
         with pytest.raises(UserError, match=r"broken tar shard .*/1\.tar"):
-            open_source(str(path), damaged=True)
+            open_source(str(path), allow_damaged=True)
 
 
 def test_a_failing_disk_is_not_damage_of_a_shard(tmp_path):
@@ -247,7 +247,7 @@ def test_a_failing_disk_is_not_damage_of_a_shard(tmp_path):
     write_tar(tmp_path / "t/0.tar", [("a.jpg", small_photos(1)[0])])
     (tmp_path / "t/1.tar").symlink_to("/proc/self/mem")
     with pytest.raises(UserError, match=r"cannot read .*t/1\.tar: Input/output error; is the disk"):
-        open_source(str(tmp_path / "t"), damaged=True)
+        open_source(str(tmp_path / "t"), allow_damaged=True)
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
@@ -273,7 +273,7 @@ def test_crafted_members_end_a_shard_without_harm(tmp_path, crafted):
     begin = header("../../a.jpg", len(photo)) + photo.ljust(-(-len(photo) // 512) * 512, b"\0")
     begin += b"".join(header(f"{kind}.jpg", 0, b"%d" % kind) for kind in range(1, 7))
     path.write_bytes(begin + CRAFTED[crafted] + bytes(1024))
-    source = open_source(str(path), damaged=True)
+    source = open_source(str(path), allow_damaged=True)
     assert source.read(0).tobytes() == photo
     assert source.name(0) == "t.tar:../../a.jpg"
     assert set(names_of(source)) <= {"t.tar:../../a.jpg", "t.tar:b.jpg"}

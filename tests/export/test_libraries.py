@@ -66,7 +66,7 @@ def test_what_dropping_the_cap_changes(runs, exported, capsys):
     assert change["lowest_cosine"] == pytest.approx(cosine, abs=1e-5)
     assert change["relative_change"] > 0.02
     said = capsys.readouterr()
-    assert "soft-cap dropped: features change" in said.out
+    assert "soft-cap dropped: features change by" in said.out
     assert "measuring features\nwriting files for transformers\n" in said.err
 
 

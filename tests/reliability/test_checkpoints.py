@@ -208,7 +208,7 @@ def test_if_all_checkpoints_are_damaged_none_is_renamed(tmp_path):
     for step in (1, 2):
         checkpoints.path(step).write_bytes(b"half")
     with pytest.raises(
-        UserError, match=r"step-00000002.pt cannot be read .*nor can those before.* start over"
+        UserError, match=r"step-00000002.pt cannot be read .*nor can earlier ones.* start over"
     ):
         checkpoints.resume(ALONE)
     assert checkpoints.steps() == [1, 2]

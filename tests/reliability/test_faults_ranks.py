@@ -150,7 +150,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on_later(recipe, tmp_path, 
     assert lines[0].startswith("fastalign: rank 0: lost the connection to another rank: ")
     assert lines[1].startswith("fastalign: rank 1 (")
     assert "hangs at step 8: computing for " in lines[1]
-    assert "goes on from the newest checkpoint" in lines[1]
+    assert "resume from the newest checkpoint" in lines[1]
     assert len(lines) == 2
     finish(arguments, 2, folder=tmp_path)
     assert lines_of(run) == lines_of(whole)

@@ -65,7 +65,7 @@ def test_a_hang_ends_with_70_one_line_and_the_stack(tmp_path):
     assert code == RANK_FAILED == 70, text
     (line,) = lines_in(text)
     assert re.match(r"fastalign: rank 0 \(.*, pid \d+\) hangs at step 5: computing for \d s; ", line), line
-    assert "faults.timeout=1 s; the same command goes on from the newest checkpoint" in line
+    assert "faults.timeout=1 s; run the same command again to resume from the newest checkpoint" in line
     assert re.search(r'program.py", line \d+ in body', text)
 
 

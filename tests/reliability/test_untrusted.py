@@ -48,7 +48,7 @@ for old, new in pairwise("abcdefghi"):
     ("text", "words"),
     [
         ("[" * 5000, ["nested too deeply"]),
-        (BOMB, ["an alias in line 2", "write the value out"]),
+        (BOMB, ["an alias at line 2", "write the value out"]),
         ('!!python/object/apply:os.mkdir ["HERE"]', ["not YAML", "python/object"]),
         ("seed: " + "9" * 5000, ["not YAML", "digits"]),
         ("seed: 2001-13-41", ["not YAML", "month"]),

@@ -77,7 +77,7 @@ CURVES = [
     ("Throughput (images per second)", 0, "images_per_second", 1),
     ("Patch probe during training (%)", 0, "probe_map", 100),
     ("Waiting for data (% of the time)", 0, "data_wait", 100),
-    ("Memory (GiB at most)", 0, "memory", 2**-30),
+    ("Peak memory (GiB)", 0, "memory", 2**-30),
 ]
 
 

@@ -95,7 +95,7 @@ MISSING = [
     ("backbone.json", "saved no backbone (it is unfinished, or trains the decoder only)", 0),
     ("config.yaml", "config.yaml is missing", 0),
     ("metrics.jsonl", "metrics.jsonl is missing or empty", 14),
-    ({"student": {"weights": "/no/teacher.safetensors"}}, "Features before are not shown, their weights", 8),
+    ({"student": {"weights": "/no/teacher.safetensors"}}, "Features before alignment are not shown: ", 8),
     ({"data": {"val": "/nowhere"}}, "No pictures are shown: no such folder", 0),
 ]
 

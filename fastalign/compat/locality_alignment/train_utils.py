@@ -1,4 +1,4 @@
-"""Checkpoints with the authors' layout: `state_dict`, perhaps `state_dict_ema`, keys `encoder.*` and `decoder.*`."""
+"""Checkpoints in the authors' layout: `state_dict`, optional `state_dict_ema`, keys `encoder.*` and `decoder.*`."""
 
 import json
 import warnings
@@ -10,7 +10,7 @@ import torch
 from timm.utils.model import get_state_dict
 from torch import Tensor, nn
 
-from fastalign.backbones.weight_files import plain, read_file
+from fastalign.backbones.weight_files import read_file, unwrapped
 from fastalign.backbones.weights import fold_layer_scale, trained_as
 from fastalign.compat.locality_alignment.model_utils import MaskEmbedStudent
 
@@ -75,7 +75,7 @@ def load_checkpoint(
     checkpoint = read_file(Path(checkpoint_path), device)
     names = [*(["state_dict_ema", "model_ema"] if use_ema else []), "state_dict", "model"]
     name = next((name for name in names if isinstance(checkpoint.get(name), dict)), None)
-    state = {plain(key): value for key, value in (checkpoint[name] if name else checkpoint).items()}
+    state = {unwrapped(key): value for key, value in (checkpoint[name] if name else checkpoint).items()}
     softcap = trained_as(checkpoint, str(checkpoint_path))[1] if name else None
     if softcap and softcap != softcap_of(model):
         warnings.warn(

@@ -1,7 +1,7 @@
-"""Attention: one function for all implementations, and the choice of one, with its reason.
+"""Attention: one function for all implementations, and the selection of one, with its reason.
 
-A name that was asked for is used if it supports the case. Otherwise, on a GPU that `python -m benchmarks.attention`
-has measured, the fastest usable one by `table.json`, which that command writes; elsewhere a rule.
+A requested implementation is used if it supports the case. Otherwise, on a GPU that `python -m benchmarks.attention`
+has measured, the fastest usable one by `table.json`, which that command writes; elsewhere a default.
 """
 
 import json
@@ -19,7 +19,7 @@ from fastalign.utils.errors import unknown
 
 __all__ = ["BACKENDS", "Case", "Sequences", "attention", "check", "choose"]
 TABLE = Path(__file__).with_name("table.json")
-"""Architecture ("sm_90") -> the environment, and milliseconds by implementation for each case."""
+"""Architecture ("sm_90") -> the environment, and for each case the milliseconds of each implementation."""
 
 
 def attention(
@@ -32,7 +32,7 @@ def attention(
     sequences: Sequences | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Full (non-causal) multi-head attention with the 1 / sqrt(d) scale: the shape of q. Padding rows are finite.
+    """Full (non-causal) multi-head attention with the scale 1 / sqrt(d), in the shape of q. Padding rows are finite.
 
     Args:
         q, k, v: [B, H, T, d], one dtype; with `sequences` packed, [L, H, d].
@@ -52,7 +52,7 @@ def attention(
 
 
 def _name(backend: str, *facts) -> str:
-    """The choice, a constant of a compiled graph: it depends only on what torch.compile guards anyway."""
+    """The chosen name, a constant in a compiled graph: it depends only on what torch.compile guards anyway."""
     return choose(Case(*facts), backend).backend
 
 
@@ -74,7 +74,7 @@ def architecture() -> int:
 
 
 def choose(case: Case, wanted: str = "auto") -> Choice:
-    """The implementation for a case, if `wanted` (a name of `BACKENDS`, or "auto") supports it that one.
+    """The implementation for a case: `wanted` (a name of `BACKENDS`, or "auto") if it supports the case.
 
     Raises:
         ValueError: an unknown name, or a bias with packed sequences.
@@ -109,9 +109,9 @@ def _choose(case: Case, wanted: str, mode: str) -> Choice:
 
 
 def _measured(case: Case, arch: int) -> tuple[dict[str, float], str]:
-    """Milliseconds by implementation, the fastest first, where the table is nearest to the case, and that place.
+    """Milliseconds by implementation, fastest first, in the table's row nearest to the case, and that row's shape.
 
-    Nearest is the same kind, then the nearest head width, then length.
+    The row has the same kind, then the nearest head width, then the nearest length.
     """
     kind = {"capped": case.capped, "packed": case.packed, "gradient": case.gradient}
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
@@ -125,10 +125,10 @@ def _measured(case: Case, arch: int) -> tuple[dict[str, float], str]:
 
 
 def check(name: str) -> None:
-    """Refuse a name that does not exist or an implementation that is not installed.
+    """Refuse an unknown name or an implementation that is not installed.
 
     Raises:
-        ValueError: with the nearest name, or how to get it.
+        ValueError: names the nearest name, or how to install it.
     """
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"{unknown('name', name, BACKENDS)}; choose from auto, {', '.join(BACKENDS)}")

@@ -1,7 +1,7 @@
 """Every implementation of attention behind one signature, with the cases that it supports.
 
-Libraries differ in layout, support and how they take packed sequences; only this file knows. Imports are inside the
-functions that need them, so that a library that is not installed costs nothing.
+Only this file knows the layouts, supported cases and packed formats of the libraries. A library is imported at its
+first use, so those that are not installed cost nothing.
 """
 
 import importlib
@@ -28,11 +28,11 @@ class Sequences(NamedTuple):
     """Sequences packed in L rows: sequence s is rows bounds[s] to bounds[s + 1]; rows after the last are padding."""
 
     bounds: Tensor  # [S + 1] int32
-    longest: int  # an upper bound of their lengths
+    longest: int  # an upper bound on their lengths
 
 
 class Case(NamedTuple):
-    """The facts of a call that decide which implementations support it."""
+    """The properties of a call that decide which implementations support it."""
 
     device: str  # cpu or cuda
     dtype: torch.dtype
@@ -41,7 +41,7 @@ class Case(NamedTuple):
     packed: bool
     length: int  # T, or of the longest packed sequence
     width: int  # d, of a head
-    gradient: bool  # with a backward pass
+    gradient: bool  # a backward pass follows
     compiled: bool = False  # inside torch.compile
 
 
@@ -65,7 +65,7 @@ class Backend:
     compiles: bool = True  # without a graph break under torch.compile
 
     def missing(self) -> str | None:
-        """That it is not installed, why, and how to get it; or None."""
+        """None if it is installed, else that it is not, why, and how to install it."""
         why = _missing(self.needs)
         return why and f"is not installed ({why})" + (f"; {self.get}" if self.get else "")
 
@@ -122,7 +122,7 @@ def _either(dense: Callable, q, k, v, softcap, bias, sequences):
     """A dense implementation, extended to packed sequences."""
     if sequences is None:
         return dense(q, k, v, softcap=softcap, bias=bias)
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():  # where reading the bounds costs nothing
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():  # no device to wait for
         return reference.each_sequence(partial(dense, softcap=softcap, bias=None), q, k, v, sequences.bounds)
     return _padded(dense, q, k, v, softcap, sequences)
 
@@ -143,9 +143,9 @@ def _padded(dense: Callable, q, k, v, softcap, sequences: Sequences) -> Tensor:
 
 
 def covering(sequences: Sequences, length: int) -> Tensor:
-    """Bounds that cover all `length` rows: the padding becomes sequences of its own.
+    """Bounds that cover all `length` rows: the padding becomes additional sequences.
 
-    Libraries leave rows outside of every sequence uninitialized, gradients too; a NaN there would reach the weights.
+    Libraries leave rows outside all sequences uninitialized, gradients too; a NaN there would reach the weights.
     """
     bounds, longest = sequences
     steps = torch.arange(1, -(-length // longest) + 1, device=bounds.device, dtype=bounds.dtype)
