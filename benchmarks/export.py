@@ -30,6 +30,7 @@ BACKBONES = [
     "vit_base_patch16_siglip_224.webli",
     "vit_base_patch14_reg4_dinov2.lvd142m",
     "vit_base_patch14_dinov2.lvd142m",
+    "vit_base_patch16_dinov3.lvd1689m",
     "vit_base_patch16_224.augreg_in21k_ft_in1k",
     "beit_base_patch16_224.in22k_ft_in22k",
     "eva02_base_patch16_clip_224.merged2b",

@@ -76,12 +76,14 @@ def train(config: Config, world: distributed.World) -> None:
         if world.main:
             (Path(config.output) / MARKER).unlink(missing_ok=True)
         if config.export.to:
-            from fastalign.export.targets import check_names  # imports timm, and the libraries
+            from fastalign.export.targets import check_names, find_target  # imports timm, and the libraries
 
-            check_names(config.export.to, "export.to")
+            check_names(config.export.to, "export.to")  # before weights are loaded
         config = set_micro_batch(config, world, update)
         splits = open_splits(config, world)
         run = Run(config, world, preemption=preemption, labelled=contents(splits))
+        for target in config.export.to:
+            find_target(target, run.backbone, "export.to")
         changes, notes = resume(run)
         if world.main and not run.finished:
             save_settings(run)

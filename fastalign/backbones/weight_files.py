@@ -114,7 +114,7 @@ def damaged(path: Path, error: Exception) -> UserError:
 def read_facts(path: Path) -> dict:
     """A run's `backbone.json`: "name", "kwargs", "softcap" and more."""
     if not path.is_file():
-        raise UserError(f"no backbone at {path}: give the folder of a finished run, or its backbone.json")
+        raise UserError(f"no backbone at {path}: give a finished run without student.freeze, or a JSON file")
     return _parsed(path.read_bytes(), path)
 
 
@@ -187,6 +187,8 @@ def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
         )
     if Path(folder).is_file():
         raise UserError(f"save_backbone: {folder} is not a directory; name another folder")
+    if any(value.is_meta for value in vit.state_dict().values()):
+        raise UserError("save_backbone: weights are on the meta device; load them first")
     write_backbone(Path(folder), vit.state_dict(), facts_text(backbone_facts(vit, **facts)))
 
 

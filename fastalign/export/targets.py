@@ -25,6 +25,7 @@ class Target(NamedTuple):
         have = asdict(spec) | asdict(spec.block)
         sizes = (spec.grid, spec.image_size, spec.patch_size)
         have["square_images"] = all(height == width for height, width in sizes)
+        have["whole_mlp_ratio"] = spec.block.mlp_hidden % spec.block.width == 0
         for name, value in self.wanted.items():
             allowed = value if isinstance(value, tuple) else (value,)
             if have[name] not in allowed:
@@ -70,7 +71,7 @@ TARGETS = {
     "timm": _TIMM,
     "hf-clip": _HF._replace(wanted=_PLAIN | {"pre_norm": True, "patch_bias": False, "position_prefix": True}),
     "hf-siglip": _HF._replace(wanted=_PLAIN | {"class_token": False}),
-    "hf-dinov2": _HF._replace(wanted=_DINOV2),
+    "hf-dinov2": _HF._replace(wanted=_DINOV2 | {"whole_mlp_ratio": True}),
     "hf-dinov3": _HF._replace(wanted=_DINOV3),
     "onnx": Target("onnxruntime", "to_onnx", {}, "The graph contains the cap; nothing else is needed."),
     "prismatic": _TIMM._replace(wanted={"qkv": "fused", "rotary": False, "square_images": True}),
@@ -89,12 +90,12 @@ def check_names(names: list[str], key: str) -> None:
             raise UserError(f"{key}: {name} needs its library ({first_line(error)}): {extra}") from error
 
 
-def find_target(name: str, vit: ViT) -> Target:
-    """The target of this name; UserError if it is unknown or does not fit the backbone."""
-    check_names([name], "--to")
+def find_target(name: str, vit: ViT, key: str = "--to") -> Target:
+    """The target of this name; UserError if it is unknown or does not fit the backbone; `key` is for messages."""
+    check_names([name], key)
     if problems := TARGETS[name].misfits(vit):
         fitting = ", ".join(other for other, target in TARGETS.items() if not target.misfits(vit))
         raise UserError(
-            f"--to {name}: {vit.recipe['name']} does not fit ({'; '.join(problems[:3])}); what fits: {fitting}"
+            f"{key} {name}: {vit.recipe['name']} does not fit ({'; '.join(problems[:3])}); what fits: {fitting}"
         )
     return TARGETS[name]

@@ -289,6 +289,8 @@ def test_a_backbone_from_ones_own_loop(scenes, images, tmp_path, capsys):
         fa.save_backbone(student, own, softcap=2.0)
     with pytest.raises(fa.UserError, match="save_backbone: got Linear; give a student"):
         fa.save_backbone(nn.Linear(2, 2), own)
+    with pytest.raises(fa.UserError, match="save_backbone: weights are on the meta device"):
+        fa.save_backbone(student.to("meta"), own)
     assert export([str(own), "--to", "timm"]) == 0
     assert report([str(own)]) == 0
     assert "before alignment is unknown" in capsys.readouterr().out

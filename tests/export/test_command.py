@@ -43,7 +43,7 @@ def keep(run: Path) -> None:
 WEIGHTS = "--weights random --name vit_tiny_patch16_224"
 BAD = [
     (shutil.rmtree, "RUN --to timm", "is not a directory"),
-    (lambda run: (run / "backbone.json").unlink(), "RUN --to timm", "no backbone at"),
+    (lambda run: (run / "backbone.json").unlink(), "RUN --to timm", "run without student.freeze"),
     (lambda run: (run / "checkpoints/step-00000003.pt").write_bytes(b""), "RUN --to timm", "pt is damaged"),
     (lambda run: not_a_number(run / "backbone.safetensors"), "RUN --to timm", "norm.weight is not finite"),
     (lambda run: (run / "probe.json").write_text("{"), "RUN --to timm", "probe.json is damaged"),
@@ -59,7 +59,7 @@ BAD = [
     (
         keep,
         f"--to hf-dinov2 {WEIGHTS} --kwargs '{{depth: 1, mlp_ratio: 2.5}}' --output RUN/exports/timm",
-        "--to hf-dinov2: transformers cannot load it",
+        "whole_mlp_ratio is False, wanted True",
     ),
 ]
 

@@ -164,5 +164,10 @@ def test_a_run_exports_when_it_ends(recipe, capsys):
     shutil.rmtree(place)
     recipe("max_steps=2", "export.to=[timm]")
     assert place.exists()
-    recipe("export.to=[hf-klip]", name="other", expect=2)
-    assert "export.to: unknown target hf-klip; the nearest is hf-clip" in capsys.readouterr().err
+    for target, words in (
+        ("hf-klip", "export.to: unknown target hf-klip; the nearest is hf-clip"),
+        ("hf-siglip", "export.to hf-siglip: vit_"),
+    ):
+        other = recipe(f"export.to=[{target}]", name="other", expect=2)
+        assert words in capsys.readouterr().err
+        assert not (other / "metrics.jsonl").exists(), "before training"
