@@ -114,7 +114,7 @@ def damaged(path: Path, error: Exception) -> UserError:
 def read_facts(path: Path) -> dict:
     """A run's `backbone.json`: "name", "kwargs", "softcap" and more."""
     if not path.is_file():
-        raise UserError(f"no backbone at {path}: give a finished run without student.freeze, or a JSON file")
+        raise UserError(f"no backbone at {path}: give a finished run (student.freeze writes none)")
     return _parsed(path.read_bytes(), path)
 
 

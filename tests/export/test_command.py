@@ -43,7 +43,7 @@ def keep(run: Path) -> None:
 WEIGHTS = "--weights random --name vit_tiny_patch16_224"
 BAD = [
     (shutil.rmtree, "RUN --to timm", "is not a directory"),
-    (lambda run: (run / "backbone.json").unlink(), "RUN --to timm", "run without student.freeze"),
+    (lambda run: (run / "backbone.json").unlink(), "RUN --to timm", "student.freeze writes none"),
     (lambda run: (run / "checkpoints/step-00000003.pt").write_bytes(b""), "RUN --to timm", "pt is damaged"),
     (lambda run: not_a_number(run / "backbone.safetensors"), "RUN --to timm", "norm.weight is not finite"),
     (lambda run: (run / "probe.json").write_text("{"), "RUN --to timm", "probe.json is damaged"),
