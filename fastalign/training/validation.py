@@ -81,5 +81,5 @@ def measure_target_scale(run: Run, reporter: Reporter) -> None:
                 with run.autocast():
                     moments += run.objective.target_moments(batch.images, batch.ids, EVAL_EPOCH)
         run.objective.set_target_scale(_sum(run, moments, split))
-        note = f"; in other runs with this teacher, masks and data, loss.target_scale={scale.item():.9g} skips this"
+        note = f"; loss.target_scale={scale.item():.9g} skips the measurement for the same teacher, masks and data"
     reporter.say(f"target scale {scale.item():.4g}: the targets are multiplied by it{note}")
