@@ -97,10 +97,11 @@ def run_command(body: Callable[[], object]) -> int:
     Returns the exit code: 0; 2 for bad input; 70 if another rank was lost; 75 if a signal stopped the run, which has
     saved; 130 after Ctrl-C; 141 if the reader of the output has ended, as in `fastalign doctor | head`.
     """
-    rank = os.environ.get("RANK", "0")
+    rank, alone = os.environ.get("RANK", "0"), True
     try:
         try:
             body()
+            alone = False
             sys.stdout.flush()
             return 0
         except BrokenPipeError:
@@ -108,11 +109,13 @@ def run_command(body: Callable[[], object]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return _exit_code(NO_READER, "stopped: the process that reads the output has ended (broken pipe)")
         except (UserError, OSError) as error:
+            alone = not isinstance(error, SharedError)
             if os.environ.get("LOCAL_RANK", "0") == "0":  # the first rank of each machine
                 return _exit_code(2, describe(error))
             time.sleep(3)  # torchrun stops every rank when one ends: let the first one print
             return 2
         except Preempted as error:
+            alone = False
             return _exit_code(error.code, str(error) if rank == "0" else "")
         except RuntimeError as error:
             if not distributed.connection_lost(error):
@@ -120,7 +123,7 @@ def run_command(body: Callable[[], object]) -> int:
             message = f"rank {rank}: lost the connection to another rank: run again to resume"
             return _exit_code(RANK_FAILED, f"{message} ({first_line(error)})")
         finally:
-            distributed.stop()
+            distributed.stop(alone=alone)
     except KeyboardInterrupt:
         return _exit_code(INTERRUPTED, "interrupted" if rank == "0" else "")
 

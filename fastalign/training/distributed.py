@@ -112,10 +112,12 @@ def connection_lost(error: BaseException) -> bool:
     return lost or (isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None)
 
 
-def stop() -> None:
+def stop(*, alone: bool = False) -> None:
     """Leave the process group and end its threads: gloo's may abort a process that exits first (pytorch #179291)."""
     if distributed.is_initialized():
-        distributed.destroy_process_group()
+        # After an error that other ranks may not have (`alone`), NCCL would wait for them, and hide the error.
+        abort = alone and distributed.get_backend() == "nccl"
+        (distributed.distributed_c10d._abort_process_group if abort else distributed.destroy_process_group)()
 
 
 def on_first_rank(world: World, work: Callable[[], _Result]) -> _Result:

@@ -4,13 +4,16 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed import DistBackendError
 
-from fastalign.training.command import RANK_FAILED
+from fastalign.training.command import RANK_FAILED, run_command
 from fastalign.training.distributed import collective_timeout, connection_lost
+from fastalign.utils.errors import SharedError, UserError
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -108,3 +111,31 @@ def test_collectives_wait_for_longer_than_the_timer():
     for seconds in (2, 3600, 1e8):
         assert collective_timeout(seconds).total_seconds() > 1.5 * seconds
     assert collective_timeout(1e300)
+
+
+@pytest.mark.parametrize(
+    ("error", "backend", "how"),
+    [
+        (None, "nccl", "destroy"),
+        (SharedError("on every rank"), "nccl", "destroy"),
+        (UserError("on one rank"), "nccl", "abort"),
+        (torch.OutOfMemoryError("on one rank"), "nccl", "abort"),
+        (KeyboardInterrupt(), "nccl", "abort"),
+        (UserError("on one rank"), "gloo", "destroy"),
+    ],
+)
+def test_a_rank_that_fails_alone_does_not_wait_for_the_others(error, backend, how, monkeypatch):
+    """NCCL's `destroy_process_group` returns when every rank has called it."""
+    called, group = [], torch.distributed
+    monkeypatch.setattr(group, "is_initialized", lambda: True)
+    monkeypatch.setattr(group, "get_backend", lambda: backend)
+    monkeypatch.setattr(group, "destroy_process_group", lambda: called.append("destroy"))
+    monkeypatch.setattr(group.distributed_c10d, "_abort_process_group", lambda: called.append("abort"))
+
+    def body():
+        if error:
+            raise error
+
+    with suppress(torch.OutOfMemoryError):
+        run_command(body)
+    assert called == [how]
