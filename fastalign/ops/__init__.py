@@ -119,8 +119,8 @@ def _check_attention(sizes, q, k, v, softcap, bias, cu_seqlens, max_seqlen) -> b
     _check_shape("q", q, "float B H T d" if cu_seqlens is None else "float L H d", sizes)
     for name, x in (("k", k), ("v", v)):
         _check(x.shape == q.shape and x.dtype == q.dtype, name, f"as q, {q.dtype} {list(q.shape)}", x)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be a positive number or None, got {softcap}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be a positive finite number or None, got {softcap}")
     if cu_seqlens is not None and (max_seqlen is None or bias is not None):
         raise ValueError("packed attention (cu_seqlens) needs max_seqlen and takes no bias")
     return bias is None and q.shape[-1] <= 128

@@ -37,6 +37,7 @@ WRONG = [
     (lambda: ops.unpack(x(29, 8), PACKING), "packed must be float [L = 30, D]"),
     (lambda: ops.softcap_attention(x(1, 1, 4, 8), x(1, 1, 5, 8), x(1, 1, 4, 8)), "k must be as q, torch."),
     (lambda: ops.softcap_attention(*[x(1, 1, 4, 8)] * 3, softcap=-1.0), "softcap must be a positive"),
+    (lambda: ops.softcap_attention(*[x(1, 1, 4, 8)] * 3, softcap=float("inf")), "softcap must be a positive"),
     (lambda: ops.softcap_attention(*[x(4, 1, 8)] * 3, cu_seqlens=VISIBLE[0, 0].int()), "needs max_seqlen"),
     (lambda: ops.reconstruction_loss(DENSE, DENSE, VISIBLE, loss="l2"), "loss must be one of mse, cosine"),
     (lambda: ops.reconstruction_loss(DENSE, x(2, 3, 8), VISIBLE), "target must be broadcastable"),
