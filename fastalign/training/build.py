@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from fastalign.backbones.precision import FP8_CAPABILITY, compute_dtype
-from fastalign.backbones.spec import split_svit
+from fastalign.backbones.spec import check_softcap, split_svit
 from fastalign.backbones.vit import ViT
 from fastalign.config import Config, Teacher, load_config
 from fastalign.data.loader import Loader
@@ -96,8 +96,7 @@ def named_backbone(
             if value is not None:
                 raise UserError(f"{flag} applies to a timm name only; the run {place} has its own: remove it")
         return load_backbone(path, **arguments), path if path.is_dir() else path.parent
-    if softcap is not None and not softcap > 0:
-        raise UserError(f"--softcap {softcap:g}: give a positive number, or omit it for none")
+    check_softcap(softcap, "--")
     torch.manual_seed(0)  # random weights are the same each time
     vit = make_backbone("--weights", place, weights or "pretrained", arguments)
     vit.softcap = softcap or vit.softcap

@@ -261,6 +261,7 @@ def test_the_command_on_a_run(images, recipe, capsys):
         ("--output /dev/null/x", "/dev/null is not a directory"),
         ("--data /no/such", "--data /no/such has no folder train/"),
         ("--backbone /no/run --softcap 3", "--weights"),
+        ("--softcap inf", "--softcap must be a positive number or None, got inf"),
         ("--unfreeze --randaugment swirl", "--randaugment='swirl': it must be"),
     ],
 )
