@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastalign.backbones.vit import ViT
 from fastalign.config import Config, load_config, to_yaml
 from fastalign.evaluation.label_maps import LabelledImages
 from fastalign.evaluation.patches import contents, open_splits, probe_encoder
@@ -70,20 +71,26 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
     return {"loss": loss, "grad_norm": norm, "lr": lr, "waited": waited}
 
 
+def check_exports(config: Config, vit: ViT | None = None) -> None:
+    """UserError if a target of `export.to` is unknown, lacks its library, or does not fit the backbone."""
+    if config.export.to:
+        from fastalign.export.targets import check_names, find_target  # imports the libraries
+
+        check_names(config.export.to, "export.to")
+        for target in config.export.to if vit else ():
+            find_target(target, vit, "export.to")
+
+
 def train(config: Config, world: distributed.World) -> None:
     """Train from the newest checkpoint, if any, to the end of the run. Raises Preempted after a signal."""
     with Preemption() as preemption:
         if world.main:
             (Path(config.output) / MARKER).unlink(missing_ok=True)
-        if config.export.to:
-            from fastalign.export.targets import check_names, find_target  # imports timm, and the libraries
-
-            check_names(config.export.to, "export.to")  # before weights are loaded
+        check_exports(config)  # before weights are loaded
         config = set_micro_batch(config, world, update)
         splits = open_splits(config, world)
         run = Run(config, world, preemption=preemption, labelled=contents(splits))
-        for target in config.export.to:
-            find_target(target, run.backbone, "export.to")
+        check_exports(config, run.backbone)
         changes, notes = resume(run)
         if world.main and not run.finished:
             save_settings(run)
@@ -237,7 +244,8 @@ def _run(options: argparse.Namespace) -> None:
         return
     world = distributed.start(distributed.collective_timeout(config.faults.timeout))
     if options.dry_run:
-        lines = dry_run(config, world, update)
+        check_exports(config)
+        lines = dry_run(config, world, update, check_exports)
         if world.main:
             print("\n".join(lines))
     else:

@@ -123,7 +123,7 @@ def resume(run: Run) -> tuple[list[Change], list[str]]:
     if any(change.key == "data.train" for change in changes):
         state.bad = set()  # sample ids of the previous data set
     if changes:
-        state.best = None  # scores under different settings are not comparable
+        state.best = state.first_val_loss = None  # scores under different settings are not comparable
         notes += [f"resume=force: from step {step} on {change}" for change in changes]
         notes.append("the target scale is measured again; the best checkpoint is selected again")
     on_first_rank(run.world, lambda: run.checkpoints.complete(saved, step))

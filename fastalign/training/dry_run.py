@@ -29,15 +29,17 @@ def _on_synthetic(config: Config, images: int, **changes) -> Config:
     return config.model_copy(update=changes)
 
 
-def dry_run(config: Config, world: World, update: Callable) -> list[str]:
-    """Build the run and make updates (`fastalign.train.update`) on synthetic images. Leaves no files.
+def dry_run(config: Config, world: World, update: Callable, check: Callable) -> list[str]:
+    """Build the run, check it, and make updates on synthetic images. Leaves no files.
 
-    The training data is counted, not read. Returns lines for the user: the run, its memory, speed and time.
+    `update` and `check` are `update` and `check_exports` of fastalign.train. The training data is counted, not read.
+    Returns lines for the user: the run, its memory, speed and time.
     """
     config = set_micro_batch(config, world, update)
     images, size = len(training_source(config, world)), config.optim.batch_size
     with tempfile.TemporaryDirectory(prefix="fastalign-dry-run-") as folder:
         run = Run(_on_synthetic(config, (1 + UPDATES) * size, output=folder), world)
+        check(config, run.backbone)
         run.model.train()
         batches = run.train.batches()
         update(run, batches, 0)

@@ -33,6 +33,7 @@ class TrainState:
     step: int = 0  # updates done
     best: float | None = None  # score: of the probe (mAP) with `probe.best`, else the lowest validation loss
     val_loss: float | None = None  # of the last validation
+    first_val_loss: float | None = None  # before the first update
     probed: dict[str, float] | None = None  # the last probe: step, macro_recall, map, loss
     last_eval_step: int = 0  # step of the last evaluation at the end of an epoch
     skipped_in_a_row: int = 0  # updates, because the loss or the gradient was not finite

@@ -19,6 +19,8 @@ def validate(run: Run, reporter: Reporter, epoch: int) -> None:
     """Evaluate on the validation set and report the loss."""
     step, loss = run.state.step, evaluate(run, reporter)
     run.state.val_loss = loss
+    if step == 0:
+        run.state.first_val_loss = loss
     report_bad_validation_samples(run, reporter)
     reporter.add(step=step, epoch=epoch, val_loss=loss)
     reporter.flush()

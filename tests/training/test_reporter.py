@@ -46,6 +46,15 @@ def test_start_and_end_of_a_run(recipe, capsys):
     assert f"{folder} is finished: step 5 of 5, nothing to train" in capsys.readouterr().out
 
 
+def test_a_run_that_diverges_says_so_at_its_end(recipe, capsys):
+    for lr, warning in (
+        ("1e3", r"warning: the validation loss rose to [\d.e+]+ from [\d.]+ before training: lower optim.lr"),
+        ("1e30", "warning: no backbone was written, because no validation loss was finite: lower optim.lr"),
+    ):
+        recipe("max_steps=2", f"optim.lr={lr}", "optim.clip=null", name=lr)
+        assert re.search(f"^{warning}$", capsys.readouterr().out, re.M)
+
+
 def test_a_bar_of_its_own_for_what_is_slow(tmp_path, monkeypatch):
     """On a terminal the bar of the training moves with each update and shows the time left after two."""
     terminal = io.StringIO()

@@ -168,6 +168,7 @@ def test_a_run_exports_when_it_ends(recipe, capsys):
         ("hf-klip", "export.to: unknown target hf-klip; the nearest is hf-clip"),
         ("hf-siglip", "export.to hf-siglip: vit_"),
     ):
-        other = recipe(f"export.to=[{target}]", name="other", expect=2)
-        assert words in capsys.readouterr().err
-        assert not (other / "metrics.jsonl").exists(), "before training"
+        for options in ([], ["--dry-run"]):
+            other = recipe(f"export.to=[{target}]", *options, name="other", expect=2)
+            assert words in capsys.readouterr().err
+            assert not (other / "metrics.jsonl").exists(), "before training"
