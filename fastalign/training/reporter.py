@@ -227,15 +227,12 @@ def end_lines(run: Run) -> list[str]:
         why = "warning: no backbone was written, because no validation loss was finite: lower optim.lr"
         return [] if run.config.student.freeze else [why]
     best, place = run.state.best if run.val and not run.config.probe.best else None, run.folder
-    first = run.state.first_val_loss
-    rose = best is not None and first is not None and best > first
+    first, warning = run.state.first_val_loss, []
+    if None not in (best, first) and best > first:
+        rise = f"from {first:.4g} before training to {best:.4g}"
+        warning = [f"warning: the validation loss rose {rise}: lower optim.lr"]
     return [
-        *(
-            [
-                f"warning: the validation loss rose to {best:.4g} from {first:.4g} before training: lower optim.lr"
-            ]
-            * rose
-        ),
+        *warning,
         f"aligned backbone: {place / 'backbone.safetensors'}"
         + ("" if best is None else f", validation loss {best:.4f}"),
         "next:",

@@ -48,7 +48,7 @@ def test_start_and_end_of_a_run(recipe, capsys):
 
 def test_a_run_that_diverges_says_so_at_its_end(recipe, capsys):
     for lr, warning in (
-        ("1e3", r"warning: the validation loss rose to [\d.e+]+ from [\d.]+ before training: lower optim.lr"),
+        ("1e3", r"warning: the validation loss rose from [\d.]+ before training to [\d.e+]+: lower optim.lr"),
         ("1e30", "warning: no backbone was written, because no validation loss was finite: lower optim.lr"),
     ):
         recipe("max_steps=2", f"optim.lr={lr}", "optim.clip=null", name=lr)
