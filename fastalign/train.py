@@ -104,8 +104,9 @@ def run_training(run: Run, splits: Splits, *, notes: list[str], new_scale: bool)
     config, world, state = run.config, run.world, run.state
     flops, images = flops_per_image(run.objective), config.optim.batch_size
     speed = Speed(images=images, ranks=world.size, flops=flops, device=world.device)
-    position = {"step": state.step, "evaluated": not run.eval_pending, "total": run.last_step}
-    reporter = Reporter(run.folder, speed, **position, main=world.main, sinks=config.log.to)
+    steps = {"step": state.step, "total": run.last_step, "epoch": run.epoch_steps}
+    options = {"evaluated": not run.eval_pending, "main": world.main, "sinks": config.log.to}
+    reporter = Reporter(run.folder, speed, **steps, **options)
     try:
         with report_rank_error(world.rank):
             reporter.say("\n".join([*start_lines(run), *notes]))
@@ -113,7 +114,8 @@ def run_training(run: Run, splits: Splits, *, notes: list[str], new_scale: bool)
             if state.step == 0 or new_scale:
                 measure_target_scale(run, reporter)
             if state.step == 0:
-                validate_and_probe(run, splits, reporter, epoch=0)
+                with reporter.evaluating():
+                    validate_and_probe(run, splits, reporter, epoch=0)
             train_loop(run, splits, reporter)
             wait_for_checkpoint(run)
             reporter.say("\n".join(end_lines(run)))
@@ -148,9 +150,10 @@ def train_loop(run: Run, splits: Splits, reporter: Reporter) -> None:
     while not run.finished:
         if not run.eval_pending:
             train_epoch(run, splits, reporter)
-        validate_and_probe(run, splits, reporter, (run.state.step - 1) // run.epoch_steps)
-        run.state.last_eval_step = run.state.step
-        save(run)
+        with reporter.evaluating():
+            validate_and_probe(run, splits, reporter, (run.state.step - 1) // run.epoch_steps)
+            run.state.last_eval_step = run.state.step
+            save(run)
 
 
 def train_epoch(run: Run, splits: Splits, reporter: Reporter) -> None:

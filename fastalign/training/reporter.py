@@ -7,6 +7,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +30,8 @@ class Reporter:
     """Metrics, a line of JSON per step in the run folder, and progress: a bar on a terminal, plain lines elsewhere.
 
     Values stay on the device until they are flushed, so that the host never waits for a step. `step`: the present
-    step; `evaluated`: whether it is evaluated; `total`: the last step; `main`: rank 0, other ranks are silent.
+    step; `evaluated`: whether it is evaluated; `total`: the last step; `epoch`: updates between two evaluations;
+    `main`: rank 0, other ranks are silent.
     """
 
     def __init__(
@@ -40,13 +42,15 @@ class Reporter:
         step: int = 0,
         evaluated: bool = True,
         total: int = 0,
+        epoch: int = 1,
         main: bool = True,
         sinks: Sequence[str] = (),
     ):
-        self.main, self.total, self.speed = main, total, speed
+        self.main, self.total, self.epoch, self.speed = main, total, epoch, speed
         self._pending: list[dict] = []
         self._bar, self._text, self._shown, self._announced = None, "", 0.0, False
         self._first: tuple[int, float] | None = None  # step and time of the first update
+        self._evaluation = 0.0  # seconds of the last evaluation
         if not main:
             return
         self._path = folder / "metrics.jsonl"
@@ -95,7 +99,19 @@ class Reporter:
     def _left(self, step: int) -> float:
         """Seconds to the end of the run; 0 before the second update."""
         first, since = self._first or (step, 0.0)
-        return (time.monotonic() - since) / (step - first) * (self.total - step) if step > first else 0.0
+        if step <= first:
+            return 0.0
+        updates = (time.monotonic() - since) / (step - first) * (self.total - step)
+        return updates + self._evaluation * (-(-self.total // self.epoch) - step // self.epoch)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Time an evaluation and its checkpoint, apart from the updates."""
+        started = time.monotonic()
+        yield
+        self._evaluation = time.monotonic() - started
+        if self._first:
+            self._first = self._first[0], self._first[1] + self._evaluation
 
     def add(self, **values) -> None:
         """Hold a line until the next flush; values may be tensors on the device."""

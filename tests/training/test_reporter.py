@@ -75,6 +75,21 @@ def test_a_bar_of_its_own_for_what_is_slow(tmp_path, monkeypatch):
     bars.close()
 
 
+def test_the_time_left_includes_evaluations(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("fastalign.training.reporter.time.monotonic", lambda: now[0])
+    reporter = Reporter(tmp_path, total=12, epoch=5)
+    with reporter.evaluating():
+        now[0] += 100
+    reporter.update(1)
+    now[0] += 2
+    assert reporter._left(2) == 10 * 2 + 3 * 100, "ten updates, and evaluations at steps 5, 10 and 12"
+    with reporter.evaluating():
+        now[0] += 30
+    assert reporter._left(2) == 10 * 2 + 3 * 30, "an evaluation does not slow the updates down"
+    reporter.close()
+
+
 def test_a_dry_run_leaves_nothing(recipe, capsys):
     folder = recipe("--dry-run", "probe.data=/nowhere", "faults.quarantine=/nowhere")
     out = capsys.readouterr().out
