@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+from timm.layers import build_sincos2d_pos_embed
 from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -28,8 +29,11 @@ class MoCoViT(VisionTransformer):
         self._compute_position()
 
     def _compute_position(self) -> None:
-        table = sincos_position(self.patch_embed.grid_size, self.embed_dim, self.num_prefix_tokens)
-        self.pos_embed = nn.Parameter(table, requires_grad=False)
+        # As in the published weights: the column comes first, in the channels and in the order of patches.
+        order = {"reverse_coord": True, "interleave_sin_cos": True}
+        table = build_sincos2d_pos_embed(self.patch_embed.grid_size, self.embed_dim, **order)
+        prefix = torch.zeros(self.num_prefix_tokens, self.embed_dim)
+        self.pos_embed = nn.Parameter(torch.cat([prefix, table])[None], requires_grad=False)
 
     def set_input_size(self, *args, **kwargs) -> None:
         super().set_input_size(*args, **kwargs)
@@ -49,16 +53,3 @@ def _published(content: dict, model: nn.Module) -> dict[str, Tensor]:
     """The encoder of the published checkpoint, by the model's keys, with the model's own head."""
     own, state, prefix = model.state_dict(), content["state_dict"], "module.base_encoder."
     return {key: own[key] if key.startswith("head.") else state[prefix + key] for key in own}
-
-
-def sincos_position(grid: tuple[int, int], width: int, prefix: int) -> Tensor:
-    """[1, P + N, D]: MoCo-v3's table, zeros for P prefix tokens, then sines and cosines of column and row.
-
-    The first two quarters of the channels follow the first index of each patch, as in the published weights.
-    """
-    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float32) / (width // 4))
-    # The published table orders patches with the width index outermost.
-    across = torch.arange(grid[1], dtype=torch.float32).repeat_interleave(grid[0])[:, None] * frequency
-    down = torch.arange(grid[0], dtype=torch.float32).repeat(grid[1])[:, None] * frequency
-    table = torch.cat([across.sin(), across.cos(), down.sin(), down.cos()], dim=1)
-    return torch.cat([torch.zeros(prefix, width), table])[None]
