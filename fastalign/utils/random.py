@@ -46,15 +46,13 @@ def random_words(ids: Tensor, count: int, *, seed: int, stream: Stream, epoch: i
 
     Ids are [B] int64, >= 0; the seed has 64 bits, the epoch is 0..2^32-1.
     """
-    blocks = (count + 3) // 4
     ids = ids.to(torch.int64).unsqueeze(1)
-    index = torch.arange(blocks, device=ids.device, dtype=torch.int64).unsqueeze(0)
-    zero = torch.zeros_like(index)
+    block = torch.arange((count + 3) // 4, device=ids.device).unsqueeze(0)
     # Multiplied by the golden ratio, so that neighbouring seeds and streams do not collide.
     key = seed & _WORD, ((seed >> 32) ^ (int(stream) * 0x9E3779B1)) & _WORD
-    words = philox((index, zero + (epoch & _WORD), ids & _WORD, (ids >> 32) & _WORD), key)
-    shape = (ids.shape[0], blocks)
-    return torch.stack([word.expand(shape) for word in words], dim=-1).reshape(ids.shape[0], -1)[:, :count]
+    epochs = torch.full_like(block, epoch & _WORD)
+    words = philox((block, epochs, ids & _WORD, (ids >> 32) & _WORD), key)
+    return torch.stack(words, dim=-1).flatten(1)[:, :count]
 
 
 def random_uniform(ids: Tensor, count: int, *, seed: int, stream: Stream, epoch: int = 0) -> Tensor:
