@@ -39,18 +39,13 @@ _side_stream = lru_cache(torch.cuda.Stream)  # one for all loaders: freed memory
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch: images [b, 3, h, w], normalized, on the loader's device, and sample ids [b] int64 on the host.
+    """One micro-batch."""
 
-    `wait`: seconds that the consumer waited for it. `weight`: share of the batch's own images in mixup or cutmix; the
-    rest is the batch reversed. `bad`: bad samples found while making it, including those that an earlier batch found,
-    without quarantined ones.
-    """
-
-    images: Tensor
-    ids: Tensor
-    wait: float = 0.0
-    weight: float = 1.0
-    bad: tuple[BadSample, ...] = ()
+    images: Tensor  # [b, 3, h, w], normalized, on the loader's device
+    ids: Tensor  # of the samples: [b] int64, on the host
+    wait: float = 0.0  # seconds that the consumer waited for it
+    weight: float = 1.0  # share of the batch's own images in mixup or cutmix; the rest is the batch reversed
+    bad: tuple[BadSample, ...] = ()  # met while making it, without quarantined ones
 
 
 def _prefetch(batches: Generator[Batch], device: torch.device) -> Generator[Batch]:
@@ -87,18 +82,8 @@ class Loader:
 
     Training draws a new global permutation each epoch; micro-step m of rank r takes b samples of it, starting at
     (m * world_size + r) * b. Samples that do not fill an update are left out, different ones each epoch. Evaluation
-    reads the source in order, every sample once; ranks may have different numbers of batches.
-
-    Args:
-        batch_size: b, samples per micro-batch of this rank.
-        device, dtype: of the images. On CUDA, JPEGs are decoded there.
-        threads: number of reading threads, and of decoding threads.
-        hw_decoder_load: share of JPEGs for the GPU's hardware decoder; strictly between 0 and 1 two decoders share
-            a batch, and their pixels may differ by a level.
-        bad: the known bad samples; new ones are added. None: the first one raises an error.
-
-    Raises:
-        UserError: a training set smaller than one update.
+    reads the source in order, every sample once; ranks may have different numbers of batches. UserError: a training
+    set smaller than one update.
     """
 
     def __init__(
@@ -106,19 +91,21 @@ class Loader:
         source: Source,
         transform: Transform,
         *,
-        batch_size: int,
-        device: torch.device | str,
-        dtype: torch.dtype = torch.float32,
+        batch_size: int,  # b, samples per micro-batch of this rank
+        device: torch.device | str,  # of the images; on CUDA, JPEGs are decoded there
+        dtype: torch.dtype = torch.float32,  # of the images
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
         train: bool = True,
         accumulate: int = 1,
-        threads: int = 4,
+        threads: int = 4,  # for reading, and as many for decoding
+        # Share of JPEGs for the GPU's hardware decoder. Between 0 and 1 two decoders share a batch, and their pixels
+        # may differ by a level.
         hw_decoder_load: float = 0.9,
         mixup: float = 0.0,
         cutmix: float = 0.0,
-        bad: BadSamples | None = None,
+        bad: BadSamples | None = None,  # known ones; new ones are added. None: the first one raises
     ):
         update = world_size * batch_size * accumulate
         if train and len(source) < update:

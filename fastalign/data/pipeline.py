@@ -115,16 +115,13 @@ def read_quarantine(path: str | Path, source: Source) -> set[int]:
 
 @dataclass
 class Sample:
-    """The sample that is used in place of `wanted`: [bytes] uint8, None if it is left out, and (height, width).
-
-    `bad`: bad samples found while looking for it, without quarantined ones.
-    """
+    """The sample that is used in place of `wanted`."""
 
     wanted: int
     id: int
-    encoded: np.ndarray | None = None
-    size: tuple[int, int] | None = None
-    bad: list[BadSample] = field(default_factory=list)
+    encoded: np.ndarray | None = None  # [bytes] uint8; None if it is left out
+    size: tuple[int, int] | None = None  # (height, width)
+    bad: list[BadSample] = field(default_factory=list)  # met while looking for it, without quarantined ones
 
 
 class SampleReader:

@@ -23,29 +23,20 @@ _RANDAUGMENT = re.compile(r"(rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?)*)?")
 class Transform:
     """How an image becomes an input. With `crop` "eval" or "center" nothing is random."""
 
-    size: tuple[int, int]
-    "Output (height, width), pixels."
-    mean: tuple[float, float, float]
-    "Per channel, of values in 0..1."
-    std: tuple[float, float, float]
-    "Per channel, of values in 0..1."
-    interpolation: str = "bicubic"
-    "bilinear or bicubic, with antialiasing; drawn with probability 1/2 each for rkrc and rrc."
+    size: tuple[int, int]  # of the output, (height, width)
+    mean: tuple[float, float, float]  # per channel, of values in 0..1
+    std: tuple[float, float, float]  # the same
+    interpolation: str = "bicubic"  # or bilinear, with antialiasing; rkrc and rrc draw one of the two
+    # eval: resize the short side to size / crop_pct, centre crop. center: the largest centre crop of the size's
+    # shape, in whole pixels, resized. rkrc: timm's resize-keep-ratio, then centre crop. rrc: random resized crop.
     crop: str = "eval"
-    """eval: resize the short side to size / crop_pct, centre crop. center: the largest centre crop of the size's
-    shape, in whole pixels, resized. rkrc: timm's resize-keep-ratio, then centre crop. rrc: random resized crop."""
-    crop_pct: float = 0.9
-    "eval only: crop size over resized short side, in (0, 1]."
+    crop_pct: float = 0.9  # eval: crop size over resized short side, in (0, 1]
+    # rkrc, rrc: range of the area kept, over that of the image (or of the largest centre crop).
     scale: tuple[float, float] = (0.08, 1.0)
-    "rkrc, rrc: range of the area kept, over the image's (or the largest centre crop's) area."
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    "rkrc, rrc: range of the aspect change, drawn log-uniformly."
-    hflip: float = 0.5
-    "Probability of a horizontal flip."
-    color_jitter: float = 0.0
-    "Brightness, contrast and saturation factors are drawn from U(1 - x, 1 + x); 0 is off."
-    randaugment: str = ""
-    "timm's syntax, e.g. rand-m9-mstd0.5-inc1; empty is off. Unlike timm's, it does not switch color_jitter off."
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # rkrc, rrc: range of the aspect change, drawn log-uniformly
+    hflip: float = 0.5  # probability of a horizontal flip
+    color_jitter: float = 0.0  # brightness, contrast, saturation: factors of U(1 - x, 1 + x); 0 = off
+    randaugment: str = ""  # timm's syntax; empty = off. Unlike timm's, it does not switch color_jitter off
 
     def __post_init__(self):
         policy = _RANDAUGMENT.fullmatch(self.randaugment)
@@ -68,19 +59,14 @@ class Transform:
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """Where the output pixels of a batch come from.
+    """Where the output pixels of a batch come from."""
 
-    roi_start, roi_end: [B, 2] float32, the region in source pixels (y, x); a flip swaps the two x. bicubic: [B] bool,
-    not bilinear. padded: [P] int64, the samples whose region reaches outside the image, and for these rows [P, h] and
-    columns [P, w] int64: the output row and column to show in each (reflection).
-    """
-
-    roi_start: np.ndarray
-    roi_end: np.ndarray
-    bicubic: np.ndarray
-    padded: np.ndarray
-    rows: np.ndarray
-    columns: np.ndarray
+    roi_start: np.ndarray  # [B, 2] float32: where the region begins, in source pixels (y, x)
+    roi_end: np.ndarray  # [B, 2] float32: where it ends; a flip swaps the two x
+    bicubic: np.ndarray  # [B] bool: not bilinear
+    padded: np.ndarray  # [P] int64: the samples whose region reaches outside the image
+    rows: np.ndarray  # [P, h] int64: the output row to show in each of their rows (reflection)
+    columns: np.ndarray  # [P, w] int64: the same for columns
 
 
 def _eval_boxes(transform: Transform, shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
