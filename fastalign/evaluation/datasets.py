@@ -137,13 +137,10 @@ class ImageSplit:
 def open_image_splits(
     root: str | Path, world: World, say: Callable[[str], None]
 ) -> tuple[dict[str, ImageSplit], list[str]]:
-    """Open ``train`` and ``val``, and ``test`` if it exists; UserError if they do not fit together.
+    """The splits `train`, `val` and, if it exists, `test`, and the sorted class names, those of train.
 
-    Each is a folder of class folders, images with a ``labels.csv`` (there or in ``images/``), or tar shards with
-    ``.cls`` members. Every rank opens them, and all must see the same files.
-
-    Returns:
-        The splits by name, and the class names: those of train, sorted (as numbers where all are integers).
+    Each split is a folder of class folders, images with a `labels.csv` (there or in `images/`), or tar shards with
+    `.cls` members. UserError: they do not fit together, or the ranks see different files.
     """
     root, opened, splits = Path(user_path(root)), {}, {}
     for name in SPLITS:

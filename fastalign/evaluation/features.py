@@ -67,19 +67,13 @@ def read_features(
     transform: Transform,
     world: World,
     *,
-    batch_size: int = 64,
-    threads: int = 4,
-    dtype: torch.dtype = torch.float32,
+    batch_size: int = 64,  # images per forward pass and rank
+    threads: int = 4,  # for reading, and as many for decoding and for `each`
+    dtype: torch.dtype = torch.float32,  # of autocast
     track: Track = untracked,
-    each: Callable[[int], None] = lambda index: None,
+    each: Callable[[int], None] = lambda index: None,  # called with the id of each image
 ) -> None:
-    """Fill rows of outputs with the features of a source's images; each rank does its share.
-
-    Args:
-        batch_size: images per forward pass and rank.
-        threads: reading threads, and as many for decoding and for `each`, which is called for the id of each image.
-        dtype: of autocast.
-    """
+    """Fill rows of outputs with the features of a source's images; each rank does its share."""
     how = {"device": world.device, "rank": world.rank, "world_size": world.size, "dtype": dtype}
     loader = Loader(source, transform, train=False, batch_size=batch_size, threads=threads, **how)
     with closing(loader), report_rank_error(world.rank), ThreadPoolExecutor(threads) as pool:
@@ -122,11 +116,8 @@ def read_patch_features(
 ) -> PatchFeatures:
     """Read a split's patch labels and its tokens after the final norm, kept as bf16; each rank does its share.
 
-    Args:
-        vit: the backbone, in evaluation mode, on the world's device.
-        skip_blocks: numbers of last blocks to leave out (all: the embedding); there are tokens for each.
-        folder: where to put memory-mapped files, which the ranks share; None = in memory, with one rank only.
-        reading: other arguments of `read_features`.
+    The backbone is in evaluation mode and on the world's device. There are tokens for each entry of `skip_blocks`,
+    the number of last blocks to leave out (all: the embedding). `folder` is that of `make_tensor`.
     """
     spec, count, classes = vit.spec, len(data), len(data.classes)
     make = partial(make_tensor, folder=folder, world=world)

@@ -172,16 +172,12 @@ def crop_and_resize(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def patch_labels(
     labels: np.ndarray,
     *,
-    size: tuple[int, int],
-    patch: tuple[int, int],
+    size: tuple[int, int],  # of the backbone's input, (h, w) pixels; a remainder is ignored
+    patch: tuple[int, int],  # of a patch, (h, w) pixels
     classes: int,
-    unlabeled: int | None = None,
+    unlabeled: int | None = None,  # the class that means "no label": a patch has it only if it has no other
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The labels of an image from those of its pixels, [H, W] integers, as in Covert et al. (2025), section 4.
-
-    Args:
-        size, patch: of the backbone's input and of its patches, (h, w) pixels; a remainder of the input is ignored.
-        unlabeled: the class that means "no label": a patch has it only if it has no other.
 
     Returns:
         union: [N, C] bool, the classes that a patch contains.

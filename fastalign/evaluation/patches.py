@@ -112,25 +112,17 @@ def evaluate_head(
 
 
 def probe(
-    backbones: dict[str, ViT],
-    splits: dict[str, LabelledImages],
+    backbones: dict[str, ViT],  # in evaluation mode, by their name in the results
+    splits: dict[str, LabelledImages],  # val selects the epoch; others evaluate finished heads
     plans: Sequence[Plan],
     world: World,
     *,
     skip_blocks: Sequence[int] = (0,),
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,  # of autocast
     say: Callable[[str], None] = lambda text: None,
-    **reading,
+    **reading,  # as for `read_patch_features`
 ) -> list[dict]:
-    """Train and evaluate every head of the plans on every backbone; returns all rows of `probe.json` on every rank.
-
-    Args:
-        backbones: in evaluation mode, by their name in the results.
-        splits: train, val (which selects the epoch), and others, on which a finished head is evaluated once.
-        plans: heads, labels, seeds, recipe.
-        skip_blocks, dtype, reading: as for `read_patch_features`.
-        say: called with progress lines.
-    """
+    """Train and evaluate every head of the plans on every backbone. Returns the rows of probe.json on every rank."""
     images, largest = len(splits["train"]), max(plan.recipe.batch_size for plan in plans)
     if images < largest:
         raise UserError(f"--batch-size {largest}: the training split has {images} images; lower it")
