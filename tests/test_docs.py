@@ -150,6 +150,9 @@ def test_site(tmp_path):
     targets = re.findall(r'href="([^"#]+\.yaml)"', recipes)
     assert targets
     assert all((tmp_path / "recipes" / target).is_file() for target in targets)
+    for page in tmp_path.rglob("index.html"):
+        swallowed = re.search(r"<p>(?:(?!</p>).)*\n(?:- |\* |\d+\. |\|)", page.read_text(), re.S)
+        assert not swallowed, f"{page}: a list or table needs an empty line before it"
 
 
 CLASSES = [name for name in fa.__all__ if isinstance(getattr(fa, name), type) and name != "UserError"]
