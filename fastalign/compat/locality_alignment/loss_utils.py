@@ -35,15 +35,12 @@ class _Sampler:
 
 
 class UniformMaskSampler(_Sampler):
-    """The number of visible patches is uniform on 0..N.
+    """The number of visible patches is uniform on 0..N = `mask_size`.
 
-    Args:
-        mask_size: N.
-        antithetical_sampling: add the complement of each sample.
-        include_null: add the mask that hides nothing.
+    `antithetical_sampling` adds the complement of each sample, `include_null` the mask that hides nothing.
     """
 
-    def __init__(self, mask_size: int, antithetical_sampling: bool = True, include_null: bool = True):
+    def __init__(self, mask_size: int, antithetical_sampling=True, include_null=True):
         self._build(UniformMasks, mask_size, antithetical_sampling, include_null)
 
     def _draw(self, rows: int, generator: np.random.Generator) -> np.ndarray:

@@ -56,26 +56,18 @@ class Scale(nn.Module):
 
 
 class MaskEmbedDecoder(nn.Module):
-    """From masked student tokens to the teacher's tokens of the masked image.
-
-    Args:
-        embed_dim, num_heads, num_layers: of its blocks.
-        num_patch_tokens, num_prefix_tokens: N and P.
-        output_size: the teacher's width.
-        prefix_only: predict one vector, from the first prefix token (from the mean of all tokens if P = 0).
-        qkv_bias, qk_norm, init_values, norm_layer, act_layer, mlp_layer: of timm's Block.
-    """
+    """From masked student tokens to the teacher's tokens of the masked image."""
 
     def __init__(
         self,
         embed_dim: int,
         num_heads: int,
-        num_patch_tokens: int,
-        num_prefix_tokens: int,
-        output_size: int,
+        num_patch_tokens: int,  # N
+        num_prefix_tokens: int,  # P
+        output_size: int,  # the teacher's width
         num_layers: int,
-        prefix_only: bool = False,
-        qkv_bias: bool = False,
+        prefix_only: bool = False,  # predict one vector, from the first prefix token (P = 0: from the mean)
+        qkv_bias: bool = False,  # this and all that follow: of timm's Block
         qk_norm: bool = False,
         init_values: float | None = None,
         norm_layer: type[nn.Module] = nn.LayerNorm,
