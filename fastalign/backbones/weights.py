@@ -184,17 +184,15 @@ def fold_layer_scale(state: dict[str, Tensor], wanted: Container[str]) -> dict[s
 
 def table_grid(state: dict[str, Tensor], spec: ViTSpec, path: str) -> tuple[int, int]:
     """The grid of position tables, from their length: a square if possible, else the backbone's grid."""
+    rows, columns = spec.grid
     relative = next((value for key, value in state.items() if key.endswith(_RELATIVE)), None)
     if relative is not None:
         found = len(relative) - 3  # three entries are of the class token
+        rows, columns = 2 * rows - 1, 2 * columns - 1  # displacements from -(side - 1) to side - 1 each way
     elif spec.position and "pos_embed" in state:
         found = state["pos_embed"].shape[-2] - spec.prefix * spec.position_prefix
     else:
         return spec.grid
-
-    rows, columns = spec.grid
-    if relative is not None:  # of displacements from -(side - 1) to side - 1 each way
-        rows, columns = 2 * rows - 1, 2 * columns - 1
     side = math.isqrt(found)
     if side**2 == found:
         return (side, side) if relative is None else ((side + 1) // 2,) * 2
