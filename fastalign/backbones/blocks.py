@@ -127,18 +127,14 @@ class Attention(nn.Module):
             if spec.qkv == "no_k_bias":
                 self.q_bias = nn.Parameter(torch.zeros(width))
                 self.v_bias = nn.Parameter(torch.zeros(width))
-        if window is not None:
+        self.biased = window is not None
+        if self.biased:
             entries = (2 * window[0] - 1) * (2 * window[1] - 1) + 3
             self.relative_position_bias_table = nn.Parameter(torch.zeros(entries, spec.heads))
         self.q_norm = make_norm(spec, head_width, present=spec.qk_norm)
         self.k_norm = make_norm(spec, head_width, present=spec.qk_norm)
         self.norm = make_norm(spec, present=spec.attention_norm)
         self.proj = nn.Linear(width, width, bias=spec.proj_bias)
-
-    @property
-    def biased(self) -> bool:
-        """Whether a relative position bias is added to the logits."""
-        return hasattr(self, "relative_position_bias_table")
 
     def qkv_bias(self) -> Tensor:
         """[3 D]: BEiT's biases of q and v as one bias of qkv, zero for k."""

@@ -20,21 +20,20 @@ from fastalign.utils.errors import UserError
 
 
 class ViT(nn.Module):
-    """A vision transformer backbone. Build one with `fastalign.create_backbone`.
-
-    Args:
-        spec: its shape.
-        drop_path: the rate of stochastic depth in the last block; it falls linearly to 0 in the first.
-        data: how images become its input: "mean", "std", "interpolation", "crop_pct".
-        recipe: the "name" and "kwargs" for `fastalign.create_backbone`, if known.
-    """
+    """A vision transformer backbone. Build one with `fastalign.create_backbone`."""
 
     def __init__(
-        self, spec: ViTSpec, *, drop_path: float = 0.0, data: dict | None = None, recipe: dict | None = None
+        self,
+        spec: ViTSpec,
+        *,
+        drop_path: float = 0.0,  # rate of stochastic depth in the last block; it falls linearly to 0 in the first
+        data: dict | None = None,  # how images become its input: "mean", "std", "interpolation", "crop_pct"
+        recipe: dict | None = None,  # the "name" and "kwargs" for `fastalign.create_backbone`, if known
     ):
         super().__init__()
         self.spec, self.data, self._recipe, self.frozen = spec, data, recipe, False
         width = spec.block.width
+        self.embed_dim, self.num_prefix_tokens = width, spec.prefix  # D and P, by timm's names
         self.patch_embed = PatchEmbed(spec)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if spec.class_token else None
         self.dist_token = nn.Parameter(torch.zeros(1, 1, width)) if spec.distilled else None
@@ -80,16 +79,6 @@ class ViT(nn.Module):
     def pretrained_cfg(self) -> dict:
         """Image size and preprocessing, as `timm.data.resolve_model_data_config` reads them."""
         return {"input_size": (self.spec.channels, *self.spec.image_size), **(self.data or {})}
-
-    @property
-    def embed_dim(self) -> int:
-        """The width of a token, D."""
-        return self.spec.block.width
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """The number of prefix tokens, P."""
-        return self.spec.prefix
 
     @property
     def softcap(self) -> float | None:
@@ -160,8 +149,6 @@ class ViT(nn.Module):
     def forward_layers(self, images: Tensor, skip_blocks: Sequence[int]) -> list[Tensor]:
         """For each entry, the tokens [B, T, D] without that many last blocks, after the final norm."""
         wanted = [len(self.blocks) - skip for skip in skip_blocks]
-        if not wanted or min(wanted) < 0 or max(wanted) > len(self.blocks):
-            raise ValueError(f"skip_blocks must lie in 0..{len(self.blocks)}, got {list(skip_blocks)}")
         tokens = self.add_position(self.patch_embed(images))
         found = {0: self.norm(tokens)} if 0 in wanted else {}
         for depth, position in zip(range(1, max(wanted) + 1), self.positions(), strict=False):
