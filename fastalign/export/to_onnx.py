@@ -11,20 +11,10 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from fastalign.backbones.vit import ViT
 from fastalign.export.measure import check_parity
 from fastalign.export.run import Run
 
 ONNX, PROGRAM = "model.onnx", "model.pt2"
-
-
-class _Encoder(nn.Module):
-    def __init__(self, vit: ViT):
-        super().__init__()
-        self.vit = vit
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.vit.forward_features(images)
 
 
 def files(run: Run, folder: Path, target: str) -> dict[str, Any]:
@@ -32,8 +22,10 @@ def files(run: Run, folder: Path, target: str) -> dict[str, Any]:
     vit = copy.deepcopy(run.vit).requires_grad_(False)
     for block in vit.blocks:
         block.attn.backend = "eager"  # plain operations, which onnxruntime and compilers fuse
+    encoder = nn.Module()
+    encoder.vit, encoder.forward = vit, vit.forward_features  # no pooling, no head
     example, batch = torch.zeros(2, vit.spec.channels, *vit.spec.image_size), torch.export.Dim("batch", min=1)
-    program = torch.export.export(_Encoder(vit), (example,), dynamic_shapes=({0: batch},))
+    program = torch.export.export(encoder, (example,), dynamic_shapes=({0: batch},))
     torch.export.save(program, folder / PROGRAM)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # a line for each operator that is not folded
     with warnings.catch_warnings():

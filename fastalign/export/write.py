@@ -161,13 +161,9 @@ def _card(run: Run, facts: dict[str, Any], target: Target, folder: Path) -> str:
     """The text of README.md, whose code loads the export from `folder`."""
     weights = facts["source"]["weights"]
     words = {None: "not recorded", "pretrained": "its published weights", "random": "random weights"}
-    template = jinja2.Template(
-        Path(__file__).with_name("card.md").read_text(),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    text = Path(__file__).with_name("card.md").read_text()
+    template = jinja2.Template(text, undefined=jinja2.StrictUndefined, **options)
     try:
         return template.render(
             facts,
