@@ -46,6 +46,16 @@ attn_pool.mlp.fc1.    attn_pool.mlp.c_fc.        head.mlp.fc1.
 attn_pool.mlp.fc2.    attn_pool.mlp.c_proj.      head.mlp.fc2.
 """
 """Names outside of the blocks. Those of pooling and LayerScale in open_clip's column are Perception Encoder's."""
+_HF_ROOT = """
+timm                 ViT                                       DINOv3
+cls_token            embeddings.cls_token                      embeddings.cls_token
+reg_token            -                                         embeddings.register_tokens
+register_tokens      embeddings.register_tokens                -
+mask_token           embeddings.mask_token                     -
+pos_embed            embeddings.position_embeddings            -
+patch_embed.proj.    embeddings.patch_embeddings.projection.   embeddings.patch_embeddings.
+norm.                layernorm.                                -
+"""
 _BLOCK = """
 timm          open_clip        CLIP                  ViT                          DINOv3
 norm1.        ln_1.            layer_norm1.          layernorm_before.            norm1.
@@ -72,19 +82,6 @@ def _column(table: str, library: str) -> dict[str, str]:
     return {row[0]: row[header.index(library)] for row in rows if row[header.index(library)] != "-"}
 
 
-_VIT_ROOT = {
-    "cls_token": "embeddings.cls_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
-    "norm.": "layernorm.",
-    "register_tokens": "embeddings.register_tokens",
-    "mask_token": "embeddings.mask_token",
-}
-_DINOV3_ROOT = {
-    "cls_token": "embeddings.cls_token",
-    "reg_token": "embeddings.register_tokens",
-    "patch_embed.proj.": "embeddings.patch_embeddings.",
-}
 _VIT, _DINOV3 = _column(_BLOCK, "ViT"), _column(_BLOCK, "DINOv3")
 _DINOV2 = {
     **{ours: theirs for ours, theirs in _VIT.items() if ours.startswith("attn.")},
@@ -101,10 +98,10 @@ _OPEN_CLIP = _column(_ROOT, "open_clip"), "transformer.resblocks", _column(_BLOC
 OPEN_CLIP = Layout("open_clip", *_OPEN_CLIP, flat=True, unread=("proj",))
 _CLIP = _column(_ROOT, "CLIP"), "encoder.layers", _column(_BLOCK, "CLIP")
 HF_CLIP = Layout("transformers' CLIP and SigLIP", *_CLIP, flat=True, unread=("embeddings.position_ids",))
-_UNREAD = ("embeddings.mask_token", "pooler.")
+_VIT_ROOT, _UNREAD = _column(_HF_ROOT, "ViT"), ("embeddings.mask_token", "pooler.")
 HF_VIT = Layout("transformers' ViT", _VIT_ROOT, "encoder.layer", _VIT, unread=_UNREAD)
 HF_DINOV2 = Layout("transformers' DINOv2", _VIT_ROOT, "encoder.layer", _DINOV2)
-HF_DINOV3 = Layout("transformers' DINOv3", _DINOV3_ROOT, "layer", _DINOV3, unread=_UNREAD)
+HF_DINOV3 = Layout("transformers' DINOv3", _column(_HF_ROOT, "DINOv3"), "layer", _DINOV3, unread=_UNREAD)
 LAYOUTS = (
     TIMM,
     OPEN_CLIP,
