@@ -13,7 +13,7 @@ import tarfile
 import time
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -75,12 +75,8 @@ def is_image(name: bytes) -> bool:
     return not any(part.startswith(b".") and part not in (b".", b"..") for part in name.split(b"/"))
 
 
-def index_folder(root: str) -> Index:
-    """The images below a folder as `names` relative to it, sorted in each directory, depth first."""
-    return _cached(root, lambda: _scan_folder(root))
-
-
 def _scan_folder(root: str) -> Index:
+    """The images below a folder as `names` relative to it, sorted in each directory, depth first."""
     folders, mtimes = [], array("q")
 
     def images() -> Iterator[bytes]:
@@ -160,16 +156,12 @@ def _after_zeros(file, position: int) -> int | None:
     return None
 
 
-def index_shards(shards: list[str]) -> Index:
+def _scan_shards(shards: list[str]) -> Index:
     """The images in tar files.
 
     `names`: of the members; `shard`, `start`, `size` [n]: the shard's number, offset and bytes; `damage_names`: the
     damage of each shard, whose earlier members are used.
     """
-    return _cached("\n".join(shards), lambda: _scan_shards(shards))
-
-
-def _scan_shards(shards: list[str]) -> Index:
     damages, rows = [], array("q")
 
     def names() -> Iterator[bytes]:
@@ -194,15 +186,16 @@ def _scan_shards(shards: list[str]) -> Index:
     return index | {"mtimes": mtimes, "shard": shard, "start": start, "size": size}
 
 
-def _cached(key: str, scan: Callable[[], Index]) -> Index:
-    """The cached index if none of its places has changed, else that of `scan`, cached unless a place is too new."""
+def read_index(place: str | list[str]) -> Index:
+    """The index of a folder, or of a list of tar files: from the cache if none of its places has changed."""
+    scan, key = (_scan_folder, place) if isinstance(place, str) else (_scan_shards, "\n".join(place))
     digest = hashlib.sha256(os.fsencode(f"{IMAGE_EXTENSIONS} {key}")).hexdigest()
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         file = cache_folder() / f"index-{digest[:32]}.safetensors"
         locked = file.with_suffix(".lock").open("w")
     except (OSError, RuntimeError):  # no cache, or no home folder
-        return scan()
+        return scan(place)
     with locked:
         with suppress(OSError):  # of a file system without locks
             # One process per machine scans while the others wait for its index.
@@ -210,7 +203,7 @@ def _cached(key: str, scan: Callable[[], Index]) -> Index:
         if index := _load(file):
             return index
         start = time.time_ns()
-        index = scan()
+        index = scan(place)
         if start - index["mtimes"].max() > _SETTLE_NS:
             with suppress(OSError):
                 write_tensors(file, {name: torch.from_numpy(values) for name, values in index.items()})

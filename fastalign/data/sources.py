@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.data.index import IMAGE_EXTENSIONS, Names, classes_of, index_folder, index_shards, is_image
+from fastalign.data.index import IMAGE_EXTENSIONS, Names, classes_of, is_image, read_index
 from fastalign.utils.errors import UserError
 from fastalign.utils.files import user_path
 from fastalign.utils.random import Stream, random_uniform
@@ -168,7 +168,7 @@ class FolderSource(Source):
         if not path.is_dir():
             raise UserError(f"no such folder: {root}; check the path of the data set")
         root = str(path.resolve())
-        super().__init__(root, Names(index_folder(root)))
+        super().__init__(root, Names(read_index(root)))
 
     def read(self, index: int) -> np.ndarray:
         return _read(self.location(index), self.location(index))
@@ -208,7 +208,7 @@ class TarSource(Source):
 
     def __init__(self, shards: list[str], *, allow_damaged: bool = False):
         self.shards = shards
-        index = index_shards(shards)
+        index = read_index(shards)
         self._shard, self._start, self._size = index["shard"], index["start"], index["size"]
         # Relative to their common folder: many data sets have a 00000.tar.
         root = os.path.commonpath([os.path.dirname(shard) for shard in shards])  # noqa: PTH120
