@@ -30,9 +30,8 @@ def install() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, 2 for bad input, otherwise that of the script."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastalign.compat", description="Runs a script of the authors."
-    )
+    about = "Runs a script of the authors."
+    parser = argparse.ArgumentParser(prog="python -m fastalign.compat", description=about)
     parser.add_argument("command", choices=["run"])
     parser.add_argument("script", type=path_argument, metavar="SCRIPT")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="those of the script")

@@ -79,9 +79,8 @@ def make_patch_head(
     `spec`: the backbone's.
     """
     image, width = labels == "global-union", spec.block.width
-    which = {"latent-global": "image", "latent": "all", "transformer": "all"}.get(
-        name, "image" if image else "patches"
-    )
+    own = {"latent-global": "image", "latent": "all", "transformer": "all"}
+    which = own.get(name, "image" if image else "patches")
     if name == "linear":
         head = nn.Linear(width, classes)
     elif name == "mlp":

@@ -72,9 +72,8 @@ def from_flags(model: type[Options], given: argparse.Namespace, **more: Any) -> 
 
 def open_backbones(given: argparse.Namespace) -> tuple[dict[str, ViT], Path | None]:
     """The backbones that these flags name ("before", and "aligned" or timm's name), and the run folder if any."""
-    vit, folder = named_backbone(
-        given.backbone, weights=given.weights, kwargs=given.kwargs, softcap=given.softcap
-    )
+    how = {key: getattr(given, key) for key in ("weights", "kwargs", "softcap")}
+    vit, folder = named_backbone(given.backbone, **how)
     if (channels := vit.spec.channels) != 3:
         raise UserError(f"--kwargs in_chans={channels}: images have 3 channels; remove it")
     before = {"before": backbone_before(given.backbone, folder)} if given.before else {}

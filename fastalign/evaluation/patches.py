@@ -1,11 +1,11 @@
 """The probe: train, select and evaluate heads on the patch tokens of frozen backbones, divided among ranks."""
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -128,19 +128,18 @@ def probe(
         raise UserError(f"--batch-size {largest}: the training split has {images} images; lower it")
     reading |= {"skip_blocks": skip_blocks, "track": say_progress(say) if world.main else untracked}
     read = {name: {} for name in backbones}
-    for name, split in itertools.product(backbones, splits):
+    for name, split in product(backbones, splits):
         if world.main:
             say(f"{name}: {len(splits[split])} images ({split})")
         read[name][split] = read_patch_features(backbones[name], splits[split], world, dtype=dtype, **reading)
         if not read[name][split].image.any():
             raise UserError(f"the {split} split has only void pixels: check its label maps")
     # The heads of all backbones are divided at once, so that ranks wait for each other only at the end.
+    skips = dict.fromkeys(skip_blocks)
     tasks = [
         (name, plan, Task(head, labels, skip, seed))
-        for name, plan in itertools.product(backbones, plans)
-        for skip, labels, head, seed in itertools.product(
-            dict.fromkeys(skip_blocks), plan.labels, plan.heads, plan.seeds
-        )
+        for name, plan in product(backbones, plans)
+        for skip, labels, head, seed in product(skips, plan.labels, plan.heads, plan.seeds)
         if head in HEADS_FOR[labels]
     ]
     rows, where = {}, {"device": world.device, "dtype": dtype}
@@ -150,8 +149,7 @@ def probe(
         features, spec = read[name], backbones[name].spec
         with report_rank_error(world.rank):
             head, epoch, val = fit_head(task, spec, features["train"], features["val"], plan, **where)
-        val = {key: value for key, value in val.items() if key not in ("per_class", "by_size")}
-        found = {"val": val}
+        found = {"val": {key: value for key, value in val.items() if key not in ("per_class", "by_size")}}
         for split in (name for name in splits if name not in ("train", "val")):
             found[split] = evaluate_head(head, task, features[split], **where)
         rows[number] = {"model": name, **asdict(task), "epoch": epoch, **found}

@@ -48,9 +48,8 @@ def render_page(run: Run, maps: PatchMaps | None) -> str:
 
 def _details(name: str, setting: Setting, classes: list[str]) -> dict:
     """A setting's scores, and a table by class: the largest gain of recall first, classes without patches last."""
-    count, recall, precision = (
-        setting.average("per_class", key) for key in ("positives", "recall", "average_precision")
-    )
+    keys = ("positives", "recall", "average_precision")
+    count, recall, precision = (setting.average("per_class", key) for key in keys)
     first, last = [0, *recall.values()][-2:] if recall else (0, np.empty(0))
     gain, columns = last - first, [*list(count.values())[-1:], *recall.values(), *precision.values()]
     order = sorted(

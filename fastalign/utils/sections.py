@@ -85,9 +85,8 @@ def explain(error: ValidationError, names: Iterable[str]) -> tuple[str, str]:
     if kind == "string_type" and value is not None:
         text = f"YAML reads this value as {value!r}, not as text; put it in quotes"
         return key, f"{key}: {text} (in a shell: \"{key}='...'\")"
-    texts = [
-        each["msg"].removeprefix("Value error, ") for each in errors if each["loc"][: len(parts)] == parts
-    ]
+    same = (each["msg"] for each in errors if each["loc"][: len(parts)] == parts)
+    texts = [text.removeprefix("Value error, ") for text in same]
     return key, f"{key}: {', or: '.join(dict.fromkeys(texts))}, got {value!r}" if key else texts[0]
 
 
