@@ -10,10 +10,7 @@ from fastalign.utils.errors import UserError
 
 
 def convert_to_student_model(model: nn.Module, output_dim: int, output_head: str = "linear") -> nn.Module:
-    """A timm model, changed in place into the encoder of MaskEmbed: [B, C, h, w] -> [B, T, output_dim].
-
-    `output_head` is "linear" or "mlp".
-    """
+    """A timm model, changed in place into the encoder of MaskEmbed: [B, C, h, w] -> [B, T, output_dim]."""
     if output_head not in ("linear", "mlp"):
         raise UserError(f"output_head must be 'linear' or 'mlp', got {output_head!r}")
     for name in ("norm", "fc_norm"):

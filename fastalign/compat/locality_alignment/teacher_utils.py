@@ -16,13 +16,11 @@ def convert_to_teacher_model(model: nn.Module, skip_blocks: int = 0, prefix_only
     """
     if prefix_only and skip_blocks:
         raise UserError("convert_to_teacher_model: prefix_only reads the whole model; set skip_blocks=0")
-    depth = len(model.blocks)
-    if not 0 <= skip_blocks < depth:
-        raise UserError(
-            f"convert_to_teacher_model: skip_blocks must lie in 0..{depth - 1}, got {skip_blocks}"
-        )
+    most = len(model.blocks) - 1
+    if not 0 <= skip_blocks <= most:
+        raise UserError(f"convert_to_teacher_model: skip_blocks must lie in 0..{most}, got {skip_blocks}")
     model.mask_layer = mask_layer(model)
-    model.blocks = model.blocks[: depth - skip_blocks]
+    model.blocks = model.blocks[: len(model.blocks) - skip_blocks]
     convert_to_mim_teacher_model(model)
     if prefix_only:
         model.forward = types.MethodType(_pooled, model)

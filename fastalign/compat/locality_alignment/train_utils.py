@@ -11,7 +11,7 @@ from timm.utils.model import get_state_dict
 from torch import Tensor, nn
 
 from fastalign.backbones.weight_files import read_file, unwrapped
-from fastalign.backbones.weights import fold_layer_scale, trained_as
+from fastalign.backbones.weights import STATES, fold_layer_scale, trained_as
 from fastalign.compat.locality_alignment.model_utils import MaskEmbedStudent
 
 
@@ -73,7 +73,7 @@ def load_checkpoint(
     Returns torch's record of missing and unexpected keys, which `strict` refuses. UserError for an unsafe file.
     """
     checkpoint = read_file(Path(checkpoint_path), device)
-    names = [*(["state_dict_ema", "model_ema"] if use_ema else []), "state_dict", "model"]
+    names = STATES if use_ema else STATES[2:]  # the first two are averages
     name = next((name for name in names if isinstance(checkpoint.get(name), dict)), None)
     state = {unwrapped(key): value for key, value in (checkpoint[name] if name else checkpoint).items()}
     softcap = trained_as(checkpoint, str(checkpoint_path))[1] if name else None
