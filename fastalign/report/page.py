@@ -52,9 +52,7 @@ def _details(name: str, setting: Setting, classes: list[str]) -> dict:
     count, recall, precision = (setting.average("per_class", key) for key in keys)
     first, last = [0, *recall.values()][-2:] if recall else (0, np.empty(0))
     gain, columns = last - first, [*list(count.values())[-1:], *recall.values(), *precision.values()]
-    order = sorted(
-        range(len(gain)), key=lambda index: (-np.nan_to_num(gain[index], nan=-2.0), classes[index])
-    )
+    order = np.lexsort((classes[: len(gain)], -np.nan_to_num(gain, nan=-2.0)))
     return {
         "name": name,
         "scores": setting.scores,
