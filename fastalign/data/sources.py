@@ -9,7 +9,6 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
 from glob import glob
@@ -135,9 +134,7 @@ def _open(path: str) -> io.FileIO:
     return open(path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
 
 
-def _read(
-    path: str, name: str, offset: int = 0, size: int | None = None, open_file: Callable = _open
-) -> np.ndarray:
+def _read(path: str, name: str, offset: int = 0, size: int | None = None, open_file=_open) -> np.ndarray:
     """Bytes of a file, to its end if `size` is None; raises Unreadable with `name`."""
     try:
         with open_file(path) as file:
