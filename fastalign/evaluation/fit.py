@@ -45,15 +45,13 @@ untracked = say_progress(lambda text: None)
 
 @dataclass
 class FeatureLoader:
-    """Batches of features [n, ...] on one rank, with the interface of `Loader`.
-
-    `order` returns the rows of an epoch, and an incomplete last batch is dropped; None = all rows in order.
-    """
+    """Batches of features [n, ...] on one rank, with the interface of `Loader`."""
 
     features: Tensor
     batch_size: int
     device: torch.device
-    order: Callable[..., np.ndarray] | None = None  # (epoch=...)
+    # (epoch=...) -> its rows, without an incomplete last batch; None = all rows in order.
+    order: Callable[..., np.ndarray] | None = None
     dtype: torch.dtype | None = None  # of the batches; None = as they are
 
     def __len__(self) -> int:

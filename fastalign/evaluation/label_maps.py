@@ -28,14 +28,12 @@ def _read_png(encoded: np.ndarray, name: str, bits: dict[str, tuple[int, ...]]) 
         raise UserError(f"label map {name} is not a PNG; a label map is a PNG of class ids")
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            pixels, mode = np.asarray(image), image.mode
+            pixels, mode, depth = np.asarray(image), image.mode, encoded[24]
     except Exception as error:  # the decoder raises a dozen classes for damaged files
         raise UserError(f"cannot decode label map {name}: {first_line(error)}; replace it") from error
-    if encoded[24] not in bits.get(mode, ()):
+    if depth not in bits.get(mode, ()):
         wanted = " or ".join(f"{mode} of {'/'.join(map(str, depths))}" for mode, depths in bits.items())
-        raise UserError(
-            f"label map {name} has mode {mode}, {encoded[24]} bits, not {wanted} bits; convert it"
-        )
+        raise UserError(f"label map {name} has mode {mode}, {depth} bits, not {wanted} bits; convert it")
     return pixels
 
 
