@@ -128,10 +128,8 @@ def from_timm(source: nn.Module, recipe: dict | None = None, **changes) -> ViT:
 def describe(source: nn.Module) -> ViTSpec:
     """Read the shape of a timm model from its modules."""
     if type(source) not in MODELS:
-        supported = ", ".join(model.__name__ for model in MODELS)
-        raise UserError(
-            f"{type(source).__name__} is not supported: give one of timm's {supported}, not wrapped"
-        )
+        name, supported = type(source).__name__, ", ".join(model.__name__ for model in MODELS)
+        raise UserError(f"{name} is not supported: give one of timm's {supported}, not wrapped")
     if not len(source.blocks):
         raise UserError("depth must be at least 1")
     if found := _unknown_parts(source):

@@ -64,8 +64,7 @@ def locate(path: str | Path) -> Path:
 def read_file(path: Path, device: str | torch.device = "cpu") -> Any:
     """The content of a safetensors file, or of one of `torch.save`.
 
-    Raises:
-        UserError: it cannot be opened, is damaged, or pickles what is not in `_SAFE_GLOBALS`.
+    UserError: it cannot be opened, is damaged, or pickles what is not in `_SAFE_GLOBALS`.
     """
     try:
         if path.suffix == ".safetensors":
