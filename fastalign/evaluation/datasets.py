@@ -173,8 +173,7 @@ def _open_classes(path: Path) -> tuple[Source, list[str]]:
     # The folder may have other pictures, such as label maps, next to `images/`.
     source = open_source(str(inside if (inside / "labels.csv").is_file() else path))
     names = source.class_names()
-    missing = [number for number, name in enumerate(names) if name is None]
-    if missing:
+    if missing := [number for number, name in enumerate(names) if name is None]:
         raise UserError(
             f"--data {path}: {len(missing)} of {len(names)} images have no label, the first is "
             f"{source.name(missing[0])}; add its class folder, its line in labels.csv, or its .cls file"

@@ -21,7 +21,6 @@ from fastalign.training.checkpoint_files import DamagedFile, read_state
 from fastalign.utils.errors import UserError
 from fastalign.utils.sections import merge
 
-MOCO_LICENCE, MOCO_PAGE = "cc-by-nc-4.0", "https://github.com/facebookresearch/moco-v3"
 DECODER = "decoder.safetensors"
 
 
@@ -50,7 +49,7 @@ class Run:
         licence, hub = getattr(known, "license", None), getattr(known, "hf_hub_id", None)
         page = f"https://huggingface.co/{hub}" if hub else None
         if name.startswith(MOCO):
-            licence, page = MOCO_LICENCE, MOCO_PAGE
+            licence, page = "cc-by-nc-4.0", "https://github.com/facebookresearch/moco-v3"
         if weights != "pretrained":  # derived from published weights only if the name has their tag
             licence, page = None, page if "." in name or name.startswith(MOCO) else None
         return {"name": name, "weights": weights, "licence": licence, "page": page}

@@ -10,7 +10,7 @@ from fastalign.config import to_yaml
 from fastalign.evaluation.results import percent
 from fastalign.report import charts
 from fastalign.report.features import PatchMaps
-from fastalign.report.run import METRICS, Run, Setting
+from fastalign.report.run import METRICS, Run
 from fastalign.training.metrics import series
 
 
@@ -39,15 +39,14 @@ def render_page(run: Run, maps: PatchMaps | None) -> str:
             for index, name in enumerate(maps.names if maps else [])
         ],
         metrics=METRICS,
-        details=[
-            _details(name, setting, run.probe["data"]["classes"]) for name, setting in run.settings.items()
-        ],
+        details=[_details(run, name) for name in run.settings],
         yaml=to_yaml(run.config, comments=True) if run.config else "",
     )
 
 
-def _details(name: str, setting: Setting, classes: list[str]) -> dict:
+def _details(run: Run, name: str) -> dict:
     """A setting's scores, and a table by class: the largest gain of recall first, classes without patches last."""
+    setting, classes = run.settings[name], run.probe["data"]["classes"]
     keys = ("positives", "recall", "average_precision")
     count, recall, precision = (setting.average("per_class", key) for key in keys)
     first, last = [0, *recall.values()][-2:] if recall else (0, np.empty(0))
