@@ -52,8 +52,7 @@ _MODULES = {
     *(layers.PatchEmbed, layers.LayerScale, layers.DropPath, layers.Mlp, layers.SwiGLU, layers.GluMlp),
     naflex.Embeds,
 }
-_FAMILIES = ("vision_transformer", "deit", "beit", "eva", "naflexvit", "moco")
-"""timm's modules with supported architectures, and ours."""
+_FAMILIES = ("vision_transformer", "deit", "beit", "eva", "naflexvit", "moco")  # timm's modules, and ours
 
 
 def empty_model(name: str, kwargs: dict) -> nn.Module:

@@ -82,8 +82,7 @@ class Loader:
 
     Training draws a new global permutation each epoch; micro-step m of rank r takes b samples of it, starting at
     (m * world_size + r) * b. Samples that do not fill an update are left out, different ones each epoch. Evaluation
-    reads the source in order, every sample once; ranks may have different numbers of batches. UserError: a training
-    set smaller than one update.
+    reads the source once, in order; ranks may have different numbers of batches. UserError: too few images.
     """
 
     def __init__(

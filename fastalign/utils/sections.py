@@ -16,8 +16,7 @@ from fastalign.utils.errors import UserError, unknown
 from fastalign.utils.files import user_path
 
 _Tree = TypeVar("_Tree", bound="Section")
-_BRANCH = re.compile(r"float|bool|constrained-\w+|literal\[.*")
-"""A union's alternative in the location of a pydantic error."""
+_BRANCH = re.compile(r"float|bool|constrained-\w+|literal\[.*")  # a union's branch in an error's location
 
 
 class Kind(Enum):

@@ -13,8 +13,7 @@ from fastalign.utils.random import EVAL_EPOCH
 class _Sampler:
     """Without a seed, masks follow `torch.manual_seed` and the images drawn so far; with one, the seed alone."""
 
-    _draw = None
-    """(rows, generator) -> [rows, N] bool: NumPy's draws, as in the authors' runs; None = draw as without a seed"""
+    _draw = None  # (rows, generator) -> [rows, N] bool: NumPy's draws, as in the authors' runs; None: ours
 
     def _build(self, kind: type, mask_size: int, pair: bool, null: bool, **options: float) -> None:
         self.mask_size, self.antithetical_sampling, self.include_null = mask_size, bool(pair), bool(null)
