@@ -33,6 +33,9 @@ _SAFE_GLOBALS = [
     *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
 ]
 """Classes without side effects that training scripts pickle: their arguments, and NumPy numbers."""
+_PLAIN = (bool, int, float, str, tuple)
+_NOT_SAVED = re.compile(r"^(\.|$|head|(fc_)?norm\.eps)|\b(drop_path|training|backend|fused_attn|_\w+)\b")
+"""Settings of a backbone that do not decide its tokens, or that `backbone.json` has."""
 HF_DEFAULTS = {
     "clip_vision_model": {"hidden_act": "quick_gelu", "num_attention_heads": 12},
     "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh", "num_attention_heads": 12},
@@ -188,7 +191,33 @@ def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
         raise UserError(f"save_backbone: {folder} is not a directory; name another folder")
     if any(value.is_meta for value in vit.state_dict().values()):
         raise UserError("save_backbone: weights are on the meta device; load them first")
-    write_backbone(Path(folder), vit.state_dict(), facts_text(backbone_facts(vit, **facts)))
+    facts = backbone_facts(vit, **facts)
+    _check_unchanged(vit, facts)
+    write_backbone(Path(folder), vit.state_dict(), facts_text(facts))
+
+
+def _check_unchanged(vit: ViT, facts: dict[str, Any]) -> None:
+    """Raise a UserError if the facts do not build this backbone, but for the values of its weights."""
+    from fastalign.backbones.describe import empty_model, from_timm  # imports timm, which takes a second
+
+    loaded = from_timm(empty_model(facts["name"], facts["kwargs"]))
+    loaded.softcap = vit.softcap
+    ours, theirs = _settings(vit), _settings(loaded)
+    for name in sorted(ours.keys() | theirs.keys()):
+        if (found := ours.get(name)) != (wanted := theirs.get(name)):
+            problem = f"{name} is {found}, but {wanted} in the {facts['name']} that load_backbone builds"
+            raise UserError(f"save_backbone: {problem}: undo it, or make it an argument of create_backbone")
+
+
+def _settings(vit: ViT) -> dict[str, Any]:
+    """Types and attributes of the parts, and shapes of the weights, as far as they decide the tokens."""
+    found: dict[str, Any] = {unwrapped(key): tuple(v.shape) for key, v in vit.state_dict().items()}
+    for path, part in vit.named_modules(remove_duplicate=False):
+        if not _WRAPPERS & part._modules.keys():
+            own = {"": type(part).__name__} | vars(part) | vars(getattr(part, "spec", part))
+            own = {key: v for key, v in own.items() if isinstance(v, _PLAIN) or key == "forward"}
+            found |= {unwrapped(f"{path}.{key}".removesuffix(".")): v for key, v in own.items()}
+    return {name: value for name, value in found.items() if not _NOT_SAVED.search(name)}
 
 
 def backbone_facts(vit: ViT, **facts: Any) -> dict[str, Any]:
@@ -218,7 +247,8 @@ def write_backbone(folder: Path, weights: dict[str, Tensor], text: str) -> None:
     `backbone.safetensors` holds the text too: `is_written` tells whether a kill left one file without the other.
     """
     weights = {key: value for key, value in weights.items() if not key.startswith(("head.", "head_dist."))}
-    weights = {key: value.detach().contiguous().float() for key, value in weights.items()}
+    # Copied, because safetensors refuses tensors that share memory.
+    weights = {key: value.detach().float().contiguous().clone() for key, value in weights.items()}
     softcap = str(json.loads(text)["softcap"])
     write_tensors(folder / "backbone.safetensors", weights, softcap=softcap, facts=text)
     write_atomically(folder / "backbone.json", lambda file: file.write(text.encode()))
