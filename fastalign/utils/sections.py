@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from fastalign.utils.errors import UserError, unknown
@@ -32,6 +32,15 @@ class Section(BaseModel):
 
     kind: ClassVar[Kind] = Kind.RESULT
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_true_as_one(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic takes true for the number 1."""
+        kinds = set(re.findall(r"\w+", str(cls.model_fields[info.field_name].annotation)))
+        if isinstance(value, bool) and kinds & {"int", "float"} and "bool" not in kinds:
+            raise ValueError("give a number")
+        return value
 
 
 def fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo, Kind]]:
@@ -81,7 +90,9 @@ def explain(error: ValidationError, names: Iterable[str]) -> tuple[str, str]:
     key = ".".join(parts)
     if kind == "extra_forbidden":
         return key, unknown("key", key, names)
-    if kind == "string_type" and value is not None:
+    if value is None:
+        return key, f"{key}: it is empty; give a value, or leave the key out"
+    if kind == "string_type":
         text = f"YAML reads this value as {value!r}, not as text; put it in quotes"
         return key, f"{key}: {text} (in a shell: \"{key}='...'\")"
     same = (each["msg"] for each in errors if each["loc"][: len(parts)] == parts)
