@@ -101,7 +101,7 @@ BAD_INPUT = {
     "part of a name": ("vit_tiny", {}, ["the nearest is vit_tiny_patch16_"]),
     "another family": ("resnet50", {}, ["ResNet", "VisionTransformer"]),
     "a wrong tag": (f"{VIT}.foo", {}, ["Invalid pretrained tag (foo)", "correct its tag"]),
-    "a wrong argument": (VIT, {"depht": 3}, ["unexpected keyword argument 'depht'", "arguments {"]),
+    "a wrong argument": (VIT, {"depht": 3}, ["unexpected keyword argument 'depht'", "kwargs {"]),
     "an unsupported part": ("vit_base_patch16_18x2_224", {}, ["ParallelThingsBlock is not supported"]),
     "padded images": ("vit_small_patch16_dinov3", {"dynamic_img_pad": True}, ["padded images"]),
     "dropped patches": ("vit_small_patch16_dinov3", {"patch_drop_rate": 0.5}, ["PatchDropoutWithIndices"]),

@@ -74,6 +74,29 @@ def test_keeps_dtype_mode_and_preprocessing(tmp_path):
     assert fa.load_backbone(tmp_path).data == vit.data
 
 
+@torch.no_grad()
+def test_a_changed_backbone_is_saved_whole_or_not_at_all(tmp_path):
+    """What a folder does not record is refused: `load_backbone` would build a backbone with other tokens."""
+    for words, path, name, value in (
+        (r"blocks\.1\.norm2\.eps is 0\.1, but 1e-06", "blocks.1.norm2", "eps", 0.1),
+        (r"blocks\.0\.mlp\.act is ReLU, but GELU", "blocks.0.mlp", "act", nn.ReLU()),
+        (r"blocks\.0\.forward is <built-in", "blocks.0", "forward", print),
+    ):
+        vit = fa.create_backbone("vit_base_patch16_224", **SMALL)
+        setattr(vit.get_submodule(path), name, value)
+        with pytest.raises(fa.UserError, match=f"save_backbone: {words}"):
+            fa.save_backbone(vit, tmp_path)
+    assert not list(tmp_path.iterdir())
+    vit = fa.create_backbone("vit_base_patch16_224", **SMALL).eval()
+    vit.norm.eps, vit.blocks[1] = (
+        0.1,
+        vit.blocks[0],
+    )  # recorded; tied weights, of which safetensors takes copies only
+    fa.save_backbone(vit, tmp_path)
+    images = torch.randn(2, *vit.patch_embed.image_shape)
+    assert torch.equal(fa.load_backbone(tmp_path).forward_features(images), vit.forward_features(images))
+
+
 def edited(path: str, name: str, value) -> nn.Module:
     model = finetuned()
     setattr(model.get_submodule(path), name, value)

@@ -119,8 +119,8 @@ def test_unreadable_files_are_bad_and_block_nothing(tmp_path, monkeypatch):
     (root / "1.jpg").mkdir()
     reader = SampleReader(source, (bad := BadSamples()), replace=True)
     assert [reader.read(i).id for i in range(6)] == [2, 2, 2, 3, 2, 2]
-    missing, other = "No such file or directory", "not a regular file"
-    assert {i: s.reason for i, s in bad.found.items()} == {0: missing, 1: other, 4: other, 5: missing}
+    missing, folder, pipe = "No such file or directory", "Is a directory", "not a regular file"
+    assert {i: s.reason for i, s in bad.found.items()} == {0: missing, 1: folder, 4: pipe, 5: missing}
 
 
 def test_a_disk_that_fails_for_a_moment_is_read_again(tmp_path, monkeypatch):

@@ -124,7 +124,7 @@ def test_messages_name_the_path_and_the_remedy(tmp_path):
         ("t/{000..001}.tar", f"no such tar file: {tmp_path}/t/001.tar"),
         ("{t,x}/*.tar", f"no such tar file: {tmp_path}/x/*.tar"),
         ("t/{001..000}.tar", f"no such tar file: {tmp_path}/t/{{001..000}}.tar"),
-        ("n", f"no images in {tmp_path}/n; looked for"),
+        ("n", f"no images in {tmp_path}/n/000.tar; looked for"),
         ("mixed", "has tar files (0.tar) and others (stray.png)"),
         ("f/a.jpg", "is a file"),
     ):
