@@ -44,9 +44,9 @@ class Source:
 
     damaged: tuple[tuple[str, str], ...] = ()
 
-    def __init__(self, root: str | None, names: Names):
+    def __init__(self, root: str | None, names: Names, place: str = ""):
         if len(names) == 0:
-            raise UserError(f"no images in {root}; looked for {' '.join(IMAGE_EXTENSIONS)}")
+            raise UserError(f"no images in {place or root}; looked for {' '.join(IMAGE_EXTENSIONS)}")
         self.root, self._names = root, names
 
     def __len__(self) -> int:
@@ -145,8 +145,6 @@ def _read(path: str, name: str, offset: int = 0, size: int | None = None, open_f
             if not 0 < size <= MAX_IMAGE_BYTES:
                 raise Unreadable(name, f"{size} bytes, more than {MAX_IMAGE_BYTES}" if size else "zero bytes")
             data = os.pread(file.fileno(), size, offset)
-    except IsADirectoryError:
-        raise Unreadable(name, "not a regular file") from None
     except OSError as error:
         raise Unreadable(name, error.strerror) from error
     if len(data) != size:
@@ -183,16 +181,16 @@ def _read_labels(path: Path) -> dict[str, str]:
     labels: dict[str, str] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
-            reader = csv.DictReader(file)
-            if reader.fieldnames != ["name", "label"]:
+            reader = csv.reader(file)
+            if next(reader, None) != ["name", "label"]:
                 raise UserError(f"{path}: the first line must be `name,label`")
-            for row in reader:
-                where, label = f"{path} line {reader.line_num}: {row['name']}", row["label"] or ""
-                if not re.fullmatch(r"\s*[+-]?\d+\s*", label):
-                    raise UserError(f"{where} has the label {label!r}; write an integer")
-                if (other := labels.setdefault(row["name"], str(int(label)))) != str(int(label)):
+            for name, *rest in filter(None, reader):
+                where, label = f"{path} line {reader.line_num}: {name}", ",".join(rest)
+                if not re.fullmatch(r"\s*[+-]?\d{1,18}\s*", label):
+                    raise UserError(f"{where} has the label {label!r:.40}; write an integer")
+                if (other := labels.setdefault(name, str(int(label)))) != str(int(label)):
                     raise UserError(f"{where} has two labels, {other} and {label}; remove one")
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from error
     return labels
 
@@ -218,7 +216,7 @@ class TarSource(Source):
             raise UserError(f"broken tar shard {place}; download it again (only uncompressed .tar)")
         # Opening a file is slow on network disks. A file that the cache drops closes when its last reader is done.
         self._open = lru_cache(_OPEN_SHARDS)(_open)
-        super().__init__(root, Names(index))
+        super().__init__(root, Names(index), ", ".join(shards[:3]))
 
     def name(self, index: int) -> str:
         return f"{self._portable[self._shard[index]]}:{self._names[index]}"
