@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastalign.backbones.precision import autocast
 from fastalign.backbones.vit import ViT
 from fastalign.config import Config, load_config, to_yaml
 from fastalign.evaluation.label_maps import LabelledImages
@@ -56,7 +57,7 @@ def update(run: Run, batches, epoch: int) -> dict[str, Tensor | float]:
             bad += (sample for sample in batch.bad if sample.id not in state.bad)
             sync = part == optim.accumulate - 1 or run.world.size == 1  # gradients, in the last pass only
             with contextlib.nullcontext() if sync else run.model.no_sync():
-                with run.autocast():
+                with autocast(run.world.device, run.dtype):
                     loss = run.model(batch.images, batch.ids, epoch) / optim.accumulate
                 loss.backward()
             total += loss.detach()

@@ -82,7 +82,7 @@ def create_timm(name: str, kwargs: dict, pretrained: bool = False) -> nn.Module:
             remedy = "or set student.weights (in Python checkpoint) to a file"
             problem = f"cannot load the published weights of {name!r} ({first_line(error)})"
             raise UserError(f"{problem}: check the network and {kwargs}, {remedy}") from error
-        remedy = f"correct its tag or its arguments {kwargs}"
+        remedy = f"correct its tag or its kwargs {kwargs}"
         raise UserError(f"backbone {name}: {first_line(error)}; {remedy}") from error
 
 

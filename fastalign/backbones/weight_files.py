@@ -33,7 +33,6 @@ _SAFE_GLOBALS = [
     *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
 ]
 """Classes without side effects that training scripts pickle: their arguments, and NumPy numbers."""
-_PLAIN = (bool, int, float, str, tuple)
 _NOT_SAVED = re.compile(r"^(\.|$|head|(fc_)?norm\.eps)|\b(drop_path|training|backend|fused_attn|_\w+)\b")
 """Settings of a backbone that do not decide its tokens, or that `backbone.json` has."""
 HF_DEFAULTS = {
@@ -215,8 +214,9 @@ def _settings(vit: ViT) -> dict[str, Any]:
     for path, part in vit.named_modules(remove_duplicate=False):
         if not _WRAPPERS & part._modules.keys():
             own = {"": type(part).__name__} | vars(part) | vars(getattr(part, "spec", part))
-            own = {key: v for key, v in own.items() if isinstance(v, _PLAIN) or key == "forward"}
-            found |= {unwrapped(f"{path}.{key}".removesuffix(".")): v for key, v in own.items()}
+            for key, value in own.items():
+                if isinstance(value, int | float | str | tuple) or key == "forward":
+                    found[unwrapped(f"{path}.{key}".removesuffix("."))] = value
     return {name: value for name, value in found.items() if not _NOT_SAVED.search(name)}
 
 
@@ -249,8 +249,7 @@ def write_backbone(folder: Path, weights: dict[str, Tensor], text: str) -> None:
     weights = {key: value for key, value in weights.items() if not key.startswith(("head.", "head_dist."))}
     # Copied, because safetensors refuses tensors that share memory.
     weights = {key: value.detach().float().contiguous().clone() for key, value in weights.items()}
-    softcap = str(json.loads(text)["softcap"])
-    write_tensors(folder / "backbone.safetensors", weights, softcap=softcap, facts=text)
+    write_tensors(folder / "backbone.safetensors", weights, facts=text)
     write_atomically(folder / "backbone.json", lambda file: file.write(text.encode()))
 
 

@@ -45,7 +45,10 @@ def read_checkpoint(path: str | Path, facts: dict | None = None) -> Checkpoint:
     path = weight_files.locate(path)
     try:
         config = weight_files.vision_config(path.with_name("config.json"))
-        grid = recorded_grid(config)
+        grid = None  # SigLIP 2 records no image size
+        if config.get("image_size") and config.get("patch_size"):
+            sizes = zip(to_2tuple(config["image_size"]), to_2tuple(config["patch_size"]), strict=True)
+            grid = tuple(image // patch for image, patch in sizes)
     except (AttributeError, TypeError, ValueError) as error:
         raise weight_files.damaged(path.with_name("config.json"), error) from error
     found = interpret(weight_files.read_weights(path), str(path))
@@ -202,21 +205,12 @@ def table_grid(state: dict[str, Tensor], spec: ViTSpec, path: str) -> tuple[int,
     raise UserError(f"{path}: its {found} positions are neither a square nor {wanted}: set another img_size")
 
 
-def recorded_grid(config: dict[str, Any]) -> tuple[int, int] | None:
-    """Patches along height and width of transformers' position tables; SigLIP 2 records no image size."""
-    if not (config.get("image_size") and config.get("patch_size")):
-        return None
-    sizes = zip(to_2tuple(config["image_size"]), to_2tuple(config["patch_size"]), strict=True)
-    return tuple(image // patch for image, patch in sizes)
-
-
 def check_config(spec: ViTSpec, config: dict[str, Any], path: str) -> None:
     """Compare a backbone with the settings in transformers' config.json that weights do not determine."""
-    activation = layouts.HF_ACTIVATIONS[spec.block.activation]
     timms = {theirs: timm for timm, theirs in layouts.HF_ACTIVATIONS.items()}
     for key, argument, ours in (
         ("num_attention_heads", "num_heads", spec.block.heads),
-        ("hidden_act", "act_layer", activation),
+        ("hidden_act", "act_layer", layouts.HF_ACTIVATIONS[spec.block.activation]),
     ):
         if (theirs := config.get(key, ours)) != ours:
             remedy = f"give the right name, or {argument}={timms.get(str(theirs), theirs)}"

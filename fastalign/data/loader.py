@@ -30,7 +30,6 @@ from fastalign.data.pipeline import (
 )
 from fastalign.data.sources import Source, SyntheticSource
 from fastalign.data.transforms import Transform, normalize, reflect
-from fastalign.utils.errors import UserError
 from fastalign.utils.random import EVAL_EPOCH, permutation
 
 _READ_AHEAD, _PREFETCH = 2, 2  # batches that are read, and batches that are finished, ahead of time
@@ -82,7 +81,7 @@ class Loader:
 
     Training draws a new global permutation each epoch; micro-step m of rank r takes b samples of it, starting at
     (m * world_size + r) * b. Samples that do not fill an update are left out, different ones each epoch. Evaluation
-    reads the source once, in order; ranks may have different numbers of batches. UserError: too few images.
+    reads the source once, in order; ranks may have different numbers of batches.
     """
 
     def __init__(
@@ -106,12 +105,6 @@ class Loader:
         cutmix: float = 0.0,
         bad: BadSamples | None = None,  # known ones; new ones are added. None: the first one raises
     ):
-        update = world_size * batch_size * accumulate
-        if train and len(source) < update:
-            raise UserError(
-                f"the data set has {len(source)} images, one update takes {update} ({world_size} ranks x "
-                f"batch size {batch_size} x accumulate {accumulate}); lower the batch size or add images"
-            )
         self.source, self.transform, self.train, self.bad = source, transform, train, bad
         self.device, self.dtype, self.seed = torch.device(device), dtype, seed
         if self.device.type == "cuda" and self.device.index is None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastalign.data.headers import read_size
 from fastalign.data.index import stem
-from fastalign.data.sources import Source, Subset
+from fastalign.data.sources import Source, Subset, Unreadable
 from fastalign.utils.errors import UserError, first_line
 
 VOID = -1  # the id of pixels that belong to no class
@@ -108,16 +109,13 @@ class LabelledImages:
         """The class of every pixel, [H, W] int16, ids 0..C-1 and VOID; UserError for a bad map."""
         file, image = self.maps.location(index), self.source.location(index)
         labels = self.decode(self.maps.read(index), file, stem(self.maps.name(index)))
-        try:
-            with Image.open(io.BytesIO(self.source.read(index))) as opened:
-                width, height = opened.size
-        except Exception as error:  # the decoders raise a dozen classes for damaged files
-            raise UserError(f"{image} cannot be read as an image; replace it") from error
-        if labels.shape != (height, width):
-            raise UserError(
-                f"label map {file} has {labels.shape[1]} x {labels.shape[0]} pixels, "
-                f"its image {image} {width} x {height}"
-            )
+        size = read_size(self.source.read(index))
+        if isinstance(size, str):
+            raise Unreadable(image, size)
+        if labels.shape != size:
+            height, width = labels.shape
+            found = f"label map {file} has {width} x {height} pixels"
+            raise UserError(f"{found}, its image {image} {size[1]} x {size[0]}")
         return labels
 
     def subset(self, indices: np.ndarray) -> "LabelledImages":

@@ -20,12 +20,11 @@ ONNX, PROGRAM = "model.onnx", "model.pt2"
 def files(run: Run, folder: Path, target: str) -> dict[str, Any]:
     """Writes both files: normalized images [B, C, height, width] -> tokens [B, T, D], fp32."""
     vit = copy.deepcopy(run.vit).requires_grad_(False)
+    vit.pool, vit.fc_norm, vit.head, vit.head_dist = "none", nn.Identity(), nn.Identity(), None
     for block in vit.blocks:
         block.attn.backend = "eager"  # plain operations, which onnxruntime and compilers fuse
-    encoder = nn.Module()
-    encoder.vit, encoder.forward = vit, vit.forward_features  # no pooling, no head
     example, batch = torch.zeros(2, vit.spec.channels, *vit.spec.image_size), torch.export.Dim("batch", min=1)
-    program = torch.export.export(encoder, (example,), dynamic_shapes=({0: batch},))
+    program = torch.export.export(vit, (example,), dynamic_shapes=({0: batch},))
     torch.export.save(program, folder / PROGRAM)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # a line for each operator that is not folded
     with warnings.catch_warnings():

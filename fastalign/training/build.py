@@ -166,9 +166,7 @@ def teacher_dtype(config: Config, device: torch.device) -> torch.dtype:
         return compute_dtype(config.efficiency.precision, device)
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         name = torch.cuda.get_device_name(device)
-        raise UserError(
-            f"efficiency.precision=fp8: {name} does not support it; set efficiency.precision=bf16"
-        )
+        raise UserError(f"efficiency.precision=fp8: {name} lacks FP8; set efficiency.precision=bf16")
     return torch.float8_e4m3fn
 
 
@@ -178,7 +176,9 @@ def build_loaders(
     """The training and the validation loader; both replace or leave out bad samples."""
     data, quarantine = config.data, config.faults.quarantine
     if backbone.spec.channels != 3:
-        raise UserError(f"kwargs.in_chans={backbone.spec.channels}: images have 3 channels; remove it")
+        raise UserError(
+            f"student.kwargs.in_chans={backbone.spec.channels}: images have 3 channels; remove it"
+        )
     mixing = {"accumulate": config.optim.accumulate, "mixup": data.mixup, "cutmix": data.cutmix}
     bad = BadSamples(read_quarantine(quarantine, source) if quarantine else ())
     train = _loader(config, world, backbone, source, data.model_dump(include=_AUGMENT), bad=bad, **mixing)

@@ -57,14 +57,6 @@ def read_state(path: Path) -> dict:
     raise DamagedFile("a part of it is damaged")
 
 
-def publish_backbone(folder: Path, state: dict) -> None:
-    """Write the aligned backbone of a checkpoint to the run folder, unless it is already there."""
-    if not is_written(folder, state["backbone"]):
-        source, prefix = state["average"] or state["student"], "encoder."
-        weights = {k.removeprefix(prefix): value for k, value in source.items() if k.startswith(prefix)}
-        write_backbone(folder, weights, state["backbone"])
-
-
 class Checkpoints:
     """The checkpoints of a run, `step-00000100.pt` and `best.pt`; the newest `keep` are kept."""
 
@@ -123,8 +115,11 @@ class Checkpoints:
         """
         if state.get("is_best"):
             self._make_best(step)
-        if state.get("backbone"):
-            publish_backbone(self.folder.parent, state)
+        folder, backbone = self.folder.parent, state.get("backbone")
+        if backbone and not is_written(folder, backbone):
+            source, prefix = state["average"] or state["student"], "encoder."
+            weights = {k.removeprefix(prefix): value for k, value in source.items() if k.startswith(prefix)}
+            write_backbone(folder, weights, backbone)
         for old in self.steps()[: -self.keep]:
             self.path(old).unlink(missing_ok=True)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastalign.backbones.precision import autocast, compute_dtype
+from fastalign.backbones.precision import compute_dtype
 from fastalign.config import Config
 from fastalign.data.pipeline import BadSample
 from fastalign.training import build
@@ -118,10 +118,6 @@ class Run:
                 inside = sorted(path for path in place.glob("*") if path.suffix in _WEIGHTS)
                 found[f"{section}.weights"] = [checksum_of(inside if place.is_dir() else [place])]
         return found
-
-    def autocast(self) -> AbstractContextManager:
-        """bf16 autocast, or nothing in fp32."""
-        return autocast(self.world.device, self.dtype)
 
     def cached_autocast(self) -> AbstractContextManager:
         """A context around passes with the same weights: a disabled outer autocast keeps the cache of inner ones."""

@@ -6,6 +6,7 @@ from contextlib import closing, nullcontext
 import torch
 from torch import Tensor
 
+from fastalign.backbones.precision import autocast
 from fastalign.training.build import evaluation_loader
 from fastalign.training.command import WAITING
 from fastalign.training.faults import report_bad_validation_samples
@@ -38,7 +39,7 @@ def evaluate(run: Run, reporter: Reporter) -> float:
     with run.cached_autocast():
         for batch in reporter.track(run.val.batches(), "validating", len(run.val)):
             run.beat("validating")
-            with run.autocast():
+            with autocast(run.world.device, run.dtype):
                 loss = run.objective(batch.images, batch.ids, EVAL_EPOCH)
             sums[0] += len(batch.ids)
             sums[1] += loss.double() * len(batch.ids)
@@ -80,7 +81,7 @@ def measure_target_scale(run: Run, reporter: Reporter) -> None:
             batches = itertools.islice(loader.batches(), limit)
             for batch in reporter.track(batches, "measuring the scale of the targets", limit):
                 run.beat("measuring the target scale")
-                with run.autocast():
+                with autocast(run.world.device, run.dtype):
                     moments += run.objective.target_moments(batch.images, batch.ids, EVAL_EPOCH)
         run.objective.set_target_scale(_sum(run, moments, split))
         note = f"; loss.target_scale={scale.item():.9g} skips the measurement for the same teacher, masks and data"

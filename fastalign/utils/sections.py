@@ -90,8 +90,6 @@ def explain(error: ValidationError, names: Iterable[str]) -> tuple[str, str]:
     key = ".".join(parts)
     if kind == "extra_forbidden":
         return key, unknown("key", key, names)
-    if value is None:
-        return key, f"{key}: it is empty; give a value, or leave the key out"
     if kind == "string_type":
         text = f"YAML reads this value as {value!r}, not as text; put it in quotes"
         return key, f"{key}: {text} (in a shell: \"{key}='...'\")"
