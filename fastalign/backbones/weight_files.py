@@ -175,7 +175,7 @@ def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
             the student started from, which an export needs to name the licence.
 
     Raises:
-        UserError: another kind of module, a backbone whose timm name is not known, or `folder` is a file.
+        UserError: another kind of module, a backbone that its timm name does not build, or `folder` is a file.
     """
     student = getattr(student, "module", student)
     vit = getattr(student, "encoder", student)

@@ -254,13 +254,12 @@ def test_labels_in_a_table(tmp_path):
         write_split(tmp_path / split, "masks", {"0.png": 0})
     labels, classes, said = labels_of(tmp_path)
     assert (labels["val"], classes, said) == ([1, 0, 2], ["9", "10", "100"], [])
-    table = tmp_path / "val/images/labels.csv"
     for row, words in {
         "0.png,1,0": r"0\.png has the label '1,0'; write an integer",  # a comma in a name, or a column too many
         f"0.png,{'9' * 5000}": "write an integer",
         f"{'x' * 200_000},1": "is not a CSV file",
     }.items():
-        table.write_text(f"name,label\n{row}\n")
+        (tmp_path / "val/images/labels.csv").write_text(f"name,label\n{row}\n")
         with pytest.raises(fa.UserError, match=words):
             labels_of(tmp_path)
 
