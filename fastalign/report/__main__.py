@@ -15,8 +15,8 @@ def write_report(options: argparse.Namespace) -> None:
     if len(wanted) == 1 and wanted[0].isdecimal():
         wanted = int(wanted[0])
     output = Path(options.output or folder / "report.html")
-    if output.is_dir():
-        raise UserError(f"--output {output}: it is a directory; name a file, as in {output / 'report.html'}")
+    if output.suffix != ".html" or output.is_dir():
+        raise UserError(f"--output {output}: name a file that ends in .html, as in {folder / 'report.html'}")
     # Imported here, because `--help` needs neither matplotlib nor timm.
     from fastalign.report import charts, features
     from fastalign.report.page import render_page

@@ -154,7 +154,8 @@ def test_bad_arguments(run, tmp_path, capsys, monkeypatch):
     cases = [
         (("--images", "-1"), "-1 cannot be read as an image"),
         (("--images", tmp_path / "gone.jpg"), "gone.jpg cannot be read as an image"),
-        (("--output", tmp_path), "is a directory"),
+        (("--output", tmp_path), "name a file that ends in .html"),
+        (("--output", "metrics.jsonl"), "name a file that ends in .html"),
         (("--images", "0", "--pngs", run / "config.yaml"), "config.yaml is not a directory"),
         (("--probe", run / "gone.json"), "gone.json: No such file"),
     ]
