@@ -27,7 +27,7 @@ from fastalign.training.run import Run, itstime
 from fastalign.training.update import seed_update
 from fastalign.training.validation import measure_target_scale, validate
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import user_path
+from fastalign.utils.files import lock_folder, user_path, wrap_io_errors
 
 Splits = dict[str, LabelledImages]
 HELP = """
@@ -92,12 +92,13 @@ def train(config: Config, world: distributed.World) -> None:
         splits = open_splits(config, world)
         run = Run(config, world, preemption=preemption, labelled=contents(splits))
         check_exports(config, run.backbone)
-        changes, notes = resume(run)
-        if world.main and not run.finished:
-            save_settings(run)
-        run.beat("starting")
-        with run.hang_timer:
-            run_training(run, splits, notes=notes, new_scale=bool(changes))
+        with lock_folder(run.folder) if world.main else contextlib.nullcontext():
+            changes, notes = resume(run)
+            if world.main and not run.finished:
+                save_settings(run)
+            run.beat("starting")
+            with run.hang_timer:
+                run_training(run, splits, notes=notes, new_scale=bool(changes))
 
 
 def run_training(run: Run, splits: Splits, *, notes: list[str], new_scale: bool) -> None:
@@ -186,7 +187,8 @@ def train_epoch(run: Run, splits: Splits, reporter: Reporter) -> None:
                 save(run)
                 wait_for_checkpoint(run)
                 if run.world.main:
-                    (run.folder / MARKER).write_text(f"{stop.name} at step {state.step}\n")
+                    with wrap_io_errors(run.folder / MARKER):
+                        (run.folder / MARKER).write_text(f"{stop.name} at step {state.step}\n")
                 raise Preempted(run.folder, stop, state.step)
             if probing:
                 probe(run, splits, reporter, epoch)

@@ -15,6 +15,7 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +32,13 @@ _SUFFIXES = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
 _SETTLE_NS = 2_000_000_000
 _LINE_SECONDS = 10  # between two progress lines of a scan
 _BLOCK, _PIECE = 512, 1 << 20  # bytes of a tar
+_times = attrgetter("st_mtime_ns", "st_ctime_ns")
 
 Index = dict[str, np.ndarray]
 """The index of a data set, as [n] uint8 and int64 arrays. A list of names is two of them, see `pack`.
 
-`places_names`, `places_offsets`, `mtimes`: the directories or shards that it was read from, their mtimes in ns.
+`places_names`, `places_offsets`, `times`: the directories or shards that it was read from, and [n, 2] mtimes and
+ctimes in ns; a tool that copies or unpacks a file may set an old mtime, but not the ctime.
 """
 
 
@@ -77,7 +80,7 @@ def is_image(name: bytes) -> bool:
 
 def _scan_folder(root: str) -> Index:
     """The images below a folder as `names` relative to it, sorted in each directory, depth first."""
-    folders, mtimes = [], array("q")
+    folders, times = [], []
 
     def images() -> Iterator[bytes]:
         stack: list[tuple[bytes, tuple]] = [(b"", ())]
@@ -89,7 +92,7 @@ def _scan_folder(root: str) -> Index:
             if inode in ancestors:
                 continue  # a link to a directory that contains it
             folders.append(path)
-            mtimes.append(status.st_mtime_ns)
+            times.append(_times(status))
             found, inside = [], []  # names relative to root
             with os.scandir(path) as entries:
                 for entry in entries:
@@ -109,7 +112,7 @@ def _scan_folder(root: str) -> Index:
     except OSError as error:
         path = os.fsdecode(error.filename)
         raise UserError(f"cannot read {path}: {error.strerror}; repair, mount or remove it") from error
-    return index | pack(folders, "places_") | {"mtimes": np.frombuffer(mtimes, np.int64)}
+    return index | pack(folders, "places_") | {"times": np.array(times)}
 
 
 def members(path: str) -> Iterator[tarfile.TarInfo]:
@@ -182,8 +185,8 @@ def _scan_shards(shards: list[str]) -> Index:
 
     index = pack(names()) | pack(damages, "damage_") | pack(map(os.fsencode, shards), "places_")
     shard, start, size = np.ascontiguousarray(np.array(rows, dtype=np.int64).reshape(-1, 3).T)
-    mtimes = np.array([Path(each).stat().st_mtime_ns for each in shards])
-    return index | {"mtimes": mtimes, "shard": shard, "start": start, "size": size}
+    times = np.array([_times(Path(each).stat()) for each in shards])
+    return index | {"times": times, "shard": shard, "start": start, "size": size}
 
 
 def read_index(place: str | list[str]) -> Index:
@@ -204,8 +207,8 @@ def read_index(place: str | list[str]) -> Index:
             return index
         start = time.time_ns()
         index = scan(place)
-        if start - index["mtimes"].max() > _SETTLE_NS:
-            with suppress(OSError):
+        if start - index["times"][:, 0].max() > _SETTLE_NS:
+            with suppress(OSError, UserError):
                 write_tensors(file, {name: torch.from_numpy(values) for name, values in index.items()})
                 index = _load(file) or index  # processes of a machine share mapped pages
     return index
@@ -216,8 +219,7 @@ def _load(file: Path) -> Index | None:
     with suppress(OSError, SafetensorError, LookupError, ValueError):
         with safe_open(file, "pt") as tensors:
             index = {name: tensors.get_tensor(name).numpy() for name in tensors.keys()}  # noqa: SIM118
-        places = zip(Names(index, "places_"), index["mtimes"].tolist(), strict=True)
-        if all(Path(place).stat().st_mtime_ns == mtime for place, mtime in places):
+        if np.array_equal([_times(Path(place).stat()) for place in Names(index, "places_")], index["times"]):
             return index
     return None
 

@@ -14,7 +14,7 @@ from fastalign.export import measure
 from fastalign.export.run import DECODER, Run, read_run
 from fastalign.export.targets import Target, find_target
 from fastalign.utils.errors import UserError, first_line
-from fastalign.utils.files import temporary_name, write_tensors
+from fastalign.utils.files import temporary_name, wrap_io_errors, write_tensors
 
 FACTS = "fastalign.json"
 
@@ -64,17 +64,18 @@ def export(
     facts["features"] = {**measure.moments(run.vit, source), "of": where}
     temporary = temporary_name(output)
     shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        temporary.mkdir(parents=True)
-        say(f"writing files for {target.package}")
-        error = _write_model(run, to, target, temporary)
-        facts["parity"] = {"largest_relative_error": error, "of": measure.PARITY_OF}
-        facts["notes"] = run.notes
-        decoder = {DECODER: run.decoder_weights} if run.decoder else {}
-        _write_files(temporary, {FACTS: facts, **decoder})
-        (temporary / "README.md").write_text(_card(run, facts, target, output))
-        shutil.rmtree(output, ignore_errors=True)
-        temporary.replace(output)
+        with wrap_io_errors(output):
+            say(f"writing files for {target.package}")
+            error = _write_model(run, to, target, temporary)
+            facts["parity"] = {"largest_relative_error": error, "of": measure.PARITY_OF}
+            facts["notes"] = run.notes
+            decoder = {DECODER: run.decoder_weights} if run.decoder else {}
+            _write_files(temporary, {FACTS: facts, **decoder})
+            (temporary / "README.md").write_text(_card(run, facts, target, output))
+            shutil.rmtree(output, ignore_errors=True)
+            temporary.replace(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return output, facts

@@ -16,7 +16,7 @@ from fastalign.training.distributed import on_first_rank
 from fastalign.training.metrics import plain_number
 from fastalign.training.run import Run
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import wrap_io_errors, write_atomically
+from fastalign.utils.files import write_atomically
 from fastalign.utils.sections import Kind, get_key, select
 
 
@@ -89,16 +89,14 @@ def wait_for_checkpoint(run: Run) -> None:
 
 def save_settings(run: Run) -> None:
     """Write `config.yaml` and all changes by `resume=force`; on rank 0, before the first update of a start."""
-    run.folder.mkdir(parents=True, exist_ok=True)
     config = run.config.model_copy(update={"resume": "auto"})  # applies to this start, not to the run
     lines = "".join(json.dumps(change) + "\n" for change in run.state.changes)
     for name, text in (("config.yaml", to_yaml(config)), ("changes.jsonl", lines)):
         path = run.folder / name
-        with wrap_io_errors(path):
-            if text:
-                write_atomically(path, lambda file, text=text: file.write(text.encode()))
-            else:
-                path.unlink(missing_ok=True)
+        if text:
+            write_atomically(path, lambda file, text=text: file.write(text.encode()))
+        else:
+            path.unlink(missing_ok=True)
 
 
 def resume(run: Run) -> tuple[list[Change], list[str]]:

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import fcntl
 import getpass
 import os
 import re
@@ -61,18 +62,19 @@ UserPath = Annotated[str, AfterValidator(path_argument)]
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file under a temporary name, flush it to the disk and rename it. Its mode follows the umask."""
+    """Write a file under a temporary name, flush it and rename it, else UserError; its mode follows the umask."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        flush_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with wrap_io_errors(path):
+        try:
+            with temporary.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            flush_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
@@ -101,6 +103,24 @@ def remove_leftovers(folder: Path) -> None:
         match = _TEMPORARY.fullmatch(path.name)
         if match and (int(match[1]) == os.getpid() or not Path("/proc", match[1]).exists()):
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, and keep other processes out of it that call this; UserError if one is in it."""
+    with wrap_io_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is in use: end the other run, or name another output") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

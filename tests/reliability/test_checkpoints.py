@@ -22,7 +22,7 @@ from fastalign.training.checkpoint_files import Checkpoints
 from fastalign.training.distributed import World
 from fastalign.training.update import MovingAverage
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import remove_leftovers
+from fastalign.utils.files import lock_folder, remove_leftovers
 from tests.run_helpers import assert_same, checkpoint, flip, losses, middle_of_weights
 
 OPTIONS = ["optim.ema=0.9", "checkpoint.every_steps=2"]
@@ -212,3 +212,11 @@ def test_if_all_checkpoints_are_damaged_none_is_renamed(tmp_path):
     ):
         checkpoints.resume(ALONE)
     assert checkpoints.steps() == [1, 2]
+
+
+def test_a_run_folder_takes_one_process_at_a_time(recipe, capsys):
+    folder = recipe("max_steps=1")
+    with lock_folder(folder):
+        recipe("max_steps=2", expect=2)
+        assert f"{folder} is in use" in capsys.readouterr().err
+    recipe("max_steps=2")
