@@ -102,7 +102,7 @@ def run_command(body: Callable[[], object]) -> int:
         try:
             body()
             alone = False
-            sys.stdout.flush()
+            print(end="", flush=True)  # sys.stdout is None if it was closed
             return 0
         except BrokenPipeError:
             # What is still buffered would raise the same error when Python exits.

@@ -1,12 +1,14 @@
 """The command: what it refuses, replaces and publishes."""
 
 import argparse
+import errno
 import json
 import os
 import shlex
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -72,6 +74,12 @@ def test_bad_input_is_one_line_and_exit_code_2(damaged, capsys, damage, line, wo
     assert len(error) == 1
     assert words in error[0]
     assert not list(damaged.glob("exports/*"))
+
+
+def test_a_full_disk_is_named(damaged, capsys, monkeypatch):
+    monkeypatch.setattr(Path, "write_text", Mock(side_effect=OSError(errno.ENOSPC, "full")))
+    assert main([str(damaged), "--to", "timm"]) == 2
+    assert f"{damaged}/exports/timm cannot be written (full): free some space" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

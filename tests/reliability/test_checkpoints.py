@@ -22,7 +22,7 @@ from fastalign.training.checkpoint_files import Checkpoints
 from fastalign.training.distributed import World
 from fastalign.training.update import MovingAverage
 from fastalign.utils.errors import UserError
-from fastalign.utils.files import lock_folder, remove_leftovers
+from fastalign.utils.files import lock_folder, remove_leftovers, write_atomically
 from tests.run_helpers import assert_same, checkpoint, flip, losses, middle_of_weights
 
 OPTIONS = ["optim.ema=0.9", "checkpoint.every_steps=2"]
@@ -115,6 +115,12 @@ def test_only_leftovers_of_dead_processes_are_removed(tmp_path):
     remove_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == kept
     sleeping.communicate()
+
+
+def test_a_failing_write_names_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(UserError, match=f"^{tmp_path}/a cannot be written .No space left on device.: free"):
+        write_atomically(tmp_path / "a", lambda file: file.write(b"a"))
 
 
 DAMAGE = {

@@ -58,6 +58,8 @@ def test_an_interrupted_command_prints_one_line(capsys, monkeypatch, rank, line)
     monkeypatch.setenv("RANK", rank)
     assert run_command(lambda: signal.raise_signal(signal.SIGINT)) == 130
     assert capsys.readouterr().err == line
+    monkeypatch.setattr(sys, "stdout", None)  # closed by the caller
+    assert run_command(lambda: None) == 0
 
 
 PROGRAM = """
