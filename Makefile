@@ -22,7 +22,7 @@ own-venv:
 
 # torch first, without build isolation: the extension must be built against the torch that will run.
 PIP := $(PY) -m pip install -q -c $(CONSTRAINTS)
-FAILED := { echo "make install: pip failed, see above. It needs the network or the index that PIP_INDEX_URL names; if csrc/ did not compile, FASTALIGN_BUILD_EXT=0 make install leaves the extension out" >&2; exit 1; }
+FAILED := { echo "make install: pip failed, see above. It needs 10 GB of disk, 3 GB of it in TMPDIR (default /tmp), and the network or the index that PIP_INDEX_URL names; if csrc/ did not compile, FASTALIGN_BUILD_EXT=0 make install leaves the extension out" >&2; exit 1; }
 $(FASTALIGN_VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*) | own-venv
 	@command -v c++ >/dev/null || echo "make install: no C++ compiler (c++): the extension is left out, masks are drawn in PyTorch"
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(FASTALIGN_VENV)
@@ -53,6 +53,7 @@ lint: install
 # The documentation as a site in site/; a broken link or a missing name is an error.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q
+	@echo "documentation: site/index.html"
 
 # With a GPU, one process (the model is tiny); without, two that share the CPU.
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)

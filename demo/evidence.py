@@ -11,6 +11,7 @@ import itertools
 import sys
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -81,22 +82,19 @@ def compare(
 
 
 def show(table: dict[str, dict[str, dict]], seeds: int) -> None:
-    """Print the table, and what the aligned student gains on the teacher."""
+    """Print the table in 80 columns, and what the aligned student gains on the teacher."""
     spread = f", mean ± standard deviation of {seeds} seeds" * (seeds > 1)
-    shown = Table(title=f"{SPLIT} split, percent{spread}")
+    shown = Table(title=f"{SPLIT} split, percent{spread}", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     shown.add_column("features of")
     for column in COLUMNS:
-        shown.add_column(column, justify="right")
+        header = column.replace(", ", ",\n").replace(" in ", " in\n")
+        shown.add_column(header, justify="right", no_wrap=True)
     for name, row in table.items():
-        shown.add_row(name, *(percent(row[column]) for column in COLUMNS))
-    Console(width=max(Console().width, 120)).print(shown)
-    gains = []
-    for column in COLUMNS:
-        before, after = table[TEACHER][column], table[ALIGNED][column]
-        spread = max(before["std"] or 0.0, after["std"] or 0.0)
-        gain = f"{100 * (after['mean'] - before['mean']):+.1f} points"
-        gains.append(f"{column}: {gain}" + f", spread {100 * spread:.1f}" * (seeds > 1))
-    print(f"aligned against teacher: {'; '.join(gains)}")
+        figures = (percent(row[column]).replace(" ± ", "±") for column in COLUMNS)
+        shown.add_row(name, *figures, end_section=name == list(table)[-1])
+    gains = [table[ALIGNED][column]["mean"] - table[TEACHER][column]["mean"] for column in COLUMNS]
+    shown.add_row("gain, in points", *(f"{100 * gain:+.1f}" for gain in gains))
+    Console().print(shown)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -79,9 +79,9 @@ def create_timm(name: str, kwargs: dict, pretrained: bool = False) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:
         if pretrained:
-            remedy = "or set student.weights (in Python checkpoint) to a file"
+            remedy = "or set student.weights (in Python checkpoint) to a file with them"
             problem = f"cannot load the published weights of {name!r} ({first_line(error)})"
-            raise UserError(f"{problem}: check the network and {kwargs}, {remedy}") from error
+            raise UserError(f"{problem}: check the network and the arguments, {remedy}") from error
         remedy = f"correct its tag or its kwargs {kwargs}"
         raise UserError(f"backbone {name}: {first_line(error)}; {remedy}") from error
 

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
@@ -45,9 +45,7 @@ class Preempted(Exception):
     """A signal stopped the run in `folder`; its checkpoint of `step` is on disk; `code` is the exit code."""
 
     def __init__(self, folder: Path, reason: StopReason, step: int):
-        super().__init__(
-            f"{reason.name}: saved {folder} at step {step}; run the same command again to continue"
-        )
+        super().__init__(f"{reason.name}: saved {folder} at step {step}; run the same command to continue")
         self.code = INTERRUPTED if reason == StopReason.SIGINT else PREEMPTED
 
 
@@ -89,6 +87,9 @@ class Preemption:
         self.reason = self.reason or StopReason(number)
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)  # also ends a process inside a collective or a kernel
+            if os.environ.get("RANK", "0") == "0":  # not printed: the signal may have interrupted a print
+                with suppress(OSError):
+                    os.write(2, b"\nfastalign: SIGINT: saving soon; a second one ends the run at once\n")
 
 
 def run_command(body: Callable[[], object]) -> int:

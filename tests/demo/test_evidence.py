@@ -83,10 +83,15 @@ def test_the_table_of_evidence(recipe, here, tmp_path, monkeypatch, capsys):
     plain = Trial
     monkeypatch.setattr(evidence, "Trial", lambda *a, **k: plain(*a, **k, images=32, epochs=1))
     command = [str(run), "--root", str(tmp_path), "--workers", "1"]
+    monkeypatch.setenv("COLUMNS", "80")
     assert evidence.main(command) == 0  # as in `make demo`
     text = capsys.readouterr().out
+    lines = text[text.index("test split, percent") :].splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[-1].split()[:3] == ["gain,", "in", "points"]
     assert {name for name in evidence.ROWS if name in text} == {evidence.TEACHER, evidence.ALIGNED}
     assert {(trial.name, trial.seed) for trial in here} == {(evidence.TEACHER, 0), (evidence.ALIGNED, 0)}
+    monkeypatch.setenv("COLUMNS", "120")  # every name in one line
     assert evidence.main([*command, "--controls", "--seeds", "0", "1"]) == 0
     text = capsys.readouterr().out
     assert len(here) == 2 * len(evidence.ROWS)  # what was probed is not probed again

@@ -36,12 +36,13 @@ def test_the_first_signal_is_remembered(reason, tmp_path):
     assert heard == ["the old handler"]
 
 
-def test_an_interrupt_is_remembered_from_the_first_update_unless_it_is_ignored():
+def test_an_interrupt_is_remembered_from_the_first_update_unless_it_is_ignored(capfd):
     with Preemption() as preemption:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         preemption.hold_interrupts()
         signal.raise_signal(signal.SIGINT)
+        assert "saving soon; a second one ends the run at once" in capfd.readouterr().err
         assert preemption.reason is StopReason.SIGINT
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL, "a second one ends the process"
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
