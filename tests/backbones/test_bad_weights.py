@@ -105,6 +105,20 @@ def test_other_files_are_refused_in_one_line(tmp_path, case):
     assert all(word.format(path=tmp_path) in found for word in words), found
 
 
+def test_a_failed_download_names_no_arguments_that_the_user_did_not_give(monkeypatch):
+    def create(name, pretrained=False, **kwargs):
+        if pretrained:
+            raise OSError("offline\nand more")
+        return plain(name, **kwargs)
+
+    plain = timm.create_model
+    monkeypatch.setattr(timm, "create_model", create)
+    with pytest.raises(fa.UserError) as caught:
+        fa.create_backbone(CLIP, pretrained=True)
+    assert "(offline): check the network and the arguments, or set student.weights" in str(caught.value)
+    assert "num_classes" not in str(caught.value)
+
+
 def test_weights_of_another_shape_are_refused_in_one_line(tmp_path):
     path = saved(tmp_path, WHOLE)
     assert "a.pth holds the weights of another model: size mismatch for" in message(TINY, path, embed_dim=96)
