@@ -37,8 +37,8 @@ class World:
             distributed.all_reduce(value)
         return value
 
-    def agree(self, value: int) -> bool:
-        """Whether every rank has the same number."""
+    def agree(self, value: int | str) -> bool:
+        """Whether every rank has the same value."""
         return len(set(self.gather(value))) == 1
 
     def gather(self, value) -> list:

@@ -72,6 +72,9 @@ class Run:
         self.config, self.world, self.folder = config, world, Path(config.output)
         self.state, self.preemption = TrainState(), preemption or Preemption()
         optim, efficiency, device = config.optim, config.efficiency, world.device
+        compared = {"seed", "max_steps", "objective", "decoder", "masks", "loss", "optim"}
+        if not world.agree(config.model_dump_json(include=compared)):  # paths may differ between machines
+            raise UserError("the ranks have different settings: start every machine with the same command")
         source = build.training_source(config, world)  # before weights are loaded, perhaps from the network
         objective, self.backbone = build.build_objective(config)
         self.dtype = compute_dtype(efficiency.precision, device)

@@ -185,9 +185,13 @@ def test_auto_is_bf16_where_the_hardware_has_it(monkeypatch, flags, onednn, want
 
 
 def test_ranks_that_differ_are_refused(recipe, monkeypatch, capsys):
-    monkeypatch.setattr(World, "agree", lambda world, value: False)
-    recipe("efficiency.precision=auto", expect=2)
-    assert "efficiency.precision=auto: not every rank's CPU has bf16" in capsys.readouterr().err
+    for equal, message in (
+        (str, "efficiency.precision=auto: not every rank's CPU has bf16"),
+        ((), "the ranks have different settings: start every machine with the same command"),
+    ):
+        monkeypatch.setattr(World, "agree", lambda world, value, equal=equal: isinstance(value, equal))
+        recipe("efficiency.precision=auto", expect=2)
+        assert message in capsys.readouterr().err
 
 
 @needs_compiler

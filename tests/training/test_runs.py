@@ -38,7 +38,7 @@ def test_a_loaded_backbone_gives_the_students_tokens(recipe):
 
 
 CHECKPOINT_KEYS = """
-student optimizer average target_scale step best val_loss probed last_eval_step skipped_in_a_row bad
+student optimizer average target_scale step best val_loss first_val_loss probed last_eval_step skipped_in_a_row bad
 contents changes config is_best backbone
 """
 
