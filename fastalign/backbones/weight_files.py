@@ -192,7 +192,8 @@ def save_backbone(student: nn.Module, folder: str | Path, **facts: Any) -> None:
         raise UserError("save_backbone: weights are on the meta device; load them first")
     facts = backbone_facts(vit, **facts)
     _check_unchanged(vit, facts)
-    write_backbone(Path(folder), vit.state_dict(), facts_text(facts))
+    weights = {key: value.clone() for key, value in vit.state_dict().items()}  # tied ones too get a copy
+    write_backbone(Path(folder), weights, facts_text(facts))
 
 
 def _check_unchanged(vit: ViT, facts: dict[str, Any]) -> None:
@@ -247,8 +248,7 @@ def write_backbone(folder: Path, weights: dict[str, Tensor], text: str) -> None:
     `backbone.safetensors` holds the text too: `is_written` tells whether a kill left one file without the other.
     """
     weights = {key: value for key, value in weights.items() if not key.startswith(("head.", "head_dist."))}
-    # Copied, because safetensors refuses tensors that share memory.
-    weights = {key: value.detach().float().contiguous().clone() for key, value in weights.items()}
+    weights = {key: value.detach().contiguous().float() for key, value in weights.items()}
     write_tensors(folder / "backbone.safetensors", weights, facts=text)
     write_atomically(folder / "backbone.json", lambda file: file.write(text.encode()))
 
