@@ -45,7 +45,9 @@ class Preempted(Exception):
     """A signal stopped the run in `folder`; its checkpoint of `step` is on disk; `code` is the exit code."""
 
     def __init__(self, folder: Path, reason: StopReason, step: int):
-        super().__init__(f"{reason.name}: saved {folder} at step {step}; run the same command to continue")
+        super().__init__(
+            f"{reason.name}: saved {folder} at step {step}; run the same command again to continue"
+        )
         self.code = INTERRUPTED if reason == StopReason.SIGINT else PREEMPTED
 
 
