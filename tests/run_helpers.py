@@ -62,9 +62,12 @@ def middle_of_weights(path: Path) -> int:
     return part.header_offset + 30 + lengths + part.file_size // 2
 
 
-def torchrun(*arguments: str | Path, expect: int = 0) -> str:
-    """Run a program or `-m` module on two ranks. Returns what they print."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def torchrun(*arguments: str | Path, ranks: int = 2, expect: int = 0) -> str:
+    """Run a program or `-m` module on some ranks. Returns what they print.
+
+    `precision=auto` is bf16 there if the CPU has it, unlike in pytest's process.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command += map(str, arguments)
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
