@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from multiprocessing import connection
 from pathlib import Path
@@ -86,7 +87,8 @@ class Ranks:
     def send(self, rank: int, number: int = signal.SIGKILL) -> None:
         """Send a signal to a rank if it is running."""
         if self._processes[rank].exitcode is None:
-            os.kill(self._processes[rank].pid, number)
+            with suppress(ProcessLookupError):  # the fork server reaps a rank before it reports its exit code
+                os.kill(self._processes[rank].pid, number)
 
     def until(self, condition: Callable[[], object]) -> bool:
         """Wait for a condition. Returns whether it came true before a rank ended."""
