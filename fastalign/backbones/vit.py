@@ -149,6 +149,8 @@ class ViT(nn.Module):
     def forward_layers(self, images: Tensor, skip_blocks: Sequence[int]) -> list[Tensor]:
         """For each entry, the tokens [B, T, D] without that many last blocks, after the final norm."""
         wanted = [len(self.blocks) - skip for skip in skip_blocks]
+        if not wanted or min(wanted) < 0 or max(wanted) > len(self.blocks):
+            raise ValueError(f"skip_blocks must lie in 0..{len(self.blocks)}, got {list(skip_blocks)}")
         tokens = self.add_position(self.patch_embed(images))
         found = {0: self.norm(tokens)} if 0 in wanted else {}
         for depth, position in zip(range(1, max(wanted) + 1), self.positions(), strict=False):

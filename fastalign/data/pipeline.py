@@ -205,7 +205,9 @@ class Decoder:
     `device`: of the images, with its index; a GPU decodes JPEGs too. `options`: DALI's batch_size and num_threads.
     """
 
-    def __init__(self, transform: Transform, device: torch.device, hw_decoder_load=0.9, **options: int):
+    def __init__(
+        self, transform: Transform, device: torch.device, hw_decoder_load: float = 0.9, **options: int
+    ):
         self._dali, self._transform, self._device = load_dali(), transform, device
         self._options = {"device_id": device.index, **options}
         self._mixed = {"device": "mixed", "hw_decoder_load": hw_decoder_load} if device.type == "cuda" else {}
