@@ -60,7 +60,7 @@ def test_a_step_that_fails_is_named_and_the_next_begins(start):
 
 def test_a_step_ends_in_time_and_a_signal_leaves_the_archive(start, tmp_path):
     sleep = "import signal, time\nsignal.signal(2, lambda *_: exit('wrote its results'))\ntime.sleep(60)"
-    tests = f'exec {sys.executable} -c "{sleep}"'
+    tests = f'exec "{sys.executable}" -c "{sleep}"'
     python = f'case "$*" in *doctor*|*summary*) ;; *pytest*) {tests};; -m*) exec sleep 60;; esac'
     process, before = start("16", python=python), time.monotonic()
     out, _ = process.communicate(timeout=60)
